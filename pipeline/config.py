@@ -1,0 +1,280 @@
+"""Every config of training, evaluation and launch, on one page that mirrors `conf/`.
+
+Plain values only: what follows from them (strides, partition and state sizes, channel counts) is computed, never
+configured. Not frozen, since OmegaConf makes frozen nodes read-only and Hydra overrides fail.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from data_prep.config import DatasetConfig, require
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Sampling(Enum):
+    stream = "stream"  # lanes follow recordings, state carried
+    random = "random"  # chunks anywhere, state from zero
+    mixed = "mixed"  # the first half of the lanes stream, the rest are random (RVT)
+
+
+class Schedule(Enum):
+    onecycle = "onecycle"
+    cosine = "cosine"
+
+
+class SizeWeighting(Enum):
+    exponential = "exponential"
+    step = "step"
+    linear = "linear"
+
+
+class ExchangeKind(Enum):
+    local = "local"  # a sequence stays on one rank
+
+
+@dataclass(kw_only=True)
+class BackboneConfig:
+    """RVT's recurrent MaxViT (Gehrig & Scaramuzza, CVPR 2023): four stages, strides 4, 8, 16, 32."""
+
+    name: str = "MaxViTRNN"
+    embed_dim: int = 32  # channels of stage 1
+    dim_multiplier: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    num_blocks: list[int] = field(default_factory=lambda: [1, 1, 1, 1])  # window + grid attention pairs per stage
+    dim_head: int = 32
+    partition_split_32: int = 2  # attention windows per side on the stride-32 map
+    mlp_ratio: int = 4
+    ls_init_value: float = 1e-5  # LayerScale
+    dws_conv: bool = False  # 3x3 depthwise convolution on the hidden state before the gates
+
+    def __post_init__(self) -> None:
+        self.dim_multiplier, self.num_blocks = list(self.dim_multiplier), list(self.num_blocks)
+        require(len(self.dim_multiplier) == len(self.num_blocks) == 4,
+                f"model.backbone has {len(self.dim_multiplier)} dim_multiplier and {len(self.num_blocks)} num_blocks; give 4 of each, one per stage")
+        require(self.embed_dim >= 1 and self.embed_dim % self.dim_head == 0,
+                f"model.backbone.embed_dim {self.embed_dim} is no multiple of dim_head {self.dim_head}; change one of them")
+        require(self.partition_split_32 >= 1, f"model.backbone.partition_split_32 is {self.partition_split_32}; give 1 or more")
+
+    @property
+    def dims(self) -> list[int]:
+        return [self.embed_dim * m for m in self.dim_multiplier]
+
+
+@dataclass(kw_only=True)
+class FpnConfig:
+    """PAFPN neck; with small-object attention where enabled."""
+
+    name: str = "PAFPN"
+    depth: float = 0.33
+    in_stages: list[int] = field(default_factory=lambda: [2, 3, 4])
+    enable_small_object_attention: bool = False
+    attention_spatial: bool = True
+    attention_temporal: bool = True
+    temporal_window: int = 3  # frames t-2, t-1, t
+    identity_start: bool = True  # False: the published form, which scales features from the first step
+
+    def __post_init__(self) -> None:
+        self.in_stages = list(self.in_stages)
+        require(self.in_stages in ([2, 3, 4], [1, 2, 3, 4]),
+                f"model.fpn.in_stages is {self.in_stages}; choose [2,3,4] (3 scales) or [1,2,3,4] (4 scales)")
+        require(self.temporal_window >= 2, f"model.fpn.temporal_window is {self.temporal_window}; give 2 frames or more, or attention_temporal=false")
+
+    @property
+    def looks_back(self) -> int:
+        """How many earlier frames the neck needs."""
+        return self.temporal_window - 1 if self.enable_small_object_attention and self.attention_temporal else 0
+
+
+@dataclass(kw_only=True)
+class HeadConfig:
+    """YOLOX decoupled head, SimOTA assignment and losses."""
+
+    name: str = "YoloX"
+    num_classes: int = 3
+    center_radius: float = 1.5  # strides
+    candidate_top_k: int = 10  # SimOTA: IoUs summed for dynamic k
+    size_aware_loss: bool = False
+    size_aware_weight: float = 2.0
+    size_aware_mode: SizeWeighting = SizeWeighting.exponential
+    small_threshold: float = 32.0**2  # box area, pixels of the model's input
+    medium_threshold: float = 96.0**2
+
+    def __post_init__(self) -> None:
+        require(self.num_classes >= 1, f"model.head.num_classes is {self.num_classes}; give 1 or more")
+        require(self.size_aware_weight >= 1, f"model.head.size_aware_weight is {self.size_aware_weight}; give 1 or more (1 weights all sizes alike)")
+        require(0 < self.small_threshold < self.medium_threshold,
+                f"model.head: small_threshold {self.small_threshold} must lie between 0 and medium_threshold {self.medium_threshold}")
+
+
+@dataclass(kw_only=True)
+class PostprocessConfig:
+    confidence_threshold: float = 0.1  # for pictures; reported numbers use evaluation.confidence_threshold
+    nms_threshold: float = 0.45
+
+    def __post_init__(self) -> None:
+        require(0 <= self.confidence_threshold < 1 and 0 < self.nms_threshold <= 1,
+                f"model.postprocess: confidence_threshold {self.confidence_threshold} and nms_threshold {self.nms_threshold} must lie in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    name: str = "rnndet"
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    fpn: FpnConfig = field(default_factory=FpnConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+
+    def __post_init__(self) -> None:
+        require(self.name == "rnndet", f"model.name is {self.name!r}; the only detector is 'rnndet'")
+
+
+@dataclass(kw_only=True)
+class AugmentationConfig:
+    """Drawn once per lane and sequence, alike for all its frames."""
+
+    hflip: float = 0.5  # probability
+    zoom: float = 0.8  # probability of zooming at all; streamed lanes zoom out only
+    zoom_in: float = 1.5  # largest factor
+    zoom_out: float = 1.2
+    zoom_in_share: float = 0.8  # of the zooms in random lanes
+
+    def __post_init__(self) -> None:
+        for name in ("hflip", "zoom", "zoom_in_share"):
+            require(0 <= getattr(self, name) <= 1, f"training.augmentation.{name} is {getattr(self, name)}; give a probability from 0 to 1")
+        require(self.zoom_in >= 1 and self.zoom_out >= 1,
+                f"training.augmentation: zoom_in {self.zoom_in} and zoom_out {self.zoom_out} are factors of 1 or more")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    max_steps: int = 100_000
+    batch_size: int = 8  # lanes of the whole world
+    sequence_length: int = 5  # frames a chunk
+    accumulation: int = 1  # micro-batches a step
+    sampling: Sampling = Sampling.mixed
+    precision: Precision = Precision.fp32
+    gradient_clipping: float = 1.0  # global L2 norm; 0: off
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    loader_workers: int = 2  # threads that read and decode frames ahead, per rank
+    log_every: int = 50
+    evaluate_every: int = 10_000  # steps; 0: never
+    max_nonfinite: int = 10  # non-finite losses in a row before the run stops
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "sequence_length", "accumulation", "log_every", "max_nonfinite"):
+            require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}; give 1 or more")
+        require(self.loader_workers >= 0, f"training.loader_workers is {self.loader_workers}; give 0 or more")
+        require(self.gradient_clipping >= 0, f"training.gradient_clipping is {self.gradient_clipping}; give 0 (off) or more")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-3  # at the peak
+    weight_decay: float = 5e-4
+    schedule: Schedule = Schedule.onecycle
+    warmup_share: float = 0.005  # of max_steps
+    start_factor: float = 0.05  # lr before the warm-up, as a share of the peak
+    end_factor: float = 1e-4  # lr at the last step
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optimizer.lr is {self.lr}; give a learning rate above 0")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; give 0 or more")
+        require(0 <= self.warmup_share < 1, f"optimizer.warmup_share is {self.warmup_share}; give a share from 0 to below 1")
+
+
+@dataclass(kw_only=True)
+class DeepSpeedConfig:
+    stage: int = 1  # ZeRO
+    offload_optimizer: bool = False  # optimizer state in CPU memory; stages 1-3
+    offload_parameters: bool = False  # stage 3
+
+    def __post_init__(self) -> None:
+        require(self.stage in (0, 1, 2, 3), f"deepspeed.stage is {self.stage}; ZeRO has stages 0 to 3")
+        require(self.stage >= 1 or not self.offload_optimizer, "deepspeed.offload_optimizer needs stage 1, 2 or 3")
+        require(self.stage == 3 or not self.offload_parameters, "deepspeed.offload_parameters needs stage 3")
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """World = data x sequence. Without a launcher, `evspan train` starts `ranks` processes on this machine."""
+
+    ranks: int = 1
+    sequence: int = 1  # ranks that share one sequence
+    exchange: ExchangeKind = ExchangeKind.local
+    timeout_s: int = 600  # a collective that waits longer ends the run
+    threads: int = 0  # CPU threads per rank; 0: the cores divided by the ranks
+
+    def __post_init__(self) -> None:
+        require(self.ranks >= 1, f"parallel.ranks is {self.ranks}; give 1 or more")
+        require(self.sequence == 1, f"parallel.sequence is {self.sequence}, but the exchange 'local' keeps a sequence on one rank; set parallel.sequence=1")
+        require(self.timeout_s >= 1, f"parallel.timeout_s is {self.timeout_s}; give 1 s or more")
+        require(self.threads >= 0, f"parallel.threads is {self.threads}; give 0 or more")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every: int = 1000  # steps
+    keep: int = 3  # newest ones
+    resume: bool = True  # continue from run_dir's newest complete checkpoint, if there is one
+    init_from: str = ""  # weights (.safetensors) to start from, when nothing is resumed
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1 and self.keep >= 1, f"checkpoint.every {self.every} and checkpoint.keep {self.keep} must be 1 or more")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """COCO AP by Prophesee's protocol. Box filters in pixels of the stored frames; both sides are filtered alike."""
+
+    split: str = "val"
+    confidence_threshold: float = 0.001
+    nms_threshold: float = 0.45
+    skip_first_ms: int = 500
+    min_side: float = 0.0  # Prophesee: 10 at half resolution
+    min_diagonal: float = 0.0  # Prophesee: 30 at half resolution
+    sequence_length: int = 10  # frames a call
+    batch_size: int = 4  # recordings at once, per rank
+    write_detections: bool = True  # one <recording>_bbox.npy per recording, in Prophesee's form
+
+    def __post_init__(self) -> None:
+        require(0 <= self.confidence_threshold < 1, f"evaluation.confidence_threshold is {self.confidence_threshold}; give 0 to below 1")
+        require(0 < self.nms_threshold <= 1, f"evaluation.nms_threshold is {self.nms_threshold}; give above 0 to 1")
+        require(self.sequence_length >= 1 and self.batch_size >= 1, "evaluation.sequence_length and evaluation.batch_size must be 1 or more")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """`evspan train`."""
+
+    run_dir: str = "runs/default"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        require(len(self.dataset.classes) <= self.model.head.num_classes,
+                f"dataset {self.dataset.name} has {len(self.dataset.classes)} classes but model.head.num_classes is "
+                f"{self.model.head.num_classes}; set model.head.num_classes={len(self.dataset.classes)} or more")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """`evspan evaluate`. The model comes with the checkpoint."""
+
+    checkpoint: str = ""  # a .safetensors file, a checkpoint folder, or a run folder (its newest)
+    output: str = ""  # metrics.json and detections; empty: beside the checkpoint
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
