@@ -1,0 +1,95 @@
+"""Shards -> batches of one rank's lanes, read ahead by threads."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import TrainingConfig
+from pipeline.data.augment import augment_boxes, augment_frames, draw_augmentation
+from pipeline.data.boxes import to_center
+from pipeline.data.datasets import Dataset
+from pipeline.data.plan import SamplingPlan
+
+
+class Batch(NamedTuple):
+    """One micro-batch of B lanes and T frames; n of its frames are labelled.
+
+    frames: (T, B, C, H, W) uint8. starts: (B,) bool. labelled: (T, B) bool. boxes: (n, most, 5) float32 class, cx, cy,
+    w, h in pixels, for the labelled frames in (t, b) order, rows beyond `counts` (n,) int64 zero.
+    """
+
+    frames: Tensor
+    starts: Tensor
+    labelled: Tensor
+    boxes: Tensor
+    counts: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+
+def pad_boxes(boxes: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """n arrays (k, 5) -> (n, most, 5) float32 and counts (n,); at least one row, so that shapes stay sane."""
+    counts = [len(b) for b in boxes]
+    padded = torch.zeros(len(boxes), max(counts, default=0) or 1, 5)
+    for i, rows in enumerate(boxes):
+        padded[i, : len(rows)] = torch.from_numpy(rows)
+    return padded, torch.tensor(counts, dtype=torch.int64)
+
+
+class Loader:
+    """Batches of the lanes `lanes` (a range of the world's), from micro-batch `start` on, without end.
+
+    Which batch comes when is the plan's business; `config.loader_workers` threads only decide how far ahead it is read.
+    """
+
+    def __init__(self, dataset: Dataset, plan: SamplingPlan, lanes: range, config: TrainingConfig, *, seed: int) -> None:
+        self.dataset, self.plan, self.lanes, self.config, self.seed = dataset, plan, lanes, config, seed
+
+    def batch(self, index: int) -> Batch:
+        """Micro-batch `index` of the whole run."""
+        columns = [self._lane(lane, index) for lane in self.lanes]
+        frames = np.stack([c[0] for c in columns], axis=1)
+        labelled = np.stack([c[2] for c in columns], axis=1)
+        boxes, counts = pad_boxes([columns[b][1][t] for t, b in zip(*np.nonzero(labelled), strict=True)])
+        starts = torch.tensor([c[3] for c in columns])
+        return Batch(torch.from_numpy(frames), starts, torch.from_numpy(labelled), boxes, counts)
+
+    def _lane(self, lane: int, index: int) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, bool]:
+        chunk = self.plan.chunk(lane, index)
+        recording = self.dataset.recordings[chunk.recording]
+        height, width, length = self.dataset.height, self.dataset.width, self.plan.sequence_length
+        how = draw_augmentation(self.config.augmentation, chunk, seed=self.seed, height=height, width=width)
+        frames = augment_frames(recording.read(chunk.first, chunk.first + chunk.frames), how)
+        if chunk.frames < length:  # a recording's tail: nothing happens after its end
+            frames = np.concatenate((frames, np.zeros((length - chunk.frames, *frames.shape[1:]), np.uint8)))
+        labelled = np.zeros(length, bool)
+        labelled[: chunk.frames] = recording.labelled[chunk.first : chunk.first + chunk.frames]
+        empty = np.zeros((0, 5), np.float32)
+        boxes = [augment_boxes(to_center(recording.boxes(chunk.first + t)), how, height=height, width=width)
+                 if labelled[t] else empty for t in range(length)]
+        return frames, boxes, labelled, chunk.start
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        workers = self.config.loader_workers
+        if not workers:
+            index = start
+            while True:
+                yield self.batch(index)
+                index += 1
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+        ahead: deque[Future[Batch]] = deque(pool.submit(self.batch, start + i) for i in range(workers + 1))
+        try:
+            index = start + workers + 1
+            while True:
+                batch = ahead.popleft().result()
+                ahead.append(pool.submit(self.batch, index))
+                index += 1
+                yield batch
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

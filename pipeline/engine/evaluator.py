@@ -1,0 +1,85 @@
+"""Evaluation over all ranks: recordings are dealt out, streamed with carry, gathered, and scored once."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.boxes import write_boxes
+from data_prep.config import DatasetConfig
+from data_prep.draw import draw_boxes, frame_to_rgb
+from data_prep.errors import ConfigError
+from pipeline.checkpoint import Weights
+from pipeline.config import EvaluationConfig
+from pipeline.data.datasets import Dataset, open_dataset
+from pipeline.engine.build import detector_from
+from pipeline.engine.streaming import RecordingResult, evaluate_split, score
+from pipeline.evaluation.coco import Metrics
+from pipeline.parallel.reductions import broadcast_object, deal, gather_objects
+from pipeline.parallel.world import World
+
+PICTURES, PICTURE_CONFIDENCE = 6, 0.3
+
+
+def evaluate_weights(weights: Weights, dataset: DatasetConfig, config: EvaluationConfig,
+                     world: World) -> tuple[Metrics, list[RecordingResult], Dataset]:
+    """Metrics on every rank; the results of all recordings (for files and pictures) too.
+
+    A detector of its own evaluates, built from consolidated weights: training's module, its BatchNorm statistics and
+    its carry stay as they are, and ranks may have different numbers of frames at every ZeRO stage.
+    """
+    data = open_dataset(dataset, config.split)
+    check_fit(weights, data)
+    detector = detector_from(weights, device=world.device)
+    mine = deal(data.recordings, world.rank, world.size, weight=[r.frames for r in data.recordings])
+    parts = gather_objects(evaluate_split(detector, data, config, device=world.device, recordings=mine))
+    results = sorted((r for part in parts for r in part), key=lambda r: r.name)
+    metrics = broadcast_object(score(results, data, config) if world.is_main else None)
+    return metrics, results, data
+
+
+def check_fit(weights: Weights, data: Dataset) -> None:
+    """Raises ConfigError when the frames or classes are not those that the weights were trained on."""
+    if weights.frames.channels != data.channels:
+        raise ConfigError(f"the weights were trained on frames of {weights.frames.channels} channels, the dataset has "
+                          f"{data.channels}. Prepare it with frames.bins={weights.frames.bins}")
+    if weights.classes != data.classes:
+        raise ConfigError(f"the weights know the classes {weights.classes}, the dataset has {data.classes}. "
+                          "Choose the dataset config that they were trained with")
+
+
+def picture(results: list[RecordingResult], data: Dataset) -> NDArray[np.uint8] | None:
+    """Labelled frames of the recordings in turn, side by side: boxes green, detections orange."""
+    by_name = {r.name: r for r in data.recordings}
+    tiles = []
+    for i in range(PICTURES):
+        if not results or not (labelled := (result := results[i % len(results)]).frames):
+            continue
+        place = (2 * i + 1) * len(labelled) // (2 * PICTURES)
+        frame = labelled[place]
+        rgb = frame_to_rgb(by_name[result.name].read(frame, frame + 1)[0])
+        boxes, found = result.boxes[place], result.detections[place]
+        corners = np.stack((boxes["x"], boxes["y"], boxes["x"] + boxes["w"], boxes["y"] + boxes["h"]), 1)
+        rgb = draw_boxes(rgb, corners, None, (0, 160, 0))
+        sure = found[found[:, 4] * found[:, 5] >= PICTURE_CONFIDENCE]
+        tiles.append(draw_boxes(rgb, sure[:, :4], [data.classes[int(c)] for c in sure[:, 6]], (230, 120, 0)))
+    if not tiles:
+        return None
+    rows = [np.concatenate(tiles[i : i + 2], axis=1) for i in range(0, len(tiles) - 1, 2)] or tiles
+    return np.concatenate(rows, axis=0)
+
+
+
+
+def write_results(output: Path, metrics: Metrics, results: list[RecordingResult], data: Dataset, config: EvaluationConfig,
+                  about: dict[str, Any]) -> None:
+    """metrics.json (protocol, thresholds and checkpoint named) and, where asked, a `_bbox.npy` per recording."""
+    output.mkdir(parents=True, exist_ok=True)
+    protocol = {k: v for k, v in asdict(config).items() if k not in ("sequence_length", "batch_size", "write_detections")}
+    (output / "metrics.json").write_text(json.dumps({**metrics.to_json(), **about, "protocol": protocol}, indent=1) + "\n")
+    if config.write_detections:
+        for result in results:
+            write_boxes(output / f"{result.name}_bbox.npy", result.as_raw_boxes(data))

@@ -1,0 +1,61 @@
+"""What a run tells: TensorBoard on rank 0, and a line on the console now and then."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Monitor:
+    """Scalars, pictures and console lines of one run. On ranks other than the first it keeps silent."""
+
+    def __init__(self, run: Path, *, enabled: bool, resume_step: int = 0) -> None:
+        self.enabled = enabled
+        # purge_step: what a killed run logged after its last checkpoint is told again, so it must not stay.
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step or None, flush_secs=20) if enabled else None
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def picture(self, name: str, rgb: NDArray[np.uint8], step: int) -> None:
+        """rgb: (H, W, 3)."""
+        if self.writer:
+            self.writer.add_image(name, rgb, step, dataformats="HWC")
+
+    def text(self, name: str, text: str, step: int) -> None:
+        if self.writer:
+            self.writer.add_text(name, text, step)
+
+    def say(self, line: str) -> None:
+        if self.enabled:
+            print(line, flush=True, file=sys.stdout)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+class Stopwatch:
+    """Splits time since the last `report` into waiting for data and the rest."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.began, self.waited, self.frames = time.perf_counter(), 0.0, 0
+
+    def wait(self, since: float) -> None:
+        self.waited += time.perf_counter() - since
+
+    def report(self) -> tuple[float, float]:
+        """(frames per second, share of the time spent waiting for data) since the last report."""
+        passed = max(time.perf_counter() - self.began, 1e-9)
+        out = self.frames / passed, self.waited / passed
+        self._reset()
+        return out
