@@ -26,7 +26,7 @@ from pipeline.data.datasets import open_dataset
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.plan import SamplingPlan
 from pipeline.engine.build import load_tensors
-from pipeline.engine.evaluator import evaluate_weights, picture
+from pipeline.engine.evaluator import evaluate_weights, picture, write_results
 from pipeline.engine.signals import StopFlag, stop_flag
 from pipeline.engine.zero import ZeroEngine
 from pipeline.evaluation.coco import Metrics
@@ -214,7 +214,8 @@ class Trainer:
             if (rgb := picture(results, data)) is not None:
                 self.monitor.picture("evaluation/boxes_green_detections_orange", rgb, self.step)
             self.monitor.say(f"evaluation at step {self.step} ({time.perf_counter() - began:.0f} s)\n{metrics.table()}")
-            (self.run_dir / "metrics.json").write_text(json.dumps(metrics.to_json(), indent=1) + "\n")
+            about = {"checkpoint": str(self.run_dir), "step": self.step, "split": self.config.evaluation.split}
+            write_results(self.run_dir / "evaluation", metrics, results, data, self.config.evaluation, about)
         return metrics
 
 

@@ -1,0 +1,51 @@
+"""A tiny prepared dataset, written straight to the shard contract: bright rectangles that move."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from data_prep.shards import BOX, MANIFEST, Manifest, RecordingEntry
+
+HEIGHT, WIDTH, BINS = 60, 100, 2
+CLASSES = ["ball", "box", "bar"]
+FRAMES = {"window_ms": 50, "bins": BINS, "cutoff": 10, "downsample": 4, "mode": "exact", "downsample_by": "sum"}
+
+
+def recording(rng: np.random.Generator, count: int):
+    """frames (N, 2*bins, H, W), boxes per frame, labelled: every second frame."""
+    frames = rng.poisson(0.05, (count, 2 * BINS, HEIGHT, WIDTH)).astype(np.uint8)
+    tracks = [(rng.uniform(10, 70, 2) * (1, 0.5), rng.uniform(-2, 2, 2), rng.uniform(10, 24, 2), rng.integers(3)) for _ in range(2)]
+    boxes = []
+    for t in range(count):
+        rows = []
+        for track, (corner, speed, (w, h), kind) in enumerate(tracks):
+            x, y = np.clip(corner + t * speed, 0, (WIDTH - w, HEIGHT - h))
+            frames[t, kind % (2 * BINS), int(y) : int(y + h), int(x) : int(x + w)] += 5
+            rows.append((50_000 * (t + 1), x, y, w, h, kind, track))
+        boxes.append(np.array(rows, BOX))
+    labelled = np.arange(count) % 2 == 1
+    return frames, [b if keep else b[:0] for b, keep in zip(boxes, labelled, strict=True)], labelled
+
+
+def write_small_shards(root: Path, counts: dict[str, list[int]], seed: int = 0) -> Path:
+    """counts: split -> frames of each recording."""
+    rng, entries = np.random.default_rng(seed), []
+    for split, lengths in counts.items():
+        (root / split).mkdir(parents=True)
+        with h5py.File(root / split / "00000.h5", "w") as file:
+            for i, count in enumerate(lengths):
+                frames, boxes, labelled = recording(rng, count)
+                group = file.create_group(name := f"{split}_{i:03d}")
+                group.create_dataset("frames", data=frames, chunks=(1, *frames.shape[1:]))
+                group["end_us"] = 50_000 * np.arange(1, count + 1)
+                group["boxes"] = np.concatenate(boxes)
+                group["box_start"] = np.cumsum([0, *(len(b) for b in boxes)])
+                group["labelled"] = labelled
+                entries.append(RecordingEntry(
+                    name=name, split=split, shard=f"{split}/00000.h5", group=name, frames=count, labelled_frames=int(labelled.sum()),
+                    boxes=sum(map(len, boxes)), height=HEIGHT, width=WIDTH, sensor_height=4 * HEIGHT, sensor_width=4 * WIDTH,
+                    first_us=0, last_us=50_000 * count - 1, events=int(frames.sum())))
+    manifest = Manifest(software="test", config={"frames": FRAMES}, config_hash="0", classes=CLASSES, recordings=entries)
+    (root / MANIFEST).write_text(manifest.to_json())
+    return root

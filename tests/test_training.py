@@ -1,0 +1,144 @@
+"""Training over real ranks (gloo): resume against the uninterrupted run, two ranks against one, stop signals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_shards import BINS, write_small_shards
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_prep.errors import UserError
+from pipeline.checkpoint import load_sidecar, load_weights
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_small_shards(tmp_path_factory.mktemp("data") / "shards", {"train": [23, 12, 9], "val": [12, 7, 5]})
+
+
+def command(shards, run_dir, *overrides):
+    return [sys.executable, "-m", "launch", "train", "experiment=demo", f"dataset.root={shards}", f"run_dir={run_dir}",
+            "training.max_steps=6", "training.sequence_length=4", "training.log_every=1", "checkpoint.every=3", "checkpoint.keep=9",
+            "parallel.timeout_s=120", *overrides]
+
+
+def run(shards, run_dir, *overrides, code=0, timeout=200):
+    done = subprocess.run(command(shards, run_dir, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def told(run_dir, tag):
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return {e.step: e.value for e in events.Scalars(tag)}
+
+
+LOSSES = ("loss/total", "loss/iou", "loss/objectness", "loss/class", "train/gradient_norm", "train/learning_rate")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(shards, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("two_ranks") / "run"
+    run(shards, run_dir)
+    return run_dir
+
+
+def test_the_run_folder_holds_what_the_readme_says(two_ranks):
+    checkpoints = two_ranks / "checkpoints"
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", "step-00000003", "step-00000006"]
+    assert (checkpoints / "latest").read_text().strip() == "step-00000006"
+    assert set(told(two_ranks, "speed/frames_per_s")) == set(range(1, 7))
+    assert set(told(two_ranks, "evaluation/ap50")) == {6}
+    metrics = json.loads((two_ranks / "evaluation" / "metrics.json").read_text())
+    assert 0 <= metrics["ap"] <= metrics["ap50"] <= 1
+    assert metrics["frames"] == 6 + 3 + 2
+    weights = load_weights(two_ranks)
+    assert weights.step == 6 and weights.frames.bins == BINS and weights.classes == ["ball", "box", "bar"]
+    carry = load_sidecar(checkpoints / "step-00000006", 1)["carry"]
+    assert all(torch.isfinite(t).all() for t in carry) and any(t.abs().sum() > 0 for t in carry)
+
+
+def test_resume_is_bit_for_bit_the_uninterrupted_run(shards, two_ranks, tmp_path):
+    again = tmp_path / "run"
+    (again / "checkpoints").mkdir(parents=True)
+    shutil.copytree(two_ranks / "checkpoints" / "step-00000003", again / "checkpoints" / "step-00000003")
+    output = run(shards, again)
+    assert "resumes at step 3" in output
+    for tag in LOSSES:
+        whole, resumed = told(two_ranks, tag), told(again, tag)
+        assert sorted(resumed) == [4, 5, 6]
+        assert resumed == {step: whole[step] for step in resumed}, tag
+    one, other = load_weights(two_ranks).tensors, load_weights(again).tensors
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_two_ranks_give_the_losses_of_one(shards, two_ranks, tmp_path):
+    run(shards, tmp_path / "run", "parallel.ranks=1", "parallel.threads=1", "training.max_steps=6")
+    for tag in LOSSES:
+        one, two = told(tmp_path / "run", tag), told(two_ranks, tag)
+        np.testing.assert_allclose([one[s] for s in sorted(one)], [two[s] for s in sorted(two)], rtol=2e-4, err_msg=tag)
+        assert one[1] == pytest.approx(two[1], rel=1e-5), tag  # the first step: same weights, nothing has drifted yet
+
+
+@pytest.mark.parametrize("overrides", [
+    ("deepspeed=zero0",), ("deepspeed=zero2", "training.precision=bf16"), ("deepspeed=zero3", "training.accumulation=2")],
+    ids=lambda o: "-".join(o))
+def test_other_stages_train_save_and_evaluate(shards, tmp_path, overrides):
+    run(shards, tmp_path / "run", "training.max_steps=3", *overrides)
+    assert all(np.isfinite(list(told(tmp_path / "run", tag).values())).all() for tag in LOSSES)
+    assert load_weights(tmp_path / "run").step == 3
+
+
+def test_a_stop_signal_saves_all_ranks_and_the_same_command_continues(shards, tmp_path):
+    run_dir = tmp_path / "run"
+    started = subprocess.Popen(command(shards, run_dir, "training.max_steps=400", "checkpoint.every=1000"), cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert started.stdout is not None
+    for line in started.stdout:
+        if line.startswith("step      2"):
+            started.send_signal(signal.SIGTERM)
+    assert started.wait(60) == 75
+    meta = json.loads(next((run_dir / "checkpoints").glob("step-*/meta.json")).read_text())
+    assert 2 <= meta["step"] < 400
+    output = run(shards, run_dir, "training.max_steps=400", "parallel.ranks=1", code=2)
+    assert "parallel.ranks=2" in output and "Traceback" not in output
+
+
+def test_a_dead_rank_ends_the_run_and_is_named(shards, tmp_path):
+    started = subprocess.Popen(command(shards, tmp_path / "run", "training.max_steps=4000"), cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert started.stdout is not None
+    lines = []
+    for line in started.stdout:
+        lines.append(line)
+        if line.startswith("step      2"):
+            children = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
+            ranks = {_environment(pid).get("RANK"): int(pid) for pid in children}
+            os.kill(ranks["1"], signal.SIGKILL)
+    assert started.wait(60) != 0
+    assert "rank 1" in "".join(lines)
+
+
+def _environment(pid):
+    return dict(p.split("=", 1) for p in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in p)
+
+
+def test_foreign_weights_are_refused(tmp_path):
+    (tmp_path / "weights.safetensors").write_bytes(b"not one")
+    with pytest.raises(UserError, match="no weights file of evspan"):
+        load_weights(tmp_path)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_weights(tmp_path / "nothing")
+
+
