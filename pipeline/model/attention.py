@@ -1,0 +1,109 @@
+"""Small-object attention of the neck: spatial, temporal and channel attention.
+
+Every block starts as the identity: what it adds is multiplied by a learnable gate that starts at zero. With
+`identity_start=False` it is the published form, which scales every feature from the first step.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _gate(identity_start: bool) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros(1)) if identity_start else None
+
+
+def _add(x: Tensor, change: Tensor, gate: nn.Parameter | None) -> Tensor:
+    return x + change if gate is None else torch.addcmul(x, gate, change)
+
+
+class MultiScaleSpatialAttention(nn.Module):
+    """out = x * map + x, the map (N, 1, h, w) from dilated 3x3 convolutions of several scales."""
+
+    def __init__(self, channels: int, scales: Sequence[int] = (1, 2, 4), *, identity_start: bool = True) -> None:
+        super().__init__()
+        self.scale_channels = max(1, channels // len(scales))
+        self.combined_channels = self.scale_channels * len(scales)
+        self.scale_convs = nn.ModuleList(nn.Conv2d(channels, self.scale_channels, 3, padding=s, dilation=s) for s in scales)
+        middle = max(1, self.combined_channels // 4)
+        self.attention_conv = nn.Sequential(nn.Conv2d(self.combined_channels, middle, 1), nn.ReLU(), nn.Conv2d(middle, 1, 1))
+        self.gate = _gate(identity_start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> the same shape."""
+        combined = torch.cat([conv(x) for conv in self.scale_convs], dim=1)
+        return _add(x, x * self.attention_conv(combined).sigmoid(), self.gate)
+
+
+class EventTemporalAttention(nn.Module):
+    """Causal attention over the last frames: out = x + temporal * motion * weights.
+
+    temporal: a (window, 1, 1) convolution over frames t-window+1 .. t; motion: sigmoid(conv(cat(current, previous)));
+    weights per channel: two linear layers on the pooled temporal features.
+    """
+
+    def __init__(self, channels: int, temporal_window: int = 3, *, identity_start: bool = True) -> None:
+        super().__init__()
+        self.temporal_conv = nn.Conv3d(channels, channels, (temporal_window, 1, 1))
+        self.motion_conv = nn.Conv2d(2 * channels, 1, 3, padding=1)
+        middle = max(1, channels // 4)
+        self.temporal_fc = nn.Sequential(nn.Linear(channels, middle), nn.ReLU(), nn.Linear(middle, channels))
+        self.gate = _gate(identity_start)
+
+    def forward(self, x: Tensor, previous: Tensor) -> Tensor:
+        """x: (N, C, h, w); previous: (N, window - 1, C, h, w), oldest first -> (N, C, h, w)."""
+        frames = torch.cat((previous.flatten(1, 2), x), dim=1)
+        # The (window, 1, 1) kernel on a window's frames is a 1x1 one on their channels, oldest first.
+        kernel = self.temporal_conv.weight[..., 0, 0].transpose(1, 2).flatten(1)[..., None, None]
+        temporal = F.conv2d(frames, kernel, self.temporal_conv.bias)
+        motion = self.motion_conv(torch.cat((x, previous[:, -1]), dim=1)).sigmoid()
+        weights = self.temporal_fc(temporal.mean((2, 3))).sigmoid()[..., None, None]
+        return _add(x, temporal * motion * weights, self.gate)
+
+
+class ScaleAwareChannelAttention(nn.Module):
+    """out = x * weights, per channel; small strides start with higher weights."""
+
+    def __init__(self, channels: int, stride: int, *, identity_start: bool = True) -> None:
+        super().__init__()
+        middle = max(1, channels // (16 if stride <= 8 else 8))
+        self.fc = nn.Sequential(nn.Linear(channels, middle), nn.ReLU(), nn.Linear(middle, channels))
+        nn.init.constant_(self.fc[2].bias, 1.0 if stride <= 8 else 0.0)
+        self.gate = _gate(identity_start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.fc(x.mean((2, 3))).sigmoid()[..., None, None]
+        return x * weights if self.gate is None else x * (1 + self.gate * (weights - 1))
+
+
+class SmallObjectAttentionModule(nn.Module):
+    """Spatial, then temporal attention, then a 1x1 integration convolution where both are on.
+
+    What temporal attention looks back at are the features after spatial attention (`before_time`).
+    """
+
+    def __init__(self, channels: int, enable_spatial: bool = True, enable_temporal: bool = True, *,
+                 temporal_window: int = 3, identity_start: bool = True) -> None:
+        super().__init__()
+        self.spatial = MultiScaleSpatialAttention(channels, identity_start=identity_start) if enable_spatial else None
+        self.temporal = EventTemporalAttention(channels, temporal_window, identity_start=identity_start) if enable_temporal else None
+        both = enable_spatial and enable_temporal
+        self.integration = nn.Conv2d(channels, channels, 1) if both else None
+        self.gate = _gate(identity_start) if both else None
+
+    def before_time(self, x: Tensor) -> Tensor:
+        return x if self.spatial is None else self.spatial(x)
+
+    def over_time(self, x: Tensor, previous: Tensor | None) -> Tensor:
+        if self.temporal is not None:
+            assert previous is not None
+            x = self.temporal(x, previous)
+        if self.integration is None:
+            return x
+        return self.integration(x) if self.gate is None else _add(x, self.integration(x), self.gate)
+
+    def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
+        """x: (N, C, h, w); previous: (N, window - 1, C, h, w), what `before_time` gave for the frames before."""
+        return self.over_time(self.before_time(x), previous)

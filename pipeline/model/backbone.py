@@ -1,0 +1,173 @@
+"""RVT's recurrent MaxViT (Gehrig & Scaramuzza, CVPR 2023), all frames of a chunk at once.
+
+Only the LSTM knows time: a stage's spatial part runs on T*B frames in one call, the input half of the gates is one product,
+and only the hidden half steps through time.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config import BackboneConfig
+from pipeline.model.exchange import Exchange
+from pipeline.model.state import StageState
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int, start: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, ratio: int) -> None:
+        super().__init__()
+        # Nested and with an empty third place: the published parameter names are net.0.0 and net.2.
+        self.net = nn.Sequential(nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU()), nn.Identity(), nn.Linear(ratio * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over (groups, positions, C); qkv is head-major: head 0's q, k, v, then head 1's, ..."""
+
+    def __init__(self, dim: int, dim_head: int) -> None:
+        super().__init__()
+        self.heads = dim // dim_head
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups, positions, dim = x.shape
+        q, k, v = self.qkv(x).view(groups, positions, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(groups, positions, dim))
+
+
+class PartitionAttention(nn.Module):
+    """Attention inside windows of neighbouring cells, or inside grids of cells spread evenly; then an MLP."""
+
+    def __init__(self, dim: int, config: BackboneConfig, *, grid: bool, first_norm: bool) -> None:
+        super().__init__()
+        self.grid = grid
+        self.norm1: nn.Module = nn.LayerNorm(dim) if first_norm else nn.Identity()
+        self.self_attn = SelfAttention(dim, config.dim_head)
+        self.ls1 = LayerScale(dim, config.ls_init_value)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, config.mlp_ratio)
+        self.ls2 = LayerScale(dim, config.ls_init_value)
+
+    def forward(self, x: Tensor, partition: tuple[int, int]) -> Tensor:
+        """x: (N, h, w, C), partition: (rows, columns) of a window, which divide h and w."""
+        n, h, w, c = x.shape
+        rows, columns = partition
+        down, across = h // rows, w // columns
+        # dims: (n, outer row, inner row, outer column, inner column, c); a grid's members are the outer ones
+        if self.grid:
+            split, order, back = (n, rows, down, columns, across, c), (0, 2, 4, 1, 3, 5), (0, 3, 1, 4, 2, 5)
+            shape = (n, down, across, rows, columns, c)
+        else:
+            split, order, back = (n, down, rows, across, columns, c), (0, 1, 3, 2, 4, 5), (0, 1, 3, 2, 4, 5)
+            shape = (n, down, across, rows, columns, c)
+        groups = self.norm1(x).view(split).permute(order).reshape(-1, rows * columns, c)
+        attended = self.self_attn(groups).view(shape).permute(back).reshape(n, h, w, c)
+        x = x + self.ls1(attended)
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class AttentionPair(nn.Module):
+    def __init__(self, dim: int, config: BackboneConfig, *, first: bool) -> None:
+        super().__init__()
+        self.att_window = PartitionAttention(dim, config, grid=False, first_norm=not first)
+        self.att_grid = PartitionAttention(dim, config, grid=True, first_norm=True)
+
+    def forward(self, x: Tensor, partition: tuple[int, int]) -> Tensor:
+        return self.att_grid(self.att_window(x, partition), partition)
+
+
+class Downsample(nn.Module):
+    """Overlapping convolution, then LayerNorm over channels: (N, C, h, w) -> (N, h/s, w/s, C')."""
+
+    def __init__(self, channels: int, dim: int, factor: int) -> None:
+        super().__init__()
+        kernel = 7 if factor == 4 else 3
+        self.conv = nn.Conv2d(channels, dim, kernel, stride=factor, padding=kernel // 2, bias=False)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x).permute(0, 2, 3, 1).contiguous())
+
+
+class CellLSTM(nn.Module):
+    """An LSTM per feature cell (Shi et al. 2015 with 1x1 gates): order forget, input, output (sigmoid), candidate (tanh)."""
+
+    def __init__(self, dim: int, *, dws_conv: bool) -> None:
+        super().__init__()
+        self.dim = dim
+        if dws_conv:
+            self.conv3x3_dws = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.dws_conv = dws_conv
+        self.conv1x1 = nn.Conv2d(2 * dim, 4 * dim, 1)
+
+    def forward(self, x: Tensor, state: StageState, exchange: Exchange) -> tuple[Tensor, StageState]:
+        """x: (T, B, h, w, C) -> hidden states of the same shape, and the last state."""
+        weight = self.conv1x1.weight.flatten(1)
+        gates = F.linear(x, weight[:, : self.dim], self.conv1x1.bias)
+        return exchange.scan(self._recur, gates, state)
+
+    def _recur(self, gates: Tensor, state: StageState) -> tuple[Tensor, StageState]:
+        """gates: (T, B, h, w, 4C), the input half."""
+        from_hidden = self.conv1x1.weight.flatten(1)[:, self.dim :]
+        hidden, cell = (t.permute(0, 2, 3, 1) for t in state)
+        out = []
+        for gate in gates.unbind(0):
+            if self.dws_conv:
+                hidden = self.conv3x3_dws(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            gate = gate + F.linear(hidden, from_hidden)
+            forget, write, read = gate[..., : 3 * self.dim].sigmoid().chunk(3, dim=-1)
+            cell = forget * cell + write * gate[..., 3 * self.dim :].tanh()
+            hidden = read * cell.tanh()
+            out.append(hidden)
+        return torch.stack(out), StageState(hidden.permute(0, 3, 1, 2), cell.permute(0, 3, 1, 2))
+
+
+class Stage(nn.Module):
+    def __init__(self, channels: int, dim: int, factor: int, blocks: int, config: BackboneConfig) -> None:
+        super().__init__()
+        self.downsample_cf2cl = Downsample(channels, dim, factor)
+        self.att_blocks = nn.ModuleList(AttentionPair(dim, config, first=i == 0) for i in range(blocks))
+        self.lstm = CellLSTM(dim, dws_conv=config.dws_conv)
+
+    def forward(self, x: Tensor, state: StageState, partition: tuple[int, int], exchange: Exchange) -> tuple[Tensor, StageState]:
+        """x: (T, B, C, h, w) -> (T, B, C', h', w'), and the stage's next state."""
+        steps, lanes = x.shape[:2]
+        y = self.downsample_cf2cl(x.flatten(0, 1))
+        for pair in self.att_blocks:
+            y = pair(y, partition)
+        y, state = self.lstm(y.view(steps, lanes, *y.shape[1:]), state, exchange)
+        return y.permute(0, 1, 4, 2, 3), state
+
+
+class Backbone(nn.Module):
+    """(T, B, in_channels, H, W) -> features of the four stages at strides 4, 8, 16, 32."""
+
+    strides = (4, 8, 16, 32)
+
+    def __init__(self, config: BackboneConfig, in_channels: int) -> None:
+        super().__init__()
+        self.config = config
+        inputs = [in_channels, *config.dims[:-1]]
+        self.stages = nn.ModuleList(Stage(inputs[i], config.dims[i], 4 if i == 0 else 2, config.num_blocks[i], config) for i in range(4))
+
+    def forward(self, x: Tensor, states: tuple[StageState, ...], exchange: Exchange) -> tuple[list[Tensor], tuple[StageState, ...]]:
+        step = 32 * self.config.partition_split_32
+        partition = (x.shape[-2] // step, x.shape[-1] // step)
+        features, after = [], []
+        for stage, state in zip(self.stages, states, strict=True):
+            x, state = stage(x, state, partition, exchange)
+            features.append(x)
+            after.append(state)
+        return features, tuple(after)

@@ -1,0 +1,119 @@
+"""The detector: recurrent backbone, neck, head. Reads as single-device code; where a sequence lies is the exchange's affair."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config import ModelConfig
+from pipeline.model.backbone import Backbone
+from pipeline.model.exchange import Exchange, LocalExchange
+from pipeline.model.head import Geometry, YOLOXHead, decode
+from pipeline.model.neck import ATTENDED_SCALES, YOLOPAFPN
+from pipeline.model.state import DetectorState, StageState, forget_lanes
+
+
+class Detector(nn.Module):
+    """Frames (T, B, in_channels, H, W) uint8 and state in, raw predictions of the labelled frames and next state out.
+
+    Parameter names are those of RVT's published checkpoints without their `mdl.` prefix.
+    """
+
+    def __init__(self, config: ModelConfig, in_channels: int, exchange: Exchange | None = None) -> None:
+        super().__init__()
+        self.config, self.exchange = config, exchange or LocalExchange()
+        self.backbone = Backbone(config.backbone, in_channels)
+        fpn, dims = config.fpn, [config.backbone.dims[s - 1] for s in config.fpn.in_stages]
+        self.fpn = YOLOPAFPN(fpn.in_stages, dims, fpn.depth, fpn.enable_small_object_attention, fpn.attention_spatial,
+                             fpn.attention_temporal, temporal_window=fpn.temporal_window, identity_start=fpn.identity_start)
+        self.yolox_head = YOLOXHead(dims, 2 * config.backbone.embed_dim, config.head.num_classes)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(Backbone.strides[s - 1] for s in self.config.fpn.in_stages)
+
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size that frames are zero-padded to, right and below: multiples of 32 * partition_split_32."""
+        step = 32 * self.config.backbone.partition_split_32
+        return -(-height // step) * step, -(-width // step) * step
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        """Per scale (h, w, stride) for frames of this size."""
+        padded = self.input_size(height, width)
+        return tuple((padded[0] // s, padded[1] // s, s) for s in self.strides)
+
+    def initial_state(self, batch: int, height: int, width: int, *, device: torch.device | str | None = None,
+                      dtype: torch.dtype | None = None) -> DetectorState:
+        """Zeros for `batch` lanes of frames (height, width)."""
+        padded, dims, kind = self.input_size(height, width), self.config.backbone.dims, {"device": device, "dtype": dtype}
+
+        def zeros(*lead: int, stage: int) -> Tensor:
+            stride = Backbone.strides[stage]
+            return torch.zeros(*lead, dims[stage], padded[0] // stride, padded[1] // stride, **kind)  # type: ignore[arg-type]
+
+        stages = tuple(StageState(zeros(batch, stage=s), zeros(batch, stage=s)) for s in range(4))
+        back = self.config.fpn.looks_back
+        attended = self.config.fpn.in_stages[:ATTENDED_SCALES] if back else []
+        return DetectorState(stages, tuple(zeros(back, batch, stage=s - 1) for s in attended))
+
+    def forward(self, frames: Tensor, state: DetectorState, *, starts: Tensor, labelled: Tensor) -> tuple[Tensor, DetectorState]:
+        """
+        Args:
+            frames: (T, B, in_channels, H, W) uint8. starts: (B,) bool, lanes whose state begins at zero.
+            labelled: (T, B) bool, frames that predictions are wanted of; none at all is fine.
+        Returns:
+            (n, cells, 5 + classes) raw predictions of the n labelled frames in (t, b) order, and the next state.
+        """
+        x = self._pad(frames)
+        state = forget_lanes(state, starts)
+        features, stages = self.backbone(x, state.stages, self.exchange)
+        chosen = [features[s - 1] for s in self.config.fpn.in_stages]
+        look_back = _LookBack(labelled, state.previous, self.config.fpn.looks_back, self.exchange)
+        outputs = self.fpn([f[look_back.needed] for f in chosen], look_back)
+        return self.yolox_head(outputs), DetectorState(stages, tuple(look_back.carry))
+
+    def decode(self, raw: Tensor, height: int, width: int) -> Tensor:
+        """(n, cells, 5 + classes): cx, cy, w, h in pixels of the frames (height, width), objectness, class scores."""
+        return decode(raw, self.geometry(height, width))
+
+    def _pad(self, frames: Tensor) -> Tensor:
+        height, width = frames.shape[-2:]
+        padded = self.input_size(height, width)
+        x = frames.to(self.backbone.stages[0].downsample_cf2cl.conv.weight.dtype)  # type: ignore[union-attr]
+        return x if padded == (height, width) else F.pad(x, (0, padded[1] - width, 0, padded[0] - height))
+
+
+class _LookBack:
+    """Which frames the neck needs, and where each labelled frame finds the ones before it.
+
+    The neck runs on the labelled frames, the frames temporal attention looks back at, and the chunk's last ones, which the
+    next chunk looks back at. They are packed into one batch in (t, b) order; earlier ones come from the exchange.
+    """
+
+    def __init__(self, labelled: Tensor, carried: tuple[Tensor, ...], frames: int, exchange: Exchange) -> None:
+        self.frames, self.carried, self.exchange = frames, carried, exchange
+        self.carry: list[Tensor] = []
+        needed = labelled.clone()
+        for k in range(1, frames + 1):
+            needed[:-k] |= labelled[k:]
+        if frames:
+            needed[-frames:] = True
+        self.needed = needed
+        self.wanted = labelled[needed]  # among the packed ones
+        steps, lanes = labelled.shape
+        # Row of (t, b) in the bank: first the `frames` frames before the chunk, then the packed ones.
+        packed = needed.flatten().cumsum(0).view(steps, lanes) - 1 + frames * lanes
+        before = torch.arange(frames * lanes, device=labelled.device).view(frames, lanes)
+        self.row = torch.cat((before, packed))
+        t, b = labelled.nonzero(as_tuple=True)
+        self.rows_before = torch.stack([self.row[t + k, b] for k in range(frames)], 1) if frames else None
+
+    def __call__(self, scale: int, packed: Tensor) -> tuple[Tensor, Tensor | None]:
+        if scale >= len(self.carried) or self.rows_before is None:
+            return packed[self.wanted], None
+        carried = self.carried[scale]
+        lanes = carried.shape[1]
+        tail = torch.cat((carried.flatten(0, 1), packed))[self.row[-self.frames :].flatten()].view(self.frames, lanes, *packed.shape[1:])
+        before, carry = self.exchange.previous(tail, carried)
+        self.carry.append(carry)
+        bank = torch.cat((before.flatten(0, 1), packed))
+        return packed[self.wanted], bank[self.rows_before]

@@ -1,0 +1,30 @@
+"""Where tests find material that is not part of the project; absent, they skip with a reason."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def outside(variable: str, default: str) -> Path:
+    folder = Path(os.environ.get(variable, ROOT.parent / "shared" / default))
+    if not folder.is_dir():
+        reason = f"{folder} is not there; set {variable} to the folder that holds it"
+        if os.environ.get("EVSPAN_REQUIRE_SAMPLES"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def samples_dir() -> Path:
+    """Small real recordings and golden.json."""
+    return outside("EVSPAN_SAMPLES", "data")
+
+
+@pytest.fixture(scope="session")
+def parity_dir() -> Path:
+    """Weights, inputs and outputs of the published detector, and preprocessing fixtures."""
+    return outside("EVSPAN_PARITY", "parity")
