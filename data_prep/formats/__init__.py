@@ -1,0 +1,46 @@
+"""Sensor files in, events out, and back: `open_recording`, `open_writer`."""
+
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import RecordingError
+from data_prep.formats.dat import DatReader, DatWriter
+from data_prep.formats.evt2 import Evt2Reader
+from data_prep.formats.evt3 import Evt3Reader, Evt3Writer
+from data_prep.formats.h5 import H5Reader, H5Writer
+from data_prep.formats.header import raw_format
+from data_prep.formats.recording import Recording
+
+SUFFIXES = (".raw", ".dat", ".h5", ".hdf5")
+RAW_READERS: dict[str, type[Recording]] = {"evt3": Evt3Reader, "evt2": Evt2Reader}
+WRITERS: dict[str, Any] = {".raw": Evt3Writer, ".dat": DatWriter, ".h5": H5Writer}
+
+
+def open_recording(path: str | Path) -> Recording:
+    """A reader by suffix and header.
+
+    Raises:
+        RecordingError: no such file, an unknown suffix or format, or a header that does not say what is needed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecordingError(f"{path} is no file. Give a recording: one of {', '.join(SUFFIXES)}")
+    if path.suffix == ".raw":
+        kind = raw_format(path)
+        if kind not in RAW_READERS:
+            raise RecordingError(f"{path} is in format {kind or 'unknown'}; {', '.join(k.upper() for k in RAW_READERS)} can be read. "
+                                 "Convert it, for example with metavision_file_to_hdf5 and a copy to events/{t,x,y,p}")
+        return RAW_READERS[kind](path)
+    if path.suffix == ".dat":
+        return DatReader(path)
+    if path.suffix in (".h5", ".hdf5"):
+        return H5Reader(path)
+    raise RecordingError(f"{path} has the suffix {path.suffix or '(none)'}; recordings have one of {', '.join(SUFFIXES)}")
+
+
+def open_writer(path: str | Path, height: int, width: int) -> Any:
+    """A context manager with `write(events)`: EVT3 for .raw, CD events for .dat, events/{t,x,y,p} for .h5."""
+    path = Path(path)
+    if path.suffix not in WRITERS:
+        raise RecordingError(f"{path}: events are written as one of {', '.join(WRITERS)}")
+    return WRITERS[path.suffix](path, height, width)
