@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from pipeline.config import BackboneConfig
 from pipeline.model.exchange import Exchange
+from pipeline.model.layers import FrameConv2d
 from pipeline.model.state import StageState
+
+
+# Positions. Up to here plain products take half the time of the fused CPU kernel, which pays for every head and window.
+SMALL_WINDOW = 32
 
 
 class LayerScale(nn.Module):
@@ -43,8 +48,16 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         groups, positions, dim = x.shape
-        q, k, v = self.qkv(x).view(groups, positions, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(groups, positions, dim))
+        qkv = self.qkv(x).view(groups, positions, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
+        out = _attend(qkv) if x.is_cpu and positions <= SMALL_WINDOW else F.scaled_dot_product_attention(*qkv.unbind(0))
+        return self.proj(out.transpose(1, 2).reshape(groups, positions, dim))
+
+
+def _attend(qkv: Tensor) -> Tensor:
+    """scaled_dot_product_attention of (3, groups, heads, positions, c) in plain products."""
+    q, k, v = qkv.reshape(3, -1, *qkv.shape[3:]).unbind(0)  # contiguous: the batched products copy otherwise
+    weights = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).softmax(-1)
+    return torch.bmm(weights, v).view(qkv.shape[1:])
 
 
 class PartitionAttention(nn.Module):
@@ -93,12 +106,13 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, dim: int, factor: int) -> None:
         super().__init__()
-        kernel = 7 if factor == 4 else 3
-        self.conv = nn.Conv2d(channels, dim, kernel, stride=factor, padding=kernel // 2, bias=False)
+        kernel, kind = (7, FrameConv2d) if factor == 4 else (3, nn.Conv2d)
+        self.conv = kind(channels, dim, kernel, stride=factor, padding=kernel // 2, bias=False)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x).permute(0, 2, 3, 1).contiguous())
+    def forward(self, x: Tensor, *padding: tuple[int, int]) -> Tensor:
+        """`padding` (rows below, columns on the right) is for frames only."""
+        return self.norm(self.conv(x, *padding).permute(0, 2, 3, 1).contiguous())
 
 
 class CellLSTM(nn.Module):
@@ -106,30 +120,25 @@ class CellLSTM(nn.Module):
 
     def __init__(self, dim: int, *, dws_conv: bool) -> None:
         super().__init__()
-        self.dim = dim
-        if dws_conv:
-            self.conv3x3_dws = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.dws_conv = dws_conv
+        self.conv3x3_dws = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if dws_conv else None
         self.conv1x1 = nn.Conv2d(2 * dim, 4 * dim, 1)
 
-    def forward(self, x: Tensor, state: StageState, exchange: Exchange) -> tuple[Tensor, StageState]:
-        """x: (T, B, h, w, C) -> hidden states of the same shape, and the last state."""
-        weight = self.conv1x1.weight.flatten(1)
-        gates = F.linear(x, weight[:, : self.dim], self.conv1x1.bias)
-        return exchange.scan(self._recur, gates, state)
+    def forward(self, x: Tensor, state: StageState) -> tuple[Tensor, StageState]:
+        """x: (T, B, h, w, C) -> hidden states of the same shape, and the state after the last frame.
 
-    def _recur(self, gates: Tensor, state: StageState) -> tuple[Tensor, StageState]:
-        """gates: (T, B, h, w, 4C), the input half."""
-        from_hidden = self.conv1x1.weight.flatten(1)[:, self.dim :]
-        hidden, cell = (t.permute(0, 2, 3, 1) for t in state)
+        Without conv3x3_dws every cell (h, w) is on its own, so any subset of them may be handed in.
+        """
+        dim = x.shape[-1]
+        weight = self.conv1x1.weight.flatten(1)
+        # One layout whatever the state went through (a checkpoint, a collective): the same bits come out.
+        hidden, cell = (t.permute(0, 2, 3, 1).contiguous() for t in state)
         out = []
-        for gate in gates.unbind(0):
-            if self.dws_conv:
+        for gates in F.linear(x, weight[:, :dim], self.conv1x1.bias).unbind(0):
+            if self.conv3x3_dws is not None:
                 hidden = self.conv3x3_dws(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            gate = gate + F.linear(hidden, from_hidden)
-            forget, write, read = gate[..., : 3 * self.dim].sigmoid().chunk(3, dim=-1)
-            cell = forget * cell + write * gate[..., 3 * self.dim :].tanh()
-            hidden = read * cell.tanh()
+            forget, write, read, candidate = (gates + F.linear(hidden, weight[:, dim:])).chunk(4, dim=-1)
+            cell = forget.sigmoid() * cell + write.sigmoid() * candidate.tanh()
+            hidden = read.sigmoid() * cell.tanh()
             out.append(hidden)
         return torch.stack(out), StageState(hidden.permute(0, 3, 1, 2), cell.permute(0, 3, 1, 2))
 
@@ -141,18 +150,16 @@ class Stage(nn.Module):
         self.att_blocks = nn.ModuleList(AttentionPair(dim, config, first=i == 0) for i in range(blocks))
         self.lstm = CellLSTM(dim, dws_conv=config.dws_conv)
 
-    def forward(self, x: Tensor, state: StageState, partition: tuple[int, int], exchange: Exchange) -> tuple[Tensor, StageState]:
-        """x: (T, B, C, h, w) -> (T, B, C', h', w'), and the stage's next state."""
-        steps, lanes = x.shape[:2]
-        y = self.downsample_cf2cl(x.flatten(0, 1))
+    def spatial(self, x: Tensor, partition: tuple[int, int], *padding: tuple[int, int]) -> Tensor:
+        """(N, C, h, w) -> (N, h', w', C'), all frames alike."""
+        x = self.downsample_cf2cl(x, *padding)
         for pair in self.att_blocks:
-            y = pair(y, partition)
-        y, state = self.lstm(y.view(steps, lanes, *y.shape[1:]), state, exchange)
-        return y.permute(0, 1, 4, 2, 3), state
+            x = pair(x, partition)
+        return x
 
 
 class Backbone(nn.Module):
-    """(T, B, in_channels, H, W) -> features of the four stages at strides 4, 8, 16, 32."""
+    """Four stages at strides 4, 8, 16, 32."""
 
     strides = (4, 8, 16, 32)
 
@@ -162,12 +169,27 @@ class Backbone(nn.Module):
         inputs = [in_channels, *config.dims[:-1]]
         self.stages = nn.ModuleList(Stage(inputs[i], config.dims[i], 4 if i == 0 else 2, config.num_blocks[i], config) for i in range(4))
 
-    def forward(self, x: Tensor, states: tuple[StageState, ...], exchange: Exchange) -> tuple[list[Tensor], tuple[StageState, ...]]:
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size that frames are zero-padded to, below and on the right, so that windows divide every stage's map."""
         step = 32 * self.config.partition_split_32
-        partition = (x.shape[-2] // step, x.shape[-1] // step)
+        return -(-height // step) * step, -(-width // step) * step
+
+    def forward(self, frames: Tensor, states: tuple[StageState, ...], exchange: Exchange) -> tuple[list[Tensor], tuple[StageState, ...]]:
+        """
+        Args:
+            frames: (T, B, in_channels, H, W) uint8, unpadded. states: one per stage.
+        Returns:
+            per stage the features (T, B, C, h, w) = hidden states, and the states after the last frame.
+        """
+        steps, lanes, _, height, width = frames.shape
+        padded = self.input_size(height, width)
+        partition = tuple(size // (32 * self.config.partition_split_32) for size in padded)
+        x, padding = frames.flatten(0, 1), [(padded[0] - height, padded[1] - width)]
         features, after = [], []
         for stage, state in zip(self.stages, states, strict=True):
-            x, state = stage(x, state, partition, exchange)
-            features.append(x)
+            y = stage.spatial(x, partition, *padding)
+            y, state = exchange.scan(stage.lstm, y.view(steps, lanes, *y.shape[1:]), state)
+            features.append(y.permute(0, 1, 4, 2, 3))
+            x, padding = features[-1].flatten(0, 1), []
             after.append(state)
         return features, tuple(after)

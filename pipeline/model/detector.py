@@ -1,7 +1,6 @@
 """The detector: recurrent backbone, neck, head. Reads as single-device code; where a sequence lies is the exchange's affair."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
@@ -33,8 +32,7 @@ class Detector(nn.Module):
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """The size that frames are zero-padded to, right and below: multiples of 32 * partition_split_32."""
-        step = 32 * self.config.backbone.partition_split_32
-        return -(-height // step) * step, -(-width // step) * step
+        return self.backbone.input_size(height, width)
 
     def geometry(self, height: int, width: int) -> Geometry:
         """Per scale (h, w, stride) for frames of this size."""
@@ -63,23 +61,16 @@ class Detector(nn.Module):
         Returns:
             (n, cells, 5 + classes) raw predictions of the n labelled frames in (t, b) order, and the next state.
         """
-        x = self._pad(frames)
         state = forget_lanes(state, starts)
-        features, stages = self.backbone(x, state.stages, self.exchange)
+        features, stages = self.backbone(frames, state.stages, self.exchange)
         chosen = [features[s - 1] for s in self.config.fpn.in_stages]
         look_back = _LookBack(labelled, state.previous, self.config.fpn.looks_back, self.exchange)
-        outputs = self.fpn([f[look_back.needed] for f in chosen], look_back)
+        outputs = self.fpn([f.flatten(0, 1)[look_back.needed] for f in chosen], look_back)
         return self.yolox_head(outputs), DetectorState(stages, tuple(look_back.carry))
 
     def decode(self, raw: Tensor, height: int, width: int) -> Tensor:
         """(n, cells, 5 + classes): cx, cy, w, h in pixels of the frames (height, width), objectness, class scores."""
         return decode(raw, self.geometry(height, width))
-
-    def _pad(self, frames: Tensor) -> Tensor:
-        height, width = frames.shape[-2:]
-        padded = self.input_size(height, width)
-        x = frames.to(self.backbone.stages[0].downsample_cf2cl.conv.weight.dtype)  # type: ignore[union-attr]
-        return x if padded == (height, width) else F.pad(x, (0, padded[1] - width, 0, padded[0] - height))
 
 
 class _LookBack:
@@ -92,28 +83,32 @@ class _LookBack:
     def __init__(self, labelled: Tensor, carried: tuple[Tensor, ...], frames: int, exchange: Exchange) -> None:
         self.frames, self.carried, self.exchange = frames, carried, exchange
         self.carry: list[Tensor] = []
+        steps, lanes = labelled.shape
         needed = labelled.clone()
         for k in range(1, frames + 1):
             needed[:-k] |= labelled[k:]
         if frames:
             needed[-frames:] = True
-        self.needed = needed
-        self.wanted = labelled[needed]  # among the packed ones
-        steps, lanes = labelled.shape
-        # Row of (t, b) in the bank: first the `frames` frames before the chunk, then the packed ones.
-        packed = needed.flatten().cumsum(0).view(steps, lanes) - 1 + frames * lanes
-        before = torch.arange(frames * lanes, device=labelled.device).view(frames, lanes)
-        self.row = torch.cat((before, packed))
-        t, b = labelled.nonzero(as_tuple=True)
-        self.rows_before = torch.stack([self.row[t + k, b] for k in range(frames)], 1) if frames else None
+        places = labelled.flatten().nonzero()[:, 0]
+        self.needed = needed.flatten().nonzero()[:, 0] if frames else places
+        # Row of every frame, the `frames` before the chunk first, in (those before ++ the packed ones).
+        before = torch.arange(frames * lanes, device=labelled.device)
+        row = torch.cat((before, needed.flatten().cumsum(0) - 1 + frames * lanes))
+        self.wanted = row[places + frames * lanes] - frames * lanes
+        self.last = row[steps * lanes :]
+        self.rows_before = torch.stack([row[places + k * lanes] for k in range(frames)], 1) if frames else None
 
     def __call__(self, scale: int, packed: Tensor) -> tuple[Tensor, Tensor | None]:
         if scale >= len(self.carried) or self.rows_before is None:
-            return packed[self.wanted], None
+            return packed if len(packed) == len(self.wanted) else packed[self.wanted], None
         carried = self.carried[scale]
-        lanes = carried.shape[1]
-        tail = torch.cat((carried.flatten(0, 1), packed))[self.row[-self.frames :].flatten()].view(self.frames, lanes, *packed.shape[1:])
+        tail = _rows(carried, packed)[self.last].view(carried.shape)
         before, carry = self.exchange.previous(tail, carried)
         self.carry.append(carry)
-        bank = torch.cat((before.flatten(0, 1), packed))
-        return packed[self.wanted], bank[self.rows_before]
+        return packed[self.wanted], _rows(before, packed)[self.rows_before]
+
+
+def _rows(before: Tensor, packed: Tensor) -> Tensor:
+    # One layout whatever the carry went through (a checkpoint, a collective): the same bits come out of what follows.
+    parts = (before.flatten(0, 1), packed)
+    return torch.cat([part.contiguous(memory_format=torch.channels_last) for part in parts])

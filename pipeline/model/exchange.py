@@ -12,13 +12,20 @@ Recurrence = Callable[[Tensor, StageState], tuple[Tensor, StageState]]
 
 class Exchange(Protocol):
     def scan(self, recurrence: Recurrence, x: Tensor, state: StageState) -> tuple[Tensor, StageState]:
-        """Run `recurrence` over this rank's frames x (T, B, ...) from `state` on; called once per stage."""
+        """Run `recurrence` over this rank's frames x (T, B, h, w, C) from `state` on; called once per stage.
+
+        The recurrence takes any subset of the cells (h, w), say (T, 1, 1, cells, C) with states (1, C, 1, cells), unless
+        the backbone's dws_conv is on. Returns the hidden states, shaped as x, and the next state.
+        """
 
     def previous(self, tail: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
         """The frames before this rank's, and the next carry.
 
         Args:
-            tail: (looks_back, B, C, h, w) this rank's last frames. carry: the same shape, from before the chunk.
+            tail: (looks_back, B, C, h, w) this rank's last frames; of a shorter chunk, frames of `carry` come first.
+            carry: the same shape, from before the chunk. Called once per attended scale.
+        Returns:
+            the frames before this rank's first one, oldest first, and the next carry; both shaped as `tail`.
         """
 
 

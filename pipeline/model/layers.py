@@ -1,10 +1,53 @@
 """Convolution blocks of YOLOX (Ge et al. 2021, arXiv:2107.08430), under its parameter names."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.model.norm import BatchNorm2d
+
+CAST_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}  # bytes of frames cast from uint8 at a time; on CPU what caches hold
+
+
+class FrameConv2d(nn.Conv2d):
+    """A convolution without bias on uint8 frames, which are cast and zero-padded (right, below) a few at a time.
+
+    What waits for backward are the frames as they came, a quarter of their float32 copy; they get no gradient themselves.
+    """
+
+    def forward(self, frames: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
+        """frames: (N, C, h, w), padding: rows below and columns on the right."""
+        return _FrameConvolution.apply(frames, self.weight, padding, self.stride, self.padding)
+
+
+class _FrameConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, frames: Tensor, weight: Tensor, padding: tuple[int, int], stride: tuple[int, int],
+                border: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(frames, weight)
+        ctx.padding, ctx.stride, ctx.border = padding, stride, border
+        return torch.cat([F.conv2d(x, weight, stride=stride, padding=border) for x in _cast(frames, weight, padding)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        frames, weight = ctx.saved_tensors
+        total = torch.zeros_like(weight, dtype=torch.float32)
+        done = 0
+        for x in _cast(frames, weight, ctx.padding):
+            part = gradient[done : done + len(x)].contiguous()
+            total += torch.nn.grad.conv2d_weight(x, weight.shape, part, stride=ctx.stride, padding=ctx.border)
+            done += len(x)
+        return None, total.to(weight.dtype), None, None, None
+
+
+def _cast(frames: Tensor, weight: Tensor, padding: tuple[int, int]) -> Iterator[Tensor]:
+    budget = CAST_AT_ONCE.get(frames.device.type, 2**28)
+    for part in frames.split(max(1, budget // max(1, frames[:1].numel() * weight.element_size()))):
+        x = part.to(weight.dtype)
+        yield x if padding == (0, 0) else F.pad(x, (0, padding[1], 0, padding[0]))
 
 
 class BaseConv(nn.Module):

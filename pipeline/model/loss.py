@@ -15,13 +15,17 @@ IOU_WEIGHT = 5.0
 
 
 class Losses(NamedTuple):
-    """This rank's sums divided by the positives of all ranks; `iou` includes its factor 5. positives: of all ranks."""
+    """This rank's sums divided by the positives of all ranks; `iou` includes its factor 5.
+
+    positives: cells that answer for a box, and boxes: ground-truth boxes, both counted over all ranks.
+    """
 
     total: Tensor
     iou: Tensor
     objectness: Tensor
     classes: Tensor
     positives: Tensor
+    boxes: Tensor
 
 
 def size_weights(area: Tensor, config: HeadConfig) -> Tensor:
@@ -41,19 +45,22 @@ def detection_loss(raw: Tensor, boxes: Tensor, counts: Tensor, geometry: Geometr
     Args:
         raw: (n, cells, 5 + classes) of the n labelled frames, n may be 0. boxes: (n, G, 5) float32 class, cx, cy, w, h in
             input pixels, rows beyond counts (n,) are padding. geometry: per scale (h, w, stride).
+        sum_over_ranks: an all-reduce; the counts pass through it, no gradient does. The sum of `total` over the ranks is
+            the loss of the global batch.
     """
+    if boxes.shape[1] == 0:
+        boxes = boxes.new_zeros(len(boxes), 1, 5)
     raw = raw.float()
     assignment = assign(raw, boxes, counts, geometry, config)
     foreground = assignment.foreground
-    positives = foreground.sum().float()
-    if sum_over_ranks is not None:
-        positives = sum_over_ranks(positives)
+    tallies = torch.stack((foreground.sum(), counts.sum())).float()
+    positives, total_boxes = tallies if sum_over_ranks is None else sum_over_ranks(tallies)
     share = 1 / positives.clamp(min=1)
     target = boxes.gather(1, assignment.box[..., None].expand(-1, -1, 5))  # (n, cells, 5)
     iou = _iou_sum(raw, target, foreground, geometry, config) * IOU_WEIGHT * share
     objectness = F.binary_cross_entropy_with_logits(raw[..., 4], foreground.float(), reduction="sum") * share
     classes = _class_sum(raw, target, assignment) * share
-    return Losses(iou + objectness + classes, iou, objectness, classes, positives)
+    return Losses(iou + objectness + classes, iou, objectness, classes, positives, total_boxes)
 
 
 def _iou_sum(raw: Tensor, target: Tensor, foreground: Tensor, geometry: Geometry, config: HeadConfig) -> Tensor:

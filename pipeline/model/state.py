@@ -15,7 +15,8 @@ class StageState(NamedTuple):
 
 
 class DetectorState(NamedTuple):
-    """stages: one per backbone stage. previous: per attended scale the last frames' features (looks_back, B, C, h, w)."""
+    """stages: one per backbone stage. previous: per attended scale the last frames' features (looks_back, B, C, h, w),
+    oldest first, those that temporal attention looks back at; () without it."""
 
     stages: tuple[StageState, ...]
     previous: tuple[Tensor, ...]
@@ -31,16 +32,15 @@ def state_from_tensors(tensors: list[Tensor], like: DetectorState) -> DetectorSt
     wanted = state_tensors(like)
     if [t.shape for t in tensors] != [t.shape for t in wanted]:
         raise ValueError(f"state of shapes {[tuple(t.shape) for t in tensors]} for {[tuple(t.shape) for t in wanted]}")
-    stages = len(like.stages)
-    pairs = tuple(StageState(tensors[2 * i], tensors[2 * i + 1]) for i in range(stages))
-    return DetectorState(pairs, tuple(tensors[2 * stages :]))
+    return _assemble(tensors, len(like.stages))
 
 
-def map_state(function: Callable[[Tensor], Tensor], state: DetectorState) -> DetectorState:
-    return state_from_tensors_unchecked([function(t) for t in state_tensors(state)], len(state.stages))
+def map_state(function: Callable[..., Tensor], *states: DetectorState) -> DetectorState:
+    """function(tensor of the first state, of the second, ...) for every tensor; states of one form."""
+    return _assemble([function(*ts) for ts in zip(*map(state_tensors, states), strict=True)], len(states[0].stages))
 
 
-def state_from_tensors_unchecked(tensors: list[Tensor], stages: int) -> DetectorState:
+def _assemble(tensors: list[Tensor], stages: int) -> DetectorState:
     pairs = tuple(StageState(tensors[2 * i], tensors[2 * i + 1]) for i in range(stages))
     return DetectorState(pairs, tuple(tensors[2 * stages :]))
 
