@@ -1,0 +1,39 @@
+"""What a simulated recording is like."""
+
+from dataclasses import dataclass
+
+from data_prep.config import require
+
+CLASSES = ("ball", "box", "bar")  # class_id 0, 1, 2
+LARGEST_SENSOR = 2048  # EVT3 addresses have 11 bits
+
+
+@dataclass(kw_only=True)
+class SimulatorConfig:
+    """Sensor and scene; the defaults are a Gen4 sensor that fires 2 to 5 million events a second."""
+
+    height: int = 720
+    width: int = 1280
+    min_objects: int = 2  # at once
+    max_objects: int = 8
+    stop_share: float = 0.3  # of the objects stop on their way, each for 1 to 2.2 s
+    small_share: float = 0.35  # of the objects are 20 to 40 px long, the others up to 160
+    contrast_threshold: float = 0.2  # change of log intensity that makes an event
+    threshold_mismatch: float = 0.03  # standard deviation over the pixels, relative
+    refractory_us: int = 200  # a pixel is blind for so long after an event
+    noise_hz: float = 0.2  # background events per pixel
+    step_us: int = 2000  # between two renderings; event times are interpolated within
+
+    def __post_init__(self) -> None:
+        require(160 <= self.height <= LARGEST_SENSOR and 160 <= self.width <= LARGEST_SENSOR,
+                f"width {self.width} x height {self.height}: give 160 to {LARGEST_SENSOR} pixels each")
+        require(0 <= self.min_objects <= self.max_objects <= 50,
+                f"min_objects {self.min_objects} and max_objects {self.max_objects}: give 0 to 50, the smaller first")
+        for name in ("stop_share", "small_share"):
+            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; give a share from 0 to 1")
+        require(0.05 <= self.contrast_threshold <= 2,
+                f"contrast_threshold is {self.contrast_threshold}; give 0.05 to 2 (in log intensity)")
+        require(0 <= self.threshold_mismatch <= 0.2, f"threshold_mismatch is {self.threshold_mismatch}; give 0 to 0.2")
+        require(self.refractory_us >= 0, f"refractory_us is {self.refractory_us}; give 0 us or more")
+        require(0 <= self.noise_hz <= 50, f"noise_hz is {self.noise_hz}; give 0 to 50 events per pixel and second")
+        require(100 <= self.step_us <= 5000, f"step_us is {self.step_us}; give 100 to 5000 us")
