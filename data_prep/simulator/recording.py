@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,11 +81,10 @@ def simulate(path: str | Path, *, seconds: float, seed: int, config: SimulatorCo
     """
     path = Path(path)
     boxes_path = path.with_name(f"{recording_name(path)}_bbox.npy")
-    beside = [p.with_name(f".{p.stem}.{os.getpid()}.writing{p.suffix}") for p in (path, boxes_path)]
     path.parent.mkdir(parents=True, exist_ok=True)
     first, last, count = 0, -1, 0
-    try:
-        with open_writer(beside[0], config.height, config.width) as writer:
+    with TemporaryDirectory(prefix=".writing-", dir=path.parent) as beside:
+        with open_writer(Path(beside) / path.name, config.height, config.width) as writer:
             for events in simulated_events(seconds, seed, config):
                 writer.write(events)
                 if events.t.size:
@@ -92,10 +92,8 @@ def simulate(path: str | Path, *, seconds: float, seed: int, config: SimulatorCo
                     count += events.t.size
         boxes = simulated_boxes(seconds, seed, config)
         boxes = boxes[(boxes["t"] > first) & (boxes["t"] <= last)]  # without noise the first and last events may lie inside
-        write_boxes(beside[1], boxes)
-        os.replace(beside[1], boxes_path)  # first: a recording without boxes would pass for an unlabelled one
-        os.replace(beside[0], path)
-    finally:
-        for left in beside:
-            left.unlink(missing_ok=True)
+        write_boxes(Path(beside) / boxes_path.name, boxes)
+        # Boxes first: a recording without them would pass for an unlabelled one.
+        os.replace(Path(beside) / boxes_path.name, boxes_path)
+        os.replace(Path(beside) / path.name, path)
     return SimulationReport(path, boxes_path, count, boxes.size, len(np.unique(boxes["track_id"])))

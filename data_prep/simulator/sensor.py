@@ -2,6 +2,7 @@
 
 A pixel fires when its log intensity has moved by its threshold from the level of its last event; crossing times are
 interpolated linearly between two renderings (ESIM: Rebecq, Gehrig & Scaramuzza, CoRL 2018). Pixel x covers [x, x + 1).
+A pixel that has just fired is blind for the refractory period: what it would have fired is lost, its level still moves.
 An event is one int64, `t << 23 | y << 12 | x << 1 | p`, so that sorting the numbers sorts the events.
 """
 
@@ -82,16 +83,16 @@ def _append(out, n, t, x, y, p):
 
 
 @njit(cache=True, nogil=True)
-def fire(out, times, shapes, centres, background, noise, canvas, level, reference, threshold, last, refractory):
-    """Events from times[0] on, up to but without times[-1]; returns (out, how many), unsorted.
+def fire(out, times, shapes, centres, background, canvas, level, reference, threshold):
+    """Threshold crossings from times[0] on, up to but without times[-1]; returns (out, how many), unsorted.
 
     Args:
         out: buffer for packed events; replaced by a larger one where they do not fit.
-        times: (S + 1,) int64 us. shapes: (K, columns). centres: (S + 1, K, 2). noise: packed background events, sorted.
-        level: (H, W) log intensity as of the last rendering. reference: (H, W) that of the last event.
-        threshold: (H, W) of each pixel. last: (H, W) int64 us of the last event. All three and `canvas` carry on.
+        times: (S + 1,) int64 us. shapes: (K, columns). centres: (S + 1, K, 2).
+        level: (H, W) log intensity as of the last rendering. reference: (H, W) that of the last event. threshold: (H, W).
+            The first two and `canvas` carry on.
     """
-    n = taken = 0
+    n = 0
     height, width = canvas.shape
     for s in range(1, times.size):
         began, span = times[s - 1], times[s] - times[s - 1]
@@ -113,18 +114,25 @@ def fire(out, times, shapes, centres, background, noise, canvas, level, referenc
                     while sign * (new - reference[y, x]) >= step:
                         reference[y, x] += sign * step
                         t = began + min(span - 1, int((reference[y, x] - old) / (new - old) * span))
-                        if t - last[y, x] >= refractory:
-                            last[y, x] = t
-                            out = _append(out, n, t, x, y, 1 if sign > 0 else 0)
-                            n += 1
-        while taken < noise.size and noise[taken] >> 23 < times[s]:
-            t, y, x = noise[taken] >> 23, (noise[taken] >> 12) & 0x7FF, (noise[taken] >> 1) & 0x7FF
-            if abs(t - last[y, x]) >= refractory:
-                last[y, x] = max(last[y, x], t)
-                out = _append(out, n, t, x, y, noise[taken] & 1)
-                n += 1
-            taken += 1
+                        out = _append(out, n, t, x, y, 1 if sign > 0 else 0)
+                        n += 1
     return out, n
+
+
+@njit(cache=True, nogil=True)
+def leave_out_refractory(packed, last, refractory):
+    """Move the events of pixels that are not blind to the front; returns how many.
+
+    packed: sorted. last: (H, W) us, carries on.
+    """
+    n = 0
+    for event in packed:
+        t, y, x = event >> 23, (event >> 12) & 0x7FF, (event >> 1) & 0x7FF
+        if t - last[y, x] >= refractory:
+            last[y, x] = t
+            packed[n] = event
+            n += 1
+    return n
 
 
 @njit(cache=True, nogil=True)
@@ -173,10 +181,10 @@ class Sensor:
 
     def events(self, times: NDArray[np.int64], shapes: NDArray, centres: NDArray) -> Events:
         """The events of [times[0], times[-1]), sorted; calls must follow each other in time."""
-        noise = self._noise(int(times[0]), int(times[-1]))
-        self.out, n = fire(self.out, times, shapes, centres, self.background, noise, self.canvas, self.level, self.reference,
-                           self.threshold, self.last, self.config.refractory_us)
-        packed = np.sort(self.out[:n])
+        self.out, n = fire(self.out, times, shapes, centres, self.background, self.canvas, self.level, self.reference,
+                           self.threshold)
+        packed = np.sort(np.concatenate((self.out[:n], self._noise(int(times[0]), int(times[-1])))))
+        packed = packed[: leave_out_refractory(packed, self.last, self.config.refractory_us)]
         x, y, p = (packed >> 1) & 0x7FF, (packed >> 12) & 0x7FF, packed & 1
         return Events(packed >> 23, x.astype(np.uint16), y.astype(np.uint16), p.astype(np.uint8))
 
@@ -184,4 +192,4 @@ class Sensor:
         height, width = self.level.shape
         n = self.rng.poisson(self.config.noise_hz * height * width * (end - start) / 1e6)
         t, y, x, p = (self.rng.integers(low, high, n) for low, high in ((start, end), (0, height), (0, width), (0, 2)))
-        return np.sort(t << 23 | y << 12 | x << 1 | p)
+        return t << 23 | y << 12 | x << 1 | p

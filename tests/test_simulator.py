@@ -1,0 +1,267 @@
+"""The simulator: what it promises of events, boxes and files."""
+
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from data_prep.boxes import find_boxes, read_boxes
+from data_prep.errors import ConfigError, RecordingError
+from data_prep.events import Events
+from data_prep.formats import open_recording
+from data_prep.simulate import main
+from data_prep.simulator import CLASSES, SimulatorConfig, simulate, simulated_boxes, simulated_events
+from data_prep.simulator.scene import BAR, SHAPE_COLUMNS, make_scene, shapes_and_centres
+from data_prep.simulator.sensor import Sensor, render
+
+SMALL = SimulatorConfig(height=240, width=320)
+
+
+def together(blocks) -> Events:
+    return Events(*(np.concatenate(c) for c in zip(*blocks, strict=True)))
+
+
+def disc(radius, *, swing=0.0, mean=1.0):
+    row = dict(zip(SHAPE_COLUMNS, (0, radius, radius, 1, 0, radius, radius, 10, 0, mean, swing), strict=True))
+    return np.array([list(row.values())], np.float32)
+
+
+def test_same_seed_same_events_another_seed_others():
+    first, again, other = (together(simulated_events(0.3, seed, SMALL)) for seed in (3, 3, 4))
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert first.t.size != other.t.size or (first.x != other.x).any()
+    np.testing.assert_array_equal(simulated_boxes(0.3, 3, SMALL), simulated_boxes(0.3, 3, SMALL))
+
+
+def test_events_are_sorted_and_inside():
+    events = together(simulated_events(0.21, 0, SMALL))  # not a whole number of blocks
+    assert events.t.size > 1000 and (np.diff(events.t) >= 0).all()
+    assert events.t[0] >= 0 and 205_000 < events.t[-1] < 210_000
+    assert events.x.max() < 320 and events.y.max() < 240 and set(np.unique(events.p)) == {0, 1}
+
+
+def test_gen4_rate_is_two_to_five_million_a_second():
+    counts = [sum(e.t.size for e in simulated_events(1.0, seed)) for seed in range(3)]
+    assert 2e6 < np.mean(counts) < 5e6
+
+
+def test_no_pixel_fires_within_its_refractory_period():
+    config = SimulatorConfig(height=200, width=200, refractory_us=1500, noise_hz=20)
+    events = together(simulated_events(0.4, 1, config))
+    order = np.lexsort((events.t, events.x, events.y))
+    same = (np.diff(events.x[order].astype(int)) == 0) & (np.diff(events.y[order].astype(int)) == 0)
+    gaps = np.diff(events.t[order])[same]
+    assert gaps.size > 1000 and gaps.min() >= 1500
+
+
+def test_noise_alone_is_poisson_in_space_and_time():
+    config = SimulatorConfig(height=200, width=300, min_objects=0, max_objects=0, noise_hz=5, refractory_us=0)
+    events = together(simulated_events(2.0, 5, config))
+    mean = 5 * 200 * 300 * 2
+    assert abs(events.t.size - mean) < 5 * mean**0.5
+    assert abs(events.p.mean() - 0.5) < 0.01
+    per_pixel = np.bincount(events.y.astype(int) * 300 + events.x, minlength=60_000)
+    assert per_pixel.var() / per_pixel.mean() == pytest.approx(1, abs=0.03)  # of a Poisson count; 0.006 standard deviation
+    assert np.bincount(events.t // 100_000).std() < 2 * (mean / 20) ** 0.5
+    assert simulated_boxes(2.0, 5, config).size == 0
+
+
+def test_a_pixel_counts_thresholds_and_interpolates_times():
+    """A bright disc runs over single pixels: events by the slow definition, in number, polarity and time."""
+    config = SimulatorConfig(height=200, width=200, threshold_mismatch=0, noise_hz=0, refractory_us=0, step_us=500)
+    shapes, times = disc(20), np.arange(0, 400_001, 500)
+    centres = np.stack([-22 + 100e-6 * times, np.full(times.size, 100)], 1)[:, None].astype(np.float32)  # 100 px/s
+    sensor = Sensor(np.zeros((200, 200), np.float32), shapes, centres[0], np.random.default_rng(0), config)
+    reference = sensor.reference.copy()
+    events = sensor.events(times, shapes, centres)
+    for y, x in ((100, 10), (95, 3), (81, 12)):
+        mine = (events.x == x) & (events.y == y)
+        levels = []
+        for cx, cy in centres[:, 0].astype(float):
+            alpha = min(1.0, max(0.0, 20.5 - np.hypot(x + 0.5 - cx, y + 0.5 - cy)))
+            levels.append(alpha * 1.0)
+        expected, level = [], float(reference[y, x])
+        for i in range(1, len(levels)):
+            old, new = levels[i - 1], levels[i]
+            while abs(new - level) >= 0.2 and (new - level) * (new - old) > 0:
+                level += 0.2 * np.sign(new - old)
+                expected.append((times[i - 1] + (level - old) / (new - old) * 500, int(new > old)))
+        assert [p for _, p in expected] == events.p[mine].tolist() and len(expected) >= 4
+        np.testing.assert_allclose(events.t[mine], [t for t, _ in expected], atol=3)
+
+
+def test_a_still_scene_is_silent_and_a_block_boundary_does_not_matter():
+    config = SimulatorConfig(height=200, width=200, noise_hz=0)
+    shapes, times = disc(30, swing=0.5), np.arange(0, 200_001, 2000)
+    path = np.stack([50 + 100e-6 * np.minimum(times, 100_000), np.full(times.size, 90)], 1)[:, None].astype(np.float32)
+
+    def sensor():
+        return Sensor(np.zeros((200, 200), np.float32), shapes, path[0], np.random.default_rng(0), config)
+
+    whole = sensor().events(times, shapes, path)
+    assert whole.t.size > 1000 and whole.t.max() < 100_000
+    parts = sensor()
+    pieces = together([parts.events(times[a : b + 1], shapes, path[a : b + 1]) for a, b in ((0, 7), (7, 40), (40, 100))])
+    for a, b in zip(whole, pieces, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def mask_of(track, t, height, width):
+    """Definition, without the kernels: pixel centres inside the shape."""
+    shape = dict(zip(SHAPE_COLUMNS, track.shape.astype(float), strict=True))
+    cx, cy = track.centre(np.array([t]))[0].astype(float)
+    dy, dx = np.mgrid[:height, :width] + 0.5 - np.array([cy, cx])[:, None, None]
+    u, v = shape["cos"] * dx + shape["sin"] * dy, shape["cos"] * dy - shape["sin"] * dx
+    if track.class_id == 0:
+        return u**2 + v**2 <= shape["half_u"] ** 2
+    return (abs(u) <= shape["half_u"]) & (abs(v) <= shape["half_v"])
+
+
+def test_boxes_are_the_extents_of_what_is_visible():
+    config, seconds, seed = SimulatorConfig(height=300, width=400, min_objects=4, max_objects=8), 3.0, 2
+    scene = make_scene(int(1e6 * seconds), np.random.default_rng(np.random.SeedSequence(seed).spawn(2)[0]), config)
+    boxes = simulated_boxes(seconds, seed, config)
+    cropped = hidden = 0
+    for t in np.unique(boxes["t"])[::9].tolist():
+        expected = {}
+        tracks = scene.alive(t, t)
+        masks = [mask_of(track, t, 300, 400) for track in tracks]
+        for i, track in enumerate(tracks):
+            visible = masks[i] & ~np.any(masks[i + 1 :], 0) if masks[i + 1 :] else masks[i]
+            hidden += visible.sum() < masks[i].sum()
+            if visible.sum() < 0.3 * track.area:
+                cropped += masks[i].any()
+                continue
+            rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
+            expected[track.track_id] = (columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1, track.class_id)
+        got = {int(b["track_id"]): tuple(int(b[k]) for k in ("x", "y", "w", "h", "class_id")) for b in boxes[boxes["t"] == t]}
+        assert got.keys() == expected.keys()
+        for track_id, box in got.items():  # float32 against float64: a centre on the very outline may fall either way
+            np.testing.assert_allclose(box, expected[track_id], atol=1)
+    assert cropped and hidden
+
+
+def test_boxes_are_where_the_picture_differs_from_the_background():
+    config = SimulatorConfig(height=300, width=400, min_objects=1, max_objects=1, stop_share=0)
+    scene = make_scene(4_000_000, np.random.default_rng(np.random.SeedSequence(8).spawn(2)[0]), config)
+    boxes = simulated_boxes(4.0, 8, config)
+    checked = 0
+    for box in boxes[::20]:
+        t = int(box["t"])
+        shapes, centres = shapes_and_centres(scene.alive(t, t), np.array([t]))
+        canvas = np.zeros_like(scene.background)
+        render(canvas, scene.background, shapes, centres[0], 0, 300, 0, 400)
+        rows, columns = np.nonzero(abs(canvas - scene.background) > 1e-3)
+        edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        np.testing.assert_allclose(edges, [box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"]], atol=1.01)
+        checked += 1
+    assert checked >= 3
+
+
+def test_gen4_boxes_have_all_classes_sizes_and_stops():
+    boxes = np.concatenate([simulated_boxes(10.0, seed) for seed in range(3)])
+    recording = np.repeat(np.arange(3), [simulated_boxes(10.0, seed).size for seed in range(3)])
+    longest = np.maximum(boxes["w"], boxes["h"])
+    assert set(np.unique(boxes["class_id"])) == set(range(len(CLASSES)))
+    assert 0.15 < (longest <= 41).mean() < 0.6 and longest.max() > 100 and longest.max() <= 165
+    bars = boxes[boxes["class_id"] == BAR]
+    assert np.minimum(bars["w"], bars["h"]).min() >= 3
+    assert (boxes["x"] >= 0).all() and (boxes["x"] + boxes["w"] <= 1280).all() and (boxes["y"] + boxes["h"] <= 720).all()
+    at_once = np.unique(np.stack((recording, boxes["t"])), axis=1, return_counts=True)[1]
+    assert at_once.max() <= 8 and 3 < at_once.mean() < 7
+    assert set(np.unique(np.diff(np.unique(boxes["t"])))) <= {16_666, 16_667}
+    still, lifetimes = 0, 0
+    for key in np.unique(np.stack((recording, boxes["track_id"])), axis=1).T:
+        track = boxes[(recording == key[0]) & (boxes["track_id"] == key[1])]
+        moved = np.abs(np.diff(track["x"])) + np.abs(np.diff(track["y"])) + np.abs(np.diff(track["w"])) > 0
+        runs = np.diff(np.flatnonzero(np.concatenate(([True], moved, [True]))))
+        still += sum(run for run in runs.tolist() if run >= 55)  # about a second
+        lifetimes += track.size
+    assert 0.02 < still / lifetimes < 0.25
+
+
+def test_a_stop_is_at_rest_for_its_time_and_speeds_are_as_said():
+    scene = make_scene(60_000_000, np.random.default_rng(0), SimulatorConfig())
+    stops = [t for t in scene.tracks if t.stopped_us]
+    assert 0.15 < len(stops) / len(scene.tracks) < 0.4
+    for track in scene.tracks[:60]:
+        times = track.born_us + np.arange(0, track.dies_us - track.born_us, 5000.0)
+        way = track.centre(times)
+        speed = np.hypot(*np.diff(way, axis=0).T) / 0.005
+        assert speed.max() < 1600
+        inside = ((way >= 0) & (way < (1280, 720))).all(1)
+        assert inside.any() and not inside[0] and not inside[-1]
+        if track.stopped_us:
+            assert (speed == 0).sum() * 5000 == pytest.approx(track.stopped_us, abs=20_000)
+
+
+@pytest.mark.parametrize("suffix", ["raw", "dat", "h5"])
+def test_reading_back_gives_the_events_that_were_made(tmp_path, suffix):
+    path = tmp_path / f"a_td.{suffix}"
+    report = simulate(path, seconds=0.3, seed=6, config=SMALL)
+    recording = open_recording(path)
+    assert (recording.height, recording.width) == (240, 320)
+    made, read = together(simulated_events(0.3, 6, SMALL)), together(recording.chunks())
+    assert report.events == made.t.size > 1000
+    for name, a, b in zip(Events._fields, made, read, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+    boxes = read_boxes(find_boxes(path))
+    assert boxes.size == report.boxes > 0 and (boxes["class_confidence"] == 1).all()
+    np.testing.assert_array_equal(boxes, simulated_boxes(0.3, 6, SMALL))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a_bbox.npy", f"a_td.{suffix}"]
+
+
+def test_memory_is_bounded_blocks_are():
+    sizes = [e.t.size for e in islice(simulated_events(1000.0, 0, SMALL), 5)]  # begins at once, whatever the length
+    assert len(sizes) == 5 and max(sizes) < 1e6
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    with pytest.raises(RecordingError):
+        simulate(tmp_path / "a_td.mov", seconds=0.1, seed=0, config=SMALL)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="contrast_threshold"):
+        SimulatorConfig(contrast_threshold=0)
+    with pytest.raises(ConfigError, match="seconds"):
+        simulated_boxes(-1, 0, SMALL)
+
+
+COMMAND = ["--recordings", "train=2,val=1", "--seconds", "0.2", "--width", "320", "--height", "240"]
+
+
+def test_command_writes_the_same_bytes_with_any_number_of_processes_and_keeps_what_is_there(tmp_path, capsys):
+    main([str(tmp_path / "a"), *COMMAND, "--processes", "1"])
+    main([str(tmp_path / "b"), *COMMAND, "--processes", "2"])
+    names = sorted(str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").rglob("*.*"))
+    assert names == [f"{s}/{s}_{i:03d}_{end}" for s, n in (("train", 2), ("val", 1)) for i in range(n)
+                     for end in ("bbox.npy", "simulation.json", "td.raw")]
+    contents = [(tmp_path / "a" / n).read_bytes() for n in names]
+    assert contents == [(tmp_path / "b" / n).read_bytes() for n in names]
+    assert len({c for n, c in zip(names, contents, strict=True) if n.endswith("raw")}) == 3
+    before = (tmp_path / "a/train/train_000_td.raw").stat().st_mtime_ns
+    main([str(tmp_path / "a"), *COMMAND])
+    assert "3 of 3 recordings are there already" in capsys.readouterr().out
+    assert (tmp_path / "a/train/train_000_td.raw").stat().st_mtime_ns == before
+
+
+def test_command_refuses_what_was_made_otherwise_and_overwrites_it_when_told(tmp_path, capsys):
+    one = [str(tmp_path), "--recordings", "val=1", "--width", "320", "--height", "240", "--seconds", "0.2"]
+    main([*one, "--processes", "1"])
+    with pytest.raises(SystemExit) as exit_:
+        main([*one, "--seed", "9"])
+    assert exit_.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and "--overwrite" in told and len(told.splitlines()) == 1
+    main([*one, "--noise-hz", "3", "--format", "dat", "--overwrite", "--processes", "1"])
+    names = sorted(p.name for p in (tmp_path / "val").iterdir())
+    assert names == ["val_000_bbox.npy", "val_000_simulation.json", "val_000_td.dat"]
+    assert json.loads((tmp_path / "val/val_000_simulation.json").read_text())["parameters"]["noise_hz"] == 3
+
+
+@pytest.mark.parametrize("wrong", [["--recordings", "valid=3"], ["--objects", "5"], ["--seconds", "0"], ["--noise-hz", "-1"]])
+def test_command_refuses_nonsense_with_exit_code_2(tmp_path, wrong, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(tmp_path), *wrong])
+    assert exit_.value.code == 2 and "error: " in capsys.readouterr().err
