@@ -12,6 +12,7 @@ from pipeline.model.loss import detection_loss
 from pipeline.model.postprocess import detections
 from pipeline.model.state import state_tensors
 
+
 @pytest.fixture(scope="module")
 def parity(parity_dir):
     folder = parity_dir / "parity_small"

@@ -69,8 +69,9 @@ class ScaleAwareChannelAttention(nn.Module):
     def __init__(self, channels: int, stride: int, *, identity_start: bool = True) -> None:
         super().__init__()
         middle = max(1, channels // (16 if stride <= 8 else 8))
-        self.fc = nn.Sequential(nn.Linear(channels, middle), nn.ReLU(), nn.Linear(middle, channels))
-        nn.init.constant_(self.fc[2].bias, 1.0 if stride <= 8 else 0.0)
+        last = nn.Linear(middle, channels)
+        nn.init.constant_(last.bias, 1.0 if stride <= 8 else 0.0)
+        self.fc = nn.Sequential(nn.Linear(channels, middle), nn.ReLU(), last)
         self.gate = _gate(identity_start)
 
     def forward(self, x: Tensor) -> Tensor:

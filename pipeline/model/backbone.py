@@ -13,7 +13,6 @@ from pipeline.model.exchange import Exchange
 from pipeline.model.layers import FrameConv2d
 from pipeline.model.state import StageState
 
-
 # Positions. Up to here plain products take half the time of the fused CPU kernel, which pays for every head and window.
 SMALL_WINDOW = 32
 
@@ -183,10 +182,12 @@ class Backbone(nn.Module):
         """
         steps, lanes, _, height, width = frames.shape
         padded = self.input_size(height, width)
-        partition = tuple(size // (32 * self.config.partition_split_32) for size in padded)
+        step = 32 * self.config.partition_split_32
+        partition = (padded[0] // step, padded[1] // step)
         x, padding = frames.flatten(0, 1), [(padded[0] - height, padded[1] - width)]
         features, after = [], []
         for stage, state in zip(self.stages, states, strict=True):
+            assert isinstance(stage, Stage)
             y = stage.spatial(x, partition, *padding)
             y, state = exchange.scan(stage.lstm, y.view(steps, lanes, *y.shape[1:]), state)
             features.append(y.permute(0, 1, 4, 2, 3))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from pipeline.model.norm import BatchNorm2d
 
@@ -38,7 +39,7 @@ class _FrameConvolution(torch.autograd.Function):
         done = 0
         for x in _cast(frames, weight, ctx.padding):
             part = gradient[done : done + len(x)].contiguous()
-            total += torch.nn.grad.conv2d_weight(x, weight.shape, part, stride=ctx.stride, padding=ctx.border)
+            total += conv2d_weight(x, weight.shape, part, stride=ctx.stride, padding=ctx.border)
             done += len(x)
         return None, total.to(weight.dtype), None, None, None
 

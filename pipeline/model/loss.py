@@ -64,10 +64,9 @@ def detection_loss(raw: Tensor, boxes: Tensor, counts: Tensor, geometry: Geometr
 
 
 def _iou_sum(raw: Tensor, target: Tensor, foreground: Tensor, geometry: Geometry, config: HeadConfig) -> Tensor:
-    # Background cells are given a harmless box before any arithmetic: an overflow there must not reach the gradient.
-    harmless = torch.ones((), device=raw.device)
-    predicted = torch.where(foreground[..., None], decode_boxes(raw, geometry), harmless)
-    wanted = torch.where(foreground[..., None], target[..., 1:], harmless)
+    # Background cells get harmless values before any arithmetic: where(..) after exp would still pass 0 * inf backward.
+    predicted = decode_boxes(torch.where(foreground[..., None], raw[..., :4], 0.0), geometry)
+    wanted = torch.where(foreground[..., None], target[..., 1:], 1.0)
     low = torch.maximum(predicted[..., :2] - predicted[..., 2:] / 2, wanted[..., :2] - wanted[..., 2:] / 2)
     high = torch.minimum(predicted[..., :2] + predicted[..., 2:] / 2, wanted[..., :2] + wanted[..., 2:] / 2)
     shared = (high - low).clamp(min=0).prod(-1)

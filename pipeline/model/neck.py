@@ -71,7 +71,7 @@ class YOLOPAFPN(nn.Module):
         """features: per scale (N, C, h, w) of all frames handed in -> per scale (n, C, h, w) of those `look_back` picks."""
         outputs = []
         for i, x in enumerate(self.pyramid(features)):
-            attention = self.small_object_attention_modules[f"scale_{i}"] if self._attends(i) else None
+            attention = self._attention(i)
             x, previous = look_back(i, x if attention is None else attention.before_time(x))
             if attention is not None:
                 x = attention.over_time(x, previous)
@@ -80,5 +80,9 @@ class YOLOPAFPN(nn.Module):
             outputs.append(x)
         return outputs
 
-    def _attends(self, scale: int) -> bool:
-        return self.enable_small_object_attention and f"scale_{scale}" in self.small_object_attention_modules
+    def _attention(self, scale: int) -> SmallObjectAttentionModule | None:
+        if not self.enable_small_object_attention or f"scale_{scale}" not in self.small_object_attention_modules:
+            return None
+        module = self.small_object_attention_modules[f"scale_{scale}"]
+        assert isinstance(module, SmallObjectAttentionModule)
+        return module

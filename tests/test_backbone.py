@@ -1,0 +1,110 @@
+"""The backbone: the LSTM against a frame-by-frame definition, windows and grids cell by cell, the frame convolution."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.config import BackboneConfig
+from pipeline.model import backbone as backbone_module
+from pipeline.model import layers
+from pipeline.model.backbone import CellLSTM, PartitionAttention, SelfAttention
+from pipeline.model.layers import FrameConv2d
+from pipeline.model.state import StageState
+
+
+def lstm_one_by_one(lstm, x, state):
+    """Gates of cat[x, h] by one 1x1 convolution per frame: forget, input, output, candidate."""
+    h, c = state
+    out = []
+    for frame in x.permute(0, 1, 4, 2, 3):
+        if lstm.conv3x3_dws is not None:
+            h = F.conv2d(h, lstm.conv3x3_dws.weight, lstm.conv3x3_dws.bias, padding=1, groups=h.shape[1])
+        f, i, o, g = F.conv2d(torch.cat((frame, h), 1), lstm.conv1x1.weight, lstm.conv1x1.bias).chunk(4, 1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        out.append(h)
+    return torch.stack(out).permute(0, 1, 3, 4, 2), StageState(h, c)
+
+
+@pytest.mark.parametrize("dws_conv", [False, True])
+def test_lstm_agrees_with_one_frame_at_a_time(dws_conv):
+    torch.manual_seed(0)
+    lstm = CellLSTM(6, dws_conv=dws_conv).double()
+    x = torch.randn(5, 2, 4, 3, 6, dtype=torch.double, requires_grad=True)
+    state = StageState(*torch.randn(2, 2, 6, 4, 3, dtype=torch.double).unbind(0))
+    weights = torch.randn(5, 2, 4, 3, 6, dtype=torch.double)
+    results = []
+    for run in (lstm, lambda *a: lstm_one_by_one(lstm, *a)):
+        y, after = run(x, state)
+        gradients = torch.autograd.grad((y * weights).sum() + after.cell.sum(), [x, *lstm.parameters()])
+        results.append((y, *after, *gradients))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_lstm_takes_any_subset_of_cells():
+    torch.manual_seed(0)
+    lstm, x = CellLSTM(6, dws_conv=False), torch.randn(3, 2, 4, 3, 6)
+    state = StageState(torch.randn(2, 6, 4, 3), torch.randn(2, 6, 4, 3))
+    whole, after = lstm(x, state)
+    part, part_after = lstm(x[:, :, 1:2], StageState(*(t[:, :, 1:2] for t in state)))
+    torch.testing.assert_close(part, whole[:, :, 1:2])
+    torch.testing.assert_close(part_after.cell, after.cell[:, :, 1:2])
+
+
+def attention_one_by_one(attention, x):
+    """One position and head at a time; head-major qkv."""
+    groups, positions, dim = x.shape
+    d = dim // attention.heads
+    qkv = x @ attention.qkv.weight.T + attention.qkv.bias
+    out = torch.zeros_like(x)
+    for g in range(groups):
+        for head in range(attention.heads):
+            q, k, v = qkv[g, :, 3 * d * head : 3 * d * (head + 1)].split(d, -1)
+            for i in range(positions):
+                weights = torch.softmax(torch.stack([q[i] @ k[j] / d**0.5 for j in range(positions)]), 0)
+                out[g, i, d * head : d * (head + 1)] = sum(weights[j] * v[j] for j in range(positions))
+    return out @ attention.proj.weight.T + attention.proj.bias
+
+
+@pytest.mark.parametrize("small_window", [0, 32], ids=["fused kernel", "plain products"])
+def test_attention_agrees_with_the_definition(small_window, monkeypatch):
+    monkeypatch.setattr(backbone_module, "SMALL_WINDOW", small_window)
+    torch.manual_seed(0)
+    attention, x = SelfAttention(8, 4).double(), torch.randn(3, 5, 8, dtype=torch.double, requires_grad=True)
+    wanted = attention_one_by_one(attention, x)
+    torch.testing.assert_close(attention(x), wanted, rtol=1e-10, atol=1e-12)
+    inputs, weights = [x, *attention.parameters()], torch.randn_like(x)
+    for a, b in zip(torch.autograd.grad((attention(x) * weights).sum(), inputs),
+                    torch.autograd.grad((wanted * weights).sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_a_cell_sees_its_window_or_its_grid(grid):
+    """Poking one cell changes exactly the cells of its group: neighbours in a window, cells h/rows and w/columns apart in a grid."""
+    torch.manual_seed(0)
+    rows, columns, h, w = 2, 3, 6, 12
+    block = PartitionAttention(8, BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=1.0), grid=grid, first_norm=True)
+    x = torch.randn(1, h, w, 8)
+    poked = x.clone()
+    poked[0, 3, 7, 0] += 1
+    with torch.no_grad():
+        changed = (block(poked, (rows, columns)) - block(x, (rows, columns))).abs().amax(-1)[0] > 1e-7
+    down, across = h // rows, w // columns
+    for i in range(h):
+        for j in range(w):
+            same = (i % down == 3 % down and j % across == 7 % across) if grid else (i // rows == 3 // rows and j // columns == 7 // columns)
+            assert changed[i, j] == same, (i, j)
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (5, 9)])
+def test_frame_convolution_agrees_with_torch_and_casts_in_parts(padding, monkeypatch):
+    monkeypatch.setitem(layers.CAST_AT_ONCE, "cpu", 2 * 3 * 13 * 17 * 4)  # two frames at a time
+    torch.manual_seed(0)
+    conv = FrameConv2d(3, 4, 7, stride=4, padding=3, bias=False)
+    frames = torch.randint(0, 11, (5, 3, 13, 17), dtype=torch.uint8)
+    wanted = F.conv2d(F.pad(frames.float(), (0, padding[1], 0, padding[0])), conv.weight, stride=4, padding=3)
+    got, weights = conv(frames, padding), torch.randn_like(wanted)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*(torch.autograd.grad((y * weights).sum(), conv.weight)[0] for y in (got, wanted)), rtol=1e-4, atol=1e-3)

@@ -1,0 +1,224 @@
+"""Assignment and losses against plain per-frame definitions; size weights; suppression; global batch norm."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.config import HeadConfig, SizeWeighting
+from pipeline.model import assignment as assignment_module
+from pipeline.model.assignment import assign
+from pipeline.model.head import YOLOXHead, decode
+from pipeline.model.loss import detection_loss, size_weights
+from pipeline.model.norm import BatchNorm2d, global_batch_norms
+from pipeline.model.postprocess import detections, nms
+
+GEOMETRY = ((8, 12, 8), (4, 6, 16), (2, 3, 32))
+CELLS = sum(h * w for h, w, _ in GEOMETRY)
+CLASSES = 3
+
+
+def some_batch(frames, most, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    raw = torch.randn(frames, CELLS, 5 + CLASSES, generator=g)
+    counts = torch.randint(0, most + 1, (frames,), generator=g)
+    boxes = torch.rand(frames, most, 5, generator=g) * torch.tensor([0, 96, 64, 50, 50]) + torch.tensor([0, 0, 0, 4.0, 4.0])
+    boxes[..., 0] = torch.randint(0, CLASSES, (frames, most), generator=g)
+    return raw, boxes, counts
+
+
+def iou_of(a, b):
+    wide = [min(a[i] + a[i + 2] / 2, b[i] + b[i + 2] / 2) - max(a[i] - a[i + 2] / 2, b[i] - b[i + 2] / 2) for i in (0, 1)]
+    shared = max(wide[0], 0) * max(wide[1], 0)
+    return shared / (a[2] * a[3] + b[2] * b[3] - shared)
+
+
+def decode_one_by_one(raw):
+    out, cell = raw.clone(), 0
+    for h, w, stride in GEOMETRY:
+        for i in range(h):
+            for j in range(w):
+                out[:, cell, 0] = (raw[:, cell, 0] + j) * stride
+                out[:, cell, 1] = (raw[:, cell, 1] + i) * stride
+                out[:, cell, 2:4] = raw[:, cell, 2:4].exp() * stride
+                out[:, cell, 4:] = 1 / (1 + (-raw[:, cell, 4:]).exp())
+                cell += 1
+    return out
+
+
+def assign_one_by_one(raw, boxes, config):
+    """SimOTA of one frame (Ge et al. 2021): {cell: (box, iou)}."""
+    places = [((j + 0.5) * s, (i + 0.5) * s, s) for h, w, s in GEOMETRY for i in range(h) for j in range(w)]
+    predicted = decode_one_by_one(raw[None])[0].tolist()
+    near = [[max(abs(x - b[1]), abs(y - b[2])) < config.center_radius * s for x, y, s in places] for b in boxes.tolist()]
+    candidates = [c for c in range(len(places)) if any(row[c] for row in near)]
+    costs, chosen = [], {}
+    for g, box in enumerate(boxes.tolist()):
+        ious, cost = {c: iou_of(box[1:], predicted[c][:4]) for c in candidates}, {}
+        for c in candidates:
+            scores = [math.sqrt(k * predicted[c][4]) for k in predicted[c][5:]]
+            bce = sum(-math.log(s) if k == int(box[0]) else -math.log(1 - s) for k, s in enumerate(scores))
+            cost[c] = bce - 3 * math.log(ious[c] + 1e-8) + 1e6 * (not near[g][c])
+        costs.append(cost)
+        k = max(1, int(sum(sorted(ious.values(), reverse=True)[: config.candidate_top_k])))
+        for c in sorted(candidates, key=cost.__getitem__)[:k]:
+            chosen.setdefault(c, []).append(g)
+    best = {c: gs[0] if len(gs) == 1 else min(range(len(boxes)), key=lambda g: costs[g][c]) for c, gs in chosen.items()}
+    return {c: (g, iou_of(boxes[g, 1:].tolist(), predicted[c][:4])) for c, g in best.items()}
+
+
+@pytest.mark.parametrize("at_once", [1, 2**23], ids=["frame by frame", "together"])
+def test_assignment_agrees_with_one_frame_at_a_time(at_once, monkeypatch):
+    monkeypatch.setattr(assignment_module, "PAIRS_AT_ONCE", at_once)
+    raw, boxes, counts = some_batch(12, 6)
+    got, contested = assign(raw, boxes, counts, GEOMETRY, HeadConfig()), 0
+    for i in range(len(raw)):
+        wanted = assign_one_by_one(raw[i].double(), boxes[i, : counts[i]].double(), HeadConfig())
+        assert got.foreground[i].nonzero()[:, 0].tolist() == sorted(wanted)
+        for cell, (box, iou) in wanted.items():
+            assert got.box[i, cell] == box and got.iou[i, cell].item() == pytest.approx(iou, rel=1e-4, abs=1e-6)
+        contested += len(wanted) > 0
+    assert contested > 6, "the frames were not all empty"
+
+
+def test_crowded_frames_have_contested_cells():
+    raw, boxes, _ = some_batch(2, 20, seed=3)
+    boxes[..., 1:3] = boxes[..., 1:3] * 0.2 + 30
+    got = assign(raw, boxes, torch.tensor([20, 20]), GEOMETRY, HeadConfig())
+    for i in range(2):
+        wanted = assign_one_by_one(raw[i].double(), boxes[i].double(), HeadConfig())
+        assert {c: got.box[i, c].item() for c in got.foreground[i].nonzero()[:, 0].tolist()} == {c: g for c, (g, _) in wanted.items()}
+
+
+def loss_one_by_one(raw, boxes, counts, config):
+    """Sums of the three parts over all frames, number of positives, by definition."""
+    parts, positives = [0.0, 0.0, 0.0], 0
+    decoded = decode_one_by_one(raw)
+    for i in range(len(raw)):
+        matched = assign_one_by_one(raw[i].detach(), boxes[i, : counts[i]], config)
+        positives += len(matched)
+        for c in range(CELLS):
+            parts[1] = parts[1] + F.binary_cross_entropy_with_logits(raw[i, c, 4], raw.new_tensor(float(c in matched)))
+        for c, (g, iou) in matched.items():
+            box = boxes[i, g]
+            w = size_weights(box[3] * box[4], config) if config.size_aware_loss else 1.0
+            parts[0] = parts[0] + 5 * w * (1 - iou_of(box[1:], decoded[i, c, :4]) ** 2)
+            target = F.one_hot(box[0].long(), CLASSES) * iou
+            parts[2] = parts[2] + F.binary_cross_entropy_with_logits(raw[i, c, 5:], target, reduction="sum")
+    return parts, positives
+
+
+@pytest.mark.parametrize("size_aware", [False, True])
+def test_losses_and_gradient_agree_with_the_definition(size_aware):
+    config = HeadConfig(size_aware_loss=size_aware)
+    raw, boxes, counts = some_batch(4, 4)
+    raw, wide = raw.requires_grad_(), raw.detach().double().requires_grad_()
+    parts, positives = loss_one_by_one(wide, boxes.double(), counts, config)
+    got = detection_loss(raw, boxes, counts, GEOMETRY, config)
+    for mine, wanted in zip((got.iou, got.objectness, got.classes), parts, strict=True):
+        assert mine.item() == pytest.approx(wanted.item() / positives, rel=1e-5)
+    assert (got.positives.item(), got.boxes.item()) == (positives, counts.sum().item())
+    wanted = torch.autograd.grad(sum(parts) / positives, wide)[0]
+    torch.testing.assert_close(torch.autograd.grad(got.total, raw)[0].double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_losses_of_two_ranks_add_up_to_those_of_one():
+    raw, boxes, counts = some_batch(6, 4)
+    whole = detection_loss(raw, boxes, counts, GEOMETRY, HeadConfig())
+    parts = [detection_loss(raw[s], boxes[s], counts[s], GEOMETRY, HeadConfig(), sum_over_ranks=lambda _: torch.stack((whole.positives, whole.boxes)))
+             for s in (slice(0, 1), slice(1, 6))]
+    torch.testing.assert_close(parts[0].total + parts[1].total, whole.total)
+
+
+@pytest.mark.parametrize("frames, most", [(0, 3), (3, 0), (0, 0)])
+def test_nothing_to_find_still_has_a_gradient(frames, most):
+    raw = torch.randn(frames, CELLS, 5 + CLASSES, requires_grad=True)
+    got = detection_loss(raw, torch.zeros(frames, most, 5), torch.zeros(frames, dtype=torch.long), GEOMETRY, HeadConfig(size_aware_loss=True))
+    got.total.backward()
+    assert got.positives == 0 and got.iou == 0 and got.classes == 0 and got.total.isfinite() and raw.grad.isfinite().all()
+
+
+def test_a_background_cell_that_overflows_does_not_reach_the_gradient():
+    raw, boxes, counts = some_batch(2, 3)
+    counts[:] = 3
+    taken = assign(raw, boxes, counts, GEOMETRY, HeadConfig()).foreground
+    free = (~taken[0]).nonzero()[-1, 0]
+    raw[0, free, 2:4] = 200.0  # exp overflows float32
+    raw.requires_grad_()
+    detection_loss(raw, boxes, counts, GEOMETRY, HeadConfig()).total.backward()
+    assert raw.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mode, wanted", [
+    ("exponential", [2.0, 1.2130613, 1.0, 1.0]), ("step", [2.0, 2.0, 1.5, 1.0]), ("linear", [2.0, 2.0, 2.0, 1.0])])
+def test_size_weights(mode, wanted):
+    config = HeadConfig(size_aware_weight=2.0, size_aware_mode=SizeWeighting(mode))
+    areas = torch.tensor([0.0, 512.0, 1500.0, 96.0**2 + 1])
+    torch.testing.assert_close(size_weights(areas, config), torch.tensor(wanted))
+    every = size_weights(torch.linspace(0, 20_000, 500), config)
+    assert (every.diff() <= 0).all() and every.min() == 1 and every.max() == 2
+
+
+def test_decode_and_prior():
+    raw = torch.randn(2, CELLS, 5 + CLASSES)
+    torch.testing.assert_close(decode(raw, GEOMETRY), decode_one_by_one(raw))
+    head = YOLOXHead((4, 8, 16), 8, CLASSES).eval()
+    out = head([torch.randn(2, c, h, w) for c, (h, w, _) in zip((4, 8, 16), GEOMETRY, strict=True)])
+    assert out.shape == (2, CELLS, 5 + CLASSES)
+    assert all(torch.allclose(c.bias, torch.tensor(-math.log(99))) for c in (*head.obj_preds, *head.cls_preds))
+
+
+def nms_one_by_one(boxes, scores, kinds, threshold):
+    kept = []
+    for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
+        def centred(k):
+            x1, y1, x2, y2 = boxes[k].tolist()
+            return [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+        if all(kinds[i] != kinds[k] or iou_of(centred(i), centred(k)) <= threshold for k in kept):
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize("count", [0, 1, 30, 600])  # 600: more than a block
+def test_suppression_agrees_with_the_definition(count):
+    g = torch.Generator().manual_seed(count)
+    corner, size = torch.rand(count, 2, generator=g) * 100, torch.rand(count, 2, generator=g) * 30 + 5
+    boxes = torch.cat((corner, corner + size), 1).double()
+    scores, kinds = torch.rand(count, generator=g), torch.randint(0, 3, (count,), generator=g)
+    wanted = nms_one_by_one(boxes, scores.tolist(), kinds.tolist(), 0.4)
+    assert nms(boxes, scores, kinds, 0.4).tolist() == wanted
+    assert nms(boxes, scores, kinds, 0.4, limit=7).tolist() == wanted[:7]
+
+
+def test_detections_are_sorted_thresholded_and_capped():
+    decoded = decode(torch.randn(2, CELLS, 5 + CLASSES), GEOMETRY)
+    for frame in detections(decoded, confidence_threshold=0.2, nms_threshold=0.5, max_detections=9):
+        score = frame[:, 4] * frame[:, 5]
+        assert 0 < len(frame) <= 9 and (score >= 0.2).all() and (score.diff() <= 0).all()
+    assert [f.shape for f in detections(decoded, confidence_threshold=0.9999, nms_threshold=0.5)] == [(0, 7), (0, 7)]
+
+
+def test_global_batch_norm_agrees_with_torch():
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 3, 2) * 3 + 100  # far from zero: a sum of squares would cancel
+    mine, theirs = BatchNorm2d(5), torch.nn.BatchNorm2d(5)
+    global_batch_norms(mine, lambda t: t.clone())
+    results, weights = [], torch.randn_like(x)
+    for norm in (mine, theirs):
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf)
+        results.append((y, *torch.autograd.grad((y * weights).sum(), [leaf, norm.weight, norm.bias]), *norm.buffers()))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_norm_of_no_frames_leaves_its_statistics():
+    for sums in (None, lambda t: t):
+        norm = BatchNorm2d(5)
+        global_batch_norms(norm, sums)
+        norm.running_mean.fill_(3.0)
+        y = norm(torch.zeros(0, 5, 3, 2, requires_grad=True))
+        y.sum().backward()
+        assert y.shape == (0, 5, 3, 2) and (norm.running_mean == 3).all() and (norm.running_var == 1).all()
+        assert norm.num_batches_tracked == 0 and (norm.weight.grad == 0).all()
