@@ -49,6 +49,7 @@ class RecordingEntry:
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> how many events or boxes
     source: str = ""  # path below the source folder
     source_bytes: int = 0
+    source_mtime_ns: int = 0  # with source_bytes: unchanged without reading it
     source_xxh3: str = ""
     boxes_xxh3: str = ""  # of the box file; empty without one
     group_xxh3: str = ""  # of the stored datasets, in the order of this module's docstring

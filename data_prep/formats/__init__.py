@@ -1,7 +1,7 @@
 """Sensor files in, events out, and back: `open_recording`, `open_writer`."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from data_prep.errors import RecordingError
 from data_prep.formats.dat import DatReader, DatWriter
@@ -9,11 +9,11 @@ from data_prep.formats.evt2 import Evt2Reader
 from data_prep.formats.evt3 import Evt3Reader, Evt3Writer
 from data_prep.formats.h5 import H5Reader, H5Writer
 from data_prep.formats.header import raw_format
-from data_prep.formats.recording import Recording
+from data_prep.formats.recording import Recording, Writer
 
 SUFFIXES = (".raw", ".dat", ".h5", ".hdf5")
-RAW_READERS: dict[str, type[Recording]] = {"evt3": Evt3Reader, "evt2": Evt2Reader}
-WRITERS: dict[str, Any] = {".raw": Evt3Writer, ".dat": DatWriter, ".h5": H5Writer}
+RAW_READERS: dict[str, Callable[[Path], Recording]] = {"evt3": Evt3Reader, "evt2": Evt2Reader}
+WRITERS: dict[str, Callable[[Path, int, int], Writer]] = {".raw": Evt3Writer, ".dat": DatWriter, ".h5": H5Writer}
 
 
 def open_recording(path: str | Path) -> Recording:
@@ -28,7 +28,8 @@ def open_recording(path: str | Path) -> Recording:
     if path.suffix == ".raw":
         kind = raw_format(path)
         if kind not in RAW_READERS:
-            raise RecordingError(f"{path} is in format {kind or 'unknown'}; {', '.join(k.upper() for k in RAW_READERS)} can be read. "
+            raise RecordingError(f"{path} is in format {kind or 'unknown'}; {', '.join(k.upper() for k in RAW_READERS)} can "
+                                 "be read. "
                                  "Convert it, for example with metavision_file_to_hdf5 and a copy to events/{t,x,y,p}")
         return RAW_READERS[kind](path)
     if path.suffix == ".dat":
@@ -38,7 +39,7 @@ def open_recording(path: str | Path) -> Recording:
     raise RecordingError(f"{path} has the suffix {path.suffix or '(none)'}; recordings have one of {', '.join(SUFFIXES)}")
 
 
-def open_writer(path: str | Path, height: int, width: int) -> Any:
+def open_writer(path: str | Path, height: int, width: int) -> Writer:
     """A context manager with `write(events)`: EVT3 for .raw, CD events for .dat, events/{t,x,y,p} for .h5."""
     path = Path(path)
     if path.suffix not in WRITERS:

@@ -11,7 +11,7 @@ import numpy as np
 from data_prep.errors import RecordingError
 from data_prep.events import Events
 from data_prep.formats.header import read_header, sensor_size
-from data_prep.formats.recording import GEN4_SIZE, Recording, word_blocks
+from data_prep.formats.recording import GEN4_SIZE, Recording, Writer, word_blocks
 
 WORD = np.dtype([("t", "<u4"), ("xyp", "<u4")])
 CD_TYPES = (0x00, 0x0C)  # 2D events, and CD events of later recorders; one layout
@@ -41,22 +41,29 @@ class DatReader(Recording):
             t += (wraps + np.cumsum(falls)) << 32
             wraps += int(falls.sum())
             xyp = words["xyp"]
-            yield Events(t, (xyp & 0x3FFF).astype(np.uint16), (xyp >> 14 & 0x3FFF).astype(np.uint16), (xyp >> 28 != 0).astype(np.uint8))
+            x, y, p = xyp & 0x3FFF, xyp >> 14 & 0x3FFF, xyp >> 28 != 0
+            yield Events(t, x.astype(np.uint16), y.astype(np.uint16), p.astype(np.uint8))
 
 
-class DatWriter:
+class DatWriter(Writer):
     """Events to a .dat file; times from 0 us on, in order, a gap of over 35 minutes cannot be told."""
 
     def __init__(self, path: Path, height: int, width: int) -> None:
-        self.path, self.last = path, 0
+        self.path = path
+        self.last: int | None = None
         self.file = path.open("wb")
-        self.file.write(f"% Data file containing CD events.\n% Version 2\n% Height {height}\n% Width {width}\n".encode() + bytes((0x0C, EVENT_SIZE)))
+        header = f"% Data file containing CD events.\n% Version 2\n% Height {height}\n% Width {width}\n"
+        self.file.write(header.encode() + bytes((0x0C, EVENT_SIZE)))
 
     def write(self, events: Events) -> None:
         if not events.t.size:
             return
-        if np.diff(events.t, prepend=self.last).max() >= 1 << 31:
-            raise RecordingError(f"{self.path}: two events lie over 35 minutes apart, which .dat's 32-bit clock cannot tell. Write .h5")
+        if events.t[0] >= 1 << 32 and self.last is None:
+            raise RecordingError(f"{self.path}: the first event is at {events.t[0]} us, past the 71.6 minutes of .dat's clock. "
+                                 "Write .h5")
+        if np.diff(events.t, prepend=events.t[0] if self.last is None else self.last).max() >= 1 << 31:
+            raise RecordingError(f"{self.path}: two events lie over 35 minutes apart, which .dat's 32-bit clock cannot tell. "
+                                 "Write .h5")
         self.last = int(events.t[-1])
         words = np.empty(events.t.size, WORD)
         words["t"] = events.t & 0xFFFFFFFF
@@ -65,9 +72,3 @@ class DatWriter:
 
     def close(self) -> None:
         self.file.close()
-
-    def __enter__(self) -> "DatWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

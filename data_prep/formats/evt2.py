@@ -12,7 +12,7 @@ from numba import njit
 
 from data_prep.events import Events
 from data_prep.formats.header import read_header, sensor_size
-from data_prep.formats.recording import Recording, word_blocks
+from data_prep.formats.recording import Recording, room_for, word_blocks
 
 WORD = np.dtype("<u4")
 
@@ -48,6 +48,5 @@ class Evt2Reader(Recording):
     def _decoded(self) -> Iterator[Events]:
         state = np.zeros(3, np.int64)
         for words in word_blocks(self.path, self.start, WORD, self.block_bytes):
-            n = words.size
-            events = Events(np.empty(n, np.int64), np.empty(n, np.uint16), np.empty(n, np.uint16), np.empty(n, np.uint8))
+            events = room_for(words.size)
             yield events.take(slice(_decode(words, state, *events)))

@@ -13,7 +13,7 @@ from numba import njit
 
 from data_prep.events import Events
 from data_prep.formats.header import read_header, sensor_size
-from data_prep.formats.recording import Recording, word_blocks
+from data_prep.formats.recording import Recording, Writer, room_for, word_blocks
 
 WORD = np.dtype("<u2")
 BLOCK_BYTES = 1 << 20  # a word makes up to 12 events
@@ -70,8 +70,7 @@ class Evt3Reader(Recording):
     def _decoded(self) -> Iterator[Events]:
         state = np.zeros(STATE_SIZE, np.int64)
         for words in word_blocks(self.path, self.start, WORD, self.block_bytes):
-            most = 12 * words.size
-            events = Events(np.empty(most, np.int64), np.empty(most, np.uint16), np.empty(most, np.uint16), np.empty(most, np.uint8))
+            events = room_for(12 * words.size)
             yield events.take(slice(_decode(words, state, *events)))
 
 
@@ -83,19 +82,15 @@ def _encode(t, x, y, p, state, words):
     for i in range(t.size):
         if t[i] != time:
             high = t[i] >> 12
-            if time < 0:
+            last = time >> 12  # -1 before the first event, so that TIME_HIGH is written then too
+            # Over a long gap a TIME_HIGH every quarter of its range, from 0 us on: readers count wraps by them.
+            while high - last > 1024:
+                last = max(last, 0) + 1024
+                words[n] = 0x8000 | (last & 0xFFF)
+                n += 1
+            if high != last:
                 words[n] = 0x8000 | (high & 0xFFF)
                 n += 1
-            else:
-                # Every TIME_HIGH in between over a long gap at steps of a quarter range: readers count wraps by them.
-                last = time >> 12
-                while high - last > 1024:
-                    last += 1024
-                    words[n] = 0x8000 | (last & 0xFFF)
-                    n += 1
-                if high != last:
-                    words[n] = 0x8000 | (high & 0xFFF)
-                    n += 1
             words[n] = 0x6000 | (t[i] & 0xFFF)
             n += 1
             time = t[i]
@@ -109,7 +104,7 @@ def _encode(t, x, y, p, state, words):
     return n
 
 
-class Evt3Writer:
+class Evt3Writer(Writer):
     """Events to an EVT3 file; times from 0 us on, in order."""
 
     def __init__(self, path: Path, height: int, width: int) -> None:
@@ -127,9 +122,3 @@ class Evt3Writer:
 
     def close(self) -> None:
         self.file.close()
-
-    def __enter__(self) -> "Evt3Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -53,4 +53,5 @@ def sensor_size(path: Path, fields: dict[str, str], default: tuple[int, int] | N
         return SYSTEMS[system]
     if default:
         return default
-    raise RecordingError(f"{path}: the header does not tell the sensor's size. Add a line '% geometry 1280x720' (width x height) to it")
+    raise RecordingError(f"{path}: the header does not tell the sensor's size. Add a line '% geometry 1280x720' (width x "
+                         "height) to it")

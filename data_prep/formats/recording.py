@@ -1,6 +1,7 @@
 """What all readers have in common."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ class Recording:
 
     height, width: the sensor's, in pixels. dropped: what the last complete `chunks()` left out or mended, by reason:
     `outside_sensor` events dropped, `late_timestamps_raised` events whose time ran backwards and was raised to the latest seen.
+    events, first_us, last_us: how many events `chunks()` has read so far, and the times of the first and the last.
     """
 
     format: str
@@ -25,15 +27,16 @@ class Recording:
     def __init__(self, path: Path, height: int, width: int) -> None:
         self.path, self.height, self.width = path, height, width
         self.dropped: dict[str, int] = {}
+        self.events = self.first_us = self.last_us = 0
 
-    def chunks(self) -> Iterator[Events]:
-        """Events in file order, times unwrapped and non-decreasing, pixels inside the sensor.
+    def chunks(self, chunk_events: int = 1_000_000) -> Iterator[Events]:
+        """Events in file order, times unwrapped and non-decreasing, pixels inside the sensor; at most `chunk_events` at once.
 
         Raises:
             RecordingError: the file ends inside a word, or cannot be read.
         """
         self.dropped = {"outside_sensor": 0, "late_timestamps_raised": 0}
-        latest = None
+        self.events, latest = 0, None
         for events in self._decoded():
             inside = (events.x < self.width) & (events.y < self.height)
             if not inside.all():
@@ -45,11 +48,33 @@ class Recording:
                 raised = np.maximum.accumulate(events.t if latest is None else np.maximum(events.t, latest))
                 self.dropped["late_timestamps_raised"] += int(np.count_nonzero(raised != events.t))
                 events = events._replace(t=raised)
+            if latest is None:
+                self.first_us = int(events.t[0])
             latest = events.t[-1]
-            yield events
+            self.last_us, self.events = int(latest), self.events + events.t.size
+            for i in range(0, events.t.size, chunk_events):
+                yield events.take(slice(i, i + chunk_events))
 
     def _decoded(self) -> Iterator[Events]:
         raise NotImplementedError
+
+
+class Writer(AbstractContextManager["Writer"]):
+    """Events to a sensor file, as they come: in order of time, from 0 us on."""
+
+    def write(self, events: Events) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def room_for(n: int) -> Events:
+    """Columns for n events that a decoder fills."""
+    return Events(np.empty(n, np.int64), np.empty(n, np.uint16), np.empty(n, np.uint16), np.empty(n, np.uint8))
 
 
 def word_blocks(path: Path, start: int, word: np.dtype, block_bytes: int = 0) -> Iterator[NDArray]:
@@ -62,5 +87,6 @@ def word_blocks(path: Path, start: int, word: np.dtype, block_bytes: int = 0) ->
         while (block := np.fromfile(file, word, per_block)).size:
             yield block
     if over:
-        raise RecordingError(f"{path} is cut off: {over} byte{'s' if over > 1 else ''} too many at byte {size - over} of {size}, where a word of "
+        raise RecordingError(f"{path} is cut off: {over} byte{'s' if over > 1 else ''} too many at byte {size - over} of "
+                             f"{size}, where a word of "
                              f"{word.itemsize} should follow. Copy it again, or keep its whole words: head -c {size - over}")

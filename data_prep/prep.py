@@ -1,0 +1,138 @@
+"""`evspan prep`: recordings -> shards, and small tools around recordings."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import hydra
+import numpy as np
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from data_prep.command import hydra_task, run_command
+from data_prep.config import PrepConfig
+
+ConfigStore.instance().store(name="prep_schema", node=PrepConfig)
+
+HELP = """evspan prep: recordings -> shards of histogram frames
+
+  evspan prep source=RAW output=SHARDS [dataset=gen4|etram|simulated] [key=value ...]
+      RAW has train/ val/ test/ with recordings (.raw EVT3 or EVT2, .dat, .h5) and their boxes: X_td.dat and X_bbox.npy.
+      One file or a flat folder counts as test. Run again, it does only what is missing or has changed.
+        frames.downsample=2        1 | 2 | 4: full, half or quarter resolution
+        frames.downsample_by=sum   sum | nearest
+        frames.window_ms=50  frames.bins=10  frames.cutoff=10
+        dataset.labels.label_every_ms=100    50: a label on every frame, where they are dense enough
+        processes=0                0: one per core
+        shard_mib=2048             several recordings share a file up to this size
+        max_invalid_share=0.01     refuse recordings with more events outside the sensor
+
+  evspan prep decode RECORDING OUT.h5      any format to HDF5 with events/{t,x,y,p}
+  evspan prep info RECORDING               format, sensor, time span, counts, rate
+  evspan prep preview INPUT OUT.png|gif|mp4    frames with boxes, of a recording or of shards (evspan prep preview --help)
+
+  evspan prep --hydra-help                 how overrides work;  evspan prep --cfg job source=... shows the config
+"""
+
+
+@hydra.main(version_base="1.3", config_path="pkg://conf", config_name="prep")
+@hydra_task
+def _prep(raw: DictConfig) -> None:
+    config: PrepConfig = OmegaConf.to_object(raw)  # type: ignore[assignment]  # __post_init__ checks run here
+    from data_prep.prepare import prepare
+
+    began = time.perf_counter()
+    report = prepare(config)
+    recordings = report.manifest.recordings
+    if not report.prepared and not report.removed:
+        print(f"{config.output}: nothing to do, {len(recordings)} recordings are as they should be")
+        return
+    for name, why in sorted(report.prepared.items()):
+        if why != "new":
+            print(f"prepared again: {name} ({why})")
+    for name in report.removed:
+        print(f"removed: {name} (no longer in the source)")
+    done = [r for r in recordings if f"{r.split}/{r.name}" in report.prepared]
+    events = sum(r.events for r in done)
+    print(f"{config.output}: {len(done)} of {len(recordings)} recordings prepared, {sum(r.frames for r in done)} frames, "
+          f"{sum(r.boxes for r in done)} boxes, {events / 1e6:.1f} M events in {time.perf_counter() - began:.1f} s")
+
+
+def decode(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("evspan prep decode", description="Any recording to HDF5 with events/{t,x,y,p} and "
+                                                                       "height, width.",
+                                     epilog="example: evspan prep decode drive_td.dat drive_td.h5")
+    parser.add_argument("recording", type=Path)
+    parser.add_argument("out", type=Path, help="a file ending in .h5")
+    given = parser.parse_args(argv)
+    from data_prep.errors import UserError
+    from data_prep.formats import open_recording, open_writer
+    from data_prep.store import written_whole
+
+    if given.out.suffix != ".h5":
+        raise UserError(f"{given.out} does not end in .h5; decode writes HDF5: evspan prep decode {given.recording} "
+                        f"{given.recording.with_suffix('.h5')}")
+    if given.out.resolve() == given.recording.resolve():
+        raise UserError(f"{given.out} is the recording itself; name another file")
+    recording = open_recording(given.recording)
+    with written_whole(given.out) as beside, open_writer(beside, recording.height, recording.width) as writer:
+        for events in recording.chunks():
+            writer.write(events)
+    print(f"{given.out}: {recording.events} events{_dropped(recording.dropped)}")
+
+
+def info(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("evspan prep info", description="What a recording "
+                                                                     "holds.", epilog="example: evspan prep info drive.raw")
+    parser.add_argument("recording", type=Path)
+    given = parser.parse_args(argv)
+    from data_prep.boxes import find_boxes, read_boxes
+    from data_prep.formats import open_recording
+
+    recording, brighter = open_recording(given.recording), 0
+    per_slice: dict[int, int] = {}
+    for events in recording.chunks():
+        brighter += int(events.p.sum(dtype=np.int64))
+        for slice_, n in zip(*np.unique(events.t // 10_000, return_counts=True), strict=True):
+            per_slice[int(slice_)] = per_slice.get(int(slice_), 0) + int(n)
+    span = (recording.last_us - recording.first_us) / 1e6
+    print(f"file      {given.recording} ({given.recording.stat().st_size / 1e6:.1f} MB)\nformat    {recording.format}\n"
+          f"sensor    {recording.width} x {recording.height}")
+    print(f"events    {recording.events}{_dropped(recording.dropped)}")
+    if recording.events:
+        print(f"time      {recording.first_us} to {recording.last_us} us, {span:.3f} s")
+        print(f"rate      {recording.events / max(span, 1e-6) / 1e6:.2f} M events/s on average, "
+              f"{max(per_slice.values()) / 1e4:.2f} in the busiest 10 ms")
+        print(f"brighter  {brighter / recording.events:.1%}")
+    boxes = find_boxes(given.recording)
+    print(f"boxes     {f'{read_boxes(boxes).size} in {boxes.name}' if boxes else 'none beside it'}")
+
+
+def _dropped(dropped: dict[str, int]) -> str:
+    told = [f"{n} {reason.replace('_', ' ')}" for reason, n in dropped.items() if n]
+    return f" ({', '.join(told)})" if told else ""
+
+
+def preview(argv: list[str]) -> None:
+    from data_prep.preview import main
+
+    main(argv)
+
+
+TOOLS = {"decode": decode, "info": info, "preview": preview}
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in TOOLS:
+        run_command(lambda: TOOLS[argv[0]](argv[1:]))
+    elif not argv or {"-h", "--help"} & set(argv):
+        print(HELP)
+    else:
+        sys.argv = ["evspan prep", *argv]
+        run_command(_prep)
+
+
+if __name__ == "__main__":
+    main()
