@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from data_prep.errors import ConfigError
 
@@ -50,6 +51,11 @@ class FrameConfig:
     @property
     def window_us(self) -> int:
         return 1000 * self.window_ms
+
+
+def frame_config(raw: dict[str, Any]) -> FrameConfig:
+    """The config that a manifest or a weights file tells, its enums by name."""
+    return FrameConfig(**dict(raw, mode=FrameMode[raw["mode"]], downsample_by=DownsampleBy[raw["downsample_by"]]))
 
 
 @dataclass(kw_only=True)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_prep.config import DownsampleBy, FrameConfig, FrameMode
+from data_prep.config import FrameConfig, frame_config
 from data_prep.errors import UserError
 from pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, PostprocessConfig, SizeWeighting
 from pipeline.parallel.reductions import barrier
@@ -93,10 +93,6 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     head = dict(raw["head"], size_aware_mode=SizeWeighting[raw["head"]["size_aware_mode"]])
     return ModelConfig(name=raw["name"], backbone=BackboneConfig(**raw["backbone"]), fpn=FpnConfig(**raw["fpn"]),
                        head=HeadConfig(**head), postprocess=PostprocessConfig(**raw["postprocess"]))
-
-
-def frame_config(raw: dict[str, Any]) -> FrameConfig:
-    return FrameConfig(**dict(raw, mode=FrameMode[raw["mode"]], downsample_by=DownsampleBy[raw["downsample_by"]]))
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -238,6 +238,7 @@ class EvaluationConfig:
     skip_first_ms: int = 500
     min_side: float = 0.0  # Prophesee: 10 at half resolution
     min_diagonal: float = 0.0  # Prophesee: 30 at half resolution
+    skip_empty_frames: bool = True  # as Prophesee's protocol does: frames without a box (left) are not scored
     sequence_length: int = 10  # frames a call
     batch_size: int = 4  # recordings at once, per rank
     write_detections: bool = True  # one <recording>_bbox.npy per recording, in Prophesee's form

@@ -11,7 +11,7 @@ from pipeline.model import assignment as assignment_module
 from pipeline.model.assignment import assign
 from pipeline.model.head import YOLOXHead, decode
 from pipeline.model.loss import detection_loss, size_weights
-from pipeline.model.norm import BatchNorm2d, global_batch_norms
+from pipeline.model.norm import ALONE, BatchNorm2d, global_batch_norms
 from pipeline.model.postprocess import detections, nms
 
 GEOMETRY = ((8, 12, 8), (4, 6, 16), (2, 3, 32))
@@ -203,7 +203,7 @@ def test_global_batch_norm_agrees_with_torch():
     torch.manual_seed(0)
     x = torch.randn(4, 5, 3, 2) * 3 + 100  # far from zero: a sum of squares would cancel
     mine, theirs = BatchNorm2d(5), torch.nn.BatchNorm2d(5)
-    global_batch_norms(mine, lambda t: t.clone())
+    global_batch_norms(mine, ALONE)
     results, weights = [], torch.randn_like(x)
     for norm in (mine, theirs):
         leaf = x.clone().requires_grad_()
@@ -214,9 +214,9 @@ def test_global_batch_norm_agrees_with_torch():
 
 
 def test_batch_norm_of_no_frames_leaves_its_statistics():
-    for sums in (None, lambda t: t):
+    for ranks in (None, ALONE):
         norm = BatchNorm2d(5)
-        global_batch_norms(norm, sums)
+        global_batch_norms(norm, ranks)
         norm.running_mean.fill_(3.0)
         y = norm(torch.zeros(0, 5, 3, 2, requires_grad=True))
         y.sum().backward()

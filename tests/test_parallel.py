@@ -10,8 +10,8 @@ import torch.multiprocessing as mp
 
 from data_prep.errors import ConfigError
 from pipeline.config import ParallelConfig
-from pipeline.model.norm import BatchNorm2d, global_batch_norms
-from pipeline.parallel.reductions import any_rank, broadcast_object, deal, gather_objects, sum_over_ranks
+from pipeline.model.norm import BatchNorm2d, RankReductions, global_batch_norms
+from pipeline.parallel.reductions import any_rank, broadcast_object, deal, gather_objects, gather_over_ranks, sum_over_ranks
 from pipeline.parallel.world import World, open_world
 
 RANKS = 3
@@ -36,7 +36,7 @@ def rank_main(rank, folder):
         mine = slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
         x = batch()[mine].requires_grad_()
         norm = BatchNorm2d(5).double()
-        global_batch_norms(norm, sum_over_ranks)
+        global_batch_norms(norm, RankReductions(gather_over_ranks, sum_over_ranks))
         loss = normalised(x, norm, torch.arange(sum(SHARES) * 60.0, dtype=torch.float64).view(-1, 5, 4, 3)[mine])
         loss.backward()
         torch.save({"loss": loss.detach(), "x": x.grad, "weight": norm.weight.grad, "mean": norm.running_mean, "var": norm.running_var,

@@ -29,7 +29,7 @@ def shards(tmp_path_factory):
 def command(shards, run_dir, *overrides):
     return [sys.executable, "-m", "launch", "train", "experiment=demo", f"dataset.root={shards}", f"run_dir={run_dir}",
             "training.max_steps=6", "training.sequence_length=4", "training.log_every=1", "checkpoint.every=3", "checkpoint.keep=9",
-            "parallel.timeout_s=120", *overrides]
+            "parallel.timeout_s=120", "evaluation.skip_first_ms=0", *overrides]
 
 
 def run(shards, run_dir, *overrides, code=0, timeout=200):
@@ -140,5 +140,3 @@ def test_foreign_weights_are_refused(tmp_path):
         load_weights(tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint"):
         load_weights(tmp_path / "nothing")
-
-

@@ -32,10 +32,10 @@ from pipeline.engine.zero import ZeroEngine
 from pipeline.evaluation.coco import Metrics
 from pipeline.model.detector import Detector
 from pipeline.model.loss import detection_loss
-from pipeline.model.norm import global_batch_norms
+from pipeline.model.norm import RankReductions, global_batch_norms
 from pipeline.model.state import DetectorState, detach, state_from_tensors, state_tensors
 from pipeline.monitor import Monitor, Stopwatch
-from pipeline.parallel.reductions import sum_over_ranks
+from pipeline.parallel.reductions import gather_over_ranks, sum_over_ranks
 from pipeline.parallel.world import World
 
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on a stop signal; the same command continues
@@ -70,7 +70,7 @@ class Trainer:
         if config.checkpoint.init_from:
             load_tensors(detector, load_weights(config.checkpoint.init_from))
         if world.size > 1:
-            global_batch_norms(detector, sum_over_ranks)
+            global_batch_norms(detector, RankReductions(gather_over_ranks, sum_over_ranks))
         self.engine = ZeroEngine(detector, config, world, lanes=len(self.lanes))
         self.state = self._zero_state()
         self.checkpoints = Checkpoints(self.run_dir, rank=world.rank, keep=config.checkpoint.keep)
@@ -111,7 +111,7 @@ class Trainer:
         """One forward, backward and step. Returns the losses over all ranks, and whether any rank was told to stop."""
         self.engine.train()
         raw, state = self.engine(batch.frames, self.state, starts=batch.starts, labelled=batch.labelled)
-        losses = detection_loss(raw, batch.boxes, batch.counts, self._geometry(batch), self.config.model.head,
+        losses = detection_loss(raw, batch.boxes, batch.counts, self._detector.geometry(self.dataset.height, self.dataset.width), self.config.model.head,
                                 sum_over_ranks=sum_over_ranks)
         # One small sum tells the losses, whether one is bad anywhere, and whether to stop: all ranks then do the same.
         told = sum_over_ranks(torch.stack([losses.total, losses.iou, losses.objectness, losses.classes,
@@ -217,5 +217,3 @@ class Trainer:
             about = {"checkpoint": str(self.run_dir), "step": self.step, "split": self.config.evaluation.split}
             write_results(self.run_dir / "evaluation", metrics, results, data, self.config.evaluation, about)
         return metrics
-
-

@@ -77,6 +77,8 @@ class ZeroEngine:
         optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer.weight_decay), lr=config.optimizer.lr)
         factor = learning_rate_factor(config.optimizer, config.training.max_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        # Only inference would use it, and it is compiled, for half a minute, at the first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False,
                                    verbose=False)
         self.engine, *_ = deepspeed.initialize(model=model.to(world.device), optimizer=optimizer, lr_scheduler=schedule,

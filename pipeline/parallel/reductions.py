@@ -8,25 +8,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """y = sum over ranks of x. Every rank's y depends on every rank's x, so the gradient is summed over ranks as well."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total
-
-
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Differentiable all-reduce, on CPU (gloo) and GPU. All ranks must call it, forward and backward, in one order."""
-    return x if dist.get_world_size() == 1 else _SumOverRanks.apply(x)
+    """The sum over ranks, on every rank; carries no gradient. All ranks must call it in one order."""
+    if dist.get_world_size() == 1:
+        return x.detach()
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def gather_over_ranks(x: Tensor) -> Tensor:
+    """(n,) -> (ranks, n), the parts of all ranks, on every rank; carries no gradient."""
+    if dist.get_world_size() == 1:
+        return x.detach()[None]
+    parts = x.new_empty(dist.get_world_size(), *x.shape)
+    dist.all_gather(list(parts.unbind(0)), x.detach().contiguous())
+    return parts
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
