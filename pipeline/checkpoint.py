@@ -71,7 +71,7 @@ def load_weights(path: str | Path) -> Weights:
     try:
         with safe_open(file, "pt") as opened:
             about = json.loads((opened.metadata() or {})["evspan"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
         return Weights(tensors, model_config(about["model"]), frame_config(about["frames"]), about["classes"], about["step"])
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{file} is no weights file of evspan ({type(error).__name__}: {error}). Name a run folder, "

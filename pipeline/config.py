@@ -54,7 +54,8 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         self.dim_multiplier, self.num_blocks = list(self.dim_multiplier), list(self.num_blocks)
         require(len(self.dim_multiplier) == len(self.num_blocks) == 4,
-                f"model.backbone has {len(self.dim_multiplier)} dim_multiplier and {len(self.num_blocks)} num_blocks; give 4 of each, one per stage")
+                f"model.backbone has {len(self.dim_multiplier)} dim_multiplier and {len(self.num_blocks)} num_blocks; "
+                "give 4 of each, one per stage")
         require(self.embed_dim >= 1 and self.embed_dim % self.dim_head == 0,
                 f"model.backbone.embed_dim {self.embed_dim} is no multiple of dim_head {self.dim_head}; change one of them")
         require(self.partition_split_32 >= 1, f"model.backbone.partition_split_32 is {self.partition_split_32}; give 1 or more")
@@ -81,7 +82,8 @@ class FpnConfig:
         self.in_stages = list(self.in_stages)
         require(self.in_stages in ([2, 3, 4], [1, 2, 3, 4]),
                 f"model.fpn.in_stages is {self.in_stages}; choose [2,3,4] (3 scales) or [1,2,3,4] (4 scales)")
-        require(self.temporal_window >= 2, f"model.fpn.temporal_window is {self.temporal_window}; give 2 frames or more, or attention_temporal=false")
+        require(self.temporal_window >= 2,
+                f"model.fpn.temporal_window is {self.temporal_window}; give 2 frames or more, or attention_temporal=false")
 
     @property
     def looks_back(self) -> int:
@@ -105,9 +107,11 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         require(self.num_classes >= 1, f"model.head.num_classes is {self.num_classes}; give 1 or more")
-        require(self.size_aware_weight >= 1, f"model.head.size_aware_weight is {self.size_aware_weight}; give 1 or more (1 weights all sizes alike)")
+        require(self.size_aware_weight >= 1,
+                f"model.head.size_aware_weight is {self.size_aware_weight}; give 1 or more (1 weights all sizes alike)")
         require(0 < self.small_threshold < self.medium_threshold,
-                f"model.head: small_threshold {self.small_threshold} must lie between 0 and medium_threshold {self.medium_threshold}")
+                f"model.head: small_threshold {self.small_threshold} must lie between 0 and medium_threshold "
+                f"{self.medium_threshold}")
 
 
 @dataclass(kw_only=True)
@@ -117,7 +121,8 @@ class PostprocessConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.confidence_threshold < 1 and 0 < self.nms_threshold <= 1,
-                f"model.postprocess: confidence_threshold {self.confidence_threshold} and nms_threshold {self.nms_threshold} must lie in [0, 1)")
+                f"model.postprocess: confidence_threshold {self.confidence_threshold} and nms_threshold "
+                f"{self.nms_threshold} must lie in [0, 1)")
 
 
 @dataclass(kw_only=True)
@@ -144,7 +149,8 @@ class AugmentationConfig:
 
     def __post_init__(self) -> None:
         for name in ("hflip", "zoom", "zoom_in_share"):
-            require(0 <= getattr(self, name) <= 1, f"training.augmentation.{name} is {getattr(self, name)}; give a probability from 0 to 1")
+            require(0 <= getattr(self, name) <= 1,
+                    f"training.augmentation.{name} is {getattr(self, name)}; give a probability from 0 to 1")
         require(self.zoom_in >= 1 and self.zoom_out >= 1,
                 f"training.augmentation: zoom_in {self.zoom_in} and zoom_out {self.zoom_out} are factors of 1 or more")
 
@@ -212,7 +218,9 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require(self.ranks >= 1, f"parallel.ranks is {self.ranks}; give 1 or more")
-        require(self.sequence == 1, f"parallel.sequence is {self.sequence}, but the exchange 'local' keeps a sequence on one rank; set parallel.sequence=1")
+        require(self.sequence == 1,
+                f"parallel.sequence is {self.sequence}, but the exchange 'local' keeps a sequence on one rank; "
+                "set parallel.sequence=1")
         require(self.timeout_s >= 1, f"parallel.timeout_s is {self.timeout_s}; give 1 s or more")
         require(self.threads >= 0, f"parallel.threads is {self.threads}; give 0 or more")
 
@@ -225,7 +233,8 @@ class CheckpointConfig:
     init_from: str = ""  # weights (.safetensors) to start from, when nothing is resumed
 
     def __post_init__(self) -> None:
-        require(self.every >= 1 and self.keep >= 1, f"checkpoint.every {self.every} and checkpoint.keep {self.keep} must be 1 or more")
+        require(self.every >= 1 and self.keep >= 1,
+                f"checkpoint.every {self.every} and checkpoint.keep {self.keep} must be 1 or more")
 
 
 @dataclass(kw_only=True)
@@ -244,9 +253,11 @@ class EvaluationConfig:
     write_detections: bool = True  # one <recording>_bbox.npy per recording, in Prophesee's form
 
     def __post_init__(self) -> None:
-        require(0 <= self.confidence_threshold < 1, f"evaluation.confidence_threshold is {self.confidence_threshold}; give 0 to below 1")
+        require(0 <= self.confidence_threshold < 1,
+                f"evaluation.confidence_threshold is {self.confidence_threshold}; give 0 to below 1")
         require(0 < self.nms_threshold <= 1, f"evaluation.nms_threshold is {self.nms_threshold}; give above 0 to 1")
-        require(self.sequence_length >= 1 and self.batch_size >= 1, "evaluation.sequence_length and evaluation.batch_size must be 1 or more")
+        require(self.sequence_length >= 1 and self.batch_size >= 1,
+                "evaluation.sequence_length and evaluation.batch_size must be 1 or more")
 
 
 @dataclass(kw_only=True)

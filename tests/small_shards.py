@@ -15,7 +15,8 @@ FRAMES = {"window_ms": 50, "bins": BINS, "cutoff": 10, "downsample": 4, "mode": 
 def recording(rng: np.random.Generator, count: int):
     """frames (N, 2*bins, H, W), boxes per frame, labelled: every second frame."""
     frames = rng.poisson(0.05, (count, 2 * BINS, HEIGHT, WIDTH)).astype(np.uint8)
-    tracks = [(rng.uniform(10, 70, 2) * (1, 0.5), rng.uniform(-2, 2, 2), rng.uniform(10, 24, 2), rng.integers(3)) for _ in range(2)]
+    tracks = [(rng.uniform(10, 70, 2) * (1, 0.5), rng.uniform(-2, 2, 2), rng.uniform(10, 24, 2), rng.integers(3))
+              for _ in range(2)]
     boxes = []
     for t in range(count):
         rows = []
@@ -43,7 +44,8 @@ def write_small_shards(root: Path, counts: dict[str, list[int]], seed: int = 0) 
                 group["box_start"] = np.cumsum([0, *(len(b) for b in boxes)])
                 group["labelled"] = labelled
                 entries.append(RecordingEntry(
-                    name=name, split=split, shard=f"{split}/00000.h5", group=name, frames=count, labelled_frames=int(labelled.sum()),
+                    name=name, split=split, shard=f"{split}/00000.h5", group=name, frames=count,
+                    labelled_frames=int(labelled.sum()),
                     boxes=sum(map(len, boxes)), height=HEIGHT, width=WIDTH, sensor_height=4 * HEIGHT, sensor_width=4 * WIDTH,
                     first_us=0, last_us=50_000 * count - 1, events=int(frames.sum())))
     manifest = Manifest(software="test", config={"frames": FRAMES}, config_hash="0", classes=CLASSES, recordings=entries)

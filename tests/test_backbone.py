@@ -82,7 +82,7 @@ def test_attention_agrees_with_the_definition(small_window, monkeypatch):
 
 @pytest.mark.parametrize("grid", [False, True])
 def test_a_cell_sees_its_window_or_its_grid(grid):
-    """Poking one cell changes exactly the cells of its group: neighbours in a window, cells h/rows and w/columns apart in a grid."""
+    """Poking one cell changes exactly the cells of its group: neighbours in a window, h/rows and w/columns apart in a grid."""
     torch.manual_seed(0)
     rows, columns, h, w = 2, 3, 6, 12
     block = PartitionAttention(8, BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=1.0), grid=grid, first_norm=True)
@@ -94,7 +94,9 @@ def test_a_cell_sees_its_window_or_its_grid(grid):
     down, across = h // rows, w // columns
     for i in range(h):
         for j in range(w):
-            same = (i % down == 3 % down and j % across == 7 % across) if grid else (i // rows == 3 // rows and j // columns == 7 // columns)
+            in_grid = i % down == 3 % down and j % across == 7 % across
+            in_window = i // rows == 3 // rows and j // columns == 7 // columns
+            same = in_grid if grid else in_window
             assert changed[i, j] == same, (i, j)
 
 
@@ -107,4 +109,5 @@ def test_frame_convolution_agrees_with_torch_and_casts_in_parts(padding, monkeyp
     wanted = F.conv2d(F.pad(frames.float(), (0, padding[1], 0, padding[0])), conv.weight, stride=4, padding=3)
     got, weights = conv(frames, padding), torch.randn_like(wanted)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(*(torch.autograd.grad((y * weights).sum(), conv.weight)[0] for y in (got, wanted)), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(*(torch.autograd.grad((y * weights).sum(), conv.weight)[0] for y in (got, wanted)),
+                               rtol=1e-4, atol=1e-3)

@@ -146,7 +146,8 @@ def test_a_chunk_without_labels_trains_in_step(kind):
     """Every parameter gets a gradient, zero, so that a rank without labels can take part in the reduction."""
     detector = micro(kind).train()
     before = {k: v.clone() for k, v in detector.state_dict().items() if "running" in k}
-    raw, state = detector(some_frames(3), detector.initial_state(LANES, H, W), starts=no(), labelled=torch.zeros(3, LANES, dtype=torch.bool))
+    raw, state = detector(some_frames(3), detector.initial_state(LANES, H, W), starts=no(),
+                          labelled=torch.zeros(3, LANES, dtype=torch.bool))
     geometry = detector.geometry(H, W)
     assert raw.shape == (0, sum(h * w for h, w, _ in geometry), 7)
     loss = detection_loss(raw, torch.zeros(0, 4, 5), torch.zeros(0, dtype=torch.long), geometry, detector.config.head)

@@ -88,7 +88,8 @@ def test_crowded_frames_have_contested_cells():
     got = assign(raw, boxes, torch.tensor([20, 20]), GEOMETRY, HeadConfig())
     for i in range(2):
         wanted = assign_one_by_one(raw[i].double(), boxes[i].double(), HeadConfig())
-        assert {c: got.box[i, c].item() for c in got.foreground[i].nonzero()[:, 0].tolist()} == {c: g for c, (g, _) in wanted.items()}
+        chosen = got.foreground[i].nonzero()[:, 0].tolist()
+        assert {c: got.box[i, c].item() for c in chosen} == {c: g for c, (g, _) in wanted.items()}
 
 
 def loss_one_by_one(raw, boxes, counts, config):
@@ -126,7 +127,8 @@ def test_losses_and_gradient_agree_with_the_definition(size_aware):
 def test_losses_of_two_ranks_add_up_to_those_of_one():
     raw, boxes, counts = some_batch(6, 4)
     whole = detection_loss(raw, boxes, counts, GEOMETRY, HeadConfig())
-    parts = [detection_loss(raw[s], boxes[s], counts[s], GEOMETRY, HeadConfig(), sum_over_ranks=lambda _: torch.stack((whole.positives, whole.boxes)))
+    parts = [detection_loss(raw[s], boxes[s], counts[s], GEOMETRY, HeadConfig(),
+                            sum_over_ranks=lambda _: torch.stack((whole.positives, whole.boxes)))
              for s in (slice(0, 1), slice(1, 6))]
     torch.testing.assert_close(parts[0].total + parts[1].total, whole.total)
 
@@ -134,7 +136,8 @@ def test_losses_of_two_ranks_add_up_to_those_of_one():
 @pytest.mark.parametrize("frames, most", [(0, 3), (3, 0), (0, 0)])
 def test_nothing_to_find_still_has_a_gradient(frames, most):
     raw = torch.randn(frames, CELLS, 5 + CLASSES, requires_grad=True)
-    got = detection_loss(raw, torch.zeros(frames, most, 5), torch.zeros(frames, dtype=torch.long), GEOMETRY, HeadConfig(size_aware_loss=True))
+    got = detection_loss(raw, torch.zeros(frames, most, 5), torch.zeros(frames, dtype=torch.long), GEOMETRY,
+                         HeadConfig(size_aware_loss=True))
     got.total.backward()
     assert got.positives == 0 and got.iou == 0 and got.classes == 0 and got.total.isfinite() and raw.grad.isfinite().all()
 

@@ -89,7 +89,8 @@ def test_training_step(detector, parity):
         close(assignment.iou[row, cells], expected[f"assign/{i}/iou"], 1e-5)
 
     losses = detection_loss(raw, boxes, counts, geometry, detector.config.head)
-    for name, got in (("loss", losses.total), ("iou_loss", losses.iou), ("conf_loss", losses.objectness), ("cls_loss", losses.classes)):
+    for name, got in (("loss", losses.total), ("iou_loss", losses.iou), ("conf_loss", losses.objectness),
+                      ("cls_loss", losses.classes)):
         assert got.item() == pytest.approx(expected[f"loss/{name}"].item(), rel=1e-4), name
     losses.total.backward()
     for name, parameter in detector.named_parameters():
@@ -116,7 +117,8 @@ def test_parameter_names_are_the_published_ones(parity_dir):
     assert {k: tuple(v.shape) for k, v in ours.items()} == listed
 
 
-@pytest.mark.parametrize("embed, head, depth, count", [(32, 32, 0.33, 4_405_336), (48, 24, 0.33, 9_870_456), (64, 32, 0.67, 18_536_856)])
+@pytest.mark.parametrize("embed, head, depth, count",
+                         [(32, 32, 0.33, 4_405_336), (48, 24, 0.33, 9_870_456), (64, 32, 0.67, 18_536_856)])
 def test_parameter_counts(embed, head, depth, count):
     config = ModelConfig(backbone=BackboneConfig(embed_dim=embed, dim_head=head))
     config.fpn.depth = depth

@@ -83,7 +83,8 @@ def test_channel_weights_of_fine_scales_start_higher():
     x = torch.randn(N, 32, H, W)
     fine, coarse = (ScaleAwareChannelAttention(32, s, identity_start=False)(x) / x for s in (8, 16))
     assert fine.mean() > coarse.mean() + 0.1
-    assert ScaleAwareChannelAttention(64, 8).fc[0].out_features == 4 and ScaleAwareChannelAttention(64, 16).fc[0].out_features == 8
+    assert ScaleAwareChannelAttention(64, 8).fc[0].out_features == 4
+    assert ScaleAwareChannelAttention(64, 16).fc[0].out_features == 8
 
 
 @pytest.mark.parametrize("spatial, temporal", [(True, True), (True, False), (False, True)])

@@ -39,7 +39,8 @@ def rank_main(rank, folder):
         global_batch_norms(norm, RankReductions(gather_over_ranks, sum_over_ranks))
         loss = normalised(x, norm, torch.arange(sum(SHARES) * 60.0, dtype=torch.float64).view(-1, 5, 4, 3)[mine])
         loss.backward()
-        torch.save({"loss": loss.detach(), "x": x.grad, "weight": norm.weight.grad, "mean": norm.running_mean, "var": norm.running_var,
+        torch.save({"loss": loss.detach(), "x": x.grad, "weight": norm.weight.grad, "mean": norm.running_mean,
+                    "var": norm.running_var,
                     "any": any_rank(rank == 2, world.device), "none": any_rank(False, world.device),
                     "gathered": gather_objects(rank * 10), "first": broadcast_object(f"from {rank}")}, f"{folder}/{rank}.pt")
 

@@ -148,8 +148,8 @@ def _rvt_representation(folder: Path) -> tuple[Path, FrameConfig]:
     found = [p for p in sorted((folder / "event_representations_v2").glob("*/event_representations*.h5"))
              if RVT_NAME.fullmatch(p.parent.name)]
     if len(found) != 1:
-        raise ShardError(f"{folder}/event_representations_v2 has {len(found)} stacked histograms ({[str(p) for p in found]}), not "
-                         "one. Keep one folder stacked_histogram_dt=..._nbins=... with one event_representations*.h5")
+        raise ShardError(f"{folder}/event_representations_v2 has {len(found)} stacked histograms ({[str(p) for p in found]}), "
+                         "not one. Keep one folder stacked_histogram_dt=..._nbins=... with one event_representations*.h5")
     told = RVT_NAME.fullmatch(found[0].parent.name)
     assert told is not None
     downsample = 2 if "ds2" in found[0].stem else 1

@@ -5,12 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from data_prep.boxes import write_boxes
 from data_prep.config import DatasetConfig
-from data_prep.draw import draw_boxes, frame_to_rgb
 from data_prep.errors import ConfigError
 from pipeline.checkpoint import Weights
 from pipeline.config import EvaluationConfig
@@ -20,8 +16,6 @@ from pipeline.engine.streaming import RecordingResult, evaluate_split, score
 from pipeline.evaluation.coco import Metrics
 from pipeline.parallel.reductions import broadcast_object, deal, gather_objects
 from pipeline.parallel.world import World
-
-PICTURES, PICTURE_CONFIDENCE = 6, 0.3
 
 
 def evaluate_weights(weights: Weights, dataset: DatasetConfig, config: EvaluationConfig,
@@ -49,29 +43,6 @@ def check_fit(weights: Weights, data: Dataset) -> None:
     if weights.classes != data.classes:
         raise ConfigError(f"the weights know the classes {weights.classes}, the dataset has {data.classes}. "
                           "Choose the dataset config that they were trained with")
-
-
-def picture(results: list[RecordingResult], data: Dataset) -> NDArray[np.uint8] | None:
-    """Labelled frames of the recordings in turn, side by side: boxes green, detections orange."""
-    by_name = {r.name: r for r in data.recordings}
-    tiles = []
-    for i in range(PICTURES):
-        if not results or not (labelled := (result := results[i % len(results)]).frames):
-            continue
-        place = (2 * i + 1) * len(labelled) // (2 * PICTURES)
-        frame = labelled[place]
-        rgb = frame_to_rgb(by_name[result.name].read(frame, frame + 1)[0])
-        boxes, found = result.boxes[place], result.detections[place]
-        corners = np.stack((boxes["x"], boxes["y"], boxes["x"] + boxes["w"], boxes["y"] + boxes["h"]), 1)
-        rgb = draw_boxes(rgb, corners, None, (0, 160, 0))
-        sure = found[found[:, 4] * found[:, 5] >= PICTURE_CONFIDENCE]
-        tiles.append(draw_boxes(rgb, sure[:, :4], [data.classes[int(c)] for c in sure[:, 6]], (230, 120, 0)))
-    if not tiles:
-        return None
-    rows = [np.concatenate(tiles[i : i + 2], axis=1) for i in range(0, len(tiles) - 1, 2)] or tiles
-    return np.concatenate(rows, axis=0)
-
-
 
 
 def write_results(output: Path, metrics: Metrics, results: list[RecordingResult], data: Dataset, config: EvaluationConfig,

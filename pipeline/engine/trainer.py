@@ -26,7 +26,8 @@ from pipeline.data.datasets import open_dataset
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.plan import SamplingPlan
 from pipeline.engine.build import load_tensors
-from pipeline.engine.evaluator import evaluate_weights, picture, write_results
+from pipeline.engine.evaluator import evaluate_weights, write_results
+from pipeline.engine.pictures import evaluation_picture, training_picture
 from pipeline.engine.signals import StopFlag, stop_flag
 from pipeline.engine.zero import ZeroEngine
 from pipeline.evaluation.coco import Metrics
@@ -95,11 +96,12 @@ class Trainer:
                 told, stop = self._micro_batch(batch, flag.received is not None)
             watch.frames += config.batch_size * config.sequence_length * accumulation
             self.step += 1
-            if self.step % config.log_every == 0 or self.step == config.max_steps:
-                self._log(told, watch)
             done = self.step == config.max_steps
+            if self.step % config.log_every == 0 or done:
+                self._log(told, watch)
             if self.step % self.config.checkpoint.every == 0 or done or stop:
                 self._save()
+                self._show(batch)
             if stop and not done:
                 self._stop(flag)
             if done or (config.evaluate_every and self.step % config.evaluate_every == 0):
@@ -111,7 +113,8 @@ class Trainer:
         """One forward, backward and step. Returns the losses over all ranks, and whether any rank was told to stop."""
         self.engine.train()
         raw, state = self.engine(batch.frames, self.state, starts=batch.starts, labelled=batch.labelled)
-        losses = detection_loss(raw, batch.boxes, batch.counts, self._detector.geometry(self.dataset.height, self.dataset.width), self.config.model.head,
+        geometry = self._detector.geometry(self.dataset.height, self.dataset.width)
+        losses = detection_loss(raw, batch.boxes, batch.counts, geometry, self.config.model.head,
                                 sum_over_ranks=sum_over_ranks)
         # One small sum tells the losses, whether one is bad anywhere, and whether to stop: all ranks then do the same.
         told = sum_over_ranks(torch.stack([losses.total, losses.iou, losses.objectness, losses.classes,
@@ -191,7 +194,8 @@ class Trainer:
         size = f", {parameters:,} parameters" if parameters else ""
         at = f"resumes at step {self.step}" if self.step else "starts"
         self.monitor.say(f"{self.run_dir}: {at} of {self.config.training.max_steps}; {self.world.size} rank(s), "
-                         f"{len(self.dataset.recordings)} recordings, {sum(r.frames for r in self.dataset.recordings)} frames{size}")
+                         f"{len(self.dataset.recordings)} recordings, {sum(r.frames for r in self.dataset.recordings)} "
+                         f"frames{size}")
         self.monitor.say(f"watch it: tensorboard --logdir {self.run_dir}")
 
     def _log(self, told: Tensor, watch: Stopwatch) -> None:
@@ -206,12 +210,16 @@ class Trainer:
                          f"lr {self.engine.learning_rate:.2e}  |g| {self.engine.gradient_norm:7.3f}  {speed:6.1f} frames/s  "
                          f"data wait {waiting:4.0%}")
 
+    def _show(self, batch: Batch) -> None:
+        if self.world.is_main and (rgb := training_picture(batch, self.dataset.classes)) is not None:
+            self.monitor.picture("training/boxes", rgb, self.step)
+
     def _evaluate(self) -> Metrics:
         began = time.perf_counter()
         metrics, results, data = evaluate_weights(self._weights(), self.config.dataset, self.config.evaluation, self.world)
         if self.world.is_main:
             self.monitor.scalars({f"evaluation/{k}": v for k, v in metrics.scalars().items()}, self.step)
-            if (rgb := picture(results, data)) is not None:
+            if (rgb := evaluation_picture(results, data)) is not None:
                 self.monitor.picture("evaluation/boxes_green_detections_orange", rgb, self.step)
             self.monitor.say(f"evaluation at step {self.step} ({time.perf_counter() - began:.0f} s)\n{metrics.table()}")
             about = {"checkpoint": str(self.run_dir), "step": self.step, "split": self.config.evaluation.split}

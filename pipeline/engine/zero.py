@@ -119,7 +119,8 @@ class ZeroEngine:
     def load(self, folder: Path) -> None:
         path, _ = self.engine.load_checkpoint(str(folder), tag="zero")
         if path is None:
-            raise UserError(f"DeepSpeed finds no checkpoint in {folder}. Delete this checkpoint folder to resume from the one before")
+            raise UserError(f"DeepSpeed finds no checkpoint in {folder}. "
+                            "Delete this checkpoint folder to resume from the one before")
 
     def full_state(self) -> dict[str, Tensor]:
         """Copies of all weights and buffers, float32 where floating, on every rank. Collective at stage 3."""

@@ -33,7 +33,8 @@ def assign(raw: Tensor, boxes: Tensor, counts: Tensor, geometry: Geometry, confi
     """raw: (n, cells, 5 + classes); boxes: (n, G, 5) class, cx, cy, w, h, the first `counts` (n,) rows of each valid."""
     n, pairs = raw.shape[0], max(1, boxes.shape[1] * raw.shape[1])
     step = max(1, PAIRS_AT_ONCE // pairs)
-    parts = [_assign(raw[i : i + step], boxes[i : i + step], counts[i : i + step], geometry, config) for i in range(0, max(n, 1), step)]
+    parts = [_assign(raw[i : i + step], boxes[i : i + step], counts[i : i + step], geometry, config)
+             for i in range(0, max(n, 1), step)]
     return Assignment(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 

@@ -89,7 +89,9 @@ class SmallObjectAttentionModule(nn.Module):
                  temporal_window: int = 3, identity_start: bool = True) -> None:
         super().__init__()
         self.spatial = MultiScaleSpatialAttention(channels, identity_start=identity_start) if enable_spatial else None
-        self.temporal = EventTemporalAttention(channels, temporal_window, identity_start=identity_start) if enable_temporal else None
+        self.temporal = None
+        if enable_temporal:
+            self.temporal = EventTemporalAttention(channels, temporal_window, identity_start=identity_start)
         both = enable_spatial and enable_temporal
         self.integration = nn.Conv2d(channels, channels, 1) if both else None
         self.gate = _gate(identity_start) if both else None

@@ -30,7 +30,8 @@ class MLP(nn.Module):
     def __init__(self, dim: int, ratio: int) -> None:
         super().__init__()
         # Nested and with an empty third place: the published parameter names are net.0.0 and net.2.
-        self.net = nn.Sequential(nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU()), nn.Identity(), nn.Linear(ratio * dim, dim))
+        self.net = nn.Sequential(nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU()), nn.Identity(),
+                                 nn.Linear(ratio * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -166,14 +167,16 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         inputs = [in_channels, *config.dims[:-1]]
-        self.stages = nn.ModuleList(Stage(inputs[i], config.dims[i], 4 if i == 0 else 2, config.num_blocks[i], config) for i in range(4))
+        self.stages = nn.ModuleList(Stage(inputs[i], config.dims[i], 4 if i == 0 else 2, config.num_blocks[i], config)
+                                    for i in range(4))
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """The size that frames are zero-padded to, below and on the right, so that windows divide every stage's map."""
         step = 32 * self.config.partition_split_32
         return -(-height // step) * step, -(-width // step) * step
 
-    def forward(self, frames: Tensor, states: tuple[StageState, ...], exchange: Exchange) -> tuple[list[Tensor], tuple[StageState, ...]]:
+    def forward(self, frames: Tensor, states: tuple[StageState, ...],
+                exchange: Exchange) -> tuple[list[Tensor], tuple[StageState, ...]]:
         """
         Args:
             frames: (T, B, in_channels, H, W) uint8, unpadded. states: one per stage.

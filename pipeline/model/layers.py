@@ -33,7 +33,7 @@ class _FrameConvolution(torch.autograd.Function):
         return torch.cat([F.conv2d(x, weight, stride=stride, padding=border) for x in _cast(frames, weight, padding)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         frames, weight = ctx.saved_tensors
         total = torch.zeros_like(weight, dtype=torch.float32)
         done = 0

@@ -50,7 +50,8 @@ class _GlobalBatchNorm(torch.autograd.Function):
     """One exchange forward (count, mean and squared deviations of every rank) and one backward (two sums per channel)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, ranks: RankReductions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor,
+                ranks: RankReductions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         here = wide.new_tensor([x.numel() // x.shape[1]])
         local = wide.sum((0, 2, 3)) / here.clamp(min=1)
@@ -70,7 +71,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         return y, mean, unbiased, count
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd, count = ctx.saved_tensors
         dy, wide = gradient.to(mean.dtype), x.to(mean.dtype)
         sums = torch.stack((dy.sum((0, 2, 3)), (dy * (wide - _channel(mean))).sum((0, 2, 3))))

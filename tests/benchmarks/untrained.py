@@ -1,0 +1,30 @@
+"""What a network that has learned nothing scores: python tests/benchmarks/untrained.py demo/run demo/shards [val]
+
+Takes the model and frames of a run, draws fresh weights (seed 0), and evaluates them as `evspan evaluate` does.
+"""
+
+import sys
+
+import torch
+
+from data_prep.config import DatasetConfig
+from pipeline.checkpoint import load_weights
+from pipeline.config import EvaluationConfig
+from pipeline.data.datasets import open_dataset
+from pipeline.engine.streaming import evaluate_split, score
+from pipeline.model.detector import Detector
+
+
+def main(run: str, shards: str, split: str = "val") -> None:
+    weights, config = load_weights(run), EvaluationConfig(split=split, confidence_threshold=0.0)
+    data = open_dataset(DatasetConfig(root=shards), split)
+    torch.manual_seed(0)
+    detector = Detector(weights.model, data.channels).eval()
+    results = evaluate_split(detector, data, config, device=torch.device("cpu"), recordings=data.recordings)
+    metrics = score(results, data, config)
+    print(metrics.table())
+    print(f"untrained: ap={metrics.ap or 0:.3f} ap50={metrics.ap50 or 0:.3f}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,169 @@
+"""Datasets on disk -> recordings: our shards and RVT's tree give what was stored; the loader's batches against the plan."""
+
+import h5py
+import hdf5plugin
+import numpy as np
+import pytest
+import torch
+from small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
+
+from data_prep.boxes import RAW_BOX
+from data_prep.config import DatasetConfig, DatasetKind, FrameMode
+from data_prep.errors import ConfigError, ShardError
+from data_prep.shards import BOX
+from pipeline.config import AugmentationConfig, Sampling, TrainingConfig
+from pipeline.data import datasets
+from pipeline.data.augment import augment_boxes, augment_frames, draw_augmentation
+from pipeline.data.boxes import to_center, to_corners
+from pipeline.data.datasets import open_dataset
+from pipeline.data.loader import Loader
+from pipeline.data.plan import SamplingPlan
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_small_shards(tmp_path_factory.mktemp("data") / "shards", {"train": [23, 12, 9], "val": [5]})
+
+
+def opened(root, split="train", **config):
+    return open_dataset(DatasetConfig(root=str(root), **config), split)
+
+
+def test_shards_give_what_is_stored(shards):
+    data = opened(shards)
+    assert (data.height, data.width, data.channels, data.classes) == (HEIGHT, WIDTH, 2 * BINS, CLASSES)
+    assert [r.frames for r in data.recordings] == [23, 12, 9]
+    with h5py.File(shards / "train" / "00000.h5") as file:
+        for recording in data.recordings:
+            group = file[recording.name]
+            np.testing.assert_array_equal(recording.read(2, 7), group["frames"][2:7])
+            np.testing.assert_array_equal(recording.labelled, group["labelled"])
+            np.testing.assert_array_equal(recording.end_us, group["end_us"])
+            boxes, start = group["boxes"][:], group["box_start"][:]
+            for i in range(recording.frames):
+                np.testing.assert_array_equal(recording.boxes(i), boxes[start[i] : start[i + 1]])
+            assert recording.boxes(0).dtype == BOX
+
+
+def test_more_files_than_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "OPEN_FILES", 2)
+    root = write_rvt_tree(tmp_path / "tree", {f"rec_{i}": 3 for i in range(5)})
+    data = opened(root, kind=DatasetKind.rvt_tree, classes=CLASSES)
+    for _ in range(2):
+        assert [int(r.read(1, 2).max()) for r in data.recordings] == [1, 2, 3, 4, 5]
+
+
+def write_rvt_tree(root, recordings):
+    """As RVT's preprocess_dataset.py lays it out; frame values are the recording's number."""
+    for number, (name, frames) in enumerate(recordings.items(), 1):
+        labels, frame_folder = root / "train" / name / "labels_v2", "event_representations_v2/stacked_histogram_dt=50_nbins=10"
+        (root / "train" / name / frame_folder).mkdir(parents=True)
+        labels.mkdir()
+        rows = np.zeros(3, RAW_BOX)  # two boxes in the first labelled frame, one in the second
+        rows["t"], rows["x"], rows["class_id"] = [100_000, 100_000, 150_000], [10, 20, 30], [0, 1, 2]
+        rows["w"], rows["h"] = 40, 50
+        np.savez(labels / "labels.npz", labels=rows, objframe_idx_2_label_idx=np.array([0, 2]))
+        np.save(labels / "timestamps_us.npy", np.array([100_000, 150_000]))
+        folder = root / "train" / name / frame_folder
+        np.save(folder / "timestamps_us.npy", 50_000 * np.arange(1, frames + 1))
+        np.save(folder / "objframe_idx_2_repr_idx.npy", np.array([1, 2]))
+        with h5py.File(folder / "event_representations_ds2_nearest.h5", "w") as file:
+            file.create_dataset("data", data=np.full((frames, 20, 18, 32), number, np.uint8), chunks=(1, 20, 18, 32),
+                                **hdf5plugin.Blosc(cname="zstd"))
+    return root
+
+
+def test_rvt_tree_labels_become_pixels_of_the_stored_frames(tmp_path):
+    data = opened(write_rvt_tree(tmp_path, {"a": 4}), kind=DatasetKind.rvt_tree, classes=CLASSES)
+    (recording,) = data.recordings
+    assert (data.height, data.width, data.frames.mode, data.frames.downsample) == (18, 32, FrameMode.rvt, 2)
+    assert recording.labelled.tolist() == [False, True, True, False]
+    np.testing.assert_array_equal(to_corners(recording.boxes(1)), [[5, 0, 25, 25], [10, 0, 30, 25]])
+    np.testing.assert_array_equal(to_center(recording.boxes(2)), [[2, 25, 12.5, 20, 25]])
+    assert len(recording.boxes(0)) == len(recording.boxes(3)) == 0
+
+
+def test_rvt_tree_of_the_published_preprocessing(parity_dir):
+    root = parity_dir / "prep_fixture" / "output"
+    data = opened(root, kind=DatasetKind.rvt_tree, classes=CLASSES)
+    (recording,) = data.recordings
+    assert (data.height, data.width, data.channels) == (360, 640, 20)
+    folder = root / "train" / recording.name / "event_representations_v2" / "stacked_histogram_dt=50_nbins=10"
+    with h5py.File(folder / "event_representations_ds2_nearest.h5") as file:
+        np.testing.assert_array_equal(recording.read(0, recording.frames), file["data"][:])
+    labels = np.load(root / "train" / recording.name / "labels_v2" / "labels.npz")["labels"]
+    stored = np.concatenate([recording.boxes(i) for i in range(recording.frames)])
+    np.testing.assert_array_equal(stored["t_us"], labels["t"])
+    np.testing.assert_allclose(2 * stored["w"], labels["w"])
+    for i in np.flatnonzero(recording.labelled):
+        assert set(recording.boxes(i)["t_us"]) <= {recording.end_us[i]}
+    assert [r.frames for r in opened(root, "test", kind=DatasetKind.rvt_tree, classes=CLASSES).recordings]
+
+
+def test_wrong_datasets_are_told(tmp_path, shards):
+    for config, split, message in (
+            ({"root": ""}, "train", "dataset.root=SHARDS"), ({"root": str(tmp_path / "none")}, "train", "is no folder"),
+            ({"root": str(tmp_path)}, "train", "no manifest.json"),
+            ({"root": str(shards)}, "test", "no recordings in split 'test'"),
+            ({"root": str(shards), "classes": ["cat"]}, "train", "was prepared with the classes"),
+            ({"root": str(shards), "kind": DatasetKind.rvt_tree}, "train", "dataset.classes is empty")):
+        with pytest.raises((ConfigError, ShardError), match=message):
+            open_dataset(DatasetConfig(**config), split)
+
+
+def test_a_damaged_tree_is_told(tmp_path):
+    root = write_rvt_tree(tmp_path, {"a": 4})
+    data = opened(root, kind=DatasetKind.rvt_tree, classes=CLASSES)
+    next(root.rglob("*.h5")).write_bytes(b"no HDF5")
+    with pytest.raises(ShardError, match=r"cannot give data\[0:1\]"):
+        data.recordings[0].read(0, 1)
+    next(root.rglob("labels.npz")).unlink()
+    with pytest.raises(ShardError, match="no recording as RVT prepares it"):
+        opened(root, kind=DatasetKind.rvt_tree, classes=CLASSES)
+
+
+# -- the loader --------------------------------------------------------------------------------------------------
+def make_loader(data, lanes, workers=0):
+    config = TrainingConfig(batch_size=6, sequence_length=4, loader_workers=workers)
+    plan = SamplingPlan([r.frames for r in data.recordings], [r.labelled for r in data.recordings], lanes=6, sequence_length=4,
+                        sampling=Sampling.mixed, seed=3)
+    return Loader(data, plan, lanes, config, seed=3), plan
+
+
+def test_batches_hold_what_the_plan_says(shards):
+    """Every lane's frames and boxes, one by one from the stored recording."""
+    data = opened(shards)
+    loader, plan = make_loader(data, range(6))
+    for index in range(8):
+        batch, row = loader.batch(index), 0
+        for t in range(4):
+            for lane in range(6):
+                chunk = plan.chunk(lane, index)
+                recording, at = data.recordings[chunk.recording], chunk.first + t
+                how = draw_augmentation(AugmentationConfig(), chunk, seed=3, height=HEIGHT, width=WIDTH)
+                inside = t < chunk.frames
+                wanted = augment_frames(recording.read(at, at + 1), how)[0] if inside else np.zeros((2 * BINS, HEIGHT, WIDTH))
+                np.testing.assert_array_equal(batch.frames[t, lane], wanted)
+                assert bool(batch.labelled[t, lane]) == (inside and bool(recording.labelled[at]))
+                assert bool(batch.starts[lane]) == chunk.start
+                if batch.labelled[t, lane]:
+                    boxes = augment_boxes(to_center(recording.boxes(at)), how, height=HEIGHT, width=WIDTH)
+                    assert batch.counts[row] == len(boxes)
+                    np.testing.assert_array_equal(batch.boxes[row, : len(boxes)], boxes)
+                    assert not batch.boxes[row, len(boxes) :].any()
+                    row += 1
+        assert row == len(batch.boxes) == len(batch.counts)
+
+
+def test_any_number_of_workers_and_any_split_of_the_lanes_read_the_same(shards):
+    data = opened(shards)
+    whole = make_loader(data, range(6))[0]
+    for workers in (1, 3):
+        parts = [make_loader(data, lanes, workers)[0].batches(2) for lanes in (range(2), range(2, 6))]
+        for index in range(2, 7):
+            batch, shares = whole.batch(index), [next(p) for p in parts]
+            assert torch.equal(torch.cat([s.frames for s in shares], 1), batch.frames)
+            assert torch.equal(torch.cat([s.labelled for s in shares], 1), batch.labelled)
+            assert sum(int(s.counts.sum()) for s in shares) == int(batch.counts.sum())
+        for p in parts:
+            p.close()

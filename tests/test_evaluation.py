@@ -1,0 +1,170 @@
+"""COCO metrics against pycocotools; the protocol's filters; streaming over recordings against one frame at a time."""
+
+import contextlib
+import io
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
+
+from data_prep.config import DatasetConfig, FrameConfig
+from data_prep.shards import BOX
+from pipeline.config import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
+from pipeline.data.datasets import Dataset, RecordingData, open_dataset
+from pipeline.engine.streaming import RecordingResult, evaluate_split, score
+from pipeline.evaluation.coco import coco_form, coco_metrics
+from pipeline.model.detector import Detector
+from pipeline.model.postprocess import detections
+
+
+def some_boxes(rng, count):
+    boxes = np.zeros(count, BOX)
+    boxes["w"], boxes["h"] = rng.uniform(4, 150, (2, count))
+    boxes["x"], boxes["y"] = rng.uniform(0, 400, (2, count))
+    boxes["class_id"] = rng.integers(0, 3, count)
+    return boxes
+
+
+def as_detections(rng, boxes, jitter):
+    """Moved and resized copies with random scores."""
+    corners = np.stack((boxes["x"], boxes["y"], boxes["x"] + boxes["w"], boxes["y"] + boxes["h"]), 1)
+    corners += rng.normal(0, jitter, corners.shape) * np.stack((boxes["w"], boxes["h"]) * 2, 1)
+    scores = rng.uniform(0.01, 1, (len(boxes), 2))
+    return np.concatenate((corners, scores, boxes["class_id"][:, None]), 1).astype(np.float32)
+
+
+def some_frames(seed, frames=40):
+    rng = np.random.default_rng(seed)
+    boxes = [some_boxes(rng, rng.integers(0, 12)) for _ in range(frames)]
+    found = []
+    for truth in boxes:
+        hits = as_detections(rng, truth[rng.random(len(truth)) < 0.8], rng.choice([0.02, 0.1]))
+        found.append(np.concatenate((hits, as_detections(rng, some_boxes(rng, rng.integers(0, 5)), 0))))
+    return boxes, found
+
+
+def by_pycocotools(boxes, found, classes):
+    truth, results = coco_form(boxes, found, classes)
+    with contextlib.redirect_stdout(io.StringIO()):
+        dataset = COCO()
+        dataset.dataset = {**truth, "info": {}}
+        dataset.createIndex()
+        evaluation = COCOeval(dataset, dataset.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_metrics_agree_with_pycocotools(seed):
+    boxes, found = some_frames(seed)
+    if seed == 3:  # a class without boxes, and no large ones
+        boxes = [b[(b["class_id"] != 1) & (b["w"] * b["h"] < 96**2)] for b in boxes]
+    metrics, theirs = coco_metrics(boxes, found, CLASSES), by_pycocotools(boxes, found, CLASSES)
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
+    ours = [-1.0 if getattr(metrics, n) is None else getattr(metrics, n) for n in names]
+    np.testing.assert_allclose(ours, theirs.stats[:9], atol=1e-9)
+    assert 0.05 < metrics.ap < 0.9 and metrics.boxes == sum(map(len, boxes)) and metrics.frames == 40
+    for k, name in enumerate(CLASSES):
+        precision = theirs.eval["precision"][:, :, k, 0, 2]
+        wanted = precision[precision > -1].mean() if (precision > -1).any() else None
+        assert metrics.per_class[name] == (None if wanted is None else pytest.approx(wanted, abs=1e-9))
+    assert metrics.per_class["box"] is None or seed != 3
+    assert "AP large" in metrics.table() and "ap_class/ball" in metrics.scalars()
+
+
+def test_boxes_against_themselves_give_100():
+    boxes, _ = some_frames(0)
+    rng = np.random.default_rng(1)
+    metrics = coco_metrics(boxes, [as_detections(rng, b, 0) for b in boxes], CLASSES)
+    shares = [metrics.ap, metrics.ap50, metrics.ap75, metrics.ap_small, metrics.ap_medium, metrics.ap_large]
+    assert shares == pytest.approx([1.0] * 6)
+    assert metrics.ar100 == 1 and set(metrics.per_class.values()) == {1.0}
+
+
+def test_nothing_found_and_nothing_there():
+    boxes, _ = some_frames(0)
+    nothing = [np.zeros((0, 7), np.float32)] * len(boxes)
+    assert coco_metrics(boxes, nothing, CLASSES).ap == 0
+    empty = coco_metrics([b[:0] for b in boxes], nothing, CLASSES)
+    assert empty.ap is None and empty.frames == 40 and "-" in empty.table() and empty.scalars() == {}
+    assert coco_metrics([], [], CLASSES).frames == 0
+
+
+# -- protocol ----------------------------------------------------------------------------------------------------
+def recording_of(boxes, name="a"):
+    ends = 50_000 * np.arange(1, len(boxes) + 1)
+    start = np.concatenate(([0], np.cumsum([len(b) for b in boxes])))
+    every = np.concatenate(boxes)
+    return RecordingData(name, 7_000, ends, np.ones(len(boxes), bool), start, lambda which: np.zeros(0),
+                         lambda which: every[which])
+
+
+def scored(boxes, found, **config):
+    data = Dataset([recording_of(boxes)], FrameConfig(downsample=4), HEIGHT, WIDTH, CLASSES)
+    result = RecordingResult("a", list(range(len(boxes))), list(boxes), list(found))
+    return score([result], data, EvaluationConfig(**config)), result, data
+
+
+def test_filters_hold_for_boxes_and_detections_alike():
+    boxes, found = some_frames(5)
+    wide = [b[(np.minimum(b["w"], b["h"]) >= 20) & (np.hypot(b["w"], b["h"]) >= 60)] for b in boxes]
+    sure = []
+    for rows in found:
+        w, h = rows[:, 2] - rows[:, 0], rows[:, 3] - rows[:, 1]
+        sure.append(rows[(np.minimum(w, h) >= 20) & (np.hypot(w, h) >= 60)])
+    metrics, _, _ = scored(boxes, found, skip_first_ms=500, min_side=20, min_diagonal=60, skip_empty_frames=False)
+    wanted = coco_metrics(wide[10:], sure[10:], CLASSES)  # ten windows end within the first 500 ms
+    assert metrics == wanted and metrics.frames == 30
+    metrics, _, _ = scored(boxes, found, skip_first_ms=500, min_side=20, min_diagonal=60)
+    kept = [i for i in range(10, 40) if len(wide[i])]
+    assert metrics == coco_metrics([wide[i] for i in kept], [sure[i] for i in kept], CLASSES) and metrics.frames == len(kept) < 30
+
+
+def test_detections_in_prophesees_form_are_in_pixels_and_time_of_the_sensor():
+    boxes, found = some_frames(6, frames=3)
+    _, result, data = scored(boxes, found)
+    raw = result.as_raw_boxes(data)
+    rows = np.concatenate(found)
+    assert raw["t"].tolist() == [57_000] * len(found[0]) + [107_000] * len(found[1]) + [157_000] * len(found[2])
+    np.testing.assert_allclose(raw["x"], 4 * rows[:, 0])
+    np.testing.assert_allclose(raw["h"], 4 * (rows[:, 3] - rows[:, 1]), rtol=1e-5)
+    np.testing.assert_allclose(raw["class_confidence"], rows[:, 4] * rows[:, 5])
+
+
+# -- streaming ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lanes, length", [(1, 4), (2, 3), (4, 10)])
+def test_streaming_is_one_recording_after_the_other_frame_by_frame(tmp_path, lanes, length):
+    root = write_small_shards(tmp_path / "shards", {"val": [7, 12, 1, 5]})
+    data = open_dataset(DatasetConfig(root=str(root)), "val")
+    torch.manual_seed(0)
+    model = ModelConfig(backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5),
+                        fpn=FpnConfig(enable_small_object_attention=True), head=HeadConfig(num_classes=3))
+    detector = Detector(model, data.channels).eval()
+    for name, parameter in detector.named_parameters():
+        if name.endswith("gate") or "obj_preds" in name:
+            torch.nn.init.constant_(parameter, 0.7)
+    config = EvaluationConfig(batch_size=lanes, sequence_length=length, confidence_threshold=0.006)
+    results = evaluate_split(detector, data, config, device=torch.device("cpu"), recordings=data.recordings)
+    assert [r.name for r in results] == [r.name for r in data.recordings]
+    for recording, result in zip(data.recordings, results, strict=True):
+        assert result.frames == np.flatnonzero(recording.labelled).tolist()
+        state, at = detector.initial_state(1, HEIGHT, WIDTH), 0
+        for i in range(recording.frames):
+            with torch.no_grad():
+                frame = torch.from_numpy(recording.read(i, i + 1))[:, None]
+                raw, state = detector(frame, state, starts=torch.zeros(1, dtype=torch.bool),
+                                      labelled=torch.ones(1, 1, dtype=torch.bool))
+            if not recording.labelled[i]:
+                continue
+            (wanted,) = detections(detector.decode(raw, HEIGHT, WIDTH), confidence_threshold=0.006, nms_threshold=0.45)
+            np.testing.assert_allclose(result.detections[at], wanted, rtol=1e-3, atol=1e-3)
+            np.testing.assert_array_equal(result.boxes[at], recording.boxes(i))
+            at += 1
+    assert sum(len(d) for r in results for d in r.detections) > 20
+    assert evaluate_split(detector, data, config, device=torch.device("cpu"), recordings=[]) == []
+    assert data.channels == 2 * BINS
