@@ -1,12 +1,22 @@
 """What every command does around its work: mistakes end in one readable line, not in a traceback."""
 
+import argparse
+import errno
+import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
 from data_prep.errors import UserError
 
 USER_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130
+FAILURE_FILE = "EVSPAN_FAILURE_FILE"  # touched when a command fails: who starts several learns which was the first
+USERS_ERRNOS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT,
+                errno.EROFS)
 
 
 def debugging() -> bool:
@@ -18,27 +28,98 @@ def run_command(main: Callable[[], object]) -> None:
 
     EVSPAN_DEBUG=1 lets the traceback through. Defects of the program itself always show theirs.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would print and exit by itself, with code 1
     try:
-        main()
+        try:
+            main()
+        except _FromTask as carrier:
+            raise carrier.error from None
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
+        if note := os.environ.get(FAILURE_FILE):
+            Path(note).touch()
         if debugging() or not _is_users(error):
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(USER_ERROR_EXIT_CODE)
+        fail(_one_line(error))
 
 
-def _is_users(error: BaseException) -> bool:
-    """Config composition errors come from Hydra and OmegaConf, which most commands never import: go by name."""
-    library = type(error).__module__.split(".")[0]
-    return isinstance(error, UserError | FileNotFoundError | PermissionError) or library in ("hydra", "omegaconf")
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(USER_ERROR_EXIT_CODE)
 
 
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    cause = error.__cause__
-    if cause is not None and str(cause) and str(cause) not in str(error):
-        lines.append(str(cause).splitlines()[0].strip())
-    return " ".join(lines) or type(error).__name__
+class _FromTask(BaseException):
+    """Carries a task's error through Hydra, which catches every Exception and prints lines and frames of its own."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse tells a mistake in two lines, without the remedy; here it is one."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; {self.prog} --help shows how")
+
+
+def hydra_task(task: Callable[[Any], object]) -> Callable[[Any], None]:
+    """Between @hydra.main and the task: refuses keys that nothing reads, and lets errors reach `run_command` as they are."""
+
+    @functools.wraps(task)
+    def checked(raw: Any) -> None:
+        from data_prep.config_errors import refuse_unknown_keys
+
+        try:
+            refuse_unknown_keys(raw)
+            task(raw)
+        except Exception as error:
+            raise _FromTask(error) from None
+
+    return checked
+
+
+def run_hydra(main: Callable[[], object], argv: list[str], *, prog: str, help: str) -> None:
+    """Call `main`, decorated by @hydra.main and @hydra_task, with the arguments `argv`; --help prints `help`."""
+    if {"-h", "--help"} & set(argv):
+        print(help.strip())
+        return
+    _check_options(argv, prog)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints composition errors by itself and exits with code 1
+    sys.argv = [prog, *argv]
+    run_command(main)
+
+
+def _check_options(argv: list[str], prog: str) -> None:
+    """What Hydra's parser would refuse with its usage, in one line."""
+    from hydra.main import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = lambda message: fail(f"{message}; {prog} --help shows how")  # type: ignore[method-assign]
+    unknown = parser.parse_known_args(argv)[1]
+    if unknown:
+        name = unknown[0].lstrip("-")
+        form = name if "=" in name else f"{name}=VALUE"
+        fail(f"{unknown[0]} is no option; keys have no dashes: {form}; {prog} --help shows how")
+
+
+def _is_users(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in USERS_ERRNOS:
+        return True
+    return isinstance(error, UserError) or _is_composition(error)
+
+
+def _is_composition(error: Exception) -> bool:
+    """A config that cannot be composed: told by Hydra and OmegaConf, which most commands never import, so go by name."""
+    # By where it was raised, too: some bad overrides end in a plain ValueError inside the library.
+    raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
+    return any(name.split(".")[0] in ("hydra", "omegaconf", "antlr4") for name in (type(error).__module__, *raised_in))
+
+
+def _one_line(error: Exception) -> str:
+    if _is_composition(error) and not isinstance(error, UserError):
+        from data_prep.config_errors import explain
+
+        return explain(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

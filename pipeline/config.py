@@ -279,6 +279,9 @@ class TrainConfig:
         require(len(self.dataset.classes) <= self.model.head.num_classes,
                 f"dataset {self.dataset.name} has {len(self.dataset.classes)} classes but model.head.num_classes is "
                 f"{self.model.head.num_classes}; set model.head.num_classes={len(self.dataset.classes)} or more")
+        lanes, ranks = self.training.batch_size, self.parallel.ranks
+        require(lanes % ranks == 0, f"training.batch_size is {lanes} lanes, which {ranks} ranks cannot share equally; "
+                                    f"set training.batch_size={-(-lanes // ranks) * ranks}")
 
 
 @dataclass(kw_only=True)

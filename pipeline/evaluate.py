@@ -1,21 +1,49 @@
 """`evspan evaluate`, one rank of it: a checkpoint and a prepared split in, COCO AP out."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.command import run_command
+from data_prep.command import hydra_task, run_hydra
+from data_prep.config import require
 from pipeline.config import EvaluateConfig
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
+HELP = """evspan evaluate: a checkpoint and a prepared split -> COCO AP (Prophesee's protocol) and detections
 
-@hydra.main(version_base="1.3", config_path="pkg://conf", config_name="evaluate")
-def _evaluate(raw: DictConfig) -> None:
-    config: EvaluateConfig = OmegaConf.to_object(raw)  # type: ignore[assignment]  # __post_init__ checks run here
+  evspan evaluate checkpoint=RUN dataset.root=SHARDS [dataset=NAME] [key=value ...]
+      RUN is a run folder (its newest checkpoint), one of its checkpoints, or a .safetensors file. The model comes with it.
+      metrics.json and one <recording>_bbox.npy per recording go to RUN/evaluation-SPLIT.
+
+  examples
+      evspan evaluate checkpoint=runs/demo dataset.root=shards
+      evspan evaluate checkpoint=runs/tiny dataset=gen4 dataset.root=/data/gen4 evaluation.split=test parallel.ranks=4
+
+  keys
+      dataset=simulated          simulated | gen4 | etram | etram3 | rvt_tree: files in conf/dataset/
+      output=                    another folder for the results
+      evaluation.split=val       train | val | test
+      evaluation.confidence_threshold=0.001
+      evaluation.nms_threshold=0.45
+      evaluation.skip_first_ms=500   leave out the start of each recording, where the detector has no memory yet
+      evaluation.min_side=0      leave out smaller boxes and detections, pixels of the stored frames
+      evaluation.min_diagonal=0
+      evaluation.batch_size=4    recordings at once, per rank
+      evaluation.write_detections=true
+      parallel.ranks=1           processes, one per GPU (or several on CPU cores); started here unless a launcher did
+
+  evspan evaluate --cfg job ...    shows the config that these arguments make; pipeline/config.py explains every key
+  evspan evaluate --hydra-help     how overrides work
+"""
+
+
+def evaluate_here(config: EvaluateConfig) -> None:
+    """Evaluate as the rank that this process is."""
     from pipeline.checkpoint import load_weights
     from pipeline.engine.evaluator import evaluate_weights, write_results
     from pipeline.parallel.world import open_world
@@ -27,8 +55,8 @@ def _evaluate(raw: DictConfig) -> None:
             output = Path(config.output or f"{_folder(config.checkpoint)}/evaluation-{config.evaluation.split}")
             about = {"checkpoint": config.checkpoint, "step": weights.step, "split": config.evaluation.split}
             write_results(output, metrics, results, data, config.evaluation, about)
-            print(f"{config.checkpoint} (step {weights.step}) on {config.dataset.root} {config.evaluation.split}\n{metrics.table()}\n"
-                  f"written to {output}")
+            print(f"{config.checkpoint} (step {weights.step}) on {config.dataset.root} {config.evaluation.split}\n"
+                  f"{metrics.table()}\nwritten to {output}")
 
 
 def _folder(checkpoint: str) -> Path:
@@ -36,11 +64,28 @@ def _folder(checkpoint: str) -> Path:
     return path.parent if path.is_file() else path
 
 
-def main(argv: list[str] | None = None) -> None:
-    """python -m pipeline.evaluate checkpoint=RUN dataset.root=SHARDS"""
-    if argv is not None:
-        sys.argv = [sys.argv[0], *argv]
-    run_command(_evaluate)
+def check(config: EvaluateConfig) -> None:
+    """Raises UserError for what can be known to fail before any rank starts."""
+    from pipeline.data.datasets import open_dataset
+
+    found = f"checkpoint is {config.checkpoint}, where there is nothing" if config.checkpoint else "checkpoint is empty"
+    require(bool(config.checkpoint) and Path(config.checkpoint).exists(),
+            f"{found}; name a run folder, a checkpoint or a .safetensors file: checkpoint=runs/NAME")
+    open_dataset(config.dataset, config.evaluation.split)
+
+
+def main(argv: list[str] | None = None, run: Callable[[EvaluateConfig], object] = evaluate_here) -> None:
+    """python -m pipeline.evaluate checkpoint=RUN dataset.root=SHARDS
+
+    run: called with the checked config.
+    """
+
+    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="evaluate")
+    @hydra_task
+    def task(raw: DictConfig) -> None:
+        run(OmegaConf.to_object(raw))  # type: ignore[arg-type]  # __post_init__ checks run here
+
+    run_hydra(task, sys.argv[1:] if argv is None else argv, prog="evspan evaluate", help=HELP)
 
 
 if __name__ == "__main__":

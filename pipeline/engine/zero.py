@@ -7,6 +7,7 @@ DeepSpeed averages gradients over the world at every stage, so the loss handed t
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pipeline.parallel.world import World  # noqa: E402
 for handler in (log := logging.getLogger("DeepSpeed")).handlers:
     handler.setLevel(logging.ERROR)
 log.setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)  # DeepSpeed's own calls
 
 
 def learning_rate_factor(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]:

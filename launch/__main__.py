@@ -1,0 +1,72 @@
+"""The `evspan` command. A part is imported only when it is called, so that the command itself answers at once."""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
+
+from data_prep.command import fail
+
+
+class Command(NamedTuple):
+    entry: str  # "module:function", called with the arguments after the command's name
+    summary: str
+
+    def load(self) -> Callable[[list[str]], object]:
+        module, function = self.entry.split(":")
+        return getattr(import_module(module), function)
+
+
+COMMANDS = {
+    "simulate": Command("data_prep.simulate:main", "make recordings with boxes, to try everything on"),
+    "prep": Command("data_prep.prep:main", "recordings -> shards of frames; decode, look at and draw recordings"),
+    "train": Command("launch.local:train", "shards -> a trained detector"),
+    "evaluate": Command("launch.local:evaluate", "a trained detector and shards -> AP"),
+    "infer": Command("pipeline.infer:main", "a trained detector and a recording -> detections and a video"),
+}
+HELP = f"""evspan: event-camera detectors, from recordings to detections
+
+  evspan COMMAND ...
+
+{chr(10).join(f"  {name:10}{command.summary}" for name, command in COMMANDS.items())}
+
+  evspan COMMAND --help     what it does, examples, the most important options
+  evspan --version
+
+example
+  evspan simulate raw --recordings train=8,val=2
+  evspan prep source=raw output=shards frames.downsample=4
+  evspan train experiment=demo dataset.root=shards run_dir=runs/demo
+  evspan evaluate checkpoint=runs/demo dataset.root=shards
+  evspan infer raw/val/val_000_td.raw --checkpoint runs/demo --output out
+
+EVSPAN_DEBUG=1 shows the traceback of an error."""
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("evspan")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print(HELP)
+    elif name in ("-V", "--version"):
+        print(f"evspan {_version()}")
+    elif name in COMMANDS:
+        COMMANDS[name].load()(argv[1:])
+    else:
+        import difflib
+
+        near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], 1)
+        fail(f"there is no command {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} There are: {', '.join(COMMANDS)}")
+
+
+if __name__ == "__main__":
+    main()

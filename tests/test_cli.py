@@ -1,0 +1,263 @@
+"""The command line: helps that tell the truth, and mistakes that end in one line with the remedy."""
+
+import importlib.metadata
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from data_prep.command import run_command
+from data_prep.errors import ConfigError, UserError
+from launch.__main__ import COMMANDS, main
+from launch.local import under_launcher
+from pipeline import evaluate, train
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(autouse=True)
+def undone(monkeypatch, tmp_path):
+    """Commands run in this process: what they set for a process of their own is put back. They run in an empty folder."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # as a user might have it
+    for name in ("EVSPAN_DEBUG", "RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger()
+    before = root.level, list(root.handlers)
+    yield
+    root.setLevel(before[0])
+    root.handlers[:] = before[1]
+
+
+def evspan(capfd, *argv) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `evspan ARGV`. From the file descriptors: what a child process says counts too."""
+    code = 0
+    try:
+        main(list(argv))
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def python(*argv, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+                          timeout=50)
+
+
+def composed(module, *overrides):
+    """The config that a command works with."""
+    seen: list = []
+    module.main(list(overrides), run=seen.append)
+    return seen[0]
+
+
+# -- help --------------------------------------------------------------------------------------------------------
+def test_evspan_answers_at_once():
+    probe = "import sys; from launch.__main__ import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+    done = python("-c", probe)
+    assert all(name in done.stdout for name in COMMANDS)
+    assert not {"torch", "hydra", "omegaconf", "numpy", "h5py", "pipeline", "submitit"} & set(done.stderr.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_shows_an_example_and_needs_no_torch(command):
+    probe = ("import sys; from launch.__main__ import main\ntry: main([*sys.argv[1:], '--help'])\n"
+             "finally: print(*sys.modules, file=sys.stderr)")
+    done = python("-c", probe, command)
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"examples?:?\s+evspan {command} ", done.stdout), done.stdout
+    assert not {"torch", "deepspeed"} & set(done.stderr.split())
+
+
+@pytest.mark.parametrize("module", ["launch", "data_prep", "data_prep.simulate", "pipeline.train", "pipeline.evaluate",
+                                    "pipeline.infer"])
+def test_commands_are_modules_too(module):
+    done = python("-m", module, "--help")
+    assert done.returncode == 0 and "evspan" in done.stdout and not done.stderr
+
+
+def test_no_argument_is_help_and_version_is_the_distributions(capfd):
+    assert evspan(capfd) == evspan(capfd, "--help")
+    assert evspan(capfd, "--version") == (0, f"evspan {importlib.metadata.version('evspan')}\n", "")
+
+
+@pytest.mark.parametrize("module", [train, evaluate])
+def test_help_tells_the_defaults_that_hold(module):
+    section = module.HELP.split("\n  keys\n")[1].split("\n\n")[0]
+    told = dict(re.findall(r"^ +([\w.]+)=(\S*)", section, re.MULTILINE))
+    config = OmegaConf.structured(composed(module))
+    assert len(told) > 5 and all(word == "simulated" for key, word in told.items() if key == "dataset")
+    for key, default in told.items():
+        if key != "dataset":
+            value = OmegaConf.select(config, key)
+            assert getattr(value, "name", value) == OmegaConf.from_dotlist([f"v={default or repr('')}"]).v, key
+
+
+@pytest.mark.parametrize("module, groups", [(train, ["experiment", "model", "size", "dataset", "deepspeed"]),
+                                            (evaluate, ["dataset"])])
+def test_help_names_every_choice(module, groups):
+    for group in groups:
+        for path in (ROOT / "conf" / group).rglob("*.yaml"):
+            assert re.search(rf"\b{path.stem}\b", module.HELP), path
+
+
+def test_cfg_shows_the_config_and_runs_nothing(capfd):
+    code, out, err = evspan(capfd, "train", "--cfg", "job", "training.max_steps=7")
+    assert code == 0 and not err and OmegaConf.create(out).training.max_steps == 7
+    assert evspan(capfd, "evaluate", "--hydra-help")[0] == 0
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------
+SHARDS = "dataset.root=nowhere"
+MISTAKES = [
+    ("trian", "there is no command 'trian'; did you mean 'train'?"),
+    ("quux", "There are: simulate, prep, train, evaluate, infer"),
+    ("--verison", "did you mean '--version'?"),
+    # keys
+    ("train training.max_step=5", "there is no key 'training.max_step'; did you mean training.max_steps?"),
+    ("train trainig.max_steps=5", "did you mean training.max_steps?"),
+    ("train max_steps=5", "did you mean training.max_steps?"),
+    ("train batch_size=5", "did you mean evaluation.batch_size or training.batch_size?"),
+    ("train experimnt=demo", "did you mean experiment?"),
+    ("train quux=5", "there is no key 'quux'; --cfg job lists"),
+    ("train +training.max_step=5", "did you mean training.max_steps?"),
+    ("train +dataset.lables.min_side=5", "did you mean dataset.labels?"),
+    ("train parallel.ranks=2 training.max_step=5", "did you mean training.max_steps?"),
+    ("evaluate checkpont=x", "did you mean checkpoint?"),
+    ("prep sorce=x", "did you mean source?"),
+    # choices
+    ("train experiment=gen4/tinyy", "has no option 'gen4/tinyy'; did you mean experiment=gen4/tiny? There are: demo, "),
+    ("train experiment=tiny", "did you mean experiment=gen4/tiny?"),
+    ("train model=maxvit", "There are: maxvit_yolox/default, maxvit_yolox/size_aware, maxvit_yolox/size_aware_attention"),
+    ("train size=huge", "size has no option 'huge'. There are: base, micro, small, tiny"),
+    ("evaluate dataset=gen5", "did you mean dataset=gen4?"),
+    ("prep dataset=gen5", "did you mean dataset=gen4?"),
+    # values
+    ("train training.max_steps=abc", "training.max_steps is 'abc'; give a whole number"),
+    ("train training.max_steps=", "training.max_steps is ''; give a whole number"),
+    ("train optimizer.lr=fast", "optimizer.lr is 'fast'; give a number (default: 0.001)"),
+    ("train checkpoint.resume=maybe", "give true or false"),
+    ("train training.sampling=streams", "training.sampling is 'streams'; give one of stream, random, mixed"),
+    ("train seed=null", "seed is null; give a whole number"),
+    ("train training=5", "give its keys one by one: training.max_steps, "),
+    ("train model.fpn.in_stages=2", "give a list, such as [1,2]"),
+    ("train training.max_steps=-3", "training.max_steps is -3; give 1 or more"),
+    ("train model.fpn.in_stages=[2,3]", "model.fpn.in_stages is [2, 3]; choose [2,3,4]"),
+    ("train model.head.num_classes=1", "set model.head.num_classes=3 or more"),
+    ("evaluate evaluation.nms_threshold=2", "evaluation.nms_threshold is 2.0; give above 0 to 1"),
+    ("prep source=x output=y frames.downsample=3", "frames.downsample is 3; choose 1, 2 or 4"),
+    # the grammar of overrides, and options
+    ("train training.max_steps", "'training.max_steps' is not of the form key=value"),
+    ("train run_dir='a", "needs quotes"),
+    ("train run_dir=a=b", "'run_dir=\"a=b\"'"),
+    ("train model.fpn.in_stages=2,3,4", "a list needs brackets, model.fpn.in_stages=[a,b]"),
+    ("train run_dir=${nowhere}", "Interpolation key 'nowhere' not found"),
+    ("train --parallel.ranks=2", "keys have no dashes: parallel.ranks=2"),
+    ("train --ranks 2", "evspan train --help"),
+    ("evaluate --cfg jobb", "choose from"),
+    ("prep --processes 2", "keys have no dashes: processes=VALUE"),
+    ("train -m seed=1,2 parallel.ranks=2", "--multirun cannot start runs of several ranks"),
+    # files
+    ("train", "dataset.root is empty. Name the folder that evspan prep wrote"),
+    (f"train {SHARDS}", "evspan prep source=RAW output=nowhere"),
+    (f"train parallel.ranks=2 {SHARDS}", "evspan prep source=RAW output=nowhere"),
+    (f"train {SHARDS} checkpoint.init_from=gone", "checkpoint.init_from is gone, where there is nothing"),
+    (f"train {SHARDS} run_dir={__file__}", "which is a file"),
+    (f"evaluate {SHARDS}", "checkpoint is empty; name a run folder"),
+    (f"evaluate {SHARDS} checkpoint=gone", "checkpoint is gone, where there is nothing; name a run folder"),
+    (f"evaluate {SHARDS} checkpoint={__file__}", "evspan prep source=RAW output=nowhere"),
+    ("prep source=gone output=out", "gone"),
+    ("prep source=x", "output="),
+    ("prep info gone.raw", "gone.raw"),
+    ("prep info", "evspan prep info --help"),
+    ("prep decode gone.raw out.h5", "gone.raw"),
+    ("prep preview gone.raw out.png", "gone.raw"),
+    ("prep preview gone.raw out.png --fraems 3", "evspan prep preview --help"),
+    ("simulate", "evspan simulate --help"),
+    ("simulate out --sceonds 3", "--sceonds"),
+    ("simulate out --recordings train", "is not of the form train=8,val=2"),
+    ("simulate out --seconds -1", "--seconds is -1; give more than 0"),
+    ("infer gone.raw", "--checkpoint"),
+    ("infer gone.raw --checkpoint gone --conf 0.5 --quux", "evspan infer --help"),
+    ("infer gone.raw --checkpoint gone", "gone"),
+]
+
+
+@pytest.mark.parametrize("arguments, remedy", MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_a_mistake_ends_in_one_line(capfd, tmp_path, arguments, remedy):
+    code, out, err = evspan(capfd, *arguments.split())
+    assert code == 2, out + err
+    assert err.startswith("error: ") and err.count("\n") == 1 and remedy in err, err
+    assert not [line for line in out.splitlines() if "[HYDRA]" not in line], out  # --multirun announces its jobs
+    assert not [p for p in tmp_path.iterdir() if p.name != "multirun"]
+
+
+def test_debug_shows_the_traceback(capfd, monkeypatch):
+    done = python("-m", "launch", "train", "training.max_steps=0", EVSPAN_DEBUG="1")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1] == "data_prep.errors.ConfigError: training.max_steps is 0; give 1 or more"
+    monkeypatch.setenv("EVSPAN_DEBUG", "1")
+    with pytest.raises(ConfigError, match="frames.bins is 0"):
+        main(["prep", "source=x", "output=y", "frames.bins=0"])
+
+
+# -- what a task raises ------------------------------------------------------------------------------------------
+def raising(error: BaseException):
+    def run(config):
+        raise error
+
+    return run
+
+
+def test_a_users_error_in_the_task_is_told_and_a_defect_is_raised(capfd):
+    with pytest.raises(SystemExit) as end:
+        train.main([], run=raising(UserError("the disk is full;\n  delete something")))
+    assert end.value.code == 2
+    with pytest.raises(SystemExit) as end:
+        train.main([], run=raising(FileNotFoundError(2, "No such file or directory", "shards/00000.h5")))
+    assert end.value.code == 2
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main([], run=raising(ZeroDivisionError("a defect")))
+    assert capfd.readouterr().err == ("error: the disk is full; delete something\n"
+                                      "error: shards/00000.h5: No such file or directory\n")  # and nothing of Hydra's
+
+
+@pytest.mark.parametrize("raised, code", [(SystemExit(75), 75), (KeyboardInterrupt(), 130)])
+def test_a_task_chooses_its_exit_code(raised, code):
+    with pytest.raises(SystemExit) as end:
+        train.main([], run=raising(raised))
+    assert end.value.code == code
+
+
+def test_a_failing_command_notes_when(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVSPAN_FAILURE_FILE", str(tmp_path / "note"))
+    run_command(lambda: None)
+    assert not (tmp_path / "note").exists()
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 / 0)
+    assert (tmp_path / "note").exists()
+
+
+def test_hydra_leaves_no_trace(tmp_path):
+    config = composed(train, "experiment=demo", "run_dir=runs/x")
+    assert config.run_dir == "runs/x" and config.parallel.ranks == 2
+    composed(evaluate, "checkpoint=x")
+    assert Path.cwd() == tmp_path and not list(tmp_path.iterdir())
+    assert logging.getLogger().level == logging.WARNING  # libraries' chatter stays off the console
+
+
+@pytest.mark.parametrize("environment, inside", [
+    ({}, False), ({"RANK": "0"}, False), ({"RANK": "0", "WORLD_SIZE": "1"}, True), ({"SLURM_NTASKS": "4"}, False),
+    ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False), ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, True)])
+def test_a_launchers_ranks_are_recognised(monkeypatch, environment, inside):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert under_launcher() is inside
