@@ -1,0 +1,54 @@
+# Python >= 3.10, a C++ compiler and make are all that a machine needs; `make` alone lists the targets.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PYTHONS ?= python3.10 python3.11# of `make constraints`: the oldest supported one, and each from which versions differ
+PYTEST_ARGS ?=
+WORKERS ?= 2# test processes at once
+TEST_TIMEOUT ?= 300# seconds that one test may take
+
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+space := $(subst ,, )
+# Named after the folder: a copied or moved checkout installs anew, instead of running the code of the old place.
+STAMP := $(VENV)/.installed$(subst $(space),_,$(subst /,.,$(CURDIR)))
+
+.PHONY: help setup demo test lint soak constraints clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+setup: $(STAMP) ## create .venv and install (PYTHON=python3)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: $(PYTHON) is Python %d.%d; Evspan needs 3.10 or newer: make setup PYTHON=python3.11" % sys.version_info[:2])'
+	@rm -f $(VENV)/.installed*
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --upgrade -c constraints.txt pip
+	$(RUN) pip install -c constraints.txt torch
+	$(RUN) pip install -c constraints.txt -e '.[test]'
+	@touch '$@'
+
+demo: setup ## simulate, prepare, train, evaluate and infer in minutes; results in demo/
+	@$(RUN) launch.demo
+
+test: setup lint ## check style and types, run the tests (PYTEST_ARGS, WORKERS, TEST_TIMEOUT)
+	@$(RUN) pytest -m 'not soak' --timeout $(TEST_TIMEOUT) -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
+
+lint: setup ## ruff and mypy
+	@$(RUN) ruff check
+	@$(RUN) mypy
+
+soak: setup ## long campaigns, then the demo; write the results into tests/benchmarks/LOG.md
+	@$(RUN) pytest -m soak --timeout 0 -s $(PYTEST_ARGS)
+	@$(RUN) launch.demo
+
+constraints: ## resolve all dependencies anew into constraints.txt (PYTHONS)
+	$(PYTHON) .ci/constraints $(PYTHONS)
+
+clean: ## remove what was built, the demo's folder and caches (.venv stays)
+	rm -rf build dist demo *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find conf data_prep launch pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +

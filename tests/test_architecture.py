@@ -1,0 +1,196 @@
+"""The rooms and who may import whom; a change of these tables is a design decision."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+OURS = ("conf", "data_prep", "launch", "pipeline", "tests")
+
+COMMON = {  # plain Python without dependencies: errors, what a command does around its work, the shard contract's config
+    "data_prep.errors", "data_prep.command", "data_prep.config", "data_prep.config_errors",
+}
+SHARDS = {  # the shard contract: what a manifest, a stored box and a raw box are
+    "data_prep.shards", "data_prep.boxes",
+}
+MAY_IMPORT = {  # room -> names it may import besides its own; what lies below a name comes with it
+    "data_prep": set(),
+    "pipeline.config": COMMON,
+    "pipeline.model": COMMON | {"pipeline.config"},
+    "pipeline.data": COMMON | {"pipeline.config"} | SHARDS,
+    "pipeline.parallel": COMMON | {"pipeline.config", "pipeline.model.state"},
+    "pipeline.evaluation": COMMON | {"pipeline.config", "pipeline.data.boxes", "data_prep.boxes"},
+    "pipeline.checkpoint": COMMON | {"pipeline.config", "pipeline.parallel"},
+    "pipeline.monitor": COMMON | {"pipeline.config", "pipeline.parallel"},
+}
+MAY_IMPORT["pipeline.engine"] = set(MAY_IMPORT) - {"data_prep"} | COMMON | {
+    "data_prep.boxes",  # detections are written as box files
+    "data_prep.draw",  # boxes over frames, for TensorBoard
+}
+MAY_IMPORT |= {root: MAY_IMPORT["pipeline.engine"] | {"pipeline.engine"} for root in ("pipeline.train", "pipeline.evaluate")}
+MAY_IMPORT["pipeline.infer"] = MAY_IMPORT["pipeline.train"] | {
+    "data_prep",  # straight from a recording: decoders, frames, drawing
+}
+MAY_IMPORT["launch"] = COMMON | {"pipeline.config"}
+CALLED_BY_LAUNCH = {  # the parts of the command, which launch imports inside a function: `evspan --help` loads none of them
+    "data_prep.prep", "data_prep.simulate", "pipeline.train", "pipeline.evaluate", "pipeline.infer",
+}
+COMPUTED = {  # modules that may import a name that they compute
+    "launch.__main__",  # from its table of commands; the entries, "module:function", are checked like imports in a function
+}
+
+HYDRA = {
+    "data_prep.prep", "pipeline.train", "pipeline.evaluate", "launch",  # the files that compose a config
+    "data_prep.command",  # what they all do around @hydra.main
+}
+OWNED: dict[str, set[str]] = {  # third-party name -> the only places that may say it
+    "torch": {"pipeline"},
+    "torch.distributed": {"pipeline.parallel", "pipeline.checkpoint"},
+    "torch.utils.tensorboard": {"pipeline.monitor"},
+    "deepspeed": {"pipeline.engine.zero"},
+    "hydra": HYDRA,
+    "omegaconf": HYDRA,
+    "submitit": {"launch"},
+    "h5py": {"data_prep", "pipeline.data"},
+    "hdf5plugin": {"data_prep", "pipeline.data"},
+    "numba": {"data_prep"},
+    "hotcoco": {"pipeline.evaluation"},
+}
+
+
+class Use(NamedTuple):
+    name: str  # in full: package.module.object
+    line: int
+    in_function: bool
+
+
+def uses(source: str) -> Iterator[Use]:
+    """What a module imports, by statement or import_module, and what it names: torch.distributed.x, "package.module:function"."""
+
+    def walk(node: ast.AST, in_function: bool) -> Iterator[Use]:
+        if isinstance(node, ast.Import):
+            yield from (Use(a.name, node.lineno, in_function) for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield from (Use(f"{module}.{a.name}", node.lineno, in_function) for a in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else "?"
+            yield Use(str(name), node.lineno, in_function)
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"[\w.]+:\w+", str(node.value)):
+            yield Use(str(node.value).split(":")[0], node.lineno, True)
+        elif isinstance(node, ast.Attribute):
+            yield Use(ast.unparse(node), node.lineno, True)
+        inside = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, inside)
+
+    yield from walk(ast.parse(source), False)
+
+
+def under(name: str, *prefixes: str) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in prefixes)
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What `module` may not import, a sentence each."""
+    room = max((r for r in MAY_IMPORT if under(module, r)), key=len, default=None)
+    may = {room} | MAY_IMPORT[room] if room else set()
+    told = []
+    for use in uses(source):
+        where = f"{module}:{use.line}"
+        if use.name.startswith("."):
+            told.append(f"{where}: relative import {use.name}; write the full name")
+        elif use.name == "?":
+            told += [] if module in COMPUTED else [f"{where}: imports a name that is computed; write it out"]
+        elif under(use.name, *OURS) and not under(use.name, *may):
+            if room == "launch" and under(use.name, *CALLED_BY_LAUNCH):
+                if not use.in_function:
+                    told.append(f"{where}: launch imports {use.name} only inside a function")
+            else:
+                told.append(f"{where}: {room or 'no room'} may not import {use.name}")
+        told += [f"{where}: {owned} belongs to {sorted(places)}, not to {module}"
+                 for owned, places in OWNED.items() if under(use.name, owned) and not under(module, *places)]
+    return told
+
+
+def modules() -> dict[str, Path]:
+    paths = [p for top in ("conf", "data_prep", "launch", "pipeline") for p in sorted((ROOT / top).rglob("*.py"))]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_keep_to_the_rooms(module):
+    assert violations(module, modules()[module].read_text()) == []
+
+
+def test_every_line_of_the_tables_speaks_of_something():
+    there = modules()
+    named = set(MAY_IMPORT).union(*MAY_IMPORT.values(), *OWNED.values(), CALLED_BY_LAUNCH)
+    assert sorted(named - there.keys()) == []
+
+
+def test_third_party_packages_are_declared_dependencies():
+    declared = {r.name for r in map(Requirement, requires("evspan") or []) if not (r.marker and "extra" in str(r.marker))}
+    offered_by = packages_distributions()
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for top in {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - set(OURS):
+                assert declared & {d.lower() for d in offered_by.get(top, [])}, f"{module} imports {top}: not in pyproject.toml"
+
+
+def test_every_room_says_what_it_is_on_one_screen():
+    for room in ("conf", "containers", "data_prep", "launch", "pipeline", "tests"):
+        assert len((ROOT / room / "README.md").read_text().splitlines()) <= 80, room
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("tests/*/*.md")):
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert "://" in link or (page.parent / link).exists(), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("module, source, part", [
+    ("data_prep.labels", "import pipeline.config", "data_prep may not import pipeline.config"),
+    ("data_prep.labels", "import torch", "torch belongs to"),
+    ("pipeline.model.neck", "from pipeline import data", "pipeline.model may not import pipeline.data"),
+    ("pipeline.model.neck", "def f():\n    from pipeline.engine.trainer import train", "may not import pipeline.engine"),
+    ("pipeline.model.neck", "import torch\ntorch.distributed.barrier()", "torch.distributed belongs to"),
+    ("pipeline.model.neck", "from torch import distributed as d", "torch.distributed belongs to"),
+    ("pipeline.parallel.world", "from pipeline.model.detector import Detector", "may not import pipeline.model.detector"),
+    ("pipeline.data.loader", "from data_prep.prepare import prepare", "may not import data_prep.prepare"),
+    ("pipeline.engine.trainer", "import deepspeed", "deepspeed belongs to"),
+    ("pipeline.engine.trainer", "from data_prep.formats import open_recording", "may not import data_prep.formats"),
+    ("pipeline.train", "from pipeline.evaluate import main", "may not import pipeline.evaluate"),
+    ("pipeline.config", "from omegaconf import DictConfig", "omegaconf belongs to"),
+    ("launch.__main__", "from pipeline.train import main", "only inside a function"),
+    ("launch.__main__", "def f():\n    from pipeline.engine.trainer import train", "launch may not import pipeline.engine"),
+    ("launch.local", "from importlib import import_module\ndef f(n):\n    import_module(n)", "is computed"),
+    ("launch.__main__", "COMMANDS = {'x': 'pipeline.engine.trainer:train'}", "launch may not import pipeline.engine"),
+    ("launch.__main__", "import importlib\nimportlib.import_module('pipeline.train')", "only inside a function"),
+    ("pipeline", "from pipeline.config import TrainConfig", "no room may not import"),
+    ("pipeline.newcomer", "import pipeline.config", "no room may not import"),
+    ("pipeline.data.loader", "from . import plan", "relative import"),
+])
+def test_the_check_finds(module, source, part):
+    assert any(part in sentence for sentence in violations(module, source)), violations(module, source)
+
+
+@pytest.mark.parametrize("module, source", [
+    ("launch.__main__", "def f():\n    from pipeline.train import main\n    import data_prep.prep"),
+    ("launch.__main__", "from importlib import import_module\nC = {'x': 'pipeline.train:main'}\ndef f(n):\n    import_module(n)"),
+    ("pipeline.engine.zero", "import deepspeed, torch\nfrom pipeline.model.detector import Detector"),
+    ("pipeline.infer", "from data_prep.formats import open_recording"),
+    ("pipeline.parallel.world", "import torch.distributed as dist\nfrom pipeline.model.state import StageState"),
+    ("data_prep.store", "import h5py\nfrom data_prep.formats import open_recording"),
+])
+def test_the_check_lets_pass(module, source):
+    assert violations(module, source) == []

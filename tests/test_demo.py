@@ -1,0 +1,103 @@
+"""The demo's bookkeeping, table and closing line, and that its commands are ones that the programs take."""
+
+import json
+import re
+
+import pytest
+from test_conf import composed
+
+import data_prep.simulate
+import pipeline.infer
+from launch import demo
+
+METRICS = {"ap": 0.41249, "ap50": 0.7125, "ap_small": 0.2, "ap_medium": 0.55, "ap_large": None}
+TIMES = {"simulate": 30.06, "prep": 20.0, "train": 200.5, "evaluate": 9.0, "infer": 12.0}
+
+
+def small_parts(folder):
+    """Real commands that take a second each; the third fails."""
+    raw, shards = folder / "raw", folder / "shards"
+    return [
+        demo.Part("simulate", ["simulate", str(raw), "--recordings", "val=1", "--seconds", "0.2", "--width", "160",
+                               "--height", "160"], raw),
+        demo.Part("prep", ["prep", f"source={raw}", f"output={shards}", "frames.downsample=4"], shards),
+        demo.Part("evaluate", ["evaluate", f"checkpoint={folder / 'run'}", f"dataset.root={shards}"], folder / "evaluation"),
+    ]
+
+
+def test_commands_are_accepted(tmp_path):
+    simulate, prep, train, evaluate, infer = demo.parts(tmp_path)
+    given = data_prep.simulate._parser().parse_args(simulate.arguments[1:])
+    assert given.recordings["train"] >= 8 and given.recordings["val"] >= 2 and given.format == "raw"
+    config, _ = composed("prep", *prep.arguments[1:])
+    assert config.frames.downsample == 4 and config.source == str(given.out)
+    config, choices = composed("train", *train.arguments[1:])
+    assert choices["experiment"] == "demo" and choices["size"] == "micro" and config.parallel.ranks == 2
+    assert config.model.fpn.enable_small_object_attention and config.model.head.size_aware_loss
+    scored, _ = composed("evaluate", *evaluate.arguments[1:])
+    assert scored.checkpoint == config.run_dir and scored.evaluation.split == "val"
+    assert scored.dataset.root == config.dataset.root and scored.dataset.classes == config.dataset.classes
+    wanted = pipeline.infer._parser().parse_args(infer.arguments[1:])
+    assert wanted.recording.parent == given.out / "val" and str(wanted.checkpoint) == config.run_dir
+
+
+@pytest.mark.timeout(120)
+def test_a_failed_part_is_named_and_the_demo_goes_on_from_there(tmp_path, capfd):
+    folder = tmp_path / "demo"
+    todo = small_parts(folder)
+    with pytest.raises(SystemExit) as stopped:
+        demo.run_parts(todo, folder, keep=False)
+    said = capfd.readouterr().err
+    assert stopped.value.code == 2
+    assert "part evaluate" in said and str(todo[2]) in said and "--continue" in said
+    recording = folder / "raw" / "val" / "val_000_td.raw"
+    written, times = recording.stat().st_mtime_ns, json.loads((folder / demo.TIMES).read_text())
+    assert times.keys() == {"simulate", "prep"} and all(seconds > 0 for seconds in times.values())
+
+    assert demo.run_parts(todo[:2], folder, keep=True) == times  # nothing ran, and the times are those of then
+    assert recording.stat().st_mtime_ns == written
+    again = demo.run_parts(todo[:1], folder, keep=False)
+    assert again.keys() == {"simulate"} and recording.stat().st_mtime_ns > written
+
+
+def test_a_part_that_runs_again_makes_later_ones_run_again(tmp_path):
+    (tmp_path / demo.TIMES).write_text(json.dumps({"prep": 1.0}))
+    simulate, prep, _ = small_parts(tmp_path)
+    times = demo.run_parts([simulate, prep], tmp_path, keep=True)
+    assert times.keys() == {"simulate", "prep"} and times["prep"] != 1.0
+
+
+def test_folders_of_others_stay(tmp_path):
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        demo.main([str(tmp_path)])
+    assert stopped.value.code == 2 and (tmp_path / "raw").is_dir()
+
+
+def test_table(tmp_path):
+    (tmp_path / "detections").mkdir()
+    (tmp_path / "detections" / "val_000_overlay.gif").touch()
+    told = demo.table(METRICS, TIMES, tmp_path)
+    rows = dict(re.findall(r"^  (\S.*?)\s{2,}(\S.*)$", told, re.MULTILINE))
+    assert rows["AP 0.50:0.95"] == "0.412" and rows["AP50"] == "0.713" and rows["AP large"] == "-"
+    assert rows["train"] == "200.5 s" and rows["together"] == "271.6 s"
+    assert rows["overlay"].endswith("val_000_overlay.gif") and rows["TensorBoard"] == str(tmp_path / "run" / "tensorboard")
+    assert rows["to watch it"].endswith(f"--logdir {tmp_path / 'run' / 'tensorboard'}")
+
+
+def test_closing_line():
+    assert demo.last_line(METRICS, TIMES) == "demo: ap=0.412 ap50=0.713 seconds=272"
+    assert demo.last_line(dict(METRICS, ap=None, ap50=None), TIMES) == "demo: ap=0.000 ap50=0.000 seconds=272"
+
+
+@pytest.mark.parametrize("ap50, code", [(0.62, 0), (0.49, 1), (None, 1)])
+def test_too_low_an_ap_fails(tmp_path, capsys, ap50, code):
+    for part in demo.parts(tmp_path):
+        part.makes.mkdir(parents=True)
+    (tmp_path / demo.TIMES).write_text(json.dumps(TIMES))
+    (tmp_path / "evaluation" / "metrics.json").write_text(json.dumps(dict(METRICS, ap50=ap50)))
+    with pytest.raises(SystemExit) as ended:
+        demo.main([str(tmp_path), "--continue"])
+    said = capsys.readouterr()
+    assert ended.value.code == code and ("below 0.50" in said.err) == bool(code)
+    assert said.out.splitlines()[-1] == demo.last_line(dict(METRICS, ap50=ap50), TIMES)
