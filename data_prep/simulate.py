@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.command import run_command
+from data_prep.command import Parser, run_command
 from data_prep.errors import UserError
 from data_prep.shards import SPLITS
 from data_prep.simulator import SimulationReport, SimulatorConfig, simulate
@@ -138,8 +138,8 @@ def _objects(text: str) -> tuple[int, int]:
 
 def _parser() -> argparse.ArgumentParser:
     default = SimulatorConfig()
-    parser = argparse.ArgumentParser("evspan simulate", description=DESCRIPTION, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("evspan simulate", description=DESCRIPTION, epilog=EXAMPLES,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
     parser.add_argument("--recordings", type=_counts, default={"train": 8, "val": 2}, metavar="SPLIT=N,...",
                         help="how many of each split (default: train=8,val=2)")
@@ -155,7 +155,6 @@ def _parser() -> argparse.ArgumentParser:
     scene.add_argument("--objects", type=_objects, default=(default.min_objects, default.max_objects), metavar="MIN,MAX",
                        help=f"at once (default: {default.min_objects},{default.max_objects})")
     for name, meaning in (("stop_share", "of the objects that stop on their way"),
-                          ("small_share", "of the objects that are 20 to 40 px long"),
                           ("noise_hz", "background events per pixel and second"),
                           ("contrast_threshold", "change of log intensity that fires")):
         value = getattr(default, name)
@@ -170,7 +169,7 @@ def simulate_all(given: argparse.Namespace) -> None:
     if not 0 < given.seconds <= 2000:
         raise UserError(f"--seconds is {given.seconds:g}; give more than 0 and up to 2000")
     config = SimulatorConfig(height=given.height, width=given.width, min_objects=given.objects[0], max_objects=given.objects[1],
-                             stop_share=given.stop_share, small_share=given.small_share, noise_hz=given.noise_hz,
+                             stop_share=given.stop_share, noise_hz=given.noise_hz,
                              contrast_threshold=given.contrast_threshold)
     jobs = jobs_of(given.out, given.recordings, seconds=given.seconds, seed=given.seed, kind=given.format, config=config)
     todo = [job for job in jobs if not is_done(job, given.overwrite)]

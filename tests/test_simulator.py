@@ -165,9 +165,13 @@ def test_gen4_boxes_have_all_classes_sizes_and_stops():
     recording = np.repeat(np.arange(3), [simulated_boxes(10.0, seed).size for seed in range(3)])
     longest = np.maximum(boxes["w"], boxes["h"])
     assert set(np.unique(boxes["class_id"])) == set(range(len(CLASSES)))
-    assert 0.15 < (longest <= 41).mean() < 0.6 and longest.max() > 100 and longest.max() <= 165
+    assert 0.15 < (longest <= 44).mean() < 0.6
+    for class_id, (low, high) in enumerate(((19, 45), (39, 125), (69, 165))):  # each class has sizes and a shape of its own
+        mine = boxes[boxes["class_id"] == class_id]
+        sides = np.quantile(np.maximum(mine["w"], mine["h"]), (0.2, 1))  # the lowest are cut by the border or another object
+        assert low < sides[0] and sides[1] <= high
     bars = boxes[boxes["class_id"] == BAR]
-    assert np.minimum(bars["w"], bars["h"]).min() >= 3
+    assert np.minimum(bars["w"], bars["h"]).min() >= 3 and np.quantile(bars["h"] / bars["w"], 0.25) > 2
     assert (boxes["x"] >= 0).all() and (boxes["x"] + boxes["w"] <= 1280).all() and (boxes["y"] + boxes["h"] <= 720).all()
     at_once = np.unique(np.stack((recording, boxes["t"])), axis=1, return_counts=True)[1]
     assert at_once.max() <= 8 and 3 < at_once.mean() < 7

@@ -17,7 +17,6 @@ class SimulatorConfig:
     min_objects: int = 2  # at once
     max_objects: int = 8
     stop_share: float = 0.3  # of the objects stop on their way, each for 1 to 2.2 s
-    small_share: float = 0.35  # of the objects are 20 to 40 px long, the others up to 160
     contrast_threshold: float = 0.2  # change of log intensity that makes an event
     threshold_mismatch: float = 0.03  # standard deviation over the pixels, relative
     refractory_us: int = 200  # a pixel is blind for so long after an event
@@ -29,8 +28,7 @@ class SimulatorConfig:
                 f"width {self.width} x height {self.height}: give 160 to {LARGEST_SENSOR} pixels each")
         require(0 <= self.min_objects <= self.max_objects <= 50,
                 f"min_objects {self.min_objects} and max_objects {self.max_objects}: give 0 to 50, the smaller first")
-        for name in ("stop_share", "small_share"):
-            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; give a share from 0 to 1")
+        require(0 <= self.stop_share <= 1, f"stop_share is {self.stop_share}; give a share from 0 to 1")
         require(0.05 <= self.contrast_threshold <= 2,
                 f"contrast_threshold is {self.contrast_threshold}; give 0.05 to 2 (in log intensity)")
         require(0 <= self.threshold_mismatch <= 0.2, f"threshold_mismatch is {self.threshold_mismatch}; give 0 to 0.2")

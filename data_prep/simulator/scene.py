@@ -11,6 +11,7 @@ BALL, BOX, BAR = range(len(CLASSES))
 # Columns of a shape's row, as the kernels read it: half sides along its own axes (a ball's radius in both), direction of the
 # first axis, half sides of the upright box around it, texture period and phase (pixels), mean and swing of its log intensity.
 SHAPE_COLUMNS = ("kind", "half_u", "half_v", "cos", "sin", "extent_x", "extent_y", "period", "phase", "mean", "swing")
+LENGTHS = ((20.0, 44.0), (40.0, 110.0), (70.0, 160.0))  # pixels, of a ball, a box and a bar; less on a small sensor
 SPEEDS = (90.0, 700.0)  # pixels per second
 CROSSING_S = (1.5, 5.0)  # without stops
 STOP_S = (1.0, 2.2)
@@ -100,20 +101,17 @@ def _make_track(track_id: int, born_us: float, rng: np.random.Generator, config:
 
 def _make_shape(class_id: int, rng: np.random.Generator, config: SimulatorConfig) -> tuple[NDArray[np.float32], float]:
     """(a row of SHAPE_COLUMNS, area in pixels)."""
-    largest = min(160.0, 0.4 * min(config.height, config.width))
-    lengths = (20, 40) if rng.random() < config.small_share else (40, largest)
-    length = float(np.exp(rng.uniform(*np.log(lengths))))
+    scale = min(1.0, 0.4 * min(config.height, config.width) / LENGTHS[BAR][1])
+    length = scale * float(np.exp(rng.uniform(*np.log(LENGTHS[class_id]))))
     angle, half_u, half_v = 0.0, length / 2, length / 2
-    finer = 1.0 if length < 64 else 1.5  # large objects show more of their texture
     if class_id == BALL:
-        area, period = np.pi * half_u**2, length / (3 * finer)
+        area, period = np.pi * half_u**2, length / 3
     elif class_id == BOX:
         angle, half_v = rng.uniform(-0.15, 0.15), half_u * rng.uniform(0.75, 1.0)
-        area, period = 4 * half_u * half_v, length / (2 * finer)
-    else:
-        length = max(length, 32.0)  # a shorter one would be thinner than three pixels of a quarter-resolution frame
-        angle, half_u, half_v = rng.uniform(0, np.pi), length / 2, length / rng.uniform(6, 8)
-        area, period = 4 * half_u * half_v, max(length / (4 * finer), 12.0)
+        area, period = 4 * half_u * half_v, length / 3
+    else:  # upright, as a walker or a pole is
+        angle, half_v = np.pi / 2 + rng.uniform(-0.2, 0.2), half_u / rng.uniform(4.5, 6)
+        area, period = 4 * half_u * half_v, max(length / 6, 12.0)
     cos, sin = np.cos(angle), np.sin(angle)
     extent = (half_u, half_u)
     if class_id != BALL:
