@@ -1,12 +1,13 @@
-"""A stream of frames -> a stream of detections: one recording, state carried, a few frames in memory."""
+"""A stream of frames -> a stream of detections, their file and their pictures: state carried, a few frames in memory."""
 
 import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,11 +16,13 @@ from numpy.typing import NDArray
 
 from data_prep.boxes import RAW_BOX
 from data_prep.config import FrameConfig
-from data_prep.errors import RecordingError
-from data_prep.formats.recording import Recording
-from data_prep.histogram import frames_of
+from data_prep.draw import RGB, draw_boxes, draw_label, frame_to_rgb
+from pipeline.engine.streaming import raw_boxes
 from pipeline.model.detector import Detector
 from pipeline.model.postprocess import detections
+
+DETECTIONS, BOXES = (230, 120, 0), (0, 160, 0)  # colours: orange, green
+VIDEO_WIDTH = 640  # pixels; smaller frames are enlarged by whole numbers up to it
 
 T = TypeVar("T")
 Frame = tuple[int, NDArray[np.uint8]]  # end of its window in us, (2 * bins, H, W)
@@ -58,7 +61,7 @@ class Clock:
             yield item  # type: ignore[misc]  # the clock stands for the end and never comes out
 
 
-def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     """The same items, made in a thread of their own while the caller works; at most `depth` of them wait.
 
     An error there is raised here, after the items before it. Closing the generator ends the thread.
@@ -95,25 +98,6 @@ def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
         thread.join()
 
 
-def windows(recording: Recording, config: FrameConfig, *, skip: int = 0, limit: int | None = None) -> Iterator[Frame]:
-    """The frames of the windows that follow each other from the recording's first event on, without the first `skip`.
-
-    Raises:
-        RecordingError: the recording has no events, or ends before the windows asked for.
-    """
-    def ends(first_us: int) -> Iterator[int]:
-        return count(first_us + (skip + 1) * config.window_us, config.window_us)
-
-    end = None
-    for end, frame in islice(frames_of(recording, ends, config), limit):
-        if recording.last_us < end - config.window_us:  # it has been read to its end
-            raise RecordingError(f"{recording.path} ends {(recording.last_us - recording.first_us) / 1e6:.2f} s after its first "
-                                 f"event, before {skip * config.window_us / 1e6:.2f} s; begin earlier")
-        yield end, frame
-    if end is None:
-        raise RecordingError(f"{recording.path} holds no events. Give another recording, or record it again")
-
-
 def detect(detector: Detector, frames: Iterable[Frame], *, confidence: float, nms: float,
            frames_per_call: int, downsample: int, sensor: tuple[int, int], clock: Clock) -> Iterator[Detected]:
     """The detections of every frame of one recording, in order. Reads `frames_per_call` frames at a time.
@@ -133,20 +117,69 @@ def detect(detector: Detector, frames: Iterable[Frame], *, confidence: float, nm
             all_ = torch.ones(len(batch), 1, dtype=torch.bool, device=device)
             raw, state = detector(stacked, state, starts=starts, labelled=all_)
             found = detections(detector.decode(raw, height, width), confidence_threshold=confidence, nms_threshold=nms)
-            boxes = [raw_boxes(rows.cpu().numpy(), end, downsample, sensor) for (end, _), rows in zip(batch, found, strict=True)]
-        for (end, frame), rows in zip(batch, boxes, strict=True):
-            yield Detected(end, frame, rows)
+            rows = [r.cpu().numpy() for r in found]
+        for (end, frame), k in zip(batch, rows, strict=True):
+            yield Detected(end, frame, cut(raw_boxes([end], [k], downsample), sensor))
 
 
-def raw_boxes(found: NDArray[np.float32], end_us: int, downsample: int, sensor: tuple[int, int]) -> NDArray:
-    """Rows of `detections` (k, 7) in pixels of the frame -> RAW_BOX in pixels of the sensor (height, width), cut at its border;
-    those wholly outside, on the frame's padding, are left out."""
-    corners = np.clip(found[:, :4] * downsample, 0, (sensor[1], sensor[0]) * 2)
-    sides = corners[:, 2:] - corners[:, :2]
-    inside = (sides > 0).all(1)
-    boxes = np.zeros(int(inside.sum()), RAW_BOX)
-    boxes["t"] = end_us
-    boxes["x"], boxes["y"] = corners[inside, :2].T
-    boxes["w"], boxes["h"] = sides[inside].T
-    boxes["class_id"], boxes["class_confidence"] = found[inside, 6], found[inside, 4] * found[inside, 5]
-    return boxes
+def cut(boxes: NDArray, sensor: tuple[int, int]) -> NDArray:
+    """RAW_BOX cut at the border of the sensor (height, width); those wholly outside, on the frames' padding, are left out."""
+    right, bottom = np.minimum(boxes["x"] + boxes["w"], sensor[1]), np.minimum(boxes["y"] + boxes["h"], sensor[0])
+    out = boxes.copy()
+    out["x"], out["y"] = np.maximum(boxes["x"], 0), np.maximum(boxes["y"], 0)
+    out["w"], out["h"] = right - out["x"], bottom - out["y"]
+    return out[(out["w"] > 0) & (out["h"] > 0)]
+
+
+class DetectionsFile:
+    """RAW_BOX rows to a .npy as they come, so that none are held; its header, which tells how many, is renewed at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.rows = path.open("wb"), 0
+        self._write_header()
+        self.start = self.file.tell()
+
+    def _write_header(self) -> None:
+        about = {"descr": np.lib.format.dtype_to_descr(RAW_BOX), "fortran_order": False, "shape": (self.rows,)}
+        np.lib.format.write_array_header_1_0(self.file, about)  # leaves room for the row count to grow
+
+    def add(self, boxes: NDArray) -> None:
+        self.file.write(boxes.tobytes())
+        self.rows += boxes.size
+
+    def close(self) -> None:
+        self.file.seek(0)
+        self._write_header()
+        assert self.file.tell() == self.start
+        self.file.close()
+
+
+class Overlay:
+    """Draws detections, and boxes (RAW_BOX, sorted by time) where a label falls into the window."""
+
+    def __init__(self, config: FrameConfig, classes: list[str], boxes: NDArray) -> None:
+        self.config, self.classes, self.boxes = config, classes, boxes
+        self.times = np.ascontiguousarray(boxes["t"])
+
+    def draw(self, item: Detected) -> RGB:
+        upscale = max(1, VIDEO_WIDTH // item.frame.shape[2])
+        labelled, detected = (_corners(b) / self.config.downsample for b in (self.labels(item.end_us), item.boxes))
+        detected, found = detected[::-1], item.boxes[::-1]  # the surest on top
+        names = [f"{class_name(self.classes, b['class_id'])} {b['class_confidence']:.2f}" for b in found]
+        rgb = draw_boxes(frame_to_rgb(item.frame), labelled, None, BOXES, upscale)
+        return draw_label(draw_boxes(rgb, detected * upscale, names, DETECTIONS), f"{item.end_us / 1e6:.2f} s")
+
+    def labels(self, end_us: int) -> NDArray:
+        """The boxes of the latest label in the window (end - window, end]; none without one."""
+        after = int(np.searchsorted(self.times, end_us, "right"))
+        if not after or self.times[after - 1] <= end_us - self.config.window_us:
+            return self.boxes[:0]
+        return self.boxes[np.searchsorted(self.times, self.times[after - 1], "left") : after]
+
+
+def _corners(boxes: NDArray) -> NDArray[np.float64]:
+    return np.stack((boxes["x"], boxes["y"], boxes["x"] + boxes["w"], boxes["y"] + boxes["h"]), 1).astype(np.float64)
+
+
+def class_name(classes: list[str], index: int) -> str:
+    return classes[index] if index < len(classes) else f"class {index}"

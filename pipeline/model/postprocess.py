@@ -32,7 +32,8 @@ def nms(boxes: Tensor, scores: Tensor, kinds: Tensor, threshold: float, limit: i
 def _overlaps(boxes: Tensor, kinds: Tensor, a: Tensor, b: Tensor, threshold: float) -> Tensor:
     """(len(a), len(b)) bool for rows a and b of boxes: same class and IoU above `threshold`."""
     first, second = boxes[a][:, None], boxes[b][None]
-    shared = (torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])).clamp(min=0).prod(-1)
+    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
+    shared = sides.clamp(min=0).prod(-1)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     iou = shared / (area[a][:, None] + area[b][None] - shared).clamp(min=1e-12)
     return (iou > threshold) & (kinds[a][:, None] == kinds[b][None])
@@ -51,8 +52,8 @@ def detections(decoded: Tensor, *, confidence_threshold: float, nms_threshold: f
         best, kinds = frame[:, 5:].max(1)
         scores = frame[:, 4] * best
         keep = (scores >= confidence_threshold).nonzero()[:, 0]
-        if len(keep) > CANDIDATES:
-            keep = keep[scores[keep].topk(CANDIDATES).indices]
+        if len(keep) > CANDIDATES:  # not topk, which takes any of equal scores
+            keep = keep[scores[keep].argsort(descending=True, stable=True)[:CANDIDATES]]
         centre, half = frame[keep, :2], frame[keep, 2:4] / 2
         rows = torch.cat((centre - half, centre + half, frame[keep, 4:5], best[keep, None], kinds[keep, None].to(frame)), 1)
         out.append(rows[nms(rows[:, :4], scores[keep], kinds[keep], nms_threshold, max_detections)])

@@ -1,0 +1,365 @@
+"""`evspan infer`: a sensor file in, detections and a video out, against a plain loop over frames."""
+
+import shutil
+import subprocess
+import threading
+import time
+import weakref
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_prep.boxes import RAW_BOX, read_boxes
+from data_prep.config import FrameConfig
+from data_prep.formats import open_recording
+from data_prep.simulator import SimulatorConfig, simulate
+from pipeline.checkpoint import Weights, load_weights, save_weights
+from pipeline.config import BackboneConfig, FpnConfig, ModelConfig, PostprocessConfig
+from pipeline.engine.build import detector_from
+from pipeline.engine.inference import BOXES, DETECTIONS, Clock, Detected, DetectionsFile, Overlay, ahead, cut, detect
+from pipeline.infer import main
+from pipeline.model.detector import Detector
+
+pytestmark = pytest.mark.timeout(60)
+CLASSES = ["ball", "box"]  # of the three that the head has
+CONFIDENCE = 0.2
+HEADER = "% evt 3.0\n% format EVT3;height={};width={}\n% end\n"
+has_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="the program ffmpeg is not installed")
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """The command sets them for its whole process. One is quickest where tests share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_weights(path: Path, downsample: int) -> Path:
+    """Random, with attention over time, and strong enough that detections differ from frame to frame."""
+    torch.manual_seed(0)
+    model = ModelConfig(backbone=BackboneConfig(embed_dim=16, dim_head=8), fpn=FpnConfig(enable_small_object_attention=True),
+                        postprocess=PostprocessConfig(confidence_threshold=CONFIDENCE))
+    frames = FrameConfig(downsample=downsample, bins=4)
+    detector = Detector(model, frames.channels)
+    with torch.no_grad():
+        for name, parameter in detector.named_parameters():
+            if name.startswith(("fpn", "yolox_head")) and parameter.ndim == 4:
+                parameter *= 0.2 if "reg_preds" in name else 3.5
+            if name.endswith(("gate", "gamma")):
+                parameter.fill_(0.5)
+        for predictions, bias in ((detector.yolox_head.obj_preds, -1.0), (detector.yolox_head.cls_preds, 0.0)):
+            for conv in predictions:
+                conv.bias.fill_(bias)
+    save_weights(path, Weights(detector.state_dict(), model, frames, CLASSES, 7))
+    return path
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """a_td.raw: 1 s of 320 x 240, boxes beside it. weights1, 2, 4.safetensors by downsample."""
+    folder = tmp_path_factory.mktemp("infer")
+    simulate(folder / "a_td.raw", seconds=0.93, seed=4, config=SimulatorConfig(height=240, width=320))
+    for downsample in (1, 2, 4):
+        make_weights(folder / f"weights{downsample}.safetensors", downsample)
+    return folder
+
+
+def count_frames(path: Path, config: FrameConfig):
+    """(ends, frames) by the definition, all at once."""
+    recording = open_recording(path)
+    t, x, y, p = (np.concatenate(c).astype(np.int64) for c in zip(*recording.chunks(), strict=True))
+    window, of = divmod(t - t[0], config.window_us)
+    height, width = recording.height // config.downsample, recording.width // config.downsample
+    counts = np.zeros((window[-1] + 1, 2, config.bins, height, width), np.int32)
+    inside = (y < height * config.downsample) & (x < width * config.downsample)
+    place = (window, p, of * config.bins // config.window_us, y // config.downsample, x // config.downsample)
+    np.add.at(counts, tuple(v[inside] for v in place), 1)
+    frames = counts.clip(max=config.cutoff).astype(np.uint8).reshape(len(counts), -1, height, width)
+    return t[0] + config.window_us * np.arange(1, len(frames) + 1), frames
+
+
+def suppress(rows: list[list[float]], threshold: float) -> list[list[float]]:
+    """Greedy, class by class; rows: x1, y1, x2, y2, score, class."""
+    kept: list[list[float]] = []
+    for x1, y1, x2, y2, score, kind in sorted(rows, key=lambda row: -row[4]):
+        for u1, v1, u2, v2, _, other in kept:
+            shared = max(0.0, min(x2, u2) - max(x1, u1)) * max(0.0, min(y2, v2) - max(y1, v1))
+            if kind == other and shared > threshold * ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - shared):
+                break
+        else:
+            kept.append([x1, y1, x2, y2, score, kind])
+    return kept
+
+
+def frame_by_frame(path: Path, checkpoint: Path, *, first=0, last=None, confidence=CONFIDENCE, nms=0.45) -> np.ndarray:
+    """The definition: one frame a call, the state handed on, detections as RAW_BOX."""
+    weights, recording = load_weights(checkpoint), open_recording(path)
+    detector, scale = detector_from(weights), weights.frames.downsample
+    ends, frames = count_frames(path, weights.frames)
+    size, out = frames.shape[2:], []
+    state, no, yes = detector.initial_state(1, *size), torch.tensor([False]), torch.tensor([[True]])
+    with torch.no_grad():
+        for end, frame in list(zip(ends.tolist(), frames, strict=True))[first:last]:
+            raw, state = detector(torch.from_numpy(frame)[None, None], state, starts=no, labelled=yes)
+            d = detector.decode(raw, *size)[0].double().numpy()
+            rows = np.concatenate((d[:, :2] - d[:, 2:4] / 2, d[:, :2] + d[:, 2:4] / 2, d[:, 4:5] * d[:, 5:].max(1, keepdims=True),
+                                   d[:, 5:].argmax(1)[:, None]), 1)
+            for x1, y1, x2, y2, score, kind in suppress(rows[rows[:, 4] >= confidence].tolist(), nms)[:300]:
+                x1, x2 = np.clip((x1 * scale, x2 * scale), 0, recording.width)
+                y1, y2 = np.clip((y1 * scale, y2 * scale), 0, recording.height)
+                if x2 > x1 and y2 > y1:
+                    out.append((end, x1, y1, x2 - x1, y2 - y1, kind, 0, score))
+    return np.array(out, RAW_BOX)
+
+
+def assert_same(got: np.ndarray, wanted: np.ndarray) -> None:
+    assert got.dtype == RAW_BOX and got.size == wanted.size
+    for name in ("t", "class_id", "track_id"):
+        np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
+    for name in ("x", "y", "w", "h", "class_confidence"):
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4, atol=1e-2 if name in "xywh" else 0, err_msg=name)
+
+
+def run(here: Path, out: Path, *more: object, recording: str | Path = "a_td.raw", weights: int = 2) -> np.ndarray:
+    checkpoint = here / f"weights{weights}.safetensors"
+    main([str(here / recording), "--checkpoint", str(checkpoint), "--output", str(out), *map(str, more)])
+    return np.load(next(out.glob("*_bbox.npy"))) if out.is_dir() else np.load(out)
+
+
+def refused(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in arguments])
+    told = capsys.readouterr().err
+    assert exit_.value.code == 2 and told.startswith("error: ") and len(told.splitlines()) == 1
+    return told
+
+
+def test_detections_are_those_of_a_plain_loop_however_many_frames_a_call(here, tmp_path):
+    wanted = frame_by_frame(here / "a_td.raw", here / "weights2.safetensors")
+    ends = np.unique(wanted["t"])
+    assert ends.size == 19 and wanted.size > 100 and len(np.unique(wanted["class_id"])) == 3
+    for frames in (1, 4, 7):
+        assert_same(run(here, tmp_path / str(frames), "--no-video", "--frames-per-call", frames), wanted)
+    # The state matters: without it another frame would give other detections.
+    alone = run(here, tmp_path / "late", "--no-video", "--from", 0.45, "--seconds", 0.05)
+    assert np.unique(alone["t"]).tolist() == [ends[9]]
+    with_state = wanted[wanted["t"] == ends[9]]
+    assert alone.size != with_state.size or not np.allclose(alone["class_confidence"], with_state["class_confidence"], rtol=1e-3)
+
+
+def test_a_part_of_the_recording_and_other_thresholds(here, tmp_path):
+    path, checkpoint = here / "a_td.raw", here / "weights2.safetensors"
+    got = run(here, tmp_path / "a", "--no-video", "--from", 0.3, "--seconds", 0.25, "--confidence", 0.19, "--nms", 0.1)
+    assert_same(got, frame_by_frame(path, checkpoint, first=6, last=11, confidence=0.19, nms=0.1))
+    none = run(here, tmp_path / "none.npy", "--no-video", "--confidence", 1)
+    assert none.dtype == RAW_BOX and none.shape == (0,)
+
+
+@pytest.mark.parametrize("downsample", [1, 4])
+def test_other_resolutions_and_sensors(here, tmp_path, downsample):
+    """Gen4's size at a quarter; a sensor whose sides no window divides, at full resolution."""
+    height, width = (720, 1280) if downsample == 4 else (187, 331)
+    simulate(tmp_path / "b_td.dat", seconds=0.24, seed=1, config=SimulatorConfig(height=height, width=width))
+    got = run(here, tmp_path / "out", "--no-video", recording=tmp_path / "b_td.dat", weights=downsample)
+    assert_same(got, frame_by_frame(tmp_path / "b_td.dat", here / f"weights{downsample}.safetensors"))
+    assert got.size > 20 and got["x"].min() >= 0 and got["y"].min() >= 0
+    assert (got["x"] + got["w"]).max() <= width and (got["y"] + got["h"]).max() <= height
+
+
+def test_a_real_recording(samples_dir, here, tmp_path, capsys):
+    path = samples_dir / "gen4_evt3_triggers.raw"
+    got = run(here, tmp_path, "--no-video", recording=path, weights=4)
+    assert_same(got, frame_by_frame(path, here / "weights4.safetensors"))
+    frames = len(count_frames(path, FrameConfig(bins=1, downsample=4))[1])
+    assert got.size and f"{frames} frames of 50 ms, 1280 x 720, 0.08 M events read" in capsys.readouterr().out
+
+
+def test_the_gif_plays_all_frames_at_the_cameras_pace_and_the_command_says_what_it_wrote(here, tmp_path, capsys):
+    got = run(here, tmp_path / "out", "--video", tmp_path / "o.gif", "--seconds", 0.4)
+    with Image.open(tmp_path / "o.gif") as gif:
+        durations = []
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            durations.append(gif.info["duration"])
+        assert gif.size == (640, 480) and len(durations) == 8 and sum(durations) == 400
+    told = capsys.readouterr().out
+    kinds = [int((got["class_id"] == i).sum()) for i in range(3)]
+    for line in ("8 frames of 50 ms, 320 x 240", "weights2.safetensors, step 7", "x camera pace: 0.40 s of recording in ",
+                 f"{tmp_path / 'out' / 'a_bbox.npy'}: {got.size} detections",
+                 f"(0 ball: {kinds[0]}, 1 box: {kinds[1]}, 2 class 2: {kinds[2]})",
+                 f"{tmp_path / 'o.gif'}: detections orange, boxes of a_bbox.npy green"):
+        assert line in told
+    assert all(f"{part} " in told.splitlines()[-1] for part in ("decoding", "network", "drawing"))
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a_bbox.npy", "o.gif", "out"]
+
+
+@has_ffmpeg
+def test_mp4_plays_all_frames(here, tmp_path):
+    run(here, tmp_path, "--seconds", 0.4)
+    command = ["ffmpeg", "-loglevel", "error", "-i", tmp_path / "a_overlay.mp4", "-f", "rawvideo", "-pix_fmt", "gray", "-"]
+    pixels = subprocess.run(command, check=True, capture_output=True, timeout=30).stdout
+    assert len(pixels) == 8 * 640 * 480
+
+
+def test_without_ffmpeg_the_video_is_a_gif_unless_mp4_is_asked_for(here, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    run(here, tmp_path / "out", "--seconds", 0.1)
+    assert "ffmpeg" in capsys.readouterr().out and (tmp_path / "out" / "a_overlay.gif").is_file()
+    told = refused(capsys, here / "a_td.raw", "--checkpoint", here / "weights2.safetensors", "--output", tmp_path / "new",
+                   "--video", tmp_path / "o.mp4")
+    assert "Install the Debian package ffmpeg" in told and "o.gif" in told and not (tmp_path / "new").exists()
+
+
+def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
+    def box(t, x, y, kind=0):
+        return t, x, y, 40, 32, kind, 0, 0.5
+
+    labels = np.array([box(10_000, 8, 8), box(49_999, 200, 100), box(50_000, 80, 80), box(50_000, 160, 8), box(120_000, 8, 160)],
+                      RAW_BOX)
+    overlay = Overlay(FrameConfig(downsample=2), CLASSES, labels)
+    for end, wanted in ((9_999, []), (10_000, [8]), (49_999, [200]), (50_000, [80, 160]), (99_999, [80, 160]), (100_000, []),
+                        (119_999, []), (120_000, [8]), (169_999, [8]), (170_000, [])):
+        assert overlay.labels(end)["x"].tolist() == wanted
+    found = np.array([box(50_000, 240, 120, 2)], RAW_BOX)
+    picture = overlay.draw(Detected(50_000, np.zeros((20, 120, 160), np.uint8), found))
+    assert picture.shape == (480, 640, 3)  # four times the frame, twice the sensor
+
+    def colours(x, y):  # along the left edge of a box at (x, y), below its label
+        return {tuple(c) for c in picture[2 * y + 20 : 2 * y + 60, 2 * x].tolist()}
+
+    assert colours(80, 80) == colours(160, 8) == {BOXES} and colours(240, 120) == {DETECTIONS}
+    assert colours(8, 8) == colours(200, 100) == colours(120, 120) == {(255, 255, 255)}
+    empty = Overlay(FrameConfig(downsample=2), CLASSES, labels[:0])
+    assert not empty.labels(50_000).size
+
+
+def test_boxes_are_cut_at_the_sensor():
+    boxes = np.zeros(4, RAW_BOX)
+    for name, values in zip("xywh", ((-5, 90, 100, 3), (-6, 40, 5, -9), (20, 30, 9, 5), (20, 30, 9, 9)), strict=True):
+        boxes[name] = values
+    boxes["class_id"] = 1, 0, 2, 2
+    got = cut(boxes, (50, 100))
+    assert [got[k].tolist() for k in "xywh"] == [[0, 90], [0, 40], [15, 10], [14, 10]] and got["class_id"].tolist() == [1, 0]
+
+
+def test_memory_does_not_grow_only_a_few_frames_are_alive(here):
+    weights = load_weights(here / "weights2.safetensors")
+    detector, alive, most, read = detector_from(weights), set(), 0, 0
+
+    def frames():  # without end
+        nonlocal most, read
+        for i in count():
+            frame = np.full((weights.frames.channels, 64, 64), i % 3, np.uint8)
+            alive.add(i)
+            weakref.finalize(frame, alive.discard, i)
+            most, read = max(most, len(alive)), read + 1
+            yield 50_000 * (i + 1), frame
+
+    source = ahead(frames(), 4)
+    found = detect(detector, source, confidence=0.1, nms=0.45, frames_per_call=4, downsample=2, sensor=(128, 128), clock=Clock())
+    stream = ahead(found, 4)
+    ends = [item.end_us for item in islice(stream, 100)]
+    stream.close()
+    source.close()
+    assert ends == [50_000 * (i + 1) for i in range(100)]
+    assert most <= 20 and read <= 120
+
+
+def test_ahead_hands_on_items_and_errors_and_ends_its_thread():
+    def items():
+        yield from range(5)
+        raise KeyError("five")
+
+    got, before = [], threading.active_count()
+    with pytest.raises(KeyError, match="five"):
+        for item in ahead(items(), 2):
+            got.append(item)
+    assert got == [0, 1, 2, 3, 4] and list(ahead(iter(()), 1)) == [] and list(ahead(range(3), 9)) == [0, 1, 2]
+    for depth in (1, 3):
+        made = []
+        numbers = ahead((made.append(i) or i for i in count()), depth)
+        assert next(numbers) == 0
+        time.sleep(0.05)
+        assert len(made) <= depth + 2  # those that wait, the one that found no room, the one handed out
+        numbers.close()
+    assert threading.active_count() == before
+
+
+def test_the_file_of_detections_is_what_numpy_saves(tmp_path):
+    rng, parts = np.random.default_rng(0), []
+    file = DetectionsFile(tmp_path / "a.npy")
+    for n in (0, 1, 70_000, 3):
+        parts.append(np.zeros(n, RAW_BOX))
+        parts[-1]["t"], parts[-1]["h"] = rng.integers(0, 1 << 40, n), rng.random(n)
+        file.add(parts[-1])
+    file.close()
+    np.save(tmp_path / "b.npy", np.concatenate(parts))
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+    assert read_boxes(tmp_path / "a.npy").size == 70_004
+
+
+def test_a_recording_that_is_cut_off_leaves_nothing_new(here, tmp_path, capsys):
+    broken, out = tmp_path / "a_td.raw", tmp_path / "out"
+    broken.write_bytes((here / "a_td.raw").read_bytes()[:-1])
+    arguments = (broken, "--checkpoint", here / "weights2.safetensors", "--output", out)
+    assert "cut off" in refused(capsys, *arguments)
+    assert not list(out.iterdir())
+    (out / "a_bbox.npy").write_bytes(b"earlier")
+    refused(capsys, *arguments)
+    assert [(p.name, p.read_bytes()) for p in out.iterdir()] == [("a_bbox.npy", b"earlier")]
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (["--confidence", "1.5"], "--confidence is 1.5"),
+    (["--nms", "nan"], "--nms is nan"),
+    (["--frames-per-call", "0"], "--frames-per-call is 0"),
+    (["--threads", "-1"], "--threads is -1"),
+    (["--from", "-1"], "--from is -1"),
+    (["--from", "2"], "0.93 s after its first event, before 2.00 s"),
+    (["--seconds", "0"], "--seconds is 0"),
+    (["--seconds", "0.02"], "less than a window of 50 ms"),
+    (["--device", "abacus"], "--device abacus cannot be used here; there is cpu"),
+    (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+    (["--video", "x.avi"], "neither of .gif, .mp4"),
+    (["--checkpoint", "nowhere"], "nowhere holds no checkpoint"),
+    (["--video", "x.gif", "--no-video"], "not allowed with"),
+    (["--checkpoints", "x"], "--checkpoints"),
+])
+def test_mistakes_are_one_line_and_exit_code_2(here, tmp_path, capsys, wrong, says):
+    arguments = [here / "a_td.raw", "--checkpoint", here / "weights2.safetensors", "--output", tmp_path / "out", *wrong]
+    assert says in refused(capsys, *arguments)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_recordings_that_cannot_work_are_refused(here, tmp_path, capsys):
+    empty, tiny = tmp_path / "empty.raw", tmp_path / "tiny.raw"
+    empty.write_text(HEADER.format(240, 320))
+    tiny.write_text(HEADER.format(3, 3))
+    for path, says in ((empty, "holds no events"), (tiny, "3 x 3 pixels: too small"), (here / "a_bbox.npy", "suffix .npy"),
+                       (tmp_path / "missing.raw", "missing.raw is no file")):
+        told = refused(capsys, path, "--checkpoint", here / "weights4.safetensors", "--output", tmp_path / "out")
+        assert says in told and path.name in told
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_the_boxes_of_the_recording_are_never_overwritten(here, tmp_path, capsys):
+    before = (here / "a_bbox.npy").read_bytes()
+    for output in (here, here / "a_bbox.npy", here / "." / ".." / here.name):
+        told = refused(capsys, here / "a_td.raw", "--checkpoint", here / "weights2.safetensors", "--output", output)
+        assert "would be taken for its boxes" in told
+    assert (here / "a_bbox.npy").read_bytes() == before
+    got = run(here, tmp_path / "mine.npy", "--no-video", "--seconds", 0.1)
+    assert got.size and sorted(p.name for p in tmp_path.iterdir()) == ["mine.npy"]
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert exit_.value.code == 0 and "evspan infer drive.raw --checkpoint runs/tiny" in told and "class_confidence" in told
