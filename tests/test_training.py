@@ -28,7 +28,7 @@ def shards(tmp_path_factory):
 
 def command(shards, run_dir, *overrides):
     return [sys.executable, "-m", "launch", "train", "experiment=demo", f"dataset.root={shards}", f"run_dir={run_dir}",
-            "training.max_steps=6", "training.sequence_length=4", "training.log_every=1", "checkpoint.every=3",
+            "training.max_steps=6", "training.sequence_length=4", "training.log_every=1", "optimizer.lr=0.0002", "checkpoint.every=3",
             "checkpoint.keep=9",
             "parallel.timeout_s=120", "evaluation.skip_first_ms=0", *overrides]
 
@@ -88,7 +88,7 @@ def test_two_ranks_give_the_losses_of_one(shards, two_ranks, tmp_path):
     run(shards, tmp_path / "run", "parallel.ranks=1", "parallel.threads=1", "training.max_steps=6")
     for tag in LOSSES:
         one, two = told(tmp_path / "run", tag), told(two_ranks, tag)
-        np.testing.assert_allclose([one[s] for s in sorted(one)], [two[s] for s in sorted(two)], rtol=2e-4, err_msg=tag)
+        np.testing.assert_allclose([one[s] for s in sorted(one)], [two[s] for s in sorted(two)], rtol=5e-5, err_msg=tag)
         assert one[1] == pytest.approx(two[1], rel=1e-5), tag  # the first step: same weights, nothing has drifted yet
 
 

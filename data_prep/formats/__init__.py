@@ -7,12 +7,13 @@ from data_prep.errors import RecordingError
 from data_prep.formats.dat import DatReader, DatWriter
 from data_prep.formats.evt2 import Evt2Reader
 from data_prep.formats.evt3 import Evt3Reader, Evt3Writer
+from data_prep.formats.evt21 import Evt21Reader
 from data_prep.formats.h5 import H5Reader, H5Writer
 from data_prep.formats.header import raw_format
 from data_prep.formats.recording import Recording, Writer
 
 SUFFIXES = (".raw", ".dat", ".h5", ".hdf5")
-RAW_READERS: dict[str, Callable[[Path], Recording]] = {"evt3": Evt3Reader, "evt2": Evt2Reader}
+RAW_READERS: dict[str, Callable[[Path], Recording]] = {"evt3": Evt3Reader, "evt21": Evt21Reader, "evt2": Evt2Reader}
 WRITERS: dict[str, Callable[[Path, int, int], Writer]] = {".raw": Evt3Writer, ".dat": DatWriter, ".h5": H5Writer}
 
 
@@ -28,9 +29,9 @@ def open_recording(path: str | Path) -> Recording:
     if path.suffix == ".raw":
         kind = raw_format(path)
         if kind not in RAW_READERS:
-            raise RecordingError(f"{path} is in format {kind or 'unknown'}; {', '.join(k.upper() for k in RAW_READERS)} can "
-                                 "be read. "
-                                 "Convert it, for example with metavision_file_to_hdf5 and a copy to events/{t,x,y,p}")
+            told = f"is in format {kind.upper()[:20]}" if kind else "has no header that names its format"
+            raise RecordingError(f"{path} {told}; {', '.join(k.upper() for k in RAW_READERS)} can be read. Convert it to .dat: "
+                                 f"metavision_file_to_dat -i {path}")
         return RAW_READERS[kind](path)
     if path.suffix == ".dat":
         return DatReader(path)

@@ -4,23 +4,19 @@
 Time has 34 bits and wraps after 4.8 hours.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from data_prep.events import Events
-from data_prep.formats.header import read_header, sensor_size
-from data_prep.formats.recording import Recording, room_for, word_blocks
-
-WORD = np.dtype("<u4")
+from data_prep.formats.recording import WordReader
 
 
 @njit(cache=True, nogil=True)
 def _decode(words, state, t, x, y, p):
     n = 0
     high, wraps, seen = state[0], state[1], state[2]
+    timeless = 0 if seen else -1
     for i in range(words.size):
         word = np.int64(words[i])
         kind = word >> 28
@@ -30,23 +26,19 @@ def _decode(words, state, t, x, y, p):
             n += 1
         elif kind == 0x8:
             value = word & 0xFFFFFFF
-            if seen and value < high - (1 << 27):
+            if not seen:
+                timeless = n
+            elif value < high - (1 << 27):  # a fall of over half the range is a wrap, a smaller one is disorder
                 wraps += 1
             high, seen = value, 1
     state[0], state[1], state[2] = high, wraps, seen
-    return n
+    return (timeless if seen else n), n
 
 
-class Evt2Reader(Recording):
+class Evt2Reader(WordReader):
     format = "evt2"
+    word = np.dtype("<u4")
+    events_per_word = 1
 
-    def __init__(self, path: Path, block_bytes: int = 0) -> None:
-        fields, self.start = read_header(path)
-        self.block_bytes = block_bytes
-        super().__init__(path, *sensor_size(path, fields))
-
-    def _decoded(self) -> Iterator[Events]:
-        state = np.zeros(3, np.int64)
-        for words in word_blocks(self.path, self.start, WORD, self.block_bytes):
-            events = room_for(words.size)
-            yield events.take(slice(_decode(words, state, *events)))
+    def _decode(self, words: NDArray, state: NDArray[np.int64], events: Events) -> tuple[int, int]:
+        return _decode(words, state, *events)

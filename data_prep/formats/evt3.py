@@ -2,36 +2,36 @@
 
 0x0 ADDR_Y, 0x2 ADDR_X (polarity in bit 11), 0x3 VECT_BASE_X (likewise), 0x4 VECT_12 and 0x5 VECT_8 (a bit per pixel from the
 base on, which they advance), 0x6 TIME_LOW, 0x8 TIME_HIGH; other words (0xA external trigger, ...) are skipped.
-Time is (TIME_HIGH << 12) | TIME_LOW as last seen: 24 bits that wrap every 16.78 s.
+Time is (TIME_HIGH << 12) | TIME_LOW: 24 bits that wrap every 16.78 s. A TIME_HIGH that differs from the last sets TIME_LOW to 0.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
+from data_prep.errors import RecordingError
 from data_prep.events import Events
-from data_prep.formats.header import read_header, sensor_size
-from data_prep.formats.recording import Recording, Writer, room_for, word_blocks
+from data_prep.formats.recording import WordReader, Writer
 
-WORD = np.dtype("<u2")
-BLOCK_BYTES = 1 << 20  # a word makes up to 12 events
-TIME_HIGH, TIME_LOW, ADDR_Y, BASE_X, POLARITY, WRAPS, SEEN_TIME, STATE_SIZE = range(8)
+ONE = np.uint64(1)
+FAR_OUTSIDE = 0x7FFF  # where the base of vectors stays that run past every sensor, so that it cannot wrap into one
+LONGEST_GAP_US = 1 << 40  # 12.7 days, 512 KiB of time words
 
 
 @njit(cache=True, nogil=True)
 def _decode(words, state, t, x, y, p):
-    """Events of `words` into the columns; returns how many. `state` carries on to the next block."""
-    n = 0
+    n = np.uint64(0)  # unsigned: numba tests signed indices for being negative
     high, low, row, base, polarity, wraps, seen = state[0], state[1], state[2], state[3], state[4], state[5], state[6]
     now = (wraps << 24) | (high << 12) | low
+    timeless = np.int64(0 if seen else -1)
     for i in range(words.size):
         word = np.int64(words[i])
         kind, value = word >> 12, word & 0xFFF
         if kind == 0x2:
             t[n], x[n], y[n], p[n] = now, word & 0x7FF, row, (word >> 11) & 1
-            n += 1
+            n += ONE
         elif kind == 0x4 or kind == 0x5:
             width = 12 if kind == 0x4 else 8
             bits = value & ((1 << width) - 1)
@@ -39,10 +39,10 @@ def _decode(words, state, t, x, y, p):
             while bits:
                 if bits & 1:
                     t[n], x[n], y[n], p[n] = now, column, row, polarity
-                    n += 1
+                    n += ONE
                 bits >>= 1
                 column += 1
-            base += width
+            base = min(base + width, FAR_OUTSIDE)
         elif kind == 0x6:
             low = value
             now = (wraps << 24) | (high << 12) | low
@@ -51,27 +51,25 @@ def _decode(words, state, t, x, y, p):
         elif kind == 0x3:
             base, polarity = word & 0x7FF, (word >> 11) & 1
         elif kind == 0x8:
-            if seen and value < high - 2048:  # a fall of over half the range is a wrap, a smaller one is disorder
+            if not seen:
+                timeless = np.int64(n)
+            elif value <= high - 2048:  # a fall of half the range is a wrap, a smaller one is disorder
                 wraps += 1
+            if value != high or not seen:
+                low = 0
             high, seen = value, 1
             now = (wraps << 24) | (high << 12) | low
     state[0], state[1], state[2], state[3], state[4], state[5], state[6] = high, low, row, base, polarity, wraps, seen
-    return n
+    return (timeless if seen else np.int64(n)), np.int64(n)
 
 
-class Evt3Reader(Recording):
+class Evt3Reader(WordReader):
     format = "evt3"
+    word = np.dtype("<u2")
+    events_per_word = 12
 
-    def __init__(self, path: Path, block_bytes: int = BLOCK_BYTES) -> None:
-        fields, self.start = read_header(path)
-        self.block_bytes = block_bytes
-        super().__init__(path, *sensor_size(path, fields))
-
-    def _decoded(self) -> Iterator[Events]:
-        state = np.zeros(STATE_SIZE, np.int64)
-        for words in word_blocks(self.path, self.start, WORD, self.block_bytes):
-            events = room_for(12 * words.size)
-            yield events.take(slice(_decode(words, state, *events)))
+    def _decode(self, words: NDArray, state: NDArray[np.int64], events: Events) -> tuple[int, int]:
+        return _decode(words, state, *events)
 
 
 @njit(cache=True, nogil=True)
@@ -83,9 +81,9 @@ def _encode(t, x, y, p, state, words):
         if t[i] != time:
             high = t[i] >> 12
             last = time >> 12  # -1 before the first event, so that TIME_HIGH is written then too
-            # Over a long gap a TIME_HIGH every quarter of its range, from 0 us on: readers count wraps by them.
+            # Over a long gap a TIME_HIGH every quarter of its range, from 0 us on: readers count wraps by these.
             while high - last > 1024:
-                last = max(last, 0) + 1024
+                last += 1024
                 words[n] = 0x8000 | (last & 0xFFF)
                 n += 1
             if high != last:
@@ -105,19 +103,21 @@ def _encode(t, x, y, p, state, words):
 
 
 class Evt3Writer(Writer):
-    """Events to an EVT3 file; times from 0 us on, in order."""
+    largest_side = 1 << 11
 
     def __init__(self, path: Path, height: int, width: int) -> None:
+        super().__init__(path, height, width)
         self.file = path.open("wb")
         self.file.write(f"% evt 3.0\n% format EVT3;height={height};width={width}\n% geometry {width}x{height}\n% end\n".encode())
         self.state = np.array([-1, -1], np.int64)
 
-    def write(self, events: Events) -> None:
-        if not events.t.size:
-            return
+    def _write(self, events: Events) -> None:
+        gaps = int(events.t[-1]) - self.last_us
+        if gaps > LONGEST_GAP_US:
+            raise RecordingError(f"{self.path}: events at {events.t[-1]} us, {gaps} us after those before, are too far apart for "
+                                 "EVT3's clock of 16.8 s. Write .h5, or subtract the first event's time")
         # At most TIME_HIGH, TIME_LOW, ADDR_Y and ADDR_X an event, and the steps over gaps.
-        gaps = int(events.t[-1] - max(self.state[0], 0)) >> 21
-        words = np.empty(4 * events.t.size + gaps + 8, WORD)
+        words = np.empty(4 * events.t.size + (gaps >> 21) + 8, Evt3Reader.word)
         self.file.write(words[: _encode(*events, self.state, words)].tobytes())
 
     def close(self) -> None:

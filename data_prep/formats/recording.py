@@ -1,4 +1,4 @@
-"""What all readers have in common."""
+"""What all readers and writers have in common."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -9,16 +9,17 @@ from numpy.typing import NDArray
 
 from data_prep.errors import RecordingError
 from data_prep.events import Events
+from data_prep.formats.header import read_header, sensor_size
 
 GEN4_SIZE = (720, 1280)
-BLOCK_BYTES = 1 << 22
 
 
 class Recording:
     """A sensor file. `chunks()` reads it from its beginning, as often as it is called, in bounded memory.
 
     height, width: the sensor's, in pixels. dropped: what the last complete `chunks()` left out or mended, by reason:
-    `outside_sensor` events dropped, `late_timestamps_raised` events whose time ran backwards and was raised to the latest seen.
+    `outside_sensor` and `before_first_time` events dropped (a stream that was cut out of another begins with events whose time
+    is not known), `late_timestamps_raised` events whose time ran backwards and was raised to the latest seen.
     events, first_us, last_us: how many events `chunks()` has read so far, and the times of the first and the last.
     """
 
@@ -35,7 +36,7 @@ class Recording:
         Raises:
             RecordingError: the file ends inside a word, or cannot be read.
         """
-        self.dropped = {"outside_sensor": 0, "late_timestamps_raised": 0}
+        self.dropped = {"outside_sensor": 0, "before_first_time": 0, "late_timestamps_raised": 0}
         self.events, latest = 0, None
         for events in self._decoded():
             inside = (events.x < self.width) & (events.y < self.height)
@@ -59,10 +60,68 @@ class Recording:
         raise NotImplementedError
 
 
+class WordReader(Recording):
+    """A text header, then words of one size, which a compiled loop decodes block by block."""
+
+    word: np.dtype
+    events_per_word: int  # at most
+    default_size: tuple[int, int] | None = None  # of a sensor whose header does not tell it
+
+    def __init__(self, path: Path, block_bytes: int = 1 << 18) -> None:  # blocks that stay in the cache: 1.4 x as fast as 1 MiB
+        self.fields, self.start = read_header(path)
+        self.words_at_once = max(1, block_bytes // self.word.itemsize)
+        super().__init__(path, *sensor_size(path, self.fields, self.default_size))
+
+    def _decoded(self) -> Iterator[Events]:
+        size = self.path.stat().st_size
+        if over := (size - self.start) % self.word.itemsize:
+            raise RecordingError(f"{self.path} is cut off: {over} byte{'s' if over > 1 else ''} too many at byte {size - over} "
+                                 f"of {size}, where a word of {self.word.itemsize} should follow. Copy it again, or keep its "
+                                 f"whole words: head -c {size - over}")
+        state = np.zeros(8, np.int64)
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            while (words := np.fromfile(file, self.word, self.words_at_once)).size:
+                n = self.events_per_word * words.size
+                events = Events(np.empty(n, np.int64), np.empty(n, np.uint16), np.empty(n, np.uint16), np.empty(n, np.uint8))
+                timeless, n = self._decode(words, state, events)
+                self.dropped["before_first_time"] += timeless
+                yield events.take(slice(timeless, n))
+
+    def _decode(self, words: NDArray, state: NDArray[np.int64], events: Events) -> tuple[int, int]:
+        """Fill `events` from `words`; how many of them came before the first time word, and how many there are in all.
+
+        state: zeros before the first block; carries on from block to block.
+        """
+        raise NotImplementedError
+
+
 class Writer(AbstractContextManager["Writer"]):
-    """Events to a sensor file, as they come: in order of time, from 0 us on."""
+    """Events to a sensor file, as they come: in order of time, from 0 us on, inside the sensor."""
+
+    largest_side = 1 << 16  # pixels that the format can tell
+    earliest_us = 0
+
+    def __init__(self, path: Path, height: int, width: int) -> None:
+        if max(height, width) > self.largest_side:
+            raise RecordingError(f"{path}: a sensor of {width} x {height} does not fit {path.suffix}, which has room for "
+                                 f"{self.largest_side} pixels a side. Write .h5")
+        self.path, self.height, self.width, self.last_us = path, height, width, self.earliest_us
 
     def write(self, events: Events) -> None:
+        """Raises RecordingError: times that run backwards or begin too early, or pixels outside the sensor."""
+        if not events.t.size:
+            return
+        if events.t[0] < self.last_us or bool((events.t[1:] < events.t[:-1]).any()):
+            raise RecordingError(f"{self.path}: events must come in order of time, from {self.last_us} us on; these run from "
+                                 f"{events.t.min()} to {events.t.max()} us. Sort them first")
+        if events.x.max() >= self.width or events.y.max() >= self.height or events.p.max() > 1:
+            raise RecordingError(f"{self.path}: events up to x {events.x.max()}, y {events.y.max()} and p {events.p.max()} do "
+                                 f"not fit a sensor of {self.width} x {self.height} with p 0 and 1. Leave them out first")
+        self._write(events)
+        self.last_us = int(events.t[-1])
+
+    def _write(self, events: Events) -> None:
         raise NotImplementedError
 
     def close(self) -> None:
@@ -70,23 +129,3 @@ class Writer(AbstractContextManager["Writer"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def room_for(n: int) -> Events:
-    """Columns for n events that a decoder fills."""
-    return Events(np.empty(n, np.int64), np.empty(n, np.uint16), np.empty(n, np.uint16), np.empty(n, np.uint8))
-
-
-def word_blocks(path: Path, start: int, word: np.dtype, block_bytes: int = 0) -> Iterator[NDArray]:
-    """The file from byte `start` on, in blocks of whole words. Raises RecordingError when the last word is cut off."""
-    size = path.stat().st_size
-    over = (size - start) % word.itemsize
-    with path.open("rb") as file:
-        file.seek(start)
-        per_block = max(1, (block_bytes or BLOCK_BYTES) // word.itemsize)
-        while (block := np.fromfile(file, word, per_block)).size:
-            yield block
-    if over:
-        raise RecordingError(f"{path} is cut off: {over} byte{'s' if over > 1 else ''} too many at byte {size - over} of "
-                             f"{size}, where a word of "
-                             f"{word.itemsize} should follow. Copy it again, or keep its whole words: head -c {size - over}")
