@@ -70,9 +70,11 @@ class LabelConfig:
     max_width_share: float | None = None  # drop boxes wider than this share of the sensor; train split only
 
     def __post_init__(self) -> None:
-        require(self.label_every_ms >= 1, f"labels.label_every_ms is {self.label_every_ms}; give 1 ms or more")
+        require(self.label_every_ms >= 1, f"dataset.labels.label_every_ms is {self.label_every_ms}; give 1 ms or more")
         require(self.min_side >= 0 and self.min_diagonal >= 0,
-                f"labels.min_side {self.min_side} and labels.min_diagonal {self.min_diagonal} must not be negative")
+                f"dataset.labels.min_side {self.min_side} and min_diagonal {self.min_diagonal} must not be negative")
+        require(self.max_width_share is None or 0 < self.max_width_share <= 1,
+                f"dataset.labels.max_width_share is {self.max_width_share}; give a share up to 1, or null for boxes of any width")
 
 
 @dataclass(kw_only=True)

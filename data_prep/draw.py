@@ -155,7 +155,7 @@ class _Mp4:
     def __init__(self, path: Path, fps: float) -> None:
         self.path, self.fps = path, fps
         self.process: subprocess.Popen[bytes] | None = None
-        self.log: IO[Any] = tempfile.TemporaryFile()  # a full pipe of messages would stop ffmpeg
+        self.log: IO[Any] = tempfile.TemporaryFile()  # noqa: SIM115  a full pipe of messages would stop ffmpeg
         try:
             subprocess.run(["ffmpeg", "-version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
         except FileNotFoundError as error:
@@ -207,4 +207,5 @@ class _Mp4:
                     self.process.stdin.close()
                 except BrokenPipeError:
                     pass
-        self.path.unlink(missing_ok=True)
+        if self.path.is_file():
+            self.path.unlink()

@@ -1,17 +1,17 @@
 """Events -> stacked histogram frames, streamed: (2 * bins, H, W) uint8, channel = polarity * bins + bin, oldest bin first."""
 
-from collections.abc import Callable, Iterator
-from itertools import count
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from data_prep.config import DownsampleBy, FrameConfig, FrameMode, require
+from data_prep.errors import RecordingError
 from data_prep.events import Events
-from data_prep.formats import open_recording
 from data_prep.formats.recording import Recording
+
+LONGEST_SILENCE_US = 3_600_000_000  # a sensor's noise alone fires more often; a damaged timestamp must not make endless frames
 
 
 @njit(cache=True, nogil=True)
@@ -66,32 +66,36 @@ class FrameBuilder:
         return frame
 
 
-def frames_of(recording: Recording, ends: Callable[[int], Iterator[int]],
+def frames_of(recording: Recording, ends: Callable[[int], Iterable[int]],
               config: FrameConfig) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """(end_us, frame) of every window until the last event is in; one pass over the recording, one frame in memory.
 
     Args:
         ends: given the first event's time, the ends of the windows, increasing and without end. A window is
             [end before, end); the first is `config.window_us` long.
+    Raises:
+        RecordingError: an hour or more without events.
     """
     builder, began = FrameBuilder(config, recording.height, recording.width), False
     upcoming: Iterator[int] = iter(())
     start = end = 0
     for events in recording.chunks():
         if not began:
-            upcoming, began = ends(int(events.t[0])), True
+            upcoming, began = iter(ends(int(events.t[0]))), True
             end = next(upcoming)
             start = end - config.window_us
         i = 0
         while i < events.t.size:
             i = builder.add(events, i, start, end)
             if i < events.t.size:  # the next event is past this window
+                _refuse_silence(recording, end, int(events.t[i]))
                 yield end, builder.take()
                 start, end = end, next(upcoming)
     if began:
         yield end, builder.take()
 
 
-def recording_frames(path: str | Path, config: FrameConfig) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(end_us, frame) of a recording without labels: windows follow each other from its first event on."""
-    return frames_of(open_recording(path), lambda first: count(first + config.window_us, config.window_us), config)
+def _refuse_silence(recording: Recording, end_us: int, next_us: int) -> None:
+    if next_us - end_us >= LONGEST_SILENCE_US:
+        raise RecordingError(f"{recording.path}: no events for {(next_us - end_us) / 3.6e9:.1f} hours, up to {next_us} us. Its "
+                             "timestamps are damaged, or it holds several recordings: cut it there")

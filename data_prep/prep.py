@@ -1,6 +1,5 @@
 """`evspan prep`: recordings -> shards, and small tools around recordings."""
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -10,29 +9,45 @@ import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.command import hydra_task, run_command
+from data_prep.command import Parser, hydra_task, run_command, run_hydra
 from data_prep.config import PrepConfig
 
 ConfigStore.instance().store(name="prep_schema", node=PrepConfig)
 
 HELP = """evspan prep: recordings -> shards of histogram frames
 
-  evspan prep source=RAW output=SHARDS [dataset=gen4|etram|simulated] [key=value ...]
-      RAW has train/ val/ test/ with recordings (.raw EVT3 or EVT2, .dat, .h5) and their boxes: X_td.dat and X_bbox.npy.
+  evspan prep source=RAW output=SHARDS [dataset=NAME] [key=value ...]
+      RAW has train/ val/ test/ with recordings (.raw, .dat, .h5) and their boxes side by side: X_td.dat and X_bbox.npy.
       One file or a flat folder counts as test. Run again, it does only what is missing or has changed.
-        frames.downsample=2        1 | 2 | 4: full, half or quarter resolution
-        frames.downsample_by=sum   sum | nearest
-        frames.window_ms=50  frames.bins=10  frames.cutoff=10
-        dataset.labels.label_every_ms=100    50: a label on every frame, where they are dense enough
-        processes=0                0: one per core
-        shard_mib=2048             several recordings share a file up to this size
-        max_invalid_share=0.01     refuse recordings with more events outside the sensor
 
-  evspan prep decode RECORDING OUT.h5      any format to HDF5 with events/{t,x,y,p}
-  evspan prep info RECORDING               format, sensor, time span, counts, rate
-  evspan prep preview INPUT OUT.png|gif|mp4    frames with boxes, of a recording or of shards (evspan prep preview --help)
+  tools
+      evspan prep info RECORDING                   format, sensor, time span, counts, rate
+      evspan prep decode RECORDING OUT.h5          any format to HDF5 with events/{t,x,y,p}
+      evspan prep preview INPUT OUT.png|gif|mp4    frames with boxes, of a recording or of shards
 
-  evspan prep --hydra-help                 how overrides work;  evspan prep --cfg job source=... shows the config
+  examples
+      evspan prep source=raw output=shards
+      evspan prep source=/data/gen4 output=/scratch/gen4 dataset=gen4 processes=8
+      evspan prep source=drive.raw output=drive frames.downsample=1
+
+  choices (each a file in conf/GROUP/)
+      dataset=simulated          simulated | gen4 | etram | etram3
+
+  keys
+      frames.downsample=2        1 | 2 | 4: full, half or quarter resolution
+      frames.downsample_by=sum   sum | nearest
+      frames.window_ms=50        time that a frame spans
+      frames.bins=10             time bins per frame and polarity
+      frames.cutoff=10           counts saturate here, 1 to 255
+      dataset.classes=[a,b]      names of class 0, 1, ... of your own boxes, with dataset.labels.class_map={0:0,3:1}
+      dataset.labels.label_every_ms=100    50: a label on every frame, where they are dense enough
+      dataset.labels.min_side=0  drop smaller boxes; more filters: data_prep/README.md
+      processes=0                0: one per core
+      shard_mib=2048             several recordings share a file up to this size
+      max_invalid_share=0.01     refuse a recording with a larger share of events outside the sensor
+
+  evspan prep --cfg job ...        shows the config that these arguments make; data_prep/config.py explains every key
+  evspan prep --hydra-help         how overrides work
 """
 
 
@@ -44,38 +59,38 @@ def _prep(raw: DictConfig) -> None:
 
     began = time.perf_counter()
     report = prepare(config)
-    recordings = report.manifest.recordings
-    if not report.prepared and not report.removed:
-        print(f"{config.output}: nothing to do, {len(recordings)} recordings are as they should be")
-        return
+    recordings, frames = report.manifest.recordings, sum(r.frames for r in report.manifest.recordings)
     for name, why in sorted(report.prepared.items()):
         if why != "new":
             print(f"prepared again: {name} ({why})")
     for name in report.removed:
         print(f"removed: {name} (no longer in the source)")
-    done = [r for r in recordings if f"{r.split}/{r.name}" in report.prepared]
-    events = sum(r.events for r in done)
-    print(f"{config.output}: {len(done)} of {len(recordings)} recordings prepared, {sum(r.frames for r in done)} frames, "
-          f"{sum(r.boxes for r in done)} boxes, {events / 1e6:.1f} M events in {time.perf_counter() - began:.1f} s")
+    if not report.prepared and not report.removed:
+        print(f"{config.output}: nothing to do, {_count(len(recordings), 'recording')} with {frames} frames as they should be")
+        return
+    classes = {name: sum(r.boxes_per_class[name] for r in recordings) for name in report.manifest.classes}
+    print(f"{config.output}: {len(report.prepared)} of {_count(len(recordings), 'recording')} prepared in "
+          f"{time.perf_counter() - began:.1f} s; {frames} frames, {sum(r.labelled_frames for r in recordings)} of them labelled, "
+          f"{sum(classes.values())} boxes ({', '.join(f'{n} {name}' for name, n in classes.items())}), "
+          f"{sum(r.events for r in recordings) / 1e6:.1f} M events")
 
 
 def decode(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("evspan prep decode", description="Any recording to HDF5 with events/{t,x,y,p} and "
-                                                                       "height, width.",
-                                     epilog="example: evspan prep decode drive_td.dat drive_td.h5")
+    parser = Parser("evspan prep decode", description="Any recording to HDF5 with events/{t,x,y,p} and height, width.",
+                    epilog="example: evspan prep decode drive_td.dat drive_td.h5")
     parser.add_argument("recording", type=Path)
     parser.add_argument("out", type=Path, help="a file ending in .h5")
     given = parser.parse_args(argv)
     from data_prep.errors import UserError
+    from data_prep.files import written_whole
     from data_prep.formats import open_recording, open_writer
-    from data_prep.store import written_whole
 
     if given.out.suffix != ".h5":
         raise UserError(f"{given.out} does not end in .h5; decode writes HDF5: evspan prep decode {given.recording} "
                         f"{given.recording.with_suffix('.h5')}")
-    if given.out.resolve() == given.recording.resolve():
-        raise UserError(f"{given.out} is the recording itself; name another file")
     recording = open_recording(given.recording)
+    if given.out.exists() and given.out.samefile(given.recording):
+        raise UserError(f"{given.out} is the recording itself; name another file")
     with written_whole(given.out) as beside, open_writer(beside, recording.height, recording.width) as writer:
         for events in recording.chunks():
             writer.write(events)
@@ -83,8 +98,7 @@ def decode(argv: list[str]) -> None:
 
 
 def info(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("evspan prep info", description="What a recording "
-                                                                     "holds.", epilog="example: evspan prep info drive.raw")
+    parser = Parser("evspan prep info", description="What a recording holds.", epilog="example: evspan prep info drive.raw")
     parser.add_argument("recording", type=Path)
     given = parser.parse_args(argv)
     from data_prep.boxes import find_boxes, read_boxes
@@ -109,6 +123,10 @@ def info(argv: list[str]) -> None:
     print(f"boxes     {f'{read_boxes(boxes).size} in {boxes.name}' if boxes else 'none beside it'}")
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' if number != 1 else ''}"
+
+
 def _dropped(dropped: dict[str, int]) -> str:
     told = [f"{n} {reason.replace('_', ' ')}" for reason, n in dropped.items() if n]
     return f" ({', '.join(told)})" if told else ""
@@ -127,11 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in TOOLS:
         run_command(lambda: TOOLS[argv[0]](argv[1:]))
-    elif not argv or {"-h", "--help"} & set(argv):
-        print(HELP)
     else:
-        sys.argv = ["evspan prep", *argv]
-        run_command(_prep)
+        run_hydra(_prep, argv or ["--help"], prog="evspan prep", help=HELP)
 
 
 if __name__ == "__main__":

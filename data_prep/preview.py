@@ -1,7 +1,7 @@
 """`evspan prep preview`: frames with boxes, of a recording or of shards, as a picture or an animation."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.boxes import RAW_BOX, find_boxes, read_boxes
-from data_prep.command import run_command
+from data_prep.command import Parser, run_command
 from data_prep.config import FrameConfig
 from data_prep.draw import ANIMATION_SUFFIXES, RGB, AnimationWriter, draw_boxes, draw_label, frame_to_rgb, write_strip
 from data_prep.errors import ShardError, UserError
 from data_prep.formats import open_recording
 from data_prep.histogram import frames_of
 from data_prep.shards import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest, open_group
-from data_prep.windows import labelled_ends
+from data_prep.windows import window_ends
 
 SHEET_FRAMES, ANIMATION_FRAMES = 12, 200
 SMALL = 400  # pixels; narrower frames are drawn at twice their size
@@ -25,16 +25,17 @@ SMALL = 400  # pixels; narrower frames are drawn at twice their size
 DESCRIPTION = """Frames with their boxes: .png is a sheet of frames spread over the time span, .gif and .mp4 play all of them.
 
 INPUT is a recording (.raw, .dat, .h5; the boxes of X_bbox.npy beside X_td.raw are drawn), a folder that evspan prep
-wrote, or one of its shards."""
+wrote, or one of its shards. More brightness is blue, less is red, both is violet."""
 EXAMPLES = """examples:
   evspan prep preview drive_td.raw drive.png
+  evspan prep preview still.raw still.png --frames 1 --window-ms 2000
   evspan prep preview drive_td.raw drive.mp4 --from 10 --frames 100 --downsample 1
   evspan prep preview SHARDS sheet.png --split val --recording drive
   evspan prep preview SHARDS/train/00000.h5 shard.gif"""
 
 
 class Shot(NamedTuple):
-    """A frame ready to be drawn. boxes: (N, 4) left, top, right, bottom in pixels of the frame."""
+    """A frame ready to be drawn. end_us: since the first event. boxes: (N, 4) left, top, right, bottom in pixels of the frame."""
 
     end_us: int
     frame: NDArray[np.uint8]
@@ -48,13 +49,13 @@ class Shot(NamedTuple):
 
 
 def spread(shots: Iterator[Shot], count: int) -> list[Shot]:
-    """Up to `count` of them, evenly spaced, without knowing how many there are; at most 2 * count in memory."""
+    """Up to `count` of them, evenly spaced, without knowing how many there are; at most 8 * count in memory."""
     kept: list[Shot] = []
     every = 1
     for i, shot in enumerate(shots):
         if i % every == 0:
             kept.append(shot)
-        if len(kept) == 2 * count:
+        if len(kept) == 8 * count:
             kept, every = kept[::2], 2 * every
     return [kept[i] for i in _evenly(len(kept), count)]
 
@@ -68,14 +69,13 @@ def recording_shots(path: Path, config: FrameConfig, classes: list[str], from_s:
     recording, box_file = open_recording(path), find_boxes(path)
     boxes = read_boxes(box_file) if box_file else np.zeros(0, RAW_BOX)
 
-    def ends(first_us: int) -> Iterator[int]:
-        window_us = config.window_us
-        return labelled_ends(boxes["t"], first_us, window_us=window_us, label_every_us=window_us).without_end(first_us, window_us)
+    def ends(first_us: int) -> Iterable[int]:
+        return window_ends(boxes["t"], first_us, window_us=config.window_us, label_every_us=config.window_us)
 
     for end, frame in frames_of(recording, ends, config):
         if end - config.window_us >= recording.first_us + 1e6 * from_s - config.window_us / 2:
             at_end = boxes[boxes["t"] == end]
-            yield Shot(end, frame, _corners(at_end, config.downsample), _names(at_end["class_id"], classes))
+            yield Shot(end - recording.first_us, frame, _corners(at_end, config.downsample), _names(at_end["class_id"], classes))
 
 
 def shard_shots(root: Path, entry: RecordingEntry, classes: list[str], which: list[int]) -> Iterator[Shot]:
@@ -84,7 +84,8 @@ def shard_shots(root: Path, entry: RecordingEntry, classes: list[str], which: li
         start, end_us = group["box_start"][:], group["end_us"][:]
         for i in which:
             boxes = group["boxes"][start[i] : start[i + 1]]
-            yield Shot(int(end_us[i]), group["frames"][i], _corners(boxes, 1), _names(boxes["class_id"], classes))
+            end, frame = int(end_us[i]) - entry.first_us, group["frames"][i]
+            yield Shot(end, frame, _corners(boxes, 1), _names(boxes["class_id"], classes))
     finally:
         group.file.close()
 
@@ -119,8 +120,8 @@ def _prepared_root(path: Path) -> tuple[Path, str] | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("evspan prep preview", description=DESCRIPTION, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("evspan prep preview", description=DESCRIPTION, epilog=EXAMPLES,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", type=Path, metavar="INPUT")
     parser.add_argument("out", type=Path, metavar="OUT", help="a file ending in .png, .gif or .mp4")
     parser.add_argument("--recording", metavar="NAME", help="of a prepared dataset (default: its first)")
@@ -142,10 +143,11 @@ def _open_source(given: argparse.Namespace, count: int, sheet: bool) -> tuple[st
     if prepared is None:
         if given.recording or given.split:
             raise UserError(f"--recording and --split choose from a prepared dataset, which {given.input} is not; leave them out")
-        config = FrameConfig(window_ms=given.window_ms or 50, downsample=given.downsample or 2)
+        window_ms = 50 if given.window_ms is None else given.window_ms
+        config = FrameConfig(window_ms=window_ms, bins=1, cutoff=255, downsample=given.downsample or 2)  # drawn without bins
         shots = recording_shots(given.input, config, [c for c in given.classes.split(",") if c], given.from_s)
         return given.input.name, 1000 / config.window_ms, iter(spread(shots, count)) if sheet else islice(shots, count)
-    if given.downsample or given.window_ms or given.classes:
+    if given.downsample or given.window_ms is not None or given.classes:
         raise UserError("--downsample, --window-ms and --classes are for recordings; the frames in "
                         f"{given.input} are made already. Leave them out")
     root, shard = prepared
@@ -182,7 +184,7 @@ def preview(given: argparse.Namespace) -> None:
         with AnimationWriter(given.out, fps) as animation:
             for picture in pictures():
                 animation.add(picture)
-    print(f"{given.out}: {drawn} frames of {name} with {boxes} boxes")
+    print(f"{given.out}: {drawn} frame{'s' if drawn > 1 else ''} of {name} with {boxes} boxes")
 
 
 def main(argv: list[str] | None = None) -> None:

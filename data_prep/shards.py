@@ -7,6 +7,11 @@
         <recording>/boxes       (M,) BOX: sorted by frame; pixels of the stored resolution
         <recording>/box_start   (N+1,) int64: boxes of frame i are boxes[box_start[i]:box_start[i+1]]
         <recording>/labelled    (N,) bool: the frame was annotated, possibly with zero boxes
+        <recording> attributes  entry, config: JSON, its `RecordingEntry` and the config that it was made with
+
+A shard tells by itself what it holds; the manifest is the summary, and can be written again from the shards.
+Checksums are xxh3-64 in hex: `frames_xxh3` of the frames' bytes, `group_xxh3` of frames_xxh3 (16 ASCII characters), then the
+bytes of end_us, boxes, box_start and labelled.
 """
 
 import json
@@ -22,6 +27,7 @@ from data_prep.errors import ShardError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+ENTRY, CONFIG = "entry", "config"  # attributes of a recording's group
 SPLITS = ("train", "val", "test")
 BOX = np.dtype([("t_us", "<i8"), ("x", "<f4"), ("y", "<f4"), ("w", "<f4"), ("h", "<f4"),
                 ("class_id", "<i4"), ("track_id", "<i4")])  # x, y: top left corner
@@ -46,13 +52,15 @@ class RecordingEntry:
     last_us: int
     events: int  # events in the frames' windows
     boxes_per_class: dict[str, int] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)  # reason -> how many events or boxes
+    dropped_events: dict[str, int] = field(default_factory=dict)  # reason -> how many were left out, or mended
+    dropped_boxes: dict[str, int] = field(default_factory=dict)  # filter -> how many; with `boxes` they are all of the box file
     source: str = ""  # path below the source folder
     source_bytes: int = 0
     source_mtime_ns: int = 0  # with source_bytes: unchanged without reading it
     source_xxh3: str = ""
     boxes_xxh3: str = ""  # of the box file; empty without one
-    group_xxh3: str = ""  # of the stored datasets, in the order of this module's docstring
+    frames_xxh3: str = ""
+    group_xxh3: str = ""
 
 
 @dataclass(kw_only=True)
@@ -81,7 +89,8 @@ def load_manifest(root: str | Path) -> Manifest:
     """Raises ShardError when `root` is no prepared dataset, or one of another schema."""
     path = Path(root) / MANIFEST
     if not path.is_file():
-        raise ShardError(f"{root} holds no {MANIFEST}, so it is no prepared dataset. Make one: evspan prep source=RAW output={root}")
+        raise ShardError(f"{root} holds no {MANIFEST}, so it is no prepared dataset. Make one: "
+                         f"evspan prep source=RAW output={root}")
     try:
         raw = json.loads(path.read_text())
         schema = raw["schema"]
@@ -90,7 +99,8 @@ def load_manifest(root: str | Path) -> Manifest:
             return Manifest(**raw)
     except (ValueError, TypeError, KeyError) as error:
         raise ShardError(f"{path} is damaged ({error}). Delete it and run the same evspan prep again") from error
-    raise ShardError(f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}. Prepare the dataset again into a new folder")
+    raise ShardError(f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}. Prepare the dataset again "
+                     "into a new folder")
 
 
 def open_group(root: str | Path, entry: RecordingEntry) -> h5py.Group:

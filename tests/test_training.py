@@ -28,9 +28,8 @@ def shards(tmp_path_factory):
 
 def command(shards, run_dir, *overrides):
     return [sys.executable, "-m", "launch", "train", "experiment=demo", f"dataset.root={shards}", f"run_dir={run_dir}",
-            "training.max_steps=6", "training.sequence_length=4", "training.log_every=1", "optimizer.lr=0.0002", "checkpoint.every=3",
-            "checkpoint.keep=9",
-            "parallel.timeout_s=120", "evaluation.skip_first_ms=0", *overrides]
+            "training.max_steps=6", "training.sequence_length=4", "training.log_every=1", "optimizer.lr=0.0002",
+            "checkpoint.every=3", "checkpoint.keep=9", "parallel.timeout_s=120", "evaluation.skip_first_ms=0", *overrides]
 
 
 def run(shards, run_dir, *overrides, code=0, timeout=200):

@@ -1,0 +1,85 @@
+"""A small source of simulated recordings, and what a prepared folder holds, read with h5py alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import hdf5plugin  # noqa: F401  registers the codec of the frames
+import numpy as np
+import xxhash
+
+from data_prep.config import DatasetConfig, FrameConfig, LabelConfig, PrepConfig
+from data_prep.simulator import CLASSES, SimulatorConfig, simulate
+
+HEIGHT, WIDTH = 160, 200
+SCENE = SimulatorConfig(height=HEIGHT, width=WIDTH, min_objects=1, max_objects=3)
+RECORDINGS = {"train/a_td.raw": 0.52, "train/b_td.dat": 0.31, "train/c_td.h5": 0.25, "val/d_td.raw": 0.35, "test/plain.raw": 0.22}
+KEYS = ["train/a", "train/b", "train/c", "val/d", "test/plain"]
+COLUMNS = ("frames", "end_us", "boxes", "box_start", "labelled")
+
+
+def make_source(folder: Path) -> Path:
+    for seed, (name, seconds) in enumerate(RECORDINGS.items()):
+        simulate(folder / name, seconds=seconds, seed=seed, config=SCENE)
+    (folder / "test" / "plain_bbox.npy").unlink()
+    return folder
+
+
+def prep_config(source: Path, output: Path, *, labels: dict | None = None, processes: int = 1, frames: dict | None = None,
+                **values) -> PrepConfig:
+    dataset = DatasetConfig(classes=list(CLASSES), labels=LabelConfig(**{"class_map": {0: 0, 1: 1, 2: 2}, **(labels or {})}))
+    return PrepConfig(source=str(source), output=str(output), dataset=dataset, processes=processes,
+                      frames=FrameConfig(**{"bins": 3, **(frames or {})}), **values)
+
+
+def copied(source: Path, target: Path) -> Path:
+    return Path(shutil.copytree(source, target))  # with the times of the files
+
+
+def contents(output: Path) -> dict[str, dict[str, np.ndarray]]:
+    """The datasets of every recording that lies in a shard, by split/recording."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for path in sorted(output.glob("*/[0-9]*.h5")):
+        with h5py.File(path, "r") as file:
+            for name, group in file.items():
+                found[f"{path.parent.name}/{name}"] = {column: group[column][:] for column in COLUMNS}
+    return found
+
+
+def manifest(output: Path) -> dict:
+    return json.loads((output / "manifest.json").read_text())
+
+
+def entries(output: Path) -> dict[str, dict]:
+    return {f"{r['split']}/{r['name']}": r for r in manifest(output)["recordings"]}
+
+
+def checksum(columns: dict[str, np.ndarray]) -> tuple[str, str]:
+    """(frames_xxh3, group_xxh3) as data_prep/shards.py tells them."""
+    frames = xxhash.xxh3_64_hexdigest(columns["frames"].tobytes())
+    rest = b"".join(columns[name].tobytes() for name in COLUMNS[1:])
+    return frames, xxhash.xxh3_64_hexdigest(frames.encode() + rest)
+
+
+def assert_sound(output: Path) -> None:
+    """Where there is a manifest, everything that it names is there and has its checksum."""
+    if (output / "manifest.json").exists():
+        stored = contents(output)
+        for key, entry in entries(output).items():
+            assert checksum(stored[key]) == (entry["frames_xxh3"], entry["group_xxh3"])
+
+
+def assert_same(output: Path, other: Path) -> None:
+    """The same datasets in the same shards, the same manifest apart from the times of the source's files."""
+    mine, theirs = contents(output), contents(other)
+    assert mine.keys() == theirs.keys()
+    for key, columns in mine.items():
+        for name, values in columns.items():
+            np.testing.assert_array_equal(values, theirs[key][name], err_msg=f"{key}/{name}")
+    told, expected = manifest(output), manifest(other)
+    for recording in (*told["recordings"], *expected["recordings"]):
+        del recording["source_mtime_ns"]
+    assert told == expected
+    shards = [sorted(str(p.relative_to(o)) for p in o.rglob("*") if p.is_file()) for o in (output, other)]
+    assert shards[0] == shards[1]

@@ -1,0 +1,570 @@
+"""Recordings -> shards: what is stored, and what is done again when something changes."""
+
+import os
+import time
+
+import h5py
+import numpy as np
+import pytest
+import xxhash
+from prepared import (
+    COLUMNS,
+    HEIGHT,
+    KEYS,
+    RECORDINGS,
+    SCENE,
+    WIDTH,
+    assert_same,
+    assert_sound,
+    checksum,
+    contents,
+    copied,
+    entries,
+    make_source,
+    manifest,
+    prep_config,
+)
+from slow_frames import random_events, slow_frame, together
+
+import data_prep.store
+from data_prep.boxes import find_boxes, read_boxes, write_boxes
+from data_prep.config import DownsampleBy
+from data_prep.errors import ConfigError, RecordingError, ShardError
+from data_prep.formats import open_recording, open_writer
+from data_prep.prepare import prepare
+from data_prep.shards import BOX, RecordingEntry, load_manifest, open_group
+from data_prep.simulator import simulate
+
+ENTRY_FIELDS = {
+    "name", "split", "shard", "group", "frames", "labelled_frames", "boxes", "height", "width", "sensor_height", "sensor_width",
+    "first_us", "last_us", "events", "boxes_per_class", "dropped_events", "dropped_boxes", "source", "source_bytes",
+    "source_mtime_ns", "source_xxh3", "boxes_xxh3", "frames_xxh3", "group_xxh3"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def prepared(source, tmp_path_factory):
+    output = tmp_path_factory.mktemp("prepared")
+    report = prepare(prep_config(source, output))
+    assert report.prepared == dict.fromkeys(KEYS, "new") and report.removed == []
+    return output
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    """From here on, frames are made from no recording."""
+
+    def tripwire(path):
+        raise AssertionError(f"{path} was decoded")
+
+    monkeypatch.setattr(data_prep.store, "open_recording", tripwire)
+
+
+def file_of(source, key):
+    return source / next(name for name in RECORDINGS if name.startswith(key))
+
+
+def times_of(output):
+    return {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+# -- what is stored ----------------------------------------------------------------------------------------------
+def test_the_layout_is_that_of_the_contract(prepared):
+    files = sorted(str(p.relative_to(prepared)) for p in prepared.rglob("*") if p.is_file())
+    assert files == [".lock", "manifest.json", "test/00000.h5", "train/00000.h5", "val/00000.h5"]
+    with h5py.File(prepared / "train" / "00000.h5") as file:
+        assert list(file) == ["a", "b", "c"]
+        for group in file.values():
+            assert set(group) == set(COLUMNS)
+            n, m = len(group["end_us"]), len(group["boxes"])
+            frames = group["frames"]
+            assert frames.shape == (n, 6, HEIGHT // 2, WIDTH // 2) and frames.dtype == np.uint8
+            assert frames.chunks == (1, *frames.shape[1:]) and frames._filters
+            assert group["end_us"].dtype == np.int64 and (np.diff(group["end_us"][:]) > 0).all()
+            assert group["boxes"].dtype == BOX and m > 0
+            assert group["box_start"].dtype == np.int64 and group["box_start"].shape == (n + 1,)
+            assert group["box_start"][0] == 0 and group["box_start"][-1] == m and (np.diff(group["box_start"][:]) >= 0).all()
+            assert group["labelled"].dtype == bool and group["labelled"].shape == (n,)
+
+
+def test_the_manifest_tells_what_is_stored(source, prepared):
+    told, stored = manifest(prepared), contents(prepared)
+    assert told["schema"] == 1 and told["software"].startswith("evspan") and told["classes"] == ["ball", "box", "bar"]
+    assert told["config"]["frames"] == {"mode": "exact", "window_ms": 50, "bins": 3, "cutoff": 10, "downsample": 2,
+                                        "downsample_by": "sum"}
+    assert told["config"]["dataset"]["labels"]["class_map"] == {"0": 0, "1": 1, "2": 2}
+    assert [f"{r['split']}/{r['name']}" for r in told["recordings"]] == KEYS
+    for key, entry in entries(prepared).items():
+        columns, path = stored[key], file_of(source, key)
+        boxes, events = find_boxes(path), together(open_recording(path).chunks())
+        assert set(entry) == ENTRY_FIELDS
+        assert (entry["frames"], entry["boxes"], entry["labelled_frames"]) == (
+            len(columns["frames"]), len(columns["boxes"]), columns["labelled"].sum())
+        assert (entry["height"], entry["width"]) == columns["frames"].shape[2:]
+        assert (entry["sensor_height"], entry["sensor_width"]) == (HEIGHT, WIDTH)
+        assert (entry["first_us"], entry["last_us"], entry["events"]) == (events.t[0], events.t[-1], events.t.size)
+        ids = columns["boxes"]["class_id"].tolist()
+        assert entry["boxes_per_class"] == {name: ids.count(i) for i, name in enumerate(told["classes"])}
+        assert entry["source"] == str(path.relative_to(source)) and entry["source_bytes"] == path.stat().st_size
+        assert entry["source_xxh3"] == xxhash.xxh3_64_hexdigest(path.read_bytes())
+        assert entry["boxes_xxh3"] == (xxhash.xxh3_64_hexdigest(boxes.read_bytes()) if boxes else "")
+        assert checksum(columns) == (entry["frames_xxh3"], entry["group_xxh3"])
+        assert entry["dropped_events"] == {"outside_sensor": 0, "before_first_time": 0, "late_timestamps_raised": 0}
+        assert entry["boxes"] + sum(entry["dropped_boxes"].values()) == (read_boxes(boxes).size if boxes else 0)
+
+
+def test_a_shard_can_be_read_by_the_contract_alone(prepared):
+    for entry in load_manifest(prepared).recordings:
+        group = open_group(prepared, entry)
+        try:
+            assert len(group["frames"]) == entry.frames
+        finally:
+            group.file.close()
+    with pytest.raises(ShardError, match="Run the same evspan prep again"):
+        open_group(prepared, RecordingEntry(**{**entries(prepared)["train/a"], "group": "x"}))
+
+
+def assert_frames_by_definition(events, columns, **how):
+    ends = columns["end_us"].tolist()
+    starts = [ends[0] - 50_000, *ends[:-1]]
+    assert starts[0] <= events.t[0] < ends[0] and starts[-1] <= events.t[-1] < ends[-1]
+    for start, end, frame in zip(starts, ends, columns["frames"], strict=True):
+        inside = (events.t >= start) & (events.t < end)
+        np.testing.assert_array_equal(frame, slow_frame(events.take(inside), start, end, height=HEIGHT, width=WIDTH, **how))
+
+
+def test_frames_are_those_of_the_definition(source, prepared):
+    for key, columns in contents(prepared).items():
+        events = together(open_recording(file_of(source, key)).chunks())
+        assert_frames_by_definition(events, columns, bins=3, cutoff=10, downsample=2, by="sum")
+
+
+@pytest.mark.parametrize("downsample, by", [(1, "sum"), (4, "sum"), (2, "nearest"), (4, "nearest")])
+def test_other_frames_are_too(source, tmp_path, downsample, by):
+    frames = {"bins": 5, "cutoff": 255, "downsample": downsample, "downsample_by": DownsampleBy[by]}
+    prepare(prep_config(source / "val", tmp_path / "out", frames=frames))
+    columns = contents(tmp_path / "out")["test/d"]  # a flat folder counts as test
+    events = together(open_recording(source / "val" / "d_td.raw").chunks())
+    assert_frames_by_definition(events, columns, bins=5, cutoff=255, downsample=downsample, by=by)
+    if by == "sum":
+        assert int(columns["frames"].sum(dtype=np.int64)) == events.t.size
+
+
+def test_boxes_of_a_frame_are_those_at_its_end_in_its_pixels(source, prepared):
+    for key, columns in contents(prepared).items():
+        box_file = find_boxes(file_of(source, key))
+        if box_file is None:
+            assert key == "test/plain" and not columns["labelled"].any() and not columns["boxes"].size
+            continue
+        raw, labelled_ends = read_boxes(box_file), 0
+        for i, end in enumerate(columns["end_us"].tolist()):
+            first, last = columns["box_start"][i : i + 2]
+            boxes = columns["boxes"][first:last]
+            assert (boxes["t_us"] == end).all()
+            if not columns["labelled"][i]:
+                assert first == last
+                continue
+            labelled_ends += 1
+            expected = raw[raw["t"] == end]
+            assert len(expected) == len(boxes) > 0
+            for corner, side, size in (("x", "w", WIDTH), ("y", "h", HEIGHT)):
+                low, high = (expected[corner].clip(0, size - 1), (expected[corner] + expected[side]).clip(0, size - 1))
+                np.testing.assert_array_equal(boxes[corner], low / 2)
+                np.testing.assert_array_equal(boxes[side], (high - low) / 2)
+            np.testing.assert_array_equal(boxes["class_id"], expected["class_id"])
+            np.testing.assert_array_equal(boxes["track_id"], expected["track_id"])
+        ends = columns["end_us"][columns["labelled"]]
+        assert labelled_ends >= 2 and (abs(np.diff(ends) - 100_000) <= 2_000).all()
+
+
+def test_an_annotated_frame_without_boxes_is_a_negative(source, tmp_path):
+    one = copied(source / "train", tmp_path / "source" / "train").parent
+    box_file = one / "train" / "a_bbox.npy"
+    boxes = read_boxes(box_file)
+    ends = sorted(set(boxes["t"][boxes["t"] >= 100_000].tolist()))[:7:6]  # two labelled frames' times
+    boxes["class_id"][boxes["t"] == ends[0]] = 6
+    write_boxes(box_file, boxes)
+    prepare(prep_config(one, tmp_path / "out"))
+    columns, entry = contents(tmp_path / "out")["train/a"], entries(tmp_path / "out")["train/a"]
+    first, second = (columns["end_us"].tolist().index(end) for end in ends)
+    assert columns["labelled"][[first, second]].all()
+    per_frame = np.diff(columns["box_start"])
+    assert per_frame[first] == 0 < per_frame[second]
+    assert entry["dropped_boxes"]["boxes_of_other_classes"] == (boxes["t"] == ends[0]).sum() > 0
+
+
+def test_box_filters_are_counted_and_those_of_training_spare_the_other_splits(source, tmp_path):
+    sides = {key: contents_boxes(source, key) for key in KEYS[:4]}
+    limit = float(np.median(np.concatenate([b["w"] for b in sides.values()])))
+    prepare(prep_config(source, tmp_path / "out", labels={"max_width_share": limit / WIDTH, "min_side": 12.0}))
+    stored = contents(tmp_path / "out")
+    for key in KEYS[:4]:
+        entry, boxes = entries(tmp_path / "out")[key], stored[key]["boxes"]
+        assert entry["boxes"] + sum(entry["dropped_boxes"].values()) == len(sides[key])
+        assert boxes.size == 0 or min(boxes["w"].min(), boxes["h"].min()) >= 6
+        if key.startswith("train"):
+            assert boxes.size == 0 or boxes["w"].max() <= limit / 2
+    assert sum(entries(tmp_path / "out")[k]["dropped_boxes"].get("boxes_over_max_width", 0) for k in KEYS[:3]) > 0
+    assert "boxes_over_max_width" not in entries(tmp_path / "out")["val/d"]["dropped_boxes"]
+
+
+def contents_boxes(source, key):
+    return read_boxes(find_boxes(file_of(source, key)))
+
+
+def test_several_processes_give_the_same_bytes_as_one(source, prepared, tmp_path):
+    prepare(prep_config(source, tmp_path / "out", processes=3))
+    assert_same(tmp_path / "out", prepared)
+    for path in sorted(prepared.glob("*/*.h5")) + [prepared / "manifest.json"]:
+        assert path.read_bytes() == (tmp_path / "out" / path.relative_to(prepared)).read_bytes()
+
+
+def test_recordings_share_shards_up_to_their_size(source, tmp_path):
+    big = tmp_path / "source" / "train"
+    big.mkdir(parents=True)
+    for i in range(5):
+        rng = np.random.default_rng(i)
+        with open_writer(big / f"r{i}_td.h5", 480, 640) as writer:
+            writer.write(random_events(rng, 120_000, first=0, last=400_000, height=480, width=640))
+    prepare(prep_config(big.parent, tmp_path / "out", frames={"downsample": 1, "bins": 1}, shard_mib=2))
+    shards = {r["shard"]: [] for r in manifest(tmp_path / "out")["recordings"]}
+    for r in manifest(tmp_path / "out")["recordings"]:
+        shards[r["shard"]].append(r["name"])
+    assert [name for names in shards.values() for name in names] == [f"r{i}" for i in range(5)]
+    assert list(shards) == [f"train/{i:05d}.h5" for i in range(len(shards))] and len(shards) == 2
+    sizes = [(tmp_path / "out" / s).stat().st_size for s in shards]
+    assert max(sizes) <= 2.05 * 2**20  # the next one would not have fit:
+    assert sizes[0] + sizes[1] / len(shards["train/00001.h5"]) > 2 * 2**20
+    assert_sound(tmp_path / "out")
+
+
+# -- again -------------------------------------------------------------------------------------------------------
+def test_a_second_run_does_nothing_and_is_quick(source, prepared, no_decoding):
+    before, began = times_of(prepared), time.perf_counter()
+    report = prepare(prep_config(source, prepared))
+    assert time.perf_counter() - began < 2
+    assert (report.prepared, report.removed) == ({}, []) and times_of(prepared) == before
+    assert load_manifest(prepared) == report.manifest
+
+
+@pytest.fixture
+def mine(source, prepared, tmp_path):
+    """A source and its prepared folder, to change."""
+    return copied(source, tmp_path / "source"), copied(prepared, tmp_path / "out")
+
+
+def test_a_touched_recording_is_read_once_and_nothing_is_done(mine, no_decoding):
+    source, output = mine
+    path = source / "train" / "a_td.raw"
+    os.utime(path, ns=(1, 2_000_000_000))
+    assert prepare(prep_config(source, output)).prepared == {}
+    assert entries(output)["train/a"]["source_mtime_ns"] == 2_000_000_000
+    before = times_of(output)
+    with path.open("r+b") as file:  # of the same size and time: what the manifest knows it by, so it is not read again
+        file.seek(-2, 2)
+        word = file.read(2)
+        file.seek(-2, 2)
+        file.write(bytes((word[0] ^ 1, word[1])))
+    os.utime(path, ns=(1, 2_000_000_000))
+    assert prepare(prep_config(source, output)).prepared == {} and times_of(output) == before
+
+
+def test_a_changed_recording_is_done_again_alone(mine, prepared, tmp_path):
+    source, output = mine
+    before, old = times_of(output), contents(output)
+    simulate(source / "train" / "b_td.dat", seconds=0.42, seed=77, config=SCENE)
+    assert prepare(prep_config(source, output)).prepared == {"train/b": "the recording has changed"}
+    after, new = times_of(output), contents(output)
+    assert {p.name for p in before if before[p] != after[p]} == {"00000.h5", "manifest.json"}
+    assert before[output / "val" / "00000.h5"] == after[output / "val" / "00000.h5"]
+    for key in KEYS:
+        same = all(np.array_equal(old[key][c], new[key][c]) for c in COLUMNS)
+        assert same == (key != "train/b")
+    assert_sound(output)
+    prepare(prep_config(source, tmp_path / "anew"))
+    assert_same(output, tmp_path / "anew")
+
+
+def test_changed_boxes_are_done_again_alone_and_the_frames_stay(mine, no_decoding):
+    source, output = mine
+    box_file, old = source / "val" / "d_bbox.npy", contents(output)
+    boxes = read_boxes(box_file)
+    boxes["track_id"] += 100
+    write_boxes(box_file, boxes)
+    assert prepare(prep_config(source, output)).prepared == {"val/d": "the box file has changed"}
+    new = contents(output)
+    np.testing.assert_array_equal(new["val/d"]["frames"], old["val/d"]["frames"])
+    np.testing.assert_array_equal(new["val/d"]["boxes"]["track_id"], old["val/d"]["boxes"]["track_id"] + 100)
+    assert_sound(output)
+
+
+def test_boxes_at_other_times_move_the_windows(mine, tmp_path):
+    source, output = mine
+    box_file = source / "val" / "d_bbox.npy"
+    boxes = read_boxes(box_file)
+    boxes["t"] += 3_000
+    write_boxes(box_file, boxes)
+    assert prepare(prep_config(source, output)).prepared == {"val/d": "the box file has changed"}
+    prepare(prep_config(source, tmp_path / "anew"))
+    assert_same(output, tmp_path / "anew")
+
+
+def test_boxes_that_appear_or_go_are_noticed(mine, tmp_path):
+    source, output = mine
+    (source / "test" / "plain_bbox.npy").write_bytes((source / "val" / "d_bbox.npy").read_bytes())
+    (source / "val" / "d_bbox.npy").unlink()
+    assert prepare(prep_config(source, output)).prepared == dict.fromkeys(("val/d", "test/plain"), "the box file has changed")
+    told = entries(output)
+    assert told["val/d"]["boxes"] == told["val/d"]["labelled_frames"] == 0 < told["test/plain"]["boxes"]
+    prepare(prep_config(source, tmp_path / "anew"))
+    assert_same(output, tmp_path / "anew")
+
+
+def test_other_filters_make_new_boxes_and_leave_the_frames(mine, no_decoding, capsys):
+    source, output = mine
+    old = contents(output)
+    report = prepare(prep_config(source, output, labels={"min_side": 25.0}))
+    assert report.prepared == dict.fromkeys(KEYS, "the config has changed")
+    assert "another config: dataset.labels.min_side: 0.0 -> 25.0\n" in capsys.readouterr().out
+    new = contents(output)
+    for key in KEYS:
+        np.testing.assert_array_equal(new[key]["frames"], old[key]["frames"])
+    assert sum(len(c["boxes"]) for c in new.values()) < sum(len(c["boxes"]) for c in old.values())
+    assert_sound(output)
+    assert prepare(prep_config(source, output, labels={"min_side": 25.0})).prepared == {}
+
+
+def test_other_frames_are_all_made_anew(mine, tmp_path, capsys):
+    source, output = mine
+    config = {"frames": {"downsample": 4, "cutoff": 7}}
+    report = prepare(prep_config(source, output, **config))
+    assert report.prepared == dict.fromkeys(KEYS, "the config has changed")
+    assert "frames.cutoff: 10 -> 7, frames.downsample: 2 -> 4" in capsys.readouterr().out
+    prepare(prep_config(source, tmp_path / "anew", **config))
+    assert_same(output, tmp_path / "anew")
+
+
+def test_a_removed_recording_goes(mine, tmp_path, no_decoding):
+    source, output = mine
+    (source / "train" / "c_td.h5").unlink()
+    (source / "train" / "c_bbox.npy").unlink()
+    (source / "test" / "plain.raw").unlink()
+    report = prepare(prep_config(source, output))
+    assert (report.prepared, report.removed) == ({}, ["test/plain", "train/c"])
+    assert contents(output).keys() == entries(output).keys() == {"train/a", "train/b", "val/d"}
+    assert not list((output / "test").iterdir())
+    assert_sound(output)
+
+
+def test_a_new_recording_leaves_the_shards_that_are_there(mine):
+    source, output = mine
+    before = times_of(output)
+    simulate(source / "train" / "aa_td.raw", seconds=0.2, seed=5, config=SCENE)
+    assert prepare(prep_config(source, output)).prepared == {"train/aa": "new"}
+    assert entries(output)["train/aa"]["shard"] == "train/00001.h5"
+    after = times_of(output)
+    assert [p.name for p in before if before[p] != after[p]] == ["manifest.json"]
+    assert_sound(output)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def garble(path):
+    path.write_bytes(b"garbage" * 1000)
+
+
+def lose_group(path):
+    with h5py.File(path, "r+") as file:
+        del file["b"]
+
+
+def lose_column(path):
+    with h5py.File(path, "r+") as file:
+        del file["a"]["labelled"]
+
+
+@pytest.mark.parametrize("damage, lost", [(lambda p: p.unlink(), "abc"), (truncate, "abc"), (garble, "abc"), (lose_group, "b"),
+                                          (lose_column, "a")])
+def test_a_damaged_shard_is_made_anew_alone(mine, prepared, damage, lost):
+    source, output = mine
+    damage(output / "train" / "00000.h5")
+    before = times_of(output)
+    report = prepare(prep_config(source, output))
+    assert report.prepared == {f"train/{name}": "its shard is missing or damaged" for name in lost}
+    after = times_of(output)
+    assert before[output / "val" / "00000.h5"] == after[output / "val" / "00000.h5"]
+    assert_same(output, prepared)
+
+
+def test_a_lost_manifest_is_written_again_from_the_shards(mine, prepared, no_decoding):
+    source, output = mine
+    (output / "manifest.json").unlink()
+    assert prepare(prep_config(source, output)).prepared == {}
+    assert_same(output, prepared)
+
+
+def test_a_damaged_manifest_is_told(mine):
+    source, output = mine
+    (output / "manifest.json").write_text("{")
+    with pytest.raises(ShardError, match="manifest.json is damaged .* Delete it and run the same evspan prep again"):
+        prepare(prep_config(source, output))
+
+
+def test_a_manifest_of_another_schema_is_told(mine):
+    source, output = mine
+    text = (output / "manifest.json").read_text()
+    (output / "manifest.json").write_text(text.replace('"schema": 1', '"schema": 7'))
+    with pytest.raises(ShardError, match="has schema 7, this version reads 1"):
+        prepare(prep_config(source, output))
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_bad_recording_is_named_and_the_work_on_the_others_is_kept(source, prepared, tmp_path, processes, capsys):
+    bad = copied(source, tmp_path / "source")
+    whole = (bad / "train" / "b_td.dat").read_bytes()
+    (bad / "train" / "b_td.dat").write_bytes(whole[:-3])
+    (bad / "val" / "d_bbox.npy").write_bytes(b"no boxes")
+    for _ in range(2):
+        with pytest.raises(RecordingError) as error:
+            prepare(prep_config(bad, tmp_path / "out", processes=processes))
+        told = str(error.value)
+        assert told.startswith("2 of ") and "train/b: " in told and "b_td.dat is cut off" in told and "d_bbox.npy" in told
+        assert not (tmp_path / "out" / "manifest.json").exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:5] for line in lines] == [f"[{i}/5]" for i in range(1, 6)] + ["[1/2]", "[2/2]"]
+    assert sum("failed: " in line for line in lines) == 4
+    (bad / "train" / "b_td.dat").write_bytes(whole)
+    (bad / "val" / "d_bbox.npy").write_bytes((source / "val" / "d_bbox.npy").read_bytes())
+    prepare(prep_config(bad, tmp_path / "out", processes=processes))
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert_same(tmp_path / "out", prepared)
+
+
+def write_recording(path, *, outside: int, n: int = 2_000):
+    """`outside` of n events lie outside the sensor of 40 x 30 pixels that the file tells."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    events = random_events(np.random.default_rng(0), n, first=0, last=120_000, height=30, width=40)
+    events.x[:outside] = 33_014
+    with h5py.File(path, "w") as file:
+        for name, column in events._asdict().items():
+            file[f"events/{name}"] = column
+        file["events/height"], file["events/width"] = 30, 40
+    return path
+
+
+def test_events_outside_the_sensor_are_counted_dropped_and_refused_where_there_are_many(tmp_path):
+    few = write_recording(tmp_path / "few" / "a.h5", outside=20)
+    prepare(prep_config(few, tmp_path / "out"))
+    entry = entries(tmp_path / "out")["test/a"]
+    assert entry["events"] == 1_980 and entry["dropped_events"]["outside_sensor"] == 20
+    many = write_recording(tmp_path / "many" / "a.h5", outside=21)
+    with pytest.raises(RecordingError, match=r"21 of 2000 events \(1.1%\) lie outside the sensor .*max_invalid_share=0.011"):
+        prepare(prep_config(many, tmp_path / "other"))
+    prepare(prep_config(many, tmp_path / "other", max_invalid_share=0.011))
+    assert prepare(prep_config(many, tmp_path / "other", max_invalid_share=0.5)).prepared == {}  # no reason to do it again
+    with pytest.raises(RecordingError, match="lie outside the sensor"):
+        prepare(prep_config(many, tmp_path / "other"))
+    everything = write_recording(tmp_path / "all" / "a.h5", outside=2_000)
+    with pytest.raises(RecordingError, match="max_invalid_share=1.000"):
+        prepare(prep_config(everything, tmp_path / "third"))
+    with pytest.raises(RecordingError, match="holds no events inside the sensor"):
+        prepare(prep_config(everything, tmp_path / "third", max_invalid_share=1))
+
+
+def test_a_recording_without_events_is_refused(tmp_path):
+    path = write_recording(tmp_path / "a.h5", outside=0, n=0)
+    with pytest.raises(RecordingError, match="a.h5 holds no events. Remove it"):
+        prepare(prep_config(path, tmp_path / "out"))
+
+
+def test_boxes_outside_the_recording_are_counted_and_refused_where_all_are(source, tmp_path):
+    one = copied(source / "val", tmp_path / "source")
+    boxes = read_boxes(one / "d_bbox.npy")
+    later = boxes.copy()
+    later["t"] += 10_000_000
+    write_boxes(one / "d_bbox.npy", np.concatenate((boxes, later)))
+    prepare(prep_config(one, tmp_path / "out"))
+    assert entries(tmp_path / "out")["test/d"]["dropped_boxes"]["boxes_outside_the_recording"] == boxes.size
+    write_boxes(one / "d_bbox.npy", later)
+    with pytest.raises(RecordingError, match=rf"all {boxes.size} boxes lie outside the recording d: .* to one clock\?") as error:
+        prepare(prep_config(one, tmp_path / "out"))
+    assert "d_bbox.npy" in str(error.value)
+
+
+def test_a_recording_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path = write_recording(tmp_path / "a.h5", outside=0)
+
+    def and_append(p):
+        with p.open("ab") as file:
+            file.write(b"more")
+        return xxhash.xxh3_64_hexdigest(p.read_bytes())
+
+    monkeypatch.setattr(data_prep.store, "file_xxh3", and_append)
+    with pytest.raises(RecordingError, match="a.h5 changed while it was read"):
+        prepare(prep_config(path, tmp_path / "out"))
+
+
+# -- folders -----------------------------------------------------------------------------------------------------
+def test_sources_that_cannot_be(tmp_path, source):
+    with pytest.raises(RecordingError, match=r"source .*nowhere is not there. Give a folder"):
+        prepare(prep_config(tmp_path / "nowhere", tmp_path / "out"))
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(RecordingError, match=r"holds no recordings \(.raw, .dat, .h5, .hdf5\) in .*empty/train"):
+        prepare(prep_config(tmp_path / "empty", tmp_path / "out"))
+    with pytest.raises(ConfigError, match="needs source=RECORDINGS and output=SHARDS"):
+        prepare(prep_config("", tmp_path / "out"))
+    two = copied(source / "val", tmp_path / "two")
+    (two / "d_td.dat").write_bytes((source / "train" / "b_td.dat").read_bytes())
+    with pytest.raises(RecordingError, match="d_td.dat and .*d_td.raw would both be recording test/d"):
+        prepare(prep_config(two, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_cannot_be(tmp_path, source, prepared):
+    with pytest.raises(ConfigError, match="lies inside source"):
+        prepare(prep_config(source, source / "out"))
+    (tmp_path / "file").write_text("x")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"output .*file.* (is a file; name a folder|cannot be made \(Not a directory\))"):
+            prepare(prep_config(source, output))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").write_text("x")
+    with pytest.raises(ShardError, match=r"holds other files \(thesis.tex\). Choose an empty or new folder"):
+        prepare(prep_config(source, tmp_path / "used"))
+    assert [p.name for p in (tmp_path / "used").iterdir()] == ["thesis.tex"]
+    with pytest.raises(ShardError, match=r"holds other files \(test/plain.raw, train/a_bbox.npy, train/a_td.raw, ...\)"):
+        prepare(prep_config(source, copied(source, tmp_path / "raw")))
+    with pytest.raises(ShardError, match="holds 5 other recordings .* and none of source"):
+        prepare(prep_config(write_recording(tmp_path / "x.h5", outside=0), prepared))
+    assert_sound(prepared)
+
+
+def test_a_users_own_files_beside_shards_stay(mine):
+    source, output = mine
+    own = output / "train" / "notes.h5"
+    own.write_bytes(b"mine")
+    (source / "train" / "c_td.h5").unlink()
+    prepare(prep_config(source, output))
+    assert own.read_bytes() == b"mine"
+
+
+def test_what_is_in_no_split_is_told_and_hidden_files_are_none(source, tmp_path, capsys):
+    tree = copied(source, tmp_path / "source")
+    (tree / "val").rename(tree / "validation")
+    (tree / "train" / "._a_td.raw").write_bytes(b"resource fork")
+    (tree / "lonely.raw").write_bytes((tree / "test" / "plain.raw").read_bytes())
+    report = prepare(prep_config(tree, tmp_path / "out"))
+    assert "left out, being in none of train/, val/, test/: lonely.raw and 1 more\n" in capsys.readouterr().out
+    assert sorted(report.prepared) == ["test/plain", "train/a", "train/b", "train/c"]
+
+
+def test_one_file_is_a_source(source, tmp_path):
+    report = prepare(prep_config(source / "train" / "a_td.raw", tmp_path / "out"))
+    assert report.prepared == {"test/a": "new"} and entries(tmp_path / "out")["test/a"]["boxes"] > 0
