@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.layers import BaseConv
+from pipeline.model.layers import BaseConv, side_by_side
 
 Geometry = tuple[tuple[int, int, int], ...]  # per scale (h, w, stride)
 
@@ -30,10 +30,12 @@ class YOLOXHead(nn.Module):
             nn.init.constant_(conv.bias, -math.log(99))  # a prior probability of 1 %
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
+        stems = side_by_side([*self.stems], features)
+        maps = stems + stems
+        for layer in range(2):
+            maps = side_by_side([branch[layer] for branch in (*self.cls_convs, *self.reg_convs)], maps)
         out = []
-        for i, x in enumerate(features):
-            x = self.stems[i](x)
-            kinds, boxes = self.cls_convs[i](x), self.reg_convs[i](x)
+        for i, (kinds, boxes) in enumerate(zip(maps[: len(stems)], maps[len(stems) :], strict=True)):
             raw = torch.cat((self.reg_preds[i](boxes), self.obj_preds[i](boxes), self.cls_preds[i](kinds)), dim=1)
             out.append(raw.flatten(2).transpose(1, 2))
         return torch.cat(out, dim=1)

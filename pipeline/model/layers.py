@@ -1,6 +1,6 @@
 """Convolution blocks of YOLOX (Ge et al. 2021, arXiv:2107.08430), under its parameter names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from pipeline.model.norm import BatchNorm2d
+from pipeline.model.norm import BatchNorm2d, batch_norms
 
 CAST_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}  # bytes of frames cast from uint8 at a time; on CPU what caches hold
 
@@ -63,6 +63,12 @@ class BaseConv(nn.Module):
         return F.silu(self.bn(self.conv(x)))
 
 
+def side_by_side(convs: Sequence[BaseConv], xs: Sequence[Tensor]) -> list[Tensor]:
+    """[conv(x), ...] of blocks that do not wait for each other, with one exchange between ranks for all their norms."""
+    maps = [conv.conv(x) for conv, x in zip(convs, xs, strict=True)]
+    return [F.silu(y) for y in batch_norms([conv.bn for conv in convs], maps)]
+
+
 class Bottleneck(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -85,4 +91,5 @@ class CSPLayer(nn.Module):
         self.m = nn.Sequential(*(Bottleneck(hidden) for _ in range(depth)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv3(torch.cat((self.m(self.conv1(x)), self.conv2(x)), dim=1))
+        inner, around = side_by_side((self.conv1, self.conv2), (x, x))
+        return self.conv3(torch.cat((self.m(inner), around), dim=1))
