@@ -17,6 +17,11 @@ class DownsampleBy(Enum):
     nearest = "nearest"  # keep the block's lower right of its centre pixels
 
 
+class Codec(Enum):
+    fast = "fast"  # a byte per event kept, see data_prep.codec
+    small = "small"  # the same through zstd: smaller, slower to read
+
+
 class DatasetKind(Enum):
     shards = "shards"  # what `evspan prep` writes
     rvt_tree = "rvt_tree"  # RVT's preprocessed folders, read as they stand
@@ -43,6 +48,9 @@ class FrameConfig:
         require(1 <= self.bins <= 50, f"frames.bins is {self.bins}; give 1 to 50 bins per window")
         require(1 <= self.cutoff <= 255, f"frames.cutoff is {self.cutoff}; counts are stored in a byte: give 1 to 255")
         require(self.downsample in (1, 2, 4), f"frames.downsample is {self.downsample}; choose 1, 2 or 4")
+        if self.mode is FrameMode.rvt:
+            require(self.window_ms == 50, f"frames.window_ms is {self.window_ms}; RVT's frames (frames.mode=rvt) span 50 ms")
+            self.downsample_by = DownsampleBy.nearest  # RVT knows no other
 
     @property
     def channels(self) -> int:
@@ -95,6 +103,11 @@ class DatasetConfig:
 
 
 @dataclass(kw_only=True)
+class LauncherConfig:
+    """Where recordings are prepared. launcher=local: in processes of this machine; data_prep.cluster has the other way."""
+
+
+@dataclass(kw_only=True)
 class PrepConfig:
     """`evspan prep`: a folder of recordings (train/ val/ test/) in, a folder of shards out."""
 
@@ -103,10 +116,15 @@ class PrepConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     frames: FrameConfig = field(default_factory=FrameConfig)
     processes: int = 0  # 0: one per core that this process may use
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     shard_mib: int = 2048  # several recordings share a file up to this size
     max_invalid_share: float = 0.01  # refuse a recording with a larger share of events outside the sensor
+    codec: Codec = Codec.fast  # how frames are stored from now on; what is stored already stays as it is
 
     def __post_init__(self) -> None:
         require(self.processes >= 0, f"processes is {self.processes}; give a number of processes, or 0 for one per core")
         require(self.shard_mib >= 1, f"shard_mib is {self.shard_mib}; give 1 MiB or more")
+        labels = self.dataset.labels
+        require(self.frames.mode is FrameMode.exact or labels.label_every_ms == 100,
+                f"dataset.labels.label_every_ms is {labels.label_every_ms}; RVT (frames.mode=rvt) takes a label every 100 ms")
         require(0 <= self.max_invalid_share <= 1, f"max_invalid_share is {self.max_invalid_share}; give a share from 0 to 1")

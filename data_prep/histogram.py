@@ -1,15 +1,16 @@
 """Events -> stacked histogram frames, streamed: (2 * bins, H, W) uint8, channel = polarity * bins + bin, oldest bin first."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from data_prep.config import DownsampleBy, FrameConfig, FrameMode, require
+from data_prep.config import DownsampleBy, FrameConfig, FrameMode
 from data_prep.errors import RecordingError
-from data_prep.events import Events
 from data_prep.formats.recording import Recording
+from data_prep.rvt import rvt_frames
 
 LONGEST_SILENCE_US = 3_600_000_000  # a sensor's noise alone fires more often; a damaged timestamp must not make endless frames
 
@@ -22,13 +23,16 @@ def accumulate(counts, t, x, y, p, first, start, end, cutoff, shift, keep):
     pixels of a block up, else only those whose low `shift` bits of x and y are `keep`.
     """
     bins, height, width = counts.shape[1], counts.shape[2], counts.shape[3]
-    mask = (1 << shift) - 1
+    mask, span = (1 << shift) - 1, end - start
+    b, edge = 0, span  # events come in order, so a bin's end is found by comparing: a division would cost more than the rest
     i = first
     while i < t.size and t[i] < end:
         row, column = np.int64(y[i]) >> shift, np.int64(x[i]) >> shift
         wanted = keep < 0 or ((x[i] & mask) == keep and (y[i] & mask) == keep)
         if wanted and t[i] >= start and row < height and column < width:
-            b = (t[i] - start) * bins // (end - start)
+            while (t[i] - start) * bins >= edge:
+                b += 1
+                edge += span
             if counts[p[i], b, row, column] < cutoff:
                 counts[p[i], b, row, column] += 1
         i += 1
@@ -40,45 +44,41 @@ def frame_size(config: FrameConfig, height: int, width: int) -> tuple[int, int]:
     return height // config.downsample, width // config.downsample
 
 
-def require_available(config: FrameConfig) -> None:
-    require(config.mode is FrameMode.exact, "frames.mode=rvt is not available in this version; use frames.mode=exact")
+def whole_frame(counts: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(2, bins, H, W) -> (2 * bins, H, W), a copy."""
+    return counts.reshape(-1, *counts.shape[2:]).copy()
 
 
-class FrameBuilder:
-    """Counts the events of one window after the other."""
-
-    def __init__(self, config: FrameConfig, height: int, width: int) -> None:
-        require_available(config)
-        self.config = config
-        self.counts = np.zeros((2, config.bins, *frame_size(config, height, width)), np.uint8)
-        self.shift = config.downsample.bit_length() - 1
-        # Nearest pixel as RVT's `nearest-exact` half resolution takes it: 2i + 1; 4i + 2 of four.
-        self.keep = config.downsample // 2 if config.downsample_by is DownsampleBy.nearest and config.downsample > 1 else -1
-
-    def add(self, events: Events, first: int, start: int, end: int) -> int:
-        """Count the events of [start, end) from index `first` on; returns the index of the first at or past `end`."""
-        return accumulate(self.counts, *events, first, start, end, self.config.cutoff, self.shift, self.keep)
-
-    def take(self) -> NDArray[np.uint8]:
-        """The finished frame (2 * bins, H, W), a copy; counting begins anew."""
-        frame = self.counts.reshape(-1, *self.counts.shape[2:]).copy()
-        self.counts[:] = 0
-        return frame
+Finished = TypeVar("Finished")
 
 
 def frames_of(recording: Recording, ends: Callable[[int], Iterable[int]],
               config: FrameConfig) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(end_us, frame) of every window until the last event is in; one pass over the recording, one frame in memory.
+    """(end_us, frame (2 * bins, H, W)) of every window; see `each_window`."""
+    return each_window(recording, ends, config, whole_frame)
+
+
+def each_window(recording: Recording, ends: Callable[[int], Iterable[int]], config: FrameConfig,
+                finish: Callable[[NDArray[np.uint8]], Finished]) -> Iterator[tuple[int, Finished]]:
+    """(end_us, what `finish` makes) of every window until the last event is in; one pass over the recording, one frame in
+    memory.
 
     Args:
         ends: given the first event's time, the ends of the windows, increasing and without end. A window is
-            [end before, end); the first is `config.window_us` long.
+            [end before, end), and the first is `config.window_us` long; in mode rvt each is [end - window, end], and they
+            may come to an end.
+        finish: makes what is yielded of the counts (2, bins, H, W) of a window, which are zeroed after it.
     Raises:
         RecordingError: an hour or more without events.
     """
-    builder, began = FrameBuilder(config, recording.height, recording.width), False
+    counts = np.zeros((2, config.bins, *frame_size(config, recording.height, recording.width)), np.uint8)
+    if config.mode is FrameMode.rvt:
+        yield from rvt_frames(recording, ends, config, counts, finish)
+        return
+    shift, keep = config.downsample.bit_length() - 1, kept_pixel(config)
     upcoming: Iterator[int] = iter(())
     start = end = 0
+    began = False
     for events in recording.chunks():
         if not began:
             upcoming, began = iter(ends(int(events.t[0]))), True
@@ -86,13 +86,22 @@ def frames_of(recording: Recording, ends: Callable[[int], Iterable[int]],
             start = end - config.window_us
         i = 0
         while i < events.t.size:
-            i = builder.add(events, i, start, end)
+            i = accumulate(counts, *events, i, start, end, config.cutoff, shift, keep)
             if i < events.t.size:  # the next event is past this window
                 _refuse_silence(recording, end, int(events.t[i]))
-                yield end, builder.take()
+                yield end, finish(counts)
+                counts[:] = 0
                 start, end = end, next(upcoming)
     if began:
-        yield end, builder.take()
+        yield end, finish(counts)
+
+
+def kept_pixel(config: FrameConfig) -> int:
+    """Row and column, within its block, of the one pixel that is kept; -1: all are added up.
+
+    As RVT's `nearest-exact` half resolution has it: 2i + 1; 4i + 2 of four.
+    """
+    return config.downsample // 2 if config.downsample_by is DownsampleBy.nearest else -1
 
 
 def _refuse_silence(recording: Recording, end_us: int, next_us: int) -> None:

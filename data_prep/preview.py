@@ -16,7 +16,7 @@ from data_prep.draw import ANIMATION_SUFFIXES, RGB, AnimationWriter, draw_boxes,
 from data_prep.errors import ShardError, UserError
 from data_prep.formats import open_recording
 from data_prep.histogram import frames_of
-from data_prep.shards import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest, open_group
+from data_prep.shards import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
 from data_prep.windows import window_ends
 
 SHEET_FRAMES, ANIMATION_FRAMES = 12, 200
@@ -84,7 +84,7 @@ def shard_shots(root: Path, entry: RecordingEntry, classes: list[str], which: li
         start, end_us = group["box_start"][:], group["end_us"][:]
         for i in which:
             boxes = group["boxes"][start[i] : start[i + 1]]
-            end, frame = int(end_us[i]) - entry.first_us, group["frames"][i]
+            end, frame = int(end_us[i]) - entry.first_us, read_frames(group, i, i + 1)[0]
             yield Shot(end, frame, _corners(boxes, 1), _names(boxes["class_id"], classes))
     finally:
         group.file.close()

@@ -2,16 +2,18 @@
 
     ROOT/manifest.json          what was made, from what, with which config; see `Manifest`
     ROOT/train/00000.h5 ...     several recordings per file, a group each:
-        <recording>/frames      (N, 2*bins, H, W) uint8, one chunk per frame
+        <recording>/frames      (M,) uint8: the N frames, coded one after the other; data_prep/codec.py tells how, in numpy
+        <recording>/frame_start (N+1,) int64: the code of frame i is frames[frame_start[i]:frame_start[i+1]]
         <recording>/end_us      (N,) int64, end of each window, in the recording's own clock
         <recording>/boxes       (M,) BOX: sorted by frame; pixels of the stored resolution
         <recording>/box_start   (N+1,) int64: boxes of frame i are boxes[box_start[i]:box_start[i+1]]
         <recording>/labelled    (N,) bool: the frame was annotated, possibly with zero boxes
-        <recording> attributes  entry, config: JSON, its `RecordingEntry` and the config that it was made with
+        <recording> attributes  frame_shape: (2*bins, H, W) of a frame, uint8
+                                entry, config: JSON, its `RecordingEntry` and the config that it was made with
 
 A shard tells by itself what it holds; the manifest is the summary, and can be written again from the shards.
-Checksums are xxh3-64 in hex: `frames_xxh3` of the frames' bytes, `group_xxh3` of frames_xxh3 (16 ASCII characters), then the
-bytes of end_us, boxes, box_start and labelled.
+Checksums are xxh3-64 in hex: `frames_xxh3` of the bytes of frames, `group_xxh3` of frames_xxh3 (16 ASCII characters), then the
+bytes of frame_start, end_us, boxes, box_start and labelled.
 """
 
 import json
@@ -20,14 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import hdf5plugin  # noqa: F401  registers the blosc filter that frames are stored with
+import hdf5plugin  # noqa: F401  registers the filter of the codec `small`
 import numpy as np
+import xxhash
+from numpy.typing import NDArray
 
+from data_prep.codec import decode_frames
 from data_prep.errors import ShardError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-ENTRY, CONFIG = "entry", "config"  # attributes of a recording's group
+ENTRY, CONFIG, FRAME_SHAPE = "entry", "config", "frame_shape"  # attributes of a recording's group
+COLUMNS = ("frame_start", "end_us", "boxes", "box_start", "labelled")  # of a group, beside `frames`
+BLOCK = 1 << 24  # bytes of frames that are read at once for a checksum
 SPLITS = ("train", "val", "test")
 BOX = np.dtype([("t_us", "<i8"), ("x", "<f4"), ("y", "<f4"), ("w", "<f4"), ("h", "<f4"),
                 ("class_id", "<i4"), ("track_id", "<i4")])  # x, y: top left corner
@@ -111,3 +118,34 @@ def open_group(root: str | Path, entry: RecordingEntry) -> h5py.Group:
     except (OSError, KeyError) as error:
         raise ShardError(f"{path} cannot give recording {entry.group!r} ({error}). Run the same evspan prep again: "
                          "it redoes what is missing") from error
+
+
+def read_frames(group: h5py.Group, first: int, last: int) -> NDArray[np.uint8]:
+    """(last - first, 2 * bins, H, W) uint8: frames `first` to `last` of a recording.
+
+    Raises:
+        ShardError: what is stored is damaged.
+    """
+    try:
+        start = group["frame_start"][first : last + 1]
+        code = group["frames"][start[0] : start[-1]]
+        return decode_frames(code, start - start[0], tuple(group.attrs[FRAME_SHAPE].tolist()))
+    except (OSError, KeyError, ValueError, IndexError) as error:
+        raise ShardError(f"{group.file.filename}: frames {first} to {last} of {group.name} are damaged ({error}). Run "
+                         "evspan prep verify, then the same evspan prep again") from error
+
+
+def group_digests(group: h5py.Group) -> tuple[str, str]:
+    """(frames_xxh3, group_xxh3) of what is stored."""
+    digest, frames = xxhash.xxh3_64(), group["frames"]
+    for i in range(0, len(frames), BLOCK):
+        digest.update(frames[i : i + BLOCK])
+    return digest.hexdigest(), columns_digest(digest.hexdigest(), [group[name][:] for name in COLUMNS])
+
+
+def columns_digest(frames_xxh3: str, columns: list[NDArray]) -> str:
+    """group_xxh3; columns: in the order of COLUMNS."""
+    digest = xxhash.xxh3_64(frames_xxh3.encode())
+    for column in columns:
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()

@@ -1,7 +1,8 @@
 """One recording -> a group with its frames and boxes, in a part file of its own; and what such files hold."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from enum import Enum
 from itertools import islice
@@ -14,19 +15,23 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_prep.boxes import find_boxes, read_boxes
-from data_prep.config import PrepConfig
+from data_prep.boxes import RAW_BOX, read_boxes
+from data_prep.codec import FrameEncoder
+from data_prep.config import Codec, FrameMode, PrepConfig
 from data_prep.errors import BoxesError, RecordingError
 from data_prep.files import file_xxh3, hdf5_written_whole
 from data_prep.formats import open_recording
-from data_prep.histogram import frame_size, frames_of
+from data_prep.histogram import each_window, frame_size
 from data_prep.labels import filter_boxes
-from data_prep.shards import BOX, CONFIG, ENTRY, RecordingEntry
+from data_prep.rvt import RvtEnds
+from data_prep.shards import BOX, COLUMNS, CONFIG, ENTRY, FRAME_SHAPE, RecordingEntry, columns_digest
 from data_prep.sources import Source
 from data_prep.windows import WindowEnds, tolerance, window_ends
 
-COMPRESSION = hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=hdf5plugin.Blosc.SHUFFLE)
-RESIZE_BY = 64  # frames
+CODE_CHUNK = 1 << 17  # bytes of code in a chunk of the file
+FILTERS = {Codec.fast: {}, Codec.small: hdf5plugin.Zstd(clevel=3)}
+# All that h5py says of damage, and json of an attribute.
+UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 
 
 class Stored(NamedTuple):
@@ -40,14 +45,13 @@ class Stored(NamedTuple):
 def stored_in(path: Path) -> dict[str, Stored]:
     """What a part file or a shard holds, by split/recording, without what is damaged."""
     found: dict[str, Stored] = {}
-    try:
-        with h5py.File(path, "r") as file:
-            for group in file.values():
+    with suppress(*UNREADABLE), h5py.File(path, "r") as file:
+        for name in file:
+            with suppress(*UNREADABLE):  # one damaged group does not take the others along
+                group = file[name]
                 entry = RecordingEntry(**json.loads(group.attrs[ENTRY]))
-                if len(group["frames"]) == entry.frames and all(k in group for k in ("end_us", "boxes", "box_start", "labelled")):
+                if "frames" in group and all(k in group for k in COLUMNS) and len(group["end_us"]) == entry.frames:
                     found[f"{entry.split}/{entry.name}"] = Stored(entry, json.loads(group.attrs[CONFIG]), path)
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError):  # all that h5py says of damage, and json of an attribute
-        pass
     return found
 
 
@@ -67,14 +71,14 @@ def prepare_recording(source: Source, part: Path, config: PrepConfig, reuse: Sto
     Raises:
         RecordingError, BoxesError: what is wrong with the source. NoSpaceError: the disk is full.
     """
-    before, box_file = source.path.stat(), find_boxes(source.path)
-    raw = read_boxes(box_file) if box_file else None
+    before, box_file = source.path.stat(), source.boxes
+    labels = _Labels(box_file, read_boxes(box_file) if box_file else np.zeros(0, RAW_BOX))
     with hdf5_written_whole(part) as (file, check_disk):
         group = file.create_group(source.name)
-        entry = _copy_frames(group, reuse, raw, config) if reuse else None
-        entry = entry or _make_frames(group, source, raw, config, check_disk)
+        entry = _copy_frames(group, reuse, labels, config) if reuse else None
+        entry = entry or _make_frames(group, source, labels, config, check_disk)
         refuse_invalid(source.path, entry, config.max_invalid_share)
-        entry = _write_labels(group, entry, box_file, raw, config)
+        entry = _write_labels(group, entry, labels, config)
         about = source.path.stat()
         if (about.st_size, about.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise RecordingError(f"{source.path} changed while it was read. Run the same again when it is complete")
@@ -84,49 +88,98 @@ def prepare_recording(source: Source, part: Path, config: PrepConfig, reuse: Sto
     return entry
 
 
-def _windows(raw: NDArray | None, first_us: int, config: PrepConfig) -> WindowEnds:
-    times = raw["t"] if raw is not None else np.zeros(0, np.int64)
-    return window_ends(times, first_us, window_us=config.frames.window_us,
-                       label_every_us=1000 * config.dataset.labels.label_every_ms)
+class _Labels(NamedTuple):
+    """What is known of a recording's labels before its frames are made."""
+
+    file: Path | None
+    raw: NDArray  # RAW_BOX; empty without a file
+
+    def windows(self, first_us: int, size: tuple[int, int], config: PrepConfig, split: str) -> WindowEnds | RvtEnds:
+        """size: (height, width) of the sensor."""
+        labels = config.dataset.labels
+        if config.frames.mode is FrameMode.exact:
+            return window_ends(self.raw["t"], first_us, window_us=config.frames.window_us,
+                               label_every_us=1000 * labels.label_every_ms)
+        if self.file is None:
+            raise BoxesError("it has no box file, and RVT's frames (frames.mode=rvt) end at labels. Add X_bbox.npy beside it, or "
+                             "use frames.mode=exact")
+        # RVT filters first: where nothing is left of a label, it ends no frame.
+        kept, _ = filter_boxes(self.raw, labels, classes=len(config.dataset.classes), height=size[0], width=size[1], split=split)
+        return RvtEnds(kept["t"], config.frames.window_us)
 
 
-def _make_frames(group: h5py.Group, source: Source, raw: NDArray | None, config: PrepConfig,
+def _make_frames(group: h5py.Group, source: Source, labels: _Labels, config: PrepConfig,
                  check_disk: Callable[[], None]) -> RecordingEntry:
-    """Write `frames` and `end_us`; the entry of the recording without its labels."""
+    """Write `frames`, `frame_start` and `end_us`; the entry of the recording without its labels."""
     recording = open_recording(source.path)
-    height, width = frame_size(config.frames, recording.height, recording.width)
-    shape, end_us, digest = (config.frames.channels, height, width), list[int](), xxhash.xxh3_64()
-    stored = group.create_dataset("frames", (0, *shape), np.uint8, maxshape=(None, *shape), chunks=(1, *shape), **COMPRESSION)
-    for end, frame in frames_of(recording, lambda first_us: _windows(raw, first_us, config), config.frames):
-        if len(end_us) == len(stored):
-            stored.resize((len(end_us) + RESIZE_BY, *shape))
-        stored[len(end_us)] = frame
-        check_disk()
-        digest.update(frame.data)
-        end_us.append(end)
-    stored.resize((len(end_us), *shape))
-    group["end_us"] = np.array(end_us, np.int64)
+    size = (recording.height, recording.width)
+    height, width = frame_size(config.frames, *size)
+    ends, lengths, digest = list[int](), list[int](), xxhash.xxh3_64()
+    with CodeWriter(group, FILTERS[config.codec]) as writer:
+        for end, code in each_window(recording, lambda first_us: labels.windows(first_us, size, config, source.split),
+                                     config.frames, FrameEncoder()):
+            writer.write(code)
+            digest.update(code.data)
+            lengths.append(code.size)
+            ends.append(end)
+            check_disk()
+    group["frame_start"] = np.cumsum([0, *lengths], dtype=np.int64)
+    group["end_us"] = np.array(ends, np.int64)
+    group.attrs[FRAME_SHAPE] = (config.frames.channels, height, width)
     return RecordingEntry(
-        name=source.name, split=source.split, shard="", group=source.name, frames=len(end_us), labelled_frames=0, boxes=0,
+        name=source.name, split=source.split, shard="", group=source.name, frames=len(ends), labelled_frames=0, boxes=0,
         height=height, width=width, sensor_height=recording.height, sensor_width=recording.width, first_us=recording.first_us,
         last_us=recording.last_us, events=recording.events, dropped_events=dict(recording.dropped),
         source_xxh3=file_xxh3(source.path), frames_xxh3=digest.hexdigest())
 
 
-def _copy_frames(group: h5py.Group, old: Stored, raw: NDArray | None, config: PrepConfig) -> RecordingEntry | None:
+class CodeWriter:
+    """The dataset `frames`, written in whole chunks."""
+
+    def __init__(self, group: h5py.Group, filters: Mapping[str, Any]) -> None:
+        self.stored = group.create_dataset("frames", (0,), np.uint8, maxshape=(None,), chunks=(CODE_CHUNK,), **filters)
+        self.waiting: list[NDArray[np.uint8]] = []
+        self.size = 0
+
+    def write(self, code: NDArray[np.uint8]) -> None:
+        self.waiting.append(code.copy())
+        self.size += code.size
+        if self.size >= 8 * CODE_CHUNK:
+            self._flush(self.size // CODE_CHUNK * CODE_CHUNK)
+
+    def _flush(self, size: int) -> None:
+        together = np.concatenate(self.waiting) if self.waiting else np.zeros(0, np.uint8)
+        at = len(self.stored)
+        self.stored.resize((at + size,))
+        self.stored[at:] = together[:size]
+        self.waiting, self.size = [together[size:]], together.size - size
+
+    def __enter__(self) -> "CodeWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._flush(self.size)
+
+
+def _copy_frames(group: h5py.Group, old: Stored, labels: _Labels, config: PrepConfig) -> RecordingEntry | None:
     """The same from an older group; None where its windows end elsewhere now, or it cannot be read."""
-    wanted = list(islice(_windows(raw, old.entry.first_us, config), old.entry.frames))
+    entry = old.entry
+    wanted = labels.windows(entry.first_us, (entry.sensor_height, entry.sensor_width), config, entry.split)
     try:
         with h5py.File(old.file, "r") as file:
-            end_us = file[old.entry.group]["end_us"][:]
-            if end_us.tolist() != wanted:
+            stored = file[entry.group]
+            # One more than there are: where they come to an end, it must be the same one.
+            if stored["end_us"][:].tolist() != list(islice(wanted, entry.frames + isinstance(wanted, RvtEnds))):
                 return None
-            file.copy(f"{old.entry.group}/frames", group)  # chunks are copied as they are stored
+            for name in ("frames", "frame_start", "end_us"):
+                file.copy(stored[name], group)  # chunks are copied as they are stored
+            group.attrs[FRAME_SHAPE] = stored.attrs[FRAME_SHAPE]
     except (OSError, RuntimeError, KeyError):
-        group.pop("frames", None)
+        for name in ("frames", "frame_start", "end_us"):
+            group.pop(name, None)
         return None
-    group["end_us"] = end_us
-    return replace(old.entry, shard="")
+    return replace(entry, shard="")
 
 
 def refuse_invalid(path: Path, entry: RecordingEntry, max_share: float) -> None:
@@ -142,17 +195,16 @@ def refuse_invalid(path: Path, entry: RecordingEntry, max_share: float) -> None:
         raise RecordingError(f"{path} holds no events{' inside the sensor' if outside else ''}. Remove it, or record it again")
 
 
-def _write_labels(group: h5py.Group, entry: RecordingEntry, box_file: Path | None, raw: NDArray | None,
-                  config: PrepConfig) -> RecordingEntry:
+def _write_labels(group: h5py.Group, entry: RecordingEntry, labels: _Labels, config: PrepConfig) -> RecordingEntry:
     """Write boxes, box_start and labelled; the entry with their counts and the checksum of the group."""
-    end_us, classes = group["end_us"][:], config.dataset.classes
-    label_ends = _windows(raw, entry.first_us, config).labelled_us
+    end_us, classes, size = group["end_us"][:], config.dataset.classes, (entry.sensor_height, entry.sensor_width)
+    label_ends = labels.windows(entry.first_us, size, config, entry.split).labelled_us
     labelled = np.isin(end_us, label_ends)
-    kept, dropped = np.zeros(0, BOX), dict[str, int]()
-    if box_file is not None and raw is not None and raw.size:
-        at_ends, dropped = _at_labelled_ends(raw, end_us, label_ends, box_file, entry, config)
-        kept, filtered = filter_boxes(at_ends, config.dataset.labels, classes=len(classes), height=entry.sensor_height,
-                                      width=entry.sensor_width, split=entry.split)
+    kept, dropped = labels.raw[:0], dict[str, int]()
+    if labels.raw.size:
+        at_ends, dropped = _at_labelled_ends(labels, end_us, label_ends, entry, config)
+        kept, filtered = filter_boxes(at_ends, config.dataset.labels, classes=len(classes), height=size[0], width=size[1],
+                                      split=entry.split)
         dropped |= filtered
     boxes = np.zeros(kept.size, BOX)
     if kept.size:
@@ -161,26 +213,26 @@ def _write_labels(group: h5py.Group, entry: RecordingEntry, box_file: Path | Non
             boxes[side] = kept[side] / config.frames.downsample
     box_start = np.append(np.searchsorted(boxes["t_us"], end_us), boxes.size).astype(np.int64)
     group["boxes"], group["box_start"], group["labelled"] = boxes, box_start, labelled
-    digest = xxhash.xxh3_64(entry.frames_xxh3.encode())
-    for column in (end_us, boxes, box_start, labelled):
-        digest.update(np.ascontiguousarray(column).tobytes())
     return replace(entry, labelled_frames=int(labelled.sum()), boxes=boxes.size, dropped_boxes=dropped,
                    boxes_per_class={name: int((boxes["class_id"] == i).sum()) for i, name in enumerate(classes)},
-                   group_xxh3=digest.hexdigest())
+                   group_xxh3=columns_digest(entry.frames_xxh3, [group["frame_start"][:], end_us, boxes, box_start, labelled]))
 
 
-def _at_labelled_ends(raw: NDArray, end_us: NDArray[np.int64], label_ends: NDArray[np.int64], box_file: Path,
-                      entry: RecordingEntry, config: PrepConfig) -> tuple[NDArray, dict[str, int]]:
+def _at_labelled_ends(labels: _Labels, end_us: NDArray[np.int64], label_ends: NDArray[np.int64], entry: RecordingEntry,
+                      config: PrepConfig) -> tuple[NDArray, dict[str, int]]:
     """The boxes at whose time a labelled frame ends, and how many of the others lie where."""
-    inside = (raw["t"] > entry.first_us) & (raw["t"] <= end_us[-1])
+    raw = labels.raw
+    inside = (raw["t"] > entry.first_us) & (raw["t"] <= end_us.max(initial=entry.last_us))
     if not inside.any():
-        raise BoxesError(f"{box_file}: all {raw.size} boxes lie outside the recording {entry.name}: boxes from {raw['t'][0]} to "
-                         f"{raw['t'][-1]} us, events from {entry.first_us} to {entry.last_us} us. Do they belong together, and "
-                         "to one clock?")
+        raise BoxesError(f"{labels.file}: all {raw.size} boxes lie outside the recording {entry.name}: boxes from "
+                         f"{raw['t'][0]} to {raw['t'][-1]} us, events from {entry.first_us} to {entry.last_us} us. Do they "
+                         "belong together, and to one clock?")
     times = raw["t"][inside]
-    after = np.searchsorted(label_ends, times)
-    nearest = label_ends[np.stack((np.maximum(after - 1, 0), np.minimum(after, label_ends.size - 1)))]
-    distance = abs(times - nearest).min(0)
+    distance = np.full(times.size, np.iinfo(np.int64).max)
+    if label_ends.size:
+        after = np.searchsorted(label_ends, times)
+        nearest = label_ends[np.stack((np.maximum(after - 1, 0), np.minimum(after, label_ends.size - 1)))]
+        distance = abs(times - nearest).min(0)
     near = distance < 1000 * config.dataset.labels.label_every_ms - tolerance(config.frames.window_us)
     return raw[inside][distance == 0], {
         "boxes_outside_the_recording": int(raw.size - times.size),

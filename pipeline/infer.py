@@ -23,7 +23,7 @@ from data_prep.errors import RecordingError, UserError
 from data_prep.files import written_whole
 from data_prep.formats import open_recording
 from data_prep.formats.recording import Recording
-from data_prep.histogram import frame_size, frames_of, require_available
+from data_prep.histogram import frame_size, frames_of
 
 if TYPE_CHECKING:
     from pipeline.checkpoint import Weights
@@ -134,7 +134,6 @@ def load_detector(given: argparse.Namespace, recording: Recording) -> tuple["Wei
 
     weights = load_weights(given.checkpoint)
     config = weights.frames
-    require_available(config)
     if min(frame_size(config, recording.height, recording.width)) < 1:
         raise UserError(f"{given.recording} is of a sensor of {recording.width} x {recording.height} pixels: too small for "
                         f"{given.checkpoint}, which takes frames of 1/{config.downsample} of that. Give another recording")

@@ -16,7 +16,7 @@ HEIGHT, WIDTH = 160, 200
 SCENE = SimulatorConfig(height=HEIGHT, width=WIDTH, min_objects=1, max_objects=3)
 RECORDINGS = {"train/a_td.raw": 0.52, "train/b_td.dat": 0.31, "train/c_td.h5": 0.25, "val/d_td.raw": 0.35, "test/plain.raw": 0.22}
 KEYS = ["train/a", "train/b", "train/c", "val/d", "test/plain"]
-COLUMNS = ("frames", "end_us", "boxes", "box_start", "labelled")
+COLUMNS = ("frame_start", "end_us", "boxes", "box_start", "labelled")
 
 
 def make_source(folder: Path) -> Path:
@@ -37,13 +37,26 @@ def copied(source: Path, target: Path) -> Path:
     return Path(shutil.copytree(source, target))  # with the times of the files
 
 
+def frames_in(group: h5py.Group) -> np.ndarray:
+    """(N, 2 * bins, H, W): the numpy that data_prep/codec.py gives for reading without it."""
+    step = np.append(np.arange(1, 255), [0, 254])
+    shape, start, codes = tuple(group.attrs["frame_shape"]), group["frame_start"][:], group["frames"][:]
+    frames = np.zeros((len(start) - 1, *shape), np.uint8)
+    for frame, first, last in zip(frames, start, start[1:], strict=False):
+        code = codes[first:last]
+        cell = np.cumsum(step[code]) - 1
+        frame[:] = np.bincount(cell[code != 255], minlength=frame.size).astype(np.uint8).reshape(shape)
+    return frames
+
+
 def contents(output: Path) -> dict[str, dict[str, np.ndarray]]:
-    """The datasets of every recording that lies in a shard, by split/recording."""
+    """The datasets of every recording that lies in a shard, by split/recording; `frames` decoded, `code` as it is stored."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for path in sorted(output.glob("*/[0-9]*.h5")):
         with h5py.File(path, "r") as file:
             for name, group in file.items():
-                found[f"{path.parent.name}/{name}"] = {column: group[column][:] for column in COLUMNS}
+                found[f"{path.parent.name}/{name}"] = {"frames": frames_in(group), "code": group["frames"][:],
+                                                       **{column: group[column][:] for column in COLUMNS}}
     return found
 
 
@@ -57,8 +70,8 @@ def entries(output: Path) -> dict[str, dict]:
 
 def checksum(columns: dict[str, np.ndarray]) -> tuple[str, str]:
     """(frames_xxh3, group_xxh3) as data_prep/shards.py tells them."""
-    frames = xxhash.xxh3_64_hexdigest(columns["frames"].tobytes())
-    rest = b"".join(columns[name].tobytes() for name in COLUMNS[1:])
+    frames = xxhash.xxh3_64_hexdigest(columns["code"].tobytes())
+    rest = b"".join(columns[name].tobytes() for name in COLUMNS)
     return frames, xxhash.xxh3_64_hexdigest(frames.encode() + rest)
 
 

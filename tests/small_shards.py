@@ -5,7 +5,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from data_prep.shards import BOX, MANIFEST, Manifest, RecordingEntry
+from data_prep.codec import FrameEncoder
+from data_prep.shards import BOX, FRAME_SHAPE, MANIFEST, Manifest, RecordingEntry
 
 HEIGHT, WIDTH, BINS = 60, 100, 2
 CLASSES = ["ball", "box", "bar"]
@@ -38,7 +39,10 @@ def write_small_shards(root: Path, counts: dict[str, list[int]], seed: int = 0) 
             for i, count in enumerate(lengths):
                 frames, boxes, labelled = recording(rng, count)
                 group = file.create_group(name := f"{split}_{i:03d}")
-                group.create_dataset("frames", data=frames, chunks=(1, *frames.shape[1:]))
+                encode = FrameEncoder()
+                codes = [encode(frame).copy() for frame in frames]
+                group["frames"], group["frame_start"] = np.concatenate(codes), np.cumsum([0, *map(len, codes)])
+                group.attrs[FRAME_SHAPE] = frames.shape[1:]
                 group["end_us"] = 50_000 * np.arange(1, count + 1)
                 group["boxes"] = np.concatenate(boxes)
                 group["box_start"] = np.cumsum([0, *(len(b) for b in boxes)])

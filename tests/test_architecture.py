@@ -16,9 +16,10 @@ OURS = ("conf", "data_prep", "launch", "pipeline", "tests")
 
 COMMON = {  # plain Python without dependencies: errors, what a command does around its work, the shard contract's config
     "data_prep.errors", "data_prep.command", "data_prep.config", "data_prep.config_errors",
+    "data_prep.cluster",
 }
-SHARDS = {  # the shard contract: what a manifest, a stored box and a raw box are
-    "data_prep.shards", "data_prep.boxes",
+SHARDS = {  # the shard contract: what a manifest, a stored frame, a stored box and a raw box are
+    "data_prep.shards", "data_prep.boxes", "data_prep.codec",
 }
 MAY_IMPORT = {  # room -> names it may import besides its own; what lies below a name comes with it
     "data_prep": set(),

@@ -24,8 +24,8 @@ from pipeline.config import EvaluateConfig, TrainConfig
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
 PRIMARY = {"prep": PrepConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
-GROUPS = {"dataset": ("prep", "train", "evaluate"), "model": ("train",), "size": ("train",), "deepspeed": ("train",),
-          "experiment": ("train",)}
+GROUPS = {"dataset": ("prep", "train", "evaluate"), "launcher": ("prep",), "model": ("train",), "size": ("train",),
+          "deepspeed": ("train",), "experiment": ("train",)}
 REFUSED = (HydraException, OmegaConfBaseException, ConfigError)
 
 

@@ -5,6 +5,7 @@ import hdf5plugin
 import numpy as np
 import pytest
 import torch
+from prepared import frames_in
 from small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
 
 from data_prep.boxes import RAW_BOX
@@ -36,7 +37,7 @@ def test_shards_give_what_is_stored(shards):
     with h5py.File(shards / "train" / "00000.h5") as file:
         for recording in data.recordings:
             group = file[recording.name]
-            np.testing.assert_array_equal(recording.read(2, 7), group["frames"][2:7])
+            np.testing.assert_array_equal(recording.read(2, 7), frames_in(group)[2:7])
             np.testing.assert_array_equal(recording.labelled, group["labelled"])
             np.testing.assert_array_equal(recording.end_us, group["end_us"])
             boxes, start = group["boxes"][:], group["box_start"][:]

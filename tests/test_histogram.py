@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from slow_frames import GivenRecording, random_events, slow_frame, together
 
-from data_prep.config import DownsampleBy, FrameConfig, FrameMode
+from data_prep.config import DownsampleBy, FrameConfig
 from data_prep.errors import ConfigError, RecordingError
 from data_prep.events import Events
-from data_prep.histogram import FrameBuilder, frame_size, frames_of
+from data_prep.histogram import frame_size, frames_of
 
 H, W = 22, 35  # neither divides by 4
 
@@ -140,11 +140,11 @@ def test_a_damaged_timestamp_does_not_make_endless_frames():
 
 
 def test_frames_are_copies():
-    builder = FrameBuilder(FrameConfig(), H, W)
-    events = random_events(np.random.default_rng(0), 500, first=0, last=40_000, height=H, width=W)
-    builder.add(events, 0, 0, 50_000)
-    first = builder.take()
-    assert first.sum() > 0 and builder.take().sum() == 0 and first.sum() > 0
+    events = random_events(np.random.default_rng(0), 500, first=0, last=90_000, height=H, width=W)
+    recording = GivenRecording(events, H, W)
+    first, second = (frame for _, frame in frames_of(recording, lambda _: count(50_000, 50_000), FrameConfig(downsample=1)))
+    assert first.sum() > 0 and second.sum() > 0 and not np.shares_memory(first, second)
+    assert first.sum() + second.sum() == 500
 
 
 @pytest.mark.parametrize("values, told", [({"window_ms": 0}, "window_ms"), ({"bins": 0}, "bins"), ({"bins": 51}, "bins"),
@@ -153,8 +153,3 @@ def test_frames_are_copies():
 def test_impossible_frames_are_refused(values, told):
     with pytest.raises(ConfigError, match=f"frames.{told} is {values[told]}.*; .*"):
         FrameConfig(**values)
-
-
-def test_rvt_mode_says_that_it_is_not_there():
-    with pytest.raises(ConfigError, match="frames.mode=exact"):
-        FrameBuilder(FrameConfig(mode=FrameMode.rvt), H, W)

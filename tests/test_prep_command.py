@@ -145,7 +145,7 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
     (["source=SOURCE", "output=OUT", "frames.downsample=3"], "frames.downsample is 3; choose 1, 2 or 4"),
     (["source=SOURCE", "output=OUT", "frames.bins=ten"], "frames.bins is 'ten'; give a whole number"),
     (["source=SOURCE", "output=OUT", "frames.downsample_by=mean"], "give one of sum, nearest"),
-    (["source=SOURCE", "output=OUT", "frames.mode=rvt"], "use frames.mode=exact"),
+    (["source=SOURCE", "output=OUT", "frames.mode=rvt"], "label_every_ms is 50; RVT (frames.mode=rvt) takes a label"),
     (["source=SOURCE", "output=OUT", "max_invalid_share=2"], "max_invalid_share is 2"),
     (["source=SOURCE", "output=OUT", "dataset=gen5"], "dataset has no option 'gen5'; did you mean dataset=gen4"),
     (["source=SOURCE", "output=OUT", "processes"], "'processes' is not of the form key=value"),

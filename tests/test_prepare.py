@@ -20,6 +20,7 @@ from prepared import (
     contents,
     copied,
     entries,
+    frames_in,
     make_source,
     manifest,
     prep_config,
@@ -32,7 +33,7 @@ from data_prep.config import DownsampleBy
 from data_prep.errors import ConfigError, RecordingError, ShardError
 from data_prep.formats import open_recording, open_writer
 from data_prep.prepare import prepare
-from data_prep.shards import BOX, RecordingEntry, load_manifest, open_group
+from data_prep.shards import BOX, RecordingEntry, group_digests, load_manifest, open_group, read_frames
 from data_prep.simulator import simulate
 
 ENTRY_FIELDS = {
@@ -79,11 +80,12 @@ def test_the_layout_is_that_of_the_contract(prepared):
     with h5py.File(prepared / "train" / "00000.h5") as file:
         assert list(file) == ["a", "b", "c"]
         for group in file.values():
-            assert set(group) == set(COLUMNS)
+            assert set(group) == {"frames", *COLUMNS}
             n, m = len(group["end_us"]), len(group["boxes"])
-            frames = group["frames"]
-            assert frames.shape == (n, 6, HEIGHT // 2, WIDTH // 2) and frames.dtype == np.uint8
-            assert frames.chunks == (1, *frames.shape[1:]) and frames._filters
+            frames, start = group["frames"], group["frame_start"][:]
+            assert frames.ndim == 1 and frames.dtype == np.uint8 and not frames._filters
+            assert start.shape == (n + 1,) and start[0] == 0 and start[-1] == len(frames) and (np.diff(start) >= 0).all()
+            assert group.attrs["frame_shape"].tolist() == [6, HEIGHT // 2, WIDTH // 2]
             assert group["end_us"].dtype == np.int64 and (np.diff(group["end_us"][:]) > 0).all()
             assert group["boxes"].dtype == BOX and m > 0
             assert group["box_start"].dtype == np.int64 and group["box_start"].shape == (n + 1,)
@@ -93,7 +95,7 @@ def test_the_layout_is_that_of_the_contract(prepared):
 
 def test_the_manifest_tells_what_is_stored(source, prepared):
     told, stored = manifest(prepared), contents(prepared)
-    assert told["schema"] == 1 and told["software"].startswith("evspan") and told["classes"] == ["ball", "box", "bar"]
+    assert told["schema"] == 2 and told["software"].startswith("evspan") and told["classes"] == ["ball", "box", "bar"]
     assert told["config"]["frames"] == {"mode": "exact", "window_ms": 50, "bins": 3, "cutoff": 10, "downsample": 2,
                                         "downsample_by": "sum"}
     assert told["config"]["dataset"]["labels"]["class_map"] == {"0": 0, "1": 1, "2": 2}
@@ -121,7 +123,11 @@ def test_a_shard_can_be_read_by_the_contract_alone(prepared):
     for entry in load_manifest(prepared).recordings:
         group = open_group(prepared, entry)
         try:
-            assert len(group["frames"]) == entry.frames
+            frames = read_frames(group, 0, entry.frames)
+            np.testing.assert_array_equal(frames, frames_in(group))
+            np.testing.assert_array_equal(read_frames(group, 2, 4), frames[2:4])
+            assert read_frames(group, 3, 3).shape == (0, *frames.shape[1:])
+            assert group_digests(group) == (entry.frames_xxh3, entry.group_xxh3)
         finally:
             group.file.close()
     with pytest.raises(ShardError, match="Run the same evspan prep again"):
@@ -229,7 +235,7 @@ def test_recordings_share_shards_up_to_their_size(source, tmp_path):
     for i in range(5):
         rng = np.random.default_rng(i)
         with open_writer(big / f"r{i}_td.h5", 480, 640) as writer:
-            writer.write(random_events(rng, 120_000, first=0, last=400_000, height=480, width=640))
+            writer.write(random_events(rng, 600_000, first=0, last=400_000, height=480, width=640))
     prepare(prep_config(big.parent, tmp_path / "out", frames={"downsample": 1, "bins": 1}, shard_mib=2))
     shards = {r["shard"]: [] for r in manifest(tmp_path / "out")["recordings"]}
     for r in manifest(tmp_path / "out")["recordings"]:
@@ -419,8 +425,8 @@ def test_a_damaged_manifest_is_told(mine):
 def test_a_manifest_of_another_schema_is_told(mine):
     source, output = mine
     text = (output / "manifest.json").read_text()
-    (output / "manifest.json").write_text(text.replace('"schema": 1', '"schema": 7'))
-    with pytest.raises(ShardError, match="has schema 7, this version reads 1"):
+    (output / "manifest.json").write_text(text.replace('"schema": 2', '"schema": 7'))
+    with pytest.raises(ShardError, match="has schema 7, this version reads 2"):
         prepare(prep_config(source, output))
 
 

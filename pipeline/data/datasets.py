@@ -12,6 +12,7 @@ import hdf5plugin  # noqa: F401  registers the filters that frames are stored wi
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.codec import decode_frames
 from data_prep.config import DatasetConfig, DatasetKind, DownsampleBy, FrameConfig, FrameMode, frame_config
 from data_prep.errors import ConfigError, ShardError
 from data_prep.shards import BOX, RecordingEntry, load_manifest
@@ -113,18 +114,29 @@ def _open_shards(root: Path, config: DatasetConfig, split: str) -> Dataset:
         raise ShardError(f"{root}, split {split}: frames of several sizes {sorted(sizes)}. Prepare recordings of one sensor size "
                          "into a folder of their own")
     height, width = sizes.pop() if sizes else (0, 0)
-    return Dataset([_shard_recording(root, r, files) for r in entries], frame_config(manifest.config["frames"]), height, width,
-                   manifest.classes)
+    frames = frame_config(manifest.config["frames"])
+    return Dataset([_shard_recording(root, r, frames.bins, files) for r in entries], frames, height, width, manifest.classes)
 
 
-def _shard_recording(root: Path, entry: RecordingEntry, files: _Files) -> RecordingData:
+def _shard_recording(root: Path, entry: RecordingEntry, bins: int, files: _Files) -> RecordingData:
     path, group = root / entry.shard, entry.group
 
     def column(name: str, which: slice = slice(None)) -> NDArray:
         return files.read(path, f"{group}/{name}", which)
 
+    start, shape = column("frame_start"), (2 * bins, entry.height, entry.width)
+
+    def frames(which: slice) -> NDArray[np.uint8]:
+        place = start[which.start : which.stop + 1]
+        code = column("frames", slice(int(place[0]), int(place[-1])))
+        try:
+            return decode_frames(code, place - place[0], shape)  # outside the files' lock: threads decode side by side
+        except ValueError as error:
+            raise ShardError(f"{path}, recording {group}: {error}. Run evspan prep verify, then the same evspan prep "
+                             "again") from error
+
     return RecordingData(entry.name, entry.first_us, column("end_us") - entry.first_us, column("labelled"), column("box_start"),
-                         lambda which: column("frames", which), lambda which: column("boxes", which))
+                         frames, lambda which: column("boxes", which))
 
 
 # -- RVT's tree --------------------------------------------------------------------------------------------------
