@@ -102,9 +102,12 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The one process that writes to `folder`. The lock goes with the process, however that ends.
+def locked(folder: Path, doing: str = "") -> Iterator[None]:
+    """The one process that writes to `folder`. The lock goes with the process, however that ends; its file is empty unless a
+    process has it, or was killed.
 
+    Args:
+        doing: what, for others to read.
     Raises:
         UserError: another process has it, or the folder cannot be written to.
     """
@@ -124,5 +127,8 @@ def locked(folder: Path) -> Iterator[None]:
                   flush=True)
         with suppress(OSError):  # a full disk has room for the lock, if not for the name of who has it
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
+            file.write(f"process {os.getpid()} on {socket.gethostname()}{f' ({doing})' if doing else ''}\n".encode())
+        try:
+            yield
+        finally:
+            file.truncate(0)

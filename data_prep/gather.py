@@ -38,6 +38,8 @@ def stored_groups(output: Path, config: dict[str, Any]) -> dict[str, Stored]:
     for path in shard_files(output):
         shard = f"{path.parent.name}/{path.name}"
         for key, stored in stored_in(path).items():
+            if stored.entry.split != path.parent.name:
+                continue  # a file that was put into another split's folder
             if key not in found or found[key].config != config:
                 found[key] = stored._replace(entry=replace(stored.entry, shard=shard))
     return found

@@ -8,20 +8,20 @@ from typing import Any
 
 import xxhash
 
-from data_prep.boxes import find_boxes
 from data_prep.config import PrepConfig
 from data_prep.errors import ConfigError, RecordingError, ShardError
 from data_prep.files import LOCK, UNFINISHED, file_xxh3, locked, written_whole
 from data_prep.gather import PARTS, clean, clean_unfinished, gather, is_shard, part_of, stored_groups
-from data_prep.histogram import require_available
+from data_prep.marks import MARKS, read_marks, write_marks
 from data_prep.shards import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest
 from data_prep.sources import Source, find_sources, in_no_split
 from data_prep.store import Stored, config_of, refuse_invalid, stored_in
-from data_prep.workers import Job, run_jobs
+from data_prep.workers import Elsewhere, Job, run_jobs
 
 NEW, DAMAGED = "new", "its shard is missing or damaged"
 SOURCE_CHANGED, BOXES_CHANGED, CONFIG_CHANGED = "the recording has changed", "the box file has changed", "the config has changed"
 REFUSED_NOW = "max_invalid_share is lower now"
+MARKED = "evspan prep verify found it damaged"
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Report:
     removed: list[str]
 
 
-def prepare(config: PrepConfig) -> Report:
-    """Prepare `config.source` into `config.output`.
+def prepare(config: PrepConfig, elsewhere: Elsewhere | None = None) -> Report:
+    """Prepare `config.source` into `config.output`, in processes of this machine or elsewhere (`workers.run_jobs`).
 
     A recording goes to a part file, parts are gathered into shards, manifest.json is written last; each appears whole or not at
     all. Killed anywhere, the next run goes on from the parts and shards that are there.
@@ -56,7 +56,7 @@ def prepare(config: PrepConfig) -> Report:
     with locked(output):
         clean_unfinished(output)
         try:
-            return _update({s.key: s for s in sources}, output, config)
+            return _update({s.key: s for s in sources}, output, config, elsewhere)
         finally:
             clean_unfinished(output)  # of workers that were ended
 
@@ -65,7 +65,6 @@ def _folders(config: PrepConfig) -> tuple[Path, Path]:
     source, output = Path(config.source), Path(config.output)
     if not config.source or not config.output:
         raise ConfigError("prep needs source=RECORDINGS and output=SHARDS")
-    require_available(config.frames)
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"output {output} lies inside source {source}; choose a folder outside it")
     if output.exists() and not output.is_dir():
@@ -82,27 +81,29 @@ def _not_ours(output: Path) -> list[str]:
         return []
     begun = (output / MANIFEST).exists() or (output / PARTS).exists()
     paths = [*output.iterdir(), *(() if begun else (p for split in SPLITS for p in (output / split).glob("*")))]
-    ours = {output / name for name in (MANIFEST, LOCK, PARTS, *SPLITS)}
+    ours = {output / name for name in (MANIFEST, LOCK, PARTS, MARKS, *SPLITS)}
     return sorted(str(p.relative_to(output)) for p in paths if p not in ours and not p.match(UNFINISHED) and not is_shard(p))
 
 
-def _update(sources: dict[str, Source], output: Path, config: PrepConfig) -> Report:
+def _update(sources: dict[str, Source], output: Path, config: PrepConfig, elsewhere: Elsewhere | None) -> Report:
     """Compare, prepare what differs, gather, write the manifest."""
     resolved = config_of(config)
     listed, listed_frames = _listed(output)
     stored = stored_groups(output, resolved)
-    if stored and not stored.keys() & sources.keys():
+    if stored and not (stored.keys() | listed.keys()) & sources.keys():
         raise ShardError(f"output {output} holds {len(stored)} other recordings ({min(stored)}, ...) and none of source "
                          f"{config.source}. Choose an empty or new folder")
     _tell_changes(output, [s.config for s in stored.values()], resolved)
     compared = {key: _compare(s, stored.get(key), listed.get(key), config, resolved) for key, s in sources.items()}
+    compared |= {key: (MARKED, None) for key in read_marks(output).keys() & sources.keys()}
     kept = {key: current for key, (reason, current) in compared.items() if current and not reason}
     why = {key: reason for key, (reason, _) in compared.items() if reason}
     removed = sorted((stored.keys() | listed.keys()) - sources.keys())
     # A recording that is made anew takes its old place, unless its frames change in size: then all shards are filled anew.
     homes = {key: r.shard for key, r in listed.items() if key in why and listed_frames == resolved["frames"]}
     homes |= {key: s.entry.shard for key, s in stored.items() if key in why and s.config["frames"] == resolved["frames"]}
-    fresh = _prepare_parts({sources[key]: compared[key][1] for key in why}, output, config, resolved)
+    fresh = _prepare_parts({sources[key]: compared[key][1] for key in why}, output, config, resolved,
+                           elsewhere)
     left = {s.entry.shard for key, s in stored.items() if key not in kept and key not in homes}
     if (left | set(homes.values())) & {r.shard for r in listed.values()}:
         (output / MANIFEST).unlink(missing_ok=True)  # until all it names is right again, this is no prepared dataset
@@ -111,6 +112,7 @@ def _update(sources: dict[str, Source], output: Path, config: PrepConfig) -> Rep
                         config_hash=xxhash.xxh3_64_hexdigest(json.dumps(resolved, sort_keys=True).encode()),
                         recordings=sorted(placed.values(), key=lambda r: (SPLITS.index(r.split), r.name)))
     _write_manifest(output, manifest)
+    write_marks(output, {})
     clean(output, manifest.recordings)
     return Report(manifest, why, removed)
 
@@ -150,8 +152,8 @@ def _compare(source: Source, stored: Stored | None, listed: RecordingEntry | Non
         if about.st_size != entry.source_bytes or file_xxh3(source.path) != entry.source_xxh3:
             return SOURCE_CHANGED, None
         entry = replace(entry, source_mtime_ns=about.st_mtime_ns)
-    stored, boxes = stored._replace(entry=entry), find_boxes(source.path)
-    if (file_xxh3(boxes) if boxes else "") != entry.boxes_xxh3:
+    stored = stored._replace(entry=entry)
+    if (file_xxh3(source.boxes) if source.boxes else "") != entry.boxes_xxh3:
         return BOXES_CHANGED, stored
     if stored.config != resolved:
         return CONFIG_CHANGED, stored
@@ -163,7 +165,7 @@ def _compare(source: Source, stored: Stored | None, listed: RecordingEntry | Non
 
 
 def _prepare_parts(sources: dict[Source, Stored | None], output: Path, config: PrepConfig,
-                   resolved: dict[str, Any]) -> dict[str, RecordingEntry]:
+                   resolved: dict[str, Any], elsewhere: Elsewhere | None) -> dict[str, RecordingEntry]:
     """Part files of these recordings, given with their older groups; those of an interrupted run are used again."""
     entries: dict[str, RecordingEntry] = {}
     jobs: list[Job] = []
@@ -174,7 +176,7 @@ def _prepare_parts(sources: dict[Source, Stored | None], output: Path, config: P
             entries[source.key] = done.entry
             continue
         jobs.append(Job(source, part, old if old and old.config["frames"] == resolved["frames"] else None))
-    return entries | run_jobs(jobs, config)
+    return entries | run_jobs(jobs, config, elsewhere)
 
 
 def _software() -> str:

@@ -11,6 +11,7 @@ from functools import partial
 from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
 from threading import Thread, current_thread, main_thread
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -20,6 +21,10 @@ from data_prep.files import NoSpaceError
 from data_prep.shards import RecordingEntry
 from data_prep.sources import Source
 from data_prep.store import Stored, prepare_recording
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Results = Generator[tuple[Task, Callable[[], Result]], None, None]
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,24 @@ class Job:
         return prepare_recording(self.source, self.part, config, self.reuse)
 
 
-def run_jobs(jobs: list[Job], config: PrepConfig) -> dict[str, RecordingEntry]:
+Elsewhere = Callable[..., Results[Job, RecordingEntry]]
+
+
+def run_jobs(jobs: list[Job], config: PrepConfig, elsewhere: Elsewhere | None = None) -> dict[str, RecordingEntry]:
     """Entries by split/recording; a bar on a terminal, a line per recording otherwise.
 
+    elsewhere: gives the results of jobs that it has other machines do, as `results_of` does here. It is called with the jobs,
+        what to do with each, the config of the launcher, and `results_of`, for those machines to use.
     Raises:
         RecordingError: which recordings cannot be prepared, and why, when all others are done.
         UserError: the disk is full, or a process was killed.
     """
     entries: dict[str, RecordingEntry] = {}
     failed: dict[str, str] = {}
-    with closing(_results(jobs, config)) as results, \
+    run = partial(Job.run, config=config)
+    jobs = sorted(jobs, key=lambda j: (-j.source.path.stat().st_size, j.source.key))  # the longest first: no lone straggler
+    results = elsewhere(jobs, run, config.launcher, results_of) if elsewhere else results_of(jobs, run, config.processes)
+    with closing(results), \
             tqdm(total=len(jobs), desc="preparing", unit="recording", disable=None) as bar:  # None: only on a terminal
         for number, (job, result) in enumerate(results, 1):
             key = job.source.key
@@ -71,18 +84,23 @@ def _told(entry: RecordingEntry) -> str:
     return ", ".join([f"{entry.frames} frames", f"{entry.boxes} boxes", f"{entry.events / 1e6:.1f} M events", *odd])
 
 
-def _results(jobs: list[Job], config: PrepConfig) -> Generator[tuple[Job, Callable[[], RecordingEntry]], None, None]:
-    """Each job with a function that gives or raises what became of it, in the order in which they end."""
-    jobs = sorted(jobs, key=lambda j: (-j.source.path.stat().st_size, j.source.key))  # the longest first: no lone straggler
-    processes = min(config.processes or len(os.sched_getaffinity(0)), len(jobs))
+def results_of(tasks: list[Task], run: Callable[[Task], Result], processes: int) -> Results[Task, Result]:
+    """Each task with a function that gives or raises what became of it, in the order in which they end.
+
+    Args:
+        tasks: begun in this order. processes: 0: one per core.
+    Raises:
+        UserError: a process was killed.
+    """
+    processes = min(processes or len(os.sched_getaffinity(0)), len(tasks))
     if processes <= 1:
-        yield from ((job, partial(job.run, config)) for job in jobs)
+        yield from ((task, partial(run, task)) for task in tasks)
         return
     # spawn: a forked child would inherit HDF5's and numba's locks in whatever state they are.
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent)
     others = active_children()
     with _interrupts_ignored():
-        futures = {pool.submit(job.run, config): job for job in jobs}
+        futures = {pool.submit(run, task): task for task in tasks}
     helpers = [child for child in active_children() if child not in others]
     try:
         for future in as_completed(futures):

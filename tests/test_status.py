@@ -1,0 +1,221 @@
+"""What `evspan prep status` says of a prepared folder, at rest, at work, interrupted and damaged."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from prepared import KEYS, SCENE, copied, entries, make_source, prep_config
+
+from data_prep.errors import RecordingError
+from data_prep.files import locked
+from data_prep.prep import main
+from data_prep.prepare import prepare
+from data_prep.simulator import simulate
+from data_prep.status import status
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def prepared(source, tmp_path_factory):
+    output = tmp_path_factory.mktemp("prepared")
+    prepare(prep_config(source, output))
+    return output
+
+
+@pytest.fixture
+def mine(source, prepared, tmp_path):
+    return copied(source, tmp_path / "source"), copied(prepared, tmp_path / "out")
+
+
+@pytest.fixture
+def told(capsys):
+    """(exit code, lines) of the command."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = 0
+        try:
+            main(["status", *map(str, arguments)])
+        except SystemExit as exit_:
+            code = exit_.code
+        out, err = capsys.readouterr()
+        return code, (out + err).splitlines()
+
+    return call
+
+
+def row(lines: list[str], name: str) -> dict[str, str]:
+    heading = re.split(r"  +", lines[1].strip())
+    cells = next(re.split(r"  +", line.strip()) for line in lines if re.match(rf"{name}\b", line))
+    return dict(zip(heading, cells[1:], strict=True))
+
+
+def times_of(folder: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in (folder, *folder.rglob("*"))}
+
+
+# -- at rest -----------------------------------------------------------------------------------------------------
+def test_a_complete_dataset(source, prepared, told):
+    before, all_entries = times_of(prepared), entries(prepared).values()
+    code, lines = told(prepared, "--source", source)
+    assert code == 0 and lines[0] == str(prepared) and lines[-1] == "complete"
+    for name in ("train", "val", "test", "all"):
+        mine = [e for e in all_entries if name in (e["split"], "all")]
+        found, count = row(lines, name), str(len(mine))
+        assert (found["recordings"], found["done"], found["in parts"], found["missing"]) == (count, count, "0", "0")
+        assert (found["frames"], found["boxes"]) == (str(sum(e["frames"] for e in mine)), str(sum(e["boxes"] for e in mine)))
+        size = sum(p.stat().st_size for p in prepared.glob("*/*.h5") if name in (p.parent.name, "all"))
+        assert found["size"] == f"{size / 1000:.1f} kB"
+    assert re.fullmatch(r"last written: (train|val|test)/00000.h5, \d+ \S+ ago", lines[-2])
+    assert times_of(prepared) == before
+    code, lines = told(prepared)
+    assert code == 0 and lines[-1] == "complete; whether the source has more recordings, --source RAW tells"
+
+
+def test_recordings_that_are_new_changed_or_gone(mine, told):
+    source, output = mine
+    simulate(source / "val" / "new_td.raw", seconds=0.2, seed=9, config=SCENE)
+    os.utime(source / "train" / "a_td.raw", ns=(1, 2_000_000_000))
+    (source / "train" / "c_td.h5").unlink()
+    code, lines = told(output, "--source", source)
+    assert code == 3 and lines[-1] == "not complete: run the same evspan prep again"
+    assert [line for line in lines if re.match("missing|changed|not in", line)] == [
+        "missing: val/new", "changed: train/a", "not in source: train/c"]
+    assert row(lines, "train")["done"] == "1" and row(lines, "val")["missing"] == "1" and row(lines, "all")["recordings"] == "6"
+    assert told(output)[0] == 0  # it does not know
+    prepare(prep_config(source, output))
+    assert told(output, "--source", source)[0] == 0
+
+
+def test_of_many_missing_recordings_the_first_are_named(source, tmp_path, told):
+    raw, output = copied(source, tmp_path / "raw"), tmp_path / "out"
+    prepare(prep_config(raw, output))
+    for i in range(12):
+        os.link(raw / "test" / "plain.raw", raw / "test" / f"r{i:02d}.raw")
+    lines = told(output, "--source", raw)[1]
+    assert "missing: test/r00, test/r01, test/r02, test/r03, test/r04 and 7 more" in lines
+    assert row(lines, "test")["missing"] == row(lines, "all")["missing"] == "12"
+
+
+def test_lost_shards_marks_and_a_lost_manifest(mine, told):
+    source, output = mine
+    (output / "val" / "00000.h5").unlink()
+    (output / ".damaged").write_text('{"train/b": "the frames have another checksum"}')
+    code, lines = told(output)
+    assert code == 3 and "missing: val/d" in lines and "damaged: train/b (the frames have another checksum)" in lines
+    assert row(lines, "train")["damaged"] == row(lines, "all")["damaged"] == "1" and row(lines, "all")["done"] == "3"
+    prepare(prep_config(source, output))
+    (output / "manifest.json").unlink()
+    code, lines = told(output)
+    assert code == 3 and "there is no manifest.json: it is written last" in lines and row(lines, "all")["done"] == "5"
+
+
+def test_parts_that_wait_for_a_bad_recording(source, tmp_path, told):
+    raw, output = copied(source, tmp_path / "raw"), tmp_path / "out"
+    good = (raw / "train" / "b_td.dat").read_bytes()
+    (raw / "train" / "b_td.dat").write_bytes(good[:-3])
+    with pytest.raises(RecordingError):
+        prepare(prep_config(raw, output))
+    code, lines = told(output, "--source", raw)
+    assert code == 3 and "missing: train/b" in lines and "in parts: train/a, train/c, val/d, test/plain" in lines
+    assert (row(lines, "train")["in parts"], row(lines, "all")["done"]) == ("2", "0")
+    assert not [line for line in lines if line.startswith(("at work", "was killed"))]
+    code, lines = told(output)
+    assert code == 3 and row(lines, "all")["recordings"] == "4"
+
+
+@pytest.mark.parametrize("name", ["gone", "source"])
+def test_a_folder_of_something_else(source, tmp_path, told, name):
+    folder = {"gone": tmp_path / "gone", "source": source}[name]
+    code, (line,) = told(folder)
+    assert code == 2 and line.startswith(f"error: {folder} holds nothing of evspan prep. Name the folder that was its output")
+    assert not (tmp_path / "gone").exists()
+
+
+# -- at work -----------------------------------------------------------------------------------------------------
+SLOW = """
+import sys, time
+sys.path.insert(0, "tests")
+from pathlib import Path
+from prepared import prep_config
+from data_prep import store, workers
+from data_prep.prepare import prepare
+
+def slow(source, part, *more):
+    if source.name == "b":
+        with store.hdf5_written_whole(part):
+            time.sleep(60)
+    return store.prepare_recording(source, part, *more)
+
+workers.prepare_recording = slow
+prepare(prep_config(Path(sys.argv[1]), Path(sys.argv[2])))
+"""
+
+
+def wait_until(condition, seconds: float = 40) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "this took too long"
+        time.sleep(0.01)
+
+
+@pytest.mark.timeout(100)
+def test_a_preparation_at_work_and_after_it_was_killed(source, tmp_path, told):
+    raw, output = copied(source, tmp_path / "raw"), tmp_path / "out"
+    (raw / "val" / "d_td.raw").unlink()
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(raw), str(output)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: list((output / ".parts" / "train").glob(".b.*.writing.h5")))
+        code, lines = told(output, "--source", raw)
+        assert code == 3 and lines[-1] == "not complete: wait"
+        (line,) = [line for line in lines if line.startswith("at work")]
+        assert re.fullmatch(rf"at work: process {process.pid} on {socket.gethostname()}, since \d+ s; writing train/b", line)
+        assert "in parts: train/c" in lines and "missing: train/a, train/b, test/plain" in lines
+        assert [line for line in lines if line.startswith("last written: .parts/train/c.h5, ")]
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(20)
+    code, lines = told(output, "--source", raw)
+    assert code == 3 and f"was killed: process {process.pid} on {socket.gethostname()}" in lines
+    assert lines[-1] == "not complete: run the same evspan prep again"
+    prepare(prep_config(raw, output))
+    code, lines = told(output, "--source", raw)
+    assert code == 0 and "was killed" not in " ".join(lines)
+
+
+def test_status_keeps_nobody_from_the_lock_and_nobody_keeps_status_from_its_work(mine):
+    source, output = mine
+    with locked(output, "evspan prep verify"):
+        result = status(output, source)
+        assert result.at_work.startswith(f"process {os.getpid()} on {socket.gethostname()} (evspan prep verify), since ")
+        assert not result.complete and set(result.state.values()) == {"done"}
+    assert status(output, source).complete
+    assert prepare(prep_config(source, output)).prepared == {}
+
+
+def test_a_process_on_another_machine_cannot_be_asked(mine, told):
+    source, output = mine
+    (output / ".lock").write_text("process 4242 on node7\n")
+    code, lines = told(output)
+    assert code == 3 and "at work, or killed there: process 4242 on node7" in lines
+    (output / ".lock").write_text(f"process 4242424 on {socket.gethostname()}\n")
+    code, lines = told(output)
+    assert code == 3 and f"was killed: process 4242424 on {socket.gethostname()}" in lines
+    prepare(prep_config(source, output))
+    assert told(output)[0] == 0
+
+
+def test_state_is_told_in_the_order_of_splits(source, prepared):
+    assert list(status(prepared, source).state) == KEYS
