@@ -2,36 +2,49 @@
 
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from data_prep.cluster import SlurmConfig
 from data_prep.command import Parser, hydra_task, run_command, run_hydra
-from data_prep.config import PrepConfig
+from data_prep.config import LauncherConfig, PrepConfig, require
 
+Launchers = Mapping[type[LauncherConfig], Callable[..., Any]]
 ConfigStore.instance().store(name="prep_schema", node=PrepConfig)
+ConfigStore.instance().store(group="launcher", name="slurm_schema", node=SlurmConfig)
 
 HELP = """evspan prep: recordings -> shards of histogram frames
 
   evspan prep source=RAW output=SHARDS [dataset=NAME] [key=value ...]
       RAW has train/ val/ test/ with recordings (.raw, .dat, .h5) and their boxes side by side: X_td.dat and X_bbox.npy.
-      One file or a flat folder counts as test. Run again, it does only what is missing or has changed.
+      One file or a flat folder counts as test; LIST.txt or .csv names a recording a line: split path [boxes.npy].
+      Run again, it does only what is missing or has changed.
 
   tools
       evspan prep info RECORDING                   format, sensor, time span, counts, rate
       evspan prep decode RECORDING OUT.h5          any format to HDF5 with events/{t,x,y,p}
       evspan prep preview INPUT OUT.png|gif|mp4    frames with boxes, of a recording or of shards
+      evspan prep status SHARDS [--source RAW]     what is done, what is missing, who is at work on it
+      evspan prep verify SHARDS [--source RAW]     checksums, structure, frames recomputed; prep redoes what is damaged
+      evspan prep report SHARDS [OUT.html]         counts, sizes, rates, drops and pictures on one page, odd things first
+      evspan prep export-rvt SHARDS OUT            shards of frames.mode=rvt to the folders that RVT reads
 
   examples
       evspan prep source=raw output=shards
       evspan prep source=/data/gen4 output=/scratch/gen4 dataset=gen4 processes=8
       evspan prep source=drive.raw output=drive frames.downsample=1
+      evspan prep source=/data/gen4 output=/scratch/gen4 dataset=gen4 launcher=slurm launcher.partition=cpu
 
   choices (each a file in conf/GROUP/)
       dataset=simulated          simulated | gen4 | etram | etram3
+      launcher=local             local: processes here | slurm: a job array; launcher.dry_run=true shows what it would submit,
+                                 and --cfg job the rest of its keys (partition, account, timeout_min, cpus_per_task, ...)
 
   keys
       frames.downsample=2        1 | 2 | 4: full, half or quarter resolution
@@ -51,14 +64,14 @@ HELP = """evspan prep: recordings -> shards of histogram frames
 """
 
 
-@hydra.main(version_base="1.3", config_path="pkg://conf", config_name="prep")
-@hydra_task
-def _prep(raw: DictConfig) -> None:
-    config: PrepConfig = OmegaConf.to_object(raw)  # type: ignore[assignment]  # __post_init__ checks run here
+def _prep(config: PrepConfig, launchers: Launchers) -> None:
     from data_prep.prepare import prepare
 
+    launcher = type(config.launcher)
+    require(launcher is LauncherConfig or launcher in launchers,
+            "launcher=slurm is for the command evspan: evspan prep launcher=slurm ...")
     began = time.perf_counter()
-    report = prepare(config)
+    report = prepare(config, launchers.get(launcher))
     recordings, frames = report.manifest.recordings, sum(r.frames for r in report.manifest.recordings)
     for name, why in sorted(report.prepared.items()):
         if why != "new":
@@ -138,15 +151,47 @@ def preview(argv: list[str]) -> None:
     main(argv)
 
 
-TOOLS = {"decode": decode, "info": info, "preview": preview}
+def report(argv: list[str]) -> None:
+    from data_prep.report.command import main
+
+    main(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
+def export_rvt(argv: list[str]) -> None:
+    from data_prep.export import main
+
+    main(argv)
+
+
+def status(argv: list[str]) -> None:
+    from data_prep.status import main
+
+    main(argv)
+
+
+def verify(argv: list[str]) -> None:
+    from data_prep.verify import main
+
+    main(argv)
+
+
+TOOLS = {"decode": decode, "info": info, "preview": preview, "export-rvt": export_rvt, "report": report, "status": status,
+         "verify": verify}
+
+
+def main(argv: list[str] | None = None, launchers: Launchers | None = None) -> None:
+    """launchers: what has recordings prepared elsewhere (`workers.Elsewhere`), by the config that asks for it."""
+
+    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="prep")
+    @hydra_task
+    def task(raw: DictConfig) -> None:
+        _prep(OmegaConf.to_object(raw), launchers or {})  # type: ignore[arg-type]  # __post_init__ checks run here
+
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in TOOLS:
         run_command(lambda: TOOLS[argv[0]](argv[1:]))
     else:
-        run_hydra(_prep, argv or ["--help"], prog="evspan prep", help=HELP)
+        run_hydra(task, argv or ["--help"], prog="evspan prep", help=HELP)
 
 
 if __name__ == "__main__":
