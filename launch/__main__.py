@@ -19,7 +19,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "simulate": Command("data_prep.simulate:main", "make recordings with boxes, to try everything on"),
-    "prep": Command("data_prep.prep:main", "recordings -> shards of frames; decode, look at and draw recordings"),
+    "prep": Command("launch.prep:main", "recordings -> shards of frames; decode, look at and draw recordings"),
     "train": Command("launch.local:train", "shards -> a trained detector"),
     "evaluate": Command("launch.local:evaluate", "a trained detector and shards -> AP"),
     "infer": Command("pipeline.infer:main", "a trained detector and a recording -> detections and a video"),

@@ -25,7 +25,7 @@ HELP = """evspan evaluate: a checkpoint and a prepared split -> COCO AP (Prophes
       evspan evaluate checkpoint=runs/tiny dataset=gen4 dataset.root=/data/gen4 evaluation.split=test parallel.ranks=4
 
   keys
-      dataset=simulated          simulated | gen4 | etram | etram3 | rvt_tree: files in conf/dataset/
+      dataset=simulated          simulated | gen4 | etram | etram3 | gen4_rvt | rvt_tree: files in conf/dataset/
       output=                    another folder for the results
       evaluation.split=val       train | val | test
       evaluation.confidence_threshold=0.001

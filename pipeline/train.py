@@ -29,7 +29,7 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
                                  3scale_sizeaware_attention,4scale_sizeaware_attention}
       model=maxvit_yolox/default     also maxvit_yolox/size_aware, maxvit_yolox/size_aware_attention
       size=tiny                  micro | tiny | small | base
-      dataset=simulated          simulated | gen4 | etram | etram3 | rvt_tree
+      dataset=simulated          simulated | gen4 | etram | etram3 | gen4_rvt | rvt_tree
       deepspeed=zero1            zero0 | zero1 | zero2 | zero3
 
   keys

@@ -1,0 +1,280 @@
+"""`evspan prep launcher=slurm` on a throw-away SLURM: the array does what one machine's processes do, whatever dies."""
+
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from prepared import assert_same, make_source, prep_config
+from slurm_cluster import Cluster, cluster  # noqa: F401  a fixture
+
+from data_prep.cluster import SlurmConfig
+from data_prep.errors import ConfigError
+from data_prep.prepare import prepare
+from launch.group import BYTES_PER_TASK, MOST_TASKS, balanced, number_of_tasks
+
+ROOT = Path(__file__).parent.parent
+KEYS = ["dataset=simulated", "dataset.labels.label_every_ms=100", "frames.bins=3", "launcher=slurm", "launcher.mem_gb=1"]
+COPIES = 150  # of a small recording: work for two seconds
+QUICK = ("import launch.watch as w; w.QUEUE_S = w.GRACE_S = 1.0; w.POLL_S = 0.2; "  # the cluster is ours, its disk local
+         "from launch.__main__ import main; main()")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def prepared(source, tmp_path_factory):
+    output = tmp_path_factory.mktemp("prepared")
+    prepare(prep_config(source, output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def many(source, tmp_path_factory):
+    """A source of many recordings, and what this machine's processes make of it."""
+    folder, output = tmp_path_factory.mktemp("many"), tmp_path_factory.mktemp("many_prepared")
+    (folder / "train").mkdir()
+    for i in range(COPIES):
+        for ending in ("td.h5", "bbox.npy"):
+            os.link(source / "train" / f"c_{ending}", folder / "train" / f"r{i:03d}_{ending}")
+    prepare(prep_config(folder, output))
+    return folder, output
+
+
+@pytest.fixture
+def slurm(cluster: Cluster):  # noqa: F811
+    yield cluster
+    cluster.end_jobs()
+
+
+def command(cluster: Cluster | None, source, output, *more: str, environment=None) -> subprocess.Popen:  # noqa: F811
+    """From another folder than the code's."""
+    environment = {**(cluster.environment if cluster else os.environ), "PYTHONPATH": str(ROOT), **(environment or {})}
+    return subprocess.Popen([sys.executable, "-c", QUICK, "prep", f"source={source}", f"output={output}", *KEYS, *more], cwd="/",
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finished(process: subprocess.Popen) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def wait_until(condition, seconds: float = 30):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "this took too long"
+        time.sleep(0.002)
+    return value
+
+
+def task_of(output: Path) -> int | None:
+    """The process that does a task for `output`."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"submitit.core._submit" in words and os.path.basename(words[0]).startswith(b"python") and \
+                str(output / ".parts" / "slurm").encode() in words:
+            return int(path.parent.name)
+    return None
+
+
+def told(output: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in (output / ".parts" / "slurm" / "told").glob("[0-9]*.pkl")}
+
+
+def stopped_at_work(output: Path) -> tuple[int, dict[str, int]]:
+    """The one task of an array, stopped when it had done some recordings, and what it had told of."""
+    wait_until(lambda: told(output))
+    pid = task_of(output)
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+    done = told(output)
+    assert 0 < len(done) < COPIES
+    return pid, done
+
+
+def job_of(cluster: Cluster) -> str:  # noqa: F811
+    """The newest job."""
+    return max(cluster.jobs(), key=lambda id_: int(id_.split("_")[0]))
+
+
+# -- dealing -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("sizes, groups", [([5, 4, 3, 3, 3], 2), ([9, 1, 1, 1, 1, 1, 8], 3), ([7, 7, 6, 6, 5, 5, 4, 4, 4], 4),
+                                           ([3], 4), ([0, 0, 0, 0], 2), ([10, 1], 2), ([2, 2, 2, 2, 2, 2], 3)])
+def test_groups_are_balanced(sizes, groups):
+    dealt = balanced(sizes, groups)
+    assert sorted(itertools.chain(*dealt)) == list(range(len(sizes)))
+    assert len(dealt) == min(groups, len(sizes)) and all(dealt)
+    best = min(max(sum(s for s, g in zip(sizes, deal) if g == group) for group in range(groups))
+               for deal in itertools.product(range(groups), repeat=len(sizes)))  # of all ways to deal
+    assert max(sum(sizes[i] for i in group) for group in dealt) <= (4 / 3 - 1 / (3 * groups)) * best + 1e-9
+
+
+def test_empty_files_are_dealt_evenly_and_equal_ones_in_order():
+    assert balanced([0] * 7, 3) == [[0, 3, 6], [1, 4], [2, 5]]
+    assert balanced([5] * 4, 2) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("sizes, tasks, expected", [
+    ([1] * 9, 0, 1), ([1] * 9, 4, 4), ([1] * 9, 40, 9), ([BYTES_PER_TASK] * 9, 0, 9), ([BYTES_PER_TASK // 2] * 9, 0, 5),
+    ([BYTES_PER_TASK] * 1000, 0, MOST_TASKS)])
+def test_the_number_of_tasks_follows_the_size(sizes, tasks, expected):
+    assert number_of_tasks(sizes, SlurmConfig(tasks=tasks)) == expected
+
+
+@pytest.mark.parametrize("values, part", [
+    ({"timeout_min": 0}, "launcher.timeout_min is 0"), ({"mem_gb": 0}, "launcher.mem_gb is 0"),
+    ({"tasks": -1}, "launcher.tasks is -1"),
+    ({"timeout_min": 1, "signal_delay_s": 60}, "launcher.signal_delay_s is 60, but a task may run 60 s")])
+def test_impossible_wishes_are_refused(values, part):
+    with pytest.raises(ConfigError, match=re.escape(part)):
+        SlurmConfig(**values)
+
+
+# -- the script --------------------------------------------------------------------------------------------------
+@pytest.mark.timeout(60)
+def test_a_dry_run_prints_the_script_and_needs_no_slurm(source, tmp_path):
+    wishes = {"partition": "cpu", "account": "lab", "qos": "long", "constraint": "'a&b'", "timeout_min": 90, "cpus_per_task": 3,
+              "mem_gb": 2.5, "array_parallelism": 1, "signal_delay_s": 30, "tasks": 2, "setup": "['module load hdf5']"}
+    code, out, err = finished(command(None, source, tmp_path / "out", *(f"launcher.{k}={v}" for k, v in wishes.items()),
+                                      "launcher.dry_run=true", environment={"PATH": "/nowhere"}))
+    assert (code, err) == (0, "")
+    for line in ("#SBATCH --partition=cpu", "#SBATCH --account=lab", "#SBATCH --qos=long", "#SBATCH --constraint='a&b'",
+                 "#SBATCH --time=90", "#SBATCH --cpus-per-task=3", "#SBATCH --mem=2560MB", "#SBATCH --array=0-1%1",
+                 "#SBATCH --signal=USR2@30", "#SBATCH --requeue", "module load hdf5",
+                 f"export PYTHONPATH={ROOT}\"${{PYTHONPATH:+:$PYTHONPATH}}\"", "# task 0, 0.00 GB: train/c"):
+        assert line in out.splitlines(), line
+    assert out.index("module load") < out.index(sys.executable)
+    assert subprocess.run(["bash", "-n"], input=out, text=True, timeout=20).returncode == 0
+    assert not (tmp_path / "out" / ".parts").exists()
+
+
+@pytest.mark.timeout(60)
+def test_without_slurm_it_says_so_in_one_line(source, tmp_path):
+    code, _, err = finished(command(None, source, tmp_path / "out", environment={"PATH": "/nowhere"}))
+    assert code == 2 and len(err.splitlines()) == 1 and "sbatch" in err and "not on the PATH" in err
+
+
+def test_only_the_command_knows_slurm(source, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "data_prep", f"source={source}", f"output={tmp_path / 'out'}", *KEYS], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "error: launcher=slurm is for the command evspan: evspan prep launcher=slurm ...\n"
+
+
+# -- on the cluster ----------------------------------------------------------------------------------------------
+@pytest.mark.timeout(90)
+def test_the_array_makes_what_one_machine_makes(slurm, source, prepared, tmp_path):
+    output = tmp_path / "out"
+    code, out, err = finished(command(slurm, source, output, "launcher.tasks=2", "launcher.partition=low"))
+    assert (code, err) == (0, "") and "5 of 5 recordings prepared" in out
+    assert re.search(r"\[5/5\] \w+/\w+: \d+ frames", out)
+    assert_same(output, prepared)
+    assert not (output / ".parts").exists()
+    assert sorted(slurm.jobs()) == [f"{job_of(slurm).split('_')[0]}_{i}" for i in (0, 1)]
+    code, out, err = finished(command(slurm, source, output))
+    assert (code, err) == (0, "") and "nothing to do" in out
+
+
+@pytest.mark.timeout(60)
+def test_a_partition_that_is_not_there_is_one_line(slurm, source, tmp_path):
+    code, _, err = finished(command(slurm, source, tmp_path / "out", "launcher.partition=nope"))
+    assert code == 2 and len(err.splitlines()) == 1
+    assert err.startswith("error: SLURM refuses the job: invalid partition specified: nope")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("how, cpus", [("requeued", 1), ("told of its end", 1), ("preempted", 2)])
+def test_a_task_that_comes_back_goes_on_and_a_bad_recording_is_named(slurm, many, tmp_path, how, cpus):
+    source, output = Path(shutil.copytree(many[0], tmp_path / "source", copy_function=os.link)), tmp_path / "out"
+    (source / "train" / "bad_td.dat").write_bytes(b"% Width 200\n% Height 160\n% end\n\x0c\x08odd")
+    process = command(slurm, source, output, f"launcher.cpus_per_task={cpus}")
+    pid, before = stopped_at_work(output)
+    job = job_of(slurm)
+    if how == "requeued":
+        slurm.ask("scontrol", "requeue", job)
+    elif how == "preempted":  # SLURM continues it first
+        slurm.ask("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    else:
+        slurm.ask("scancel", "--signal=USR2", job)
+        os.kill(pid, signal.SIGCONT)
+    code, out, err = finished(process)
+    assert "Restarts=1" in slurm.ask("scontrol", "show", "job", job)
+    assert code == 2 and err.startswith(f"error: 1 of {COPIES + 1} recordings cannot be prepared; {COPIES} are done")
+    assert "train/bad: " in err and "bad_td.dat" in err and len(err.splitlines()) == 1
+    after = told(output)
+    assert len(after) == COPIES + 1 and {k: after[k] for k in before} == before  # what was done was not done again
+    (source / "train" / "bad_td.dat").unlink()
+    prepare(prep_config(source, output))
+    assert_same(output, many[1])
+
+
+@pytest.mark.timeout(120)
+def test_a_task_that_dies_is_noticed_and_the_same_command_completes(slurm, many, tmp_path):
+    source, output = many[0], tmp_path / "out"
+    process = command(slurm, source, output)
+    pid, _ = stopped_at_work(output)
+    os.kill(pid, signal.SIGKILL)
+    code, out, err = finished(process)
+    assert code == 2 and len(err.splitlines()) == 1
+    done = len(told(output))
+    assert err.startswith(f"error: {COPIES - done} of {COPIES} recordings cannot be prepared; {done} are done and kept")
+    lost = re.findall(r"(train/r\d+): SLURM task (\d+) ended as FAILED before it was done; its log is (\S+)", err)
+    assert len({key for key, _, _ in lost}) == COPIES - done and all(Path(log).is_file() for _, _, log in lost)
+    code, out, err = finished(command(slurm, source, output))
+    assert (code, err) == (0, "") and f"[{COPIES - done}/{COPIES - done}]" in out
+    assert_same(output, many[1])
+
+
+@pytest.mark.timeout(120)
+def test_killed_it_leaves_an_array_which_the_same_command_ends(slurm, many, tmp_path):
+    source, output = many[0], tmp_path / "out"
+    process = command(slurm, source, output)
+    _, before = stopped_at_work(output)
+    second = finished(command(slurm, source, output))
+    assert second[0] == 2 and "is being written to by process" in second[2] and len(second[2].splitlines()) == 1
+    process.kill()
+    finished(process)
+    orphan = job_of(slurm)
+    assert slurm.jobs()[orphan] == "RUNNING"
+    code, out, err = finished(command(slurm, source, output))
+    assert (code, err) == (0, "") and f"cancelling SLURM job {orphan}" in out
+    assert int(re.search(r"\[1/(\d+)\]", out)[1]) <= COPIES - len(before)
+    assert_same(output, many[1])
+
+
+@pytest.mark.timeout(60)
+def test_an_array_of_a_process_elsewhere_is_left_alone(slurm, source, tmp_path):
+    output = tmp_path / "out"
+    name = re.search(r"--job-name=(\S+)", finished(command(slurm, source, output, "launcher.dry_run=true"))[1])[1]
+    slurm.ask("sbatch", f"--job-name={name}", "--comment=process 7 on elsewhere", "--output=/dev/null", "--wrap=sleep 60")
+    job = job_of(slurm)
+    code, _, err = finished(command(slurm, source, output))
+    assert code == 2 and err.startswith(f"error: SLURM job {job} prepares into the same output for process 7 on elsewhere")
+    assert f"scancel {job}" in err and slurm.jobs()[job] in ("RUNNING", "PENDING")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_it_cancels_the_array(slurm, many, tmp_path, number, expected):
+    process = command(slurm, many[0], tmp_path / "out")
+    stopped_at_work(tmp_path / "out")
+    job = job_of(slurm)
+    process.send_signal(number)
+    code, out, err = finished(process)
+    assert (code, err) == (expected, "") and "cancelled the SLURM job; what is done is kept" in out
+    wait_until(lambda: slurm.jobs()[job] == "CANCELLED", 15)
