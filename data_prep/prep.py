@@ -22,7 +22,7 @@ ConfigStore.instance().store(group="launcher", name="slurm_schema", node=SlurmCo
 HELP = """evspan prep: recordings -> shards of histogram frames
 
   evspan prep source=RAW output=SHARDS [dataset=NAME] [key=value ...]
-      RAW has train/ val/ test/ with recordings (.raw, .dat, .h5) and their boxes side by side: X_td.dat and X_bbox.npy.
+      RAW has train/ val/ test/ with recordings (.raw, .dat, .h5, .hdf5) and their boxes side by side: X_td.dat and X_bbox.npy.
       One file or a flat folder counts as test; LIST.txt or .csv names a recording a line: split path [boxes.npy].
       Run again, it does only what is missing or has changed.
 
@@ -42,11 +42,12 @@ HELP = """evspan prep: recordings -> shards of histogram frames
       evspan prep source=/data/gen4 output=/scratch/gen4 dataset=gen4 launcher=slurm launcher.partition=cpu
 
   choices (each a file in conf/GROUP/)
-      dataset=simulated          simulated | gen4 | etram | etram3
+      dataset=simulated          simulated | gen4 | etram | etram3 | gen4_rvt
       launcher=local             local: processes here | slurm: a job array; launcher.dry_run=true shows what it would submit,
                                  and --cfg job the rest of its keys (partition, account, timeout_min, cpus_per_task, ...)
 
   keys
+      frames.mode=exact          exact | rvt: RVT's frames to the last bit, with dataset=gen4_rvt
       frames.downsample=2        1 | 2 | 4: full, half or quarter resolution
       frames.downsample_by=sum   sum | nearest
       frames.window_ms=50        time that a frame spans
@@ -56,6 +57,7 @@ HELP = """evspan prep: recordings -> shards of histogram frames
       dataset.labels.label_every_ms=100    50: a label on every frame, where they are dense enough
       dataset.labels.min_side=0  drop smaller boxes; more filters: data_prep/README.md
       processes=0                0: one per core
+      codec=fast                 fast | small: through zstd, smaller and slower to read
       shard_mib=2048             several recordings share a file up to this size
       max_invalid_share=0.01     refuse a recording with a larger share of events outside the sensor
 

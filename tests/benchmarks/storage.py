@@ -2,12 +2,14 @@
 
     .venv/bin/python tests/benchmarks/storage.py [--recording drive_td.raw] [--downsample 2]
 
-Frames of a recording (default: 3 simulated seconds of 1280 x 720) are written to an HDF5 file in memory, one chunk a frame, and
-read back one by one; seconds are those of this process alone, the best of three, so that neighbours count little.
+Frames of a recording (default: 3 simulated seconds of 1280 x 720) are written to an HDF5 file in memory, by general compressors
+one chunk a frame, by ours as shards hold them, and read back one by one; seconds are those of this process alone, the best of
+three, so that neighbours count little.
 """
 
 import argparse
 import time
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,16 +18,19 @@ import h5py
 import hdf5plugin
 import numpy as np
 
-from data_prep.config import FrameConfig
+from data_prep.codec import FrameEncoder
+from data_prep.config import Codec, FrameConfig
 from data_prep.formats import open_recording
 from data_prep.histogram import frames_of
+from data_prep.shards import FRAME_SHAPE, read_frames
 from data_prep.simulator import simulate
+from data_prep.store import FILTERS, CodeWriter
 
 MOST_FRAMES = 60
 BYTE, BIT, NONE = hdf5plugin.Blosc.SHUFFLE, hdf5plugin.Blosc.BITSHUFFLE, hdf5plugin.Blosc.NOSHUFFLE
 CODECS = {
     "blosc zstd 1, byte shuffle (RVT)": hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=BYTE),
-    "blosc lz4 5, byte shuffle (ours)": hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=BYTE),
+    "blosc lz4 5, byte shuffle": hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=BYTE),
     "blosc lz4 5, no shuffle": hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=NONE),
     "blosc lz4 9, byte shuffle": hdf5plugin.Blosc(cname="lz4", clevel=9, shuffle=BYTE),
     "blosc lz4 5, bit shuffle": hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=BIT),
@@ -66,6 +71,32 @@ def measured(frames: np.ndarray, codec: dict) -> tuple[float, float, float]:
     return size, len(frames) / written, len(frames) / best
 
 
+def measured_ours(frames: np.ndarray, codec: Codec) -> tuple[float, float, float]:
+    """The same of a shard's group."""
+    group = h5py.File("in memory", "w", driver="core", backing_store=False).create_group("recording")
+    encode, lengths = FrameEncoder(), list[int]()
+    encode(frames[0])  # compiled by now
+    began = time.process_time()
+    with CodeWriter(group, FILTERS[codec]) as writer:
+        for frame in frames:
+            code = encode(frame)
+            lengths.append(code.size)
+            writer.write(code)
+    written = time.process_time() - began
+    group["frame_start"] = np.cumsum([0, *lengths], dtype=np.int64)
+    group.attrs[FRAME_SHAPE] = frames.shape[1:]
+    best = float("inf")
+    for _ in range(3):
+        began = time.process_time()
+        for i in range(len(frames)):
+            out = read_frames(group, i, i + 1)
+        best = min(best, time.process_time() - began)
+    assert (out[0] == frames[-1]).all()
+    size = group["frames"].id.get_storage_size() / len(frames)
+    group.file.close()
+    return size, len(frames) / written, len(frames) / best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recording", type=Path)
@@ -76,10 +107,11 @@ def main() -> None:
         frames = frames_to_store(path, given.downsample)
     print(f"{len(frames)} frames {frames.shape[1:]} of {given.recording or 'a simulated recording'}, "
           f"{np.count_nonzero(frames) / frames.size:.1%} of their counts not zero")
-    print(f"{'codec':34}{'kB a frame':>12}{'written/s':>12}{'read/s':>12}")
-    for name, codec in CODECS.items():
-        size, written, read = measured(frames, codec)
-        print(f"{name:34}{size / 1e3:12.1f}{written:12.0f}{read:12.0f}", flush=True)
+    print(f"{'codec':38}{'kB a frame':>12}{'written/s':>12}{'read/s':>12}")
+    rows = {f"a byte per event, codec={codec.name} (ours)": partial(measured_ours, frames, codec) for codec in Codec}
+    for name, row in (rows | {name: partial(measured, frames, codec) for name, codec in CODECS.items()}).items():
+        size, written, read = row()
+        print(f"{name:38}{size / 1e3:12.1f}{written:12.0f}{read:12.0f}", flush=True)
 
 
 if __name__ == "__main__":
