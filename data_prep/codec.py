@@ -24,7 +24,7 @@ BLOCK = 1024  # words looked through at a time
 
 
 @intrinsic
-def _trailing_zeros(typing_context, word):  # of a word that is not zero: one instruction, which numba has no function for
+def trailing_zeros(typing_context, word):  # of a word that is not zero: one instruction, which numba has no function for
     def instruction(context, builder, signature, arguments):
         return builder.cttz(arguments[0], Constant(IntType(1), 1))
 
@@ -48,7 +48,7 @@ def _encode(words, tail, out):
                 word = part[busy[k]]
                 base = busy[k] * width + (0 if width == 8 else 8 * words.size)
                 while word != 0:
-                    shift = _trailing_zeros(word) & np.uint64(0x38)  # to the first byte that is not zero
+                    shift = trailing_zeros(word) & np.uint64(0x38)  # to the first byte that is not zero
                     count = np.int64((word >> shift) & np.uint64(0xFF))
                     word &= ~(np.uint64(0xFF) << shift)
                     cell = base + (np.int64(shift) >> 3)

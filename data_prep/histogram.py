@@ -20,22 +20,23 @@ def accumulate(counts, t, x, y, p, first, start, end, cutoff, shift, keep):
     """Count events from index `first` on, as long as they lie before `end`; returns the index of the next event.
 
     counts: (2, bins, H >> shift, W >> shift) uint8, saturating at `cutoff`. Bins tile [start, end) in integers. keep: -1 adds all
-    pixels of a block up, else only those whose low `shift` bits of x and y are `keep`.
+    pixels of a block up, else only those whose low `shift` bits of x and y are `keep`. t: sorted.
     """
-    bins, height, width = counts.shape[1], counts.shape[2], counts.shape[3]
-    mask, span = (1 << shift) - 1, end - start
-    b, edge = 0, span  # events come in order, so a bin's end is found by comparing: a division would cost more than the rest
-    i = first
-    while i < t.size and t[i] < end:
-        row, column = np.int64(y[i]) >> shift, np.int64(x[i]) >> shift
-        wanted = keep < 0 or ((x[i] & mask) == keep and (y[i] & mask) == keep)
-        if wanted and t[i] >= start and row < height and column < width:
-            while (t[i] - start) * bins >= edge:
-                b += 1
-                edge += span
-            if counts[p[i], b, row, column] < cutoff:
-                counts[p[i], b, row, column] += 1
-        i += 1
+    # No division and no foreseeable branch per event: a bin's events lie between two indices, and what is not kept adds 0.
+    # Unsigned throughout: numba tests signed indices for being negative.
+    bins, height, width = np.uint64(counts.shape[1]), np.uint64(counts.shape[2]), np.uint64(counts.shape[3])
+    flat, shift, mask = counts.reshape(-1), np.uint64(shift), np.uint64((1 << shift) - 1)
+    all_, kept, top, span = keep < 0, np.uint64(max(keep, 0)), np.uint8(cutoff), end - start
+    i = first + np.searchsorted(t[first:], start)
+    for b in range(counts.shape[1]):
+        stop = i + np.searchsorted(t[i:], start + ((b + 1) * span + counts.shape[1] - 1) // counts.shape[1])
+        for j in range(i, stop):
+            row, column = np.uint64(y[j]) >> shift, np.uint64(x[j]) >> shift
+            if row < height and column < width:
+                cell = ((np.uint64(p[j]) * bins + np.uint64(b)) * height + row) * width + column
+                wanted = all_ | (((x[j] & mask) == kept) & ((y[j] & mask) == kept))
+                flat[cell] += np.uint8(wanted & (flat[cell] < top))
+        i = stop
     return i
 
 

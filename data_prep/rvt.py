@@ -68,21 +68,35 @@ def _taken(times: NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 @njit(cache=True, nogil=True)
+def _bin_begins(t, span, bins, b):
+    """Index of the first event whose bin, in RVT's float32, is `b` or later; it grows with t."""
+    low, high = 0, t.size
+    while low < high:
+        middle = (low + high) // 2
+        if np.floor(np.float32(t[middle] - t[0]) / span * np.float32(bins)) < b:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@njit(cache=True, nogil=True)
 def _count(counts, t, x, y, p, cutoff, shift, keep):
     """Count all events into counts (2, bins, H >> shift, W >> shift) uint8, zeros; only pixels whose low bits are `keep`."""
-    bins, height, width = counts.shape[1], counts.shape[2], counts.shape[3]
-    first = t[0]
-    span = np.float32(max(t[t.size - 1] - first, 1))
-    mask = (1 << shift) - 1
-    for i in range(t.size):
-        if (x[i] & mask) == keep and (y[i] & mask) == keep:
-            row, column = np.int64(y[i]) >> shift, np.int64(x[i]) >> shift
-            if row < height and column < width:
-                b = min(bins - 1, int(np.floor(np.float32(t[i] - first) / span * np.float32(bins))))
-                counts[p[i], b, row, column] += np.uint8(1)  # wraps
-    flat = counts.reshape(-1)
+    bins, height, width = np.uint64(counts.shape[1]), np.uint64(counts.shape[2]), np.uint64(counts.shape[3])
+    flat, shift, mask, kept = counts.reshape(-1), np.uint64(shift), np.uint64((1 << shift) - 1), np.uint64(keep)
+    span = np.float32(max(t[t.size - 1] - t[0], 1))
+    i = 0
+    for b in range(counts.shape[1]):
+        stop = t.size if b == counts.shape[1] - 1 else _bin_begins(t, span, counts.shape[1], b + 1)
+        for j in range(i, stop):
+            row, column = np.uint64(y[j]) >> shift, np.uint64(x[j]) >> shift
+            if row < height and column < width:  # what is not kept adds 0: no branch that one event in four takes
+                cell = ((np.uint64(p[j]) * bins + np.uint64(b)) * height + row) * width + column
+                flat[cell] += np.uint8(((x[j] & mask) == kept) & ((y[j] & mask) == kept))  # wraps
+        i = stop
     for i in range(flat.size):
-        flat[i] = min(flat[i], cutoff)
+        flat[i] = min(flat[i], np.uint8(cutoff))
 
 
 def rvt_frames(recording: Recording, ends: Callable[[int], Iterable[int]], config: FrameConfig, counts: NDArray[np.uint8],

@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from data_prep.codec import trailing_zeros
 from data_prep.errors import RecordingError
 from data_prep.events import Events
 from data_prep.formats.recording import WordReader, Writer
@@ -22,34 +23,36 @@ LONGEST_GAP_US = 1 << 40  # 12.7 days, 512 KiB of time words
 
 @njit(cache=True, nogil=True)
 def _decode(words, state, t, x, y, p):
-    n = np.uint64(0)  # unsigned: numba tests signed indices for being negative
-    high, low, row, base, polarity, wraps, seen = state[0], state[1], state[2], state[3], state[4], state[5], state[6]
+    n, i, size = np.uint64(0), np.uint64(0), np.uint64(words.size)  # unsigned: numba tests signed indices for being negative
+    high, low, row, base, polarity, wraps, seen = state[0], state[1], np.uint16(state[2]), state[3], state[4], state[5], state[6]
     now = (wraps << 24) | (high << 12) | low
     timeless = np.int64(0 if seen else -1)
-    for i in range(words.size):
-        word = np.int64(words[i])
-        kind, value = word >> 12, word & 0xFFF
+    while i < size:
+        word = words[i]
+        i += ONE
+        kind, value = word >> 12, np.int64(word & 0xFFF)
+        if kind == 0x0:
+            row = word & np.uint16(0x7FF)
+            if i == size or words[i] >> 12 != 0x2:
+                continue
+            word, kind = words[i], 0x2  # as a rule an event follows: taken at once, it saves a branch that cannot be foreseen
+            i += ONE
         if kind == 0x2:
             t[n], x[n], y[n], p[n] = now, word & 0x7FF, row, (word >> 11) & 1
             n += ONE
         elif kind == 0x4 or kind == 0x5:
             width = 12 if kind == 0x4 else 8
-            bits = value & ((1 << width) - 1)
-            column = base
+            bits = np.uint64(value & ((1 << width) - 1))
             while bits:
-                if bits & 1:
-                    t[n], x[n], y[n], p[n] = now, column, row, polarity
-                    n += ONE
-                bits >>= 1
-                column += 1
+                t[n], x[n], y[n], p[n] = now, base + np.int64(trailing_zeros(bits)), row, polarity
+                n += ONE
+                bits &= bits - ONE
             base = min(base + width, FAR_OUTSIDE)
         elif kind == 0x6:
             low = value
             now = (wraps << 24) | (high << 12) | low
-        elif kind == 0x0:
-            row = value & 0x7FF
         elif kind == 0x3:
-            base, polarity = word & 0x7FF, (word >> 11) & 1
+            base, polarity = value & 0x7FF, value >> 11
         elif kind == 0x8:
             if not seen:
                 timeless = np.int64(n)

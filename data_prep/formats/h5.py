@@ -15,7 +15,7 @@ from data_prep.files import Disk
 from data_prep.formats.header import checked_size, sensor_size
 from data_prep.formats.recording import GEN4_SIZE, Recording, Writer
 
-EVENTS_AT_ONCE = 1 << 20
+EVENTS_AT_ONCE = 1 << 18  # few enough to stay in the cache on their way to a histogram; whole chunks, though
 COLUMNS = ("t", "x", "y", "p")
 METAVISION = "CD/events"  # one dataset with the columns as fields
 ECF = 0x8ECF
@@ -27,21 +27,23 @@ LATEST_US = 1 << 53  # 285 years: beyond, times are not in microseconds
 class H5Reader(Recording):
     format = "h5"
 
-    def __init__(self, path: Path, events_at_once: int = EVENTS_AT_ONCE) -> None:
-        self.events_at_once = events_at_once
+    def __init__(self, path: Path, events_at_once: int | None = None) -> None:
         with _opened(path) as file:
             self.size = _checked_columns(path, file)
+            self.events_at_once = events_at_once or _whole_chunks(file)
             super().__init__(path, *_sensor_size(path, file))
 
     def _decoded(self) -> Iterator[Events]:
         with _opened(self.path) as file:
+            with _readable(self.path, "the list of columns"):
+                stored = file[METAVISION] if METAVISION in file else [file[f"events/{c}"] for c in COLUMNS]  # looked up once
             for i in range(0, self.size, self.events_at_once):
                 with _readable(self.path, f"events {i} and on"):
-                    t, x, y, p = _columns(file, slice(i, i + self.events_at_once))
+                    t, x, y, p = _columns(stored, slice(i, i + self.events_at_once))
                 if max(int(t.max()), -int(t.min())) > LATEST_US:
                     raise RecordingError(f"{self.path}: events {i} and on have times from {t.min()} to {t.max()}, which are no "
                                          "microseconds. Convert the column t to integer microseconds")
-                yield Events(t.astype(np.int64), _pixel(x), _pixel(y), (p > 0).astype(np.uint8))
+                yield Events(t.astype(np.int64, copy=False), _pixel(x), _pixel(y), _polarity(p))
 
 
 @contextmanager
@@ -65,11 +67,18 @@ def _opened(path: Path) -> Iterator[h5py.File]:
         file.close()
 
 
-def _columns(file: h5py.File, which: slice) -> tuple[NDArray, ...]:
-    if METAVISION in file:
-        block = file[METAVISION][which]
-        return tuple(block[c] for c in COLUMNS)
-    return tuple(file["events"][c][which] for c in COLUMNS)
+def _columns(stored: h5py.Dataset | list[h5py.Dataset], which: slice) -> tuple[NDArray, ...]:
+    if isinstance(stored, list):
+        return tuple(column[which] for column in stored)
+    block = stored[which]
+    return tuple(block[c] for c in COLUMNS)
+
+
+def _whole_chunks(file: h5py.File) -> int:
+    """About EVENTS_AT_ONCE: HDF5 may decompress a chunk again for each part of it that is read."""
+    chunks = file[METAVISION if METAVISION in file else "events/t"].chunks
+    chunk = chunks[0] if chunks else 1
+    return max(1, EVENTS_AT_ONCE // chunk) * chunk
 
 
 def _checked_columns(path: Path, file: h5py.File) -> int:
@@ -145,6 +154,13 @@ def _pixel(column: NDArray) -> NDArray[np.uint16]:
     if column.dtype == np.uint16:
         return column
     return np.where((column < 0) | (column > 65535), 65535, column).astype(np.uint16)
+
+
+def _polarity(column: NDArray) -> NDArray[np.uint8]:
+    """0 and 1; -1, as some files have it, becomes 0."""
+    if column.dtype == np.uint8 and column.max() <= 1:
+        return column
+    return (column > 0).astype(np.uint8)
 
 
 class H5Writer(Writer):

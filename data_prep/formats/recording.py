@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from data_prep.errors import RecordingError
@@ -12,6 +13,31 @@ from data_prep.events import Events
 from data_prep.formats.header import read_header, sensor_size
 
 GEN4_SIZE = (720, 1280)
+
+
+@njit(cache=True, nogil=True)
+def _faults(t, x, y, latest, height, width):
+    """How many events lie outside the sensor, and how many are earlier than the one before (the first: than `latest`)."""
+    outside = 0
+    for i in range(x.size):
+        outside += (x[i] >= width) | (y[i] >= height)
+    late = np.int64(t.size > 0 and t[0] < latest)
+    for i in range(1, t.size):
+        late += t[i] < t[i - 1]
+    return outside, late
+
+
+@njit(cache=True, nogil=True)
+def _raise(t, latest):
+    """Raise times to the latest seen; returns how many were."""
+    late = 0
+    for i in range(t.size):
+        if t[i] < latest:
+            t[i] = latest
+            late += 1
+        else:
+            latest = t[i]
+    return late
 
 
 class Recording:
@@ -37,22 +63,22 @@ class Recording:
             RecordingError: the file ends inside a word, or cannot be read.
         """
         self.dropped = {"outside_sensor": 0, "before_first_time": 0, "late_timestamps_raised": 0}
-        self.events, latest = 0, None
+        self.events, latest = 0, np.iinfo(np.int64).min
         for events in self._decoded():
-            inside = (events.x < self.width) & (events.y < self.height)
-            if not inside.all():
-                self.dropped["outside_sensor"] += int(inside.size - np.count_nonzero(inside))
-                events = events.take(inside)
+            outside, late = _faults(events.t, events.x, events.y, latest, self.height, self.width)  # one pass, in the cache
+            if outside:
+                self.dropped["outside_sensor"] += outside
+                events = events.take((events.x < self.width) & (events.y < self.height))
+                _, late = _faults(events.t, events.x, events.y, latest, self.height, self.width)
             if not events.t.size:
                 continue
-            if (latest is not None and events.t[0] < latest) or bool((events.t[1:] < events.t[:-1]).any()):
-                raised = np.maximum.accumulate(events.t if latest is None else np.maximum(events.t, latest))
-                self.dropped["late_timestamps_raised"] += int(np.count_nonzero(raised != events.t))
-                events = events._replace(t=raised)
-            if latest is None:
+            if late:
+                events = events._replace(t=events.t.copy())
+                self.dropped["late_timestamps_raised"] += _raise(events.t, latest)
+            if not self.events:
                 self.first_us = int(events.t[0])
-            latest = events.t[-1]
-            self.last_us, self.events = int(latest), self.events + events.t.size
+            latest = int(events.t[-1])
+            self.last_us, self.events = latest, self.events + events.t.size
             for i in range(0, events.t.size, chunk_events):
                 yield events.take(slice(i, i + chunk_events))
 
