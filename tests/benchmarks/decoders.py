@@ -96,8 +96,8 @@ def write_bursts(path: Path, sample: Path, most: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=40_000_000)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--events", type=int, default=8_000_000)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--folder", type=Path, help="for 1 GB of files (default: the system's temporary folder)")
     given = parser.parse_args()
     of_eventcv = {"eventcv": (by_eventcv, 4), "eventcv.load": (eventcv_loads, 0)}
