@@ -54,18 +54,18 @@ def test_more_files_than_may_be_open(tmp_path, monkeypatch):
         assert [int(r.read(1, 2).max()) for r in data.recordings] == [1, 2, 3, 4, 5]
 
 
-def write_rvt_tree(root, recordings):
+def write_rvt_tree(root, recordings, split="train"):
     """As RVT's preprocess_dataset.py lays it out; frame values are the recording's number."""
     for number, (name, frames) in enumerate(recordings.items(), 1):
-        labels, frame_folder = root / "train" / name / "labels_v2", "event_representations_v2/stacked_histogram_dt=50_nbins=10"
-        (root / "train" / name / frame_folder).mkdir(parents=True)
+        labels, frame_folder = root / split / name / "labels_v2", "event_representations_v2/stacked_histogram_dt=50_nbins=10"
+        (root / split / name / frame_folder).mkdir(parents=True)
         labels.mkdir()
         rows = np.zeros(3, RAW_BOX)  # two boxes in the first labelled frame, one in the second
         rows["t"], rows["x"], rows["class_id"] = [100_000, 100_000, 150_000], [10, 20, 30], [0, 1, 2]
         rows["w"], rows["h"] = 40, 50
         np.savez(labels / "labels.npz", labels=rows, objframe_idx_2_label_idx=np.array([0, 2]))
         np.save(labels / "timestamps_us.npy", np.array([100_000, 150_000]))
-        folder = root / "train" / name / frame_folder
+        folder = root / split / name / frame_folder
         np.save(folder / "timestamps_us.npy", 50_000 * np.arange(1, frames + 1))
         np.save(folder / "objframe_idx_2_repr_idx.npy", np.array([1, 2]))
         with h5py.File(folder / "event_representations_ds2_nearest.h5", "w") as file:

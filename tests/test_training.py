@@ -13,7 +13,9 @@ import pytest
 import torch
 from small_shards import BINS, write_small_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_datasets import write_rvt_tree
 
+from data_prep.config import FrameMode
 from data_prep.errors import UserError
 from pipeline.checkpoint import load_sidecar, load_weights
 
@@ -98,6 +100,14 @@ def test_other_stages_train_save_and_evaluate(shards, tmp_path, overrides):
     run(shards, tmp_path / "run", "training.max_steps=3", *overrides)
     assert all(np.isfinite(list(told(tmp_path / "run", tag).values())).all() for tag in LOSSES)
     assert load_weights(tmp_path / "run").step == 3
+
+
+def test_rvt_tree_trains_as_it_stands(tmp_path):
+    tree = write_rvt_tree(write_rvt_tree(tmp_path / "tree", {"a": 9, "b": 5}), {"c": 4}, "val")
+    told_by = run(tree, tmp_path / "run", "dataset=rvt_tree", "training.max_steps=2")
+    assert "2 recordings, 14 frames" in told_by and np.isfinite(list(told(tmp_path / "run", "loss/total").values())).all()
+    weights = load_weights(tmp_path / "run")
+    assert weights.frames.mode is FrameMode.rvt and weights.classes == ["pedestrian", "two_wheeler", "car"]
 
 
 def test_a_stop_signal_saves_all_ranks_and_the_same_command_continues(shards, tmp_path):
