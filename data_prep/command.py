@@ -5,6 +5,7 @@ import errno
 import functools
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from data_prep.errors import UserError
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
-FAILURE_FILE = "EVSPAN_FAILURE_FILE"  # touched when a command fails: who starts several learns which was the first
+FAILURE_FILE = "EVSPAN_FAILURE_FILE"  # gets the time when a command fails: who starts several learns which was the first
 USERS_ERRNOS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT,
                 errno.EROFS)
 
@@ -37,7 +38,7 @@ def run_command(main: Callable[[], object]) -> None:
         sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
         if note := os.environ.get(FAILURE_FILE):
-            Path(note).touch()
+            Path(note).write_text(str(time.monotonic_ns()))  # files' own times are as coarse as the kernel's ticks
         if debugging() or not _is_users(error):
             raise
         fail(_one_line(error))

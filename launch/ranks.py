@@ -31,13 +31,15 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 class Rank:
     number: int
     process: subprocess.Popen
-    failure: Path  # touched by `run_command` when the rank fails
+    failure: Path  # written by `run_command` when the rank fails: when that was
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
     reader: Thread | None = None
     ended_by_us: bool = False
 
     @property
     def code(self) -> int:
+        if self.ended_by_us and self.process.returncode == -signal.SIGKILL and self.failure.exists():
+            return 1  # it had failed and was slow to go
         return self.process.returncode
 
     @property
@@ -211,8 +213,8 @@ def _precedence(rank: Rank) -> tuple[bool, bool, float]:
     """Lowest for the rank that failed first. One that fails takes the others down through their collectives, and may take
     longer to exit than they do. Those it takes down are neither killed (other than by NCCL, which aborts) nor know a mistake."""
     killed = rank.code < 0 and rank.code != -signal.SIGABRT
-    noted = rank.failure.stat().st_mtime if rank.failure.exists() else float("inf")
-    return not killed, rank.code != USER_ERROR_EXIT_CODE, noted
+    noted = rank.failure.read_text() if rank.failure.exists() else ""
+    return not killed, rank.code != USER_ERROR_EXIT_CODE, float(noted or "inf")
 
 
 def _tell(message: str) -> None:

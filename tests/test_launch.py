@@ -158,13 +158,14 @@ def test_a_ranks_traceback_is_shown(tmp_path):
     assert err.splitlines()[-1].startswith("error: rank 1 of 2 ended with exit code 1")
 
 
-def test_the_rank_that_failed_first_is_named_though_it_exits_last(tmp_path):
+@pytest.mark.parametrize("takes_s", [0.1, 30], ids=["within the grace", "until it is killed"])
+def test_the_rank_that_failed_first_is_named_though_it_exits_last(tmp_path, takes_s):
     """As where one rank's exception closes its connections, and the others fail for that and are gone sooner."""
-    program = """
+    program = f"takes_s = {takes_s}" + """
 ready()
 if rank == 1:
     import atexit
-    atexit.register(lambda: ((here / "failed").touch(), time.sleep(0.4)))
+    atexit.register(lambda: ((here / "failed").touch(), time.sleep(takes_s)))
     run_command(lambda: fail(ValueError("the cause")))
 wait_for("failed")
 run_command(lambda: fail(RuntimeError("connection closed by peer")))
