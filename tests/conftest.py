@@ -1,11 +1,16 @@
 """Where tests find material that is not part of the project; absent, they skip with a reason."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+# Where the tests run in the background of a script, Ctrl-C is ignored, which every process that a test starts would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def outside(variable: str, default: str) -> Path:
