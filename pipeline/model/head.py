@@ -1,7 +1,9 @@
 """YOLOX decoupled head: raw predictions; decoding is a function."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.model.layers import BaseConv, side_by_side
 
 Geometry = tuple[tuple[int, int, int], ...]  # per scale (h, w, stride)
+T = TypeVar("T")
 
 
 class YOLOXHead(nn.Module):
@@ -41,23 +44,39 @@ class YOLOXHead(nn.Module):
         return torch.cat(out, dim=1)
 
 
-def cells(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Per cell: column and row (cells, 2), and stride (cells, 1), as float32."""
-    places, strides = [], []
+def once_per_geometry(build: Callable[[Geometry, torch.device], T]) -> Callable[[Geometry, torch.device], T]:
+    """Keep what `build` returns for a geometry and a device. While a graph is traced it is built anew, as part of the graph."""
+
+    @functools.lru_cache(maxsize=32)
+    def kept(geometry: Geometry, device: torch.device) -> T:
+        with torch.inference_mode(False):  # a tensor made in inference mode could not take part in training later
+            return build(geometry, device)
+
+    @functools.wraps(build)
+    def built(geometry: Geometry, device: torch.device) -> T:
+        return build(geometry, device) if torch.compiler.is_compiling() else kept(geometry, device)
+
+    return built
+
+
+@once_per_geometry
+def cells(geometry: Geometry, device: torch.device) -> Tensor:
+    """(cells, 5) float32, scale by scale, row-major: column, row, stride, and the cell's middle x, y in input pixels."""
+    scales = []
     for h, w, stride in geometry:
         rows, columns = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
-        places.append(torch.stack((columns, rows), -1).view(-1, 2).float())
-        strides.append(torch.full((h * w, 1), float(stride), device=device))
-    return torch.cat(places), torch.cat(strides)
+        places = torch.stack((columns, rows), -1).view(-1, 2).float()
+        scales.append(torch.cat((places, torch.full_like(places[:, :1], stride), (places + 0.5) * stride), dim=1))
+    return torch.cat(scales)
 
 
-def decode_boxes(raw: Tensor, geometry: Geometry) -> Tensor:
-    """(n, cells, >= 4) raw -> (n, cells, 4) cx, cy, w, h in input pixels, float32."""
-    places, strides = cells(geometry, raw.device)
-    raw = raw[..., :4].float()
-    return torch.cat(((raw[..., :2] + places) * strides, raw[..., 2:].exp() * strides), dim=-1)
+def centre_and_size(place: Tensor, size: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Raw x, y and raw w, h, both (..., 2), of cells (..., 5) as `cells` tells them -> the same in input pixels."""
+    stride = at[..., 2:3]
+    return (place + at[..., :2]) * stride, size.exp() * stride
 
 
 def decode(raw: Tensor, geometry: Geometry) -> Tensor:
-    """(n, cells, 5 + classes) raw -> cx, cy, w, h in input pixels, objectness and class scores in 0..1."""
-    return torch.cat((decode_boxes(raw, geometry), raw[..., 4:].float().sigmoid()), dim=-1)
+    """(n, cells, 5 + classes) raw -> cx, cy, w, h in input pixels, objectness and class scores in 0..1; float32."""
+    place, size, scores = raw.float().split([2, 2, raw.shape[-1] - 4], dim=-1)
+    return torch.cat((*centre_and_size(place, size, cells(geometry, raw.device)), scores.sigmoid()), dim=-1)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import HeadConfig, SizeWeighting
-from pipeline.model.assignment import Assignment, assign
-from pipeline.model.head import Geometry, decode_boxes
+from pipeline.model.assignment import assign
+from pipeline.model.head import Geometry, cells, centre_and_size
 
 IOU_WEIGHT = 5.0
 
@@ -51,33 +51,31 @@ def detection_loss(raw: Tensor, boxes: Tensor, counts: Tensor, geometry: Geometr
     if boxes.shape[1] == 0:
         boxes = boxes.new_zeros(len(boxes), 1, 5)
     raw = raw.float()
-    assignment = assign(raw, boxes, counts, geometry, config)
-    foreground = assignment.foreground
+    foreground, box, iou = assign(raw, boxes, counts, geometry, config)
     tallies = torch.stack((foreground.sum(), counts.sum())).float()
     positives, total_boxes = tallies if sum_over_ranks is None else sum_over_ranks(tallies)
-    share = 1 / positives.clamp(min=1)
-    target = boxes.gather(1, assignment.box[..., None].expand(-1, -1, 5))  # (n, cells, 5)
-    iou = _iou_sum(raw, target, foreground, geometry, config) * IOU_WEIGHT * share
-    objectness = F.binary_cross_entropy_with_logits(raw[..., 4], foreground.float(), reduction="sum") * share
-    classes = _class_sum(raw, target, assignment) * share
-    return Losses(iou + objectness + classes, iou, objectness, classes, positives, total_boxes)
-
-
-def _iou_sum(raw: Tensor, target: Tensor, foreground: Tensor, geometry: Geometry, config: HeadConfig) -> Tensor:
-    # Background cells get harmless values before any arithmetic: where(..) after exp would still pass 0 * inf backward.
-    predicted = decode_boxes(torch.where(foreground[..., None], raw[..., :4], 0.0), geometry)
-    wanted = torch.where(foreground[..., None], target[..., 1:], 1.0)
-    low = torch.maximum(predicted[..., :2] - predicted[..., 2:] / 2, wanted[..., :2] - wanted[..., 2:] / 2)
-    high = torch.minimum(predicted[..., :2] + predicted[..., 2:] / 2, wanted[..., :2] + wanted[..., 2:] / 2)
-    shared = (high - low).clamp(min=0).prod(-1)
-    iou = shared / (predicted[..., 2:].prod(-1) + wanted[..., 2:].prod(-1) - shared + 1e-16)
-    loss = 1 - iou.square()
+    target = boxes.gather(1, box[..., None].expand(-1, -1, 5))  # (n, cells, 5)
+    place, size, surely, kinds = raw.split([2, 2, 1, raw.shape[-1] - 5], dim=-1)
+    # Background cells get harmless values before exp: a mask after it would still pass 0 * inf backward.
+    predicted = centre_and_size(place, size.masked_fill(~foreground[..., None], 0.0), cells(geometry, raw.device))
+    iou_loss = 1 - _iou(*predicted, target[..., 1:3], target[..., 3:]).square()
     if config.size_aware_loss:
-        loss = loss * size_weights(wanted[..., 2:].prod(-1), config)
-    return torch.where(foreground, loss, 0.0).sum()
+        iou_loss = iou_loss * size_weights(target[..., 3] * target[..., 4], config)
+    hit = foreground.float()
+    onehot = (target[..., :1] == torch.arange(kinds.shape[-1], device=raw.device)) * iou[..., None]
+    sums = torch.stack((
+        (iou_loss * hit).sum() * IOU_WEIGHT,
+        F.binary_cross_entropy_with_logits(surely[..., 0], hit, reduction="sum"),
+        F.binary_cross_entropy_with_logits(kinds, onehot, weight=hit[..., None], reduction="sum"),
+    ))
+    parts = sums / positives.clamp(min=1)
+    return Losses(parts.sum(), parts[0], parts[1], parts[2], positives, total_boxes)
 
 
-def _class_sum(raw: Tensor, target: Tensor, assignment: Assignment) -> Tensor:
-    onehot = F.one_hot(target[..., 0].long(), raw.shape[-1] - 5) * assignment.iou[..., None]
-    loss = F.binary_cross_entropy_with_logits(raw[..., 5:], onehot, reduction="none").sum(-1)
-    return torch.where(assignment.foreground, loss, 0.0).sum()
+def _iou(centre: Tensor, size: Tensor, other_centre: Tensor, other_size: Tensor) -> Tensor:
+    """(..., 2) each, x and y -> (...)."""
+    half, other_half = size / 2, other_size / 2
+    low = torch.maximum(centre - half, other_centre - other_half)
+    sides = (torch.minimum(centre + half, other_centre + other_half) - low).clamp(min=0)
+    shared, area, other_area = (torch.mul(*s.unbind(-1)) for s in (sides, size, other_size))
+    return shared / (area + other_area - shared + 1e-16)
