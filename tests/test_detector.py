@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dispatched import Dispatched
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
@@ -159,6 +160,17 @@ def test_a_chunk_without_labels_trains_in_step(kind):
     unseen = [k for k in before if k.startswith("yolox_head") or not state.previous]
     assert unseen and all(torch.equal(before[k], after[k]) for k in unseen)
     assert all(v.isfinite().all() for v in after.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_host_waits_for_the_labelled_frames_alone(kind):
+    """In a whole training step: which frames are labelled decides the size of the neck's and the head's batch."""
+    detector, labelled = micro(kind).train(), torch.tensor([[False, True, False], [True, False, True], [False, False, True]])
+    with Dispatched() as seen:
+        raw, _ = detector(some_frames(3), detector.initial_state(LANES, H, W), starts=no(), labelled=labelled)
+        boxes, counts = torch.rand(4, 9, 5) * torch.tensor([2, W, H, 30, 30]), torch.tensor([0, 9, 3, 1])
+        detection_loss(raw, boxes, counts, detector.geometry(H, W), detector.config.head).total.backward()
+    assert set(seen.waits) <= {"aten::nonzero"} and seen.waits.total() <= 2
 
 
 def test_turning_attention_on_changes_nothing_before_the_first_update():

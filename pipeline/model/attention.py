@@ -15,8 +15,8 @@ def _gate(identity_start: bool) -> nn.Parameter | None:
     return nn.Parameter(torch.zeros(1)) if identity_start else None
 
 
-def _add(x: Tensor, change: Tensor, gate: nn.Parameter | None) -> Tensor:
-    return x + change if gate is None else torch.addcmul(x, gate, change)
+def _gated(t: Tensor, gate: nn.Parameter | None) -> Tensor:
+    return t if gate is None else t * gate
 
 
 class MultiScaleSpatialAttention(nn.Module):
@@ -24,6 +24,7 @@ class MultiScaleSpatialAttention(nn.Module):
 
     def __init__(self, channels: int, scales: Sequence[int] = (1, 2, 4), *, identity_start: bool = True) -> None:
         super().__init__()
+        self.scales = tuple(scales)
         self.scale_channels = max(1, channels // len(scales))
         self.combined_channels = self.scale_channels * len(scales)
         self.scale_convs = nn.ModuleList(nn.Conv2d(channels, self.scale_channels, 3, padding=s, dilation=s) for s in scales)
@@ -33,8 +34,17 @@ class MultiScaleSpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> the same shape."""
-        combined = torch.cat([conv(x) for conv in self.scale_convs], dim=1)
-        return _add(x, x * self.attention_conv(combined).sigmoid(), self.gate)
+        first, rectify, last = self.attention_conv
+        # The first 1x1 convolution is linear in what the dilated ones give: multiplied into their kernels it leaves a third less
+        # to do, and no map of `combined_channels` is written.
+        mix = first.get_parameter("weight").flatten(1)  # (middle, combined)
+        dilated = torch.stack([conv.get_parameter("weight") for conv in self.scale_convs])
+        kernels = (mix.unflatten(1, dilated.shape[:2]).transpose(0, 1) @ dilated.flatten(2)).unflatten(2, dilated.shape[2:])
+        bias = first.get_parameter("bias") + mix @ torch.cat([conv.get_parameter("bias") for conv in self.scale_convs])
+        hidden = F.conv2d(x, kernels[0], bias, padding=self.scales[0], dilation=self.scales[0])
+        for kernel, scale in zip(kernels[1:], self.scales[1:], strict=True):
+            hidden.add_(F.conv2d(x, kernel, padding=scale, dilation=scale))
+        return x * (1 + _gated(last(rectify(hidden)).sigmoid(), self.gate))
 
 
 class EventTemporalAttention(nn.Module):
@@ -54,13 +64,19 @@ class EventTemporalAttention(nn.Module):
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
         """x: (N, C, h, w); previous: (N, window - 1, C, h, w), oldest first -> (N, C, h, w)."""
+        channels, older = x.shape[1], previous.shape[1] - 1
         frames = torch.cat((previous.flatten(1, 2), x), dim=1)
-        # The (window, 1, 1) kernel on a window's frames is a 1x1 one on their channels, oldest first.
-        kernel = self.temporal_conv.weight[..., 0, 0].transpose(1, 2).flatten(1)[..., None, None]
-        temporal = F.conv2d(frames, kernel, self.temporal_conv.bias)
-        motion = self.motion_conv(torch.cat((x, previous[:, -1]), dim=1)).sigmoid()
-        weights = self.temporal_fc(temporal.mean((2, 3))).sigmoid()[..., None, None]
-        return _add(x, temporal * motion * weights, self.gate)
+        # The (window, 1, 1) kernel on a window's frames is a 1x1 one on their channels, oldest first. The 3x3 one to a single
+        # map is nine 1x1 ones, whose maps are then shifted and added; both read the frames in one product.
+        over_time = self.temporal_conv.weight[..., 0, 0].transpose(1, 2).flatten(1)
+        current, before = self.motion_conv.weight.view(2, channels, 9).transpose(1, 2)
+        taps = F.pad(torch.cat((before, current), dim=1), (older * channels, 0))
+        bias_of_motion = F.pad(self.motion_conv.get_parameter("bias"), (4, 4))  # at the middle tap
+        bias = torch.cat((self.temporal_conv.get_parameter("bias"), bias_of_motion))
+        temporal, maps = F.conv2d(frames, torch.cat((over_time, taps))[..., None, None], bias).split([channels, 9], dim=1)
+        motion = F.conv2d(maps, torch.eye(9, dtype=x.dtype, device=x.device).view(1, 9, 3, 3), padding=1).sigmoid()
+        weights = self.temporal_fc(temporal.mean((2, 3))).sigmoid()
+        return torch.addcmul(x, temporal, motion * _gated(weights, self.gate)[..., None, None])
 
 
 class ScaleAwareChannelAttention(nn.Module):
@@ -105,7 +121,9 @@ class SmallObjectAttentionModule(nn.Module):
             x = self.temporal(x, previous)
         if self.integration is None:
             return x
-        return self.integration(x) if self.gate is None else _add(x, self.integration(x), self.gate)
+        if self.gate is None:
+            return self.integration(x)
+        return x + F.conv2d(x, self.integration.weight * self.gate, self.integration.get_parameter("bias") * self.gate)
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
         """x: (N, C, h, w); previous: (N, window - 1, C, h, w), what `before_time` gave for the frames before."""
