@@ -1,4 +1,4 @@
-"""Shards -> batches of one rank's lanes, read ahead by threads."""
+"""Shards -> batches of one rank's lanes and frames, read ahead by threads."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from pipeline.data.plan import SamplingPlan
 
 
 class Batch(NamedTuple):
-    """One micro-batch of B lanes and T frames; n of its frames are labelled.
+    """One micro-batch of B lanes and T frames, those of one rank; n of its frames are labelled.
 
     frames: (T, B, C, H, W) uint8. starts: (B,) bool. labelled: (T, B) bool. boxes: (n, most, 5) float32 class, cx, cy,
     w, h in pixels, for the labelled frames in (t, b) order, rows beyond `counts` (n,) int64 zero.
@@ -30,7 +30,8 @@ class Batch(NamedTuple):
     counts: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in self))
+        """On `device`, but for `labelled`, which the detector reads on the CPU."""
+        return Batch(*(t.to(device, non_blocking=True) for t in self))._replace(labelled=self.labelled)
 
 
 def pad_boxes(boxes: list[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -43,13 +44,15 @@ def pad_boxes(boxes: list[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 class Loader:
-    """Batches of the lanes `lanes` (a range of the world's), from micro-batch `start` on, without end.
+    """Batches of the lanes `lanes` (of the world's) and the frames `frames` (of each chunk's), without end.
 
-    Which batch comes when is the plan's business; `config.loader_workers` threads only decide how far ahead it is read.
+    Which batch comes when is the plan's business; `config.loader_workers` threads only decide how far ahead it is read. Ranks
+    that share a sequence read different frames of the same chunks, all with the lane's one draw of the augmentation.
     """
 
-    def __init__(self, dataset: Dataset, plan: SamplingPlan, lanes: range, config: TrainingConfig, *, seed: int) -> None:
-        self.dataset, self.plan, self.lanes, self.config, self.seed = dataset, plan, lanes, config, seed
+    def __init__(self, dataset: Dataset, plan: SamplingPlan, lanes: range, frames: range, config: TrainingConfig, *,
+                 seed: int) -> None:
+        self.dataset, self.plan, self.lanes, self.frames, self.config, self.seed = dataset, plan, lanes, frames, config, seed
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index` of the whole run."""
@@ -63,15 +66,18 @@ class Loader:
     def _lane(self, lane: int, index: int) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, bool]:
         chunk = self.plan.chunk(lane, index)
         recording = self.dataset.recordings[chunk.recording]
-        height, width, length = self.dataset.height, self.dataset.width, self.plan.sequence_length
+        height, width, length = self.dataset.height, self.dataset.width, len(self.frames)
         how = draw_augmentation(self.config.augmentation, chunk, seed=self.seed, height=height, width=width)
-        frames = augment_frames(recording.read(chunk.first, chunk.first + chunk.frames), how)
-        if chunk.frames < length:  # a recording's tail: nothing happens after its end
-            frames = np.concatenate((frames, np.zeros((length - chunk.frames, *frames.shape[1:]), np.uint8)))
+        first, there = chunk.first + self.frames.start, min(length, max(0, chunk.frames - self.frames.start))
+        frames = np.zeros((length, self.dataset.channels, height, width), np.uint8)
+        if there == length:
+            frames = augment_frames(recording.read(first, first + there), how)
+        elif there:  # a recording's tail: nothing happens after its end
+            frames[:there] = augment_frames(recording.read(first, first + there), how)
         labelled = np.zeros(length, bool)
-        labelled[: chunk.frames] = recording.labelled[chunk.first : chunk.first + chunk.frames]
+        labelled[:there] = recording.labelled[first : first + there]
         empty = np.zeros((0, 5), np.float32)
-        boxes = [augment_boxes(to_center(recording.boxes(chunk.first + t)), how, height=height, width=width)
+        boxes = [augment_boxes(to_center(recording.boxes(first + t)), how, height=height, width=width)
                  if labelled[t] else empty for t in range(length)]
         return frames, boxes, labelled, chunk.start
 

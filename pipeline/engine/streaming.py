@@ -64,7 +64,7 @@ def evaluate_split(detector: Detector, data: Dataset, config: EvaluationConfig, 
                 labelled[: last - first, lane] = recording.labelled[first:last]
         starts = torch.tensor([c is not None and c[1] == 0 for c in chunks], device=device)
         raw, state = detector(torch.from_numpy(frames).to(device), state, starts=starts,
-                              labelled=torch.from_numpy(labelled).to(device))
+                              labelled=torch.from_numpy(labelled))
         found = detections(detector.decode(raw, data.height, data.width), confidence_threshold=config.confidence_threshold,
                            nms_threshold=config.nms_threshold)
         for (t, lane), rows in zip(np.argwhere(labelled).tolist(), found, strict=True):

@@ -8,6 +8,7 @@ from pipeline.model.backbone import Backbone
 from pipeline.model.exchange import Exchange, LocalExchange
 from pipeline.model.head import Geometry, YOLOXHead, decode
 from pipeline.model.neck import ATTENDED_SCALES, YOLOPAFPN
+from pipeline.model.postprocess import detections
 from pipeline.model.state import DetectorState, StageState, forget_lanes
 
 
@@ -53,50 +54,105 @@ class Detector(nn.Module):
         attended = self.config.fpn.in_stages[:ATTENDED_SCALES] if back else []
         return DetectorState(stages, tuple(zeros(back, batch, stage=s - 1) for s in attended))
 
-    def forward(self, frames: Tensor, state: DetectorState, *, starts: Tensor, labelled: Tensor) -> tuple[Tensor, DetectorState]:
+    def forward(self, frames: Tensor, state: DetectorState, *, starts: Tensor | None = None,
+                labelled: Tensor | None = None) -> tuple[Tensor, DetectorState]:
         """
         Args:
-            frames: (T, B, in_channels, H, W) uint8. starts: (B,) bool, lanes whose state begins at zero.
-            labelled: (T, B) bool, frames that predictions are wanted of; none at all is fine.
+            frames: (T, B, in_channels, H, W) uint8. starts: (B,) bool, lanes whose state begins at zero; None: no lane.
+            labelled: (T, B) bool, frames that predictions are wanted of; none at all is fine. None: all frames. Best on the
+                CPU, wherever the frames are: how many it marks must be known there, and asking a GPU would wait for it.
         Returns:
             (n, cells, 5 + classes) raw predictions of the n labelled frames in (t, b) order, and the next state.
         """
-        state = forget_lanes(state, starts)
+        if starts is not None:
+            state = forget_lanes(state, starts)
         features, stages = self.backbone(frames, state.stages, self.exchange)
-        chosen = [features[s - 1] for s in self.config.fpn.in_stages]
-        look_back = _LookBack(labelled, state.previous, self.config.fpn.looks_back, self.exchange)
-        outputs = self.fpn([f.flatten(0, 1)[look_back.needed] for f in chosen], look_back)
-        return self.yolox_head(outputs), DetectorState(stages, tuple(look_back.carry))
+        chosen = [features[s - 1].flatten(0, 1) for s in self.config.fpn.in_stages]
+        frames_back = self.config.fpn.looks_back
+        if labelled is None:
+            look_back: _AllFrames | _LookBack = _AllFrames(frames.shape[1], state.previous, frames_back, self.exchange)
+        else:
+            look_back = _LookBack(labelled, state.previous, frames_back, self.exchange, frames.device)
+            chosen = [f[look_back.needed] for f in chosen]
+        return self.yolox_head(self.fpn(chosen, look_back)), DetectorState(stages, tuple(look_back.carry))
+
+    def step(self, frames: Tensor, state: DetectorState) -> tuple[Tensor, DetectorState]:
+        """One frame of every lane.
+
+        Args:
+            frames: (B, 2 * bins, H, W) uint8. state: of `initial_state`, or what the step before returned.
+        Returns:
+            (B, cells, 5 + classes): cx, cy, w, h in pixels of the frames, objectness, class scores; cells ordered by scale,
+            finest first, then row-major. And the next state.
+        """
+        raw, state = self(frames[None], state)
+        return self.decode(raw, *frames.shape[-2:]), state
+
+    def detect(self, frames: Tensor, state: DetectorState, *, confidence_threshold: float | None = None,
+               nms_threshold: float | None = None) -> tuple[list[Tensor], DetectorState]:
+        """`step`, then thresholds and non-maximum suppression per class; thresholds are the model config's unless given.
+
+        Returns:
+            per lane (k, 7): x1, y1, x2, y2 in pixels of the frames, objectness, class score, class id; the surest first.
+            And the next state.
+        """
+        decoded, state = self.step(frames, state)
+        config = self.config.postprocess
+        confidence = config.confidence_threshold if confidence_threshold is None else confidence_threshold
+        nms = config.nms_threshold if nms_threshold is None else nms_threshold
+        return detections(decoded, confidence_threshold=confidence, nms_threshold=nms), state
 
     def decode(self, raw: Tensor, height: int, width: int) -> Tensor:
         """(n, cells, 5 + classes): cx, cy, w, h in pixels of the frames (height, width), objectness, class scores."""
         return decode(raw, self.geometry(height, width))
 
 
+class _AllFrames:
+    """The frames before each frame, where predictions are wanted of all: no indexing, so that it exports and compiles."""
+
+    def __init__(self, lanes: int, carried: tuple[Tensor, ...], frames: int, exchange: Exchange) -> None:
+        self.lanes, self.carried, self.frames, self.exchange = lanes, carried, frames, exchange
+        self.carry: list[Tensor] = []
+
+    def __call__(self, scale: int, packed: Tensor) -> tuple[Tensor, Tensor | None]:
+        if scale >= len(self.carried):
+            return packed, None
+        carried, shape = self.carried[scale], (-1, self.lanes, *packed.shape[1:])
+        tail = _rows(carried, packed).view(shape)[-self.frames :]
+        before, carry = self.exchange.previous(tail, carried)
+        self.carry.append(carry)
+        rows, count = _rows(before, packed), len(packed)
+        return packed, torch.stack([rows[k * self.lanes : k * self.lanes + count] for k in range(self.frames)], dim=1)
+
+
 class _LookBack:
     """Which frames the neck needs, and where each labelled frame finds the ones before it.
 
     The neck runs on the labelled frames, the frames temporal attention looks back at, and the chunk's last ones, which the
-    next chunk looks back at. They are packed into one batch in (t, b) order; earlier ones come from the exchange.
+    next chunk looks back at: the same frames, and so the same BatchNorm statistics, however many ranks share the chunk. A
+    rank's last frames that nobody looks back at are not among them; what it then hands on in their place is not looked at
+    either. They are packed into one batch in (t, b) order; earlier ones come from the exchange.
     """
 
-    def __init__(self, labelled: Tensor, carried: tuple[Tensor, ...], frames: int, exchange: Exchange) -> None:
+    def __init__(self, labelled: Tensor, carried: tuple[Tensor, ...], frames: int, exchange: Exchange,
+                 device: torch.device) -> None:
         self.frames, self.carried, self.exchange = frames, carried, exchange
         self.carry: list[Tensor] = []
         steps, lanes = labelled.shape
+        ahead = torch.cat((labelled, exchange.following(labelled, frames))) if frames else labelled
         needed = labelled.clone()
         for k in range(1, frames + 1):
-            needed[:-k] |= labelled[k:]
-        if frames:
-            needed[-frames:] = True
+            needed |= ahead[k : k + steps]
         places = labelled.flatten().nonzero()[:, 0]
-        self.needed = needed.flatten().nonzero()[:, 0] if frames else places
+        rows_needed = needed.flatten().nonzero()[:, 0] if frames else places
         # Row of every frame, the `frames` before the chunk first, in (those before ++ the packed ones).
         before = torch.arange(frames * lanes, device=labelled.device)
         row = torch.cat((before, needed.flatten().cumsum(0) - 1 + frames * lanes))
-        self.wanted = row[places + frames * lanes] - frames * lanes
-        self.last = row[steps * lanes :]
-        self.rows_before = torch.stack([row[places + k * lanes] for k in range(frames)], 1) if frames else None
+        rows_before = torch.stack([row[places + k * lanes] for k in range(frames)], 1) if frames else None
+        wanted = row[places + frames * lanes] - frames * lanes
+        self.needed, self.wanted = rows_needed.to(device, non_blocking=True), wanted.to(device, non_blocking=True)
+        self.last = row[steps * lanes :].to(device, non_blocking=True)
+        self.rows_before = None if rows_before is None else rows_before.to(device, non_blocking=True)
 
     def __call__(self, scale: int, packed: Tensor) -> tuple[Tensor, Tensor | None]:
         if scale >= len(self.carried) or self.rows_before is None:

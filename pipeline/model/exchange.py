@@ -28,6 +28,15 @@ class Exchange(Protocol):
             the frames before this rank's first one, oldest first, and the next carry; both shaped as `tail`.
         """
 
+    def following(self, labelled: Tensor, frames: int) -> Tensor:
+        """Which of the `frames` frames after this rank's last one are labelled; of the next chunk's, any may be: True.
+
+        Args:
+            labelled: (T, B) bool, this rank's.
+        Returns:
+            (frames, B) bool.
+        """
+
 
 class LocalExchange:
     """A sequence stays on one rank."""
@@ -37,3 +46,6 @@ class LocalExchange:
 
     def previous(self, tail: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
         return carry, tail
+
+    def following(self, labelled: Tensor, frames: int) -> Tensor:
+        return labelled.new_ones(frames, labelled.shape[1])
