@@ -1,30 +1,69 @@
 """Detectors from configs and from weights files."""
 
-import torch
+from collections.abc import Mapping
 
+import torch
+from torch import Tensor
+
+from data_prep.config import FrameConfig
 from data_prep.errors import UserError
 from pipeline.checkpoint import Weights
 from pipeline.model.detector import Detector
+from pipeline.model.state import DetectorState
 
 
-def detector_from(weights: Weights, *, device: torch.device | str = "cpu") -> Detector:
+class TrainedDetector(Detector):
+    """A detector that knows what it was trained on.
+
+    classes: names, in the order of class ids; a head may have more. frames: how events became the frames that it takes.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(weights.model, weights.frames.channels)
+        self.classes: list[str] = list(weights.classes)
+        self.frames: FrameConfig = weights.frames
+
+    def initial_state(self, batch: int, height: int, width: int, *, device: torch.device | str | None = None,
+                      dtype: torch.dtype | None = None) -> DetectorState:
+        """Zeros for `batch` lanes of frames (height, width), on the detector's device unless told otherwise."""
+        device = next(self.parameters()).device if device is None else device
+        return super().initial_state(batch, height, width, device=device, dtype=dtype)
+
+
+def detector_from(weights: Weights, *, device: torch.device | str = "cpu") -> TrainedDetector:
     """A detector in eval mode with these weights.
 
     Raises:
         UserError: the tensors are not those of the model that the file names; lists what is missing and unexpected.
     """
-    detector = Detector(weights.model, weights.frames.channels)
-    load_tensors(detector, weights)
+    check_fit(weights)
+    detector = TrainedDetector(weights)
+    detector.load_state_dict(weights.tensors)
     return detector.to(device).eval()
 
 
+def check_fit(weights: Weights) -> None:
+    """Raises UserError as `detector_from` does; nothing is allocated."""
+    with torch.device("meta"):
+        wanted = Detector(weights.model, weights.frames.channels).state_dict()
+    _refuse_misfits(wanted, weights.tensors)
+
+
 def load_tensors(detector: torch.nn.Module, weights: Weights) -> None:
-    wanted = detector.state_dict()
-    missing, unexpected = sorted(wanted.keys() - weights.tensors.keys()), sorted(weights.tensors.keys() - wanted.keys())
-    shapes = [f"{k} {tuple(weights.tensors[k].shape)} for {tuple(v.shape)}" for k, v in wanted.items()
-              if k in weights.tensors and weights.tensors[k].shape != v.shape]
-    if missing or unexpected or shapes:
-        told = "; ".join(f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" for what, names in
-                         (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names)
-        raise UserError(f"the weights do not fit the model ({told}). Use the model config that they were trained with")
+    _refuse_misfits(detector.state_dict(), weights.tensors)
     detector.load_state_dict(weights.tensors)
+
+
+def _refuse_misfits(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    def told(name: str, tensors: Mapping[str, Tensor]) -> str:
+        return f"{name} {tuple(tensors[name].shape)}"
+
+    found = {
+        "missing": [told(k, wanted) for k in sorted(wanted.keys() - given.keys())],
+        "unexpected": [told(k, given) for k in sorted(given.keys() - wanted.keys())],
+        "of another shape": [f"{told(k, given)} for {tuple(v.shape)}" for k, v in wanted.items()
+                             if k in given and given[k].shape != v.shape]}
+    if any(found.values()):
+        lists = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in found.items() if names)
+        raise UserError(f"the weights do not fit the model. Use the model config that they were trained with, or another file. "
+                        f"Of {len(wanted)} tensors: {lists}")
