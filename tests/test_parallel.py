@@ -12,7 +12,7 @@ from data_prep.errors import ConfigError
 from pipeline.config import ParallelConfig
 from pipeline.model.norm import BatchNorm2d, RankReductions, global_batch_norms
 from pipeline.parallel.reductions import any_rank, broadcast_object, deal, gather_objects, gather_over_ranks, sum_over_ranks
-from pipeline.parallel.world import World, open_world
+from pipeline.parallel.world import open_world
 
 RANKS = 3
 SHARES = (4, 0, 3)  # samples per rank: one has none, and still takes part
@@ -72,13 +72,6 @@ def test_deal_gives_every_item_once_and_balances():
     shares = [deal(list("abcdef"), r, 3, weight=weight) for r in range(3)]
     assert sorted(sum(shares, [])) == list("abcdef")
     assert max(sum(weight["abcdef".index(i)] for i in share) for share in shares) == 50
-
-
-def test_lanes_that_do_not_divide_are_told():
-    world = World(1, 3, 1, 3, torch.device("cpu"))
-    assert world.lanes(6) == range(2, 4)
-    with pytest.raises(ConfigError, match="training.batch_size=9"):
-        world.lanes(8)
 
 
 def test_another_number_of_processes_than_configured_is_told(monkeypatch):

@@ -1,0 +1,20 @@
+"""Which exchange a run has."""
+
+from pipeline.config import ExchangeKind, chosen_exchange
+from pipeline.parallel.mesh import Mesh
+from pipeline.parallel.relay import RelayExchange
+from pipeline.parallel.sequence import SequenceExchange
+from pipeline.parallel.transpose import TransposeExchange
+
+
+def open_exchange(kind: ExchangeKind, mesh: Mesh, *, sequence_length: int, dws_conv: bool) -> SequenceExchange:
+    """
+    Args:
+        sequence_length: frames of a chunk, over all ranks of the sequence. dws_conv: the backbone's.
+    Raises:
+        ConfigError: cells look at their neighbours (dws_conv) and cannot be dealt out.
+    """
+    frames = len(mesh.frames(sequence_length))
+    if chosen_exchange(kind, dws_conv=dws_conv) is ExchangeKind.relay:
+        return RelayExchange(mesh, frames=frames, whole_maps=dws_conv)
+    return TransposeExchange(mesh, frames=frames)

@@ -1,0 +1,282 @@
+"""What ranks run for tests/test_exchange.py: every case under every layout that the world allows, one launch for all of them.
+
+    python tests/exchange_ranks.py FOLDER    with torchrun's variables; writes FOLDER/<rank>.pt: {case: what came out}
+"""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+
+from pipeline.config import BackboneConfig, ExchangeKind, FpnConfig, HeadConfig, ModelConfig, ParallelConfig
+from pipeline.model.backbone import CellLSTM
+from pipeline.model.detector import Detector
+from pipeline.model.exchange import LocalExchange
+from pipeline.model.loss import detection_loss
+from pipeline.model.norm import RankReductions, global_batch_norms
+from pipeline.model.state import DetectorState, StageState, detach, forget_lanes, map_state, state_tensors
+from pipeline.parallel.autograd import touch
+from pipeline.parallel.exchange import open_exchange
+from pipeline.parallel.mesh import open_mesh
+from pipeline.parallel.reductions import gather_over_ranks, sum_over_ranks
+from pipeline.parallel.world import open_world
+
+TIMEOUT_S = 60
+CHUNKS = 3
+
+
+class Alone(LocalExchange):
+    """One rank, which holds the canonical state."""
+
+    def scatter(self, state):
+        return state
+
+    def gather(self, state, like):
+        return map_state(torch.Tensor.detach, state)
+
+
+def normal(generator, *shape, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+# -- scans -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Scan:
+    kind: str = "transpose"
+    dws_conv: bool = False
+    size: tuple[int, int] = (4, 3)
+    lanes: int = 3
+    frames: int = 12  # of a chunk, over all ranks
+    dtype: torch.dtype = torch.float64
+    only_last: bool = False  # the loss sees the last rank's frames only
+    cut: bool = False  # the graph, between chunks
+
+    dim = 4
+
+
+SCANS = {
+    "transpose": Scan(),
+    "transpose, cells that do not divide": Scan(size=(5, 5)),
+    "transpose, fewer cells than ranks": Scan(size=(1, 2)),
+    "transpose, loss on one rank": Scan(only_last=True),
+    "transpose, float32": Scan(dtype=torch.float32, cut=True),
+    "transpose, bfloat16": Scan(dtype=torch.bfloat16, size=(5, 5)),
+    "relay": Scan(kind="relay"),
+    "relay, more slices than cells": Scan(kind="relay", size=(1, 2)),
+    "relay, cells that do not divide": Scan(kind="relay", size=(5, 5), cut=True),
+    "relay, loss on one rank": Scan(kind="relay", only_last=True),
+    "relay, float32": Scan(kind="relay", dtype=torch.float32, cut=True),
+    "relay, bfloat16": Scan(kind="relay", dtype=torch.bfloat16),
+    "relay, neighbours": Scan(kind="relay", dws_conv=True),
+    "relay, neighbours, one lane": Scan(kind="relay", dws_conv=True, lanes=1, frames=24),
+    "relay, neighbours, loss on one rank": Scan(kind="relay", dws_conv=True, only_last=True, cut=True),
+    "auto": Scan(kind="auto"),
+    "auto, neighbours": Scan(kind="auto", dws_conv=True),
+}
+
+
+def scan(case, exchange, mine, ranks):
+    """Chunks of an LSTM over the frames `mine` of each, a start inside; a loss that weighs every output and state differently."""
+    g = torch.Generator().manual_seed(7)
+    torch.manual_seed(3)
+    lstm = CellLSTM(case.dim, dws_conv=case.dws_conv).to(case.dtype)
+    whole = case.frames, case.lanes, *case.size, case.dim
+    shape = case.lanes, case.dim, *case.size
+    chunks = [(normal(g, *whole, dtype=case.dtype), normal(g, *whole, dtype=case.dtype)) for _ in range(CHUNKS)]
+    starts = torch.rand(CHUNKS, case.lanes, generator=g) < 0.4
+
+    def some_state():
+        return DetectorState((StageState(normal(g, *shape, dtype=case.dtype), normal(g, *shape, dtype=case.dtype)),), ())
+
+    canonical = some_state()
+    first = map_state(torch.Tensor.requires_grad_, exchange.scatter(canonical))
+    state, state_weights = first, exchange.scatter(some_state())
+    if case.only_last:
+        for _, weights in chunks:
+            weights[: -case.frames // ranks] = 0
+    xs, ys = [], []
+    for (x, _), begins in zip(chunks, starts, strict=True):
+        xs.append(x[mine.start : mine.stop].clone().requires_grad_())
+        state = forget_lanes(detach(state) if case.cut else state, begins)
+        y, stage = exchange.scan(lstm, xs[-1], state.stages[0])
+        ys.append(y)
+        state = DetectorState((stage,), ())
+    if case.only_last and mine.stop < case.frames:
+        loss = touch(torch.zeros((), dtype=case.dtype, requires_grad=True) * 1, *ys)
+    else:
+        loss = sum((y * w[mine.start : mine.stop]).sum() for y, (_, w) in zip(ys, chunks, strict=True))
+    if not case.only_last:
+        loss = loss + sum((t * w).sum() for t, w in zip(state_tensors(state), state_tensors(state_weights), strict=True))
+    loss.backward()
+    by_first = map_state(lambda t: torch.zeros_like(t) if t.grad is None else t.grad, first)
+    return {"y": torch.stack(ys).detach(), "x": torch.stack([x.grad for x in xs]),
+            "state": state_tensors(exchange.gather(state, canonical)),
+            "first": state_tensors(exchange.gather(by_first, canonical)),
+            "weights": [p.grad for p in lstm.parameters()]}
+
+
+def moving_case():
+    """An LSTM, two chunks and a state to begin with."""
+    g = torch.Generator().manual_seed(5)
+    torch.manual_seed(3)
+    shape = 2, 4, 5, 3
+    chunks = [normal(g, 12, 2, 5, 3, 4) for _ in range(2)]
+    return CellLSTM(4, dws_conv=False).double(), chunks, DetectorState((StageState(normal(g, *shape), normal(g, *shape)),), ())
+
+
+@torch.no_grad()
+def scan_moved(mesh):
+    """The second chunk under another exchange than the first, as after a checkpoint; the state goes by its canonical form."""
+    lstm, chunks, canonical = moving_case()
+    like, mine, ys = map_state(lambda t: t.to("meta"), canonical), mesh.frames(12), []
+    for kind, x in zip(("transpose", "relay"), chunks, strict=True):
+        exchange = open_exchange(ExchangeKind[kind], mesh, sequence_length=12, dws_conv=False)
+        y, stage = exchange.scan(lstm, x[mine.start : mine.stop], exchange.scatter(canonical).stages[0])
+        canonical = exchange.gather(DetectorState((stage,), ()), like)
+        ys.append(y)
+    return {"y": ys, "state": state_tensors(canonical)}
+
+
+# -- looking back ------------------------------------------------------------------------------------------------
+LOOKS = {f"{back} back, {frames} frames a rank": (back, frames) for back in (1, 2, 3, 5) for frames in (1, 2, 4)}
+
+
+def timeline(back, frames):
+    """The frames of the first carry and of all chunks, and what each chunk's rank that begins at a frame weighs its look-back
+    with, (chunk, frame, back, ...)."""
+    g = torch.Generator().manual_seed(9)
+    shape = (2, 3, 2, 2)
+    return normal(g, back + CHUNKS * frames, *shape), normal(g, CHUNKS, frames, back, *shape)
+
+
+def some_labels(frames):
+    return torch.rand(frames, 2, generator=torch.Generator().manual_seed(11)) < 0.5
+
+
+def look_back(back, frames, exchange, mine):
+    """Before and next carry over chunks, handed in as the detector does: of a short chunk, the carry's frames come first."""
+    whole, weights = timeline(back, frames)
+    canonical = DetectorState((), (whole[:back],))
+    carry = first = exchange.scatter(canonical).previous[0].requires_grad_()
+    told, features, loss = [], [], torch.zeros((), dtype=torch.float64)
+    for index in range(CHUNKS):
+        begin = back + index * frames
+        features.append(whole[begin + mine.start : begin + mine.stop].clone().requires_grad_())
+        before, carry = exchange.previous(torch.cat((carry, features[-1]))[-back:], carry)
+        loss = loss + (before * weights[index, mine.start]).sum()
+        told.append(before.detach())
+    loss.backward()
+    gradient = torch.zeros_like(first) if first.grad is None else first.grad
+    return {"before": torch.stack(told), "features": torch.stack([f.grad for f in features]),
+            "following": exchange.following(some_labels(frames)[mine.start : mine.stop], back),
+            "carry": exchange.gather(DetectorState((), (carry,)), canonical).previous[0],
+            "first": exchange.gather(DetectorState((), (gradient,)), canonical).previous[0]}
+
+
+# -- the detector whole ------------------------------------------------------------------------------------------
+CHANNELS, H, W = 4, 60, 120  # padded to 64 x 128
+MODELS = {
+    "plain": {}, "plain, neighbours": {"dws_conv": True},
+    "attention": {"attention": True}, "attention, neighbours": {"attention": True, "dws_conv": True},
+    "attention over 4 frames": {"attention": True, "window": 4},
+}
+F32, F64 = torch.float32, torch.float64
+DETECTORS = {  # (world, ranks per sequence): model, exchange, labelled frames of chunk 1 (chunk 2 has some), dtype of the weights
+    (4, 1): [],
+    (4, 2): [("attention, neighbours", "auto", "few", F64), ("attention over 4 frames", "auto", "one", F64)],
+    (4, 4): [("attention", "relay", "everywhere", F64), ("plain, neighbours", "auto", "one", F64)],
+    (3, 3): [("plain", "auto", "none", F64), ("attention", "auto", "one", F64), ("attention", "auto", "few", F32)],
+}
+
+
+def micro(*, dws_conv=False, attention=False, window=3):
+    """Small, every part matters: LayerScale at 0.5, attention gates open."""
+    torch.manual_seed(0)
+    detector = Detector(ModelConfig(backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5, dws_conv=dws_conv),
+                                    fpn=FpnConfig(depth=0, enable_small_object_attention=attention, temporal_window=window),
+                                    head=HeadConfig(num_classes=2)), CHANNELS)
+    for name, parameter in detector.named_parameters():
+        if name.endswith("gate"):
+            torch.nn.init.constant_(parameter, 0.7)
+    return detector
+
+
+def chunk(index, labels, frames, lanes):
+    """frames (T, B, ...), labelled (T, B), starts (B,), boxes (T, B, 2, 5) of the whole world."""
+    g = torch.Generator().manual_seed(index)
+    x = torch.randint(0, 11, (frames, lanes, CHANNELS, H, W), dtype=torch.uint8, generator=g)
+    labelled = torch.rand(frames, lanes, generator=g) < 0.4
+    if index == 0:
+        wanted = {"everywhere": torch.ones_like(labelled), "few": labelled, "one": torch.zeros_like(labelled),
+                  "none": torch.zeros_like(labelled)}
+        labelled = wanted[labels]
+        labelled[-1, -1] |= labels == "one"  # the last rank's; all others have none
+    boxes = torch.rand(frames, lanes, 2, 5, generator=g) * torch.tensor([1.0, W, H, 30, 20]) + torch.tensor([0.0, 0, 0, 8, 8])
+    boxes[..., 0] = (torch.rand(frames, lanes, 2, generator=g) < 0.5).float()
+    return x, labelled, torch.rand(lanes, generator=g) < 0.3 if index else torch.ones(lanes, dtype=torch.bool), boxes
+
+
+def detect(model, labels, dtype, exchange, mine, my_lanes, *, frames, lanes, over_ranks=None):
+    """Two chunks in training mode: each one's loss and gradients over all ranks, and the canonical carry of these lanes."""
+    detector = micro(**MODELS[model]).train().to(dtype)
+    detector.exchange = exchange
+    total = over_ranks or (lambda t: t.detach())
+    if over_ranks is not None:
+        global_batch_norms(detector, RankReductions(gather_over_ranks, over_ranks))
+    canonical = detector.initial_state(len(my_lanes), H, W, dtype=dtype)
+    state, told = exchange.scatter(canonical), {"loss": [], "gradients": []}
+    rows, columns = slice(mine.start, mine.stop), slice(my_lanes.start, my_lanes.stop)
+    for index in range(2):
+        x, labelled, starts, boxes = chunk(index, labels, frames, lanes)
+        labelled, boxes = labelled[rows, columns], boxes[rows, columns]
+        detector.zero_grad(set_to_none=True)
+        raw, state = detector(x[rows, columns], state, starts=starts[columns], labelled=labelled)
+        counts = torch.full((int(labelled.sum()),), 2)
+        losses = detection_loss(raw, boxes[labelled], counts, detector.geometry(H, W), detector.config.head,
+                                sum_over_ranks=over_ranks)
+        losses.total.backward()
+        state = detach(state)
+        told["loss"].append(float(total(losses.total)))
+        told["gradients"].append({name: total(p.grad) for name, p in detector.named_parameters()})
+    return {**told, "statistics": {k: v for k, v in detector.state_dict().items() if "running" in k},
+            "carry": state_tensors(exchange.gather(state, canonical)), "lanes": [my_lanes.start, my_lanes.stop]}
+
+
+def detector_size(ranks):
+    """Frames and lanes that every layout of these ranks can share; attention looks back over more than a rank has."""
+    return ranks, ranks
+
+
+# -- a rank ------------------------------------------------------------------------------------------------------
+def every_case(world):
+    out = {}
+    for sequence in [s for size, s in DETECTORS if size == world.size]:
+        mesh = open_mesh(world, sequence=sequence, timeout_s=TIMEOUT_S)
+        for name, case in SCANS.items():
+            exchange = open_exchange(ExchangeKind[case.kind], mesh, sequence_length=case.frames, dws_conv=case.dws_conv)
+            out["scan", sequence, name] = scan(case, exchange, mesh.frames(case.frames), sequence)
+        for name, (back, each) in LOOKS.items():
+            frames = each * sequence
+            exchange = open_exchange(ExchangeKind.auto, mesh, sequence_length=frames, dws_conv=False)
+            out["look", sequence, name] = look_back(back, frames, exchange, mesh.frames(frames))
+        frames, lanes = detector_size(world.size)
+        for model, kind, labels, dtype in DETECTORS[world.size, sequence]:
+            exchange = open_exchange(ExchangeKind[kind], mesh, sequence_length=frames,
+                                     dws_conv=MODELS[model].get("dws_conv", False))
+            out["detect", sequence, model, kind, labels, dtype] = detect(
+                model, labels, dtype, exchange, mesh.frames(frames), mesh.lanes(lanes), frames=frames, lanes=lanes,
+                over_ranks=sum_over_ranks)
+        out["mesh", sequence] = replace(mesh, group=None)
+        out["moved", sequence] = scan_moved(mesh)
+    return out
+
+
+def main(folder):
+    with open_world(ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=TIMEOUT_S, threads=1)) as world:
+        out = every_case(world)
+        torch.save(out, f"{folder}/{world.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
