@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from data_prep.config import DatasetConfig, require
+from data_prep.errors import ConfigError
 
 
 class Precision(Enum):
@@ -34,7 +35,9 @@ class SizeWeighting(Enum):
 
 
 class ExchangeKind(Enum):
-    local = "local"  # a sequence stays on one rank
+    auto = "auto"  # transpose, or relay where model.backbone.dws_conv is on
+    transpose = "transpose"  # every rank scans all frames of its share of the feature cells
+    relay = "relay"  # the state goes from rank to rank
 
 
 @dataclass(kw_only=True)
@@ -164,6 +167,9 @@ class TrainingConfig:
     sampling: Sampling = Sampling.mixed
     precision: Precision = Precision.fp32
     gradient_clipping: float = 1.0  # global L2 norm; 0: off
+    frames_per_call: int = 0  # frames (of a rank's lanes) in one call of the backbone's spatial part; 0: all of a chunk
+    activation_checkpointing: bool = False  # backward makes the spatial part anew: less memory, a third more time
+    compile: bool = False  # torch.compile of the spatial part
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     loader_workers: int = 2  # threads that read and decode frames ahead, per rank
     log_every: int = 50
@@ -173,6 +179,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "sequence_length", "accumulation", "log_every", "max_nonfinite"):
             require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}; give 1 or more")
+        require(self.frames_per_call >= 0, f"training.frames_per_call is {self.frames_per_call}; give 0 (all) or more")
         require(self.loader_workers >= 0, f"training.loader_workers is {self.loader_workers}; give 0 or more")
         require(self.gradient_clipping >= 0, f"training.gradient_clipping is {self.gradient_clipping}; give 0 (off) or more")
 
@@ -211,24 +218,63 @@ class ParallelConfig:
     """World = data x sequence. Without a launcher, `evspan train` starts `ranks` processes on this machine."""
 
     ranks: int = 1
-    sequence: int = 1  # ranks that share one sequence
-    exchange: ExchangeKind = ExchangeKind.local
+    sequence: int = 1  # ranks that share one sequence, each with its part of the frames; evaluation has no use for it
+    exchange: ExchangeKind = ExchangeKind.auto
     timeout_s: int = 600  # a collective that waits longer ends the run
     threads: int = 0  # CPU threads per rank; 0: the cores divided by the ranks
 
     def __post_init__(self) -> None:
         require(self.ranks >= 1, f"parallel.ranks is {self.ranks}; give 1 or more")
-        require(self.sequence == 1,
-                f"parallel.sequence is {self.sequence}, but the exchange 'local' keeps a sequence on one rank; "
-                "set parallel.sequence=1")
         require(self.timeout_s >= 1, f"parallel.timeout_s is {self.timeout_s}; give 1 s or more")
         require(self.threads >= 0, f"parallel.threads is {self.threads}; give 0 or more")
+
+
+def check_layout(*, ranks: int, sequence: int, sequence_length: int, batch_size: int) -> None:
+    """Raises ConfigError, with what would fit, unless `ranks` make whole sequence groups that share lanes and frames equally."""
+    if sequence < 1 or ranks % sequence:
+        fits = [str(d) for d in range(1, ranks + 1) if ranks % d == 0]
+        raise ConfigError(f"parallel.sequence is {sequence}, but {_ranks(ranks)} cannot be cut into groups of that size; set "
+                          f"parallel.sequence to {' or '.join(fits)}, or parallel.ranks={_multiple(ranks, sequence)}")
+    if sequence_length % sequence:
+        raise ConfigError(f"training.sequence_length is {sequence_length} frames, which the {sequence} ranks of a sequence "
+                          f"cannot share equally; set training.sequence_length={_multiple(sequence_length, sequence)}")
+    groups = ranks // sequence
+    if batch_size % groups:
+        more = f", or parallel.sequence={fit}" if (fit := _sequence_for(ranks, sequence_length, batch_size)) else ""
+        raise ConfigError(f"training.batch_size is {batch_size} lanes, which {groups} data groups ({_ranks(ranks)} / "
+                          f"parallel.sequence={sequence}) cannot share equally; set training.batch_size="
+                          f"{_multiple(batch_size, groups)}{more}")
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank" + "s" * (count > 1)
+
+
+def _multiple(value: int, of: int) -> int:
+    """The next multiple of `of`, from `value` on."""
+    return -(-value // max(of, 1)) * max(of, 1)
+
+
+def _sequence_for(ranks: int, sequence_length: int, batch_size: int) -> int | None:
+    """The fewest ranks per sequence with which everything divides."""
+    return next((s for s in range(1, ranks + 1)
+                 if ranks % s == 0 and sequence_length % s == 0 and batch_size % (ranks // s) == 0), None)
+
+
+def chosen_exchange(kind: ExchangeKind, *, dws_conv: bool) -> ExchangeKind:
+    """What `kind` comes to: transpose or relay. Raises ConfigError where feature cells cannot be dealt out to ranks."""
+    require(kind is not ExchangeKind.transpose or not dws_conv,
+            "parallel.exchange=transpose deals feature cells out to ranks, but with model.backbone.dws_conv=true a cell looks at "
+            "its neighbours; set parallel.exchange=relay, or model.backbone.dws_conv=false")
+    if kind is ExchangeKind.auto:
+        return ExchangeKind.relay if dws_conv else ExchangeKind.transpose
+    return kind
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
     every: int = 1000  # steps
-    keep: int = 3  # newest ones
+    keep: int = 3  # newest ones; the best by AP stays too
     resume: bool = True  # continue from run_dir's newest complete checkpoint, if there is one
     init_from: str = ""  # weights (.safetensors) to start from, when nothing is resumed
 
@@ -279,9 +325,9 @@ class TrainConfig:
         require(len(self.dataset.classes) <= self.model.head.num_classes,
                 f"dataset {self.dataset.name} has {len(self.dataset.classes)} classes but model.head.num_classes is "
                 f"{self.model.head.num_classes}; set model.head.num_classes={len(self.dataset.classes)} or more")
-        lanes, ranks = self.training.batch_size, self.parallel.ranks
-        require(lanes % ranks == 0, f"training.batch_size is {lanes} lanes, which {ranks} ranks cannot share equally; "
-                                    f"set training.batch_size={-(-lanes // ranks) * ranks}")
+        check_layout(ranks=self.parallel.ranks, sequence=self.parallel.sequence,
+                     sequence_length=self.training.sequence_length, batch_size=self.training.batch_size)
+        chosen_exchange(self.parallel.exchange, dws_conv=self.model.backbone.dws_conv)
 
 
 @dataclass(kw_only=True)

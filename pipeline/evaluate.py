@@ -18,6 +18,7 @@ HELP = """evspan evaluate: a checkpoint and a prepared split -> COCO AP (Prophes
 
   evspan evaluate checkpoint=RUN dataset.root=SHARDS [dataset=NAME] [key=value ...]
       RUN is a run folder (its newest checkpoint), one of its checkpoints, or a .safetensors file. The model comes with it.
+      RUN/checkpoints/best is the checkpoint that had the highest AP while it trained.
       metrics.json and one <recording>_bbox.npy per recording go to RUN/evaluation-SPLIT.
 
   examples

@@ -16,7 +16,8 @@ class Monitor:
     def __init__(self, run: Path, *, enabled: bool, resume_step: int = 0) -> None:
         self.enabled = enabled
         # purge_step: what a killed run logged after its last checkpoint is told again, so it must not stay.
-        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step or None, flush_secs=20) if enabled else None
+        purge = resume_step + 1 if resume_step else None
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=purge, flush_secs=20) if enabled else None
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         if self.writer:
@@ -36,6 +37,11 @@ class Monitor:
         if self.enabled:
             print(line, flush=True, file=sys.stdout)
 
+    def flush(self) -> None:
+        """Everything told so far is in its file, whatever becomes of this process."""
+        if self.writer:
+            self.writer.flush()
+
     def close(self) -> None:
         if self.writer:
             self.writer.close()
@@ -53,9 +59,9 @@ class Stopwatch:
     def wait(self, since: float) -> None:
         self.waited += time.perf_counter() - since
 
-    def report(self) -> tuple[float, float]:
-        """(frames per second, share of the time spent waiting for data) since the last report."""
+    def report(self) -> tuple[float, float, float]:
+        """(frames per second, share of the time spent waiting for data, seconds) since the last report."""
         passed = max(time.perf_counter() - self.began, 1e-9)
-        out = self.frames / passed, self.waited / passed
+        out = self.frames / passed, self.waited / passed, passed
         self._reset()
         return out

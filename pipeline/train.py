@@ -17,7 +17,8 @@ ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 HELP = """evspan train: shards -> a trained detector, its checkpoints and TensorBoard curves
 
   evspan train dataset.root=SHARDS run_dir=RUN [experiment=NAME] [key=value ...]
-      SHARDS is what `evspan prep` wrote. Run again, the same command continues from the newest checkpoint in RUN.
+      SHARDS is what `evspan prep` wrote. Run again, the same command continues from the newest checkpoint in RUN,
+      on as many ranks, as large a parallel.sequence and whatever deepspeed.stage it says then.
       SIGTERM, SIGUSR1 and SIGUSR2 save at the next step and end with exit code 75.
 
   examples

@@ -13,8 +13,8 @@ CLASSES = ["ball", "box", "bar"]
 FRAMES = {"window_ms": 50, "bins": BINS, "cutoff": 10, "downsample": 4, "mode": "exact", "downsample_by": "sum"}
 
 
-def recording(rng: np.random.Generator, count: int):
-    """frames (N, 2*bins, H, W), boxes per frame, labelled: every second frame."""
+def recording(rng: np.random.Generator, count: int, every: int = 2):
+    """frames (N, 2*bins, H, W), boxes per frame, labelled: every `every`-th frame."""
     frames = rng.poisson(0.05, (count, 2 * BINS, HEIGHT, WIDTH)).astype(np.uint8)
     tracks = [(rng.uniform(10, 70, 2) * (1, 0.5), rng.uniform(-2, 2, 2), rng.uniform(10, 24, 2), rng.integers(3))
               for _ in range(2)]
@@ -26,18 +26,18 @@ def recording(rng: np.random.Generator, count: int):
             frames[t, kind % (2 * BINS), int(y) : int(y + h), int(x) : int(x + w)] += 5
             rows.append((50_000 * (t + 1), x, y, w, h, kind, track))
         boxes.append(np.array(rows, BOX))
-    labelled = np.arange(count) % 2 == 1
+    labelled = np.arange(count) % every == every - 1
     return frames, [b if keep else b[:0] for b, keep in zip(boxes, labelled, strict=True)], labelled
 
 
-def write_small_shards(root: Path, counts: dict[str, list[int]], seed: int = 0) -> Path:
-    """counts: split -> frames of each recording."""
+def write_small_shards(root: Path, counts: dict[str, list[int]], seed: int = 0, every: int = 2) -> Path:
+    """counts: split -> frames of each recording. every: one frame of so many is labelled."""
     rng, entries = np.random.default_rng(seed), []
     for split, lengths in counts.items():
         (root / split).mkdir(parents=True)
         with h5py.File(root / split / "00000.h5", "w") as file:
             for i, count in enumerate(lengths):
-                frames, boxes, labelled = recording(rng, count)
+                frames, boxes, labelled = recording(rng, count, every)
                 group = file.create_group(name := f"{split}_{i:03d}")
                 encode = FrameEncoder()
                 codes = [encode(frame).copy() for frame in frames]

@@ -1,5 +1,7 @@
 """Datasets on disk -> recordings: our shards and RVT's tree give what was stored; the loader's batches against the plan."""
 
+from dataclasses import replace
+
 import h5py
 import hdf5plugin
 import numpy as np
@@ -124,11 +126,11 @@ def test_a_damaged_tree_is_told(tmp_path):
 
 
 # -- the loader --------------------------------------------------------------------------------------------------
-def make_loader(data, lanes, workers=0):
+def make_loader(data, lanes, workers=0, frames=range(4)):
     config = TrainingConfig(batch_size=6, sequence_length=4, loader_workers=workers)
     plan = SamplingPlan([r.frames for r in data.recordings], [r.labelled for r in data.recordings], lanes=6, sequence_length=4,
                         sampling=Sampling.mixed, seed=3)
-    return Loader(data, plan, lanes, config, seed=3), plan
+    return Loader(data, plan, lanes, frames, config, seed=3), plan
 
 
 def test_batches_hold_what_the_plan_says(shards):
@@ -156,15 +158,43 @@ def test_batches_hold_what_the_plan_says(shards):
         assert row == len(batch.boxes) == len(batch.counts)
 
 
-def test_any_number_of_workers_and_any_split_of_the_lanes_read_the_same(shards):
-    data = opened(shards)
+def by_frame(batch):
+    """(t, lane) -> boxes of a labelled frame."""
+    places = zip(*np.nonzero(batch.labelled.numpy()), strict=True)
+    return {place: batch.boxes[row, : batch.counts[row]].tolist() for row, place in enumerate(places)}
+
+
+@pytest.mark.parametrize("recordings", [[23, 12, 9], [7, 3]], ids=["three", "fewer_than_lanes_and_shorter_than_a_chunk"])
+def test_any_number_of_workers_and_any_layout_read_the_same(tmp_path, recordings):
+    data = opened(write_small_shards(tmp_path, {"train": recordings}))
     whole = make_loader(data, range(6))[0]
-    for workers in (1, 3):
-        parts = [make_loader(data, lanes, workers)[0].batches(2) for lanes in (range(2), range(2, 6))]
-        for index in range(2, 7):
-            batch, shares = whole.batch(index), [next(p) for p in parts]
-            assert torch.equal(torch.cat([s.frames for s in shares], 1), batch.frames)
-            assert torch.equal(torch.cat([s.labelled for s in shares], 1), batch.labelled)
-            assert sum(int(s.counts.sum()) for s in shares) == int(batch.counts.sum())
+    for workers, cut in ((1, 4), (3, 2), (2, 1)):  # lanes over two groups, frames over the ranks of each
+        layout = [(lanes, range(t, t + cut)) for lanes in (range(2), range(2, 6)) for t in range(0, 4, cut)]
+        parts = [make_loader(data, lanes, workers, frames)[0].batches(2) for lanes, frames in layout]
+        for index in range(2, 9):
+            batch, boxes = whole.batch(index), {}
+            for (lanes, frames), part in zip(layout, map(next, parts), strict=True):
+                here = slice(frames.start, frames.stop), slice(lanes.start, lanes.stop)
+                assert torch.equal(part.frames, batch.frames[here])
+                assert torch.equal(part.labelled, batch.labelled[here])
+                assert torch.equal(part.starts, batch.starts[here[1]])
+                boxes |= {(t + frames.start, lane + lanes.start): rows for (t, lane), rows in by_frame(part).items()}
+            assert boxes == by_frame(batch)
         for p in parts:
             p.close()
+
+
+def test_a_rank_reads_only_its_own_frames(shards):
+    data, asked = opened(shards), []
+
+    def watched(recording):
+        return replace(recording, read_frames=lambda which: asked.append(which) or recording.read_frames(which))
+
+    data = replace(data, recordings=[watched(r) for r in data.recordings])
+    loader, plan = make_loader(data, range(6), frames=range(1, 3))
+    for index in range(12):
+        asked.clear()
+        loader.batch(index)
+        chunks = [plan.chunk(lane, index) for lane in range(6)]
+        wanted = [slice(c.first + 1, c.first + min(3, c.frames)) for c in chunks if c.frames > 1]
+        assert asked == wanted

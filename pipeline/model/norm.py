@@ -31,9 +31,12 @@ class BatchNorm2d(nn.BatchNorm2d):
         super().__init__(channels, eps=EPS, momentum=MOMENTUM)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or (self.ranks is None and x.numel()):
-            return super().forward(x)
-        return batch_norms((self,), (x,))[0]
+        return super().forward(x) if self.is_plain(x) else batch_norms((self,), (x,))[0]
+
+    def is_plain(self, x: Tensor) -> bool:
+        """torch's own does it. In training it wants samples, and statistics (float32 under DeepSpeed) in the weight's dtype."""
+        assert self.running_mean is not None
+        return not self.training or (self.ranks is None and x.numel() > 0 and self.weight.dtype == self.running_mean.dtype)
 
     @torch.no_grad()
     def track(self, mean: Tensor, unbiased: Tensor, any_samples: Tensor) -> None:
@@ -46,7 +49,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 def batch_norms(norms: Sequence[BatchNorm2d], xs: Sequence[Tensor]) -> list[Tensor]:
     """[norm(x), ...] of layers that do not wait for each other: over ranks, they share one exchange each way."""
-    if not norms[0].training or (norms[0].ranks is None and all(x.numel() for x in xs)):
+    if all(norm.is_plain(x) for norm, x in zip(norms, xs, strict=True)):
         return [norm(x) for norm, x in zip(norms, xs, strict=True)]
     given = [t for norm, x in zip(norms, xs, strict=True) for t in (x, norm.weight, norm.bias)]
     out = _GlobalBatchNorms.apply(norms[0].ranks or ALONE, *given)

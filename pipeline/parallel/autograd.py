@@ -5,7 +5,9 @@ so ranks that call these in one order forward also meet in one order backward. A
 and the others wait for it: see `touch`.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,31 +18,63 @@ from torch.autograd.function import once_differentiable
 Form = tuple[torch.Size, torch.dtype]  # of a tensor to receive
 
 
-def all_to_all(x: Tensor, group: dist.ProcessGroup | None, *, send: Sequence[int] | None = None,
+class Clock:
+    """Time that collectives of a sequence take here, forward and backward; waiting for the other ranks is part of it."""
+
+    def __init__(self) -> None:
+        self.spent, self.events = 0.0, list[tuple[torch.cuda.Event, torch.cuda.Event]]()
+
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        if device.type == "cuda":  # the host only queues them: events tell when they ran
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            yield
+            events[1].record()
+            self.events.append(events)
+        else:
+            began = time.perf_counter()
+            yield
+            self.spent += time.perf_counter() - began
+
+    def read(self) -> float:
+        """Seconds since it was read last. On a GPU it waits until all of them have run."""
+        if self.events:
+            torch.cuda.synchronize()
+        spent = self.spent + sum(begin.elapsed_time(end) for begin, end in self.events) / 1000
+        self.spent = 0.0
+        self.events.clear()
+        return spent
+
+
+def all_to_all(x: Tensor, group: dist.ProcessGroup | None, clock: Clock, *, send: Sequence[int] | None = None,
                receive: Sequence[int] | None = None) -> Tensor:
     """Row blocks of x, one for each rank of `group`, to those ranks; theirs for this one come back, in rank order.
 
     Args:
         send, receive: rows for and from each rank; None: equal blocks. group: None when the rank is alone.
     """
-    return x if group is None else _AllToAll.apply(x, group, send, receive)
+    return x if group is None else _AllToAll.apply(x, group, clock, send, receive)
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, send: list[int] | None, receive: list[int] | None) -> Tensor:
-        ctx.group, ctx.send, ctx.receive = group, send, receive
-        return _exchange_rows(x, group, send, receive)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, clock: Clock, send: list[int] | None,
+                receive: list[int] | None) -> Tensor:
+        ctx.group, ctx.clock, ctx.send, ctx.receive = group, clock, send, receive
+        return _exchange_rows(x, group, clock, send, receive)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange_rows(gradient, ctx.group, ctx.receive, ctx.send), None, None, None
+        return _exchange_rows(gradient, ctx.group, ctx.clock, ctx.receive, ctx.send), None, None, None, None
 
 
-def _exchange_rows(x: Tensor, group: dist.ProcessGroup, send: list[int] | None, receive: list[int] | None) -> Tensor:
-    out = x.new_empty(x.shape if receive is None else (sum(receive), *x.shape[1:]))
-    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+def _exchange_rows(x: Tensor, group: dist.ProcessGroup, clock: Clock, send: list[int] | None,
+                   receive: list[int] | None) -> Tensor:
+    out, x = x.new_empty(x.shape if receive is None else (sum(receive), *x.shape[1:])), x.contiguous()
+    with clock.running(x.device):
+        dist.all_to_all_single(out, x, receive, send, group=group)
     return out
 
 
@@ -68,8 +102,8 @@ class _Touch(torch.autograd.Function):
 class Mail:
     """Messages between two ranks of a group: sent without waiting, received in the order they were sent."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup | None, clock: Clock) -> None:
+        self.group, self.clock = group, clock
         self.under_way: list[tuple[dist.Work, Tensor]] = []
 
     def send(self, message: Sequence[Tensor], to: int) -> None:
@@ -82,10 +116,11 @@ class Mail:
 
     def receive(self, forms: Sequence[Form], sender: int, device: torch.device) -> tuple[Tensor, ...]:
         parts = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in forms)
-        works = [dist.irecv(part, sender, group=self.group) for part in parts]
-        for work in works:
-            assert work is not None
-            work.wait()
+        with self.clock.running(device):
+            works = [dist.irecv(part, sender, group=self.group) for part in parts]
+            for work in works:
+                assert work is not None
+                work.wait()
         return parts
 
     def settle(self) -> None:

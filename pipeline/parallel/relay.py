@@ -22,7 +22,7 @@ class RelayExchange(SequenceExchange):
     def __init__(self, mesh: Mesh, *, frames: int, whole_maps: bool, slices: int | None = None) -> None:
         super().__init__(mesh, frames=frames)
         self.whole_maps, self.slices = whole_maps, slices or SLICES_PER_RANK * mesh.sequence_size
-        self.mail = Mail(mesh.group)
+        self.mail = Mail(mesh.group, self.clock)
 
     def scan(self, recurrence: Recurrence, x: Tensor, state: StageState) -> tuple[Tensor, StageState]:
         self._check(x)

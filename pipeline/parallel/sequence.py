@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.model.state import DetectorState, StageState, map_state
-from pipeline.parallel.autograd import all_to_all
+from pipeline.parallel.autograd import Clock, all_to_all
 from pipeline.parallel.mesh import Mesh
 
 Recurrence = Callable[[Tensor, StageState], tuple[Tensor, StageState]]
@@ -29,7 +29,7 @@ class SequenceExchange(ABC):
 
     def __init__(self, mesh: Mesh, *, frames: int) -> None:
         self.ranks, self.place, self.members, self.group = mesh.sequence_size, mesh.sequence, mesh.ranks, mesh.group
-        self.device, self.frames = mesh.device, frames
+        self.device, self.frames, self.clock = mesh.device, frames, Clock()
 
     @property
     def first(self) -> bool:
@@ -56,7 +56,7 @@ class SequenceExchange(ABC):
         comes = [sum(self._holder(p) == rank for p in wanted[self.place]) for rank in range(self.ranks)]
         each = rows.unbind(0)
         packed = torch.stack([each[row] for to in sends for row in to])
-        got = all_to_all(packed, self.group, send=[len(to) for to in sends], receive=comes)
+        got = all_to_all(packed, self.group, self.clock, send=[len(to) for to in sends], receive=comes)
         return got[:back], got[back:] if self.first else carry
 
     def _wanted(self, rank: int, back: int) -> list[int]:

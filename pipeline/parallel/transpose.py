@@ -25,9 +25,9 @@ class TransposeExchange(SequenceExchange):
             raise ValueError(f"a state of shape {tuple(state.hidden.shape)} where this rank's cells have "
                              f"{(lanes, dim, 1, mine)}; make it with TransposeExchange.scatter")
         blocks = _padded(x.flatten(2, 3), self.ranks * mine, dim=2).view(frames, lanes, self.ranks, mine, dim)
-        own = all_to_all(blocks.permute(2, 0, 1, 3, 4), self.group)
+        own = all_to_all(blocks.permute(2, 0, 1, 3, 4), self.group, self.clock)
         y, state = recurrence(own.reshape(self.ranks * frames, lanes, 1, mine, dim), state)
-        back = all_to_all(y.reshape(self.ranks, frames, lanes, mine, dim), self.group).permute(1, 2, 0, 3, 4)
+        back = all_to_all(y.reshape(self.ranks, frames, lanes, mine, dim), self.group, self.clock).permute(1, 2, 0, 3, 4)
         return back.flatten(2, 3)[:, :, :cells].unflatten(2, (height, width)), state
 
     def _mine(self, cells: int) -> int:

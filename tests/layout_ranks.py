@@ -1,0 +1,119 @@
+"""What ranks run for tests/test_layouts.py: training under many layouts, one launch for all of a world's.
+
+    python -m layout_ranks FOLDER    with torchrun's variables; reads FOLDER/cases.pt, writes FOLDER/<rank>.pt: what each told
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from plain_engine import ExactEngine, PlainEngine
+
+from data_prep.config import DatasetConfig
+from pipeline.config import (
+    BackboneConfig,
+    DeepSpeedConfig,
+    ExchangeKind,
+    FpnConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Precision,
+    Sampling,
+    TrainConfig,
+    TrainingConfig,
+)
+from pipeline.engine.trainer import Trainer
+from pipeline.engine.zero import ZeroEngine
+from pipeline.parallel.world import open_world
+
+ENGINES = {"deepspeed": ZeroEngine, "plain": PlainEngine, "exact": ExactEngine}
+
+
+@dataclass(frozen=True)
+class Case:
+    ranks: int = 1
+    sequence: int = 1
+    exchange: str = "auto"
+    engine: str = "deepspeed"
+    stage: int = 0
+    dws_conv: bool = False
+    attention: bool = False
+    accumulation: int = 1
+    precision: str = "fp32"
+    lanes: int = 4
+    frames: int = 4
+    steps: int = 5
+    shards: str = "dense"
+    sampling: str = "mixed"
+    knobs: bool = False  # activation checkpointing, few frames a call, CPU offload
+
+    def alone(self, engine: str, **changes) -> "Case":
+        """The same training on one rank of this engine, without anything that may not matter."""
+        plain = replace(self, ranks=1, sequence=1, exchange="auto", engine=engine, stage=0, precision="fp32", knobs=False)
+        return replace(plain, **{"steps": 5, **changes})
+
+
+def config(case: Case, shards: str, run_dir: str) -> TrainConfig:
+    """A micro detector in which every part matters: LayerScale at 0.5, attention in the published form, which scales at once."""
+    return TrainConfig(
+        run_dir=run_dir, seed=5,
+        model=ModelConfig(backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5, dws_conv=case.dws_conv,
+                                                  partition_split_32=1),
+                          fpn=FpnConfig(enable_small_object_attention=case.attention, identity_start=False),
+                          head=HeadConfig(num_classes=3)),
+        dataset=DatasetConfig(root=shards),
+        training=TrainingConfig(max_steps=20, batch_size=case.lanes, sequence_length=case.frames, accumulation=case.accumulation,
+                                sampling=Sampling[case.sampling], precision=Precision[case.precision], loader_workers=1,
+                                activation_checkpointing=case.knobs, frames_per_call=3 if case.knobs else 0),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_share=0.2),
+        deepspeed=DeepSpeedConfig(stage=case.stage, offload_optimizer=case.knobs and case.stage > 0,
+                                  offload_parameters=case.knobs and case.stage == 3),
+        parallel=ParallelConfig(ranks=case.ranks, sequence=case.sequence, exchange=ExchangeKind[case.exchange]))
+
+
+def run(case: Case, shards: str, world) -> dict:
+    """Losses (steps * accumulation, 5) over all ranks, the first step's gradients, and labelled frames of this rank by step."""
+    with TemporaryDirectory() as run_dir:
+        trainer = Trainer(config(case, shards, run_dir), world, ENGINES[case.engine])
+        step, gradients = trainer.engine.step, {}
+
+        def record_first():
+            nonlocal calls
+            calls += 1
+            if calls == case.accumulation:
+                gradients.update(trainer.engine.full_gradients())
+            step()
+
+        calls, trainer.engine.step = 0, record_first
+        told, labelled, batches = [], [], trainer.loader.batches(0)
+        for _ in range(case.steps * case.accumulation):
+            batch = next(batches)
+            losses, _ = trainer._micro_batch(batch, False)
+            told.append(losses)
+            labelled.append(len(batch.counts))
+        batches.close()
+        trainer.monitor.close()
+        if isinstance(trainer.engine, ZeroEngine):
+            trainer.engine.engine.destroy()
+        return {"losses": torch.stack(told), "gradients": gradients, "labelled": labelled, "skipped": trainer.skipped}
+
+
+def main(folder: Path) -> None:
+    with open_world(ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=60, threads=1)) as world:
+        out = {}
+        for case, shards in torch.load(folder / "cases.pt", weights_only=False):
+            began = time.perf_counter()
+            out[case] = run(case, shards, world)
+            if world.is_main:
+                print(f"{time.perf_counter() - began:6.1f} s  {case}", flush=True)
+        torch.save(out, folder / f"{world.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,50 @@
+"""What ZeroEngine must equal: AdamW, its schedule and clipping in plain torch, every rank with the whole model, no DeepSpeed."""
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from pipeline.engine.zero import learning_rate_factor, parameter_groups
+from pipeline.parallel.reductions import sum_over_ranks
+
+
+class PlainEngine:
+    """In the same calls. On one rank it is the oracle; on several it tells what the mesh and the exchanges alone do."""
+
+    dtype = torch.float32
+
+    def __init__(self, model, config, world, *, lanes):
+        self.module, self.world, self.clip = model.to(self.dtype), world, config.training.gradient_clipping
+        self.accumulation, self.done = config.training.accumulation, 0
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer.weight_decay), lr=config.optimizer.lr)
+        factor = learning_rate_factor(config.optimizer, config.training.max_steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+
+    def __call__(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def train(self):
+        self.module.train()
+
+    def backward(self, loss):
+        (loss / self.accumulation / self.world.size).backward()
+
+    def full_gradients(self):
+        return {name: sum_over_ranks(p.grad.clone()) for name, p in self.module.named_parameters()}
+
+    def step(self):
+        self.done += 1
+        if self.done % self.accumulation:
+            return
+        for name, gradient in self.full_gradients().items():
+            self.module.get_parameter(name).grad.copy_(gradient)
+        if self.clip:
+            clip_grad_norm_(self.module.parameters(), self.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class ExactEngine(PlainEngine):
+    """In float64, where ranks and one rank agree to the last few digits if they compute the same thing."""
+
+    dtype = torch.float64

@@ -1,0 +1,174 @@
+"""Layout invariance: training over data x sequence ranks, under every ZeRO stage and exchange, is training on one rank.
+
+The reference is `plain_engine` on one rank, in float64: what the numbers should be. Where ranks compute in float64 too, their
+losses and gradients must be within 1e-5 of it. Under DeepSpeed they compute in float32, in which one rank's own gradients are
+some 1e-5 from the reference: ranks may be no more than NOISE times as far from it as one rank of plain torch is, and their
+losses, sums over many cells, must still be within 1e-5 of the total.
+"""
+
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from layout_ranks import Case
+from small_shards import write_small_shards
+
+from launch.ranks import run_ranks
+
+pytestmark = pytest.mark.timeout(900)  # of the first one, which starts all ranks, on a busy machine
+ROOT = Path(__file__).parent.parent
+CLOSE, NOISE = 1e-5, 3
+# bfloat16 keeps 8 bits, and rounding even changes which cells answer for a box: 3 % of the loss, and gradients together no more
+# than so many times as far from the reference as those of one rank in bfloat16.
+BF16_NOISE, BF16_LOSS = 2, 0.03
+
+SHARDS = {  # recordings' frames; one frame of how many is labelled
+    "dense": ([23, 12, 9], 2),
+    "sparse": ([13, 9, 2], 9),  # fewer than lanes, one shorter than a chunk; steps in which no rank has a labelled frame
+    "bare": ([11, 6], 100),  # not one labelled frame
+}
+dense, sparse, bare = (Case(shards=name) for name in SHARDS)
+
+QUICK = [
+    replace(dense, ranks=2, sequence=2, exchange="transpose", engine="exact", attention=True),
+    replace(dense, ranks=2, sequence=2, exchange="relay", engine="exact", attention=True, dws_conv=True),
+    replace(dense, ranks=2, sequence=1, stage=2, accumulation=2),
+    replace(dense, ranks=2, sequence=2, stage=1, exchange="relay"),
+    replace(dense, ranks=2, sequence=2, stage=3, exchange="relay", attention=True, dws_conv=True),  # a module called many times
+    replace(sparse, ranks=2, sequence=2, stage=0, attention=True, sampling="stream"),
+    replace(bare, ranks=2, sequence=2, stage=3, attention=True, steps=2),
+    replace(dense, ranks=2, sequence=2, stage=2, attention=True, precision="bf16", steps=3),
+    replace(dense, ranks=4, sequence=2, stage=1, attention=True),
+    replace(dense, ranks=4, sequence=4, stage=3, attention=True),  # two ranks never have a labelled frame
+]
+KNOBS = replace(dense, ranks=2, sequence=2, stage=3, attention=True, precision="bf16", accumulation=2, steps=2, knobs=True)
+
+WORLDS = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 2), (4, 4)]
+EXCHANGES = [("transpose", False), ("relay", False), ("relay", True)]  # and dws_conv
+ENGINES = [("exact", 0), *(("deepspeed", stage) for stage in range(4))]
+
+
+def all_layouts():
+    for (ranks, sequence), (exchange, dws_conv), attention in itertools.product(WORLDS, EXCHANGES, (False, True)):
+        for engine, stage in ENGINES:
+            # Half of them accumulate, spread over all the others.
+            accumulation = 1 + (ranks + sequence + stage + attention + dws_conv) % 2
+            yield replace(dense, ranks=ranks, sequence=sequence, exchange=exchange, dws_conv=dws_conv, attention=attention,
+                          engine=engine, stage=stage, accumulation=accumulation, **size(ranks))
+        yield replace(dense, ranks=ranks, sequence=sequence, exchange=exchange, dws_conv=dws_conv, attention=attention,
+                      stage=1 + sequence % 2, precision="bf16", steps=3, **size(ranks))
+
+
+def size(ranks):
+    return {"lanes": 3, "frames": 6} if ranks == 3 else {}
+
+
+def told_by_ranks(cases, folder):
+    """case -> what each of its ranks told; one launch per world. With every case, those that it is compared with."""
+    wanted = dict.fromkeys([*cases, *(case.alone("exact") for case in cases), *filter(None, map(one_rank, cases))])
+    shards = {name: write_small_shards(folder / name, {"train": counts}, every=every)
+              for name, (counts, every) in SHARDS.items()}
+    out = {}
+    for ranks in sorted({case.ranks for case in wanted}):
+        here = folder / f"{ranks}-ranks"
+        here.mkdir()
+        mine = [case for case in wanted if case.ranks == ranks]
+        torch.save([(case, str(shards[case.shards])) for case in mine], here / "cases.pt")
+        path = f"PYTHONPATH={ROOT}:{ROOT / 'tests'}"
+        assert run_ranks(["env", path, sys.executable, "-m", "layout_ranks", str(here)], ranks, threads=1) == 0
+        told = [torch.load(here / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+        out |= {case: [of_rank[case] for of_rank in told] for case in mine}
+    return out
+
+
+def one_rank(case):
+    """A step in the case's precision, which tells how far rounding alone is from the reference; None: that of float64."""
+    if case.engine == "exact":
+        return None
+    if case.precision == "fp32":
+        return case.alone("plain", steps=1)
+    return case.alone("deepspeed", steps=1, precision=case.precision, stage=1)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return told_by_ranks([*QUICK, KNOBS], tmp_path_factory.mktemp("layouts"))
+
+
+def name(case):
+    parts = [f"{case.ranks // case.sequence}x{case.sequence}", case.exchange, f"{case.engine}{case.stage}", case.precision,
+             "attention" * case.attention, "dws" * case.dws_conv, "accumulation" * (case.accumulation > 1), case.shards]
+    return "-".join(filter(None, parts))
+
+
+@pytest.mark.parametrize("case", QUICK, ids=name)
+def test_training_is_that_of_one_rank(quick, case):
+    assert_as_one_rank(case, quick)
+
+
+def test_ranks_without_a_labelled_frame_took_part(quick):
+    told = [sum(rank["labelled"]) for rank in quick[QUICK[-1]]]
+    assert told[0] == told[2] == 0 < min(told[1], told[3])
+    sparse_steps = torch.tensor([rank["labelled"] for rank in quick[next(c for c in QUICK if c.shards == "sparse")]]).sum(0)
+    assert (sparse_steps == 0).any() and (sparse_steps > 0).any()
+    bare_case = next(c for c in QUICK if c.shards == "bare")
+    for rank in quick[bare_case]:
+        assert not rank["losses"].any() and not any(g.any() for g in rank["gradients"].values())
+
+
+def test_all_memory_knobs_together(quick):
+    """ZeRO-3 with parameters and optimizer in CPU memory, bf16, activation checkpointing, few frames a call, accumulation."""
+    assert_as_one_rank(KNOBS, quick)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_every_layout(tmp_path):
+    cases = list(all_layouts())
+    told, failed = told_by_ranks(cases, tmp_path), []
+    for case in cases:
+        try:
+            assert_as_one_rank(case, told)
+        except AssertionError as error:
+            failed.append(f"{name(case)}: {str(error).splitlines()[0]}")
+    print(f"{len(cases)} layouts, {len(failed)} of them not as one rank")
+    assert not failed, "\n".join(failed)
+
+
+def assert_as_one_rank(case, told):
+    ranks, (exact,), first = told[case], told[case.alone("exact")], told[case][0]
+    for rank in ranks:
+        assert rank["skipped"] == 0
+        assert torch.equal(rank["losses"], first["losses"])
+        assert all(torch.equal(rank["gradients"][k], g) for k, g in first["gradients"].items())
+    assert first["gradients"].keys() == exact["gradients"].keys()
+    losses = exact["losses"][: len(first["losses"])]
+    loss_error = float(((first["losses"] - losses)[:, :4].abs() / losses[:, :1].clamp(min=1e-3)).max())
+    full = case.precision == "fp32"
+    assert loss_error < (CLOSE if full else BF16_LOSS), f"losses differ by {loss_error:.1e}"
+    assert not full or torch.equal(first["losses"][:, -1], losses[:, -1])  # positives
+    error_of = largest_error if full else distance
+    if case.engine == "exact":
+        bound = CLOSE
+    else:
+        bound = (NOISE if full else BF16_NOISE) * max(error_of(told[one_rank(case)][0], exact), 1e-6)
+    error = error_of(first, exact)
+    assert error <= bound, f"gradients differ by {error:.1e}, more than {bound:.1e}"
+
+
+def largest_error(told, exact):
+    """The largest of any parameter, of that parameter's largest gradient; below 1e-4 of all parameters' largest they are rounding
+    of what is zero (a bias before a norm)."""
+    wanted = exact["gradients"]
+    floor = 1e-4 * max(float(w.abs().max()) for w in wanted.values()) or 1.0
+    return max(float((told["gradients"][k].double() - w).abs().max()) / max(float(w.abs().max()), floor)
+               for k, w in wanted.items())
+
+
+def distance(told, exact):
+    """Of all gradients together, of their length."""
+    wanted = torch.cat([g.flatten() for g in exact["gradients"].values()])
+    return float((torch.cat([told["gradients"][k].flatten() for k in exact["gradients"]]) - wanted).norm() / wanted.norm())
