@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pipeline.config import BackboneConfig
 from pipeline.model import backbone as backbone_module
 from pipeline.model import layers
-from pipeline.model.backbone import CellLSTM, PartitionAttention, SelfAttention
+from pipeline.model.backbone import Backbone, CellLSTM, LayerScale, PartitionAttention, SelfAttention
+from pipeline.model.exchange import LocalExchange
 from pipeline.model.layers import FrameConv2d
 from pipeline.model.state import StageState
 
@@ -52,7 +54,7 @@ def test_lstm_takes_any_subset_of_cells():
     torch.testing.assert_close(part_after.cell, after.cell[:, :, 1:2])
 
 
-def attention_one_by_one(attention, x):
+def attention_one_by_one(attention, x, scale):
     """One position and head at a time; head-major qkv."""
     groups, positions, dim = x.shape
     d = dim // attention.heads
@@ -64,7 +66,7 @@ def attention_one_by_one(attention, x):
             for i in range(positions):
                 weights = torch.softmax(torch.stack([q[i] @ k[j] / d**0.5 for j in range(positions)]), 0)
                 out[g, i, d * head : d * (head + 1)] = sum(weights[j] * v[j] for j in range(positions))
-    return out @ attention.proj.weight.T + attention.proj.bias
+    return (out @ attention.proj.weight.T + attention.proj.bias) * scale.gamma
 
 
 @pytest.mark.parametrize("small_window", [0, 32], ids=["fused kernel", "plain products"])
@@ -72,10 +74,12 @@ def test_attention_agrees_with_the_definition(small_window, monkeypatch):
     monkeypatch.setattr(backbone_module, "SMALL_WINDOW", small_window)
     torch.manual_seed(0)
     attention, x = SelfAttention(8, 4).double(), torch.randn(3, 5, 8, dtype=torch.double, requires_grad=True)
-    wanted = attention_one_by_one(attention, x)
-    torch.testing.assert_close(attention(x), wanted, rtol=1e-10, atol=1e-12)
-    inputs, weights = [x, *attention.parameters()], torch.randn_like(x)
-    for a, b in zip(torch.autograd.grad((attention(x) * weights).sum(), inputs),
+    scale = LayerScale(8, 1.0).double()
+    nn.init.uniform_(scale.gamma, -1, 1)
+    wanted = attention_one_by_one(attention, x, scale)
+    torch.testing.assert_close(attention(x, scale), wanted, rtol=1e-10, atol=1e-12)
+    inputs, weights = [x, *attention.parameters(), *scale.parameters()], torch.randn_like(x)
+    for a, b in zip(torch.autograd.grad((attention(x, scale) * weights).sum(), inputs),
                     torch.autograd.grad((wanted * weights).sum(), inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
@@ -111,3 +115,47 @@ def test_frame_convolution_agrees_with_torch_and_casts_in_parts(padding, monkeyp
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(*(torch.autograd.grad((y * weights).sum(), conv.weight)[0] for y in (got, wanted)),
                                rtol=1e-4, atol=1e-3)
+
+
+def a_backbone():
+    torch.manual_seed(0)
+    config = BackboneConfig(embed_dim=8, dim_head=8, num_blocks=[1, 1, 1, 1], partition_split_32=1, ls_init_value=1.0)
+    return Backbone(config, 4), torch.randint(0, 5, (3, 2, 4, 60, 64), dtype=torch.uint8)
+
+
+def features_and_gradients(backbone, frames):
+    states = tuple(StageState(torch.zeros(2, d, 64 // s, 64 // s), torch.zeros(2, d, 64 // s, 64 // s))
+                   for d, s in zip(backbone.config.dims, backbone.strides, strict=True))
+    features, _ = backbone(frames, states, LocalExchange())
+    return [*features, *torch.autograd.grad(sum(f.square().sum() for f in features), list(backbone.parameters()))]
+
+
+@pytest.mark.parametrize("frames_per_call, recompute", [(1, False), (4, False), (0, True), (4, True)])
+def test_parts_and_recomputation_change_nothing(frames_per_call, recompute):
+    backbone, frames = a_backbone()
+    wanted = features_and_gradients(backbone, frames)
+    backbone.frames_per_call, backbone.recompute = frames_per_call, recompute
+    for a, b in zip(features_and_gradients(backbone, frames), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_stage_gives_the_same():
+    backbone, frames = a_backbone()
+    stage = backbone.stages[0]  # one is enough, a compiler takes seconds for each
+
+    def output_and_gradients():
+        y = stage.spatial(frames.flatten(0, 1), (2, 2), (4, 0))
+        return [y, *torch.autograd.grad(y.square().sum(), [p for n, p in stage.named_parameters() if "lstm" not in n])]
+
+    wanted = output_and_gradients()
+    backbone.compile_spatial()
+    for a, b in zip(output_and_gradients(), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_attends_like_full_precision():
+    torch.manual_seed(0)
+    attention, scale, x = SelfAttention(16, 8), LayerScale(16, 1.0), torch.randn(2, 40, 16)
+    wanted = attention(x, scale)
+    half = attention.bfloat16()(x.bfloat16(), scale.bfloat16())
+    torch.testing.assert_close(half.float(), wanted, rtol=0.02, atol=0.02)

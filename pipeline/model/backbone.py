@@ -4,28 +4,37 @@ Only the LSTM knows time: a stage's spatial part runs on T*B frames in one call,
 and only the hidden half steps through time.
 """
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import BackboneConfig
-from pipeline.model.exchange import Exchange
+from pipeline.model import cached
+from pipeline.model.exchange import Exchange, Recurrence
 from pipeline.model.layers import FrameConv2d
 from pipeline.model.state import StageState
 
 # Positions. Up to here plain products take half the time of the fused CPU kernel, which pays for every head and window.
 SMALL_WINDOW = 32
+CACHE_BYTES = 2**20  # of an LSTM's cells at a time, on CPU
+
+Near = tuple[Tensor, Tensor | None] | None  # weight and bias of the 3x3 convolution on the hidden state
 
 
 class LayerScale(nn.Module):
+    """y * gamma, taken into the weights of the layer that gives y: a pass over all cells less, forward and backward."""
+
     def __init__(self, dim: int, start: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), start))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
+    def after(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Weight and bias of `layer` followed by this."""
+        return layer.weight * self.gamma[:, None], layer.bias * self.gamma
 
 
 class MLP(nn.Module):
@@ -35,8 +44,14 @@ class MLP(nn.Module):
         self.net = nn.Sequential(nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU()), nn.Identity(),
                                  nn.Linear(ratio * dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    def layers(self, scale: LayerScale) -> tuple[nn.Linear, tuple[Tensor, Tensor]]:
+        """The first linear layer; weight and bias of the second one, times `scale`."""
+        return self.net[0][0], scale.after(self.net[2])  # type: ignore[arg-type, index]  # the layers above
+
+    def forward(self, x: Tensor, scale: LayerScale) -> Tensor:
+        """(..., C) -> the same shape, times `scale`."""
+        first, second = self.layers(scale)
+        return F.linear(F.gelu(F.linear(x, first.weight, first.bias)), *second)
 
 
 class SelfAttention(nn.Module):
@@ -48,17 +63,20 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: LayerScale) -> Tensor:
         groups, positions, dim = x.shape
         qkv = self.qkv(x).view(groups, positions, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
-        out = _attend(qkv) if x.is_cpu and positions <= SMALL_WINDOW else F.scaled_dot_product_attention(*qkv.unbind(0))
-        return self.proj(out.transpose(1, 2).reshape(groups, positions, dim))
+        # In half precision the fused CPU kernel's backward takes four times as long as that of plain products.
+        plain = x.is_cpu and (positions <= SMALL_WINDOW or x.dtype in (torch.bfloat16, torch.float16))
+        out = _attend(qkv) if plain else F.scaled_dot_product_attention(*qkv.unbind(0))
+        return F.linear(out.transpose(1, 2).reshape(groups, positions, dim), *scale.after(self.proj))
 
 
 def _attend(qkv: Tensor) -> Tensor:
     """scaled_dot_product_attention of (3, groups, heads, positions, c) in plain products."""
     q, k, v = qkv.reshape(3, -1, *qkv.shape[3:]).unbind(0)  # contiguous: the batched products copy otherwise
-    weights = _ShortSoftmax.apply(torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)))
+    scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
+    weights = _ShortSoftmax.apply(scores) if scores.shape[-1] <= SMALL_WINDOW else scores.softmax(-1)
     return torch.bmm(weights, v).view(qkv.shape[1:])
 
 
@@ -104,10 +122,15 @@ class PartitionAttention(nn.Module):
         else:
             split, order, back = (n, down, rows, across, columns, c), (0, 1, 3, 2, 4, 5), (0, 1, 3, 2, 4, 5)
             shape = (n, down, across, rows, columns, c)
-        groups = self.norm1(x).view(split).permute(order).reshape(-1, rows * columns, c)
-        attended = self.self_attn(groups).view(shape).permute(back).reshape(n, h, w, c)
-        x = x + self.ls1(attended)
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        if cached.serves(x) and c < cached.WIDE and rows * columns > SMALL_WINDOW:
+            attn = self.self_attn
+            x = cached.attention_block(x, split, order, self.norm1, attn.qkv, self.ls1.after(attn.proj), attn.heads)
+        else:
+            groups = self.norm1(x).view(split).permute(order).reshape(-1, rows * columns, c)
+            x = x + self.self_attn(groups, self.ls1).view(shape).permute(back).reshape(n, h, w, c)
+        if cached.serves(x):
+            return cached.mlp_block(x, self.norm2, *self.mlp.layers(self.ls2))
+        return x + self.mlp(self.norm2(x), self.ls2)
 
 
 class AttentionPair(nn.Module):
@@ -147,19 +170,55 @@ class CellLSTM(nn.Module):
 
         Without conv3x3_dws every cell (h, w) is on its own, so any subset of them may be handed in.
         """
-        dim = x.shape[-1]
-        weight = self.conv1x1.weight.flatten(1)
-        # One layout whatever the state went through (a checkpoint, a collective): the same bits come out.
-        hidden, cell = (t.permute(0, 2, 3, 1).contiguous() for t in state)
-        out = []
-        for gates in F.linear(x, weight[:, :dim], self.conv1x1.bias).unbind(0):
-            if self.conv3x3_dws is not None:
-                hidden = self.conv3x3_dws(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            forget, write, read, candidate = (gates + F.linear(hidden, weight[:, dim:])).chunk(4, dim=-1)
-            cell = forget.sigmoid() * cell + write.sigmoid() * candidate.tanh()
-            hidden = read.sigmoid() * cell.tanh()
-            out.append(hidden)
-        return torch.stack(out), StageState(hidden.permute(0, 3, 1, 2), cell.permute(0, 3, 1, 2))
+        return self.recurrence()(x, state)
+
+    def recurrence(self) -> Recurrence:
+        """`forward`, its weights read here and now. Under ZeRO-3 reading is a collective, and in a scan ranks wait for each other
+        in another order."""
+        near = None if self.conv3x3_dws is None else (self.conv3x3_dws.weight, self.conv3x3_dws.bias)
+        weight, bias = self.conv1x1.weight.flatten(1), self.conv1x1.bias
+        return functools.partial(_cell_lstm, weight, bias, near)  # type: ignore[arg-type]  # there is a bias
+
+
+def _cell_lstm(weight: Tensor, bias: Tensor, near: Near, x: Tensor, state: StageState) -> tuple[Tensor, StageState]:
+    # One layout whatever the state went through (a checkpoint, a collective): the same bits come out.
+    hidden, cell = (t.permute(0, 2, 3, 1).contiguous() for t in state)
+    if near is not None or torch.compiler.is_compiling():
+        out, hidden, cell = _lstm_steps(weight, bias, near, x, hidden, cell)
+    else:
+        out, hidden, cell = _fused_lstm(weight, bias, x, hidden, cell)
+    return out, StageState(hidden.permute(0, 3, 1, 2), cell.permute(0, 3, 1, 2))
+
+
+def _fused_lstm(weight: Tensor, bias: Tensor, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's LSTM over time, a sequence per cell: oneDNN's or cuDNN's, a fixed number of kernels however long.
+
+    On CPU some cells at a time, all their frames: what oneDNN keeps of them for backward stays in the cache.
+    """
+    dim = x.shape[-1]
+    order = [slice(k * dim, (k + 1) * dim) for k in (1, 0, 3, 2)]  # theirs: input, forget, candidate, output
+    weight, bias = torch.cat([weight[k] for k in order]), torch.cat([bias[k] for k in order])
+    weights = [weight[:, :dim].contiguous(), weight[:, dim:].contiguous(), bias, torch.zeros_like(bias)]
+    cells, start = x.flatten(1, -2), [t.reshape(1, -1, dim) for t in (hidden, cell)]
+    at_once = max(256, CACHE_BYTES // (len(x) * dim * x.element_size())) if x.is_cpu else max(1, cells.shape[1])
+    parts = [torch.lstm(some.contiguous(), [h, c], weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
+             for some, h, c in zip(*(t.split(at_once, dim=1) for t in (cells, *start)), strict=True)]
+    out, last_hidden, last_cell = (t[0] if len(t) == 1 else torch.cat(t, dim=1) for t in zip(*parts, strict=True))
+    return out.view(x.shape), last_hidden.view(hidden.shape), last_cell.view(cell.shape)
+
+
+def _lstm_steps(weight: Tensor, bias: Tensor, near: Near, x: Tensor, hidden: Tensor,
+                cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The input half of the gates in one product; the hidden half step by step."""
+    dim, out = x.shape[-1], []
+    for gates in F.linear(x, weight[:, :dim], bias).unbind(0):
+        if near is not None:
+            hidden = F.conv2d(hidden.permute(0, 3, 1, 2), *near, padding=1, groups=dim).permute(0, 2, 3, 1)
+        forget, write, read, candidate = (gates + F.linear(hidden, weight[:, dim:])).chunk(4, dim=-1)
+        cell = forget.sigmoid() * cell + write.sigmoid() * candidate.tanh()
+        hidden = read.sigmoid() * cell.tanh()
+        out.append(hidden)
+    return torch.stack(out), hidden, cell
 
 
 class Stage(nn.Module):
@@ -185,9 +244,17 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig, in_channels: int) -> None:
         super().__init__()
         self.config = config
+        self.frames_per_call = 0  # frames (of all lanes) in a call of a stage's spatial part; 0: all of a chunk
+        self.recompute = False  # activation checkpointing: backward makes the spatial part anew, a call at a time
         inputs = [in_channels, *config.dims[:-1]]
         self.stages = nn.ModuleList(Stage(inputs[i], config.dims[i], 4 if i == 0 else 2, config.num_blocks[i], config)
                                     for i in range(4))
+
+    def compile_spatial(self) -> None:
+        """torch.compile of each stage's spatial part, anew for every number of frames in a call: keep it the same."""
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            stage.spatial = torch.compile(stage.spatial, dynamic=False)  # type: ignore[method-assign]
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """The size that frames are zero-padded to, below and on the right, so that windows divide every stage's map."""
@@ -210,9 +277,18 @@ class Backbone(nn.Module):
         features, after = [], []
         for stage, state in zip(self.stages, states, strict=True):
             assert isinstance(stage, Stage)
-            y = stage.spatial(x, partition, *padding)
-            y, state = exchange.scan(stage.lstm, y.view(steps, lanes, *y.shape[1:]), state)
+            y = self._spatial(stage, x, partition, *padding)
+            y, state = exchange.scan(stage.lstm.recurrence(), y.view(steps, lanes, *y.shape[1:]), state)
             features.append(y.permute(0, 1, 4, 2, 3))
             x, padding = features[-1].flatten(0, 1), []
             after.append(state)
         return features, tuple(after)
+
+    def _spatial(self, stage: Stage, x: Tensor, *layout: tuple[int, int]) -> Tensor:
+        """stage.spatial, some frames at a time, and recomputed in backward where asked. Communication stays outside."""
+        parts = x.split(self.frames_per_call or len(x)) if len(x) else [x]
+        if self.recompute and torch.is_grad_enabled():
+            done = [checkpoint(stage.spatial, part, *layout, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        else:
+            done = [stage.spatial(part, *layout) for part in parts]
+        return done[0] if len(done) == 1 else torch.cat(done)
