@@ -88,6 +88,25 @@ def _decode(code, cells):
     return True
 
 
+@njit(cache=True, nogil=True)
+def _gather(words, per_word, rows, first, last, out):
+    """Cell (rows[y], column) of each plane, `per_word` cells a word, to row y of `out`, from first[column] to last[column]."""
+    for plane in range(words.shape[0]):
+        for y in range(rows.size):
+            if rows[y] < 0:
+                continue
+            source, target = words[plane, rows[y]], out[plane, y]
+            for w in range(source.size):
+                word = source[w]
+                while word != 0:
+                    shift = trailing_zeros(word) & np.uint64(0x38)
+                    count = np.uint8((word >> shift) & np.uint64(0xFF))
+                    word &= ~(np.uint64(0xFF) << shift)
+                    column = per_word * w + (np.int64(shift) >> 3)
+                    for x in range(first[column], last[column]):
+                        target[x] = count
+
+
 class FrameEncoder:
     """Frames -> codes; it keeps a buffer, which grows as needed."""
 
@@ -118,3 +137,19 @@ def decode_frames(code: NDArray[np.uint8], start: NDArray[np.int64], shape: tupl
         if not 0 <= first <= last <= code.size or not _decode(code[first:last], flat[i]):
             raise ValueError(f"frame {i} of {len(frames)} does not decode to {shape}")
     return frames
+
+
+def gather_cells(frame: NDArray[np.uint8], rows: NDArray[np.int64], columns: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+    """out[:, y, x] = frame[:, rows[y], columns[x]], of the cells that are not zero: in a frame those are few.
+
+    Args:
+        frame, out: (C, H, W), C-contiguous; `out` zeros. rows: (H,), columns: (W,); -1: nothing is shown there. Columns that are
+            not -1 neighbour each other, and only rise or only fall.
+    """
+    width = frame.shape[2]
+    per_word = 1 if width % 8 else 8
+    shown = np.flatnonzero(columns >= 0)
+    last = np.bincount(columns[shown], minlength=width)
+    first = np.zeros(width, np.int64)
+    first[columns[shown[::-1]]] = shown[::-1]
+    _gather(frame.view("<u8") if per_word == 8 else frame.astype("<u8"), per_word, rows, first, first + last, out)

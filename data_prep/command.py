@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_prep.errors import UserError
+from data_prep.errors import LostRanks, UserError
 
 USER_ERROR_EXIT_CODE = 2
+LOST_EXIT_CODE = 69  # EX_UNAVAILABLE: this process was well, others of its run were not
 INTERRUPTED_EXIT_CODE = 130
 FAILURE_FILE = "EVSPAN_FAILURE_FILE"  # gets the time when a command fails: who starts several learns which was the first
 USERS_ERRNOS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT,
@@ -29,6 +30,8 @@ def run_command(main: Callable[[], object]) -> None:
 
     EVSPAN_DEBUG=1 lets the traceback through. Defects of the program itself always show theirs.
     """
+    # Torch, which is imported later, warns with stacks of C++ where another rank is gone; what matters is raised as well.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         try:
             main()
@@ -36,12 +39,25 @@ def run_command(main: Callable[[], object]) -> None:
             raise carrier.error from None
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED_EXIT_CODE)
+    except LostRanks as error:
+        if debugging():
+            raise
+        sys.exit(tell_lost(str(error)))
     except Exception as error:
         if note := os.environ.get(FAILURE_FILE):
             Path(note).write_text(str(time.monotonic_ns()))  # files' own times are as coarse as the kernel's ticks
         if debugging() or not _is_users(error):
             raise
         fail(_one_line(error))
+
+
+def tell_lost(message: str) -> int:
+    """The exit code of a process that ends because others of its run are gone. Whoever watches over them all tells it once."""
+    if note := os.environ.get(FAILURE_FILE):
+        Path(note).write_text(f"{time.monotonic_ns()}\n{message}")
+    else:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return LOST_EXIT_CODE
 
 
 def fail(message: str) -> NoReturn:

@@ -19,3 +19,7 @@ class BoxesError(UserError):
 
 class ShardError(UserError):
     """A prepared dataset that is missing, damaged, or made by another schema."""
+
+
+class LostRanks(Exception):
+    """Other processes of the same run are gone, stuck or failed; names them. A traceback would tell no more."""

@@ -1,5 +1,7 @@
 """The sampling plan: pure in (seed, micro-batch), every frame once an epoch, starts where recordings start."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -73,6 +75,27 @@ def blob(box, h=48, w=64):
     return frames
 
 
+def augmented(frames, how):
+    out = np.zeros_like(frames)
+    augment_frames(frames, how, out)
+    return out
+
+
+@pytest.mark.parametrize("width", [64, 61])  # whole words of eight cells, or not
+@pytest.mark.parametrize("how", [Augmentation(zoom=1.4, top=-7, left=-11.5), Augmentation(zoom=0.8, top=3.3, left=5),
+                                 Augmentation(True, 1.4, -7, -11.5), Augmentation(True, 0.8, 3.3, 5), Augmentation(flip=True)])
+def test_every_pixel_shows_what_the_definition_says(how, width):
+    frames = np.random.default_rng(0).integers(0, 256, (2, 3, 40, width)).astype(np.uint8)
+    frames[frames < 100] = 0
+    wanted = np.zeros_like(frames)
+    for y in range(40):
+        for x in range(width):
+            row, column = math.floor((y + 0.5 - how.top) / how.zoom), math.floor((x + 0.5 - how.left) / how.zoom)
+            if 0 <= row < 40 and 0 <= column < width:
+                wanted[..., y, x] = frames[..., row, width - 1 - column if how.flip else column]
+    np.testing.assert_array_equal(augmented(frames, how), wanted)
+
+
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("streamed", [True, False])
 def test_boxes_follow_the_pixels(seed, streamed):
@@ -80,7 +103,7 @@ def test_boxes_follow_the_pixels(seed, streamed):
     how = draw_augmentation(AugmentationConfig(), Chunk(0, 0, 2, True, streamed, (seed,)), seed=1, height=48, width=64)
     if streamed:
         assert how.zoom <= 1
-    frames = augment_frames(blob(box[0]), how)
+    frames = augmented(blob(box[0]), how)
     assert frames.shape == (2, 3, 48, 64)
     lit = np.argwhere(frames[0, 0])
     moved = augment_boxes(box, how, height=48, width=64)
@@ -95,8 +118,8 @@ def test_boxes_follow_the_pixels(seed, streamed):
 def test_flip_alone_is_a_mirror_and_nothing_is_nothing():
     box = np.array([[0, 30, 20, 16, 10]], np.float32)
     frames = blob(box[0])
-    assert augment_frames(frames, Augmentation()) is frames
-    np.testing.assert_array_equal(augment_frames(frames, Augmentation(flip=True)), frames[..., ::-1])
+    np.testing.assert_array_equal(augmented(frames, Augmentation()), frames)
+    np.testing.assert_array_equal(augmented(frames, Augmentation(flip=True)), frames[..., ::-1])
     np.testing.assert_allclose(augment_boxes(box, Augmentation(flip=True), height=48, width=64), [[0, 34, 20, 16, 10]])
 
 

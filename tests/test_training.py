@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from test_datasets import write_rvt_tree
 
 from data_prep.config import FrameMode
 from data_prep.errors import UserError
-from pipeline.checkpoint import load_sidecar, load_weights
+from pipeline.checkpoint import load_weights
+from pipeline.engine.saving import load_snapshot
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(240)
@@ -58,8 +60,8 @@ def two_ranks(shards, tmp_path_factory):
 
 def test_the_run_folder_holds_what_the_readme_says(two_ranks):
     checkpoints = two_ranks / "checkpoints"
-    assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", "step-00000003", "step-00000006"]
-    assert (checkpoints / "latest").read_text().strip() == "step-00000006"
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["best", "latest", "step-00000003", "step-00000006"]
+    assert (checkpoints / "latest").read_text().strip() == (checkpoints / "best").read_text().strip() == "step-00000006"
     assert set(told(two_ranks, "speed/frames_per_s")) == set(range(1, 7))
     assert set(told(two_ranks, "evaluation/ap50")) == {6}
     metrics = json.loads((two_ranks / "evaluation" / "metrics.json").read_text())
@@ -67,8 +69,11 @@ def test_the_run_folder_holds_what_the_readme_says(two_ranks):
     assert metrics["frames"] == 6 + 3 + 2
     weights = load_weights(two_ranks)
     assert weights.step == 6 and weights.frames.bins == BINS and weights.classes == ["ball", "box", "bar"]
-    carry = load_sidecar(checkpoints / "step-00000006", 1)["carry"]
-    assert all(torch.isfinite(t).all() for t in carry) and any(t.abs().sum() > 0 for t in carry)
+    assert sorted(p.name for p in (checkpoints / "step-00000006").iterdir()) == [
+        "lanes-0000-0002.safetensors", "lanes-0002-0004.safetensors", "meta.json", "metrics.json", "moments.safetensors",
+        "rank-0000.safetensors", "rank-0001.safetensors", "weights.safetensors"]
+    carry = load_snapshot(checkpoints / "step-00000006", range(1, 4), 1).carry
+    assert all(torch.isfinite(t).all() and t.shape[-4] == 3 for t in carry) and any(t.abs().sum() > 0 for t in carry)
 
 
 def test_resume_is_bit_for_bit_the_uninterrupted_run(shards, two_ranks, tmp_path):
@@ -91,6 +96,54 @@ def test_two_ranks_give_the_losses_of_one(shards, two_ranks, tmp_path):
         one, two = told(tmp_path / "run", tag), told(two_ranks, tag)
         np.testing.assert_allclose([one[s] for s in sorted(one)], [two[s] for s in sorted(two)], rtol=5e-5, err_msg=tag)
         assert one[1] == pytest.approx(two[1], rel=1e-5), tag  # the first step: same weights, nothing has drifted yet
+
+
+@pytest.fixture(scope="module")
+def one_sequence(shards, tmp_path_factory):
+    """Two ranks that share every sequence."""
+    run_dir = tmp_path_factory.mktemp("one_sequence") / "run"
+    output = run(shards, run_dir, "parallel.sequence=2")
+    assert "2 ranks = 1 data x 2 sequence, exchange transpose" in output
+    return run_dir
+
+
+def test_a_shared_sequence_gives_the_losses_of_two_lanes(two_ranks, one_sequence):
+    for tag in LOSSES:
+        data, sequence = told(two_ranks, tag), told(one_sequence, tag)
+        close = 5e-4 if tag == "train/gradient_norm" else 5e-5
+        np.testing.assert_allclose([data[s] for s in sorted(data)], [sequence[s] for s in sorted(data)], rtol=close, err_msg=tag)
+    assert set(told(one_sequence, "evaluation/ap50")) == {6}
+    shares = told(one_sequence, "speed/exchange_share")
+    assert set(shares) == set(range(1, 7)) and all(0 < share < 1 for share in shares.values())
+
+
+def started_by_torchrun(arguments):
+    return [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+                              "pipeline.train", *arguments], cwd=ROOT)]
+
+
+def started_by_slurm(arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    step = {"SLURM_NTASKS": "2", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "1",
+            "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [subprocess.Popen([sys.executable, "-m", "pipeline.train", *arguments], cwd=ROOT,
+                             env=os.environ | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+            for rank in range(2)]
+
+
+@pytest.mark.parametrize("start", [started_by_torchrun, started_by_slurm])
+def test_every_launcher_gives_the_same_run(shards, one_sequence, tmp_path, start):
+    arguments = command(shards, tmp_path / "run", "parallel.sequence=2", "training.evaluate_every=0")[4:]
+    ranks = start(arguments)
+    try:
+        assert [rank.wait(120) for rank in ranks] == [0] * len(ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for tag in LOSSES:
+        assert told(tmp_path / "run", tag) == told(one_sequence, tag)
 
 
 @pytest.mark.parametrize("overrides", [
@@ -121,8 +174,8 @@ def test_a_stop_signal_saves_all_ranks_and_the_same_command_continues(shards, tm
     assert started.wait(60) == 75
     meta = json.loads(next((run_dir / "checkpoints").glob("step-*/meta.json")).read_text())
     assert 2 <= meta["step"] < 400
-    output = run(shards, run_dir, "training.max_steps=400", "parallel.ranks=1", code=2)
-    assert "parallel.ranks=2" in output and "Traceback" not in output
+    output = run(shards, run_dir, "training.max_steps=400", "training.batch_size=2", code=2)
+    assert "training.batch_size=4, this run has 2" in output and "Traceback" not in output
 
 
 def test_a_dead_rank_ends_the_run_and_is_named(shards, tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.codec import gather_cells
 from pipeline.config import AugmentationConfig
 from pipeline.data.plan import Chunk, generator
 
@@ -34,26 +35,23 @@ def draw_augmentation(config: AugmentationConfig, chunk: Chunk, *, seed: int, he
                         top=float(v * height * (1 - zoom)), left=float(u * width * (1 - zoom)))
 
 
-def augment_frames(frames: NDArray[np.uint8], how: Augmentation) -> NDArray[np.uint8]:
-    """(T, C, H, W) -> the same shape; nearest pixel, zero outside."""
+def augment_frames(frames: NDArray[np.uint8], how: Augmentation, out: NDArray[np.uint8]) -> None:
+    """(T, C, H, W) into `out`, zeros of the same shape; nearest pixel, zero outside. A frame of each lies in one piece."""
     if how == Augmentation():
-        return frames
-    rows, rows_in = _source(frames.shape[2], how.top, how.zoom)
-    columns, columns_in = _source(frames.shape[3], how.left, how.zoom)
+        out[:] = frames
+        return
+    height, width = frames.shape[2:]
+    rows, columns = _source(height, how.top, how.zoom), _source(width, how.left, how.zoom)
     if how.flip:
-        columns = frames.shape[3] - 1 - columns
-    if how.zoom == 1:
-        return np.ascontiguousarray(frames[..., columns])
-    out = np.zeros_like(frames)
-    out[:, :, rows_in, columns_in] = frames.take(rows[rows_in], axis=2).take(columns[columns_in], axis=3)
-    return out
+        columns = np.where(columns < 0, -1, width - 1 - columns)
+    for frame, augmented in zip(frames, out, strict=True):
+        gather_cells(frame, rows, columns, augmented)
 
 
-def _source(size: int, offset: float, zoom: float) -> tuple[NDArray[np.int64], slice]:
-    """For every output pixel the input pixel that it shows, and the run of output pixels for which there is one."""
+def _source(size: int, offset: float, zoom: float) -> NDArray[np.int64]:
+    """For every output pixel the input pixel that it shows; -1: none."""
     source = np.floor((np.arange(size) + 0.5 - offset) / zoom).astype(np.int64)
-    inside = np.flatnonzero((source >= 0) & (source < size))
-    return source, slice(int(inside[0]), int(inside[-1]) + 1)
+    return np.where((source >= 0) & (source < size), source, -1)
 
 
 def augment_boxes(boxes: NDArray[np.float32], how: Augmentation, *, height: int, width: int) -> NDArray[np.float32]:

@@ -56,30 +56,28 @@ class Loader:
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index` of the whole run."""
-        columns = [self._lane(lane, index) for lane in self.lanes]
-        frames = np.stack([c[0] for c in columns], axis=1)
-        labelled = np.stack([c[2] for c in columns], axis=1)
-        boxes, counts = pad_boxes([columns[b][1][t] for t, b in zip(*np.nonzero(labelled), strict=True)])
-        starts = torch.tensor([c[3] for c in columns])
+        data = self.dataset
+        frames = np.zeros((len(self.frames), len(self.lanes), data.channels, data.height, data.width), np.uint8)
+        columns = [self._lane(lane, index, frames[:, b]) for b, lane in enumerate(self.lanes)]
+        labelled = np.stack([c[1] for c in columns], axis=1)
+        boxes, counts = pad_boxes([columns[b][0][t] for t, b in zip(*np.nonzero(labelled), strict=True)])
+        starts = torch.tensor([c[2] for c in columns])
         return Batch(torch.from_numpy(frames), starts, torch.from_numpy(labelled), boxes, counts)
 
-    def _lane(self, lane: int, index: int) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, bool]:
+    def _lane(self, lane: int, index: int, out: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, bool]:
+        """Its frames into `out`, zeros; their boxes, which are labelled, and whether the state begins at zero."""
         chunk = self.plan.chunk(lane, index)
         recording = self.dataset.recordings[chunk.recording]
         height, width, length = self.dataset.height, self.dataset.width, len(self.frames)
         how = draw_augmentation(self.config.augmentation, chunk, seed=self.seed, height=height, width=width)
         first, there = chunk.first + self.frames.start, min(length, max(0, chunk.frames - self.frames.start))
-        frames = np.zeros((length, self.dataset.channels, height, width), np.uint8)
-        if there == length:
-            frames = augment_frames(recording.read(first, first + there), how)
-        elif there:  # a recording's tail: nothing happens after its end
-            frames[:there] = augment_frames(recording.read(first, first + there), how)
+        for t in range(there):  # after a recording's end nothing happens; a frame at a time stays in the cache
+            augment_frames(recording.read(first + t, first + t + 1), how, out[t : t + 1])
         labelled = np.zeros(length, bool)
         labelled[:there] = recording.labelled[first : first + there]
-        empty = np.zeros((0, 5), np.float32)
-        boxes = [augment_boxes(to_center(recording.boxes(first + t)), how, height=height, width=width)
-                 if labelled[t] else empty for t in range(length)]
-        return frames, boxes, labelled, chunk.start
+        stored = recording.boxes_of(first, first + there) if there else []
+        boxes = [augment_boxes(to_center(rows), how, height=height, width=width) for rows in stored]
+        return boxes, labelled, chunk.start
 
     def batches(self, start: int) -> Iterator[Batch]:
         workers = self.config.loader_workers

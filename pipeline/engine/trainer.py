@@ -11,23 +11,16 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
-from pipeline.checkpoint import (
-    Checkpoints,
-    Weights,
-    generator_states,
-    load_sidecar,
-    load_weights,
-    plain,
-    restore_generators,
-    seed_everything,
-)
-from pipeline.config import TrainConfig
+from pipeline.checkpoint import Weights, generator_states, load_weights, plain, restore_generators, seed_everything
+from pipeline.config import TrainConfig, chosen_exchange
 from pipeline.data.datasets import open_dataset
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.plan import SamplingPlan
 from pipeline.engine.build import load_tensors
 from pipeline.engine.evaluator import evaluate_weights, write_results
+from pipeline.engine.memory import telling_knobs
 from pipeline.engine.pictures import evaluation_picture, training_picture
+from pipeline.engine.saving import FORM, Checkpoints, Snapshot, load_snapshot
 from pipeline.engine.signals import StopFlag, stop_flag
 from pipeline.engine.zero import ZeroEngine
 from pipeline.evaluation.coco import Metrics
@@ -36,7 +29,9 @@ from pipeline.model.loss import detection_loss
 from pipeline.model.norm import RankReductions, global_batch_norms
 from pipeline.model.state import DetectorState, detach, state_from_tensors, state_tensors
 from pipeline.monitor import Monitor, Stopwatch
-from pipeline.parallel.reductions import gather_over_ranks, sum_over_ranks
+from pipeline.parallel.exchange import open_exchange
+from pipeline.parallel.mesh import open_mesh
+from pipeline.parallel.reductions import broadcast_object, gather_over_ranks, sum_over_ranks
 from pipeline.parallel.world import World
 
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on a stop signal; the same command continues
@@ -46,35 +41,50 @@ def train(config: TrainConfig, world: World) -> Metrics | None:
     """Train to `max_steps`, resuming where the run's newest checkpoint stands; returns the last evaluation's metrics.
 
     Raises:
-        UserError: bad data, a checkpoint of another layout, or too many non-finite losses in a row.
+        UserError: bad data, a checkpoint of another batch or model, too many non-finite losses in a row, or too little memory.
         SystemExit: a stop signal came and everything was saved.
     """
-    trainer = Trainer(config, world)
-    try:
-        with stop_flag() as flag:
-            return trainer.run(flag)
-    finally:
-        trainer.monitor.close()
+    with telling_knobs(config, world):
+        trainer = Trainer(config, world)
+        try:
+            with stop_flag() as flag:
+                return trainer.run(flag)
+        finally:
+            trainer.monitor.close()
 
 
 class Trainer:
-    def __init__(self, config: TrainConfig, world: World) -> None:
+    """One rank of a run.
+
+    Args:
+        engine: what steps the model.
+    """
+
+    def __init__(self, config: TrainConfig, world: World, engine: type[ZeroEngine] = ZeroEngine) -> None:
         self.config, self.world, self.run_dir = config, world, Path(config.run_dir)
-        self.lanes = world.lanes(config.training.batch_size)
+        mesh = self.mesh = open_mesh(world, sequence=config.parallel.sequence, timeout_s=config.parallel.timeout_s)
+        self.lanes, length = mesh.lanes(config.training.batch_size), config.training.sequence_length
+        self.exchange = open_exchange(config.parallel.exchange, mesh, sequence_length=length,
+                                      dws_conv=config.model.backbone.dws_conv)
         seed_everything(config.seed)
         self.dataset = open_dataset(config.dataset, "train")
         plan = SamplingPlan([r.frames for r in self.dataset.recordings], [r.labelled for r in self.dataset.recordings],
-                            lanes=config.training.batch_size, sequence_length=config.training.sequence_length,
+                            lanes=config.training.batch_size, sequence_length=length,
                             sampling=config.training.sampling, seed=config.seed)
-        self.loader = Loader(self.dataset, plan, self.lanes, config.training, seed=config.seed)
-        detector = Detector(config.model, self.dataset.channels)
+        self.loader = Loader(self.dataset, plan, self.lanes, mesh.frames(length), config.training, seed=config.seed)
+        detector = Detector(config.model, self.dataset.channels, self.exchange)
         if config.checkpoint.init_from:
             load_tensors(detector, load_weights(config.checkpoint.init_from))
+        backbone, asked = detector.backbone, config.training
+        backbone.frames_per_call, backbone.recompute = asked.frames_per_call, asked.activation_checkpointing
+        if asked.compile:
+            backbone.compile_spatial()
         if world.size > 1:
             global_batch_norms(detector, RankReductions(gather_over_ranks, sum_over_ranks))
-        self.engine = ZeroEngine(detector, config, world, lanes=len(self.lanes))
+        self.engine = engine(detector, config, world, lanes=len(self.lanes))
         self.state = self._zero_state()
-        self.checkpoints = Checkpoints(self.run_dir, rank=world.rank, keep=config.checkpoint.keep)
+        self.checkpoints = Checkpoints(self.run_dir, rank=world.rank, keep=config.checkpoint.keep,
+                                       anew=not config.checkpoint.resume)
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
         if config.checkpoint.resume:
             self._resume()
@@ -88,6 +98,8 @@ class Trainer:
         config, accumulation = self.config.training, self.config.training.accumulation
         self._say_hello()
         batches, watch, metrics = self.loader.batches(self.step * accumulation), Stopwatch(), None
+        if self.step and self._evaluates and not broadcast_object(self.checkpoints.evaluated(self.step)):
+            metrics = self._evaluate()  # the run was killed before it had
         while self.step < config.max_steps:
             for _ in range(accumulation):
                 asked = time.perf_counter()
@@ -99,12 +111,12 @@ class Trainer:
             done = self.step == config.max_steps
             if self.step % config.log_every == 0 or done:
                 self._log(told, watch)
-            if self.step % self.config.checkpoint.every == 0 or done or stop:
+            if self.step % self.config.checkpoint.every == 0 or self._evaluates or stop:
                 self._save()
                 self._show(batch)
             if stop and not done:
                 self._stop(flag)
-            if done or (config.evaluate_every and self.step % config.evaluate_every == 0):
+            if self._evaluates:
                 metrics = self._evaluate()
         batches.close()  # type: ignore[attr-defined]
         return metrics
@@ -119,14 +131,14 @@ class Trainer:
         # One small sum tells the losses, whether one is bad anywhere, and whether to stop: all ranks then do the same.
         told = sum_over_ranks(torch.stack([losses.total, losses.iou, losses.objectness, losses.classes,
                                            losses.total.new_tensor(float(stop))]).detach())
-        stop = bool(told[-1] > 0)
-        if math.isfinite(float(told[0])):
+        total, *_, stops = told.tolist()  # the one place in a step where the host waits for the device
+        if math.isfinite(total):
             self.engine.backward(losses.total * self.world.size)
             self.engine.step()
             self.state, self.skipped_in_a_row = detach(state), 0
         else:
             self._skip()
-        return torch.cat((told[:4], losses.positives.reshape(1).to(told))), stop
+        return torch.cat((told[:4], losses.positives.reshape(1).to(told))), stops > 0
 
     def _skip(self) -> None:
         """A bad loss must reach neither the weights nor, through the carry, the next chunk."""
@@ -139,40 +151,52 @@ class Trainer:
 
     # -- state, checkpoints --------------------------------------------------------------------------------------
     def _zero_state(self) -> DetectorState:
-        return self._detector.initial_state(len(self.lanes), self.dataset.height, self.dataset.width,
-                                            device=self.world.device, dtype=self.engine.dtype)
+        return self.exchange.scatter(self._initial_state(self.world.device))
+
+    def _initial_state(self, device: torch.device | str) -> DetectorState:
+        """Canonical: as one rank would hold it."""
+        return self._detector.initial_state(len(self.lanes), self.dataset.height, self.dataset.width, device=device,
+                                            dtype=self.engine.dtype)
 
     @property
     def _detector(self) -> Detector:
-        return self.engine.engine.module
+        assert isinstance(self.engine.module, Detector)
+        return self.engine.module
 
     def _weights(self) -> Weights:
         return Weights(self.engine.full_state(), self.config.model, self.dataset.frames, self.dataset.classes, self.step)
 
+    @property
+    def _evaluates(self) -> bool:
+        """Whether this step ends in an evaluation: of a checkpoint, which is saved before."""
+        every = self.config.training.evaluate_every
+        return self.step == self.config.training.max_steps or (every > 0 and self.step % every == 0)
+
     def _save(self) -> None:
-        sidecar = {"generators": generator_states(), "lanes": [self.lanes.start, self.lanes.stop], "skipped": self.skipped,
-                   "carry": [t.cpu() for t in state_tensors(self.state)]}
-        meta = {"world": self.world.size, "stage": self.config.deepspeed.stage, "config": plain(asdict(self.config))}
-        self.checkpoints.save(self.step, meta=meta, sidecar=sidecar, weights=self._weights, save_engine=self.engine.save)
+        self.monitor.flush()  # what is resumed from must not be ahead of what was told
+        carry = self.exchange.gather(self.state, like=self._initial_state("meta"))
+        meta = {"skipped": self.skipped, "counters": self.engine.memory.counters(), "config": plain(asdict(self.config))}
+        moments = self.engine.memory.moments(keep=self.world.is_main)
+        self.checkpoints.save(self.step, Snapshot(meta, self._weights(), moments, self.lanes,
+                                                  state_tensors(carry) if self.mesh.sequence == 0 else None))
 
     def _resume(self) -> None:
         if (found := self.checkpoints.find()) is None:
             return
         folder, meta = found
-        self._check_layout(folder, meta)
-        self.engine.load(folder / "engine")
-        sidecar = load_sidecar(folder, self.world.rank)
-        like = self.state
-        self.state = state_from_tensors([t.to(self.world.device) for t in sidecar["carry"]], like)
-        restore_generators(sidecar["generators"])
-        self.step, self.skipped = meta["step"], sidecar["skipped"]
+        self._check_continues(folder, meta)
+        loaded = load_snapshot(folder, self.lanes, self.world.rank)
+        self.engine.load_state(loaded.weights, loaded.moments, meta["counters"])
+        carry = state_from_tensors([t.to(self.world.device) for t in loaded.carry], self._initial_state("meta"))
+        self.state = self.exchange.scatter(carry)
+        if loaded.generators is not None:
+            restore_generators(loaded.generators)
+        self.step, self.skipped = meta["step"], meta["skipped"]
 
-    def _check_layout(self, folder: Path, meta: dict[str, Any]) -> None:
-        ours = {"world": self.world.size, "stage": self.config.deepspeed.stage}
-        for key, remedy in (("world", "parallel.ranks"), ("stage", "deepspeed.stage")):
-            if meta[key] != ours[key]:
-                raise UserError(f"{folder} was saved with {remedy}={meta[key]}, this run has {ours[key]}. Resume with {remedy}="
-                                f"{meta[key]}, or start from its weights: run_dir=NEW checkpoint.init_from={folder}")
+    def _check_continues(self, folder: Path, meta: dict[str, Any]) -> None:
+        if meta.get("form") != FORM:
+            raise UserError(f"{folder} was saved by another version of evspan, in a form that this one cannot continue. "
+                            f"Start from its weights: run_dir=NEW checkpoint.init_from={folder}")
         was, now = meta["config"], plain(asdict(self.config))
         for group, keys in (("training", ("batch_size", "sequence_length", "accumulation", "sampling", "max_steps", "precision")),
                             ("model", ("backbone", "fpn", "head"))):
@@ -193,14 +217,22 @@ class Trainer:
         parameters = sum(p.numel() for p in self._detector.parameters()) if self.config.deepspeed.stage < 3 else None
         size = f", {parameters:,} parameters" if parameters else ""
         at = f"resumes at step {self.step}" if self.step else "starts"
-        self.monitor.say(f"{self.run_dir}: {at} of {self.config.training.max_steps}; {self.world.size} rank(s), "
+        self.monitor.say(f"{self.run_dir}: {at} of {self.config.training.max_steps}; {self._layout()}, "
                          f"{len(self.dataset.recordings)} recordings, {sum(r.frames for r in self.dataset.recordings)} "
                          f"frames{size}")
         self.monitor.say(f"watch it: tensorboard --logdir {self.run_dir}")
 
+    def _layout(self) -> str:
+        mesh, kind = self.mesh, chosen_exchange(self.config.parallel.exchange, dws_conv=self.config.model.backbone.dws_conv)
+        shared = f" x {mesh.sequence_size} sequence, exchange {kind.name}" if mesh.sequence_size > 1 else ""
+        return f"{self.world.size} ranks = {mesh.data_size} data{shared}" if self.world.size > 1 else "1 rank"
+
     def _log(self, told: Tensor, watch: Stopwatch) -> None:
         total, iou, objectness, classes, positives = told.tolist()
-        speed, waiting = watch.report()
+        exchanging, (speed, waiting, passed) = self.exchange.clock.read(), watch.report()
+        if self.mesh.sequence_size > 1:  # of the mean rank: they wait for each other at different places
+            over_ranks = sum_over_ranks(torch.tensor(exchanging / self.world.size, device=self.world.device))
+            self.monitor.scalars({"speed/exchange_share": float(over_ranks) / passed}, self.step)
         self.monitor.scalars({
             "loss/total": total, "loss/iou": iou, "loss/objectness": objectness, "loss/class": classes,
             "train/positives": positives, "train/learning_rate": self.engine.learning_rate,
@@ -216,7 +248,9 @@ class Trainer:
 
     def _evaluate(self) -> Metrics:
         began = time.perf_counter()
+        generators = generator_states()  # a detector that is built draws weights; a resumed run need not evaluate again
         metrics, results, data = evaluate_weights(self._weights(), self.config.dataset, self.config.evaluation, self.world)
+        restore_generators(generators)
         if self.world.is_main:
             self.monitor.scalars({f"evaluation/{k}": v for k, v in metrics.scalars().items()}, self.step)
             if (rgb := evaluation_picture(results, data)) is not None:
@@ -224,4 +258,5 @@ class Trainer:
             self.monitor.say(f"evaluation at step {self.step} ({time.perf_counter() - began:.0f} s)\n{metrics.table()}")
             about = {"checkpoint": str(self.run_dir), "step": self.step, "split": self.config.evaluation.split}
             write_results(self.run_dir / "evaluation", metrics, results, data, self.config.evaluation, about)
+            self.checkpoints.record(self.step, {**metrics.to_json(), **about})
         return metrics

@@ -1,0 +1,141 @@
+"""What ranks run for tests/test_checkpoint_layouts.py: stretches of runs, each from a checkpoint that another may have saved.
+
+    python tests/checkpoint_ranks.py FOLDER NAME...
+
+with torchrun's variables. Stretch NAME trains in FOLDER/NAME and writes {step: losses} to FOLDER/NAME.json.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.config import DatasetConfig
+from pipeline.config import (
+    BackboneConfig,
+    CheckpointConfig,
+    DeepSpeedConfig,
+    FpnConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Precision,
+    TrainConfig,
+    TrainingConfig,
+)
+from pipeline.engine.trainer import STOPPED_EXIT_CODE, Trainer
+from pipeline.parallel.reductions import barrier
+from pipeline.parallel.world import open_world
+
+STEPS, CUT = 6, 2  # of a whole run; where it is cut in two
+
+
+@dataclass(frozen=True)
+class Case:
+    ranks: int = 1
+    sequence: int = 1
+    stage: int = 0
+    precision: str = "fp32"
+    accumulation: int = 1
+    attention: bool = False
+    dws_conv: bool = False
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class Stretch:
+    case: Case
+    until: int = STEPS
+    after: tuple[str, int] | None = None  # stretch and step to continue from
+
+
+SAME = {  # two ranks that continue as they were, to the last bit
+    "stage 0, bf16": {"stage": 0, "precision": "bf16"},
+    "stage 1, bf16, accumulation": {"stage": 1, "precision": "bf16", "accumulation": 2},
+    "stage 2, relay": {"stage": 2, "sequence": 2, "dws_conv": True},
+    "stage 3, offload": {"stage": 3, "offload": True},
+    "stage 3, bf16, attention over ranks": {"stage": 3, "precision": "bf16", "sequence": 2, "attention": True},
+}
+QUICK = ("stage 0, bf16", "stage 3, bf16, attention over ranks")
+WALK = [  # data x sequence, ZeRO stage, the step that it gets to; each continues the one before
+    ("walk 2x1", {"ranks": 2, "stage": 1}, 2), ("walk 1x2", {"ranks": 2, "sequence": 2, "stage": 3}, 3),
+    ("walk 4x1", {"ranks": 4, "stage": 0}, 5), ("walk 1x1", {"ranks": 1, "stage": 2}, STEPS)]
+BACK = [("back 1x1", {"ranks": 1, "stage": 0}, 2), ("back 2x1", {"ranks": 2, "stage": 3, "offload": True}, 4),
+        ("back 1x2", {"ranks": 2, "sequence": 2, "stage": 1}, STEPS)]
+
+
+def stretches() -> dict[str, Stretch]:
+    """By name, in the order in which they can be run."""
+    out = {"whole": Stretch(Case(stage=1, attention=True))}
+    for name, form in SAME.items():
+        case = Case(**{"ranks": 2, **form})
+        out |= {name: Stretch(case), f"{name}, resumed": Stretch(case, after=(name, CUT))}
+    for walk in (WALK, BACK):
+        before = None
+        for name, form, until in walk:
+            out[name] = Stretch(Case(**{"attention": True, **form}), until, before)
+            before = (name, until)
+    return out
+
+
+def config(case: Case, folder: Path, run_dir: Path) -> TrainConfig:
+    """A micro detector whose carry and attention matter, and a learning rate that moves it visibly."""
+    return TrainConfig(
+        run_dir=str(run_dir), seed=5,
+        model=ModelConfig(backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5, dws_conv=case.dws_conv,
+                                                  partition_split_32=1),
+                          fpn=FpnConfig(enable_small_object_attention=case.attention, identity_start=False),
+                          head=HeadConfig(num_classes=3)),
+        dataset=DatasetConfig(root=str(folder / "shards")),
+        training=TrainingConfig(max_steps=2 * STEPS, batch_size=4, sequence_length=4, accumulation=case.accumulation,
+                                precision=Precision[case.precision], loader_workers=1, log_every=1),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_share=0.2),
+        deepspeed=DeepSpeedConfig(stage=case.stage, offload_optimizer=case.offload,
+                                  offload_parameters=case.offload and case.stage == 3),
+        parallel=ParallelConfig(ranks=case.ranks, sequence=case.sequence),
+        checkpoint=CheckpointConfig(every=CUT, keep=9))
+
+
+class StopAt:
+    """A stop signal that comes in the step before."""
+
+    def __init__(self, trainer: Trainer, step: int) -> None:
+        self.trainer, self.step = trainer, step
+
+    @property
+    def received(self) -> int | None:
+        return signal.SIGTERM if self.trainer.step + 1 >= self.step else None
+
+    def hand_on(self) -> None:
+        pass
+
+
+def run(folder: Path, name: str, stretch: Stretch, world) -> None:
+    checkpoints = folder / name / "checkpoints"
+    if stretch.after and world.is_main:
+        shutil.copytree(folder / stretch.after[0] / "checkpoints" / (step := f"step-{stretch.after[1]:08d}"), checkpoints / step)
+    barrier()
+    losses = {}
+    trainer = Trainer(config(stretch.case, folder, folder / name), world)
+    trainer._log = lambda told, watch: losses.update({trainer.step: [*told.tolist(), trainer.engine.learning_rate]})
+    try:
+        trainer.run(StopAt(trainer, stretch.until))
+    except SystemExit as end:
+        assert end.code == STOPPED_EXIT_CODE
+    trainer.engine.engine.destroy()
+    if world.is_main:
+        (folder / f"{name}.json").write_text(json.dumps(losses))
+
+
+def main(folder: Path, names: list[str]) -> None:
+    with open_world(ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=60, threads=1)) as world:
+        for name in names:
+            run(folder, name, stretches()[name], world)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,19 @@
+"""A rank as a process that begins within milliseconds, with everything imported: for tests that kill it."""
+
+import os
+from pathlib import Path
+
+from pipeline.config import TrainConfig
+
+
+def be_rank(rank: int, port: int, config: TrainConfig, log: Path) -> None:
+    """Train as rank `rank`; what it says goes to `log`."""
+    from data_prep.command import run_command
+    from pipeline.train import train_here
+
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(config.parallel.ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                      LOCAL_WORLD_SIZE=str(config.parallel.ranks), MASTER_PORT=str(port))
+    run_command(lambda: train_here(config))

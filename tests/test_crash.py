@@ -1,0 +1,286 @@
+"""Training that is killed at any moment, or finds no room to save: the newest complete checkpoint continues as if nothing was."""
+
+import json
+import multiprocessing
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoint_ranks import Case, config
+from crash_ranks import be_rank
+from safetensors.torch import load_file
+from small_shards import write_small_shards
+from test_training import LOSSES, told
+
+from data_prep.config import FrameConfig
+from data_prep.errors import UserError
+from pipeline.checkpoint import Weights, load_weights, newest_checkpoint
+from pipeline.config import CheckpointConfig, ModelConfig
+from pipeline.engine.saving import Checkpoints, Snapshot
+
+pytestmark = pytest.mark.timeout(300)  # on a busy machine
+STEPS, EVERY, KEEP, EVALUATE = 10, 2, 2, 4
+PRELOADED = ["pipeline.train", "pipeline.engine.trainer", "deepspeed.runtime.zero.muon.muon_optimizer"]  # the last takes seconds
+
+
+@pytest.fixture(scope="module")
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_small_shards(tmp_path_factory.mktemp("data") / "shards", {"train": [23, 12, 9], "val": [12]})
+
+
+class Run:
+    """Two ranks at work in one run folder, started again and again."""
+
+    def __init__(self, processes, shards: Path, folder: Path) -> None:
+        self.processes, self.folder, self.checkpoints = processes, folder, folder / "checkpoints"
+        self.config = config(Case(ranks=2, stage=1), shards.parent, folder)
+        self.config.training.max_steps, self.config.training.evaluate_every = STEPS, EVALUATE
+        self.config.evaluation.skip_first_ms = 0
+        self.config.checkpoint = CheckpointConfig(every=EVERY, keep=KEEP)
+        self.config.parallel.timeout_s, self.config.parallel.threads = 60, 1
+        self.ranks: list = []
+
+    def log(self, rank: int) -> str:
+        return self.folder.with_name(f"{self.folder.name}-rank-{rank}.log").read_text()
+
+    def start(self) -> None:
+        with socket.socket() as held:
+            held.bind(("127.0.0.1", 0))
+            port = held.getsockname()[1]
+        logs = [self.folder.with_name(f"{self.folder.name}-rank-{rank}.log") for rank in (0, 1)]
+        self.ranks = [self.processes.Process(target=be_rank, args=(rank, port, self.config, logs[rank])) for rank in (0, 1)]
+        for rank in self.ranks:
+            rank.start()
+
+    def alive(self) -> bool:
+        return all(rank.is_alive() for rank in self.ranks)
+
+    def kill(self, victims: list[int]) -> bool:
+        """Whether they were at work. The others get time to notice, as a launcher gives it."""
+        working = self.alive()
+        for victim in victims:
+            self.ranks[victim].kill()
+        for rank in self.ranks:
+            rank.join(5)
+            rank.kill()
+            rank.join(20)
+        return working and any(self.ranks[victim].exitcode == -signal.SIGKILL for victim in victims)
+
+    def finish(self) -> None:
+        for rank in self.ranks:
+            rank.join(100)
+        assert [rank.exitcode for rank in self.ranks] == [0, 0], self.log(0) + self.log(1)
+
+    def resumed_at(self) -> int:
+        found = re.search(r": (?:resumes at step (\d+)|starts) of", self.log(0))
+        return int(found[1] or 0) if found else -1  # -1: killed before it could say
+
+    def saving(self) -> bool:
+        return any(self.checkpoints.glob(".[wd]*-step-*"))
+
+    def complete(self) -> int:
+        """The step that must be resumed at; what is named is whole."""
+        newest = newest_checkpoint(self.folder)
+        if newest is None:
+            return 0
+        for file in newest.glob("*.safetensors"):
+            load_file(file)
+        assert json.loads((newest / "meta.json").read_text())["step"] == int(newest.name.split("-")[1])
+        assert len(list(newest.glob("rank-*"))) == len(list(newest.glob("lanes-*"))) == 2
+        return int(newest.name.split("-")[1])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(processes, shards, tmp_path_factory):
+    run = Run(processes, shards, tmp_path_factory.mktemp("undisturbed") / "run")
+    began = time.monotonic()
+    run.start()
+    run.finish()
+    return run, time.monotonic() - began
+
+
+def assert_as_undisturbed(run: Run, reference: Run) -> None:
+    for tag in LOSSES:
+        assert sorted(wanted := told(reference.folder, tag)) == list(range(1, STEPS + 1))
+        assert told(run.folder, tag) == wanted, tag
+    assert told(run.folder, "evaluation/ap") == told(reference.folder, "evaluation/ap")
+    names = sorted(path.name for path in reference.checkpoints.iterdir())
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == names
+    for pointer in ("latest", "best"):
+        assert (run.checkpoints / pointer).read_text() == (reference.checkpoints / pointer).read_text()
+    for file in reference.checkpoints.rglob("*.safetensors"):
+        wanted, got = load_file(file), load_file(run.checkpoints / file.relative_to(reference.checkpoints))
+        assert wanted.keys() == got.keys() and all(torch.equal(wanted[k], got[k]) for k in wanted), file
+
+
+def campaign(run: Run, moments: list[str], whole: float, reference: Run, seed: int) -> dict[str, int]:
+    """Kill at each of `moments`, every time continuing from what the kill before left; then let it finish."""
+    rng, done = random.Random(seed), dict.fromkeys(moments, 0)
+    moments = list(moments)
+    while moments:
+        expected = run.complete()
+        run.start()
+        began = time.monotonic()
+        if moments[0] == "saving":
+            for _ in range(rng.randrange(2)):  # the next, or the one after
+                while run.alive() and not run.saving():
+                    time.sleep(0.0005)
+                while run.alive() and run.saving():
+                    time.sleep(0.0005)
+            while run.alive() and not run.saving():
+                time.sleep(0.0005)
+            time.sleep(rng.uniform(0, 0.1))
+        else:
+            time.sleep(rng.uniform(0, whole))
+        killed = run.kill(rng.choice([[0], [1], [0, 1]]))
+        assert run.resumed_at() in (expected, -1), run.log(0)
+        if killed:
+            done[moments.pop(0)] += 1
+        elif run.complete() == STEPS:
+            reference_check(run, reference)
+            shutil.rmtree(run.folder)
+        else:
+            raise AssertionError(f"ended by itself after {time.monotonic() - began:.1f} s: {run.log(0)} {run.log(1)}")
+    expected = run.complete()
+    run.start()
+    run.finish()
+    assert run.resumed_at() == expected
+    assert_as_undisturbed(run, reference)
+    return done
+
+
+def reference_check(run: Run, reference: Run) -> None:
+    run.start()  # an evaluation that was killed is made up for
+    run.finish()
+    assert_as_undisturbed(run, reference)
+
+
+def test_killed_four_times_it_ends_as_if_nothing_had_been(undisturbed, processes, shards, tmp_path):
+    reference, whole = undisturbed
+    run = Run(processes, shards, tmp_path / "run")
+    campaign(run, ["saving", "anywhere", "saving", "saving"], whole, reference, seed=1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_killed_at_forty_moments(undisturbed, processes, shards, tmp_path):
+    reference, whole = undisturbed
+    run = Run(processes, shards, tmp_path / "run")
+    print(campaign(run, ["saving", "anywhere"] * 20, whole, reference, seed=2))
+
+
+# -- one rank's folder: what is kept, what is told -----------------------------------------------------------------
+@pytest.fixture
+def alone():
+    """This process as the only rank."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+def snapshot(step: int, size: int = 8) -> Snapshot:
+    weights = Weights({"w": torch.full((size,), float(step))}, ModelConfig(), FrameConfig(), ["ball"], step)
+    carry = [torch.zeros(2, 3, 1, 1)]
+    return Snapshot({"skipped": 0, "counters": {}, "config": {}}, weights, {"exp_avg/w": torch.zeros(size)}, range(2), carry)
+
+
+def steps(checkpoints: Checkpoints) -> list[int]:
+    return [int(path.name.split("-")[1]) for path in sorted(checkpoints.folder.glob("step-*"))]
+
+
+def test_the_newest_and_the_best_stay(alone, tmp_path):
+    checkpoints = Checkpoints(tmp_path, rank=0, keep=2)
+    reached = {1: 0.1, 2: 0.4, 3: None, 4: 0.4, 5: 0.2}
+    for step, ap in reached.items():
+        checkpoints.save(step, snapshot(step))
+        assert not checkpoints.evaluated(step)
+        checkpoints.record(step, {"ap": ap})
+        assert checkpoints.evaluated(step)
+    assert steps(checkpoints) == [2, 4, 5]
+    assert load_weights(checkpoints.folder / "best").step == 2 and load_weights(checkpoints.folder / "latest").step == 5
+    assert load_weights(tmp_path).step == 5
+    checkpoints.save(6, snapshot(6))
+    checkpoints.record(6, {"ap": 0.5})
+    checkpoints.save(7, snapshot(7))
+    assert steps(checkpoints) == [6, 7] and load_weights(checkpoints.folder / "best").step == 6
+    checkpoints.save(7, snapshot(7))  # again, after a resume from an older one
+    assert steps(checkpoints) == [6, 7] and sorted(path.name for path in checkpoints.folder.iterdir()) == [
+        "best", "latest", "step-00000006", "step-00000007"]
+
+
+def test_a_run_begun_anew_in_its_folder_has_a_best_of_its_own(alone, tmp_path):
+    before = Checkpoints(tmp_path, rank=0, keep=2)
+    before.save(9, snapshot(9))
+    before.record(9, {"ap": 0.9})
+    anew = Checkpoints(tmp_path, rank=0, keep=2, anew=True)
+    anew.save(1, snapshot(1))
+    anew.record(1, {"ap": 0.1})
+    assert load_weights(tmp_path).step == load_weights(anew.folder / "best").step == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(alone, tmp_path):
+    """Past a limit on the size of files, as past the end of a disk, writing fails."""
+    checkpoints = Checkpoints(tmp_path, rank=0, keep=1)
+    checkpoints.save(1, snapshot(1))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=f"could not be saved: .*File too large. Those before stand in {checkpoints.folder}"):
+            checkpoints.save(2, snapshot(2, 100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["latest", "step-00000001"]
+    assert newest_checkpoint(tmp_path) == checkpoints.folder / "step-00000001"
+    checkpoints.save(2, snapshot(2, 100_000))
+    assert load_weights(tmp_path).step == 2
+
+
+def test_a_full_disk_and_one_that_may_not_be_written_to(alone, tmp_path):
+    def mount(*options: str) -> None:
+        done = subprocess.run(["mount", *options, str(tmp_path)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"mounting a small tmpfs is not permitted here ({done.stderr.strip()})")
+
+    mount("-t", "tmpfs", "-o", "size=400k", "tmpfs")
+    try:
+        checkpoints = Checkpoints(tmp_path, rank=0, keep=1)
+        checkpoints.save(1, snapshot(1))
+        with pytest.raises(UserError, match="No space left on device"):
+            checkpoints.save(2, snapshot(2, 100_000))
+        mount("-o", "remount,ro")
+        with pytest.raises(UserError, match="Read-only file system"):
+            checkpoints.save(2, snapshot(2))
+        assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["latest", "step-00000001"]
+        mount("-o", "remount,rw,size=4m")
+        checkpoints.save(2, snapshot(2, 100_000))
+        assert load_weights(tmp_path).step == 2
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_what_a_killed_run_left_is_cleared(alone, tmp_path):
+    checkpoints = Checkpoints(tmp_path, rank=0, keep=2)
+    checkpoints.save(1, snapshot(1))
+    for left in (".writing-step-00000002", ".deleting-step-00000000"):
+        shutil.copytree(checkpoints.folder / "step-00000001", checkpoints.folder / left)
+    assert newest_checkpoint(tmp_path) == checkpoints.folder / "step-00000001"
+    (checkpoints.folder / "latest").unlink()  # killed before the first was named
+    assert newest_checkpoint(tmp_path) == checkpoints.folder / "step-00000001"
+    checkpoints.save(2, snapshot(2))
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["latest", "step-00000001", "step-00000002"]
