@@ -23,6 +23,9 @@ COMMANDS = {
     "train": Command("launch.local:train", "shards -> a trained detector"),
     "evaluate": Command("launch.local:evaluate", "a trained detector and shards -> AP"),
     "infer": Command("pipeline.infer:main", "a trained detector and a recording -> detections and a video"),
+    "smoke": Command("launch.smoke:main", "does this machine train? every layout of its ranks against one rank, in minutes"),
+    "convert": Command("pipeline.convert:main", "RVT's published checkpoints <-> weights files"),
+    "export": Command("pipeline.export:main", "a trained detector -> its streaming step as ONNX or torch.export file"),
 }
 HELP = f"""evspan: event-camera detectors, from recordings to detections
 

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from types import FrameType
 
-from data_prep.command import FAILURE_FILE, INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE
+from data_prep.command import FAILURE_FILE, INTERRUPTED_EXIT_CODE, LOST_EXIT_CODE, USER_ERROR_EXIT_CODE
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED_EXIT_CODE = 75  # a rank saved on a stop signal (pipeline.engine.trainer)
@@ -31,7 +31,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 class Rank:
     number: int
     process: subprocess.Popen
-    failure: Path  # written by `run_command` when the rank fails: when that was
+    failure: Path  # written by `run_command` when the rank fails: when that was, and which ranks it was left by
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
     reader: Thread | None = None
     ended_by_us: bool = False
@@ -65,8 +65,8 @@ def run_ranks(command: Sequence[str], ranks: int, *, threads: int = 0, after: st
         threads: OMP_NUM_THREADS of a rank, unless that is set; 0: the cores divided by the ranks.
         after: what to do when a rank has died; ends the message.
     Returns:
-        0, or 75 when all saved on a stop signal; 2 when a rank told a user's error, which is told once; 130 after SIGINT; else
-        that of the rank that died first (128 + n for signal n).
+        0, or 75 when all saved on a stop signal; 2 when a rank told a user's error, which is told once; 130 after SIGINT; 69 when
+        a rank was stuck; else that of the rank that died first (128 + n for signal n).
     """
     with _listening() as received, _held_port() as port, TemporaryDirectory(prefix="evspan-") as notes:
         started: list[Rank] = []
@@ -201,6 +201,11 @@ def _conclude(ended: Sequence[Rank], stops: Sequence[int], after: str) -> int:
             errors = [line for line in culprit.tail if line.startswith("error: ")]
             _tell("\n".join(errors or culprit.tail))
         return USER_ERROR_EXIT_CODE
+    if culprit.code == LOST_EXIT_CODE:
+        stuck = [f"rank {rank.number}" for rank in ended if rank.ended_by_us]
+        killed = f"; {', '.join(stuck)} had to be killed" if stuck else ""
+        _tell(f"error: {_noted(culprit)[1]}{killed}. {after}")
+        return LOST_EXIT_CODE
     if culprit.number and culprit.tail:
         _tell("\n".join(f"[rank {culprit.number}] {line}" for line in culprit.tail))
     memory = "Linux does that when memory runs out: see dmesg, and lower training.batch_size or parallel.ranks. "
@@ -209,12 +214,17 @@ def _conclude(ended: Sequence[Rank], stops: Sequence[int], after: str) -> int:
     return culprit.code if culprit.code > 0 else 128 - culprit.code
 
 
-def _precedence(rank: Rank) -> tuple[bool, bool, float]:
+def _precedence(rank: Rank) -> tuple[bool, bool, bool, float]:
     """Lowest for the rank that failed first. One that fails takes the others down through their collectives, and may take
     longer to exit than they do. Those it takes down are neither killed (other than by NCCL, which aborts) nor know a mistake."""
     killed = rank.code < 0 and rank.code != -signal.SIGABRT
-    noted = rank.failure.read_text() if rank.failure.exists() else ""
-    return not killed, rank.code != USER_ERROR_EXIT_CODE, float(noted or "inf")
+    return not killed, rank.code == LOST_EXIT_CODE, rank.code != USER_ERROR_EXIT_CODE, _noted(rank)[0]
+
+
+def _noted(rank: Rank) -> tuple[float, str]:
+    """When the rank failed, and what it told to be told."""
+    when, _, message = (rank.failure.read_text() if rank.failure.exists() else "").partition("\n")
+    return float(when or "inf"), message
 
 
 def _tell(message: str) -> None:

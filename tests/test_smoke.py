@@ -1,0 +1,93 @@
+"""`evspan smoke`: a run on two ranks, and that its table tells what differs."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.smoke import Bounds, bounds, table, verdicts
+from pipeline.config import ExchangeKind
+from pipeline.smoke import config, layouts
+
+ROOT = Path(__file__).parent.parent
+ALIKE = {"layout": "2x1", "stage": 1, "skipped": 0, "peak": 7e8, "speed": 40.0, "loss": 3e-7, "gradients": 2e-5, "resumed": 0.0,
+         "other": "1x1", "resumed_other": 1e-6}
+ALLOWED = Bounds(1e-5, 1e-4, (2e-6, 2e-5))
+
+
+def run(*arguments, cwd=ROOT, timeout=240):
+    return subprocess.run([sys.executable, "-m", "launch", "smoke", *arguments], cwd=cwd, capture_output=True, text=True,
+                          timeout=timeout, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.timeout(300)
+def test_two_ranks_train_as_one(tmp_path):
+    done = run("--keep", str(tmp_path / "smoke"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = re.findall(r"^(1x1|2x1|1x2) *(\S.*?)?  +([0-3])  .* pass$", done.stdout, re.MULTILINE)
+    assert rows == [("1x1", "(reference)", "0"), ("1x1", "frame by frame", "0"), ("2x1", "", "1"), ("1x2", "transpose", "2"),
+                    ("1x2", "relay", "3")]
+    assert "FAIL" not in done.stdout and "CPU" in done.stdout and "smoke: pass, 5 layouts" in done.stdout and not done.stderr
+    told = [json.loads(line) for line in (tmp_path / "smoke" / "told-2.jsonl").read_text().splitlines()[1:]]
+    for row in told:  # they did compute apart: something differs, by rounding
+        assert 0 < row["gradients"] < 1e-3 and 0 < row["resumed_other"] < 1e-4 and row["resumed"] == 0
+        assert 1e8 < row["peak"] < 1e10 and row["speed"] > 0
+    again = run("--keep", str(tmp_path / "smoke"))
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "is there and not empty" in again.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("file, right, wrong", [
+    ("pipeline/engine/trainer.py", "losses.total * self.world.size", "losses.total"),
+    ("pipeline/data/loader.py", "chunk.first + self.frames.start", "chunk.first"),
+    ("pipeline/engine/trainer.py", "self.state = self.exchange.scatter(carry)", "pass")])
+def test_a_mistake_in_the_code_is_found(tmp_path, file, right, wrong):
+    for room in ("conf", "data_prep", "launch", "pipeline"):
+        shutil.copytree(ROOT / room, tmp_path / room)
+    source = (tmp_path / file).read_text()
+    assert right in source
+    (tmp_path / file).write_text(source.replace(right, wrong))
+    done = run(cwd=tmp_path)
+    assert done.returncode == 1 and "FAIL" in done.stdout and "DIFFERS" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("column, value", [
+    ("loss", 2e-5), ("loss", math.nan), ("gradients", 2e-4), ("gradients", math.nan), ("resumed", 1e-9), ("resumed_other", 2e-5)])
+def test_what_differs_fails(column, value):
+    row = {**ALIKE, column: value}
+    assert verdicts(row, ALLOWED, exact=True) == {name: name != column
+                                                  for name in ("loss", "gradients", "resumed", "resumed_other")}
+    lines, passed = table([ALIKE, row], ALLOWED, exact=True)
+    assert not passed and lines[1].endswith("pass") and lines[2].endswith("FAIL")
+    assert "DIFFERS" in lines[2] or column == "resumed"
+
+
+def test_what_is_alike_passes():
+    assert table([ALIKE, ALIKE], ALLOWED, exact=True)[1]
+    assert table([ALIKE, {**ALIKE, "resumed": 1e-9}], ALLOWED, exact=False)[1]
+    assert not table([ALIKE, {**ALIKE, "skipped": 1}], ALLOWED, exact=False)[1]
+
+
+def test_bounds_follow_rounding_but_not_everywhere():
+    assert bounds({"loss": 1e-7, "gradients": 1e-8})[:2] == (1e-5, 1e-5)
+    assert bounds({"loss": 4e-6, "gradients": 3e-5})[:2] == pytest.approx((2e-5, 1.5e-4))
+    assert bounds({"loss": 0.5, "gradients": math.nan})[:2] == pytest.approx((5e-3, 1e-5))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
+def test_layouts_are_all_that_the_ranks_make_and_fit(tmp_path, ranks):
+    made = layouts(ranks)
+    for layout in made:
+        config(layout, tmp_path, tmp_path / "run", ranks=ranks, steps=3, threads=1)  # which refuses what does not divide
+    cuts = {(layout.ranks // layout.sequence, layout.sequence) for layout in made}
+    assert cuts == {(ranks // s, s) for s in range(1, ranks + 1) if ranks % s == 0}
+    shared = {(layout.sequence, layout.exchange) for layout in made if layout.sequence > 1}
+    assert shared == {(s, kind) for s in range(2, ranks + 1) if ranks % s == 0 for kind in (ExchangeKind.transpose,
+                                                                                             ExchangeKind.relay)}
