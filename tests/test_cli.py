@@ -78,7 +78,7 @@ def test_every_help_shows_an_example_and_needs_no_torch(command):
 
 
 @pytest.mark.parametrize("module", ["launch", "data_prep", "data_prep.simulate", "pipeline.train", "pipeline.evaluate",
-                                    "pipeline.infer"])
+                                    "pipeline.infer", "pipeline.export", "pipeline.convert", "launch.smoke"])
 def test_commands_are_modules_too(module):
     done = python("-m", module, "--help")
     assert done.returncode == 0 and "evspan" in done.stdout and not done.stderr
@@ -119,7 +119,7 @@ def test_cfg_shows_the_config_and_runs_nothing(capfd):
 SHARDS = "dataset.root=nowhere"
 MISTAKES = [
     ("trian", "there is no command 'trian'; did you mean 'train'?"),
-    ("quux", "There are: simulate, prep, train, evaluate, infer"),
+    ("quux", "There are: simulate, prep, train, evaluate, infer, smoke, convert, export"),
     ("--verison", "did you mean '--version'?"),
     # keys
     ("train training.max_step=5", "there is no key 'training.max_step'; did you mean training.max_steps?"),
@@ -188,6 +188,18 @@ MISTAKES = [
     ("infer gone.raw", "--checkpoint"),
     ("infer gone.raw --checkpoint gone --conf 0.5 --quux", "evspan infer --help"),
     ("infer gone.raw --checkpoint gone", "gone"),
+    ("export gone", "evspan export --help"),
+    ("export gone out.onnx", "gone holds no checkpoint. Name a run folder"),
+    ("export gone out.pb", "out.pb ends in neither .onnx nor .pt2"),
+    ("smoke --ranks 0", "--ranks is 0; give 1 to 64"),
+    ("smoke --ranks two", "evspan smoke --help"),
+    ("smoke --steps 1", "--steps is 1; give 2 to 100: a checkpoint is resumed half way"),
+    (f"smoke --keep {__file__}", "is there and not empty; name a new folder"),
+    ("convert gone.ckpt", "evspan convert --help"),
+    ("convert gone.ckpt out.safetensors", "gone.ckpt is not there. Name a published .ckpt"),
+    ("convert gone.ckpt out.pt", "out.pt ends in none of .safetensors, .ckpt"),
+    ("convert gone.ckpt out.ckpt --classes a,,b", "'a,,b' is not of the form car,pedestrian"),
+    ("convert gone.ckpt out.ckpt --window-ms 20", "--window-ms 20 needs --mode exact"),
 ]
 
 
