@@ -65,6 +65,8 @@ class Run:
             port = held.getsockname()[1]
         logs = [self.folder.with_name(f"{self.folder.name}-rank-{rank}.log") for rank in (0, 1)]
         self.ranks = [self.processes.Process(target=be_rank, args=(rank, port, self.config, logs[rank])) for rank in (0, 1)]
+        for log in logs:
+            log.write_text("")  # a rank killed before it opens its own must not be told by what the one before it wrote
         for rank in self.ranks:
             rank.start()
 

@@ -233,7 +233,7 @@ def test_experiments_take_a_training_step_at_reduced_size(experiment):
     optimizer = torch.optim.AdamW(detector.parameters(), 1e-3)
     boxes, counts = torch.tensor([[[1, 50.0, 30, 20, 20]]]).repeat(4, 1, 1), torch.ones(4, dtype=torch.long)
     losses, frames = [], some_frames(2, 2)
-    for _ in range(20):  # a few: assignment changes make the first ones go up and down
+    for _ in range(30):  # a few: assignment changes make the first ones go up and down
         raw, _ = detector(frames, detector.initial_state(2, H, W), starts=no(2), labelled=torch.ones(2, 2, dtype=torch.bool))
         loss = detection_loss(raw, boxes, counts, detector.geometry(H, W), config.head)
         optimizer.zero_grad()
