@@ -27,7 +27,6 @@ from pipeline.config import (
     BackboneConfig,
     CheckpointConfig,
     DeepSpeedConfig,
-    ExchangeKind,
     FpnConfig,
     ModelConfig,
     OptimizerConfig,
@@ -38,6 +37,7 @@ from pipeline.config import (
 from pipeline.engine.signals import STOP_SIGNALS, StopFlag
 from pipeline.engine.trainer import STOPPED_EXIT_CODE, Trainer
 from pipeline.engine.zero import ZeroEngine
+from pipeline.layout import ExchangeKind
 from pipeline.monitor import Stopwatch
 from pipeline.parallel.launcher import place
 from pipeline.parallel.reductions import barrier, gather_objects

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pipeline.config import BackboneConfig, ExchangeKind, FpnConfig, HeadConfig, ModelConfig, ParallelConfig
+from pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, ParallelConfig
+from pipeline.layout import ExchangeKind
 from pipeline.model.backbone import CellLSTM
 from pipeline.model.detector import Detector
 from pipeline.model.exchange import LocalExchange

@@ -17,7 +17,6 @@ from data_prep.config import DatasetConfig
 from pipeline.config import (
     BackboneConfig,
     DeepSpeedConfig,
-    ExchangeKind,
     FpnConfig,
     HeadConfig,
     ModelConfig,
@@ -30,6 +29,7 @@ from pipeline.config import (
 )
 from pipeline.engine.trainer import Trainer
 from pipeline.engine.zero import ZeroEngine
+from pipeline.layout import ExchangeKind
 from pipeline.parallel.world import open_world
 
 ENGINES = {"deepspeed": ZeroEngine, "plain": PlainEngine, "exact": ExactEngine}

@@ -23,10 +23,11 @@ SHARDS = {  # the shard contract: what a manifest, a stored frame, a stored box 
 }
 MAY_IMPORT = {  # room -> names it may import besides its own; what lies below a name comes with it
     "data_prep": set(),
-    "pipeline.config": COMMON,
+    "pipeline.layout": COMMON,
+    "pipeline.config": COMMON | {"pipeline.layout"},
     "pipeline.model": COMMON | {"pipeline.config"},
     "pipeline.data": COMMON | {"pipeline.config"} | SHARDS,
-    "pipeline.parallel": COMMON | {"pipeline.config", "pipeline.model.state"},
+    "pipeline.parallel": COMMON | {"pipeline.config", "pipeline.layout", "pipeline.model.state"},
     "pipeline.evaluation": COMMON | {"pipeline.config", "pipeline.data.boxes", "data_prep.boxes"},
     "pipeline.checkpoint": COMMON | {"pipeline.config", "pipeline.parallel"},
     "pipeline.monitor": COMMON | {"pipeline.config", "pipeline.parallel"},

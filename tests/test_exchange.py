@@ -9,7 +9,7 @@ import torch
 
 from data_prep.errors import ConfigError
 from launch.ranks import run_ranks
-from pipeline.config import ExchangeKind, check_layout
+from pipeline.layout import ExchangeKind, check_layout
 from pipeline.parallel.autograd import touch
 from pipeline.parallel.exchange import open_exchange
 from pipeline.parallel.launcher import check_address, first_host, place

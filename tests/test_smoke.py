@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.smoke import Bounds, bounds, table, verdicts
-from pipeline.config import ExchangeKind
+from pipeline.layout import ExchangeKind
 from pipeline.smoke import config, layouts
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from pipeline.checkpoint import Weights, generator_states, load_weights, plain, restore_generators, seed_everything
-from pipeline.config import TrainConfig, chosen_exchange
+from pipeline.config import TrainConfig
 from pipeline.data.datasets import open_dataset
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.plan import SamplingPlan
@@ -24,6 +24,7 @@ from pipeline.engine.saving import FORM, Checkpoints, Snapshot, load_snapshot
 from pipeline.engine.signals import StopFlag, stop_flag
 from pipeline.engine.zero import ZeroEngine
 from pipeline.evaluation.coco import Metrics
+from pipeline.layout import chosen_exchange
 from pipeline.model.detector import Detector
 from pipeline.model.loss import detection_loss
 from pipeline.model.norm import RankReductions, global_batch_norms

@@ -1,6 +1,6 @@
 """Which exchange a run has."""
 
-from pipeline.config import ExchangeKind, chosen_exchange
+from pipeline.layout import ExchangeKind, chosen_exchange
 from pipeline.parallel.mesh import Mesh
 from pipeline.parallel.relay import RelayExchange
 from pipeline.parallel.sequence import SequenceExchange

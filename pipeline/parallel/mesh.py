@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from pipeline.config import check_layout
+from pipeline.layout import check_layout
 from pipeline.parallel.world import World
 
 

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config import BackboneConfig, ExchangeKind, FpnConfig, ModelConfig, ParallelConfig
+from pipeline.config import BackboneConfig, FpnConfig, ModelConfig, ParallelConfig
+from pipeline.layout import ExchangeKind
 from pipeline.model.detector import Detector
 from pipeline.model.exchange import LocalExchange
 from pipeline.model.loss import detection_loss
