@@ -3,12 +3,14 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from refusals import refused_by
 
 from data_prep.config import FrameConfig
 from data_prep.errors import UserError
@@ -174,12 +176,7 @@ def test_the_check_finds_what_is_off(exported, name, part):
         engine.check(run, detector, size, cutoff=10)
 
 
-def refused(capsys, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in arguments])
-    told = capsys.readouterr().err
-    assert exit_.value.code == 2 and told.startswith("error: ") and len(told.splitlines()) == 1
-    return told
+refused = partial(refused_by, main)
 
 
 def test_a_file_that_differs_is_not_kept(exported, tmp_path, capsys):

@@ -219,7 +219,9 @@ def test_gpus_have_more_knobs():
 @pytest.mark.parametrize("ranks, sequence, length, lanes", [(1, 1, 5, 8), (2, 2, 8, 3), (6, 3, 9, 4), (4, 1, 7, 12)])
 def test_every_knob_makes_a_config_that_stands(ranks, sequence, length, lanes):
     """Overrides as told, taken one after the other."""
-    for line in knobs(config(ranks=ranks, sequence=sequence, sequence_length=length, batch_size=lanes), world(ranks)):
+    lines = knobs(config(ranks=ranks, sequence=sequence, sequence_length=length, batch_size=lanes), world(ranks))
+    assert len(lines) > 1
+    for line in lines:
         values = {"ranks": ranks, "sequence": sequence, "sequence_length": length, "batch_size": lanes}
         turned = {name.split(".")[1]: int(value) for name, value in re.findall(r"((?:training|parallel)\.\w+)=(\d+)", line)}
         config(**{**values, **turned})

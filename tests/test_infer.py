@@ -5,6 +5,7 @@ import subprocess
 import threading
 import time
 import weakref
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused_by
 
 from data_prep.boxes import RAW_BOX, read_boxes
 from data_prep.config import FrameConfig
@@ -132,12 +134,7 @@ def run(here: Path, out: Path, *more: object, recording: str | Path = "a_td.raw"
     return np.load(next(out.glob("*_bbox.npy"))) if out.is_dir() else np.load(out)
 
 
-def refused(capsys, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in arguments])
-    told = capsys.readouterr().err
-    assert exit_.value.code == 2 and told.startswith("error: ") and len(told.splitlines()) == 1
-    return told
+refused = partial(refused_by, main)
 
 
 def test_detections_are_those_of_a_plain_loop_however_many_frames_a_call(here, tmp_path):
