@@ -45,10 +45,11 @@ def run_command(main: Callable[[], object]) -> None:
         sys.exit(tell_lost(str(error)))
     except Exception as error:
         if note := os.environ.get(FAILURE_FILE):
-            Path(note).write_text(str(time.monotonic_ns()))  # files' own times are as coarse as the kernel's ticks
-        if debugging() or not _is_users(error):
+            told = one_line(error) if users_mistake(error) else f"{type(error).__name__}: {error}"
+            Path(note).write_text(f"{time.monotonic_ns()}\n{told}")  # files' own times are as coarse as the kernel's ticks
+        if debugging() or not users_mistake(error):
             raise
-        fail(_one_line(error))
+        fail(one_line(error))
 
 
 def tell_lost(message: str) -> int:
@@ -119,7 +120,7 @@ def _check_options(argv: list[str], prog: str) -> None:
         fail(f"{unknown[0]} is no option; keys have no dashes: {form}; {prog} --help shows how")
 
 
-def _is_users(error: Exception) -> bool:
+def users_mistake(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in USERS_ERRNOS:
         return True
     return isinstance(error, UserError) or _is_composition(error)
@@ -132,7 +133,7 @@ def _is_composition(error: Exception) -> bool:
     return any(name.split(".")[0] in ("hydra", "omegaconf", "antlr4") for name in (type(error).__module__, *raised_in))
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     if _is_composition(error) and not isinstance(error, UserError):
         from data_prep.config_errors import explain
 

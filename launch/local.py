@@ -15,8 +15,16 @@ Config = TypeVar("Config", TrainConfig, EvaluateConfig)
 def train(argv: list[str]) -> None:
     from pipeline.train import check, main, train_here
 
+    many = bool({"-m", "--multirun"} & set(argv))
+    if many and any(word.startswith("hydra/launcher=") for word in argv):
+        from launch.launcher import register
+
+        register()
+
     def run(config: TrainConfig) -> None:
-        _start("pipeline.train", argv, config, check, train_here,
+        from launch.compose import this_of_many
+
+        _start("pipeline.train", this_of_many(config) if many else argv, config, check, train_here, one_of_many=many,
                after=f"The same command continues from the newest checkpoint in {config.run_dir}, if there is one")
 
     main(argv, run)
@@ -31,21 +39,20 @@ def evaluate(argv: list[str]) -> None:
 def under_launcher() -> bool:
     """torchrun, or a SLURM step of several tasks, has started the ranks; this process is one of them."""
     env = os.environ
-    return {"RANK", "WORLD_SIZE"} <= env.keys() or ("SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1)
+    # A batch script has a number of tasks, too, but is not a step: what it starts is no rank.
+    return {"RANK", "WORLD_SIZE"} <= env.keys() or ("SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1)
 
 
 def _start(module: str, argv: list[str], config: Config, check: Callable[[Config], None], here: Callable[[Config], None], *,
-           after: str) -> None:
+           after: str, one_of_many: bool = False) -> None:
     if under_launcher():
         here(config)
         return
-    alone = config.parallel.ranks == 1
-    if not alone and {"-m", "--multirun"} & set(argv):
-        raise UserError(f"--multirun cannot start runs of several ranks (parallel.ranks={config.parallel.ranks}); "
-                        "give each run a command of its own")
+    ranks = config.parallel.ranks
     check(config)
-    if alone:
+    if ranks == 1 and not one_of_many:  # DeepSpeed begins only once in a process
         here(config)
-        return
-    command = [sys.executable, "-m", module, *argv]
-    sys.exit(run_ranks(command, config.parallel.ranks, threads=config.parallel.threads, after=after))
+    elif {"-m", "--multirun"} & set(argv):
+        raise UserError(f"--multirun cannot evaluate by several ranks (parallel.ranks={ranks}); give each a command of its own")
+    elif code := run_ranks([sys.executable, "-m", module, *argv], ranks, threads=config.parallel.threads, after=after):
+        sys.exit(code)

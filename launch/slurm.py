@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,8 +55,27 @@ def queue(name: str) -> list[Queued]:
     Raises:
         UserError: SLURM does not answer.
     """
-    told = _ask("squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", f"--name={name}",
-                "--format=%i|%T|%R|%k")
+    return _tasks(f"--user={os.getuid()}", f"--name={name}")
+
+
+def queued(ids: Iterable[str]) -> dict[str, Queued]:
+    """Those of these tasks that SLURM knows, by id, whoever submitted them.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
+    wanted = set(ids)
+    jobs = sorted({id_.split("_")[0] for id_ in wanted})
+    try:
+        return {task.id: task for task in _tasks(f"--jobs={','.join(jobs)}") if task.id in wanted} if jobs else {}
+    except UserError as error:
+        if "Invalid job id" in str(error):  # said where it has forgotten them all
+            return {}
+        raise
+
+
+def _tasks(*which: str) -> list[Queued]:
+    told = _ask("squeue", "--noheader", "--array", "--states=all", *which, "--format=%i|%T|%R|%k")
     return [Queued(*line.split("|", 3)) for line in told.splitlines() if line.count("|") >= 3]
 
 
@@ -64,16 +83,28 @@ def cancel(name: str) -> None:
     _ask("scancel", f"--user={os.getuid()}", f"--name={name}")
 
 
+def cancel_tasks(ids: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: SLURM does not answer, or does not allow it.
+    """
+    try:
+        _ask("scancel", *ids)
+    except UserError:  # of one that has just ended, too
+        if any(task.alive and task.state != "COMPLETING" for task in queued(ids).values()):
+            raise
+
+
 def _ask(*command: str) -> str:
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S).stdout
     except subprocess.CalledProcessError as error:
-        raise UserError(f"{command[0]} failed: {_sentence(error.stderr) or f'exit code {error.returncode}'}") from error
+        raise UserError(f"{command[0]} failed: {sentence(error.stderr) or f'exit code {error.returncode}'}") from error
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{command[0]} has not answered for {TIMEOUT_S} s; is SLURM's controller up?") from error
 
 
-def _sentence(told: str) -> str:
+def sentence(told: str) -> str:
     """What a command of SLURM's said on several lines, each with its name in front."""
     lines = (line.split("error:")[-1].strip() for line in told.splitlines())
     return "; ".join(dict.fromkeys(line for line in lines if line))
@@ -85,25 +116,31 @@ def submit(tasks: Sequence[Callable[[], Any]], name: str, comment: str, folder: 
     Raises:
         ConfigError: SLURM refuses it.
     """
-    executor = _executor(name, comment, folder, config)
+    return submit_array(_executor(name, comment, folder, config), tasks, "Correct launcher.partition, account, qos, constraint, "
+                        "timeout_min, cpus_per_task or mem_gb; launcher.dry_run=true shows the script, sinfo the partitions")
+
+
+def submit_array(executor: SlurmExecutor, tasks: Sequence[Callable[[], Any]], remedy: str) -> list[Job]:
+    """Raises ConfigError with the remedy where SLURM refuses it."""
     try:
-        with _outside_of_jobs(), redirect_stderr(io.StringIO()):  # where Submitit repeats what it raises
+        with outside_of_jobs(), redirect_stderr(io.StringIO()):  # where Submitit repeats what it raises
             return executor.submit_array(tasks)
     except (FailedJobError, FailedSubmissionError) as error:
-        raise ConfigError(f"SLURM refuses the job: {_sentence(str(error))}. Correct launcher.partition, account, qos, "
-                          "constraint, timeout_min, cpus_per_task or mem_gb; launcher.dry_run=true shows the script, sinfo the "
-                          "partitions") from error
+        raise ConfigError(f"SLURM refuses the job: {sentence(str(error))}. {remedy}") from error
 
 
 def script(tasks: int, name: str, comment: str, folder: Path, config: SlurmConfig) -> str:
     """What sbatch would be given. SLURM need not be there."""
-    executor = _executor(name, comment, folder, config)
+    return script_of(_executor(name, comment, folder, config), tasks)
+
+
+def script_of(executor: SlurmExecutor, tasks: int) -> str:
     if tasks > 1:
         executor.parameters["map_count"] = tasks  # as Submitit does it for an array
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-class _Executor(SlurmExecutor):
+class Executor(SlurmExecutor):
     @classmethod
     def affinity(cls) -> int:
         """Submitit makes no executor without srun, not even to see its script."""
@@ -111,18 +148,18 @@ class _Executor(SlurmExecutor):
 
 
 def _executor(name: str, comment: str, folder: Path, config: SlurmConfig) -> SlurmExecutor:
-    executor = _Executor(folder, max_num_timeout=config.max_num_timeout)
+    executor = Executor(folder, max_num_timeout=config.max_num_timeout)
     given = {key: getattr(config, key) for key in ("partition", "account", "qos", "constraint") if getattr(config, key)}
     executor.update_parameters(
         job_name=name, comment=comment, time=config.timeout_min, cpus_per_task=config.cpus_per_task, ntasks_per_node=1,
         mem=f"{int(1024 * config.mem_gb)}MB", array_parallelism=config.array_parallelism, signal_delay_s=config.signal_delay_s,
-        setup=[*config.setup, *_python_path()], wckey=None, additional_parameters={"requeue": True},
+        setup=[*config.setup, *python_path_lines()], wckey=None, additional_parameters={"requeue": True},
         srun_args=[f"--cpus-per-task={config.cpus_per_task}"],  # from SLURM 22.05 on, srun does not take the job's
         **given)
     return executor
 
 
-def _python_path() -> list[str]:
+def python_path_lines() -> list[str]:
     """Lines by which a node's Python finds what this one finds: this code, where it is not installed, and PYTHONPATH."""
     here = Path(launch.__file__).resolve().parent.parent
     paths = [] if here.name in ("site-packages", "dist-packages") else [str(here)]
@@ -132,7 +169,7 @@ def _python_path() -> list[str]:
 
 
 @contextmanager
-def _outside_of_jobs() -> Iterator[None]:
+def outside_of_jobs() -> Iterator[None]:
     """Submitting from within a job, such as an interactive one: its cores and memory are not those of the new job."""
     inside = "SLURM_JOB_ID" in os.environ
     hidden = {k: os.environ.pop(k) for k in list(os.environ)

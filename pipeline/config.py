@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from data_prep.config import DatasetConfig, require
+from pipeline.cluster import ClusterConfig
 from pipeline.layout import ExchangeKind, check_layout, chosen_exchange
 
 
@@ -272,6 +273,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)  # of `evspan submit` and `evspan sweep`
 
     def __post_init__(self) -> None:
         require(len(self.dataset.classes) <= self.model.head.num_classes,

@@ -34,6 +34,7 @@ from pipeline.config import (
     TrainConfig,
     TrainingConfig,
 )
+from pipeline.data.loader import Batch
 from pipeline.engine.signals import STOP_SIGNALS, StopFlag
 from pipeline.engine.trainer import STOPPED_EXIT_CODE, Trainer
 from pipeline.engine.zero import ZeroEngine
@@ -106,7 +107,8 @@ class FirstGradients(ZeroEngine):
 
 
 class Watched(Trainer):
-    """Stops after step `until` as a stop signal makes it; keeps the losses of each step, and the seconds of the quickest."""
+    """Stops after step `until` as a stop signal makes it; keeps the losses of each step, and the seconds of the quickest,
+    without what checkpoints take."""
 
     def __init__(self, config: TrainConfig, world: World, until: int) -> None:
         super().__init__(config, world, FirstGradients)
@@ -117,11 +119,17 @@ class Watched(Trainer):
     def _look_ahead(self) -> None:
         if self.step + 1 >= self.until:
             self.flag.received = STOP_SIGNALS[0]
-        self.began = time.perf_counter()
+
+    def _micro_batch(self, batch: Batch, stop: bool) -> tuple[Tensor, bool]:
+        began = time.perf_counter()
+        told = super()._micro_batch(batch, stop)
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        if self.losses:  # the first step of a process is none to go by
+            self.quickest = min(self.quickest, time.perf_counter() - began)
+        return told
 
     def _log(self, told: Tensor, watch: Stopwatch) -> None:
-        if self.losses:  # the first step of a process is none to go by
-            self.quickest = min(self.quickest, time.perf_counter() - self.began)
         super()._log(told, watch)
         self.losses[self.step] = told.tolist()
         self._look_ahead()

@@ -31,9 +31,12 @@ class PlainEngine:
     def full_gradients(self):
         return {name: sum_over_ranks(p.grad.clone()) for name, p in self.module.named_parameters()}
 
+    def skip(self):
+        self.step()
+
     def step(self):
         self.done += 1
-        if self.done % self.accumulation:
+        if self.done % self.accumulation or all(p.grad is None for p in self.module.parameters()):
             return
         for name, gradient in self.full_gradients().items():
             self.module.get_parameter(name).grad.copy_(gradient)

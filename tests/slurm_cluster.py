@@ -5,6 +5,7 @@ python tests/slurm_cluster.py    brings one up, says how to reach it, and ends i
 
 import ctypes
 import os
+import random
 import select
 import shutil
 import signal
@@ -33,6 +34,8 @@ ClusterName=evspan
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
+# Ports of runs follow from job numbers; clusters side by side on one machine should not share them.
+FirstJobId={first_job}
 AuthType=auth/munge
 # A requeued job waits as long as a credential lives; 120 s by default.
 AuthInfo=socket={folder}/munge/socket,cred_expire=5
@@ -148,7 +151,8 @@ def bring_up(folder: Path) -> Path:
     host, ports, conf = socket.gethostname().split(".")[0], free_ports(NODES + 1), folder / "slurm.conf"
     nodes = "\n".join(f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i]} CPUs=2 RealMemory=8000"
                       for i in range(1, NODES + 1))
-    conf.write_text(CONF.format(host=host, ports=ports, folder=folder, nodes=nodes, count=NODES))
+    first_job = random.randrange(1, 60_000)
+    conf.write_text(CONF.format(first_job=first_job, host=host, ports=ports, folder=folder, nodes=nodes, count=NODES))
     os.environ["SLURM_CONF"] = str(conf)
     munge = folder / "munge"
     munge.mkdir(mode=0o755)

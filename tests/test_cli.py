@@ -26,7 +26,7 @@ def undone(monkeypatch, tmp_path):
     """Commands run in this process: what they set for a process of their own is put back. They run in an empty folder."""
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # as a user might have it
-    for name in ("EVSPAN_DEBUG", "RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+    for name in ("EVSPAN_DEBUG", "RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     root = logging.getLogger()
@@ -268,7 +268,8 @@ def test_hydra_leaves_no_trace(tmp_path):
 
 @pytest.mark.parametrize("environment, inside", [
     ({}, False), ({"RANK": "0"}, False), ({"RANK": "0", "WORLD_SIZE": "1"}, True), ({"SLURM_NTASKS": "4"}, False),
-    ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False), ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, True)])
+    ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, False), ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, True),
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False)])
 def test_a_launchers_ranks_are_recognised(monkeypatch, environment, inside):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -50,7 +50,8 @@ def started(folder, misbehaviour="", size=3, timeout_s=TIMEOUT_S):
     return [subprocess.Popen(
         [sys.executable, str(folder / "program.py"), str(folder), str(size), str(timeout_s)], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, env={
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(size),
+            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank),
+            "SLURM_NTASKS": str(size),
             "SLURM_LOCALID": str(rank), "SLURM_NTASKS_PER_NODE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
             for rank in range(size)]
 

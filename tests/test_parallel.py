@@ -75,7 +75,7 @@ def test_deal_gives_every_item_once_and_balances():
 
 
 def test_another_number_of_processes_than_configured_is_told(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="parallel.ranks is 2 but 1 process"), open_world(ParallelConfig(ranks=2)):
         pass

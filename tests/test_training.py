@@ -126,7 +126,7 @@ def started_by_slurm(arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    step = {"SLURM_NTASKS": "2", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "1",
+    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "1",
             "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(port)}
     return [subprocess.Popen([sys.executable, "-m", "pipeline.train", *arguments], cwd=ROOT,
                              env=os.environ | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})

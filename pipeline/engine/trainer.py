@@ -16,6 +16,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.datasets import open_dataset
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.plan import SamplingPlan
+from pipeline.engine.attempt import Attempt
 from pipeline.engine.build import load_tensors
 from pipeline.engine.evaluator import evaluate_weights, write_results
 from pipeline.engine.memory import telling_knobs
@@ -24,6 +25,7 @@ from pipeline.engine.saving import FORM, Checkpoints, Snapshot, load_snapshot
 from pipeline.engine.signals import StopFlag, stop_flag
 from pipeline.engine.zero import ZeroEngine
 from pipeline.evaluation.coco import Metrics
+from pipeline.history import append, write_progress
 from pipeline.layout import chosen_exchange
 from pipeline.model.detector import Detector
 from pipeline.model.loss import detection_loss
@@ -32,7 +34,7 @@ from pipeline.model.state import DetectorState, detach, state_from_tensors, stat
 from pipeline.monitor import Monitor, Stopwatch
 from pipeline.parallel.exchange import open_exchange
 from pipeline.parallel.mesh import open_mesh
-from pipeline.parallel.reductions import broadcast_object, gather_over_ranks, sum_over_ranks
+from pipeline.parallel.reductions import barrier, broadcast_object, gather_over_ranks, sum_over_ranks
 from pipeline.parallel.world import World
 
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on a stop signal; the same command continues
@@ -93,6 +95,7 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.json").write_text(json.dumps(plain(asdict(config)), indent=1) + "\n")
         self.monitor = Monitor(self.run_dir, enabled=world.is_main, resume_step=self.step)
+        self.attempt = Attempt(self.run_dir, self.step, config.training.max_steps) if world.is_main else None
 
     # -- the loop ------------------------------------------------------------------------------------------------
     def run(self, flag: StopFlag) -> Metrics | None:
@@ -110,6 +113,8 @@ class Trainer:
             watch.frames += config.batch_size * config.sequence_length * accumulation
             self.step += 1
             done = self.step == config.max_steps
+            if self.attempt and not self.attempt.running:
+                self.monitor.scalars(self.attempt.began_to_run(), self.step)
             if self.step % config.log_every == 0 or done:
                 self._log(told, watch)
             if self.step % self.config.checkpoint.every == 0 or self._evaluates or stop:
@@ -120,6 +125,9 @@ class Trainer:
             if self._evaluates:
                 metrics = self._evaluate()
         batches.close()  # type: ignore[attr-defined]
+        if self.attempt:
+            append(self.run_dir, "done", step=self.step)
+        barrier()  # who leaves long before the others is taken for dead, by SLURM too
         return metrics
 
     def _micro_batch(self, batch: Batch, stop: bool) -> tuple[Tensor, bool]:
@@ -143,6 +151,7 @@ class Trainer:
 
     def _skip(self) -> None:
         """A bad loss must reach neither the weights nor, through the carry, the next chunk."""
+        self.engine.skip()
         self.state = self._zero_state()
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         limit = self.config.training.max_nonfinite
@@ -210,6 +219,7 @@ class Trainer:
         self.monitor.say(f"stop signal: saved step {self.step} in {self.checkpoints.folder}; the same command continues")
         self.monitor.close()
         if self.world.is_main:
+            append(self.run_dir, "saved", step=self.step)
             flag.hand_on()
         raise SystemExit(STOPPED_EXIT_CODE)
 
@@ -242,6 +252,10 @@ class Trainer:
         self.monitor.say(f"step {self.step:6d}  loss {total:8.4f}  iou {iou:7.4f}  obj {objectness:7.4f}  cls {classes:7.4f}  "
                          f"lr {self.engine.learning_rate:.2e}  |g| {self.engine.gradient_norm:7.3f}  {speed:6.1f} frames/s  "
                          f"data wait {waiting:4.0%}")
+        if self.attempt:
+            frames = self.config.training.batch_size * self.config.training.sequence_length * self.config.training.accumulation
+            write_progress(self.run_dir, {"step": self.step, "of": self.config.training.max_steps, "loss": total,
+                                          "frames_per_s": speed, "seconds_per_step": frames / speed if speed else None})
 
     def _show(self, batch: Batch) -> None:
         if self.world.is_main and (rgb := training_picture(batch, self.dataset.classes)) is not None:

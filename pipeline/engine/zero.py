@@ -20,6 +20,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402  chooses its accelerator and speaks at import
 
 from pipeline.config import OptimizerConfig, Precision, Schedule, TrainConfig  # noqa: E402
+from pipeline.parallel.reductions import sum_over_ranks  # noqa: E402
 from pipeline.parallel.world import World  # noqa: E402
 
 for handler in (log := logging.getLogger("DeepSpeed")).handlers:
@@ -92,6 +93,7 @@ class ZeroEngine:
                                                config=asked, dist_init_required=False)
         self.memory = OptimizerMemory(self.engine, optimizer, schedule, trained, self.stage, world)
         self.gradient_norm = 0.0
+        self.gathered = 0  # micro-batches since the last update that gave gradients
 
     @property
     def module(self) -> nn.Module:
@@ -109,7 +111,18 @@ class ZeroEngine:
         return self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
+        self.gathered += 1
         self.engine.backward(loss)
+
+    def skip(self) -> None:
+        """Counts a micro-batch without gradients: those of the others in its accumulation make the update, if there are any."""
+        if not (self.gathered and self.engine.is_gradient_accumulation_boundary()):
+            self.engine.micro_steps += 1
+            return
+        parameters = list(self.module.parameters())
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):  # DeepSpeed sums over ranks in a backward
+            self.engine.backward(sum((p * 0).sum() for p in parameters))
+        self.step()
 
     def step(self) -> None:
         """Counts a micro-batch; at the last one of an accumulation, clips and updates."""
@@ -118,6 +131,7 @@ class ZeroEngine:
             norms = [p.grad.norm() for p in self.module.parameters() if p.grad is not None]
             self.gradient_norm = float(torch.stack(norms).norm()) if norms else 0.0
         self.engine.step()
+        self.gathered = 0 if boundary else self.gathered
         if boundary and (told := self.engine.get_global_grad_norm()) is not None:
             self.gradient_norm = float(told)
 
@@ -174,16 +188,15 @@ class OptimizerMemory:
 
     def weights(self) -> dict[str, Tensor]:
         """The float32 weights by parameter name, copied to the CPU of every rank. A collective."""
-        return {name: self._whole(p, None) for name, p in self.names.items()}
+        return self._wholes(None)
 
     def moments(self, *, keep: bool) -> dict[str, Tensor]:
         """exp_avg/NAME and exp_avg_sq/NAME, float32, where `keep`; {} elsewhere. A collective."""
-        moments = {}
+        moments: dict[str, Tensor] = {}
         for key in MOMENTS:
-            for name, p in self.names.items():
-                whole = self._whole(p, key)
-                if keep:
-                    moments[f"{key}/{name}"] = whole
+            wholes = self._wholes(key)
+            if keep:
+                moments |= {f"{key}/{name}": whole for name, whole in wholes.items()}
         return moments
 
     def counters(self) -> dict[str, Any]:
@@ -211,16 +224,32 @@ class OptimizerMemory:
         optimizer = self.engine.optimizer
         return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
-    def _whole(self, p: nn.Parameter, key: str | None) -> Tensor:
-        """Adam's `key` of p, or p itself."""
+    @torch.no_grad()
+    def _wholes(self, key: str | None) -> dict[str, Tensor]:
+        """Adam's `key` of all parameters, or these themselves, in one collective: one for each took a second over gloo."""
         if self.stage == 0:
-            master = self.masters[p]
-            whole = master if key is None else self.adam.state[master][key]
-        elif key is None:
-            whole = deepspeed.utils.safe_get_full_fp32_param(p)
-        else:
-            whole = deepspeed.utils.safe_get_full_optimizer_state(p, key)
-        return whole.detach().float().cpu().clone()
+            masters = {name: self.masters[p] for name, p in self.names.items()}
+            return {name: (m if key is None else self.adam.state[m][key]).detach().float().cpu().clone()
+                    for name, m in masters.items()}
+        sizes = [p.ds_tensor.numel() * self.world.size if self.stage == 3 else p.numel() for p in self.names.values()]
+        flat = torch.zeros(sum(sizes), device=self.world.device)  # of each rank, but for its own parts
+        for p, place in zip(self.names.values(), flat.split(sizes), strict=True):
+            start, mine = self._mine(p, key)
+            place[start : start + mine.numel()] = mine.to(place)
+        flat = sum_over_ranks(flat).cpu()
+        shapes = [p.ds_shape if self.stage == 3 else p.shape for p in self.names.values()]
+        return {name: place[: math.prod(shape)].view(tuple(shape)).clone()
+                for name, place, shape in zip(self.names, flat.split(sizes), shapes, strict=True)}
+
+    def _mine(self, p: Any, key: str | None) -> tuple[int, Tensor]:
+        """Where this rank's part of p, or of Adam's `key` of it, begins, and the part, flat."""
+        if self.stage == 3:  # padded
+            part = deepspeed.utils.safe_get_local_fp32_param(p) if key is None else \
+                deepspeed.utils.safe_get_local_optimizer_state(p, key)
+            return self.world.rank * p.ds_tensor.numel(), part.flatten()
+        if (mapping := p._hp_mapping) is None:  # all of it is other ranks'
+            return 0, torch.empty(0)
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).flatten()
 
     def _set(self, p: nn.Parameter, key: str | None, whole: Tensor) -> None:
         if self.stage == 0:

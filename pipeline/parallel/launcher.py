@@ -27,7 +27,7 @@ def place(env: Mapping[str, str]) -> Place:
     if "RANK" in env and "WORLD_SIZE" in env:
         return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)),
                      int(env.get("LOCAL_WORLD_SIZE", 1)), address, port)
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:  # not in a batch script, which is no task
         if "MASTER_ADDR" not in env and (nodes := env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")):
             address = first_host(nodes)
         return Place(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), _tasks_here(env), address,
@@ -62,5 +62,6 @@ def _tasks_here(env: Mapping[str, str]) -> int:
 
 
 def _port_of_step(env: Mapping[str, str]) -> int:
-    """All ranks of a step get the same without asking each other; steps side by side on one node get others."""
-    return FIRST_PORT + (31 * int(env.get("SLURM_JOB_ID", 0)) + int(env.get("SLURM_STEP_ID", 0))) % PORTS
+    """All ranks of a step get the same without asking each other; steps side by side on one node, a requeued job, get others."""
+    step = 31 * int(env.get("SLURM_JOB_ID", 0)) + 7 * int(env.get("SLURM_RESTART_COUNT", 0)) + int(env.get("SLURM_STEP_ID", 0))
+    return FIRST_PORT + step % PORTS

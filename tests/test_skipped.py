@@ -1,0 +1,34 @@
+"""A micro-batch whose loss is not finite gives no gradients; the rest of its accumulation makes the update, as in plain torch."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from skip_ranks import PATTERNS, STAGES
+
+from launch.ranks import run_ranks
+
+ROOT, RANKS = Path(__file__).parent.parent, 2
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("skipped")
+    path = f"PYTHONPATH={ROOT}:{ROOT / 'tests'}"
+    assert run_ranks(["env", path, sys.executable, "-m", "skip_ranks", str(folder)], RANKS, threads=1) == 0
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage is not None])
+def test_an_update_is_made_of_what_was_not_skipped(weights, stage, pattern):
+    for of_rank in weights:
+        for name, wanted in of_rank[None, pattern].items():
+            torch.testing.assert_close(of_rank[stage, pattern][name], wanted, rtol=1e-5, atol=1e-6, msg=f"{name}, ZeRO {stage}")
+
+
+def test_the_patterns_differ(weights):
+    first = next(iter(weights[0][None, PATTERNS[0]]))
+    assert len({tuple(weights[0][None, pattern][first].flatten().tolist()) for pattern in PATTERNS}) == len(PATTERNS)

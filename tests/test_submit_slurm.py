@@ -1,0 +1,265 @@
+"""`evspan submit` and `evspan sweep` on a throw-away SLURM: ranks on several nodes, and runs that come back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from slurm_cluster import Cluster, cluster  # noqa: F401  a fixture
+from small_shards import write_small_shards
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.history import read, read_progress
+
+ROOT = Path(__file__).parent.parent
+STEPS = 60
+START_S = 90.0  # from a requeue to a first step, with both cores busy
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_small_shards(tmp_path_factory.mktemp("shards"), {"train": [60, 44, 52], "val": [12]})
+
+
+@pytest.fixture
+def slurm(cluster: Cluster):  # noqa: F811
+    yield cluster
+    cluster.end_jobs()
+    resume(cluster, "n2")
+
+
+def keys(shards: Path, run: Path, *more: str) -> list[str]:
+    """A run whose frames are shared by two ranks, one on each node."""
+    return [f"dataset.root={shards}", f"run_dir={run}", "size=micro", "model=maxvit_yolox/size_aware_attention",
+            "model.head.num_classes=3", "training.batch_size=2", "training.sequence_length=4", "training.loader_workers=1",
+            f"training.max_steps={STEPS}", "training.evaluate_every=0", "training.log_every=1", "checkpoint.every=5",
+            "checkpoint.keep=2", "parallel.ranks=2", "parallel.sequence=2", "parallel.threads=1", "parallel.timeout_s=60",
+            "cluster.ranks_per_node=1", "cluster.signal_delay_s=20", *more]
+
+
+def evspan(cluster: Cluster | None, *words: str) -> subprocess.Popen:  # noqa: F811
+    environment = {**(cluster.environment if cluster else os.environ), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", "import launch.onslurm as o; o.POLL_S = 0.5\n"
+                             "from launch.__main__ import main; main()", *words], cwd="/", stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finished(process: subprocess.Popen, seconds: float) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = START_S) -> Any:
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "this took too long"
+        time.sleep(0.05)
+    return value
+
+
+def job_of(run: Path) -> str:
+    return json.loads((run / "submitted.json").read_text())["job"]
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    return [event for event in read(run) if event["event"] == name]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """As TensorBoard shows them: of each step, what was told last."""
+    reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    reader.Reload()
+    return {event.step: event.value for event in reader.Scalars("loss/total")}
+
+
+def scalar(run: Path, tag: str) -> list[float]:
+    reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    reader.Reload()
+    return [event.value for event in reader.Scalars(tag)]
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() / "weights.safetensors")
+
+
+def assert_same_run(run: Path, undisturbed: Path) -> None:
+    """The same weights and losses, nothing half written, no step twice."""
+    for name, wanted in weights(undisturbed).items():
+        np.testing.assert_allclose(weights(run)[name], wanted, rtol=1e-6, atol=1e-8, err_msg=name)
+    told, wanted_losses = losses(run), losses(undisturbed)
+    assert told.keys() == wanted_losses.keys() == set(range(1, STEPS + 1))
+    assert max(abs(told[step] - wanted_losses[step]) for step in told) <= 1e-6 * max(wanted_losses.values())
+    assert not [path for path in run.rglob(".*") if ".submitit" not in path.parts]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory):
+    """The same by two ranks of this machine, without SLURM."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, out, err = finished(evspan(None, "train", *keys(shards, run)), 240)
+    assert code == 0, err
+    return run
+
+
+# -- what disturbs a run -----------------------------------------------------------------------------------------
+def requeue(cluster: Cluster, run: Path) -> None:  # noqa: F811
+    cluster.ask("scontrol", "requeue", job_of(run))
+
+
+def preempt(cluster: Cluster, run: Path) -> None:  # noqa: F811
+    """By a job of a partition that goes first, on both nodes."""
+    cluster.ask("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+
+
+def time_out(cluster: Cluster, run: Path) -> None:  # noqa: F811
+    """What a run gets before its time limit; SLURM's own limits are whole minutes."""
+    cluster.ask("scancel", "--signal=USR2", job_of(run))
+
+
+def take_node_down(cluster: Cluster, run: Path) -> None:  # noqa: F811
+    cluster.ask("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    time.sleep(1)
+    resume(cluster, "n2")
+
+
+def resume(cluster: Cluster, node: str) -> None:  # noqa: F811
+    """SLURM refuses it for a node that is up, which a node that is down may become by itself."""
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], env=cluster.environment, capture_output=True)
+
+
+def kill_a_rank(cluster: Cluster, run: Path) -> None:  # noqa: F811
+    os.kill(rank_of(run, 1), signal.SIGKILL)
+
+
+def rank_of(run: Path, number: int) -> int:
+    """The process that is this rank of the run, whose log it has open."""
+    log = str(run / "logs" / f"rank-{number:02d}.log")
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(path / "fd" / "1") == log and b"submitit" in (path / "cmdline").read_bytes():
+                return int(path.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no process writes {log}")
+
+
+def hurried(cluster: Cluster, run: Path) -> None:  # noqa: F811
+    """SLURM lets a requeued job wait for two minutes, here for some seconds."""
+    subprocess.run(["scontrol", "update", f"jobid={job_of(run)}", "starttime=now"], env=cluster.environment, capture_output=True)
+
+
+def disturb(cluster: Cluster, run: Path, how: Callable[[Cluster, Path], None], *, at: int) -> None:  # noqa: F811
+    """When the run has come to step `at`, or the first after a restart; returns when the next attempt trains."""
+    started = len(events(run, "running"))
+    wait_for(lambda: read_progress(run).get("step", 0) >= at and len(events(run, "running")) >= 1)
+    how(cluster, run)
+    end = time.monotonic() + START_S
+    while len(events(run, "running")) == started:
+        assert time.monotonic() < end, f"it has not come back after {how.__name__}: {read(run)}"
+        hurried(cluster, run)
+        time.sleep(0.5)
+
+
+# -- tests -------------------------------------------------------------------------------------------------------
+@pytest.mark.timeout(600)
+def test_a_run_over_two_nodes_comes_back(slurm, shards, undisturbed, tmp_path):
+    """Whatever ends it, it ends with the weights of the run that nobody disturbed."""
+    run = tmp_path / "run"
+    submitted = evspan(slurm, "submit", *keys(shards, run))
+    try:
+        for at, how in ((4, time_out), (14, kill_a_rank), (24, preempt), (34, take_node_down)):
+            disturb(slurm, run, how, at=at)
+        code, out, err = finished(submitted, 120)
+    finally:
+        submitted.kill()
+    assert code == 0, f"{out}{err}{read(run)}"
+    assert_same_run(run, undisturbed)
+    assert len(events(run, "start")) == 5 and len(events(run, "fault")) == 1
+    assert "rank 1" in events(run, "fault")[0]["message"]
+    # Saved where there was time to; at most the steps since the last checkpoint were trained again where there was none.
+    assert scalar(run, "run/requeues") == [0, 1, 2, 3, 4]
+    assert max(scalar(run, "run/steps_repeated")) <= 5 and scalar(run, "run/steps_repeated")[0] == 0
+    assert min(scalar(run, "run/seconds_lost")) > 0
+
+
+@pytest.mark.timeout(400)
+def test_a_sweep_over_two_nodes(slurm, shards, tmp_path):
+    """Four runs, one of which has a wrong value; it fails alone, and the report has its message."""
+    folder = tmp_path / "sweep"
+    values = ["optimizer.lr=1e-3,2e-3,4e-3,-1", "training.max_steps=3", "cluster.max_parallel=2"]
+    code, out, err = finished(evspan(slurm, "sweep", *keys(shards, folder, *values)), 300)
+    assert code == 1, f"{out}{err}"
+    told = {run.name: read(run)[-1] for run in folder.iterdir() if run.name.isdigit()}
+    assert {name: event["event"] for name, event in told.items()} == {"0": "done", "1": "done", "2": "done", "3": "failed"}
+    assert "optimizer.lr" in told["3"]["message"]
+    assert len({job_of(folder / name).split("_")[0] for name in "012"}) == 1  # one array
+    code, out, err = finished(evspan(slurm, "report", str(folder)), 60)
+    assert code == 0 and "optimizer.lr" in out and (folder / "report.html").exists(), err
+    code, out, err = finished(evspan(slurm, "status", str(folder)), 60)
+    assert code == 0 and out.count("done") >= 3 and "failed" in out, err
+
+
+@pytest.mark.timeout(300)
+def test_a_fault_that_stays_is_given_up(slurm, shards, tmp_path):
+    """Its rank dies at each start, in the same place; the third time is the last."""
+    run = tmp_path / "run"
+    broken = tmp_path / "sitecustomize"
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text(
+        "import os, sys\nif os.environ.get('SLURM_PROCID') == '1':\n    sys.exit('broken')\n")
+    more = [f"cluster.environment=['PYTHONPATH={broken}']", "cluster.max_faults=2", "parallel.timeout_s=10"]
+    submitted = evspan(slurm, "submit", *keys(shards, run, *more))
+    try:
+        wait_for(lambda: events(run, "fault"), 120)
+        while not events(run, "failed"):
+            hurried(slurm, run)
+            time.sleep(0.5)
+        code, out, err = finished(submitted, 60)
+    finally:
+        submitted.kill()
+    assert code == 1, f"{out}{err}"
+    message = events(run, "failed")[0]["message"]
+    assert "2 times in a row at step 0" in message
+    assert "rank-01 ended without a word" in message and "SystemExit: broken" in message
+    assert "2 times in a row" in out
+
+
+@pytest.mark.timeout(200)
+def test_a_cancelled_run_stays_away(slurm, shards, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = finished(evspan(slurm, "submit", *keys(shards, run, "cluster.detach=true")), 60)
+    assert code == 0 and "evspan status" in out, err
+    again = finished(evspan(slurm, "submit", *keys(shards, run)), 60)
+    assert again[0] == 2 and "already has" in again[2]
+    wait_for(lambda: events(run, "running"))
+    code, out, err = finished(evspan(slurm, "cancel", str(run)), 60)
+    assert code == 0, err
+    wait_for(lambda: slurm.jobs()[job_of(run)] not in ("RUNNING", "COMPLETING"), 30)
+    assert slurm.jobs()[job_of(run)] == "CANCELLED"
+    code, out, err = finished(evspan(slurm, "status", str(run)), 60)
+    assert "cancelled" in out
+
+
+@pytest.mark.timeout(200)
+def test_hydras_multirun_goes_the_same_way(slurm, shards, tmp_path):
+    words = ["train", "--multirun", "hydra/launcher=slurm", *keys(shards, tmp_path / "many", "training.max_steps=1", "seed=1,2"),
+             "parallel.sequence=1", "hydra.launcher.partition=high"]
+    code, out, err = finished(evspan(slurm, *words), 150)
+    assert code == 0, f"{out}{err}"
+    assert [events(tmp_path / "many" / n, "done")[0]["step"] for n in "01"] == [1, 1]
+
+
+def test_what_slurm_refuses_is_one_line(slurm, shards, tmp_path):
+    code, out, err = finished(evspan(slurm, "submit", *keys(shards, tmp_path / "run", "cluster.partition=nowhere")), 60)
+    assert code == 2 and "cluster.partition" in err and len(err.splitlines()) == 1

@@ -1,0 +1,304 @@
+"""What `evspan report` makes of a sweep: curves, order, costs, the page, and TensorBoard's HParams."""
+
+import json
+import os
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.hparams import api_pb2
+from tensorboard.plugins.hparams.backend_context import Context
+from tensorboard.plugins.hparams.list_session_groups import Handler
+
+from data_prep.errors import UserError
+from launch import report
+from launch.curves import Curve, Point, read_curves
+from launch.report_html import MOST, thinned
+from launch.runs import look
+from pipeline.history import append
+from pipeline.monitor import Monitor
+
+NOW = time.time()
+TAGS = ("loss/total", "evaluation/ap")
+EVIL = "</title><script>alert('x')</script>&\"\n\033[2J"
+
+
+def train(run: Path, *attempts: range, ap: float, end: str = "done", picture: bool = False, **said) -> Path:
+    """A run with losses 10 / step and one evaluation; an attempt begins where its range does, 1000 s after the one before."""
+    for number, steps in enumerate(attempts, 1):
+        began = NOW - 10_000 + 1000 * number
+        append(run, "start", step=steps.start, of=100, attempt=number, host="n1", job="", pid=os.getpid(), time=began)
+        append(run, "running", step=steps.start + 1, seconds=9.5, time=began + 10)
+        monitor = Monitor(run, enabled=True, resume_step=steps.start)
+        for step in steps:
+            assert monitor.writer
+            monitor.writer.add_scalar("loss/total", 10 / (step + 1), step + 1, walltime=began + 10 + step - steps.start)
+            monitor.writer.add_scalar("loss/iou", 1.0, step + 1)
+        if picture:
+            monitor.picture("training/boxes", np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8), steps.stop)
+        monitor.scalars({"evaluation/ap": ap * number / len(attempts)}, steps.stop)
+        monitor.close()
+        if number < len(attempts):
+            append(run, "requeued", step=attempts[number].start, time=began + 900)
+    append(run, end, step=attempts[-1].stop, time=NOW, **said)
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "metrics.json").write_text(json.dumps({"ap": ap, "ap50": ap + 0.1, "ap_small": None}))
+    return run
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """0: worse. 1: interrupted twice, best. 2: misspelt. 3: has only begun. 4: hostile, failed late."""
+    folder = tmp_path / "lr & co"
+    train(folder / "0", range(0, 100), ap=0.25)
+    train(folder / "1", range(0, 60), range(40, 80), range(80, 100), ap=0.5, picture=True)
+    append(folder / "2", "failed", step=0, message="optimizer.learn is no key", code=2)
+    append(folder / "3", "start", step=0, of=100, attempt=1, host="n2", job="", pid=os.getpid())
+    train(folder / "4", range(0, 20), ap=0.125, end="failed", message=EVIL, code=1)
+    overrides = [["optimizer.lr=0.001", "seed=1"], ["optimizer.lr=3e-4", "seed=1"], ["optimizer.learn=1", "seed=1"],
+                 ["optimizer.lr=0.1", "seed=1"], [f"+dataset.root='{EVIL}'", "optimizer.lr=1", "seed=1"]]
+    (folder / "sweep.json").write_text(json.dumps({"runs": [
+        {"folder": str(i), "overrides": o, "error": "optimizer.learn is no key" if i == 2 else None}
+        for i, o in enumerate(overrides)]}))
+    return folder
+
+
+def rows(sweep: Path) -> list[report.Row]:
+    return report.rows_of(look(sweep)[0])
+
+
+class Page(HTMLParser):
+    """Tags, links, texts, and the cells of the tables' rows."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.links, self.texts, self.open, self.rows = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+        self.tags.append((tag, dict(attributes)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th") and self.rows:
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+
+# -- curves ------------------------------------------------------------------------------------------------------
+def test_curves_are_what_tensorboards_reader_reads(sweep):
+    for name in "014":
+        oracle = EventAccumulator(str(sweep / name / "tensorboard"), size_guidance={"scalars": 0, "images": 1})
+        oracle.Reload()
+        curves = read_curves(sweep / name, TAGS)
+        for tag in TAGS:
+            assert [(p.step, p.value, p.time) for p in curves[tag].points] == [
+                (e.step, e.value, e.wall_time) for e in oracle.Scalars(tag)]
+    assert [p.step for p in curves["loss/total"].points] == list(range(1, 21))
+    curves = read_curves(sweep / "1", TAGS)
+    assert [p.step for p in curves["loss/total"].points] == list(range(1, 101))  # steps 41 to 60 of the first attempt are gone
+    assert len(curves["loss/total"].every) == 120
+
+
+def test_cut_and_damaged_event_files_give_what_is_whole(sweep):
+    (path,) = (sweep / "0" / "tensorboard").glob("*tfevents*")
+    whole = path.read_bytes()
+    before = 100
+    for end in (*range(len(whole) - 1, len(whole) - 200, -13), 30, 5, 0):
+        path.write_bytes(whole[:end])
+        steps = [p.step for p in read_curves(sweep / "0", TAGS)["loss/total"].points]
+        assert steps == list(range(1, len(steps) + 1)) and len(steps) <= before
+        before = len(steps)
+    assert before == 0
+    at = whole.index(b"loss/total", len(whole) // 2)
+    path.write_bytes(whole[:at] + b"lost/total" + whole[at + 10 :])
+    assert len(read_curves(sweep / "0", TAGS)["loss/total"].points) == 99
+    assert read_curves(sweep / "nowhere", TAGS) == {tag: Curve() for tag in TAGS}
+
+
+def test_thinned_curves_keep_the_mean():
+    points = [Point(i, float(i % 7), 0.0) for i in range(1000)]
+    thin = thinned(points)
+    assert len(thin) <= MOST and thin[0] == (1.5, 1.5) and thin[-1][0] == 997.5
+    assert np.mean([v for _, v in thin]) == pytest.approx(np.mean([p.value for p in points]))
+    assert thinned(points[:MOST]) == [(float(p.step), p.value) for p in points[:MOST]] and thinned([]) == []
+
+
+# -- order and costs ---------------------------------------------------------------------------------------------
+def test_rows_are_in_the_order_of_ap(sweep):
+    told = rows(sweep)
+    assert [row.run.name for row in told] == ["1", "0", "4", "2", "3"]
+    assert told[0].metrics() == {"ap": 0.5, "ap50": 0.6, "final_loss": pytest.approx(0.1)}
+    assert told[0].best == (0.5, 100) and told[4].best is None and told[4].metrics() == {}
+
+
+def test_the_best_of_a_curve_may_be_earlier(sweep):
+    monitor = Monitor(sweep / "0", enabled=True)
+    for step in (101, 103):
+        monitor.scalars({"evaluation/ap": 0.75}, step)
+    monitor.scalars({"evaluation/ap": float("nan")}, 102)
+    monitor.close()
+    assert rows(sweep)[1].best == (0.75, 101)
+
+
+def test_what_requeues_cost(sweep):
+    by_name = {row.run.name: row for row in rows(sweep)}
+    assert by_name["0"].cost == report.Cost() and by_name["3"].cost == report.Cost()
+    # The first attempt was last heard of in its step 60, 69 s after its start, the second in its 40th, 49 s after; each next one
+    # does its first step 1010 s after the start of the one before. It began at step 40: 20 steps again; the third at 80: none.
+    cost = by_name["1"].cost
+    assert (by_name["1"].run.requeues, cost.steps) == (2, 20)
+    assert cost.seconds == pytest.approx(1010 - 69 + 1010 - 49) and cost.starting == pytest.approx(20)
+
+
+def test_attempts_that_never_ran_count_in_full(tmp_path):
+    for event, step, at in (("start", 0, 0), ("running", 1, 10), ("saved", 30, 100), ("requeued", 30, 101), ("start", 30, 200),
+                            ("fault", 30, 210), ("requeued", 30, 211), ("start", 30, 300), ("running", 31, 320),
+                            ("done", 40, 400)):
+        append(tmp_path, event, step=step, of=40, time=NOW - 500 + at, job="", host="n1")
+    (row,) = rows(tmp_path)
+    assert row.run.requeues == 2
+    assert (row.cost.seconds, row.cost.starting, row.cost.steps) == (pytest.approx(220), pytest.approx(20), 0)
+
+
+# -- text --------------------------------------------------------------------------------------------------------
+def test_the_text(sweep, capsys):
+    report.main([str(sweep)])
+    out = capsys.readouterr().out
+    assert "\033" not in out
+    lines = out.splitlines()
+    cells = [re.split(r"  +", line) for line in lines[:6]]
+    assert cells[0] == ["run", "lr", "learn", "root", "AP", "AP50", "AP small", "best AP", "loss", "step", "state", "requeues"]
+    assert cells[1] == ["1", "3e-4", "0.500", "0.600", "0.500 at 100", "0.1000", "100", "done", "2"]
+    assert [row[0] for row in cells[1:]] == ["1", "0", "4", "2", "3"]
+    assert f"best: {sweep / '1'} (optimizer.lr=3e-4), AP 0.500" in lines
+    assert f"{sweep / '2'}: failed: optimizer.learn is no key" in lines
+    assert f"{sweep / '1'}: requeued 2 times, which took 32 min and 20 steps done twice" in lines
+    assert lines[-1] == f"{sweep / 'report.html'}; HParams: tensorboard --logdir '{sweep}'"
+
+
+@pytest.mark.parametrize("text, value", [("1e-3", 1e-3), ("7", 7.0), ("True", True), ("false", False), ("adam", "adam"),
+                                         ("nan", "nan"), ("[1,2]", "[1,2]"), ("", "")])
+def test_values_for_tensorboard(text, value):
+    got = report.as_value(text)
+    assert (got, type(got)) == (value, type(value))
+
+
+def test_an_address_that_is_none_is_refused(sweep):
+    with pytest.raises(UserError, match="--tensorboard is 'javascript:x'"):
+        report.report(sweep, "javascript:x")
+
+
+# -- the page ----------------------------------------------------------------------------------------------------
+def test_the_page_stands_alone_and_holds_everything(sweep, capsys):
+    report.main([str(sweep), "--tensorboard", "http://login1:6006"])
+    text = (sweep / "report.html").read_text()
+    page = Page(text)
+    for tag, attributes in page.tags:  # nothing is fetched
+        assert tag not in ("link", "img", "iframe", "object") and not {"src", "onload", "onerror"} & set(attributes)
+        if "href" in attributes:
+            assert tag == "a" and re.match(r"http://login1:6006/|[014]/logs/", attributes["href"])
+    assert "url(" not in text and "@import" not in text and "\033" not in text
+    assert sum(tag == "script" for tag, _ in page.tags) == 1 and "alert('x')" in "".join(page.texts)
+    (best,) = [i for i, t in enumerate(page.texts) if t == "Best"]
+    assert page.texts[best + 1] == "optimizer.lr=3e-4" and best < page.texts.index("Runs")
+    table = [row for row in page.rows if row and row[0] in "01234"]
+    assert [row[0] for row in table[:5]] == ["1", "0", "4", "2", "3"]
+    assert [row[4:7] for row in table[:3]] == [["0.500", "0.600", "–"], ["0.250", "0.350", "–"], ["0.125", "0.225", "–"]]
+    assert table[5] == ["1", "2", "32 min", "20 s", "20"]
+    assert [t for t in page.texts if t.startswith("2 failed: optimizer.learn")]
+    hrefs = [a["href"] for tag, a in page.tags if tag == "a"]
+    assert "http://login1:6006/?runFilter=%5E1%2F#timeseries" in hrefs and "http://login1:6006/#hparams" in hrefs
+
+
+def test_the_curves_lie_where_the_numbers_say(sweep, capsys):
+    report.main([str(sweep)])
+    lines = [(a["points"], a["style"]) for tag, a in Page((sweep / "report.html").read_text()).tags if tag == "polyline"]
+    assert len(lines) == 6  # two curves of three runs
+    points = [[tuple(map(float, p.split(","))) for p in places.split()] for places, _ in lines]
+    loss, ap = points[:3], points[3:]
+    assert len(loss[0]) == 100 and len(loss[2]) == 20  # of run 1 and run 4
+    x, y = np.array(loss[0]).T
+    assert np.all(np.diff(x) > 0) and np.all(np.diff(y) >= 0)  # the loss falls, and SVG's y grows downwards
+    assert np.polyfit(np.arange(1, 101), x, 1)[1] == pytest.approx(46, abs=0.2)  # step 0 lies on the axis
+    assert np.array(loss[2])[:, 0] == pytest.approx(x[:20])
+    heights = [ap[i][-1][1] for i in range(3)]
+    assert heights[0] < heights[1] < heights[2]  # 0.5, 0.25, 0.125
+    base = 300 - 38
+    assert (base - heights[0]) / (base - heights[1]) == pytest.approx(2, rel=0.01)
+    assert len({style for _, style in lines[:3]}) == 3 and [s for _, s in lines[:3]] == [s for _, s in lines[3:]]
+
+
+def test_a_run_that_has_only_begun_has_a_report(tmp_path, capsys):
+    append(tmp_path / "run", "start", step=0, of=10, attempt=1, host="n1", job="", pid=os.getpid())
+    report.main([str(tmp_path / "run")])
+    page = Page((tmp_path / "run" / "report.html").read_text())
+    assert "No run has been evaluated yet." in page.texts and "Curves" not in page.texts
+    assert "best:" not in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        report.main([str(tmp_path)])
+    err = capsys.readouterr().err
+    assert leaving.value.code == 2 and len(err.splitlines()) == 1 and "holds no run" in err and not list(tmp_path.iterdir())
+
+
+# -- TensorBoard -------------------------------------------------------------------------------------------------
+def hparams(logdir: Path) -> dict[str, tuple[dict, dict]]:
+    """What TensorBoard's own plugin shows below a folder: session -> (hyper-parameters, metrics)."""
+    multiplexer = EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(str(logdir))
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(logdir))
+    context = Context(SimpleNamespace(data_provider=provider))
+    request_context, runs = RequestContext(), None
+    runs = context.hparams_metadata(request_context, "x")
+    experiment = context.experiment_from_metadata(request_context, "x", True, runs, [])
+    asked = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=100, allowed_statuses=[0, 1, 2, 3], include_metrics=True)
+    for info in experiment.hparam_infos:
+        asked.col_params.add(hparam=info.name)
+    for info in experiment.metric_infos:
+        asked.col_params.add(metric=info.name)
+    answer = Handler(request_context, context, "x", asked).run()
+    return {group.sessions[0].name: (
+        {key: getattr(value, value.WhichOneof("kind")) for key, value in group.hparams.items()},
+        {m.name.tag: m.value for m in group.metric_values}) for group in answer.session_groups}
+
+
+@pytest.mark.timeout(60)
+def test_tensorboard_shows_the_sweep_once_however_often_it_is_told(sweep, capsys):
+    for _ in range(2):
+        report.main([str(sweep)])
+        assert [len(list((sweep / name / "hparams").iterdir())) for name in "01234"] == [1] * 5
+    shown = hparams(sweep)
+    assert set(shown) == {f"{name}/hparams" for name in "01234"}
+    values, metrics = shown["1/hparams"]
+    assert values == {"optimizer.lr": 3e-4}
+    assert metrics == {"ap": 0.5, "ap50": pytest.approx(0.6), "final_loss": pytest.approx(0.1)}
+    assert shown["2/hparams"] == ({"optimizer.learn": 1.0}, {})
+    assert shown["4/hparams"][0]["optimizer.lr"] == 1.0
+    (sweep / "1" / "evaluation" / "metrics.json").write_text('{"ap": 0.75}')
+    report.main([str(sweep)])
+    assert hparams(sweep)["1/hparams"][1]["ap"] == 0.75
