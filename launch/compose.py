@@ -23,6 +23,10 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     given, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
         fail(f"{unknown[0]} is no option; keys have no dashes: {unknown[0].lstrip('-')}; --help shows how")
+    for name in ("cfg", "info", "config_name", "config_path", "package", "shell_completion"):
+        if getattr(given, name, None):
+            fail(f"--{name.replace('_', '-')} is for evspan train, where the same keys show the config; here "
+                 "cluster.dry_run=true shows the batch script")
     options = ["--config-dir", str(Path(given.config_dir).absolute())] if given.config_dir else []
     return options, list(given.overrides)
 

@@ -1,9 +1,11 @@
 """`evspan infer`: a sensor file in, detections and an overlay video out."""
 
 import argparse
+import functools
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -22,7 +24,7 @@ from data_prep.draw import ANIMATION_SUFFIXES, AnimationWriter
 from data_prep.errors import RecordingError, UserError
 from data_prep.files import written_whole
 from data_prep.formats import open_recording
-from data_prep.formats.recording import Recording
+from data_prep.formats.recording import Recording, WordReader
 from data_prep.histogram import frame_size, frames_of
 
 if TYPE_CHECKING:
@@ -38,12 +40,16 @@ on, from the first event on; the network carries its state from frame to frame. 
 OUT/X_bbox.npy     detections of X.raw: t (end of the window, us), x y w h (pixels of the sensor), class_id (the checkpoint's
                    classes, printed at the end), class_confidence; track_id is 0. Prophesee's form: np.load reads it.
 OUT/X_overlay.mp4  events (blue brighter, red darker), detections orange, and green the boxes of X_bbox.npy where that lies
-                   beside the recording. A GIF where the program ffmpeg is missing."""
+                   beside the recording. A GIF where the program ffmpeg is missing.
+
+--csv has a line per detection, --json one per frame with its latency; --json - writes them to standard output, frame by
+frame, which with --follow makes a detector of a camera whose .raw or .dat file is still being written."""
 EXAMPLES = """examples:
   evspan infer drive.raw --checkpoint runs/tiny
   evspan infer drive.raw --checkpoint runs/tiny/checkpoints/step-00001000 --confidence 0.3 --video drive.gif
   evspan infer drive_td.dat --checkpoint weights.safetensors --from 60 --seconds 10 --output out
-  evspan infer drive.raw --checkpoint runs/tiny --no-video --confidence 0.001     # for scoring"""
+  evspan infer drive.raw --checkpoint runs/tiny --no-video --confidence 0.001     # for scoring
+  evspan infer camera.raw --checkpoint runs/tiny --follow 5 --frames-per-call 1 --no-video --json - | your-program"""
 
 
 def boxes_beside(recording: Path) -> NDArray:
@@ -102,6 +108,8 @@ def check_options(given: argparse.Namespace) -> None:
     for name, value in (("--confidence", given.confidence), ("--nms", given.nms)):
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"{name} is {value:g}; give a number from 0 to 1")
+    if given.follow is not None and not (math.isfinite(given.follow) and given.follow > 0):
+        raise UserError(f"--follow is {given.follow:g}; give the seconds without new data after which the recording has ended")
     for name, number in (("--frames-per-call", given.frames_per_call), ("--threads", given.threads)):
         if number is not None and number < 1:
             raise UserError(f"{name} is {number}; give 1 or more")
@@ -145,25 +153,33 @@ def load_detector(given: argparse.Namespace, recording: Recording) -> tuple["Wei
 
 
 class Done(NamedTuple):
-    """frames: how many. per_class: detections. seconds: of work by part; took: of them all together, side by side."""
+    """frames: how many. per_class: detections. seconds: of work by part; took: of them all together, side by side.
+
+    latencies_ms: of each frame, from when it was there to its detections.
+    """
 
     frames: int
     per_class: NDArray[np.int64]
     seconds: dict[str, float]
     took: float
+    latencies_ms: list[float]
 
 
 def stream(given: argparse.Namespace, recording: Recording, weights: "Weights", detector: "Detector",
            outputs: tuple[Path, Path | None]) -> Done:
     """Decoding, the network and drawing, in a thread each; the files appear when all is done."""
-    from pipeline.engine.inference import Clock, DetectionsFile, Overlay, ahead, detect
+    from pipeline.engine.detection_files import CsvFile, DetectionsFile, JsonLines
+    from pipeline.engine.inference import Clock, Overlay, ahead, detect
 
     config, clock, (detections, video) = weights.frames, Clock(), outputs
-    overlay = Overlay(config, weights.classes, boxes_beside(given.recording)) if video else None
+    overlay = Overlay(config, weights.classes, boxes_beside(given.recording), beside=given.side_by_side) if video else None
+    latencies: list[float] = []
     per_class, frames, began = np.zeros(weights.model.head.num_classes, np.int64), 0, time.perf_counter()
     with ExitStack() as stack:
         enter = stack.enter_context
         rows = enter(closing(DetectionsFile(enter(written_whole(detections)))))
+        others = [enter(closing(CsvFile(enter(written_whole(given.csv)), weights.classes)))] if given.csv else []
+        others += [enter(closing(JsonLines(given.json, weights.classes)))] if given.json else []
         animation = enter(AnimationWriter(enter(written_whole(video)), 1000 / config.window_ms)) if video else None
         wanted = windows(recording, config, skip=_windows_in(given.from_s, config),
                          limit=None if given.seconds is None else _windows_in(given.seconds, config))
@@ -173,15 +189,23 @@ def stream(given: argparse.Namespace, recording: Recording, weights: "Weights", 
         for item in tqdm(enter(closing(ahead(found, given.frames_per_call))), unit=" frames", disable=None):
             frames, per_class = frames + 1, per_class + np.bincount(item.boxes["class_id"], minlength=per_class.size)
             rows.add(item.boxes)
+            latencies.append(item.latency_ms)
+            for other in others:
+                other.add(item)
             if animation and overlay:
                 with clock("drawing"):
                     animation.add(overlay.draw(item))
-    return Done(frames, per_class, clock.seconds, time.perf_counter() - began)
+    return Done(frames, per_class, clock.seconds, time.perf_counter() - began, latencies)
 
 
 def infer(given: argparse.Namespace) -> None:
     check_options(given)
     recording, outputs = open_recording(given.recording), choose_outputs(given)
+    if given.follow is not None:
+        if not isinstance(recording, WordReader):
+            raise UserError(f"--follow: {given.recording} is {recording.format}, which cannot be read while it is written; "
+                            "record .raw or .dat, or leave out --follow")
+        recording.follow(given.follow)
     weights, detector = load_detector(given, recording)
     from pipeline.engine.inference import class_name
 
@@ -189,20 +213,24 @@ def infer(given: argparse.Namespace) -> None:
     given.confidence = limits.confidence_threshold if given.confidence is None else given.confidence
     given.nms = limits.nms_threshold if given.nms is None else given.nms
     done = stream(given, recording, weights, detector, outputs)
-    config, (detections, video), (frames, per_class, seconds, took) = weights.frames, outputs, done
+    say = functools.partial(print, file=sys.stderr if str(given.json) == "-" else sys.stdout)
+    config, (detections, video), (frames, per_class, seconds, took, latencies) = weights.frames, outputs, done
     left_out = "".join(f", {n} {reason.replace('_', ' ')}" for reason, n in recording.dropped.items() if n)
-    print(f"{given.recording}: {frames} frames of {config.window_ms} ms, {recording.width} x {recording.height}, "
+    say(f"{given.recording}: {frames} frames of {config.window_ms} ms, {recording.width} x {recording.height}, "
           f"{recording.events / 1e6:.2f} M events read{left_out}; {given.checkpoint}, step {weights.step}")
     kinds = ", ".join(f"{i} {class_name(weights.classes, i)}: {n}" for i, n in enumerate(per_class))
-    print(f"{detections}: {per_class.sum()} detections of confidence {given.confidence:g} or more ({kinds})")
+    say(f"{detections}: {per_class.sum()} detections of confidence {given.confidence:g} or more ({kinds})")
     if video:
         boxes = find_boxes(given.recording)
-        print(f"{video}: detections orange" + (f", boxes of {boxes.name} green" if boxes else ""))
+        say(f"{video}: detections orange" + (f", boxes of {boxes.name} green" if boxes else ""))
         if not given.video and video.suffix == ".gif":
-            print("  a GIF, since the program ffmpeg is missing; install the Debian package ffmpeg for MP4")
+            say("  a GIF, since the program ffmpeg is missing; install the Debian package ffmpeg for MP4")
     span = frames * config.window_ms / 1000
     parts = ", ".join(f"{part} {1000 * busy / frames:.1f}" for part, busy in seconds.items())
-    print(f"{span / took:.1f} x camera pace: {span:.2f} s of recording in {took:.2f} s; ms per frame, side by side: {parts}")
+    say(f"{span / took:.1f} x camera pace: {span:.2f} s of recording in {took:.2f} s; ms per frame, side by side: {parts}")
+    middle, late = np.percentile(latencies, (50, 99))
+    say(f"latency of a frame, from when it is there to its detections: median {middle:.1f} ms, 99 % within {late:.1f} ms, "
+        f"at most {max(latencies):.1f} ms ({given.frames_per_call} frame{'s' if given.frames_per_call > 1 else ''} a call)")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -216,6 +244,11 @@ def _parser() -> argparse.ArgumentParser:
     video = parser.add_mutually_exclusive_group()
     video.add_argument("--video", type=Path, metavar="FILE", help=".mp4 or .gif (default: OUT/X_overlay.mp4, or .gif)")
     video.add_argument("--no-video", action="store_true", help="detections only")
+    parser.add_argument("--side-by-side", action="store_true", help="video: the events alone, and beside them the detections")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also a line per detection")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also a line of JSON per frame; - is standard output")
+    parser.add_argument("--follow", type=float, metavar="SECONDS",
+                        help="wait for more at the file's end, until none comes for so long (.raw, .dat)")
     parser.add_argument("--confidence", type=float, metavar="C",
                         help="smallest objectness * class score (default: the checkpoint's, often 0.1)")
     parser.add_argument("--nms", type=float, metavar="IOU",

@@ -1,5 +1,7 @@
 """`evspan infer`: a sensor file in, detections and a video out, against a plain loop over frames."""
 
+import csv
+import json
 import shutil
 import subprocess
 import threading
@@ -22,7 +24,8 @@ from data_prep.simulator import SimulatorConfig, simulate
 from pipeline.checkpoint import Weights, load_weights, save_weights
 from pipeline.config import BackboneConfig, FpnConfig, ModelConfig, PostprocessConfig
 from pipeline.engine.build import detector_from
-from pipeline.engine.inference import BOXES, DETECTIONS, Clock, Detected, DetectionsFile, Overlay, ahead, cut, detect
+from pipeline.engine.detection_files import DetectionsFile
+from pipeline.engine.inference import BOXES, DETECTIONS, Clock, Detected, Overlay, ahead, cut, detect
 from pipeline.infer import main
 from pipeline.model.detector import Detector
 
@@ -224,7 +227,7 @@ def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
                         (119_999, []), (120_000, [8]), (169_999, [8]), (170_000, [])):
         assert overlay.labels(end)["x"].tolist() == wanted
     found = np.array([box(50_000, 240, 120, 2)], RAW_BOX)
-    picture = overlay.draw(Detected(50_000, np.zeros((20, 120, 160), np.uint8), found))
+    picture = overlay.draw(Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0))
     assert picture.shape == (480, 640, 3)  # four times the frame, twice the sensor
 
     def colours(x, y):  # along the left edge of a box at (x, y), below its label
@@ -232,6 +235,9 @@ def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
 
     assert colours(80, 80) == colours(160, 8) == {BOXES} and colours(240, 120) == {DETECTIONS}
     assert colours(8, 8) == colours(200, 100) == colours(120, 120) == {(255, 255, 255)}
+    both = Overlay(FrameConfig(downsample=2), CLASSES, labels, beside=True).draw(
+        Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0))
+    assert both.shape == (480, 1280, 3) and (both[:, :640] == 255).all() and (both[:, 640:] == picture).all()
     empty = Overlay(FrameConfig(downsample=2), CLASSES, labels[:0])
     assert not empty.labels(50_000).size
 
@@ -360,3 +366,63 @@ def test_help_shows_examples(capsys):
         main(["--help"])
     told = capsys.readouterr().out
     assert exit_.value.code == 0 and "evspan infer drive.raw --checkpoint runs/tiny" in told and "class_confidence" in told
+
+
+# -- other forms, and a file that grows ----------------------------------------------------------------------------
+def test_csv_and_json_tell_what_the_npy_tells(here, tmp_path, capsys):
+    main([str(here / "a_td.raw"), "--checkpoint", str(here / "weights2.safetensors"), "--output", str(tmp_path), "--no-video",
+          "--csv", str(tmp_path / "new" / "a.csv"), "--json", "-", "--frames-per-call", "3"])
+    out, err = capsys.readouterr()
+    boxes = np.load(tmp_path / "a_bbox.npy")
+    rows = list(csv.DictReader((tmp_path / "new" / "a.csv").open()))
+    frames = [json.loads(line) for line in out.splitlines()]  # nothing else is on standard output
+    found = [(frame["end_us"], box) for frame in frames for box in frame["detections"]]
+    assert len(rows) == len(found) == boxes.size > 0 and len(frames) == 19 and min(frame["latency_ms"] for frame in frames) > 0
+    for box, row, (end, told) in zip(boxes, rows, found, strict=True):
+        assert box["t"] == int(row["t_us"]) == end and box["class_id"] == int(row["class_id"]) == told["class_id"]
+        assert row["class"] == told["class"] == [*CLASSES, "class 2"][box["class_id"]]
+        for name in "xywh":
+            assert float(row[name]) == told[name] == pytest.approx(float(box[name]), abs=0.01)
+        assert told["confidence"] == float(row["confidence"]) == pytest.approx(float(box["class_confidence"]), abs=1e-4)
+    assert "latency of a frame" in err
+
+
+@pytest.mark.parametrize("suffix", [".raw", ".dat"])
+def test_a_file_that_grows_gives_what_the_whole_one_gives(here, tmp_path, suffix):
+    """Written in pieces that end within words, while it is read; frames come before the file is whole."""
+    whole, growing = tmp_path / f"whole{suffix}", tmp_path / f"growing{suffix}"
+    simulate(whole, seconds=0.93, seed=4, config=SimulatorConfig(height=240, width=320))
+    options = ["--checkpoint", str(here / "weights2.safetensors"), "--no-video"]
+    main([str(whole), *options, "--output", str(tmp_path / "whole")])
+    data = whole.read_bytes()
+    first = len(data) // 3 | 1  # within a word
+    growing.write_bytes(data[:first])
+    seen: list[int] = []
+
+    def write() -> None:
+        lines = tmp_path / "lines.json"
+        with growing.open("ab") as file:
+            for begin in range(first, len(data), len(data) // 7 | 1):
+                end = time.monotonic() + 10
+                while not (lines.exists() and lines.stat().st_size) and time.monotonic() < end:
+                    time.sleep(0.01)
+                seen.append(len(lines.read_text().splitlines()) if lines.exists() else 0)
+                file.write(data[begin : begin + (len(data) // 7 | 1)])
+                file.flush()
+                time.sleep(0.05)
+
+    camera = threading.Thread(target=write)
+    camera.start()
+    main([str(growing), *options, "--output", str(tmp_path / "grown"), "--follow", "2", "--json", str(tmp_path / "lines.json"),
+          "--frames-per-call", "1"])
+    camera.join()
+    assert seen[0] > 0  # frames were told while two thirds were missing
+    assert_same(np.load(tmp_path / "grown" / "growing_bbox.npy"), np.load(tmp_path / "whole" / "whole_bbox.npy"))
+
+
+def test_what_cannot_be_followed_says_so(here, tmp_path, capsys):
+    h5 = tmp_path / "a_td.h5"
+    simulate(h5, seconds=0.2, seed=4, config=SimulatorConfig(height=240, width=320))
+    for recording, seconds, told in ((h5, "1", "record .raw or .dat"), (here / "a_td.raw", "0", "--follow is 0")):
+        said = refused_by(main, capsys, recording, "--checkpoint", here / "weights2.safetensors", "--follow", seconds)
+        assert told in said

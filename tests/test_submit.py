@@ -224,6 +224,7 @@ def test_the_same_overrides_keep_their_folder(tmp_path):
 @pytest.mark.parametrize("command, more, says", [
     (submit, ["optimizer.lr=1e-3,2e-3"], "evspan sweep"), (submit, ["cluster.partiton=x"], "cluster.partition"),
     (submit, ["cluster=nowhere"], "gpu_nodes"), (submit, ["--partition=x"], "no option"),
+    (submit, ["--cfg", "job"], "cluster.dry_run=true"),
     (submit, ["parallel.ranks=3", "cluster.ranks_per_node=2"], "parallel.ranks=2 or 4"),
     (sweep, ["optimizer.lr=a,b"], "none of the 2 runs")])
 def test_mistakes_end_in_one_line(tmp_path, shards, capsys, command, more, says):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -93,12 +94,12 @@ def weights(run: Path) -> dict[str, np.ndarray]:
     return load_file(run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() / "weights.safetensors")
 
 
-def assert_same_run(run: Path, undisturbed: Path) -> None:
+def assert_same_run(run: Path, undisturbed: Path, steps: int = STEPS) -> None:
     """The same weights and losses, nothing half written, no step twice."""
     for name, wanted in weights(undisturbed).items():
         np.testing.assert_allclose(weights(run)[name], wanted, rtol=1e-6, atol=1e-8, err_msg=name)
     told, wanted_losses = losses(run), losses(undisturbed)
-    assert told.keys() == wanted_losses.keys() == set(range(1, STEPS + 1))
+    assert told.keys() == wanted_losses.keys() == set(range(1, steps + 1))
     assert max(abs(told[step] - wanted_losses[step]) for step in told) <= 1e-6 * max(wanted_losses.values())
     assert not [path for path in run.rglob(".*") if ".submitit" not in path.parts]
 
@@ -191,6 +192,41 @@ def test_a_run_over_two_nodes_comes_back(slurm, shards, undisturbed, tmp_path):
     assert scalar(run, "run/requeues") == [0, 1, 2, 3, 4]
     assert max(scalar(run, "run/steps_repeated")) <= 5 and scalar(run, "run/steps_repeated")[0] == 0
     assert min(scalar(run, "run/seconds_lost")) > 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_ten_disturbances_at_random_moments(slurm, shards, tmp_path):
+    """While it starts, trains or saves; the moments' seed is told."""
+    seed, steps = int(time.time()), 150
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    more = [f"training.max_steps={steps}", "checkpoint.every=2"]
+    code, _, err = finished(evspan(None, "train", *keys(shards, tmp_path / "undisturbed", *more)), 600)
+    assert code == 0, err
+    run = tmp_path / "run"
+    submitted = evspan(slurm, "submit", *keys(shards, run, *more, "cluster.max_faults=9"))
+    try:
+        for number in range(10):
+            how = draw.choice([requeue, preempt, time_out, take_node_down, kill_a_rank])
+            wait_for(lambda number=number: len(events(run, "start")) > number)
+            time.sleep(draw.uniform(0, 5))
+            began = len(events(run, "start"))
+            print(f"{how.__name__} at step {read_progress(run).get('step', 0)}", flush=True)
+            how(slurm, run)
+            end = time.monotonic() + 2 * START_S
+            while len(events(run, "start")) == began:
+                assert time.monotonic() < end, f"it has not come back after {how.__name__}: {read(run)}"
+                hurried(slurm, run)
+                time.sleep(0.5)
+        code, out, err = finished(submitted, 300)
+    finally:
+        submitted.kill()
+    assert code == 0, f"{out}{err}{read(run)}"
+    assert_same_run(run, tmp_path / "undisturbed", steps)
+    repeated = scalar(run, "run/steps_repeated")
+    print(f"{len(events(run, 'start'))} attempts; steps repeated {repeated}; seconds lost {scalar(run, 'run/seconds_lost')}")
+    assert max(repeated) <= 2
 
 
 @pytest.mark.timeout(400)

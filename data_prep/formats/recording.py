@@ -1,5 +1,6 @@
 """What all readers and writers have in common."""
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +14,7 @@ from data_prep.events import Events
 from data_prep.formats.header import read_header, sensor_size
 
 GEN4_SIZE = (720, 1280)
+FOLLOW_POLL_S = 0.005  # a tenth of a window
 
 
 @njit(cache=True, nogil=True)
@@ -92,27 +94,47 @@ class WordReader(Recording):
     word: np.dtype
     events_per_word: int  # at most
     default_size: tuple[int, int] | None = None  # of a sensor whose header does not tell it
+    idle_s = 0.0  # how long the file's end is waited at
 
     def __init__(self, path: Path, block_bytes: int = 1 << 18) -> None:  # blocks that stay in the cache: 1.4 x as fast as 1 MiB
         self.fields, self.start = read_header(path)
         self.words_at_once = max(1, block_bytes // self.word.itemsize)
         super().__init__(path, *sensor_size(path, self.fields, self.default_size))
 
+    def follow(self, idle_s: float) -> None:
+        """From now on wait at the file's end for more, as of a camera that still writes, until none comes for `idle_s`."""
+        self.idle_s = idle_s
+
     def _decoded(self) -> Iterator[Events]:
         size = self.path.stat().st_size
-        if over := (size - self.start) % self.word.itemsize:
+        if not self.idle_s and (over := (size - self.start) % self.word.itemsize):
             raise RecordingError(f"{self.path} is cut off: {over} byte{'s' if over > 1 else ''} too many at byte {size - over} "
                                  f"of {size}, where a word of {self.word.itemsize} should follow. Copy it again, or keep its "
                                  f"whole words: head -c {size - over}")
         state = np.zeros(8, np.int64)
+        for words in self._words():
+            n = self.events_per_word * words.size
+            events = Events(np.empty(n, np.int64), np.empty(n, np.uint16), np.empty(n, np.uint16), np.empty(n, np.uint8))
+            timeless, n = self._decode(words, state, events)
+            self.dropped["before_first_time"] += timeless
+            yield events.take(slice(timeless, n))
+
+    def _words(self) -> Iterator[NDArray]:
+        """Whole ones, block by block; the last may be half written yet where the file still grows."""
+        read, heard = 0, time.monotonic()
         with self.path.open("rb") as file:
             file.seek(self.start)
-            while (words := np.fromfile(file, self.word, self.words_at_once)).size:
-                n = self.events_per_word * words.size
-                events = Events(np.empty(n, np.int64), np.empty(n, np.uint16), np.empty(n, np.uint16), np.empty(n, np.uint8))
-                timeless, n = self._decode(words, state, events)
-                self.dropped["before_first_time"] += timeless
-                yield events.take(slice(timeless, n))
+            while True:
+                words = np.fromfile(file, self.word, self.words_at_once)
+                if words.size:
+                    yield words
+                    read, heard = read + words.size, time.monotonic()
+                elif time.monotonic() - heard >= self.idle_s:
+                    return
+                else:
+                    time.sleep(FOLLOW_POLL_S)
+                if self.idle_s:
+                    file.seek(self.start + read * self.word.itemsize)
 
     def _decode(self, words: NDArray, state: NDArray[np.int64], events: Events) -> tuple[int, int]:
         """Fill `events` from `words`; how many of them came before the first time word, and how many there are in all.

@@ -1,4 +1,4 @@
-"""A stream of frames -> a stream of detections, their file and their pictures: state carried, a few frames in memory."""
+"""A stream of frames -> a stream of detections and their pictures: state carried, a few frames in memory."""
 
 import queue
 import threading
@@ -7,14 +7,12 @@ from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_prep.boxes import RAW_BOX
 from data_prep.config import FrameConfig
 from data_prep.draw import RGB, draw_boxes, draw_label, frame_to_rgb
 from pipeline.engine.streaming import raw_boxes
@@ -29,11 +27,15 @@ Frame = tuple[int, NDArray[np.uint8]]  # end of its window in us, (2 * bins, H, 
 
 
 class Detected(NamedTuple):
-    """A frame (2 * bins, H, W) whose window ends at `end_us`, and its detections in RAW_BOX, the surest first."""
+    """A frame (2 * bins, H, W) whose window ends at `end_us`, and its detections in RAW_BOX, the surest first.
+
+    latency_ms: from when the frame was there to its detections, other frames of its call included.
+    """
 
     end_us: int
     frame: NDArray[np.uint8]
     boxes: NDArray
+    latency_ms: float
 
 
 class Clock:
@@ -108,18 +110,19 @@ def detect(detector: Detector, frames: Iterable[Frame], *, confidence: float, nm
     """
     device, source = next(detector.parameters()).device, iter(frames)
     state, starts = None, torch.zeros(1, dtype=torch.bool, device=device)
-    while batch := list(islice(source, frames_per_call)):
+    while batch := [(*frame, time.perf_counter()) for frame in islice(source, frames_per_call)]:
         height, width = batch[0][1].shape[1:]
         with clock("network"), torch.inference_mode():
             if state is None:
                 state = detector.initial_state(1, height, width, device=device)
-            stacked = torch.from_numpy(np.stack([frame for _, frame in batch]))[:, None].to(device)
+            stacked = torch.from_numpy(np.stack([frame for _, frame, _ in batch]))[:, None].to(device)
             all_ = torch.ones(len(batch), 1, dtype=torch.bool, device=device)
             raw, state = detector(stacked, state, starts=starts, labelled=all_)
             found = detections(detector.decode(raw, height, width), confidence_threshold=confidence, nms_threshold=nms)
             rows = [r.cpu().numpy() for r in found]
-        for (end, frame), k in zip(batch, rows, strict=True):
-            yield Detected(end, frame, cut(raw_boxes([end], [k], downsample), sensor))
+        done = time.perf_counter()
+        for (end, frame, came), k in zip(batch, rows, strict=True):
+            yield Detected(end, frame, cut(raw_boxes([end], [k], downsample), sensor), 1000 * (done - came))
 
 
 def cut(boxes: NDArray, sensor: tuple[int, int]) -> NDArray:
@@ -131,34 +134,14 @@ def cut(boxes: NDArray, sensor: tuple[int, int]) -> NDArray:
     return out[(out["w"] > 0) & (out["h"] > 0)]
 
 
-class DetectionsFile:
-    """RAW_BOX rows to a .npy as they come, so that none are held; its header, which tells how many, is renewed at the end."""
-
-    def __init__(self, path: Path) -> None:
-        self.file, self.rows = path.open("wb"), 0
-        self._write_header()
-        self.start = self.file.tell()
-
-    def _write_header(self) -> None:
-        about = {"descr": np.lib.format.dtype_to_descr(RAW_BOX), "fortran_order": False, "shape": (self.rows,)}
-        np.lib.format.write_array_header_1_0(self.file, about)  # leaves room for the row count to grow
-
-    def add(self, boxes: NDArray) -> None:
-        self.file.write(boxes.tobytes())
-        self.rows += boxes.size
-
-    def close(self) -> None:
-        self.file.seek(0)
-        self._write_header()
-        assert self.file.tell() == self.start
-        self.file.close()
-
-
 class Overlay:
-    """Draws detections, and boxes (RAW_BOX, sorted by time) where a label falls into the window."""
+    """Draws detections, and boxes (RAW_BOX, sorted by time) where a label falls into the window.
 
-    def __init__(self, config: FrameConfig, classes: list[str], boxes: NDArray) -> None:
-        self.config, self.classes, self.boxes = config, classes, boxes
+    beside: the events alone are left of them, so that nothing is covered.
+    """
+
+    def __init__(self, config: FrameConfig, classes: list[str], boxes: NDArray, *, beside: bool = False) -> None:
+        self.config, self.classes, self.boxes, self.beside = config, classes, boxes, beside
         self.times = np.ascontiguousarray(boxes["t"])
 
     def draw(self, item: Detected) -> RGB:
@@ -166,8 +149,10 @@ class Overlay:
         labelled, detected = (_corners(b) / self.config.downsample for b in (self.labels(item.end_us), item.boxes))
         detected, found = detected[::-1], item.boxes[::-1]  # the surest on top
         names = [f"{class_name(self.classes, b['class_id'])} {b['class_confidence']:.2f}" for b in found]
-        rgb = draw_boxes(frame_to_rgb(item.frame), labelled, None, BOXES, upscale)
-        return draw_label(draw_boxes(rgb, detected * upscale, names, DETECTIONS), f"{item.end_us / 1e6:.2f} s")
+        events = frame_to_rgb(item.frame)
+        rgb = draw_boxes(events, labelled, None, BOXES, upscale)
+        drawn = draw_label(draw_boxes(rgb, detected * upscale, names, DETECTIONS), f"{item.end_us / 1e6:.2f} s")
+        return np.concatenate((draw_boxes(events, [], upscale=upscale), drawn), 1) if self.beside else drawn
 
     def labels(self, end_us: int) -> NDArray:
         """The boxes of the latest label in the window (end - window, end]; none without one."""
