@@ -178,8 +178,11 @@ def stream(given: argparse.Namespace, recording: Recording, weights: "Weights", 
     with ExitStack() as stack:
         enter = stack.enter_context
         rows = enter(closing(DetectionsFile(enter(written_whole(detections)))))
-        others = [enter(closing(CsvFile(enter(written_whole(given.csv)), weights.classes)))] if given.csv else []
-        others += [enter(closing(JsonLines(given.json, weights.classes)))] if given.json else []
+        others: list[CsvFile | JsonLines] = []
+        if given.csv:
+            others.append(enter(closing(CsvFile(enter(written_whole(given.csv)), weights.classes))))
+        if given.json:
+            others.append(enter(closing(JsonLines(given.json, weights.classes))))
         animation = enter(AnimationWriter(enter(written_whole(video)), 1000 / config.window_ms)) if video else None
         wanted = windows(recording, config, skip=_windows_in(given.from_s, config),
                          limit=None if given.seconds is None else _windows_in(given.seconds, config))
