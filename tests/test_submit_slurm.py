@@ -155,11 +155,6 @@ def rank_of(run: Path, number: int) -> int:
     raise AssertionError(f"no process writes {log}")
 
 
-def hurried(cluster: Cluster, run: Path) -> None:  # noqa: F811
-    """SLURM lets a requeued job wait for two minutes, here for some seconds."""
-    subprocess.run(["scontrol", "update", f"jobid={job_of(run)}", "starttime=now"], env=cluster.environment, capture_output=True)
-
-
 def disturb(cluster: Cluster, run: Path, how: Callable[[Cluster, Path], None], *, at: int) -> None:  # noqa: F811
     """When the run has come to step `at`, or the first after a restart; returns when the next attempt trains."""
     started = len(events(run, "running"))
@@ -168,7 +163,6 @@ def disturb(cluster: Cluster, run: Path, how: Callable[[Cluster, Path], None], *
     end = time.monotonic() + START_S
     while len(events(run, "running")) == started:
         assert time.monotonic() < end, f"it has not come back after {how.__name__}: {read(run)}"
-        hurried(cluster, run)
         time.sleep(0.5)
 
 
@@ -217,7 +211,6 @@ def test_ten_disturbances_at_random_moments(slurm, shards, tmp_path):
             end = time.monotonic() + 2 * START_S
             while len(events(run, "start")) == began:
                 assert time.monotonic() < end, f"it has not come back after {how.__name__}: {read(run)}"
-                hurried(slurm, run)
                 time.sleep(0.5)
         code, out, err = finished(submitted, 300)
     finally:
@@ -259,7 +252,6 @@ def test_a_fault_that_stays_is_given_up(slurm, shards, tmp_path):
     try:
         wait_for(lambda: events(run, "fault"), 120)
         while not events(run, "failed"):
-            hurried(slurm, run)
             time.sleep(0.5)
         code, out, err = finished(submitted, 60)
     finally:
