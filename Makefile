@@ -16,7 +16,7 @@ space := $(subst ,, )
 # Named after the folder: a copied or moved checkout installs anew, instead of running the code of the old place.
 STAMP := $(VENV)/.installed$(subst $(space),_,$(subst /,.,$(CURDIR)))
 
-.PHONY: help setup demo test lint soak constraints clean
+.PHONY: help setup demo test lint soak container constraints clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -45,6 +45,9 @@ lint: setup ## ruff and mypy
 soak: setup ## long campaigns, then the demo; write the results into tests/benchmarks/LOG.md
 	@$(RUN) pytest -m soak --timeout 0 -s $(PYTEST_ARGS)
 	@$(RUN) launch.demo
+
+container: ## an image (DEVICE=cpu or cuda, FORMAT=image, sif or sqsh; containers/README.md)
+	@containers/build
 
 constraints: ## resolve all dependencies anew into constraints.txt (PYTHONS)
 	$(PYTHON) .ci/constraints $(PYTHONS)

@@ -67,7 +67,7 @@ def is_done(job: Job, overwrite: bool = False) -> bool:
     if not there:
         return False
     try:
-        made_with = json.loads(job.note.read_text())["parameters"]
+        made_with = dataclasses.asdict(SimulatorConfig()) | json.loads(job.note.read_text())["parameters"]  # of older notes
     except (OSError, ValueError, KeyError):
         if overwrite:
             return False
@@ -128,6 +128,14 @@ def _counts(text: str) -> dict[str, int]:
     return counts
 
 
+def _scales(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(n) for n in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 0.5,1.5 (smallest and largest factor)") from None
+    return low, high
+
+
 def _objects(text: str) -> tuple[int, int]:
     try:
         low, high = (int(n) for n in text.split(","))
@@ -154,6 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     scene.add_argument("--height", type=int, default=default.height, help=f"pixels (default: {default.height})")
     scene.add_argument("--objects", type=_objects, default=(default.min_objects, default.max_objects), metavar="MIN,MAX",
                        help=f"at once (default: {default.min_objects},{default.max_objects})")
+    scene.add_argument("--scales", type=_scales, default=(default.min_scale, default.max_scale), metavar="MIN,MAX",
+                       help=f"factor on objects' sizes, drawn for each (default: {default.min_scale:g},{default.max_scale:g})")
     for name, meaning in (("stop_share", "of the objects that stop on their way"),
                           ("noise_hz", "background events per pixel and second"),
                           ("contrast_threshold", "change of log intensity that fires")):
@@ -169,6 +179,7 @@ def simulate_all(given: argparse.Namespace) -> None:
     if not 0 < given.seconds <= 2000:
         raise UserError(f"--seconds is {given.seconds:g}; give more than 0 and up to 2000")
     config = SimulatorConfig(height=given.height, width=given.width, min_objects=given.objects[0], max_objects=given.objects[1],
+                             min_scale=given.scales[0], max_scale=given.scales[1],
                              stop_share=given.stop_share, noise_hz=given.noise_hz,
                              contrast_threshold=given.contrast_threshold)
     jobs = jobs_of(given.out, given.recordings, seconds=given.seconds, seed=given.seed, kind=given.format, config=config)

@@ -27,6 +27,7 @@ COMMANDS = {
     "logs": Command("launch.logs:main", "what a run's ranks say"),
     "cancel": Command("launch.cancel:main", "end a run's job, or those of a sweep"),
     "report": Command("launch.report:main", "a sweep's runs by AP, with curves, as text and HTML; TensorBoard's HParams"),
+    "bench": Command("launch.bench:main", "does it learn? arms and lengths on a fixed simulated set, with intervals"),
     "doctor": Command("launch.doctor:main", "does this cluster fit? checks here and in a job, each with its remedy"),
     "evaluate": Command("launch.local:evaluate", "a trained detector and shards -> AP"),
     "infer": Command("pipeline.infer:main", "a trained detector and a recording -> detections and a video"),

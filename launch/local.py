@@ -49,10 +49,10 @@ def _start(module: str, argv: list[str], config: Config, check: Callable[[Config
         here(config)
         return
     ranks = config.parallel.ranks
+    if ranks > 1 and {"-m", "--multirun"} & set(argv):
+        raise UserError(f"--multirun cannot evaluate by several ranks (parallel.ranks={ranks}); give each a command of its own")
     check(config)
     if ranks == 1 and not one_of_many:  # DeepSpeed begins only once in a process
         here(config)
-    elif {"-m", "--multirun"} & set(argv):
-        raise UserError(f"--multirun cannot evaluate by several ranks (parallel.ranks={ranks}); give each a command of its own")
     elif code := run_ranks([sys.executable, "-m", module, *argv], ranks, threads=config.parallel.threads, after=after):
         sys.exit(code)

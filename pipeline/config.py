@@ -6,6 +6,7 @@ configured. Not frozen, since OmegaConf makes frozen nodes read-only and Hydra o
 
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 
 from data_prep.config import DatasetConfig, require
 from pipeline.cluster import ClusterConfig
@@ -168,12 +169,18 @@ class TrainingConfig:
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     loader_workers: int = 2  # threads that read and decode frames ahead, per rank
     log_every: int = 50
+    pictures_every: int = 1000  # steps between pictures and histograms, and at the last; 0: never
+    profile: list[int] = field(default_factory=list)  # [first, last] steps to trace into run_dir/profile
     evaluate_every: int = 10_000  # steps; 0: never
     max_nonfinite: int = 10  # non-finite losses in a row before the run stops
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "sequence_length", "accumulation", "log_every", "max_nonfinite"):
             require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}; give 1 or more")
+        require(self.pictures_every >= 0, f"training.pictures_every is {self.pictures_every}; give 0 (never) or more")
+        self.profile = list(self.profile)
+        require(not self.profile or len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1] < self.profile[0] + 20,
+                f"training.profile is {self.profile}; give [first, last], steps from 1 on, at most 20: a trace is some MB a step")
         require(self.frames_per_call >= 0, f"training.frames_per_call is {self.frames_per_call}; give 0 (all) or more")
         require(self.loader_workers >= 0, f"training.loader_workers is {self.loader_workers}; give 0 or more")
         require(self.gradient_clipping >= 0, f"training.gradient_clipping is {self.gradient_clipping}; give 0 (off) or more")
@@ -247,11 +254,26 @@ class EvaluationConfig:
     min_side: float = 0.0  # Prophesee: 10 at half resolution
     min_diagonal: float = 0.0  # Prophesee: 30 at half resolution
     skip_empty_frames: bool = True  # as Prophesee's protocol does: frames without a box (left) are not scored
+    confusion_threshold: float = 0.3  # score from which detections are in the confusion matrix
+    still_speed: float = 5.0  # pixels of the stored frames per second: a slower object is at rest ...
+    still_s: float = 0.5  # ... and counts as still when it has been for so long
+    time_bins_s: list[float] = field(default_factory=lambda: [1.0, 2.0, 5.0, 10.0, 20.0, 60.0])  # edges, since the start
+    speed_bins: list[float] = field(default_factory=lambda: [5.0, 25.0, 50.0, 100.0])  # pixels of the stored frames per second
+    rest_bins_s: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])  # since the object came to rest
     sequence_length: int = 10  # frames a call
     batch_size: int = 4  # recordings at once, per rank
-    write_detections: bool = True  # one <recording>_bbox.npy per recording, in Prophesee's form
+    write_detections: bool = True  # <recording>_bbox.npy, in Prophesee's form, and frames.npz, which `compare` reads
 
     def __post_init__(self) -> None:
+        for name in ("time_bins_s", "speed_bins", "rest_bins_s"):
+            edges = [float(edge) for edge in getattr(self, name)]
+            setattr(self, name, edges)
+            require(all(low < high for low, high in pairwise([0.0, *edges])),
+                    f"evaluation.{name} is {edges}; give edges above 0, the lowest first")
+        require(0 <= self.confusion_threshold < 1,
+                f"evaluation.confusion_threshold is {self.confusion_threshold}; give 0 to below 1")
+        require(self.still_speed > 0 and self.still_s >= 0,
+                f"evaluation.still_speed {self.still_speed} must be above 0, and still_s {self.still_s} not negative")
         require(0 <= self.confidence_threshold < 1,
                 f"evaluation.confidence_threshold is {self.confidence_threshold}; give 0 to below 1")
         require(0 < self.nms_threshold <= 1, f"evaluation.nms_threshold is {self.nms_threshold}; give above 0 to 1")

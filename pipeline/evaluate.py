@@ -16,14 +16,18 @@ ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
 HELP = """evspan evaluate: a checkpoint and a prepared split -> COCO AP (Prophesee's protocol) and detections
 
+  evspan evaluate compare A B      two evaluations side by side, with intervals; compare --help tells more
+
   evspan evaluate checkpoint=RUN dataset.root=SHARDS [dataset=NAME] [key=value ...]
       RUN is a run folder (its newest checkpoint), one of its checkpoints, or a .safetensors file. The model comes with it.
       RUN/checkpoints/best is the checkpoint that had the highest AP while it trained.
-      metrics.json and one <recording>_bbox.npy per recording go to RUN/evaluation-SPLIT.
+      metrics.json, one <recording>_bbox.npy per recording, and frames.npz, which compare reads, go to RUN/evaluation-SPLIT.
+      AP is told by class, size, recording, time since the start, and by speed and rest of the object: does memory hold it?
 
   examples
       evspan evaluate checkpoint=runs/demo dataset.root=shards
       evspan evaluate checkpoint=runs/tiny dataset=gen4 dataset.root=/data/gen4 evaluation.split=test parallel.ranks=4
+      evspan evaluate compare runs/demo/evaluation-val runs/other/evaluation-val
 
   keys
       dataset=simulated          simulated | gen4 | etram | etram3 | gen4_rvt | rvt_tree: files in conf/dataset/
@@ -34,6 +38,10 @@ HELP = """evspan evaluate: a checkpoint and a prepared split -> COCO AP (Prophes
       evaluation.skip_first_ms=500   leave out the start of each recording, where the detector has no memory yet
       evaluation.min_side=0      leave out smaller boxes and detections, pixels of the stored frames
       evaluation.min_diagonal=0
+      evaluation.confusion_threshold=0.3  score from which detections are in the confusion matrix
+      evaluation.still_speed=5   pixels of the stored frames per second: an object that was slower ...
+      evaluation.still_s=0.5     ... for so long is still
+      evaluation.time_bins_s=[1,2,5,10,20,60]   likewise speed_bins, rest_bins_s
       evaluation.batch_size=4    recordings at once, per rank
       evaluation.write_detections=true
       parallel.ranks=1           processes, one per GPU (or several on CPU cores); started here unless a launcher did
@@ -46,7 +54,9 @@ HELP = """evspan evaluate: a checkpoint and a prepared split -> COCO AP (Prophes
 def evaluate_here(config: EvaluateConfig) -> None:
     """Evaluate as the rank that this process is."""
     from pipeline.checkpoint import load_weights
-    from pipeline.engine.evaluator import evaluate_weights, write_results
+    from pipeline.engine.evaluator import described, evaluate_weights, write_results
+    from pipeline.engine.streaming import labelled
+    from pipeline.evaluation.breakdown import breakdown
     from pipeline.parallel.world import open_world
 
     with open_world(config.parallel) as world:
@@ -54,10 +64,11 @@ def evaluate_here(config: EvaluateConfig) -> None:
         metrics, results, data = evaluate_weights(weights, config.dataset, config.evaluation, world)
         if world.is_main:
             output = Path(config.output or f"{_folder(config.checkpoint)}/evaluation-{config.evaluation.split}")
-            about = {"checkpoint": config.checkpoint, "step": weights.step, "split": config.evaluation.split}
-            write_results(output, metrics, results, data, config.evaluation, about)
+            parts = breakdown(labelled(results, data), data.classes, config.evaluation)
+            about = described(config.checkpoint, weights, config.dataset, config.evaluation)
+            write_results(output, metrics, results, data, config.evaluation, {**about, "breakdown": parts.to_json()})
             print(f"{config.checkpoint} (step {weights.step}) on {config.dataset.root} {config.evaluation.split}\n"
-                  f"{metrics.table()}\nwritten to {output}")
+                  f"{metrics.table()}\n\n{parts.table()}\n\nwritten to {output}")
 
 
 def _folder(checkpoint: str) -> Path:
@@ -80,13 +91,19 @@ def main(argv: list[str] | None = None, run: Callable[[EvaluateConfig], object] 
 
     run: called with the checked config.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compare"]:
+        from pipeline.evaluation import compare
+
+        compare.main(argv[1:])
+        return
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="evaluate")
     @hydra_task
     def task(raw: DictConfig) -> None:
         run(OmegaConf.to_object(raw))  # type: ignore[arg-type]  # __post_init__ checks run here
 
-    run_hydra(task, sys.argv[1:] if argv is None else argv, prog="evspan evaluate", help=HELP)
+    run_hydra(task, argv, prog="evspan evaluate", help=HELP)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch.utils.tensorboard import SummaryWriter
+
+Layout = Mapping[str, Mapping[str, Sequence[str]]]  # category -> chart -> tags of the scalars in it, as regular expressions
 
 
 class Monitor:
@@ -17,21 +19,42 @@ class Monitor:
         self.enabled = enabled
         # purge_step: what a killed run logged after its last checkpoint is told again, so it must not stay.
         purge = resume_step + 1 if resume_step else None
-        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=purge, flush_secs=20) if enabled else None
+        self.writer: SummaryWriter | None = None
+        if enabled:
+            self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=purge, flush_secs=20)
+
+    def layout(self, charts: Layout) -> None:
+        """What the page "Custom Scalars" shows together. Once per run."""
+        if self.writer:
+            self.writer.add_custom_scalars({category: {title: ["Multiline", [*tags]] for title, tags in of.items()}
+                                            for category, of in charts.items()})
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
+    def histograms(self, values: Mapping[str, ArrayLike], step: int) -> None:
+        if self.writer:
+            for name, of in values.items():
+                self.writer.add_histogram(name, np.asarray(of), step)
+
+    def pr_curve(self, name: str, true_positives: NDArray, false_positives: NDArray, false_negatives: NDArray,
+                 precision: NDArray, recall: NDArray, step: int) -> None:
+        """All (n,), n up to 127, at thresholds that go in equal steps from 0 to 1."""
+        if self.writer:
+            nothing = np.zeros_like(true_positives)  # of a detector there are no true negatives to count
+            self.writer.add_pr_curve_raw(name, true_positives, false_positives, nothing, false_negatives, precision, recall,
+                                         step, num_thresholds=len(recall))
+
     def picture(self, name: str, rgb: NDArray[np.uint8], step: int) -> None:
         """rgb: (H, W, 3)."""
         if self.writer:
             self.writer.add_image(name, rgb, step, dataformats="HWC")
 
-    def text(self, name: str, text: str, step: int) -> None:
+    def text(self, name: str, markdown: str, step: int) -> None:
         if self.writer:
-            self.writer.add_text(name, text, step)
+            self.writer.add_text(name, markdown, step)
 
     def say(self, line: str) -> None:
         if self.enabled:
@@ -43,8 +66,10 @@ class Monitor:
             self.writer.flush()
 
     def close(self) -> None:
+        """What is told from here on is lost: the writer would open another file, and purge what lies before it."""
         if self.writer:
             self.writer.close()
+            self.writer = None
 
 
 class Stopwatch:

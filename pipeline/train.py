@@ -27,7 +27,8 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
 
   choices (each a file in conf/GROUP/)
       experiment=null            demo | gen4/{tiny,small,base} | gen4/{3scale_baseline,3scale_sizeaware,
-                                 3scale_sizeaware_attention,4scale_sizeaware_attention}
+                                 3scale_sizeaware_attention,4scale_sizeaware_attention} |
+                                 {gen4,etram}/{rvt_tiny,rvt_base}, RVT's published values, which were not run here
       model=maxvit_yolox/default     also maxvit_yolox/size_aware, maxvit_yolox/size_aware_attention
       size=tiny                  micro | tiny | small | base
       dataset=simulated          simulated | gen4 | etram | etram3 | gen4_rvt | rvt_tree
@@ -39,6 +40,8 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
       training.sequence_length=5     frames a chunk, which gradients flow through
       training.sampling=mixed    stream | random | mixed
       training.precision=fp32    fp32 | bf16 | fp16
+      training.pictures_every=1000   steps between pictures and histograms; 0: never
+      training.profile=[]        [first,last] steps to trace into run_dir/profile
       training.evaluate_every=10000  steps between evaluations; 0: at the end only
       optimizer.lr=0.001         at its peak
       checkpoint.every=1000      steps

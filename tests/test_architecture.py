@@ -53,6 +53,7 @@ MAY_IMPORT["launch"] = COMMON | {"pipeline.config", "pipeline.cluster", "pipelin
 MAY_IMPORT["launch.report_html"] = MAY_IMPORT["launch"] | {
     "launch", "data_prep.files", "data_prep.report",  # a page like that of evspan prep report
 }
+MAY_IMPORT["launch.bench_curves"] = MAY_IMPORT["launch"] | {"launch", "data_prep.report"}  # its charts
 CALLED_BY_LAUNCH = {  # the parts of the command, which launch imports inside a function: `evspan --help` loads none of them
     "data_prep.prep", "data_prep.simulate", "pipeline.train", "pipeline.evaluate", "pipeline.infer",
     "pipeline.export", "pipeline.convert",

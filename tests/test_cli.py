@@ -106,6 +106,8 @@ def test_help_tells_the_defaults_that_hold(module):
 def test_help_names_every_choice(module, groups):
     for group in groups:
         for path in (ROOT / "conf" / group).rglob("*.yaml"):
+            if path.parent.name == "bench":  # what `evspan bench learn` composes
+                continue
             assert re.search(rf"\b{path.stem}\b", module.HELP), path
 
 
@@ -119,7 +121,7 @@ def test_cfg_shows_the_config_and_runs_nothing(capfd):
 SHARDS = "dataset.root=nowhere"
 MISTAKES = [
     ("trian", "there is no command 'trian'; did you mean 'train'?"),
-    ("quux", "There are: simulate, prep, train, evaluate, infer, smoke, convert, export"),
+    ("quux", "There are: simulate, prep, train, submit, sweep, status,"),
     ("--verison", "did you mean '--version'?"),
     # keys
     ("train training.max_step=5", "there is no key 'training.max_step'; did you mean training.max_steps?"),
@@ -134,7 +136,7 @@ MISTAKES = [
     ("evaluate checkpont=x", "did you mean checkpoint?"),
     ("prep sorce=x", "did you mean source?"),
     # choices
-    ("train experiment=gen4/tinyy", "has no option 'gen4/tinyy'; did you mean experiment=gen4/tiny? There are: demo, "),
+    ("train experiment=gen4/tinyy", "has no option 'gen4/tinyy'; did you mean experiment=gen4/tiny? There are: "),
     ("train experiment=tiny", "did you mean experiment=gen4/tiny?"),
     ("train model=maxvit", "There are: maxvit_yolox/default, maxvit_yolox/size_aware, maxvit_yolox/size_aware_attention"),
     ("train size=huge", "size has no option 'huge'. There are: base, micro, small, tiny"),
@@ -164,7 +166,7 @@ MISTAKES = [
     ("train --ranks 2", "evspan train --help"),
     ("evaluate --cfg jobb", "choose from"),
     ("prep --processes 2", "keys have no dashes: processes=VALUE"),
-    ("train -m seed=1,2 parallel.ranks=2", "--multirun cannot start runs of several ranks"),
+    ("evaluate -m checkpoint=a,b parallel.ranks=2", "--multirun cannot evaluate by several ranks"),
     # files
     ("train", "dataset.root is empty. Name the folder that evspan prep wrote"),
     (f"train {SHARDS}", "evspan prep source=RAW output=nowhere"),

@@ -1,4 +1,4 @@
-"""COCO metrics against pycocotools; the protocol's filters; streaming over recordings against one frame at a time."""
+"""COCO metrics against pycocotools; groups of boxes; the protocol's filters; streaming over recordings against frame by frame."""
 
 import contextlib
 import io
@@ -15,7 +15,8 @@ from data_prep.shards import BOX
 from pipeline.config import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
 from pipeline.data.datasets import Dataset, RecordingData, open_dataset
 from pipeline.engine.streaming import RecordingResult, evaluate_split, score
-from pipeline.evaluation.coco import coco_form, coco_metrics
+from pipeline.evaluation.coco import Scorer, coco_metrics
+from pipeline.evaluation.frames import labelled_frames
 from pipeline.model.detector import Detector
 from pipeline.model.postprocess import detections
 
@@ -46,11 +47,27 @@ def some_frames(seed, frames=40):
     return boxes, found
 
 
-def by_pycocotools(boxes, found, classes):
-    truth, results = coco_form(boxes, found, classes)
+def flat(boxes, found):
+    """Frames of one recording, 50 ms apart."""
+    return labelled_frames(["a"], [50_000 * np.arange(1, len(boxes) + 1)], [boxes], [found])
+
+
+def by_pycocotools(boxes, found, classes, counts=None):
+    """counts: per frame which boxes count; the others are given a size beyond COCO's largest."""
+    annotations, results = [], []
+    for image, (truth, rows) in enumerate(zip(boxes, found, strict=True), 1):
+        for i, box in enumerate(truth):
+            x, y, w, h = (float(box[k]) for k in "xywh")
+            annotations.append({"id": len(annotations) + 1, "image_id": image, "category_id": int(box["class_id"]) + 1,
+                                "bbox": [x, y, w, h], "area": w * h if counts is None or counts[image - 1][i] else 1e11,
+                                "iscrowd": 0})
+        for x1, y1, x2, y2, objectness, sure, kind in rows.astype(np.float64).tolist():
+            results.append({"image_id": image, "category_id": int(kind) + 1, "bbox": [x1, y1, x2 - x1, y2 - y1],
+                            "score": objectness * sure})
     with contextlib.redirect_stdout(io.StringIO()):
         dataset = COCO()
-        dataset.dataset = {**truth, "info": {}}
+        dataset.dataset = {"images": [{"id": i + 1} for i in range(len(boxes))], "annotations": annotations, "info": {},
+                           "categories": [{"id": k + 1, "name": name} for k, name in enumerate(classes)]}
         dataset.createIndex()
         evaluation = COCOeval(dataset, dataset.loadRes(results), "bbox")
         evaluation.evaluate()
@@ -64,10 +81,11 @@ def test_metrics_agree_with_pycocotools(seed):
     boxes, found = some_frames(seed)
     if seed == 3:  # a class without boxes, and no large ones
         boxes = [b[(b["class_id"] != 1) & (b["w"] * b["h"] < 96**2)] for b in boxes]
-    metrics, theirs = coco_metrics(boxes, found, CLASSES), by_pycocotools(boxes, found, CLASSES)
-    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
+    metrics, theirs = coco_metrics(flat(boxes, found), CLASSES), by_pycocotools(boxes, found, CLASSES)
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100", "ar_small", "ar_medium",
+             "ar_large")
     ours = [-1.0 if getattr(metrics, n) is None else getattr(metrics, n) for n in names]
-    np.testing.assert_allclose(ours, theirs.stats[:9], atol=1e-9)
+    np.testing.assert_allclose(ours, theirs.stats, atol=1e-9)
     assert 0.05 < metrics.ap < 0.9 and metrics.boxes == sum(map(len, boxes)) and metrics.frames == 40
     for k, name in enumerate(CLASSES):
         precision = theirs.eval["precision"][:, :, k, 0, 2]
@@ -80,7 +98,7 @@ def test_metrics_agree_with_pycocotools(seed):
 def test_boxes_against_themselves_give_100():
     boxes, _ = some_frames(0)
     rng = np.random.default_rng(1)
-    metrics = coco_metrics(boxes, [as_detections(rng, b, 0) for b in boxes], CLASSES)
+    metrics = coco_metrics(flat(boxes, [as_detections(rng, b, 0) for b in boxes]), CLASSES)
     shares = [metrics.ap, metrics.ap50, metrics.ap75, metrics.ap_small, metrics.ap_medium, metrics.ap_large]
     assert shares == pytest.approx([1.0] * 6)
     assert metrics.ar100 == 1 and set(metrics.per_class.values()) == {1.0}
@@ -89,10 +107,84 @@ def test_boxes_against_themselves_give_100():
 def test_nothing_found_and_nothing_there():
     boxes, _ = some_frames(0)
     nothing = [np.zeros((0, 7), np.float32)] * len(boxes)
-    assert coco_metrics(boxes, nothing, CLASSES).ap == 0
-    empty = coco_metrics([b[:0] for b in boxes], nothing, CLASSES)
+    assert coco_metrics(flat(boxes, nothing), CLASSES).ap == 0
+    empty = coco_metrics(flat([b[:0] for b in boxes], nothing), CLASSES)
     assert empty.ap is None and empty.frames == 40 and "-" in empty.table() and empty.scalars() == {}
-    assert coco_metrics([], [], CLASSES).frames == 0
+    assert coco_metrics(flat([], []), CLASSES).frames == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_group_ignores_the_others_as_coco_ignores_sizes(seed):
+    boxes, found = some_frames(seed)
+    rng = np.random.default_rng(seed)
+    group = [rng.random(len(b)) < 0.3 for b in boxes]
+    theirs = by_pycocotools(boxes, found, CLASSES, counts=group)
+    scorer = Scorer(flat(boxes, found), CLASSES)
+    ours = scorer.of_group(np.concatenate(group))
+    recall = theirs.eval["recall"][:, :, 0, 2]
+    assert [ours[k] for k in ("ap", "ap50", "recall")] == pytest.approx(theirs.stats[[0, 1, 8]].tolist(), abs=1e-9)
+    assert ours["recall50"] == pytest.approx(recall[0].mean(), abs=1e-9) and ours["boxes"] == sum(map(sum, group))
+    every, metrics = scorer.of_group(np.ones(sum(map(len, boxes)), bool)), scorer.metrics()
+    assert (every["ap"], every["ap50"], every["recall"]) == (metrics.ap, metrics.ap50, metrics.ar100) != (ours["ap"],) * 3
+    assert scorer.of_group(np.zeros(sum(map(len, boxes)), bool))["ap"] is None
+
+
+def test_what_is_found_of_another_group_is_no_mistake():
+    """Two boxes, both found, and a detection of nothing that is surer than one of them."""
+    boxes = np.array([(0, 0, 0, 20, 20, 0, 0), (0, 100, 100, 20, 20, 0, 1)], BOX)
+    rows = np.array([(0, 0, 20, 20, 1, 0.9, 0), (200, 200, 220, 220, 1, 0.8, 0), (100, 100, 120, 120, 1, 0.7, 0)], np.float32)
+    scorer = Scorer(flat([boxes], [rows]), CLASSES)
+    assert scorer.of_group(np.array([True, False]))["ap50"] == pytest.approx(1.0)
+    assert scorer.of_group(np.array([False, True]))["ap50"] == pytest.approx(0.5)  # 0.9 is ignored, 0.8 is not
+    assert scorer.metrics().ap50 == pytest.approx((51 + 50 * 2 / 3) / 101)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_score_as_they_do_alone(seed):
+    boxes, found = some_frames(seed)
+    frames = flat(boxes, found)
+    parts = {"early": np.arange(40) < 15, "late": np.arange(40) >= 15, "none": np.zeros(40, bool)}
+    told = Scorer(frames, CLASSES).of_frames(parts)
+    for name, part in parts.items():
+        alone = coco_metrics(flat([b for b, p in zip(boxes, part) if p], [f for f, p in zip(found, part) if p]), CLASSES)
+        for key, value in told[name].items():
+            wanted = getattr(alone, key)
+            assert value == (None if wanted is None else pytest.approx(wanted, abs=1e-9)), (name, key)
+
+
+def confused(boxes, found, classes, iou, threshold):
+    """The definition, box by box."""
+    matrix = np.zeros((classes + 1, classes + 1), int)
+    for truth, rows in zip(boxes, found, strict=True):
+        left = [(float(b["x"]), float(b["y"]), float(b["w"]), float(b["h"]), int(b["class_id"])) for b in truth]
+        sure = sorted((r for r in rows.astype(np.float64).tolist() if r[4] * r[5] >= threshold), key=lambda r: -r[4] * r[5])
+        for x1, y1, x2, y2, _, _, kind in sure:
+            overlaps = []
+            for x, y, w, h, _ in left:
+                inside = max(0, min(x2, x + w) - max(x1, x)) * max(0, min(y2, y + h) - max(y1, y))
+                overlaps.append(inside / ((x2 - x1) * (y2 - y1) + w * h - inside))
+            if overlaps and max(overlaps) >= iou:
+                matrix[left.pop(int(np.argmax(overlaps)))[4], int(kind)] += 1
+            else:
+                matrix[classes, int(kind)] += 1
+        for *_, kind in left:
+            matrix[kind, classes] += 1
+    return matrix
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_confusion_is_what_its_definition_says(seed):
+    boxes, found = some_frames(seed)
+    rng = np.random.default_rng(seed)
+    boxes = [np.repeat(b, 2) for b in boxes]  # crowds, in which several boxes would do
+    for b in boxes:
+        b["x"] += rng.uniform(-6, 6, len(b))
+    for rows in found:
+        wrong = rng.random(len(rows)) < 0.4
+        rows[wrong, 6] = rng.integers(0, 3, wrong.sum())
+    ours = Scorer(flat(boxes, found), CLASSES).confusion(0.5, 0.2)
+    np.testing.assert_array_equal(ours, confused(boxes, found, 3, 0.5, 0.2))
+    assert ours[:3].sum() == sum(map(len, boxes)) and ours[0, 1] > 0 and ours[3, :3].sum() > 0
 
 
 # -- protocol ----------------------------------------------------------------------------------------------------
@@ -118,11 +210,12 @@ def test_filters_hold_for_boxes_and_detections_alike():
         w, h = rows[:, 2] - rows[:, 0], rows[:, 3] - rows[:, 1]
         sure.append(rows[(np.minimum(w, h) >= 20) & (np.hypot(w, h) >= 60)])
     metrics, _, _ = scored(boxes, found, skip_first_ms=500, min_side=20, min_diagonal=60, skip_empty_frames=False)
-    wanted = coco_metrics(wide[10:], sure[10:], CLASSES)  # ten windows end within the first 500 ms
+    wanted = coco_metrics(flat(wide[10:], sure[10:]), CLASSES)  # ten windows end within the first 500 ms
     assert metrics == wanted and metrics.frames == 30
     metrics, _, _ = scored(boxes, found, skip_first_ms=500, min_side=20, min_diagonal=60)
     kept = [i for i in range(10, 40) if len(wide[i])]
-    assert metrics == coco_metrics([wide[i] for i in kept], [sure[i] for i in kept], CLASSES) and metrics.frames == len(kept) < 30
+    assert metrics == coco_metrics(flat([wide[i] for i in kept], [sure[i] for i in kept]), CLASSES)
+    assert metrics.frames == len(kept) < 30
 
 
 def test_detections_in_prophesees_form_are_in_pixels_and_time_of_the_sensor():

@@ -16,6 +16,8 @@ class SimulatorConfig:
     width: int = 1280
     min_objects: int = 2  # at once
     max_objects: int = 8
+    min_scale: float = 1.0  # of an object's size, drawn for each
+    max_scale: float = 1.0
     stop_share: float = 0.3  # of the objects stop on their way, each for 1 to 2.2 s
     contrast_threshold: float = 0.2  # change of log intensity that makes an event
     threshold_mismatch: float = 0.03  # standard deviation over the pixels, relative
@@ -28,6 +30,8 @@ class SimulatorConfig:
                 f"width {self.width} x height {self.height}: give 160 to {LARGEST_SENSOR} pixels each")
         require(0 <= self.min_objects <= self.max_objects <= 50,
                 f"min_objects {self.min_objects} and max_objects {self.max_objects}: give 0 to 50, the smaller first")
+        require(0.25 <= self.min_scale <= self.max_scale <= 2,
+                f"min_scale {self.min_scale} and max_scale {self.max_scale}: give 0.25 to 2, the smaller first")
         require(0 <= self.stop_share <= 1, f"stop_share is {self.stop_share}; give a share from 0 to 1")
         require(0.05 <= self.contrast_threshold <= 2,
                 f"contrast_threshold is {self.contrast_threshold}; give 0.05 to 2 (in log intensity)")

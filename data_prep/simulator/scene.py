@@ -103,6 +103,10 @@ def _make_shape(class_id: int, rng: np.random.Generator, config: SimulatorConfig
     """(a row of SHAPE_COLUMNS, area in pixels)."""
     scale = min(1.0, 0.4 * min(config.height, config.width) / LENGTHS[BAR][1])
     length = scale * float(np.exp(rng.uniform(*np.log(LENGTHS[class_id]))))
+    if config.min_scale < config.max_scale:  # without a range nothing is drawn: what else is drawn stays as it was
+        length *= float(np.exp(rng.uniform(np.log(config.min_scale), np.log(config.max_scale))))
+    else:
+        length *= config.min_scale
     angle, half_u, half_v = 0.0, length / 2, length / 2
     if class_id == BALL:
         area, period = np.pi * half_u**2, length / 3

@@ -5,15 +5,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from data_prep.boxes import write_boxes
 from data_prep.config import DatasetConfig
 from data_prep.errors import ConfigError
-from pipeline.checkpoint import Weights
+from pipeline.checkpoint import Weights, describe, plain
 from pipeline.config import EvaluationConfig
 from pipeline.data.datasets import Dataset, open_dataset
 from pipeline.engine.build import detector_from
-from pipeline.engine.streaming import RecordingResult, evaluate_split, score
+from pipeline.engine.streaming import RecordingResult, evaluate_split, labelled, score
 from pipeline.evaluation.coco import Metrics
+from pipeline.evaluation.frames import FRAMES, save_frames
 from pipeline.parallel.reductions import broadcast_object, deal, gather_objects
 from pipeline.parallel.world import World
 
@@ -45,12 +48,29 @@ def check_fit(weights: Weights, data: Dataset) -> None:
                           "Choose the dataset config that they were trained with")
 
 
+def described(checkpoint: str, weights: Weights, dataset: DatasetConfig, config: EvaluationConfig) -> dict[str, Any]:
+    """What metrics.json names beside the protocol. Equal hashes: the same model, frames, dataset and rules, whatever weights."""
+    settings = {**describe(weights), "step": None, "dataset": {**plain(asdict(dataset)), "root": None},
+                "protocol": protocol(config)}
+    digest = xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True).encode())
+    return {"checkpoint": checkpoint, "step": weights.step, "split": config.split, "dataset": dataset.name, "root": dataset.root,
+            "config_hash": digest}
+
+
+def protocol(config: EvaluationConfig) -> dict[str, Any]:
+    """What the numbers depend on: thresholds, filters, bins."""
+    return {k: v for k, v in asdict(config).items() if k not in ("sequence_length", "batch_size", "write_detections")}
+
+
 def write_results(output: Path, metrics: Metrics, results: list[RecordingResult], data: Dataset, config: EvaluationConfig,
                   about: dict[str, Any]) -> None:
-    """metrics.json (protocol, thresholds and checkpoint named) and, where asked, a `_bbox.npy` per recording."""
+    """metrics.json (protocol, thresholds and checkpoint named), and where asked, what was detected: a `_bbox.npy` per recording,
+    and all labelled frames for `evspan evaluate compare`."""
     output.mkdir(parents=True, exist_ok=True)
-    protocol = {k: v for k, v in asdict(config).items() if k not in ("sequence_length", "batch_size", "write_detections")}
-    (output / "metrics.json").write_text(json.dumps({**metrics.to_json(), **about, "protocol": protocol}, indent=1) + "\n")
+    (output / FRAMES).unlink(missing_ok=True)  # of an older evaluation
     if config.write_detections:
         for result in results:
             write_boxes(output / f"{result.name}_bbox.npy", result.as_raw_boxes(data))
+        save_frames(output / FRAMES, labelled(results, data))
+    told = {**metrics.to_json(), **about, "protocol": protocol(config)}
+    (output / "metrics.json").write_text(json.dumps(told, indent=1) + "\n")

@@ -11,6 +11,7 @@ from data_prep.boxes import RAW_BOX
 from pipeline.config import EvaluationConfig
 from pipeline.data.datasets import Dataset, RecordingData
 from pipeline.evaluation.coco import Metrics, coco_metrics
+from pipeline.evaluation.frames import LabelledFrames, labelled_frames, scored
 from pipeline.model.detector import Detector
 from pipeline.model.postprocess import detections
 
@@ -83,21 +84,13 @@ def _chunks(queue: Iterator[RecordingData], length: int) -> Iterator[tuple[Recor
             yield recording, first, min(first + length, recording.frames)
 
 
+def labelled(results: Sequence[RecordingResult], data: Dataset) -> LabelledFrames:
+    """All labelled frames of these recordings, before the protocol's filters."""
+    end_us = {r.name: r.end_us for r in data.recordings}
+    return labelled_frames([r.name for r in results], [end_us[r.name][r.frames] for r in results], [r.boxes for r in results],
+                           [r.detections for r in results])
+
+
 def score(results: Sequence[RecordingResult], data: Dataset, config: EvaluationConfig) -> Metrics:
-    """COCO metrics of all recordings together. Boxes and detections pass the same filters of the protocol."""
-    by_name = {r.name: r for r in data.recordings}
-    boxes, found = [], []
-    for result in results:
-        end_us = by_name[result.name].end_us
-        for frame, truth, rows in zip(result.frames, result.boxes, result.detections, strict=True):
-            if end_us[frame] <= 1000 * config.skip_first_ms:
-                continue
-            truth = truth[_large_enough(truth["w"], truth["h"], config)]
-            if len(truth) or not config.skip_empty_frames:
-                boxes.append(truth)
-                found.append(rows[_large_enough(rows[:, 2] - rows[:, 0], rows[:, 3] - rows[:, 1], config)])
-    return coco_metrics(boxes, found, data.classes)
-
-
-def _large_enough(w: NDArray, h: NDArray, config: EvaluationConfig) -> NDArray[np.bool_]:
-    return (np.minimum(w, h) >= config.min_side) & (np.hypot(w, h) >= config.min_diagonal)
+    """COCO metrics of all recordings together."""
+    return coco_metrics(scored(labelled(results, data), config)[0], data.classes)

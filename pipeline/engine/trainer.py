@@ -13,16 +13,20 @@ from torch import Tensor
 from data_prep.errors import UserError
 from pipeline.checkpoint import Weights, generator_states, load_weights, plain, restore_generators, seed_everything
 from pipeline.config import TrainConfig
-from pipeline.data.datasets import open_dataset
+from pipeline.data.datasets import Dataset, open_dataset
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.plan import SamplingPlan
+from pipeline.engine.about import environment
 from pipeline.engine.attempt import Attempt
 from pipeline.engine.build import load_tensors
-from pipeline.engine.evaluator import evaluate_weights, write_results
+from pipeline.engine.evaluator import described, evaluate_weights, write_results
 from pipeline.engine.memory import telling_knobs
-from pipeline.engine.pictures import evaluation_picture, training_picture
+from pipeline.engine.profiling import Profiler
+from pipeline.engine.resources import Resources, over_ranks
 from pipeline.engine.saving import FORM, Checkpoints, Snapshot, load_snapshot
 from pipeline.engine.signals import StopFlag, stop_flag
+from pipeline.engine.telling import tell_evaluation, tell_look, tell_start
+from pipeline.engine.watching import look
 from pipeline.engine.zero import ZeroEngine
 from pipeline.evaluation.coco import Metrics
 from pipeline.history import append, write_progress
@@ -37,6 +41,7 @@ from pipeline.parallel.mesh import open_mesh
 from pipeline.parallel.reductions import barrier, broadcast_object, gather_over_ranks, sum_over_ranks
 from pipeline.parallel.world import World
 
+PROFILE = "profile"  # what ranks tell each other of a request for a trace
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on a stop signal; the same command continues
 
 
@@ -53,6 +58,7 @@ def train(config: TrainConfig, world: World) -> Metrics | None:
             with stop_flag() as flag:
                 return trainer.run(flag)
         finally:
+            trainer.profiler.close()
             trainer.monitor.close()
 
 
@@ -96,6 +102,9 @@ class Trainer:
             (self.run_dir / "config.json").write_text(json.dumps(plain(asdict(config)), indent=1) + "\n")
         self.monitor = Monitor(self.run_dir, enabled=world.is_main, resume_step=self.step)
         self.attempt = Attempt(self.run_dir, self.step, config.training.max_steps) if world.is_main else None
+        self.profiler = Profiler(self.run_dir, world.rank, self.monitor, detector, config.training.profile)
+        self.resources = Resources(world.device)
+        self.watched: Dataset | None = None  # the evaluated split, once pictures of it are wanted
 
     # -- the loop ------------------------------------------------------------------------------------------------
     def run(self, flag: StopFlag) -> Metrics | None:
@@ -105,6 +114,7 @@ class Trainer:
         if self.step and self._evaluates and not broadcast_object(self.checkpoints.evaluated(self.step)):
             metrics = self._evaluate()  # the run was killed before it had
         while self.step < config.max_steps:
+            self.profiler.before(self.step + 1)
             for _ in range(accumulation):
                 asked = time.perf_counter()
                 batch = next(batches).to(self.world.device)
@@ -112,6 +122,7 @@ class Trainer:
                 told, stop = self._micro_batch(batch, flag.received is not None)
             watch.frames += config.batch_size * config.sequence_length * accumulation
             self.step += 1
+            self.profiler.after()
             done = self.step == config.max_steps
             if self.attempt and not self.attempt.running:
                 self.monitor.scalars(self.attempt.began_to_run(), self.step)
@@ -119,9 +130,10 @@ class Trainer:
                 self._log(told, watch)
             if self.step % self.config.checkpoint.every == 0 or self._evaluates or stop:
                 self._save()
-                self._show(batch)
             if stop and not done:
                 self._stop(flag)
+            if (every := config.pictures_every) and (self.step % every == 0 or done):
+                self._show(batch)
             if self._evaluates:
                 metrics = self._evaluate()
         batches.close()  # type: ignore[attr-defined]
@@ -232,6 +244,10 @@ class Trainer:
                          f"{len(self.dataset.recordings)} recordings, {sum(r.frames for r in self.dataset.recordings)} "
                          f"frames{size}")
         self.monitor.say(f"watch it: tensorboard --logdir {self.run_dir}")
+        where = environment(self.world)
+        if self.world.is_main:
+            tell_start(self.monitor, self.config, self.dataset.classes, [n for n, _ in self._detector.named_parameters()], where,
+                       self.step, gpu=self.world.device.type == "cuda")
 
     def _layout(self) -> str:
         mesh, kind = self.mesh, chosen_exchange(self.config.parallel.exchange, dws_conv=self.config.model.backbone.dws_conv)
@@ -241,37 +257,43 @@ class Trainer:
     def _log(self, told: Tensor, watch: Stopwatch) -> None:
         total, iou, objectness, classes, positives = told.tolist()
         exchanging, (speed, waiting, passed) = self.exchange.clock.read(), watch.report()
-        if self.mesh.sequence_size > 1:  # of the mean rank: they wait for each other at different places
-            over_ranks = sum_over_ranks(torch.tensor(exchanging / self.world.size, device=self.world.device))
-            self.monitor.scalars({"speed/exchange_share": float(over_ranks) / passed}, self.step)
+        mine = {"speed/data_wait_share": waiting, PROFILE: float(self.profiler.requested()), **self.resources.read()}
+        if self.mesh.sequence_size > 1:
+            mine["speed/exchange_share"] = exchanging / passed
+        of_all = over_ranks(mine, self.world.device)
+        if asked := int(of_all.pop(PROFILE)):
+            self.profiler.ask(self.step + 2, asked)
+        frames = self.config.training.batch_size * self.config.training.sequence_length * self.config.training.accumulation
         self.monitor.scalars({
             "loss/total": total, "loss/iou": iou, "loss/objectness": objectness, "loss/class": classes,
             "train/positives": positives, "train/learning_rate": self.engine.learning_rate,
             "train/gradient_norm": self.engine.gradient_norm, "train/skipped_steps": self.skipped,
-            "speed/frames_per_s": speed, "speed/data_wait_share": waiting}, self.step)
+            "speed/frames_per_s": speed, "speed/step_ms": 1000 * frames / speed, **of_all}, self.step)
         self.monitor.say(f"step {self.step:6d}  loss {total:8.4f}  iou {iou:7.4f}  obj {objectness:7.4f}  cls {classes:7.4f}  "
                          f"lr {self.engine.learning_rate:.2e}  |g| {self.engine.gradient_norm:7.3f}  {speed:6.1f} frames/s  "
-                         f"data wait {waiting:4.0%}")
+                         f"data wait {of_all['speed/data_wait_share']:4.0%}")
         if self.attempt:
-            frames = self.config.training.batch_size * self.config.training.sequence_length * self.config.training.accumulation
             write_progress(self.run_dir, {"step": self.step, "of": self.config.training.max_steps, "loss": total,
                                           "frames_per_s": speed, "seconds_per_step": frames / speed if speed else None})
 
     def _show(self, batch: Batch) -> None:
-        if self.world.is_main and (rgb := training_picture(batch, self.dataset.classes)) is not None:
-            self.monitor.picture("training/boxes", rgb, self.step)
+        weights = self._weights()  # of all ranks
+        if self.world.is_main:
+            self.watched = self.watched or open_dataset(self.config.dataset, self.config.evaluation.split)
+            seen = look(weights, self.watched, self.config.evaluation, self.world.device)
+            tell_look(self.monitor, seen, batch, self.dataset.classes, self.step)
 
     def _evaluate(self) -> Metrics:
         began = time.perf_counter()
         generators = generator_states()  # a detector that is built draws weights; a resumed run need not evaluate again
-        metrics, results, data = evaluate_weights(self._weights(), self.config.dataset, self.config.evaluation, self.world)
+        weights = self._weights()
+        metrics, results, data = evaluate_weights(weights, self.config.dataset, self.config.evaluation, self.world)
         restore_generators(generators)
         if self.world.is_main:
             self.monitor.scalars({f"evaluation/{k}": v for k, v in metrics.scalars().items()}, self.step)
-            if (rgb := evaluation_picture(results, data)) is not None:
-                self.monitor.picture("evaluation/boxes_green_detections_orange", rgb, self.step)
+            tell_evaluation(self.monitor, results, data, self.config, self.step)
             self.monitor.say(f"evaluation at step {self.step} ({time.perf_counter() - began:.0f} s)\n{metrics.table()}")
-            about = {"checkpoint": str(self.run_dir), "step": self.step, "split": self.config.evaluation.split}
+            about = described(str(self.run_dir), weights, self.config.dataset, self.config.evaluation)
             write_results(self.run_dir / "evaluation", metrics, results, data, self.config.evaluation, about)
             self.checkpoints.record(self.step, {**metrics.to_json(), **about})
         return metrics

@@ -1,0 +1,333 @@
+"""`evspan bench learn`: the fixed set, equal budgets, what the arms change, statistics, and the whole of it, small but real."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_conf import composed
+
+from data_prep import simulate
+from data_prep.errors import UserError
+from data_prep.simulator import SimulatorConfig
+from data_prep.simulator.scene import LENGTHS, make_scene
+from launch import bench
+from launch.bench_curves import Line, Panel, write_picture
+from launch.bench_report import mean_curve, write_report
+from launch.bench_set import Made, Recordings, recordings_in
+from launch.bench_statistics import interval, paired, t_quantile
+from launch.runs import look
+from pipeline.history import append
+from pipeline.monitor import Monitor
+
+ROOT = Path(__file__).parent.parent
+TINY = Recordings("tiny", 1, 1, 1, "")
+EXTRA = ("parallel.threads=1",)
+
+
+def plan_of(*words: str, folder: Path = Path("bench")) -> bench.Plan:
+    return bench.planned(bench._parser().parse_intermixed_args([*words, "--folder", str(folder)]))
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------
+def run_bench(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    code = f"from launch.bench import main; main({['learn', '--folder', str(folder), *words]!r})"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.timeout(420)
+def test_quick_trains_two_arms_tells_them_and_goes_on(tmp_path):
+    words = ["--quick", "--steps", "2", "--seeds", "1", "--frames", "10", "--evaluations", "1", "--lengths", "none",
+             "--arms", "baseline,attention", *EXTRA]
+    ran = run_bench(tmp_path, *words)
+    assert ran.returncode == 0, ran.stderr
+    folder = tmp_path / "learn-v1-quick"
+    told = json.loads((folder / "report.json").read_text())
+    assert told["arms"].keys() == {"baseline", "attention"} and told["steps"] == 2
+    for number, name in enumerate(told["arms"]):
+        metrics = json.loads((folder / "runs" / str(number) / "evaluation" / "metrics.json").read_text())
+        assert told["arms"][name]["ap"] == {"seeds": {"0": metrics["ap"]}, "mean": metrics["ap"], "half": None}
+        assert {"ap_still", "ap_moving", "recall_still"} <= told["arms"][name].keys()
+        config = json.loads((folder / "runs" / str(number) / "config.json").read_text())
+        assert config["model"]["fpn"]["enable_small_object_attention"] is (name == "attention")
+    assert (folder / "report.md").read_text() in ran.stdout and "Not done" not in ran.stdout
+    assert ("other bits" in ran.stdout) == (told["digest"] != bench.QUICK.digest)
+    assert len(ElementTree.parse(folder / "curves.svg").getroot().findall(".//{*}polyline")) == 2 * 2 * 3  # arms, thin and thick
+
+    again = run_bench(tmp_path, *words)
+    assert again.returncode == 0 and again.stdout.count("done already") == 2 and "step " not in again.stdout.split("#")[0]
+
+
+# -- the set -----------------------------------------------------------------------------------------------------
+@pytest.mark.timeout(120)
+def test_a_set_is_made_once_and_refused_when_it_is_not_what_was_made(tmp_path, capfd):
+    (tmp_path / "a" / ".set.writing" / "raw").mkdir(parents=True)  # of a killed attempt, as this folder without a table is
+    (tmp_path / "a" / "set").mkdir()
+    made = recordings_in(tmp_path / "a", TINY)
+    assert not made.first and sorted(p.name for p in (tmp_path / "a").iterdir()) == ["set", "set.json"]
+    capfd.readouterr()
+    assert recordings_in(tmp_path / "a", dataclasses.replace(TINY, digest=made.digest)) == dataclasses.replace(made, first=True)
+    assert capfd.readouterr().out == ""  # nothing ran
+
+    shard = made.shards / "val" / "00000.h5"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    with pytest.raises(UserError, match=r"val/00000.h5 was changed or damaged \(1 of"):
+        recordings_in(tmp_path / "a", TINY)
+    shard.unlink()
+    with pytest.raises(UserError, match="val/00000.h5 is missing"):
+        recordings_in(tmp_path / "a", TINY)
+    shard.write_bytes(whole)
+    (made.shards / "val" / "00001.h5").touch()
+    with pytest.raises(UserError, match="val/00001.h5 does not belong there"):
+        recordings_in(tmp_path / "a", TINY)
+    with pytest.raises(UserError, match="another recipe"):
+        recordings_in(tmp_path / "a", dataclasses.replace(TINY, seconds=2))
+    (tmp_path / "a" / "set.json").write_text('{"recipe":')
+    with pytest.raises(UserError, match="set.json is damaged"):
+        recordings_in(tmp_path / "a", TINY)
+
+
+def test_the_set_has_many_small_crossing_and_stopping_objects(tmp_path):
+    """Of a recording as the set has them, in pixels of its frames."""
+    given = simulate._parser().parse_args([str(tmp_path), *bench.FULL.recipe()["simulate"]])
+    config = SimulatorConfig(height=given.height, width=given.width, min_objects=given.objects[0], max_objects=given.objects[1],
+                             min_scale=given.scales[0], max_scale=given.scales[1], stop_share=given.stop_share)
+    report = simulate.simulate(tmp_path / "a_td.raw", seconds=6, seed=given.seed, config=config)
+    rows = np.load(report.boxes_path)
+    area = rows["w"] * rows["h"] / 4
+    assert 0.6 < (area < 32**2).mean() < 0.99  # and medium ones to compare with
+    assert rows.size / np.unique(rows["t"]).size > 5
+    tracks = [rows[rows["track_id"] == i] for i in np.unique(rows["track_id"])]
+    still = sum(((np.diff(mine["x"]) == 0) & (np.diff(mine["y"]) == 0)).sum() for mine in tracks)
+    assert 0.2 < still / rows.size < 0.7
+
+
+def test_scales_change_sizes_alone_and_the_default_nothing(tmp_path):
+    def scene(**values):
+        return make_scene(200_000_000, np.random.default_rng(3), SimulatorConfig(**values))
+
+    usual, half = scene(), scene(min_scale=0.5, max_scale=0.5)
+    assert half.tracks and (half.background.shape == usual.background.shape)
+    first = {t.track_id: t for t in usual.tracks}[0], {t.track_id: t for t in half.tracks}[0]
+    assert first[1].shape[1] == pytest.approx(first[0].shape[1] / 2) and first[1].area == pytest.approx(first[0].area / 4)
+    drawn = scene(min_scale=0.5, max_scale=2).tracks
+    for kind, (low, high) in enumerate(LENGTHS):
+        lengths = [2 * t.shape[1] for t in drawn if t.class_id == kind]
+        assert 0.5 * low <= min(lengths) < low and high < max(lengths) <= 2 * high
+    small = SimulatorConfig(height=160, width=160)
+    job = simulate.jobs_of(tmp_path, {"val": 1}, seconds=0.1, seed=0, kind="raw", config=small)[0]
+    simulate.run_job(job)
+    note = json.loads(job.note.read_text())
+    del note["parameters"]["min_scale"], note["parameters"]["max_scale"]  # written before there were scales
+    job.note.write_text(json.dumps(note))
+    assert simulate.is_done(job)
+
+
+# -- plans -------------------------------------------------------------------------------------------------------
+def test_every_run_has_the_same_budget_and_every_seed_all_runs():
+    plan = plan_of("--seeds", "2", "optimizer.lr=0.001")
+    assert plan.arms == tuple(bench.USUAL_ARMS) and plan.lengths == bench.LENGTHS
+    runs = [dict(o.split("=") for o in overrides) for overrides in plan.all_runs()]
+    assert len(runs) == 2 * (6 + 5) and all(run["optimizer.lr"] == "0.001" for run in runs)
+    for run in runs:
+        assert int(run["training.sequence_length"]) * int(run["training.batch_size"]) == plan.frames == 40
+        assert run["training.max_steps"] == "1000" and run["training.evaluate_every"] == "250"
+    assert [run["seed"] for run in runs] == ["0"] * 11 + ["1"] * 11
+    assert [int(run["training.sequence_length"]) for run in runs if run["experiment"] == "bench/length"] == [*bench.LENGTHS] * 2
+    assert len({tuple(run.items()) for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("words, part", [
+    (["--arms", "baseline,atention"], "no arm 'atention'"), (["--lengths", "2,x"], "'x' is no number"),
+    (["--lengths", "3"], "--frames 40"), (["--frames", "12", "--lengths", "2"], "sequences of 5"),
+    (["--seeds", "0"], "--seeds is 0"), (["--arms", "none", "--lengths", "none"], "nothing to run"),
+    (["seed=3"], "say it by --seeds"),
+    (["training.batch_size=2"], "say it by --frames"), (["fast"], "no KEY=VALUE"),
+])
+def test_what_makes_no_sense_is_refused(words, part):
+    with pytest.raises(UserError, match=re.escape(part)):
+        plan_of(*words)
+
+
+ATTENTION, TEMPORAL, SPATIAL = "enable_small_object_attention", "attention_temporal", "attention_spatial"
+CHANGES = {  # arm -> all that its model has other than the baseline's
+    "baseline": {}, "size_aware": {"size_aware_loss": True}, "attention": {ATTENTION: True},
+    "size_aware_attention": {"size_aware_loss": True, ATTENTION: True},
+    "attention_published": {ATTENTION: True, "identity_start": False},
+    "size_aware_attention_published": {"size_aware_loss": True, ATTENTION: True, "identity_start": False},
+    "spatial": {ATTENTION: True, TEMPORAL: False}, "temporal": {ATTENTION: True, SPATIAL: False},
+}
+
+
+@pytest.mark.parametrize("arm", bench.ARMS)
+def test_an_arm_changes_what_it_says_and_nothing_else(arm):
+    def flat(name):
+        config = composed("train", f"experiment=bench/{name}")[0]
+        model = {key: value for part in ("backbone", "fpn", "head") for key, value in vars(getattr(config.model, part)).items()
+                 if key != "name"}
+        return model, dataclasses.replace(config, model=composed("train")[0].model)
+
+    (model, rest), (base, base_rest) = flat(arm), flat("baseline")
+    assert {key: value for key, value in model.items() if base[key] != value} == CHANGES[arm]
+    assert rest == base_rest
+
+
+# -- statistics --------------------------------------------------------------------------------------------------
+def share_below(t: float, freedom: int) -> float:
+    """Student's density, summed up in small steps."""
+    x = np.linspace(0, t, 20_001)
+    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    scale = math.gamma((freedom + 1) / 2) / (math.gamma(freedom / 2) * math.sqrt(freedom * math.pi))
+    return 0.5 + scale * float(np.trapezoid(density, x))
+
+
+@pytest.mark.parametrize("freedom, published", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)])
+def test_quantiles_are_students(freedom, published):
+    assert t_quantile(0.975, freedom) == pytest.approx(published, abs=5e-4)
+    for share in (0.6, 0.9, 0.995):
+        assert share_below(t_quantile(share, freedom), freedom) == pytest.approx(share, abs=1e-5)
+
+
+def test_intervals_by_their_definition_and_they_cover_as_often_as_they_say():
+    sample = [0.31, 0.28, 0.35]
+    told = interval(sample)
+    assert told.mean == pytest.approx(statistics.mean(sample))
+    assert told.half == pytest.approx(4.303 * statistics.stdev(sample) / math.sqrt(3), rel=1e-3)
+    assert interval([0.2]).half is None and interval([0.2]).points() == "20.0" and not interval([0.2]).clear
+    assert interval([0.1, 0.1]).points(signed=True) == "+10.0 ± 0.0"
+    rng = np.random.default_rng(0)
+    inside = [abs(i.mean - 0.3) <= i.half for i in (interval(rng.normal(0.3, 0.02, 3).tolist()) for _ in range(2000))]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.015)
+
+
+def test_differences_are_taken_seed_by_seed():
+    ours, theirs = {0: 0.30, 1: 0.208, 2: 0.419}, {2: 0.40, 1: 0.19, 0: 0.28, 7: 0.9}
+    told = paired(ours, theirs)
+    assert told.values == pytest.approx((0.02, 0.018, 0.019)) and told.clear  # though the seeds lie 0.2 apart
+    assert paired(ours, {5: 0.1}) is None
+
+
+# -- the report --------------------------------------------------------------------------------------------------
+def made_up(plan: bench.Plan, ap: dict[str, list[float]], **more: float) -> None:
+    """Finished runs of these AP, by arm or length and seed, as the trainer leaves them."""
+    table, keys = [], plan.keys()
+    for number, overrides in enumerate(plan.all_runs()):
+        said = dict(o.split("=") for o in overrides)
+        name = said["experiment"].removeprefix("bench/").replace("length", said["training.sequence_length"])
+        run = plan.folder / "runs" / str(number)
+        table.append({"folder": str(number), "overrides": [o for o in overrides if o.split("=")[0] in keys], "error": None})
+        if int(said["seed"]) >= len(ap[name]):
+            continue
+        value = ap[name][int(said["seed"])]
+        append(run, "start", step=0, of=plan.steps, attempt=1, host="n1", job="", pid=os.getpid())
+        monitor = Monitor(run, enabled=True)
+        for step in range(0, plan.steps + 1, plan.steps // 2):
+            monitor.scalars({"loss/total": 5 - value * step / plan.steps, "evaluation/ap": value * step / plan.steps}, step)
+        monitor.close()
+        append(run, "done", step=plan.steps)
+        (run / "evaluation").mkdir()
+        metrics = {"ap": value, "ap50": 2 * value, "ap_small": None, "step": plan.steps, **more}
+        (run / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+    (plan.folder / "runs" / "sweep.json").write_text(json.dumps({"runs": table}))
+
+
+def told_by(plan: bench.Plan, capsys) -> list[list[str]]:
+    """The cells of the report's lines."""
+    write_report(plan, Made(Path("set"), "abc", True), look(plan.folder / "runs")[0])
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()
+            if line.startswith("|")]
+
+
+def test_the_report_has_means_intervals_and_paired_differences(tmp_path, capsys):
+    plan = plan_of("--seeds", "3", "--arms", "baseline,attention", "--lengths", "2,10", "--steps", "100", folder=tmp_path)
+    made_up(plan, {"baseline": [0.30, 0.20, 0.40], "attention": [0.32, 0.221, 0.42], "2": [0.1, 0.2, 0.3], "10": [0.3, 0.1]})
+    arms, _, base, attention, lengths, _, two, ten = told_by(plan, capsys)
+    assert arms == ["arm", "seeds", "AP", "AP50", "AP less baseline's"]  # no small boxes: no column
+    assert base == ["baseline", "3", "30.0 ± 24.8", "60.0 ± 49.7", ""]
+    assert attention[0] == "attention: + attention" and attention[-1] == "**+2.0 ± 0.1**"
+    assert two[:3] == ["2", "3", "20.0 ± 24.8"] and ten[:3] == ["10", "2", "20.0 ± 127.1"]
+    assert lengths[-1] == "AP less 2's" and ten[-1] == "+5.0 ± 190.6"
+    assert "length sequence_length=10 seed=2 (waiting)" in (plan.folder / "report.md").read_text()
+    told = json.loads((plan.folder / "report.json").read_text())
+    assert told["arms"]["baseline"]["ap"]["seeds"] == {"0": 0.3, "1": 0.2, "2": 0.4}
+    drawn = ElementTree.parse(plan.folder / "curves.svg").getroot()
+    words = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"loss by step", "AP by step", "AP by length", "attention"} <= set(words)
+
+
+def test_still_and_moving_objects_appear_when_an_evaluation_tells_them(tmp_path, capsys):
+    plan = plan_of("--seeds", "2", "--arms", "none", "--lengths", "2,10", "--steps", "100", folder=tmp_path)
+    made_up(plan, {"2": [0.1, 0.2], "10": [0.3, 0.1]}, ap_still=0.05, ap_moving=0.25)
+    heads, _, two, _ = told_by(plan, capsys)
+    assert heads[4:] == ["AP still", "AP moving", "AP less 2's", "AP still less 2's"] and two[4:6] == ["5.0 ± 0.0", "25.0 ± 0.0"]
+    assert "AP still and AP moving by length" in (plan.folder / "curves.svg").read_text()
+    for run, step in ((0, 100), (1, 99)):  # in the form of `evspan evaluate`; the second of an older checkpoint
+        groups = {"still": {"ap": 0.4, "recall": 0.6, "boxes": 7}, "moving": {"ap": None, "recall": 0.7, "boxes": 9}}
+        (plan.folder / "runs" / str(run) / "evaluation-val").mkdir()
+        (plan.folder / "runs" / str(run) / "evaluation-val" / "metrics.json").write_text(
+            json.dumps({"step": step, "breakdown": {"stillness": groups}}))
+    heads, _, two, ten = told_by(plan, capsys)
+    assert heads[4:8] == ["AP still", "AP moving", "recall still", "recall moving"]
+    assert two[4:8] == ["22.5 ± 222.4", "25.0", "60.0", "70.0"] and ten[4:8] == ["5.0 ± 0.0", "25.0 ± 0.0", "", ""]
+
+
+def test_runs_of_another_budget_are_not_mixed_in(tmp_path, capsys):
+    plan = plan_of("--seeds", "1", "--arms", "baseline", "--lengths", "none", "--steps", "100", folder=tmp_path)
+    made_up(plan, {"baseline": [0.3]})
+    assert told_by(plan, capsys)[2][1:3] == ["1", "30.0"]
+    assert told_by(dataclasses.replace(plan, steps=200), capsys)[2][1:3] == ["0"]
+    assert told_by(dataclasses.replace(plan, extra=("optimizer.lr=0.1",)), capsys)[2][1:3] == ["0"]
+
+
+def test_a_mean_curve_is_of_the_steps_that_all_have():
+    assert mean_curve([[(1, 2.0), (2, 4.0), (3, 1.0)], [(1, 4.0), (3, 3.0)]]) == [(1, 3.0), (3, 2.0)]
+    assert mean_curve([]) == []
+
+
+def test_points_are_drawn_where_they_belong(tmp_path):
+    line = Line("a < b", [(0, 0.0), (100, 0.5)], halves=[None, 0.1])
+    write_picture(tmp_path / "a.svg", [[Panel("AP by step", "step", "AP", [line])]], "foot")
+    mean, bar = ([tuple(map(float, p.split(","))) for p in e.get("points").split()]
+                 for e in ElementTree.parse(tmp_path / "a.svg").getroot().findall(".//{*}polyline"))
+    assert mean[0][0] < mean[1][0] and mean[0][1] > mean[1][1]
+    height = mean[0][1] - mean[1][1]
+    assert [abs(y - mean[1][1]) for _, y in bar] == pytest.approx([height / 5] * 2, abs=0.2)
+
+
+@pytest.mark.parametrize("words, code, part", [([], 0, "bench learn"), (["--help"], 0, "bench learn"), (["speed"], 2, "'speed'")])
+def test_command(words, code, part, capsys):
+    if code:
+        with pytest.raises(SystemExit) as ended:
+            bench.main(words)
+        assert ended.value.code == code
+    else:
+        bench.main(words)
+    said = capsys.readouterr()
+    assert part in said.out + said.err
+
+
+def test_a_mistake_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["learn", "--folder", str(tmp_path), "--quick", "--report", "--arms", "soze_aware"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: --arms") and said.count("\n") == 1
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["learn", "--folder", str(tmp_path), "--report"])
+    assert ended.value.code == 2 and "no runs to tell of" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_help_explains_the_arms(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["learn", "--help"])
+    said = capsys.readouterr().out
+    assert all(arm in said for arm in bench.ARMS) and max(map(len, said.splitlines())) < 140
