@@ -82,7 +82,8 @@ def _before(cluster: ClusterConfig) -> list[str]:
     paths = [] if cluster.container is not Container.none else python_path_lines()
     # The script must outlive the ranks, which save on these signals; bash would end at once.
     # The working folder may hold another Evspan, or modules of the same names, which python -m would take first.
-    return [*cluster.setup, *exports, *paths, "trap : TERM USR1 USR2", "export PYTHONSAFEPATH=1", f"export OMP_NUM_THREADS={cluster.cpus_per_rank}"]
+    return [*cluster.setup, *exports, *paths, "trap : TERM USR1 USR2", "export PYTHONSAFEPATH=1",
+            f"export OMP_NUM_THREADS={cluster.cpus_per_rank}"]
 
 
 def _after(folder: Path, python: str, of_srun: list[str]) -> list[str]:
