@@ -13,6 +13,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Long files begin first, so that no process waits for another's at the end; the first spends most of its time waiting for SLURM.
+LONG = ("test_submit_slurm", "test_layouts", "test_training", "test_exchange", "test_monitor", "test_checkpoint_layouts")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def outside(variable: str, default: str) -> Path:
     folder = Path(os.environ.get(variable, ROOT.parent / "shared" / default))
     if not folder.is_dir():

@@ -273,10 +273,10 @@ def test_the_newest_word_tells_the_step(tmp_path, no_slurm):
 
 def test_a_silent_run_is_told(tmp_path, no_slurm):
     (tmp_path / "run").mkdir()
-    append(tmp_path / "run", "start", step=0, of=10, host="elsewhere", job="", time=NOW - 7200)
-    append(tmp_path / "run", "running", step=1, time=NOW - 7190)
+    append(tmp_path / "run", "start", step=0, of=10, host="elsewhere", job="", time=time.time() - 6010)
+    append(tmp_path / "run", "running", step=1, time=time.time() - 6000)
     (run,), _ = look(tmp_path / "run")
-    assert (run.state, run.reason) == (State.running, "silent for 120 min")
+    assert (run.state, run.reason) == (State.running, "silent for 100 min")
     append(tmp_path / "run", "saved", step=2)
     assert look(tmp_path / "run")[0][0].reason == ""
 

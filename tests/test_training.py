@@ -146,9 +146,10 @@ def test_every_launcher_gives_the_same_run(shards, one_sequence, tmp_path, start
         assert told(tmp_path / "run", tag) == told(one_sequence, tag)
 
 
-@pytest.mark.parametrize("overrides", [
-    ("deepspeed=zero0",), ("deepspeed=zero2", "training.precision=bf16"), ("deepspeed=zero3", "training.accumulation=2")],
-    ids=lambda o: "-".join(o))
+@pytest.mark.parametrize("overrides", [  # test_layouts.py trains under all of them, too
+    pytest.param(("deepspeed=zero0",), marks=pytest.mark.soak),
+    pytest.param(("deepspeed=zero2", "training.precision=bf16"), marks=pytest.mark.soak),
+    ("deepspeed=zero3", "training.accumulation=2")], ids=lambda o: "-".join(o))
 def test_other_stages_train_save_and_evaluate(shards, tmp_path, overrides):
     run(shards, tmp_path / "run", "training.max_steps=3", *overrides)
     assert all(np.isfinite(list(told(tmp_path / "run", tag).values())).all() for tag in LOSSES)
