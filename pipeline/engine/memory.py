@@ -11,11 +11,11 @@ from pipeline.config import TrainConfig
 from pipeline.parallel.world import World
 
 MARKS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "Cannot allocate memory", "Unable to allocate",
-         "std::bad_alloc", "ALLOC_FAILED", "can't start new thread")
+         "std::bad_alloc", "ALLOC_FAILED", "can't start new thread", "could not create a primitive")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """As torch, NumPy, CUDA's libraries, HDF5 and Python tell it."""
+    """As torch, NumPy, CUDA's libraries, HDF5, oneDNN (which names no reason) and Python tell it."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or \
         isinstance(error, RuntimeError | OSError) and any(mark in str(error) for mark in MARKS)
 
