@@ -55,7 +55,7 @@ def measured(cluster: Cluster, shards: Path, run: Path) -> dict[str, float]:
     cluster.end_jobs()
     submitted = json.loads((run / "submitted.json").read_text())["time"]
     first, second = events(run, "running")
-    saved, requeued, again = (events(run, name)[-1]["time"] for name in ("saved", "requeued", "start"))
+    saved, requeued, again = (events(run, name)[at]["time"] for name, at in (("saved", 0), ("requeued", 0), ("start", 1)))
     began = second["time"] - second["seconds"]
     return {"sbatch -> first step": first["time"] - submitted, "signal -> saved": saved - signalled,
             "saved -> SLURM asked to requeue": requeued - saved,
