@@ -1,13 +1,10 @@
 """COCO metrics against pycocotools; groups of boxes; the protocol's filters; streaming over recordings against frame by frame."""
 
-import contextlib
-import io
 
 import numpy as np
 import pytest
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from coco_reference import coco_evaluation
 from small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
 
 from data_prep.config import DatasetConfig, FrameConfig
@@ -64,16 +61,7 @@ def by_pycocotools(boxes, found, classes, counts=None):
         for x1, y1, x2, y2, objectness, sure, kind in rows.astype(np.float64).tolist():
             results.append({"image_id": image, "category_id": int(kind) + 1, "bbox": [x1, y1, x2 - x1, y2 - y1],
                             "score": objectness * sure})
-    with contextlib.redirect_stdout(io.StringIO()):
-        dataset = COCO()
-        dataset.dataset = {"images": [{"id": i + 1} for i in range(len(boxes))], "annotations": annotations, "info": {},
-                           "categories": [{"id": k + 1, "name": name} for k, name in enumerate(classes)]}
-        dataset.createIndex()
-        evaluation = COCOeval(dataset, dataset.loadRes(results), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation
+    return coco_evaluation(len(boxes), annotations, results, classes)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,7 +1,5 @@
 """Prophesee's protocol on prepared recordings: boxes against themselves, the rules of its toolbox, one rank or several."""
 
-import contextlib
-import io
 import json
 import shutil
 import subprocess
@@ -11,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coco_reference import coco_evaluation
 from prepared import HEIGHT, WIDTH, prep_config
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from small_shards import BINS, write_small_shards
 from small_shards import CLASSES as SMALL_CLASSES
 
@@ -108,16 +105,7 @@ def by_the_toolbox(truth, found, classes, *, tolerance_us, skip_us, min_diagonal
         for b in found[np.abs(found["t"] - t) <= tolerance_us]:
             results.append({"image_id": image, "category_id": int(b["class_id"]) + 1, "score": float(b["class_confidence"]),
                             "bbox": [float(b[k]) for k in "xywh"]})
-    with contextlib.redirect_stdout(io.StringIO()):
-        dataset = COCO()
-        dataset.dataset = {"images": [{"id": i + 1} for i in range(len(times))], "annotations": annotations, "info": {},
-                           "categories": [{"id": k + 1, "name": name} for k, name in enumerate(classes)]}
-        dataset.createIndex()
-        evaluation = COCOeval(dataset, dataset.loadRes(results), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation.stats
+    return coco_evaluation(len(times), annotations, results, classes).stats
 
 
 @pytest.mark.parametrize("filters", [{}, {"min_side": 2.0, "min_diagonal": 9.0}])
