@@ -20,8 +20,15 @@ ARMS = {  # conf/experiment/bench
     "size_aware_attention": "+ size-aware loss + attention",
     "attention_published": "+ attention as published",
     "size_aware_attention_published": "+ size-aware loss + attention as published",
-    "spatial": "+ attention, spatial alone",
-    "temporal": "+ attention, temporal alone",
+    # What the published form does, one thing at a time.
+    "attention_mixed": "+ attention that looks back at another lane's frames, as the published buffer does",
+    "attention_published_mixed": "+ attention as published that looks back at another lane's frames",
+    "attention_fast_gates": "+ attention whose gates learn ten times as fast",
+    "channel": "+ attention, channel part alone",
+    "spatial": "+ attention, spatial and channel parts",
+    "spatial_published": "+ attention as published, spatial and channel parts",
+    "temporal": "+ attention, temporal and channel parts",
+    "temporal_published": "+ attention as published, temporal and channel parts",
 }
 USUAL_ARMS = list(ARMS)[:6]
 LENGTHS = (2, 5, 10, 20, 40)

@@ -16,7 +16,7 @@ from launch.state import State, number
 MEASURES = {"ap": "AP", "ap50": "AP50", "ap_small": "AP small", "ap_still": "AP still", "ap_moving": "AP moving",
             "recall_still": "recall still", "recall_moving": "recall moving"}
 BREAKDOWN = "evaluation-val/metrics.json"  # of a run: what `evspan evaluate` tells of its newest checkpoint
-COMPARED = ("ap", "ap_small", "ap_still")  # with the baseline, or the shortest sequence
+COMPARED = ("ap", "ap_small", "ap_still", "recall_still")  # with the baseline, or the shortest sequence
 CURVES = {"loss/total": "loss", "evaluation/ap": "AP", "evaluation/ap_small": "AP small"}
 NOTE = f"""Points of 100: the mean over seeds ± half of its {CONFIDENCE:.0%} interval, Student's t over the seeds. What the
 held-out recordings leave to chance is not in it: all runs are scored on the same. Differences are taken seed by seed: in every

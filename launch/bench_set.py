@@ -14,8 +14,8 @@ from typing import Any
 from data_prep.errors import UserError
 
 SET, TABLE = "set", "set.json"  # of a benchmark's folder: the shards, and beside them what they hash to
-SIMULATE = ["--width", "384", "--height", "256", "--objects", "5,9", "--scales", "0.7,1.8", "--stop-share", "0.8",
-            "--noise-hz", "0.5", "--seed", "1"]  # 9 of 10 boxes are small; every second is at rest
+SIMULATE = ["--width", "256", "--height", "192", "--objects", "3,6", "--scales", "1,2", "--stop-share", "1",
+            "--noise-hz", "0.3", "--seed", "1"]
 PREPARE = ["dataset=simulated", "frames.downsample=2"]
 
 
@@ -37,8 +37,8 @@ class Recordings:
                 "prepare": PREPARE}
 
 
-FULL = Recordings("learn-v1", 24, 4, 8, "623a8cebbca76536")
-QUICK = Recordings("learn-v1-quick", 4, 2, 4, "e425d0b212c06e0a")  # of the same simulator, for tests and first looks
+FULL = Recordings("learn-v2", 24, 6, 10, "3dc661eab460ad55")
+QUICK = Recordings("learn-v2-quick", 4, 2, 4, "dbaba65f409a40d7")  # of the same simulator, for tests and first looks
 
 
 @dataclass(frozen=True)

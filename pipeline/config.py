@@ -49,6 +49,7 @@ class BackboneConfig:
     mlp_ratio: int = 4
     ls_init_value: float = 1e-5  # LayerScale
     dws_conv: bool = False  # 3x3 depthwise convolution on the hidden state before the gates
+    forget_bias: float = 0.0  # added to the forget gates' at the start; 0: half of a memory is gone after a frame, 2: an eighth
 
     def __post_init__(self) -> None:
         self.dim_multiplier, self.num_blocks = list(self.dim_multiplier), list(self.num_blocks)
@@ -76,6 +77,7 @@ class FpnConfig:
     attention_temporal: bool = True
     temporal_window: int = 3  # frames t-2, t-1, t
     identity_start: bool = True  # False: the published form, which scales features from the first step
+    mix_lanes: bool = False  # an ablation: every lane looks back at its neighbour's frames, as a buffer that lanes share does
 
     def __post_init__(self) -> None:
         self.in_stages = list(self.in_stages)
@@ -196,9 +198,11 @@ class OptimizerConfig:
     warmup_share: float = 0.005  # of max_steps
     start_factor: float = 0.05  # lr before the warm-up, as a share of the peak
     end_factor: float = 1e-4  # lr at the last step
+    gate_lr: float = 1.0  # times lr: of the gates of small-object attention
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optimizer.lr is {self.lr}; give a learning rate above 0")
+        require(self.gate_lr > 0, f"optimizer.gate_lr is {self.gate_lr}; give a factor above 0")
         require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; give 0 or more")
         require(0 <= self.warmup_share < 1, f"optimizer.warmup_share is {self.warmup_share}; give a share from 0 to below 1")
 

@@ -22,12 +22,13 @@ ATTENDING = [*((part, 3) for part in PARTS), ("temporal", 4), ("all", 4)]
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def micro(part="all", scales=3, *, window=3, dws_conv=False, published=False, gates=0.7):
+def micro(part="all", scales=3, *, window=3, dws_conv=False, published=False, gates=0.7, mix_lanes=False):
     """part None: no attention. Alike but for what is asked for: parameters of one name are the same."""
     torch.manual_seed(0)
     spatial, temporal = PARTS[part or "all"]
     fpn = FpnConfig(in_stages=[1, 2, 3, 4][-scales:], enable_small_object_attention=part is not None, attention_spatial=spatial,
-                    attention_temporal=temporal, temporal_window=window, identity_start=not published)
+                    attention_temporal=temporal, temporal_window=window, identity_start=not published,
+                    mix_lanes=mix_lanes)
     backbone = BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5, dws_conv=dws_conv)
     config = ModelConfig(backbone=backbone, fpn=fpn, head=HeadConfig(num_classes=2))
     detector = Detector(config, CHANNELS)
@@ -101,6 +102,24 @@ def test_cutting_anywhere_changes_nothing(part, scales, window):
             parts.append(raw)
         torch.testing.assert_close(torch.cat(parts), wanted, **EXACT)
         assert_states_close(state, end)
+
+
+@pytest.mark.parametrize("window", [2, 4])
+def test_mixed_lanes_look_back_at_their_neighbours_frames_alone(window):
+    """The ablation: as if each lane's frames before were the next lane's, whether all frames are wanted or some, cut or not."""
+    mixed, frames = micro("temporal", window=window, mix_lanes=True).eval(), some_frames()
+    plain = micro("temporal", window=window).eval()
+    out, end = run(mixed, frames)
+    stages, before = plain.initial_state(LANES, H, W)
+    for t in range(STEPS):
+        handed = DetectorState(stages, tuple(frames_before.roll(-1, 1) for frames_before in before))
+        raw, (stages, after) = run(plain, frames[t : t + 1], handed)
+        before = tuple(torch.cat((old[1:], new[-1:])) for old, new in zip(before, after, strict=True))
+        torch.testing.assert_close(raw, by_frame(out)[t], **EXACT)
+    labelled = torch.rand(STEPS, LANES, generator=torch.Generator().manual_seed(1)) < 0.4
+    torch.testing.assert_close(run(mixed, frames, labelled=labelled)[0], out[labelled.flatten()], **EXACT)
+    first, state = run(mixed, frames[:2])
+    assert_states_close(run(mixed, frames[2:], state)[1], end)
 
 
 # -- labelled frames -------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_quick_trains_two_arms_tells_them_and_goes_on(tmp_path):
              "--arms", "baseline,attention", *EXTRA]
     ran = run_bench(tmp_path, *words)
     assert ran.returncode == 0, ran.stderr
-    folder = tmp_path / "learn-v1-quick"
+    folder = tmp_path / "learn-v2-quick"
     told = json.loads((folder / "report.json").read_text())
     assert told["arms"].keys() == {"baseline", "attention"} and told["steps"] == 2
     for number, name in enumerate(told["arms"]):
@@ -166,6 +166,12 @@ CHANGES = {  # arm -> all that its model has other than the baseline's
     "attention_published": {ATTENTION: True, "identity_start": False},
     "size_aware_attention_published": {"size_aware_loss": True, ATTENTION: True, "identity_start": False},
     "spatial": {ATTENTION: True, TEMPORAL: False}, "temporal": {ATTENTION: True, SPATIAL: False},
+    "channel": {ATTENTION: True, SPATIAL: False, TEMPORAL: False},
+    "spatial_published": {ATTENTION: True, TEMPORAL: False, "identity_start": False},
+    "temporal_published": {ATTENTION: True, SPATIAL: False, "identity_start": False},
+    "attention_mixed": {ATTENTION: True, "mix_lanes": True},
+    "attention_published_mixed": {ATTENTION: True, "identity_start": False, "mix_lanes": True},
+    "attention_fast_gates": {ATTENTION: True},
 }
 
 
@@ -179,7 +185,8 @@ def test_an_arm_changes_what_it_says_and_nothing_else(arm):
 
     (model, rest), (base, base_rest) = flat(arm), flat("baseline")
     assert {key: value for key, value in model.items() if base[key] != value} == CHANGES[arm]
-    assert rest == base_rest
+    changed = {"attention_fast_gates": {"gate_lr": 10.0}}.get(arm, {})
+    assert rest == dataclasses.replace(base_rest, optimizer=dataclasses.replace(base_rest.optimizer, **changed))
 
 
 # -- statistics --------------------------------------------------------------------------------------------------

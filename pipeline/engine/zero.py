@@ -44,11 +44,14 @@ def learning_rate_factor(config: OptimizerConfig, max_steps: int) -> Callable[[i
     return factor
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels; none for biases, norms, LayerScale and gates."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Weight decay for matrices and kernels; none for biases, norms, LayerScale and gates. Gates apart where their rate differs."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    gates = [p for name, p in named if name.endswith(".gate")] if config.gate_lr != 1 else []
+    others = [p for name, p in named if not (gates and name.endswith(".gate"))]
+    groups: list[dict[str, Any]] = [{"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
+                                    {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}]
+    return [*groups, {"params": gates, "weight_decay": 0.0, "lr": config.lr * config.gate_lr}] if gates else groups
 
 
 def engine_config(config: TrainConfig, lanes: int, parameters: int) -> dict[str, Any]:
@@ -80,7 +83,7 @@ class ZeroEngine:
 
     def __init__(self, model: nn.Module, config: TrainConfig, world: World, *, lanes: int) -> None:
         self.stage = config.deepspeed.stage
-        optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer.weight_decay), lr=config.optimizer.lr)
+        optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer), lr=config.optimizer.lr)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         factor = learning_rate_factor(config.optimizer, config.training.max_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

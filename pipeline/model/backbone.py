@@ -160,10 +160,12 @@ class Downsample(nn.Module):
 class CellLSTM(nn.Module):
     """An LSTM per feature cell (Shi et al. 2015 with 1x1 gates): order forget, input, output (sigmoid), candidate (tanh)."""
 
-    def __init__(self, dim: int, *, dws_conv: bool) -> None:
+    def __init__(self, dim: int, *, dws_conv: bool, forget_bias: float = 0.0) -> None:
         super().__init__()
         self.conv3x3_dws = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if dws_conv else None
         self.conv1x1 = nn.Conv2d(2 * dim, 4 * dim, 1)
+        with torch.no_grad():
+            self.conv1x1.bias[:dim] += forget_bias  # type: ignore[index]  # there is one
 
     def forward(self, x: Tensor, state: StageState) -> tuple[Tensor, StageState]:
         """x: (T, B, h, w, C) -> hidden states of the same shape, and the state after the last frame.
@@ -226,7 +228,7 @@ class Stage(nn.Module):
         super().__init__()
         self.downsample_cf2cl = Downsample(channels, dim, factor)
         self.att_blocks = nn.ModuleList(AttentionPair(dim, config, first=i == 0) for i in range(blocks))
-        self.lstm = CellLSTM(dim, dws_conv=config.dws_conv)
+        self.lstm = CellLSTM(dim, dws_conv=config.dws_conv, forget_bias=config.forget_bias)
 
     def spatial(self, x: Tensor, partition: tuple[int, int], *padding: tuple[int, int]) -> Tensor:
         """(N, C, h, w) -> (N, h', w', C'), all frames alike."""

@@ -68,11 +68,11 @@ class Detector(nn.Module):
             state = forget_lanes(state, starts)
         features, stages = self.backbone(frames, state.stages, self.exchange)
         chosen = [features[s - 1].flatten(0, 1) for s in self.config.fpn.in_stages]
-        frames_back = self.config.fpn.looks_back
+        frames_back, mixed = self.config.fpn.looks_back, self.config.fpn.mix_lanes
         if labelled is None:
-            look_back: _AllFrames | _LookBack = _AllFrames(frames.shape[1], state.previous, frames_back, self.exchange)
+            look_back: _AllFrames | _LookBack = _AllFrames(frames.shape[1], state.previous, frames_back, self.exchange, mixed)
         else:
-            look_back = _LookBack(labelled, state.previous, frames_back, self.exchange, frames.device)
+            look_back = _LookBack(labelled, state.previous, frames_back, self.exchange, frames.device, mixed)
             chosen = [f[look_back.needed] for f in chosen]
         return self.yolox_head(self.fpn(chosen, look_back)), DetectorState(stages, tuple(look_back.carry))
 
@@ -110,8 +110,8 @@ class Detector(nn.Module):
 class _AllFrames:
     """The frames before each frame, where predictions are wanted of all: no indexing, so that it exports and compiles."""
 
-    def __init__(self, lanes: int, carried: tuple[Tensor, ...], frames: int, exchange: Exchange) -> None:
-        self.lanes, self.carried, self.frames, self.exchange = lanes, carried, frames, exchange
+    def __init__(self, lanes: int, carried: tuple[Tensor, ...], frames: int, exchange: Exchange, mixed: bool) -> None:
+        self.lanes, self.carried, self.frames, self.exchange, self.mixed = lanes, carried, frames, exchange, mixed
         self.carry: list[Tensor] = []
 
     def __call__(self, scale: int, packed: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -122,6 +122,8 @@ class _AllFrames:
         before, carry = self.exchange.previous(tail, carried)
         self.carry.append(carry)
         rows, count = _rows(before, packed), len(packed)
+        if self.mixed:
+            rows = rows.view(-1, *shape[1:]).roll(-1, 1).flatten(0, 1)
         return packed, torch.stack([rows[k * self.lanes : k * self.lanes + count] for k in range(self.frames)], dim=1)
 
 
@@ -135,20 +137,21 @@ class _LookBack:
     """
 
     def __init__(self, labelled: Tensor, carried: tuple[Tensor, ...], frames: int, exchange: Exchange,
-                 device: torch.device) -> None:
+                 device: torch.device, mixed: bool) -> None:
         self.frames, self.carried, self.exchange = frames, carried, exchange
         self.carry: list[Tensor] = []
         steps, lanes = labelled.shape
         ahead = torch.cat((labelled, exchange.following(labelled, frames))) if frames else labelled
         needed = labelled.clone()
         for k in range(1, frames + 1):
-            needed |= ahead[k : k + steps]
+            needed |= ahead[k : k + steps].roll(int(mixed), 1)  # of the lane whose frames the one before it looks back at
         places = labelled.flatten().nonzero()[:, 0]
         rows_needed = needed.flatten().nonzero()[:, 0] if frames else places
         # Row of every frame, the `frames` before the chunk first, in (those before ++ the packed ones).
         before = torch.arange(frames * lanes, device=labelled.device)
         row = torch.cat((before, needed.flatten().cumsum(0) - 1 + frames * lanes))
-        rows_before = torch.stack([row[places + k * lanes] for k in range(frames)], 1) if frames else None
+        looked_at = places // lanes * lanes + (places + 1) % lanes if mixed else places
+        rows_before = torch.stack([row[looked_at + k * lanes] for k in range(frames)], 1) if frames else None
         wanted = row[places + frames * lanes] - frames * lanes
         self.needed, self.wanted = rows_needed.to(device, non_blocking=True), wanted.to(device, non_blocking=True)
         self.last = row[steps * lanes :].to(device, non_blocking=True)
