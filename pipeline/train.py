@@ -28,7 +28,8 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
   choices (each a file in conf/GROUP/)
       experiment=null            demo | gen4/{tiny,small,base} | gen4/{3scale_baseline,3scale_sizeaware,
                                  3scale_sizeaware_attention,4scale_sizeaware_attention} |
-                                 {gen4,etram}/{rvt_tiny,rvt_base}, RVT's published values, which were not run here
+                                 {gen4,etram}/{rvt_tiny,rvt_small,rvt_base}, RVT's published values, which were not run
+                                 here; rvt: these for another dataset or size
       model=maxvit_yolox/default     also maxvit_yolox/size_aware, maxvit_yolox/size_aware_attention
       size=tiny                  micro | tiny | small | base
       dataset=simulated          simulated | gen4 | etram | etram3 | gen4_rvt | rvt_tree

@@ -1,6 +1,7 @@
 """Every config composes through the real schemas to typed objects; what is misspelt or impossible is refused."""
 
 import importlib.resources
+import math
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pipeline.train  # noqa: F401
 from data_prep.config import PrepConfig
 from data_prep.config_errors import refuse_unknown_keys
 from data_prep.errors import ConfigError
-from pipeline.config import EvaluateConfig, TrainConfig
+from pipeline.config import EvaluateConfig, Precision, Sampling, Schedule, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
@@ -105,6 +106,27 @@ def test_gen4_experiments_have_the_seeds_values(name):
     fpn = config.model.fpn
     assert fpn.enable_small_object_attention is attention and fpn.attention_spatial and fpn.attention_temporal
     assert fpn.temporal_window == 3 and fpn.identity_start
+
+
+@pytest.mark.parametrize("dataset, classes", [("gen4", 3), ("etram", 8)])
+@pytest.mark.parametrize("size, dim", [("tiny", 32), ("small", 48), ("base", 64)])
+def test_rvt_recipes_have_the_published_values(dataset, classes, size, dim):
+    config, choices = composed("train", f"experiment={dataset}/rvt_{size}")
+    training, optimizer = config.training, config.optimizer
+    assert (choices["size"], config.model.backbone.embed_dim, config.model.head.num_classes) == (size, dim, classes)
+    assert config.dataset.name == dataset and len(config.dataset.classes) == classes
+    assert not config.model.head.size_aware_loss and not config.model.fpn.enable_small_object_attention
+    assert config.model.backbone.ls_init_value == 1e-5 and config.model.backbone.forget_bias == 0
+    assert (training.batch_size * training.accumulation, training.max_steps, training.sequence_length) == (24, 400_000, 5)
+    assert (training.sampling, training.precision, training.gradient_clipping) == (Sampling.mixed, Precision.fp16, 1.0)
+    assert (training.augmentation.hflip, training.augmentation.zoom, training.augmentation.zoom_in,
+            training.augmentation.zoom_out, training.augmentation.zoom_in_share) == (0.5, 0.8, 1.5, 1.2, 0.8)
+    assert optimizer.lr == pytest.approx(2e-4 * math.sqrt(24 / 8), rel=2e-3) and optimizer.weight_decay == 0
+    assert (optimizer.schedule, optimizer.warmup_share) == (Schedule.onecycle, 0.005)
+    assert (optimizer.start_factor, optimizer.end_factor) == (1 / 20, 1 / 10_000)
+    assert (config.evaluation.confidence_threshold, config.evaluation.nms_threshold) == (0.001, 0.45)
+    if dataset == "gen4":  # Prophesee's filters, at half resolution
+        assert (config.evaluation.min_side, config.evaluation.min_diagonal) == (10, 30)
 
 
 def test_the_seeds_keys_stand_in_the_model_files():

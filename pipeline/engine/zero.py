@@ -45,7 +45,7 @@ def learning_rate_factor(config: OptimizerConfig, max_steps: int) -> Callable[[i
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels; none for biases, norms, LayerScale and gates. Gates apart where their rate differs."""
+    """Weight decay for matrices and kernels; none for biases, norms, LayerScale and gates. Gates last, if at another rate."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     gates = [p for name, p in named if name.endswith(".gate")] if config.gate_lr != 1 else []
     others = [p for name, p in named if not (gates and name.endswith(".gate"))]
