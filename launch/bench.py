@@ -34,7 +34,8 @@ USUAL_ARMS = list(ARMS)[:6]
 LENGTHS = (2, 5, 10, 20, 40)
 ARM_LENGTH = 5  # frames a chunk in all arms
 OWN_KEYS = {"experiment": "--arms", "seed": "--seeds", "training.max_steps": "--steps", "training.sequence_length": "--lengths",
-            "training.batch_size": "--frames", "training.evaluate_every": "--evaluations", "dataset.root": "--folder",
+            "training.batch_size": "--frames",
+            "training.gradient_frames": "--horizons", "training.evaluate_every": "--evaluations", "dataset.root": "--folder",
             "run_dir": "--folder"}  # key -> the option that sets it
 
 HELP = """evspan bench: does it learn?
@@ -45,8 +46,8 @@ examples
   evspan bench learn --quick
   evspan bench learn --help"""
 DESCRIPTION = f"""Makes a fixed set of simulated recordings with many small, crossing and stopping objects (once; verified by hash
-at every use), trains arms of equal budget and seeds on it, and the baseline with sequences of several lengths at equal frames
-and steps. Then FOLDER/{FULL.name}/report.md (AP, AP of small objects, of still ones where evaluation tells, with intervals over
+at every use), trains arms of equal budget and seeds on it, the baseline with sequences of several lengths at equal frames
+and steps, and with gradients cut after as many frames in the longest ones. Then FOLDER/{FULL.name}/report.md (AP, AP of small objects, of still ones where evaluation tells, with intervals over
 seeds), report.json and curves.svg. The same command goes on with what is not done; more seeds, arms or lengths add runs."""
 EXAMPLES = """arms:
 {}
@@ -70,18 +71,26 @@ class Plan:
     evaluations: int
     arms: tuple[str, ...]
     lengths: tuple[int, ...]
+    horizons: tuple[int, ...]
     extra: tuple[str, ...]
 
     def keys(self) -> list[str]:
         """Of the overrides that tell runs apart."""
         extra = [key for key in (o.lstrip("+").partition("=")[0] for o in self.extra) if key.partition(".")[0] != "cluster"]
-        return ["experiment", "training.sequence_length", "training.batch_size", "training.max_steps", "seed", *extra]
+        return ["experiment", "training.sequence_length", "training.batch_size", "training.gradient_frames", "training.max_steps",
+                "seed", *extra]
 
     def arm(self, name: str, seed: int) -> list[str]:
         return self._run(f"bench/{name}", ARM_LENGTH, seed)
 
     def length(self, frames: int, seed: int) -> list[str]:
         return self._run("bench/length", frames, seed)
+
+    def horizon(self, frames: int, seed: int) -> list[str]:
+        """In the longest sequences; where all of one counts, it is the run of that length."""
+        longest = LENGTHS[-1]
+        cut = [f"training.gradient_frames={frames}"] if frames < longest else []
+        return [*self._run("bench/length", longest, seed), *cut]
 
     def _run(self, experiment: str, length: int, seed: int) -> list[str]:
         """Its overrides. As many lanes as make `frames` of them: frames seen and steps are the same for every length."""
@@ -92,7 +101,8 @@ class Plan:
     def all_runs(self) -> list[list[str]]:
         """Seed by seed, so that what is done so far compares."""
         return [overrides for seed in range(self.seeds)
-                for overrides in (*(self.arm(name, seed) for name in self.arms), *(self.length(n, seed) for n in self.lengths))]
+                for overrides in (*(self.arm(name, seed) for name in self.arms), *(self.length(n, seed) for n in self.lengths),
+                                  *(self.horizon(n, seed) for n in self.horizons if n < LENGTHS[-1] or n not in self.lengths))]
 
     def found(self, runs: Sequence[Run], overrides: Sequence[str]) -> Run | None:
         """The run of these overrides."""
@@ -128,14 +138,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run; where they run: cluster=NAME (local)")
     parser.add_argument("--folder", type=Path, default=Path("bench"), help="set, runs and report go there (default: bench)")
     parser.add_argument("--seeds", type=int, metavar="N", help="of every arm and length (default: 3)")
-    parser.add_argument("--steps", type=int, metavar="N", help="optimizer updates of every run (default: 1000)")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer updates of every run (default: 600)")
     parser.add_argument("--frames", type=int, default=40, metavar="N", help="of a step, all lanes together (default: 40)")
     parser.add_argument("--evaluations", type=int, default=4, metavar="N", help="of every run, evenly spaced (default: 4)")
     parser.add_argument("--arms", type=_words, metavar="A,B,...", help="or none (default: the first six)")
     parser.add_argument("--lengths", type=_words, metavar="N,M,...",
                         help=f"frames of a sequence, or none (default: {','.join(map(str, LENGTHS))})")
+    parser.add_argument("--horizons", type=_words, metavar="N,M,...",
+                        help=f"frames that gradients flow back through in sequences of {LENGTHS[-1]}, or none (default: "
+                             f"{','.join(map(str, LENGTHS))})")
     parser.add_argument("--quick", action="store_true",
-                        help="a small set, 2 seeds, 60 steps, arms baseline,size_aware_attention, lengths 2,10")
+                        help="a small set, 2 seeds, 60 steps, arms baseline,size_aware_attention, lengths 2,10, no horizons")
     parser.add_argument("--report", action="store_true", help="only tell what is done so far")
     return parser
 
@@ -152,21 +165,26 @@ def planned(given: argparse.Namespace) -> Plan:
     quick = given.quick
     arms = given.arms if given.arms is not None else ["baseline", "size_aware_attention"] if quick else USUAL_ARMS
     asked = given.lengths if given.lengths is not None else ["2", "10"] if quick else list(map(str, LENGTHS))
+    back = given.horizons if given.horizons is not None else [] if quick else list(map(str, LENGTHS))
     seeds = given.seeds if given.seeds is not None else 2 if quick else 3
-    steps = given.steps if given.steps is not None else 60 if quick else 1000
+    steps = given.steps if given.steps is not None else 60 if quick else 600
     for name, value in (("seeds", seeds), ("steps", steps), ("frames", given.frames), ("evaluations", given.evaluations)):
         if value < 1:
             raise UserError(f"--{name} is {value}; give 1 or more")
     if unknown := [name for name in arms if name not in ARMS]:
         raise UserError(f"--arms: there is no arm {unknown[0]!r}; there are: {', '.join(ARMS)}, or none")
-    if wrong := [n for n in asked if not n.isdigit() or int(n) < 1]:
-        raise UserError(f"--lengths: {wrong[0]!r} is no number of frames; give some such as 2,10, or none")
-    lengths = tuple(map(int, asked))
-    if uneven := [n for n in (*lengths, *([ARM_LENGTH] if arms else [])) if given.frames % n]:
+    for option, words in (("lengths", asked), ("horizons", back)):
+        if wrong := [n for n in words if not n.isdigit() or int(n) < 1]:
+            raise UserError(f"--{option}: {wrong[0]!r} is no number of frames; give some such as 2,10, or none")
+    lengths, horizons = tuple(map(int, asked)), tuple(map(int, back))
+    if horizons and max(horizons) > LENGTHS[-1]:
+        raise UserError(f"--horizons: sequences have {LENGTHS[-1]} frames, no {max(horizons)}")
+    trained = (*lengths, *([ARM_LENGTH] if arms else []), *([LENGTHS[-1]] if horizons else []))
+    if uneven := [n for n in trained if given.frames % n]:
         raise UserError(f"--frames {given.frames}: a step of so many frames is no whole number of sequences of {uneven[0]}; "
                         "give a multiple of all lengths")
-    if not arms and not lengths:
-        raise UserError("--arms none --lengths none leaves nothing to run")
+    if not (arms or lengths or horizons):
+        raise UserError("--arms none --lengths none --horizons none leaves nothing to run")
     for override in given.overrides:
         key = override.lstrip("+").partition("=")[0]
         if "=" not in override:
@@ -175,7 +193,7 @@ def planned(given: argparse.Namespace) -> Plan:
             raise UserError(f"{key} is the benchmark's own; say it by {OWN_KEYS[key]}")
     folder = given.folder / (QUICK if quick else FULL).name
     return Plan(folder, seeds, steps, given.frames, given.evaluations, tuple(dict.fromkeys(arms)), tuple(dict.fromkeys(lengths)),
-                tuple(given.overrides))
+                tuple(dict.fromkeys(horizons)), tuple(given.overrides))
 
 
 def _learn(given: argparse.Namespace) -> int:

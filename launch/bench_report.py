@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.bench import ARM_LENGTH, ARMS, Plan
+from launch.bench import ARM_LENGTH, ARMS, LENGTHS, Plan
 from launch.bench_curves import Line, Panel, write_picture
 from launch.bench_set import Made
 from launch.bench_statistics import CONFIDENCE, Interval, interval, paired
@@ -29,12 +29,15 @@ def write_report(plan: Plan, made: Made, runs: Sequence[Run]) -> None:
     """report.md, report.json and curves.svg of the plan's folder; prints the first."""
     arms = {name: _finished(plan, runs, lambda seed, name=name: plan.arm(name, seed)) for name in plan.arms}
     lengths = {str(n): _finished(plan, runs, lambda seed, n=n: plan.length(n, seed)) for n in plan.lengths}
-    text = _page(plan, made, runs, arms, lengths)
+    horizons = {str(n): _finished(plan, runs, lambda seed, n=n: plan.horizon(n, seed)) for n in plan.horizons}
+    text = _page(plan, made, runs, arms, lengths, horizons)
     (plan.folder / "report.md").write_text(text)
     told = {"set": plan.folder.name, "digest": made.digest, "steps": plan.steps, "frames_per_step": plan.frames,
-            "extra": list(plan.extra), "arms": _as_json(arms), "lengths": _as_json(lengths)}
+            "extra": list(plan.extra), "arms": _as_json(arms), "lengths": _as_json(lengths),
+            "horizons": _as_json(horizons)}
     (plan.folder / "report.json").write_text(json.dumps(told, indent=1) + "\n")
-    rows = [panels for panels in (_arm_panels(arms), _length_panels(lengths)) if panels]
+    rows = [panels for panels in (_arm_panels(arms), _length_panels(lengths, "length", "frames of a sequence"),
+                               _length_panels(horizons, "horizon", "frames that gradients flow through")) if panels]
     write_picture(plan.folder / "curves.svg", rows, f"{plan.folder.name}, {plan.steps} steps of {plan.frames} frames. Thin: "
                   f"single seeds; thick: their mean; bars: {CONFIDENCE:.0%} of Student's t over seeds")
     print(f"\n{text}\n{plan.folder / 'report.md'}, report.json, curves.svg", flush=True)
@@ -85,7 +88,8 @@ def _named(arm: str) -> str:
 
 
 # -- the page ----------------------------------------------------------------------------------------------------
-def _page(plan: Plan, made: Made, runs: Sequence[Run], arms: dict[str, Seeds], lengths: dict[str, Seeds]) -> str:
+def _page(plan: Plan, made: Made, runs: Sequence[Run], arms: dict[str, Seeds], lengths: dict[str, Seeds],
+          horizons: dict[str, Seeds]) -> str:
     first = "" if made.first else ", other bits than those that were made first: compare only with runs on this copy"
     parts = [f"# {plan.folder.name}\n", f"Set {made.digest}{first}. Every run: {plan.steps} steps of {plan.frames} frames"
              f"{f', {shlex.join(plan.extra)}' if plan.extra else ''}.\n", NOTE]
@@ -96,6 +100,10 @@ def _page(plan: Plan, made: Made, runs: Sequence[Run], arms: dict[str, Seeds], l
         parts.append("\n## Length of sequences\n\nThe baseline; all lanes follow recordings with their state carried, gradients "
                      "flow through as many frames as the row says. Frames seen and steps are the same.\n")
         parts += _table(lengths, "frames")
+    if horizons:
+        parts.append(f"\n## Horizon\n\nThe baseline in sequences of {LENGTHS[-1]} frames: every run sees the same batches, and "
+                     "gradients flow back through as many frames as the row says.\n")
+        parts += _table(horizons, "frames")
     if unfinished := _unfinished(plan, runs):
         parts.append("\nNot done, so not in the tables: " + "; ".join(unfinished) + ".")
     return "\n".join([*parts, ""])
@@ -173,8 +181,8 @@ def mean_curve(each: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[floa
     return [(step, sum(dict(points)[step] for points in each) / len(each)) for step in common]
 
 
-def _length_panels(lengths: dict[str, Seeds]) -> list[Panel]:
-    """AP by length."""
+def _length_panels(lengths: dict[str, Seeds], by: str, x_label: str) -> list[Panel]:
+    """AP by length, or by horizon."""
     if not lengths:
         return []
     panels = []
@@ -185,6 +193,6 @@ def _length_panels(lengths: dict[str, Seeds]) -> list[Panel]:
             lines.append(Line(MEASURES[measure], [(float(n), i.mean) for n, i in sorted(told.items())],
                               halves=[i.half for _, i in sorted(told.items())]))
         if lines:
-            title = f"{' and '.join(line.name for line in lines)} by length"
-            panels.append(Panel(title, "frames of a sequence", lines[0].name.split()[0], lines, log=True))
+            title = f"{' and '.join(line.name for line in lines)} by {by}"
+            panels.append(Panel(title, x_label, lines[0].name.split()[0], lines, log=True))
     return panels

@@ -161,6 +161,7 @@ class TrainingConfig:
     max_steps: int = 100_000
     batch_size: int = 8  # lanes of the whole world
     sequence_length: int = 5  # frames a chunk
+    gradient_frames: int = 0  # of a chunk, that gradients flow back through at most; 0: all. What longer chunks are worth
     accumulation: int = 1  # micro-batches a step
     sampling: Sampling = Sampling.mixed
     precision: Precision = Precision.fp32
@@ -183,6 +184,7 @@ class TrainingConfig:
         self.profile = list(self.profile)
         require(not self.profile or len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1] < self.profile[0] + 20,
                 f"training.profile is {self.profile}; give [first, last], steps from 1 on, at most 20: a trace is some MB a step")
+        require(self.gradient_frames >= 0, f"training.gradient_frames is {self.gradient_frames}; give 0 (all) or more")
         require(self.frames_per_call >= 0, f"training.frames_per_call is {self.frames_per_call}; give 0 (all) or more")
         require(self.loader_workers >= 0, f"training.loader_workers is {self.loader_workers}; give 0 or more")
         require(self.gradient_clipping >= 0, f"training.gradient_clipping is {self.gradient_clipping}; give 0 (off) or more")
@@ -305,6 +307,8 @@ class TrainConfig:
         require(len(self.dataset.classes) <= self.model.head.num_classes,
                 f"dataset {self.dataset.name} has {len(self.dataset.classes)} classes but model.head.num_classes is "
                 f"{self.model.head.num_classes}; set model.head.num_classes={len(self.dataset.classes)} or more")
+        require(not self.training.gradient_frames or self.parallel.sequence == 1,
+                f"training.gradient_frames {self.training.gradient_frames} cuts sequences of one rank; set parallel.sequence=1")
         check_layout(ranks=self.parallel.ranks, sequence=self.parallel.sequence,
                      sequence_length=self.training.sequence_length, batch_size=self.training.batch_size)
         chosen_exchange(self.parallel.exchange, dws_conv=self.model.backbone.dws_conv)

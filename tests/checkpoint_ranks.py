@@ -83,17 +83,17 @@ def stretches() -> dict[str, Stretch]:
 
 
 def config(case: Case, folder: Path, run_dir: Path) -> TrainConfig:
-    """A micro detector whose carry and attention matter, and a learning rate that moves it visibly."""
+    """A micro detector whose carry and attention matter, and learning rates that move it, and attention's gates, visibly."""
     return TrainConfig(
         run_dir=str(run_dir), seed=5,
         model=ModelConfig(backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5, dws_conv=case.dws_conv,
                                                   partition_split_32=1),
-                          fpn=FpnConfig(enable_small_object_attention=case.attention, identity_start=False),
+                          fpn=FpnConfig(enable_small_object_attention=case.attention),
                           head=HeadConfig(num_classes=3)),
         dataset=DatasetConfig(root=str(folder / "shards")),
         training=TrainingConfig(max_steps=2 * STEPS, batch_size=4, sequence_length=4, accumulation=case.accumulation,
                                 precision=Precision[case.precision], loader_workers=1, log_every=1),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_share=0.2),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_share=0.2, gate_lr=100),
         deepspeed=DeepSpeedConfig(stage=case.stage, offload_optimizer=case.offload,
                                   offload_parameters=case.offload and case.stage == 3),
         parallel=ParallelConfig(ranks=case.ranks, sequence=case.sequence),

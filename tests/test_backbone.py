@@ -8,7 +8,7 @@ from torch import nn
 from pipeline.config import BackboneConfig
 from pipeline.model import backbone as backbone_module
 from pipeline.model import layers
-from pipeline.model.backbone import Backbone, CellLSTM, LayerScale, PartitionAttention, SelfAttention
+from pipeline.model.backbone import Backbone, CellLSTM, LayerScale, PartitionAttention, SelfAttention, truncated
 from pipeline.model.exchange import LocalExchange
 from pipeline.model.layers import FrameConv2d
 from pipeline.model.state import StageState
@@ -42,6 +42,34 @@ def test_lstm_agrees_with_one_frame_at_a_time(dws_conv):
         results.append((y, *after, *gradients))
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dws_conv", [False, True])
+def test_truncated_gradients_are_those_of_chunks_cut_there(dws_conv):
+    torch.manual_seed(0)
+    lstm, x = CellLSTM(6, dws_conv=dws_conv).double(), torch.randn(7, 2, 4, 3, 6, dtype=torch.double, requires_grad=True)
+    state = StageState(*torch.randn(2, 2, 6, 4, 3, dtype=torch.double).unbind(0))
+    wanted, cut, whole = [], state, lstm(x, state)
+    for piece in x.split(3):
+        y, cut = lstm(piece, StageState(*(t.detach() for t in cut)))
+        wanted.append(y)
+    got, after = truncated(lstm.recurrence(), 3)(x, state)
+    torch.testing.assert_close(got, whole[0])
+    torch.testing.assert_close(after.cell, whole[1].cell)
+    weights = torch.randn_like(got)
+    gradients = [torch.autograd.grad((y * weights).sum(), [x, *lstm.parameters()]) for y in (got, torch.cat(wanted), whole[0])]
+    for ours, theirs in zip(*gradients[:2], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(gradients[0][0], gradients[2][0])
+
+
+def test_a_new_network_keeps_what_the_forget_bias_says():
+    torch.manual_seed(0)
+    plain = CellLSTM(6, dws_conv=False)
+    torch.manual_seed(0)
+    kept = CellLSTM(6, dws_conv=False, forget_bias=2.0)
+    more = kept.conv1x1.bias - plain.conv1x1.bias
+    torch.testing.assert_close(more, torch.tensor([2.0] * 6 + [0.0] * 18))  # order forget, input, output, candidate
 
 
 def test_lstm_takes_any_subset_of_cells():

@@ -136,21 +136,26 @@ def test_scales_change_sizes_alone_and_the_default_nothing(tmp_path):
 # -- plans -------------------------------------------------------------------------------------------------------
 def test_every_run_has_the_same_budget_and_every_seed_all_runs():
     plan = plan_of("--seeds", "2", "optimizer.lr=0.001")
-    assert plan.arms == tuple(bench.USUAL_ARMS) and plan.lengths == bench.LENGTHS
+    assert plan.arms == tuple(bench.USUAL_ARMS) and plan.lengths == plan.horizons == bench.LENGTHS
     runs = [dict(o.split("=") for o in overrides) for overrides in plan.all_runs()]
-    assert len(runs) == 2 * (6 + 5) and all(run["optimizer.lr"] == "0.001" for run in runs)
+    assert len(runs) == 2 * (6 + 5 + 4) and all(run["optimizer.lr"] == "0.001" for run in runs)
     for run in runs:
         assert int(run["training.sequence_length"]) * int(run["training.batch_size"]) == plan.frames == 40
-        assert run["training.max_steps"] == "1000" and run["training.evaluate_every"] == "250"
-    assert [run["seed"] for run in runs] == ["0"] * 11 + ["1"] * 11
-    assert [int(run["training.sequence_length"]) for run in runs if run["experiment"] == "bench/length"] == [*bench.LENGTHS] * 2
+        assert run["training.max_steps"] == "600" and run["training.evaluate_every"] == "150"
+    assert [run["seed"] for run in runs] == ["0"] * 15 + ["1"] * 15
+    assert [int(run["training.sequence_length"]) for run in runs if run["experiment"] == "bench/length"] == \
+        [*bench.LENGTHS, 40, 40, 40, 40] * 2
+    horizons = [run for run in runs if "training.gradient_frames" in run]
+    assert [run["training.gradient_frames"] for run in horizons] == ["2", "5", "10", "20"] * 2  # 40 is the length of 40
+    assert plan.horizon(40, 1) == plan.length(40, 1) in plan.all_runs()
     assert len({tuple(run.items()) for run in runs}) == len(runs)
 
 
 @pytest.mark.parametrize("words, part", [
     (["--arms", "baseline,atention"], "no arm 'atention'"), (["--lengths", "2,x"], "'x' is no number"),
     (["--lengths", "3"], "--frames 40"), (["--frames", "12", "--lengths", "2"], "sequences of 5"),
-    (["--seeds", "0"], "--seeds is 0"), (["--arms", "none", "--lengths", "none"], "nothing to run"),
+    (["--seeds", "0"], "--seeds is 0"), (["--arms", "none", "--lengths", "none", "--horizons", "none"], "nothing to run"),
+    (["--horizons", "50"], "no 50"), (["training.gradient_frames=3"], "say it by --horizons"),
     (["seed=3"], "say it by --seeds"),
     (["training.batch_size=2"], "say it by --frames"), (["fast"], "no KEY=VALUE"),
 ])

@@ -86,6 +86,7 @@ class Trainer:
             load_tensors(detector, load_weights(config.checkpoint.init_from))
         backbone, asked = detector.backbone, config.training
         backbone.frames_per_call, backbone.recompute = asked.frames_per_call, asked.activation_checkpointing
+        backbone.gradient_frames = asked.gradient_frames
         if asked.compile:
             backbone.compile_spatial()
         if world.size > 1:

@@ -182,6 +182,18 @@ class CellLSTM(nn.Module):
         return functools.partial(_cell_lstm, weight, bias, near)  # type: ignore[arg-type]  # there is a bias
 
 
+def truncated(recurrence: Recurrence, frames: int) -> Recurrence:
+    """The same states, but gradients flow back through `frames` frames at most: as if the chunk had been cut there."""
+    def pieces(x: Tensor, state: StageState) -> tuple[Tensor, StageState]:
+        out = []
+        for piece in x.split(frames):
+            y, state = recurrence(piece, StageState(*(t.detach() for t in state)))
+            out.append(y)
+        return torch.cat(out), state
+
+    return pieces
+
+
 def _cell_lstm(weight: Tensor, bias: Tensor, near: Near, x: Tensor, state: StageState) -> tuple[Tensor, StageState]:
     # One layout whatever the state went through (a checkpoint, a collective): the same bits come out.
     hidden, cell = (t.permute(0, 2, 3, 1).contiguous() for t in state)
@@ -247,6 +259,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.frames_per_call = 0  # frames (of all lanes) in a call of a stage's spatial part; 0: all of a chunk
+        self.gradient_frames = 0  # that gradients flow back through at most; 0: all of a chunk
         self.recompute = False  # activation checkpointing: backward makes the spatial part anew, a call at a time
         inputs = [in_channels, *config.dims[:-1]]
         self.stages = nn.ModuleList(Stage(inputs[i], config.dims[i], 4 if i == 0 else 2, config.num_blocks[i], config)
@@ -280,7 +293,10 @@ class Backbone(nn.Module):
         for stage, state in zip(self.stages, states, strict=True):
             assert isinstance(stage, Stage)
             y = self._spatial(stage, x, partition, *padding)
-            y, state = exchange.scan(stage.lstm.recurrence(), y.view(steps, lanes, *y.shape[1:]), state)
+            recurrence = stage.lstm.recurrence()
+            if self.gradient_frames:
+                recurrence = truncated(recurrence, self.gradient_frames)
+            y, state = exchange.scan(recurrence, y.view(steps, lanes, *y.shape[1:]), state)
             features.append(y.permute(0, 1, 4, 2, 3))
             x, padding = features[-1].flatten(0, 1), []
             after.append(state)
