@@ -18,25 +18,24 @@ ARMS = {  # conf/experiment/bench
     "size_aware": "+ size-aware loss",
     "attention": "+ attention",
     "size_aware_attention": "+ size-aware loss + attention",
-    "attention_published": "+ attention as published",
-    "size_aware_attention_published": "+ size-aware loss + attention as published",
-    # What the published form does, one thing at a time.
-    "attention_mixed": "+ attention that looks back at another lane's frames, as the published buffer does",
-    "attention_published_mixed": "+ attention as published that looks back at another lane's frames",
+    "attention_published": "+ attention with the published start",
+    "attention_published_mixed": "+ attention as published: its start, and a memory that lanes share",
+    # What may be the reason of a gain or loss, one thing at a time.
+    "attention_mixed": "+ attention with a memory that lanes share",
     "attention_fast_gates": "+ attention whose gates learn ten times as fast",
+    "size_aware_attention_published": "+ size-aware loss + attention with the published start",
     "channel": "+ attention, channel part alone",
     "spatial": "+ attention, spatial and channel parts",
-    "spatial_published": "+ attention as published, spatial and channel parts",
+    "spatial_published": "+ attention, spatial and channel parts, published start",
     "temporal": "+ attention, temporal and channel parts",
-    "temporal_published": "+ attention as published, temporal and channel parts",
+    "temporal_published": "+ attention, temporal and channel parts, published start",
 }
 USUAL_ARMS = list(ARMS)[:6]
 LENGTHS = (2, 5, 10, 20, 40)
 ARM_LENGTH = 5  # frames a chunk in all arms
 OWN_KEYS = {"experiment": "--arms", "seed": "--seeds", "training.max_steps": "--steps", "training.sequence_length": "--lengths",
-            "training.batch_size": "--frames",
-            "training.gradient_frames": "--horizons", "training.evaluate_every": "--evaluations", "dataset.root": "--folder",
-            "run_dir": "--folder"}  # key -> the option that sets it
+            "training.batch_size": "--frames", "training.gradient_frames": "--horizons", "training.evaluate_every": "--evaluations",
+            "dataset.root": "--folder", "run_dir": "--folder"}  # key -> the option that sets it
 
 HELP = """evspan bench: does it learn?
 
@@ -47,8 +46,8 @@ examples
   evspan bench learn --help"""
 DESCRIPTION = f"""Makes a fixed set of simulated recordings with many small, crossing and stopping objects (once; verified by hash
 at every use), trains arms of equal budget and seeds on it, the baseline with sequences of several lengths at equal frames
-and steps, and with gradients cut after as many frames in the longest ones. Then FOLDER/{FULL.name}/report.md (AP, AP of small objects, of still ones where evaluation tells, with intervals over
-seeds), report.json and curves.svg. The same command goes on with what is not done; more seeds, arms or lengths add runs."""
+and steps, and with gradients cut after as many frames in the longest ones. Then FOLDER/{FULL.name}/report.md (AP, AP of small
+objects, of still ones where evaluation tells, with intervals over seeds), report.json and curves.svg. The same command goes on with what is not done; more seeds, arms or lengths add runs."""
 EXAMPLES = """arms:
 {}
 

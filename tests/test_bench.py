@@ -236,6 +236,7 @@ def made_up(plan: bench.Plan, ap: dict[str, list[float]], **more: float) -> None
     for number, overrides in enumerate(plan.all_runs()):
         said = dict(o.split("=") for o in overrides)
         name = said["experiment"].removeprefix("bench/").replace("length", said["training.sequence_length"])
+        name = f"{said['training.gradient_frames']} of {name}" if "training.gradient_frames" in said else name
         run = plan.folder / "runs" / str(number)
         table.append({"folder": str(number), "overrides": [o for o in overrides if o.split("=")[0] in keys], "error": None})
         if int(said["seed"]) >= len(ap[name]):
@@ -261,9 +262,12 @@ def told_by(plan: bench.Plan, capsys) -> list[list[str]]:
 
 
 def test_the_report_has_means_intervals_and_paired_differences(tmp_path, capsys):
-    plan = plan_of("--seeds", "3", "--arms", "baseline,attention", "--lengths", "2,10", "--steps", "100", folder=tmp_path)
-    made_up(plan, {"baseline": [0.30, 0.20, 0.40], "attention": [0.32, 0.221, 0.42], "2": [0.1, 0.2, 0.3], "10": [0.3, 0.1]})
-    arms, _, base, attention, lengths, _, two, ten = told_by(plan, capsys)
+    plan = plan_of("--seeds", "3", "--arms", "baseline,attention", "--lengths", "2,10", "--horizons", "5,40", "--steps", "100",
+                   folder=tmp_path)
+    made_up(plan, {"baseline": [0.30, 0.20, 0.40], "attention": [0.32, 0.221, 0.42], "2": [0.1, 0.2, 0.3], "10": [0.3, 0.1],
+                   "5 of 40": [0.1], "40": [0.4]})
+    arms, _, base, attention, lengths, _, two, ten, horizons, _, five, forty = told_by(plan, capsys)
+    assert horizons[0] == "frames" and five[:3] == ["5", "1", "10.0"] and forty[:3] == ["40", "1", "40.0"]
     assert arms == ["arm", "seeds", "AP", "AP50", "AP less baseline's"]  # no small boxes: no column
     assert base == ["baseline", "3", "30.0 ± 24.8", "60.0 ± 49.7", ""]
     assert attention[0] == "attention: + attention" and attention[-1] == "**+2.0 ± 0.1**"
@@ -274,11 +278,12 @@ def test_the_report_has_means_intervals_and_paired_differences(tmp_path, capsys)
     assert told["arms"]["baseline"]["ap"]["seeds"] == {"0": 0.3, "1": 0.2, "2": 0.4}
     drawn = ElementTree.parse(plan.folder / "curves.svg").getroot()
     words = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"loss by step", "AP by step", "AP by length", "attention"} <= set(words)
+    assert {"loss by step", "AP by step", "AP by length", "AP by horizon", "attention"} <= set(words)
 
 
 def test_still_and_moving_objects_appear_when_an_evaluation_tells_them(tmp_path, capsys):
-    plan = plan_of("--seeds", "2", "--arms", "none", "--lengths", "2,10", "--steps", "100", folder=tmp_path)
+    plan = plan_of("--seeds", "2", "--arms", "none", "--lengths", "2,10", "--horizons", "none", "--steps", "100",
+                   folder=tmp_path)
     made_up(plan, {"2": [0.1, 0.2], "10": [0.3, 0.1]}, ap_still=0.05, ap_moving=0.25)
     heads, _, two, _ = told_by(plan, capsys)
     assert heads[4:] == ["AP still", "AP moving", "AP less 2's", "AP still less 2's"] and two[4:6] == ["5.0 ± 0.0", "25.0 ± 0.0"]
@@ -294,7 +299,8 @@ def test_still_and_moving_objects_appear_when_an_evaluation_tells_them(tmp_path,
 
 
 def test_runs_of_another_budget_are_not_mixed_in(tmp_path, capsys):
-    plan = plan_of("--seeds", "1", "--arms", "baseline", "--lengths", "none", "--steps", "100", folder=tmp_path)
+    plan = plan_of("--seeds", "1", "--arms", "baseline", "--lengths", "none", "--horizons", "none", "--steps", "100",
+                   folder=tmp_path)
     made_up(plan, {"baseline": [0.3]})
     assert told_by(plan, capsys)[2][1:3] == ["1", "30.0"]
     assert told_by(dataclasses.replace(plan, steps=200), capsys)[2][1:3] == ["0"]
