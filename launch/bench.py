@@ -34,8 +34,8 @@ USUAL_ARMS = list(ARMS)[:6]
 LENGTHS = (2, 5, 10, 20, 40)
 ARM_LENGTH = 5  # frames a chunk in all arms
 OWN_KEYS = {"experiment": "--arms", "seed": "--seeds", "training.max_steps": "--steps", "training.sequence_length": "--lengths",
-            "training.batch_size": "--frames", "training.gradient_frames": "--horizons", "training.evaluate_every": "--evaluations",
-            "dataset.root": "--folder", "run_dir": "--folder"}  # key -> the option that sets it
+            "training.batch_size": "--frames", "training.gradient_frames": "--horizons",
+            "training.evaluate_every": "--evaluations", "dataset.root": "--folder", "run_dir": "--folder"}  # key -> the option that sets it
 
 HELP = """evspan bench: does it learn?
 
@@ -46,8 +46,9 @@ examples
   evspan bench learn --help"""
 DESCRIPTION = f"""Makes a fixed set of simulated recordings with many small, crossing and stopping objects (once; verified by hash
 at every use), trains arms of equal budget and seeds on it, the baseline with sequences of several lengths at equal frames
-and steps, and with gradients cut after as many frames in the longest ones. Then FOLDER/{FULL.name}/report.md (AP, AP of small
-objects, of still ones where evaluation tells, with intervals over seeds), report.json and curves.svg. The same command goes on with what is not done; more seeds, arms or lengths add runs."""
+and steps, and with gradients cut after as many frames in the longest ones. Then FOLDER/{FULL.name}/report.md (AP, AP of
+small objects, of still ones where evaluation tells, with intervals over seeds), report.json and curves.svg. The same
+command goes on with what is not done; more seeds, arms or lengths add runs."""
 EXAMPLES = """arms:
 {}
 
