@@ -33,9 +33,11 @@ ARMS = {  # conf/experiment/bench
 USUAL_ARMS = list(ARMS)[:6]
 LENGTHS = (2, 5, 10, 20, 40)
 ARM_LENGTH = 5  # frames a chunk in all arms
-OWN_KEYS = {"experiment": "--arms", "seed": "--seeds", "training.max_steps": "--steps", "training.sequence_length": "--lengths",
-            "training.batch_size": "--frames", "training.gradient_frames": "--horizons",
-            "training.evaluate_every": "--evaluations", "dataset.root": "--folder", "run_dir": "--folder"}  # key -> the option that sets it
+OWN_KEYS = {  # key -> the option that sets it
+    "experiment": "--arms", "seed": "--seeds", "training.max_steps": "--steps", "training.sequence_length": "--lengths",
+    "training.gradient_frames": "--horizons", "training.batch_size": "--frames", "training.evaluate_every": "--evaluations",
+    "dataset.root": "--folder", "run_dir": "--folder",
+}
 
 HELP = """evspan bench: does it learn?
 
