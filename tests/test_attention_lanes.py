@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, PostprocessConfig
+from pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, OptimizerConfig, PostprocessConfig
 from pipeline.model.detector import Detector
 from pipeline.model.loss import detection_loss
 from pipeline.model.postprocess import detections
@@ -265,3 +265,21 @@ def test_detect_is_a_step_then_thresholds_and_suppression(part, scales):
         assert all(torch.equal(a, b) for a, b in zip(state_tensors(after), state_tensors(wanted_after), strict=True))
         sizes.append(sum(map(len, found)))
     assert 0 < sizes[0] < sizes[1] < sizes[2], sizes
+
+
+# -- gates -----------------------------------------------------------------------------------------------------------
+def test_gates_learn_at_a_rate_of_their_own():
+    """As the engine has it: every parameter once, gates and no others at gate_lr times the rate, without weight decay."""
+    from pipeline.engine.zero import parameter_groups
+
+    detector = micro("all")
+    everything = {id(p) for p in detector.parameters()}
+    gates = {id(p) for name, p in detector.named_parameters() if name.endswith(".gate")}
+    matrices = {id(p) for p in detector.parameters() if p.dim() >= 2}
+    decayed, plain, fast = parameter_groups(detector, OptimizerConfig(lr=0.1, weight_decay=0.3, gate_lr=5))
+    told = [{id(p) for p in group["params"]} for group in (decayed, plain, fast)]
+    assert told == [matrices, everything - matrices - gates, gates] and len(gates) == 9  # 2 scales x 3, 3 x 1
+    assert (decayed["weight_decay"], plain["weight_decay"], fast["weight_decay"], fast["lr"]) == (0.3, 0.0, 0.0, 0.5)
+    assert "lr" not in decayed and "lr" not in plain
+    same = parameter_groups(detector, OptimizerConfig())
+    assert len(same) == 2 and gates < {id(p) for p in same[1]["params"]}
