@@ -36,7 +36,7 @@ demo: setup ## simulate, prepare, train, evaluate and infer in minutes; results 
 	@$(RUN) launch.demo
 
 test: setup lint ## check style and types, run the tests (PYTEST_ARGS, WORKERS, TEST_TIMEOUT)
-	@$(RUN) pytest -m 'not soak' --timeout $(TEST_TIMEOUT) -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+	@$(RUN) pytest --timeout $(TEST_TIMEOUT) -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy
 	@$(RUN) ruff check
