@@ -102,9 +102,10 @@ class Plan:
 
     def all_runs(self) -> list[list[str]]:
         """Seed by seed, so that what is done so far compares."""
-        return [overrides for seed in range(self.seeds)
+        runs = [overrides for seed in range(self.seeds)
                 for overrides in (*(self.arm(name, seed) for name in self.arms), *(self.length(n, seed) for n in self.lengths),
-                                  *(self.horizon(n, seed) for n in self.horizons if n < LENGTHS[-1] or n not in self.lengths))]
+                                  *(self.horizon(n, seed) for n in self.horizons))]
+        return [list(run) for run in dict.fromkeys(map(tuple, runs))]  # the longest horizon is a length
 
     def found(self, runs: Sequence[Run], overrides: Sequence[str]) -> Run | None:
         """The run of these overrides."""
@@ -180,7 +181,7 @@ def planned(given: argparse.Namespace) -> Plan:
             raise UserError(f"--{option}: {wrong[0]!r} is no number of frames; give some such as 2,10, or none")
     lengths, horizons = tuple(map(int, asked)), tuple(map(int, back))
     if horizons and max(horizons) > LENGTHS[-1]:
-        raise UserError(f"--horizons: sequences have {LENGTHS[-1]} frames, no {max(horizons)}")
+        raise UserError(f"--horizons: {max(horizons)} is more than the {LENGTHS[-1]} frames of a sequence; give fewer")
     trained = (*lengths, *([ARM_LENGTH] if arms else []), *([LENGTHS[-1]] if horizons else []))
     if uneven := [n for n in trained if given.frames % n]:
         raise UserError(f"--frames {given.frames}: a step of so many frames is no whole number of sequences of {uneven[0]}; "

@@ -11,10 +11,10 @@ import torch
 
 from pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, ParallelConfig
 from pipeline.layout import ExchangeKind
-from pipeline.model.backbone import CellLSTM
 from pipeline.model.detector import Detector
 from pipeline.model.exchange import LocalExchange
 from pipeline.model.loss import detection_loss
+from pipeline.model.lstm import CellLSTM
 from pipeline.model.norm import RankReductions, global_batch_norms
 from pipeline.model.state import DetectorState, StageState, detach, forget_lanes, map_state, state_tensors
 from pipeline.parallel.autograd import touch

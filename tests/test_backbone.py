@@ -8,9 +8,10 @@ from torch import nn
 from pipeline.config import BackboneConfig
 from pipeline.model import backbone as backbone_module
 from pipeline.model import layers
-from pipeline.model.backbone import Backbone, CellLSTM, LayerScale, PartitionAttention, SelfAttention, truncated
+from pipeline.model.backbone import Backbone, LayerScale, PartitionAttention, SelfAttention
 from pipeline.model.exchange import LocalExchange
 from pipeline.model.layers import FrameConv2d
+from pipeline.model.lstm import CellLSTM, truncated
 from pipeline.model.state import StageState
 
 

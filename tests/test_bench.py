@@ -155,7 +155,7 @@ def test_every_run_has_the_same_budget_and_every_seed_all_runs():
     (["--arms", "baseline,atention"], "no arm 'atention'"), (["--lengths", "2,x"], "'x' is no number"),
     (["--lengths", "3"], "--frames 40"), (["--frames", "12", "--lengths", "2"], "sequences of 5"),
     (["--seeds", "0"], "--seeds is 0"), (["--arms", "none", "--lengths", "none", "--horizons", "none"], "nothing to run"),
-    (["--horizons", "50"], "no 50"), (["training.gradient_frames=3"], "say it by --horizons"),
+    (["--horizons", "50"], "50 is more than the 40 frames"), (["training.gradient_frames=3"], "say it by --horizons"),
     (["seed=3"], "say it by --seeds"),
     (["training.batch_size=2"], "say it by --frames"), (["fast"], "no KEY=VALUE"),
 ])

@@ -19,6 +19,7 @@ from pipeline.model.attention import EventTemporalAttention, MultiScaleSpatialAt
 
 CHUNK, STILL = 20, 0.25  # frames; pixels a frame
 EDGES = (0.25, 0.5, 1.0)  # cells a frame
+GROUPS = ("moved under 0.25 cells", "0.25 to 0.5", "0.5 to 1", "1 and more", "still", "outside")
 
 
 def main(run: str, shards: str, split: str = "val") -> None:
@@ -46,8 +47,8 @@ def main(run: str, shards: str, split: str = "val") -> None:
     for name, shares in changes.items():
         print(f"changes its features by {np.mean(shares):6.1%}  {name}")
     for name, groups in inside.items():
-        print(f"map {name}: " + ", ".join(f"{group} {np.mean(values):.3f} ({len(values)})"
-                                          for group, values in sorted(groups.items())))
+        print(f"map {name}: " + ", ".join(f"{group} {np.mean(groups[group]):.3f} ({len(groups[group])})"
+                                          for group in GROUPS if group in groups))
 
 
 def boxes_of(recording, frame: int) -> dict[int, tuple[float, float, float, float]]:
@@ -66,12 +67,10 @@ def gather(groups, values, stride: int, before: dict, now: dict) -> None:
         if track not in before or not values[rows, columns].size:
             continue
         x0, y0, w0, h0 = before[track]
-        moved = float(np.hypot(x + w / 2 - x0 - w0 / 2, y + h / 2 - y0 - h0 / 2))
-        cells = moved / stride
-        group = "0 still" if moved < STILL else f"{1 + sum(cells >= e for e in EDGES)} moved " + (
-            f"under {EDGES[0]}" if cells < EDGES[0] else f"from {max(e for e in EDGES if cells >= e)}") + " cells"
+        moved = np.hypot(x + w / 2 - x0 - w0 / 2, y + h / 2 - y0 - h0 / 2)
+        group = "still" if moved < STILL else GROUPS[np.digitize(moved / stride, EDGES)]
         groups[group].append(float(values[rows, columns].mean()))
-    groups["9 outside"].append(float(values[free].mean()))
+    groups["outside"].append(float(values[free].mean()))
 
 
 if __name__ == "__main__":

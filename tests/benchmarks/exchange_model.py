@@ -17,7 +17,8 @@ from pipeline.parallel.relay import SLICES_PER_RANK
 
 HEIGHT, WIDTH, STRIDES = 384, 640, (4, 8, 16, 32)
 EMBED_DIM = {"micro": 16, "tiny": 32, "small": 48, "base": 64}
-FORWARD_GFLOP = {"tiny": (5.9, 2.3), "small": (12.1, 5.3), "base": (20.6, 10.6)}  # a frame: backbone; neck and head
+# Of a frame: backbone; neck and head (detector_speed.py --rows floor).
+FORWARD_GFLOP = {"tiny": (5.9, 2.3), "small": (12.1, 5.3), "base": (20.6, 10.6)}
 LABELLED = 0.5  # of the frames, which neck and head see
 BF16 = 2  # bytes
 PEAK = 989e12  # H100 SXM, dense bfloat16 products a second
