@@ -30,10 +30,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(RUN) pip install --upgrade -c constraints.txt pip
 	$(RUN) pip install -c constraints.txt torch
 	$(RUN) pip install -c constraints.txt -e '.[test]'
+	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/evspan # the package under its name, for mypy and editors
 	@touch '$@'
 
 demo: setup ## simulate, prepare, train, evaluate and infer in minutes; results in demo/
-	@$(RUN) launch.demo
+	@$(RUN) evspan.launch.demo
 
 test: setup lint ## check style and types, run the tests (PYTEST_ARGS, WORKERS, TEST_TIMEOUT)
 	@$(RUN) pytest --timeout $(TEST_TIMEOUT) -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
@@ -44,7 +45,7 @@ lint: setup ## ruff and mypy
 
 soak: setup ## long campaigns, then the demo; write the results into tests/benchmarks/LOG.md
 	@$(RUN) pytest -m soak --timeout 0 -s $(PYTEST_ARGS)
-	@$(RUN) launch.demo
+	@$(RUN) evspan.launch.demo
 
 container: ## an image (DEVICE=cpu or cuda, FORMAT=image, sif or sqsh; containers/README.md)
 	@containers/build

@@ -1,6 +1,6 @@
-"""python -m data_prep is `evspan prep`."""
+"""python -m evspan.data_prep is `evspan prep`."""
 
-from data_prep.prep import main
+from evspan.data_prep.prep import main
 
 if __name__ == "__main__":
     main()

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+from evspan.data_prep.errors import BoxesError
 from numpy.typing import NDArray
-
-from data_prep.errors import BoxesError
 
 RAW_BOX = np.dtype([("t", "<i8"), ("x", "<f4"), ("y", "<f4"), ("w", "<f4"), ("h", "<f4"), ("class_id", "<u4"),
                     ("track_id", "<u4"), ("class_confidence", "<f4")])  # t in us; x, y: top left; pixels of the sensor

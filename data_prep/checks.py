@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import xxhash
+from evspan.data_prep.config import FrameConfig, FrameMode, frame_config
+from evspan.data_prep.errors import ShardError, UserError
+from evspan.data_prep.files import file_xxh3
+from evspan.data_prep.formats import open_recording
+from evspan.data_prep.histogram import each_window, whole_frame
+from evspan.data_prep.rvt import RvtEnds
+from evspan.data_prep.shards import BOX, COLUMNS, CONFIG, ENTRY, FRAME_SHAPE, RecordingEntry, group_digests, read_frames
+from evspan.data_prep.sources import Source
 from numpy.typing import NDArray
-
-from data_prep.config import FrameConfig, FrameMode, frame_config
-from data_prep.errors import ShardError, UserError
-from data_prep.files import file_xxh3
-from data_prep.formats import open_recording
-from data_prep.histogram import each_window, whole_frame
-from data_prep.rvt import RvtEnds
-from data_prep.shards import BOX, COLUMNS, CONFIG, ENTRY, FRAME_SHAPE, RecordingEntry, group_digests, read_frames
-from data_prep.sources import Source
 
 # All that h5py says of damage, and json of an attribute.
 UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, IndexError, AttributeError, MemoryError, ShardError)

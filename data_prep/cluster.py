@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from data_prep.config import LauncherConfig, require
+from evspan.data_prep.config import LauncherConfig, require
 
 
 @dataclass(kw_only=True)

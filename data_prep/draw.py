@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from evspan.data_prep.errors import UserError
 from numpy.typing import ArrayLike, NDArray
 from PIL import GifImagePlugin, Image, ImageDraw, ImageFont
-
-from data_prep.errors import UserError
 
 BACKGROUND, ON, OFF = (np.array(c, np.float32) for c in ((255, 255, 255), (30, 60, 200), (225, 40, 35)))
 FAINTEST = 0.5  # how far a single event stands out from the background

@@ -18,15 +18,14 @@ from pathlib import Path
 import h5py
 import hdf5plugin
 import numpy as np
+from evspan.data_prep.boxes import RAW_BOX
+from evspan.data_prep.command import Parser
+from evspan.data_prep.config import FrameConfig, FrameMode, frame_config, require
+from evspan.data_prep.errors import ShardError
+from evspan.data_prep.files import hdf5_written_whole, locked, written_whole
+from evspan.data_prep.shards import SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
 from numpy.typing import NDArray
 from tqdm import tqdm
-
-from data_prep.boxes import RAW_BOX
-from data_prep.command import Parser
-from data_prep.config import FrameConfig, FrameMode, frame_config, require
-from data_prep.errors import ShardError
-from data_prep.files import hdf5_written_whole, locked, written_whole
-from data_prep.shards import SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
 
 STAGING = ".exporting"  # recordings are written below it and moved to their place when complete
 ZSTD = hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE)

@@ -12,8 +12,7 @@ from typing import Any
 
 import h5py
 import xxhash
-
-from data_prep.errors import UserError
+from evspan.data_prep.errors import UserError
 
 LOCK = ".lock"
 UNFINISHED = ".*.writing*"  # what a killed process leaves

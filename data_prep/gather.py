@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-
-from data_prep.errors import ShardError
-from data_prep.files import UNFINISHED, hdf5_written_whole
-from data_prep.shards import ENTRY, SPLITS, RecordingEntry
-from data_prep.store import Stored, stored_in
+from evspan.data_prep.errors import ShardError
+from evspan.data_prep.files import UNFINISHED, hdf5_written_whole
+from evspan.data_prep.shards import ENTRY, SPLITS, RecordingEntry
+from evspan.data_prep.store import Stored, stored_in
 
 PARTS = ".parts"
 SHARD_NAME = re.compile(r"\d{5,}\.h5")

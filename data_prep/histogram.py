@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
+from evspan.data_prep.config import DownsampleBy, FrameConfig, FrameMode
+from evspan.data_prep.errors import RecordingError
+from evspan.data_prep.formats.recording import Recording
+from evspan.data_prep.rvt import rvt_frames
 from numba import njit
 from numpy.typing import NDArray
-
-from data_prep.config import DownsampleBy, FrameConfig, FrameMode
-from data_prep.errors import RecordingError
-from data_prep.formats.recording import Recording
-from data_prep.rvt import rvt_frames
 
 LONGEST_SILENCE_US = 3_600_000_000  # a sensor's noise alone fires more often; a damaged timestamp must not make endless frames
 

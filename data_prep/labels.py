@@ -1,10 +1,9 @@
 """Named filters from raw boxes to the boxes of frames, each with its count."""
 
 import numpy as np
+from evspan.data_prep.boxes import RAW_BOX
+from evspan.data_prep.config import LabelConfig
 from numpy.typing import NDArray
-
-from data_prep.boxes import RAW_BOX
-from data_prep.config import LabelConfig
 
 
 def filter_boxes(boxes: NDArray, config: LabelConfig, *, classes: int, height: int, width: int,

@@ -8,12 +8,11 @@ from typing import Any
 
 import hydra
 import numpy as np
+from evspan.data_prep.cluster import SlurmConfig
+from evspan.data_prep.command import Parser, hydra_task, run_command, run_hydra
+from evspan.data_prep.config import LauncherConfig, PrepConfig, require
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-
-from data_prep.cluster import SlurmConfig
-from data_prep.command import Parser, hydra_task, run_command, run_hydra
-from data_prep.config import LauncherConfig, PrepConfig, require
 
 Launchers = Mapping[type[LauncherConfig], Callable[..., Any]]
 ConfigStore.instance().store(name="prep_schema", node=PrepConfig)
@@ -67,7 +66,7 @@ HELP = """evspan prep: recordings -> shards of histogram frames
 
 
 def _prep(config: PrepConfig, launchers: Launchers) -> None:
-    from data_prep.prepare import prepare
+    from evspan.data_prep.prepare import prepare
 
     launcher = type(config.launcher)
     require(launcher is LauncherConfig or launcher in launchers,
@@ -96,9 +95,9 @@ def decode(argv: list[str]) -> None:
     parser.add_argument("recording", type=Path)
     parser.add_argument("out", type=Path, help="a file ending in .h5")
     given = parser.parse_args(argv)
-    from data_prep.errors import UserError
-    from data_prep.files import written_whole
-    from data_prep.formats import open_recording, open_writer
+    from evspan.data_prep.errors import UserError
+    from evspan.data_prep.files import written_whole
+    from evspan.data_prep.formats import open_recording, open_writer
 
     if given.out.suffix != ".h5":
         raise UserError(f"{given.out} does not end in .h5; decode writes HDF5: evspan prep decode {given.recording} "
@@ -116,8 +115,8 @@ def info(argv: list[str]) -> None:
     parser = Parser("evspan prep info", description="What a recording holds.", epilog="example: evspan prep info drive.raw")
     parser.add_argument("recording", type=Path)
     given = parser.parse_args(argv)
-    from data_prep.boxes import find_boxes, read_boxes
-    from data_prep.formats import open_recording
+    from evspan.data_prep.boxes import find_boxes, read_boxes
+    from evspan.data_prep.formats import open_recording
 
     recording, brighter = open_recording(given.recording), 0
     per_slice: dict[int, int] = {}
@@ -148,31 +147,31 @@ def _dropped(dropped: dict[str, int]) -> str:
 
 
 def preview(argv: list[str]) -> None:
-    from data_prep.preview import main
+    from evspan.data_prep.preview import main
 
     main(argv)
 
 
 def report(argv: list[str]) -> None:
-    from data_prep.report.command import main
+    from evspan.data_prep.report.command import main
 
     main(argv)
 
 
 def export_rvt(argv: list[str]) -> None:
-    from data_prep.export import main
+    from evspan.data_prep.export import main
 
     main(argv)
 
 
 def status(argv: list[str]) -> None:
-    from data_prep.status import main
+    from evspan.data_prep.status import main
 
     main(argv)
 
 
 def verify(argv: list[str]) -> None:
-    from data_prep.verify import main
+    from evspan.data_prep.verify import main
 
     main(argv)
 
@@ -184,7 +183,7 @@ TOOLS = {"decode": decode, "info": info, "preview": preview, "export-rvt": expor
 def main(argv: list[str] | None = None, launchers: Launchers | None = None) -> None:
     """launchers: what has recordings prepared elsewhere (`workers.Elsewhere`), by the config that asks for it."""
 
-    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="prep")
+    @hydra.main(version_base="1.3", config_path="pkg://evspan.conf", config_name="prep")
     @hydra_task
     def task(raw: DictConfig) -> None:
         _prep(OmegaConf.to_object(raw), launchers or {})  # type: ignore[arg-type]  # __post_init__ checks run here

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-
-from data_prep.config import PrepConfig
-from data_prep.errors import ConfigError, RecordingError, ShardError
-from data_prep.files import LOCK, UNFINISHED, file_xxh3, locked, written_whole
-from data_prep.gather import PARTS, clean, clean_unfinished, gather, is_shard, part_of, stored_groups
-from data_prep.marks import MARKS, read_marks, write_marks
-from data_prep.shards import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest
-from data_prep.sources import Source, find_sources, in_no_split
-from data_prep.store import Stored, config_of, refuse_invalid, stored_in
-from data_prep.workers import Elsewhere, Job, run_jobs
+from evspan.data_prep.config import PrepConfig
+from evspan.data_prep.errors import ConfigError, RecordingError, ShardError
+from evspan.data_prep.files import LOCK, UNFINISHED, file_xxh3, locked, written_whole
+from evspan.data_prep.gather import PARTS, clean, clean_unfinished, gather, is_shard, part_of, stored_groups
+from evspan.data_prep.marks import MARKS, read_marks, write_marks
+from evspan.data_prep.shards import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest
+from evspan.data_prep.sources import Source, find_sources, in_no_split
+from evspan.data_prep.store import Stored, config_of, refuse_invalid, stored_in
+from evspan.data_prep.workers import Elsewhere, Job, run_jobs
 
 NEW, DAMAGED = "new", "its shard is missing or damaged"
 SOURCE_CHANGED, BOXES_CHANGED, CONFIG_CHANGED = "the recording has changed", "the box file has changed", "the config has changed"

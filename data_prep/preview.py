@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from evspan.data_prep.boxes import RAW_BOX, find_boxes, read_boxes
+from evspan.data_prep.command import Parser, run_command
+from evspan.data_prep.config import FrameConfig
+from evspan.data_prep.draw import ANIMATION_SUFFIXES, RGB, AnimationWriter, draw_boxes, draw_label, frame_to_rgb, write_strip
+from evspan.data_prep.errors import ShardError, UserError
+from evspan.data_prep.formats import open_recording
+from evspan.data_prep.histogram import frames_of
+from evspan.data_prep.shards import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
+from evspan.data_prep.windows import window_ends
 from numpy.typing import NDArray
-
-from data_prep.boxes import RAW_BOX, find_boxes, read_boxes
-from data_prep.command import Parser, run_command
-from data_prep.config import FrameConfig
-from data_prep.draw import ANIMATION_SUFFIXES, RGB, AnimationWriter, draw_boxes, draw_label, frame_to_rgb, write_strip
-from data_prep.errors import ShardError, UserError
-from data_prep.formats import open_recording
-from data_prep.histogram import frames_of
-from data_prep.shards import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
-from data_prep.windows import window_ends
 
 SHEET_FRAMES, ANIMATION_FRAMES = 12, 200
 SMALL = 400  # pixels; narrower frames are drawn at twice their size

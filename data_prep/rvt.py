@@ -9,14 +9,13 @@ from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
+from evspan.data_prep.config import FrameConfig
+from evspan.data_prep.errors import BoxesError
+from evspan.data_prep.events import no_events
+from evspan.data_prep.formats.recording import Recording
+from evspan.data_prep.windows import FIRST_LABEL_US, TOLERANCE_US
 from numba import njit
 from numpy.typing import NDArray
-
-from data_prep.config import FrameConfig
-from data_prep.errors import BoxesError
-from data_prep.events import no_events
-from data_prep.formats.recording import Recording
-from data_prep.windows import FIRST_LABEL_US, TOLERANCE_US
 
 PERIODS = {60: 6, 30: 3}  # labels a second -> labels between two that are taken, about 100 ms
 Finished = TypeVar("Finished")
@@ -101,7 +100,7 @@ def _count(counts, t, x, y, p, cutoff, shift, keep):
 
 def rvt_frames(recording: Recording, ends: Callable[[int], Iterable[int]], config: FrameConfig, counts: NDArray[np.uint8],
                finish: Callable[[NDArray[np.uint8]], Finished]) -> Iterator[tuple[int, Finished]]:
-    """`data_prep.histogram.each_window` in mode rvt; the events of a window and a chunk are in memory."""
+    """`evspan.data_prep.histogram.each_window` in mode rvt; the events of a window and a chunk are in memory."""
     shift, keep = config.downsample.bit_length() - 1, config.downsample // 2
     waiting = no_events()
     upcoming: Iterator[int] = iter(())

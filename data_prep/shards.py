@@ -25,10 +25,9 @@ import h5py
 import hdf5plugin  # noqa: F401  registers the filter of the codec `small`
 import numpy as np
 import xxhash
+from evspan.data_prep.codec import decode_frames
+from evspan.data_prep.errors import ShardError
 from numpy.typing import NDArray
-
-from data_prep.codec import decode_frames
-from data_prep.errors import ShardError
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from data_prep.command import Parser, run_command
-from data_prep.errors import UserError
-from data_prep.shards import SPLITS
-from data_prep.simulator import SimulationReport, SimulatorConfig, simulate
+from evspan.data_prep.command import Parser, run_command
+from evspan.data_prep.errors import UserError
+from evspan.data_prep.shards import SPLITS
+from evspan.data_prep.simulator import SimulationReport, SimulatorConfig, simulate
 
 SIMULATOR_VERSION = 1  # to be raised when the same parameters give other bytes
 SUFFIXES = {"raw": "_td.raw", "dat": "_td.dat", "h5": "_td.h5"}

@@ -10,14 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.command import Parser
-from data_prep.errors import ShardError
-from data_prep.files import LOCK, UNFINISHED
-from data_prep.gather import PARTS, shard_files, stored_groups
-from data_prep.marks import read_marks
-from data_prep.shards import MANIFEST, SPLITS, load_manifest
-from data_prep.sources import Source, find_sources
-from data_prep.store import Stored
+from evspan.data_prep.command import Parser
+from evspan.data_prep.errors import ShardError
+from evspan.data_prep.files import LOCK, UNFINISHED
+from evspan.data_prep.gather import PARTS, shard_files, stored_groups
+from evspan.data_prep.marks import read_marks
+from evspan.data_prep.shards import MANIFEST, SPLITS, load_manifest
+from evspan.data_prep.sources import Source, find_sources
+from evspan.data_prep.store import Stored
 
 INCOMPLETE_EXIT_CODE = 3
 LOCKS = Path("/proc/locks")  # of this machine

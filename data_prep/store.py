@@ -13,20 +13,19 @@ import h5py
 import hdf5plugin
 import numpy as np
 import xxhash
+from evspan.data_prep.boxes import RAW_BOX, read_boxes
+from evspan.data_prep.codec import FrameEncoder
+from evspan.data_prep.config import Codec, FrameMode, PrepConfig
+from evspan.data_prep.errors import BoxesError, RecordingError
+from evspan.data_prep.files import file_xxh3, hdf5_written_whole
+from evspan.data_prep.formats import open_recording
+from evspan.data_prep.histogram import each_window, frame_size
+from evspan.data_prep.labels import filter_boxes
+from evspan.data_prep.rvt import RvtEnds
+from evspan.data_prep.shards import BOX, COLUMNS, CONFIG, ENTRY, FRAME_SHAPE, RecordingEntry, columns_digest
+from evspan.data_prep.sources import Source
+from evspan.data_prep.windows import WindowEnds, tolerance, window_ends
 from numpy.typing import NDArray
-
-from data_prep.boxes import RAW_BOX, read_boxes
-from data_prep.codec import FrameEncoder
-from data_prep.config import Codec, FrameMode, PrepConfig
-from data_prep.errors import BoxesError, RecordingError
-from data_prep.files import file_xxh3, hdf5_written_whole
-from data_prep.formats import open_recording
-from data_prep.histogram import each_window, frame_size
-from data_prep.labels import filter_boxes
-from data_prep.rvt import RvtEnds
-from data_prep.shards import BOX, COLUMNS, CONFIG, ENTRY, FRAME_SHAPE, RecordingEntry, columns_digest
-from data_prep.sources import Source
-from data_prep.windows import WindowEnds, tolerance, window_ends
 
 CODE_CHUNK = 1 << 17  # bytes of code in a chunk of the file
 FILTERS = {Codec.fast: {}, Codec.small: hdf5plugin.Zstd(clevel=3)}

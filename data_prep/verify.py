@@ -6,16 +6,15 @@ import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
 
+from evspan.data_prep.checks import Task, Verified, verify_recording
+from evspan.data_prep.command import Parser
+from evspan.data_prep.errors import RecordingError
+from evspan.data_prep.files import locked
+from evspan.data_prep.marks import read_marks, write_marks
+from evspan.data_prep.shards import load_manifest
+from evspan.data_prep.sources import find_sources
+from evspan.data_prep.workers import results_of
 from tqdm import tqdm
-
-from data_prep.checks import Task, Verified, verify_recording
-from data_prep.command import Parser
-from data_prep.errors import RecordingError
-from data_prep.files import locked
-from data_prep.marks import read_marks, write_marks
-from data_prep.shards import load_manifest
-from data_prep.sources import find_sources
-from data_prep.workers import results_of
 
 DAMAGED_EXIT_CODE = 1
 

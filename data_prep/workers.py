@@ -13,14 +13,13 @@ from pathlib import Path
 from threading import Thread, current_thread, main_thread
 from typing import TypeVar
 
+from evspan.data_prep.config import PrepConfig
+from evspan.data_prep.errors import RecordingError, UserError
+from evspan.data_prep.files import NoSpaceError
+from evspan.data_prep.shards import RecordingEntry
+from evspan.data_prep.sources import Source
+from evspan.data_prep.store import Stored, prepare_recording
 from tqdm import tqdm
-
-from data_prep.config import PrepConfig
-from data_prep.errors import RecordingError, UserError
-from data_prep.files import NoSpaceError
-from data_prep.shards import RecordingEntry
-from data_prep.sources import Source
-from data_prep.store import Stored, prepare_recording
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

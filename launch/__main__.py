@@ -5,7 +5,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple
 
-from data_prep.command import fail
+from evspan.data_prep.command import fail
 
 
 class Command(NamedTuple):
@@ -18,22 +18,22 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "simulate": Command("data_prep.simulate:main", "make recordings with boxes, to try everything on"),
-    "prep": Command("launch.prep:main", "recordings -> shards of frames; decode, look at and draw recordings"),
-    "train": Command("launch.local:train", "shards -> a trained detector"),
-    "submit": Command("launch.submit:submit", "train as a SLURM job that comes back after preemption, over any number of nodes"),
-    "sweep": Command("launch.submit:sweep", "a run for each combination of values, as an array of jobs"),
-    "status": Command("launch.status:main", "what the runs of a sweep do: state, step, AP, time left, node, requeues"),
-    "logs": Command("launch.logs:main", "what a run's ranks say"),
-    "cancel": Command("launch.cancel:main", "end a run's job, or those of a sweep"),
-    "report": Command("launch.report:main", "a sweep's runs by AP, with curves, as text and HTML; TensorBoard's HParams"),
-    "bench": Command("launch.bench:main", "does it learn? arms and lengths on a fixed simulated set, with intervals"),
-    "doctor": Command("launch.doctor:main", "does this cluster fit? checks here and in a job, each with its remedy"),
-    "evaluate": Command("launch.local:evaluate", "a trained detector and shards -> AP"),
-    "infer": Command("pipeline.infer:main", "a trained detector and a recording -> detections and a video"),
-    "smoke": Command("launch.smoke:main", "does this machine train? every layout of its ranks against one rank, in minutes"),
-    "convert": Command("pipeline.convert:main", "RVT's published checkpoints <-> weights files"),
-    "export": Command("pipeline.export:main", "a trained detector -> its streaming step as ONNX or torch.export file"),
+    "simulate": Command("evspan.data_prep.simulate:main", "make recordings with boxes, to try everything on"),
+    "prep": Command("evspan.launch.prep:main", "recordings -> shards of frames; decode, look at and draw recordings"),
+    "train": Command("evspan.launch.local:train", "shards -> a trained detector"),
+    "submit": Command("evspan.launch.submit:submit", "train as a SLURM job that comes back after preemption, over any number of nodes"),
+    "sweep": Command("evspan.launch.submit:sweep", "a run for each combination of values, as an array of jobs"),
+    "status": Command("evspan.launch.status:main", "what the runs of a sweep do: state, step, AP, time left, node, requeues"),
+    "logs": Command("evspan.launch.logs:main", "what a run's ranks say"),
+    "cancel": Command("evspan.launch.cancel:main", "end a run's job, or those of a sweep"),
+    "report": Command("evspan.launch.report:main", "a sweep's runs by AP, with curves, as text and HTML; TensorBoard's HParams"),
+    "bench": Command("evspan.launch.bench:main", "does it learn? arms and lengths on a fixed simulated set, with intervals"),
+    "doctor": Command("evspan.launch.doctor:main", "does this cluster fit? checks here and in a job, each with its remedy"),
+    "evaluate": Command("evspan.launch.local:evaluate", "a trained detector and shards -> AP"),
+    "infer": Command("evspan.pipeline.infer:main", "a trained detector and a recording -> detections and a video"),
+    "smoke": Command("evspan.launch.smoke:main", "does this machine train? every layout of its ranks against one rank, in minutes"),
+    "convert": Command("evspan.pipeline.convert:main", "RVT's published checkpoints <-> weights files"),
+    "export": Command("evspan.pipeline.export:main", "a trained detector -> its streaming step as ONNX or torch.export file"),
 }
 HELP = f"""evspan: event-camera detectors, from recordings to detections
 

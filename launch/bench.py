@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.command import Parser, fail, run_command
-from data_prep.errors import UserError
-from launch.bench_set import FULL, QUICK, Made, recordings_in
-from launch.runs import SWEEP, Run, look, split_overrides
+from evspan.data_prep.command import Parser, fail, run_command
+from evspan.data_prep.errors import UserError
+from evspan.launch.bench_set import FULL, QUICK, Made, recordings_in
+from evspan.launch.runs import SWEEP, Run, look, split_overrides
 
 RUNS = "runs"  # of a benchmark's folder: the sweep
 ARMS = {  # conf/experiment/bench
@@ -200,7 +200,7 @@ def planned(given: argparse.Namespace) -> Plan:
 
 
 def _learn(given: argparse.Namespace) -> int:
-    from launch.bench_report import finished, write_report
+    from evspan.launch.bench_report import finished, write_report
 
     plan = planned(given)
     if given.report and not (plan.folder / RUNS / SWEEP).exists():
@@ -222,23 +222,23 @@ def _learn(given: argparse.Namespace) -> int:
 
 def _break_down(plan: Plan, made: Made, runs: Sequence[Run]) -> None:
     """Still and moving objects apart, which training's own evaluations do not tell: seconds for each run that is done."""
-    from launch.bench_report import COMPARED, finished, measured
-    from launch.compose import replaced
+    from evspan.launch.bench_report import COMPARED, finished, measured
+    from evspan.launch.compose import replaced
 
     alike = [o for o in plan.extra if o.startswith(("evaluation.", "parallel.threads="))]  # as training evaluated
     arguments = replaced([*alike, "evaluation.write_detections=false"], "dataset.root", str(made.shards))
     for run in finished(plan, runs):
         if set(COMPARED) - measured(run).keys():
             words = ["evaluate", *replaced(arguments, "checkpoint", str(run.folder))]
-            if code := subprocess.run([sys.executable, "-m", "launch", *words], stdout=subprocess.DEVNULL).returncode:
+            if code := subprocess.run([sys.executable, "-m", "evspan.launch", *words], stdout=subprocess.DEVNULL).returncode:
                 print(f"{run.folder}: evspan evaluate ended with exit code {code}; nothing is told of its still objects",
                       file=sys.stderr)
 
 
 def _train(plan: Plan, made: Made) -> int:
     """Every run that is not done, where cluster= says; the exit code, as of `evspan sweep`."""
-    from launch.compose import replaced
-    from launch.submit import place_sweep
+    from evspan.launch.compose import replaced
+    from evspan.launch.submit import place_sweep
 
     where = [] if any(o.startswith("cluster=") for o in plan.extra) else ["cluster=local"]
     common = replaced(replaced(where, "dataset.root", str(made.shards)), "run_dir", str(plan.folder / RUNS))

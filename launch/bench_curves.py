@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.report.markup import safe
-from data_prep.report.plots import Axes, round_ticks, tick
+from evspan.data_prep.report.markup import safe
+from evspan.data_prep.report.plots import Axes, round_ticks, tick
 
 WIDTH, HEIGHT, GAP, LINE = 400, 270, 24, 20
 FEW = 12  # points of a line, to be shown one by one

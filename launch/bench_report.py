@@ -5,13 +5,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.bench import ARM_LENGTH, ARMS, LENGTHS, Plan
-from launch.bench_curves import Line, Panel, write_picture
-from launch.bench_set import Made
-from launch.bench_statistics import CONFIDENCE, Interval, interval, paired
-from launch.curves import read_curves
-from launch.runs import Run, describe
-from launch.state import State, number
+from evspan.launch.bench import ARM_LENGTH, ARMS, LENGTHS, Plan
+from evspan.launch.bench_curves import Line, Panel, write_picture
+from evspan.launch.bench_set import Made
+from evspan.launch.bench_statistics import CONFIDENCE, Interval, interval, paired
+from evspan.launch.curves import read_curves
+from evspan.launch.runs import Run, describe
+from evspan.launch.state import State, number
 
 MEASURES = {"ap": "AP", "ap50": "AP50", "ap_small": "AP small", "ap_still": "AP still", "ap_moving": "AP moving",
             "recall_still": "recall still", "recall_moving": "recall moving"}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
+from evspan.data_prep.errors import UserError
 
 SET, TABLE = "set", "set.json"  # of a benchmark's folder: the shards, and beside them what they hash to
 SIMULATE = ["--width", "256", "--height", "192", "--objects", "3,6", "--scales", "1,2", "--stop-share", "1",
@@ -107,7 +107,7 @@ def _quoted(path: Path) -> str:
 
 def _evspan(*arguments: str) -> None:
     print(f"== evspan {shlex.join(arguments)}", flush=True)
-    if code := subprocess.run([sys.executable, "-m", "launch", *arguments]).returncode:
+    if code := subprocess.run([sys.executable, "-m", "evspan.launch", *arguments]).returncode:
         raise UserError(f"evspan {arguments[0]} ended with exit code {code}, so there is no set to learn from; what it said is "
                         "above")
 

@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.command import Parser, run_command
-from data_prep.errors import UserError
-from launch.after import newest_step
-from launch.runs import Run, describe, look
-from launch.state import State
-from pipeline.history import append
+from evspan.data_prep.command import Parser, run_command
+from evspan.data_prep.errors import UserError
+from evspan.launch.after import newest_step
+from evspan.launch.runs import Run, describe, look
+from evspan.launch.state import State
+from evspan.pipeline.history import append
 
 DESCRIPTION = """Cancels the SLURM jobs of a run, or of all runs of a sweep that wait or run. Their folders stay: submitted again,
 they continue from their newest checkpoints. Nothing to cancel is no mistake."""
@@ -29,7 +29,7 @@ def cancel(path: Path) -> None:
         raise UserError(f"{note}; run it where SLURM's commands reach the cluster")
     jobs = [run for run in runs if run.alive]
     if jobs:
-        from launch.slurm import cancel_tasks
+        from evspan.launch.slurm import cancel_tasks
 
         cancel_tasks([run.job for run in jobs])
         for run in jobs:

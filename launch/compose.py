@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evspan.data_prep.command import fail
+from evspan.data_prep.config_errors import refuse_unknown_keys
+from evspan.pipeline.config import TrainConfig
 from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.main import get_args_parser
 from omegaconf import OmegaConf
-
-from data_prep.command import fail
-from data_prep.config_errors import refuse_unknown_keys
-from pipeline.config import TrainConfig
 
 
 def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -40,7 +39,7 @@ def expanded(options: Sequence[str], overrides: Sequence[str]) -> tuple[list[lis
 
 def compose_train(options: Sequence[str], overrides: Sequence[str]) -> TrainConfig:
     """Raises ConfigError, or what Hydra raises, where it cannot be composed."""
-    import pipeline.train  # noqa: F401  which registers the schema
+    import evspan.pipeline.train  # noqa: F401  which registers the schema
 
     searched = [f"hydra.searchpath=[file://{options[1]}]"] if options else []
     with initialize_config_module("conf", version_base="1.3"):

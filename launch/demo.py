@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from data_prep.command import run_command
-from data_prep.errors import UserError
+from evspan.data_prep.command import run_command
+from evspan.data_prep.errors import UserError
 
 TRAIN, HELD_OUT, SECONDS = 10, 2, 10  # recordings, and the length of each
 ENOUGH = 0.5  # AP50 on the held-out recordings; less, and something is wrong
@@ -56,7 +56,7 @@ def run_parts(todo: list[Part], folder: Path, keep: bool) -> dict[str, float]:
             _write_times(folder, times)
             print(f"\n== {part.name}: {part}", flush=True)
             began = time.perf_counter()
-            code = subprocess.run([sys.executable, "-m", "launch", *part.arguments]).returncode
+            code = subprocess.run([sys.executable, "-m", "evspan.launch", *part.arguments]).returncode
             if code:
                 _failed(part, code, folder)
             times[part.name] = time.perf_counter() - began
@@ -66,7 +66,7 @@ def run_parts(todo: list[Part], folder: Path, keep: bool) -> dict[str, float]:
 
 def _failed(part: Part, code: int, folder: Path) -> NoReturn:
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    go_on = [os.path.relpath(sys.executable), "-m", "launch.demo", str(folder), "--continue"]
+    go_on = [os.path.relpath(sys.executable), "-m", "evspan.launch.demo", str(folder), "--continue"]
     print(f"error: the demo's part {part.name} {how}; what it said is above. Repeat it alone: {part}\n"
           f"or go on with the demo from there: {shlex.join(go_on)}", file=sys.stderr, flush=True)
     sys.exit(code if code > 0 else 128 - code)
@@ -119,7 +119,7 @@ def demo(folder: Path, keep: bool) -> int:
     foreign = [p.makes for p in todo if p.makes.exists()] if not (folder / TIMES).exists() else []
     if foreign:
         raise UserError(f"{foreign[0]} is there, but not from a demo ({folder / TIMES} is missing). Move it away, or name "
-                        "another folder: python -m launch.demo FOLDER")
+                        "another folder: python -m evspan.launch.demo FOLDER")
     times = run_parts(todo, folder, keep)
     metrics = read_metrics(folder)
     print(f"\n{table(metrics, times, folder)}\n", flush=True)
@@ -132,7 +132,7 @@ def demo(folder: Path, keep: bool) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m launch.demo", description=DESCRIPTION)
+    parser = argparse.ArgumentParser("python -m evspan.launch.demo", description=DESCRIPTION)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("demo"), metavar="FOLDER", help="default: demo")
     parser.add_argument("--continue", dest="keep", action="store_true",
                         help="use the parts that an earlier demo finished, with the times they took")

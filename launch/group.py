@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from data_prep.cluster import SlurmConfig
+from evspan.data_prep.cluster import SlurmConfig
 
 BYTES_PER_TASK, MOST_TASKS = 16 << 30, 64
 SENT = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)  # by SLURM, to all processes of a task
@@ -45,7 +45,7 @@ class Group:
     """A task. Run again after a requeue, it does what it has not told of yet.
 
     jobs: recordings, by the number under which the task tells what became of each: a file in the folder `told`.
-    run: what to do with a job. here: does it with several, `processes` side by side (data_prep.workers.results_of).
+    run: what to do with a job. here: does it with several, `processes` side by side (evspan.data_prep.workers.results_of).
     """
 
     jobs: dict[int, Any]

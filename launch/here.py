@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launch.ranks import STOPPED_EXIT_CODE
-from pipeline.history import append, read
+from evspan.launch.ranks import STOPPED_EXIT_CODE
+from evspan.pipeline.history import append, read
 
 if TYPE_CHECKING:
-    from launch.submit import Planned
+    from evspan.launch.submit import Planned
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -38,7 +38,7 @@ def run_here(plans: Sequence["Planned"]) -> int:
 
 def _train(argv: Sequence[str]) -> tuple[int, str]:
     """(exit code, its error in one line). What it says is passed on as it comes; so are signals."""
-    child = subprocess.Popen([sys.executable, "-m", "launch", "train", *argv], stderr=subprocess.PIPE, text=True,
+    child = subprocess.Popen([sys.executable, "-m", "evspan.launch", "train", *argv], stderr=subprocess.PIPE, text=True,
                              errors="replace", env={**os.environ, "PYTHONUNBUFFERED": "1"})
     before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in STOPS}
     told = ""

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import signal
-import site
 import socket
 import subprocess
 import sys
@@ -17,10 +16,10 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from types import FrameType
 
-from data_prep.command import FAILURE_FILE, INTERRUPTED_EXIT_CODE, LOST_EXIT_CODE, USER_ERROR_EXIT_CODE
+from evspan.data_prep.command import FAILURE_FILE, INTERRUPTED_EXIT_CODE, LOST_EXIT_CODE, USER_ERROR_EXIT_CODE
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-STOPPED_EXIT_CODE = 75  # a rank saved on a stop signal (pipeline.engine.trainer)
+STOPPED_EXIT_CODE = 75  # a rank saved on a stop signal (evspan.pipeline.engine.trainer)
 GRACE_S = 5.0  # for the other ranks to fail by themselves once one has died; a collective may never tell them
 POLL_S = 0.05
 TAIL_LINES = 200  # of what a rank other than the first said, told when it fails
@@ -93,15 +92,12 @@ def run_ranks(command: Sequence[str], ranks: int, *, threads: int = 0, after: st
 def rank_environment(number: int, ranks: int, port: int, threads: int = 0) -> dict[str, str]:
     """This process's variables and those of rank `number`."""
     per_rank = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
-    root = str(Path(__file__).parent.parent)
-    ours = "" if root in site.getsitepackages() else root
     return {
         "OMP_NUM_THREADS": str(per_rank), **os.environ,
         "RANK": str(number), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "PYTHONUNBUFFERED": "1",  # what a killed rank said last must not be lost
-        # `python -m pipeline.train` must not find a folder named pipeline in the working directory, but what runs here.
-        "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path for path in (ours, os.environ.get("PYTHONPATH")) if path),
+        "PYTHONSAFEPATH": "1",  # `python -m` must not find modules in the working directory
     }
 
 

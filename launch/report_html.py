@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from data_prep.files import written_whole
-from data_prep.report.look import CSS, SCRIPT
-from data_prep.report.markup import cell, decimals, safe, section, table
-from data_prep.report.plots import Axes, round_ticks, tick
-from launch.curves import Point
-from launch.runs import span
-from launch.state import State, number
-from launch.status import headings
+from evspan.data_prep.files import written_whole
+from evspan.data_prep.report.look import CSS, SCRIPT
+from evspan.data_prep.report.markup import cell, decimals, safe, section, table
+from evspan.data_prep.report.plots import Axes, round_ticks, tick
+from evspan.launch.curves import Point
+from evspan.launch.runs import span
+from evspan.launch.state import State, number
+from evspan.launch.status import headings
 
 if TYPE_CHECKING:
-    from launch.report import Row
+    from evspan.launch.report import Row
 
 PAGE = "report.html"
 MOST = 300  # points of a curve

@@ -11,12 +11,10 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evspan.data_prep.cluster import SlurmConfig
+from evspan.data_prep.errors import ConfigError, UserError
 from submitit import Job, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-import launch
-from data_prep.cluster import SlurmConfig
-from data_prep.errors import ConfigError, UserError
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol")
 # A task in any other state may still run, or run again: it may be waiting, suspended, held, or on its way back to the queue.
@@ -160,10 +158,8 @@ def _executor(name: str, comment: str, folder: Path, config: SlurmConfig) -> Slu
 
 
 def python_path_lines() -> list[str]:
-    """Lines by which a node's Python finds what this one finds: this code, where it is not installed, and PYTHONPATH."""
-    here = Path(launch.__file__).resolve().parent.parent
-    paths = [] if here.name in ("site-packages", "dist-packages") else [str(here)]
-    paths += [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    """Lines that give a node's Python this process's PYTHONPATH, with absolute folders."""
+    paths = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     joined = shlex.quote(os.pathsep.join(dict.fromkeys(paths)))
     return [f'export PYTHONPATH={joined}"${{PYTHONPATH:+:$PYTHONPATH}}"'] if paths else []
 

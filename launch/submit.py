@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.command import one_line, run_command, users_mistake
-from data_prep.errors import ConfigError, UserError
-from launch.compose import compose_train, expanded, replaced, split_options
-from launch.runs import SWEEP
-from pipeline.cluster import ClusterConfig, Scheduler
-from pipeline.config import TrainConfig
-from pipeline.history import append, read
+from evspan.data_prep.command import one_line, run_command, users_mistake
+from evspan.data_prep.errors import ConfigError, UserError
+from evspan.launch.compose import compose_train, expanded, replaced, split_options
+from evspan.launch.runs import SWEEP
+from evspan.pipeline.cluster import ClusterConfig, Scheduler
+from evspan.pipeline.config import TrainConfig
+from evspan.pipeline.history import append, read
 
 SUBMIT_HELP = """evspan submit: one run as a SLURM job, over as many nodes as parallel.ranks needs
 
@@ -151,10 +151,10 @@ def numbered(folder: Path, plans: list[Planned]) -> None:
 def place(plans: Sequence[Planned], cluster: ClusterConfig, folder: Path, name: str) -> int:
     """Run them where the config says, but for those that are done; the exit code."""
     if cluster.scheduler is Scheduler.local:
-        from launch.here import run_here
+        from evspan.launch.here import run_here
 
         return run_here(plans)
-    from launch.onslurm import submit_runs
+    from evspan.launch.onslurm import submit_runs
 
     return submit_runs([plan for plan in plans if not _done(plan)], cluster, folder, name)
 
@@ -168,7 +168,7 @@ def _done(plan: Planned) -> bool:
 
 
 def _check(config: TrainConfig) -> None:
-    from pipeline.train import check
+    from evspan.pipeline.train import check
 
     check(config)
     config.cluster.nodes(config.parallel.ranks)

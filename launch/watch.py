@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from evspan.data_prep.errors import RecordingError, UserError
+from evspan.launch.group import Results, arrived, read_told
+from evspan.launch.slurm import Queued, queue
 from tqdm import tqdm
-
-from data_prep.errors import RecordingError, UserError
-from launch.group import Results, arrived, read_told
-from launch.slurm import Queued, queue
 
 POLL_S = 1.0  # between looks at what the tasks have told
 QUEUE_S = 10.0  # between questions to SLURM's controller, which all users share

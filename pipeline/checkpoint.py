@@ -2,7 +2,7 @@
 
     RUN/checkpoints/latest               the name of the newest complete checkpoint
     RUN/checkpoints/best                 the name of the one with the highest AP of those that were evaluated
-    RUN/checkpoints/step-00001000/       see pipeline.engine.saving
+    RUN/checkpoints/step-00001000/       see evspan.pipeline.engine.saving
         weights.safetensors              consolidated weights; its header holds model, frames and classes
 """
 
@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from evspan.data_prep.config import FrameConfig, frame_config
+from evspan.data_prep.errors import UserError
+from evspan.pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, PostprocessConfig, SizeWeighting
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-
-from data_prep.config import FrameConfig, frame_config
-from data_prep.errors import UserError
-from pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, PostprocessConfig, SizeWeighting
 
 FOLDER, LATEST, BEST = "checkpoints", "latest", "best"
 META, WEIGHTS = "meta.json", "weights.safetensors"

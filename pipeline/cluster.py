@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from data_prep.config import require
-from data_prep.errors import ConfigError
+from evspan.data_prep.config import require
+from evspan.data_prep.errors import ConfigError
 
 
 class Scheduler(Enum):

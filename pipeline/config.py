@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 
-from data_prep.config import DatasetConfig, require
-from pipeline.cluster import ClusterConfig
-from pipeline.layout import ExchangeKind, check_layout, chosen_exchange
+from evspan.data_prep.config import DatasetConfig, require
+from evspan.pipeline.cluster import ClusterConfig
+from evspan.pipeline.layout import ExchangeKind, check_layout, chosen_exchange
 
 
 class Precision(Enum):

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
+from evspan.data_prep.command import hydra_task, run_hydra
+from evspan.data_prep.config import require
+from evspan.pipeline.config import EvaluateConfig
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-
-from data_prep.command import hydra_task, run_hydra
-from data_prep.config import require
-from pipeline.config import EvaluateConfig
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
@@ -53,11 +52,11 @@ HELP = """evspan evaluate: a checkpoint and a prepared split -> COCO AP (Prophes
 
 def evaluate_here(config: EvaluateConfig) -> None:
     """Evaluate as the rank that this process is."""
-    from pipeline.checkpoint import load_weights
-    from pipeline.engine.evaluator import described, evaluate_weights, write_results
-    from pipeline.engine.streaming import labelled
-    from pipeline.evaluation.breakdown import breakdown
-    from pipeline.parallel.world import open_world
+    from evspan.pipeline.checkpoint import load_weights
+    from evspan.pipeline.engine.evaluator import described, evaluate_weights, write_results
+    from evspan.pipeline.engine.streaming import labelled
+    from evspan.pipeline.evaluation.breakdown import breakdown
+    from evspan.pipeline.parallel.world import open_world
 
     with open_world(config.parallel) as world:
         weights = load_weights(config.checkpoint)
@@ -78,7 +77,7 @@ def _folder(checkpoint: str) -> Path:
 
 def check(config: EvaluateConfig) -> None:
     """Raises UserError for what can be known to fail before any rank starts."""
-    from pipeline.data.datasets import open_dataset
+    from evspan.pipeline.data.datasets import open_dataset
 
     found = f"checkpoint is {config.checkpoint}, where there is nothing" if config.checkpoint else "checkpoint is empty"
     require(bool(config.checkpoint) and Path(config.checkpoint).exists(),
@@ -87,18 +86,18 @@ def check(config: EvaluateConfig) -> None:
 
 
 def main(argv: list[str] | None = None, run: Callable[[EvaluateConfig], object] = evaluate_here) -> None:
-    """python -m pipeline.evaluate checkpoint=RUN dataset.root=SHARDS
+    """python -m evspan.pipeline.evaluate checkpoint=RUN dataset.root=SHARDS
 
     run: called with the checked config.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["compare"]:
-        from pipeline.evaluation import compare
+        from evspan.pipeline.evaluation import compare
 
         compare.main(argv[1:])
         return
 
-    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="evaluate")
+    @hydra.main(version_base="1.3", config_path="pkg://evspan.conf", config_name="evaluate")
     @hydra_task
     def task(raw: DictConfig) -> None:
         run(OmegaConf.to_object(raw))  # type: ignore[arg-type]  # __post_init__ checks run here

@@ -14,23 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from evspan.data_prep.boxes import RAW_BOX, find_boxes, read_boxes, recording_name
+from evspan.data_prep.command import Parser, run_command
+from evspan.data_prep.config import FrameConfig
+from evspan.data_prep.draw import ANIMATION_SUFFIXES, AnimationWriter
+from evspan.data_prep.errors import RecordingError, UserError
+from evspan.data_prep.files import written_whole
+from evspan.data_prep.formats import open_recording
+from evspan.data_prep.formats.recording import Recording, WordReader
+from evspan.data_prep.histogram import frame_size, frames_of
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_prep.boxes import RAW_BOX, find_boxes, read_boxes, recording_name
-from data_prep.command import Parser, run_command
-from data_prep.config import FrameConfig
-from data_prep.draw import ANIMATION_SUFFIXES, AnimationWriter
-from data_prep.errors import RecordingError, UserError
-from data_prep.files import written_whole
-from data_prep.formats import open_recording
-from data_prep.formats.recording import Recording, WordReader
-from data_prep.histogram import frame_size, frames_of
-
 if TYPE_CHECKING:
-    from pipeline.checkpoint import Weights
-    from pipeline.engine.inference import Frame
-    from pipeline.model.detector import Detector
+    from evspan.pipeline.checkpoint import Weights
+    from evspan.pipeline.engine.inference import Frame
+    from evspan.pipeline.model.detector import Detector
 
 DESCRIPTION = """Detections of a recording, straight from the sensor's file.
 
@@ -136,9 +135,8 @@ def choose_device(name: str | None) -> Any:
 def load_detector(given: argparse.Namespace, recording: Recording) -> tuple["Weights", "Detector"]:
     """Raises UserError when they are not there, or do not fit the recording or this machine."""
     import torch
-
-    from pipeline.checkpoint import load_weights
-    from pipeline.engine.build import detector_from
+    from evspan.pipeline.checkpoint import load_weights
+    from evspan.pipeline.engine.build import detector_from
 
     weights = load_weights(given.checkpoint)
     config = weights.frames
@@ -168,8 +166,8 @@ class Done(NamedTuple):
 def stream(given: argparse.Namespace, recording: Recording, weights: "Weights", detector: "Detector",
            outputs: tuple[Path, Path | None]) -> Done:
     """Decoding, the network and drawing, in a thread each; the files appear when all is done."""
-    from pipeline.engine.detection_files import CsvFile, DetectionsFile, JsonLines
-    from pipeline.engine.inference import Clock, Overlay, ahead, detect
+    from evspan.pipeline.engine.detection_files import CsvFile, DetectionsFile, JsonLines
+    from evspan.pipeline.engine.inference import Clock, Overlay, ahead, detect
 
     config, clock, (detections, video) = weights.frames, Clock(), outputs
     overlay = Overlay(config, weights.classes, boxes_beside(given.recording), beside=given.side_by_side) if video else None
@@ -210,7 +208,7 @@ def infer(given: argparse.Namespace) -> None:
                             "record .raw or .dat, or leave out --follow")
         recording.follow(given.follow)
     weights, detector = load_detector(given, recording)
-    from pipeline.engine.inference import class_name
+    from evspan.pipeline.engine.inference import class_name
 
     limits = weights.model.postprocess
     given.confidence = limits.confidence_threshold if given.confidence is None else given.confidence

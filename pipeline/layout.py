@@ -2,8 +2,8 @@
 
 from enum import Enum
 
-from data_prep.config import require
-from data_prep.errors import ConfigError
+from evspan.data_prep.config import require
+from evspan.data_prep.errors import ConfigError
 
 
 class ExchangeKind(Enum):

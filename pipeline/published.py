@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from evspan.data_prep.config import FrameConfig, FrameMode
+from evspan.data_prep.errors import UserError
+from evspan.pipeline.checkpoint import Weights, describe, described, load_weights
+from evspan.pipeline.recognise import gen4_classes, recognise
 from torch import Tensor
-
-from data_prep.config import FrameConfig, FrameMode
-from data_prep.errors import UserError
-from pipeline.checkpoint import Weights, describe, described, load_weights
-from pipeline.recognise import gen4_classes, recognise
 
 PREFIX = "mdl."  # RVT's Lightning module has the network in its attribute `mdl`
 ABOUT = "evspan"  # what our weights files tell of themselves, so that a way there and back loses nothing

@@ -6,10 +6,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evspan.data_prep.errors import UserError
+from evspan.pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
 from omegaconf import OmegaConf
-
-from data_prep.errors import UserError
-from pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

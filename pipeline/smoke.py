@@ -1,6 +1,6 @@
 """What the ranks of `evspan smoke` do: train a few steps under one layout after the other, and compare with one rank.
 
-    python -m pipeline.smoke FOLDER RANKS STEPS    with torchrun's variables; FOLDER/shards is there
+    python -m evspan.pipeline.smoke FOLDER RANKS STEPS    with torchrun's variables; FOLDER/shards is there
 
 One rank trains the reference, RANKS ranks every layout that so many have. Rank 0 adds a line of JSON per layout to
 FOLDER/told-WORLD.jsonl.
@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from data_prep.command import run_command
-from data_prep.config import DatasetConfig
-from pipeline.config import (
+from evspan.data_prep.command import run_command
+from evspan.data_prep.config import DatasetConfig
+from evspan.pipeline.config import (
     BackboneConfig,
     CheckpointConfig,
     DeepSpeedConfig,
@@ -34,15 +32,16 @@ from pipeline.config import (
     TrainConfig,
     TrainingConfig,
 )
-from pipeline.data.loader import Batch
-from pipeline.engine.signals import STOP_SIGNALS, StopFlag
-from pipeline.engine.trainer import STOPPED_EXIT_CODE, Trainer
-from pipeline.engine.zero import ZeroEngine
-from pipeline.layout import ExchangeKind
-from pipeline.monitor import Stopwatch
-from pipeline.parallel.launcher import place
-from pipeline.parallel.reductions import barrier, gather_objects
-from pipeline.parallel.world import World, open_world
+from evspan.pipeline.data.loader import Batch
+from evspan.pipeline.engine.signals import STOP_SIGNALS, StopFlag
+from evspan.pipeline.engine.trainer import STOPPED_EXIT_CODE, Trainer
+from evspan.pipeline.engine.zero import ZeroEngine
+from evspan.pipeline.layout import ExchangeKind
+from evspan.pipeline.monitor import Stopwatch
+from evspan.pipeline.parallel.launcher import place
+from evspan.pipeline.parallel.reductions import barrier, gather_objects
+from evspan.pipeline.parallel.world import World, open_world
+from torch import Tensor
 
 TIMEOUT_S = 120  # a collective among ranks of one machine that waits longer never ends
 REFERENCE = "reference.pt"

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
+from evspan.data_prep.command import hydra_task, run_hydra
+from evspan.data_prep.config import require
+from evspan.pipeline.config import TrainConfig
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-
-from data_prep.command import hydra_task, run_hydra
-from data_prep.config import require
-from pipeline.config import TrainConfig
 
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
@@ -58,8 +57,8 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
 
 def train_here(config: TrainConfig) -> None:
     """Train as the rank that this process is."""
-    from pipeline.engine.trainer import train  # DeepSpeed takes seconds to import
-    from pipeline.parallel.world import open_world
+    from evspan.pipeline.engine.trainer import train  # DeepSpeed takes seconds to import
+    from evspan.pipeline.parallel.world import open_world
 
     with open_world(config.parallel) as world:
         train(config, world)
@@ -67,7 +66,7 @@ def train_here(config: TrainConfig) -> None:
 
 def check(config: TrainConfig) -> None:
     """Raises UserError for what can be known to fail before any rank starts."""
-    from pipeline.data.datasets import open_dataset
+    from evspan.pipeline.data.datasets import open_dataset
 
     run_dir, init_from = Path(config.run_dir), config.checkpoint.init_from
     require(not run_dir.exists() or run_dir.is_dir(), f"run_dir is {run_dir}, which is a file; name a folder: run_dir=runs/NAME")
@@ -78,12 +77,12 @@ def check(config: TrainConfig) -> None:
 
 
 def main(argv: list[str] | None = None, run: Callable[[TrainConfig], object] = train_here) -> None:
-    """torchrun --nproc-per-node 2 -m pipeline.train parallel.ranks=2 dataset.root=SHARDS run_dir=RUN
+    """torchrun --nproc-per-node 2 -m evspan.pipeline.train parallel.ranks=2 dataset.root=SHARDS run_dir=RUN
 
     run: called with the checked config.
     """
 
-    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
+    @hydra.main(version_base="1.3", config_path="pkg://evspan.conf", config_name="train")
     @hydra_task
     def task(raw: DictConfig) -> None:
         run(OmegaConf.to_object(raw))  # type: ignore[arg-type]  # __post_init__ checks run here

@@ -13,8 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.config import DatasetConfig
-from pipeline.config import (
+from evspan.data_prep.config import DatasetConfig
+from evspan.pipeline.config import (
     BackboneConfig,
     CheckpointConfig,
     DeepSpeedConfig,
@@ -27,9 +27,9 @@ from pipeline.config import (
     TrainConfig,
     TrainingConfig,
 )
-from pipeline.engine.trainer import STOPPED_EXIT_CODE, Trainer
-from pipeline.parallel.reductions import barrier
-from pipeline.parallel.world import open_world
+from evspan.pipeline.engine.trainer import STOPPED_EXIT_CODE, Trainer
+from evspan.pipeline.parallel.reductions import barrier
+from evspan.pipeline.parallel.world import open_world
 
 STEPS, CUT = 6, 2  # of a whole run; where it is cut in two
 

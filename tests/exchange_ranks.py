@@ -8,20 +8,19 @@ import sys
 from dataclasses import dataclass, replace
 
 import torch
-
-from pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, ParallelConfig
-from pipeline.layout import ExchangeKind
-from pipeline.model.detector import Detector
-from pipeline.model.exchange import LocalExchange
-from pipeline.model.loss import detection_loss
-from pipeline.model.lstm import CellLSTM
-from pipeline.model.norm import RankReductions, global_batch_norms
-from pipeline.model.state import DetectorState, StageState, detach, forget_lanes, map_state, state_tensors
-from pipeline.parallel.autograd import touch
-from pipeline.parallel.exchange import open_exchange
-from pipeline.parallel.mesh import open_mesh
-from pipeline.parallel.reductions import gather_over_ranks, sum_over_ranks
-from pipeline.parallel.world import open_world
+from evspan.pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, ParallelConfig
+from evspan.pipeline.layout import ExchangeKind
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.exchange import LocalExchange
+from evspan.pipeline.model.loss import detection_loss
+from evspan.pipeline.model.lstm import CellLSTM
+from evspan.pipeline.model.norm import RankReductions, global_batch_norms
+from evspan.pipeline.model.state import DetectorState, StageState, detach, forget_lanes, map_state, state_tensors
+from evspan.pipeline.parallel.autograd import touch
+from evspan.pipeline.parallel.exchange import open_exchange
+from evspan.pipeline.parallel.mesh import open_mesh
+from evspan.pipeline.parallel.reductions import gather_over_ranks, sum_over_ranks
+from evspan.pipeline.parallel.world import open_world
 
 TIMEOUT_S = 60
 CHUNKS = 3

@@ -11,10 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from plain_engine import ExactEngine, PlainEngine
-
-from data_prep.config import DatasetConfig
-from pipeline.config import (
+from evspan.data_prep.config import DatasetConfig
+from evspan.pipeline.config import (
     BackboneConfig,
     DeepSpeedConfig,
     FpnConfig,
@@ -27,10 +25,11 @@ from pipeline.config import (
     TrainConfig,
     TrainingConfig,
 )
-from pipeline.engine.trainer import Trainer
-from pipeline.engine.zero import ZeroEngine
-from pipeline.layout import ExchangeKind
-from pipeline.parallel.world import open_world
+from evspan.pipeline.engine.trainer import Trainer
+from evspan.pipeline.engine.zero import ZeroEngine
+from evspan.pipeline.layout import ExchangeKind
+from evspan.pipeline.parallel.world import open_world
+from plain_engine import ExactEngine, PlainEngine
 
 ENGINES = {"deepspeed": ZeroEngine, "plain": PlainEngine, "exact": ExactEngine}
 

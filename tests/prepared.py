@@ -8,9 +8,8 @@ import h5py
 import hdf5plugin  # noqa: F401  registers the codec of the frames
 import numpy as np
 import xxhash
-
-from data_prep.config import DatasetConfig, FrameConfig, LabelConfig, PrepConfig
-from data_prep.simulator import CLASSES, SimulatorConfig, simulate
+from evspan.data_prep.config import DatasetConfig, FrameConfig, LabelConfig, PrepConfig
+from evspan.data_prep.simulator import CLASSES, SimulatorConfig, simulate
 
 HEIGHT, WIDTH = 160, 200
 SCENE = SimulatorConfig(height=HEIGHT, width=WIDTH, min_objects=1, max_objects=3)

@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
+from evspan.pipeline.config import DeepSpeedConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
+from evspan.pipeline.engine.zero import ZeroEngine
+from evspan.pipeline.parallel.world import open_world
 from plain_engine import PlainEngine
 from torch import nn
-
-from pipeline.config import DeepSpeedConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
-from pipeline.engine.zero import ZeroEngine
-from pipeline.parallel.world import open_world
 
 ACCUMULATION = 3
 PATTERNS = ["+++ +++", "-++ +++", "+-+ +++", "++- +++", "--+ -+-", "--- +++", "+++ --- ++-"]  # -: skipped

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from evspan.data_prep.events import Events
+from evspan.data_prep.formats.recording import Recording
 from numpy.typing import NDArray
-
-from data_prep.events import Events
-from data_prep.formats.recording import Recording
 
 
 def random_events(rng: np.random.Generator, n: int, *, first: int, last: int, height: int, width: int) -> Events:

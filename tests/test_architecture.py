@@ -15,75 +15,75 @@ ROOT = Path(__file__).parent.parent
 OURS = ("conf", "data_prep", "launch", "pipeline", "tests")
 
 COMMON = {  # plain Python without dependencies: errors, what a command does around its work, the shard contract's config
-    "data_prep.errors", "data_prep.command", "data_prep.config", "data_prep.config_errors",
-    "data_prep.cluster",
+    "evspan.data_prep.errors", "evspan.data_prep.command", "evspan.data_prep.config", "evspan.data_prep.config_errors",
+    "evspan.data_prep.cluster",
 }
 SHARDS = {  # the shard contract: what a manifest, a stored frame, a stored box and a raw box are
-    "data_prep.shards", "data_prep.boxes", "data_prep.codec",
+    "evspan.data_prep.shards", "evspan.data_prep.boxes", "evspan.data_prep.codec",
 }
 MAY_IMPORT = {  # room -> names it may import besides its own; what lies below a name comes with it
     "data_prep": set(),
-    "pipeline.layout": COMMON,
-    "pipeline.cluster": COMMON,
-    "pipeline.history": set(),
-    "pipeline.config": COMMON | {"pipeline.layout", "pipeline.cluster"},
-    "pipeline.model": COMMON | {"pipeline.config"},
-    "pipeline.data": COMMON | {"pipeline.config"} | SHARDS,
-    "pipeline.parallel": COMMON | {"pipeline.config", "pipeline.layout", "pipeline.model.state"},
-    "pipeline.evaluation": COMMON | {"pipeline.config", "pipeline.data.boxes", "data_prep.boxes"},
-    "pipeline.checkpoint": COMMON | {"pipeline.config", "pipeline.parallel"},
-    "pipeline.monitor": COMMON | {"pipeline.config", "pipeline.parallel"},
-    "pipeline.recognise": COMMON | {"pipeline.config"},
-    "pipeline.published": COMMON | {"pipeline.config", "pipeline.checkpoint", "pipeline.recognise"},
+    "evspan.pipeline.layout": COMMON,
+    "evspan.pipeline.cluster": COMMON,
+    "evspan.pipeline.history": set(),
+    "evspan.pipeline.config": COMMON | {"evspan.pipeline.layout", "evspan.pipeline.cluster"},
+    "evspan.pipeline.model": COMMON | {"evspan.pipeline.config"},
+    "evspan.pipeline.data": COMMON | {"evspan.pipeline.config"} | SHARDS,
+    "evspan.pipeline.parallel": COMMON | {"evspan.pipeline.config", "evspan.pipeline.layout", "evspan.pipeline.model.state"},
+    "evspan.pipeline.evaluation": COMMON | {"evspan.pipeline.config", "evspan.pipeline.data.boxes", "evspan.data_prep.boxes"},
+    "evspan.pipeline.checkpoint": COMMON | {"evspan.pipeline.config", "evspan.pipeline.parallel"},
+    "evspan.pipeline.monitor": COMMON | {"evspan.pipeline.config", "evspan.pipeline.parallel"},
+    "evspan.pipeline.recognise": COMMON | {"evspan.pipeline.config"},
+    "evspan.pipeline.published": COMMON | {"evspan.pipeline.config", "evspan.pipeline.checkpoint", "evspan.pipeline.recognise"},
 }
-MAY_IMPORT["pipeline.engine"] = set(MAY_IMPORT) - {"data_prep"} | COMMON | {
-    "data_prep.boxes",  # detections are written as box files
-    "data_prep.draw",  # boxes over frames, for TensorBoard
+MAY_IMPORT["evspan.pipeline.engine"] = set(MAY_IMPORT) - {"data_prep"} | COMMON | {
+    "evspan.data_prep.boxes",  # detections are written as box files
+    "evspan.data_prep.draw",  # boxes over frames, for TensorBoard
 }
-MAY_IMPORT |= {root: MAY_IMPORT["pipeline.engine"] | {"pipeline.engine"}
-               for root in ("pipeline.train", "pipeline.evaluate", "pipeline.smoke")}
-MAY_IMPORT["pipeline.infer"] = MAY_IMPORT["pipeline.train"] | {
+MAY_IMPORT |= {root: MAY_IMPORT["evspan.pipeline.engine"] | {"evspan.pipeline.engine"}
+               for root in ("evspan.pipeline.train", "evspan.pipeline.evaluate", "evspan.pipeline.smoke")}
+MAY_IMPORT["evspan.pipeline.infer"] = MAY_IMPORT["evspan.pipeline.train"] | {
     "data_prep",  # straight from a recording: decoders, frames, drawing
 }
-MAY_IMPORT["pipeline.export"] = MAY_IMPORT["pipeline.train"] | {"data_prep.files"}  # written whole
-MAY_IMPORT["pipeline.convert"] = MAY_IMPORT["pipeline.train"] | {
-    "data_prep.files",  # what it writes appears whole
+MAY_IMPORT["evspan.pipeline.export"] = MAY_IMPORT["evspan.pipeline.train"] | {"evspan.data_prep.files"}  # written whole
+MAY_IMPORT["evspan.pipeline.convert"] = MAY_IMPORT["evspan.pipeline.train"] | {
+    "evspan.data_prep.files",  # what it writes appears whole
 }
-MAY_IMPORT["launch"] = COMMON | {"pipeline.config", "pipeline.cluster", "pipeline.history"}
-MAY_IMPORT["launch.report_html"] = MAY_IMPORT["launch"] | {
-    "launch", "data_prep.files", "data_prep.report",  # a page like that of evspan prep report
+MAY_IMPORT["launch"] = COMMON | {"evspan.pipeline.config", "evspan.pipeline.cluster", "evspan.pipeline.history"}
+MAY_IMPORT["evspan.launch.report_html"] = MAY_IMPORT["launch"] | {
+    "launch", "evspan.data_prep.files", "evspan.data_prep.report",  # a page like that of evspan prep report
 }
-MAY_IMPORT["launch.bench_curves"] = MAY_IMPORT["launch"] | {"launch", "data_prep.report"}  # its charts
+MAY_IMPORT["evspan.launch.bench_curves"] = MAY_IMPORT["launch"] | {"launch", "evspan.data_prep.report"}  # its charts
 CALLED_BY_LAUNCH = {  # the parts of the command, which launch imports inside a function: `evspan --help` loads none of them
-    "data_prep.prep", "data_prep.simulate", "pipeline.train", "pipeline.evaluate", "pipeline.infer",
-    "pipeline.export", "pipeline.convert",
-    "pipeline.parallel.launcher",  # where SLURM's first node is
+    "evspan.data_prep.prep", "evspan.data_prep.simulate", "evspan.pipeline.train", "evspan.pipeline.evaluate", "evspan.pipeline.infer",
+    "evspan.pipeline.export", "evspan.pipeline.convert",
+    "evspan.pipeline.parallel.launcher",  # where SLURM's first node is
 }
 INSIDE_FUNCTIONS = {  # room, or module of none -> what it may import inside a function alone
     "launch": CALLED_BY_LAUNCH,
-    "pipeline": {"pipeline.engine.build", "pipeline.published"},  # what it offers: `import pipeline` itself loads no torch
+    "pipeline": {"evspan.pipeline.engine.build", "evspan.pipeline.published"},  # what it offers: `import pipeline` itself loads no torch
 }
 COMPUTED = {  # modules that may import a name that they compute
-    "launch.__main__",  # from its table of commands; the entries, "module:function", are checked like imports in a function
+    "evspan.launch.__main__",  # from its table of commands; the entries, "module:function", are checked like imports in a function
 }
 
 HYDRA = {
-    "data_prep.prep", "pipeline.train", "pipeline.evaluate", "launch",  # the files that compose a config
-    "data_prep.command",  # what they all do around @hydra.main
+    "evspan.data_prep.prep", "evspan.pipeline.train", "evspan.pipeline.evaluate", "launch",  # the files that compose a config
+    "evspan.data_prep.command",  # what they all do around @hydra.main
 }
 OWNED: dict[str, set[str]] = {  # third-party name -> the only places that may say it
     "torch": {"pipeline"},
-    "torch.distributed": {"pipeline.parallel", "pipeline.checkpoint"},
-    "torch.utils.tensorboard": {"pipeline.monitor"},
-    "deepspeed": {"pipeline.engine.zero"},
+    "torch.distributed": {"evspan.pipeline.parallel", "evspan.pipeline.checkpoint"},
+    "torch.utils.tensorboard": {"evspan.pipeline.monitor"},
+    "deepspeed": {"evspan.pipeline.engine.zero"},
     "hydra": HYDRA,
-    "omegaconf": HYDRA | {"pipeline.recognise"},  # which reads conf/size as it lies there
+    "omegaconf": HYDRA | {"evspan.pipeline.recognise"},  # which reads conf/size as it lies there
     "submitit": {"launch"},
-    "h5py": {"data_prep", "pipeline.data"},
-    "hdf5plugin": {"data_prep", "pipeline.data"},
+    "h5py": {"data_prep", "evspan.pipeline.data"},
+    "hdf5plugin": {"data_prep", "evspan.pipeline.data"},
     "numba": {"data_prep"},
-    "hotcoco": {"pipeline.evaluation"},
-    **{name: {"pipeline.export", "pipeline.engine.export"} for name in ("onnx", "onnxruntime", "onnxscript")},
+    "hotcoco": {"evspan.pipeline.evaluation"},
+    **{name: {"evspan.pipeline.export", "evspan.pipeline.engine.export"} for name in ("onnx", "onnxruntime", "onnxscript")},
 }
 
 
@@ -185,39 +185,39 @@ def test_links_between_pages_lead_somewhere():
 
 
 @pytest.mark.parametrize("module, source, part", [
-    ("data_prep.labels", "import pipeline.config", "data_prep may not import pipeline.config"),
-    ("data_prep.labels", "import torch", "torch belongs to"),
-    ("pipeline.model.neck", "from pipeline import data", "pipeline.model may not import pipeline.data"),
-    ("pipeline.model.neck", "def f():\n    from pipeline.engine.trainer import train", "may not import pipeline.engine"),
-    ("pipeline.model.neck", "import torch\ntorch.distributed.barrier()", "torch.distributed belongs to"),
-    ("pipeline.model.neck", "from torch import distributed as d", "torch.distributed belongs to"),
-    ("pipeline.parallel.world", "from pipeline.model.detector import Detector", "may not import pipeline.model.detector"),
-    ("pipeline.data.loader", "from data_prep.prepare import prepare", "may not import data_prep.prepare"),
-    ("pipeline.engine.trainer", "import deepspeed", "deepspeed belongs to"),
-    ("pipeline.engine.trainer", "from data_prep.formats import open_recording", "may not import data_prep.formats"),
-    ("pipeline.train", "from pipeline.evaluate import main", "may not import pipeline.evaluate"),
-    ("pipeline.config", "from omegaconf import DictConfig", "omegaconf belongs to"),
-    ("launch.__main__", "from pipeline.train import main", "only inside a function"),
-    ("launch.__main__", "def f():\n    from pipeline.engine.trainer import train", "launch may not import pipeline.engine"),
-    ("launch.local", "from importlib import import_module\ndef f(n):\n    import_module(n)", "is computed"),
-    ("launch.__main__", "COMMANDS = {'x': 'pipeline.engine.trainer:train'}", "launch may not import pipeline.engine"),
-    ("launch.__main__", "import importlib\nimportlib.import_module('pipeline.train')", "only inside a function"),
-    ("pipeline", "from pipeline.config import TrainConfig", "no room may not import"),
-    ("pipeline", "from pipeline.published import open_weights", "pipeline imports pipeline.published.open_weights only inside"),
-    ("pipeline.newcomer", "import pipeline.config", "no room may not import"),
-    ("pipeline.data.loader", "from . import plan", "relative import"),
+    ("evspan.data_prep.labels", "import evspan.pipeline.config", "data_prep may not import evspan.pipeline.config"),
+    ("evspan.data_prep.labels", "import torch", "torch belongs to"),
+    ("evspan.pipeline.model.neck", "from pipeline import data", "evspan.pipeline.model may not import evspan.pipeline.data"),
+    ("evspan.pipeline.model.neck", "def f():\n    from evspan.pipeline.engine.trainer import train", "may not import evspan.pipeline.engine"),
+    ("evspan.pipeline.model.neck", "import torch\ntorch.distributed.barrier()", "torch.distributed belongs to"),
+    ("evspan.pipeline.model.neck", "from torch import distributed as d", "torch.distributed belongs to"),
+    ("evspan.pipeline.parallel.world", "from evspan.pipeline.model.detector import Detector", "may not import evspan.pipeline.model.detector"),
+    ("evspan.pipeline.data.loader", "from evspan.data_prep.prepare import prepare", "may not import evspan.data_prep.prepare"),
+    ("evspan.pipeline.engine.trainer", "import deepspeed", "deepspeed belongs to"),
+    ("evspan.pipeline.engine.trainer", "from evspan.data_prep.formats import open_recording", "may not import evspan.data_prep.formats"),
+    ("evspan.pipeline.train", "from evspan.pipeline.evaluate import main", "may not import evspan.pipeline.evaluate"),
+    ("evspan.pipeline.config", "from omegaconf import DictConfig", "omegaconf belongs to"),
+    ("evspan.launch.__main__", "from evspan.pipeline.train import main", "only inside a function"),
+    ("evspan.launch.__main__", "def f():\n    from evspan.pipeline.engine.trainer import train", "launch may not import evspan.pipeline.engine"),
+    ("evspan.launch.local", "from importlib import import_module\ndef f(n):\n    import_module(n)", "is computed"),
+    ("evspan.launch.__main__", "COMMANDS = {'x': 'evspan.pipeline.engine.trainer:train'}", "launch may not import evspan.pipeline.engine"),
+    ("evspan.launch.__main__", "import importlib\nimportlib.import_module('evspan.pipeline.train')", "only inside a function"),
+    ("pipeline", "from evspan.pipeline.config import TrainConfig", "no room may not import"),
+    ("pipeline", "from evspan.pipeline.published import open_weights", "pipeline imports evspan.pipeline.published.open_weights only inside"),
+    ("pipeline.newcomer", "import evspan.pipeline.config", "no room may not import"),
+    ("evspan.pipeline.data.loader", "from . import plan", "relative import"),
 ])
 def test_the_check_finds(module, source, part):
     assert any(part in sentence for sentence in violations(module, source)), violations(module, source)
 
 
 @pytest.mark.parametrize("module, source", [
-    ("launch.__main__", "def f():\n    from pipeline.train import main\n    import data_prep.prep"),
-    ("launch.__main__", "from importlib import import_module\nC = {'x': 'pipeline.train:main'}\ndef f(n):\n    import_module(n)"),
-    ("pipeline.engine.zero", "import deepspeed, torch\nfrom pipeline.model.detector import Detector"),
-    ("pipeline.infer", "from data_prep.formats import open_recording"),
-    ("pipeline.parallel.world", "import torch.distributed as dist\nfrom pipeline.model.state import StageState"),
-    ("data_prep.store", "import h5py\nfrom data_prep.formats import open_recording"),
+    ("evspan.launch.__main__", "def f():\n    from evspan.pipeline.train import main\n    import evspan.data_prep.prep"),
+    ("evspan.launch.__main__", "from importlib import import_module\nC = {'x': 'evspan.pipeline.train:main'}\ndef f(n):\n    import_module(n)"),
+    ("evspan.pipeline.engine.zero", "import deepspeed, torch\nfrom evspan.pipeline.model.detector import Detector"),
+    ("evspan.pipeline.infer", "from evspan.data_prep.formats import open_recording"),
+    ("evspan.pipeline.parallel.world", "import torch.distributed as dist\nfrom evspan.pipeline.model.state import StageState"),
+    ("evspan.data_prep.store", "import h5py\nfrom evspan.data_prep.formats import open_recording"),
 ])
 def test_the_check_lets_pass(module, source):
     assert violations(module, source) == []

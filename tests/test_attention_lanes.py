@@ -7,12 +7,11 @@ import copy
 
 import pytest
 import torch
-
-from pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, OptimizerConfig, PostprocessConfig
-from pipeline.model.detector import Detector
-from pipeline.model.loss import detection_loss
-from pipeline.model.postprocess import detections
-from pipeline.model.state import DetectorState, detach, map_state, state_tensors
+from evspan.pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, OptimizerConfig, PostprocessConfig
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.loss import detection_loss
+from evspan.pipeline.model.postprocess import detections
+from evspan.pipeline.model.state import DetectorState, detach, map_state, state_tensors
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -270,7 +269,7 @@ def test_detect_is_a_step_then_thresholds_and_suppression(part, scales):
 # -- gates -----------------------------------------------------------------------------------------------------------
 def test_gates_learn_at_a_rate_of_their_own():
     """As the engine has it: every parameter once, gates and no others at gate_lr times the rate, without weight decay."""
-    from pipeline.engine.zero import parameter_groups
+    from evspan.pipeline.engine.zero import parameter_groups
 
     detector = micro("all")
     everything = {id(p) for p in detector.parameters()}

@@ -5,11 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from evspan.pipeline.config import BackboneConfig
+from evspan.pipeline.model import cached
+from evspan.pipeline.model.backbone import PartitionAttention
 from torch import nn
-
-from pipeline.config import BackboneConfig
-from pipeline.model import cached
-from pipeline.model.backbone import PartitionAttention
 
 ROWS, COLUMNS = 6, 10  # more positions than SMALL_WINDOW: attention is served as well
 

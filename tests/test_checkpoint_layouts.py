@@ -8,12 +8,11 @@ from pathlib import Path
 import checkpoint_ranks as stretches
 import pytest
 import torch
+from evspan.data_prep.errors import UserError
+from evspan.launch.ranks import run_ranks
+from evspan.pipeline.engine.saving import load_snapshot
 from safetensors.torch import load_file
 from small_shards import write_small_shards
-
-from data_prep.errors import UserError
-from launch.ranks import run_ranks
-from pipeline.engine.saving import load_snapshot
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(600)  # of a launch that runs many stretches, on a busy machine
@@ -114,7 +113,7 @@ def test_a_checkpoint_of_another_form_is_refused_in_one_line(folder, tmp_path):
     older = tmp_path / "run" / "checkpoints" / "step-00000003"
     older.mkdir(parents=True)
     (older / "meta.json").write_text(json.dumps({"step": 3, "world": 1, "stage": 1, "config": {}}))
-    command = [sys.executable, "-m", "launch", "train", "experiment=demo", "parallel.ranks=1", f"run_dir={tmp_path / 'run'}",
+    command = [sys.executable, "-m", "evspan.launch", "train", "experiment=demo", "parallel.ranks=1", f"run_dir={tmp_path / 'run'}",
                f"dataset.root={folder / 'shards'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -3,13 +3,12 @@
 import h5py
 import numpy as np
 import pytest
+from evspan.data_prep import codec
+from evspan.data_prep.codec import FrameEncoder, decode_frames
+from evspan.data_prep.config import Codec
+from evspan.data_prep.shards import FRAME_SHAPE
+from evspan.data_prep.store import CODE_CHUNK, FILTERS, CodeWriter
 from prepared import frames_in
-
-from data_prep import codec
-from data_prep.codec import FrameEncoder, decode_frames
-from data_prep.config import Codec
-from data_prep.shards import FRAME_SHAPE
-from data_prep.store import CODE_CHUNK, FILTERS, CodeWriter
 
 
 def frame(rng, shape, share, most):

@@ -8,19 +8,18 @@ import sys
 from pathlib import Path
 from zipfile import ZipFile
 
+import evspan.data_prep.prep  # noqa: F401  the command-line files register the schemas
+import evspan.pipeline.evaluate
+import evspan.pipeline.train  # noqa: F401
 import pytest
+from evspan.data_prep.config import PrepConfig
+from evspan.data_prep.config_errors import refuse_unknown_keys
+from evspan.data_prep.errors import ConfigError
+from evspan.pipeline.config import EvaluateConfig, Precision, Sampling, Schedule, TrainConfig
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-
-import data_prep.prep  # noqa: F401  the command-line files register the schemas
-import pipeline.evaluate
-import pipeline.train  # noqa: F401
-from data_prep.config import PrepConfig
-from data_prep.config_errors import refuse_unknown_keys
-from data_prep.errors import ConfigError
-from pipeline.config import EvaluateConfig, Precision, Sampling, Schedule, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"

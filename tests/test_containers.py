@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from evspan.launch.__main__ import COMMANDS
 from packaging.requirements import Requirement
-
-from launch.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 HERE = ROOT / "containers"

@@ -12,15 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evspan.data_prep.config import DownsampleBy, FrameConfig, FrameMode
+from evspan.data_prep.errors import UserError
+from evspan.pipeline import load_detector
+from evspan.pipeline.checkpoint import Weights, load_weights, save_weights
+from evspan.pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.pipeline.convert import main
+from evspan.pipeline.model.detector import Detector
 from omegaconf import OmegaConf
-
-from data_prep.config import DownsampleBy, FrameConfig, FrameMode
-from data_prep.errors import UserError
-from pipeline import load_detector
-from pipeline.checkpoint import Weights, load_weights, save_weights
-from pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
-from pipeline.convert import main
-from pipeline.model.detector import Detector
 
 pytestmark = pytest.mark.timeout(60)
 ROOT = Path(__file__).parent.parent
@@ -350,7 +349,7 @@ def test_outputs_that_cannot_be(tmp_path, capfd, monkeypatch):
         raise OSError(28, "No space left on device")
 
     out.write_bytes(b"what was there")
-    monkeypatch.setattr("pipeline.checkpoint.save_weights", full)
+    monkeypatch.setattr("evspan.pipeline.checkpoint.save_weights", full)
     assert "no space left" in refused(capfd, source, out, "--overwrite")
     assert out.read_bytes() == b"what was there" and {p.suffix for p in tmp_path.iterdir()} == {".ckpt", ".safetensors"}
 

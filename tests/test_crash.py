@@ -17,19 +17,18 @@ import torch
 import torch.distributed as dist
 from checkpoint_ranks import Case, config
 from crash_ranks import be_rank
+from evspan.data_prep.config import FrameConfig
+from evspan.data_prep.errors import UserError
+from evspan.pipeline.checkpoint import Weights, load_weights, newest_checkpoint
+from evspan.pipeline.config import CheckpointConfig, ModelConfig
+from evspan.pipeline.engine.saving import Checkpoints, Snapshot
 from safetensors.torch import load_file
 from small_shards import write_small_shards
 from test_training import LOSSES, told
 
-from data_prep.config import FrameConfig
-from data_prep.errors import UserError
-from pipeline.checkpoint import Weights, load_weights, newest_checkpoint
-from pipeline.config import CheckpointConfig, ModelConfig
-from pipeline.engine.saving import Checkpoints, Snapshot
-
 pytestmark = pytest.mark.timeout(300)  # on a busy machine
 STEPS, EVERY, KEEP, EVALUATE = 10, 2, 2, 4
-PRELOADED = ["pipeline.train", "pipeline.engine.trainer", "deepspeed.runtime.zero.muon.muon_optimizer"]  # the last takes seconds
+PRELOADED = ["evspan.pipeline.train", "evspan.pipeline.engine.trainer", "deepspeed.runtime.zero.muon.muon_optimizer"]  # the last takes seconds
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,19 @@ import hdf5plugin
 import numpy as np
 import pytest
 import torch
+from evspan.data_prep.boxes import RAW_BOX
+from evspan.data_prep.config import DatasetConfig, DatasetKind, FrameMode
+from evspan.data_prep.errors import ConfigError, ShardError
+from evspan.data_prep.shards import BOX
+from evspan.pipeline.config import AugmentationConfig, Sampling, TrainingConfig
+from evspan.pipeline.data import datasets
+from evspan.pipeline.data.augment import augment_boxes, augment_frames, draw_augmentation
+from evspan.pipeline.data.boxes import to_center, to_corners
+from evspan.pipeline.data.datasets import open_dataset
+from evspan.pipeline.data.loader import Loader
+from evspan.pipeline.data.plan import SamplingPlan
 from prepared import frames_in
 from small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
-
-from data_prep.boxes import RAW_BOX
-from data_prep.config import DatasetConfig, DatasetKind, FrameMode
-from data_prep.errors import ConfigError, ShardError
-from data_prep.shards import BOX
-from pipeline.config import AugmentationConfig, Sampling, TrainingConfig
-from pipeline.data import datasets
-from pipeline.data.augment import augment_boxes, augment_frames, draw_augmentation
-from pipeline.data.boxes import to_center, to_corners
-from pipeline.data.datasets import open_dataset
-from pipeline.data.loader import Loader
-from pipeline.data.plan import SamplingPlan
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 from event_files import read_by, write_raw
-
-from data_prep.events import Events
-from data_prep.simulator import SimulatorConfig, simulate
+from evspan.data_prep.events import Events
+from evspan.data_prep.simulator import SimulatorConfig, simulate
 
 
 def library(name: str) -> ModuleType:

@@ -3,12 +3,11 @@
 import json
 import re
 
+import evspan.data_prep.simulate
+import evspan.pipeline.infer
 import pytest
+from evspan.launch import demo
 from test_conf import composed
-
-import data_prep.simulate
-import pipeline.infer
-from launch import demo
 
 METRICS = {"ap": 0.41249, "ap50": 0.7125, "ap_small": 0.2, "ap_medium": 0.55, "ap_large": None}
 TIMES = {"simulate": 30.06, "prep": 20.0, "train": 200.5, "evaluate": 9.0, "infer": 12.0}
@@ -27,7 +26,7 @@ def small_parts(folder):
 
 def test_commands_are_accepted(tmp_path):
     simulate, prep, train, evaluate, infer = demo.parts(tmp_path)
-    given = data_prep.simulate._parser().parse_args(simulate.arguments[1:])
+    given = evspan.data_prep.simulate._parser().parse_args(simulate.arguments[1:])
     assert given.recordings["train"] >= 8 and given.recordings["val"] >= 2 and given.format == "raw"
     config, _ = composed("prep", *prep.arguments[1:])
     assert config.frames.downsample == 4 and config.source == str(given.out)
@@ -37,7 +36,7 @@ def test_commands_are_accepted(tmp_path):
     scored, _ = composed("evaluate", *evaluate.arguments[1:])
     assert scored.checkpoint == config.run_dir and scored.evaluation.split == "val"
     assert scored.dataset.root == config.dataset.root and scored.dataset.classes == config.dataset.classes
-    wanted = pipeline.infer._parser().parse_args(infer.arguments[1:])
+    wanted = evspan.pipeline.infer._parser().parse_args(infer.arguments[1:])
     assert wanted.recording.parent == given.out / "val" and str(wanted.checkpoint) == config.run_dir
 
 

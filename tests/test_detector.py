@@ -3,13 +3,10 @@
 import pytest
 import torch
 from dispatched import Dispatched
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
-
-from pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
-from pipeline.model.detector import Detector
-from pipeline.model.loss import detection_loss
-from pipeline.model.state import (
+from evspan.pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.loss import detection_loss
+from evspan.pipeline.model.state import (
     DetectorState,
     detach,
     forget_lanes,
@@ -17,6 +14,8 @@ from pipeline.model.state import (
     state_from_tensors,
     state_tensors,
 )
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 CHANNELS, H, W, LANES = 4, 60, 120, 3  # padded to 64 x 128
 KINDS = {"plain": {}, "attention": {"enable_small_object_attention": True},
@@ -194,7 +193,7 @@ EXPERIMENTS = {"tiny": 4_405_336, "small": 9_870_456, "base": 18_536_856, "3scal
 
 
 def composed(*overrides):
-    from pipeline.config import ModelConfig as Schema
+    from evspan.pipeline.config import ModelConfig as Schema
 
     with initialize_config_module("conf", version_base="1.3"):
         raw = compose("train", overrides=list(overrides)).model
@@ -204,9 +203,8 @@ def composed(*overrides):
 @pytest.fixture(scope="module", autouse=True)
 def schemas():
     """What the command-line file registers."""
+    from evspan.pipeline.config import TrainConfig
     from hydra.core.config_store import ConfigStore
-
-    from pipeline.config import TrainConfig
 
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 

@@ -5,17 +5,16 @@ import numpy as np
 import pytest
 import torch
 from coco_reference import coco_evaluation
+from evspan.data_prep.config import DatasetConfig, FrameConfig
+from evspan.data_prep.shards import BOX
+from evspan.pipeline.config import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.pipeline.data.datasets import Dataset, RecordingData, open_dataset
+from evspan.pipeline.engine.streaming import RecordingResult, evaluate_split, score
+from evspan.pipeline.evaluation.coco import Scorer, coco_metrics
+from evspan.pipeline.evaluation.frames import labelled_frames
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.postprocess import detections
 from small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
-
-from data_prep.config import DatasetConfig, FrameConfig
-from data_prep.shards import BOX
-from pipeline.config import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
-from pipeline.data.datasets import Dataset, RecordingData, open_dataset
-from pipeline.engine.streaming import RecordingResult, evaluate_split, score
-from pipeline.evaluation.coco import Scorer, coco_metrics
-from pipeline.evaluation.frames import labelled_frames
-from pipeline.model.detector import Detector
-from pipeline.model.postprocess import detections
 
 
 def some_boxes(rng, count):

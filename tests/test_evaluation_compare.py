@@ -8,18 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evspan.data_prep.config import FrameConfig
+from evspan.data_prep.errors import UserError
+from evspan.pipeline.config import EvaluationConfig
+from evspan.pipeline.data.datasets import Dataset, RecordingData
+from evspan.pipeline.engine.evaluator import write_results
+from evspan.pipeline.engine.streaming import RecordingResult, labelled, score
+from evspan.pipeline.evaluation.bootstrap import MEASURES, draws, measures
+from evspan.pipeline.evaluation.compare import compare, open_evaluation, table
+from evspan.pipeline.evaluation.frames import FRAMES, load_frames
 from small_shards import CLASSES, HEIGHT, WIDTH
 from test_evaluation import as_detections, by_pycocotools, some_boxes
-
-from data_prep.config import FrameConfig
-from data_prep.errors import UserError
-from pipeline.config import EvaluationConfig
-from pipeline.data.datasets import Dataset, RecordingData
-from pipeline.engine.evaluator import write_results
-from pipeline.engine.streaming import RecordingResult, labelled, score
-from pipeline.evaluation.bootstrap import MEASURES, draws, measures
-from pipeline.evaluation.compare import compare, open_evaluation, table
-from pipeline.evaluation.frames import FRAMES, load_frames
 
 ROOT = Path(__file__).parent.parent
 FRAMES_EACH, RECORDINGS = 16, 6
@@ -117,7 +116,7 @@ def test_draws_are_recordings_with_replacement():
 def test_frames_are_matched_in_any_portions(truth, monkeypatch):
     frames, weights = labelled(results(truth, 1, 0.06), dataset(truth)), draws(RECORDINGS, 20, 0)
     at_once = measures(frames, CLASSES, CONFIG, weights)
-    monkeypatch.setattr("pipeline.evaluation.bootstrap.AT_ONCE", 7)
+    monkeypatch.setattr("evspan.pipeline.evaluation.bootstrap.AT_ONCE", 7)
     for name, values in measures(frames, CLASSES, CONFIG, weights).items():
         np.testing.assert_array_equal(values, at_once[name])
 
@@ -193,7 +192,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, evaluations, truth, change
 
 # -- the command -------------------------------------------------------------------------------------------------
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "launch", "evaluate", "compare", *map(str, arguments)], cwd=ROOT, text=True,
+    return subprocess.run([sys.executable, "-m", "evspan.launch", "evaluate", "compare", *map(str, arguments)], cwd=ROOT, text=True,
                           capture_output=True, timeout=120)
 
 

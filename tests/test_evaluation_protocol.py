@@ -10,23 +10,22 @@ import numpy as np
 import pytest
 import torch
 from coco_reference import coco_evaluation
+from evspan.data_prep.boxes import read_boxes
+from evspan.data_prep.config import DatasetConfig, FrameMode, frame_config
+from evspan.data_prep.prepare import prepare
+from evspan.data_prep.shards import load_manifest
+from evspan.data_prep.simulator import CLASSES, SimulatorConfig, simulate
+from evspan.pipeline.checkpoint import Weights, save_weights
+from evspan.pipeline.config import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.pipeline.data.datasets import open_dataset
+from evspan.pipeline.engine.evaluator import write_results
+from evspan.pipeline.engine.streaming import RecordingResult, labelled, score
+from evspan.pipeline.evaluation.breakdown import breakdown
+from evspan.pipeline.evaluation.frames import FRAMES, load_frames
+from evspan.pipeline.model.detector import Detector
 from prepared import HEIGHT, WIDTH, prep_config
 from small_shards import BINS, write_small_shards
 from small_shards import CLASSES as SMALL_CLASSES
-
-from data_prep.boxes import read_boxes
-from data_prep.config import DatasetConfig, FrameMode, frame_config
-from data_prep.prepare import prepare
-from data_prep.shards import load_manifest
-from data_prep.simulator import CLASSES, SimulatorConfig, simulate
-from pipeline.checkpoint import Weights, save_weights
-from pipeline.config import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
-from pipeline.data.datasets import open_dataset
-from pipeline.engine.evaluator import write_results
-from pipeline.engine.streaming import RecordingResult, labelled, score
-from pipeline.evaluation.breakdown import breakdown
-from pipeline.evaluation.frames import FRAMES, load_frames
-from pipeline.model.detector import Detector
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 2.0
@@ -146,7 +145,7 @@ def weights_and_shards(tmp_path_factory):
 
 
 def evaluated(weights, shards, output, *overrides):
-    done = subprocess.run([sys.executable, "-m", "launch", "evaluate", f"checkpoint={weights}", f"dataset.root={shards}",
+    done = subprocess.run([sys.executable, "-m", "evspan.launch", "evaluate", f"checkpoint={weights}", f"dataset.root={shards}",
                            f"output={output}", "evaluation.batch_size=1", "evaluation.skip_first_ms=0", "parallel.threads=1",
                            "evaluation.confidence_threshold=0.1", *overrides], cwd=ROOT, capture_output=True, text=True,
                           timeout=200)

@@ -6,14 +6,13 @@ from pathlib import Path
 import exchange_ranks as cases
 import pytest
 import torch
-
-from data_prep.errors import ConfigError
-from launch.ranks import run_ranks
-from pipeline.layout import ExchangeKind, check_layout
-from pipeline.parallel.autograd import touch
-from pipeline.parallel.exchange import open_exchange
-from pipeline.parallel.launcher import check_address, first_host, place
-from pipeline.parallel.mesh import Mesh
+from evspan.data_prep.errors import ConfigError
+from evspan.launch.ranks import run_ranks
+from evspan.pipeline.layout import ExchangeKind, check_layout
+from evspan.pipeline.parallel.autograd import touch
+from evspan.pipeline.parallel.exchange import open_exchange
+from evspan.pipeline.parallel.launcher import check_address, first_host, place
+from evspan.pipeline.parallel.mesh import Mesh
 
 pytestmark = pytest.mark.timeout(300)  # of a launch that runs all cases of a world, on a busy machine
 ROOT = Path(__file__).parent.parent

@@ -10,17 +10,16 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from evspan.data_prep.config import FrameConfig
+from evspan.data_prep.errors import UserError
+from evspan.pipeline.checkpoint import Weights, load_weights, save_weights
+from evspan.pipeline.config import BackboneConfig, FpnConfig, ModelConfig
+from evspan.pipeline.engine import export as engine
+from evspan.pipeline.engine.build import detector_from
+from evspan.pipeline.export import choose_size, main
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.state import state_tensors
 from refusals import refused_by
-
-from data_prep.config import FrameConfig
-from data_prep.errors import UserError
-from pipeline.checkpoint import Weights, load_weights, save_weights
-from pipeline.config import BackboneConfig, FpnConfig, ModelConfig
-from pipeline.engine import export as engine
-from pipeline.engine.build import detector_from
-from pipeline.export import choose_size, main
-from pipeline.model.detector import Detector
-from pipeline.model.state import state_tensors
 
 pytestmark = pytest.mark.timeout(300)
 BINS, STEPS, CLASSES = 2, 6, ["ball", "box"]

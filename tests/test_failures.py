@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from evspan.pipeline.config import ParallelConfig, Precision, TrainConfig, TrainingConfig
+from evspan.pipeline.engine.memory import knobs, out_of_memory
+from evspan.pipeline.parallel.world import World
 from slurm_cluster import free_ports
 from small_shards import write_small_shards
 from test_launch import alive, all_ready, eventually, pids
-
-from pipeline.config import ParallelConfig, Precision, TrainConfig, TrainingConfig
-from pipeline.engine.memory import knobs, out_of_memory
-from pipeline.parallel.world import World
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(120)
@@ -25,13 +24,13 @@ TIMEOUT_S = 4
 
 PROGRAM = """
 import os, pathlib, sys, time
-from data_prep.command import run_command
+from evspan.data_prep.command import run_command
 here, size = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 def work():
     import torch
-    from pipeline.config import ParallelConfig
-    from pipeline.parallel.reductions import any_rank, sum_over_ranks
-    from pipeline.parallel.world import open_world
+    from evspan.pipeline.config import ParallelConfig
+    from evspan.pipeline.parallel.reductions import any_rank, sum_over_ranks
+    from evspan.pipeline.parallel.world import open_world
     with open_world(ParallelConfig(ranks=size, timeout_s=int(sys.argv[3]), threads=1)) as world:
         while not any_rank((here / "enough").exists(), world.device):
             sum_over_ranks(torch.ones(1000))
@@ -127,7 +126,7 @@ def misbehave(rank):
 def test_stuck_ranks_are_ended_by_who_started_them_and_named(tmp_path):
     """`evspan train` with a rank that stands still: told once."""
     (tmp_path / "program.py").write_text(PROGRAM + "\nrun_command(work)\n")
-    launcher = ("import sys; from launch.ranks import run_ranks; "
+    launcher = ("import sys; from evspan.launch.ranks import run_ranks; "
                 "sys.exit(run_ranks([sys.executable, *sys.argv[1:]], 2, threads=1, after='Do it again', grace_s=1))")
     process = subprocess.Popen([sys.executable, "-c", launcher, str(tmp_path / "program.py"), str(tmp_path), "2", str(TIMEOUT_S)],
                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -147,7 +146,7 @@ SPARE = 700 << 20  # bytes of address space that a rank gets when its first step
 def trained_in_little_memory(shards, run_dir, *overrides):
     """Exit code and stderr of `evspan train` on one rank, which ends with its first step."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch", "train", "experiment=demo", f"dataset.root={shards}", f"run_dir={run_dir}",
+        [sys.executable, "-m", "evspan.launch", "train", "experiment=demo", f"dataset.root={shards}", f"run_dir={run_dir}",
          "parallel.ranks=1", "parallel.threads=1", "training.sequence_length=20", "training.log_every=1",
          "training.loader_workers=0", *overrides], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})

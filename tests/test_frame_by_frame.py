@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.frame_by_frame import FrameByFrame
-
-from pipeline.config import BackboneConfig, HeadConfig, ModelConfig
-from pipeline.model.detector import Detector
-from pipeline.model.loss import detection_loss
+from evspan.pipeline.config import BackboneConfig, HeadConfig, ModelConfig
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.loss import detection_loss
 
 CHANNELS, H, W, STEPS, LANES = 4, 60, 120, 5, 2  # padded to 64 x 128
 

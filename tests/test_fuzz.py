@@ -19,12 +19,11 @@ import hdf5plugin
 import numpy as np
 import pytest
 from event_files import SIZES, random_words, write_raw
-
-from data_prep.boxes import RAW_BOX, read_boxes
-from data_prep.errors import UserError
-from data_prep.events import Events
-from data_prep.formats import open_recording, open_writer
-from data_prep.formats.recording import Recording
+from evspan.data_prep.boxes import RAW_BOX, read_boxes
+from evspan.data_prep.errors import UserError
+from evspan.data_prep.events import Events
+from evspan.data_prep.formats import open_recording, open_writer
+from evspan.data_prep.formats.recording import Recording
 
 CASE_SECONDS = 20  # a case takes milliseconds
 MOST_BYTES = 1 << 30  # above what the process takes before the first case

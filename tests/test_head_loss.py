@@ -6,15 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dispatched import Dispatched
+from evspan.pipeline.config import HeadConfig, SizeWeighting
+from evspan.pipeline.model import assignment as assignment_module
+from evspan.pipeline.model.assignment import assign
+from evspan.pipeline.model.head import YOLOXHead, cells, decode
+from evspan.pipeline.model.loss import detection_loss, size_weights
+from evspan.pipeline.model.norm import ALONE, BatchNorm2d, global_batch_norms
+from evspan.pipeline.model.postprocess import detections, nms
 from torch._subclasses.fake_tensor import is_fake
-
-from pipeline.config import HeadConfig, SizeWeighting
-from pipeline.model import assignment as assignment_module
-from pipeline.model.assignment import assign
-from pipeline.model.head import YOLOXHead, cells, decode
-from pipeline.model.loss import detection_loss, size_weights
-from pipeline.model.norm import ALONE, BatchNorm2d, global_batch_norms
-from pipeline.model.postprocess import detections, nms
 
 GEOMETRY = ((8, 12, 8), (4, 6, 16), (2, 3, 32))
 CELLS = sum(h * w for h, w, _ in GEOMETRY)

@@ -14,20 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evspan.data_prep.boxes import RAW_BOX, read_boxes
+from evspan.data_prep.config import FrameConfig
+from evspan.data_prep.formats import open_recording
+from evspan.data_prep.simulator import SimulatorConfig, simulate
+from evspan.pipeline.checkpoint import Weights, load_weights, save_weights
+from evspan.pipeline.config import BackboneConfig, FpnConfig, ModelConfig, PostprocessConfig
+from evspan.pipeline.engine.build import detector_from
+from evspan.pipeline.engine.detection_files import DetectionsFile
+from evspan.pipeline.engine.inference import BOXES, DETECTIONS, Clock, Detected, Overlay, ahead, cut, detect
+from evspan.pipeline.infer import main
+from evspan.pipeline.model.detector import Detector
 from PIL import Image
 from refusals import refused_by
-
-from data_prep.boxes import RAW_BOX, read_boxes
-from data_prep.config import FrameConfig
-from data_prep.formats import open_recording
-from data_prep.simulator import SimulatorConfig, simulate
-from pipeline.checkpoint import Weights, load_weights, save_weights
-from pipeline.config import BackboneConfig, FpnConfig, ModelConfig, PostprocessConfig
-from pipeline.engine.build import detector_from
-from pipeline.engine.detection_files import DetectionsFile
-from pipeline.engine.inference import BOXES, DETECTIONS, Clock, Detected, Overlay, ahead, cut, detect
-from pipeline.infer import main
-from pipeline.model.detector import Detector
 
 pytestmark = pytest.mark.timeout(60)
 CLASSES = ["ball", "box"]  # of the three that the head has

@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-
-from data_prep.boxes import RAW_BOX, read_boxes
-from data_prep.config import DatasetConfig, LabelConfig
-from data_prep.errors import ConfigError
-from data_prep.labels import crop, filter_boxes
+from evspan.data_prep.boxes import RAW_BOX, read_boxes
+from evspan.data_prep.config import DatasetConfig, LabelConfig
+from evspan.data_prep.errors import ConfigError
+from evspan.data_prep.labels import crop, filter_boxes
 
 H, W = 720, 1280
 GEN4 = LabelConfig(class_map={0: 0, 1: 1, 2: 2}, min_side=20, min_diagonal=60, max_width_share=0.9)

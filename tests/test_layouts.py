@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from evspan.launch.ranks import run_ranks
 from layout_ranks import Case
 from small_shards import write_small_shards
-
-from launch.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(900)  # of the first one, which starts all ranks, on a busy machine
 ROOT = Path(__file__).parent.parent

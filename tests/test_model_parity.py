@@ -4,13 +4,12 @@
 import numpy as np
 import pytest
 import torch
-
-from pipeline.config import BackboneConfig, HeadConfig, ModelConfig
-from pipeline.model.assignment import assign
-from pipeline.model.detector import Detector
-from pipeline.model.loss import detection_loss
-from pipeline.model.postprocess import detections
-from pipeline.model.state import state_tensors
+from evspan.pipeline.config import BackboneConfig, HeadConfig, ModelConfig
+from evspan.pipeline.model.assignment import assign
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.loss import detection_loss
+from evspan.pipeline.model.postprocess import detections
+from evspan.pipeline.model.state import state_tensors
 
 
 @pytest.fixture(scope="module")

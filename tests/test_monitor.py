@@ -5,9 +5,22 @@ import re
 import subprocess
 import time
 
+import evspan.pipeline.train  # noqa: F401  registers the schema
 import numpy as np
 import pytest
 import torch
+from evspan.pipeline.checkpoint import load_weights
+from evspan.pipeline.config import TrainConfig, TrainingConfig
+from evspan.pipeline.data.datasets import open_dataset
+from evspan.pipeline.engine.about import code_commit, config_lines
+from evspan.pipeline.engine.build import detector_from
+from evspan.pipeline.engine.pictures import GREEN
+from evspan.pipeline.engine.profiling import Profiler
+from evspan.pipeline.engine.resources import Resources, resident_bytes
+from evspan.pipeline.engine.streaming import evaluate_split, labelled
+from evspan.pipeline.evaluation.frames import scored
+from evspan.pipeline.evaluation.pr_curves import pr_curves
+from evspan.pipeline.monitor import Monitor
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from PIL import Image
@@ -16,20 +29,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
 from test_training import run
-
-import pipeline.train  # noqa: F401  registers the schema
-from pipeline.checkpoint import load_weights
-from pipeline.config import TrainConfig, TrainingConfig
-from pipeline.data.datasets import open_dataset
-from pipeline.engine.about import code_commit, config_lines
-from pipeline.engine.build import detector_from
-from pipeline.engine.pictures import GREEN
-from pipeline.engine.profiling import Profiler
-from pipeline.engine.resources import Resources, resident_bytes
-from pipeline.engine.streaming import evaluate_split, labelled
-from pipeline.evaluation.frames import scored
-from pipeline.evaluation.pr_curves import pr_curves
-from pipeline.monitor import Monitor
 
 pytestmark = pytest.mark.timeout(240)
 ALL = {"tensors": 0, "images": 0, "scalars": 0, "histograms": 0}

@@ -3,14 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
-from pipeline.model.attention import (
+from evspan.pipeline.model.attention import (
     EventTemporalAttention,
     MultiScaleSpatialAttention,
     ScaleAwareChannelAttention,
     SmallObjectAttentionModule,
 )
-from pipeline.model.neck import YOLOPAFPN
+from evspan.pipeline.model.neck import YOLOPAFPN
 
 N, C, H, W = 3, 12, 5, 7
 

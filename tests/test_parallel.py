@@ -7,12 +7,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-from data_prep.errors import ConfigError
-from pipeline.config import ParallelConfig
-from pipeline.model.norm import BatchNorm2d, RankReductions, global_batch_norms
-from pipeline.parallel.reductions import any_rank, broadcast_object, deal, gather_objects, gather_over_ranks, sum_over_ranks
-from pipeline.parallel.world import open_world
+from evspan.data_prep.errors import ConfigError
+from evspan.pipeline.config import ParallelConfig
+from evspan.pipeline.model.norm import BatchNorm2d, RankReductions, global_batch_norms
+from evspan.pipeline.parallel.reductions import (
+    any_rank,
+    broadcast_object,
+    deal,
+    gather_objects,
+    gather_over_ranks,
+    sum_over_ranks,
+)
+from evspan.pipeline.parallel.world import open_world
 
 RANKS = 3
 SHARES = (4, 0, 3)  # samples per rank: one has none, and still takes part

@@ -4,11 +4,10 @@ import math
 
 import numpy as np
 import pytest
-
-from data_prep.errors import ShardError
-from pipeline.config import AugmentationConfig, Sampling
-from pipeline.data.augment import Augmentation, augment_boxes, augment_frames, draw_augmentation
-from pipeline.data.plan import Chunk, SamplingPlan
+from evspan.data_prep.errors import ShardError
+from evspan.pipeline.config import AugmentationConfig, Sampling
+from evspan.pipeline.data.augment import Augmentation, augment_boxes, augment_frames, draw_augmentation
+from evspan.pipeline.data.plan import Chunk, SamplingPlan
 
 FRAMES = [12, 3, 25, 5]
 T = 5

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from pipeline.model.postprocess import BLOCK, CANDIDATES, detections, nms
+from evspan.pipeline.model.postprocess import BLOCK, CANDIDATES, detections, nms
 
 pytestmark = pytest.mark.timeout(60)
 

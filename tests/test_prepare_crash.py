@@ -13,14 +13,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from evspan.data_prep.errors import UserError
+from evspan.data_prep.files import NoSpaceError, locked
+from evspan.data_prep.formats import open_writer
+from evspan.data_prep.prepare import prepare
+from evspan.data_prep.simulator import simulate
 from prepared import SCENE, assert_same, assert_sound, copied, frames_in, make_source, prep_config
 from slow_frames import random_events
-
-from data_prep.errors import UserError
-from data_prep.files import NoSpaceError, locked
-from data_prep.formats import open_writer
-from data_prep.prepare import prepare
-from data_prep.simulator import simulate
 
 ROOT = Path(__file__).parent.parent
 KEYS = ["dataset=simulated", "dataset.labels.label_every_ms=100", "frames.bins=3", "processes=2"]
@@ -42,13 +41,13 @@ def prepared(source, tmp_path_factory):
 def processes():
     """Processes that begin within milliseconds, with everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_prep.prepare"])
+    context.set_forkserver_preload(["evspan.data_prep.prepare"])
     return context
 
 
 def command(source, output, *more: str, **options) -> subprocess.Popen:
     arguments = [f"source={source}", f"output={output}", *KEYS, *more]
-    return subprocess.Popen([sys.executable, "-m", "data_prep", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-m", "evspan.data_prep", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, cwd=ROOT, **options)
 
 
@@ -298,7 +297,7 @@ def test_decoding_onto_a_full_disk_leaves_nothing(small_disk, tmp_path):
     with open_writer(tmp_path / "a.dat", 480, 640) as writer:
         writer.write(events)
     arguments = ["decode", str(tmp_path / "a.dat"), str(small_disk / "a.h5")]
-    done = subprocess.run([sys.executable, "-m", "data_prep", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-m", "evspan.data_prep", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (2, "") and not list(small_disk.iterdir())
     assert done.stderr.startswith(f"error: {small_disk / 'a.h5'}: no space left") and len(done.stderr.splitlines()) == 1
 

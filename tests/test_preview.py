@@ -4,17 +4,16 @@ import shutil
 
 import numpy as np
 import pytest
+from evspan.data_prep.boxes import read_boxes
+from evspan.data_prep.config import FrameConfig
+from evspan.data_prep.draw import draw_boxes, draw_label, frame_to_rgb
+from evspan.data_prep.formats import open_recording
+from evspan.data_prep.prepare import prepare
+from evspan.data_prep.preview import main, recording_shots, shard_shots, spread
+from evspan.data_prep.shards import load_manifest
 from PIL import Image
 from prepared import WIDTH, contents, entries, make_source, prep_config
 from slow_frames import slow_frame, together
-
-from data_prep.boxes import read_boxes
-from data_prep.config import FrameConfig
-from data_prep.draw import draw_boxes, draw_label, frame_to_rgb
-from data_prep.formats import open_recording
-from data_prep.prepare import prepare
-from data_prep.preview import main, recording_shots, shard_shots, spread
-from data_prep.shards import load_manifest
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,11 @@ import json
 
 import pytest
 import torch
+from evspan.data_prep.errors import ConfigError
+from evspan.pipeline.config import TrainingConfig
+from evspan.pipeline.engine.profiling import ON_REQUEST, Profiler
+from evspan.pipeline.monitor import Monitor
 from torch import nn
-
-from data_prep.errors import ConfigError
-from pipeline.config import TrainingConfig
-from pipeline.engine.profiling import ON_REQUEST, Profiler
-from pipeline.monitor import Monitor
 
 pytestmark = pytest.mark.timeout(120)
 

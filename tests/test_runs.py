@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from evspan.data_prep.errors import UserError
+from evspan.launch import cancel, logs, status
+from evspan.launch.runs import describe, differing, find_runs, look, span
+from evspan.launch.slurm import Queued, queued
+from evspan.launch.state import State, judge, of_submission
+from evspan.pipeline.history import HISTORY, PROGRESS, append, read, write_progress
 from slurm_cluster import Cluster, cluster  # noqa: F401  a fixture
-
-from data_prep.errors import UserError
-from launch import cancel, logs, status
-from launch.runs import describe, differing, find_runs, look, span
-from launch.slurm import Queued, queued
-from launch.state import State, judge, of_submission
-from pipeline.history import HISTORY, PROGRESS, append, read, write_progress
 
 ROOT = Path(__file__).parent.parent
 NOW = time.time()
@@ -344,7 +343,7 @@ def test_logs_of_a_sweep_or_of_no_log(logged, tmp_path, no_slurm, told):
 @pytest.mark.timeout(30)
 def test_a_reader_that_has_enough_ends_it_quietly(logged):
     (logged / "logs" / "rank-00.log").write_text("line\n" * 100_000)
-    command = [sys.executable, "-c", "from launch.logs import main; main()", str(logged)]
+    command = [sys.executable, "-c", "from evspan.launch.logs import main; main()", str(logged)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert process.stdout.readline() == b"line\n"
@@ -357,7 +356,7 @@ def test_a_reader_that_has_enough_ends_it_quietly(logged):
 @contextmanager
 def ending(run: Path, seconds: float = 1.5):
     """The run ends by another process, some time from now."""
-    script = f"import time; time.sleep({seconds}); from pipeline.history import append; append({str(run)!r}, 'done', step=1000)"
+    script = f"import time; time.sleep({seconds}); from evspan.pipeline.history import append; append({str(run)!r}, 'done', step=1000)"
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     try:
         yield

@@ -5,15 +5,14 @@ from itertools import islice
 
 import numpy as np
 import pytest
-
-from data_prep.boxes import find_boxes, read_boxes
-from data_prep.errors import ConfigError, RecordingError
-from data_prep.events import Events
-from data_prep.formats import open_recording
-from data_prep.simulate import main
-from data_prep.simulator import CLASSES, SimulatorConfig, simulate, simulated_boxes, simulated_events
-from data_prep.simulator.scene import BAR, SHAPE_COLUMNS, make_scene, shapes_and_centres
-from data_prep.simulator.sensor import Sensor, render
+from evspan.data_prep.boxes import find_boxes, read_boxes
+from evspan.data_prep.errors import ConfigError, RecordingError
+from evspan.data_prep.events import Events
+from evspan.data_prep.formats import open_recording
+from evspan.data_prep.simulate import main
+from evspan.data_prep.simulator import CLASSES, SimulatorConfig, simulate, simulated_boxes, simulated_events
+from evspan.data_prep.simulator.scene import BAR, SHAPE_COLUMNS, make_scene, shapes_and_centres
+from evspan.data_prep.simulator.sensor import Sensor, render
 
 SMALL = SimulatorConfig(height=240, width=320)
 

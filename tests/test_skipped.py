@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from evspan.launch.ranks import run_ranks
 from skip_ranks import PATTERNS, STAGES
-
-from launch.ranks import run_ranks
 
 ROOT, RANKS = Path(__file__).parent.parent, 2
 

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from launch.smoke import Bounds, bounds, table, verdicts
-from pipeline.layout import ExchangeKind
-from pipeline.smoke import config, layouts
+from evspan.launch.smoke import Bounds, bounds, table, verdicts
+from evspan.pipeline.layout import ExchangeKind
+from evspan.pipeline.smoke import config, layouts
 
 ROOT = Path(__file__).parent.parent
 ALIKE = {"layout": "2x1", "stage": 1, "skipped": 0, "peak": 7e8, "speed": 40.0, "loss": 3e-7, "gradients": 2e-5, "resumed": 0.0,
@@ -22,7 +21,7 @@ ALLOWED = Bounds(1e-5, 1e-4, (2e-6, 2e-5))
 
 
 def run(*arguments, cwd=ROOT, timeout=240):
-    return subprocess.run([sys.executable, "-m", "launch", "smoke", *arguments], cwd=cwd, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "evspan.launch", "smoke", *arguments], cwd=cwd, capture_output=True, text=True,
                           timeout=timeout, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
 
 

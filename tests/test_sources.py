@@ -4,15 +4,14 @@ import os
 
 import numpy as np
 import pytest
+from evspan.data_prep.boxes import find_boxes, read_boxes, write_boxes
+from evspan.data_prep.errors import RecordingError
+from evspan.data_prep.prep import main
+from evspan.data_prep.prepare import prepare
+from evspan.data_prep.simulator import simulate
+from evspan.data_prep.sources import find_sources
+from evspan.data_prep.verify import verify
 from prepared import SCENE, contents, entries, prep_config
-
-from data_prep.boxes import find_boxes, read_boxes, write_boxes
-from data_prep.errors import RecordingError
-from data_prep.prep import main
-from data_prep.prepare import prepare
-from data_prep.simulator import simulate
-from data_prep.sources import find_sources
-from data_prep.verify import verify
 
 
 @pytest.fixture

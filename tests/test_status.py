@@ -10,14 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from evspan.data_prep.errors import RecordingError
+from evspan.data_prep.files import locked
+from evspan.data_prep.prep import main
+from evspan.data_prep.prepare import prepare
+from evspan.data_prep.simulator import simulate
+from evspan.data_prep.status import status
 from prepared import KEYS, SCENE, copied, entries, make_source, prep_config
-
-from data_prep.errors import RecordingError
-from data_prep.files import locked
-from data_prep.prep import main
-from data_prep.prepare import prepare
-from data_prep.simulator import simulate
-from data_prep.status import status
 
 ROOT = Path(__file__).parent.parent
 
@@ -150,8 +149,8 @@ import sys, time
 sys.path.insert(0, "tests")
 from pathlib import Path
 from prepared import prep_config
-from data_prep import store, workers
-from data_prep.prepare import prepare
+from evspan.data_prep import store, workers
+from evspan.data_prep.prepare import prepare
 
 def slow(source, part, *more):
     if source.name == "b":

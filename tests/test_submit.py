@@ -7,15 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from evspan.launch.after import Note, decide, main, newest_step
+from evspan.launch.batch import Task, job_name, script
+from evspan.launch.compose import compose_train, expanded, replaced, split_options
+from evspan.launch.submit import Planned, numbered, submit, sweep
+from evspan.pipeline.cluster import ClusterConfig, Container, Scheduler
+from evspan.pipeline.history import append, attempts, faults_in_a_row, read, read_progress, write_progress
 from refusals import refused_by
 from small_shards import write_small_shards
-
-from launch.after import Note, decide, main, newest_step
-from launch.batch import Task, job_name, script
-from launch.compose import compose_train, expanded, replaced, split_options
-from launch.submit import Planned, numbered, submit, sweep
-from pipeline.cluster import ClusterConfig, Container, Scheduler
-from pipeline.history import append, attempts, faults_in_a_row, read, read_progress, write_progress
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = ["two words", "it's", '"quoted"', "$(touch {marker})", "`touch {marker}`", "; touch {marker}", "a\nb", "\\", "ünï",
@@ -235,7 +234,7 @@ def test_mistakes_end_in_one_line(tmp_path, shards, capsys, command, more, says)
 
 # -- on this machine ---------------------------------------------------------------------------------------------
 def evspan(*words: str, timeout: int = 150) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "launch", *words], cwd=ROOT, text=True, capture_output=True, timeout=timeout)
+    return subprocess.run([sys.executable, "-m", "evspan.launch", *words], cwd=ROOT, text=True, capture_output=True, timeout=timeout)
 
 
 @pytest.mark.timeout(300)

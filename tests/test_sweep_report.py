@@ -10,6 +10,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from evspan.data_prep.errors import UserError
+from evspan.launch import report
+from evspan.launch.curves import Curve, Point, read_curves
+from evspan.launch.report_html import MOST, thinned
+from evspan.launch.runs import look
+from evspan.pipeline.history import append
+from evspan.pipeline.monitor import Monitor
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -17,14 +24,6 @@ from tensorboard.context import RequestContext
 from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
-
-from data_prep.errors import UserError
-from launch import report
-from launch.curves import Curve, Point, read_curves
-from launch.report_html import MOST, thinned
-from launch.runs import look
-from pipeline.history import append
-from pipeline.monitor import Monitor
 
 NOW = time.time()
 TAGS = ("loss/total", "evaluation/ap")

@@ -14,6 +14,16 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from evspan.data_prep.boxes import read_boxes, write_boxes
+from evspan.data_prep.checks import Task, sampled_frames
+from evspan.data_prep.config import Codec, FrameMode
+from evspan.data_prep.errors import ShardError, UserError
+from evspan.data_prep.files import locked
+from evspan.data_prep.prep import main
+from evspan.data_prep.prepare import prepare
+from evspan.data_prep.shards import RecordingEntry
+from evspan.data_prep.simulator import simulate
+from evspan.data_prep.verify import verify
 from prepared import (
     COLUMNS,
     KEYS,
@@ -27,17 +37,6 @@ from prepared import (
     make_source,
     prep_config,
 )
-
-from data_prep.boxes import read_boxes, write_boxes
-from data_prep.checks import Task, sampled_frames
-from data_prep.config import Codec, FrameMode
-from data_prep.errors import ShardError, UserError
-from data_prep.files import locked
-from data_prep.prep import main
-from data_prep.prepare import prepare
-from data_prep.shards import RecordingEntry
-from data_prep.simulator import simulate
-from data_prep.verify import verify
 
 REDONE = "evspan prep verify found it damaged"
 
@@ -423,7 +422,7 @@ def test_marks_last_until_prep_has_redone_what_they_name(mine, prepared, monkeyp
         raise UserError("no more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"data_prep.prepare.{step}", full)
+        patch.setattr(f"evspan.data_prep.prepare.{step}", full)
         with pytest.raises(UserError, match="no more"):
             prepare(prep_config(source, output))
     assert (output / ".damaged").exists()

@@ -6,12 +6,11 @@ uint32 t in us (wraps after 71.6 minutes), uint32 with x in bits 0..13, y in 14.
 from pathlib import Path
 
 import numpy as np
+from evspan.data_prep.errors import RecordingError
+from evspan.data_prep.events import Events
+from evspan.data_prep.formats.recording import GEN4_SIZE, WordReader, Writer
 from numba import njit
 from numpy.typing import NDArray
-
-from data_prep.errors import RecordingError
-from data_prep.events import Events
-from data_prep.formats.recording import GEN4_SIZE, WordReader, Writer
 
 CD_TYPES = (0x00, 0x0C)  # 2D events, and CD events of later recorders; one layout
 EVENT_SIZE = 8

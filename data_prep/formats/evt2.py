@@ -5,11 +5,10 @@ Time has 34 bits and wraps after 4.8 hours.
 """
 
 import numpy as np
+from evspan.data_prep.events import Events
+from evspan.data_prep.formats.recording import WordReader
 from numba import njit
 from numpy.typing import NDArray
-
-from data_prep.events import Events
-from data_prep.formats.recording import WordReader
 
 
 @njit(cache=True, nogil=True)

@@ -8,13 +8,12 @@ Words are little-endian; cameras up to IMX636 send the upper half first ("legacy
 from pathlib import Path
 
 import numpy as np
+from evspan.data_prep.errors import RecordingError
+from evspan.data_prep.events import Events
+from evspan.data_prep.formats.header import format_options, system_number
+from evspan.data_prep.formats.recording import WordReader
 from numba import njit
 from numpy.typing import NDArray
-
-from data_prep.errors import RecordingError
-from data_prep.events import Events
-from data_prep.formats.header import format_options, system_number
-from data_prep.formats.recording import WordReader
 
 FIRST_LITTLE_SYSTEM = 55  # system_IDs below are legacy where the header does not say
 

@@ -8,13 +8,12 @@ Time is (TIME_HIGH << 12) | TIME_LOW: 24 bits that wrap every 16.78 s. A TIME_HI
 from pathlib import Path
 
 import numpy as np
+from evspan.data_prep.codec import trailing_zeros
+from evspan.data_prep.errors import RecordingError
+from evspan.data_prep.events import Events
+from evspan.data_prep.formats.recording import WordReader, Writer
 from numba import njit
 from numpy.typing import NDArray
-
-from data_prep.codec import trailing_zeros
-from data_prep.errors import RecordingError
-from data_prep.events import Events
-from data_prep.formats.recording import WordReader, Writer
 
 ONE = np.uint64(1)
 FAR_OUTSIDE = 0x7FFF  # where the base of vectors stays that run past every sensor, so that it cannot wrap into one

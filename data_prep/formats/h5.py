@@ -7,13 +7,12 @@ from pathlib import Path
 import h5py
 import hdf5plugin
 import numpy as np
+from evspan.data_prep.errors import RecordingError
+from evspan.data_prep.events import Events
+from evspan.data_prep.files import Disk
+from evspan.data_prep.formats.header import checked_size, sensor_size
+from evspan.data_prep.formats.recording import GEN4_SIZE, Recording, Writer
 from numpy.typing import NDArray
-
-from data_prep.errors import RecordingError
-from data_prep.events import Events
-from data_prep.files import Disk
-from data_prep.formats.header import checked_size, sensor_size
-from data_prep.formats.recording import GEN4_SIZE, Recording, Writer
 
 EVENTS_AT_ONCE = 1 << 18  # few enough to stay in the cache on their way to a histogram; whole chunks, though
 COLUMNS = ("t", "x", "y", "p")

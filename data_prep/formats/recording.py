@@ -6,12 +6,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
+from evspan.data_prep.errors import RecordingError
+from evspan.data_prep.events import Events
+from evspan.data_prep.formats.header import read_header, sensor_size
 from numba import njit
 from numpy.typing import NDArray
-
-from data_prep.errors import RecordingError
-from data_prep.events import Events
-from data_prep.formats.header import read_header, sensor_size
 
 GEN4_SIZE = (720, 1280)
 FOLLOW_POLL_S = 0.005  # a tenth of a window

@@ -3,14 +3,14 @@
 import argparse
 from pathlib import Path
 
-from data_prep.command import Parser, run_command
-from data_prep.errors import UserError
-from data_prep.files import written_whole
-from data_prep.report.findings import findings
-from data_prep.report.markup import printable
-from data_prep.report.page import page
-from data_prep.report.survey import FRAMES_PER_RECORDING, survey
-from data_prep.shards import SPLITS
+from evspan.data_prep.command import Parser, run_command
+from evspan.data_prep.errors import UserError
+from evspan.data_prep.files import written_whole
+from evspan.data_prep.report.findings import findings
+from evspan.data_prep.report.markup import printable
+from evspan.data_prep.report.page import page
+from evspan.data_prep.report.survey import FRAMES_PER_RECORDING, survey
+from evspan.data_prep.shards import SPLITS
 
 DESCRIPTION = """Splits, labels, classes, sizes, events over time, drops and pictures of a prepared dataset, in total and per
 recording, with what looks wrong at the top. The page needs no network and no other file. Only a few frames of a recording

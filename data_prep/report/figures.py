@@ -3,10 +3,9 @@
 from itertools import pairwise
 
 import numpy as np
-
-from data_prep.report.markup import cell, count, percent, safe, section, short, span, table
-from data_prep.report.plots import band_over_time, grouped_bars, histogram, over_time, round_ticks
-from data_prep.report.survey import SIDE_EDGES, RecordingStats, Survey, evenly
+from evspan.data_prep.report.markup import cell, count, percent, safe, section, short, span, table
+from evspan.data_prep.report.plots import band_over_time, grouped_bars, histogram, over_time, round_ticks
+from evspan.data_prep.report.survey import SIDE_EDGES, RecordingStats, Survey, evenly
 
 CHARTS = 12  # recordings that get a chart of their own; --recording shows any
 

@@ -4,9 +4,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-
-from data_prep.report.markup import percent
-from data_prep.report.survey import RecordingStats, Survey
+from evspan.data_prep.report.markup import percent
+from evspan.data_prep.report.survey import RecordingStats, Survey
 
 RARE_CLASS = 0.01  # share of a split's boxes
 EMPTY_FRAMES, SATURATED, MANY_DROPPED = 0.1, 0.05, 0.05  # shares that are worth a word

@@ -3,11 +3,11 @@
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 
-from data_prep.report.figures import classes_section, counts_section, events_section, sizes_section
-from data_prep.report.look import CSS, SCRIPT
-from data_prep.report.markup import cell, count, decimals, percent, safe, section, short, span, table
-from data_prep.report.plots import sparkline
-from data_prep.report.survey import Summary, Survey
+from evspan.data_prep.report.figures import classes_section, counts_section, events_section, sizes_section
+from evspan.data_prep.report.look import CSS, SCRIPT
+from evspan.data_prep.report.markup import cell, count, decimals, percent, safe, section, short, span, table
+from evspan.data_prep.report.plots import sparkline
+from evspan.data_prep.report.survey import Summary, Survey
 
 MENDED = ("late_timestamps_raised",)  # events that count among the dropped ones, yet are kept
 OPTION = {"boxes_between_labelled_frames": "label_every_ms", "boxes_off_the_windows": "label_every_ms",

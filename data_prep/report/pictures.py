@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import h5py
 import numpy as np
+from evspan.data_prep.draw import RGB, draw_boxes, draw_label, frame_to_rgb
+from evspan.data_prep.shards import RecordingEntry, read_frames
 from numpy.typing import NDArray
 from PIL import Image
-
-from data_prep.draw import RGB, draw_boxes, draw_label, frame_to_rgb
-from data_prep.shards import RecordingEntry, read_frames
 
 WIDEST = 700  # pixels
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from evspan.data_prep.report.markup import safe, tick
 from numpy.typing import NDArray
-
-from data_prep.report.markup import safe, tick
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 26, 38  # room around the plot
 RUG = 7  # height of the strip of labels under a curve

@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import h5py
 import numpy as np
+from evspan.data_prep.errors import ShardError
+from evspan.data_prep.preview import choose_entry
+from evspan.data_prep.report.pictures import Picture, draw_picture
+from evspan.data_prep.shards import SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
 from numpy.typing import NDArray
 from tqdm import tqdm
-
-from data_prep.errors import ShardError
-from data_prep.preview import choose_entry
-from data_prep.report.pictures import Picture, draw_picture
-from data_prep.shards import SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
 
 FRAMES_PER_RECORDING = 8
 PICTURES, PICTURES_PER_RECORDING = 24, 6

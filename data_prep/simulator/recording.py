@@ -7,15 +7,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from evspan.data_prep.boxes import RAW_BOX, recording_name, write_boxes
+from evspan.data_prep.config import require
+from evspan.data_prep.events import Events
+from evspan.data_prep.formats import open_writer
+from evspan.data_prep.simulator.config import SimulatorConfig
+from evspan.data_prep.simulator.scene import Scene, make_scene, shapes_and_centres
+from evspan.data_prep.simulator.sensor import Sensor, visible_extents
 from numpy.typing import NDArray
-
-from data_prep.boxes import RAW_BOX, recording_name, write_boxes
-from data_prep.config import require
-from data_prep.events import Events
-from data_prep.formats import open_writer
-from data_prep.simulator.config import SimulatorConfig
-from data_prep.simulator.scene import Scene, make_scene, shapes_and_centres
-from data_prep.simulator.sensor import Sensor, visible_extents
 
 LABEL_HZ = 60
 MIN_VISIBLE_SHARE = 0.3  # of an object's area, or it has no box

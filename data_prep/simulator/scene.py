@@ -3,9 +3,8 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+from evspan.data_prep.simulator.config import CLASSES, SimulatorConfig
 from numpy.typing import NDArray
-
-from data_prep.simulator.config import CLASSES, SimulatorConfig
 
 BALL, BOX, BAR = range(len(CLASSES))
 # Columns of a shape's row, as the kernels read it: half sides along its own axes (a ball's radius in both), direction of the

@@ -1,13 +1,9 @@
 """What a check of `evspan doctor` says."""
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import launch
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 GRADES = (PASS, WARN, FAIL)  # the best first
@@ -41,12 +37,6 @@ def ask(checks: Mapping[str, Check]) -> Iterator[Finding]:
 
 def worst(findings: Sequence[Finding]) -> str:
     return max((f.grade for f in findings), key=GRADES.index, default=PASS)
-
-
-def with_this_code(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables by which a Python finds this code from any folder, where it is not installed."""
-    paths = [str(Path(launch.__file__).resolve().parent.parent), environment.get("PYTHONPATH", "")]
-    return {**environment, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
 
 
 def one_line(text: str, most: int = 300) -> str:

@@ -17,15 +17,14 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import launch
-from launch.checks.finding import FAIL, PASS, WARN, Check, Finding, graded, module, one_line, with_this_code
+from evspan.launch.checks.finding import FAIL, PASS, WARN, Check, Finding, graded, module, one_line
 
 FILES, LEAST_FILES = 4096, 1024
 SHARED_GB, LEAST_SHARED_GB = 1.0, 0.1  # NCCL passes through it what GPUs of a node exchange
 PROCESS_S = 180  # of one that imports torch or DeepSpeed, from a slow disk, and waits for others
 SIOCGIFADDR = 0x8915  # <linux/sockios.h>
 IMPORT_DEEPSPEED = [sys.executable, "-c", "import deepspeed; print(deepspeed.__version__)"]
-PROBE = module("pipeline.parallel.probe")
+PROBE = module("evspan.pipeline.parallel.probe")
 LINKS = {"NV": "NVLink", "PIX": "one PCIe switch", "PXB": "PCIe switches", "PHB": "PCIe through the CPU",
          "NODE": "PCIe within a CPU socket", "SYS": "PCIe across CPU sockets"}
 
@@ -134,7 +133,7 @@ def _version(name: str) -> str:
 
 def _digest() -> str:
     """Of the code: two checkouts may be of one version."""
-    root, digest = Path(launch.__file__).parent.parent, hashlib.sha1()
+    root, digest = Path(__file__).parents[2], hashlib.sha1()
     for room in ("conf", "data_prep", "launch", "pipeline"):
         for path in sorted(p for p in (root / room).rglob("*") if p.suffix in (".py", ".yaml")):
             digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
@@ -174,7 +173,7 @@ CHECKS: dict[str, Check] = {"file descriptors": file_descriptors, "shared memory
 
 # -- what needs torch ----------------------------------------------------------------------------------------------
 def start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, env=with_this_code(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
 
 

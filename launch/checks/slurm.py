@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.checks.finding import FAIL, PASS, WARN, Finding, complaint
-from pipeline.cluster import ClusterConfig
+from evspan.launch.checks.finding import FAIL, PASS, WARN, Finding, complaint
+from evspan.pipeline.cluster import ClusterConfig
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 ANSWER_S = 60  # a controller at its limit may take so long

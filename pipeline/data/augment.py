@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+from evspan.data_prep.codec import gather_cells
+from evspan.pipeline.config import AugmentationConfig
+from evspan.pipeline.data.plan import Chunk, generator
 from numpy.typing import NDArray
-
-from data_prep.codec import gather_cells
-from pipeline.config import AugmentationConfig
-from pipeline.data.plan import Chunk, generator
 
 MIN_VISIBLE = 1.0  # pixels a side; less of a box than this is no label
 

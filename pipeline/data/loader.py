@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from evspan.pipeline.config import TrainingConfig
+from evspan.pipeline.data.augment import augment_boxes, augment_frames, draw_augmentation
+from evspan.pipeline.data.boxes import to_center
+from evspan.pipeline.data.datasets import Dataset
+from evspan.pipeline.data.plan import SamplingPlan
 from torch import Tensor
-
-from pipeline.config import TrainingConfig
-from pipeline.data.augment import augment_boxes, augment_frames, draw_augmentation
-from pipeline.data.boxes import to_center
-from pipeline.data.datasets import Dataset
-from pipeline.data.plan import SamplingPlan
 
 
 class Batch(NamedTuple):

@@ -7,10 +7,9 @@ from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
+from evspan.data_prep.errors import ShardError
+from evspan.pipeline.config import Sampling
 from numpy.typing import NDArray
-
-from data_prep.errors import ShardError
-from pipeline.config import Sampling
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from pipeline.checkpoint import plain
-from pipeline.config import TrainConfig
-from pipeline.parallel.reductions import gather_objects
-from pipeline.parallel.world import World
+from evspan.pipeline.checkpoint import plain
+from evspan.pipeline.config import TrainConfig
+from evspan.pipeline.parallel.reductions import gather_objects
+from evspan.pipeline.parallel.world import World
 
 PACKAGES = ("evspan", "torch", "deepspeed", "numpy")
 

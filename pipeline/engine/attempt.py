@@ -5,7 +5,7 @@ import socket
 import time
 from pathlib import Path
 
-from pipeline.history import append, attempts, read, read_progress, slurm_job
+from evspan.pipeline.history import append, attempts, read, read_progress, slurm_job
 
 
 class Attempt:

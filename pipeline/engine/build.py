@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 
 import torch
+from evspan.data_prep.config import FrameConfig
+from evspan.data_prep.errors import UserError
+from evspan.pipeline.checkpoint import Weights
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.state import DetectorState
 from torch import Tensor
-
-from data_prep.config import FrameConfig
-from data_prep.errors import UserError
-from pipeline.checkpoint import Weights
-from pipeline.model.detector import Detector
-from pipeline.model.state import DetectorState
 
 
 class TrainedDetector(Detector):

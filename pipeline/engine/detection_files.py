@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from evspan.data_prep.boxes import RAW_BOX
+from evspan.pipeline.engine.inference import Detected, class_name
 from numpy.typing import NDArray
-
-from data_prep.boxes import RAW_BOX
-from pipeline.engine.inference import Detected, class_name
 
 COLUMNS = ("t_us", "x", "y", "w", "h", "class_id", "class", "confidence")
 

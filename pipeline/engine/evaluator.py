@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-
-from data_prep.boxes import write_boxes
-from data_prep.config import DatasetConfig
-from data_prep.errors import ConfigError
-from pipeline.checkpoint import Weights, describe, plain
-from pipeline.config import EvaluationConfig
-from pipeline.data.datasets import Dataset, open_dataset
-from pipeline.engine.build import detector_from
-from pipeline.engine.streaming import RecordingResult, evaluate_split, labelled, score
-from pipeline.evaluation.coco import Metrics
-from pipeline.evaluation.frames import FRAMES, save_frames
-from pipeline.parallel.reductions import broadcast_object, deal, gather_objects
-from pipeline.parallel.world import World
+from evspan.data_prep.boxes import write_boxes
+from evspan.data_prep.config import DatasetConfig
+from evspan.data_prep.errors import ConfigError
+from evspan.pipeline.checkpoint import Weights, describe, plain
+from evspan.pipeline.config import EvaluationConfig
+from evspan.pipeline.data.datasets import Dataset, open_dataset
+from evspan.pipeline.engine.build import detector_from
+from evspan.pipeline.engine.streaming import RecordingResult, evaluate_split, labelled, score
+from evspan.pipeline.evaluation.coco import Metrics
+from evspan.pipeline.evaluation.frames import FRAMES, save_frames
+from evspan.pipeline.parallel.reductions import broadcast_object, deal, gather_objects
+from evspan.pipeline.parallel.world import World
 
 
 def evaluate_weights(weights: Weights, dataset: DatasetConfig, config: EvaluationConfig,

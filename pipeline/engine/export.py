@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from evspan.data_prep.errors import UserError
+from evspan.pipeline.checkpoint import Weights, plain
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.state import DetectorState, state_from_tensors, state_tensors
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-
-from data_prep.errors import UserError
-from pipeline.checkpoint import Weights, plain
-from pipeline.model.detector import Detector
-from pipeline.model.state import DetectorState, state_from_tensors, state_tensors
 
 ABOUT = "evspan"  # the file's metadata under this name: JSON, as in a weights file
 STEPS = 4  # frames of the check: what it wrote into the state is read again three times

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from evspan.data_prep.config import FrameConfig
+from evspan.data_prep.draw import RGB, draw_boxes, draw_label, frame_to_rgb
+from evspan.pipeline.engine.streaming import raw_boxes
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.postprocess import detections
 from numpy.typing import NDArray
-
-from data_prep.config import FrameConfig
-from data_prep.draw import RGB, draw_boxes, draw_label, frame_to_rgb
-from pipeline.engine.streaming import raw_boxes
-from pipeline.model.detector import Detector
-from pipeline.model.postprocess import detections
 
 DETECTIONS, BOXES = (230, 120, 0), (0, 160, 0)  # colours: orange, green
 VIDEO_WIDTH = 640  # pixels; smaller frames are enlarged by whole numbers up to it

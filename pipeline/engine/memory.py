@@ -5,10 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-
-from data_prep.errors import UserError
-from pipeline.config import TrainConfig
-from pipeline.parallel.world import World
+from evspan.data_prep.errors import UserError
+from evspan.pipeline.config import TrainConfig
+from evspan.pipeline.parallel.world import World
 
 MARKS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "Cannot allocate memory", "Unable to allocate",
          "std::bad_alloc", "ALLOC_FAILED", "can't start new thread", "could not create a primitive")

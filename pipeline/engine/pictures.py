@@ -1,14 +1,13 @@
 """Frames with boxes, detections and attention maps, for TensorBoard."""
 
 import numpy as np
+from evspan.data_prep.draw import RGB, draw_boxes, draw_label, frame_to_rgb
+from evspan.pipeline.data.boxes import to_corners
+from evspan.pipeline.data.datasets import Dataset
+from evspan.pipeline.data.loader import Batch
+from evspan.pipeline.engine.streaming import RecordingResult
+from evspan.pipeline.engine.watching import Look, Watched
 from numpy.typing import NDArray
-
-from data_prep.draw import RGB, draw_boxes, draw_label, frame_to_rgb
-from pipeline.data.boxes import to_corners
-from pipeline.data.datasets import Dataset
-from pipeline.data.loader import Batch
-from pipeline.engine.streaming import RecordingResult
-from pipeline.engine.watching import Look, Watched
 
 TILES, SURE = 6, 0.3
 GREEN, ORANGE = (0, 160, 0), (230, 120, 0)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evspan.pipeline.monitor import Monitor
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from torch.utils.hooks import RemovableHandle
-
-from pipeline.monitor import Monitor
 
 FOLDER, REQUEST = "profile", "profile.request"
 ON_REQUEST = 3  # steps

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-
-from pipeline.parallel.reductions import gather_over_ranks
+from evspan.pipeline.parallel.reductions import gather_over_ranks
 
 OF_THE_MEAN_RANK = {"speed/exchange_share", "speed/gpu_busy_share"}  # ranks wait for each other at different places
 

@@ -20,12 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
-from data_prep.errors import UserError
-from pipeline.checkpoint import (
+from evspan.data_prep.errors import UserError
+from evspan.pipeline.checkpoint import (
     BEST,
     FOLDER,
     LATEST,
@@ -37,7 +33,10 @@ from pipeline.checkpoint import (
     save_tensors,
     save_weights,
 )
-from pipeline.parallel.reductions import broadcast_object, gather_objects
+from evspan.pipeline.parallel.reductions import broadcast_object, gather_objects
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 MOMENTS, METRICS = "moments.safetensors", "metrics.json"
 FORM = 2  # of a checkpoint's folder; in the first, DeepSpeed's shards stood in the place of moments and lanes

@@ -5,15 +5,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from evspan.data_prep.boxes import RAW_BOX
+from evspan.pipeline.config import EvaluationConfig
+from evspan.pipeline.data.datasets import Dataset, RecordingData
+from evspan.pipeline.evaluation.coco import Metrics, coco_metrics
+from evspan.pipeline.evaluation.frames import LabelledFrames, labelled_frames, scored
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.postprocess import detections
 from numpy.typing import NDArray
-
-from data_prep.boxes import RAW_BOX
-from pipeline.config import EvaluationConfig
-from pipeline.data.datasets import Dataset, RecordingData
-from pipeline.evaluation.coco import Metrics, coco_metrics
-from pipeline.evaluation.frames import LabelledFrames, labelled_frames, scored
-from pipeline.model.detector import Detector
-from pipeline.model.postprocess import detections
 
 
 @dataclass

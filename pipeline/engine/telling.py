@@ -2,17 +2,17 @@
 
 from collections.abc import Iterable
 
-from pipeline.config import TrainConfig
-from pipeline.data.datasets import Dataset
-from pipeline.data.loader import Batch
-from pipeline.engine.about import about_run
-from pipeline.engine.charts import charts
-from pipeline.engine.pictures import evaluation_picture, training_picture, watched_picture
-from pipeline.engine.streaming import RecordingResult, labelled
-from pipeline.engine.watching import Look, gate_names
-from pipeline.evaluation.frames import scored
-from pipeline.evaluation.pr_curves import pr_curves
-from pipeline.monitor import Monitor
+from evspan.pipeline.config import TrainConfig
+from evspan.pipeline.data.datasets import Dataset
+from evspan.pipeline.data.loader import Batch
+from evspan.pipeline.engine.about import about_run
+from evspan.pipeline.engine.charts import charts
+from evspan.pipeline.engine.pictures import evaluation_picture, training_picture, watched_picture
+from evspan.pipeline.engine.streaming import RecordingResult, labelled
+from evspan.pipeline.engine.watching import Look, gate_names
+from evspan.pipeline.evaluation.frames import scored
+from evspan.pipeline.evaluation.pr_curves import pr_curves
+from evspan.pipeline.monitor import Monitor
 
 
 def tell_start(monitor: Monitor, config: TrainConfig, classes: list[str], parameters: Iterable[str], environment: dict[str, str],

@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from evspan.pipeline.checkpoint import Weights, generator_states, restore_generators
+from evspan.pipeline.config import EvaluationConfig
+from evspan.pipeline.data.datasets import Dataset, RecordingData
+from evspan.pipeline.engine.build import detector_from
+from evspan.pipeline.model.attention import EventTemporalAttention, MultiScaleSpatialAttention, ScaleAwareChannelAttention
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.postprocess import detections
 from numpy.typing import NDArray
 from torch import Tensor, nn
-
-from pipeline.checkpoint import Weights, generator_states, restore_generators
-from pipeline.config import EvaluationConfig
-from pipeline.data.datasets import Dataset, RecordingData
-from pipeline.engine.build import detector_from
-from pipeline.model.attention import EventTemporalAttention, MultiScaleSpatialAttention, ScaleAwareChannelAttention
-from pipeline.model.detector import Detector
-from pipeline.model.postprocess import detections
 
 WATCHED = 4  # frames
 SCALE = re.compile(r"scale_(\d+)")  # what the neck calls its scales, the finest is 0

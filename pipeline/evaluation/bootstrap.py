@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from evspan.pipeline.config import EvaluationConfig
+from evspan.pipeline.evaluation.coco import EVERY, IOU50, SMALL, Scorer
+from evspan.pipeline.evaluation.frames import LabelledFrames, scored
+from evspan.pipeline.evaluation.motion import motion
 from numpy.typing import NDArray
-
-from pipeline.config import EvaluationConfig
-from pipeline.evaluation.coco import EVERY, IOU50, SMALL, Scorer
-from pipeline.evaluation.frames import LabelledFrames, scored
-from pipeline.evaluation.motion import motion
 
 RECALLS, THRESHOLDS = np.linspace(0.0, 1.0, 101), 10
 AT_ONCE = 2000  # frames that are matched, which takes Python objects for each

@@ -6,12 +6,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from evspan.pipeline.config import EvaluationConfig
+from evspan.pipeline.evaluation.coco import WORDS, Scorer, Values
+from evspan.pipeline.evaluation.frames import LabelledFrames, scored
+from evspan.pipeline.evaluation.motion import motion
 from numpy.typing import NDArray
-
-from pipeline.config import EvaluationConfig
-from pipeline.evaluation.coco import WORDS, Scorer, Values
-from pipeline.evaluation.frames import LabelledFrames, scored
-from pipeline.evaluation.motion import motion
 
 CONFUSION_IOU = 0.5
 HEADINGS = {"ap": "AP", "ap50": "AP50", "ap_small": "AP small", "recall": "recall", "ar100": "recall", "recall50": "recall50",

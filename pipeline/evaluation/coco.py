@@ -5,10 +5,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+from evspan.pipeline.evaluation.frames import LabelledFrames
 from hotcoco import COCO, COCOeval
 from numpy.typing import NDArray
-
-from pipeline.evaluation.frames import LabelledFrames
 
 AREAS, ALL_AREAS = ("all", "small", "medium", "large"), 0  # in the order of COCO's area ranges; limits 32^2 and 96^2 pixels
 EVERY, SMALL = (0.0, 1e10), (0.0, 32.0**2)  # square pixels, both ends included

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from evspan.data_prep.command import Parser, run_command
+from evspan.data_prep.errors import UserError
+from evspan.pipeline.config import EvaluationConfig
+from evspan.pipeline.evaluation.bootstrap import MEASURES, draws, measures
+from evspan.pipeline.evaluation.frames import FRAMES, LabelledFrames, load_frames
 from numpy.typing import NDArray
-
-from data_prep.command import Parser, run_command
-from data_prep.errors import UserError
-from pipeline.config import EvaluationConfig
-from pipeline.evaluation.bootstrap import MEASURES, draws, measures
-from pipeline.evaluation.frames import FRAMES, LabelledFrames, load_frames
 
 RESULTS = "metrics.json"
 FREE = ("confidence_threshold", "nms_threshold", "split")  # what two evaluations may differ in and still score alike

@@ -7,10 +7,9 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+from evspan.data_prep.errors import UserError
+from evspan.pipeline.config import EvaluationConfig
 from numpy.typing import NDArray
-
-from data_prep.errors import UserError
-from pipeline.config import EvaluationConfig
 
 FRAMES = "frames.npz"  # beside metrics.json
 

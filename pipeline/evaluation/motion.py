@@ -3,9 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
+from evspan.pipeline.evaluation.frames import LabelledFrames
 from numpy.typing import NDArray
-
-from pipeline.evaluation.frames import LabelledFrames
 
 GAP_US = 1_000_000  # boxes of a track that are further apart tell nothing of what is between them
 

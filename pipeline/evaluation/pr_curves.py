@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from evspan.pipeline.evaluation.coco import EVERY, IOU50, Scorer
+from evspan.pipeline.evaluation.frames import LabelledFrames
 from numpy.typing import NDArray
-
-from pipeline.evaluation.coco import EVERY, IOU50, Scorer
-from pipeline.evaluation.frames import LabelledFrames
 
 THRESHOLDS = np.linspace(0, 1, 101)  # of confidence, objectness x class score
 

@@ -4,10 +4,9 @@ import math
 from typing import NamedTuple
 
 import torch
+from evspan.pipeline.config import HeadConfig
+from evspan.pipeline.model.head import Geometry, cells, centre_and_size, once_per_geometry
 from torch import Tensor
-
-from pipeline.config import HeadConfig
-from pipeline.model.head import Geometry, cells, centre_and_size, once_per_geometry
 
 PAIRS_AT_ONCE = 2**22  # boxes x cells compared at a time, some 100 bytes each; at least those of one frame
 

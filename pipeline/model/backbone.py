@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from evspan.pipeline.config import BackboneConfig
+from evspan.pipeline.model import cached
+from evspan.pipeline.model.exchange import Exchange
+from evspan.pipeline.model.layers import FrameConv2d
+from evspan.pipeline.model.lstm import CellLSTM, truncated
+from evspan.pipeline.model.state import StageState
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from pipeline.config import BackboneConfig
-from pipeline.model import cached
-from pipeline.model.exchange import Exchange
-from pipeline.model.layers import FrameConv2d
-from pipeline.model.lstm import CellLSTM, truncated
-from pipeline.model.state import StageState
 
 # Positions. Up to here plain products take half the time of the fused CPU kernel, which pays for every head and window.
 SMALL_WINDOW = 32

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from evspan.pipeline.model.state import StageState
 from torch import Tensor
-
-from pipeline.model.state import StageState
 
 Recurrence = Callable[[Tensor, StageState], tuple[Tensor, StageState]]
 

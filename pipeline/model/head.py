@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+from evspan.pipeline.model.layers import BaseConv, side_by_side
 from torch import Tensor, nn
-
-from pipeline.model.layers import BaseConv, side_by_side
 
 Geometry = tuple[tuple[int, int, int], ...]  # per scale (h, w, stride)
 T = TypeVar("T")

@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from evspan.pipeline.model.norm import BatchNorm2d, batch_norms
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
-
-from pipeline.model.norm import BatchNorm2d, batch_norms
 
 CAST_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}  # bytes of frames cast from uint8 at a time; on CPU what caches hold
 

@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from evspan.pipeline.config import HeadConfig, SizeWeighting
+from evspan.pipeline.model.assignment import assign
+from evspan.pipeline.model.head import Geometry, cells, centre_and_size
 from torch import Tensor
-
-from pipeline.config import HeadConfig, SizeWeighting
-from pipeline.model.assignment import assign
-from pipeline.model.head import Geometry, cells, centre_and_size
 
 IOU_WEIGHT = 5.0
 

@@ -4,10 +4,9 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from evspan.pipeline.model.exchange import Recurrence
+from evspan.pipeline.model.state import StageState
 from torch import Tensor, nn
-
-from pipeline.model.exchange import Recurrence
-from pipeline.model.state import StageState
 
 CACHE_BYTES = 2**20  # of the cells that are walked through at a time, on CPU
 

@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from evspan.pipeline.model.attention import ScaleAwareChannelAttention, SmallObjectAttentionModule
+from evspan.pipeline.model.layers import BaseConv, CSPLayer
 from torch import Tensor, nn
-
-from pipeline.model.attention import ScaleAwareChannelAttention, SmallObjectAttentionModule
-from pipeline.model.layers import BaseConv, CSPLayer
 
 ATTENDED_SCALES = 2  # the finest ones get spatial and temporal attention; all get channel attention
 

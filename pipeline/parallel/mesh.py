@@ -5,9 +5,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-from pipeline.layout import check_layout
-from pipeline.parallel.world import World
+from evspan.pipeline.layout import check_layout
+from evspan.pipeline.parallel.world import World
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Do these ranks reach each other as those of a training would, how fast, and do their clocks agree? Tells it in a line of JSON.
 
-torchrun --nproc-per-node 2 -m pipeline.parallel.probe      or a SLURM step of several tasks; alone it only tells what torch is
+torchrun --nproc-per-node 2 -m evspan.pipeline.parallel.probe      or a SLURM step of several tasks; alone it only tells what torch is
 """
 
 import json
@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from data_prep.command import run_command
-from pipeline.config import ParallelConfig
-from pipeline.parallel.launcher import place
-from pipeline.parallel.world import World, open_world
+from evspan.data_prep.command import run_command
+from evspan.pipeline.config import ParallelConfig
+from evspan.pipeline.parallel.launcher import place
+from evspan.pipeline.parallel.world import World, open_world
 
 TIMEOUT_S = 45  # torch may wait twice as long
 SMALL, LARGE = 1, 1 << 22  # float32 numbers of an all-reduce

@@ -1,12 +1,11 @@
 """RelayExchange: the state goes from rank to rank, in slices, so that ranks work in a wavefront."""
 
 import torch
+from evspan.pipeline.model.state import StageState
+from evspan.pipeline.parallel.autograd import Form, Mail, receive_along, send_along
+from evspan.pipeline.parallel.mesh import Mesh
+from evspan.pipeline.parallel.sequence import Recurrence, SequenceExchange
 from torch import Tensor
-
-from pipeline.model.state import StageState
-from pipeline.parallel.autograd import Form, Mail, receive_along, send_along
-from pipeline.parallel.mesh import Mesh
-from pipeline.parallel.sequence import Recurrence, SequenceExchange
 
 SLICES_PER_RANK = 2  # with S ranks and K slices a scan takes (K + S - 1) / K of its time on a rank that never waits
 

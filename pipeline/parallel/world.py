@@ -9,11 +9,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-from data_prep.errors import ConfigError
-from pipeline.config import ParallelConfig
-from pipeline.parallel.launcher import check_address, place
-from pipeline.parallel.peers import named_peers
+from evspan.data_prep.errors import ConfigError
+from evspan.pipeline.config import ParallelConfig
+from evspan.pipeline.parallel.launcher import check_address, place
+from evspan.pipeline.parallel.peers import named_peers
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ from collections import defaultdict
 
 import numpy as np
 import torch
-
-from data_prep.config import DatasetConfig
-from pipeline.checkpoint import load_weights
-from pipeline.data.datasets import open_dataset
-from pipeline.engine.build import detector_from
-from pipeline.engine.watching import MAPS, attention_of, gate_names
-from pipeline.model.attention import EventTemporalAttention, MultiScaleSpatialAttention, ScaleAwareChannelAttention
+from evspan.data_prep.config import DatasetConfig
+from evspan.pipeline.checkpoint import load_weights
+from evspan.pipeline.data.datasets import open_dataset
+from evspan.pipeline.engine.build import detector_from
+from evspan.pipeline.engine.watching import MAPS, attention_of, gate_names
+from evspan.pipeline.model.attention import EventTemporalAttention, MultiScaleSpatialAttention, ScaleAwareChannelAttention
 
 CHUNK, STILL = 20, 0.25  # frames; pixels a frame
 EDGES = (0.25, 0.5, 1.0)  # cells a frame

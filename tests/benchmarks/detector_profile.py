@@ -13,11 +13,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from statistics import median
 
+import evspan.pipeline.model.loss
 import torch
 from detector_sides import Batch, Clock, Ours, Theirs, batch
 from torch import Tensor
-
-import pipeline.model.loss
 
 PARTS = ("backbone, spatial", "scan", "neck", "head", "assignment", "loss", "rest")
 
@@ -93,7 +92,7 @@ def wrap_ours(profile: Profile, side: Ours) -> None:
     model.exchange.scan = profile.part("scan", model.exchange.scan)
     model.fpn.forward = profile.part("neck", model.fpn.forward)
     model.yolox_head.forward = profile.part("head", model.yolox_head.forward)
-    pipeline.model.loss.assign = profile.part("assignment", pipeline.model.loss.assign)
+    evspan.pipeline.model.loss.assign = profile.part("assignment", evspan.pipeline.model.loss.assign)
     side.detection_loss = profile.part("loss", side.detection_loss)
 
 

@@ -9,15 +9,14 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from evspan.pipeline.config import BackboneConfig, FpnConfig, ModelConfig
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.layers import CAST_AT_ONCE
+from evspan.pipeline.model.loss import detection_loss
 from frame_by_frame import FrameByFrame
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from pipeline.config import BackboneConfig, FpnConfig, ModelConfig
-from pipeline.model.detector import Detector
-from pipeline.model.layers import CAST_AT_ONCE
-from pipeline.model.loss import detection_loss
 
 HEIGHT, WIDTH, CHANNELS, CLASSES = 360, 640, 20, 3  # padded to 384 x 640
 SIZES = {"tiny": (32, 32, 0.33), "small": (48, 24, 0.33), "base": (64, 32, 0.67)}  # embed_dim, dim_head, depth of the neck

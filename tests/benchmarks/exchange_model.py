@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.parallel.relay import SLICES_PER_RANK
+from evspan.pipeline.parallel.relay import SLICES_PER_RANK
 
 HEIGHT, WIDTH, STRIDES = 384, 640, (4, 8, 16, 32)
 EMBED_DIM = {"micro": 16, "tiny": 32, "small": 48, "base": 64}

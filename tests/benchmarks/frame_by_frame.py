@@ -1,6 +1,6 @@
 """The detector as the published code runs it: the other side of `detector_speed.py`.
 
-The network of `pipeline.model.detector` (3 scales, no small-object attention), under the same parameter names, written after
+The network of `evspan.pipeline.model.detector` (3 scales, no small-object attention), under the same parameter names, written after
 uzh-rpg/RVT (MIT) and its YOLOX head (Apache-2.0): one frame at a time through the whole backbone, attention in plain products, an
 LSTM that convolves cat(x, h), the labelled frames' features gathered after the loop, one pass of neck and head over them, then
 SimOTA frame by frame with boolean indexing and values read by the host. Like there, maps are channel-last from a stage's
@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from evspan.pipeline.config import BackboneConfig, ModelConfig
 from torch import Tensor, nn
-
-from pipeline.config import BackboneConfig, ModelConfig
 
 STRIDES = (4, 8, 16, 32)
 State = list[tuple[Tensor, Tensor]]  # per stage hidden and cell, (B, C, h, w)

@@ -22,15 +22,14 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from common import machine
+from evspan.data_prep.config import DatasetConfig
+from evspan.data_prep.shards import load_manifest
+from evspan.pipeline.config import AugmentationConfig, Sampling, TrainingConfig
+from evspan.pipeline.data.datasets import Dataset, open_dataset
+from evspan.pipeline.data.loader import Loader
+from evspan.pipeline.data.plan import SamplingPlan
+from evspan.pipeline.parallel.world import keep_freed_memory
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from data_prep.config import DatasetConfig
-from data_prep.shards import load_manifest
-from pipeline.config import AugmentationConfig, Sampling, TrainingConfig
-from pipeline.data.datasets import Dataset, open_dataset
-from pipeline.data.loader import Loader
-from pipeline.data.plan import SamplingPlan
-from pipeline.parallel.world import keep_freed_memory
 
 LENGTH = 5
 PUBLISHED = {"stream": 87, "random": 68}  # frames/s
@@ -45,7 +44,7 @@ def prepared(folder: Path, seconds: float) -> Path:
     for command in (["simulate", str(raw), "--recordings", "train=4", "--seconds", f"{seconds:g}"],
                     ["simulate", str(raw), "--recordings", "val=1", "--seconds", "0.5"],
                     ["prep", f"source={raw}", f"output={shards}", "dataset=simulated"]):
-        subprocess.run([sys.executable, "-m", "launch", *command], check=True, stdout=subprocess.DEVNULL, timeout=600)
+        subprocess.run([sys.executable, "-m", "evspan.launch", *command], check=True, stdout=subprocess.DEVNULL, timeout=600)
     return shards
 
 
@@ -89,7 +88,7 @@ def waiting(shards: Path, given: argparse.Namespace) -> bool:
                     "training.sequence_length": LENGTH, "training.loader_workers": 2, "training.max_steps": 5 * given.steps,
                     "training.log_every": given.steps,
                     "training.evaluate_every": 0, "evaluation.write_detections": "false"}
-        subprocess.run([sys.executable, "-m", "launch", "train", *(f"{k}={v}" for k, v in settings.items())], check=True,
+        subprocess.run([sys.executable, "-m", "evspan.launch", "train", *(f"{k}={v}" for k, v in settings.items())], check=True,
                        stdout=subprocess.DEVNULL, timeout=900)
         events = EventAccumulator(run + "/tensorboard")
         events.Reload()

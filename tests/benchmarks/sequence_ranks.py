@@ -1,4 +1,4 @@
-"""One rank of `sequence_speed.py`: python sequence_ranks.py FOLDER JSON, started by launch.ranks; leaves FOLDER/<rank>.json."""
+"""One rank of `sequence_speed.py`: python sequence_ranks.py FOLDER JSON, started by evspan.launch.ranks; leaves FOLDER/<rank>.json."""
 
 import ctypes
 import json
@@ -16,19 +16,18 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from evspan.pipeline.config import BackboneConfig, FpnConfig, ModelConfig, ParallelConfig
+from evspan.pipeline.layout import ExchangeKind
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.exchange import LocalExchange
+from evspan.pipeline.model.loss import detection_loss
+from evspan.pipeline.model.norm import RankReductions, global_batch_norms
+from evspan.pipeline.parallel.autograd import Mail
+from evspan.pipeline.parallel.exchange import open_exchange
+from evspan.pipeline.parallel.mesh import Mesh, open_mesh
+from evspan.pipeline.parallel.reductions import barrier, gather_objects, gather_over_ranks, sum_over_ranks
+from evspan.pipeline.parallel.world import open_world
 from torch import Tensor
-
-from pipeline.config import BackboneConfig, FpnConfig, ModelConfig, ParallelConfig
-from pipeline.layout import ExchangeKind
-from pipeline.model.detector import Detector
-from pipeline.model.exchange import LocalExchange
-from pipeline.model.loss import detection_loss
-from pipeline.model.norm import RankReductions, global_batch_norms
-from pipeline.parallel.autograd import Mail
-from pipeline.parallel.exchange import open_exchange
-from pipeline.parallel.mesh import Mesh, open_mesh
-from pipeline.parallel.reductions import barrier, gather_objects, gather_over_ranks, sum_over_ranks
-from pipeline.parallel.world import open_world
 
 CHANNELS, CLASSES, MOST = 20, 3, 10
 SIZES = {"micro": (16, 8, 0.33), "tiny": (32, 32, 0.33), "small": (48, 24, 0.33), "base": (64, 32, 0.67)}

@@ -25,10 +25,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from evspan.launch.ranks import run_ranks
 from exchange_model import relay_bytes, transpose_bytes
 from sequence_ranks import CHANNELS, SIZES, Asked
-
-from launch.ranks import run_ranks
 
 PROGRAM = Path(__file__).with_name("sequence_ranks.py")
 PADDED = 64  # frames become multiples of it

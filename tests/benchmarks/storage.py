@@ -17,14 +17,13 @@ from tempfile import TemporaryDirectory
 import h5py
 import hdf5plugin
 import numpy as np
-
-from data_prep.codec import FrameEncoder
-from data_prep.config import Codec, FrameConfig
-from data_prep.formats import open_recording
-from data_prep.histogram import frames_of
-from data_prep.shards import FRAME_SHAPE, read_frames
-from data_prep.simulator import simulate
-from data_prep.store import FILTERS, CodeWriter
+from evspan.data_prep.codec import FrameEncoder
+from evspan.data_prep.config import Codec, FrameConfig
+from evspan.data_prep.formats import open_recording
+from evspan.data_prep.histogram import frames_of
+from evspan.data_prep.shards import FRAME_SHAPE, read_frames
+from evspan.data_prep.simulator import simulate
+from evspan.data_prep.store import FILTERS, CodeWriter
 
 MOST_FRAMES = 60
 BYTE, BIT, NONE = hdf5plugin.Blosc.SHUFFLE, hdf5plugin.Blosc.BITSHUFFLE, hdf5plugin.Blosc.NOSHUFFLE
