@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evspan.data_prep.command import fail
-from evspan.data_prep.config_errors import refuse_unknown_keys
-from evspan.pipeline.config import TrainConfig
+from evspan.conf.hydra_errors import refuse_unknown_keys
+from evspan.conf.schema.training import TrainConfig
+from evspan.launch.cli.command import fail
 from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
@@ -39,7 +39,7 @@ def expanded(options: Sequence[str], overrides: Sequence[str]) -> tuple[list[lis
 
 def compose_train(options: Sequence[str], overrides: Sequence[str]) -> TrainConfig:
     """Raises ConfigError, or what Hydra raises, where it cannot be composed."""
-    import evspan.pipeline.train  # noqa: F401  which registers the schema
+    import evspan.launch.cli.train  # noqa: F401  which registers the schema
 
     searched = [f"hydra.searchpath=[file://{options[1]}]"] if options else []
     with initialize_config_module("conf", version_base="1.3"):

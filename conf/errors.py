@@ -1,4 +1,4 @@
-"""Errors that a user can mend. A command prints them as one line and exits with code 2 (`evspan.data_prep.command`)."""
+"""Errors that a user can mend. A command prints them as one line and exits with code 2 (`evspan.launch.cli.command`)."""
 
 
 class UserError(Exception):

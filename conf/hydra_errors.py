@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_origin
 
-from evspan.data_prep.errors import ConfigError
+from evspan.conf.errors import ConfigError
 
 NOISE = ("full_key:", "object_type=", "reference_type=", "See https://", "Config search path", "provider=")
 SIMILAR = 0.6  # of difflib's ratio: below it a suggestion would puzzle

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from evspan.data_prep.errors import UserError
+from evspan.conf.errors import UserError
 from numpy.typing import ArrayLike, NDArray
 from PIL import GifImagePlugin, Image, ImageDraw, ImageFont
 

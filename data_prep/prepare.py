@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from evspan.data_prep.config import PrepConfig
-from evspan.data_prep.errors import ConfigError, RecordingError, ShardError
-from evspan.data_prep.files import LOCK, UNFINISHED, file_xxh3, locked, written_whole
-from evspan.data_prep.gather import PARTS, clean, clean_unfinished, gather, is_shard, part_of, stored_groups
-from evspan.data_prep.marks import MARKS, read_marks, write_marks
-from evspan.data_prep.shards import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest
-from evspan.data_prep.sources import Source, find_sources, in_no_split
-from evspan.data_prep.store import Stored, config_of, refuse_invalid, stored_in
+from evspan.conf.errors import ConfigError, RecordingError, ShardError
+from evspan.conf.schema.prep import PrepConfig
+from evspan.data_prep.recordings.sources import Source, find_sources, in_no_split
+from evspan.data_prep.shards.atomic import LOCK, UNFINISHED, file_xxh3, locked, written_whole
+from evspan.data_prep.shards.format import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest
+from evspan.data_prep.shards.marks import MARKS, read_marks, write_marks
+from evspan.data_prep.shards.pack import PARTS, clean, clean_unfinished, gather, is_shard, part_of, stored_groups
+from evspan.data_prep.shards.write import Stored, config_of, refuse_invalid, stored_in
 from evspan.data_prep.workers import Elsewhere, Job, run_jobs
 
 NEW, DAMAGED = "new", "its shard is missing or damaged"

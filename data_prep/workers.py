@@ -13,12 +13,12 @@ from pathlib import Path
 from threading import Thread, current_thread, main_thread
 from typing import TypeVar
 
-from evspan.data_prep.config import PrepConfig
-from evspan.data_prep.errors import RecordingError, UserError
-from evspan.data_prep.files import NoSpaceError
-from evspan.data_prep.shards import RecordingEntry
-from evspan.data_prep.sources import Source
-from evspan.data_prep.store import Stored, prepare_recording
+from evspan.conf.errors import RecordingError, UserError
+from evspan.conf.schema.prep import PrepConfig
+from evspan.data_prep.recordings.sources import Source
+from evspan.data_prep.shards.atomic import NoSpaceError
+from evspan.data_prep.shards.format import RecordingEntry
+from evspan.data_prep.shards.write import Stored, prepare_recording
 from tqdm import tqdm
 
 Task = TypeVar("Task")

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from evspan.data_prep.command import run_command
-from evspan.data_prep.errors import UserError
+from evspan.conf.errors import UserError
+from evspan.launch.cli.command import run_command
 
 TRAIN, HELD_OUT, SECONDS = 10, 2, 10  # recordings, and the length of each
 ENOUGH = 0.5  # AP50 on the held-out recordings; less, and something is wrong

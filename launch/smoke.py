@@ -11,10 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from evspan.data_prep.command import Parser, run_command
-from evspan.data_prep.errors import UserError
-from evspan.launch.local import under_launcher
-from evspan.launch.ranks import run_ranks
+from evspan.conf.errors import UserError
+from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.local.ranks import run_ranks
+from evspan.launch.local.run import under_launcher
 
 LOSS = GRADIENT = 1e-5  # relative, what layouts may differ by; or so many times what rounding alone does on one rank:
 ROUNDING = 5
@@ -79,14 +79,14 @@ def table(rows: list[dict[str, Any]], allowed: Bounds, *, exact: bool) -> tuple[
 
 def make_data(folder: Path, ranks: int) -> None:
     """FOLDER/shards, from recordings of a small sensor."""
-    import evspan.data_prep.prep
-    import evspan.data_prep.simulate
+    import evspan.launch.cli.prep
+    import evspan.launch.cli.simulate
 
     with redirect_stdout(said := io.StringIO()):
         try:
-            evspan.data_prep.simulate.main([str(folder / "raw"), "--recordings", f"train={ranks + 2},val=1", "--seconds", "2",
+            evspan.launch.cli.simulate.main([str(folder / "raw"), "--recordings", f"train={ranks + 2},val=1", "--seconds", "2",
                                      "--width", "256", "--height", "192", "--objects", "2,4", "--processes", "1"])
-            evspan.data_prep.prep.main([f"source={folder / 'raw'}", f"output={folder / 'shards'}", "frames.downsample=2", "processes=1"])
+            evspan.launch.cli.prep.main([f"source={folder / 'raw'}", f"output={folder / 'shards'}", "frames.downsample=2", "processes=1"])
         except SystemExit:
             print(said.getvalue(), file=sys.stderr)
             raise
@@ -98,7 +98,7 @@ def smoke(ranks: int, steps: int, folder: Path) -> int:
     print(f"making recordings and frames in {folder}", flush=True)
     make_data(folder, ranks)
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    command = [sys.executable, "-m", "evspan.pipeline.smoke", str(folder), str(ranks), str(steps), str(threads)]
+    command = [sys.executable, "-m", "evspan.launch.smoke_rank", str(folder), str(ranks), str(steps), str(threads)]
     about: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for world in sorted({1, ranks}):

@@ -1,6 +1,6 @@
 """What the ranks of `evspan smoke` do: train a few steps under one layout after the other, and compare with one rank.
 
-    python -m evspan.pipeline.smoke FOLDER RANKS STEPS    with torchrun's variables; FOLDER/shards is there
+    python -m evspan.launch.smoke_rank FOLDER RANKS STEPS    with torchrun's variables; FOLDER/shards is there
 
 One rank trains the reference, RANKS ranks every layout that so many have. Rank 0 adds a line of JSON per layout to
 FOLDER/told-WORLD.jsonl.
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evspan.data_prep.command import run_command
-from evspan.data_prep.config import DatasetConfig
-from evspan.pipeline.config import (
+from evspan.conf.schema.layout import ExchangeKind
+from evspan.conf.schema.prep import DatasetConfig
+from evspan.conf.schema.training import (
     BackboneConfig,
     CheckpointConfig,
     DeepSpeedConfig,
@@ -32,15 +32,15 @@ from evspan.pipeline.config import (
     TrainConfig,
     TrainingConfig,
 )
+from evspan.launch.cli.command import run_command
 from evspan.pipeline.data.loader import Batch
+from evspan.pipeline.engine.deepspeed_engine import ZeroEngine
 from evspan.pipeline.engine.signals import STOP_SIGNALS, StopFlag
 from evspan.pipeline.engine.trainer import STOPPED_EXIT_CODE, Trainer
-from evspan.pipeline.engine.zero import ZeroEngine
-from evspan.pipeline.layout import ExchangeKind
-from evspan.pipeline.monitor import Stopwatch
-from evspan.pipeline.parallel.launcher import place
+from evspan.pipeline.parallel.rank_env import place
 from evspan.pipeline.parallel.reductions import barrier, gather_objects
 from evspan.pipeline.parallel.world import World, open_world
+from evspan.pipeline.tensorboard.writer import Stopwatch
 from torch import Tensor
 
 TIMEOUT_S = 120  # a collective among ranks of one machine that waits longer never ends

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from evspan.pipeline.engine.build import TrainedDetector
+    from evspan.pipeline.inference.trained_detector import TrainedDetector
 
 __all__ = ["load_detector"]
 
@@ -19,9 +19,9 @@ def load_detector(path: "str | Path", *, device: "torch.device | str" = "cpu") -
     Returns:
         the detector: `classes` (names by class id), `frames` (how events become its frames), `initial_state`, `step`, `detect`.
     Raises:
-        evspan.data_prep.errors.UserError: nothing there, not a checkpoint, or not one of this detector.
+        evspan.conf.errors.UserError: nothing there, not a checkpoint, or not one of this detector.
     """
-    from evspan.pipeline.engine.build import detector_from
-    from evspan.pipeline.published import open_weights
+    from evspan.pipeline.inference.trained_detector import detector_from
+    from evspan.pipeline.rvt_checkpoint import open_weights
 
     return detector_from(open_weights(path), device=device)

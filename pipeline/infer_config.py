@@ -6,8 +6,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evspan.data_prep.errors import UserError
-from evspan.pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.conf.errors import UserError
+from evspan.conf.schema.training import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
 from omegaconf import OmegaConf
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from evspan.data_prep.config import FrameConfig, FrameMode
-from evspan.data_prep.errors import UserError
-from evspan.pipeline.checkpoint import Weights, describe, described, load_weights
-from evspan.pipeline.recognise import gen4_classes, recognise
+from evspan.conf.errors import UserError
+from evspan.conf.schema.prep import FrameConfig, FrameMode
+from evspan.pipeline.infer_config import gen4_classes, recognise
+from evspan.pipeline.weights import Weights, describe, described, load_weights
 from torch import Tensor
 
 PREFIX = "mdl."  # RVT's Lightning module has the network in its attribute `mdl`

@@ -2,7 +2,7 @@
 
     RUN/checkpoints/latest               the name of the newest complete checkpoint
     RUN/checkpoints/best                 the name of the one with the highest AP of those that were evaluated
-    RUN/checkpoints/step-00001000/       see evspan.pipeline.engine.saving
+    RUN/checkpoints/step-00001000/       see evspan.pipeline.engine.checkpoints
         weights.safetensors              consolidated weights; its header holds model, frames and classes
 """
 
@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from evspan.data_prep.config import FrameConfig, frame_config
-from evspan.data_prep.errors import UserError
-from evspan.pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, PostprocessConfig, SizeWeighting
+from evspan.conf.errors import UserError
+from evspan.conf.schema.prep import FrameConfig, frame_config
+from evspan.conf.schema.training import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, PostprocessConfig, SizeWeighting
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor

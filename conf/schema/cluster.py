@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from evspan.data_prep.config import require
-from evspan.data_prep.errors import ConfigError
+from evspan.conf.errors import ConfigError
+from evspan.conf.schema.prep import require
 
 
 class Scheduler(Enum):

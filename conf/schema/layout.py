@@ -2,8 +2,8 @@
 
 from enum import Enum
 
-from evspan.data_prep.config import require
-from evspan.data_prep.errors import ConfigError
+from evspan.conf.errors import ConfigError
+from evspan.conf.schema.prep import require
 
 
 class ExchangeKind(Enum):

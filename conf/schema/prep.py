@@ -1,10 +1,10 @@
-"""Config of frames, labels and preparation. `evspan.pipeline.config` imports the parts that training shares."""
+"""Config of frames, labels and preparation. `evspan.conf.schema.training` imports the parts that training shares."""
 
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from evspan.data_prep.errors import ConfigError
+from evspan.conf.errors import ConfigError
 
 
 class FrameMode(Enum):
@@ -18,7 +18,7 @@ class DownsampleBy(Enum):
 
 
 class Codec(Enum):
-    fast = "fast"  # a byte per event kept, see evspan.data_prep.codec
+    fast = "fast"  # a byte per event kept, see evspan.data_prep.frames.codec
     small = "small"  # the same through zstd: smaller, slower to read
 
 
@@ -104,7 +104,7 @@ class DatasetConfig:
 
 @dataclass(kw_only=True)
 class LauncherConfig:
-    """Where recordings are prepared. launcher=local: in processes of this machine; evspan.data_prep.cluster has the other way."""
+    """Where recordings are prepared. launcher=local: in processes of this machine; evspan.conf.schema.prep_cluster has the other way."""
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from evspan.data_prep.config import LauncherConfig, require
+from evspan.conf.schema.prep import LauncherConfig, require
 
 
 @dataclass(kw_only=True)

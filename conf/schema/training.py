@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 
-from evspan.data_prep.config import DatasetConfig, require
-from evspan.pipeline.cluster import ClusterConfig
-from evspan.pipeline.layout import ExchangeKind, check_layout, chosen_exchange
+from evspan.conf.schema.cluster import ClusterConfig
+from evspan.conf.schema.layout import ExchangeKind, check_layout, chosen_exchange
+from evspan.conf.schema.prep import DatasetConfig, require
 
 
 class Precision(Enum):

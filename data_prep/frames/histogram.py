@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
-from evspan.data_prep.config import DownsampleBy, FrameConfig, FrameMode
-from evspan.data_prep.errors import RecordingError
-from evspan.data_prep.formats.recording import Recording
-from evspan.data_prep.rvt import rvt_frames
+from evspan.conf.errors import RecordingError
+from evspan.conf.schema.prep import DownsampleBy, FrameConfig, FrameMode
+from evspan.data_prep.frames.rvt import rvt_frames
+from evspan.data_prep.recordings.base import Recording
 from numba import njit
 from numpy.typing import NDArray
 

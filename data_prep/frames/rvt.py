@@ -9,11 +9,11 @@ from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
-from evspan.data_prep.config import FrameConfig
-from evspan.data_prep.errors import BoxesError
-from evspan.data_prep.events import no_events
-from evspan.data_prep.formats.recording import Recording
-from evspan.data_prep.windows import FIRST_LABEL_US, TOLERANCE_US
+from evspan.conf.errors import BoxesError
+from evspan.conf.schema.prep import FrameConfig
+from evspan.data_prep.frames.windows import FIRST_LABEL_US, TOLERANCE_US
+from evspan.data_prep.recordings.base import Recording
+from evspan.data_prep.recordings.events import no_events
 from numba import njit
 from numpy.typing import NDArray
 
@@ -100,7 +100,7 @@ def _count(counts, t, x, y, p, cutoff, shift, keep):
 
 def rvt_frames(recording: Recording, ends: Callable[[int], Iterable[int]], config: FrameConfig, counts: NDArray[np.uint8],
                finish: Callable[[NDArray[np.uint8]], Finished]) -> Iterator[tuple[int, Finished]]:
-    """`evspan.data_prep.histogram.each_window` in mode rvt; the events of a window and a chunk are in memory."""
+    """`evspan.data_prep.frames.histogram.each_window` in mode rvt; the events of a window and a chunk are in memory."""
     shift, keep = config.downsample.bit_length() - 1, config.downsample // 2
     waiting = no_events()
     upcoming: Iterator[int] = iter(())

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from evspan.data_prep.errors import BoxesError
+from evspan.conf.errors import BoxesError
 from numpy.typing import NDArray
 
 RAW_BOX = np.dtype([("t", "<i8"), ("x", "<f4"), ("y", "<f4"), ("w", "<f4"), ("h", "<f4"), ("class_id", "<u4"),

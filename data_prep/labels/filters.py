@@ -1,8 +1,8 @@
 """Named filters from raw boxes to the boxes of frames, each with its count."""
 
 import numpy as np
-from evspan.data_prep.boxes import RAW_BOX
-from evspan.data_prep.config import LabelConfig
+from evspan.conf.schema.prep import LabelConfig
+from evspan.data_prep.labels.box_files import RAW_BOX
 from numpy.typing import NDArray
 
 

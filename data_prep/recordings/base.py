@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
-from evspan.data_prep.errors import RecordingError
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats.header import read_header, sensor_size
+from evspan.conf.errors import RecordingError
+from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.header import read_header, sensor_size
 from numba import njit
 from numpy.typing import NDArray
 

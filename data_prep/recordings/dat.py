@@ -6,9 +6,9 @@ uint32 t in us (wraps after 71.6 minutes), uint32 with x in bits 0..13, y in 14.
 from pathlib import Path
 
 import numpy as np
-from evspan.data_prep.errors import RecordingError
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats.recording import GEN4_SIZE, WordReader, Writer
+from evspan.conf.errors import RecordingError
+from evspan.data_prep.recordings.base import GEN4_SIZE, WordReader, Writer
+from evspan.data_prep.recordings.events import Events
 from numba import njit
 from numpy.typing import NDArray
 

@@ -5,8 +5,8 @@ Time has 34 bits and wraps after 4.8 hours.
 """
 
 import numpy as np
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats.recording import WordReader
+from evspan.data_prep.recordings.base import WordReader
+from evspan.data_prep.recordings.events import Events
 from numba import njit
 from numpy.typing import NDArray
 

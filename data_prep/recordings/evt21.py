@@ -8,10 +8,10 @@ Words are little-endian; cameras up to IMX636 send the upper half first ("legacy
 from pathlib import Path
 
 import numpy as np
-from evspan.data_prep.errors import RecordingError
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats.header import format_options, system_number
-from evspan.data_prep.formats.recording import WordReader
+from evspan.conf.errors import RecordingError
+from evspan.data_prep.recordings.base import WordReader
+from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.header import format_options, system_number
 from numba import njit
 from numpy.typing import NDArray
 

@@ -8,10 +8,10 @@ Time is (TIME_HIGH << 12) | TIME_LOW: 24 bits that wrap every 16.78 s. A TIME_HI
 from pathlib import Path
 
 import numpy as np
-from evspan.data_prep.codec import trailing_zeros
-from evspan.data_prep.errors import RecordingError
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats.recording import WordReader, Writer
+from evspan.conf.errors import RecordingError
+from evspan.data_prep.frames.codec import trailing_zeros
+from evspan.data_prep.recordings.base import WordReader, Writer
+from evspan.data_prep.recordings.events import Events
 from numba import njit
 from numpy.typing import NDArray
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import h5py
 import hdf5plugin
 import numpy as np
-from evspan.data_prep.errors import RecordingError
-from evspan.data_prep.events import Events
-from evspan.data_prep.files import Disk
-from evspan.data_prep.formats.header import checked_size, sensor_size
-from evspan.data_prep.formats.recording import GEN4_SIZE, Recording, Writer
+from evspan.conf.errors import RecordingError
+from evspan.data_prep.recordings.base import GEN4_SIZE, Recording, Writer
+from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.header import checked_size, sensor_size
+from evspan.data_prep.shards.atomic import Disk
 from numpy.typing import NDArray
 
 EVENTS_AT_ONCE = 1 << 18  # few enough to stay in the cache on their way to a histogram; whole chunks, though

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from evspan.data_prep.errors import RecordingError
+from evspan.conf.errors import RecordingError
 
 LONGEST = 1 << 16
 LARGEST_SENSOR = 8192  # pixels a side; more is a damaged header

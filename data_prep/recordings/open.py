@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from evspan.data_prep.errors import RecordingError
-from evspan.data_prep.formats.dat import DatReader, DatWriter
-from evspan.data_prep.formats.evt2 import Evt2Reader
-from evspan.data_prep.formats.evt3 import Evt3Reader, Evt3Writer
-from evspan.data_prep.formats.evt21 import Evt21Reader
-from evspan.data_prep.formats.h5 import H5Reader, H5Writer
-from evspan.data_prep.formats.header import raw_format
-from evspan.data_prep.formats.recording import Recording, Writer
+from evspan.conf.errors import RecordingError
+from evspan.data_prep.recordings.base import Recording, Writer
+from evspan.data_prep.recordings.dat import DatReader, DatWriter
+from evspan.data_prep.recordings.evt2 import Evt2Reader
+from evspan.data_prep.recordings.evt3 import Evt3Reader, Evt3Writer
+from evspan.data_prep.recordings.evt21 import Evt21Reader
+from evspan.data_prep.recordings.h5 import H5Reader, H5Writer
+from evspan.data_prep.recordings.header import raw_format
 
 SUFFIXES = (".raw", ".dat", ".h5", ".hdf5")
 RAW_READERS: dict[str, Callable[[Path], Recording]] = {"evt3": Evt3Reader, "evt21": Evt21Reader, "evt2": Evt2Reader}

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from evspan.data_prep.boxes import find_boxes, recording_name
-from evspan.data_prep.errors import RecordingError
-from evspan.data_prep.formats import SUFFIXES
-from evspan.data_prep.shards import SPLITS
+from evspan.conf.errors import RecordingError
+from evspan.data_prep.labels.box_files import find_boxes, recording_name
+from evspan.data_prep.recordings.open import SUFFIXES
+from evspan.data_prep.shards.format import SPLITS
 
 LISTS = (".txt", ".csv")
 NO_BOXES = "-"

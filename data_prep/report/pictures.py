@@ -6,7 +6,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 from evspan.data_prep.draw import RGB, draw_boxes, draw_label, frame_to_rgb
-from evspan.data_prep.shards import RecordingEntry, read_frames
+from evspan.data_prep.shards.format import RecordingEntry, read_frames
 from numpy.typing import NDArray
 from PIL import Image
 

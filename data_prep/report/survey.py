@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import h5py
 import numpy as np
-from evspan.data_prep.errors import ShardError
-from evspan.data_prep.preview import choose_entry
+from evspan.conf.errors import ShardError
 from evspan.data_prep.report.pictures import Picture, draw_picture
-from evspan.data_prep.shards import SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
+from evspan.data_prep.shards.format import SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
+from evspan.launch.cli.prep_preview import choose_entry
 from numpy.typing import NDArray
 from tqdm import tqdm
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import h5py
 import xxhash
-from evspan.data_prep.errors import UserError
+from evspan.conf.errors import UserError
 
 LOCK = ".lock"
 UNFINISHED = ".*.writing*"  # what a killed process leaves

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import xxhash
-from evspan.data_prep.config import FrameConfig, FrameMode, frame_config
-from evspan.data_prep.errors import ShardError, UserError
-from evspan.data_prep.files import file_xxh3
-from evspan.data_prep.formats import open_recording
-from evspan.data_prep.histogram import each_window, whole_frame
-from evspan.data_prep.rvt import RvtEnds
-from evspan.data_prep.shards import BOX, COLUMNS, CONFIG, ENTRY, FRAME_SHAPE, RecordingEntry, group_digests, read_frames
-from evspan.data_prep.sources import Source
+from evspan.conf.errors import ShardError, UserError
+from evspan.conf.schema.prep import FrameConfig, FrameMode, frame_config
+from evspan.data_prep.frames.histogram import each_window, whole_frame
+from evspan.data_prep.frames.rvt import RvtEnds
+from evspan.data_prep.recordings.open import open_recording
+from evspan.data_prep.recordings.sources import Source
+from evspan.data_prep.shards.atomic import file_xxh3
+from evspan.data_prep.shards.format import BOX, COLUMNS, CONFIG, ENTRY, FRAME_SHAPE, RecordingEntry, group_digests, read_frames
 from numpy.typing import NDArray
 
 # All that h5py says of damage, and json of an attribute.

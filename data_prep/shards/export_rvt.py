@@ -18,12 +18,12 @@ from pathlib import Path
 import h5py
 import hdf5plugin
 import numpy as np
-from evspan.data_prep.boxes import RAW_BOX
-from evspan.data_prep.command import Parser
-from evspan.data_prep.config import FrameConfig, FrameMode, frame_config, require
-from evspan.data_prep.errors import ShardError
-from evspan.data_prep.files import hdf5_written_whole, locked, written_whole
-from evspan.data_prep.shards import SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
+from evspan.conf.errors import ShardError
+from evspan.conf.schema.prep import FrameConfig, FrameMode, frame_config, require
+from evspan.data_prep.labels.box_files import RAW_BOX
+from evspan.data_prep.shards.atomic import hdf5_written_whole, locked, written_whole
+from evspan.data_prep.shards.format import SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
+from evspan.launch.cli.command import Parser
 from numpy.typing import NDArray
 from tqdm import tqdm
 

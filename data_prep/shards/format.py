@@ -2,7 +2,7 @@
 
     ROOT/manifest.json          what was made, from what, with which config; see `Manifest`
     ROOT/train/00000.h5 ...     several recordings per file, a group each:
-        <recording>/frames      (M,) uint8: the N frames, coded one after the other; data_prep/codec.py tells how, in numpy
+        <recording>/frames      (M,) uint8: the N frames, coded one after the other; data_prep/frames/codec.py tells how, in numpy
         <recording>/frame_start (N+1,) int64: the code of frame i is frames[frame_start[i]:frame_start[i+1]]
         <recording>/end_us      (N,) int64, end of each window, in the recording's own clock
         <recording>/boxes       (M,) BOX: sorted by frame; pixels of the stored resolution
@@ -25,8 +25,8 @@ import h5py
 import hdf5plugin  # noqa: F401  registers the filter of the codec `small`
 import numpy as np
 import xxhash
-from evspan.data_prep.codec import decode_frames
-from evspan.data_prep.errors import ShardError
+from evspan.conf.errors import ShardError
+from evspan.data_prep.frames.codec import decode_frames
 from numpy.typing import NDArray
 
 SCHEMA_VERSION = 2

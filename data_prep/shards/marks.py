@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from evspan.data_prep.errors import ShardError
-from evspan.data_prep.files import written_whole
+from evspan.conf.errors import ShardError
+from evspan.data_prep.shards.atomic import written_whole
 
 MARKS = ".damaged"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-from evspan.data_prep.errors import ShardError
-from evspan.data_prep.files import UNFINISHED, hdf5_written_whole
-from evspan.data_prep.shards import ENTRY, SPLITS, RecordingEntry
-from evspan.data_prep.store import Stored, stored_in
+from evspan.conf.errors import ShardError
+from evspan.data_prep.shards.atomic import UNFINISHED, hdf5_written_whole
+from evspan.data_prep.shards.format import ENTRY, SPLITS, RecordingEntry
+from evspan.data_prep.shards.write import Stored, stored_in
 
 PARTS = ".parts"
 SHARD_NAME = re.compile(r"\d{5,}\.h5")

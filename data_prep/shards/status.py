@@ -10,14 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evspan.data_prep.command import Parser
-from evspan.data_prep.errors import ShardError
-from evspan.data_prep.files import LOCK, UNFINISHED
-from evspan.data_prep.gather import PARTS, shard_files, stored_groups
-from evspan.data_prep.marks import read_marks
-from evspan.data_prep.shards import MANIFEST, SPLITS, load_manifest
-from evspan.data_prep.sources import Source, find_sources
-from evspan.data_prep.store import Stored
+from evspan.conf.errors import ShardError
+from evspan.data_prep.recordings.sources import Source, find_sources
+from evspan.data_prep.shards.atomic import LOCK, UNFINISHED
+from evspan.data_prep.shards.format import MANIFEST, SPLITS, load_manifest
+from evspan.data_prep.shards.marks import read_marks
+from evspan.data_prep.shards.pack import PARTS, shard_files, stored_groups
+from evspan.data_prep.shards.write import Stored
+from evspan.launch.cli.command import Parser
 
 INCOMPLETE_EXIT_CODE = 3
 LOCKS = Path("/proc/locks")  # of this machine

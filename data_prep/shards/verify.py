@@ -6,14 +6,14 @@ import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-from evspan.data_prep.checks import Task, Verified, verify_recording
-from evspan.data_prep.command import Parser
-from evspan.data_prep.errors import RecordingError
-from evspan.data_prep.files import locked
-from evspan.data_prep.marks import read_marks, write_marks
-from evspan.data_prep.shards import load_manifest
-from evspan.data_prep.sources import find_sources
+from evspan.conf.errors import RecordingError
+from evspan.data_prep.recordings.sources import find_sources
+from evspan.data_prep.shards.atomic import locked
+from evspan.data_prep.shards.check import Task, Verified, verify_recording
+from evspan.data_prep.shards.format import load_manifest
+from evspan.data_prep.shards.marks import read_marks, write_marks
 from evspan.data_prep.workers import results_of
+from evspan.launch.cli.command import Parser
 from tqdm import tqdm
 
 DAMAGED_EXIT_CODE = 1

@@ -13,18 +13,18 @@ import h5py
 import hdf5plugin
 import numpy as np
 import xxhash
-from evspan.data_prep.boxes import RAW_BOX, read_boxes
-from evspan.data_prep.codec import FrameEncoder
-from evspan.data_prep.config import Codec, FrameMode, PrepConfig
-from evspan.data_prep.errors import BoxesError, RecordingError
-from evspan.data_prep.files import file_xxh3, hdf5_written_whole
-from evspan.data_prep.formats import open_recording
-from evspan.data_prep.histogram import each_window, frame_size
-from evspan.data_prep.labels import filter_boxes
-from evspan.data_prep.rvt import RvtEnds
-from evspan.data_prep.shards import BOX, COLUMNS, CONFIG, ENTRY, FRAME_SHAPE, RecordingEntry, columns_digest
-from evspan.data_prep.sources import Source
-from evspan.data_prep.windows import WindowEnds, tolerance, window_ends
+from evspan.conf.errors import BoxesError, RecordingError
+from evspan.conf.schema.prep import Codec, FrameMode, PrepConfig
+from evspan.data_prep.frames.codec import FrameEncoder
+from evspan.data_prep.frames.histogram import each_window, frame_size
+from evspan.data_prep.frames.rvt import RvtEnds
+from evspan.data_prep.frames.windows import WindowEnds, tolerance, window_ends
+from evspan.data_prep.labels.box_files import RAW_BOX, read_boxes
+from evspan.data_prep.labels.filters import filter_boxes
+from evspan.data_prep.recordings.open import open_recording
+from evspan.data_prep.recordings.sources import Source
+from evspan.data_prep.shards.atomic import file_xxh3, hdf5_written_whole
+from evspan.data_prep.shards.format import BOX, COLUMNS, CONFIG, ENTRY, FRAME_SHAPE, RecordingEntry, columns_digest
 from numpy.typing import NDArray
 
 CODE_CHUNK = 1 << 17  # bytes of code in a chunk of the file

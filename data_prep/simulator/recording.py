@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from evspan.data_prep.boxes import RAW_BOX, recording_name, write_boxes
-from evspan.data_prep.config import require
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats import open_writer
+from evspan.conf.schema.prep import require
+from evspan.data_prep.labels.box_files import RAW_BOX, recording_name, write_boxes
+from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.open import open_writer
 from evspan.data_prep.simulator.config import SimulatorConfig
 from evspan.data_prep.simulator.scene import Scene, make_scene, shapes_and_centres
 from evspan.data_prep.simulator.sensor import Sensor, visible_extents

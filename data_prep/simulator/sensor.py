@@ -9,7 +9,7 @@ An event is one int64, `t << 23 | y << 12 | x << 1 | p`, so that sorting the num
 import math
 
 import numpy as np
-from evspan.data_prep.events import Events
+from evspan.data_prep.recordings.events import Events
 from evspan.data_prep.simulator.config import SimulatorConfig
 from evspan.data_prep.simulator.scene import BALL, BOX
 from numba import njit

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from evspan.data_prep.errors import LostRanks, UserError
+from evspan.conf.errors import LostRanks, UserError
 
 USER_ERROR_EXIT_CODE = 2
 LOST_EXIT_CODE = 69  # EX_UNAVAILABLE: this process was well, others of its run were not
@@ -85,7 +85,7 @@ def hydra_task(task: Callable[[Any], object]) -> Callable[[Any], None]:
 
     @functools.wraps(task)
     def checked(raw: Any) -> None:
-        from evspan.data_prep.config_errors import refuse_unknown_keys
+        from evspan.conf.hydra_errors import refuse_unknown_keys
 
         try:
             refuse_unknown_keys(raw)
@@ -135,7 +135,7 @@ def _is_composition(error: Exception) -> bool:
 
 def one_line(error: Exception) -> str:
     if _is_composition(error) and not isinstance(error, UserError):
-        from evspan.data_prep.config_errors import explain
+        from evspan.conf.hydra_errors import explain
 
         return explain(error)
     if isinstance(error, OSError) and error.strerror:

@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evspan.data_prep.command import Parser, run_command
-from evspan.data_prep.config import FrameMode
-from evspan.data_prep.errors import UserError
-from evspan.data_prep.files import written_whole
-from evspan.pipeline.recognise import size_name, sizes
+from evspan.conf.errors import UserError
+from evspan.conf.schema.prep import FrameMode
+from evspan.data_prep.shards.atomic import written_whole
+from evspan.launch.cli.command import Parser, run_command
+from evspan.pipeline.infer_config import size_name, sizes
 
 if TYPE_CHECKING:
-    from evspan.pipeline.checkpoint import Weights
+    from evspan.pipeline.weights import Weights
 
 SUFFIXES = (".safetensors", ".ckpt")
 DESCRIPTION = """Weights between RVT's form and ours, to the last bit.
@@ -36,9 +36,9 @@ def convert(given: argparse.Namespace) -> None:
     check_out(given.out, given.overwrite)
     if given.window_ms not in (None, 50) and given.mode != "exact":
         raise UserError(f"--window-ms {given.window_ms} needs --mode exact: RVT's frames span 50 ms")
-    from evspan.pipeline.checkpoint import save_weights
-    from evspan.pipeline.engine.build import check_fit
-    from evspan.pipeline.published import Told, open_weights, save_published
+    from evspan.pipeline.inference.trained_detector import check_fit
+    from evspan.pipeline.rvt_checkpoint import Told, open_weights, save_published
+    from evspan.pipeline.weights import save_weights
 
     weights = open_weights(given.source, Told(
         size=given.model, dim_head=given.dim_head, dataset=given.dataset, classes=given.classes, downsample=given.downsample,

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
-from evspan.data_prep.command import hydra_task, run_hydra
-from evspan.data_prep.config import require
-from evspan.pipeline.config import EvaluateConfig
+from evspan.conf.schema.prep import require
+from evspan.conf.schema.training import EvaluateConfig
+from evspan.launch.cli.command import hydra_task, run_hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
@@ -45,18 +45,18 @@ HELP = """evspan evaluate: a checkpoint and a prepared split -> COCO AP (Prophes
       evaluation.write_detections=true
       parallel.ranks=1           processes, one per GPU (or several on CPU cores); started here unless a launcher did
 
-  evspan evaluate --cfg job ...    shows the config that these arguments make; pipeline/config.py explains every key
+  evspan evaluate --cfg job ...    shows the config that these arguments make; conf/schema/training.py explains every key
   evspan evaluate --hydra-help     how overrides work
 """
 
 
 def evaluate_here(config: EvaluateConfig) -> None:
     """Evaluate as the rank that this process is."""
-    from evspan.pipeline.checkpoint import load_weights
     from evspan.pipeline.engine.evaluator import described, evaluate_weights, write_results
-    from evspan.pipeline.engine.streaming import labelled
     from evspan.pipeline.evaluation.breakdown import breakdown
+    from evspan.pipeline.inference.streaming import labelled
     from evspan.pipeline.parallel.world import open_world
+    from evspan.pipeline.weights import load_weights
 
     with open_world(config.parallel) as world:
         weights = load_weights(config.checkpoint)
@@ -86,7 +86,7 @@ def check(config: EvaluateConfig) -> None:
 
 
 def main(argv: list[str] | None = None, run: Callable[[EvaluateConfig], object] = evaluate_here) -> None:
-    """python -m evspan.pipeline.evaluate checkpoint=RUN dataset.root=SHARDS
+    """python -m evspan.launch.cli.evaluate checkpoint=RUN dataset.root=SHARDS
 
     run: called with the checked config.
     """

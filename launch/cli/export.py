@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evspan.data_prep.command import Parser, run_command
-from evspan.data_prep.errors import UserError
-from evspan.data_prep.files import written_whole
+from evspan.conf.errors import UserError
+from evspan.data_prep.shards.atomic import written_whole
+from evspan.launch.cli.command import Parser, run_command
 
 if TYPE_CHECKING:
-    from evspan.data_prep.config import FrameConfig
+    from evspan.conf.schema.prep import FrameConfig
 
 GEN4 = (720, 1280)  # pixels of the sensor
 DESCRIPTION = """The detector's step for one frame, state in and state out, as a file that runs without Evspan.
@@ -59,9 +59,9 @@ def check_output(path: Path) -> None:
 
 def export(given: argparse.Namespace) -> None:
     check_output(given.output)
-    from evspan.pipeline.checkpoint import load_weights
-    from evspan.pipeline.engine import export as engine
-    from evspan.pipeline.engine.build import detector_from
+    from evspan.pipeline.inference import exported_step as engine
+    from evspan.pipeline.inference.trained_detector import detector_from
+    from evspan.pipeline.weights import load_weights
 
     weights = load_weights(given.checkpoint)
     size = choose_size(given, weights.frames)

@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from evspan.data_prep.boxes import RAW_BOX, find_boxes, read_boxes, recording_name
-from evspan.data_prep.command import Parser, run_command
-from evspan.data_prep.config import FrameConfig
+from evspan.conf.errors import RecordingError, UserError
+from evspan.conf.schema.prep import FrameConfig
 from evspan.data_prep.draw import ANIMATION_SUFFIXES, AnimationWriter
-from evspan.data_prep.errors import RecordingError, UserError
-from evspan.data_prep.files import written_whole
-from evspan.data_prep.formats import open_recording
-from evspan.data_prep.formats.recording import Recording, WordReader
-from evspan.data_prep.histogram import frame_size, frames_of
+from evspan.data_prep.frames.histogram import frame_size, frames_of
+from evspan.data_prep.labels.box_files import RAW_BOX, find_boxes, read_boxes, recording_name
+from evspan.data_prep.recordings.base import Recording, WordReader
+from evspan.data_prep.recordings.open import open_recording
+from evspan.data_prep.shards.atomic import written_whole
+from evspan.launch.cli.command import Parser, run_command
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from evspan.pipeline.checkpoint import Weights
-    from evspan.pipeline.engine.inference import Frame
+    from evspan.pipeline.inference.detect import Frame
     from evspan.pipeline.model.detector import Detector
+    from evspan.pipeline.weights import Weights
 
 DESCRIPTION = """Detections of a recording, straight from the sensor's file.
 
@@ -135,8 +135,8 @@ def choose_device(name: str | None) -> Any:
 def load_detector(given: argparse.Namespace, recording: Recording) -> tuple["Weights", "Detector"]:
     """Raises UserError when they are not there, or do not fit the recording or this machine."""
     import torch
-    from evspan.pipeline.checkpoint import load_weights
-    from evspan.pipeline.engine.build import detector_from
+    from evspan.pipeline.inference.trained_detector import detector_from
+    from evspan.pipeline.weights import load_weights
 
     weights = load_weights(given.checkpoint)
     config = weights.frames
@@ -166,8 +166,8 @@ class Done(NamedTuple):
 def stream(given: argparse.Namespace, recording: Recording, weights: "Weights", detector: "Detector",
            outputs: tuple[Path, Path | None]) -> Done:
     """Decoding, the network and drawing, in a thread each; the files appear when all is done."""
-    from evspan.pipeline.engine.detection_files import CsvFile, DetectionsFile, JsonLines
-    from evspan.pipeline.engine.inference import Clock, Overlay, ahead, detect
+    from evspan.pipeline.inference.detect import Clock, Overlay, ahead, detect
+    from evspan.pipeline.inference.writers import CsvFile, DetectionsFile, JsonLines
 
     config, clock, (detections, video) = weights.frames, Clock(), outputs
     overlay = Overlay(config, weights.classes, boxes_beside(given.recording), beside=given.side_by_side) if video else None
@@ -208,7 +208,7 @@ def infer(given: argparse.Namespace) -> None:
                             "record .raw or .dat, or leave out --follow")
         recording.follow(given.follow)
     weights, detector = load_detector(given, recording)
-    from evspan.pipeline.engine.inference import class_name
+    from evspan.pipeline.inference.detect import class_name
 
     limits = weights.model.postprocess
     given.confidence = limits.confidence_threshold if given.confidence is None else given.confidence

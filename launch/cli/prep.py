@@ -8,9 +8,9 @@ from typing import Any
 
 import hydra
 import numpy as np
-from evspan.data_prep.cluster import SlurmConfig
-from evspan.data_prep.command import Parser, hydra_task, run_command, run_hydra
-from evspan.data_prep.config import LauncherConfig, PrepConfig, require
+from evspan.conf.schema.prep import LauncherConfig, PrepConfig, require
+from evspan.conf.schema.prep_cluster import SlurmConfig
+from evspan.launch.cli.command import Parser, hydra_task, run_command, run_hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
@@ -60,7 +60,7 @@ HELP = """evspan prep: recordings -> shards of histogram frames
       shard_mib=2048             several recordings share a file up to this size
       max_invalid_share=0.01     refuse a recording with a larger share of events outside the sensor
 
-  evspan prep --cfg job ...        shows the config that these arguments make; data_prep/config.py explains every key
+  evspan prep --cfg job ...        shows the config that these arguments make; conf/schema/prep.py explains every key
   evspan prep --hydra-help         how overrides work
 """
 
@@ -95,9 +95,9 @@ def decode(argv: list[str]) -> None:
     parser.add_argument("recording", type=Path)
     parser.add_argument("out", type=Path, help="a file ending in .h5")
     given = parser.parse_args(argv)
-    from evspan.data_prep.errors import UserError
-    from evspan.data_prep.files import written_whole
-    from evspan.data_prep.formats import open_recording, open_writer
+    from evspan.conf.errors import UserError
+    from evspan.data_prep.recordings.open import open_recording, open_writer
+    from evspan.data_prep.shards.atomic import written_whole
 
     if given.out.suffix != ".h5":
         raise UserError(f"{given.out} does not end in .h5; decode writes HDF5: evspan prep decode {given.recording} "
@@ -115,8 +115,8 @@ def info(argv: list[str]) -> None:
     parser = Parser("evspan prep info", description="What a recording holds.", epilog="example: evspan prep info drive.raw")
     parser.add_argument("recording", type=Path)
     given = parser.parse_args(argv)
-    from evspan.data_prep.boxes import find_boxes, read_boxes
-    from evspan.data_prep.formats import open_recording
+    from evspan.data_prep.labels.box_files import find_boxes, read_boxes
+    from evspan.data_prep.recordings.open import open_recording
 
     recording, brighter = open_recording(given.recording), 0
     per_slice: dict[int, int] = {}
@@ -147,31 +147,31 @@ def _dropped(dropped: dict[str, int]) -> str:
 
 
 def preview(argv: list[str]) -> None:
-    from evspan.data_prep.preview import main
+    from evspan.launch.cli.prep_preview import main
 
     main(argv)
 
 
 def report(argv: list[str]) -> None:
-    from evspan.data_prep.report.command import main
+    from evspan.launch.cli.prep_report import main
 
     main(argv)
 
 
 def export_rvt(argv: list[str]) -> None:
-    from evspan.data_prep.export import main
+    from evspan.data_prep.shards.export_rvt import main
 
     main(argv)
 
 
 def status(argv: list[str]) -> None:
-    from evspan.data_prep.status import main
+    from evspan.data_prep.shards.status import main
 
     main(argv)
 
 
 def verify(argv: list[str]) -> None:
-    from evspan.data_prep.verify import main
+    from evspan.data_prep.shards.verify import main
 
     main(argv)
 

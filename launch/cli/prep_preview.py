@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from evspan.data_prep.boxes import RAW_BOX, find_boxes, read_boxes
-from evspan.data_prep.command import Parser, run_command
-from evspan.data_prep.config import FrameConfig
+from evspan.conf.errors import ShardError, UserError
+from evspan.conf.schema.prep import FrameConfig
 from evspan.data_prep.draw import ANIMATION_SUFFIXES, RGB, AnimationWriter, draw_boxes, draw_label, frame_to_rgb, write_strip
-from evspan.data_prep.errors import ShardError, UserError
-from evspan.data_prep.formats import open_recording
-from evspan.data_prep.histogram import frames_of
-from evspan.data_prep.shards import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
-from evspan.data_prep.windows import window_ends
+from evspan.data_prep.frames.histogram import frames_of
+from evspan.data_prep.frames.windows import window_ends
+from evspan.data_prep.labels.box_files import RAW_BOX, find_boxes, read_boxes
+from evspan.data_prep.recordings.open import open_recording
+from evspan.data_prep.shards.format import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
+from evspan.launch.cli.command import Parser, run_command
 from numpy.typing import NDArray
 
 SHEET_FRAMES, ANIMATION_FRAMES = 12, 200

@@ -3,14 +3,14 @@
 import argparse
 from pathlib import Path
 
-from evspan.data_prep.command import Parser, run_command
-from evspan.data_prep.errors import UserError
-from evspan.data_prep.files import written_whole
+from evspan.conf.errors import UserError
 from evspan.data_prep.report.findings import findings
 from evspan.data_prep.report.markup import printable
 from evspan.data_prep.report.page import page
 from evspan.data_prep.report.survey import FRAMES_PER_RECORDING, survey
-from evspan.data_prep.shards import SPLITS
+from evspan.data_prep.shards.atomic import written_whole
+from evspan.data_prep.shards.format import SPLITS
+from evspan.launch.cli.command import Parser, run_command
 
 DESCRIPTION = """Splits, labels, classes, sizes, events over time, drops and pictures of a prepared dataset, in total and per
 recording, with what looks wrong at the top. The page needs no network and no other file. Only a few frames of a recording

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from evspan.data_prep.command import Parser, run_command
-from evspan.data_prep.errors import UserError
-from evspan.data_prep.shards import SPLITS
+from evspan.conf.errors import UserError
+from evspan.data_prep.shards.format import SPLITS
 from evspan.data_prep.simulator import SimulationReport, SimulatorConfig, simulate
+from evspan.launch.cli.command import Parser, run_command
 
 SIMULATOR_VERSION = 1  # to be raised when the same parameters give other bytes
 SUFFIXES = {"raw": "_td.raw", "dat": "_td.dat", "h5": "_td.h5"}

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
-from evspan.data_prep.command import hydra_task, run_hydra
-from evspan.data_prep.config import require
-from evspan.pipeline.config import TrainConfig
+from evspan.conf.schema.prep import require
+from evspan.conf.schema.training import TrainConfig
+from evspan.launch.cli.command import hydra_task, run_hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
@@ -50,7 +50,7 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
       parallel.ranks=1           processes, one per GPU (or several on CPU cores); started here unless a launcher did
       seed=0
 
-  evspan train --cfg job ...       shows the config that these arguments make; pipeline/config.py explains every key
+  evspan train --cfg job ...       shows the config that these arguments make; conf/schema/training.py explains every key
   evspan train --hydra-help        how overrides work
 """
 
@@ -77,7 +77,7 @@ def check(config: TrainConfig) -> None:
 
 
 def main(argv: list[str] | None = None, run: Callable[[TrainConfig], object] = train_here) -> None:
-    """torchrun --nproc-per-node 2 -m evspan.pipeline.train parallel.ranks=2 dataset.root=SHARDS run_dir=RUN
+    """torchrun --nproc-per-node 2 -m evspan.launch.cli.train parallel.ranks=2 dataset.root=SHARDS run_dir=RUN
 
     run: called with the checked config.
     """

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evspan.data_prep.command import Parser, run_command
-from evspan.data_prep.errors import UserError
-from evspan.launch.checks import folder, machine, slurm
-from evspan.launch.checks.finding import FAIL, GRADES, PASS, WARN, Finding, ask
-from evspan.launch.checks.job import Job
-from evspan.launch.checks.job import run as run_job
+from evspan.conf.errors import UserError
+from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.doctor import folder, machine, slurm
+from evspan.launch.doctor.finding import FAIL, GRADES, PASS, WARN, Finding, ask
+from evspan.launch.doctor.job import Job
+from evspan.launch.doctor.job import run as run_job
 
 RANK = ("RANK", "WORLD_SIZE", "SLURM_PROCID")  # what makes a process one of several ranks
 IN_JOB, HERE = "in a job", "here"

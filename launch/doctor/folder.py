@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from evspan.launch.checks.finding import FAIL, PASS, WARN, Finding, graded
+from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding, graded
 
 FREE_GB, LEAST_FREE_GB = 20, 1  # a run of the base model with its checkpoints takes a few
 SKEW_S = 1.0

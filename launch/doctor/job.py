@@ -1,6 +1,6 @@
 """The checks of a machine by every task of a SLURM job.
 
-python -m evspan.launch.checks.job WORK TOKEN     a task: WORK is a folder in that of the runs, TOKEN what the file `token` in it holds
+python -m evspan.launch.doctor.job WORK TOKEN     a task: WORK is a folder in that of the runs, TOKEN what the file `token` in it holds
 """
 
 import json
@@ -13,9 +13,9 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
-from evspan.launch.checks import folder, machine
-from evspan.launch.checks.finding import FAIL, PASS, WARN, Finding, ask, complaint, module, one_line
-from evspan.launch.checks.verdict import LAST, Told, judge
+from evspan.launch.doctor import folder, machine
+from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding, ask, complaint, module, one_line
+from evspan.launch.doctor.verdict import LAST, Told, judge
 
 MARK = "evspan-doctor "  # before what a task tells on its standard output
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def task(work: Path, token: str, env: Mapping[str, str]) -> Iterator[Finding]:
-    from evspan.pipeline.parallel.launcher import place
+    from evspan.pipeline.parallel.rank_env import place
 
     rank, size, local, local_size, _, _ = place(env)
     seen = 0
@@ -77,7 +77,7 @@ def first_rank(env: Mapping[str, str], address: str) -> tuple[Finding, dict[str,
 
     address: rank 0's, which a run has from its batch script.
     """
-    from evspan.pipeline.parallel.launcher import first_host
+    from evspan.pipeline.parallel.rank_env import first_host
 
     given = env.get("MASTER_ADDR")
     name = given or first_host(env.get("SLURM_STEP_NODELIST", ""))
@@ -101,7 +101,7 @@ def run(job: Job, work: Path, token: str, here: Finding, say: Callable[[str], ob
     size = job.nodes * job.ranks_per_node
     command = ["srun", "--job-name=evspan-doctor", f"--nodes={job.nodes}", f"--ntasks={size}",
                f"--ntasks-per-node={job.ranks_per_node}", "--input=none", "--quit-on-interrupt", "--kill-on-bad-exit=1",
-               *job.options, *module("evspan.launch.checks.job", str(work), token)]
+               *job.options, *module("evspan.launch.doctor.job", str(work), token)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, errors="replace")
     assert process.stdout and process.stderr

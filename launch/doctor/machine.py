@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from evspan.launch.checks.finding import FAIL, PASS, WARN, Check, Finding, graded, module, one_line
+from evspan.launch.doctor.finding import FAIL, PASS, WARN, Check, Finding, graded, module, one_line
 
 FILES, LEAST_FILES = 4096, 1024
 SHARED_GB, LEAST_SHARED_GB = 1.0, 0.1  # NCCL passes through it what GPUs of a node exchange

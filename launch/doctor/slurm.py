@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from evspan.launch.checks.finding import FAIL, PASS, WARN, Finding, complaint
-from evspan.pipeline.cluster import ClusterConfig
+from evspan.conf.schema.cluster import ClusterConfig
+from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding, complaint
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 ANSWER_S = 60  # a controller at its limit may take so long

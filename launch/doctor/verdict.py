@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from evspan.launch.checks.finding import FAIL, GRADES, PASS, WARN, Finding, worst
-from evspan.launch.checks.folder import SET_CLOCKS, SHARED, SKEW_S
+from evspan.launch.doctor.finding import FAIL, GRADES, PASS, WARN, Finding, worst
+from evspan.launch.doctor.folder import SET_CLOCKS, SHARED, SKEW_S
 
 LAST = "all-reduce"  # the check that a task ends with
 SHOWN = 3  # groups of nodes whose answers differ

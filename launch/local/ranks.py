@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from types import FrameType
 
-from evspan.data_prep.command import FAILURE_FILE, INTERRUPTED_EXIT_CODE, LOST_EXIT_CODE, USER_ERROR_EXIT_CODE
+from evspan.launch.cli.command import FAILURE_FILE, INTERRUPTED_EXIT_CODE, LOST_EXIT_CODE, USER_ERROR_EXIT_CODE
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED_EXIT_CODE = 75  # a rank saved on a stop signal (evspan.pipeline.engine.trainer)

@@ -5,35 +5,35 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from evspan.data_prep.errors import UserError
-from evspan.launch.ranks import run_ranks
-from evspan.pipeline.config import EvaluateConfig, TrainConfig
+from evspan.conf.errors import UserError
+from evspan.conf.schema.training import EvaluateConfig, TrainConfig
+from evspan.launch.local.ranks import run_ranks
 
 Config = TypeVar("Config", TrainConfig, EvaluateConfig)
 
 
 def train(argv: list[str]) -> None:
-    from evspan.pipeline.train import check, main, train_here
+    from evspan.launch.cli.train import check, main, train_here
 
     many = bool({"-m", "--multirun"} & set(argv))
     if many and any(word.startswith("hydra/launcher=") for word in argv):
-        from evspan.launch.launcher import register
+        from evspan.launch.slurm.hydra_plugin import register
 
         register()
 
     def run(config: TrainConfig) -> None:
-        from evspan.launch.compose import this_of_many
+        from evspan.conf.compose import this_of_many
 
-        _start("evspan.pipeline.train", this_of_many(config) if many else argv, config, check, train_here, one_of_many=many,
+        _start("evspan.launch.cli.train", this_of_many(config) if many else argv, config, check, train_here, one_of_many=many,
                after=f"The same command continues from the newest checkpoint in {config.run_dir}, if there is one")
 
     main(argv, run)
 
 
 def evaluate(argv: list[str]) -> None:
-    from evspan.pipeline.evaluate import check, evaluate_here, main
+    from evspan.launch.cli.evaluate import check, evaluate_here, main
 
-    main(argv, lambda config: _start("evspan.pipeline.evaluate", argv, config, check, evaluate_here, after="Run the same command again"))
+    main(argv, lambda config: _start("evspan.launch.cli.evaluate", argv, config, check, evaluate_here, after="Run the same command again"))
 
 
 def under_launcher() -> bool:

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evspan.launch.ranks import STOPPED_EXIT_CODE
+from evspan.launch.local.ranks import STOPPED_EXIT_CODE
 from evspan.pipeline.history import append, read
 
 if TYPE_CHECKING:
-    from evspan.launch.submit import Planned
+    from evspan.launch.sweep.submit import Planned
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 

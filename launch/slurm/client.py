@@ -11,8 +11,8 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evspan.data_prep.cluster import SlurmConfig
-from evspan.data_prep.errors import ConfigError, UserError
+from evspan.conf.errors import ConfigError, UserError
+from evspan.conf.schema.prep_cluster import SlurmConfig
 from submitit import Job, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 

@@ -19,8 +19,8 @@ class Launcher(SlurmLauncher):
     that fail alone, containers, no waiting where cluster.detach asks for none."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from evspan.launch.compose import config_dir
-        from evspan.launch.submit import place_sweep
+        from evspan.conf.compose import config_dir
+        from evspan.launch.sweep.submit import place_sweep
 
         assert self.config is not None
         if further := self.params.get("additional_parameters"):

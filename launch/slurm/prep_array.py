@@ -14,16 +14,16 @@ from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any, NoReturn
 
-from evspan.data_prep.cluster import SlurmConfig
-from evspan.data_prep.errors import ConfigError, UserError
-from evspan.launch.group import Group, Results, Run, balanced, number_of_tasks
+from evspan.conf.errors import ConfigError, UserError
+from evspan.conf.schema.prep_cluster import SlurmConfig
+from evspan.launch.slurm.prep_task import Group, Results, Run, balanced, number_of_tasks
 
 FOLDER = "slurm"  # beside the part files, and removed with them when all is done
 END_S = 150.0  # for a cancelled task: Submitit's leave SIGTERM unheard, SIGKILL comes after SLURM's KillWait
 
 
 def main(argv: list[str]) -> None:
-    from evspan.data_prep.prep import main
+    from evspan.launch.cli.prep import main
 
     main(argv, {SlurmConfig: on_slurm})
 
@@ -40,8 +40,8 @@ def on_slurm(jobs: list[Any], run: Run, config: SlurmConfig, here: Callable[...,
     """
     if not jobs:
         return
-    from evspan.launch import slurm
-    from evspan.launch.watch import Watch, say  # Submitit takes a moment to import
+    from evspan.launch.slurm import client as slurm
+    from evspan.launch.slurm.prep_wait import Watch, say  # Submitit takes a moment to import
 
     parts = jobs[0].part.absolute().parents[1]
     folder, told = parts / FOLDER, parts / FOLDER / "told"
@@ -85,8 +85,8 @@ def _end_orphans(name: str) -> None:
     Raises:
         UserError: it may not be an orphan. (The lock on the output tells two runs apart only where its file system does.)
     """
-    from evspan.launch.slurm import cancel, queue, wait_until_gone
-    from evspan.launch.watch import say
+    from evspan.launch.slurm.client import cancel, queue, wait_until_gone
+    from evspan.launch.slurm.prep_wait import say
 
     alive = [task for task in queue(name) if task.alive]
     for task in alive:
@@ -108,7 +108,7 @@ def _runs(pid: int) -> bool:
 
 def _let_end(results: list[Path]) -> None:
     """Tasks that have told everything write Submitit's result yet, into a folder that is about to be removed."""
-    from evspan.launch.watch import GRACE_S
+    from evspan.launch.slurm.prep_wait import GRACE_S
 
     end = time.monotonic() + GRACE_S
     while time.monotonic() < end and not all(path.exists() for path in results):
@@ -116,8 +116,8 @@ def _let_end(results: list[Path]) -> None:
 
 
 def _cancel(name: str) -> None:
-    from evspan.launch.slurm import cancel
-    from evspan.launch.watch import say
+    from evspan.launch.slurm.client import cancel
+    from evspan.launch.slurm.prep_wait import say
 
     try:
         cancel(name)

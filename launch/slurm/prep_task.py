@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from evspan.data_prep.cluster import SlurmConfig
+from evspan.conf.schema.prep_cluster import SlurmConfig
 
 BYTES_PER_TASK, MOST_TASKS = 16 << 30, 64
 SENT = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)  # by SLURM, to all processes of a task

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from evspan.data_prep.errors import RecordingError, UserError
-from evspan.launch.group import Results, arrived, read_told
-from evspan.launch.slurm import Queued, queue
+from evspan.conf.errors import RecordingError, UserError
+from evspan.launch.slurm.client import Queued, queue
+from evspan.launch.slurm.prep_task import Results, arrived, read_told
 from tqdm import tqdm
 
 POLL_S = 1.0  # between looks at what the tasks have told

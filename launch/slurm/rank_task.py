@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from evspan.data_prep.command import FAILURE_FILE
+from evspan.launch.cli.command import FAILURE_FILE
 
 STOPPED_EXIT_CODE = 75  # saved on a stop signal; SLURM is asked to run it again
 SENT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -22,7 +22,7 @@ NOTES = "attempts"  # below the run's folder: what each rank of an attempt that 
 class Attempt:
     """Trains with these arguments of `evspan train`, from the newest checkpoint on. Requeued, it is called anew.
 
-    A rank that fails leaves a note, from which `evspan.launch.after` decides, when all ranks have ended.
+    A rank that fails leaves a note, from which `evspan.launch.slurm.requeue` decides, when all ranks have ended.
     """
 
     run: str
@@ -40,7 +40,7 @@ class Attempt:
         _find_first_rank()
         code, told = 1, ""
         try:
-            from evspan.pipeline.train import main
+            from evspan.launch.cli.train import main
 
             main(self.argv)
             code = 0
@@ -77,7 +77,7 @@ def _leave(number: int, _: FrameType | None) -> NoReturn:
 
 def _find_first_rank() -> None:
     """Some clusters' node names mean nothing to the nodes; the address of the node that runs the batch script always does."""
-    from evspan.pipeline.parallel.launcher import first_host
+    from evspan.pipeline.parallel.rank_env import first_host
 
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     address = os.environ.get("SLURM_LAUNCH_NODE_IPADDR")

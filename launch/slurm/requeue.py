@@ -1,8 +1,8 @@
 """What the batch script asks when the ranks of a run have ended: shall SLURM run it again?
 
-python -m evspan.launch.after RUNS INDEX CODE STATE
+python -m evspan.launch.slurm.requeue RUNS INDEX CODE STATE
 
-RUNS is the file that `evspan.launch.batch` wrote, INDEX the place in the array, CODE that of srun, STATE what SLURM says of the job.
+RUNS is the file that `evspan.launch.slurm.sbatch` wrote, INDEX the place in the array, CODE that of srun, STATE what SLURM says of the job.
 Exit code 0: requeue. It runs on the first node, outside of any container, or by srun within one; nothing but Python is needed.
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evspan.data_prep.command import LOST_EXIT_CODE, USER_ERROR_EXIT_CODE
-from evspan.launch.job import STOPPED_EXIT_CODE, notes_of
+from evspan.launch.cli.command import LOST_EXIT_CODE, USER_ERROR_EXIT_CODE
+from evspan.launch.slurm.rank_task import STOPPED_EXIT_CODE, notes_of
 from evspan.pipeline.history import append, faults_in_a_row, read, slurm_job
 
 

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evspan.launch.job import Attempt
-from evspan.launch.slurm import Executor, python_path_lines, script_of, submit_array
-from evspan.pipeline.cluster import ClusterConfig, Container
+from evspan.conf.schema.cluster import ClusterConfig, Container
+from evspan.launch.slurm.client import Executor, python_path_lines, script_of, submit_array
+from evspan.launch.slurm.rank_task import Attempt
 from submitit import SlurmExecutor
 
-RUNS = "runs.json"  # beside Submitit's pickles: what `evspan.launch.after` must know of each run of the array
+RUNS = "runs.json"  # beside Submitit's pickles: what `evspan.launch.slurm.requeue` must know of each run of the array
 # SLURM's id of this job, as it asks for an element of an array.
 ID = '${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}'
 
@@ -86,7 +86,7 @@ def _before(cluster: ClusterConfig) -> list[str]:
 
 
 def _after(folder: Path, python: str, of_srun: list[str]) -> list[str]:
-    again = f"{python} -m evspan.launch.after {shlex.quote(str(folder / RUNS))}"
+    again = f"{python} -m evspan.launch.slurm.requeue {shlex.quote(str(folder / RUNS))}"
     if of_srun:
         again = f"srun --ntasks=1 --nodes=1 {' '.join(map(shlex.quote, of_srun))} {again}"
     return ["code=$?", f"id={ID}", "id=${id:-$SLURM_JOB_ID}",

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evspan.data_prep.errors import UserError
-from evspan.launch import batch
-from evspan.launch.runs import SUBMITTED, Run, State, describe, jobs_alive, look
-from evspan.launch.slurm import require_commands
-from evspan.pipeline.cluster import ClusterConfig
+from evspan.conf.errors import UserError
+from evspan.conf.schema.cluster import ClusterConfig
+from evspan.launch.slurm import sbatch as batch
+from evspan.launch.slurm.client import require_commands
+from evspan.launch.sweep.registry import SUBMITTED, Run, State, describe, jobs_alive, look
 from evspan.pipeline.history import append
 
 if TYPE_CHECKING:
-    from evspan.launch.submit import Planned
+    from evspan.launch.sweep.submit import Planned
 
 POLL_S = 5.0
 SUBMITIT = ".submitit"  # Submitit's scripts and pickles, and what batch scripts say

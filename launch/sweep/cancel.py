@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from evspan.data_prep.command import Parser, run_command
-from evspan.data_prep.errors import UserError
-from evspan.launch.after import newest_step
-from evspan.launch.runs import Run, describe, look
-from evspan.launch.state import State
+from evspan.conf.errors import UserError
+from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.slurm.requeue import newest_step
+from evspan.launch.sweep.registry import Run, describe, look
+from evspan.launch.sweep.state import State
 from evspan.pipeline.history import append
 
 DESCRIPTION = """Cancels the SLURM jobs of a run, or of all runs of a sweep that wait or run. Their folders stay: submitted again,
@@ -29,7 +29,7 @@ def cancel(path: Path) -> None:
         raise UserError(f"{note}; run it where SLURM's commands reach the cluster")
     jobs = [run for run in runs if run.alive]
     if jobs:
-        from evspan.launch.slurm import cancel_tasks
+        from evspan.launch.slurm.client import cancel_tasks
 
         cancel_tasks([run.job for run in jobs])
         for run in jobs:

@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from evspan.data_prep.command import Parser, run_command
-from evspan.data_prep.errors import UserError
-from evspan.launch.runs import Run, describe, find_runs, look
+from evspan.conf.errors import UserError
+from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.sweep.registry import Run, describe, find_runs, look
 
 POLL_S = 0.5  # between looks at a log that grows
 STATE_S = 5.0  # between questions whether the run goes on

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evspan.data_prep.errors import UserError
-from evspan.launch.state import Event, State, job_of, judge, number, of_submission
+from evspan.conf.errors import UserError
+from evspan.launch.sweep.state import Event, State, job_of, judge, number, of_submission
 from evspan.pipeline.history import HISTORY, PROGRESS, attempts, read, read_progress
 
 if TYPE_CHECKING:
-    from evspan.launch.slurm import Queued
+    from evspan.launch.slurm.client import Queued
 
 SWEEP, SUBMITTED, CONFIG, METRICS = "sweep.json", "submitted.json", "config.json", "evaluation/metrics.json"
 MARKS = (SUBMITTED, HISTORY, PROGRESS, CONFIG)  # of a run's folder
@@ -128,7 +128,7 @@ def jobs_alive(ids: Iterable[str]) -> set[str]:
     Raises:
         UserError: SLURM does not answer.
     """
-    from evspan.launch.slurm import queued
+    from evspan.launch.slurm.client import queued
 
     return {id_ for id_, task in queued(ids).items() if task.alive}
 
@@ -191,7 +191,7 @@ def _ask(jobs: Sequence[str]) -> "tuple[dict[str, Queued] | None, str]":
         return {}, ""
     if shutil.which("squeue") is None:
         return None, "squeue is not on the PATH"
-    from evspan.launch.slurm import queued
+    from evspan.launch.slurm.client import queued
 
     try:
         return queued(jobs), ""

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evspan.data_prep.command import Parser, run_command
-from evspan.data_prep.errors import UserError
-from evspan.launch.runs import Run, differing, look, span
-from evspan.launch.state import State
+from evspan.conf.errors import UserError
+from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.sweep.registry import Run, differing, look, span
+from evspan.launch.sweep.state import State
 
 CELL = 36  # characters, of all columns but the last
 DESCRIPTION = """What the runs of a sweep do, or a single run: state, step, AP of the newest evaluation, time to the end

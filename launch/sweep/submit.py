@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evspan.data_prep.command import one_line, run_command, users_mistake
-from evspan.data_prep.errors import ConfigError, UserError
-from evspan.launch.compose import compose_train, expanded, replaced, split_options
-from evspan.launch.runs import SWEEP
-from evspan.pipeline.cluster import ClusterConfig, Scheduler
-from evspan.pipeline.config import TrainConfig
+from evspan.conf.compose import compose_train, expanded, replaced, split_options
+from evspan.conf.errors import ConfigError, UserError
+from evspan.conf.schema.cluster import ClusterConfig, Scheduler
+from evspan.conf.schema.training import TrainConfig
+from evspan.launch.cli.command import one_line, run_command, users_mistake
+from evspan.launch.sweep.registry import SWEEP
 from evspan.pipeline.history import append, read
 
 SUBMIT_HELP = """evspan submit: one run as a SLURM job, over as many nodes as parallel.ranks needs
@@ -30,7 +30,7 @@ SUBMIT_HELP = """evspan submit: one run as a SLURM job, over as many nodes as pa
   afterwards
       evspan status RUN | evspan logs RUN --follow | evspan cancel RUN | evspan report RUN
 
-  keys: pipeline/cluster.py explains them all
+  keys: conf/schema/cluster.py explains them all
       cluster=slurm                  slurm | gpu_nodes | local, or a file of yours in FOLDER/cluster with --config-dir FOLDER
       cluster.partition, account, qos, constraint, exclude      left to the cluster's defaults when empty
       cluster.gpus_per_node=0        a rank each;  cluster.ranks_per_node=0: one per GPU, or one
@@ -151,10 +151,10 @@ def numbered(folder: Path, plans: list[Planned]) -> None:
 def place(plans: Sequence[Planned], cluster: ClusterConfig, folder: Path, name: str) -> int:
     """Run them where the config says, but for those that are done; the exit code."""
     if cluster.scheduler is Scheduler.local:
-        from evspan.launch.here import run_here
+        from evspan.launch.local.sequential import run_here
 
         return run_here(plans)
-    from evspan.launch.onslurm import submit_runs
+    from evspan.launch.slurm.submit_runs import submit_runs
 
     return submit_runs([plan for plan in plans if not _done(plan)], cluster, folder, name)
 
@@ -168,7 +168,7 @@ def _done(plan: Planned) -> bool:
 
 
 def _check(config: TrainConfig) -> None:
-    from evspan.pipeline.train import check
+    from evspan.launch.cli.train import check
 
     check(config)
     config.cluster.nodes(config.parallel.ranks)

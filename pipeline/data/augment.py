@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from evspan.data_prep.codec import gather_cells
-from evspan.pipeline.config import AugmentationConfig
+from evspan.conf.schema.training import AugmentationConfig
+from evspan.data_prep.frames.codec import gather_cells
 from evspan.pipeline.data.plan import Chunk, generator
 from numpy.typing import NDArray
 

@@ -10,10 +10,10 @@ from threading import Lock
 import h5py
 import hdf5plugin  # noqa: F401  registers the filters that frames are stored with
 import numpy as np
-from evspan.data_prep.codec import decode_frames
-from evspan.data_prep.config import DatasetConfig, DatasetKind, DownsampleBy, FrameConfig, FrameMode, frame_config
-from evspan.data_prep.errors import ConfigError, ShardError
-from evspan.data_prep.shards import BOX, RecordingEntry, load_manifest
+from evspan.conf.errors import ConfigError, ShardError
+from evspan.conf.schema.prep import DatasetConfig, DatasetKind, DownsampleBy, FrameConfig, FrameMode, frame_config
+from evspan.data_prep.frames.codec import decode_frames
+from evspan.data_prep.shards.format import BOX, RecordingEntry, load_manifest
 from numpy.typing import NDArray
 
 OPEN_FILES = 128  # at once; RVT's tree has a file per recording

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from evspan.pipeline.config import TrainingConfig
+from evspan.conf.schema.training import TrainingConfig
 from evspan.pipeline.data.augment import augment_boxes, augment_frames, draw_augmentation
 from evspan.pipeline.data.boxes import to_center
 from evspan.pipeline.data.datasets import Dataset

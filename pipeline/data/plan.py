@@ -7,8 +7,8 @@ from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
-from evspan.data_prep.errors import ShardError
-from evspan.pipeline.config import Sampling
+from evspan.conf.errors import ShardError
+from evspan.conf.schema.training import Sampling
 from numpy.typing import NDArray
 
 

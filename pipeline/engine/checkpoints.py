@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from evspan.data_prep.errors import UserError
-from evspan.pipeline.checkpoint import (
+from evspan.conf.errors import UserError
+from evspan.pipeline.parallel.reductions import broadcast_object, gather_objects
+from evspan.pipeline.weights import (
     BEST,
     FOLDER,
     LATEST,
@@ -33,7 +34,6 @@ from evspan.pipeline.checkpoint import (
     save_tensors,
     save_weights,
 )
-from evspan.pipeline.parallel.reductions import broadcast_object, gather_objects
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor

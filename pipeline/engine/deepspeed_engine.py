@@ -18,7 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 import deepspeed  # noqa: E402  chooses its accelerator and speaks at import
-from evspan.pipeline.config import OptimizerConfig, Precision, Schedule, TrainConfig  # noqa: E402
+from evspan.conf.schema.training import OptimizerConfig, Precision, Schedule, TrainConfig  # noqa: E402
 from evspan.pipeline.parallel.reductions import sum_over_ranks  # noqa: E402
 from evspan.pipeline.parallel.world import World  # noqa: E402
 

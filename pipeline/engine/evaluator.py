@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from evspan.data_prep.boxes import write_boxes
-from evspan.data_prep.config import DatasetConfig
-from evspan.data_prep.errors import ConfigError
-from evspan.pipeline.checkpoint import Weights, describe, plain
-from evspan.pipeline.config import EvaluationConfig
+from evspan.conf.errors import ConfigError
+from evspan.conf.schema.prep import DatasetConfig
+from evspan.conf.schema.training import EvaluationConfig
+from evspan.data_prep.labels.box_files import write_boxes
 from evspan.pipeline.data.datasets import Dataset, open_dataset
-from evspan.pipeline.engine.build import detector_from
-from evspan.pipeline.engine.streaming import RecordingResult, evaluate_split, labelled, score
 from evspan.pipeline.evaluation.coco import Metrics
 from evspan.pipeline.evaluation.frames import FRAMES, save_frames
+from evspan.pipeline.inference.streaming import RecordingResult, evaluate_split, labelled, score
+from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.parallel.reductions import broadcast_object, deal, gather_objects
 from evspan.pipeline.parallel.world import World
+from evspan.pipeline.weights import Weights, describe, plain
 
 
 def evaluate_weights(weights: Weights, dataset: DatasetConfig, config: EvaluationConfig,

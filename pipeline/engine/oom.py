@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from evspan.data_prep.errors import UserError
-from evspan.pipeline.config import TrainConfig
+from evspan.conf.errors import UserError
+from evspan.conf.schema.training import TrainConfig
 from evspan.pipeline.parallel.world import World
 
 MARKS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "Cannot allocate memory", "Unable to allocate",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evspan.pipeline.monitor import Monitor
+from evspan.pipeline.tensorboard.writer import Monitor
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from torch.utils.hooks import RemovableHandle

@@ -8,36 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evspan.data_prep.errors import UserError
-from evspan.pipeline.checkpoint import Weights, generator_states, load_weights, plain, restore_generators, seed_everything
-from evspan.pipeline.config import TrainConfig
+from evspan.conf.errors import UserError
+from evspan.conf.schema.layout import chosen_exchange
+from evspan.conf.schema.training import TrainConfig
 from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.data.loader import Batch, Loader
 from evspan.pipeline.data.plan import SamplingPlan
-from evspan.pipeline.engine.about import environment
 from evspan.pipeline.engine.attempt import Attempt
-from evspan.pipeline.engine.build import load_tensors
+from evspan.pipeline.engine.checkpoints import FORM, Checkpoints, Snapshot, load_snapshot
+from evspan.pipeline.engine.deepspeed_engine import ZeroEngine
 from evspan.pipeline.engine.evaluator import described, evaluate_weights, write_results
-from evspan.pipeline.engine.memory import telling_knobs
+from evspan.pipeline.engine.oom import telling_knobs
 from evspan.pipeline.engine.profiling import Profiler
 from evspan.pipeline.engine.resources import Resources, over_ranks
-from evspan.pipeline.engine.saving import FORM, Checkpoints, Snapshot, load_snapshot
 from evspan.pipeline.engine.signals import StopFlag, stop_flag
-from evspan.pipeline.engine.telling import tell_evaluation, tell_look, tell_start
-from evspan.pipeline.engine.watching import look
-from evspan.pipeline.engine.zero import ZeroEngine
 from evspan.pipeline.evaluation.coco import Metrics
 from evspan.pipeline.history import append, write_progress
-from evspan.pipeline.layout import chosen_exchange
+from evspan.pipeline.inference.trained_detector import load_tensors
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.norm import RankReductions, global_batch_norms
 from evspan.pipeline.model.state import DetectorState, detach, state_from_tensors, state_tensors
-from evspan.pipeline.monitor import Monitor, Stopwatch
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import open_mesh
 from evspan.pipeline.parallel.reductions import barrier, broadcast_object, gather_over_ranks, sum_over_ranks
 from evspan.pipeline.parallel.world import World
+from evspan.pipeline.tensorboard.attention_probe import look
+from evspan.pipeline.tensorboard.run_info import environment
+from evspan.pipeline.tensorboard.summaries import tell_evaluation, tell_look, tell_start
+from evspan.pipeline.tensorboard.writer import Monitor, Stopwatch
+from evspan.pipeline.weights import Weights, generator_states, load_weights, plain, restore_generators, seed_everything
 from torch import Tensor
 
 PROFILE = "profile"  # what ranks tell each other of a request for a trace

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from evspan.pipeline.config import EvaluationConfig
+from evspan.conf.schema.training import EvaluationConfig
 from evspan.pipeline.evaluation.coco import EVERY, IOU50, SMALL, Scorer
 from evspan.pipeline.evaluation.frames import LabelledFrames, scored
 from evspan.pipeline.evaluation.motion import motion

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from evspan.pipeline.config import EvaluationConfig
+from evspan.conf.schema.training import EvaluationConfig
 from evspan.pipeline.evaluation.coco import WORDS, Scorer, Values
 from evspan.pipeline.evaluation.frames import LabelledFrames, scored
 from evspan.pipeline.evaluation.motion import motion

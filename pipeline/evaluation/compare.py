@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from evspan.data_prep.command import Parser, run_command
-from evspan.data_prep.errors import UserError
-from evspan.pipeline.config import EvaluationConfig
+from evspan.conf.errors import UserError
+from evspan.conf.schema.training import EvaluationConfig
+from evspan.launch.cli.command import Parser, run_command
 from evspan.pipeline.evaluation.bootstrap import MEASURES, draws, measures
 from evspan.pipeline.evaluation.frames import FRAMES, LabelledFrames, load_frames
 from numpy.typing import NDArray

@@ -7,8 +7,8 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from evspan.data_prep.errors import UserError
-from evspan.pipeline.config import EvaluationConfig
+from evspan.conf.errors import UserError
+from evspan.conf.schema.training import EvaluationConfig
 from numpy.typing import NDArray
 
 FRAMES = "frames.npz"  # beside metrics.json

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from evspan.data_prep.config import FrameConfig
+from evspan.conf.schema.prep import FrameConfig
 from evspan.data_prep.draw import RGB, draw_boxes, draw_label, frame_to_rgb
-from evspan.pipeline.engine.streaming import raw_boxes
+from evspan.pipeline.inference.streaming import raw_boxes
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.postprocess import detections
 from numpy.typing import NDArray

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from evspan.data_prep.errors import UserError
-from evspan.pipeline.checkpoint import Weights, plain
+from evspan.conf.errors import UserError
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.state import DetectorState, state_from_tensors, state_tensors
+from evspan.pipeline.weights import Weights, plain
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from evspan.data_prep.boxes import RAW_BOX
-from evspan.pipeline.config import EvaluationConfig
+from evspan.conf.schema.training import EvaluationConfig
+from evspan.data_prep.labels.box_files import RAW_BOX
 from evspan.pipeline.data.datasets import Dataset, RecordingData
 from evspan.pipeline.evaluation.coco import Metrics, coco_metrics
 from evspan.pipeline.evaluation.frames import LabelledFrames, labelled_frames, scored

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 import torch
-from evspan.data_prep.config import FrameConfig
-from evspan.data_prep.errors import UserError
-from evspan.pipeline.checkpoint import Weights
+from evspan.conf.errors import UserError
+from evspan.conf.schema.prep import FrameConfig
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.state import DetectorState
+from evspan.pipeline.weights import Weights
 from torch import Tensor
 
 

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from evspan.data_prep.boxes import RAW_BOX
-from evspan.pipeline.engine.inference import Detected, class_name
+from evspan.data_prep.labels.box_files import RAW_BOX
+from evspan.pipeline.inference.detect import Detected, class_name
 from numpy.typing import NDArray
 
 COLUMNS = ("t_us", "x", "y", "w", "h", "class_id", "class", "confidence")

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from evspan.pipeline.config import HeadConfig
+from evspan.conf.schema.training import HeadConfig
 from evspan.pipeline.model.head import Geometry, cells, centre_and_size, once_per_geometry
 from torch import Tensor
 

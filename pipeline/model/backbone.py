@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from evspan.pipeline.config import BackboneConfig
-from evspan.pipeline.model import cached
-from evspan.pipeline.model.exchange import Exchange
+from evspan.conf.schema.training import BackboneConfig
+from evspan.pipeline.model import cpu_blocks as cached
 from evspan.pipeline.model.layers import FrameConv2d
 from evspan.pipeline.model.lstm import CellLSTM, truncated
+from evspan.pipeline.model.sequence_protocol import Exchange
 from evspan.pipeline.model.state import StageState
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

@@ -1,12 +1,12 @@
 """The detector: recurrent backbone, neck, head. Reads as single-device code; where a sequence lies is the exchange's affair."""
 
 import torch
-from evspan.pipeline.config import ModelConfig
+from evspan.conf.schema.training import ModelConfig
 from evspan.pipeline.model.backbone import Backbone
-from evspan.pipeline.model.exchange import Exchange, LocalExchange
 from evspan.pipeline.model.head import Geometry, YOLOXHead, decode
 from evspan.pipeline.model.neck import ATTENDED_SCALES, YOLOPAFPN
 from evspan.pipeline.model.postprocess import detections
+from evspan.pipeline.model.sequence_protocol import Exchange, LocalExchange
 from evspan.pipeline.model.state import DetectorState, StageState, forget_lanes
 from torch import Tensor, nn
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from evspan.pipeline.config import HeadConfig, SizeWeighting
+from evspan.conf.schema.training import HeadConfig, SizeWeighting
 from evspan.pipeline.model.assignment import assign
 from evspan.pipeline.model.head import Geometry, cells, centre_and_size
 from torch import Tensor

@@ -4,7 +4,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from evspan.pipeline.model.exchange import Recurrence
+from evspan.pipeline.model.sequence_protocol import Recurrence
 from evspan.pipeline.model.state import StageState
 from torch import Tensor, nn
 

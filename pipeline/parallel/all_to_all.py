@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from evspan.pipeline.model.state import StageState
-from evspan.pipeline.parallel.autograd import all_to_all
+from evspan.pipeline.parallel.collectives import all_to_all
 from evspan.pipeline.parallel.sequence import Recurrence, SequenceExchange
 from torch import Tensor
 

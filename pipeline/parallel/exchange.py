@@ -1,10 +1,10 @@
 """Which exchange a run has."""
 
-from evspan.pipeline.layout import ExchangeKind, chosen_exchange
+from evspan.conf.schema.layout import ExchangeKind, chosen_exchange
+from evspan.pipeline.parallel.all_to_all import TransposeExchange
 from evspan.pipeline.parallel.mesh import Mesh
 from evspan.pipeline.parallel.relay import RelayExchange
 from evspan.pipeline.parallel.sequence import SequenceExchange
-from evspan.pipeline.parallel.transpose import TransposeExchange
 
 
 def open_exchange(kind: ExchangeKind, mesh: Mesh, *, sequence_length: int, dws_conv: bool) -> SequenceExchange:

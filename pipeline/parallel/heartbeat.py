@@ -16,8 +16,8 @@ from threading import Event, Thread
 from typing import NamedTuple
 
 import torch.distributed as dist
-from evspan.data_prep.command import tell_lost
-from evspan.data_prep.errors import LostRanks
+from evspan.conf.errors import LostRanks
+from evspan.launch.cli.command import tell_lost
 
 BEAT_S = 1.0
 SILENT_BEATS = 4  # once a collective has failed, so many missed ones tell who is gone

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from evspan.pipeline.layout import check_layout
+from evspan.conf.schema.layout import check_layout
 from evspan.pipeline.parallel.world import World
 
 

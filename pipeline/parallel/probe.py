@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from evspan.data_prep.command import run_command
-from evspan.pipeline.config import ParallelConfig
-from evspan.pipeline.parallel.launcher import place
+from evspan.conf.schema.training import ParallelConfig
+from evspan.launch.cli.command import run_command
+from evspan.pipeline.parallel.rank_env import place
 from evspan.pipeline.parallel.world import World, open_world
 
 TIMEOUT_S = 45  # torch may wait twice as long

@@ -5,7 +5,7 @@ import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from evspan.data_prep.errors import ConfigError
+from evspan.conf.errors import ConfigError
 
 FIRST_PORT, PORTS = 10_000, 20_000  # below the ports that Linux gives to anybody who asks
 

@@ -2,7 +2,7 @@
 
 import torch
 from evspan.pipeline.model.state import StageState
-from evspan.pipeline.parallel.autograd import Form, Mail, receive_along, send_along
+from evspan.pipeline.parallel.collectives import Form, Mail, receive_along, send_along
 from evspan.pipeline.parallel.mesh import Mesh
 from evspan.pipeline.parallel.sequence import Recurrence, SequenceExchange
 from torch import Tensor

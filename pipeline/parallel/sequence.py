@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from evspan.pipeline.model.state import DetectorState, StageState, map_state
-from evspan.pipeline.parallel.autograd import Clock, all_to_all
+from evspan.pipeline.parallel.collectives import Clock, all_to_all
 from evspan.pipeline.parallel.mesh import Mesh
 from torch import Tensor
 
@@ -18,7 +18,7 @@ Recurrence = Callable[[Tensor, StageState], tuple[Tensor, StageState]]
 
 
 class SequenceExchange(ABC):
-    """What the detector calls (evspan.pipeline.model.exchange says what each call means), and its state between chunks.
+    """What the detector calls (evspan.pipeline.model.sequence_protocol says what each call means), and its state between chunks.
 
     All ranks of the group make the same calls in one order. Gradients flow through all of them.
 

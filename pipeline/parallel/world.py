@@ -9,10 +9,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from evspan.data_prep.errors import ConfigError
-from evspan.pipeline.config import ParallelConfig
-from evspan.pipeline.parallel.launcher import check_address, place
-from evspan.pipeline.parallel.peers import named_peers
+from evspan.conf.errors import ConfigError
+from evspan.conf.schema.training import ParallelConfig
+from evspan.pipeline.parallel.heartbeat import named_peers
+from evspan.pipeline.parallel.rank_env import check_address, place
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from evspan.pipeline.checkpoint import Weights, generator_states, restore_generators
-from evspan.pipeline.config import EvaluationConfig
+from evspan.conf.schema.training import EvaluationConfig
 from evspan.pipeline.data.datasets import Dataset, RecordingData
-from evspan.pipeline.engine.build import detector_from
+from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.model.attention import EventTemporalAttention, MultiScaleSpatialAttention, ScaleAwareChannelAttention
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.postprocess import detections
+from evspan.pipeline.weights import Weights, generator_states, restore_generators
 from numpy.typing import NDArray
 from torch import Tensor, nn
 

@@ -5,8 +5,8 @@ from evspan.data_prep.draw import RGB, draw_boxes, draw_label, frame_to_rgb
 from evspan.pipeline.data.boxes import to_corners
 from evspan.pipeline.data.datasets import Dataset
 from evspan.pipeline.data.loader import Batch
-from evspan.pipeline.engine.streaming import RecordingResult
-from evspan.pipeline.engine.watching import Look, Watched
+from evspan.pipeline.inference.streaming import RecordingResult
+from evspan.pipeline.tensorboard.attention_probe import Look, Watched
 from numpy.typing import NDArray
 
 TILES, SURE = 6, 0.3

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable
 
-from evspan.pipeline.config import TrainConfig
-from evspan.pipeline.monitor import Layout
+from evspan.conf.schema.training import TrainConfig
+from evspan.pipeline.tensorboard.writer import Layout
 
 
 def charts(config: TrainConfig, classes: list[str], *, gates: Iterable[str], gpu: bool) -> Layout:

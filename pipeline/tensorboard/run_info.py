@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evspan.pipeline.checkpoint import plain
-from evspan.pipeline.config import TrainConfig
+from evspan.conf.schema.training import TrainConfig
 from evspan.pipeline.parallel.reductions import gather_objects
 from evspan.pipeline.parallel.world import World
+from evspan.pipeline.weights import plain
 
 PACKAGES = ("evspan", "torch", "deepspeed", "numpy")
 

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterable
 
-from evspan.pipeline.config import TrainConfig
+from evspan.conf.schema.training import TrainConfig
 from evspan.pipeline.data.datasets import Dataset
 from evspan.pipeline.data.loader import Batch
-from evspan.pipeline.engine.about import about_run
-from evspan.pipeline.engine.charts import charts
-from evspan.pipeline.engine.pictures import evaluation_picture, training_picture, watched_picture
-from evspan.pipeline.engine.streaming import RecordingResult, labelled
-from evspan.pipeline.engine.watching import Look, gate_names
 from evspan.pipeline.evaluation.frames import scored
 from evspan.pipeline.evaluation.pr_curves import pr_curves
-from evspan.pipeline.monitor import Monitor
+from evspan.pipeline.inference.streaming import RecordingResult, labelled
+from evspan.pipeline.tensorboard.attention_probe import Look, gate_names
+from evspan.pipeline.tensorboard.images import evaluation_picture, training_picture, watched_picture
+from evspan.pipeline.tensorboard.layout import charts
+from evspan.pipeline.tensorboard.run_info import about_run
+from evspan.pipeline.tensorboard.writer import Monitor
 
 
 def tell_start(monitor: Monitor, config: TrainConfig, classes: list[str], parameters: Iterable[str], environment: dict[str, str],

@@ -9,12 +9,12 @@ from collections import defaultdict
 
 import numpy as np
 import torch
-from evspan.data_prep.config import DatasetConfig
-from evspan.pipeline.checkpoint import load_weights
+from evspan.conf.schema.prep import DatasetConfig
 from evspan.pipeline.data.datasets import open_dataset
-from evspan.pipeline.engine.build import detector_from
-from evspan.pipeline.engine.watching import MAPS, attention_of, gate_names
+from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.model.attention import EventTemporalAttention, MultiScaleSpatialAttention, ScaleAwareChannelAttention
+from evspan.pipeline.tensorboard.attention_probe import MAPS, attention_of, gate_names
+from evspan.pipeline.weights import load_weights
 
 CHUNK, STILL = 20, 0.25  # frames; pixels a frame
 EDGES = (0.25, 0.5, 1.0)  # cells a frame

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import h5py
 import hdf5plugin
 import numpy as np
-from evspan.data_prep.boxes import RAW_BOX
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats import open_recording, open_writer
+from evspan.data_prep.labels.box_files import RAW_BOX
+from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.open import open_recording, open_writer
 
 HEIGHT, WIDTH, WINDOW_US = 720, 1280, 50_000
 PARITY = Path(os.environ.get("EVSPAN_PARITY", Path(__file__).parents[3] / "shared" / "parity")) / "prep_fixture"

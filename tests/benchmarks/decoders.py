@@ -16,9 +16,9 @@ import eventcv
 import evt3
 import numpy as np
 from common import HEIGHT, WIDTH, Table, cores, machine, piece, race
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats import open_recording, open_writer
-from evspan.data_prep.formats.header import read_header
+from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.header import read_header
+from evspan.data_prep.recordings.open import open_recording, open_writer
 
 SAMPLES = Path(os.environ.get("EVSPAN_SAMPLES", Path(__file__).parents[3] / "shared" / "data"))
 

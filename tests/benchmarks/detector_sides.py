@@ -9,7 +9,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from evspan.pipeline.config import BackboneConfig, FpnConfig, ModelConfig
+from evspan.conf.schema.training import BackboneConfig, FpnConfig, ModelConfig
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.layers import CAST_AT_ONCE
 from evspan.pipeline.model.loss import detection_loss

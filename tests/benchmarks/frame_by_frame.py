@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from evspan.pipeline.config import BackboneConfig, ModelConfig
+from evspan.conf.schema.training import BackboneConfig, ModelConfig
 from torch import Tensor, nn
 
 STRIDES = (4, 8, 16, 32)

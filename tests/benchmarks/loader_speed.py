@@ -22,9 +22,9 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from common import machine
-from evspan.data_prep.config import DatasetConfig
-from evspan.data_prep.shards import load_manifest
-from evspan.pipeline.config import AugmentationConfig, Sampling, TrainingConfig
+from evspan.conf.schema.prep import DatasetConfig
+from evspan.conf.schema.training import AugmentationConfig, Sampling, TrainingConfig
+from evspan.data_prep.shards.format import load_manifest
 from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.data.loader import Loader
 from evspan.pipeline.data.plan import SamplingPlan

@@ -34,7 +34,7 @@ def resident_mb(pid: int) -> float:
 def simulated(folder: Path, seconds: float) -> Path:
     """Two recordings of the same content."""
     arguments = [str(folder), "--recordings", "train=1", "--seconds", str(seconds)]
-    subprocess.run([sys.executable, "-m", "evspan.data_prep.simulate", *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "evspan.launch.cli.simulate", *arguments], check=True, stdout=subprocess.DEVNULL)
     for ending in ("td.raw", "bbox.npy"):
         (folder / "train" / f"train_001_{ending}").hardlink_to(folder / "train" / f"train_000_{ending}")
     return folder
@@ -43,7 +43,7 @@ def simulated(folder: Path, seconds: float) -> Path:
 def peak_mb(source: Path, output: Path) -> tuple[float, int, float]:
     """(peak, processes at that moment, seconds)."""
     began, peak, processes = time.perf_counter(), 0.0, 0
-    command = subprocess.Popen([sys.executable, "-m", "evspan.data_prep", f"source={source}", f"output={output}", "processes=2"],
+    command = subprocess.Popen([sys.executable, "-m", "evspan.launch", "prep", f"source={source}", f"output={output}", "processes=2"],
                                stdout=subprocess.DEVNULL)
     while command.poll() is None:
         members = family(command.pid)

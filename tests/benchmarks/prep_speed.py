@@ -40,13 +40,13 @@ from common import (
     write_h5,
     write_raw,
 )
-from evspan.data_prep.config import Codec, DatasetConfig, FrameConfig, FrameMode, LabelConfig, PrepConfig
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats.recording import Recording
-from evspan.data_prep.histogram import each_window
-from evspan.data_prep.shards import read_frames
-from evspan.data_prep.sources import find_sources
-from evspan.data_prep.store import prepare_recording
+from evspan.conf.schema.prep import Codec, DatasetConfig, FrameConfig, FrameMode, LabelConfig, PrepConfig
+from evspan.data_prep.frames.histogram import each_window
+from evspan.data_prep.recordings.base import Recording
+from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.sources import find_sources
+from evspan.data_prep.shards.format import read_frames
+from evspan.data_prep.shards.write import prepare_recording
 
 LABELS = {"class_map": {0: 0, 1: 1, 2: 2}, "min_side": 5, "max_width_share": 0.9, "label_every_ms": 100}
 CLASSES = ["pedestrian", "two_wheeler", "car"]
@@ -105,7 +105,7 @@ class Bench:
         number = next(self.fresh)
         source = linked(self.folder / f"source{number}", path or self.dense, recordings)
         out = self.folder / f"out{number}"
-        ours = ["-m", "evspan.data_prep", f"source={source}", f"output={out}", f"processes={processes}",
+        ours = ["-m", "evspan.launch", "prep", f"source={source}", f"output={out}", f"processes={processes}",
                 f"dataset.classes=[{','.join(CLASSES)}]"]
         arguments = [str(Path(rvt_way.__file__)), str(source), str(out), "--processes", str(processes)] if theirs else ours
         began = time.perf_counter()

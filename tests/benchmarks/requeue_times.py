@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/benchmarks/requeue_times.py [--rounds 3]
 
-On a throw-away SLURM (tests/slurm_cluster.py: root, slurm-wlm, munge) whose requeued jobs wait 5 s, a cluster's mostly two
+On a throw-away SLURM (tests/support/slurm_cluster.py: root, slurm-wlm, munge) whose requeued jobs wait 5 s, a cluster's mostly two
 minutes (cred_expire): that wait is told apart. micro, one lane of 4 frames over two ranks on the cores of this machine.
 """
 
@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from small_shards import write_small_shards  # noqa: E402
+from support.small_shards import write_small_shards  # noqa: E402
 from test_submit_slurm import events, evspan, keys, time_out, wait_for  # noqa: E402
 
-from slurm_cluster import Cluster  # noqa: E402  isort: skip
+from support.slurm_cluster import Cluster  # noqa: E402  isort: skip
 
 
 def main() -> None:

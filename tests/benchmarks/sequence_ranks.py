@@ -1,4 +1,4 @@
-"""One rank of `sequence_speed.py`: python sequence_ranks.py FOLDER JSON, started by evspan.launch.ranks; leaves FOLDER/<rank>.json."""
+"""One rank of `sequence_speed.py`: python sequence_ranks.py FOLDER JSON, started by evspan.launch.local.ranks; leaves FOLDER/<rank>.json."""
 
 import ctypes
 import json
@@ -16,13 +16,13 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from evspan.pipeline.config import BackboneConfig, FpnConfig, ModelConfig, ParallelConfig
-from evspan.pipeline.layout import ExchangeKind
+from evspan.conf.schema.layout import ExchangeKind
+from evspan.conf.schema.training import BackboneConfig, FpnConfig, ModelConfig, ParallelConfig
 from evspan.pipeline.model.detector import Detector
-from evspan.pipeline.model.exchange import LocalExchange
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.norm import RankReductions, global_batch_norms
-from evspan.pipeline.parallel.autograd import Mail
+from evspan.pipeline.model.sequence_protocol import LocalExchange
+from evspan.pipeline.parallel.collectives import Mail
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import Mesh, open_mesh
 from evspan.pipeline.parallel.reductions import barrier, gather_objects, gather_over_ranks, sum_over_ranks

@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from evspan.launch.ranks import run_ranks
+from evspan.launch.local.ranks import run_ranks
 from exchange_model import relay_bytes, transpose_bytes
 from sequence_ranks import CHANNELS, SIZES, Asked
 

@@ -17,13 +17,13 @@ from tempfile import TemporaryDirectory
 import h5py
 import hdf5plugin
 import numpy as np
-from evspan.data_prep.codec import FrameEncoder
-from evspan.data_prep.config import Codec, FrameConfig
-from evspan.data_prep.formats import open_recording
-from evspan.data_prep.histogram import frames_of
-from evspan.data_prep.shards import FRAME_SHAPE, read_frames
+from evspan.conf.schema.prep import Codec, FrameConfig
+from evspan.data_prep.frames.codec import FrameEncoder
+from evspan.data_prep.frames.histogram import frames_of
+from evspan.data_prep.recordings.open import open_recording
+from evspan.data_prep.shards.format import FRAME_SHAPE, read_frames
+from evspan.data_prep.shards.write import FILTERS, CodeWriter
 from evspan.data_prep.simulator import simulate
-from evspan.data_prep.store import FILTERS, CodeWriter
 
 MOST_FRAMES = 60
 BYTE, BIT, NONE = hdf5plugin.Blosc.SHUFFLE, hdf5plugin.Blosc.BITSHUFFLE, hdf5plugin.Blosc.NOSHUFFLE

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evspan.data_prep import simulate
-from evspan.data_prep.errors import UserError
+from evspan.conf.errors import UserError
 from evspan.data_prep.simulator import SimulatorConfig
 from evspan.data_prep.simulator.scene import LENGTHS, make_scene
-from evspan.launch import bench
-from evspan.launch.bench_curves import Line, Panel, write_picture
-from evspan.launch.bench_report import mean_curve, write_report
-from evspan.launch.bench_set import Made, Recordings, recordings_in
-from evspan.launch.bench_statistics import interval, paired, t_quantile
-from evspan.launch.runs import look
+from evspan.launch.cli import simulate
+from evspan.launch.sweep.registry import look
 from evspan.pipeline.history import append
-from evspan.pipeline.monitor import Monitor
+from evspan.pipeline.tensorboard.writer import Monitor
+from learning import study as bench
+from learning.curves import Line, Panel, write_picture
+from learning.intervals import interval, paired, t_quantile
+from learning.recordings import Made, Recordings, recordings_in
+from learning.report import mean_curve, write_report
 from test_conf import composed
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ def plan_of(*words: str, folder: Path = Path("bench")) -> bench.Plan:
 
 # -- the whole ---------------------------------------------------------------------------------------------------
 def run_bench(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    code = f"from evspan.launch.bench import main; main({['learn', '--folder', str(folder), *words]!r})"
+    code = f"from learning.study import main; main({['learn', '--folder', str(folder), *words]!r})"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 

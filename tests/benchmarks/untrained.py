@@ -6,12 +6,12 @@ Takes the model and frames of a run, draws fresh weights (seed 0), and evaluates
 import sys
 
 import torch
-from evspan.data_prep.config import DatasetConfig
-from evspan.pipeline.checkpoint import load_weights
-from evspan.pipeline.config import EvaluationConfig
+from evspan.conf.schema.prep import DatasetConfig
+from evspan.conf.schema.training import EvaluationConfig
 from evspan.pipeline.data.datasets import open_dataset
-from evspan.pipeline.engine.streaming import evaluate_split, score
+from evspan.pipeline.inference.streaming import evaluate_split, score
 from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.weights import load_weights
 
 
 def main(run: str, shards: str, split: str = "val") -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evspan.data_prep.boxes import RAW_BOX, find_boxes, read_boxes, recording_name, write_boxes
-from evspan.data_prep.errors import BoxesError, UserError
+from evspan.conf.errors import BoxesError, UserError
+from evspan.data_prep.labels.box_files import RAW_BOX, find_boxes, read_boxes, recording_name, write_boxes
 
 KINDS = {name: RAW_BOX[name].str for name in RAW_BOX.names}
 

@@ -3,12 +3,12 @@
 import h5py
 import numpy as np
 import pytest
-from evspan.data_prep import codec
-from evspan.data_prep.codec import FrameEncoder, decode_frames
-from evspan.data_prep.config import Codec
-from evspan.data_prep.shards import FRAME_SHAPE
-from evspan.data_prep.store import CODE_CHUNK, FILTERS, CodeWriter
-from prepared import frames_in
+from evspan.conf.schema.prep import Codec
+from evspan.data_prep.frames import codec
+from evspan.data_prep.frames.codec import FrameEncoder, decode_frames
+from evspan.data_prep.shards.format import FRAME_SHAPE
+from evspan.data_prep.shards.write import CODE_CHUNK, FILTERS, CodeWriter
+from support.prepared import frames_in
 
 
 def frame(rng, shape, share, most):

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from event_files import read_by, write_raw
-from evspan.data_prep.events import Events
+from evspan.data_prep.recordings.events import Events
 from evspan.data_prep.simulator import SimulatorConfig, simulate
+from support.event_files import read_by, write_raw
 
 
 def library(name: str) -> ModuleType:

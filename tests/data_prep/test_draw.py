@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from evspan.conf.errors import UserError
 from evspan.data_prep.draw import BACKGROUND, OFF, ON, AnimationWriter, draw_boxes, draw_label, frame_to_rgb, write_strip
-from evspan.data_prep.errors import UserError
 from PIL import Image, ImageSequence
 
 WHITE, GREEN = (255, 255, 255), (0, 150, 0)

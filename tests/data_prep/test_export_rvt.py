@@ -11,13 +11,13 @@ import h5py
 import hdf5plugin  # noqa: F401  registers Blosc
 import numpy as np
 import pytest
-from evspan.data_prep.config import DatasetConfig, DatasetKind, FrameConfig, FrameMode, LabelConfig, PrepConfig
-from evspan.data_prep.errors import ConfigError, ShardError, UserError
-from evspan.data_prep.export import export_rvt
-from evspan.data_prep.files import NoSpaceError, locked
+from evspan.conf.errors import ConfigError, ShardError, UserError
+from evspan.conf.schema.prep import DatasetConfig, DatasetKind, FrameConfig, FrameMode, LabelConfig, PrepConfig
 from evspan.data_prep.prepare import prepare
+from evspan.data_prep.shards.atomic import NoSpaceError, locked
+from evspan.data_prep.shards.export_rvt import export_rvt
 from evspan.pipeline.data.datasets import open_dataset
-from prepared import make_source, prep_config
+from support.prepared import make_source, prep_config
 
 CLASSES = ["pedestrian", "two_wheeler", "car"]
 RVT_LABELS = LabelConfig(class_map={0: 0, 1: 1, 2: 2}, min_side=5, max_width_share=0.9, label_every_ms=100)
@@ -182,7 +182,7 @@ def test_a_damaged_shard_is_named_and_the_recording_is_not_there(shards, tmp_pat
 
 
 def command(*arguments) -> list[str]:
-    return [sys.executable, "-m", "evspan.data_prep", "export-rvt", *map(str, arguments)]
+    return [sys.executable, "-m", "evspan.launch", "prep", "export-rvt", *map(str, arguments)]
 
 
 @pytest.mark.timeout(120)

@@ -10,13 +10,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from event_files import read_by, write_raw
-from evspan.data_prep.errors import RecordingError, UserError
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats import open_recording, open_writer
+from evspan.conf.errors import RecordingError, UserError
+from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.open import open_recording, open_writer
+from support.event_files import read_by, write_raw
 
 DAT = b"% Data file containing CD events.\n% Version 2\n% Height 720\n% Width 1280\n"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def refused(path: Path, *told: str) -> None:
@@ -221,7 +221,7 @@ const void *H5PLget_plugin_info(void) { return &codec; }
 """
 READ = """
 import sys
-from evspan.data_prep.formats import open_recording
+from evspan.data_prep.recordings.open import open_recording
 recording = open_recording(sys.argv[1])
 print([(int(t), int(x), int(y), int(p)) for c in recording.chunks() for t, x, y, p in zip(*c)], recording.width)
 """

@@ -7,11 +7,11 @@ import h5py
 import hdf5plugin
 import numpy as np
 import pytest
-from event_files import HEADERS, SIZES, WORDS, as_read, meaning, random_words, read_by, together, write_raw
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats import open_recording, open_writer
+from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.open import open_recording, open_writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.event_files import HEADERS, SIZES, WORDS, as_read, meaning, random_words, read_by, together, write_raw
 
 KINDS = list(HEADERS)
 

@@ -1,6 +1,6 @@
 """Damaged sensor and box files: whatever the bytes, reading ends soon, in a result that adds up or in a UserError.
 
-Cases run in a process of their own, so that a crash, a hang or a flood of memory is seen: python tests/test_fuzz.py KIND FIRST N
+Cases run in a process of their own, so that a crash, a hang or a flood of memory is seen: python tests/data_prep/test_fuzz.py KIND FIRST N
 (what `make soak` repeats; the same seeds give the same bytes).
 """
 
@@ -18,17 +18,17 @@ import h5py
 import hdf5plugin
 import numpy as np
 import pytest
-from event_files import SIZES, random_words, write_raw
-from evspan.data_prep.boxes import RAW_BOX, read_boxes
-from evspan.data_prep.errors import UserError
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats import open_recording, open_writer
-from evspan.data_prep.formats.recording import Recording
+from evspan.conf.errors import UserError
+from evspan.data_prep.labels.box_files import RAW_BOX, read_boxes
+from evspan.data_prep.recordings.base import Recording
+from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.open import open_recording, open_writer
+from support.event_files import SIZES, random_words, write_raw
 
 CASE_SECONDS = 20  # a case takes milliseconds
 MOST_BYTES = 1 << 30  # above what the process takes before the first case
 CHUNK = 500
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def some_events(n: int) -> Events:

@@ -4,11 +4,11 @@ from itertools import count
 
 import numpy as np
 import pytest
-from evspan.data_prep.config import DownsampleBy, FrameConfig
-from evspan.data_prep.errors import ConfigError, RecordingError
-from evspan.data_prep.events import Events
-from evspan.data_prep.histogram import frame_size, frames_of
-from slow_frames import GivenRecording, random_events, slow_frame, together
+from evspan.conf.errors import ConfigError, RecordingError
+from evspan.conf.schema.prep import DownsampleBy, FrameConfig
+from evspan.data_prep.frames.histogram import frame_size, frames_of
+from evspan.data_prep.recordings.events import Events
+from support.slow_frames import GivenRecording, random_events, slow_frame, together
 
 H, W = 22, 35  # neither divides by 4
 
@@ -102,7 +102,7 @@ def test_any_chunking_gives_the_same_frames(seed):
 
 
 def test_readers_that_cut_chunks_small_give_the_same_frames(tmp_path):
-    from evspan.data_prep.formats import open_recording, open_writer
+    from evspan.data_prep.recordings.open import open_recording, open_writer
 
     events = random_events(np.random.default_rng(3), 20_000, first=0, last=300_000, height=H, width=W)
     with open_writer(tmp_path / "a.raw", H, W) as writer:

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from evspan.data_prep.boxes import RAW_BOX, read_boxes
-from evspan.data_prep.config import DatasetConfig, LabelConfig
-from evspan.data_prep.errors import ConfigError
-from evspan.data_prep.labels import crop, filter_boxes
+from evspan.conf.errors import ConfigError
+from evspan.conf.schema.prep import DatasetConfig, LabelConfig
+from evspan.data_prep.labels.box_files import RAW_BOX, read_boxes
+from evspan.data_prep.labels.filters import crop, filter_boxes
 
 H, W = 720, 1280
 GEN4 = LabelConfig(class_map={0: 0, 1: 1, 2: 2}, min_side=20, min_diagonal=60, max_width_share=0.9)

@@ -12,17 +12,17 @@ from xml.etree import ElementTree
 import h5py
 import numpy as np
 import pytest
-from evspan.data_prep.codec import FrameEncoder
 from evspan.data_prep.draw import draw_boxes, draw_label, frame_to_rgb
+from evspan.data_prep.frames.codec import FrameEncoder
 from evspan.data_prep.prepare import prepare
-from evspan.data_prep.report.command import main
 from evspan.data_prep.report.findings import findings
 from evspan.data_prep.report.markup import percent, short
 from evspan.data_prep.report.plots import round_ticks
 from evspan.data_prep.report.survey import survey
-from evspan.data_prep.shards import BOX, FRAME_SHAPE, MANIFEST, Manifest, RecordingEntry
+from evspan.data_prep.shards.format import BOX, FRAME_SHAPE, MANIFEST, Manifest, RecordingEntry
+from evspan.launch.cli.prep_report import main
 from PIL import Image
-from prepared import entries, make_source, prep_config
+from support.prepared import entries, make_source, prep_config
 
 HEIGHT, WIDTH, BINS, CUTOFF = 40, 60, 2, 5
 SVG = 'xmlns="http://www.w3.org/2000/svg"'
@@ -463,8 +463,8 @@ def test_what_was_asked_for_is_no_warning(tmp_path):
 # -- the command ---------------------------------------------------------------------------------------------------
 @pytest.mark.timeout(60)
 def test_as_typed_it_writes_beside_the_folder(shards):
-    done = subprocess.run([sys.executable, "-m", "evspan.data_prep", "report", str(shards)], capture_output=True, text=True, timeout=50,
-                          cwd=Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-m", "evspan.launch", "prep", "report", str(shards)], capture_output=True, text=True, timeout=50,
+                          cwd=Path(__file__).parents[2])
     out = shards.with_name(f"{shards.name}_report.html")
     assert (done.returncode, done.stderr) == (0, "")
     first, *warnings = done.stdout.splitlines()

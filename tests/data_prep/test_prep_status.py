@@ -10,15 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-from evspan.data_prep.errors import RecordingError
-from evspan.data_prep.files import locked
-from evspan.data_prep.prep import main
+from evspan.conf.errors import RecordingError
 from evspan.data_prep.prepare import prepare
+from evspan.data_prep.shards.atomic import locked
+from evspan.data_prep.shards.status import status
 from evspan.data_prep.simulator import simulate
-from evspan.data_prep.status import status
-from prepared import KEYS, SCENE, copied, entries, make_source, prep_config
+from evspan.launch.cli.prep import main
+from support.prepared import KEYS, SCENE, copied, entries, make_source, prep_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +148,9 @@ SLOW = """
 import sys, time
 sys.path.insert(0, "tests")
 from pathlib import Path
-from prepared import prep_config
-from evspan.data_prep import store, workers
+from support.prepared import prep_config
+from evspan.data_prep import workers
+from evspan.data_prep.shards import write as store
 from evspan.data_prep.prepare import prepare
 
 def slow(source, part, *more):

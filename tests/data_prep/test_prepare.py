@@ -3,19 +3,19 @@
 import os
 import time
 
-import evspan.data_prep.store
+import evspan.data_prep.shards.write
 import h5py
 import numpy as np
 import pytest
 import xxhash
-from evspan.data_prep.boxes import find_boxes, read_boxes, write_boxes
-from evspan.data_prep.config import DownsampleBy
-from evspan.data_prep.errors import ConfigError, RecordingError, ShardError
-from evspan.data_prep.formats import open_recording, open_writer
+from evspan.conf.errors import ConfigError, RecordingError, ShardError
+from evspan.conf.schema.prep import DownsampleBy
+from evspan.data_prep.labels.box_files import find_boxes, read_boxes, write_boxes
 from evspan.data_prep.prepare import prepare
-from evspan.data_prep.shards import BOX, RecordingEntry, group_digests, load_manifest, open_group, read_frames
+from evspan.data_prep.recordings.open import open_recording, open_writer
+from evspan.data_prep.shards.format import BOX, RecordingEntry, group_digests, load_manifest, open_group, read_frames
 from evspan.data_prep.simulator import simulate
-from prepared import (
+from support.prepared import (
     COLUMNS,
     HEIGHT,
     KEYS,
@@ -33,7 +33,7 @@ from prepared import (
     manifest,
     prep_config,
 )
-from slow_frames import random_events, slow_frame, together
+from support.slow_frames import random_events, slow_frame, together
 
 ENTRY_FIELDS = {
     "name", "split", "shard", "group", "frames", "labelled_frames", "boxes", "height", "width", "sensor_height", "sensor_width",
@@ -61,7 +61,7 @@ def no_decoding(monkeypatch):
     def tripwire(path):
         raise AssertionError(f"{path} was decoded")
 
-    monkeypatch.setattr(evspan.data_prep.store, "open_recording", tripwire)
+    monkeypatch.setattr(evspan.data_prep.shards.write, "open_recording", tripwire)
 
 
 def file_of(source, key):
@@ -511,7 +511,7 @@ def test_a_recording_that_changes_while_it_is_read_is_refused(tmp_path, monkeypa
             file.write(b"more")
         return xxhash.xxh3_64_hexdigest(p.read_bytes())
 
-    monkeypatch.setattr(evspan.data_prep.store, "file_xxh3", and_append)
+    monkeypatch.setattr(evspan.data_prep.shards.write, "file_xxh3", and_append)
     with pytest.raises(RecordingError, match="a.h5 changed while it was read"):
         prepare(prep_config(path, tmp_path / "out"))
 

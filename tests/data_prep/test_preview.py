@@ -4,16 +4,16 @@ import shutil
 
 import numpy as np
 import pytest
-from evspan.data_prep.boxes import read_boxes
-from evspan.data_prep.config import FrameConfig
+from evspan.conf.schema.prep import FrameConfig
 from evspan.data_prep.draw import draw_boxes, draw_label, frame_to_rgb
-from evspan.data_prep.formats import open_recording
+from evspan.data_prep.labels.box_files import read_boxes
 from evspan.data_prep.prepare import prepare
-from evspan.data_prep.preview import main, recording_shots, shard_shots, spread
-from evspan.data_prep.shards import load_manifest
+from evspan.data_prep.recordings.open import open_recording
+from evspan.data_prep.shards.format import load_manifest
+from evspan.launch.cli.prep_preview import main, recording_shots, shard_shots, spread
 from PIL import Image
-from prepared import WIDTH, contents, entries, make_source, prep_config
-from slow_frames import slow_frame, together
+from support.prepared import WIDTH, contents, entries, make_source, prep_config
+from support.slow_frames import slow_frame, together
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,16 @@ import math
 import h5py
 import numpy as np
 import pytest
-from evspan.data_prep.boxes import RAW_BOX
-from evspan.data_prep.config import DatasetConfig, DownsampleBy, FrameConfig, FrameMode, LabelConfig, PrepConfig
-from evspan.data_prep.errors import BoxesError, ConfigError, RecordingError
-from evspan.data_prep.events import Events
-from evspan.data_prep.histogram import frames_of
+from evspan.conf.errors import BoxesError, ConfigError, RecordingError
+from evspan.conf.schema.prep import DatasetConfig, DownsampleBy, FrameConfig, FrameMode, LabelConfig, PrepConfig
+from evspan.data_prep.frames.histogram import frames_of
+from evspan.data_prep.frames.rvt import RvtEnds
+from evspan.data_prep.labels.box_files import RAW_BOX
 from evspan.data_prep.prepare import prepare
-from evspan.data_prep.rvt import RvtEnds
+from evspan.data_prep.recordings.events import Events
 from evspan.data_prep.simulator import SimulatorConfig, simulate
-from prepared import contents, entries, prep_config
-from slow_frames import GivenRecording
+from support.prepared import contents, entries, prep_config
+from support.slow_frames import GivenRecording
 
 RVT_LABELS = LabelConfig(class_map={0: 0, 1: 1, 2: 2}, min_side=5, max_width_share=0.9)
 

@@ -5,14 +5,14 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from evspan.data_prep.boxes import find_boxes, read_boxes
-from evspan.data_prep.errors import ConfigError, RecordingError
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats import open_recording
-from evspan.data_prep.simulate import main
+from evspan.conf.errors import ConfigError, RecordingError
+from evspan.data_prep.labels.box_files import find_boxes, read_boxes
+from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.simulator import CLASSES, SimulatorConfig, simulate, simulated_boxes, simulated_events
 from evspan.data_prep.simulator.scene import BAR, SHAPE_COLUMNS, make_scene, shapes_and_centres
 from evspan.data_prep.simulator.sensor import Sensor, render
+from evspan.launch.cli.simulate import main
 
 SMALL = SimulatorConfig(height=240, width=320)
 

@@ -4,14 +4,14 @@ import os
 
 import numpy as np
 import pytest
-from evspan.data_prep.boxes import find_boxes, read_boxes, write_boxes
-from evspan.data_prep.errors import RecordingError
-from evspan.data_prep.prep import main
+from evspan.conf.errors import RecordingError
+from evspan.data_prep.labels.box_files import find_boxes, read_boxes, write_boxes
 from evspan.data_prep.prepare import prepare
+from evspan.data_prep.recordings.sources import find_sources
+from evspan.data_prep.shards.verify import verify
 from evspan.data_prep.simulator import simulate
-from evspan.data_prep.sources import find_sources
-from evspan.data_prep.verify import verify
-from prepared import SCENE, contents, entries, prep_config
+from evspan.launch.cli.prep import main
+from support.prepared import SCENE, contents, entries, prep_config
 
 
 @pytest.fixture

@@ -14,17 +14,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from evspan.data_prep.boxes import read_boxes, write_boxes
-from evspan.data_prep.checks import Task, sampled_frames
-from evspan.data_prep.config import Codec, FrameMode
-from evspan.data_prep.errors import ShardError, UserError
-from evspan.data_prep.files import locked
-from evspan.data_prep.prep import main
+from evspan.conf.errors import ShardError, UserError
+from evspan.conf.schema.prep import Codec, FrameMode
+from evspan.data_prep.labels.box_files import read_boxes, write_boxes
 from evspan.data_prep.prepare import prepare
-from evspan.data_prep.shards import RecordingEntry
+from evspan.data_prep.shards.atomic import locked
+from evspan.data_prep.shards.check import Task, sampled_frames
+from evspan.data_prep.shards.format import RecordingEntry
+from evspan.data_prep.shards.verify import verify
 from evspan.data_prep.simulator import simulate
-from evspan.data_prep.verify import verify
-from prepared import (
+from evspan.launch.cli.prep import main
+from support.prepared import (
     COLUMNS,
     KEYS,
     SCENE,

@@ -5,12 +5,12 @@ from itertools import islice, pairwise, takewhile
 import hdf5plugin  # noqa: F401  registers the codec of the fixture's recordings
 import numpy as np
 import pytest
-from evspan.data_prep.boxes import read_boxes
-from evspan.data_prep.config import FrameConfig
-from evspan.data_prep.formats import open_recording
-from evspan.data_prep.histogram import frames_of
-from evspan.data_prep.windows import window_ends
-from slow_frames import GivenRecording, random_events
+from evspan.conf.schema.prep import FrameConfig
+from evspan.data_prep.frames.histogram import frames_of
+from evspan.data_prep.frames.windows import window_ends
+from evspan.data_prep.labels.box_files import read_boxes
+from evspan.data_prep.recordings.open import open_recording
+from support.slow_frames import GivenRecording, random_events
 
 WINDOW = 50_000
 

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from evspan.data_prep.command import run_command
-from evspan.data_prep.errors import ConfigError, UserError
-from evspan.launch.__main__ import COMMANDS, main
-from evspan.launch.local import under_launcher
-from evspan.pipeline import evaluate, train
+from evspan.conf.errors import ConfigError, UserError
+from evspan.launch.cli import evaluate, train
+from evspan.launch.cli.command import run_command
+from evspan.launch.cli.main import COMMANDS, main
+from evspan.launch.local.run import under_launcher
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(60)
 
 
@@ -60,7 +60,7 @@ def composed(module, *overrides):
 
 # -- help --------------------------------------------------------------------------------------------------------
 def test_evspan_answers_at_once():
-    probe = "import sys; from evspan.launch.__main__ import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+    probe = "import sys; from evspan.launch.cli.main import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
     done = python("-c", probe)
     assert all(name in done.stdout for name in COMMANDS)
     assert not {"torch", "hydra", "omegaconf", "numpy", "h5py", "pipeline", "submitit"} & set(done.stderr.split())
@@ -68,7 +68,7 @@ def test_evspan_answers_at_once():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_shows_an_example_and_needs_no_torch(command):
-    probe = ("import sys; from evspan.launch.__main__ import main\ntry: main([*sys.argv[1:], '--help'])\n"
+    probe = ("import sys; from evspan.launch.cli.main import main\ntry: main([*sys.argv[1:], '--help'])\n"
              "finally: print(*sys.modules, file=sys.stderr)")
     done = python("-c", probe, command)
     assert done.returncode == 0, done.stderr
@@ -76,8 +76,8 @@ def test_every_help_shows_an_example_and_needs_no_torch(command):
     assert not {"torch", "deepspeed"} & set(done.stderr.split())
 
 
-@pytest.mark.parametrize("module", ["launch", "data_prep", "evspan.data_prep.simulate", "evspan.pipeline.train", "evspan.pipeline.evaluate",
-                                    "evspan.pipeline.infer", "evspan.pipeline.export", "evspan.pipeline.convert", "evspan.launch.smoke"])
+@pytest.mark.parametrize("module", ["launch", "data_prep", "evspan.launch.cli.simulate", "evspan.launch.cli.train", "evspan.launch.cli.evaluate",
+                                    "evspan.launch.cli.infer", "evspan.launch.cli.export", "evspan.launch.cli.convert", "evspan.launch.smoke"])
 def test_commands_are_modules_too(module):
     done = python("-m", module, "--help")
     assert done.returncode == 0 and "evspan" in done.stdout and not done.stderr
@@ -216,7 +216,7 @@ def test_a_mistake_ends_in_one_line(capfd, tmp_path, arguments, remedy):
 def test_debug_shows_the_traceback(capfd, monkeypatch):
     done = python("-m", "evspan.launch", "train", "training.max_steps=0", EVSPAN_DEBUG="1")
     assert done.returncode == 1 and "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1] == "evspan.data_prep.errors.ConfigError: training.max_steps is 0; give 1 or more"
+    assert done.stderr.splitlines()[-1] == "evspan.conf.errors.ConfigError: training.max_steps is 0; give 1 or more"
     monkeypatch.setenv("EVSPAN_DEBUG", "1")
     with pytest.raises(ConfigError, match="frames.bins is 0"):
         main(["prep", "source=x", "output=y", "frames.bins=0"])

@@ -8,25 +8,25 @@ import sys
 from pathlib import Path
 from zipfile import ZipFile
 
-import evspan.data_prep.prep  # noqa: F401  the command-line files register the schemas
-import evspan.pipeline.evaluate
-import evspan.pipeline.train  # noqa: F401
+import evspan.launch.cli.evaluate
+import evspan.launch.cli.prep  # noqa: F401  the command-line files register the schemas
+import evspan.launch.cli.train  # noqa: F401
 import pytest
-from evspan.data_prep.config import PrepConfig
-from evspan.data_prep.config_errors import refuse_unknown_keys
-from evspan.data_prep.errors import ConfigError
-from evspan.pipeline.config import EvaluateConfig, Precision, Sampling, Schedule, TrainConfig
+from evspan.conf.errors import ConfigError
+from evspan.conf.hydra_errors import refuse_unknown_keys
+from evspan.conf.schema.prep import PrepConfig
+from evspan.conf.schema.training import EvaluateConfig, Precision, Sampling, Schedule, TrainConfig
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 PRIMARY = {"prep": PrepConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
 GROUPS = {"dataset": ("prep", "train", "evaluate"), "launcher": ("prep",), "model": ("train",), "size": ("train",),
           "deepspeed": ("train",), "cluster": ("train",), "experiment": ("train",)}
-HYDRAS = {"hydra/launcher/slurm.yaml"}  # needs what `evspan train --multirun` registers (tests/test_submit_slurm.py)
+HYDRAS = {"hydra/launcher/slurm.yaml"}  # needs what `evspan train --multirun` registers (tests/launch/test_submit_slurm.py)
 REFUSED = (HydraException, OmegaConfBaseException, ConfigError)
 
 

@@ -15,15 +15,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from evspan.launch.checks import folder, job, machine, slurm
-from evspan.launch.checks.finding import FAIL, PASS, WARN, Finding
-from evspan.launch.checks.verdict import Told, judge, nodes_of
-from evspan.launch.doctor import main
-from evspan.pipeline.cluster import ClusterConfig
-from refusals import refused_by
-from slurm_cluster import Cluster, cluster, free_ports  # noqa: F401  a fixture
+from evspan.conf.schema.cluster import ClusterConfig
+from evspan.launch.doctor import folder, job, machine, slurm
+from evspan.launch.doctor.checks import main
+from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding
+from evspan.launch.doctor.verdict import Told, judge, nodes_of
+from support.refusals import refused_by
+from support.slurm_cluster import Cluster, cluster, free_ports  # noqa: F401  a fixture
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "evspan.launch", "doctor"]
 QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2  # <linux/prctl.h>, <linux/capability.h>
@@ -172,7 +172,7 @@ def test_it_is_no_rank(monkeypatch, capsys):
 def test_it_answers_at_once():
     done = subprocess.run([*COMMAND, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert done.returncode == 0 and "--partition" in done.stdout
-    slow = "import sys, evspan.launch.doctor; print({'torch', 'hydra', 'deepspeed', 'numpy', 'submitit'} & sys.modules.keys())"
+    slow = "import sys, evspan.launch.doctor.checks; print({'torch', 'hydra', 'deepspeed', 'numpy', 'submitit'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", slow], cwd=ROOT, capture_output=True, text=True, timeout=20).stdout == "set()\n"
 
 
@@ -344,7 +344,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
             ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)  # does nothing for those who have none
 
-    code = "import sys; from evspan.launch.checks.folder import *; print(open_folder(Path(sys.argv[1]))[0].found)"
+    code = "import sys; from evspan.launch.doctor.folder import *; print(open_folder(Path(sys.argv[1]))[0].found)"
     done = subprocess.run([sys.executable, "-c", code, str(runs)], cwd=ROOT, capture_output=True, text=True, timeout=20,
                           preexec_fn=without_privilege)
     assert done.stdout == f"{runs} cannot be written: Permission denied\n", done.stderr
@@ -357,7 +357,7 @@ def test_a_folder_that_is_a_file(tmp_path):
 
 
 def test_a_full_folder(tmp_path):
-    code = "import sys; from evspan.launch.checks.folder import *; print(*free_space(Path(sys.argv[1])))"
+    code = "import sys; from evspan.launch.doctor.folder import *; print(*free_space(Path(sys.argv[1])))"
     done = subprocess.run([*mounted(tmp_path), sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True,
                           text=True, timeout=20)
     assert done.stdout.startswith("free space fail 0.0 GB, less than 20")
@@ -376,7 +376,7 @@ def test_tasks_that_meet(tmp_path, monkeypatch):
     finding, work = folder.open_folder(tmp_path)
     assert finding.grade == PASS and work
     token = (work / "token").read_text()
-    code = f"from evspan.launch.checks.folder import *; print(sorted(meet(Path({str(work)!r}), {token!r}, 0, 2, 'a')[1].items()))"
+    code = f"from evspan.launch.doctor.folder import *; print(sorted(meet(Path({str(work)!r}), {token!r}, 0, 2, 'a')[1].items()))"
     first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     met, notes = folder.meet(work, token, 1, 2, "b")
     assert met.grade == PASS and notes == {0: "a", 1: "b"} and folder.not_seen(work, token, 2) == 0
@@ -392,7 +392,7 @@ def test_tasks_that_meet(tmp_path, monkeypatch):
 @pytest.mark.parametrize("soft, hard, grade, part", [(256, 8192, FAIL, "ulimit -n 4096"), (1024, 8192, WARN, "ulimit -n 4096"),
                                                     (4096, 8192, PASS, ""), (1024, 2048, WARN, "the hard limit of 2048")])
 def test_file_descriptors(soft, hard, grade, part):
-    code = "from evspan.launch.checks.machine import file_descriptors as f; print(f().grade, f().remedy)"
+    code = "from evspan.launch.doctor.machine import file_descriptors as f; print(f().grade, f().remedy)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
     assert done.stdout.startswith(grade) and part in done.stdout, done.stderr

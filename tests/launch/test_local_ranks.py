@@ -10,22 +10,22 @@ import time
 from pathlib import Path
 
 import pytest
-from evspan.launch.ranks import run_ranks
+from evspan.launch.local.ranks import run_ranks
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(60)
 
 # Starts the ranks as `evspan train` does, in a process of its own, so that signals can be sent to it.
 LAUNCHER = """
 import sys
-from evspan.launch.ranks import run_ranks
+from evspan.launch.local.ranks import run_ranks
 sys.exit(run_ranks([sys.executable, *sys.argv[3:]], int(sys.argv[1]), after="Do it again", grace_s=float(sys.argv[2])))
 """
 # What every rank program begins with; `here` is the test's folder.
 PRELUDE = """
 import os, pathlib, signal, socket, sys, time
-from evspan.data_prep.command import run_command
-from evspan.data_prep.errors import UserError
+from evspan.launch.cli.command import run_command
+from evspan.conf.errors import UserError
 rank, size, here = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), pathlib.Path(__file__).parent
 def ready():
     (here / f"pid-{rank}").write_text(str(os.getpid()))

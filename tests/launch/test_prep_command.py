@@ -14,12 +14,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from evspan.data_prep.formats import open_recording
-from evspan.data_prep.prep import HELP, main
+from evspan.data_prep.recordings.open import open_recording
+from evspan.launch.cli.prep import HELP, main
 from PIL import Image
-from prepared import KEYS, assert_sound, contents, copied, entries, make_source, manifest
+from support.prepared import KEYS, assert_sound, contents, copied, entries, make_source, manifest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def shards(source, tmp_path_factory):
 
 
 def typed(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "evspan.data_prep", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "evspan.launch", "prep", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
                           timeout=100, **options)
 
 
@@ -118,7 +118,7 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     arguments = [f"source={source}", f"output={tmp_path / 'out'}", "processes=1"]
-    process = subprocess.Popen([sys.executable, "-m", "evspan.data_prep", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs,
+    process = subprocess.Popen([sys.executable, "-m", "evspan.launch", "prep", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs,
                                text=True)
     os.close(theirs)
     out, _ = process.communicate(timeout=100)

@@ -11,18 +11,18 @@ import time
 from pathlib import Path
 
 import pytest
-from evspan.data_prep.cluster import SlurmConfig
-from evspan.data_prep.errors import ConfigError
+from evspan.conf.errors import ConfigError
+from evspan.conf.schema.prep_cluster import SlurmConfig
 from evspan.data_prep.prepare import prepare
-from evspan.launch.group import BYTES_PER_TASK, MOST_TASKS, balanced, number_of_tasks
-from prepared import assert_same, make_source, prep_config
-from slurm_cluster import Cluster, cluster  # noqa: F401  a fixture
+from evspan.launch.slurm.prep_task import BYTES_PER_TASK, MOST_TASKS, balanced, number_of_tasks
+from support.prepared import assert_same, make_source, prep_config
+from support.slurm_cluster import Cluster, cluster  # noqa: F401  a fixture
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KEYS = ["dataset=simulated", "dataset.labels.label_every_ms=100", "frames.bins=3", "launcher=slurm", "launcher.mem_gb=1"]
 COPIES = 150  # of a small recording: work for two seconds
-QUICK = ("import evspan.launch.watch as w; w.QUEUE_S = w.GRACE_S = 1.0; w.POLL_S = 0.2; "  # the cluster is ours, its disk local
-         "from evspan.launch.__main__ import main; main()")
+QUICK = ("import evspan.launch.slurm.prep_wait as w; w.QUEUE_S = w.GRACE_S = 1.0; w.POLL_S = 0.2; "  # the cluster is ours, its disk local
+         "from evspan.launch.cli.main import main; main()")
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_without_slurm_it_says_so_in_one_line(source, tmp_path):
 
 
 def test_only_the_command_knows_slurm(source, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "evspan.data_prep", f"source={source}", f"output={tmp_path / 'out'}", *KEYS], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "evspan.launch", "prep", f"source={source}", f"output={tmp_path / 'out'}", *KEYS], cwd=ROOT,
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == "error: launcher=slurm is for the command evspan: evspan prep launcher=slurm ...\n"

@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from evspan.data_prep.errors import UserError
-from evspan.launch import cancel, logs, status
-from evspan.launch.runs import describe, differing, find_runs, look, span
-from evspan.launch.slurm import Queued, queued
-from evspan.launch.state import State, judge, of_submission
+from evspan.conf.errors import UserError
+from evspan.launch.slurm.client import Queued, queued
+from evspan.launch.sweep import cancel, logs, status
+from evspan.launch.sweep.registry import describe, differing, find_runs, look, span
+from evspan.launch.sweep.state import State, judge, of_submission
 from evspan.pipeline.history import HISTORY, PROGRESS, append, read, write_progress
-from slurm_cluster import Cluster, cluster  # noqa: F401  a fixture
+from support.slurm_cluster import Cluster, cluster  # noqa: F401  a fixture
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOW = time.time()
 
 
@@ -343,7 +343,7 @@ def test_logs_of_a_sweep_or_of_no_log(logged, tmp_path, no_slurm, told):
 @pytest.mark.timeout(30)
 def test_a_reader_that_has_enough_ends_it_quietly(logged):
     (logged / "logs" / "rank-00.log").write_text("line\n" * 100_000)
-    command = [sys.executable, "-c", "from evspan.launch.logs import main; main()", str(logged)]
+    command = [sys.executable, "-c", "from evspan.launch.sweep.logs import main; main()", str(logged)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert process.stdout.readline() == b"line\n"

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from evspan.conf.schema.layout import ExchangeKind
 from evspan.launch.smoke import Bounds, bounds, table, verdicts
-from evspan.pipeline.layout import ExchangeKind
-from evspan.pipeline.smoke import config, layouts
+from evspan.launch.smoke_rank import config, layouts
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ALIKE = {"layout": "2x1", "stage": 1, "skipped": 0, "peak": 7e8, "speed": 40.0, "loss": 3e-7, "gradients": 2e-5, "resumed": 0.0,
          "other": "1x1", "resumed_other": 1e-6}
 ALLOWED = Bounds(1e-5, 1e-4, (2e-6, 2e-5))

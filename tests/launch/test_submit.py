@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from evspan.launch.after import Note, decide, main, newest_step
-from evspan.launch.batch import Task, job_name, script
-from evspan.launch.compose import compose_train, expanded, replaced, split_options
-from evspan.launch.submit import Planned, numbered, submit, sweep
-from evspan.pipeline.cluster import ClusterConfig, Container, Scheduler
+from evspan.conf.compose import compose_train, expanded, replaced, split_options
+from evspan.conf.schema.cluster import ClusterConfig, Container, Scheduler
+from evspan.launch.slurm.requeue import Note, decide, main, newest_step
+from evspan.launch.slurm.sbatch import Task, job_name, script
+from evspan.launch.sweep.submit import Planned, numbered, submit, sweep
 from evspan.pipeline.history import append, attempts, faults_in_a_row, read, read_progress, write_progress
-from refusals import refused_by
-from small_shards import write_small_shards
+from support.refusals import refused_by
+from support.small_shards import write_small_shards
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HOSTILE = ["two words", "it's", '"quoted"', "$(touch {marker})", "`touch {marker}`", "; touch {marker}", "a\nb", "\\", "ünï",
            "$HOME", "*"]
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from evspan.pipeline.history import read, read_progress
 from safetensors.numpy import load_file
-from slurm_cluster import Cluster, cluster  # noqa: F401  a fixture
-from small_shards import write_small_shards
+from support.slurm_cluster import Cluster, cluster  # noqa: F401  a fixture
+from support.small_shards import write_small_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS = 60
 START_S = 90.0  # from a requeue to a first step, with both cores busy
 
@@ -47,8 +47,8 @@ def keys(shards: Path, run: Path, *more: str) -> list[str]:
 
 def evspan(cluster: Cluster | None, *words: str) -> subprocess.Popen:  # noqa: F811
     environment = {**(cluster.environment if cluster else os.environ), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", "import evspan.launch.onslurm as o; o.POLL_S = 0.5\n"
-                             "from evspan.launch.__main__ import main; main()", *words], cwd="/", stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-c", "import evspan.launch.slurm.submit_runs as o; o.POLL_S = 0.5\n"
+                             "from evspan.launch.cli.main import main; main()", *words], cwd="/", stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, env=environment)
 
 

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from evspan.data_prep.errors import UserError
-from evspan.launch import report
-from evspan.launch.curves import Curve, Point, read_curves
-from evspan.launch.report_html import MOST, thinned
-from evspan.launch.runs import look
+from evspan.conf.errors import UserError
+from evspan.launch.sweep.registry import look
+from evspan.launch.sweep.report import summary as report
+from evspan.launch.sweep.report.curves import Curve, Point, read_curves
+from evspan.launch.sweep.report.html import MOST, thinned
 from evspan.pipeline.history import append
-from evspan.pipeline.monitor import Monitor
+from evspan.pipeline.tensorboard.writer import Monitor
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from evspan.pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, OptimizerConfig, PostprocessConfig
+from evspan.conf.schema.training import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, OptimizerConfig, PostprocessConfig
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.postprocess import detections
@@ -269,7 +269,7 @@ def test_detect_is_a_step_then_thresholds_and_suppression(part, scales):
 # -- gates -----------------------------------------------------------------------------------------------------------
 def test_gates_learn_at_a_rate_of_their_own():
     """As the engine has it: every parameter once, gates and no others at gate_lr times the rate, without weight decay."""
-    from evspan.pipeline.engine.zero import parameter_groups
+    from evspan.pipeline.engine.deepspeed_engine import parameter_groups
 
     detector = micro("all")
     everything = {id(p) for p in detector.parameters()}

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from evspan.data_prep.config import DatasetConfig, frame_config
-from evspan.data_prep.shards import BOX
-from evspan.pipeline.checkpoint import Weights
-from evspan.pipeline.config import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.conf.schema.prep import DatasetConfig, frame_config
+from evspan.conf.schema.training import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.data_prep.shards.format import BOX
 from evspan.pipeline.data.datasets import open_dataset
-from evspan.pipeline.engine.pictures import GREEN, ORANGE, heat_map, watched_picture
-from evspan.pipeline.engine.streaming import evaluate_split
-from evspan.pipeline.engine.watching import Look, Watched, attention_of, choose_frames, look
+from evspan.pipeline.inference.streaming import evaluate_split
 from evspan.pipeline.model.detector import Detector
-from small_shards import CLASSES, FRAMES, HEIGHT, WIDTH, write_small_shards
+from evspan.pipeline.tensorboard.attention_probe import Look, Watched, attention_of, choose_frames, look
+from evspan.pipeline.tensorboard.images import GREEN, ORANGE, heat_map, watched_picture
+from evspan.pipeline.weights import Weights
+from support.small_shards import CLASSES, FRAMES, HEIGHT, WIDTH, write_small_shards
 from test_neck_attention import conv
 
 EVERYTHING = EvaluationConfig(skip_first_ms=0, sequence_length=4)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from evspan.pipeline.config import BackboneConfig
+from evspan.conf.schema.training import BackboneConfig
 from evspan.pipeline.model import backbone as backbone_module
 from evspan.pipeline.model import layers
 from evspan.pipeline.model.backbone import Backbone, LayerScale, PartitionAttention, SelfAttention
-from evspan.pipeline.model.exchange import LocalExchange
 from evspan.pipeline.model.layers import FrameConv2d
 from evspan.pipeline.model.lstm import CellLSTM, truncated
+from evspan.pipeline.model.sequence_protocol import LocalExchange
 from evspan.pipeline.model.state import StageState
 from torch import nn
 

@@ -5,21 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoint_ranks as stretches
 import pytest
 import torch
-from evspan.data_prep.errors import UserError
-from evspan.launch.ranks import run_ranks
-from evspan.pipeline.engine.saving import load_snapshot
+from evspan.conf.errors import UserError
+from evspan.launch.local.ranks import run_ranks
+from evspan.pipeline.engine.checkpoints import load_snapshot
 from safetensors.torch import load_file
-from small_shards import write_small_shards
+from support import checkpoint_ranks as stretches
+from support.small_shards import write_small_shards
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(600)  # of a launch that runs many stretches, on a busy machine
 
 
 def train(folder: Path, ranks: int, *names: str) -> None:
-    script = str(ROOT / "tests" / "checkpoint_ranks.py")
+    script = str(ROOT / "tests" / "support" / "checkpoint_ranks.py")
     assert run_ranks([sys.executable, script, str(folder), *names], ranks, threads=1) == 0
 
 

@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evspan.data_prep.config import DownsampleBy, FrameConfig, FrameMode
-from evspan.data_prep.errors import UserError
+from evspan.conf.errors import UserError
+from evspan.conf.schema.prep import DownsampleBy, FrameConfig, FrameMode
+from evspan.conf.schema.training import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.launch.cli.convert import main
 from evspan.pipeline import load_detector
-from evspan.pipeline.checkpoint import Weights, load_weights, save_weights
-from evspan.pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
-from evspan.pipeline.convert import main
 from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.weights import Weights, load_weights, save_weights
 from omegaconf import OmegaConf
 
 pytestmark = pytest.mark.timeout(60)
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SIZES = {"micro": (16, 8, 0.33), "tiny": (32, 32, 0.33), "small": (48, 24, 0.33), "base": (64, 32, 0.67)}
 
 
@@ -349,7 +349,7 @@ def test_outputs_that_cannot_be(tmp_path, capfd, monkeypatch):
         raise OSError(28, "No space left on device")
 
     out.write_bytes(b"what was there")
-    monkeypatch.setattr("evspan.pipeline.checkpoint.save_weights", full)
+    monkeypatch.setattr("evspan.pipeline.weights.save_weights", full)
     assert "no space left" in refused(capfd, source, out, "--overwrite")
     assert out.read_bytes() == b"what was there" and {p.suffix for p in tmp_path.iterdir()} == {".ckpt", ".safetensors"}
 

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from evspan.pipeline.config import BackboneConfig
-from evspan.pipeline.model import cached
+from evspan.conf.schema.training import BackboneConfig
+from evspan.pipeline.model import cpu_blocks as cached
 from evspan.pipeline.model.backbone import PartitionAttention
 from torch import nn
 

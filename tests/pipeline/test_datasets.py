@@ -7,19 +7,19 @@ import hdf5plugin
 import numpy as np
 import pytest
 import torch
-from evspan.data_prep.boxes import RAW_BOX
-from evspan.data_prep.config import DatasetConfig, DatasetKind, FrameMode
-from evspan.data_prep.errors import ConfigError, ShardError
-from evspan.data_prep.shards import BOX
-from evspan.pipeline.config import AugmentationConfig, Sampling, TrainingConfig
+from evspan.conf.errors import ConfigError, ShardError
+from evspan.conf.schema.prep import DatasetConfig, DatasetKind, FrameMode
+from evspan.conf.schema.training import AugmentationConfig, Sampling, TrainingConfig
+from evspan.data_prep.labels.box_files import RAW_BOX
+from evspan.data_prep.shards.format import BOX
 from evspan.pipeline.data import datasets
 from evspan.pipeline.data.augment import augment_boxes, augment_frames, draw_augmentation
 from evspan.pipeline.data.boxes import to_center, to_corners
 from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.data.loader import Loader
 from evspan.pipeline.data.plan import SamplingPlan
-from prepared import frames_in
-from small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
+from support.prepared import frames_in
+from support.small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
 
 
 @pytest.fixture(scope="module")

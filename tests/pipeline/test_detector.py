@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from dispatched import Dispatched
-from evspan.pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.conf.schema.training import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.state import (
@@ -16,6 +15,7 @@ from evspan.pipeline.model.state import (
 )
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from support.dispatched import Dispatched
 
 CHANNELS, H, W, LANES = 4, 60, 120, 3  # padded to 64 x 128
 KINDS = {"plain": {}, "attention": {"enable_small_object_attention": True},
@@ -193,7 +193,7 @@ EXPERIMENTS = {"tiny": 4_405_336, "small": 9_870_456, "base": 18_536_856, "3scal
 
 
 def composed(*overrides):
-    from evspan.pipeline.config import ModelConfig as Schema
+    from evspan.conf.schema.training import ModelConfig as Schema
 
     with initialize_config_module("conf", version_base="1.3"):
         raw = compose("train", overrides=list(overrides)).model
@@ -203,7 +203,7 @@ def composed(*overrides):
 @pytest.fixture(scope="module", autouse=True)
 def schemas():
     """What the command-line file registers."""
-    from evspan.pipeline.config import TrainConfig
+    from evspan.conf.schema.training import TrainConfig
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)

@@ -4,17 +4,17 @@
 import numpy as np
 import pytest
 import torch
-from coco_reference import coco_evaluation
-from evspan.data_prep.config import DatasetConfig, FrameConfig
-from evspan.data_prep.shards import BOX
-from evspan.pipeline.config import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.conf.schema.prep import DatasetConfig, FrameConfig
+from evspan.conf.schema.training import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.data_prep.shards.format import BOX
 from evspan.pipeline.data.datasets import Dataset, RecordingData, open_dataset
-from evspan.pipeline.engine.streaming import RecordingResult, evaluate_split, score
 from evspan.pipeline.evaluation.coco import Scorer, coco_metrics
 from evspan.pipeline.evaluation.frames import labelled_frames
+from evspan.pipeline.inference.streaming import RecordingResult, evaluate_split, score
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.postprocess import detections
-from small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
+from support.coco_reference import coco_evaluation
+from support.small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
 
 
 def some_boxes(rng, count):

@@ -2,16 +2,16 @@
 
 import numpy as np
 import pytest
-from evspan.data_prep.errors import ConfigError
-from evspan.data_prep.shards import BOX
+from evspan.conf.errors import ConfigError
+from evspan.conf.schema.training import EvaluationConfig
+from evspan.data_prep.shards.format import BOX
 from evspan.data_prep.simulator import SimulatorConfig, simulated_boxes
 from evspan.data_prep.simulator.recording import _scene_and_rng
-from evspan.pipeline.config import EvaluationConfig
 from evspan.pipeline.evaluation.breakdown import breakdown
 from evspan.pipeline.evaluation.coco import Scorer, coco_metrics
 from evspan.pipeline.evaluation.frames import labelled_frames, scored
 from evspan.pipeline.evaluation.motion import motion
-from small_shards import CLASSES
+from support.small_shards import CLASSES
 from test_evaluation import as_detections, some_frames
 
 NOTHING = np.zeros((0, 7), np.float32)

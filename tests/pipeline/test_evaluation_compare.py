@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evspan.data_prep.config import FrameConfig
-from evspan.data_prep.errors import UserError
-from evspan.pipeline.config import EvaluationConfig
+from evspan.conf.errors import UserError
+from evspan.conf.schema.prep import FrameConfig
+from evspan.conf.schema.training import EvaluationConfig
 from evspan.pipeline.data.datasets import Dataset, RecordingData
 from evspan.pipeline.engine.evaluator import write_results
-from evspan.pipeline.engine.streaming import RecordingResult, labelled, score
 from evspan.pipeline.evaluation.bootstrap import MEASURES, draws, measures
 from evspan.pipeline.evaluation.compare import compare, open_evaluation, table
 from evspan.pipeline.evaluation.frames import FRAMES, load_frames
-from small_shards import CLASSES, HEIGHT, WIDTH
+from evspan.pipeline.inference.streaming import RecordingResult, labelled, score
+from support.small_shards import CLASSES, HEIGHT, WIDTH
 from test_evaluation import as_detections, by_pycocotools, some_boxes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FRAMES_EACH, RECORDINGS = 16, 6
 CONFIG = EvaluationConfig(skip_first_ms=0)
 

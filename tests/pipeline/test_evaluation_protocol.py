@@ -9,25 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from coco_reference import coco_evaluation
-from evspan.data_prep.boxes import read_boxes
-from evspan.data_prep.config import DatasetConfig, FrameMode, frame_config
+from evspan.conf.schema.prep import DatasetConfig, FrameMode, frame_config
+from evspan.conf.schema.training import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.data_prep.labels.box_files import read_boxes
 from evspan.data_prep.prepare import prepare
-from evspan.data_prep.shards import load_manifest
+from evspan.data_prep.shards.format import load_manifest
 from evspan.data_prep.simulator import CLASSES, SimulatorConfig, simulate
-from evspan.pipeline.checkpoint import Weights, save_weights
-from evspan.pipeline.config import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
 from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.engine.evaluator import write_results
-from evspan.pipeline.engine.streaming import RecordingResult, labelled, score
 from evspan.pipeline.evaluation.breakdown import breakdown
 from evspan.pipeline.evaluation.frames import FRAMES, load_frames
+from evspan.pipeline.inference.streaming import RecordingResult, labelled, score
 from evspan.pipeline.model.detector import Detector
-from prepared import HEIGHT, WIDTH, prep_config
-from small_shards import BINS, write_small_shards
-from small_shards import CLASSES as SMALL_CLASSES
+from evspan.pipeline.weights import Weights, save_weights
+from support.coco_reference import coco_evaluation
+from support.prepared import HEIGHT, WIDTH, prep_config
+from support.small_shards import BINS, write_small_shards
+from support.small_shards import CLASSES as SMALL_CLASSES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SECONDS = 2.0
 SCENE = SimulatorConfig(height=HEIGHT, width=WIDTH, min_objects=4, max_objects=5)
 

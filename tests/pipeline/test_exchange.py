@@ -3,19 +3,19 @@
 import sys
 from pathlib import Path
 
-import exchange_ranks as cases
 import pytest
 import torch
-from evspan.data_prep.errors import ConfigError
-from evspan.launch.ranks import run_ranks
-from evspan.pipeline.layout import ExchangeKind, check_layout
-from evspan.pipeline.parallel.autograd import touch
+from evspan.conf.errors import ConfigError
+from evspan.conf.schema.layout import ExchangeKind, check_layout
+from evspan.launch.local.ranks import run_ranks
+from evspan.pipeline.parallel.collectives import touch
 from evspan.pipeline.parallel.exchange import open_exchange
-from evspan.pipeline.parallel.launcher import check_address, first_host, place
 from evspan.pipeline.parallel.mesh import Mesh
+from evspan.pipeline.parallel.rank_env import check_address, first_host, place
+from support import exchange_ranks as cases
 
 pytestmark = pytest.mark.timeout(300)  # of a launch that runs all cases of a world, on a busy machine
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 LAYOUTS = list(cases.DETECTORS)  # (world, ranks per sequence)
 
@@ -28,7 +28,7 @@ def launched(tmp_path_factory):
     def launch(ranks):
         if ranks not in told:
             folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
-            assert run_ranks([sys.executable, str(ROOT / "tests" / "exchange_ranks.py"), str(folder)], ranks, threads=1) == 0
+            assert run_ranks([sys.executable, str(ROOT / "tests" / "support" / "exchange_ranks.py"), str(folder)], ranks, threads=1) == 0
             told[ranks] = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
         return told[ranks]
 

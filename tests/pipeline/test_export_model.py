@@ -10,16 +10,16 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from evspan.data_prep.config import FrameConfig
-from evspan.data_prep.errors import UserError
-from evspan.pipeline.checkpoint import Weights, load_weights, save_weights
-from evspan.pipeline.config import BackboneConfig, FpnConfig, ModelConfig
-from evspan.pipeline.engine import export as engine
-from evspan.pipeline.engine.build import detector_from
-from evspan.pipeline.export import choose_size, main
+from evspan.conf.errors import UserError
+from evspan.conf.schema.prep import FrameConfig
+from evspan.conf.schema.training import BackboneConfig, FpnConfig, ModelConfig
+from evspan.launch.cli.export import choose_size, main
+from evspan.pipeline.inference import exported_step as engine
+from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.state import state_tensors
-from refusals import refused_by
+from evspan.pipeline.weights import Weights, load_weights, save_weights
+from support.refusals import refused_by
 
 pytestmark = pytest.mark.timeout(300)
 BINS, STEPS, CLASSES = 2, 6, ["ball", "box"]
@@ -151,7 +151,7 @@ def test_a_pt2_file_tells_what_it_is(exported):
 @pytest.mark.parametrize("name", ["3scales_attention.onnx", "plain.pt2"])
 def test_files_keep_to_themselves(exported, name):
     """Exporters note the source line of every operation, and the inputs they were shown."""
-    path, here = exported(name), Path(__file__).parent.parent
+    path, here = exported(name), Path(__file__).parents[2]
     content = path.read_bytes()
     assert str(here).encode() not in content and b"site-packages" not in content
     assert len(content) < path.with_suffix(".safetensors").stat().st_size * 1.3

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from dispatched import Dispatched
-from evspan.pipeline.config import HeadConfig, SizeWeighting
+from evspan.conf.schema.training import HeadConfig, SizeWeighting
 from evspan.pipeline.model import assignment as assignment_module
 from evspan.pipeline.model.assignment import assign
 from evspan.pipeline.model.head import YOLOXHead, cells, decode
 from evspan.pipeline.model.loss import detection_loss, size_weights
 from evspan.pipeline.model.norm import ALONE, BatchNorm2d, global_batch_norms
 from evspan.pipeline.model.postprocess import detections, nms
+from support.dispatched import Dispatched
 from torch._subclasses.fake_tensor import is_fake
 
 GEOMETRY = ((8, 12, 8), (4, 6, 16), (2, 3, 32))

@@ -14,19 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evspan.data_prep.boxes import RAW_BOX, read_boxes
-from evspan.data_prep.config import FrameConfig
-from evspan.data_prep.formats import open_recording
+from evspan.conf.schema.prep import FrameConfig
+from evspan.conf.schema.training import BackboneConfig, FpnConfig, ModelConfig, PostprocessConfig
+from evspan.data_prep.labels.box_files import RAW_BOX, read_boxes
+from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.simulator import SimulatorConfig, simulate
-from evspan.pipeline.checkpoint import Weights, load_weights, save_weights
-from evspan.pipeline.config import BackboneConfig, FpnConfig, ModelConfig, PostprocessConfig
-from evspan.pipeline.engine.build import detector_from
-from evspan.pipeline.engine.detection_files import DetectionsFile
-from evspan.pipeline.engine.inference import BOXES, DETECTIONS, Clock, Detected, Overlay, ahead, cut, detect
-from evspan.pipeline.infer import main
+from evspan.launch.cli.infer import main
+from evspan.pipeline.inference.detect import BOXES, DETECTIONS, Clock, Detected, Overlay, ahead, cut, detect
+from evspan.pipeline.inference.trained_detector import detector_from
+from evspan.pipeline.inference.writers import DetectionsFile
 from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.weights import Weights, load_weights, save_weights
 from PIL import Image
-from refusals import refused_by
+from support.refusals import refused_by
 
 pytestmark = pytest.mark.timeout(60)
 CLASSES = ["ball", "box"]  # of the three that the head has

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from evspan.launch.ranks import run_ranks
-from layout_ranks import Case
-from small_shards import write_small_shards
+from evspan.launch.local.ranks import run_ranks
+from support.layout_ranks import Case
+from support.small_shards import write_small_shards
 
 pytestmark = pytest.mark.timeout(900)  # of the first one, which starts all ranks, on a busy machine
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CLOSE, NOISE = 1e-5, 3
 # bfloat16 keeps 8 bits, and rounding even changes which cells answer for a box: 3 % of the loss, and gradients together no more
 # than so many times as far from the reference as those of one rank in bfloat16.
@@ -76,8 +76,8 @@ def told_by_ranks(cases, folder):
         here.mkdir()
         mine = [case for case in wanted if case.ranks == ranks]
         torch.save([(case, str(shards[case.shards])) for case in mine], here / "cases.pt")
-        path = f"PYTHONPATH={ROOT}:{ROOT / 'tests'}"
-        assert run_ranks(["env", path, sys.executable, "-m", "layout_ranks", str(here)], ranks, threads=1) == 0
+        path = f"PYTHONPATH={ROOT / 'tests'}"
+        assert run_ranks(["env", path, sys.executable, "-m", "support.layout_ranks", str(here)], ranks, threads=1) == 0
         told = [torch.load(here / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
         out |= {case: [of_rank[case] for of_rank in told] for case in mine}
     return out

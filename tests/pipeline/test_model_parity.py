@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from evspan.pipeline.config import BackboneConfig, HeadConfig, ModelConfig
+from evspan.conf.schema.training import BackboneConfig, HeadConfig, ModelConfig
 from evspan.pipeline.model.assignment import assign
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from evspan.data_prep.errors import ConfigError
-from evspan.pipeline.config import ParallelConfig
+from evspan.conf.errors import ConfigError
+from evspan.conf.schema.training import ParallelConfig
 from evspan.pipeline.model.norm import BatchNorm2d, RankReductions, global_batch_norms
 from evspan.pipeline.parallel.reductions import (
     any_rank,

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from evspan.data_prep.errors import ShardError
-from evspan.pipeline.config import AugmentationConfig, Sampling
+from evspan.conf.errors import ShardError
+from evspan.conf.schema.training import AugmentationConfig, Sampling
 from evspan.pipeline.data.augment import Augmentation, augment_boxes, augment_frames, draw_augmentation
 from evspan.pipeline.data.plan import Chunk, SamplingPlan
 

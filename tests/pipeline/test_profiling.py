@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from evspan.data_prep.errors import ConfigError
-from evspan.pipeline.config import TrainingConfig
+from evspan.conf.errors import ConfigError
+from evspan.conf.schema.training import TrainingConfig
 from evspan.pipeline.engine.profiling import ON_REQUEST, Profiler
-from evspan.pipeline.monitor import Monitor
+from evspan.pipeline.tensorboard.writer import Monitor
 from torch import nn
 
 pytestmark = pytest.mark.timeout(120)

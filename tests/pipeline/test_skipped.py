@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from evspan.launch.ranks import run_ranks
-from skip_ranks import PATTERNS, STAGES
+from evspan.launch.local.ranks import run_ranks
+from support.skip_ranks import PATTERNS, STAGES
 
-ROOT, RANKS = Path(__file__).parent.parent, 2
+ROOT, RANKS = Path(__file__).parents[2], 2
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("skipped")
-    path = f"PYTHONPATH={ROOT}:{ROOT / 'tests'}"
-    assert run_ranks(["env", path, sys.executable, "-m", "skip_ranks", str(folder)], RANKS, threads=1) == 0
+    path = f"PYTHONPATH={ROOT / 'tests'}"
+    assert run_ranks(["env", path, sys.executable, "-m", "support.skip_ranks", str(folder)], RANKS, threads=1) == 0
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -5,26 +5,26 @@ import re
 import subprocess
 import time
 
-import evspan.pipeline.train  # noqa: F401  registers the schema
+import evspan.launch.cli.train  # noqa: F401  registers the schema
 import numpy as np
 import pytest
 import torch
-from evspan.pipeline.checkpoint import load_weights
-from evspan.pipeline.config import TrainConfig, TrainingConfig
+from evspan.conf.schema.training import TrainConfig, TrainingConfig
 from evspan.pipeline.data.datasets import open_dataset
-from evspan.pipeline.engine.about import code_commit, config_lines
-from evspan.pipeline.engine.build import detector_from
-from evspan.pipeline.engine.pictures import GREEN
 from evspan.pipeline.engine.profiling import Profiler
 from evspan.pipeline.engine.resources import Resources, resident_bytes
-from evspan.pipeline.engine.streaming import evaluate_split, labelled
 from evspan.pipeline.evaluation.frames import scored
 from evspan.pipeline.evaluation.pr_curves import pr_curves
-from evspan.pipeline.monitor import Monitor
+from evspan.pipeline.inference.streaming import evaluate_split, labelled
+from evspan.pipeline.inference.trained_detector import detector_from
+from evspan.pipeline.tensorboard.images import GREEN
+from evspan.pipeline.tensorboard.run_info import code_commit, config_lines
+from evspan.pipeline.tensorboard.writer import Monitor
+from evspan.pipeline.weights import load_weights
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from PIL import Image
-from small_shards import CLASSES, HEIGHT, WIDTH, write_small_shards
+from support.small_shards import CLASSES, HEIGHT, WIDTH, write_small_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evspan.data_prep.config import FrameMode
-from evspan.data_prep.errors import UserError
-from evspan.pipeline.checkpoint import load_weights
-from evspan.pipeline.engine.saving import load_snapshot
-from small_shards import BINS, write_small_shards
+from evspan.conf.errors import UserError
+from evspan.conf.schema.prep import FrameMode
+from evspan.pipeline.engine.checkpoints import load_snapshot
+from evspan.pipeline.weights import load_weights
+from support.small_shards import BINS, write_small_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_datasets import write_rvt_tree
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -118,7 +118,7 @@ def test_a_shared_sequence_gives_the_losses_of_two_lanes(two_ranks, one_sequence
 
 def started_by_torchrun(arguments):
     return [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-                              "evspan.pipeline.train", *arguments], cwd=ROOT)]
+                              "evspan.launch.cli.train", *arguments], cwd=ROOT)]
 
 
 def started_by_slurm(arguments):
@@ -127,7 +127,7 @@ def started_by_slurm(arguments):
         port = free.getsockname()[1]
     step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "1",
             "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [subprocess.Popen([sys.executable, "-m", "evspan.pipeline.train", *arguments], cwd=ROOT,
+    return [subprocess.Popen([sys.executable, "-m", "evspan.launch.cli.train", *arguments], cwd=ROOT,
                              env=os.environ | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
             for rank in range(2)]
 

@@ -1,6 +1,6 @@
-"""What ranks run for tests/test_checkpoint_layouts.py: stretches of runs, each from a checkpoint that another may have saved.
+"""What ranks run for tests/pipeline/test_checkpoint_layouts.py: stretches of runs, each from a checkpoint that another may have saved.
 
-    python tests/checkpoint_ranks.py FOLDER NAME...
+    python tests/support/checkpoint_ranks.py FOLDER NAME...
 
 with torchrun's variables. Stretch NAME trains in FOLDER/NAME and writes {step: losses} to FOLDER/NAME.json.
 """
@@ -13,8 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from evspan.data_prep.config import DatasetConfig
-from evspan.pipeline.config import (
+from evspan.conf.schema.prep import DatasetConfig
+from evspan.conf.schema.training import (
     BackboneConfig,
     CheckpointConfig,
     DeepSpeedConfig,

@@ -3,13 +3,13 @@
 import os
 from pathlib import Path
 
-from evspan.pipeline.config import TrainConfig
+from evspan.conf.schema.training import TrainConfig
 
 
 def be_rank(rank: int, port: int, config: TrainConfig, log: Path) -> None:
     """Train as rank `rank`; what it says goes to `log`."""
-    from evspan.data_prep.command import run_command
-    from evspan.pipeline.train import train_here
+    from evspan.launch.cli.command import run_command
+    from evspan.launch.cli.train import train_here
 
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats import open_recording
+from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.open import open_recording
 
 HEADERS = {
     "evt3": "% evt 3.0\n% format EVT3;height=720;width=1280\n% end\n",

@@ -1,6 +1,6 @@
-"""What ranks run for tests/test_exchange.py: every case under every layout that the world allows, one launch for all of them.
+"""What ranks run for tests/pipeline/test_exchange.py: every case under every layout that the world allows, one launch for all of them.
 
-    python tests/exchange_ranks.py FOLDER    with torchrun's variables; writes FOLDER/<rank>.pt: {case: what came out}
+    python tests/support/exchange_ranks.py FOLDER    with torchrun's variables; writes FOLDER/<rank>.pt: {case: what came out}
 """
 
 import os
@@ -8,15 +8,15 @@ import sys
 from dataclasses import dataclass, replace
 
 import torch
-from evspan.pipeline.config import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, ParallelConfig
-from evspan.pipeline.layout import ExchangeKind
+from evspan.conf.schema.layout import ExchangeKind
+from evspan.conf.schema.training import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, ParallelConfig
 from evspan.pipeline.model.detector import Detector
-from evspan.pipeline.model.exchange import LocalExchange
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.lstm import CellLSTM
 from evspan.pipeline.model.norm import RankReductions, global_batch_norms
+from evspan.pipeline.model.sequence_protocol import LocalExchange
 from evspan.pipeline.model.state import DetectorState, StageState, detach, forget_lanes, map_state, state_tensors
-from evspan.pipeline.parallel.autograd import touch
+from evspan.pipeline.parallel.collectives import touch
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import open_mesh
 from evspan.pipeline.parallel.reductions import gather_over_ranks, sum_over_ranks

@@ -1,4 +1,4 @@
-"""What ranks run for tests/test_layouts.py: training under many layouts, one launch for all of a world's.
+"""What ranks run for tests/pipeline/test_layouts.py: training under many layouts, one launch for all of a world's.
 
     python -m layout_ranks FOLDER    with torchrun's variables; reads FOLDER/cases.pt, writes FOLDER/<rank>.pt: what each told
 """
@@ -11,8 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from evspan.data_prep.config import DatasetConfig
-from evspan.pipeline.config import (
+from evspan.conf.schema.layout import ExchangeKind
+from evspan.conf.schema.prep import DatasetConfig
+from evspan.conf.schema.training import (
     BackboneConfig,
     DeepSpeedConfig,
     FpnConfig,
@@ -25,11 +26,10 @@ from evspan.pipeline.config import (
     TrainConfig,
     TrainingConfig,
 )
+from evspan.pipeline.engine.deepspeed_engine import ZeroEngine
 from evspan.pipeline.engine.trainer import Trainer
-from evspan.pipeline.engine.zero import ZeroEngine
-from evspan.pipeline.layout import ExchangeKind
 from evspan.pipeline.parallel.world import open_world
-from plain_engine import ExactEngine, PlainEngine
+from support.plain_engine import ExactEngine, PlainEngine
 
 ENGINES = {"deepspeed": ZeroEngine, "plain": PlainEngine, "exact": ExactEngine}
 

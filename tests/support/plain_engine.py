@@ -1,7 +1,7 @@
 """What ZeroEngine must equal: AdamW, its schedule and clipping in plain torch, every rank with the whole model, no DeepSpeed."""
 
 import torch
-from evspan.pipeline.engine.zero import learning_rate_factor, parameter_groups
+from evspan.pipeline.engine.deepspeed_engine import learning_rate_factor, parameter_groups
 from evspan.pipeline.parallel.reductions import sum_over_ranks
 from torch.nn.utils import clip_grad_norm_
 

@@ -8,7 +8,7 @@ import h5py
 import hdf5plugin  # noqa: F401  registers the codec of the frames
 import numpy as np
 import xxhash
-from evspan.data_prep.config import DatasetConfig, FrameConfig, LabelConfig, PrepConfig
+from evspan.conf.schema.prep import DatasetConfig, FrameConfig, LabelConfig, PrepConfig
 from evspan.data_prep.simulator import CLASSES, SimulatorConfig, simulate
 
 HEIGHT, WIDTH = 160, 200
@@ -37,7 +37,7 @@ def copied(source: Path, target: Path) -> Path:
 
 
 def frames_in(group: h5py.Group) -> np.ndarray:
-    """(N, 2 * bins, H, W): the numpy that data_prep/codec.py gives for reading without it."""
+    """(N, 2 * bins, H, W): the numpy that data_prep/frames/codec.py gives for reading without it."""
     step = np.append(np.arange(1, 255), [0, 254])
     shape, start, codes = tuple(group.attrs["frame_shape"]), group["frame_start"][:], group["frames"][:]
     frames = np.zeros((len(start) - 1, *shape), np.uint8)
@@ -68,7 +68,7 @@ def entries(output: Path) -> dict[str, dict]:
 
 
 def checksum(columns: dict[str, np.ndarray]) -> tuple[str, str]:
-    """(frames_xxh3, group_xxh3) as data_prep/shards.py tells them."""
+    """(frames_xxh3, group_xxh3) as data_prep/shards/format.py tells them."""
     frames = xxhash.xxh3_64_hexdigest(columns["code"].tobytes())
     rest = b"".join(columns[name].tobytes() for name in COLUMNS)
     return frames, xxhash.xxh3_64_hexdigest(frames.encode() + rest)

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import torch
-from evspan.pipeline.config import DeepSpeedConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
-from evspan.pipeline.engine.zero import ZeroEngine
+from evspan.conf.schema.training import DeepSpeedConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
+from evspan.pipeline.engine.deepspeed_engine import ZeroEngine
 from evspan.pipeline.parallel.world import open_world
-from plain_engine import PlainEngine
+from support.plain_engine import PlainEngine
 from torch import nn
 
 ACCUMULATION = 3

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from evspan.data_prep.events import Events
-from evspan.data_prep.formats.recording import Recording
+from evspan.data_prep.recordings.base import Recording
+from evspan.data_prep.recordings.events import Events
 from numpy.typing import NDArray
 
 

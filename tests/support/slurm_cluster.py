@@ -1,6 +1,6 @@
 """A throw-away SLURM on this machine: two virtual nodes, no accounting, nothing left when it ends.
 
-python tests/slurm_cluster.py    brings one up, says how to reach it, and ends it with its standard input (Ctrl-D)
+python tests/support/slurm_cluster.py    brings one up, says how to reach it, and ends it with its standard input (Ctrl-D)
 """
 
 import ctypes

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from evspan.data_prep.codec import FrameEncoder
-from evspan.data_prep.shards import BOX, FRAME_SHAPE, MANIFEST, Manifest, RecordingEntry
+from evspan.data_prep.frames.codec import FrameEncoder
+from evspan.data_prep.shards.format import BOX, FRAME_SHAPE, MANIFEST, Manifest, RecordingEntry
 
 HEIGHT, WIDTH, BINS = 60, 100, 2
 CLASSES = ["ball", "box", "bar"]

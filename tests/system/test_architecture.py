@@ -11,79 +11,79 @@ from typing import NamedTuple
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OURS = ("conf", "data_prep", "launch", "pipeline", "tests")
 
 COMMON = {  # plain Python without dependencies: errors, what a command does around its work, the shard contract's config
-    "evspan.data_prep.errors", "evspan.data_prep.command", "evspan.data_prep.config", "evspan.data_prep.config_errors",
-    "evspan.data_prep.cluster",
+    "evspan.conf.errors", "evspan.launch.cli.command", "evspan.conf.schema.prep", "evspan.conf.hydra_errors",
+    "evspan.conf.schema.prep_cluster",
 }
 SHARDS = {  # the shard contract: what a manifest, a stored frame, a stored box and a raw box are
-    "evspan.data_prep.shards", "evspan.data_prep.boxes", "evspan.data_prep.codec",
+    "evspan.data_prep.shards.format", "evspan.data_prep.labels.box_files", "evspan.data_prep.frames.codec",
 }
 MAY_IMPORT = {  # room -> names it may import besides its own; what lies below a name comes with it
     "data_prep": set(),
-    "evspan.pipeline.layout": COMMON,
-    "evspan.pipeline.cluster": COMMON,
+    "evspan.conf.schema.layout": COMMON,
+    "evspan.conf.schema.cluster": COMMON,
     "evspan.pipeline.history": set(),
-    "evspan.pipeline.config": COMMON | {"evspan.pipeline.layout", "evspan.pipeline.cluster"},
-    "evspan.pipeline.model": COMMON | {"evspan.pipeline.config"},
-    "evspan.pipeline.data": COMMON | {"evspan.pipeline.config"} | SHARDS,
-    "evspan.pipeline.parallel": COMMON | {"evspan.pipeline.config", "evspan.pipeline.layout", "evspan.pipeline.model.state"},
-    "evspan.pipeline.evaluation": COMMON | {"evspan.pipeline.config", "evspan.pipeline.data.boxes", "evspan.data_prep.boxes"},
-    "evspan.pipeline.checkpoint": COMMON | {"evspan.pipeline.config", "evspan.pipeline.parallel"},
-    "evspan.pipeline.monitor": COMMON | {"evspan.pipeline.config", "evspan.pipeline.parallel"},
-    "evspan.pipeline.recognise": COMMON | {"evspan.pipeline.config"},
-    "evspan.pipeline.published": COMMON | {"evspan.pipeline.config", "evspan.pipeline.checkpoint", "evspan.pipeline.recognise"},
+    "evspan.conf.schema.training": COMMON | {"evspan.conf.schema.layout", "evspan.conf.schema.cluster"},
+    "evspan.pipeline.model": COMMON | {"evspan.conf.schema.training"},
+    "evspan.pipeline.data": COMMON | {"evspan.conf.schema.training"} | SHARDS,
+    "evspan.pipeline.parallel": COMMON | {"evspan.conf.schema.training", "evspan.conf.schema.layout", "evspan.pipeline.model.state"},
+    "evspan.pipeline.evaluation": COMMON | {"evspan.conf.schema.training", "evspan.pipeline.data.boxes", "evspan.data_prep.labels.box_files"},
+    "evspan.pipeline.weights": COMMON | {"evspan.conf.schema.training", "evspan.pipeline.parallel"},
+    "evspan.pipeline.tensorboard.writer": COMMON | {"evspan.conf.schema.training", "evspan.pipeline.parallel"},
+    "evspan.pipeline.infer_config": COMMON | {"evspan.conf.schema.training"},
+    "evspan.pipeline.rvt_checkpoint": COMMON | {"evspan.conf.schema.training", "evspan.pipeline.weights", "evspan.pipeline.infer_config"},
 }
 MAY_IMPORT["evspan.pipeline.engine"] = set(MAY_IMPORT) - {"data_prep"} | COMMON | {
-    "evspan.data_prep.boxes",  # detections are written as box files
+    "evspan.data_prep.labels.box_files",  # detections are written as box files
     "evspan.data_prep.draw",  # boxes over frames, for TensorBoard
 }
 MAY_IMPORT |= {root: MAY_IMPORT["evspan.pipeline.engine"] | {"evspan.pipeline.engine"}
-               for root in ("evspan.pipeline.train", "evspan.pipeline.evaluate", "evspan.pipeline.smoke")}
-MAY_IMPORT["evspan.pipeline.infer"] = MAY_IMPORT["evspan.pipeline.train"] | {
+               for root in ("evspan.launch.cli.train", "evspan.launch.cli.evaluate", "evspan.launch.smoke_rank")}
+MAY_IMPORT["evspan.launch.cli.infer"] = MAY_IMPORT["evspan.launch.cli.train"] | {
     "data_prep",  # straight from a recording: decoders, frames, drawing
 }
-MAY_IMPORT["evspan.pipeline.export"] = MAY_IMPORT["evspan.pipeline.train"] | {"evspan.data_prep.files"}  # written whole
-MAY_IMPORT["evspan.pipeline.convert"] = MAY_IMPORT["evspan.pipeline.train"] | {
-    "evspan.data_prep.files",  # what it writes appears whole
+MAY_IMPORT["evspan.launch.cli.export"] = MAY_IMPORT["evspan.launch.cli.train"] | {"evspan.data_prep.shards.atomic"}  # written whole
+MAY_IMPORT["evspan.launch.cli.convert"] = MAY_IMPORT["evspan.launch.cli.train"] | {
+    "evspan.data_prep.shards.atomic",  # what it writes appears whole
 }
-MAY_IMPORT["launch"] = COMMON | {"evspan.pipeline.config", "evspan.pipeline.cluster", "evspan.pipeline.history"}
-MAY_IMPORT["evspan.launch.report_html"] = MAY_IMPORT["launch"] | {
-    "launch", "evspan.data_prep.files", "evspan.data_prep.report",  # a page like that of evspan prep report
+MAY_IMPORT["launch"] = COMMON | {"evspan.conf.schema.training", "evspan.conf.schema.cluster", "evspan.pipeline.history"}
+MAY_IMPORT["evspan.launch.sweep.report.html"] = MAY_IMPORT["launch"] | {
+    "launch", "evspan.data_prep.shards.atomic", "evspan.data_prep.report",  # a page like that of evspan prep report
 }
-MAY_IMPORT["evspan.launch.bench_curves"] = MAY_IMPORT["launch"] | {"launch", "evspan.data_prep.report"}  # its charts
+MAY_IMPORT["learning.curves"] = MAY_IMPORT["launch"] | {"launch", "evspan.data_prep.report"}  # its charts
 CALLED_BY_LAUNCH = {  # the parts of the command, which launch imports inside a function: `evspan --help` loads none of them
-    "evspan.data_prep.prep", "evspan.data_prep.simulate", "evspan.pipeline.train", "evspan.pipeline.evaluate", "evspan.pipeline.infer",
-    "evspan.pipeline.export", "evspan.pipeline.convert",
-    "evspan.pipeline.parallel.launcher",  # where SLURM's first node is
+    "evspan.launch.cli.prep", "evspan.launch.cli.simulate", "evspan.launch.cli.train", "evspan.launch.cli.evaluate", "evspan.launch.cli.infer",
+    "evspan.launch.cli.export", "evspan.launch.cli.convert",
+    "evspan.pipeline.parallel.rank_env",  # where SLURM's first node is
 }
 INSIDE_FUNCTIONS = {  # room, or module of none -> what it may import inside a function alone
     "launch": CALLED_BY_LAUNCH,
-    "pipeline": {"evspan.pipeline.engine.build", "evspan.pipeline.published"},  # what it offers: `import pipeline` itself loads no torch
+    "pipeline": {"evspan.pipeline.inference.trained_detector", "evspan.pipeline.rvt_checkpoint"},  # what it offers: `import pipeline` itself loads no torch
 }
 COMPUTED = {  # modules that may import a name that they compute
-    "evspan.launch.__main__",  # from its table of commands; the entries, "module:function", are checked like imports in a function
+    "evspan.launch.cli.main",  # from its table of commands; the entries, "module:function", are checked like imports in a function
 }
 
 HYDRA = {
-    "evspan.data_prep.prep", "evspan.pipeline.train", "evspan.pipeline.evaluate", "launch",  # the files that compose a config
-    "evspan.data_prep.command",  # what they all do around @hydra.main
+    "evspan.launch.cli.prep", "evspan.launch.cli.train", "evspan.launch.cli.evaluate", "launch",  # the files that compose a config
+    "evspan.launch.cli.command",  # what they all do around @hydra.main
 }
 OWNED: dict[str, set[str]] = {  # third-party name -> the only places that may say it
     "torch": {"pipeline"},
-    "torch.distributed": {"evspan.pipeline.parallel", "evspan.pipeline.checkpoint"},
-    "torch.utils.tensorboard": {"evspan.pipeline.monitor"},
-    "deepspeed": {"evspan.pipeline.engine.zero"},
+    "torch.distributed": {"evspan.pipeline.parallel", "evspan.pipeline.weights"},
+    "torch.utils.tensorboard": {"evspan.pipeline.tensorboard.writer"},
+    "deepspeed": {"evspan.pipeline.engine.deepspeed_engine"},
     "hydra": HYDRA,
-    "omegaconf": HYDRA | {"evspan.pipeline.recognise"},  # which reads conf/size as it lies there
+    "omegaconf": HYDRA | {"evspan.pipeline.infer_config"},  # which reads conf/size as it lies there
     "submitit": {"launch"},
     "h5py": {"data_prep", "evspan.pipeline.data"},
     "hdf5plugin": {"data_prep", "evspan.pipeline.data"},
     "numba": {"data_prep"},
     "hotcoco": {"evspan.pipeline.evaluation"},
-    **{name: {"evspan.pipeline.export", "evspan.pipeline.engine.export"} for name in ("onnx", "onnxruntime", "onnxscript")},
+    **{name: {"evspan.launch.cli.export", "evspan.pipeline.inference.exported_step"} for name in ("onnx", "onnxruntime", "onnxscript")},
 }
 
 
@@ -185,8 +185,8 @@ def test_links_between_pages_lead_somewhere():
 
 
 @pytest.mark.parametrize("module, source, part", [
-    ("evspan.data_prep.labels", "import evspan.pipeline.config", "data_prep may not import evspan.pipeline.config"),
-    ("evspan.data_prep.labels", "import torch", "torch belongs to"),
+    ("evspan.data_prep.labels.filters", "import evspan.conf.schema.training", "data_prep may not import evspan.conf.schema.training"),
+    ("evspan.data_prep.labels.filters", "import torch", "torch belongs to"),
     ("evspan.pipeline.model.neck", "from pipeline import data", "evspan.pipeline.model may not import evspan.pipeline.data"),
     ("evspan.pipeline.model.neck", "def f():\n    from evspan.pipeline.engine.trainer import train", "may not import evspan.pipeline.engine"),
     ("evspan.pipeline.model.neck", "import torch\ntorch.distributed.barrier()", "torch.distributed belongs to"),
@@ -194,17 +194,17 @@ def test_links_between_pages_lead_somewhere():
     ("evspan.pipeline.parallel.world", "from evspan.pipeline.model.detector import Detector", "may not import evspan.pipeline.model.detector"),
     ("evspan.pipeline.data.loader", "from evspan.data_prep.prepare import prepare", "may not import evspan.data_prep.prepare"),
     ("evspan.pipeline.engine.trainer", "import deepspeed", "deepspeed belongs to"),
-    ("evspan.pipeline.engine.trainer", "from evspan.data_prep.formats import open_recording", "may not import evspan.data_prep.formats"),
-    ("evspan.pipeline.train", "from evspan.pipeline.evaluate import main", "may not import evspan.pipeline.evaluate"),
-    ("evspan.pipeline.config", "from omegaconf import DictConfig", "omegaconf belongs to"),
-    ("evspan.launch.__main__", "from evspan.pipeline.train import main", "only inside a function"),
-    ("evspan.launch.__main__", "def f():\n    from evspan.pipeline.engine.trainer import train", "launch may not import evspan.pipeline.engine"),
-    ("evspan.launch.local", "from importlib import import_module\ndef f(n):\n    import_module(n)", "is computed"),
-    ("evspan.launch.__main__", "COMMANDS = {'x': 'evspan.pipeline.engine.trainer:train'}", "launch may not import evspan.pipeline.engine"),
-    ("evspan.launch.__main__", "import importlib\nimportlib.import_module('evspan.pipeline.train')", "only inside a function"),
-    ("pipeline", "from evspan.pipeline.config import TrainConfig", "no room may not import"),
-    ("pipeline", "from evspan.pipeline.published import open_weights", "pipeline imports evspan.pipeline.published.open_weights only inside"),
-    ("pipeline.newcomer", "import evspan.pipeline.config", "no room may not import"),
+    ("evspan.pipeline.engine.trainer", "from evspan.data_prep.recordings.open import open_recording", "may not import evspan.data_prep.recordings.open"),
+    ("evspan.launch.cli.train", "from evspan.launch.cli.evaluate import main", "may not import evspan.launch.cli.evaluate"),
+    ("evspan.conf.schema.training", "from omegaconf import DictConfig", "omegaconf belongs to"),
+    ("evspan.launch.cli.main", "from evspan.launch.cli.train import main", "only inside a function"),
+    ("evspan.launch.cli.main", "def f():\n    from evspan.pipeline.engine.trainer import train", "launch may not import evspan.pipeline.engine"),
+    ("evspan.launch.local.run", "from importlib import import_module\ndef f(n):\n    import_module(n)", "is computed"),
+    ("evspan.launch.cli.main", "COMMANDS = {'x': 'evspan.pipeline.engine.trainer:train'}", "launch may not import evspan.pipeline.engine"),
+    ("evspan.launch.cli.main", "import importlib\nimportlib.import_module('evspan.launch.cli.train')", "only inside a function"),
+    ("pipeline", "from evspan.conf.schema.training import TrainConfig", "no room may not import"),
+    ("pipeline", "from evspan.pipeline.rvt_checkpoint import open_weights", "pipeline imports evspan.pipeline.rvt_checkpoint.open_weights only inside"),
+    ("pipeline.newcomer", "import evspan.conf.schema.training", "no room may not import"),
     ("evspan.pipeline.data.loader", "from . import plan", "relative import"),
 ])
 def test_the_check_finds(module, source, part):
@@ -212,12 +212,12 @@ def test_the_check_finds(module, source, part):
 
 
 @pytest.mark.parametrize("module, source", [
-    ("evspan.launch.__main__", "def f():\n    from evspan.pipeline.train import main\n    import evspan.data_prep.prep"),
-    ("evspan.launch.__main__", "from importlib import import_module\nC = {'x': 'evspan.pipeline.train:main'}\ndef f(n):\n    import_module(n)"),
-    ("evspan.pipeline.engine.zero", "import deepspeed, torch\nfrom evspan.pipeline.model.detector import Detector"),
-    ("evspan.pipeline.infer", "from evspan.data_prep.formats import open_recording"),
+    ("evspan.launch.cli.main", "def f():\n    from evspan.launch.cli.train import main\n    import evspan.launch.cli.prep"),
+    ("evspan.launch.cli.main", "from importlib import import_module\nC = {'x': 'evspan.launch.cli.train:main'}\ndef f(n):\n    import_module(n)"),
+    ("evspan.pipeline.engine.deepspeed_engine", "import deepspeed, torch\nfrom evspan.pipeline.model.detector import Detector"),
+    ("evspan.launch.cli.infer", "from evspan.data_prep.recordings.open import open_recording"),
     ("evspan.pipeline.parallel.world", "import torch.distributed as dist\nfrom evspan.pipeline.model.state import StageState"),
-    ("evspan.data_prep.store", "import h5py\nfrom evspan.data_prep.formats import open_recording"),
+    ("evspan.data_prep.shards.write", "import h5py\nfrom evspan.data_prep.recordings.open import open_recording"),
 ])
 def test_the_check_lets_pass(module, source):
     assert violations(module, source) == []

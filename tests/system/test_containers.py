@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from evspan.launch.__main__ import COMMANDS
+from evspan.launch.cli.main import COMMANDS
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HERE = ROOT / "containers"
 pytestmark = pytest.mark.timeout(60)
 

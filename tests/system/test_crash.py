@@ -15,20 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_ranks import Case, config
-from crash_ranks import be_rank
-from evspan.data_prep.config import FrameConfig
-from evspan.data_prep.errors import UserError
-from evspan.pipeline.checkpoint import Weights, load_weights, newest_checkpoint
-from evspan.pipeline.config import CheckpointConfig, ModelConfig
-from evspan.pipeline.engine.saving import Checkpoints, Snapshot
+from evspan.conf.errors import UserError
+from evspan.conf.schema.prep import FrameConfig
+from evspan.conf.schema.training import CheckpointConfig, ModelConfig
+from evspan.pipeline.engine.checkpoints import Checkpoints, Snapshot
+from evspan.pipeline.weights import Weights, load_weights, newest_checkpoint
 from safetensors.torch import load_file
-from small_shards import write_small_shards
+from support.checkpoint_ranks import Case, config
+from support.crash_ranks import be_rank
+from support.small_shards import write_small_shards
 from test_training import LOSSES, told
 
 pytestmark = pytest.mark.timeout(300)  # on a busy machine
 STEPS, EVERY, KEEP, EVALUATE = 10, 2, 2, 4
-PRELOADED = ["evspan.pipeline.train", "evspan.pipeline.engine.trainer", "deepspeed.runtime.zero.muon.muon_optimizer"]  # the last takes seconds
+PRELOADED = ["evspan.launch.cli.train", "evspan.pipeline.engine.trainer", "deepspeed.runtime.zero.muon.muon_optimizer"]  # the last takes seconds
 
 
 @pytest.fixture(scope="module")

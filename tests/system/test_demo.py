@@ -3,8 +3,8 @@
 import json
 import re
 
-import evspan.data_prep.simulate
-import evspan.pipeline.infer
+import evspan.launch.cli.infer
+import evspan.launch.cli.simulate
 import pytest
 from evspan.launch import demo
 from test_conf import composed
@@ -26,7 +26,7 @@ def small_parts(folder):
 
 def test_commands_are_accepted(tmp_path):
     simulate, prep, train, evaluate, infer = demo.parts(tmp_path)
-    given = evspan.data_prep.simulate._parser().parse_args(simulate.arguments[1:])
+    given = evspan.launch.cli.simulate._parser().parse_args(simulate.arguments[1:])
     assert given.recordings["train"] >= 8 and given.recordings["val"] >= 2 and given.format == "raw"
     config, _ = composed("prep", *prep.arguments[1:])
     assert config.frames.downsample == 4 and config.source == str(given.out)
@@ -36,7 +36,7 @@ def test_commands_are_accepted(tmp_path):
     scored, _ = composed("evaluate", *evaluate.arguments[1:])
     assert scored.checkpoint == config.run_dir and scored.evaluation.split == "val"
     assert scored.dataset.root == config.dataset.root and scored.dataset.classes == config.dataset.classes
-    wanted = evspan.pipeline.infer._parser().parse_args(infer.arguments[1:])
+    wanted = evspan.launch.cli.infer._parser().parse_args(infer.arguments[1:])
     assert wanted.recording.parent == given.out / "val" and str(wanted.checkpoint) == config.run_dir
 
 

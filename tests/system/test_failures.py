@@ -11,24 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from evspan.pipeline.config import ParallelConfig, Precision, TrainConfig, TrainingConfig
-from evspan.pipeline.engine.memory import knobs, out_of_memory
+from evspan.conf.schema.training import ParallelConfig, Precision, TrainConfig, TrainingConfig
+from evspan.pipeline.engine.oom import knobs, out_of_memory
 from evspan.pipeline.parallel.world import World
-from slurm_cluster import free_ports
-from small_shards import write_small_shards
-from test_launch import alive, all_ready, eventually, pids
+from support.slurm_cluster import free_ports
+from support.small_shards import write_small_shards
+from test_local_ranks import alive, all_ready, eventually, pids
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(120)
 TIMEOUT_S = 4
 
 PROGRAM = """
 import os, pathlib, sys, time
-from evspan.data_prep.command import run_command
+from evspan.launch.cli.command import run_command
 here, size = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 def work():
     import torch
-    from evspan.pipeline.config import ParallelConfig
+    from evspan.conf.schema.training import ParallelConfig
     from evspan.pipeline.parallel.reductions import any_rank, sum_over_ranks
     from evspan.pipeline.parallel.world import open_world
     with open_world(ParallelConfig(ranks=size, timeout_s=int(sys.argv[3]), threads=1)) as world:
@@ -126,7 +126,7 @@ def misbehave(rank):
 def test_stuck_ranks_are_ended_by_who_started_them_and_named(tmp_path):
     """`evspan train` with a rank that stands still: told once."""
     (tmp_path / "program.py").write_text(PROGRAM + "\nrun_command(work)\n")
-    launcher = ("import sys; from evspan.launch.ranks import run_ranks; "
+    launcher = ("import sys; from evspan.launch.local.ranks import run_ranks; "
                 "sys.exit(run_ranks([sys.executable, *sys.argv[1:]], 2, threads=1, after='Do it again', grace_s=1))")
     process = subprocess.Popen([sys.executable, "-c", launcher, str(tmp_path / "program.py"), str(tmp_path), "2", str(TIMEOUT_S)],
                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

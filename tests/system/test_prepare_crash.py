@@ -13,15 +13,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from evspan.data_prep.errors import UserError
-from evspan.data_prep.files import NoSpaceError, locked
-from evspan.data_prep.formats import open_writer
+from evspan.conf.errors import UserError
 from evspan.data_prep.prepare import prepare
+from evspan.data_prep.recordings.open import open_writer
+from evspan.data_prep.shards.atomic import NoSpaceError, locked
 from evspan.data_prep.simulator import simulate
-from prepared import SCENE, assert_same, assert_sound, copied, frames_in, make_source, prep_config
-from slow_frames import random_events
+from support.prepared import SCENE, assert_same, assert_sound, copied, frames_in, make_source, prep_config
+from support.slow_frames import random_events
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KEYS = ["dataset=simulated", "dataset.labels.label_every_ms=100", "frames.bins=3", "processes=2"]
 
 
@@ -47,7 +47,7 @@ def processes():
 
 def command(source, output, *more: str, **options) -> subprocess.Popen:
     arguments = [f"source={source}", f"output={output}", *KEYS, *more]
-    return subprocess.Popen([sys.executable, "-m", "evspan.data_prep", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-m", "evspan.launch", "prep", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, cwd=ROOT, **options)
 
 
@@ -297,7 +297,7 @@ def test_decoding_onto_a_full_disk_leaves_nothing(small_disk, tmp_path):
     with open_writer(tmp_path / "a.dat", 480, 640) as writer:
         writer.write(events)
     arguments = ["decode", str(tmp_path / "a.dat"), str(small_disk / "a.h5")]
-    done = subprocess.run([sys.executable, "-m", "evspan.data_prep", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-m", "evspan.launch", "prep", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (2, "") and not list(small_disk.iterdir())
     assert done.stderr.startswith(f"error: {small_disk / 'a.h5'}: no space left") and len(done.stderr.splitlines()) == 1
 

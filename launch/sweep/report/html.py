@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from evspan.data_prep.files import written_whole
 from evspan.data_prep.report.look import CSS, SCRIPT
 from evspan.data_prep.report.markup import cell, decimals, safe, section, table
 from evspan.data_prep.report.plots import Axes, round_ticks, tick
-from evspan.launch.curves import Point
-from evspan.launch.runs import span
-from evspan.launch.state import State, number
-from evspan.launch.status import headings
+from evspan.data_prep.shards.atomic import written_whole
+from evspan.launch.sweep.registry import span
+from evspan.launch.sweep.report.curves import Point
+from evspan.launch.sweep.state import State, number
+from evspan.launch.sweep.status import headings
 
 if TYPE_CHECKING:
-    from evspan.launch.report import Row
+    from evspan.launch.sweep.report.summary import Row
 
 PAGE = "report.html"
 MOST = 300  # points of a curve

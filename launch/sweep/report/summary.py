@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from evspan.data_prep.command import Parser, run_command
-from evspan.data_prep.errors import UserError
-from evspan.launch.curves import Curve, read_curves, write_hparams
-from evspan.launch.runs import Run, differing, look, span
-from evspan.launch.state import State, number
-from evspan.launch.status import decimals, headings, table
+from evspan.conf.errors import UserError
+from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.sweep.registry import Run, differing, look, span
+from evspan.launch.sweep.report.curves import Curve, read_curves, write_hparams
+from evspan.launch.sweep.state import State, number
+from evspan.launch.sweep.status import decimals, headings, table
 
 LOSS, AP = "loss/total", "evaluation/ap"
 MEASURES = {"ap": "AP", "ap50": "AP50", "ap_small": "AP small"}  # of an evaluation
@@ -131,7 +131,7 @@ def report(path: Path, tensorboard: str) -> None:
     Raises:
         UserError: there is no run, or no such address.
     """
-    from evspan.launch.report_html import write_page
+    from evspan.launch.sweep.report.html import write_page
 
     if not tensorboard.startswith(("http://", "https://")):
         raise UserError(f"--tensorboard is {tensorboard!r}; give an address such as http://login1:6006")

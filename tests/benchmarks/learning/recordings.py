@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evspan.data_prep.errors import UserError
+from evspan.conf.errors import UserError
 
 SET, TABLE = "set", "set.json"  # of a benchmark's folder: the shards, and beside them what they hash to
 SIMULATE = ["--width", "256", "--height", "192", "--objects", "3,6", "--scales", "1,2", "--stop-share", "1",

@@ -5,13 +5,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evspan.launch.bench import ARM_LENGTH, ARMS, LENGTHS, Plan
-from evspan.launch.bench_curves import Line, Panel, write_picture
-from evspan.launch.bench_set import Made
-from evspan.launch.bench_statistics import CONFIDENCE, Interval, interval, paired
-from evspan.launch.curves import read_curves
-from evspan.launch.runs import Run, describe
-from evspan.launch.state import State, number
+from evspan.launch.sweep.registry import Run, describe
+from evspan.launch.sweep.report.curves import read_curves
+from evspan.launch.sweep.state import State, number
+from learning.curves import Line, Panel, write_picture
+from learning.intervals import CONFIDENCE, Interval, interval, paired
+from learning.recordings import Made
+from learning.study import ARM_LENGTH, ARMS, LENGTHS, Plan
 
 MEASURES = {"ap": "AP", "ap50": "AP50", "ap_small": "AP small", "ap_still": "AP still", "ap_moving": "AP moving",
             "recall_still": "recall still", "recall_moving": "recall moving"}

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evspan.data_prep.command import Parser, fail, run_command
-from evspan.data_prep.errors import UserError
-from evspan.launch.bench_set import FULL, QUICK, Made, recordings_in
-from evspan.launch.runs import SWEEP, Run, look, split_overrides
+from evspan.conf.errors import UserError
+from evspan.launch.cli.command import Parser, fail, run_command
+from evspan.launch.sweep.registry import SWEEP, Run, look, split_overrides
+from learning.recordings import FULL, QUICK, Made, recordings_in
 
 RUNS = "runs"  # of a benchmark's folder: the sweep
-ARMS = {  # conf/experiment/bench
+ARMS = {  # tests/benchmarks/learning/conf/experiment/bench
     "baseline": "baseline",
     "size_aware": "+ size-aware loss",
     "attention": "+ attention",
@@ -200,7 +200,7 @@ def planned(given: argparse.Namespace) -> Plan:
 
 
 def _learn(given: argparse.Namespace) -> int:
-    from evspan.launch.bench_report import finished, write_report
+    from learning.report import finished, write_report
 
     plan = planned(given)
     if given.report and not (plan.folder / RUNS / SWEEP).exists():
@@ -222,8 +222,8 @@ def _learn(given: argparse.Namespace) -> int:
 
 def _break_down(plan: Plan, made: Made, runs: Sequence[Run]) -> None:
     """Still and moving objects apart, which training's own evaluations do not tell: seconds for each run that is done."""
-    from evspan.launch.bench_report import COMPARED, finished, measured
-    from evspan.launch.compose import replaced
+    from evspan.conf.compose import replaced
+    from learning.report import COMPARED, finished, measured
 
     alike = [o for o in plan.extra if o.startswith(("evaluation.", "parallel.threads="))]  # as training evaluated
     arguments = replaced([*alike, "evaluation.write_detections=false"], "dataset.root", str(made.shards))
@@ -237,8 +237,8 @@ def _break_down(plan: Plan, made: Made, runs: Sequence[Run]) -> None:
 
 def _train(plan: Plan, made: Made) -> int:
     """Every run that is not done, where cluster= says; the exit code, as of `evspan sweep`."""
-    from evspan.launch.compose import replaced
-    from evspan.launch.submit import place_sweep
+    from evspan.conf.compose import replaced
+    from evspan.launch.sweep.submit import place_sweep
 
     where = [] if any(o.startswith("cluster=") for o in plan.extra) else ["cluster=local"]
     common = replaced(replaced(where, "dataset.root", str(made.shards)), "run_dir", str(plan.folder / RUNS))
