@@ -21,20 +21,28 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     parser.error = lambda message: fail(f"{message}; --help shows how")  # type: ignore[method-assign]
     given, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
-        fail(f"{unknown[0]} is no option; keys have no dashes: {unknown[0].lstrip('-')}; --help shows how")
+        fail(
+            f"{unknown[0]} is no option; keys have no dashes: {unknown[0].lstrip('-')}; --help shows how"
+        )
     for name in ("cfg", "info", "config_name", "config_path", "package", "shell_completion"):
         if getattr(given, name, None):
-            fail(f"--{name.replace('_', '-')} is for evspan train, where the same keys show the config; here "
-                 "cluster.dry_run=true shows the batch script")
+            fail(
+                f"--{name.replace('_', '-')} is for evspan train, where the same keys show the config; here "
+                "cluster.dry_run=true shows the batch script"
+            )
     options = ["--config-dir", str(Path(given.config_dir).absolute())] if given.config_dir else []
     return options, list(given.overrides)
 
 
-def expanded(options: Sequence[str], overrides: Sequence[str]) -> tuple[list[list[str]], dict[str, bool]]:
+def expanded(
+    options: Sequence[str], overrides: Sequence[str]
+) -> tuple[list[list[str]], dict[str, bool]]:
     """(the overrides of each combination of values; whether a key has several)."""
     parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
     combinations = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
-    return combinations, {override.get_key_element(): override.is_sweep_override() for override in parsed}
+    return combinations, {
+        override.get_key_element(): override.is_sweep_override() for override in parsed
+    }
 
 
 def compose_train(options: Sequence[str], overrides: Sequence[str]) -> TrainConfig:
@@ -57,7 +65,9 @@ def replaced(overrides: Sequence[str], key: str, value: str) -> list[str]:
 
 def config_dir(hydra: Any) -> list[str]:
     """--config-dir as a command line that composed `hydra` had it."""
-    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    folders = [
+        source.path for source in hydra.runtime.config_sources if source.provider == "command-line"
+    ]
     return ["--config-dir", str(Path(folders[0]).absolute())] if folders else []
 
 

@@ -11,10 +11,23 @@ from typing import Any, get_origin
 
 from evspan.conf.errors import ConfigError
 
-NOISE = ("full_key:", "object_type=", "reference_type=", "See https://", "Config search path", "provider=")
+NOISE = (
+    "full_key:",
+    "object_type=",
+    "reference_type=",
+    "See https://",
+    "Config search path",
+    "provider=",
+)
 SIMILAR = 0.6  # of difflib's ratio: below it a suggestion would puzzle
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list, such as [1,2]",
-         dict: "a mapping, such as {0: 1}"}
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list, such as [1,2]",
+    dict: "a mapping, such as {0: 1}",
+}
 
 
 def explain(error: Exception) -> str:
@@ -48,7 +61,9 @@ def refuse_unknown_keys(raw: Any) -> None:
     """
     for path, node in _groups(raw):
         type_ = node._metadata.object_type
-        if is_dataclass(type_) and (added := sorted(set(map(str, node)) - {f.name for f in fields(type_)})):
+        if is_dataclass(type_) and (
+            added := sorted(set(map(str, node)) - {f.name for f in fields(type_)})
+        ):
             raise ConfigError(_unknown_key(f"{path}{added[0]}", raw, leave_out=f"{path}{added[0]}"))
 
 
@@ -71,7 +86,12 @@ def _groups(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     yield path, node
     for key in node:
         child = node._get_node(key)
-        if hasattr(child, "keys") and not child._is_none() and not child._is_missing() and not child._is_interpolation():
+        if (
+            hasattr(child, "keys")
+            and not child._is_none()
+            and not child._is_missing()
+            and not child._is_interpolation()
+        ):
             yield from _groups(child, f"{path}{key}.")
 
 
@@ -79,9 +99,16 @@ def _unknown_key(key: str, node: Any, leave_out: str = "") -> str:
     root = node
     while root._get_parent() is not None:
         root = root._get_parent()
-    keys = [f"{path}{name}" for path, group in _groups(root) for name in group if f"{path}{name}" != leave_out]
+    keys = [
+        f"{path}{name}"
+        for path, group in _groups(root)
+        for name in group
+        if f"{path}{name}" != leave_out
+    ]
     if not key.startswith("hydra"):
-        keys = [k for k in keys if k.split(".")[0] != "hydra"] + [p.name for p in _config_tree().iterdir() if p.is_dir()]
+        keys = [k for k in keys if k.split(".")[0] != "hydra"] + [
+            p.name for p in _config_tree().iterdir() if p.is_dir()
+        ]
     if "." in key:  # a group would be no help
         keys = [k for k in keys if "." in k]
     return f"there is no key {key!r}{_did_you_mean(key, keys) or '; --cfg job lists the keys that there are'}"
@@ -91,11 +118,17 @@ def _did_you_mean(wanted: str, known: list[str], form: str = "{}") -> str:
     """'; did you mean ...?' with the nearest of `known`, or nothing. The last part counts most: people leave out its group."""
 
     def likeness(name: str) -> float:
-        (group, _, last), (known_group, _, known_last) = (n.replace("/", ".").rpartition(".") for n in (wanted, name))
-        place = 0.8 if known_group and not group else SequenceMatcher(None, group, known_group).ratio()
+        (group, _, last), (known_group, _, known_last) = (
+            n.replace("/", ".").rpartition(".") for n in (wanted, name)
+        )
+        place = (
+            0.8 if known_group and not group else SequenceMatcher(None, group, known_group).ratio()
+        )
         return SequenceMatcher(None, last, known_last).ratio() * (0.7 + 0.3 * place)
 
-    ranked = sorted(((likeness(name), name) for name in set(known)), key=lambda pair: (-pair[0], pair[1]))
+    ranked = sorted(
+        ((likeness(name), name) for name in set(known)), key=lambda pair: (-pair[0], pair[1])
+    )
     best = [name for value, name in ranked if value >= max(SIMILAR, ranked[0][0] - 0.01)][:3]
     return f"; did you mean {' or '.join(form.format(name) for name in best)}?" if best else ""
 
@@ -111,7 +144,12 @@ def _missing_option(error: Any) -> str:
     group = listed[1] if listed else missing.split("/")[0]
     name = missing.removeprefix(f"{group}/")
     shipped = _config_tree() / group
-    options = sorted({*(error.options or ()), *(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml"))})
+    options = sorted(
+        {
+            *(error.options or ()),
+            *(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml")),
+        }
+    )
     return f"{group} has no option {name!r}{_did_you_mean(name, options, f'{group}={{}}') or '.'} There are: {', '.join(options)}"
 
 

@@ -22,14 +22,24 @@ PINNED = ("-c", "constraints.txt", "--build-constraint", "constraints.txt")
 
 def pip(*args: str) -> str:
     """What pip prints to stdout; its other words, and those of its failure, go to the builder's log."""
-    ran = subprocess.run([sys.executable, "-m", "pip", *args], env=environment(GIVEN), stdout=subprocess.PIPE, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-m", "pip", *args],
+        env=environment(GIVEN),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     if ran.returncode:
         sys.exit(f"{ran.stdout}error: pip failed, as it says above. {WHERE}")
     return ran.stdout
 
 
 def environment(given: Path) -> dict[str, str]:
-    env = {**os.environ, "PIP_NO_CACHE_DIR": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
+    env = {
+        **os.environ,
+        "PIP_NO_CACHE_DIR": "1",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_ROOT_USER_ACTION": "ignore",
+    }
     if (given / "pip.conf").is_file():
         return env | {"PIP_CONFIG_FILE": str(given / "pip.conf")}
     if any(given.glob("*.whl")):
@@ -41,13 +51,37 @@ def dependencies(device: str) -> None:
     import tomllib  # the images' Python is 3.11 or newer, that of a checkout need not be
 
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    print(pip("install", "--upgrade", *PINNED[:2], "pip", "setuptools"))  # the base's pip may not know all of PINNED
-    report = pip("install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet", "--report", "-", *PINNED, "torch")
+    print(
+        pip("install", "--upgrade", *PINNED[:2], "pip", "setuptools")
+    )  # the base's pip may not know all of PINNED
+    report = pip(
+        "install",
+        "--dry-run",
+        "--no-deps",
+        "--ignore-installed",
+        "--quiet",
+        "--report",
+        "-",
+        *PINNED,
+        "torch",
+    )
     if wrong := wrong_build(json.loads(report)["install"][0]["metadata"], device):
         sys.exit(f"error: {wrong}")  # before gigabytes are fetched
-    print(pip("install", *PINNED, "torch", *project["dependencies"], *project["optional-dependencies"]["export"]))
+    print(
+        pip(
+            "install",
+            *PINNED,
+            "torch",
+            *project["dependencies"],
+            *project["optional-dependencies"]["export"],
+        )
+    )
     print(pip("check"))
-    tests = [path for name in ("test", "tests") for path in Path(sys.prefix, "lib").rglob(f"site-packages/**/{name}")]
+    tests = [
+        path
+        for name in ("test", "tests")
+        for path in Path(sys.prefix, "lib").rglob(f"site-packages/**/{name}")
+    ]
     for path in filter(Path.is_dir, tests):  # a tenth of the image
         shutil.rmtree(path, ignore_errors=True)
 
@@ -56,22 +90,38 @@ def wrong_build(torch: dict[str, Any], device: str) -> str:
     """Why this torch is not for `device`, by its metadata; else empty."""
     from pip._vendor.packaging.requirements import Requirement
 
-    needs = [r for r in map(Requirement, torch.get("requires_dist", [])) if not r.marker or r.marker.evaluate({"extra": ""})]
+    needs = [
+        r
+        for r in map(Requirement, torch.get("requires_dist", []))
+        if not r.marker or r.marker.evaluate({"extra": ""})
+    ]
     cuda = any(r.name.startswith(("nvidia-", "cuda-")) for r in needs)
     if device not in ("cpu", "cuda"):
         return f"DEVICE is {device!r}; there are: cpu, cuda"
     if cuda == (device == "cuda"):
         return ""
     found, wanted, other = ("CUDA", "CPU", "cuda") if cuda else ("CPU", "CUDA", "cpu")
-    return (f"torch {torch['version']}, where pip looks, is a {found} build, and DEVICE={device} needs a {wanted} build. Build "
-            f"with DEVICE={other}, or name the index of {wanted} builds, which PyTorch's installation page tells. {WHERE}")
+    return (
+        f"torch {torch['version']}, where pip looks, is a {found} build, and DEVICE={device} needs a {wanted} build. Build "
+        f"with DEVICE={other}, or name the index of {wanted} builds, which PyTorch's installation page tells. {WHERE}"
+    )
 
 
 def main(argv: list[str]) -> None:
     if len(argv) == 2 and argv[0] == "dependencies":
         dependencies(argv[1])
     elif argv == ["wheel"]:
-        print(pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", "dist", "."))
+        print(
+            pip(
+                "wheel",
+                "--no-deps",
+                "--no-index",
+                "--no-build-isolation",
+                "--wheel-dir",
+                "dist",
+                ".",
+            )
+        )
     else:
         sys.exit(__doc__)
 

@@ -41,7 +41,9 @@ class Job:
 Elsewhere = Callable[..., Results[Job, RecordingEntry]]
 
 
-def run_jobs(jobs: list[Job], config: PrepConfig, elsewhere: Elsewhere | None = None) -> dict[str, RecordingEntry]:
+def run_jobs(
+    jobs: list[Job], config: PrepConfig, elsewhere: Elsewhere | None = None
+) -> dict[str, RecordingEntry]:
     """Entries by split/recording; a bar on a terminal, a line per recording otherwise.
 
     elsewhere: gives the results of jobs that it has other machines do, as `results_of` does here. It is called with the jobs,
@@ -53,10 +55,18 @@ def run_jobs(jobs: list[Job], config: PrepConfig, elsewhere: Elsewhere | None = 
     entries: dict[str, RecordingEntry] = {}
     failed: dict[str, str] = {}
     run = partial(Job.run, config=config)
-    jobs = sorted(jobs, key=lambda j: (-j.source.path.stat().st_size, j.source.key))  # the longest first: no lone straggler
-    results = elsewhere(jobs, run, config.launcher, results_of) if elsewhere else results_of(jobs, run, config.processes)
-    with closing(results), \
-            tqdm(total=len(jobs), desc="preparing", unit="recording", disable=None) as bar:  # None: only on a terminal
+    jobs = sorted(
+        jobs, key=lambda j: (-j.source.path.stat().st_size, j.source.key)
+    )  # the longest first: no lone straggler
+    results = (
+        elsewhere(jobs, run, config.launcher, results_of)
+        if elsewhere
+        else results_of(jobs, run, config.processes)
+    )
+    with (
+        closing(results),
+        tqdm(total=len(jobs), desc="preparing", unit="recording", disable=None) as bar,
+    ):  # None: only on a terminal
         for number, (job, result) in enumerate(results, 1):
             key = job.source.key
             try:
@@ -73,17 +83,28 @@ def run_jobs(jobs: list[Job], config: PrepConfig, elsewhere: Elsewhere | None = 
             bar.update()
     if failed:
         told = " | ".join(f"{key}: {why}" for key, why in sorted(failed.items()))
-        raise RecordingError(f"{len(failed)} of {len(jobs)} recordings cannot be prepared; {len(entries)} are done and kept for "
-                             f"the next run. {told}")
+        raise RecordingError(
+            f"{len(failed)} of {len(jobs)} recordings cannot be prepared; {len(entries)} are done and kept for "
+            f"the next run. {told}"
+        )
     return entries
 
 
 def _told(entry: RecordingEntry) -> str:
     odd = [f"{n} {reason.replace('_', ' ')}" for reason, n in entry.dropped_events.items() if n]
-    return ", ".join([f"{entry.frames} frames", f"{entry.boxes} boxes", f"{entry.events / 1e6:.1f} M events", *odd])
+    return ", ".join(
+        [
+            f"{entry.frames} frames",
+            f"{entry.boxes} boxes",
+            f"{entry.events / 1e6:.1f} M events",
+            *odd,
+        ]
+    )
 
 
-def results_of(tasks: list[Task], run: Callable[[Task], Result], processes: int) -> Results[Task, Result]:
+def results_of(
+    tasks: list[Task], run: Callable[[Task], Result], processes: int
+) -> Results[Task, Result]:
     """Each task with a function that gives or raises what became of it, in the order in which they end.
 
     Args:
@@ -96,7 +117,9 @@ def results_of(tasks: list[Task], run: Callable[[Task], Result], processes: int)
         yield from ((task, partial(run, task)) for task in tasks)
         return
     # spawn: a forked child would inherit HDF5's and numba's locks in whatever state they are.
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=_end_with_parent
+    )
     others = active_children()
     with _interrupts_ignored():
         futures = {pool.submit(run, task): task for task in tasks}
@@ -104,8 +127,10 @@ def results_of(tasks: list[Task], run: Callable[[Task], Result], processes: int)
     try:
         for future in as_completed(futures):
             if isinstance(future.exception(), BrokenProcessPool):
-                raise UserError(f"one of {processes} processes was killed, perhaps since memory ran out. Run the same again, "
-                                "with fewer at once: processes=1; what is done is kept") from future.exception()
+                raise UserError(
+                    f"one of {processes} processes was killed, perhaps since memory ran out. Run the same again, "
+                    "with fewer at once: processes=1; what is done is kept"
+                ) from future.exception()
             yield futures[future], future.result
     except BaseException:  # a recording may take minutes yet
         for helper in helpers:

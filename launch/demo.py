@@ -16,7 +16,13 @@ from evspan.launch.cli.command import run_command
 
 TRAIN, HELD_OUT, SECONDS = 10, 2, 10  # recordings, and the length of each
 ENOUGH = 0.5  # AP50 on the held-out recordings; less, and something is wrong
-ROWS = {"ap": "AP 0.50:0.95", "ap50": "AP50", "ap_small": "AP small", "ap_medium": "AP medium", "ap_large": "AP large"}
+ROWS = {
+    "ap": "AP 0.50:0.95",
+    "ap50": "AP50",
+    "ap_small": "AP small",
+    "ap_medium": "AP medium",
+    "ap_large": "AP large",
+}
 TIMES = "times.json"  # part -> seconds; also the sign that the folder is a demo's
 
 DESCRIPTION = f"""Simulates {TRAIN} + {HELD_OUT} recordings, prepares them, trains on {TRAIN}, scores the {HELD_OUT} held-out ones
@@ -33,15 +39,61 @@ class Part(NamedTuple):
 
 
 def parts(folder: Path) -> list[Part]:
-    raw, shards, run, evaluation, detections = (folder / n for n in ("raw", "shards", "run", "evaluation", "detections"))
+    raw, shards, run, evaluation, detections = (
+        folder / n for n in ("raw", "shards", "run", "evaluation", "detections")
+    )
     return [
-        Part("simulate", ["simulate", str(raw), "--recordings", f"train={TRAIN},val={HELD_OUT}", "--seconds", str(SECONDS)], raw),
-        Part("prep", ["prep", f"source={raw}", f"output={shards}", "dataset=simulated", "frames.downsample=4"], shards),
-        Part("train", ["train", "experiment=demo", f"dataset.root={shards}", f"run_dir={run}"], run),
-        Part("evaluate", ["evaluate", f"checkpoint={run}", "dataset=simulated", f"dataset.root={shards}", "evaluation.split=val",
-                          "parallel.ranks=2", f"output={evaluation}"], evaluation),
-        Part("infer", ["infer", str(raw / "val" / "val_000_td.raw"), "--checkpoint", str(run), "--output", str(detections)],
-             detections),
+        Part(
+            "simulate",
+            [
+                "simulate",
+                str(raw),
+                "--recordings",
+                f"train={TRAIN},val={HELD_OUT}",
+                "--seconds",
+                str(SECONDS),
+            ],
+            raw,
+        ),
+        Part(
+            "prep",
+            [
+                "prep",
+                f"source={raw}",
+                f"output={shards}",
+                "dataset=simulated",
+                "frames.downsample=4",
+            ],
+            shards,
+        ),
+        Part(
+            "train", ["train", "experiment=demo", f"dataset.root={shards}", f"run_dir={run}"], run
+        ),
+        Part(
+            "evaluate",
+            [
+                "evaluate",
+                f"checkpoint={run}",
+                "dataset=simulated",
+                f"dataset.root={shards}",
+                "evaluation.split=val",
+                "parallel.ranks=2",
+                f"output={evaluation}",
+            ],
+            evaluation,
+        ),
+        Part(
+            "infer",
+            [
+                "infer",
+                str(raw / "val" / "val_000_td.raw"),
+                "--checkpoint",
+                str(run),
+                "--output",
+                str(detections),
+            ],
+            detections,
+        ),
     ]
 
 
@@ -51,12 +103,14 @@ def run_parts(todo: list[Part], folder: Path, keep: bool) -> dict[str, float]:
     for part in todo:
         if part.name not in times:
             shutil.rmtree(part.makes, ignore_errors=True)
-            for later in todo[todo.index(part):]:  # they were made from what is made anew now
+            for later in todo[todo.index(part) :]:  # they were made from what is made anew now
                 times.pop(later.name, None)
             _write_times(folder, times)
             print(f"\n== {part.name}: {part}", flush=True)
             began = time.perf_counter()
-            code = subprocess.run([sys.executable, "-m", "evspan.launch", *part.arguments]).returncode
+            code = subprocess.run(
+                [sys.executable, "-m", "evspan.launch", *part.arguments]
+            ).returncode
             if code:
                 _failed(part, code, folder)
             times[part.name] = time.perf_counter() - began
@@ -67,8 +121,12 @@ def run_parts(todo: list[Part], folder: Path, keep: bool) -> dict[str, float]:
 def _failed(part: Part, code: int, folder: Path) -> NoReturn:
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     go_on = [os.path.relpath(sys.executable), "-m", "evspan.launch.demo", str(folder), "--continue"]
-    print(f"error: the demo's part {part.name} {how}; what it said is above. Repeat it alone: {part}\n"
-          f"or go on with the demo from there: {shlex.join(go_on)}", file=sys.stderr, flush=True)
+    print(
+        f"error: the demo's part {part.name} {how}; what it said is above. Repeat it alone: {part}\n"
+        f"or go on with the demo from there: {shlex.join(go_on)}",
+        file=sys.stderr,
+        flush=True,
+    )
     sys.exit(code if code > 0 else 128 - code)
 
 
@@ -92,16 +150,25 @@ def read_metrics(folder: Path) -> dict[str, float | None]:
 
 def table(metrics: dict[str, float | None], times: dict[str, float], folder: Path) -> str:
     """What the demo reached, how long each part took, and where to look."""
-    lines = [f"{HELD_OUT} held-out recordings of {SECONDS} s, detector trained on {TRAIN} others", ""]
+    lines = [
+        f"{HELD_OUT} held-out recordings of {SECONDS} s, detector trained on {TRAIN} others",
+        "",
+    ]
     shares = {words: metrics[name] for name, words in ROWS.items()}
-    lines += [f"  {words:14}{'-' if share is None else format(share, '.3f'):>8}" for words, share in shares.items()]
+    lines += [
+        f"  {words:14}{'-' if share is None else format(share, '.3f'):>8}"
+        for words, share in shares.items()
+    ]
     lines += ["", *(f"  {name:14}{seconds:>8.1f} s" for name, seconds in times.items())]
     lines += [f"  {'together':14}{sum(times.values()):>8.1f} s", ""]
     overlays = sorted((folder / "detections").glob("*_overlay.*"))
     logs, board = folder / "run" / "tensorboard", Path(sys.executable).with_name("tensorboard")
     watch = [os.path.relpath(board) if board.exists() else "tensorboard", "--logdir", str(logs)]
-    lines += [f"  {'overlay':14}{overlays[0] if overlays else '-'}", f"  {'TensorBoard':14}{logs}",
-              f"  {'to watch it':14}{shlex.join(watch)}"]
+    lines += [
+        f"  {'overlay':14}{overlays[0] if overlays else '-'}",
+        f"  {'TensorBoard':14}{logs}",
+        f"  {'to watch it':14}{shlex.join(watch)}",
+    ]
     return "\n".join(lines)
 
 
@@ -118,24 +185,36 @@ def demo(folder: Path, keep: bool) -> int:
     todo = parts(folder)
     foreign = [p.makes for p in todo if p.makes.exists()] if not (folder / TIMES).exists() else []
     if foreign:
-        raise UserError(f"{foreign[0]} is there, but not from a demo ({folder / TIMES} is missing). Move it away, or name "
-                        "another folder: python -m evspan.launch.demo FOLDER")
+        raise UserError(
+            f"{foreign[0]} is there, but not from a demo ({folder / TIMES} is missing). Move it away, or name "
+            "another folder: python -m evspan.launch.demo FOLDER"
+        )
     times = run_parts(todo, folder, keep)
     metrics = read_metrics(folder)
     print(f"\n{table(metrics, times, folder)}\n", flush=True)
     enough = (metrics["ap50"] or 0) >= ENOUGH
     if not enough:
-        print(f"error: AP50 is {metrics['ap50'] or 0:.3f}, below {ENOUGH:.2f}: the detector has not learnt enough. Look at "
-              "loss/total in TensorBoard, and at the overlay", file=sys.stderr, flush=True)
+        print(
+            f"error: AP50 is {metrics['ap50'] or 0:.3f}, below {ENOUGH:.2f}: the detector has not learnt enough. Look at "
+            "loss/total in TensorBoard, and at the overlay",
+            file=sys.stderr,
+            flush=True,
+        )
     print(last_line(metrics, times), flush=True)
     return 0 if enough else 1
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m evspan.launch.demo", description=DESCRIPTION)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("demo"), metavar="FOLDER", help="default: demo")
-    parser.add_argument("--continue", dest="keep", action="store_true",
-                        help="use the parts that an earlier demo finished, with the times they took")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path("demo"), metavar="FOLDER", help="default: demo"
+    )
+    parser.add_argument(
+        "--continue",
+        dest="keep",
+        action="store_true",
+        help="use the parts that an earlier demo finished, with the times they took",
+    )
     given = parser.parse_args(argv)
     code = 0
 

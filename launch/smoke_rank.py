@@ -70,25 +70,52 @@ def layouts(ranks: int) -> list[Layout]:
     """All cuts of so many ranks into data x sequence, under both exchanges, with the ZeRO stages in turn."""
     if ranks == 1:
         return [Layout(1, stage=stage) for stage in (1, 2, 3)]
-    cuts = [(sequence, exchange) for sequence in range(2, ranks + 1) if ranks % sequence == 0
-            for exchange in (ExchangeKind.transpose, ExchangeKind.relay)]
-    return [Layout(ranks, stage=1), *(Layout(ranks, *cut, stage=(2, 3, 1)[i % 3]) for i, cut in enumerate(cuts))]
+    cuts = [
+        (sequence, exchange)
+        for sequence in range(2, ranks + 1)
+        if ranks % sequence == 0
+        for exchange in (ExchangeKind.transpose, ExchangeKind.relay)
+    ]
+    return [
+        Layout(ranks, stage=1),
+        *(Layout(ranks, *cut, stage=(2, 3, 1)[i % 3]) for i, cut in enumerate(cuts)),
+    ]
 
 
-def config(layout: Layout, folder: Path, run: Path, *, ranks: int, steps: int, threads: int) -> TrainConfig:
+def config(
+    layout: Layout, folder: Path, run: Path, *, ranks: int, steps: int, threads: int
+) -> TrainConfig:
     """A micro detector whose carry and attention matter from the first step; lanes and frames that `ranks` ranks can share."""
     return TrainConfig(
-        run_dir=str(run), seed=1,
-        model=ModelConfig(backbone=BackboneConfig(embed_dim=16, dim_head=8, ls_init_value=0.5, partition_split_32=1),
-                          fpn=FpnConfig(enable_small_object_attention=True, identity_start=False)),
+        run_dir=str(run),
+        seed=1,
+        model=ModelConfig(
+            backbone=BackboneConfig(
+                embed_dim=16, dim_head=8, ls_init_value=0.5, partition_split_32=1
+            ),
+            fpn=FpnConfig(enable_small_object_attention=True, identity_start=False),
+        ),
         dataset=DatasetConfig(root=str(folder / "shards")),
-        training=TrainingConfig(max_steps=10 * steps, batch_size=max(2, ranks), sequence_length=ranks * math.ceil(4 / ranks),
-                                loader_workers=1, log_every=1, frames_per_call=layout.frames_per_call, evaluate_every=0),
+        training=TrainingConfig(
+            max_steps=10 * steps,
+            batch_size=max(2, ranks),
+            sequence_length=ranks * math.ceil(4 / ranks),
+            loader_workers=1,
+            log_every=1,
+            frames_per_call=layout.frames_per_call,
+            evaluate_every=0,
+        ),
         optimizer=OptimizerConfig(lr=2e-4, warmup_share=0.2),
         deepspeed=DeepSpeedConfig(stage=layout.stage),
-        parallel=ParallelConfig(ranks=layout.ranks, sequence=layout.sequence, exchange=layout.exchange, timeout_s=TIMEOUT_S,
-                                threads=threads),
-        checkpoint=CheckpointConfig(every=steps // 2, keep=9))
+        parallel=ParallelConfig(
+            ranks=layout.ranks,
+            sequence=layout.sequence,
+            exchange=layout.exchange,
+            timeout_s=TIMEOUT_S,
+            threads=threads,
+        ),
+        checkpoint=CheckpointConfig(every=steps // 2, keep=9),
+    )
 
 
 # -- training, watched ---------------------------------------------------------------------------------------------
@@ -172,7 +199,10 @@ def gradient_distance(gradients: dict[str, Tensor], wanted: dict[str, Tensor]) -
     if gradients.keys() != wanted.keys():
         return math.nan
     floor = 1e-4 * max(float(w.abs().max()) for w in wanted.values())
-    each = [float((gradients[name] - w).abs().max()) / max(float(w.abs().max()), floor) for name, w in wanted.items()]
+    each = [
+        float((gradients[name] - w).abs().max()) / max(float(w.abs().max()), floor)
+        for name, w in wanted.items()
+    ]
     return math.nan if any(map(math.isnan, each)) else max(each)
 
 
@@ -200,7 +230,11 @@ def peak_bytes(device: torch.device) -> int:
 def device_name(world: World, threads: int) -> str:
     if world.device.type == "cuda":
         return f"{torch.cuda.get_device_name(world.device)}, NCCL"
-    models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    models = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
     return f"CPU ({models[0] if models else 'unknown'}), {threads} thread{'s' * (threads > 1)} a rank, gloo"
 
 
@@ -212,12 +246,23 @@ class Smoke:
     """
 
     def __init__(self, world: World, folder: Path, *, ranks: int, steps: int, threads: int) -> None:
-        self.world, self.folder, self.ranks, self.steps, self.threads = world, folder, ranks, steps, threads
+        self.world, self.folder, self.ranks, self.steps, self.threads = (
+            world,
+            folder,
+            ranks,
+            steps,
+            threads,
+        )
         self.cut = steps // 2
-        self.before: tuple[str, Path] | None = None  # the layout before, and its checkpoint at `cut`
+        self.before: tuple[str, Path] | None = (
+            None  # the layout before, and its checkpoint at `cut`
+        )
         if world.size > 1:
             found = torch.load(folder / REFERENCE, weights_only=True)
-            self.reference: tuple[dict[int, list[float]], dict[str, Tensor]] = found["losses"], found["gradients"]
+            self.reference: tuple[dict[int, list[float]], dict[str, Tensor]] = (
+                found["losses"],
+                found["gradients"],
+            )
             self.before = (found["name"], Path(found["checkpoint"]))
 
     def run(self, layout: Layout) -> dict[str, Any]:
@@ -229,28 +274,52 @@ class Smoke:
         assert isinstance(whole.engine, FirstGradients)
         if self.before is None:
             self.reference = whole.losses, whole.engine.gradients
-            torch.save({"losses": whole.losses, "gradients": whole.engine.gradients, "name": layout.name,
-                        "checkpoint": str(checkpoint)}, self.folder / REFERENCE)
+            torch.save(
+                {
+                    "losses": whole.losses,
+                    "gradients": whole.engine.gradients,
+                    "name": layout.name,
+                    "checkpoint": str(checkpoint),
+                },
+                self.folder / REFERENCE,
+            )
         peak = max(gather_objects(peak_bytes(self.world.device)))
         frames = whole.config.training.batch_size * whole.config.training.sequence_length
-        told = {"layout": layout.name, "stage": layout.stage, "skipped": whole.skipped, "peak": peak,
-                "speed": frames / whole.quickest,
-                "loss": loss_distance(whole.losses, self.reference[0]) if len(whole.losses) == self.steps else math.nan,
-                "gradients": gradient_distance(whole.engine.gradients, self.reference[1]),
-                "resumed": self._resumed(layout, "resumed", checkpoint, whole.losses)}
+        told = {
+            "layout": layout.name,
+            "stage": layout.stage,
+            "skipped": whole.skipped,
+            "peak": peak,
+            "speed": frames / whole.quickest,
+            "loss": loss_distance(whole.losses, self.reference[0])
+            if len(whole.losses) == self.steps
+            else math.nan,
+            "gradients": gradient_distance(whole.engine.gradients, self.reference[1]),
+            "resumed": self._resumed(layout, "resumed", checkpoint, whole.losses),
+        }
         if self.before:
             told["other"] = self.before[0]
-            told["resumed_other"] = self._resumed(layout, "other", self.before[1], self.reference[0])
+            told["resumed_other"] = self._resumed(
+                layout, "other", self.before[1], self.reference[0]
+            )
         self.before = layout.name, checkpoint
         return told
 
-    def _resumed(self, layout: Layout, name: str, checkpoint: Path, wanted: dict[int, list[float]]) -> float:
+    def _resumed(
+        self, layout: Layout, name: str, checkpoint: Path, wanted: dict[int, list[float]]
+    ) -> float:
         losses = trained(self._config(layout, name), self.world, self.steps, checkpoint).losses
-        return loss_distance(losses, wanted) if set(losses) == set(range(self.cut + 1, self.steps + 1)) else math.nan
+        return (
+            loss_distance(losses, wanted)
+            if set(losses) == set(range(self.cut + 1, self.steps + 1))
+            else math.nan
+        )
 
     def _config(self, layout: Layout, name: str) -> TrainConfig:
         run = self.folder / "runs" / f"{layout.name} zero{layout.stage}".replace(" ", "-") / name
-        return config(layout, self.folder, run, ranks=self.ranks, steps=self.steps, threads=self.threads)
+        return config(
+            layout, self.folder, run, ranks=self.ranks, steps=self.steps, threads=self.threads
+        )
 
 
 def main(folder: Path, ranks: int, steps: int, threads: int) -> None:
@@ -258,15 +327,25 @@ def main(folder: Path, ranks: int, steps: int, threads: int) -> None:
     torch.backends.cudnn.allow_tf32 = False  # 10 bits would hide what is compared
     with open_world(ParallelConfig(ranks=size, timeout_s=TIMEOUT_S, threads=threads)) as world:
         smoke = Smoke(world, folder, ranks=ranks, steps=steps, threads=threads)
-        with (folder / f"told-{size}.jsonl").open("a") as told, (folder / "training.log").open("a") as log:
-            tell(told, {"device": device_name(world, threads), "gpus": torch.cuda.device_count()}, world)
+        with (
+            (folder / f"told-{size}.jsonl").open("a") as told,
+            (folder / "training.log").open("a") as log,
+        ):
+            tell(
+                told,
+                {"device": device_name(world, threads), "gpus": torch.cuda.device_count()},
+                world,
+            )
             for layout in (ALONE if size == 1 else []) + (layouts(ranks) if size == ranks else []):
                 began = time.perf_counter()
                 with redirect_stdout(log):
                     row = smoke.run(layout)
                 tell(told, row, world)
                 if world.is_main:
-                    print(f"  {layout.name}, ZeRO {layout.stage}: {time.perf_counter() - began:.1f} s", flush=True)
+                    print(
+                        f"  {layout.name}, ZeRO {layout.stage}: {time.perf_counter() - began:.1f} s",
+                        flush=True,
+                    )
 
 
 def tell(file: Any, row: dict[str, Any], world: World) -> None:

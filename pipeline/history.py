@@ -21,7 +21,9 @@ def append(run: str | Path, event: str, **values: Any) -> None:
     handle = os.open(Path(run, HISTORY), os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(handle).st_size
-        if size and os.pread(handle, 1, size - 1) != b"\n":  # left half written by a process that died
+        if (
+            size and os.pread(handle, 1, size - 1) != b"\n"
+        ):  # left half written by a process that died
             line = "\n" + line
         os.write(handle, line.encode())
         os.fsync(handle)  # other machines decide by it
@@ -88,4 +90,8 @@ def faults_in_a_row(events: list[dict[str, Any]]) -> int:
 def slurm_job() -> str:
     """SLURM's id of the job that this process is in, JOB_INDEX in an array; empty elsewhere."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID", "")
+    return (
+        f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        if array
+        else os.environ.get("SLURM_JOB_ID", "")
+    )

@@ -18,8 +18,9 @@ DOWNSAMPLE = STAGE + "downsample_cf2cl.conv.weight"
 ATTENTION = "fpn.small_object_attention_modules."
 
 
-def recognise(tensors: Mapping[str, "Tensor"], *, size: str | None = None,
-              dim_head: int | None = None) -> tuple[ModelConfig, int]:
+def recognise(
+    tensors: Mapping[str, "Tensor"], *, size: str | None = None, dim_head: int | None = None
+) -> tuple[ModelConfig, int]:
     """The model and its input channels.
 
     What is not there to be seen is as in RVT's tiny, so that tensors of something else give a model to compare them with.
@@ -30,11 +31,18 @@ def recognise(tensors: Mapping[str, "Tensor"], *, size: str | None = None,
     Raises:
         UserError: dim_head is not given and follows from no size.
     """
+
     def length(name: str, dim: int, otherwise: int) -> int:
-        return int(tensors[name].shape[dim]) if name in tensors and tensors[name].dim() > dim else otherwise
+        return (
+            int(tensors[name].shape[dim])
+            if name in tensors and tensors[name].dim() > dim
+            else otherwise
+        )
 
     def children(prefix: str) -> int:
-        return len({name[len(prefix):].split(".")[0] for name in tensors if name.startswith(prefix)})
+        return len(
+            {name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)}
+        )
 
     embed_dim = max(1, length(DOWNSAMPLE.format(0), 0, 32))
     chosen = _size(size) if size else _size_of_width(embed_dim)
@@ -44,32 +52,48 @@ def recognise(tensors: Mapping[str, "Tensor"], *, size: str | None = None,
     if dim_head:
         chosen["backbone"]["dim_head"] = dim_head
     if "dim_head" not in chosen["backbone"]:
-        raise UserError(f"the network's embed_dim is {embed_dim}, that of no file in conf/size ({', '.join(sizes())}), and "
-                        "weights do not tell dim_head: give the one that it was trained with, evspan convert --dim-head N")
+        raise UserError(
+            f"the network's embed_dim is {embed_dim}, that of no file in conf/size ({', '.join(sizes())}), and "
+            "weights do not tell dim_head: give the one that it was trained with, evspan convert --dim-head N"
+        )
     first = STAGE.format(0)
     backbone = BackboneConfig(
         **chosen["backbone"],
-        dim_multiplier=[max(1, length(DOWNSAMPLE.format(i), 0, embed_dim * 2**i) // embed_dim) for i in range(4)],
+        dim_multiplier=[
+            max(1, length(DOWNSAMPLE.format(i), 0, embed_dim * 2**i) // embed_dim) for i in range(4)
+        ],
         num_blocks=[max(1, children(f"{STAGE.format(i)}att_blocks.")) for i in range(4)],
-        mlp_ratio=max(1, length(f"{first}att_blocks.0.att_window.mlp.net.0.0.weight", 0, 4 * embed_dim) // embed_dim),
-        dws_conv=f"{first}lstm.conv3x3_dws.weight" in tensors)
-    attention = {name[len(ATTENTION):].split(".")[1] for name in tensors if name.startswith(ATTENTION)}
+        mlp_ratio=max(
+            1,
+            length(f"{first}att_blocks.0.att_window.mlp.net.0.0.weight", 0, 4 * embed_dim)
+            // embed_dim,
+        ),
+        dws_conv=f"{first}lstm.conv3x3_dws.weight" in tensors,
+    )
+    attention = {
+        name[len(ATTENTION) :].split(".")[1] for name in tensors if name.startswith(ATTENTION)
+    }
     enabled = children("fpn.scale_aware_attention_modules.") > 0
     fpn = FpnConfig(
-        **chosen["fpn"], in_stages=[1, 2, 3, 4] if children("yolox_head.stems.") == 4 else [2, 3, 4],
+        **chosen["fpn"],
+        in_stages=[1, 2, 3, 4] if children("yolox_head.stems.") == 4 else [2, 3, 4],
         enable_small_object_attention=enabled,
         attention_spatial="spatial" in attention if enabled else True,
         attention_temporal="temporal" in attention if enabled else True,
         temporal_window=length(f"{ATTENTION}scale_0.temporal.temporal_conv.weight", 2, 3),
-        identity_start=not enabled or any(name.startswith("fpn.") and name.endswith(".gate") for name in tensors))
+        identity_start=not enabled
+        or any(name.startswith("fpn.") and name.endswith(".gate") for name in tensors),
+    )
     head = HeadConfig(num_classes=length("yolox_head.cls_preds.0.weight", 0, 3))
     return ModelConfig(backbone=backbone, fpn=fpn, head=head), length(DOWNSAMPLE.format(0), 1, 20)
 
 
 def size_name(model: ModelConfig) -> str:
     """The file of conf/size that has these widths and this depth; 'custom' where none has."""
-    like = {"backbone": {"embed_dim": model.backbone.embed_dim, "dim_head": model.backbone.dim_head},
-            "fpn": {"depth": model.fpn.depth}}
+    like = {
+        "backbone": {"embed_dim": model.backbone.embed_dim, "dim_head": model.backbone.dim_head},
+        "fpn": {"depth": model.fpn.depth},
+    }
     return next((name for name in sizes() if _size(name) == like), "custom")
 
 
@@ -95,8 +119,10 @@ def _size(name: str) -> dict[str, dict[str, Any]]:
 
 def _size_of_width(embed_dim: int) -> dict[str, dict[str, Any]]:
     known = (_size(name) for name in sizes())
-    return next((s for s in known if s["backbone"]["embed_dim"] == embed_dim),
-                {"backbone": {"embed_dim": embed_dim}, "fpn": {"depth": 0.33}})
+    return next(
+        (s for s in known if s["backbone"]["embed_dim"] == embed_dim),
+        {"backbone": {"embed_dim": embed_dim}, "fpn": {"depth": 0.33}},
+    )
 
 
 def gen4_classes() -> list[str]:

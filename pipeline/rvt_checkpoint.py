@@ -33,7 +33,10 @@ class Trained(NamedTuple):
     partition_split_32: int
 
 
-DATASETS = {"gen4": Trained(downsample=2, partition_split_32=2), "gen1": Trained(downsample=1, partition_split_32=1)}
+DATASETS = {
+    "gen4": Trained(downsample=2, partition_split_32=2),
+    "gen1": Trained(downsample=1, partition_split_32=1),
+}
 GEN1_CLASSES = ["car", "pedestrian"]
 
 
@@ -59,16 +62,28 @@ def open_weights(path: str | Path, told: Told = Told()) -> Weights:  # noqa: B00
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path} is not there. Name a published {SUFFIX}, a run folder, one of its checkpoints, or a "
-                        ".safetensors file")
-    weights = load_weights(path) if path.is_dir() or path.suffix == ".safetensors" else _read(path, told)
+        raise UserError(
+            f"{path} is not there. Name a published {SUFFIX}, a run folder, one of its checkpoints, or a "
+            ".safetensors file"
+        )
+    weights = (
+        load_weights(path) if path.is_dir() or path.suffix == ".safetensors" else _read(path, told)
+    )
     if told.size or told.dim_head or told.dataset:
         weights = _as_published(weights.tensors, weights.step, told)
     if told.classes and len(told.classes) != weights.model.head.num_classes:
-        raise UserError(f"{len(told.classes)} classes are named ({', '.join(told.classes)}), but {path} has "
-                        f"{weights.model.head.num_classes}; name them all, in the order of their ids")
-    frames = {name: value for name in ("mode", "downsample", "window_ms") if (value := getattr(told, name)) is not None}
-    return replace(weights, classes=told.classes or weights.classes, frames=replace(weights.frames, **frames))
+        raise UserError(
+            f"{len(told.classes)} classes are named ({', '.join(told.classes)}), but {path} has "
+            f"{weights.model.head.num_classes}; name them all, in the order of their ids"
+        )
+    frames = {
+        name: value
+        for name in ("mode", "downsample", "window_ms")
+        if (value := getattr(told, name)) is not None
+    }
+    return replace(
+        weights, classes=told.classes or weights.classes, frames=replace(weights.frames, **frames)
+    )
 
 
 def _as_published(tensors: dict[str, Tensor], step: int, told: Told) -> Weights:
@@ -78,8 +93,13 @@ def _as_published(tensors: dict[str, Tensor], step: int, told: Told) -> Weights:
     trained = DATASETS[dataset]
     model.backbone.partition_split_32 = trained.partition_split_32
     names = GEN1_CLASSES if dataset == "gen1" else gen4_classes()
-    return Weights(tensors, model, FrameConfig(mode=FrameMode.rvt, bins=max(1, channels // 2), downsample=trained.downsample),
-                   names if len(names) == classes else [f"class_{i}" for i in range(classes)], step)
+    return Weights(
+        tensors,
+        model,
+        FrameConfig(mode=FrameMode.rvt, bins=max(1, channels // 2), downsample=trained.downsample),
+        names if len(names) == classes else [f"class_{i}" for i in range(classes)],
+        step,
+    )
 
 
 # -- Lightning's form --------------------------------------------------------------------------------------------
@@ -111,19 +131,26 @@ def _load(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch does not look
         if damaged:
-            raise UserError(f"{path} is damaged: {damaged} in it does not have its checksum. Fetch or copy it again")
+            raise UserError(
+                f"{path} is damaged: {damaged} in it does not have its checksum. Fetch or copy it again"
+            )
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(STAND_INS.get(name, Inert), name) for name in unknown]):
+        with torch.serialization.safe_globals(
+            [(STAND_INS.get(name, Inert), name) for name in unknown]
+        ):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, UserError):
         raise
     except Exception as error:  # whatever bytes can lead to
         # torch's own text goes on to say how to load the file without any protection.
-        said = re.split(r"\s(?:Please|Check the doc|In PyTorch)|\n", str(error.__context__ or error))[0]
+        said = re.split(
+            r"\s(?:Please|Check the doc|In PyTorch)|\n", str(error.__context__ or error)
+        )[0]
         raise UserError(
             f"{path} cannot be read as a checkpoint ({said or type(error).__name__}). Name a {SUFFIX} as RVT and Lightning write "
             "it. If it comes from a source that you trust, keep its tensors alone, where it was made: "
-            f"torch.save({{'state_dict': checkpoint['state_dict']}}, NAME{SUFFIX})") from error
+            f"torch.save({{'state_dict': checkpoint['state_dict']}}, NAME{SUFFIX})"
+        ) from error
 
 
 def _read(path: Path, told: Told) -> Weights:
@@ -131,13 +158,26 @@ def _read(path: Path, told: Told) -> Weights:
     state = raw.get("state_dict") if isinstance(raw, dict) else None
     if not isinstance(state, dict) or not state:
         keys = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(f"{path} has no tensors under 'state_dict', as Lightning writes them; it has: {keys or 'nothing'}. Name "
-                        f"another file, or save it as {{'state_dict': ...}}")
-    odd = [str(k) for k, t in state.items() if not (isinstance(k, str) and isinstance(t, Tensor) and t.layout is torch.strided
-                                                    and t.device.type == "cpu" and not t.is_quantized)]
+        raise UserError(
+            f"{path} has no tensors under 'state_dict', as Lightning writes them; it has: {keys or 'nothing'}. Name "
+            f"another file, or save it as {{'state_dict': ...}}"
+        )
+    odd = [
+        str(k)
+        for k, t in state.items()
+        if not (
+            isinstance(k, str)
+            and isinstance(t, Tensor)
+            and t.layout is torch.strided
+            and t.device.type == "cpu"
+            and not t.is_quantized
+        )
+    ]
     if odd:
-        raise UserError(f"{path}: {len(odd)} of {len(state)} entries under 'state_dict' are no plain tensors: {', '.join(odd)}. "
-                        "Name a checkpoint of a detector")
+        raise UserError(
+            f"{path}: {len(odd)} of {len(state)} entries under 'state_dict' are no plain tensors: {', '.join(odd)}. "
+            "Name a checkpoint of a detector"
+        )
     tensors = {name.removeprefix(PREFIX): t.detach() for name, t in state.items()}
     step, about = raw.get("global_step"), raw.get(ABOUT)
     if isinstance(about, str):
@@ -148,8 +188,18 @@ def _read(path: Path, told: Told) -> Weights:
 def save_published(path: Path, weights: Weights) -> None:
     """Weights in Lightning's form, for RVT's own code: `torch.load(path)['state_dict']`, `load_from_checkpoint`."""
     # Cloned: a view would bring its whole storage along.
-    state = {PREFIX + name: t.detach().cpu().contiguous().clone() for name, t in weights.tensors.items()}
+    state = {
+        PREFIX + name: t.detach().cpu().contiguous().clone() for name, t in weights.tensors.items()
+    }
     memory = io.BytesIO()  # a full disk is then an OSError as anywhere
-    torch.save({"state_dict": state, "epoch": 0, "global_step": weights.step, "pytorch-lightning_version": LIGHTNING_VERSION,
-                ABOUT: json.dumps(describe(weights))}, memory)
+    torch.save(
+        {
+            "state_dict": state,
+            "epoch": 0,
+            "global_step": weights.step,
+            "pytorch-lightning_version": LIGHTNING_VERSION,
+            ABOUT: json.dumps(describe(weights)),
+        },
+        memory,
+    )
     path.write_bytes(memory.getbuffer())

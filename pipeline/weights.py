@@ -1,9 +1,9 @@
 """A run's checkpoints as files that anyone reads: where they lie, and the weights file that goes out into the world.
 
-    RUN/checkpoints/latest               the name of the newest complete checkpoint
-    RUN/checkpoints/best                 the name of the one with the highest AP of those that were evaluated
-    RUN/checkpoints/step-00001000/       see evspan.pipeline.engine.checkpoints
-        weights.safetensors              consolidated weights; its header holds model, frames and classes
+RUN/checkpoints/latest               the name of the newest complete checkpoint
+RUN/checkpoints/best                 the name of the one with the highest AP of those that were evaluated
+RUN/checkpoints/step-00001000/       see evspan.pipeline.engine.checkpoints
+    weights.safetensors              consolidated weights; its header holds model, frames and classes
 """
 
 import json
@@ -17,7 +17,14 @@ import numpy as np
 import torch
 from evspan.conf.errors import UserError
 from evspan.conf.schema.prep import FrameConfig, frame_config
-from evspan.conf.schema.training import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, PostprocessConfig, SizeWeighting
+from evspan.conf.schema.training import (
+    BackboneConfig,
+    FpnConfig,
+    HeadConfig,
+    ModelConfig,
+    PostprocessConfig,
+    SizeWeighting,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -50,16 +57,25 @@ def plain(config: Any) -> Any:
 
 def describe(weights: Weights) -> dict[str, Any]:
     """All but the tensors, as JSON values."""
-    return {"model": plain(asdict(weights.model)), "frames": plain(asdict(weights.frames)),
-            "classes": weights.classes, "step": weights.step}
+    return {
+        "model": plain(asdict(weights.model)),
+        "frames": plain(asdict(weights.frames)),
+        "classes": weights.classes,
+        "step": weights.step,
+    }
 
 
 def described(tensors: dict[str, Tensor], about: str, file: Path) -> Weights:
     """The inverse of `describe`, of its JSON text. Raises UserError where `file` tells something else there."""
     try:
         told = json.loads(about)
-        return Weights(tensors, model_config(told["model"]), frame_config(told["frames"]),
-                       [str(name) for name in told["classes"]], int(told["step"]))
+        return Weights(
+            tensors,
+            model_config(told["model"]),
+            frame_config(told["frames"]),
+            [str(name) for name in told["classes"]],
+            int(told["step"]),
+        )
     except (KeyError, ValueError, TypeError) as error:
         raise _unreadable(file, error) from error
 
@@ -68,10 +84,14 @@ def save_weights(path: Path, weights: Weights) -> None:
     save_tensors(path, weights.tensors, {"evspan": json.dumps(describe(weights))})
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None
+) -> None:
     # Cloned: one storage per tensor is what the format wants. By way of memory: `save_file` makes files that only their owner
     # may read, and a full disk is then an OSError as anywhere.
-    path.write_bytes(save({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, metadata=about))
+    path.write_bytes(
+        save({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, metadata=about)
+    )
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -91,8 +111,10 @@ def load_weights(path: str | Path) -> Weights:
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} is no weights file of evspan ({type(error).__name__}: {error}). Name a run folder, a checkpoint "
-                     "folder, or a .safetensors file of evspan train or of evspan convert, which reads RVT's published .ckpt")
+    return UserError(
+        f"{file} is no weights file of evspan ({type(error).__name__}: {error}). Name a run folder, a checkpoint "
+        "folder, or a .safetensors file of evspan train or of evspan convert, which reads RVT's published .ckpt"
+    )
 
 
 def _weights_file(path: Path) -> Path:
@@ -104,21 +126,32 @@ def _weights_file(path: Path) -> Path:
         return path / WEIGHTS
     if (newest := newest_checkpoint(path)) is not None:
         return newest / WEIGHTS
-    raise UserError(f"{path} holds no checkpoint. Name a run folder (it has {FOLDER}/{LATEST}), one of its checkpoints, "
-                    "or a .safetensors file")
+    raise UserError(
+        f"{path} holds no checkpoint. Name a run folder (it has {FOLDER}/{LATEST}), one of its checkpoints, "
+        "or a .safetensors file"
+    )
 
 
 def model_config(raw: dict[str, Any]) -> ModelConfig:
     head = dict(raw["head"], size_aware_mode=SizeWeighting[raw["head"]["size_aware_mode"]])
-    return ModelConfig(name=raw["name"], backbone=BackboneConfig(**raw["backbone"]), fpn=FpnConfig(**raw["fpn"]),
-                       head=HeadConfig(**head), postprocess=PostprocessConfig(**raw["postprocess"]))
+    return ModelConfig(
+        name=raw["name"],
+        backbone=BackboneConfig(**raw["backbone"]),
+        fpn=FpnConfig(**raw["fpn"]),
+        head=HeadConfig(**head),
+        postprocess=PostprocessConfig(**raw["postprocess"]),
+    )
 
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The checkpoint that `latest` names; where that is gone, the newest complete one."""
     folder = run / FOLDER
     pointer = folder / LATEST
-    if pointer.is_file() and (named := folder / pointer.read_text().strip()) and (named / META).is_file():
+    if (
+        pointer.is_file()
+        and (named := folder / pointer.read_text().strip())
+        and (named / META).is_file()
+    ):
         return named
     complete = sorted(p for p in folder.glob("step-*") if (p / META).is_file())
     return complete[-1] if complete else None

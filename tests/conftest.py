@@ -14,7 +14,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 # Long files begin first, so that no process waits for another's at the end; the first spends most of its time waiting for SLURM.
-LONG = ("test_submit_slurm", "test_layouts", "test_training", "test_exchange", "test_monitor", "test_checkpoint_layouts")
+LONG = (
+    "test_submit_slurm",
+    "test_layouts",
+    "test_training",
+    "test_exchange",
+    "test_monitor",
+    "test_checkpoint_layouts",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -38,12 +38,18 @@ class ClusterConfig:
     max_parallel: int = 16  # runs of a sweep at once
     max_faults: int = 3  # a run that fails so many times in a row at the same step is given up
     requeue_after_fault: bool = True
-    setup: list[str] = field(default_factory=list)  # shell lines before everything else, such as 'module load cuda'
+    setup: list[str] = field(
+        default_factory=list
+    )  # shell lines before everything else, such as 'module load cuda'
     environment: list[str] = field(default_factory=list)  # NAME=VALUE
-    options: list[str] = field(default_factory=list)  # further ones of sbatch: mail-type=END, exclusive
+    options: list[str] = field(
+        default_factory=list
+    )  # further ones of sbatch: mail-type=END, exclusive
     container: Container = Container.none
     image: str = ""
-    mounts: list[str] = field(default_factory=list)  # PATH or PATH:INSIDE; the working folder is always there
+    mounts: list[str] = field(
+        default_factory=list
+    )  # PATH or PATH:INSIDE; the working folder is always there
     python: str = ""  # on the nodes, or in the container; empty: the one that runs this, or the container's `python`
     detach: bool = False  # return when SLURM has taken the runs, instead of waiting for their end
     dry_run: bool = False  # print the batch script, submit nothing
@@ -52,32 +58,49 @@ class ClusterConfig:
         for name in ("setup", "environment", "options", "mounts"):
             setattr(self, name, list(getattr(self, name)))
         for name in ("cpus_per_rank", "time_min", "signal_delay_s", "max_parallel", "max_faults"):
-            require(getattr(self, name) >= 1, f"cluster.{name} is {getattr(self, name)}; give 1 or more")
+            require(
+                getattr(self, name) >= 1, f"cluster.{name} is {getattr(self, name)}; give 1 or more"
+            )
         for name in ("gpus_per_node", "ranks_per_node", "mem_gb"):
-            require(getattr(self, name) >= 0, f"cluster.{name} is {getattr(self, name)}; give 0 or more")
-        require(self.signal_delay_s < 60 * self.time_min,
-                f"cluster.signal_delay_s is {self.signal_delay_s}, but a run may last {60 * self.time_min} s (cluster.time_min); "
-                "leave it time to work before it is told to end")
-        require(not self.gpus_per_node or self.ranks_per_node <= self.gpus_per_node,
-                f"cluster.ranks_per_node is {self.ranks_per_node} but a node has {self.gpus_per_node} GPUs "
-                "(cluster.gpus_per_node), and each rank needs one; lower ranks_per_node, or leave it out")
-        require((self.container is Container.none) == (not self.image),
-                "cluster.container and cluster.image come together: container=apptainer image=evspan.sif, or "
-                "container=pyxis image=evspan.sqsh")
+            require(
+                getattr(self, name) >= 0, f"cluster.{name} is {getattr(self, name)}; give 0 or more"
+            )
+        require(
+            self.signal_delay_s < 60 * self.time_min,
+            f"cluster.signal_delay_s is {self.signal_delay_s}, but a run may last {60 * self.time_min} s (cluster.time_min); "
+            "leave it time to work before it is told to end",
+        )
+        require(
+            not self.gpus_per_node or self.ranks_per_node <= self.gpus_per_node,
+            f"cluster.ranks_per_node is {self.ranks_per_node} but a node has {self.gpus_per_node} GPUs "
+            "(cluster.gpus_per_node), and each rank needs one; lower ranks_per_node, or leave it out",
+        )
+        require(
+            (self.container is Container.none) == (not self.image),
+            "cluster.container and cluster.image come together: container=apptainer image=evspan.sif, or "
+            "container=pyxis image=evspan.sqsh",
+        )
         self._check_written()
 
     def _check_written(self) -> None:
         """What would end a line of the batch script, or name no variable, cannot be quoted away."""
         for name in ("partition", "account", "qos", "constraint", "exclude", "image", "python"):
-            require(getattr(self, name).isprintable(), f"cluster.{name} holds a line break or another control character: "
-                    f"{getattr(self, name)!r}; give it on one line")
+            require(
+                getattr(self, name).isprintable(),
+                f"cluster.{name} holds a line break or another control character: "
+                f"{getattr(self, name)!r}; give it on one line",
+            )
         for option in self.options:
-            require(bool(re.fullmatch(r"[a-z][a-z0-9-]*(=.*)?", option)) and option.isprintable(),
-                    f"cluster.options has {option!r}; give names of sbatch's options without dashes before them, and values on "
-                    "one line: [mail-type=END, exclusive]")
+            require(
+                bool(re.fullmatch(r"[a-z][a-z0-9-]*(=.*)?", option)) and option.isprintable(),
+                f"cluster.options has {option!r}; give names of sbatch's options without dashes before them, and values on "
+                "one line: [mail-type=END, exclusive]",
+            )
         for setting in self.environment:
-            require(bool(re.match(r"[A-Za-z_][A-Za-z0-9_]*=", setting)),
-                    f"cluster.environment has {setting!r}; give NAME=VALUE, the name of letters, digits and _")
+            require(
+                bool(re.match(r"[A-Za-z_][A-Za-z0-9_]*=", setting)),
+                f"cluster.environment has {setting!r}; give NAME=VALUE, the name of letters, digits and _",
+            )
 
     def most_ranks_per_node(self) -> int:
         return self.ranks_per_node or self.gpus_per_node or 1
@@ -92,6 +115,8 @@ class ClusterConfig:
         if ranks <= each:
             return 1, ranks
         if ranks % each:
-            raise ConfigError(f"parallel.ranks is {ranks}, which are not whole nodes of {each} ranks (cluster.ranks_per_node, or "
-                              f"its GPUs); set parallel.ranks={ranks // each * each} or {-(-ranks // each) * each}")
+            raise ConfigError(
+                f"parallel.ranks is {ranks}, which are not whole nodes of {each} ranks (cluster.ranks_per_node, or "
+                f"its GPUs); set parallel.ranks={ranks // each * each} or {-(-ranks // each) * each}"
+            )
         return ranks // each, each

@@ -43,7 +43,9 @@ class BackboneConfig:
     name: str = "MaxViTRNN"
     embed_dim: int = 32  # channels of stage 1
     dim_multiplier: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    num_blocks: list[int] = field(default_factory=lambda: [1, 1, 1, 1])  # window + grid attention pairs per stage
+    num_blocks: list[int] = field(
+        default_factory=lambda: [1, 1, 1, 1]
+    )  # window + grid attention pairs per stage
     dim_head: int = 32
     partition_split_32: int = 2  # attention windows per side on the stride-32 map
     mlp_ratio: int = 4
@@ -53,12 +55,19 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         self.dim_multiplier, self.num_blocks = list(self.dim_multiplier), list(self.num_blocks)
-        require(len(self.dim_multiplier) == len(self.num_blocks) == 4,
-                f"model.backbone has {len(self.dim_multiplier)} dim_multiplier and {len(self.num_blocks)} num_blocks; "
-                "give 4 of each, one per stage")
-        require(self.embed_dim >= 1 and self.embed_dim % self.dim_head == 0,
-                f"model.backbone.embed_dim {self.embed_dim} is no multiple of dim_head {self.dim_head}; change one of them")
-        require(self.partition_split_32 >= 1, f"model.backbone.partition_split_32 is {self.partition_split_32}; give 1 or more")
+        require(
+            len(self.dim_multiplier) == len(self.num_blocks) == 4,
+            f"model.backbone has {len(self.dim_multiplier)} dim_multiplier and {len(self.num_blocks)} num_blocks; "
+            "give 4 of each, one per stage",
+        )
+        require(
+            self.embed_dim >= 1 and self.embed_dim % self.dim_head == 0,
+            f"model.backbone.embed_dim {self.embed_dim} is no multiple of dim_head {self.dim_head}; change one of them",
+        )
+        require(
+            self.partition_split_32 >= 1,
+            f"model.backbone.partition_split_32 is {self.partition_split_32}; give 1 or more",
+        )
 
     @property
     def dims(self) -> list[int]:
@@ -76,20 +85,30 @@ class FpnConfig:
     attention_spatial: bool = True
     attention_temporal: bool = True
     temporal_window: int = 3  # frames t-2, t-1, t
-    identity_start: bool = True  # False: the published form, which scales features from the first step
+    identity_start: bool = (
+        True  # False: the published form, which scales features from the first step
+    )
     mix_lanes: bool = False  # an ablation: every lane looks back at its neighbour's frames, as a buffer that lanes share does
 
     def __post_init__(self) -> None:
         self.in_stages = list(self.in_stages)
-        require(self.in_stages in ([2, 3, 4], [1, 2, 3, 4]),
-                f"model.fpn.in_stages is {self.in_stages}; choose [2,3,4] (3 scales) or [1,2,3,4] (4 scales)")
-        require(self.temporal_window >= 2,
-                f"model.fpn.temporal_window is {self.temporal_window}; give 2 frames or more, or attention_temporal=false")
+        require(
+            self.in_stages in ([2, 3, 4], [1, 2, 3, 4]),
+            f"model.fpn.in_stages is {self.in_stages}; choose [2,3,4] (3 scales) or [1,2,3,4] (4 scales)",
+        )
+        require(
+            self.temporal_window >= 2,
+            f"model.fpn.temporal_window is {self.temporal_window}; give 2 frames or more, or attention_temporal=false",
+        )
 
     @property
     def looks_back(self) -> int:
         """How many earlier frames the neck needs."""
-        return self.temporal_window - 1 if self.enable_small_object_attention and self.attention_temporal else 0
+        return (
+            self.temporal_window - 1
+            if self.enable_small_object_attention and self.attention_temporal
+            else 0
+        )
 
 
 @dataclass(kw_only=True)
@@ -107,23 +126,33 @@ class HeadConfig:
     medium_threshold: float = 96.0**2
 
     def __post_init__(self) -> None:
-        require(self.num_classes >= 1, f"model.head.num_classes is {self.num_classes}; give 1 or more")
-        require(self.size_aware_weight >= 1,
-                f"model.head.size_aware_weight is {self.size_aware_weight}; give 1 or more (1 weights all sizes alike)")
-        require(0 < self.small_threshold < self.medium_threshold,
-                f"model.head: small_threshold {self.small_threshold} must lie between 0 and medium_threshold "
-                f"{self.medium_threshold}")
+        require(
+            self.num_classes >= 1, f"model.head.num_classes is {self.num_classes}; give 1 or more"
+        )
+        require(
+            self.size_aware_weight >= 1,
+            f"model.head.size_aware_weight is {self.size_aware_weight}; give 1 or more (1 weights all sizes alike)",
+        )
+        require(
+            0 < self.small_threshold < self.medium_threshold,
+            f"model.head: small_threshold {self.small_threshold} must lie between 0 and medium_threshold "
+            f"{self.medium_threshold}",
+        )
 
 
 @dataclass(kw_only=True)
 class PostprocessConfig:
-    confidence_threshold: float = 0.1  # for pictures; reported numbers use evaluation.confidence_threshold
+    confidence_threshold: float = (
+        0.1  # for pictures; reported numbers use evaluation.confidence_threshold
+    )
     nms_threshold: float = 0.45
 
     def __post_init__(self) -> None:
-        require(0 <= self.confidence_threshold < 1 and 0 < self.nms_threshold <= 1,
-                f"model.postprocess: confidence_threshold {self.confidence_threshold} and nms_threshold "
-                f"{self.nms_threshold} must lie in [0, 1)")
+        require(
+            0 <= self.confidence_threshold < 1 and 0 < self.nms_threshold <= 1,
+            f"model.postprocess: confidence_threshold {self.confidence_threshold} and nms_threshold "
+            f"{self.nms_threshold} must lie in [0, 1)",
+        )
 
 
 @dataclass(kw_only=True)
@@ -135,7 +164,9 @@ class ModelConfig:
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
 
     def __post_init__(self) -> None:
-        require(self.name == "rnndet", f"model.name is {self.name!r}; the only detector is 'rnndet'")
+        require(
+            self.name == "rnndet", f"model.name is {self.name!r}; the only detector is 'rnndet'"
+        )
 
 
 @dataclass(kw_only=True)
@@ -150,10 +181,14 @@ class AugmentationConfig:
 
     def __post_init__(self) -> None:
         for name in ("hflip", "zoom", "zoom_in_share"):
-            require(0 <= getattr(self, name) <= 1,
-                    f"training.augmentation.{name} is {getattr(self, name)}; give a probability from 0 to 1")
-        require(self.zoom_in >= 1 and self.zoom_out >= 1,
-                f"training.augmentation: zoom_in {self.zoom_in} and zoom_out {self.zoom_out} are factors of 1 or more")
+            require(
+                0 <= getattr(self, name) <= 1,
+                f"training.augmentation.{name} is {getattr(self, name)}; give a probability from 0 to 1",
+            )
+        require(
+            self.zoom_in >= 1 and self.zoom_out >= 1,
+            f"training.augmentation: zoom_in {self.zoom_in} and zoom_out {self.zoom_out} are factors of 1 or more",
+        )
 
 
 @dataclass(kw_only=True)
@@ -167,27 +202,60 @@ class TrainingConfig:
     precision: Precision = Precision.fp32
     gradient_clipping: float = 1.0  # global L2 norm; 0: off
     frames_per_call: int = 0  # frames (of a rank's lanes) in one call of the backbone's spatial part; 0: all of a chunk
-    activation_checkpointing: bool = False  # backward makes the spatial part anew: less memory, a third more time
+    activation_checkpointing: bool = (
+        False  # backward makes the spatial part anew: less memory, a third more time
+    )
     compile: bool = False  # torch.compile of the spatial part
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     loader_workers: int = 2  # threads that read and decode frames ahead, per rank
     log_every: int = 50
     pictures_every: int = 1000  # steps between pictures and histograms, and at the last; 0: never
-    profile: list[int] = field(default_factory=list)  # [first, last] steps to trace into run_dir/profile
+    profile: list[int] = field(
+        default_factory=list
+    )  # [first, last] steps to trace into run_dir/profile
     evaluate_every: int = 10_000  # steps; 0: never
     max_nonfinite: int = 10  # non-finite losses in a row before the run stops
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "sequence_length", "accumulation", "log_every", "max_nonfinite"):
-            require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}; give 1 or more")
-        require(self.pictures_every >= 0, f"training.pictures_every is {self.pictures_every}; give 0 (never) or more")
+        for name in (
+            "max_steps",
+            "batch_size",
+            "sequence_length",
+            "accumulation",
+            "log_every",
+            "max_nonfinite",
+        ):
+            require(
+                getattr(self, name) >= 1,
+                f"training.{name} is {getattr(self, name)}; give 1 or more",
+            )
+        require(
+            self.pictures_every >= 0,
+            f"training.pictures_every is {self.pictures_every}; give 0 (never) or more",
+        )
         self.profile = list(self.profile)
-        require(not self.profile or len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1] < self.profile[0] + 20,
-                f"training.profile is {self.profile}; give [first, last], steps from 1 on, at most 20: a trace is some MB a step")
-        require(self.gradient_frames >= 0, f"training.gradient_frames is {self.gradient_frames}; give 0 (all) or more")
-        require(self.frames_per_call >= 0, f"training.frames_per_call is {self.frames_per_call}; give 0 (all) or more")
-        require(self.loader_workers >= 0, f"training.loader_workers is {self.loader_workers}; give 0 or more")
-        require(self.gradient_clipping >= 0, f"training.gradient_clipping is {self.gradient_clipping}; give 0 (off) or more")
+        require(
+            not self.profile
+            or len(self.profile) == 2
+            and 1 <= self.profile[0] <= self.profile[1] < self.profile[0] + 20,
+            f"training.profile is {self.profile}; give [first, last], steps from 1 on, at most 20: a trace is some MB a step",
+        )
+        require(
+            self.gradient_frames >= 0,
+            f"training.gradient_frames is {self.gradient_frames}; give 0 (all) or more",
+        )
+        require(
+            self.frames_per_call >= 0,
+            f"training.frames_per_call is {self.frames_per_call}; give 0 (all) or more",
+        )
+        require(
+            self.loader_workers >= 0,
+            f"training.loader_workers is {self.loader_workers}; give 0 or more",
+        )
+        require(
+            self.gradient_clipping >= 0,
+            f"training.gradient_clipping is {self.gradient_clipping}; give 0 (off) or more",
+        )
 
 
 @dataclass(kw_only=True)
@@ -205,8 +273,13 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optimizer.lr is {self.lr}; give a learning rate above 0")
         require(self.gate_lr > 0, f"optimizer.gate_lr is {self.gate_lr}; give a factor above 0")
-        require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; give 0 or more")
-        require(0 <= self.warmup_share < 1, f"optimizer.warmup_share is {self.warmup_share}; give a share from 0 to below 1")
+        require(
+            self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; give 0 or more"
+        )
+        require(
+            0 <= self.warmup_share < 1,
+            f"optimizer.warmup_share is {self.warmup_share}; give a share from 0 to below 1",
+        )
 
 
 @dataclass(kw_only=True)
@@ -216,9 +289,17 @@ class DeepSpeedConfig:
     offload_parameters: bool = False  # stage 3
 
     def __post_init__(self) -> None:
-        require(self.stage in (0, 1, 2, 3), f"deepspeed.stage is {self.stage}; ZeRO has stages 0 to 3")
-        require(self.stage >= 1 or not self.offload_optimizer, "deepspeed.offload_optimizer needs stage 1, 2 or 3")
-        require(self.stage == 3 or not self.offload_parameters, "deepspeed.offload_parameters needs stage 3")
+        require(
+            self.stage in (0, 1, 2, 3), f"deepspeed.stage is {self.stage}; ZeRO has stages 0 to 3"
+        )
+        require(
+            self.stage >= 1 or not self.offload_optimizer,
+            "deepspeed.offload_optimizer needs stage 1, 2 or 3",
+        )
+        require(
+            self.stage == 3 or not self.offload_parameters,
+            "deepspeed.offload_parameters needs stage 3",
+        )
 
 
 @dataclass(kw_only=True)
@@ -245,8 +326,10 @@ class CheckpointConfig:
     init_from: str = ""  # weights (.safetensors) to start from, when nothing is resumed
 
     def __post_init__(self) -> None:
-        require(self.every >= 1 and self.keep >= 1,
-                f"checkpoint.every {self.every} and checkpoint.keep {self.keep} must be 1 or more")
+        require(
+            self.every >= 1 and self.keep >= 1,
+            f"checkpoint.every {self.every} and checkpoint.keep {self.keep} must be 1 or more",
+        )
 
 
 @dataclass(kw_only=True)
@@ -259,32 +342,57 @@ class EvaluationConfig:
     skip_first_ms: int = 500
     min_side: float = 0.0  # Prophesee: 10 at half resolution
     min_diagonal: float = 0.0  # Prophesee: 30 at half resolution
-    skip_empty_frames: bool = True  # as Prophesee's protocol does: frames without a box (left) are not scored
+    skip_empty_frames: bool = (
+        True  # as Prophesee's protocol does: frames without a box (left) are not scored
+    )
     confusion_threshold: float = 0.3  # score from which detections are in the confusion matrix
-    still_speed: float = 5.0  # pixels of the stored frames per second: a slower object is at rest ...
+    still_speed: float = (
+        5.0  # pixels of the stored frames per second: a slower object is at rest ...
+    )
     still_s: float = 0.5  # ... and counts as still when it has been for so long
-    time_bins_s: list[float] = field(default_factory=lambda: [1.0, 2.0, 5.0, 10.0, 20.0, 60.0])  # edges, since the start
-    speed_bins: list[float] = field(default_factory=lambda: [5.0, 25.0, 50.0, 100.0])  # pixels of the stored frames per second
-    rest_bins_s: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])  # since the object came to rest
+    time_bins_s: list[float] = field(
+        default_factory=lambda: [1.0, 2.0, 5.0, 10.0, 20.0, 60.0]
+    )  # edges, since the start
+    speed_bins: list[float] = field(
+        default_factory=lambda: [5.0, 25.0, 50.0, 100.0]
+    )  # pixels of the stored frames per second
+    rest_bins_s: list[float] = field(
+        default_factory=lambda: [0.5, 1.0, 2.0]
+    )  # since the object came to rest
     sequence_length: int = 10  # frames a call
     batch_size: int = 4  # recordings at once, per rank
-    write_detections: bool = True  # <recording>_bbox.npy, in Prophesee's form, and frames.npz, which `compare` reads
+    write_detections: bool = (
+        True  # <recording>_bbox.npy, in Prophesee's form, and frames.npz, which `compare` reads
+    )
 
     def __post_init__(self) -> None:
         for name in ("time_bins_s", "speed_bins", "rest_bins_s"):
             edges = [float(edge) for edge in getattr(self, name)]
             setattr(self, name, edges)
-            require(all(low < high for low, high in pairwise([0.0, *edges])),
-                    f"evaluation.{name} is {edges}; give edges above 0, the lowest first")
-        require(0 <= self.confusion_threshold < 1,
-                f"evaluation.confusion_threshold is {self.confusion_threshold}; give 0 to below 1")
-        require(self.still_speed > 0 and self.still_s >= 0,
-                f"evaluation.still_speed {self.still_speed} must be above 0, and still_s {self.still_s} not negative")
-        require(0 <= self.confidence_threshold < 1,
-                f"evaluation.confidence_threshold is {self.confidence_threshold}; give 0 to below 1")
-        require(0 < self.nms_threshold <= 1, f"evaluation.nms_threshold is {self.nms_threshold}; give above 0 to 1")
-        require(self.sequence_length >= 1 and self.batch_size >= 1,
-                "evaluation.sequence_length and evaluation.batch_size must be 1 or more")
+            require(
+                all(low < high for low, high in pairwise([0.0, *edges])),
+                f"evaluation.{name} is {edges}; give edges above 0, the lowest first",
+            )
+        require(
+            0 <= self.confusion_threshold < 1,
+            f"evaluation.confusion_threshold is {self.confusion_threshold}; give 0 to below 1",
+        )
+        require(
+            self.still_speed > 0 and self.still_s >= 0,
+            f"evaluation.still_speed {self.still_speed} must be above 0, and still_s {self.still_s} not negative",
+        )
+        require(
+            0 <= self.confidence_threshold < 1,
+            f"evaluation.confidence_threshold is {self.confidence_threshold}; give 0 to below 1",
+        )
+        require(
+            0 < self.nms_threshold <= 1,
+            f"evaluation.nms_threshold is {self.nms_threshold}; give above 0 to 1",
+        )
+        require(
+            self.sequence_length >= 1 and self.batch_size >= 1,
+            "evaluation.sequence_length and evaluation.batch_size must be 1 or more",
+        )
 
 
 @dataclass(kw_only=True)
@@ -301,16 +409,26 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)  # of `evspan submit` and `evspan sweep`
+    cluster: ClusterConfig = field(
+        default_factory=ClusterConfig
+    )  # of `evspan submit` and `evspan sweep`
 
     def __post_init__(self) -> None:
-        require(len(self.dataset.classes) <= self.model.head.num_classes,
-                f"dataset {self.dataset.name} has {len(self.dataset.classes)} classes but model.head.num_classes is "
-                f"{self.model.head.num_classes}; set model.head.num_classes={len(self.dataset.classes)} or more")
-        require(not self.training.gradient_frames or self.parallel.sequence == 1,
-                f"training.gradient_frames {self.training.gradient_frames} cuts sequences of one rank; set parallel.sequence=1")
-        check_layout(ranks=self.parallel.ranks, sequence=self.parallel.sequence,
-                     sequence_length=self.training.sequence_length, batch_size=self.training.batch_size)
+        require(
+            len(self.dataset.classes) <= self.model.head.num_classes,
+            f"dataset {self.dataset.name} has {len(self.dataset.classes)} classes but model.head.num_classes is "
+            f"{self.model.head.num_classes}; set model.head.num_classes={len(self.dataset.classes)} or more",
+        )
+        require(
+            not self.training.gradient_frames or self.parallel.sequence == 1,
+            f"training.gradient_frames {self.training.gradient_frames} cuts sequences of one rank; set parallel.sequence=1",
+        )
+        check_layout(
+            ranks=self.parallel.ranks,
+            sequence=self.parallel.sequence,
+            sequence_length=self.training.sequence_length,
+            batch_size=self.training.batch_size,
+        )
         chosen_exchange(self.parallel.exchange, dws_conv=self.model.backbone.dws_conv)
 
 

@@ -24,7 +24,9 @@ BLOCK = 1024  # words looked through at a time
 
 
 @intrinsic
-def trailing_zeros(typing_context, word):  # of a word that is not zero: one instruction, which numba has no function for
+def trailing_zeros(
+    typing_context, word
+):  # of a word that is not zero: one instruction, which numba has no function for
     def instruction(context, builder, signature, arguments):
         return builder.cttz(arguments[0], Constant(IntType(1), 1))
 
@@ -48,7 +50,9 @@ def _encode(words, tail, out):
                 word = part[busy[k]]
                 base = busy[k] * width + (0 if width == 8 else 8 * words.size)
                 while word != 0:
-                    shift = trailing_zeros(word) & np.uint64(0x38)  # to the first byte that is not zero
+                    shift = trailing_zeros(word) & np.uint64(
+                        0x38
+                    )  # to the first byte that is not zero
                     count = np.int64((word >> shift) & np.uint64(0xFF))
                     word &= ~(np.uint64(0xFF) << shift)
                     cell = base + (np.int64(shift) >> 3)
@@ -117,12 +121,16 @@ class FrameEncoder:
         """counts: uint8, C-contiguous, of any shape -> (n,) uint8, which the next call overwrites."""
         cells = counts.reshape(-1)
         whole = cells.size // 8 * 8
-        while (n := _encode(cells[:whole].view("<u8"), cells[whole:].astype(np.uint64), self.out)) < 0:
+        while (
+            n := _encode(cells[:whole].view("<u8"), cells[whole:].astype(np.uint64), self.out)
+        ) < 0:
             self.out = np.empty(2 * self.out.size, np.uint8)
         return self.out[:n]
 
 
-def decode_frames(code: NDArray[np.uint8], start: NDArray[np.int64], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def decode_frames(
+    code: NDArray[np.uint8], start: NDArray[np.int64], shape: tuple[int, ...]
+) -> NDArray[np.uint8]:
     """
     Args:
         code: of n frames, one after the other. start: (n + 1,) where each begins, and the end. shape: of a frame.
@@ -139,7 +147,12 @@ def decode_frames(code: NDArray[np.uint8], start: NDArray[np.int64], shape: tupl
     return frames
 
 
-def gather_cells(frame: NDArray[np.uint8], rows: NDArray[np.int64], columns: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+def gather_cells(
+    frame: NDArray[np.uint8],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    out: NDArray[np.uint8],
+) -> None:
     """out[:, y, x] = frame[:, rows[y], columns[x]], of the cells that are not zero: in a frame those are few.
 
     Args:
@@ -152,4 +165,11 @@ def gather_cells(frame: NDArray[np.uint8], rows: NDArray[np.int64], columns: NDA
     last = np.bincount(columns[shown], minlength=width)
     first = np.zeros(width, np.int64)
     first[columns[shown[::-1]]] = shown[::-1]
-    _gather(frame.view("<u8") if per_word == 8 else frame.astype("<u8"), per_word, rows, first, first + last, out)
+    _gather(
+        frame.view("<u8") if per_word == 8 else frame.astype("<u8"),
+        per_word,
+        rows,
+        first,
+        first + last,
+        out,
+    )

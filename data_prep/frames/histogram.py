@@ -23,12 +23,18 @@ def accumulate(counts, t, x, y, p, first, start, end, cutoff, shift, keep):
     """
     # No division and no foreseeable branch per event: a bin's events lie between two indices, and what is not kept adds 0.
     # Unsigned throughout: numba tests signed indices for being negative.
-    bins, height, width = np.uint64(counts.shape[1]), np.uint64(counts.shape[2]), np.uint64(counts.shape[3])
+    bins, height, width = (
+        np.uint64(counts.shape[1]),
+        np.uint64(counts.shape[2]),
+        np.uint64(counts.shape[3]),
+    )
     flat, shift, mask = counts.reshape(-1), np.uint64(shift), np.uint64((1 << shift) - 1)
     all_, kept, top, span = keep < 0, np.uint64(max(keep, 0)), np.uint8(cutoff), end - start
     i = first + np.searchsorted(t[first:], start)
     for b in range(counts.shape[1]):
-        stop = i + np.searchsorted(t[i:], start + ((b + 1) * span + counts.shape[1] - 1) // counts.shape[1])
+        stop = i + np.searchsorted(
+            t[i:], start + ((b + 1) * span + counts.shape[1] - 1) // counts.shape[1]
+        )
         for j in range(i, stop):
             row, column = np.uint64(y[j]) >> shift, np.uint64(x[j]) >> shift
             if row < height and column < width:
@@ -52,14 +58,19 @@ def whole_frame(counts: NDArray[np.uint8]) -> NDArray[np.uint8]:
 Finished = TypeVar("Finished")
 
 
-def frames_of(recording: Recording, ends: Callable[[int], Iterable[int]],
-              config: FrameConfig) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def frames_of(
+    recording: Recording, ends: Callable[[int], Iterable[int]], config: FrameConfig
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """(end_us, frame (2 * bins, H, W)) of every window; see `each_window`."""
     return each_window(recording, ends, config, whole_frame)
 
 
-def each_window(recording: Recording, ends: Callable[[int], Iterable[int]], config: FrameConfig,
-                finish: Callable[[NDArray[np.uint8]], Finished]) -> Iterator[tuple[int, Finished]]:
+def each_window(
+    recording: Recording,
+    ends: Callable[[int], Iterable[int]],
+    config: FrameConfig,
+    finish: Callable[[NDArray[np.uint8]], Finished],
+) -> Iterator[tuple[int, Finished]]:
     """(end_us, what `finish` makes) of every window until the last event is in; one pass over the recording, one frame in
     memory.
 
@@ -71,7 +82,9 @@ def each_window(recording: Recording, ends: Callable[[int], Iterable[int]], conf
     Raises:
         RecordingError: an hour or more without events.
     """
-    counts = np.zeros((2, config.bins, *frame_size(config, recording.height, recording.width)), np.uint8)
+    counts = np.zeros(
+        (2, config.bins, *frame_size(config, recording.height, recording.width)), np.uint8
+    )
     if config.mode is FrameMode.rvt:
         yield from rvt_frames(recording, ends, config, counts, finish)
         return
@@ -106,5 +119,7 @@ def kept_pixel(config: FrameConfig) -> int:
 
 def _refuse_silence(recording: Recording, end_us: int, next_us: int) -> None:
     if next_us - end_us >= LONGEST_SILENCE_US:
-        raise RecordingError(f"{recording.path}: no events for {(next_us - end_us) / 3.6e9:.1f} hours, up to {next_us} us. Its "
-                             "timestamps are damaged, or it holds several recordings: cut it there")
+        raise RecordingError(
+            f"{recording.path}: no events for {(next_us - end_us) / 3.6e9:.1f} hours, up to {next_us} us. Its "
+            "timestamps are damaged, or it holds several recordings: cut it there"
+        )

@@ -36,9 +36,13 @@ class RvtEnds:
         if taken:
             first = taken[0][0]
             # As many whole windows as fit between 0 and the first label, without the earliest.
-            self.end_us = [first - window_us * k for k in range((first - 1) // window_us - 1, -1, -1)]
+            self.end_us = [
+                first - window_us * k for k in range((first - 1) // window_us - 1, -1, -1)
+            ]
         for (time, _), (following, periods) in pairwise(taken):
-            self.end_us += np.linspace(time, following, 2 * periods + 1)[1:].astype(np.int64).tolist()
+            self.end_us += (
+                np.linspace(time, following, 2 * periods + 1)[1:].astype(np.int64).tolist()
+            )
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.end_us)
@@ -54,8 +58,10 @@ def _taken(times: NDArray[np.int64]) -> list[tuple[int, int]]:
     median = float(np.median(np.diff(times)))
     hertz = int(np.rint(1e6 / median))
     if hertz not in PERIODS:
-        raise BoxesError(f"labels come at {hertz} Hz; RVT's preparation knows 30 and 60 Hz. "
-                         "Use frames.mode=exact, which takes any")
+        raise BoxesError(
+            f"labels come at {hertz} Hz; RVT's preparation knows 30 and 60 Hz. "
+            "Use frames.mode=exact, which takes any"
+        )
     base = int(PERIODS[hertz] * median)
     taken = [(int(late[0]), 0)]
     for time in late[1:].tolist():
@@ -82,15 +88,26 @@ def _bin_begins(t, span, bins, b):
 @njit(cache=True, nogil=True)
 def _count(counts, t, x, y, p, cutoff, shift, keep):
     """Count all events into counts (2, bins, H >> shift, W >> shift) uint8, zeros; only pixels whose low bits are `keep`."""
-    bins, height, width = np.uint64(counts.shape[1]), np.uint64(counts.shape[2]), np.uint64(counts.shape[3])
-    flat, shift, mask, kept = counts.reshape(-1), np.uint64(shift), np.uint64((1 << shift) - 1), np.uint64(keep)
+    bins, height, width = (
+        np.uint64(counts.shape[1]),
+        np.uint64(counts.shape[2]),
+        np.uint64(counts.shape[3]),
+    )
+    flat, shift, mask, kept = (
+        counts.reshape(-1),
+        np.uint64(shift),
+        np.uint64((1 << shift) - 1),
+        np.uint64(keep),
+    )
     span = np.float32(max(t[t.size - 1] - t[0], 1))
     i = 0
     for b in range(counts.shape[1]):
         stop = t.size if b == counts.shape[1] - 1 else _bin_begins(t, span, counts.shape[1], b + 1)
         for j in range(i, stop):
             row, column = np.uint64(y[j]) >> shift, np.uint64(x[j]) >> shift
-            if row < height and column < width:  # what is not kept adds 0: no branch that one event in four takes
+            if (
+                row < height and column < width
+            ):  # what is not kept adds 0: no branch that one event in four takes
                 cell = ((np.uint64(p[j]) * bins + np.uint64(b)) * height + row) * width + column
                 flat[cell] += np.uint8(((x[j] & mask) == kept) & ((y[j] & mask) == kept))  # wraps
         i = stop
@@ -98,8 +115,13 @@ def _count(counts, t, x, y, p, cutoff, shift, keep):
         flat[i] = min(flat[i], np.uint8(cutoff))
 
 
-def rvt_frames(recording: Recording, ends: Callable[[int], Iterable[int]], config: FrameConfig, counts: NDArray[np.uint8],
-               finish: Callable[[NDArray[np.uint8]], Finished]) -> Iterator[tuple[int, Finished]]:
+def rvt_frames(
+    recording: Recording,
+    ends: Callable[[int], Iterable[int]],
+    config: FrameConfig,
+    counts: NDArray[np.uint8],
+    finish: Callable[[NDArray[np.uint8]], Finished],
+) -> Iterator[tuple[int, Finished]]:
     """`evspan.data_prep.frames.histogram.each_window` in mode rvt; the events of a window and a chunk are in memory."""
     shift, keep = config.downsample.bit_length() - 1, config.downsample // 2
     waiting = no_events()
@@ -107,8 +129,12 @@ def rvt_frames(recording: Recording, ends: Callable[[int], Iterable[int]], confi
     finite, began, end = False, False, None
 
     def frame(end_us: int) -> tuple[int, Finished]:
-        inside = waiting.take(slice(int(np.searchsorted(waiting.t, end_us - config.window_us)),
-                                    int(np.searchsorted(waiting.t, end_us, side="right"))))
+        inside = waiting.take(
+            slice(
+                int(np.searchsorted(waiting.t, end_us - config.window_us)),
+                int(np.searchsorted(waiting.t, end_us, side="right")),
+            )
+        )
         counts[:] = 0
         if inside.t.size:
             _count(counts, *inside, config.cutoff, shift, keep)
@@ -123,7 +149,11 @@ def rvt_frames(recording: Recording, ends: Callable[[int], Iterable[int]], confi
         while end is not None and waiting.t[-1] > end:
             yield frame(end)
             end = next(upcoming, None)
-        first = waiting.t.size if end is None else int(np.searchsorted(waiting.t, end - config.window_us))
+        first = (
+            waiting.t.size
+            if end is None
+            else int(np.searchsorted(waiting.t, end - config.window_us))
+        )
         waiting = waiting.take(slice(first, None))
     while end is not None and (finite or end - config.window_us <= recording.last_us):
         yield frame(end)

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOLERANCE_US = 2000
-FIRST_LABEL_US = 100_000  # in the recording's clock: RVT's first labelled frame is the first one from here on
+FIRST_LABEL_US = (
+    100_000  # in the recording's clock: RVT's first labelled frame is the first one from here on
+)
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,24 @@ class WindowEnds:
 
     def __iter__(self) -> Iterator[int]:
         labels = self.labelled_us.tolist()
-        whole = (labels[0] - self.first_us - 1) // self.window_us if labels else 0  # windows before the first label's own
+        whole = (
+            (labels[0] - self.first_us - 1) // self.window_us if labels else 0
+        )  # windows before the first label's own
         end = labels[0] if labels else self.first_us + self.window_us
         yield from range(end - whole * self.window_us, end + 1, self.window_us)
         for end, following in pairwise(labels):
             windows = round((following - end) / self.window_us)
             share = (following - end) / windows
-            yield from (int(k * share + end) for k in range(1, windows))  # to the microsecond what RVT's linspace gives
+            yield from (
+                int(k * share + end) for k in range(1, windows)
+            )  # to the microsecond what RVT's linspace gives
             yield following
         yield from count((labels[-1] if labels else end) + self.window_us, self.window_us)
 
 
-def window_ends(label_times_us: NDArray[np.int64], first_us: int, *, window_us: int, label_every_us: int) -> WindowEnds:
+def window_ends(
+    label_times_us: NDArray[np.int64], first_us: int, *, window_us: int, label_every_us: int
+) -> WindowEnds:
     """The windows of a recording whose first event is at `first_us`; without labels the first one begins there.
 
     One label anchors the grid of windows, and from it on, label after label is taken as RVT does it: its distance from the
@@ -76,7 +84,9 @@ def _label_step(times: NDArray[np.int64], window_us: int, label_every_us: int) -
     return step
 
 
-def _taken(distances: NDArray[np.int64], window_us: int, label_every_us: int, step_us: int) -> list[int]:
+def _taken(
+    distances: NDArray[np.int64], window_us: int, label_every_us: int, step_us: int
+) -> list[int]:
     """Those of the increasing distances from the anchor at which a labelled frame ends."""
     slack, taken, last, left = tolerance(window_us), list[int](), 0, distances.tolist()
 

@@ -6,8 +6,9 @@ from evspan.data_prep.labels.box_files import RAW_BOX
 from numpy.typing import NDArray
 
 
-def filter_boxes(boxes: NDArray, config: LabelConfig, *, classes: int, height: int, width: int,
-                 split: str) -> tuple[NDArray, dict[str, int]]:
+def filter_boxes(
+    boxes: NDArray, config: LabelConfig, *, classes: int, height: int, width: int, split: str
+) -> tuple[NDArray, dict[str, int]]:
     """Boxes kept (class_id now an index of the dataset's classes), and how many each filter dropped.
 
     Args:
@@ -28,7 +29,10 @@ def filter_boxes(boxes: NDArray, config: LabelConfig, *, classes: int, height: i
         boxes = crop(boxes, height, width)
         keep("boxes_outside_the_sensor", (boxes["w"] > 0) & (boxes["h"] > 0))
     if config.min_side:
-        keep("boxes_under_min_side", (boxes["w"] >= config.min_side) & (boxes["h"] >= config.min_side))
+        keep(
+            "boxes_under_min_side",
+            (boxes["w"] >= config.min_side) & (boxes["h"] >= config.min_side),
+        )
     if config.min_diagonal:
         keep("boxes_under_min_diagonal", np.hypot(boxes["w"], boxes["h"]) >= config.min_diagonal)
     if config.max_width_share is not None and split == "train":
@@ -40,6 +44,9 @@ def crop(boxes: NDArray, height: int, width: int) -> NDArray:
     """Boxes cut at the sensor's border (float32, corners clipped to [0, W-1] and [0, H-1] as RVT does)."""
     out = boxes.astype(RAW_BOX)
     for corner, side, size in (("x", "w", width), ("y", "h", height)):
-        low, high = (np.clip(v, 0, size - 1, dtype=np.float32) for v in (boxes[corner], boxes[corner] + boxes[side]))
+        low, high = (
+            np.clip(v, 0, size - 1, dtype=np.float32)
+            for v in (boxes[corner], boxes[corner] + boxes[side])
+        )
         out[corner], out[side] = low, high - low
     return out

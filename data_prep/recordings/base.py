@@ -66,7 +66,9 @@ class Recording:
         self.dropped = {"outside_sensor": 0, "before_first_time": 0, "late_timestamps_raised": 0}
         self.events, latest = 0, np.iinfo(np.int64).min
         for events in self._decoded():
-            outside, late = _faults(events.t, events.x, events.y, latest, self.height, self.width)  # one pass, in the cache
+            outside, late = _faults(
+                events.t, events.x, events.y, latest, self.height, self.width
+            )  # one pass, in the cache
             if outside:
                 self.dropped["outside_sensor"] += outside
                 events = events.take((events.x < self.width) & (events.y < self.height))
@@ -95,7 +97,9 @@ class WordReader(Recording):
     default_size: tuple[int, int] | None = None  # of a sensor whose header does not tell it
     idle_s = 0.0  # how long the file's end is waited at
 
-    def __init__(self, path: Path, block_bytes: int = 1 << 18) -> None:  # blocks that stay in the cache: 1.4 x as fast as 1 MiB
+    def __init__(
+        self, path: Path, block_bytes: int = 1 << 18
+    ) -> None:  # blocks that stay in the cache: 1.4 x as fast as 1 MiB
         self.fields, self.start = read_header(path)
         self.words_at_once = max(1, block_bytes // self.word.itemsize)
         super().__init__(path, *sensor_size(path, self.fields, self.default_size))
@@ -107,13 +111,20 @@ class WordReader(Recording):
     def _decoded(self) -> Iterator[Events]:
         size = self.path.stat().st_size
         if not self.idle_s and (over := (size - self.start) % self.word.itemsize):
-            raise RecordingError(f"{self.path} is cut off: {over} byte{'s' if over > 1 else ''} too many at byte {size - over} "
-                                 f"of {size}, where a word of {self.word.itemsize} should follow. Copy it again, or keep its "
-                                 f"whole words: head -c {size - over}")
+            raise RecordingError(
+                f"{self.path} is cut off: {over} byte{'s' if over > 1 else ''} too many at byte {size - over} "
+                f"of {size}, where a word of {self.word.itemsize} should follow. Copy it again, or keep its "
+                f"whole words: head -c {size - over}"
+            )
         state = np.zeros(8, np.int64)
         for words in self._words():
             n = self.events_per_word * words.size
-            events = Events(np.empty(n, np.int64), np.empty(n, np.uint16), np.empty(n, np.uint16), np.empty(n, np.uint8))
+            events = Events(
+                np.empty(n, np.int64),
+                np.empty(n, np.uint16),
+                np.empty(n, np.uint16),
+                np.empty(n, np.uint8),
+            )
             timeless, n = self._decode(words, state, events)
             self.dropped["before_first_time"] += timeless
             yield events.take(slice(timeless, n))
@@ -151,8 +162,10 @@ class Writer(AbstractContextManager["Writer"]):
 
     def __init__(self, path: Path, height: int, width: int) -> None:
         if max(height, width) > self.largest_side:
-            raise RecordingError(f"{path}: a sensor of {width} x {height} does not fit {path.suffix}, which has room for "
-                                 f"{self.largest_side} pixels a side. Write .h5")
+            raise RecordingError(
+                f"{path}: a sensor of {width} x {height} does not fit {path.suffix}, which has room for "
+                f"{self.largest_side} pixels a side. Write .h5"
+            )
         self.path, self.height, self.width, self.last_us = path, height, width, self.earliest_us
 
     def write(self, events: Events) -> None:
@@ -160,11 +173,15 @@ class Writer(AbstractContextManager["Writer"]):
         if not events.t.size:
             return
         if events.t[0] < self.last_us or bool((events.t[1:] < events.t[:-1]).any()):
-            raise RecordingError(f"{self.path}: events must come in order of time, from {self.last_us} us on; these run from "
-                                 f"{events.t.min()} to {events.t.max()} us. Sort them first")
+            raise RecordingError(
+                f"{self.path}: events must come in order of time, from {self.last_us} us on; these run from "
+                f"{events.t.min()} to {events.t.max()} us. Sort them first"
+            )
         if events.x.max() >= self.width or events.y.max() >= self.height or events.p.max() > 1:
-            raise RecordingError(f"{self.path}: events up to x {events.x.max()}, y {events.y.max()} and p {events.p.max()} do "
-                                 f"not fit a sensor of {self.width} x {self.height} with p 0 and 1. Leave them out first")
+            raise RecordingError(
+                f"{self.path}: events up to x {events.x.max()}, y {events.y.max()} and p {events.p.max()} do "
+                f"not fit a sensor of {self.width} x {self.height} with p 0 and 1. Leave them out first"
+            )
         self._write(events)
         self.last_us = int(events.t[-1])
 

@@ -21,10 +21,17 @@ def _decode(halves, state, t, x, y, p):
     last, wraps = state[0], state[1]
     for i in range(t.size):
         now, xyp = np.int64(halves[2 * i]), np.int64(halves[2 * i + 1])
-        if now < last - (1 << 31):  # a fall of over half the range is a wrap, a smaller one is disorder
+        if now < last - (
+            1 << 31
+        ):  # a fall of over half the range is a wrap, a smaller one is disorder
             wraps += 1
         last = now
-        t[i], x[i], y[i], p[i] = (wraps << 32) | now, xyp & 0x3FFF, (xyp >> 14) & 0x3FFF, (xyp >> 28) != 0
+        t[i], x[i], y[i], p[i] = (
+            (wraps << 32) | now,
+            xyp & 0x3FFF,
+            (xyp >> 14) & 0x3FFF,
+            (xyp >> 28) != 0,
+        )
     state[0], state[1] = last, wraps
 
 
@@ -40,8 +47,10 @@ class DatReader(WordReader):
             file.seek(self.start)
             told = file.read(2)
         if len(told) < 2 or told[0] not in CD_TYPES or told[1] != EVENT_SIZE:
-            raise RecordingError(f"{path}: byte {self.start} should say event type 0 or 12 and event size 8, but says "
-                                 f"{list(told)}. Only CD events can be read; is this a .dat of another sensor?")
+            raise RecordingError(
+                f"{path}: byte {self.start} should say event type 0 or 12 and event size 8, but says "
+                f"{list(told)}. Only CD events can be read; is this a .dat of another sensor?"
+            )
         self.start += 2
 
     def _decode(self, words: NDArray, state: NDArray[np.int64], events: Events) -> tuple[int, int]:
@@ -58,20 +67,30 @@ class DatWriter(Writer):
         super().__init__(path, height, width)
         self.empty = True
         self.file = path.open("wb")
-        header = f"% Data file containing CD events.\n% Version 2\n% Height {height}\n% Width {width}\n"
+        header = (
+            f"% Data file containing CD events.\n% Version 2\n% Height {height}\n% Width {width}\n"
+        )
         self.file.write(header.encode() + bytes((0x0C, EVENT_SIZE)))
 
     def _write(self, events: Events) -> None:
         if self.empty and events.t[0] >= 1 << 32:
-            raise RecordingError(f"{self.path}: the first event is at {events.t[0]} us, past the 71.6 minutes of .dat's clock. "
-                                 "Write .h5")
+            raise RecordingError(
+                f"{self.path}: the first event is at {events.t[0]} us, past the 71.6 minutes of .dat's clock. "
+                "Write .h5"
+            )
         if np.diff(events.t, prepend=events.t[0] if self.empty else self.last_us).max() >= 1 << 31:
-            raise RecordingError(f"{self.path}: two events lie over 35 minutes apart, which .dat's 32-bit clock cannot tell. "
-                                 "Write .h5")
+            raise RecordingError(
+                f"{self.path}: two events lie over 35 minutes apart, which .dat's 32-bit clock cannot tell. "
+                "Write .h5"
+            )
         self.empty = False
         halves = np.empty((events.t.size, 2), "<u4")
         halves[:, 0] = events.t & 0xFFFFFFFF
-        halves[:, 1] = events.x.astype(np.uint32) | events.y.astype(np.uint32) << 14 | events.p.astype(np.uint32) << 28
+        halves[:, 1] = (
+            events.x.astype(np.uint32)
+            | events.y.astype(np.uint32) << 14
+            | events.p.astype(np.uint32) << 28
+        )
         self.file.write(halves.tobytes())
 
     def close(self) -> None:

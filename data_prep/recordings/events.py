@@ -23,9 +23,15 @@ class Events(NamedTuple):
         return Events(self.t[which], self.x[which], self.y[which], self.p[which])
 
     def followed_by(self, later: "Events") -> "Events":
-        return Events(np.concatenate((self.t, later.t)), np.concatenate((self.x, later.x)), np.concatenate((self.y, later.y)),
-                      np.concatenate((self.p, later.p)))
+        return Events(
+            np.concatenate((self.t, later.t)),
+            np.concatenate((self.x, later.x)),
+            np.concatenate((self.y, later.y)),
+            np.concatenate((self.p, later.p)),
+        )
 
 
 def no_events() -> Events:
-    return Events(np.zeros(0, np.int64), np.zeros(0, np.uint16), np.zeros(0, np.uint16), np.zeros(0, np.uint8))
+    return Events(
+        np.zeros(0, np.int64), np.zeros(0, np.uint16), np.zeros(0, np.uint16), np.zeros(0, np.uint8)
+    )

@@ -27,7 +27,9 @@ def _decode(words, state, t, x, y, p):
             value = word & 0xFFFFFFF
             if not seen:
                 timeless = n
-            elif value < high - (1 << 27):  # a fall of over half the range is a wrap, a smaller one is disorder
+            elif value < high - (
+                1 << 27
+            ):  # a fall of over half the range is a wrap, a smaller one is disorder
                 wraps += 1
             high, seen = value, 1
     state[0], state[1], state[2] = high, wraps, seen

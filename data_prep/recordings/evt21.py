@@ -41,7 +41,9 @@ def _decode(halves, upper_first, state, t, x, y, p):
             value = upper & 0xFFFFFFF
             if not seen:
                 timeless = n
-            elif value < high - (1 << 27):  # a fall of over half the range is a wrap, a smaller one is disorder
+            elif value < high - (
+                1 << 27
+            ):  # a fall of over half the range is a wrap, a smaller one is disorder
                 wraps += 1
             high, seen = value, 1
     state[0], state[1], state[2] = high, wraps, seen
@@ -56,10 +58,14 @@ class Evt21Reader(WordReader):
     def __init__(self, path: Path, block_bytes: int = 1 << 18) -> None:
         super().__init__(path, block_bytes)
         told = format_options(self.fields).get("endianness", self.fields.get("endianness", ""))
-        order = told.lower() or ("legacy" if 0 < system_number(self.fields) < FIRST_LITTLE_SYSTEM else "little")
+        order = told.lower() or (
+            "legacy" if 0 < system_number(self.fields) < FIRST_LITTLE_SYSTEM else "little"
+        )
         if order not in ("little", "legacy"):
-            raise RecordingError(f"{path}: EVT2.1 words of endianness {told[:20]!r} cannot be read, only little and legacy. "
-                                 f"Convert it: metavision_file_to_dat -i {path}")
+            raise RecordingError(
+                f"{path}: EVT2.1 words of endianness {told[:20]!r} cannot be read, only little and legacy. "
+                f"Convert it: metavision_file_to_dat -i {path}"
+            )
         self.upper_first = order == "legacy"
 
     def _decode(self, words: NDArray, state: NDArray[np.int64], events: Events) -> tuple[int, int]:

@@ -22,8 +22,20 @@ LONGEST_GAP_US = 1 << 40  # 12.7 days, 512 KiB of time words
 
 @njit(cache=True, nogil=True)
 def _decode(words, state, t, x, y, p):
-    n, i, size = np.uint64(0), np.uint64(0), np.uint64(words.size)  # unsigned: numba tests signed indices for being negative
-    high, low, row, base, polarity, wraps, seen = state[0], state[1], np.uint16(state[2]), state[3], state[4], state[5], state[6]
+    n, i, size = (
+        np.uint64(0),
+        np.uint64(0),
+        np.uint64(words.size),
+    )  # unsigned: numba tests signed indices for being negative
+    high, low, row, base, polarity, wraps, seen = (
+        state[0],
+        state[1],
+        np.uint16(state[2]),
+        state[3],
+        state[4],
+        state[5],
+        state[6],
+    )
     now = (wraps << 24) | (high << 12) | low
     timeless = np.int64(0 if seen else -1)
     while i < size:
@@ -34,7 +46,10 @@ def _decode(words, state, t, x, y, p):
             row = word & np.uint16(0x7FF)
             if i == size or words[i] >> 12 != 0x2:
                 continue
-            word, kind = words[i], 0x2  # as a rule an event follows: taken at once, it saves a branch that cannot be foreseen
+            word, kind = (
+                words[i],
+                0x2,
+            )  # as a rule an event follows: taken at once, it saves a branch that cannot be foreseen
             i += ONE
         if kind == 0x2:
             t[n], x[n], y[n], p[n] = now, word & 0x7FF, row, (word >> 11) & 1
@@ -55,13 +70,23 @@ def _decode(words, state, t, x, y, p):
         elif kind == 0x8:
             if not seen:
                 timeless = np.int64(n)
-            elif value <= high - 2048:  # a fall of half the range is a wrap, a smaller one is disorder
+            elif (
+                value <= high - 2048
+            ):  # a fall of half the range is a wrap, a smaller one is disorder
                 wraps += 1
             if value != high or not seen:
                 low = 0
             high, seen = value, 1
             now = (wraps << 24) | (high << 12) | low
-    state[0], state[1], state[2], state[3], state[4], state[5], state[6] = high, low, row, base, polarity, wraps, seen
+    state[0], state[1], state[2], state[3], state[4], state[5], state[6] = (
+        high,
+        low,
+        row,
+        base,
+        polarity,
+        wraps,
+        seen,
+    )
     return (timeless if seen else np.int64(n)), np.int64(n)
 
 
@@ -110,14 +135,18 @@ class Evt3Writer(Writer):
     def __init__(self, path: Path, height: int, width: int) -> None:
         super().__init__(path, height, width)
         self.file = path.open("wb")
-        self.file.write(f"% evt 3.0\n% format EVT3;height={height};width={width}\n% geometry {width}x{height}\n% end\n".encode())
+        self.file.write(
+            f"% evt 3.0\n% format EVT3;height={height};width={width}\n% geometry {width}x{height}\n% end\n".encode()
+        )
         self.state = np.array([-1, -1], np.int64)
 
     def _write(self, events: Events) -> None:
         gaps = int(events.t[-1]) - self.last_us
         if gaps > LONGEST_GAP_US:
-            raise RecordingError(f"{self.path}: events at {events.t[-1]} us, {gaps} us after those before, are too far apart for "
-                                 "EVT3's clock of 16.8 s. Write .h5, or subtract the first event's time")
+            raise RecordingError(
+                f"{self.path}: events at {events.t[-1]} us, {gaps} us after those before, are too far apart for "
+                "EVT3's clock of 16.8 s. Write .h5, or subtract the first event's time"
+            )
         # At most TIME_HIGH, TIME_LOW, ADDR_Y and ADDR_X an event, and the steps over gaps.
         words = np.empty(4 * events.t.size + (gaps >> 21) + 8, Evt3Reader.word)
         self.file.write(words[: _encode(*events, self.state, words)].tobytes())

@@ -14,7 +14,9 @@ from evspan.data_prep.recordings.header import checked_size, sensor_size
 from evspan.data_prep.shards.atomic import Disk
 from numpy.typing import NDArray
 
-EVENTS_AT_ONCE = 1 << 18  # few enough to stay in the cache on their way to a histogram; whole chunks, though
+EVENTS_AT_ONCE = (
+    1 << 18
+)  # few enough to stay in the cache on their way to a histogram; whole chunks, though
 COLUMNS = ("t", "x", "y", "p")
 METAVISION = "CD/events"  # one dataset with the columns as fields
 ECF = 0x8ECF
@@ -35,13 +37,19 @@ class H5Reader(Recording):
     def _decoded(self) -> Iterator[Events]:
         with _opened(self.path) as file:
             with _readable(self.path, "the list of columns"):
-                stored = file[METAVISION] if METAVISION in file else [file[f"events/{c}"] for c in COLUMNS]  # looked up once
+                stored = (
+                    file[METAVISION]
+                    if METAVISION in file
+                    else [file[f"events/{c}"] for c in COLUMNS]
+                )  # looked up once
             for i in range(0, self.size, self.events_at_once):
                 with _readable(self.path, f"events {i} and on"):
                     t, x, y, p = _columns(stored, slice(i, i + self.events_at_once))
                 if max(int(t.max()), -int(t.min())) > LATEST_US:
-                    raise RecordingError(f"{self.path}: events {i} and on have times from {t.min()} to {t.max()}, which are no "
-                                         "microseconds. Convert the column t to integer microseconds")
+                    raise RecordingError(
+                        f"{self.path}: events {i} and on have times from {t.min()} to {t.max()}, which are no "
+                        "microseconds. Convert the column t to integer microseconds"
+                    )
                 yield Events(t.astype(np.int64, copy=False), _pixel(x), _pixel(y), _polarity(p))
 
 
@@ -52,8 +60,10 @@ def _readable(path: Path, place: str) -> Iterator[None]:
     except (RecordingError, PermissionError):
         raise
     except Exception as error:  # a damaged file makes h5py raise a dozen kinds
-        raise RecordingError(f"{path}: {place} cannot be read as HDF5 ({error}). The file is cut off or damaged: copy it "
-                             "again") from error
+        raise RecordingError(
+            f"{path}: {place} cannot be read as HDF5 ({error}). The file is cut off or damaged: copy it "
+            "again"
+        ) from error
 
 
 @contextmanager
@@ -85,62 +95,95 @@ def _checked_columns(path: Path, file: h5py.File) -> int:
     with _readable(path, "the list of columns"):
         if METAVISION in file:
             _check_stored(path, file[METAVISION])
-            kinds = {c: file[METAVISION].dtype.fields[c][0] for c in COLUMNS if c in (file[METAVISION].dtype.names or ())}
+            kinds = {
+                c: file[METAVISION].dtype.fields[c][0]
+                for c in COLUMNS
+                if c in (file[METAVISION].dtype.names or ())
+            }
             lengths, place = {METAVISION: len(file[METAVISION])}, f"{METAVISION} field "
         else:
             group = file.get("events")
-            found = {c: group[c] for c in COLUMNS if isinstance(group, h5py.Group) and isinstance(group.get(c), h5py.Dataset)}
+            found = {
+                c: group[c]
+                for c in COLUMNS
+                if isinstance(group, h5py.Group) and isinstance(group.get(c), h5py.Dataset)
+            }
             for column in found.values():
                 _check_stored(path, column)
             kinds = {c: column.dtype for c, column in found.items()}
             lengths, place = {c: len(column) for c, column in found.items()}, "events/"
     if missing := [c for c in COLUMNS if c not in kinds]:
-        raise RecordingError(f"{path} lacks {', '.join(f'{place}{c}' for c in missing)}. A recording has the columns "
-                             "events/t, x, y and p")
+        raise RecordingError(
+            f"{path} lacks {', '.join(f'{place}{c}' for c in missing)}. A recording has the columns "
+            "events/t, x, y and p"
+        )
     if wrong := [c for c in COLUMNS if kinds[c].kind not in "iu" + "b" * (c == "p")]:
-        raise RecordingError(f"{path}: {place}{wrong[0]} holds {kinds[wrong[0]]}. Columns hold integers, t in microseconds: "
-                             "convert it")
+        raise RecordingError(
+            f"{path}: {place}{wrong[0]} holds {kinds[wrong[0]]}. Columns hold integers, t in microseconds: "
+            "convert it"
+        )
     if len(set(lengths.values())) > 1:
-        raise RecordingError(f"{path}: the columns of events/ differ in length ({lengths}). The file is damaged: copy it again")
+        raise RecordingError(
+            f"{path}: the columns of events/ differ in length ({lengths}). The file is damaged: copy it again"
+        )
     return next(iter(lengths.values()))
 
 
 def _check_stored(path: Path, column: h5py.Dataset) -> None:
     if column.ndim != 1:
-        raise RecordingError(f"{path}: {column.name} has the shape {column.shape}; columns have one dimension")
+        raise RecordingError(
+            f"{path}: {column.name} has the shape {column.shape}; columns have one dimension"
+        )
     layout = column.id.get_create_plist()
     for code, _, options, _ in (layout.get_filter(i) for i in range(layout.get_nfilters())):
         if code == BLOSC and len(options) < BLOSC_OPTIONS:
-            raise RecordingError(f"{path}: {column.name} is compressed with Blosc, of whose {BLOSC_OPTIONS} options "
-                                 f"{len(options)} are there. The file is damaged: copy it again")
+            raise RecordingError(
+                f"{path}: {column.name} is compressed with Blosc, of whose {BLOSC_OPTIONS} options "
+                f"{len(options)} are there. The file is damaged: copy it again"
+            )
         if not h5py.h5z.filter_avail(code):
-            codec, remedy = f"the codec of HDF5 filter {code}", "Install its plugin and set HDF5_PLUGIN_PATH to its folder"
+            codec, remedy = (
+                f"the codec of HDF5 filter {code}",
+                "Install its plugin and set HDF5_PLUGIN_PATH to its folder",
+            )
             if code == ECF:
                 codec = f"Metavision's ECF codec (HDF5 filter 0x8ECF = {ECF})"
                 remedy += f" (github.com/prophesee-ai/hdf5_ecf), or convert the file: metavision_file_to_dat -i {path}"
-            raise RecordingError(f"{path}: {column.name} is compressed with {codec}, which is not installed. {remedy}")
+            raise RecordingError(
+                f"{path}: {column.name} is compressed with {codec}, which is not installed. {remedy}"
+            )
     if column.chunks is None:
         return
     if column.chunks[0] * column.dtype.itemsize > LARGEST_CHUNK_BYTES:
-        raise RecordingError(f"{path}: {column.name} is stored in chunks of {column.chunks[0]} entries, too large to stream. "
-                             f"Store it in smaller ones: h5repack -l CHUNK=65536 {path} OUT.h5")
+        raise RecordingError(
+            f"{path}: {column.name} is stored in chunks of {column.chunks[0]} entries, too large to stream. "
+            f"Store it in smaller ones: h5repack -l CHUNK=65536 {path} OUT.h5"
+        )
     # HDF5 reads zeros where a chunk was never written.
     wanted, stored = -(-len(column) // column.chunks[0]), column.id.get_num_chunks()
     if stored < wanted:
-        raise RecordingError(f"{path}: {column.name} lacks {wanted - stored} of its {wanted} chunks. The recorder was stopped "
-                             "early, or the file is damaged: copy it again")
+        raise RecordingError(
+            f"{path}: {column.name} lacks {wanted - stored} of its {wanted} chunks. The recorder was stopped "
+            "early, or the file is damaged: copy it again"
+        )
 
 
 def _sensor_size(path: Path, file: h5py.File) -> tuple[int, int]:
     with _readable(path, "the sensor's size"):
         if METAVISION in file:
-            fields = {key: _text(file.attrs[key]) for key in ("format", "geometry") if key in file.attrs}
+            fields = {
+                key: _text(file.attrs[key]) for key in ("format", "geometry") if key in file.attrs
+            }
             return sensor_size(path, fields, GEN4_SIZE)
-        told = {side: file["events"][side] for side in ("height", "width") if side in file["events"]}
+        told = {
+            side: file["events"][side] for side in ("height", "width") if side in file["events"]
+        }
         if any(value.size != 1 for value in told.values()):
             raise RecordingError(f"{path}: events/height and events/width must be one number each")
-        height, width = (_text(np.asarray(told[side]).item()) if side in told else str(default)
-                         for side, default in zip(("height", "width"), GEN4_SIZE, strict=True))
+        height, width = (
+            _text(np.asarray(told[side]).item()) if side in told else str(default)
+            for side, default in zip(("height", "width"), GEN4_SIZE, strict=True)
+        )
         return checked_size(path, height, width)
 
 
@@ -173,8 +216,14 @@ class H5Writer(Writer):
         self.file = h5py.File(self.disk, "w")
         group = self.file.create_group("events")
         for name, kind in zip(COLUMNS, ("<i8", "<u2", "<u2", "u1"), strict=True):
-            group.create_dataset(name, (0,), kind, maxshape=(None,), chunks=(1 << 16,),
-                                 **hdf5plugin.Blosc(cname="lz4", shuffle=hdf5plugin.Blosc.SHUFFLE))
+            group.create_dataset(
+                name,
+                (0,),
+                kind,
+                maxshape=(None,),
+                chunks=(1 << 16,),
+                **hdf5plugin.Blosc(cname="lz4", shuffle=hdf5plugin.Blosc.SHUFFLE),
+            )
         group["height"], group["width"] = height, width
         self.group = group
 

@@ -13,8 +13,16 @@ from evspan.data_prep.recordings.h5 import H5Reader, H5Writer
 from evspan.data_prep.recordings.header import raw_format
 
 SUFFIXES = (".raw", ".dat", ".h5", ".hdf5")
-RAW_READERS: dict[str, Callable[[Path], Recording]] = {"evt3": Evt3Reader, "evt21": Evt21Reader, "evt2": Evt2Reader}
-WRITERS: dict[str, Callable[[Path, int, int], Writer]] = {".raw": Evt3Writer, ".dat": DatWriter, ".h5": H5Writer}
+RAW_READERS: dict[str, Callable[[Path], Recording]] = {
+    "evt3": Evt3Reader,
+    "evt21": Evt21Reader,
+    "evt2": Evt2Reader,
+}
+WRITERS: dict[str, Callable[[Path, int, int], Writer]] = {
+    ".raw": Evt3Writer,
+    ".dat": DatWriter,
+    ".h5": H5Writer,
+}
 
 
 def open_recording(path: str | Path) -> Recording:
@@ -29,15 +37,23 @@ def open_recording(path: str | Path) -> Recording:
     if path.suffix == ".raw":
         kind = raw_format(path)
         if kind not in RAW_READERS:
-            told = f"is in format {kind.upper()[:20]}" if kind else "has no header that names its format"
-            raise RecordingError(f"{path} {told}; {', '.join(k.upper() for k in RAW_READERS)} can be read. Convert it to .dat: "
-                                 f"metavision_file_to_dat -i {path}")
+            told = (
+                f"is in format {kind.upper()[:20]}"
+                if kind
+                else "has no header that names its format"
+            )
+            raise RecordingError(
+                f"{path} {told}; {', '.join(k.upper() for k in RAW_READERS)} can be read. Convert it to .dat: "
+                f"metavision_file_to_dat -i {path}"
+            )
         return RAW_READERS[kind](path)
     if path.suffix == ".dat":
         return DatReader(path)
     if path.suffix in (".h5", ".hdf5"):
         return H5Reader(path)
-    raise RecordingError(f"{path} has the suffix {path.suffix or '(none)'}; recordings have one of {', '.join(SUFFIXES)}")
+    raise RecordingError(
+        f"{path} has the suffix {path.suffix or '(none)'}; recordings have one of {', '.join(SUFFIXES)}"
+    )
 
 
 def open_writer(path: str | Path, height: int, width: int) -> Writer:

@@ -20,7 +20,17 @@ def findings(survey: Survey) -> list[str]:
     if not survey.recordings:
         return ["The dataset holds no recordings."]
     parts: tuple[Callable[[Survey], Iterator[str]], ...] = (
-        _splits, _copies, _sizes, _unlabelled, _classes, _empty_frames, _events_lost, _rates, _saturation, _boxes_dropped)
+        _splits,
+        _copies,
+        _sizes,
+        _unlabelled,
+        _classes,
+        _empty_frames,
+        _events_lost,
+        _rates,
+        _saturation,
+        _boxes_dropped,
+    )
     return [sentence for part in parts for sentence in part(survey)]
 
 
@@ -50,7 +60,11 @@ def _copies(survey: Survey) -> Iterator[str]:
             same[r.entry.source_xxh3].append(r)
     for group in same.values():
         if len(group) > 1:
-            leak = ", in different splits: scores will flatter" if len({r.entry.split for r in group}) > 1 else ""
+            leak = (
+                ", in different splits: scores will flatter"
+                if len({r.entry.split for r in group}) > 1
+                else ""
+            )
             yield f"{some(r.key for r in group)} are the same recording{leak}."
 
 
@@ -59,7 +73,10 @@ def _sizes(survey: Survey) -> Iterator[str]:
     for r in survey.recordings:
         sizes[r.entry.height, r.entry.width].append(r.key)
     if len(sizes) > 1:
-        told = "; ".join(f"{w} x {h}: {some(keys, 2)}" for (h, w), keys in sorted(sizes.items(), key=lambda item: -len(item[1])))
+        told = "; ".join(
+            f"{w} x {h}: {some(keys, 2)}"
+            for (h, w), keys in sorted(sizes.items(), key=lambda item: -len(item[1]))
+        )
         yield f"Frames are of {len(sizes)} sizes ({told}); a model is trained on one."
 
 
@@ -71,8 +88,10 @@ def _unlabelled(survey: Survey) -> Iterator[str]:
             yield f"{_many(len(without), 'recording')} of {len(of)} in {split} without labels: {some(without)}."
         no_boxes = [r.entry.name for r in of if r.entry.labelled_frames and not r.entry.boxes]
         if no_boxes:
-            yield (f"{_many(len(no_boxes), 'recording')} of {len(of)} in {split} labelled, but without a single box: "
-                   f"{some(no_boxes)}.")
+            yield (
+                f"{_many(len(no_boxes), 'recording')} of {len(of)} in {split} labelled, but without a single box: "
+                f"{some(no_boxes)}."
+            )
 
 
 def _classes(survey: Survey) -> Iterator[str]:
@@ -91,20 +110,27 @@ def _classes(survey: Survey) -> Iterator[str]:
             if anywhere and not count:
                 yield f"{split} has no boxes of class {name}."
             elif anywhere and count < RARE_CLASS * counts.sum():
-                yield (f"In {split}, class {name} has {_many(count, 'box', 'es')} of {counts.sum()} "
-                       f"({percent(count / counts.sum())}).")
+                yield (
+                    f"In {split}, class {name} has {_many(count, 'box', 'es')} of {counts.sum()} "
+                    f"({percent(count / counts.sum())})."
+                )
 
 
 def _empty_frames(survey: Survey) -> Iterator[str]:
-    found = [(r.empty_frames / r.entry.frames, r.key) for r in survey.recordings
-             if r.entry.frames and r.empty_frames > EMPTY_FRAMES * r.entry.frames]
+    found = [
+        (r.empty_frames / r.entry.frames, r.key)
+        for r in survey.recordings
+        if r.entry.frames and r.empty_frames > EMPTY_FRAMES * r.entry.frames
+    ]
     yield from _worst(found, "frames without events")
 
 
 def _worst(found: list[tuple[float, str]], what: str) -> Iterator[str]:
     """Recordings with their shares, the largest first; several in one sentence."""
     if found:
-        listed = some(f"{key} ({percent(share)})" for share, key in sorted(found, key=lambda f: (-f[0], f[1])))
+        listed = some(
+            f"{key} ({percent(share)})" for share, key in sorted(found, key=lambda f: (-f[0], f[1]))
+        )
         yield f"{_many(len(found), 'recording')} with many {what}: {listed}."
 
 
@@ -115,8 +141,14 @@ def _events_lost(survey: Survey) -> Iterator[str]:
         if outside > FEW_EVENTS_LOST * (outside + r.entry.events):
             found.append((outside / (outside + r.entry.events), r.key))
     yield from _worst(found, "events outside the sensor, which were dropped")
-    late = [(r.entry.dropped_events.get("late_timestamps_raised", 0) / max(1, r.entry.events), r.key) for r in survey.recordings]
-    yield from _worst([(share, key) for share, key in late if share > MANY_EVENTS_LOST], "timestamps that ran backwards")
+    late = [
+        (r.entry.dropped_events.get("late_timestamps_raised", 0) / max(1, r.entry.events), r.key)
+        for r in survey.recordings
+    ]
+    yield from _worst(
+        [(share, key) for share, key in late if share > MANY_EVENTS_LOST],
+        "timestamps that ran backwards",
+    )
 
 
 def _rates(survey: Survey) -> Iterator[str]:
@@ -147,6 +179,12 @@ def _boxes_dropped(survey: Survey) -> Iterator[str]:
     thinned = dropped.pop(THINNED, 0)
     total = summary.total("boxes") + sum(dropped.values())
     for reason, count in sorted(dropped.items(), key=lambda item: -item[1]):
-        if count > (MANY_OF_OTHER_CLASSES if reason == "boxes_of_other_classes" else MANY_DROPPED) * total:
-            yield (f"{percent(count / total)} of the boxes{' that thinning labels left' if thinned else ''} were dropped: "
-                   f"{reason.removeprefix('boxes_').replace('_', ' ')} ({count} of {total}).")
+        if (
+            count
+            > (MANY_OF_OTHER_CLASSES if reason == "boxes_of_other_classes" else MANY_DROPPED)
+            * total
+        ):
+            yield (
+                f"{percent(count / total)} of the boxes{' that thinning labels left' if thinned else ''} were dropped: "
+                f"{reason.removeprefix('boxes_').replace('_', ' ')} ({count} of {total})."
+            )

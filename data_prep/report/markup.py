@@ -9,7 +9,10 @@ import numpy as np
 
 def printable(text: object) -> str:
     """Without what neither terminals nor XML can hold: control characters, line breaks, broken UTF-8."""
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") else c for c in str(text))
+    return "".join(
+        "\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") else c
+        for c in str(text)
+    )
 
 
 def safe(text: object) -> str:
@@ -65,9 +68,19 @@ def section(title: str, name: str, content: str, note: str = "") -> str:
     return f'<section id="{name}"><h2>{title}</h2>{f"<p class=note>{note}</p>" if note else ""}{content}</section>\n'
 
 
-def table(name: str, heads: list[tuple[str, bool]], rows: list[str], foot: str = "", sortable: bool = False) -> str:
+def table(
+    name: str,
+    heads: list[tuple[str, bool]],
+    rows: list[str],
+    foot: str = "",
+    sortable: bool = False,
+) -> str:
     """heads: (words, whether it is a column of numbers)."""
-    ths = "".join(f'<th scope="col"{" class=n" if numbers else ""}>{f"<button>{words}</button>" if sortable else words}</th>'
-                  for words, numbers in heads)
-    return (f'<div class="scroll"><table id="{name}"><thead><tr>{ths}</tr></thead><tbody>{"".join(rows)}</tbody>'
-            f'{f"<tfoot>{foot}</tfoot>" if foot else ""}</table></div>')
+    ths = "".join(
+        f'<th scope="col"{" class=n" if numbers else ""}>{f"<button>{words}</button>" if sortable else words}</th>'
+        for words, numbers in heads
+    )
+    return (
+        f'<div class="scroll"><table id="{name}"><thead><tr>{ths}</tr></thead><tbody>{"".join(rows)}</tbody>'
+        f"{f'<tfoot>{foot}</tfoot>' if foot else ''}</table></div>"
+    )

@@ -22,12 +22,25 @@ def draw_picture(group: h5py.Group, entry: RecordingEntry, classes: list[str], i
     frame, (first, last) = read_frames(group, i, i + 1)[0], group["box_start"][i : i + 2].tolist()
     boxes = group["boxes"][first:last]
     by = -(-frame.shape[2] // WIDEST)
-    corners = np.stack((boxes["x"], boxes["y"], boxes["x"] + boxes["w"], boxes["y"] + boxes["h"]), 1) / by
-    rgb = draw_boxes(frame_to_rgb(_smaller(frame, by)), corners, [classes[k] for k in boxes["class_id"]],
-                     upscale=2 if frame.shape[2] < WIDEST / 2 else 1)
+    corners = (
+        np.stack((boxes["x"], boxes["y"], boxes["x"] + boxes["w"], boxes["y"] + boxes["h"]), 1) / by
+    )
+    rgb = draw_boxes(
+        frame_to_rgb(_smaller(frame, by)),
+        corners,
+        [classes[k] for k in boxes["class_id"]],
+        upscale=2 if frame.shape[2] < WIDEST / 2 else 1,
+    )
     second = (int(group["end_us"][i]) - entry.first_us) / 1e6
-    count = "not labelled" if not group["labelled"][i] else f"{len(boxes)} box{'es' if len(boxes) != 1 else ''}"
-    return Picture(_png(draw_label(rgb, f"{second:.2f} s")), f"{entry.split}/{entry.name}, {second:.2f} s, {count}")
+    count = (
+        "not labelled"
+        if not group["labelled"][i]
+        else f"{len(boxes)} box{'es' if len(boxes) != 1 else ''}"
+    )
+    return Picture(
+        _png(draw_label(rgb, f"{second:.2f} s")),
+        f"{entry.split}/{entry.name}, {second:.2f} s, {count}",
+    )
 
 
 def _smaller(frame: NDArray[np.uint8], by: int) -> NDArray[np.uint8]:
@@ -39,5 +52,7 @@ def _smaller(frame: NDArray[np.uint8], by: int) -> NDArray[np.uint8]:
 
 def _png(rgb: RGB) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(rgb).quantize(64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    Image.fromarray(rgb).quantize(
+        64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+    ).save(out, "PNG", optimize=True)
     return out.getvalue()

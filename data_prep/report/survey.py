@@ -11,7 +11,14 @@ import h5py
 import numpy as np
 from evspan.conf.errors import ShardError
 from evspan.data_prep.report.pictures import Picture, draw_picture
-from evspan.data_prep.shards.format import SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
+from evspan.data_prep.shards.format import (
+    SPLITS,
+    Manifest,
+    RecordingEntry,
+    load_manifest,
+    open_group,
+    read_frames,
+)
 from evspan.launch.cli.prep_preview import choose_entry
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -142,35 +149,60 @@ def ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def survey(root: Path, *, split: str | None = None, name: str | None = None,
-           frames_per_recording: int = FRAMES_PER_RECORDING) -> Survey:
+def survey(
+    root: Path,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    frames_per_recording: int = FRAMES_PER_RECORDING,
+) -> Survey:
     """Read the dataset: all of the small columns, `frames_per_recording` frames of each recording, and those of the pictures.
 
     Raises:
         ShardError: it is no prepared dataset, has none of the recordings wanted, or a shard is damaged.
     """
     manifest = load_manifest(root)
-    entries = [r for r in manifest.recordings if split in (None, r.split) and name in (None, r.name)]
+    entries = [
+        r for r in manifest.recordings if split in (None, r.split) and name in (None, r.name)
+    ]
     if (split or name) and not entries:
         choose_entry(manifest, root, shard="", split=split, name=name)  # tells what there is
     pictured = set(evenly(np.arange(len(entries)), PICTURES).tolist())
     each = min(PICTURES_PER_RECORDING, PICTURES // max(1, len(pictured)))
-    recordings = [_recording(root, manifest, entry, frames_per_recording, each if i in pictured else 0)
-                  for i, entry in enumerate(tqdm(entries, desc="reading", unit="recording", disable=None))]
+    recordings = [
+        _recording(root, manifest, entry, frames_per_recording, each if i in pictured else 0)
+        for i, entry in enumerate(tqdm(entries, desc="reading", unit="recording", disable=None))
+    ]
     chosen = f"split {split}" if split else ""
-    return Survey(root, manifest, recordings, f"recording {name}{f' of {chosen}' if chosen else ''}" if name else chosen)
+    return Survey(
+        root,
+        manifest,
+        recordings,
+        f"recording {name}{f' of {chosen}' if chosen else ''}" if name else chosen,
+    )
 
 
 @contextmanager
 def _damage_told(root: Path, entry: RecordingEntry) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:  # all that h5py says of damage
-        raise ShardError(f"{root / entry.shard}: recording {entry.group!r} is damaged ({error}). Run "
-                         "evspan prep verify, then the same evspan prep again") from error
+    except (
+        OSError,
+        RuntimeError,
+        KeyError,
+        ValueError,
+        TypeError,
+        IndexError,
+    ) as error:  # all that h5py says of damage
+        raise ShardError(
+            f"{root / entry.shard}: recording {entry.group!r} is damaged ({error}). Run "
+            "evspan prep verify, then the same evspan prep again"
+        ) from error
 
 
-def _recording(root: Path, manifest: Manifest, entry: RecordingEntry, sample: int, pictures: int) -> RecordingStats:
+def _recording(
+    root: Path, manifest: Manifest, entry: RecordingEntry, sample: int, pictures: int
+) -> RecordingStats:
     group, classes = open_group(root, entry), len(manifest.classes)
     try:
         with _damage_told(root, entry):
@@ -187,27 +219,55 @@ def _recording(root: Path, manifest: Manifest, entry: RecordingEntry, sample: in
             shown = np.flatnonzero(boxes_in)
             if not shown.size:
                 shown = np.flatnonzero(labelled) if labelled.any() else np.arange(entry.frames)
-            drawn = [draw_picture(group, entry, manifest.classes, i) for i in evenly(shown, pictures).tolist()]
+            drawn = [
+                draw_picture(group, entry, manifest.classes, i)
+                for i in evenly(shown, pictures).tolist()
+            ]
     finally:
         group.file.close()
     events = _events_per_frame(code_bytes, code_bytes[chosen], kept)
     return RecordingStats(
-        entry=entry, code_bytes=int(code_bytes.sum()), empty_frames=int(np.count_nonzero(code_bytes == 0)),
-        negatives=int(np.count_nonzero(labelled & (boxes_in == 0))), per_class=per_size.sum(1), per_size=per_size,
-        per_side=per_side, curve=_curve(entry, end_us, labelled, events, 1000 * int(manifest.config["frames"]["window_ms"])),
-        sampled_frames=chosen.size, counts=counts, pictures=drawn)
+        entry=entry,
+        code_bytes=int(code_bytes.sum()),
+        empty_frames=int(np.count_nonzero(code_bytes == 0)),
+        negatives=int(np.count_nonzero(labelled & (boxes_in == 0))),
+        per_class=per_size.sum(1),
+        per_size=per_size,
+        per_side=per_side,
+        curve=_curve(
+            entry, end_us, labelled, events, 1000 * int(manifest.config["frames"]["window_ms"])
+        ),
+        sampled_frames=chosen.size,
+        counts=counts,
+        pictures=drawn,
+    )
 
 
-def _require_whole(entry: RecordingEntry, group: h5py.Group, end_us: NDArray, labelled: NDArray, code_bytes: NDArray,
-                   boxes_in: NDArray) -> None:
-    told = {"end_us": end_us.size, "labelled": labelled.size, "frame_start": code_bytes.size, "box_start": boxes_in.size}
+def _require_whole(
+    entry: RecordingEntry,
+    group: h5py.Group,
+    end_us: NDArray,
+    labelled: NDArray,
+    code_bytes: NDArray,
+    boxes_in: NDArray,
+) -> None:
+    told = {
+        "end_us": end_us.size,
+        "labelled": labelled.size,
+        "frame_start": code_bytes.size,
+        "box_start": boxes_in.size,
+    }
     for name, size in told.items():
         if size != entry.frames:
             raise ValueError(f"{name} is of {size} frames, the manifest tells {entry.frames}")
     if not int(boxes_in.sum()) == len(group["boxes"]) == entry.boxes or (boxes_in < 0).any():
-        raise ValueError(f"it holds {len(group['boxes'])} boxes, its frames {boxes_in.sum()}, the manifest tells {entry.boxes}")
+        raise ValueError(
+            f"it holds {len(group['boxes'])} boxes, its frames {boxes_in.sum()}, the manifest tells {entry.boxes}"
+        )
     if int(code_bytes.sum()) != len(group["frames"]) or (code_bytes < 0).any():
-        raise ValueError(f"its frames are {len(group['frames'])} bytes, their starts tell {code_bytes.sum()}")
+        raise ValueError(
+            f"its frames are {len(group['frames'])} bytes, their starts tell {code_bytes.sum()}"
+        )
 
 
 def _box_sizes(stored: h5py.Dataset, classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -216,8 +276,10 @@ def _box_sizes(stored: h5py.Dataset, classes: int) -> tuple[NDArray[np.int64], N
     for first in range(0, len(stored), BLOCK):
         boxes = stored[first : first + BLOCK]
         if ((boxes["class_id"] < 0) | (boxes["class_id"] >= classes)).any():
-            raise ValueError(f"its boxes are of class {boxes['class_id'].min()} to {boxes['class_id'].max()}, "
-                             f"the manifest names {classes} classes")
+            raise ValueError(
+                f"its boxes are of class {boxes['class_id'].min()} to {boxes['class_id'].max()}, "
+                f"the manifest names {classes} classes"
+            )
         area = boxes["w"].astype(np.float64) * boxes["h"]
         np.add.at(per_size, (boxes["class_id"], np.digitize(area, (SMALL, MEDIUM))), 1)
         side = np.clip(np.sqrt(np.maximum(area, 0)), SIDE_EDGES[0], SIDE_EDGES[-1] * 0.999)
@@ -231,8 +293,11 @@ def evenly(values: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return values[((np.arange(count) + 0.5) * values.size / max(1, count)).astype(np.int64)]
 
 
-def _events_per_frame(code_bytes: NDArray[np.int64], sampled_bytes: NDArray[np.int64],
-                      sampled_counts: NDArray[np.int64]) -> NDArray[np.float64]:
+def _events_per_frame(
+    code_bytes: NDArray[np.int64],
+    sampled_bytes: NDArray[np.int64],
+    sampled_counts: NDArray[np.int64],
+) -> NDArray[np.float64]:
     """(N,) about how many events the frames count: a frame's code has a byte for each and some to skip what is empty; what
     that comes to is read off frames that were decoded."""
     size, first = np.unique(np.append(0, sampled_bytes), return_index=True)
@@ -240,8 +305,13 @@ def _events_per_frame(code_bytes: NDArray[np.int64], sampled_bytes: NDArray[np.i
     return np.interp(code_bytes, size, counted) + np.maximum(code_bytes - size[-1], 0)
 
 
-def _curve(entry: RecordingEntry, end_us: NDArray[np.int64], labelled: NDArray[np.bool_], counted: NDArray[np.float64],
-           window_us: int) -> Curve:
+def _curve(
+    entry: RecordingEntry,
+    end_us: NDArray[np.int64],
+    labelled: NDArray[np.bool_],
+    counted: NDArray[np.float64],
+    window_us: int,
+) -> Curve:
     """Neighbouring frames together; the manifest's exact number of events is spread as they counted."""
     none = np.zeros(0, np.int64)
     if not end_us.size:
@@ -252,4 +322,9 @@ def _curve(entry: RecordingEntry, end_us: NDArray[np.int64], labelled: NDArray[n
     covered = min(1.0, float(times[-1] - times[0]) / max(1, entry.last_us - entry.first_us))
     events = np.add.reduceat(counted, at[:-1])
     events *= covered * entry.events / (events.sum() or 1)
-    return Curve((times[at] - entry.first_us) / 1e6, events, np.diff(at), np.add.reduceat(labelled.astype(np.int64), at[:-1]))
+    return Curve(
+        (times[at] - entry.first_us) / 1e6,
+        events,
+        np.diff(at),
+        np.add.reduceat(labelled.astype(np.int64), at[:-1]),
+    )

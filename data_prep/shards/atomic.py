@@ -47,8 +47,10 @@ def written_whole(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(f"{path}: no space left, or the quota is used up. Free some, or choose another place, and run the "
-                               "same again") from error
+            raise NoSpaceError(
+                f"{path}: no space left, or the quota is used up. Free some, or choose another place, and run the "
+                "same again"
+            ) from error
         raise
     finally:
         beside.unlink(missing_ok=True)
@@ -113,20 +115,30 @@ def locked(folder: Path, doing: str = "") -> Iterator[None]:
     try:
         file = (folder / LOCK).open("a+b", buffering=0)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror}). Choose a folder that you may write to") from error
+        raise UserError(
+            f"{folder} cannot be written to ({error.strerror}). Choose a folder that you may write to"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise UserError(f"{folder} is being written to by {file.read().decode().strip() or 'another process'}. Wait until it "
-                            "is done, or stop it") from error
+            raise UserError(
+                f"{folder} is being written to by {file.read().decode().strip() or 'another process'}. Wait until it "
+                "is done, or stop it"
+            ) from error
         except OSError as error:
-            print(f"{folder} lies on a file system without locks ({error}): see to it that only one process writes to it",
-                  flush=True)
-        with suppress(OSError):  # a full disk has room for the lock, if not for the name of who has it
+            print(
+                f"{folder} lies on a file system without locks ({error}): see to it that only one process writes to it",
+                flush=True,
+            )
+        with suppress(
+            OSError
+        ):  # a full disk has room for the lock, if not for the name of who has it
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}{f' ({doing})' if doing else ''}\n".encode())
+            file.write(
+                f"process {os.getpid()} on {socket.gethostname()}{f' ({doing})' if doing else ''}\n".encode()
+            )
         try:
             yield
         finally:

@@ -22,7 +22,14 @@ from evspan.conf.errors import ShardError
 from evspan.conf.schema.prep import FrameConfig, FrameMode, frame_config, require
 from evspan.data_prep.labels.box_files import RAW_BOX
 from evspan.data_prep.shards.atomic import hdf5_written_whole, locked, written_whole
-from evspan.data_prep.shards.format import SPLITS, Manifest, RecordingEntry, load_manifest, open_group, read_frames
+from evspan.data_prep.shards.format import (
+    SPLITS,
+    Manifest,
+    RecordingEntry,
+    load_manifest,
+    open_group,
+    read_frames,
+)
 from evspan.launch.cli.command import Parser
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -61,7 +68,9 @@ def export_rvt(root: Path, out: Path, splits: tuple[str, ...] = SPLITS) -> Repor
     manifest = load_manifest(root)
     config = _rvt_config(root, manifest)
     if out.resolve().is_relative_to(root.resolve()):
-        raise ShardError(f"output {out} lies inside the shards {root}; choose a folder outside them")
+        raise ShardError(
+            f"output {out} lies inside the shards {root}; choose a folder outside them"
+        )
     entries = [entry for split in splits for entry in manifest.split(split)]
     if not entries:
         raise ShardError(f"{root} has no recordings in {', '.join(splits)}. Choose another split")
@@ -70,7 +79,9 @@ def export_rvt(root: Path, out: Path, splits: tuple[str, ...] = SPLITS) -> Repor
     with locked(out):
         shutil.rmtree(out / STAGING, ignore_errors=True)  # of a run that was ended
         try:
-            for entry in tqdm(entries, desc="exporting", unit="recording", disable=None):  # None: only on a terminal
+            for entry in tqdm(
+                entries, desc="exporting", unit="recording", disable=None
+            ):  # None: only on a terminal
                 _export_recording(root, out, entry, config, report)
         finally:
             shutil.rmtree(out / STAGING, ignore_errors=True)
@@ -79,14 +90,22 @@ def export_rvt(root: Path, out: Path, splits: tuple[str, ...] = SPLITS) -> Repor
 
 def _rvt_config(root: Path, manifest: Manifest) -> FrameConfig:
     config = frame_config(manifest.config["frames"])
-    require(config.mode is FrameMode.rvt, f"{root} holds frames of mode {config.mode.name}, and RVT's tree holds RVT's own. "
-            "Prepare the recordings so first: evspan prep source=RAW output=NEW dataset=gen4_rvt frames.mode=rvt")
-    require(config.downsample <= 2, f"{root} holds frames at 1/{config.downsample} of the resolution; RVT knows full and half. "
-            "Prepare the recordings into a new folder with frames.downsample=2")
+    require(
+        config.mode is FrameMode.rvt,
+        f"{root} holds frames of mode {config.mode.name}, and RVT's tree holds RVT's own. "
+        "Prepare the recordings so first: evspan prep source=RAW output=NEW dataset=gen4_rvt frames.mode=rvt",
+    )
+    require(
+        config.downsample <= 2,
+        f"{root} holds frames at 1/{config.downsample} of the resolution; RVT knows full and half. "
+        "Prepare the recordings into a new folder with frames.downsample=2",
+    )
     return config
 
 
-def _export_recording(root: Path, out: Path, entry: RecordingEntry, config: FrameConfig, report: Report) -> None:
+def _export_recording(
+    root: Path, out: Path, entry: RecordingEntry, config: FrameConfig, report: Report
+) -> None:
     key = f"{entry.split}/{entry.name}"
     group = open_group(root, entry)
     try:
@@ -107,17 +126,26 @@ def _export_recording(root: Path, out: Path, entry: RecordingEntry, config: Fram
 
 def _small(group: h5py.Group, downsample: int) -> _Small:
     end_us, start, boxes = (group[name][:] for name in ("end_us", "box_start", "boxes"))
-    labelled = np.flatnonzero(group["labelled"][:] & (np.diff(start) > 0))  # RVT's readers cannot take one without labels
+    labelled = np.flatnonzero(
+        group["labelled"][:] & (np.diff(start) > 0)
+    )  # RVT's readers cannot take one without labels
     labels = np.zeros(boxes.size, RAW_BOX)
     labels["t"], labels["class_id"], labels["track_id"], labels["class_confidence"] = (
-        boxes["t_us"], boxes["class_id"], boxes["track_id"], 1)
+        boxes["t_us"],
+        boxes["class_id"],
+        boxes["track_id"],
+        1,
+    )
     for side in "xywh":
         labels[side] = boxes[side] * downsample  # exact: a power of two
     return _Small(end_us, labelled, labels, start[labelled])
 
 
 def _frames_file(config: FrameConfig) -> Path:
-    folder = Path("event_representations_v2") / f"stacked_histogram_dt={config.window_ms}_nbins={config.bins}"
+    folder = (
+        Path("event_representations_v2")
+        / f"stacked_histogram_dt={config.window_ms}_nbins={config.bins}"
+    )
     return folder / f"event_representations{'_ds2_nearest' if config.downsample == 2 else ''}.h5"
 
 
@@ -125,15 +153,19 @@ def _write(folder: Path, group: h5py.Group, small: _Small, config: FrameConfig) 
     labels, frames = folder / "labels_v2", folder / _frames_file(config)
     with written_whole(labels / "labels.npz") as beside:
         np.savez(beside, labels=small.labels, objframe_idx_2_label_idx=small.first_label)
-    for path, array in ((labels / "timestamps_us.npy", small.frame_ends[small.labelled_frames]),
-                        (frames.with_name("timestamps_us.npy"), small.frame_ends),
-                        (frames.with_name("objframe_idx_2_repr_idx.npy"), small.labelled_frames)):
+    for path, array in (
+        (labels / "timestamps_us.npy", small.frame_ends[small.labelled_frames]),
+        (frames.with_name("timestamps_us.npy"), small.frame_ends),
+        (frames.with_name("objframe_idx_2_repr_idx.npy"), small.labelled_frames),
+    ):
         with written_whole(path) as beside:
             np.save(beside, array)
     count = len(small.frame_ends)
     with hdf5_written_whole(frames) as (file, check_disk):
         shape = read_frames(group, 0, 1).shape[1:]
-        data = file.create_dataset("data", (count, *shape), np.uint8, chunks=(1, *shape), maxshape=(None, *shape), **ZSTD)
+        data = file.create_dataset(
+            "data", (count, *shape), np.uint8, chunks=(1, *shape), maxshape=(None, *shape), **ZSTD
+        )
         for i in range(0, count, FRAMES_AT_ONCE):
             data[i : i + FRAMES_AT_ONCE] = read_frames(group, i, min(i + FRAMES_AT_ONCE, count))
             check_disk()
@@ -148,27 +180,38 @@ def _require_same(folder: Path, group: h5py.Group, small: _Small, config: FrameC
         same &= np.array_equal(np.load(frames.with_name("timestamps_us.npy")), small.frame_ends)
         with h5py.File(frames, "r") as file:
             same &= len(file["data"]) == len(small.frame_ends)
-            same = same and np.array_equal(file["data"][middle], read_frames(group, middle, middle + 1)[0])
+            same = same and np.array_equal(
+                file["data"][middle], read_frames(group, middle, middle + 1)[0]
+            )
     except (OSError, KeyError, ValueError):
         same = False
     if not same:
-        raise ShardError(f"{folder} is there already, but is not what these shards hold. Delete it, or choose another folder")
+        raise ShardError(
+            f"{folder} is there already, but is not what these shards hold. Delete it, or choose another folder"
+        )
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("evspan prep export-rvt", description="Shards of frames.mode=rvt to the tree that RVT's "
-                    "preprocess_dataset.py writes. Run again, it does only what is missing.",
-                    epilog="example: evspan prep export-rvt shards rvt_tree --split train val")
+    parser = Parser(
+        "evspan prep export-rvt",
+        description="Shards of frames.mode=rvt to the tree that RVT's "
+        "preprocess_dataset.py writes. Run again, it does only what is missing.",
+        epilog="example: evspan prep export-rvt shards rvt_tree --split train val",
+    )
     parser.add_argument("shards", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--split", nargs="+", choices=SPLITS, default=SPLITS, help="default: all")
     given = parser.parse_args(argv)
     began = time.perf_counter()
     report = export_rvt(given.shards, given.out, tuple(given.split))
-    told = [f"{given.out}: {len(report.written)} recordings written in {time.perf_counter() - began:.1f} s"]
+    told = [
+        f"{given.out}: {len(report.written)} recordings written in {time.perf_counter() - began:.1f} s"
+    ]
     if report.there:
         told.append(f"{len(report.there)} there already")
     if report.unlabelled:
-        told.append(f"{len(report.unlabelled)} without labels left out, as RVT does ({', '.join(report.unlabelled[:3])}"
-                    f"{', ...' if len(report.unlabelled) > 3 else ''})")
+        told.append(
+            f"{len(report.unlabelled)} without labels left out, as RVT does ({', '.join(report.unlabelled[:3])}"
+            f"{', ...' if len(report.unlabelled) > 3 else ''})"
+        )
     print("; ".join(told))

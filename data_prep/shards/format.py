@@ -35,8 +35,17 @@ ENTRY, CONFIG, FRAME_SHAPE = "entry", "config", "frame_shape"  # attributes of a
 COLUMNS = ("frame_start", "end_us", "boxes", "box_start", "labelled")  # of a group, beside `frames`
 BLOCK = 1 << 24  # bytes of frames that are read at once for a checksum
 SPLITS = ("train", "val", "test")
-BOX = np.dtype([("t_us", "<i8"), ("x", "<f4"), ("y", "<f4"), ("w", "<f4"), ("h", "<f4"),
-                ("class_id", "<i4"), ("track_id", "<i4")])  # x, y: top left corner
+BOX = np.dtype(
+    [
+        ("t_us", "<i8"),
+        ("x", "<f4"),
+        ("y", "<f4"),
+        ("w", "<f4"),
+        ("h", "<f4"),
+        ("class_id", "<i4"),
+        ("track_id", "<i4"),
+    ]
+)  # x, y: top left corner
 
 
 @dataclass(kw_only=True)
@@ -58,8 +67,12 @@ class RecordingEntry:
     last_us: int
     events: int  # events in the frames' windows
     boxes_per_class: dict[str, int] = field(default_factory=dict)
-    dropped_events: dict[str, int] = field(default_factory=dict)  # reason -> how many were left out, or mended
-    dropped_boxes: dict[str, int] = field(default_factory=dict)  # filter -> how many; with `boxes` they are all of the box file
+    dropped_events: dict[str, int] = field(
+        default_factory=dict
+    )  # reason -> how many were left out, or mended
+    dropped_boxes: dict[str, int] = field(
+        default_factory=dict
+    )  # filter -> how many; with `boxes` they are all of the box file
     source: str = ""  # path below the source folder
     source_bytes: int = 0
     source_mtime_ns: int = 0  # with source_bytes: unchanged without reading it
@@ -95,8 +108,10 @@ def load_manifest(root: str | Path) -> Manifest:
     """Raises ShardError when `root` is no prepared dataset, or one of another schema."""
     path = Path(root) / MANIFEST
     if not path.is_file():
-        raise ShardError(f"{root} holds no {MANIFEST}, so it is no prepared dataset. Make one: "
-                         f"evspan prep source=RAW output={root}")
+        raise ShardError(
+            f"{root} holds no {MANIFEST}, so it is no prepared dataset. Make one: "
+            f"evspan prep source=RAW output={root}"
+        )
     try:
         raw = json.loads(path.read_text())
         schema = raw["schema"]
@@ -104,9 +119,13 @@ def load_manifest(root: str | Path) -> Manifest:
             raw["recordings"] = [RecordingEntry(**r) for r in raw["recordings"]]
             return Manifest(**raw)
     except (ValueError, TypeError, KeyError) as error:
-        raise ShardError(f"{path} is damaged ({error}). Delete it and run the same evspan prep again") from error
-    raise ShardError(f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}. Prepare the dataset again "
-                     "into a new folder")
+        raise ShardError(
+            f"{path} is damaged ({error}). Delete it and run the same evspan prep again"
+        ) from error
+    raise ShardError(
+        f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}. Prepare the dataset again "
+        "into a new folder"
+    )
 
 
 def open_group(root: str | Path, entry: RecordingEntry) -> h5py.Group:
@@ -115,8 +134,10 @@ def open_group(root: str | Path, entry: RecordingEntry) -> h5py.Group:
     try:
         return h5py.File(path, "r")[entry.group]
     except (OSError, KeyError) as error:
-        raise ShardError(f"{path} cannot give recording {entry.group!r} ({error}). Run the same evspan prep again: "
-                         "it redoes what is missing") from error
+        raise ShardError(
+            f"{path} cannot give recording {entry.group!r} ({error}). Run the same evspan prep again: "
+            "it redoes what is missing"
+        ) from error
 
 
 def read_frames(group: h5py.Group, first: int, last: int) -> NDArray[np.uint8]:
@@ -130,8 +151,10 @@ def read_frames(group: h5py.Group, first: int, last: int) -> NDArray[np.uint8]:
         code = group["frames"][start[0] : start[-1]]
         return decode_frames(code, start - start[0], tuple(group.attrs[FRAME_SHAPE].tolist()))
     except (OSError, KeyError, ValueError, IndexError) as error:
-        raise ShardError(f"{group.file.filename}: frames {first} to {last} of {group.name} are damaged ({error}). Run "
-                         "evspan prep verify, then the same evspan prep again") from error
+        raise ShardError(
+            f"{group.file.filename}: frames {first} to {last} of {group.name} are damaged ({error}). Run "
+            "evspan prep verify, then the same evspan prep again"
+        ) from error
 
 
 def group_digests(group: h5py.Group) -> tuple[str, str]:
@@ -139,7 +162,9 @@ def group_digests(group: h5py.Group) -> tuple[str, str]:
     digest, frames = xxhash.xxh3_64(), group["frames"]
     for i in range(0, len(frames), BLOCK):
         digest.update(frames[i : i + BLOCK])
-    return digest.hexdigest(), columns_digest(digest.hexdigest(), [group[name][:] for name in COLUMNS])
+    return digest.hexdigest(), columns_digest(
+        digest.hexdigest(), [group[name][:] for name in COLUMNS]
+    )
 
 
 def columns_digest(frames_xxh3: str, columns: list[NDArray]) -> str:

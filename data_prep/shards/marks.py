@@ -17,7 +17,9 @@ def read_marks(output: Path) -> dict[str, str]:
     try:
         return {str(key): str(why) for key, why in json.loads(path.read_text()).items()}
     except (ValueError, AttributeError) as error:
-        raise ShardError(f"{path} is damaged ({error}). Delete it and run evspan prep verify {output} again") from error
+        raise ShardError(
+            f"{path} is damaged ({error}). Delete it and run evspan prep verify {output} again"
+        ) from error
 
 
 def write_marks(output: Path, marks: dict[str, str]) -> None:

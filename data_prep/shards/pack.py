@@ -44,8 +44,14 @@ def stored_groups(output: Path, config: dict[str, Any]) -> dict[str, Stored]:
     return found
 
 
-def gather(output: Path, kept: dict[str, Stored], fresh: dict[str, RecordingEntry], homes: dict[str, str], touched: set[str],
-           shard_bytes: int) -> dict[str, RecordingEntry]:
+def gather(
+    output: Path,
+    kept: dict[str, Stored],
+    fresh: dict[str, RecordingEntry],
+    homes: dict[str, str],
+    touched: set[str],
+    shard_bytes: int,
+) -> dict[str, RecordingEntry]:
     """Write the shards that change, and delete each one's part files.
 
     Args:
@@ -56,7 +62,9 @@ def gather(output: Path, kept: dict[str, Stored], fresh: dict[str, RecordingEntr
         All recordings, by split/recording, with their shards.
     """
     placed = {key: stored.entry for key, stored in kept.items()}
-    placed |= {key: replace(entry, shard=homes[key]) for key, entry in fresh.items() if key in homes}
+    placed |= {
+        key: replace(entry, shard=homes[key]) for key, entry in fresh.items() if key in homes
+    }
     placed |= _fill(placed, {k: e for k, e in fresh.items() if k not in homes}, output, shard_bytes)
     for shard in sorted(touched | {placed[key].shard for key in fresh}):
         members = {key: entry for key, entry in sorted(placed.items()) if entry.shard == shard}
@@ -77,15 +85,24 @@ def _copy(path: Path, group: str, file: h5py.File) -> None:
         with h5py.File(path, "r") as old:
             old.copy(group, file)  # chunks are copied as they are stored
     except (OSError, RuntimeError, KeyError) as error:
-        raise ShardError(f"{path} is damaged: recording {group} cannot be read ({error}). Delete the file and run the same "
-                         "again") from error
+        raise ShardError(
+            f"{path} is damaged: recording {group} cannot be read ({error}). Delete the file and run the same "
+            "again"
+        ) from error
 
 
-def _fill(placed: dict[str, RecordingEntry], new: dict[str, RecordingEntry], output: Path,
-          shard_bytes: int) -> dict[str, RecordingEntry]:
+def _fill(
+    placed: dict[str, RecordingEntry],
+    new: dict[str, RecordingEntry],
+    output: Path,
+    shard_bytes: int,
+) -> dict[str, RecordingEntry]:
     out: dict[str, RecordingEntry] = {}
     for split in SPLITS:
-        number = max((int(Path(r.shard).stem) for r in placed.values() if r.split == split), default=-1) + 1
+        number = (
+            max((int(Path(r.shard).stem) for r in placed.values() if r.split == split), default=-1)
+            + 1
+        )
         size = 0
         for key, entry in sorted(new.items()):
             if entry.split != split:

@@ -22,8 +22,14 @@ from evspan.launch.cli.command import Parser
 INCOMPLETE_EXIT_CODE = 3
 LOCKS = Path("/proc/locks")  # of this machine
 NAMED = 5  # recordings of a kind; of more, their number
-KINDS = {"done": "done", "part": "in parts", "missing": "missing", "changed": "changed", "damaged": "damaged",
-         "extra": "not in source"}
+KINDS = {
+    "done": "done",
+    "part": "in parts",
+    "missing": "missing",
+    "changed": "changed",
+    "damaged": "damaged",
+    "extra": "not in source",
+}
 
 DESCRIPTION = """What a folder that evspan prep writes holds, split by split, what is missing, and who is at work on it. It takes
 no lock and changes nothing.
@@ -62,7 +68,11 @@ class Status:
 
     @property
     def complete(self) -> bool:
-        return self.manifest and set(self.state.values()) <= {"done"} and not (self.at_work or self.elsewhere or self.ended)
+        return (
+            self.manifest
+            and set(self.state.values()) <= {"done"}
+            and not (self.at_work or self.elsewhere or self.ended)
+        )
 
 
 def status(output: Path, source: Path | None = None) -> Status:
@@ -71,14 +81,23 @@ def status(output: Path, source: Path | None = None) -> Status:
         ShardError: `output` is no folder that `evspan prep` writes. RecordingError: the source cannot be read.
     """
     if not any((output / name).exists() for name in (MANIFEST, LOCK, PARTS)):
-        raise ShardError(f"{output} holds nothing of evspan prep. Name the folder that was its output, or make one: evspan prep "
-                         f"source={source or 'RAW'} output={output}")
+        raise ShardError(
+            f"{output} holds nothing of evspan prep. Name the folder that was its output, or make one: evspan prep "
+            f"source={source or 'RAW'} output={output}"
+        )
     sources = {s.key: s for s in find_sources(source)} if source else None
     manifest = load_manifest(output) if (output / MANIFEST).is_file() else None
     stored, marks = stored_groups(output, manifest.config if manifest else {}), read_marks(output)
-    part_files = [p for split in SPLITS for p in (output / PARTS / split).glob("*.h5") if not p.name.startswith(".")]
+    part_files = [
+        p
+        for split in SPLITS
+        for p in (output / PARTS / split).glob("*.h5")
+        if not p.name.startswith(".")
+    ]
     parts = {f"{p.parent.name}/{p.stem}" for p in part_files}
-    listed = {f"{r.split}/{r.name}": r.source_mtime_ns for r in manifest.recordings} if manifest else {}
+    listed = (
+        {f"{r.split}/{r.name}": r.source_mtime_ns for r in manifest.recordings} if manifest else {}
+    )
 
     def state(key: str) -> str:
         if sources is not None and key not in sources:
@@ -89,14 +108,23 @@ def status(output: Path, source: Path | None = None) -> Status:
             return "damaged"
         if key not in stored:
             return "missing"
-        return "changed" if sources and _changed(sources[key], stored[key], listed.get(key)) else "done"
+        return (
+            "changed"
+            if sources and _changed(sources[key], stored[key], listed.get(key))
+            else "done"
+        )
 
     keys = stored.keys() | parts | listed.keys() | marks.keys() | (sources or {}).keys()
     files = {p: about for p in (*shard_files(output), *part_files) if (about := _about(p))}
     newest = max(files, key=lambda p: files[p][1], default=None)
-    result = Status({key: state(key) for key in sorted(keys, key=_order)}, stored, marks, manifest is not None,
-                    {s: sum(size for p, (size, _) in files.items() if p.parent.name == s) for s in SPLITS},
-                    (newest, files[newest][1]) if newest else None)
+    result = Status(
+        {key: state(key) for key in sorted(keys, key=_order)},
+        stored,
+        marks,
+        manifest is not None,
+        {s: sum(size for p, (size, _) in files.items() if p.parent.name == s) for s in SPLITS},
+        (newest, files[newest][1]) if newest else None,
+    )
     _who(output, result)
     return result
 
@@ -107,7 +135,10 @@ def _order(key: str) -> tuple[int, str]:
 
 def _changed(source: Source, stored: Stored, mtime_ns: int | None) -> bool:
     about, entry = source.path.stat(), stored.entry
-    return (about.st_size, about.st_mtime_ns) != (entry.source_bytes, mtime_ns or entry.source_mtime_ns)
+    return (about.st_size, about.st_mtime_ns) != (
+        entry.source_bytes,
+        mtime_ns or entry.source_mtime_ns,
+    )
 
 
 def _about(path: Path) -> tuple[int, float] | None:
@@ -134,40 +165,66 @@ def _who(output: Path, result: Status) -> None:
             result.ended = text
             return
         folders = [output, *(output / s for s in SPLITS), *(output / PARTS / s for s in SPLITS)]
-        result.begun = sorted(_written(p, output) for folder in folders for p in folder.glob(UNFINISHED))
+        result.begun = sorted(
+            _written(p, output) for folder in folders for p in folder.glob(UNFINISHED)
+        )
 
 
 def _written(beside: Path, output: Path) -> str:
     """The file that it is going to be, a part told by its recording: .parts/train/.NAME.PID.writing.h5 -> train/NAME."""
-    path = beside.relative_to(output).with_name(re.sub(r"^\.(.*)\.\d+\.writing", r"\1", beside.name))
+    path = beside.relative_to(output).with_name(
+        re.sub(r"^\.(.*)\.\d+\.writing", r"\1", beside.name)
+    )
     return str(path.relative_to(PARTS).with_suffix("")) if path.parts[0] == PARTS else str(path)
 
 
 def _has_lock(pid: int, path: Path) -> bool:
     inode = path.stat().st_ino
     locks = (line.split() for line in LOCKS.read_text().splitlines())
-    return any("FLOCK" in words and str(pid) in words and any(w.endswith(f":{inode}") for w in words) for words in locks)
+    return any(
+        "FLOCK" in words and str(pid) in words and any(w.endswith(f":{inode}") for w in words)
+        for words in locks
+    )
 
 
 def _tell(output: Path, result: Status, source: Path | None) -> None:
     kinds = [k for k in KINDS if k in ("done", "part", "missing") or k in result.state.values()]
     rows = [["", "recordings", *(KINDS[k] for k in kinds), "frames", "boxes", "size"]]
     splits = [s for s in SPLITS if any(key.startswith(f"{s}/") for key in result.state)]
-    for name, prefix in [*((s, f"{s}/") for s in splits), *([("all", "")] if len(splits) > 1 else [])]:
+    for name, prefix in [
+        *((s, f"{s}/") for s in splits),
+        *([("all", "")] if len(splits) > 1 else []),
+    ]:
         entries = [stored.entry for key, stored in result.stored.items() if key.startswith(prefix)]
         size = sum(n for s, n in result.bytes_.items() if name in (s, "all"))
-        rows.append([name, str(len([k for k in result.state if k.startswith(prefix)])),
-                     *(str(len(result.of(k, prefix))) for k in kinds), str(sum(e.frames for e in entries)),
-                     str(sum(e.boxes for e in entries)), _size(size)])
+        rows.append(
+            [
+                name,
+                str(len([k for k in result.state if k.startswith(prefix)])),
+                *(str(len(result.of(k, prefix))) for k in kinds),
+                str(sum(e.frames for e in entries)),
+                str(sum(e.boxes for e in entries)),
+                _size(size),
+            ]
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print(output)
     for row in rows:
-        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]))
+        print(
+            "  ".join(
+                [
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+                ]
+            )
+        )
     if result.last:
         print(f"last written: {result.last[0].relative_to(output)}, {_ago(result.last[1])} ago")
     for kind in kinds:
         if kind != "done" and (keys := result.of(kind)):
-            print(f"{KINDS[kind]}: {_first(f'{k} ({result.marks[k]})' if kind == 'damaged' else k for k in keys)}")
+            print(
+                f"{KINDS[kind]}: {_first(f'{k} ({result.marks[k]})' if kind == 'damaged' else k for k in keys)}"
+            )
     now = f"; writing {_first(result.begun)}" if result.begun else ""
     if result.at_work:
         print(f"at work: {result.at_work}{now}")
@@ -178,7 +235,9 @@ def _tell(output: Path, result: Status, source: Path | None) -> None:
     if not result.manifest:
         print(f"there is no {MANIFEST}: it is written last")
     if result.complete:
-        print(f"complete{'' if source else '; whether the source has more recordings, --source RAW tells'}")
+        print(
+            f"complete{'' if source else '; whether the source has more recordings, --source RAW tells'}"
+        )
     else:
         print(f"not complete: {'wait' if result.at_work else 'run the same evspan prep again'}")
 
@@ -204,8 +263,12 @@ def _size(number: int) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("evspan prep status", description=DESCRIPTION, epilog=EXAMPLES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        "evspan prep status",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("output", type=Path, help="what prep was given as output")
     parser.add_argument("--source", type=Path, help="what prep was given as source")
     given = parser.parse_args(argv)

@@ -26,16 +26,34 @@ class SimulatorConfig:
     step_us: int = 2000  # between two renderings; event times are interpolated within
 
     def __post_init__(self) -> None:
-        require(160 <= self.height <= LARGEST_SENSOR and 160 <= self.width <= LARGEST_SENSOR,
-                f"width {self.width} x height {self.height}: give 160 to {LARGEST_SENSOR} pixels each")
-        require(0 <= self.min_objects <= self.max_objects <= 50,
-                f"min_objects {self.min_objects} and max_objects {self.max_objects}: give 0 to 50, the smaller first")
-        require(0.25 <= self.min_scale <= self.max_scale <= 2,
-                f"min_scale {self.min_scale} and max_scale {self.max_scale}: give 0.25 to 2, the smaller first")
-        require(0 <= self.stop_share <= 1, f"stop_share is {self.stop_share}; give a share from 0 to 1")
-        require(0.05 <= self.contrast_threshold <= 2,
-                f"contrast_threshold is {self.contrast_threshold}; give 0.05 to 2 (in log intensity)")
-        require(0 <= self.threshold_mismatch <= 0.2, f"threshold_mismatch is {self.threshold_mismatch}; give 0 to 0.2")
-        require(self.refractory_us >= 0, f"refractory_us is {self.refractory_us}; give 0 us or more")
-        require(0 <= self.noise_hz <= 50, f"noise_hz is {self.noise_hz}; give 0 to 50 events per pixel and second")
+        require(
+            160 <= self.height <= LARGEST_SENSOR and 160 <= self.width <= LARGEST_SENSOR,
+            f"width {self.width} x height {self.height}: give 160 to {LARGEST_SENSOR} pixels each",
+        )
+        require(
+            0 <= self.min_objects <= self.max_objects <= 50,
+            f"min_objects {self.min_objects} and max_objects {self.max_objects}: give 0 to 50, the smaller first",
+        )
+        require(
+            0.25 <= self.min_scale <= self.max_scale <= 2,
+            f"min_scale {self.min_scale} and max_scale {self.max_scale}: give 0.25 to 2, the smaller first",
+        )
+        require(
+            0 <= self.stop_share <= 1, f"stop_share is {self.stop_share}; give a share from 0 to 1"
+        )
+        require(
+            0.05 <= self.contrast_threshold <= 2,
+            f"contrast_threshold is {self.contrast_threshold}; give 0.05 to 2 (in log intensity)",
+        )
+        require(
+            0 <= self.threshold_mismatch <= 0.2,
+            f"threshold_mismatch is {self.threshold_mismatch}; give 0 to 0.2",
+        )
+        require(
+            self.refractory_us >= 0, f"refractory_us is {self.refractory_us}; give 0 us or more"
+        )
+        require(
+            0 <= self.noise_hz <= 50,
+            f"noise_hz is {self.noise_hz}; give 0 to 50 events per pixel and second",
+        )
         require(100 <= self.step_us <= 5000, f"step_us is {self.step_us}; give 100 to 5000 us")

@@ -32,15 +32,21 @@ class SimulationReport:
     tracks: int
 
 
-def _scene_and_rng(seconds: float, seed: int, config: SimulatorConfig) -> tuple[int, Scene, np.random.Generator]:
+def _scene_and_rng(
+    seconds: float, seed: int, config: SimulatorConfig
+) -> tuple[int, Scene, np.random.Generator]:
     require(0 < seconds <= 2000, f"seconds is {seconds}; give more than 0 and up to 2000 s")
     # Two generators, so that a change of the sensor leaves the scene, and the boxes, as they are.
-    scene_rng, sensor_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
+    scene_rng, sensor_rng = (
+        np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2)
+    )
     duration = round(1e6 * seconds)
     return duration, make_scene(duration, scene_rng, config), sensor_rng
 
 
-def simulated_events(seconds: float, seed: int, config: SimulatorConfig = SimulatorConfig()) -> Iterator[Events]:  # noqa: B008
+def simulated_events(
+    seconds: float, seed: int, config: SimulatorConfig = SimulatorConfig()
+) -> Iterator[Events]:  # noqa: B008
     """The events of a recording, sorted by time from 0 us on, in blocks of bounded size."""
     duration, scene, rng = _scene_and_rng(seconds, seed, config)
     sensor = Sensor(scene.background, *_at(scene, 0), rng, config)
@@ -50,7 +56,9 @@ def simulated_events(seconds: float, seed: int, config: SimulatorConfig = Simula
         yield sensor.events(times, *shapes_and_centres(scene.alive(start, end), times))
 
 
-def simulated_boxes(seconds: float, seed: int, config: SimulatorConfig = SimulatorConfig()) -> NDArray:  # noqa: B008
+def simulated_boxes(
+    seconds: float, seed: int, config: SimulatorConfig = SimulatorConfig()
+) -> NDArray:  # noqa: B008
     """(N,) RAW_BOX at 60 Hz: the upright box around what is visible of each object, inside the sensor.
 
     An object of which less than 30 % is visible, since it is outside or hidden, has none.
@@ -72,7 +80,9 @@ def _at(scene: Scene, t: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]
     return shapes, centres[0]
 
 
-def simulate(path: str | Path, *, seconds: float, seed: int, config: SimulatorConfig = SimulatorConfig()) -> SimulationReport:  # noqa: B008
+def simulate(
+    path: str | Path, *, seconds: float, seed: int, config: SimulatorConfig = SimulatorConfig()
+) -> SimulationReport:  # noqa: B008
     """Write a recording to `path` (.raw EVT3, .dat or .h5) and its boxes beside it; each appears whole or not at all.
 
     Raises:
@@ -90,7 +100,9 @@ def simulate(path: str | Path, *, seconds: float, seed: int, config: SimulatorCo
                     first, last = first if count else int(events.t[0]), int(events.t[-1])
                     count += events.t.size
         boxes = simulated_boxes(seconds, seed, config)
-        boxes = boxes[(boxes["t"] > first) & (boxes["t"] <= last)]  # without noise the first and last events may lie inside
+        boxes = boxes[
+            (boxes["t"] > first) & (boxes["t"] <= last)
+        ]  # without noise the first and last events may lie inside
         write_boxes(Path(beside) / boxes_path.name, boxes)
         # Boxes first: a recording without them would pass for an unlabelled one.
         os.replace(Path(beside) / boxes_path.name, boxes_path)

@@ -9,8 +9,24 @@ from numpy.typing import NDArray
 BALL, BOX, BAR = range(len(CLASSES))
 # Columns of a shape's row, as the kernels read it: half sides along its own axes (a ball's radius in both), direction of the
 # first axis, half sides of the upright box around it, texture period and phase (pixels), mean and swing of its log intensity.
-SHAPE_COLUMNS = ("kind", "half_u", "half_v", "cos", "sin", "extent_x", "extent_y", "period", "phase", "mean", "swing")
-LENGTHS = ((20.0, 44.0), (40.0, 110.0), (70.0, 160.0))  # pixels, of a ball, a box and a bar; less on a small sensor
+SHAPE_COLUMNS = (
+    "kind",
+    "half_u",
+    "half_v",
+    "cos",
+    "sin",
+    "extent_x",
+    "extent_y",
+    "period",
+    "phase",
+    "mean",
+    "swing",
+)
+LENGTHS = (
+    (20.0, 44.0),
+    (40.0, 110.0),
+    (70.0, 160.0),
+)  # pixels, of a ball, a box and a bar; less on a small sensor
 SPEEDS = (90.0, 700.0)  # pixels per second
 CROSSING_S = (1.5, 5.0)  # without stops
 STOP_S = (1.0, 2.2)
@@ -33,7 +49,11 @@ class Track:
 
     @property
     def dies_us(self) -> float:
-        return self.born_us + self.crossing_us + (self.stopped_us + BRAKING_US if self.stopped_us else 0)
+        return (
+            self.born_us
+            + self.crossing_us
+            + (self.stopped_us + BRAKING_US if self.stopped_us else 0)
+        )
 
     def centre(self, t_us: NDArray) -> NDArray[np.float32]:
         """(N, 2) x, y of the centre; before and after its life it waits outside, at the curve's ends."""
@@ -51,7 +71,13 @@ class Track:
         starting = np.clip(after - BRAKING_US - self.stopped_us, 0, BRAKING_US)
         before = self.stop_at_us + np.minimum(after, 0)
         since = np.maximum(after - 2 * BRAKING_US - self.stopped_us, 0)
-        return before + braking - braking**2 / (2 * BRAKING_US) + starting**2 / (2 * BRAKING_US) + since
+        return (
+            before
+            + braking
+            - braking**2 / (2 * BRAKING_US)
+            + starting**2 / (2 * BRAKING_US)
+            + since
+        )
 
 
 @dataclass(frozen=True)
@@ -63,10 +89,16 @@ class Scene:
         return [t for t in self.tracks if t.born_us <= end_us and t.dies_us >= start_us]
 
 
-def shapes_and_centres(tracks: list[Track], times_us: NDArray) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def shapes_and_centres(
+    tracks: list[Track], times_us: NDArray
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(K, columns) and (N, K, 2) for the kernels."""
     shapes = np.array([t.shape for t in tracks], np.float32).reshape(-1, len(SHAPE_COLUMNS))
-    centres = np.stack([t.centre(times_us) for t in tracks], 1) if tracks else np.zeros((len(times_us), 0, 2), np.float32)
+    centres = (
+        np.stack([t.centre(times_us) for t in tracks], 1)
+        if tracks
+        else np.zeros((len(times_us), 0, 2), np.float32)
+    )
     return shapes, centres
 
 
@@ -83,7 +115,9 @@ def make_scene(duration_us: int, rng: np.random.Generator, config: SimulatorConf
     return Scene([tracks[i] for i in order if tracks[i].dies_us > 0], _make_background(rng, config))
 
 
-def _make_track(track_id: int, born_us: float, rng: np.random.Generator, config: SimulatorConfig) -> Track:
+def _make_track(
+    track_id: int, born_us: float, rng: np.random.Generator, config: SimulatorConfig
+) -> Track:
     class_id = int(rng.integers(len(CLASSES)))
     shape, area = _make_shape(class_id, rng, config)
     extent = shape[5:7].astype(np.float64)
@@ -98,11 +132,15 @@ def _make_track(track_id: int, born_us: float, rng: np.random.Generator, config:
     return track if stops and in_sight else replace(track, stop_at_us=0.0, stopped_us=0.0)
 
 
-def _make_shape(class_id: int, rng: np.random.Generator, config: SimulatorConfig) -> tuple[NDArray[np.float32], float]:
+def _make_shape(
+    class_id: int, rng: np.random.Generator, config: SimulatorConfig
+) -> tuple[NDArray[np.float32], float]:
     """(a row of SHAPE_COLUMNS, area in pixels)."""
     scale = min(1.0, 0.4 * min(config.height, config.width) / LENGTHS[BAR][1])
     length = scale * float(np.exp(rng.uniform(*np.log(LENGTHS[class_id]))))
-    if config.min_scale < config.max_scale:  # without a range nothing is drawn: what else is drawn stays as it was
+    if (
+        config.min_scale < config.max_scale
+    ):  # without a range nothing is drawn: what else is drawn stays as it was
         length *= float(np.exp(rng.uniform(np.log(config.min_scale), np.log(config.max_scale))))
     else:
         length *= config.min_scale
@@ -120,11 +158,24 @@ def _make_shape(class_id: int, rng: np.random.Generator, config: SimulatorConfig
     if class_id != BALL:
         extent = (abs(half_u * cos) + abs(half_v * sin), abs(half_u * sin) + abs(half_v * cos))
     mean, swing = rng.choice((-1, 1)) * rng.uniform(0.4, 0.9), rng.uniform(0.6, 0.9)
-    row = (class_id, half_u, half_v, cos, sin, *extent, max(period, 8.0), rng.uniform(0, period), mean, swing)
+    row = (
+        class_id,
+        half_u,
+        half_v,
+        cos,
+        sin,
+        *extent,
+        max(period, 8.0),
+        rng.uniform(0, period),
+        mean,
+        swing,
+    )
     return np.array(row, np.float32), float(area)
 
 
-def _make_curve(extent: NDArray, rng: np.random.Generator, config: SimulatorConfig) -> NDArray[np.float64]:
+def _make_curve(
+    extent: NDArray, rng: np.random.Generator, config: SimulatorConfig
+) -> NDArray[np.float64]:
     """From just outside one border to just outside another (or the same, further along), bent to one side."""
     size = np.array((config.width, config.height), np.float64)
     while True:
@@ -132,7 +183,11 @@ def _make_curve(extent: NDArray, rng: np.random.Generator, config: SimulatorConf
         chord = c - a
         middle = (a + c) / 2 + rng.uniform(-0.4, 0.4) * np.array((-chord[1], chord[0]))
         half_way = (a + 2 * middle + c) / 4
-        if np.hypot(*chord) > 0.35 * size.max() and (half_way > extent).all() and (half_way < size - extent).all():
+        if (
+            np.hypot(*chord) > 0.35 * size.max()
+            and (half_way > extent).all()
+            and (half_way < size - extent).all()
+        ):
             return np.stack((a, middle, c))
 
 

@@ -50,7 +50,9 @@ def _texture(shape, u, v):
 @njit(cache=True, nogil=True, inline="always")
 def _bounds(centre, extent, size):
     """First and one past the last pixel that an object, with its soft edge, can touch on one axis."""
-    return max(0, int(math.floor(centre - extent - 1))), min(size, int(math.ceil(centre + extent + 1)))
+    return max(0, int(math.floor(centre - extent - 1))), min(
+        size, int(math.ceil(centre + extent + 1))
+    )
 
 
 @njit(cache=True, nogil=True)
@@ -70,7 +72,9 @@ def render(canvas, background, shapes, centres, y0, y1, x0, x1):
                 u, v = cos * dx + sin * dy, cos * dy - sin * dx
                 alpha = np.float32(0.5) - _distance(shape, u, v)
                 if alpha > 0:
-                    canvas[y, x] += min(np.float32(1), alpha) * (_texture(shape, u, v) - canvas[y, x])
+                    canvas[y, x] += min(np.float32(1), alpha) * (
+                        _texture(shape, u, v) - canvas[y, x]
+                    )
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -96,12 +100,19 @@ def fire(out, times, shapes, centres, background, canvas, level, reference, thre
     for s in range(1, times.size):
         began, span = times[s - 1], times[s] - times[s - 1]
         for k in range(shapes.shape[0]):
-            if centres[s, k, 0] == centres[s - 1, k, 0] and centres[s, k, 1] == centres[s - 1, k, 1]:
+            if (
+                centres[s, k, 0] == centres[s - 1, k, 0]
+                and centres[s, k, 1] == centres[s - 1, k, 1]
+            ):
                 continue
             x0, x1 = _bounds(min(centres[s, k, 0], centres[s - 1, k, 0]), shapes[k, 5], width)
-            x1 = max(x1, _bounds(max(centres[s, k, 0], centres[s - 1, k, 0]), shapes[k, 5], width)[1])
+            x1 = max(
+                x1, _bounds(max(centres[s, k, 0], centres[s - 1, k, 0]), shapes[k, 5], width)[1]
+            )
             y0, y1 = _bounds(min(centres[s, k, 1], centres[s - 1, k, 1]), shapes[k, 6], height)
-            y1 = max(y1, _bounds(max(centres[s, k, 1], centres[s - 1, k, 1]), shapes[k, 6], height)[1])
+            y1 = max(
+                y1, _bounds(max(centres[s, k, 1], centres[s - 1, k, 1]), shapes[k, 6], height)[1]
+            )
             render(canvas, background, shapes, centres[s], y0, y1, x0, x1)
             for y in range(y0, y1):
                 for x in range(x0, x1):
@@ -150,8 +161,16 @@ def visible_extents(owner, shapes, centres):
             for y in range(top, bottom):
                 for x in range(left, right):
                     if turn == 0:
-                        dx, dy = x + np.float32(0.5) - centres[k, 0], y + np.float32(0.5) - centres[k, 1]
-                        if _distance(shape, shape[3] * dx + shape[4] * dy, shape[3] * dy - shape[4] * dx) <= 0:
+                        dx, dy = (
+                            x + np.float32(0.5) - centres[k, 0],
+                            y + np.float32(0.5) - centres[k, 1],
+                        )
+                        if (
+                            _distance(
+                                shape, shape[3] * dx + shape[4] * dy, shape[3] * dy - shape[4] * dx
+                            )
+                            <= 0
+                        ):
                             owner[y, x] = k + 1
                     elif turn == 1 and owner[y, x] == k + 1:
                         found[k, 0], found[k, 1] = min(found[k, 0], x), min(found[k, 1], y)
@@ -165,8 +184,14 @@ def visible_extents(owner, shapes, centres):
 class Sensor:
     """The pixels' memory. `background`: (H, W) log intensity that they have settled on at time 0."""
 
-    def __init__(self, background: NDArray[np.float32], shapes: NDArray[np.float32], centres: NDArray[np.float32],
-                 rng: np.random.Generator, config: SimulatorConfig) -> None:
+    def __init__(
+        self,
+        background: NDArray[np.float32],
+        shapes: NDArray[np.float32],
+        centres: NDArray[np.float32],
+        rng: np.random.Generator,
+        config: SimulatorConfig,
+    ) -> None:
         size = background.shape
         self.config, self.rng, self.background = config, rng, background
         self.canvas = background.copy()
@@ -174,14 +199,25 @@ class Sensor:
         self.level = self.canvas.copy()
         mismatch = np.clip(rng.normal(1, config.threshold_mismatch, size), 0.5, 1.5)
         self.threshold = (config.contrast_threshold * mismatch).astype(np.float32)
-        self.reference = self.level + self.threshold * rng.uniform(-0.5, 0.5, size).astype(np.float32)
+        self.reference = self.level + self.threshold * rng.uniform(-0.5, 0.5, size).astype(
+            np.float32
+        )
         self.last = np.full(size, LONG_AGO, np.int64)
         self.out = np.empty(1 << 18, np.int64)
 
     def events(self, times: NDArray[np.int64], shapes: NDArray, centres: NDArray) -> Events:
         """The events of [times[0], times[-1]), sorted; calls must follow each other in time."""
-        self.out, n = fire(self.out, times, shapes, centres, self.background, self.canvas, self.level, self.reference,
-                           self.threshold)
+        self.out, n = fire(
+            self.out,
+            times,
+            shapes,
+            centres,
+            self.background,
+            self.canvas,
+            self.level,
+            self.reference,
+            self.threshold,
+        )
         packed = np.sort(np.concatenate((self.out[:n], self._noise(int(times[0]), int(times[-1])))))
         packed = packed[: leave_out_refractory(packed, self.last, self.config.refractory_us)]
         x, y, p = (packed >> 1) & 0x7FF, (packed >> 12) & 0x7FF, packed & 1
@@ -190,5 +226,8 @@ class Sensor:
     def _noise(self, start: int, end: int) -> NDArray[np.int64]:
         height, width = self.level.shape
         n = self.rng.poisson(self.config.noise_hz * height * width * (end - start) / 1e6)
-        t, y, x, p = (self.rng.integers(low, high, n) for low, high in ((start, end), (0, height), (0, width), (0, 2)))
+        t, y, x, p = (
+            self.rng.integers(low, high, n)
+            for low, high in ((start, end), (0, height), (0, width), (0, 2))
+        )
         return t << 23 | y << 12 | x << 1 | p

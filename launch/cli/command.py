@@ -17,8 +17,17 @@ USER_ERROR_EXIT_CODE = 2
 LOST_EXIT_CODE = 69  # EX_UNAVAILABLE: this process was well, others of its run were not
 INTERRUPTED_EXIT_CODE = 130
 FAILURE_FILE = "EVSPAN_FAILURE_FILE"  # gets the time when a command fails: who starts several learns which was the first
-USERS_ERRNOS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT,
-                errno.EROFS)
+USERS_ERRNOS = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+)
 
 
 def debugging() -> bool:
@@ -46,7 +55,9 @@ def run_command(main: Callable[[], object]) -> None:
     except Exception as error:
         if note := os.environ.get(FAILURE_FILE):
             told = one_line(error) if users_mistake(error) else f"{type(error).__name__}: {error}"
-            Path(note).write_text(f"{time.monotonic_ns()}\n{told}")  # files' own times are as coarse as the kernel's ticks
+            Path(note).write_text(
+                f"{time.monotonic_ns()}\n{told}"
+            )  # files' own times are as coarse as the kernel's ticks
         if debugging() or not users_mistake(error):
             raise
         fail(one_line(error))
@@ -102,7 +113,9 @@ def run_hydra(main: Callable[[], object], argv: list[str], *, prog: str, help: s
         print(help.strip())
         return
     _check_options(argv, prog)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints composition errors by itself and exits with code 1
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # else Hydra prints composition errors by itself and exits with code 1
+    )
     sys.argv = [prog, *argv]
     run_command(main)
 
@@ -129,8 +142,13 @@ def users_mistake(error: Exception) -> bool:
 def _is_composition(error: Exception) -> bool:
     """A config that cannot be composed: told by Hydra and OmegaConf, which most commands never import, so go by name."""
     # By where it was raised, too: some bad overrides end in a plain ValueError inside the library.
-    raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
-    return any(name.split(".")[0] in ("hydra", "omegaconf", "antlr4") for name in (type(error).__module__, *raised_in))
+    raised_in = [
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ][-1:]
+    return any(
+        name.split(".")[0] in ("hydra", "omegaconf", "antlr4")
+        for name in (type(error).__module__, *raised_in)
+    )
 
 
 def one_line(error: Exception) -> str:

@@ -62,12 +62,24 @@ def evaluate_here(config: EvaluateConfig) -> None:
         weights = load_weights(config.checkpoint)
         metrics, results, data = evaluate_weights(weights, config.dataset, config.evaluation, world)
         if world.is_main:
-            output = Path(config.output or f"{_folder(config.checkpoint)}/evaluation-{config.evaluation.split}")
+            output = Path(
+                config.output
+                or f"{_folder(config.checkpoint)}/evaluation-{config.evaluation.split}"
+            )
             parts = breakdown(labelled(results, data), data.classes, config.evaluation)
             about = described(config.checkpoint, weights, config.dataset, config.evaluation)
-            write_results(output, metrics, results, data, config.evaluation, {**about, "breakdown": parts.to_json()})
-            print(f"{config.checkpoint} (step {weights.step}) on {config.dataset.root} {config.evaluation.split}\n"
-                  f"{metrics.table()}\n\n{parts.table()}\n\nwritten to {output}")
+            write_results(
+                output,
+                metrics,
+                results,
+                data,
+                config.evaluation,
+                {**about, "breakdown": parts.to_json()},
+            )
+            print(
+                f"{config.checkpoint} (step {weights.step}) on {config.dataset.root} {config.evaluation.split}\n"
+                f"{metrics.table()}\n\n{parts.table()}\n\nwritten to {output}"
+            )
 
 
 def _folder(checkpoint: str) -> Path:
@@ -79,13 +91,21 @@ def check(config: EvaluateConfig) -> None:
     """Raises UserError for what can be known to fail before any rank starts."""
     from evspan.pipeline.data.datasets import open_dataset
 
-    found = f"checkpoint is {config.checkpoint}, where there is nothing" if config.checkpoint else "checkpoint is empty"
-    require(bool(config.checkpoint) and Path(config.checkpoint).exists(),
-            f"{found}; name a run folder, a checkpoint or a .safetensors file: checkpoint=runs/NAME")
+    found = (
+        f"checkpoint is {config.checkpoint}, where there is nothing"
+        if config.checkpoint
+        else "checkpoint is empty"
+    )
+    require(
+        bool(config.checkpoint) and Path(config.checkpoint).exists(),
+        f"{found}; name a run folder, a checkpoint or a .safetensors file: checkpoint=runs/NAME",
+    )
     open_dataset(config.dataset, config.evaluation.split)
 
 
-def main(argv: list[str] | None = None, run: Callable[[EvaluateConfig], object] = evaluate_here) -> None:
+def main(
+    argv: list[str] | None = None, run: Callable[[EvaluateConfig], object] = evaluate_here
+) -> None:
     """python -m evspan.launch.cli.evaluate checkpoint=RUN dataset.root=SHARDS
 
     run: called with the checked config.

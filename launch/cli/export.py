@@ -32,12 +32,22 @@ EXAMPLES = """examples:
 
 def choose_size(given: argparse.Namespace, config: "FrameConfig") -> tuple[int, int, int, int]:
     """(B, 2 * bins, H, W) of the frames. Raises UserError."""
-    for name, number in (("--height", given.height), ("--width", given.width), ("--batch", given.batch)):
+    for name, number in (
+        ("--height", given.height),
+        ("--width", given.width),
+        ("--batch", given.batch),
+    ):
         if number is not None and number < 1:
             raise UserError(f"{name} is {number}; give 1 or more")
     if (given.height is None) != (given.width is None):
-        raise UserError("give --height and --width of the frames both, or neither for a Gen4 sensor's")
-    height, width = (given.height, given.width) if given.height else (side // config.downsample for side in GEN4)
+        raise UserError(
+            "give --height and --width of the frames both, or neither for a Gen4 sensor's"
+        )
+    height, width = (
+        (given.height, given.width)
+        if given.height
+        else (side // config.downsample for side in GEN4)
+    )
     return given.batch, config.channels, height, width
 
 
@@ -53,8 +63,10 @@ def check_output(path: Path) -> None:
             import onnxruntime  # noqa: F401
             import onnxscript  # noqa: F401
         except ModuleNotFoundError as error:
-            raise UserError(f"ONNX needs the package {error.name}, which is not installed: pip install 'evspan[export]', "
-                            f"or name the output {path.with_suffix('.pt2')}") from error
+            raise UserError(
+                f"ONNX needs the package {error.name}, which is not installed: pip install 'evspan[export]', "
+                f"or name the output {path.with_suffix('.pt2')}"
+            ) from error
 
 
 def export(given: argparse.Namespace) -> None:
@@ -68,26 +80,49 @@ def export(given: argparse.Namespace) -> None:
     detector = detector_from(weights)
     about = engine.about(weights, detector.initial_state(size[0], *size[2:]))
     onnx = given.output.suffix == ".onnx"
-    write, run, runtime = (engine.write_onnx, engine.run_onnx, "onnxruntime") if onnx else \
-        (engine.write_pt2, engine.run_pt2, "torch.export.load")
+    write, run, runtime = (
+        (engine.write_onnx, engine.run_onnx, "onnxruntime")
+        if onnx
+        else (engine.write_pt2, engine.run_pt2, "torch.export.load")
+    )
     program = engine.trace(detector, size)
     with written_whole(given.output) as beside:
         write(program, beside, about)
         most = engine.check(run(beside), detector, size, cutoff=weights.frames.cutoff)
-    print(f"{given.output}: {weights.model.name}, step {weights.step}, {given.output.stat().st_size / 1e6:.1f} MB; frames {size} "
-          f"uint8 and {len(about['inputs']) - 1} tensors of state")
-    print(f"{runtime} against the detector over {engine.STEPS} frames, the largest difference: {engine.told(most)}")
+    print(
+        f"{given.output}: {weights.model.name}, step {weights.step}, {given.output.stat().st_size / 1e6:.1f} MB; frames {size} "
+        f"uint8 and {len(about['inputs']) - 1} tensors of state"
+    )
+    print(
+        f"{runtime} against the detector over {engine.STEPS} frames, the largest difference: {engine.told(most)}"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("evspan export", description=DESCRIPTION, epilog=EXAMPLES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT",
-                        help="a run folder (its newest checkpoint), a checkpoint folder, or a .safetensors file")
-    parser.add_argument("output", type=Path, metavar="OUT", help="what to write, ending in .onnx or .pt2")
-    parser.add_argument("--height", type=int, metavar="H", help="of the frames (default: 720 / their downsample)")
-    parser.add_argument("--width", type=int, metavar="W", help="of the frames (default: 1280 / their downsample)")
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="recordings side by side (default: 1)")
+    parser = Parser(
+        "evspan export",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a run folder (its newest checkpoint), a checkpoint folder, or a .safetensors file",
+    )
+    parser.add_argument(
+        "output", type=Path, metavar="OUT", help="what to write, ending in .onnx or .pt2"
+    )
+    parser.add_argument(
+        "--height", type=int, metavar="H", help="of the frames (default: 720 / their downsample)"
+    )
+    parser.add_argument(
+        "--width", type=int, metavar="W", help="of the frames (default: 1280 / their downsample)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="B", help="recordings side by side (default: 1)"
+    )
     return parser
 
 

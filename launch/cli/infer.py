@@ -56,23 +56,30 @@ def boxes_beside(recording: Path) -> NDArray:
     return read_boxes(path) if path else np.zeros(0, RAW_BOX)
 
 
-def windows(recording: Recording, config: FrameConfig, *, skip: int = 0, limit: int | None = None) -> Iterator["Frame"]:
+def windows(
+    recording: Recording, config: FrameConfig, *, skip: int = 0, limit: int | None = None
+) -> Iterator["Frame"]:
     """The frames of the windows that follow each other from the recording's first event on, without the first `skip`.
 
     Raises:
         RecordingError: the recording has no events, or ends before the windows asked for.
     """
+
     def ends(first_us: int) -> Iterator[int]:
         return count(first_us + (skip + 1) * config.window_us, config.window_us)
 
     end = None
     for end, frame in islice(frames_of(recording, ends, config), limit):
         if recording.last_us < end - config.window_us:  # it has been read to its end
-            raise RecordingError(f"{recording.path} ends {(recording.last_us - recording.first_us) / 1e6:.2f} s after its first "
-                                 f"event, before {skip * config.window_us / 1e6:.2f} s; begin earlier")
+            raise RecordingError(
+                f"{recording.path} ends {(recording.last_us - recording.first_us) / 1e6:.2f} s after its first "
+                f"event, before {skip * config.window_us / 1e6:.2f} s; begin earlier"
+            )
         yield end, frame
     if end is None:
-        raise RecordingError(f"{recording.path} holds no events. Give another recording, or record it again")
+        raise RecordingError(
+            f"{recording.path} holds no events. Give another recording, or record it again"
+        )
 
 
 def choose_outputs(given: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -82,17 +89,31 @@ def choose_outputs(given: argparse.Namespace) -> tuple[Path, Path | None]:
         UserError: a name that cannot be written, would be taken for the recording's boxes, or needs a program that is missing.
     """
     name, output = recording_name(given.recording), given.output
-    detections = output if output.suffix == ".npy" and not output.is_dir() else output / f"{name}_bbox.npy"
+    detections = (
+        output if output.suffix == ".npy" and not output.is_dir() else output / f"{name}_bbox.npy"
+    )
     if detections.resolve() == (given.recording.parent / f"{name}_bbox.npy").resolve():
-        raise UserError(f"{detections} lies beside the recording, where it would be taken for its boxes. Give --output a folder, "
-                        "or another name ending in .npy")
-    video = None if given.no_video else given.video or detections.with_name(
-        f"{detections.stem.removesuffix('_bbox')}_overlay{'.mp4' if shutil.which('ffmpeg') else '.gif'}")
+        raise UserError(
+            f"{detections} lies beside the recording, where it would be taken for its boxes. Give --output a folder, "
+            "or another name ending in .npy"
+        )
+    video = (
+        None
+        if given.no_video
+        else given.video
+        or detections.with_name(
+            f"{detections.stem.removesuffix('_bbox')}_overlay{'.mp4' if shutil.which('ffmpeg') else '.gif'}"
+        )
+    )
     if video and video.suffix.lower() not in ANIMATION_SUFFIXES:
-        raise UserError(f"--video {video} ends in neither of {', '.join(ANIMATION_SUFFIXES)}; name it so, or give --no-video")
+        raise UserError(
+            f"--video {video} ends in neither of {', '.join(ANIMATION_SUFFIXES)}; name it so, or give --no-video"
+        )
     if video and video.suffix.lower() == ".mp4" and not shutil.which("ffmpeg"):
-        raise UserError(f"--video {video}: MP4 needs the program ffmpeg, which is not there. Install the Debian package ffmpeg, "
-                        f"or give --video {video.with_suffix('.gif')}")
+        raise UserError(
+            f"--video {video}: MP4 needs the program ffmpeg, which is not there. Install the Debian package ffmpeg, "
+            f"or give --video {video.with_suffix('.gif')}"
+        )
     for path in (detections, video):
         if path and path.is_dir():
             raise UserError(f"{path} is a folder. Give another name")
@@ -108,14 +129,23 @@ def check_options(given: argparse.Namespace) -> None:
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"{name} is {value:g}; give a number from 0 to 1")
     if given.follow is not None and not (math.isfinite(given.follow) and given.follow > 0):
-        raise UserError(f"--follow is {given.follow:g}; give the seconds without new data after which the recording has ended")
-    for name, number in (("--frames-per-call", given.frames_per_call), ("--threads", given.threads)):
+        raise UserError(
+            f"--follow is {given.follow:g}; give the seconds without new data after which the recording has ended"
+        )
+    for name, number in (
+        ("--frames-per-call", given.frames_per_call),
+        ("--threads", given.threads),
+    ):
         if number is not None and number < 1:
             raise UserError(f"{name} is {number}; give 1 or more")
     if not (math.isfinite(given.from_s) and given.from_s >= 0):
-        raise UserError(f"--from is {given.from_s:g}; give seconds after the recording's first event, 0 or more")
+        raise UserError(
+            f"--from is {given.from_s:g}; give seconds after the recording's first event, 0 or more"
+        )
     if given.seconds is not None and not (math.isfinite(given.seconds) and given.seconds > 0):
-        raise UserError(f"--seconds is {given.seconds:g}; give more than 0, or leave it out for all")
+        raise UserError(
+            f"--seconds is {given.seconds:g}; give more than 0, or leave it out for all"
+        )
 
 
 def choose_device(name: str | None) -> Any:
@@ -129,7 +159,9 @@ def choose_device(name: str | None) -> Any:
         return device
     except (RuntimeError, AssertionError) as error:  # unknown; not compiled in; no such card
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UserError(f"--device {name} cannot be used here; there is {', '.join(there)}") from error
+        raise UserError(
+            f"--device {name} cannot be used here; there is {', '.join(there)}"
+        ) from error
 
 
 def load_detector(given: argparse.Namespace, recording: Recording) -> tuple["Weights", "Detector"]:
@@ -141,10 +173,14 @@ def load_detector(given: argparse.Namespace, recording: Recording) -> tuple["Wei
     weights = load_weights(given.checkpoint)
     config = weights.frames
     if min(frame_size(config, recording.height, recording.width)) < 1:
-        raise UserError(f"{given.recording} is of a sensor of {recording.width} x {recording.height} pixels: too small for "
-                        f"{given.checkpoint}, which takes frames of 1/{config.downsample} of that. Give another recording")
+        raise UserError(
+            f"{given.recording} is of a sensor of {recording.width} x {recording.height} pixels: too small for "
+            f"{given.checkpoint}, which takes frames of 1/{config.downsample} of that. Give another recording"
+        )
     if given.seconds is not None and not _windows_in(given.seconds, config):
-        raise UserError(f"--seconds is {given.seconds:g}, less than a window of {config.window_ms} ms; give more")
+        raise UserError(
+            f"--seconds is {given.seconds:g}, less than a window of {config.window_ms} ms; give more"
+        )
     # One core is left to decoding and drawing: a team of threads as large as the machine would wait for them all the time.
     torch.set_num_threads(given.threads or max(1, len(os.sched_getaffinity(0)) - 1))
     return weights, detector_from(weights, device=choose_device(given.device))
@@ -163,16 +199,29 @@ class Done(NamedTuple):
     latencies_ms: list[float]
 
 
-def stream(given: argparse.Namespace, recording: Recording, weights: "Weights", detector: "Detector",
-           outputs: tuple[Path, Path | None]) -> Done:
+def stream(
+    given: argparse.Namespace,
+    recording: Recording,
+    weights: "Weights",
+    detector: "Detector",
+    outputs: tuple[Path, Path | None],
+) -> Done:
     """Decoding, the network and drawing, in a thread each; the files appear when all is done."""
     from evspan.pipeline.inference.detect import Clock, Overlay, ahead, detect
     from evspan.pipeline.inference.writers import CsvFile, DetectionsFile, JsonLines
 
     config, clock, (detections, video) = weights.frames, Clock(), outputs
-    overlay = Overlay(config, weights.classes, boxes_beside(given.recording), beside=given.side_by_side) if video else None
+    overlay = (
+        Overlay(config, weights.classes, boxes_beside(given.recording), beside=given.side_by_side)
+        if video
+        else None
+    )
     latencies: list[float] = []
-    per_class, frames, began = np.zeros(weights.model.head.num_classes, np.int64), 0, time.perf_counter()
+    per_class, frames, began = (
+        np.zeros(weights.model.head.num_classes, np.int64),
+        0,
+        time.perf_counter(),
+    )
     with ExitStack() as stack:
         enter = stack.enter_context
         rows = enter(closing(DetectionsFile(enter(written_whole(detections)))))
@@ -181,14 +230,35 @@ def stream(given: argparse.Namespace, recording: Recording, weights: "Weights", 
             others.append(enter(closing(CsvFile(enter(written_whole(given.csv)), weights.classes))))
         if given.json:
             others.append(enter(closing(JsonLines(given.json, weights.classes))))
-        animation = enter(AnimationWriter(enter(written_whole(video)), 1000 / config.window_ms)) if video else None
-        wanted = windows(recording, config, skip=_windows_in(given.from_s, config),
-                         limit=None if given.seconds is None else _windows_in(given.seconds, config))
+        animation = (
+            enter(AnimationWriter(enter(written_whole(video)), 1000 / config.window_ms))
+            if video
+            else None
+        )
+        wanted = windows(
+            recording,
+            config,
+            skip=_windows_in(given.from_s, config),
+            limit=None if given.seconds is None else _windows_in(given.seconds, config),
+        )
         decoded = enter(closing(ahead(clock.each("decoding", wanted), given.frames_per_call)))
-        found = detect(detector, decoded, confidence=given.confidence, nms=given.nms, frames_per_call=given.frames_per_call,
-                       downsample=config.downsample, sensor=(recording.height, recording.width), clock=clock)
-        for item in tqdm(enter(closing(ahead(found, given.frames_per_call))), unit=" frames", disable=None):
-            frames, per_class = frames + 1, per_class + np.bincount(item.boxes["class_id"], minlength=per_class.size)
+        found = detect(
+            detector,
+            decoded,
+            confidence=given.confidence,
+            nms=given.nms,
+            frames_per_call=given.frames_per_call,
+            downsample=config.downsample,
+            sensor=(recording.height, recording.width),
+            clock=clock,
+        )
+        for item in tqdm(
+            enter(closing(ahead(found, given.frames_per_call))), unit=" frames", disable=None
+        ):
+            frames, per_class = (
+                frames + 1,
+                per_class + np.bincount(item.boxes["class_id"], minlength=per_class.size),
+            )
             rows.add(item.boxes)
             latencies.append(item.latency_ms)
             for other in others:
@@ -204,8 +274,10 @@ def infer(given: argparse.Namespace) -> None:
     recording, outputs = open_recording(given.recording), choose_outputs(given)
     if given.follow is not None:
         if not isinstance(recording, WordReader):
-            raise UserError(f"--follow: {given.recording} is {recording.format}, which cannot be read while it is written; "
-                            "record .raw or .dat, or leave out --follow")
+            raise UserError(
+                f"--follow: {given.recording} is {recording.format}, which cannot be read while it is written; "
+                "record .raw or .dat, or leave out --follow"
+            )
         recording.follow(given.follow)
     weights, detector = load_detector(given, recording)
     from evspan.pipeline.inference.detect import class_name
@@ -215,53 +287,128 @@ def infer(given: argparse.Namespace) -> None:
     given.nms = limits.nms_threshold if given.nms is None else given.nms
     done = stream(given, recording, weights, detector, outputs)
     say = functools.partial(print, file=sys.stderr if str(given.json) == "-" else sys.stdout)
-    config, (detections, video), (frames, per_class, seconds, took, latencies) = weights.frames, outputs, done
-    left_out = "".join(f", {n} {reason.replace('_', ' ')}" for reason, n in recording.dropped.items() if n)
-    say(f"{given.recording}: {frames} frames of {config.window_ms} ms, {recording.width} x {recording.height}, "
-          f"{recording.events / 1e6:.2f} M events read{left_out}; {given.checkpoint}, step {weights.step}")
+    config, (detections, video), (frames, per_class, seconds, took, latencies) = (
+        weights.frames,
+        outputs,
+        done,
+    )
+    left_out = "".join(
+        f", {n} {reason.replace('_', ' ')}" for reason, n in recording.dropped.items() if n
+    )
+    say(
+        f"{given.recording}: {frames} frames of {config.window_ms} ms, {recording.width} x {recording.height}, "
+        f"{recording.events / 1e6:.2f} M events read{left_out}; {given.checkpoint}, step {weights.step}"
+    )
     kinds = ", ".join(f"{i} {class_name(weights.classes, i)}: {n}" for i, n in enumerate(per_class))
-    say(f"{detections}: {per_class.sum()} detections of confidence {given.confidence:g} or more ({kinds})")
+    say(
+        f"{detections}: {per_class.sum()} detections of confidence {given.confidence:g} or more ({kinds})"
+    )
     if video:
         boxes = find_boxes(given.recording)
         say(f"{video}: detections orange" + (f", boxes of {boxes.name} green" if boxes else ""))
         if not given.video and video.suffix == ".gif":
-            say("  a GIF, since the program ffmpeg is missing; install the Debian package ffmpeg for MP4")
+            say(
+                "  a GIF, since the program ffmpeg is missing; install the Debian package ffmpeg for MP4"
+            )
     span = frames * config.window_ms / 1000
     parts = ", ".join(f"{part} {1000 * busy / frames:.1f}" for part, busy in seconds.items())
-    say(f"{span / took:.1f} x camera pace: {span:.2f} s of recording in {took:.2f} s; ms per frame, side by side: {parts}")
+    say(
+        f"{span / took:.1f} x camera pace: {span:.2f} s of recording in {took:.2f} s; ms per frame, side by side: {parts}"
+    )
     middle, late = np.percentile(latencies, (50, 99))
-    say(f"latency of a frame, from when it is there to its detections: median {middle:.1f} ms, 99 % within {late:.1f} ms, "
-        f"at most {max(latencies):.1f} ms ({given.frames_per_call} frame{'s' if given.frames_per_call > 1 else ''} a call)")
+    say(
+        f"latency of a frame, from when it is there to its detections: median {middle:.1f} ms, 99 % within {late:.1f} ms, "
+        f"at most {max(latencies):.1f} ms ({given.frames_per_call} frame{'s' if given.frames_per_call > 1 else ''} a call)"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("evspan infer", description=DESCRIPTION, epilog=EXAMPLES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        "evspan infer",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("recording", type=Path, metavar="RECORDING")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN",
-                        help="a run folder (its newest checkpoint), a checkpoint folder, or a .safetensors file")
-    parser.add_argument("--output", type=Path, default=Path("detections"), metavar="OUT",
-                        help="folder, or the name of the .npy (default: detections)")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="a run folder (its newest checkpoint), a checkpoint folder, or a .safetensors file",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("detections"),
+        metavar="OUT",
+        help="folder, or the name of the .npy (default: detections)",
+    )
     video = parser.add_mutually_exclusive_group()
-    video.add_argument("--video", type=Path, metavar="FILE", help=".mp4 or .gif (default: OUT/X_overlay.mp4, or .gif)")
+    video.add_argument(
+        "--video",
+        type=Path,
+        metavar="FILE",
+        help=".mp4 or .gif (default: OUT/X_overlay.mp4, or .gif)",
+    )
     video.add_argument("--no-video", action="store_true", help="detections only")
-    parser.add_argument("--side-by-side", action="store_true", help="video: the events alone, and beside them the detections")
+    parser.add_argument(
+        "--side-by-side",
+        action="store_true",
+        help="video: the events alone, and beside them the detections",
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also a line per detection")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also a line of JSON per frame; - is standard output")
-    parser.add_argument("--follow", type=float, metavar="SECONDS",
-                        help="wait for more at the file's end, until none comes for so long (.raw, .dat)")
-    parser.add_argument("--confidence", type=float, metavar="C",
-                        help="smallest objectness * class score (default: the checkpoint's, often 0.1)")
-    parser.add_argument("--nms", type=float, metavar="IOU",
-                        help="where detections of a class overlap more, the surest stays (default: the checkpoint's, often 0.45)")
-    parser.add_argument("--from", type=float, default=0.0, dest="from_s", metavar="SECONDS",
-                        help="begin so long after the first event, rounded to whole windows (default: 0)")
-    parser.add_argument("--seconds", type=float, metavar="N", help="stop after so much of it (default: all)")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    parser.add_argument("--frames-per-call", type=int, default=4, metavar="N",
-                        help="that the network takes at once; detections do not depend on it (default: 4)")
-    parser.add_argument("--threads", type=int, metavar="N",
-                        help="CPU threads of the network (default: one less than there are cores)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also a line of JSON per frame; - is standard output",
+    )
+    parser.add_argument(
+        "--follow",
+        type=float,
+        metavar="SECONDS",
+        help="wait for more at the file's end, until none comes for so long (.raw, .dat)",
+    )
+    parser.add_argument(
+        "--confidence",
+        type=float,
+        metavar="C",
+        help="smallest objectness * class score (default: the checkpoint's, often 0.1)",
+    )
+    parser.add_argument(
+        "--nms",
+        type=float,
+        metavar="IOU",
+        help="where detections of a class overlap more, the surest stays (default: the checkpoint's, often 0.45)",
+    )
+    parser.add_argument(
+        "--from",
+        type=float,
+        default=0.0,
+        dest="from_s",
+        metavar="SECONDS",
+        help="begin so long after the first event, rounded to whole windows (default: 0)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, metavar="N", help="stop after so much of it (default: all)"
+    )
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: cuda where there is one)"
+    )
+    parser.add_argument(
+        "--frames-per-call",
+        type=int,
+        default=4,
+        metavar="N",
+        help="that the network takes at once; detections do not depend on it (default: 4)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads of the network (default: one less than there are cores)",
+    )
     return parser
 
 

@@ -18,22 +18,56 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "simulate": Command("evspan.launch.cli.simulate:main", "make recordings with boxes, to try everything on"),
-    "prep": Command("evspan.launch.slurm.prep_array:main", "recordings -> shards of frames; decode, look at and draw recordings"),
+    "simulate": Command(
+        "evspan.launch.cli.simulate:main", "make recordings with boxes, to try everything on"
+    ),
+    "prep": Command(
+        "evspan.launch.slurm.prep_array:main",
+        "recordings -> shards of frames; decode, look at and draw recordings",
+    ),
     "train": Command("evspan.launch.local.run:train", "shards -> a trained detector"),
-    "submit": Command("evspan.launch.sweep.submit:submit", "train as a SLURM job that comes back after preemption, over any number of nodes"),
-    "sweep": Command("evspan.launch.sweep.submit:sweep", "a run for each combination of values, as an array of jobs"),
-    "status": Command("evspan.launch.sweep.status:main", "what the runs of a sweep do: state, step, AP, time left, node, requeues"),
+    "submit": Command(
+        "evspan.launch.sweep.submit:submit",
+        "train as a SLURM job that comes back after preemption, over any number of nodes",
+    ),
+    "sweep": Command(
+        "evspan.launch.sweep.submit:sweep",
+        "a run for each combination of values, as an array of jobs",
+    ),
+    "status": Command(
+        "evspan.launch.sweep.status:main",
+        "what the runs of a sweep do: state, step, AP, time left, node, requeues",
+    ),
     "logs": Command("evspan.launch.sweep.logs:main", "what a run's ranks say"),
     "cancel": Command("evspan.launch.sweep.cancel:main", "end a run's job, or those of a sweep"),
-    "report": Command("evspan.launch.sweep.report.summary:main", "a sweep's runs by AP, with curves, as text and HTML; TensorBoard's HParams"),
-    "bench": Command("learning.study:main", "does it learn? arms and lengths on a fixed simulated set, with intervals"),
-    "doctor": Command("evspan.launch.doctor.checks:main", "does this cluster fit? checks here and in a job, each with its remedy"),
+    "report": Command(
+        "evspan.launch.sweep.report.summary:main",
+        "a sweep's runs by AP, with curves, as text and HTML; TensorBoard's HParams",
+    ),
+    "bench": Command(
+        "learning.study:main",
+        "does it learn? arms and lengths on a fixed simulated set, with intervals",
+    ),
+    "doctor": Command(
+        "evspan.launch.doctor.checks:main",
+        "does this cluster fit? checks here and in a job, each with its remedy",
+    ),
     "evaluate": Command("evspan.launch.local.run:evaluate", "a trained detector and shards -> AP"),
-    "infer": Command("evspan.launch.cli.infer:main", "a trained detector and a recording -> detections and a video"),
-    "smoke": Command("evspan.launch.smoke:main", "does this machine train? every layout of its ranks against one rank, in minutes"),
-    "convert": Command("evspan.launch.cli.convert:main", "RVT's published checkpoints <-> weights files"),
-    "export": Command("evspan.launch.cli.export:main", "a trained detector -> its streaming step as ONNX or torch.export file"),
+    "infer": Command(
+        "evspan.launch.cli.infer:main",
+        "a trained detector and a recording -> detections and a video",
+    ),
+    "smoke": Command(
+        "evspan.launch.smoke:main",
+        "does this machine train? every layout of its ranks against one rank, in minutes",
+    ),
+    "convert": Command(
+        "evspan.launch.cli.convert:main", "RVT's published checkpoints <-> weights files"
+    ),
+    "export": Command(
+        "evspan.launch.cli.export:main",
+        "a trained detector -> its streaming step as ONNX or torch.export file",
+    ),
 }
 HELP = f"""evspan: event-camera detectors, from recordings to detections
 
@@ -76,6 +110,6 @@ def main(argv: list[str] | None = None) -> None:
         import difflib
 
         near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], 1)
-        fail(f"there is no command {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} There are: {', '.join(COMMANDS)}")
-
-
+        fail(
+            f"there is no command {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} There are: {', '.join(COMMANDS)}"
+        )

@@ -69,29 +69,43 @@ def _prep(config: PrepConfig, launchers: Launchers) -> None:
     from evspan.data_prep.prepare import prepare
 
     launcher = type(config.launcher)
-    require(launcher is LauncherConfig or launcher in launchers,
-            "launcher=slurm is for the command evspan: evspan prep launcher=slurm ...")
+    require(
+        launcher is LauncherConfig or launcher in launchers,
+        "launcher=slurm is for the command evspan: evspan prep launcher=slurm ...",
+    )
     began = time.perf_counter()
     report = prepare(config, launchers.get(launcher))
-    recordings, frames = report.manifest.recordings, sum(r.frames for r in report.manifest.recordings)
+    recordings, frames = (
+        report.manifest.recordings,
+        sum(r.frames for r in report.manifest.recordings),
+    )
     for name, why in sorted(report.prepared.items()):
         if why != "new":
             print(f"prepared again: {name} ({why})")
     for name in report.removed:
         print(f"removed: {name} (no longer in the source)")
     if not report.prepared and not report.removed:
-        print(f"{config.output}: nothing to do, {_count(len(recordings), 'recording')} with {frames} frames as they should be")
+        print(
+            f"{config.output}: nothing to do, {_count(len(recordings), 'recording')} with {frames} frames as they should be"
+        )
         return
-    classes = {name: sum(r.boxes_per_class[name] for r in recordings) for name in report.manifest.classes}
-    print(f"{config.output}: {len(report.prepared)} of {_count(len(recordings), 'recording')} prepared in "
-          f"{time.perf_counter() - began:.1f} s; {frames} frames, {sum(r.labelled_frames for r in recordings)} of them labelled, "
-          f"{sum(classes.values())} boxes ({', '.join(f'{n} {name}' for name, n in classes.items())}), "
-          f"{sum(r.events for r in recordings) / 1e6:.1f} M events")
+    classes = {
+        name: sum(r.boxes_per_class[name] for r in recordings) for name in report.manifest.classes
+    }
+    print(
+        f"{config.output}: {len(report.prepared)} of {_count(len(recordings), 'recording')} prepared in "
+        f"{time.perf_counter() - began:.1f} s; {frames} frames, {sum(r.labelled_frames for r in recordings)} of them labelled, "
+        f"{sum(classes.values())} boxes ({', '.join(f'{n} {name}' for name, n in classes.items())}), "
+        f"{sum(r.events for r in recordings) / 1e6:.1f} M events"
+    )
 
 
 def decode(argv: list[str]) -> None:
-    parser = Parser("evspan prep decode", description="Any recording to HDF5 with events/{t,x,y,p} and height, width.",
-                    epilog="example: evspan prep decode drive_td.dat drive_td.h5")
+    parser = Parser(
+        "evspan prep decode",
+        description="Any recording to HDF5 with events/{t,x,y,p} and height, width.",
+        epilog="example: evspan prep decode drive_td.dat drive_td.h5",
+    )
     parser.add_argument("recording", type=Path)
     parser.add_argument("out", type=Path, help="a file ending in .h5")
     given = parser.parse_args(argv)
@@ -100,19 +114,28 @@ def decode(argv: list[str]) -> None:
     from evspan.data_prep.shards.atomic import written_whole
 
     if given.out.suffix != ".h5":
-        raise UserError(f"{given.out} does not end in .h5; decode writes HDF5: evspan prep decode {given.recording} "
-                        f"{given.recording.with_suffix('.h5')}")
+        raise UserError(
+            f"{given.out} does not end in .h5; decode writes HDF5: evspan prep decode {given.recording} "
+            f"{given.recording.with_suffix('.h5')}"
+        )
     recording = open_recording(given.recording)
     if given.out.exists() and given.out.samefile(given.recording):
         raise UserError(f"{given.out} is the recording itself; name another file")
-    with written_whole(given.out) as beside, open_writer(beside, recording.height, recording.width) as writer:
+    with (
+        written_whole(given.out) as beside,
+        open_writer(beside, recording.height, recording.width) as writer,
+    ):
         for events in recording.chunks():
             writer.write(events)
     print(f"{given.out}: {recording.events} events{_dropped(recording.dropped)}")
 
 
 def info(argv: list[str]) -> None:
-    parser = Parser("evspan prep info", description="What a recording holds.", epilog="example: evspan prep info drive.raw")
+    parser = Parser(
+        "evspan prep info",
+        description="What a recording holds.",
+        epilog="example: evspan prep info drive.raw",
+    )
     parser.add_argument("recording", type=Path)
     given = parser.parse_args(argv)
     from evspan.data_prep.labels.box_files import find_boxes, read_boxes
@@ -125,13 +148,17 @@ def info(argv: list[str]) -> None:
         for slice_, n in zip(*np.unique(events.t // 10_000, return_counts=True), strict=True):
             per_slice[int(slice_)] = per_slice.get(int(slice_), 0) + int(n)
     span = (recording.last_us - recording.first_us) / 1e6
-    print(f"file      {given.recording} ({given.recording.stat().st_size / 1e6:.1f} MB)\nformat    {recording.format}\n"
-          f"sensor    {recording.width} x {recording.height}")
+    print(
+        f"file      {given.recording} ({given.recording.stat().st_size / 1e6:.1f} MB)\nformat    {recording.format}\n"
+        f"sensor    {recording.width} x {recording.height}"
+    )
     print(f"events    {recording.events}{_dropped(recording.dropped)}")
     if recording.events:
         print(f"time      {recording.first_us} to {recording.last_us} us, {span:.3f} s")
-        print(f"rate      {recording.events / max(span, 1e-6) / 1e6:.2f} M events/s on average, "
-              f"{max(per_slice.values()) / 1e4:.2f} in the busiest 10 ms")
+        print(
+            f"rate      {recording.events / max(span, 1e-6) / 1e6:.2f} M events/s on average, "
+            f"{max(per_slice.values()) / 1e4:.2f} in the busiest 10 ms"
+        )
         print(f"brighter  {brighter / recording.events:.1%}")
     boxes = find_boxes(given.recording)
     print(f"boxes     {f'{read_boxes(boxes).size} in {boxes.name}' if boxes else 'none beside it'}")
@@ -176,8 +203,15 @@ def verify(argv: list[str]) -> None:
     main(argv)
 
 
-TOOLS = {"decode": decode, "info": info, "preview": preview, "export-rvt": export_rvt, "report": report, "status": status,
-         "verify": verify}
+TOOLS = {
+    "decode": decode,
+    "info": info,
+    "preview": preview,
+    "export-rvt": export_rvt,
+    "report": report,
+    "status": status,
+    "verify": verify,
+}
 
 
 def main(argv: list[str] | None = None, launchers: Launchers | None = None) -> None:

@@ -21,14 +21,31 @@ EXAMPLES = """examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("evspan prep report", description=DESCRIPTION, epilog=EXAMPLES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", type=Path, metavar="SHARDS", help="a folder that evspan prep wrote")
-    parser.add_argument("out", type=Path, nargs="?", metavar="OUT.html", help="default: SHARDS_report.html beside the folder")
+    parser = Parser(
+        "evspan prep report",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "shards", type=Path, metavar="SHARDS", help="a folder that evspan prep wrote"
+    )
+    parser.add_argument(
+        "out",
+        type=Path,
+        nargs="?",
+        metavar="OUT.html",
+        help="default: SHARDS_report.html beside the folder",
+    )
     parser.add_argument("--split", choices=SPLITS, help="only this one")
     parser.add_argument("--recording", metavar="NAME", help="only the one of this name")
-    parser.add_argument("--frames-per-recording", type=int, default=FRAMES_PER_RECORDING, metavar="N",
-                        help=f"frames that are decoded, evenly spread (default: {FRAMES_PER_RECORDING})")
+    parser.add_argument(
+        "--frames-per-recording",
+        type=int,
+        default=FRAMES_PER_RECORDING,
+        metavar="N",
+        help=f"frames that are decoded, evenly spread (default: {FRAMES_PER_RECORDING})",
+    )
     return parser
 
 
@@ -38,15 +55,24 @@ def report(given: argparse.Namespace) -> None:
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{out} does not end in .html; name the page so")
     if out.resolve().is_relative_to(root):
-        raise UserError(f"{out} lies inside {given.shards}, where evspan prep allows no other files; name a place outside")
+        raise UserError(
+            f"{out} lies inside {given.shards}, where evspan prep allows no other files; name a place outside"
+        )
     if given.frames_per_recording < 1:
         raise UserError(f"--frames-per-recording {given.frames_per_recording}: give 1 or more")
-    surveyed = survey(given.shards, split=given.split, name=given.recording, frames_per_recording=given.frames_per_recording)
+    surveyed = survey(
+        given.shards,
+        split=given.split,
+        name=given.recording,
+        frames_per_recording=given.frames_per_recording,
+    )
     found = findings(surveyed)
     with written_whole(out) as beside, beside.open("w", encoding="utf-8") as file:
         file.writelines(page(surveyed, found))
-    print(f"{out}: {len(surveyed.recordings)} recording{'s' if len(surveyed.recordings) != 1 else ''}, "
-          f"{len(found) or 'no'} warning{'s' if len(found) != 1 else ''}")
+    print(
+        f"{out}: {len(surveyed.recordings)} recording{'s' if len(surveyed.recordings) != 1 else ''}, "
+        f"{len(found) or 'no'} warning{'s' if len(found) != 1 else ''}"
+    )
     for warning in found:
         print(f"  {printable(warning)}")
 

@@ -69,11 +69,18 @@ def check(config: TrainConfig) -> None:
     from evspan.pipeline.data.datasets import open_dataset
 
     run_dir, init_from = Path(config.run_dir), config.checkpoint.init_from
-    require(not run_dir.exists() or run_dir.is_dir(), f"run_dir is {run_dir}, which is a file; name a folder: run_dir=runs/NAME")
-    require(not init_from or Path(init_from).exists(),
-            f"checkpoint.init_from is {init_from}, where there is nothing; name a run folder, a checkpoint or a weights file")
+    require(
+        not run_dir.exists() or run_dir.is_dir(),
+        f"run_dir is {run_dir}, which is a file; name a folder: run_dir=runs/NAME",
+    )
+    require(
+        not init_from or Path(init_from).exists(),
+        f"checkpoint.init_from is {init_from}, where there is nothing; name a run folder, a checkpoint or a weights file",
+    )
     open_dataset(config.dataset, "train")
-    open_dataset(config.dataset, config.evaluation.split)  # read when training is done, which may be days later
+    open_dataset(
+        config.dataset, config.evaluation.split
+    )  # read when training is done, which may be days later
 
 
 def main(argv: list[str] | None = None, run: Callable[[TrainConfig], object] = train_here) -> None:

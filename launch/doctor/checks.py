@@ -51,11 +51,27 @@ class Report:
         """The exit code."""
         counts = {grade: sum(f.grade == grade for _, f in self.rows) for grade in GRADES}
         if self.as_json:
-            checks = [{"where": where, "check": f.check, "grade": f.grade, "found": f.found,
-                       "remedy": f.remedy if f.grade != PASS else ""} for where, f in self.rows]
-            print(json.dumps({"passed": not counts[FAIL], "checks": checks}, indent=1, ensure_ascii=False), flush=True)
+            checks = [
+                {
+                    "where": where,
+                    "check": f.check,
+                    "grade": f.grade,
+                    "found": f.found,
+                    "remedy": f.remedy if f.grade != PASS else "",
+                }
+                for where, f in self.rows
+            ]
+            print(
+                json.dumps(
+                    {"passed": not counts[FAIL], "checks": checks}, indent=1, ensure_ascii=False
+                ),
+                flush=True,
+            )
         else:
-            print(f"\ndoctor: {counts[FAIL]} failed, {counts[WARN]} to look at, {counts[PASS]} passed", flush=True)
+            print(
+                f"\ndoctor: {counts[FAIL]} failed, {counts[WARN]} to look at, {counts[PASS]} passed",
+                flush=True,
+            )
         return int(counts[FAIL] > 0)
 
 
@@ -80,8 +96,14 @@ def _settings(given: argparse.Namespace, report: Report) -> list[Finding]:
         findings = [*slurm.check(given.partition, given.nodes)]
     else:
         wanted = given.nodes or given.partition
-        findings = [Finding("SLURM", FAIL if wanted else WARN, "none here: sbatch, srun and the others are not on the PATH",
-                            "run this where jobs are submitted, such as a login node; `evspan train` needs no SLURM")]
+        findings = [
+            Finding(
+                "SLURM",
+                FAIL if wanted else WARN,
+                "none here: sbatch, srun and the others are not on the PATH",
+                "run this where jobs are submitted, such as a login node; `evspan train` needs no SLURM",
+            )
+        ]
     for finding in findings:
         report.add(HERE, finding)
     return findings
@@ -90,9 +112,19 @@ def _settings(given: argparse.Namespace, report: Report) -> list[Finding]:
 def _machine(report: Report, work: Path | None) -> Finding:
     """Ask this machine; the versions."""
     alone = {name: value for name, value in os.environ.items() if name not in RANK}
-    importing, probing = machine.start(machine.IMPORT_DEEPSPEED, alone), machine.start(machine.PROBE, alone)
-    in_folder = {"free space": lambda: folder.free_space(work), "rename": lambda: folder.renaming(work / "renamed-here"),
-                 "clock": lambda: folder.file_clock(work)} if work else {}
+    importing, probing = (
+        machine.start(machine.IMPORT_DEEPSPEED, alone),
+        machine.start(machine.PROBE, alone),
+    )
+    in_folder = (
+        {
+            "free space": lambda: folder.free_space(work),
+            "rename": lambda: folder.renaming(work / "renamed-here"),
+            "clock": lambda: folder.file_clock(work),
+        }
+        if work
+        else {}
+    )
     found = {}
     for finding in ask({**in_folder, **machine.CHECKS}):
         report.add(HERE, finding)
@@ -103,19 +135,29 @@ def _machine(report: Report, work: Path | None) -> Finding:
     return found["versions"]
 
 
-def _in_job(given: argparse.Namespace, report: Report, work: Path | None, versions: Finding) -> None:
+def _in_job(
+    given: argparse.Namespace, report: Report, work: Path | None, versions: Finding
+) -> None:
     if work is None:
-        report.add(IN_JOB, Finding("tasks", FAIL, "no job was started", "mend what has failed above first"))
+        report.add(
+            IN_JOB, Finding("tasks", FAIL, "no job was started", "mend what has failed above first")
+        )
         return
     job = Job(given.nodes, given.ranks_per_node or given.gpus_per_node or 1, _srun_options(given))
     report.title(f"\n{IN_JOB}, {job.nodes} node{'s' * (job.nodes > 1)} x {job.ranks_per_node}")
     token = (work / folder.TOKEN).read_text()
-    for finding in run_job(job, work, token, versions, lambda line: print(line, file=sys.stderr, flush=True)):
+    for finding in run_job(
+        job, work, token, versions, lambda line: print(line, file=sys.stderr, flush=True)
+    ):
         report.add(IN_JOB, finding)
 
 
 def _srun_options(given: argparse.Namespace) -> list[str]:
-    options = [f"--{name}={value}" for name, value in (("partition", given.partition), ("account", given.account)) if value]
+    options = [
+        f"--{name}={value}"
+        for name, value in (("partition", given.partition), ("account", given.account))
+        if value
+    ]
     options += [f"--gpus-per-node={given.gpus_per_node}"] if given.gpus_per_node else []
     inside = "SLURM_JOB_ID" in os.environ  # a step of that job, beside the one that this may be in
     return [*(["--overlap"] if inside else [f"--time={given.time}"]), *options, *given.srun]
@@ -135,24 +177,56 @@ def check(given: argparse.Namespace) -> None:
     for name, least in (("nodes", 0), ("ranks_per_node", 0), ("gpus_per_node", 0), ("time", 1)):
         if (value := getattr(given, name)) < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; give {least} or more")
-    if not given.nodes and (given.ranks_per_node or given.gpus_per_node or given.account or given.srun):
-        raise UserError("--ranks-per-node, --gpus-per-node, --account and options of srun are of a job; give --nodes, too")
+    if not given.nodes and (
+        given.ranks_per_node or given.gpus_per_node or given.account or given.srun
+    ):
+        raise UserError(
+            "--ranks-per-node, --gpus-per-node, --account and options of srun are of a job; give --nodes, too"
+        )
     if given.gpus_per_node and given.ranks_per_node > given.gpus_per_node:
-        raise UserError(f"--ranks-per-node is {given.ranks_per_node}, --gpus-per-node {given.gpus_per_node}; each rank needs one")
-    if {"RANK", "WORLD_SIZE"} <= os.environ.keys() or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        raise UserError("evspan doctor starts its tasks itself; run it without torchrun, and under srun as one task (-n1)")
+        raise UserError(
+            f"--ranks-per-node is {given.ranks_per_node}, --gpus-per-node {given.gpus_per_node}; each rank needs one"
+        )
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys() or int(
+        os.environ.get("SLURM_STEP_NUM_TASKS", 1)
+    ) > 1:
+        raise UserError(
+            "evspan doctor starts its tasks itself; run it without torchrun, and under srun as one task (-n1)"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("evspan doctor", description=DESCRIPTION, epilog=EXAMPLES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="where runs are to be (default: this one)")
+    parser = Parser(
+        "evspan doctor",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("."),
+        metavar="DIR",
+        help="where runs are to be (default: this one)",
+    )
     parser.add_argument("--partition", default="", metavar="NAME", help="default: the cluster's")
-    parser.add_argument("--nodes", type=int, default=0, metavar="N", help="check so many in a job (default: none)")
-    parser.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="default: one per GPU, or one")
-    parser.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="that the job asks for (default: none)")
+    parser.add_argument(
+        "--nodes", type=int, default=0, metavar="N", help="check so many in a job (default: none)"
+    )
+    parser.add_argument(
+        "--ranks-per-node", type=int, default=0, metavar="N", help="default: one per GPU, or one"
+    )
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        default=0,
+        metavar="N",
+        help="that the job asks for (default: none)",
+    )
     parser.add_argument("--account", default="", metavar="NAME", help="that the job is charged to")
-    parser.add_argument("--time", type=int, default=10, metavar="MINUTES", help="limit of the job (default: 10)")
+    parser.add_argument(
+        "--time", type=int, default=10, metavar="MINUTES", help="limit of the job (default: 10)"
+    )
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("srun", nargs="*", metavar="-- OPTION", help="further options of srun")
     return parser

@@ -32,7 +32,12 @@ def ask(checks: Mapping[str, Check]) -> Iterator[Finding]:
         try:
             yield check()
         except OSError as error:
-            yield Finding(name, FAIL, f"{error.filename or 'it'}: {error.strerror or error}", "have the machine looked at")
+            yield Finding(
+                name,
+                FAIL,
+                f"{error.filename or 'it'}: {error.strerror or error}",
+                "have the machine looked at",
+            )
 
 
 def worst(findings: Sequence[Finding]) -> str:
@@ -47,7 +52,11 @@ def one_line(text: str, most: int = 300) -> str:
 def complaint(lines: Iterable[str]) -> str:
     """What went wrong, of what a command of SLURM's said on several lines; else the last line."""
     said = [line.strip() for line in lines if line.strip()]
-    errors = [re.sub(r"^[\w-]+: (error|fatal): ", "", line) for line in said if re.match(r"[\w-]+: (error|fatal): ", line)]
+    errors = [
+        re.sub(r"^[\w-]+: (error|fatal): ", "", line)
+        for line in said
+        if re.match(r"[\w-]+: (error|fatal): ", line)
+    ]
     return one_line("; ".join(dict.fromkeys(errors or said[-1:])))
 
 

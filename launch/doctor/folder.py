@@ -24,7 +24,9 @@ LAST = b"\xff" * 8  # in the last of the files that replace one another
 LEAST_VERSIONS, LEAST_SEEN = 10, 3  # of them, and that a reader is to see
 TOKEN = "token"
 ELSEWHERE = "checkpoints could be lost there; name a folder on another file system: --folder"
-SHARED = "name a folder that all nodes see and may write, such as on the parallel file system: --folder"
+SHARED = (
+    "name a folder that all nodes see and may write, such as on the parallel file system: --folder"
+)
 SET_CLOCKS = "have the clocks set by NTP: a run's history is told by time"
 
 
@@ -32,14 +34,25 @@ def open_folder(folder: Path) -> tuple[Finding, Path | None]:
     """Whether it can be written; a new folder in it, with a token, for the checks that follow."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "is not there"
-        return Finding("folder", FAIL, f"{folder} {what}", "create it (mkdir -p), or name that of your runs: --folder"), None
+        return Finding(
+            "folder",
+            FAIL,
+            f"{folder} {what}",
+            "create it (mkdir -p), or name that of your runs: --folder",
+        ), None
     try:
         work = Path(tempfile.mkdtemp(prefix=".doctor-", dir=folder.resolve()))
         replace_whole(work / TOKEN, os.urandom(16).hex().encode())
     except OSError as error:
-        return Finding("folder", FAIL, f"{folder} cannot be written: {error.strerror}",
-                       "have it made writable for you, or name that of your runs: --folder"), None
-    return Finding("folder", PASS, f"{work.parent} can be written; its file system is {_file_system(work)}"), work
+        return Finding(
+            "folder",
+            FAIL,
+            f"{folder} cannot be written: {error.strerror}",
+            "have it made writable for you, or name that of your runs: --folder",
+        ), None
+    return Finding(
+        "folder", PASS, f"{work.parent} can be written; its file system is {_file_system(work)}"
+    ), work
 
 
 def _file_system(path: Path) -> str:
@@ -55,8 +68,12 @@ def _file_system(path: Path) -> str:
 def free_space(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free / 1e9
     grade = graded(free, enough=FREE_GB, least=LEAST_FREE_GB)
-    return Finding("free space", grade, f"{free:.1f} GB" + (f", less than {FREE_GB}" if grade != PASS else ""),
-                   "remove old runs, or name another folder: --folder")
+    return Finding(
+        "free space",
+        grade,
+        f"{free:.1f} GB" + (f", less than {FREE_GB}" if grade != PASS else ""),
+        "remove old runs, or name another folder: --folder",
+    )
 
 
 def file_clock(work: Path) -> Finding:
@@ -67,7 +84,9 @@ def file_clock(work: Path) -> Finding:
     after, dated = time.time(), path.stat().st_mtime
     ahead = max(0.0, before - TICK_S - dated) + min(0.0, after + TICK_S - dated)
     how = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'}" if ahead else "agrees with"
-    return Finding("clock", WARN if abs(ahead) > SKEW_S else PASS, f"{how} that of the files", SET_CLOCKS)
+    return Finding(
+        "clock", WARN if abs(ahead) > SKEW_S else PASS, f"{how} that of the files", SET_CLOCKS
+    )
 
 
 # -- files that replace one another --------------------------------------------------------------------------------
@@ -81,7 +100,9 @@ def replace_whole(path: Path, data: bytes) -> None:
     os.replace(beside, path)
 
 
-def renaming(path: Path, *, write: bool = True, put: Callable[[Path, bytes], None] = replace_whole) -> Finding:
+def renaming(
+    path: Path, *, write: bool = True, put: Callable[[Path, bytes], None] = replace_whole
+) -> Finding:
     """Read a file over and over while others of its length replace it: each reading must be one of them, whole.
 
     write: replace it here, by `put`; else another task does.
@@ -100,13 +121,23 @@ def renaming(path: Path, *, write: bool = True, put: Callable[[Path, bytes], Non
     if bad := [f"{seen[what]} {what}" for what in ("half written", "missing") if seen[what]]:
         return Finding("rename", FAIL, f"{told}: {', '.join(bad)}", ELSEWHERE)
     if not seen["ended"]:
-        return Finding("rename", FAIL, f"{told}: its last version did not come within {WAIT_S:g} s", ELSEWHERE)
+        return Finding(
+            "rename", FAIL, f"{told}: its last version did not come within {WAIT_S:g} s", ELSEWHERE
+        )
     if seen["versions"] < LEAST_SEEN:
-        return Finding("rename", WARN, f"{told}: whole, but only {seen['versions']} versions were seen, which proves little",
-                       "run it again when the file system is less busy")
+        return Finding(
+            "rename",
+            WARN,
+            f"{told}: whole, but only {seen['versions']} versions were seen, which proves little",
+            "run it again when the file system is less busy",
+        )
     if seen["stale"]:
-        return Finding("rename", WARN, f"{told}: whole, but {seen['stale']} refused as stale",
-                       "`evspan status` may meet that, too; ask again")
+        return Finding(
+            "rename",
+            WARN,
+            f"{told}: whole, but {seen['stale']} refused as stale",
+            "`evspan status` may meet that, too; ask again",
+        )
     return Finding("rename", PASS, f"{told}: all whole{', fsync works' if write else ''}")
 
 
@@ -149,23 +180,40 @@ def meet(work: Path, token: str, rank: int, size: int, note: Any) -> tuple[Findi
     began, notes = time.monotonic(), dict[int, Any]()
     try:
         if (work / TOKEN).read_text() != token:
-            return Finding("shared folder", FAIL, f"{work} holds another token than where this was started", SHARED), notes
+            return Finding(
+                "shared folder",
+                FAIL,
+                f"{work} holds another token than where this was started",
+                SHARED,
+            ), notes
         replace_whole(work / f"task-{rank}", json.dumps([token, note]).encode())
         while len(notes) < size and time.monotonic() < began + WAIT_S:
-            there = set(os.listdir(work))  # has NFS look anew, other than asking for a name that was not there
+            there = set(
+                os.listdir(work)
+            )  # has NFS look anew, other than asking for a name that was not there
             for other in set(range(size)) - notes.keys():
                 if f"task-{other}" in there:
                     notes[other] = json.loads((work / f"task-{other}").read_bytes())[1]
             time.sleep(0.02)
     except OSError as error:
-        return Finding("shared folder", FAIL, f"{error.filename or work}: {error.strerror}", SHARED), notes
+        return Finding(
+            "shared folder", FAIL, f"{error.filename or work}: {error.strerror}", SHARED
+        ), notes
     if missing := size - len(notes):
-        return Finding("shared folder", FAIL, f"what {missing} of {size} tasks left has not come in {WAIT_S:g} s", SHARED), notes
-    return Finding("shared folder", PASS, f"this token and those of all {size} tasks are read"), notes
+        return Finding(
+            "shared folder",
+            FAIL,
+            f"what {missing} of {size} tasks left has not come in {WAIT_S:g} s",
+            SHARED,
+        ), notes
+    return Finding(
+        "shared folder", PASS, f"this token and those of all {size} tasks are read"
+    ), notes
 
 
 def not_seen(work: Path, token: str, size: int) -> int:
     """How many tasks' notes cannot be read here."""
+
     def read(rank: int) -> bool:
         try:
             return json.loads((work / f"task-{rank}").read_bytes())[0] == token

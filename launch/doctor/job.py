@@ -44,13 +44,21 @@ def task(work: Path, token: str, env: Mapping[str, str]) -> Iterator[Finding]:
     for finding in ask(machine.CHECKS):
         yield finding
         seen = finding.values.get("gpus", seen)
-    met, notes = folder.meet(work, token, rank, size, _address_towards(env.get("SLURM_LAUNCH_NODE_IPADDR", "")))
+    met, notes = folder.meet(
+        work, token, rank, size, _address_towards(env.get("SLURM_LAUNCH_NODE_IPADDR", ""))
+    )
     yield met
     if met.grade != PASS:
-        yield Finding(LAST, FAIL, "not tried: the tasks have not met in the shared folder", "mend that first")
+        yield Finding(
+            LAST, FAIL, "not tried: the tasks have not met in the shared folder", "mend that first"
+        )
         return
-    yield from ask({"rename": lambda: folder.renaming(work / "renamed", write=rank == 0),
-                    "clock": lambda: folder.file_clock(work)})
+    yield from ask(
+        {
+            "rename": lambda: folder.renaming(work / "renamed", write=rank == 0),
+            "clock": lambda: folder.file_clock(work),
+        }
+    )
     first, variables = first_rank(env, notes[0])
     yield first
     probing = machine.start(machine.PROBE, {**env, **variables})
@@ -87,23 +95,46 @@ def first_rank(env: Mapping[str, str], address: str) -> tuple[Finding, dict[str,
     except OSError as error:
         why = f"{name} means nothing here ({error.strerror})"
     if given or not address:
-        return Finding("MASTER_ADDR", FAIL, why, "set MASTER_ADDR to the address of the first node"), {}
-    return Finding("MASTER_ADDR", WARN, f"{why}; the node's address {address} is used instead",
-                   "runs do the same; better have the nodes' names resolved (DNS, /etc/hosts)"), {"MASTER_ADDR": address}
+        return Finding(
+            "MASTER_ADDR", FAIL, why, "set MASTER_ADDR to the address of the first node"
+        ), {}
+    return Finding(
+        "MASTER_ADDR",
+        WARN,
+        f"{why}; the node's address {address} is used instead",
+        "runs do the same; better have the nodes' names resolved (DNS, /etc/hosts)",
+    ), {"MASTER_ADDR": address}
 
 
 # -- whoever starts them -------------------------------------------------------------------------------------------
-def run(job: Job, work: Path, token: str, here: Finding, say: Callable[[str], object]) -> list[Finding]:
+def run(
+    job: Job, work: Path, token: str, here: Finding, say: Callable[[str], object]
+) -> list[Finding]:
     """Start the tasks, wait for their end, judge.
 
     here: this machine's versions. say: gets what srun says, such as that the job waits.
     """
     size = job.nodes * job.ranks_per_node
-    command = ["srun", "--job-name=evspan-doctor", f"--nodes={job.nodes}", f"--ntasks={size}",
-               f"--ntasks-per-node={job.ranks_per_node}", "--input=none", "--quit-on-interrupt", "--kill-on-bad-exit=1",
-               *job.options, *module("evspan.launch.doctor.job", str(work), token)]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, errors="replace")
+    command = [
+        "srun",
+        "--job-name=evspan-doctor",
+        f"--nodes={job.nodes}",
+        f"--ntasks={size}",
+        f"--ntasks-per-node={job.ranks_per_node}",
+        "--input=none",
+        "--quit-on-interrupt",
+        "--kill-on-bad-exit=1",
+        *job.options,
+        *module("evspan.launch.doctor.job", str(work), token),
+    ]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
     assert process.stdout and process.stderr
     complaints: list[str] = []
     told: list[Told] = []
@@ -118,7 +149,7 @@ def run(job: Job, work: Path, token: str, here: Finding, say: Callable[[str], ob
     try:
         for line in process.stdout:
             if line.startswith(MARK):
-                rank, node, *finding = json.loads(line[len(MARK):])
+                rank, node, *finding = json.loads(line[len(MARK) :])
                 told.append(Told(rank, node, Finding(*finding)))
     except BaseException:
         process.terminate()  # srun takes the job with it

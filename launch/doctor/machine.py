@@ -25,17 +25,31 @@ PROCESS_S = 180  # of one that imports torch or DeepSpeed, from a slow disk, and
 SIOCGIFADDR = 0x8915  # <linux/sockios.h>
 IMPORT_DEEPSPEED = [sys.executable, "-c", "import deepspeed; print(deepspeed.__version__)"]
 PROBE = module("evspan.pipeline.parallel.probe")
-LINKS = {"NV": "NVLink", "PIX": "one PCIe switch", "PXB": "PCIe switches", "PHB": "PCIe through the CPU",
-         "NODE": "PCIe within a CPU socket", "SYS": "PCIe across CPU sockets"}
+LINKS = {
+    "NV": "NVLink",
+    "PIX": "one PCIe switch",
+    "PXB": "PCIe switches",
+    "PHB": "PCIe through the CPU",
+    "NODE": "PCIe within a CPU socket",
+    "SYS": "PCIe across CPU sockets",
+}
 
 
 # -- limits --------------------------------------------------------------------------------------------------------
 def file_descriptors() -> Finding:
-    soft, hard = (float("inf") if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
+    soft, hard = (
+        float("inf") if n == resource.RLIM_INFINITY else n
+        for n in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
     grade = graded(soft, enough=FILES, least=LEAST_FILES)
-    return Finding("file descriptors", grade, f"{soft}" + (f", less than {FILES}" if grade != PASS else ""),
-                   f"ulimit -n {FILES}, in the shell that submits and in cluster.setup" if hard >= FILES else
-                   f"have the hard limit of {hard} raised (limits.conf; LimitNOFILE of slurmd)")
+    return Finding(
+        "file descriptors",
+        grade,
+        f"{soft}" + (f", less than {FILES}" if grade != PASS else ""),
+        f"ulimit -n {FILES}, in the shell that submits and in cluster.setup"
+        if hard >= FILES
+        else f"have the hard limit of {hard} raised (limits.conf; LimitNOFILE of slurmd)",
+    )
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
@@ -52,16 +66,35 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
 def network() -> Finding:
     """The interfaces by which ranks could reach others, and the address that gloo takes by itself: of the machine's name."""
     there, own = interfaces(), own_address()
-    told = ", ".join(f"{name} {' '.join(addresses)}" for name, addresses in there.items()) or "no interface but loopback"
+    told = (
+        ", ".join(f"{name} {' '.join(addresses)}" for name, addresses in there.items())
+        or "no interface but loopback"
+    )
     values = {"interfaces": list(there)[:16], "address": own, "machine": _machine()}
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         wanted = os.environ.get(variable, "")
         if wanted and not _name_one(wanted, variable, [*there, "lo"]):
-            return Finding("network", FAIL, f"{variable} is {wanted!r}, which no interface is: {told}",
-                           f"name one of {', '.join(there) or 'lo'}, or unset it", values)
+            return Finding(
+                "network",
+                FAIL,
+                f"{variable} is {wanted!r}, which no interface is: {told}",
+                f"name one of {', '.join(there) or 'lo'}, or unset it",
+                values,
+            )
     if not there:
-        return Finding("network", WARN, told, "ranks on other machines cannot be reached; have the network looked at", values)
-    return Finding("network", PASS, f"{told}; gloo takes {os.environ.get('GLOO_SOCKET_IFNAME') or own}", values=values)
+        return Finding(
+            "network",
+            WARN,
+            told,
+            "ranks on other machines cannot be reached; have the network looked at",
+            values,
+        )
+    return Finding(
+        "network",
+        PASS,
+        f"{told}; gloo takes {os.environ.get('GLOO_SOCKET_IFNAME') or own}",
+        values=values,
+    )
 
 
 def _name_one(wanted: str, variable: str, there: list[str]) -> bool:
@@ -81,7 +114,9 @@ def interfaces() -> dict[str, list[str]]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
             try:
-                told = fcntl.ioctl(any_socket.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                told = fcntl.ioctl(
+                    any_socket.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15])
+                )
                 found[name] = [socket.inet_ntoa(told[20:24])]
             except OSError:  # it has none
                 pass
@@ -89,7 +124,9 @@ def interfaces() -> dict[str, list[str]]:
     for line in six.read_text().splitlines() if six.exists() else ():
         address, _, _, scope, _, name = line.split()
         if scope == "00":
-            found.setdefault(name, []).append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address)))
+            found.setdefault(name, []).append(
+                socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))
+            )
     found.pop("lo", None)
     return found
 
@@ -119,9 +156,17 @@ def _machine() -> str:
 # -- software and devices ------------------------------------------------------------------------------------------
 def software() -> Finding:
     """What must be the same wherever ranks of a run are."""
-    values = {"Python": platform.python_version(), **{name: _version(name) for name in ("evspan", "torch", "deepspeed")},
-              "code": _digest()}
-    return Finding("versions", PASS, ", ".join(f"{name} {told}" for name, told in values.items()), values=values)
+    values = {
+        "Python": platform.python_version(),
+        **{name: _version(name) for name in ("evspan", "torch", "deepspeed")},
+        "code": _digest(),
+    }
+    return Finding(
+        "versions",
+        PASS,
+        ", ".join(f"{name} {told}" for name, told in values.items()),
+        values=values,
+    )
 
 
 def _version(name: str) -> str:
@@ -143,22 +188,39 @@ def _digest() -> str:
 def gpus() -> Finding:
     """How many there are, and what joins them."""
     if shutil.which("nvidia-smi") is None:
-        return Finding("GPUs", PASS, "none, there is no nvidia-smi: ranks run on the CPU", values={"gpus": 0})
+        return Finding(
+            "GPUs", PASS, "none, there is no nvidia-smi: ranks run on the CPU", values={"gpus": 0}
+        )
     try:
         names = _say("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
         links = between(_say("nvidia-smi", "topo", "-m"))
     except (subprocess.SubprocessError, OSError) as error:
-        return Finding("GPUs", WARN, f"nvidia-smi fails: {one_line(getattr(error, 'stdout', '') or str(error))}",
-                       "where there are GPUs, have the driver looked at; elsewhere it does not matter", {"gpus": 0})
-    joined = [f"{kind} ({LINKS.get(kind.rstrip('0123456789'), 'unknown')}) x {n}" for kind, n in Counter(links).most_common()]
-    return Finding("GPUs", PASS, ", ".join(f"{n} x {name}" for name, n in Counter(names).items()) +
-                   (f"; pairs joined by {', '.join(joined)}" if joined else ""), values={"gpus": len(names)})
+        return Finding(
+            "GPUs",
+            WARN,
+            f"nvidia-smi fails: {one_line(getattr(error, 'stdout', '') or str(error))}",
+            "where there are GPUs, have the driver looked at; elsewhere it does not matter",
+            {"gpus": 0},
+        )
+    joined = [
+        f"{kind} ({LINKS.get(kind.rstrip('0123456789'), 'unknown')}) x {n}"
+        for kind, n in Counter(links).most_common()
+    ]
+    return Finding(
+        "GPUs",
+        PASS,
+        ", ".join(f"{n} x {name}" for name, n in Counter(names).items())
+        + (f"; pairs joined by {', '.join(joined)}" if joined else ""),
+        values={"gpus": len(names)},
+    )
 
 
 def between(matrix: str) -> list[str]:
     """What joins each pair of GPUs, from the table of `nvidia-smi topo -m`."""
     plain = re.sub(r"\x1b\[\d*m", "", matrix)
-    header, *rows = [line.split() for line in plain.splitlines() if re.match(r"\s*GPU\d", line)] or [[]]
+    header, *rows = [
+        line.split() for line in plain.splitlines() if re.match(r"\s*GPU\d", line)
+    ] or [[]]
     number = sum(re.fullmatch(r"GPU\d+", name) is not None for name in header)
     return [row[1 + j] for i, row in enumerate(rows[:number]) for j in range(i + 1, number)]
 
@@ -167,14 +229,25 @@ def _say(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
 
 
-CHECKS: dict[str, Check] = {"file descriptors": file_descriptors, "shared memory": shared_memory, "network": network,
-                            "versions": software, "GPUs": gpus}
+CHECKS: dict[str, Check] = {
+    "file descriptors": file_descriptors,
+    "shared memory": shared_memory,
+    "network": network,
+    "versions": software,
+    "GPUs": gpus,
+}
 
 
 # -- what needs torch ----------------------------------------------------------------------------------------------
 def start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def end(process: subprocess.Popen[str]) -> tuple[str, str]:
@@ -185,32 +258,61 @@ def end(process: subprocess.Popen[str]) -> tuple[str, str]:
         process.kill()
         process.communicate()
         return "", f"it has not ended within {PROCESS_S} s"
-    last = next((line.strip() for line in reversed((err if process.returncode else out).splitlines()) if line.strip()), "")
-    return ("", one_line(last.removeprefix("error: ")) or f"exit code {process.returncode}") if process.returncode else (last, "")
+    last = next(
+        (
+            line.strip()
+            for line in reversed((err if process.returncode else out).splitlines())
+            if line.strip()
+        ),
+        "",
+    )
+    return (
+        ("", one_line(last.removeprefix("error: ")) or f"exit code {process.returncode}")
+        if process.returncode
+        else (last, "")
+    )
 
 
 def deepspeed_import(process: subprocess.Popen[str]) -> Finding:
     told, failed = end(process)
-    return Finding("DeepSpeed", FAIL if failed else PASS, f"cannot be imported: {failed}" if failed else told,
-                   "install it anew, for this Python and this torch")
+    return Finding(
+        "DeepSpeed",
+        FAIL if failed else PASS,
+        f"cannot be imported: {failed}" if failed else told,
+        "install it anew, for this Python and this torch",
+    )
 
 
-def torch_and_all_reduce(process: subprocess.Popen[str], seen: int, ranks_here: int) -> list[Finding]:
+def torch_and_all_reduce(
+    process: subprocess.Popen[str], seen: int, ranks_here: int
+) -> list[Finding]:
     """What torch is, whether it sees the GPUs that nvidia-smi does, and its all-reduce, with other ranks if there are any."""
     told, failed = end(process)
     if failed:
-        return [Finding("all-reduce", FAIL, failed, "if ranks do not reach each other: name an interface that all nodes have in "
-                        "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (cluster.environment), and let a firewall pass them")]
+        return [
+            Finding(
+                "all-reduce",
+                FAIL,
+                failed,
+                "if ranks do not reach each other: name an interface that all nodes have in "
+                "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (cluster.environment), and let a firewall pass them",
+            )
+        ]
     values = json.loads(told)
     there, build = values["gpus"], f"CUDA {values['cuda']}" if values["cuda"] else "CPU build"
     found, remedy = f"{values['torch']}, {build}; it sees {there} GPU{'s' * (there != 1)}", ""
     if there < seen:
         found += f" of {seen}"
-        remedy = ("its CUDA does not go with the driver, or CUDA_VISIBLE_DEVICES hides some" if values["cuda"] else
-                  "install torch's CUDA build on the nodes")
+        remedy = (
+            "its CUDA does not go with the driver, or CUDA_VISIBLE_DEVICES hides some"
+            if values["cuda"]
+            else "install torch's CUDA build on the nodes"
+        )
     elif 0 < there < ranks_here:
         found += f" for {ranks_here} ranks"
         remedy = "each rank needs one: lower --ranks-per-node (cluster.ranks_per_node), or ask for more GPUs"
     alone = "" if values["ranks"] > 1 else " with itself"
-    return [Finding("torch", FAIL if remedy else PASS, found, remedy),
-            Finding("all-reduce", PASS, f"{values['backend']} works{alone}", values=values)]
+    return [
+        Finding("torch", FAIL if remedy else PASS, found, remedy),
+        Finding("all-reduce", PASS, f"{values['backend']} works{alone}", values=values),
+    ]

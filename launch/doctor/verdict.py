@@ -21,7 +21,9 @@ class Told(NamedTuple):
     finding: Finding
 
 
-def judge(told: Sequence[Told], size: int, here: Finding, complaints: str, unseen: int) -> list[Finding]:
+def judge(
+    told: Sequence[Told], size: int, here: Finding, complaints: str, unseen: int
+) -> list[Finding]:
     """
     Args:
         size: tasks that there were to be. here: the versions where they were started. complaints: what srun said.
@@ -32,7 +34,9 @@ def judge(told: Sequence[Told], size: int, here: Finding, complaints: str, unsee
         by_check.setdefault(one.finding.check, []).append(one)
     merged = {check: merge(ones) for check, ones in by_check.items()}
     if unseen and merged and merged["shared folder"].grade == PASS:
-        merged["shared folder"] = Finding("shared folder", FAIL, f"what {unseen} of {size} tasks left is not seen here", SHARED)
+        merged["shared folder"] = Finding(
+            "shared folder", FAIL, f"what {unseen} of {size} tasks left is not seen here", SHARED
+        )
     if "versions" in merged:
         merged["versions"] = versions(by_check["versions"], here)
     if "network" in merged:
@@ -48,12 +52,20 @@ def judge(told: Sequence[Told], size: int, here: Finding, complaints: str, unsee
 def tasks(told: Sequence[Told], size: int, complaints: str) -> Finding:
     """Whether all of them have told all."""
     newest = {t.rank: t for t in told}  # the last that each told
-    halted = [f"task {rank} on {t.node} ended after {t.finding.check!r}" for rank, t in newest.items() if t.finding.check != LAST]
+    halted = [
+        f"task {rank} on {t.node} ended after {t.finding.check!r}"
+        for rank, t in newest.items()
+        if t.finding.check != LAST
+    ]
     silent = [f"{size - len(newest)} of {size} told nothing"] if len(newest) < size else []
     if not halted and not silent:
         return Finding("tasks", PASS, f"{size} on {nodes_of(told)}")
-    return Finding("tasks", FAIL, "; ".join([*silent, *halted[:SHOWN]]) + (f". srun: {complaints}" if complaints else ""),
-                   f"mind what srun says; nodes must see {sys.executable} and this code, and the job last long enough (--time)")
+    return Finding(
+        "tasks",
+        FAIL,
+        "; ".join([*silent, *halted[:SHOWN]]) + (f". srun: {complaints}" if complaints else ""),
+        f"mind what srun says; nodes must see {sys.executable} and this code, and the job last long enough (--time)",
+    )
 
 
 def nodes_of(told: Sequence[Told]) -> str:
@@ -86,21 +98,36 @@ def versions(told: Sequence[Told], here: Finding) -> Finding:
     for name, value in here.values.items():
         there = _grouped(told, lambda t, name=name: t.finding.values.get(name, "?"))  # type: ignore[misc]
         if list(there) != [value]:
-            differing.append(f"{name} {', '.join(f'{v} on {nodes_of(group)}' for v, group in there.items())}, {value} here")
+            differing.append(
+                f"{name} {', '.join(f'{v} on {nodes_of(group)}' for v, group in there.items())}, {value} here"
+            )
             grade = max(grade, FAIL if len(there) > 1 else WARN, key=GRADES.index)
-    return Finding("versions", grade, "; ".join(differing) or "the same on all nodes and here",
-                   "use one installation that all nodes see, or install the same lock file everywhere")
+    return Finding(
+        "versions",
+        grade,
+        "; ".join(differing) or "the same on all nodes and here",
+        "use one installation that all nodes see, or install the same lock file everywhere",
+    )
 
 
 def network(told: Sequence[Told], merged: Finding) -> Finding:
     """Between machines, ranks that listen at loopback do not hear each other."""
     loopback = [t for t in told if t.finding.values.get("address", "").startswith(("127.", "::1"))]
-    if _machines(told) == 1 or merged.grade != PASS or not loopback or os.environ.get("GLOO_SOCKET_IFNAME"):
+    if (
+        _machines(told) == 1
+        or merged.grade != PASS
+        or not loopback
+        or os.environ.get("GLOO_SOCKET_IFNAME")
+    ):
         return merged
     common = sorted(set.intersection(*(set(t.finding.values["interfaces"]) for t in told)))
-    return Finding("network", WARN, f"{merged.found}; own names lead to loopback on {nodes_of(loopback)}, and gloo there",
-                   f"name {f'{common[0]}, which all nodes have,' if common else 'an interface'} in GLOO_SOCKET_IFNAME "
-                   "(cluster.environment)")
+    return Finding(
+        "network",
+        WARN,
+        f"{merged.found}; own names lead to loopback on {nodes_of(loopback)}, and gloo there",
+        f"name {f'{common[0]}, which all nodes have,' if common else 'an interface'} in GLOO_SOCKET_IFNAME "
+        "(cluster.environment)",
+    )
 
 
 def _machines(told: Sequence[Told]) -> int:
@@ -110,9 +137,13 @@ def _machines(told: Sequence[Told]) -> int:
 def all_reduce(told: Sequence[Told], networks: Sequence[Told]) -> Finding:
     values = [t.finding.values for t in told]
     speed, latency = min(v["gb_per_s"] for v in values), max(v["latency_us"] for v in values)
-    return Finding(LAST, WARN if speed < SLOW_GB_PER_S and _machines(networks) > 1 else PASS,
-                   f"{values[0]['backend']} over {values[0]['ranks']} ranks: {speed:.2f} GB/s, {latency:.0f} us",
-                   "name the fast interface in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME (cluster.environment)", values[0])
+    return Finding(
+        LAST,
+        WARN if speed < SLOW_GB_PER_S and _machines(networks) > 1 else PASS,
+        f"{values[0]['backend']} over {values[0]['ranks']} ranks: {speed:.2f} GB/s, {latency:.0f} us",
+        "name the fast interface in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME (cluster.environment)",
+        values[0],
+    )
 
 
 def clocks(told: Sequence[Told]) -> Finding:
@@ -122,4 +153,9 @@ def clocks(told: Sequence[Told]) -> Finding:
     if abs(ahead) <= SKEW_S:
         return Finding("clocks", PASS, f"within {1000 * abs(ahead):.1f} ms of the first task's")
     way = "ahead of" if ahead > 0 else "behind"
-    return Finding("clocks", WARN, f"that of {furthest.node} is {abs(ahead):.1f} s {way} the first task's", SET_CLOCKS)
+    return Finding(
+        "clocks",
+        WARN,
+        f"that of {furthest.node} is {abs(ahead):.1f} s {way} the first task's",
+        SET_CLOCKS,
+    )

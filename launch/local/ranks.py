@@ -16,7 +16,12 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from types import FrameType
 
-from evspan.launch.cli.command import FAILURE_FILE, INTERRUPTED_EXIT_CODE, LOST_EXIT_CODE, USER_ERROR_EXIT_CODE
+from evspan.launch.cli.command import (
+    FAILURE_FILE,
+    INTERRUPTED_EXIT_CODE,
+    LOST_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
+)
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED_EXIT_CODE = 75  # a rank saved on a stop signal (evspan.pipeline.engine.trainer)
@@ -37,7 +42,11 @@ class Rank:
 
     @property
     def code(self) -> int:
-        if self.ended_by_us and self.process.returncode == -signal.SIGKILL and self.failure.exists():
+        if (
+            self.ended_by_us
+            and self.process.returncode == -signal.SIGKILL
+            and self.failure.exists()
+        ):
             return 1  # it had failed and was slow to go
         return self.process.returncode
 
@@ -50,10 +59,21 @@ class Rank:
         return self.code in (0, STOPPED_EXIT_CODE)
 
     def how(self) -> str:
-        return f"was killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"ended with exit code {self.code}"
+        return (
+            f"was killed by {signal.Signals(-self.code).name}"
+            if self.code < 0
+            else f"ended with exit code {self.code}"
+        )
 
 
-def run_ranks(command: Sequence[str], ranks: int, *, threads: int = 0, after: str = "", grace_s: float = GRACE_S) -> int:
+def run_ranks(
+    command: Sequence[str],
+    ranks: int,
+    *,
+    threads: int = 0,
+    after: str = "",
+    grace_s: float = GRACE_S,
+) -> int:
     """Run `command` as `ranks` processes with torchrun's variables, and return their exit code.
 
     Rank 0 keeps this process's output; what others say is told when they fail. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are
@@ -67,14 +87,25 @@ def run_ranks(command: Sequence[str], ranks: int, *, threads: int = 0, after: st
         0, or 75 when all saved on a stop signal; 2 when a rank told a user's error, which is told once; 130 after SIGINT; 69 when
         a rank was stuck; else that of the rank that died first (128 + n for signal n).
     """
-    with _listening() as received, _held_port() as port, TemporaryDirectory(prefix="evspan-") as notes:
+    with (
+        _listening() as received,
+        _held_port() as port,
+        TemporaryDirectory(prefix="evspan-") as notes,
+    ):
         started: list[Rank] = []
         try:
             for number in range(ranks):
                 failure = Path(notes) / f"rank-{number}"
-                environment = {**rank_environment(number, ranks, port, threads), FAILURE_FILE: str(failure)}
-                started.append(Rank(number, _spawn(command, environment, quiet=number > 0), failure))
-            for rank in started[1:]:  # after the last fork: a thread could hold a lock that the child then waits for
+                environment = {
+                    **rank_environment(number, ranks, port, threads),
+                    FAILURE_FILE: str(failure),
+                }
+                started.append(
+                    Rank(number, _spawn(command, environment, quiet=number > 0), failure)
+                )
+            for rank in started[
+                1:
+            ]:  # after the last fork: a thread could hold a lock that the child then waits for
                 rank.reader = Thread(target=_read, args=(rank,), daemon=True)
                 rank.reader.start()
             ended, stops = _watch(started, received, grace_s)
@@ -85,7 +116,9 @@ def run_ranks(command: Sequence[str], ranks: int, *, threads: int = 0, after: st
                     rank.process.wait()
         for rank in started[1:]:
             if rank.reader:
-                rank.reader.join(timeout=1)  # a process that the rank left behind may hold its output open
+                rank.reader.join(
+                    timeout=1
+                )  # a process that the rank left behind may hold its output open
         return _conclude(ended, stops, after)
 
 
@@ -93,9 +126,14 @@ def rank_environment(number: int, ranks: int, port: int, threads: int = 0) -> di
     """This process's variables and those of rank `number`."""
     per_rank = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
     return {
-        "OMP_NUM_THREADS": str(per_rank), **os.environ,
-        "RANK": str(number), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(per_rank),
+        **os.environ,
+        "RANK": str(number),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(number),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
         "PYTHONUNBUFFERED": "1",  # what a killed rank said last must not be lost
         "PYTHONSAFEPATH": "1",  # `python -m` must not find modules in the working directory
     }
@@ -128,10 +166,21 @@ def _held_port() -> Iterator[int]:
         yield held.getsockname()[1]
 
 
-def _spawn(command: Sequence[str], environment: Mapping[str, str], *, quiet: bool) -> subprocess.Popen:
-    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") if quiet else {}
-    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, preexec_fn=_tied_to(os.getpid()),
-                            **output)  # type: ignore[call-overload]
+def _spawn(
+    command: Sequence[str], environment: Mapping[str, str], *, quiet: bool
+) -> subprocess.Popen:
+    output = (
+        dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        if quiet
+        else {}
+    )
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=_tied_to(os.getpid()),
+        **output,
+    )  # type: ignore[call-overload]
 
 
 def _tied_to(parent: int) -> Callable[[], None]:
@@ -154,7 +203,9 @@ def _read(rank: Rank) -> None:
 
 
 # -- watching ----------------------------------------------------------------------------------------------------
-def _watch(ranks: Sequence[Rank], received: list[int], grace_s: float) -> tuple[list[Rank], list[int]]:
+def _watch(
+    ranks: Sequence[Rank], received: list[int], grace_s: float
+) -> tuple[list[Rank], list[int]]:
     """Until all have ended: the ranks in the order they did, and the signals handed on."""
     ended: list[Rank] = []
     stops: list[int] = []
@@ -165,7 +216,9 @@ def _watch(ranks: Sequence[Rank], received: list[int], grace_s: float) -> tuple[
             for rank in ranks:
                 rank.process.send_signal(number)
             if number == signal.SIGINT:  # a second one does not wait
-                deadline = min(deadline, time.monotonic() + (grace_s if stops.count(signal.SIGINT) == 1 else 0))
+                deadline = min(
+                    deadline, time.monotonic() + (grace_s if stops.count(signal.SIGINT) == 1 else 0)
+                )
         for rank in ranks:
             if rank not in ended and rank.process.poll() is not None:
                 ended.append(rank)
@@ -187,7 +240,9 @@ def _conclude(ended: Sequence[Rank], stops: Sequence[int], after: str) -> int:
     if signal.SIGINT in stops:
         return INTERRUPTED_EXIT_CODE
     failed = [rank for rank in ended if rank.failed]
-    if stops and all(rank.code == -stops[0] for rank in failed):  # they had not begun, or had nothing to save
+    if stops and all(
+        rank.code == -stops[0] for rank in failed
+    ):  # they had not begun, or had nothing to save
         _tell(f"error: ended by {signal.Signals(stops[0]).name}; nothing was saved. {after}")
         return 128 + stops[0]
     culprit = min(failed, key=_precedence)
@@ -205,8 +260,10 @@ def _conclude(ended: Sequence[Rank], stops: Sequence[int], after: str) -> int:
     if culprit.number and culprit.tail:
         _tell("\n".join(f"[rank {culprit.number}] {line}" for line in culprit.tail))
     memory = "Linux does that when memory runs out: see dmesg, and lower training.batch_size or parallel.ranks. "
-    _tell(f"error: rank {culprit.number} of {len(ended)} {culprit.how()}, so the others were ended"
-          f"{'; what it said is above' if culprit.code > 0 else ''}. {memory if culprit.code == -signal.SIGKILL else ''}{after}")
+    _tell(
+        f"error: rank {culprit.number} of {len(ended)} {culprit.how()}, so the others were ended"
+        f"{'; what it said is above' if culprit.code > 0 else ''}. {memory if culprit.code == -signal.SIGKILL else ''}{after}"
+    )
     return culprit.code if culprit.code > 0 else 128 - culprit.code
 
 
@@ -214,7 +271,12 @@ def _precedence(rank: Rank) -> tuple[bool, bool, bool, float]:
     """Lowest for the rank that failed first. One that fails takes the others down through their collectives, and may take
     longer to exit than they do. Those it takes down are neither killed (other than by NCCL, which aborts) nor know a mistake."""
     killed = rank.code < 0 and rank.code != -signal.SIGABRT
-    return not killed, rank.code == LOST_EXIT_CODE, rank.code != USER_ERROR_EXIT_CODE, _noted(rank)[0]
+    return (
+        not killed,
+        rank.code == LOST_EXIT_CODE,
+        rank.code != USER_ERROR_EXIT_CODE,
+        _noted(rank)[0],
+    )
 
 
 def _noted(rank: Rank) -> tuple[float, str]:

@@ -38,8 +38,13 @@ def run_here(plans: Sequence["Planned"]) -> int:
 
 def _train(argv: Sequence[str]) -> tuple[int, str]:
     """(exit code, its error in one line). What it says is passed on as it comes; so are signals."""
-    child = subprocess.Popen([sys.executable, "-m", "evspan.launch", "train", *argv], stderr=subprocess.PIPE, text=True,
-                             errors="replace", env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    child = subprocess.Popen(
+        [sys.executable, "-m", "evspan.launch", "train", *argv],
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
     before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in STOPS}
     told = ""
     try:

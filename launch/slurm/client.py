@@ -18,8 +18,20 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol")
 # A task in any other state may still run, or run again: it may be waiting, suspended, held, or on its way back to the queue.
-ENDED = frozenset({"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
-                   "REVOKED", "TIMEOUT"})
+ENDED = frozenset(
+    {
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+        "TIMEOUT",
+    }
+)
 TIMEOUT_S = 60  # a controller at its limit may take so long to answer
 CONTACT = ("SLURM_CONF", "SLURM_CLUSTERS")  # how to reach the cluster, which stays
 
@@ -43,8 +55,10 @@ class Queued(NamedTuple):
 
 def require_commands() -> None:
     if missing := [c for c in COMMANDS if shutil.which(c) is None]:
-        raise ConfigError(f"SLURM's {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not on the PATH. Run this where "
-                          "jobs can be submitted, such as a login node, or leave out launcher=slurm")
+        raise ConfigError(
+            f"SLURM's {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not on the PATH. Run this where "
+            "jobs can be submitted, such as a login node, or leave out launcher=slurm"
+        )
 
 
 def queue(name: str) -> list[Queued]:
@@ -65,7 +79,11 @@ def queued(ids: Iterable[str]) -> dict[str, Queued]:
     wanted = set(ids)
     jobs = sorted({id_.split("_")[0] for id_ in wanted})
     try:
-        return {task.id: task for task in _tasks(f"--jobs={','.join(jobs)}") if task.id in wanted} if jobs else {}
+        return (
+            {task.id: task for task in _tasks(f"--jobs={','.join(jobs)}") if task.id in wanted}
+            if jobs
+            else {}
+        )
     except UserError as error:
         if "Invalid job id" in str(error):  # said where it has forgotten them all
             return {}
@@ -95,11 +113,17 @@ def cancel_tasks(ids: Sequence[str]) -> None:
 
 def _ask(*command: str) -> str:
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S).stdout
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S
+        ).stdout
     except subprocess.CalledProcessError as error:
-        raise UserError(f"{command[0]} failed: {sentence(error.stderr) or f'exit code {error.returncode}'}") from error
+        raise UserError(
+            f"{command[0]} failed: {sentence(error.stderr) or f'exit code {error.returncode}'}"
+        ) from error
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"{command[0]} has not answered for {TIMEOUT_S} s; is SLURM's controller up?") from error
+        raise UserError(
+            f"{command[0]} has not answered for {TIMEOUT_S} s; is SLURM's controller up?"
+        ) from error
 
 
 def sentence(told: str) -> str:
@@ -108,20 +132,31 @@ def sentence(told: str) -> str:
     return "; ".join(dict.fromkeys(line for line in lines if line))
 
 
-def submit(tasks: Sequence[Callable[[], Any]], name: str, comment: str, folder: Path, config: SlurmConfig) -> list[Job]:
+def submit(
+    tasks: Sequence[Callable[[], Any]], name: str, comment: str, folder: Path, config: SlurmConfig
+) -> list[Job]:
     """An array with these tasks (or one job, of one), in their order; scripts, pickles and logs lie in `folder`.
 
     Raises:
         ConfigError: SLURM refuses it.
     """
-    return submit_array(_executor(name, comment, folder, config), tasks, "Correct launcher.partition, account, qos, constraint, "
-                        "timeout_min, cpus_per_task or mem_gb; launcher.dry_run=true shows the script, sinfo the partitions")
+    return submit_array(
+        _executor(name, comment, folder, config),
+        tasks,
+        "Correct launcher.partition, account, qos, constraint, "
+        "timeout_min, cpus_per_task or mem_gb; launcher.dry_run=true shows the script, sinfo the partitions",
+    )
 
 
-def submit_array(executor: SlurmExecutor, tasks: Sequence[Callable[[], Any]], remedy: str) -> list[Job]:
+def submit_array(
+    executor: SlurmExecutor, tasks: Sequence[Callable[[], Any]], remedy: str
+) -> list[Job]:
     """Raises ConfigError with the remedy where SLURM refuses it."""
     try:
-        with outside_of_jobs(), redirect_stderr(io.StringIO()):  # where Submitit repeats what it raises
+        with (
+            outside_of_jobs(),
+            redirect_stderr(io.StringIO()),
+        ):  # where Submitit repeats what it raises
             return executor.submit_array(tasks)
     except (FailedJobError, FailedSubmissionError) as error:
         raise ConfigError(f"SLURM refuses the job: {sentence(str(error))}. {remedy}") from error
@@ -147,13 +182,28 @@ class Executor(SlurmExecutor):
 
 def _executor(name: str, comment: str, folder: Path, config: SlurmConfig) -> SlurmExecutor:
     executor = Executor(folder, max_num_timeout=config.max_num_timeout)
-    given = {key: getattr(config, key) for key in ("partition", "account", "qos", "constraint") if getattr(config, key)}
+    given = {
+        key: getattr(config, key)
+        for key in ("partition", "account", "qos", "constraint")
+        if getattr(config, key)
+    }
     executor.update_parameters(
-        job_name=name, comment=comment, time=config.timeout_min, cpus_per_task=config.cpus_per_task, ntasks_per_node=1,
-        mem=f"{int(1024 * config.mem_gb)}MB", array_parallelism=config.array_parallelism, signal_delay_s=config.signal_delay_s,
-        setup=[*config.setup, *python_path_lines()], wckey=None, additional_parameters={"requeue": True},
-        srun_args=[f"--cpus-per-task={config.cpus_per_task}"],  # from SLURM 22.05 on, srun does not take the job's
-        **given)
+        job_name=name,
+        comment=comment,
+        time=config.timeout_min,
+        cpus_per_task=config.cpus_per_task,
+        ntasks_per_node=1,
+        mem=f"{int(1024 * config.mem_gb)}MB",
+        array_parallelism=config.array_parallelism,
+        signal_delay_s=config.signal_delay_s,
+        setup=[*config.setup, *python_path_lines()],
+        wckey=None,
+        additional_parameters={"requeue": True},
+        srun_args=[
+            f"--cpus-per-task={config.cpus_per_task}"
+        ],  # from SLURM 22.05 on, srun does not take the job's
+        **given,
+    )
     return executor
 
 
@@ -168,8 +218,11 @@ def python_path_lines() -> list[str]:
 def outside_of_jobs() -> Iterator[None]:
     """Submitting from within a job, such as an interactive one: its cores and memory are not those of the new job."""
     inside = "SLURM_JOB_ID" in os.environ
-    hidden = {k: os.environ.pop(k) for k in list(os.environ)
-              if inside and k.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")) and k not in CONTACT}
+    hidden = {
+        k: os.environ.pop(k)
+        for k in list(os.environ)
+        if inside and k.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")) and k not in CONTACT
+    }
     try:
         yield
     finally:

@@ -9,8 +9,12 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 
-SAME = {"timeout_min": "time_min", "cpus_per_task": "cpus_per_rank", "array_parallelism": "max_parallel",
-        "additional_parameters": "options"}  # hydra-submitit-launcher's words for keys of `cluster`
+SAME = {
+    "timeout_min": "time_min",
+    "cpus_per_task": "cpus_per_rank",
+    "array_parallelism": "max_parallel",
+    "additional_parameters": "options",
+}  # hydra-submitit-launcher's words for keys of `cluster`
 ALIKE = ("partition", "account", "qos", "constraint", "exclude", "signal_delay_s", "setup")
 
 
@@ -18,16 +22,27 @@ class Launcher(SlurmLauncher):
     """hydra-submitit-launcher with what it lacks: ranks that find each other, requeues that continue in the same folder, runs
     that fail alone, containers, no waiting where cluster.detach asks for none."""
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
         from evspan.conf.compose import config_dir
         from evspan.launch.sweep.submit import place_sweep
 
         assert self.config is not None
         if further := self.params.get("additional_parameters"):
-            self.params["additional_parameters"] = [f"{key}={value}" for key, value in further.items()]
-        given = [f"cluster.{ours}={_as_override(self.params[theirs])}"
-                 for theirs, ours in {**SAME, **{key: key for key in ALIKE}}.items() if self.params.get(theirs)]
-        several = [key for key in _keys(job_overrides[0]) if len({_value(o, key) for o in job_overrides}) > 1]
+            self.params["additional_parameters"] = [
+                f"{key}={value}" for key, value in further.items()
+            ]
+        given = [
+            f"cluster.{ours}={_as_override(self.params[theirs])}"
+            for theirs, ours in {**SAME, **{key: key for key in ALIKE}}.items()
+            if self.params.get(theirs)
+        ]
+        several = [
+            key
+            for key in _keys(job_overrides[0])
+            if len({_value(o, key) for o in job_overrides}) > 1
+        ]
         options = config_dir(self.config.hydra)
         GlobalHydra.instance().clear()  # each run is composed anew, by itself
         code = place_sweep(options, [[*overrides, *given] for overrides in job_overrides], several)

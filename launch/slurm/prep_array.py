@@ -28,7 +28,9 @@ def main(argv: list[str]) -> None:
     main(argv, {SlurmConfig: on_slurm})
 
 
-def on_slurm(jobs: list[Any], run: Run, config: SlurmConfig, here: Callable[..., Results]) -> Results:
+def on_slurm(
+    jobs: list[Any], run: Run, config: SlurmConfig, here: Callable[..., Results]
+) -> Results:
     """Each job (of evspan.data_prep.workers) with a function that gives or raises what became of it, as SLURM's tasks tell.
 
     Args:
@@ -50,18 +52,27 @@ def on_slurm(jobs: list[Any], run: Run, config: SlurmConfig, here: Callable[...,
     sizes = [job.source.path.stat().st_size for job in jobs]
     dealt = balanced(sizes, number_of_tasks(sizes, config))
     if config.dry_run:
-        _print_and_leave(slurm.script(len(dealt), name, comment, folder, config), jobs, sizes, dealt)
+        _print_and_leave(
+            slurm.script(len(dealt), name, comment, folder, config), jobs, sizes, dealt
+        )
     slurm.require_commands()
     _end_orphans(name)
     shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
     told.mkdir(parents=True)
-    groups = [Group({i: jobs[i] for i in indices}, run, here, config.cpus_per_task, told) for indices in dealt]
+    groups = [
+        Group({i: jobs[i] for i in indices}, run, here, config.cpus_per_task, told)
+        for indices in dealt
+    ]
     with _left_on_signals():
         try:
             array = slurm.submit(groups, name, comment, folder, config)
             ids = [task.job_id for task in array]
-            say(f"SLURM job {ids[0].split('_')[0]}: {len(jobs)} to prepare in {len(groups)} tasks; logs in {folder}")
-            watch = Watch(name, told, dict(enumerate(jobs)), ids, dealt, [task.paths.stderr for task in array])
+            say(
+                f"SLURM job {ids[0].split('_')[0]}: {len(jobs)} to prepare in {len(groups)} tasks; logs in {folder}"
+            )
+            watch = Watch(
+                name, told, dict(enumerate(jobs)), ids, dealt, [task.paths.stderr for task in array]
+            )
             yield from watch.results()
             _let_end([task.paths.result_pickle for task in array if task.job_id not in watch.ended])
         except ConfigError:  # there is no job
@@ -71,10 +82,14 @@ def on_slurm(jobs: list[Any], run: Run, config: SlurmConfig, here: Callable[...,
             raise
 
 
-def _print_and_leave(script: str, jobs: list[Any], sizes: list[int], dealt: list[list[int]]) -> NoReturn:
+def _print_and_leave(
+    script: str, jobs: list[Any], sizes: list[int], dealt: list[list[int]]
+) -> NoReturn:
     print(script)
     for number, indices in enumerate(dealt):
-        print(f"# task {number}, {sum(sizes[i] for i in indices) / 1e9:.2f} GB: {', '.join(jobs[i].source.key for i in indices)}")
+        print(
+            f"# task {number}, {sum(sizes[i] for i in indices) / 1e9:.2f} GB: {', '.join(jobs[i].source.key for i in indices)}"
+        )
     sys.stdout.flush()
     sys.exit(0)
 
@@ -92,14 +107,20 @@ def _end_orphans(name: str) -> None:
     for task in alive:
         process = re.fullmatch(r"process (\d+) on (\S+)", task.comment)
         if process and (process[2] != socket.gethostname() or _runs(int(process[1]))):
-            raise UserError(f"SLURM job {task.job} prepares into the same output for {task.comment}. Wait until it is done; if "
-                            f"that process is gone, run scancel {task.job} and then the same again")
+            raise UserError(
+                f"SLURM job {task.job} prepares into the same output for {task.comment}. Wait until it is done; if "
+                f"that process is gone, run scancel {task.job} and then the same again"
+            )
     if alive:
-        say(f"cancelling SLURM job {alive[0].job}, left by a run that was killed; what it has done is kept")
+        say(
+            f"cancelling SLURM job {alive[0].job}, left by a run that was killed; what it has done is kept"
+        )
         cancel(name)
         if not wait_until_gone(name, END_S):
-            raise UserError(f"SLURM job {alive[0].job} was cancelled {END_S:.0f} s ago and has not ended. Run the same again "
-                            f"when squeue --name={name} lists nothing")
+            raise UserError(
+                f"SLURM job {alive[0].job} was cancelled {END_S:.0f} s ago and has not ended. Run the same again "
+                f"when squeue --name={name} lists nothing"
+            )
 
 
 def _runs(pid: int) -> bool:

@@ -16,14 +16,21 @@ from typing import Any
 from evspan.conf.schema.prep_cluster import SlurmConfig
 
 BYTES_PER_TASK, MOST_TASKS = 16 << 30, 64
-SENT = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)  # by SLURM, to all processes of a task
+SENT = (
+    signal.SIGTERM,
+    signal.SIGCONT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # by SLURM, to all processes of a task
 
 Run = Callable[[Any], Any]
 Results = Generator[tuple[Any, Callable[[], Any]], None, None]
 
 
 def number_of_tasks(sizes: Sequence[int], config: SlurmConfig) -> int:
-    return min(len(sizes), config.tasks or min(MOST_TASKS, max(1, math.ceil(sum(sizes) / BYTES_PER_TASK))))
+    return min(
+        len(sizes), config.tasks or min(MOST_TASKS, max(1, math.ceil(sum(sizes) / BYTES_PER_TASK)))
+    )
 
 
 def balanced(sizes: Sequence[int], groups: int) -> list[list[int]]:
@@ -60,7 +67,9 @@ class Group:
         failed: list[BaseException] = []
 
         def work() -> None:
-            signal.pthread_sigmask(signal.SIG_BLOCK, SENT)  # processes that this thread starts inherit it; they have no handlers
+            signal.pthread_sigmask(
+                signal.SIG_BLOCK, SENT
+            )  # processes that this thread starts inherit it; they have no handlers
             try:
                 self._prepare()
             except BaseException as error:
@@ -80,7 +89,9 @@ class Group:
 
     def _prepare(self) -> None:
         numbers = {job.source.key: number for number, job in self.jobs.items()}
-        missing = [job for number, job in self.jobs.items() if not told_by(self.told, number).exists()]
+        missing = [
+            job for number, job in self.jobs.items() if not told_by(self.told, number).exists()
+        ]
         for job, result in self.here(missing, self.run, self.processes):
             entry, failure = None, None
             try:
@@ -88,7 +99,10 @@ class Group:
             except Exception as error:
                 failure = error
             _tell(self.told, numbers[job.source.key], entry, failure)
-            print(f"{job.source.key}: {'done' if failure is None else f'failed: {failure}'}", flush=True)
+            print(
+                f"{job.source.key}: {'done' if failure is None else f'failed: {failure}'}",
+                flush=True,
+            )
 
 
 def told_by(folder: Path, number: int) -> Path:

@@ -74,8 +74,14 @@ class Watch:
                 yield from self._told()
                 how = f"ended as {task.state}" if task else "is no longer known to SLURM"
                 for number in [n for n in numbers if n in self.missing]:
-                    yield self.missing.pop(number), _raiser(RecordingError(
-                        f"SLURM task {id_} {how} before it was done; its log is {log}{_last_line(log)}"))
+                    yield (
+                        self.missing.pop(number),
+                        _raiser(
+                            RecordingError(
+                                f"SLURM task {id_} {how} before it was done; its log is {log}{_last_line(log)}"
+                            )
+                        ),
+                    )
 
     def _say(self, line: str) -> None:
         if line and line != self.said:
@@ -91,7 +97,9 @@ def _summary(tasks: list[Queued]) -> str:
             why = f" {task.reason}" if task.state == "PENDING" and task.reason != "(None)" else ""
             what = f"{task.state.lower()}{why}"
             counts[what] = counts.get(what, 0) + 1
-    return f"SLURM: {', '.join(f'{n} {what}' for what, n in sorted(counts.items()))}" if counts else ""
+    return (
+        f"SLURM: {', '.join(f'{n} {what}' for what, n in sorted(counts.items()))}" if counts else ""
+    )
 
 
 def _last_line(log: Path) -> str:

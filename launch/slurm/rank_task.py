@@ -54,7 +54,15 @@ class Attempt:
         finally:
             sys.stdout.flush()
             if code:
-                note.write_text(json.dumps({"code": code, "message": _said(failure) or told, "host": socket.gethostname()}))
+                note.write_text(
+                    json.dumps(
+                        {
+                            "code": code,
+                            "message": _said(failure) or told,
+                            "host": socket.gethostname(),
+                        }
+                    )
+                )
 
 
 def notes_of(run: str | Path, env: Any) -> Path:

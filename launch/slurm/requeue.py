@@ -30,21 +30,39 @@ def main(argv: list[str]) -> int:
     about = json.loads(runs.read_text())[index]
     run, log = Path(about["run"]), about["log"].replace("%j", slurm_job())
     logs = [Path(log.replace("%t", str(rank))) for rank in range(about["ranks"])]
-    again, line = decide(run, notes_in(notes_of(run, os.environ)), code, state, most=about["max_faults"],
-                         retry=about["requeue_after_fault"], logs=logs)
+    again, line = decide(
+        run,
+        notes_in(notes_of(run, os.environ)),
+        code,
+        state,
+        most=about["max_faults"],
+        retry=about["requeue_after_fault"],
+        logs=logs,
+    )
     print(f"evspan: {line}", flush=True)
     return 0 if again else 1
 
 
-def decide(run: Path, notes: list[Note], code: int, state: str, *, most: int, retry: bool,
-           logs: Sequence[Path]) -> tuple[bool, str]:
+def decide(
+    run: Path,
+    notes: list[Note],
+    code: int,
+    state: str,
+    *,
+    most: int,
+    retry: bool,
+    logs: Sequence[Path],
+) -> tuple[bool, str]:
     """Whether to run again, and what to say; writes it into the run's history.
 
     most: so many faults in a row at one step are enough. logs: what SLURM has kept of each rank, for those without a note.
     """
     if code == 0:
         return False, f"{run}: done"
-    if state and state not in ("RUNNING", "PREEMPTED"):  # cancelled, or already on its way back to the queue
+    if state and state not in (
+        "RUNNING",
+        "PREEMPTED",
+    ):  # cancelled, or already on its way back to the queue
         return False, f"{run}: SLURM has ended the job ({state})"
     step = newest_step(run)
     if mistake := next((note for note in notes if note.code == USER_ERROR_EXIT_CODE), None):
@@ -83,21 +101,33 @@ def newest_step(run: Path) -> int:
 def _fault(notes: list[Note], code: int, logs: Sequence[Path]) -> str:
     """Of the rank that failed by itself, else what the others say of it, else what SLURM has kept of those that say nothing."""
     others = [note.message for note in notes if note.code == LOST_EXIT_CODE and note.message]
-    own = [f"{note.rank} on {note.host}: {note.message or f'exit code {note.code}'}"
-           for note in notes if note.code not in (LOST_EXIT_CODE, STOPPED_EXIT_CODE)]
+    own = [
+        f"{note.rank} on {note.host}: {note.message or f'exit code {note.code}'}"
+        for note in notes
+        if note.code not in (LOST_EXIT_CODE, STOPPED_EXIT_CODE)
+    ]
     told = {note.rank for note in notes}
-    silent = [f"rank-{rank:02d} ended without a word; {log} ends with: {_last_line(log)}"
-              for rank, log in enumerate(logs) if f"rank-{rank:02d}" not in told]
+    silent = [
+        f"rank-{rank:02d} ended without a word; {log} ends with: {_last_line(log)}"
+        for rank, log in enumerate(logs)
+        if f"rank-{rank:02d}" not in told
+    ]
     said = own[:1] or others[:1]
     if silent and not others:
         said.append(silent[0])
-    how = f"srun ended with exit code {code}" if code <= 128 else f"a rank was killed by signal {code - 128}"
+    how = (
+        f"srun ended with exit code {code}"
+        if code <= 128
+        else f"a rank was killed by signal {code - 128}"
+    )
     return "; ".join(said or [how])
 
 
 def _last_line(log: Path) -> str:
     try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()
+        ]
     except OSError:
         return "nothing"
     return lines[-1] if lines else "nothing"

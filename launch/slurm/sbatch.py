@@ -16,7 +16,7 @@ from submitit import SlurmExecutor
 
 RUNS = "runs.json"  # beside Submitit's pickles: what `evspan.launch.slurm.requeue` must know of each run of the array
 # SLURM's id of this job, as it asks for an element of an array.
-ID = '${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}'
+ID = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
 
 
 class Task(NamedTuple):
@@ -27,7 +27,9 @@ class Task(NamedTuple):
     folders: list[Path]
 
 
-def submit(tasks: Sequence[Task], cluster: ClusterConfig, *, nodes: int, each: int, folder: Path, name: str) -> list[str]:
+def submit(
+    tasks: Sequence[Task], cluster: ClusterConfig, *, nodes: int, each: int, folder: Path, name: str
+) -> list[str]:
     """SLURM's ids of the runs (JOB, or JOB_INDEX of an array), each of nodes x each ranks; scripts and pickles in `folder`.
 
     Raises:
@@ -35,37 +37,73 @@ def submit(tasks: Sequence[Task], cluster: ClusterConfig, *, nodes: int, each: i
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = str(folder / "%j_%t_log.out")
-    (folder / RUNS).write_text(json.dumps([
-        {"run": str(task.run), "log": log, "ranks": nodes * each, "max_faults": cluster.max_faults,
-         "requeue_after_fault": cluster.requeue_after_fault} for task in tasks]))
-    jobs = submit_array(_executor(tasks, cluster, nodes, each, folder, name), [Attempt(str(t.run), t.argv) for t in tasks],
-                        "Correct cluster.partition, account, qos, constraint, time_min, cpus_per_rank, mem_gb or gpus_per_node; "
-                        "cluster.dry_run=true shows the script, sinfo the partitions, evspan doctor the cluster")
+    (folder / RUNS).write_text(
+        json.dumps(
+            [
+                {
+                    "run": str(task.run),
+                    "log": log,
+                    "ranks": nodes * each,
+                    "max_faults": cluster.max_faults,
+                    "requeue_after_fault": cluster.requeue_after_fault,
+                }
+                for task in tasks
+            ]
+        )
+    )
+    jobs = submit_array(
+        _executor(tasks, cluster, nodes, each, folder, name),
+        [Attempt(str(t.run), t.argv) for t in tasks],
+        "Correct cluster.partition, account, qos, constraint, time_min, cpus_per_rank, mem_gb or gpus_per_node; "
+        "cluster.dry_run=true shows the script, sinfo the partitions, evspan doctor the cluster",
+    )
     return [job.job_id for job in jobs]
 
 
-def script(tasks: Sequence[Task], cluster: ClusterConfig, *, nodes: int, each: int, folder: Path, name: str) -> str:
+def script(
+    tasks: Sequence[Task], cluster: ClusterConfig, *, nodes: int, each: int, folder: Path, name: str
+) -> str:
     """What sbatch would be given. SLURM need not be there."""
     return script_of(_executor(tasks, cluster, nodes, each, folder, name), len(tasks))
 
 
-def _executor(tasks: Sequence[Task], cluster: ClusterConfig, nodes: int, each: int, folder: Path, name: str) -> SlurmExecutor:
-    inside, of_srun = _contained(cluster, sorted({folder for task in tasks for folder in task.folders}))
+def _executor(
+    tasks: Sequence[Task], cluster: ClusterConfig, nodes: int, each: int, folder: Path, name: str
+) -> SlurmExecutor:
+    inside, of_srun = _contained(
+        cluster, sorted({folder for task in tasks for folder in task.folders})
+    )
     python = inside or shlex.quote(cluster.python or sys.executable)
     executor = Executor(folder, python=python)
-    given: dict[str, Any] = {key: value for key in ("partition", "account", "qos", "constraint", "exclude")
-                             if (value := getattr(cluster, key))}
+    given: dict[str, Any] = {
+        key: value
+        for key in ("partition", "account", "qos", "constraint", "exclude")
+        if (value := getattr(cluster, key))
+    }
     if cluster.gpus_per_node:
         given["gpus_per_node"] = each
     if cluster.mem_gb:
         given["mem"] = f"{int(1024 * cluster.mem_gb)}MB"
     executor.update_parameters(
-        job_name=name, time=cluster.time_min, nodes=nodes, ntasks_per_node=each, cpus_per_task=cluster.cpus_per_rank,
-        array_parallelism=cluster.max_parallel, signal_delay_s=cluster.signal_delay_s, stderr_to_stdout=True, wckey=None,
-        setup=_before(cluster), teardown=_after(folder, python, of_srun),
+        job_name=name,
+        time=cluster.time_min,
+        nodes=nodes,
+        ntasks_per_node=each,
+        cpus_per_task=cluster.cpus_per_rank,
+        array_parallelism=cluster.max_parallel,
+        signal_delay_s=cluster.signal_delay_s,
+        stderr_to_stdout=True,
+        wckey=None,
+        setup=_before(cluster),
+        teardown=_after(folder, python, of_srun),
         # From SLURM 22.05 on, srun does not take the job's CPUs. Ranks name a dead one before a minute has passed.
         srun_args=[f"--cpus-per-task={cluster.cpus_per_rank}", "--wait=60", *of_srun],
-        additional_parameters={"requeue": True, **dict(_option(option) for option in cluster.options)}, **given)
+        additional_parameters={
+            "requeue": True,
+            **dict(_option(option) for option in cluster.options),
+        },
+        **given,
+    )
     return executor
 
 
@@ -81,18 +119,28 @@ def _before(cluster: ClusterConfig) -> list[str]:
     paths = [] if cluster.container is not Container.none else python_path_lines()
     # The script must outlive the ranks, which save on these signals; bash would end at once.
     # The working folder may hold another Evspan, or modules of the same names, which python -m would take first.
-    return [*cluster.setup, *exports, *paths, "trap : TERM USR1 USR2", "export PYTHONSAFEPATH=1",
-            f"export OMP_NUM_THREADS={cluster.cpus_per_rank}"]
+    return [
+        *cluster.setup,
+        *exports,
+        *paths,
+        "trap : TERM USR1 USR2",
+        "export PYTHONSAFEPATH=1",
+        f"export OMP_NUM_THREADS={cluster.cpus_per_rank}",
+    ]
 
 
 def _after(folder: Path, python: str, of_srun: list[str]) -> list[str]:
     again = f"{python} -m evspan.launch.slurm.requeue {shlex.quote(str(folder / RUNS))}"
     if of_srun:
         again = f"srun --ntasks=1 --nodes=1 {' '.join(map(shlex.quote, of_srun))} {again}"
-    return ["code=$?", f"id={ID}", "id=${id:-$SLURM_JOB_ID}",
-            "state=$(scontrol show job --oneliner \"$id\" 2>/dev/null | grep -o 'JobState=[A-Z_]*' | head -n 1)",
-            f'{again} "${{SLURM_ARRAY_TASK_ID:-0}}" "$code" "${{state#JobState=}}" && scontrol requeue "$id"',
-            'exit "$code"']
+    return [
+        "code=$?",
+        f"id={ID}",
+        "id=${id:-$SLURM_JOB_ID}",
+        "state=$(scontrol show job --oneliner \"$id\" 2>/dev/null | grep -o 'JobState=[A-Z_]*' | head -n 1)",
+        f'{again} "${{SLURM_ARRAY_TASK_ID:-0}}" "$code" "${{state#JobState=}}" && scontrol requeue "$id"',
+        'exit "$code"',
+    ]
 
 
 def _contained(cluster: ClusterConfig, folders: Sequence[Path]) -> tuple[str, list[str]]:
@@ -103,9 +151,21 @@ def _contained(cluster: ClusterConfig, folders: Sequence[Path]) -> tuple[str, li
     seen = list(dict.fromkeys([here, *map(str, folders), *cluster.mounts]))
     if cluster.container is Container.pyxis:
         mounts = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in seen)
-        return python, [f"--container-image={cluster.image}", f"--container-mounts={mounts}", f"--container-workdir={here}"]
+        return python, [
+            f"--container-image={cluster.image}",
+            f"--container-mounts={mounts}",
+            f"--container-workdir={here}",
+        ]
     nv = ["--nv"] if cluster.gpus_per_node else []
-    command = ["apptainer", "exec", *nv, *(part for mount in seen for part in ("--bind", mount)), "--pwd", here, cluster.image]
+    command = [
+        "apptainer",
+        "exec",
+        *nv,
+        *(part for mount in seen for part in ("--bind", mount)),
+        "--pwd",
+        here,
+        cluster.image,
+    ]
     return f"{shlex.join(command)} {python}", []
 
 

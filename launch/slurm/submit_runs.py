@@ -33,8 +33,16 @@ def submit_runs(plans: Sequence["Planned"], cluster: ClusterConfig, folder: Path
         shapes.setdefault(cluster.nodes(plan.config.parallel.ranks), []).append(plan)
     if cluster.dry_run:
         for (nodes, each), alike in shapes.items():
-            print(batch.script(_tasks(alike, cluster), cluster, nodes=nodes, each=each, folder=folder.absolute() / SUBMITIT,
-                               name=batch.job_name(folder)))
+            print(
+                batch.script(
+                    _tasks(alike, cluster),
+                    cluster,
+                    nodes=nodes,
+                    each=each,
+                    folder=folder.absolute() / SUBMITIT,
+                    name=batch.job_name(folder),
+                )
+            )
             for plan in alike:
                 print(f"# {plan.run}: {' '.join(plan.overrides)}")
         return 0
@@ -50,7 +58,10 @@ def submit_runs(plans: Sequence["Planned"], cluster: ClusterConfig, folder: Path
 
 
 def _tasks(plans: Sequence["Planned"], cluster: ClusterConfig) -> list[batch.Task]:
-    return [batch.Task(plan.run.absolute(), [*plan.argv, *_threads(plan, cluster)], _seen(plan)) for plan in plans]
+    return [
+        batch.Task(plan.run.absolute(), [*plan.argv, *_threads(plan, cluster)], _seen(plan))
+        for plan in plans
+    ]
 
 
 def _threads(plan: "Planned", cluster: ClusterConfig) -> list[str]:
@@ -66,17 +77,33 @@ def _seen(plan: "Planned") -> list[Path]:
     return [plan.run.absolute(), *(Path(path).absolute() for path in (root, start) if path)]
 
 
-def _submit(plans: Sequence["Planned"], cluster: ClusterConfig, nodes: int, each: int, folder: Path, name: str) -> None:
+def _submit(
+    plans: Sequence["Planned"],
+    cluster: ClusterConfig,
+    nodes: int,
+    each: int,
+    folder: Path,
+    name: str,
+) -> None:
     for plan in plans:
         plan.run.mkdir(parents=True, exist_ok=True)  # a container can be given only what is there
     tasks = _tasks(plans, cluster)
     jobs = batch.submit(tasks, cluster, nodes=nodes, each=each, folder=folder, name=name)
     for plan, job in zip(plans, jobs, strict=True):
-        about = {"job": job, "overrides": plan.overrides, "nodes": nodes, "ranks": nodes * each, "time": round(time.time(), 3)}
+        about = {
+            "job": job,
+            "overrides": plan.overrides,
+            "nodes": nodes,
+            "ranks": nodes * each,
+            "time": round(time.time(), 3),
+        }
         (plan.run / SUBMITTED).write_text(json.dumps(about, indent=1) + "\n")
         append(plan.run, "submitted", job=job)
     where = f"{nodes} node{'s' if nodes > 1 else ''} x {each} rank{'s' if each > 1 else ''}"
-    print(f"SLURM job {jobs[0].split('_')[0]}: {len(plans)} run{'s' if len(plans) > 1 else ''} of {where}", flush=True)
+    print(
+        f"SLURM job {jobs[0].split('_')[0]}: {len(plans)} run{'s' if len(plans) > 1 else ''} of {where}",
+        flush=True,
+    )
 
 
 def _refuse_queued(plans: Sequence["Planned"]) -> None:
@@ -89,8 +116,10 @@ def _refuse_queued(plans: Sequence["Planned"]) -> None:
             continue
     alive = jobs_alive(jobs.values()) if jobs else set()
     if queued := [f"{run} (job {job})" for run, job in jobs.items() if job in alive]:
-        raise UserError(f"SLURM already has {', '.join(queued)}. Watch it by evspan status, or end it first by evspan cancel "
-                        f"{next(run for run, job in jobs.items() if job in alive)}")
+        raise UserError(
+            f"SLURM already has {', '.join(queued)}. Watch it by evspan status, or end it first by evspan cancel "
+            f"{next(run for run, job in jobs.items() if job in alive)}"
+        )
 
 
 def _wait(folders: Sequence[Path], folder: Path) -> int:
@@ -104,7 +133,11 @@ def _wait(folders: Sequence[Path], folder: Path) -> int:
                 if said.get(run.folder) != (line := f"{run.state.value} {run.reason}"):
                     print(f"{run.folder}: {describe(run)}", flush=True)
                     said[run.folder] = line
-                gone[run.folder] = gone.get(run.folder, 0) + 1 if run.state in (State.lost, State.saved) and not run.alive else 0
+                gone[run.folder] = (
+                    gone.get(run.folder, 0) + 1
+                    if run.state in (State.lost, State.saved) and not run.alive
+                    else 0
+                )
             if not any(_goes_on(run, gone[run.folder]) for run in runs):
                 return int(any(run.state is not State.done for run in runs))
             time.sleep(POLL_S)

@@ -57,8 +57,12 @@ def _counted(runs: Sequence[Run]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("evspan cancel", description=DESCRIPTION, epilog=EXAMPLES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        "evspan cancel",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("path", type=Path, metavar="PATH", help="the folder of a run or of a sweep")
     given = parser.parse_args(argv)
     run_command(lambda: cancel(given.path))

@@ -55,8 +55,12 @@ def the_run(path: Path) -> Run:
     """
     found = find_runs(path)
     if len(found) > 1 or found[0].folder != path:
-        names = ", ".join(str(run.folder) for run in found[:5]) + (", ..." if len(found) > 5 else "")
-        raise UserError(f"{path} is a sweep of {len(found)} run{'s' if len(found) > 1 else ''}; name one: {names}")
+        names = ", ".join(str(run.folder) for run in found[:5]) + (
+            ", ..." if len(found) > 5 else ""
+        )
+        raise UserError(
+            f"{path} is a sweep of {len(found)} run{'s' if len(found) > 1 else ''}; name one: {names}"
+        )
     return look(path)[0][0]
 
 
@@ -66,7 +70,10 @@ def rank_of(log: Path) -> int:
 
 def logs_of(run: Path) -> list[Path]:
     """By rank."""
-    return sorted((p for p in (run / "logs").glob("rank-*.log") if re.fullmatch(r"rank-\d+\.log", p.name)), key=rank_of)
+    return sorted(
+        (p for p in (run / "logs").glob("rank-*.log") if re.fullmatch(r"rank-\d+\.log", p.name)),
+        key=rank_of,
+    )
 
 
 def chosen(run: Run, given: argparse.Namespace) -> list[Tail]:
@@ -79,7 +86,9 @@ def chosen(run: Run, given: argparse.Namespace) -> list[Tail]:
     wanted = [p for p in there if given.all or rank_of(p) == rank]
     if not wanted and not (given.follow and run.goes_on):
         if there:
-            raise UserError(f"{run.folder} has no log of rank {rank}; give one of {', '.join(str(rank_of(p)) for p in there)}")
+            raise UserError(
+                f"{run.folder} has no log of rank {rank}; give one of {', '.join(str(rank_of(p)) for p in there)}"
+            )
         told = f"{run.folder} has no logs: it is {describe(run)}"
         if not run.job:
             told += ". A run that was started on this machine speaks to its terminal only"
@@ -113,7 +122,9 @@ def follow(run: Run, tails: list[Tail], every_rank: bool) -> None:
         time.sleep(POLL_S)
         if every_rank:
             known = {tail.path for tail in tails}
-            tails += [Tail(p, f"[rank {rank_of(p)}] ") for p in logs_of(run.folder) if p not in known]
+            tails += [
+                Tail(p, f"[rank {rank_of(p)}] ") for p in logs_of(run.folder) if p not in known
+            ]
         if time.monotonic() - asked >= STATE_S:
             run, asked = look(run.folder)[0][0], time.monotonic()
     _print(tails, last=True)
@@ -127,19 +138,32 @@ def _print(tails: list[Tail], *, last: bool = False) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("evspan logs", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, metavar="RUN", help="the folder of a run, such as one of a sweep")
+    parser = Parser(
+        "evspan logs",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "path", type=Path, metavar="RUN", help="the folder of a run, such as one of a sweep"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--rank", type=int, metavar="N", help="another one's than rank 0's")
     which.add_argument("--all", action="store_true", help="all ranks', each line with its rank")
-    parser.add_argument("--follow", "-f", action="store_true", help="go on with what comes, until the run has ended")
-    parser.add_argument("--lines", "-n", type=int, metavar="N", help="begin with the last N (default: all)")
+    parser.add_argument(
+        "--follow", "-f", action="store_true", help="go on with what comes, until the run has ended"
+    )
+    parser.add_argument(
+        "--lines", "-n", type=int, metavar="N", help="begin with the last N (default: all)"
+    )
     given = parser.parse_args(argv)
     try:
         run_command(lambda: logs(given))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still held back goes nowhere at the end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 1
+        )  # what is still held back goes nowhere at the end
         sys.exit(1)
 
 

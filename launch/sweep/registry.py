@@ -16,7 +16,12 @@ from evspan.pipeline.history import HISTORY, PROGRESS, attempts, read, read_prog
 if TYPE_CHECKING:
     from evspan.launch.slurm.client import Queued
 
-SWEEP, SUBMITTED, CONFIG, METRICS = "sweep.json", "submitted.json", "config.json", "evaluation/metrics.json"
+SWEEP, SUBMITTED, CONFIG, METRICS = (
+    "sweep.json",
+    "submitted.json",
+    "config.json",
+    "evaluation/metrics.json",
+)
 MARKS = (SUBMITTED, HISTORY, PROGRESS, CONFIG)  # of a run's folder
 SILENT_S = 3600.0  # longer than an evaluation or a log interval takes
 
@@ -81,7 +86,9 @@ class _Files:
         if found.error:
             return State.failed, ""
         if self.recent or self.job:
-            return judge(self.recent, self.job, (known or {}).get(self.job), asked=known is not None)
+            return judge(
+                self.recent, self.job, (known or {}).get(self.job), asked=known is not None
+            )
         return (State.unknown, f"no {HISTORY}") if found.overrides is None else (State.waiting, "")
 
 
@@ -94,8 +101,13 @@ def look(path: Path) -> tuple[list[Run], str]:
     found = find_runs(path)
     before = [(run, _Files(run.folder)) for run in found]
     # First the queue, then the histories: a run that ends in between has said so.
-    known, note = _ask([files.job for run, files in before
-                        if files.job and files.state(run, None)[0] not in (State.done, State.failed)])
+    known, note = _ask(
+        [
+            files.job
+            for run, files in before
+            if files.job and files.state(run, None)[0] not in (State.done, State.failed)
+        ]
+    )
     return [_read(run, known) for run in found], note
 
 
@@ -105,20 +117,40 @@ def find_runs(path: Path) -> list[Found]:
         UserError: there is none.
     """
     if not path.is_dir():
-        raise UserError(f"{path} is {'a file' if path.exists() else 'not there'}. Give the folder of a run (its run_dir) or of a "
-                        "sweep")
+        raise UserError(
+            f"{path} is {'a file' if path.exists() else 'not there'}. Give the folder of a run (its run_dir) or of a "
+            "sweep"
+        )
     if not (path / SWEEP).exists() and _is_run(path):
         return [Found(path, path.resolve().name)]
     listed = _json(path / SWEEP).get("runs")
-    entries = [e for e in listed if isinstance(e, dict) and "folder" in e] if isinstance(listed, list) else []
-    found = {name: Found(path / name, name, tuple(map(str, e.get("overrides") or ())), printable(e.get("error") or ""))
-             for e in entries for name in (str(e["folder"]),)}
+    entries = (
+        [e for e in listed if isinstance(e, dict) and "folder" in e]
+        if isinstance(listed, list)
+        else []
+    )
+    found = {
+        name: Found(
+            path / name,
+            name,
+            tuple(map(str, e.get("overrides") or ())),
+            printable(e.get("error") or ""),
+        )
+        for e in entries
+        for name in (str(e["folder"]),)
+    }
     # A folder of runs that were started singly lists none; the table of a sweep may be half written.
-    others = [p for p in path.iterdir() if p.name not in found and not p.name.startswith(".") and _is_run(p)]
+    others = [
+        p
+        for p in path.iterdir()
+        if p.name not in found and not p.name.startswith(".") and _is_run(p)
+    ]
     found |= {p.name: Found(p, p.name) for p in others}
     if not found:
-        raise UserError(f"{path} holds no run. Give the folder of a run (it has {HISTORY} or {CONFIG}) or of a sweep (it has "
-                        f"{SWEEP}, or folders of runs)")
+        raise UserError(
+            f"{path} holds no run. Give the folder of a run (it has {HISTORY} or {CONFIG}) or of a sweep (it has "
+            f"{SWEEP}, or folders of runs)"
+        )
     return sorted(found.values(), key=lambda run: _natural(run.name))
 
 
@@ -136,15 +168,23 @@ def jobs_alive(ids: Iterable[str]) -> set[str]:
 def differing(runs: Sequence[Run]) -> list[str]:
     """Keys of the overrides that are not alike in all runs; of a single run all."""
     keys = list(dict.fromkeys(key for run in runs for key in run.overrides))
-    return [key for key in keys if len(runs) == 1 or len({run.overrides.get(key) for run in runs}) > 1]
+    return [
+        key for key in keys if len(runs) == 1 or len({run.overrides.get(key) for run in runs}) > 1
+    ]
 
 
 def describe(run: Run) -> str:
     """'running at step 120 of 1000, AP 0.412'."""
     told = run.state.value + (f" ({run.reason})" if run.reason else "")
-    told += f" at step {run.step}{f' of {run.of}' if run.of else ''}" if run.step is not None else ""
+    told += (
+        f" at step {run.step}{f' of {run.of}' if run.of else ''}" if run.step is not None else ""
+    )
     told += f", AP {run.ap:.3f}" if run.ap is not None else ""
-    return told + (f": {run.error}" if run.error and run.state in (State.failed, State.lost, State.requeued) else "")
+    return told + (
+        f": {run.error}"
+        if run.error and run.state in (State.failed, State.lost, State.requeued)
+        else ""
+    )
 
 
 # -- one run -----------------------------------------------------------------------------------------------------
@@ -152,24 +192,43 @@ def _read(found: Found, known: "Mapping[str, Queued] | None") -> Run:
     files = _Files(found.folder)
     (state, reason), task = files.state(found, known), (known or {}).get(files.job)
     start: Event = next((e for e in reversed(files.recent) if e["event"] == "start"), {})
-    silent = time.time() - max((e.get("time", 0.0) for e in (*files.recent, files.progress)), default=0.0)
+    silent = time.time() - max(
+        (e.get("time", 0.0) for e in (*files.recent, files.progress)), default=0.0
+    )
     if state is State.running and not reason and silent > SILENT_S:
         reason = f"silent for {span(silent)}"
-    ofs = (number(source) for source in (start.get("of"), files.progress.get("of"), _max_steps(found.folder)))
+    ofs = (
+        number(source)
+        for source in (start.get("of"), files.progress.get("of"), _max_steps(found.folder))
+    )
     step, of = _step(files), next((int(n) for n in ofs if n), None)
     overrides = files.submitted.get("overrides") if found.overrides is None else found.overrides
     return Run(
-        found.folder, found.name, split_overrides(overrides), state, reason, found.error or _error(files.recent), files.job,
-        alive=bool(task and task.alive), step=step, of=of,
+        found.folder,
+        found.name,
+        split_overrides(overrides),
+        state,
+        reason,
+        found.error or _error(files.recent),
+        files.job,
+        alive=bool(task and task.alive),
+        step=step,
+        of=of,
         eta_s=_eta(files.progress, step, of) if state is State.running else None,
         node=task.reason if task and task.state == "RUNNING" else str(start.get("host", "")),
-        loss=number(files.progress.get("loss")), metrics=_json(found.folder / METRICS), events=files.events)
+        loss=number(files.progress.get("loss")),
+        metrics=_json(found.folder / METRICS),
+        events=files.events,
+    )
 
 
 def _step(files: _Files) -> int | None:
     """By the newest word: an attempt that was killed may have been further than the one that follows it."""
-    told = [(e.get("time", 0.0), i, e["step"]) for i, e in enumerate((*files.recent, files.progress))
-            if number(e.get("step")) is not None]
+    told = [
+        (e.get("time", 0.0), i, e["step"])
+        for i, e in enumerate((*files.recent, files.progress))
+        if number(e.get("step")) is not None
+    ]
     return int(max(told)[-1]) if told else None
 
 
@@ -183,7 +242,14 @@ def _eta(progress: Event, step: int | None, of: int | None) -> float | None:
 
 
 def _error(events: Sequence[Event]) -> str:
-    return next((printable(e["message"]) for e in reversed(events) if e["event"] in ("fault", "failed") and e.get("message")), "")
+    return next(
+        (
+            printable(e["message"])
+            for e in reversed(events)
+            if e["event"] in ("fault", "failed") and e.get("message")
+        ),
+        "",
+    )
 
 
 def _ask(jobs: Sequence[str]) -> "tuple[dict[str, Queued] | None, str]":
@@ -221,7 +287,11 @@ def _max_steps(folder: Path) -> Any:
 def split_overrides(overrides: Any) -> dict[str, str]:
     """['+key=value'] -> {key: value}, without what only says where a run is."""
     pairs = [str(o).lstrip("+").partition("=") for o in overrides or ()]
-    return {printable(key): printable(value) for key, _, value in pairs if key != "run_dir" and not key.startswith("hydra")}
+    return {
+        printable(key): printable(value)
+        for key, _, value in pairs
+        if key != "run_dir" and not key.startswith("hydra")
+    }
 
 
 def printable(text: object) -> str:
@@ -238,4 +308,8 @@ def span(seconds: float) -> str:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """2 before 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+    return [
+        (int(part), "") if part.isdigit() else (-1, part)
+        for part in re.split(r"(\d+)", name)
+        if part
+    ]

@@ -11,7 +11,17 @@ if TYPE_CHECKING:
     from evspan.launch.slurm.client import Queued
 
 Event = Mapping[str, Any]
-WAITS = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"})
+WAITS = frozenset(
+    {
+        "PENDING",
+        "CONFIGURING",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "REQUEUE_FED",
+        "RESV_DEL_HOLD",
+        "SPECIAL_EXIT",
+    }
+)
 
 
 class State(Enum):
@@ -31,14 +41,16 @@ class State(Enum):
         return self in (State.waiting, State.running, State.requeued)
 
 
-def judge(events: Sequence[Event], job: str, task: "Queued | None", *, asked: bool) -> tuple[State, str]:
+def judge(
+    events: Sequence[Event], job: str, task: "Queued | None", *, asked: bool
+) -> tuple[State, str]:
     """A run's state, and in a few words what it waits for or how it ended.
 
     Args:
         events: of its last submission. job: SLURM's id, empty where it is none. task: what the queue says of it; None: it is not
             there, or (not asked) there was no queue to ask.
     """
-    since = events[_last_start(events):]
+    since = events[_last_start(events) :]
     told = [e["event"] for e in since if e["event"] != "submitted"]
     last, begun = told[-1] if told else "", any(e["event"] == "start" for e in since)
     goes_on = task is not None and task.alive and task.state != "COMPLETING"
@@ -74,7 +86,11 @@ def _starting(last: str) -> str:
 
 
 def _gone(start: Event) -> bool:
-    return "pid" in start and start.get("host") == socket.gethostname() and not os.path.exists(f"/proc/{start['pid']}")
+    return (
+        "pid" in start
+        and start.get("host") == socket.gethostname()
+        and not os.path.exists(f"/proc/{start['pid']}")
+    )
 
 
 def _last_start(events: Sequence[Event]) -> int:
@@ -86,7 +102,14 @@ def of_submission(events: list[dict[str, Any]], submitted: Event) -> list[dict[s
     job, at = submitted.get("job"), number(submitted.get("time")) or 0.0
     if not job:
         return events
-    return next((events[i:] for i, e in enumerate(events) if e.get("job") == job or e.get("time", 0.0) >= at), [])
+    return next(
+        (
+            events[i:]
+            for i, e in enumerate(events)
+            if e.get("job") == job or e.get("time", 0.0) >= at
+        ),
+        [],
+    )
 
 
 def job_of(recent: Sequence[Event], submitted: Event) -> str:
@@ -99,4 +122,8 @@ def job_of(recent: Sequence[Event], submitted: Event) -> str:
 
 def number(value: Any) -> float | None:
     """A finite one, or None."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    return (
+        value
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        else None
+    )

@@ -82,11 +82,15 @@ def sweep(argv: list[str]) -> None:
 def _submit(argv: list[str]) -> None:
     options, overrides = split_options(argv)
     if varied := [o for o, several in expanded(options, overrides)[1].items() if several]:
-        raise UserError(f"{', '.join(varied)} has several values; for a run each: evspan sweep {' '.join(argv)}")
+        raise UserError(
+            f"{', '.join(varied)} has several values; for a run each: evspan sweep {' '.join(argv)}"
+        )
     config = compose_train(options, overrides)
     _check(config)
     run = Path(config.run_dir)
-    sys.exit(place([Planned(run, argv, overrides, config)], config.cluster, run, f"evspan-{run.name}"))
+    sys.exit(
+        place([Planned(run, argv, overrides, config)], config.cluster, run, f"evspan-{run.name}")
+    )
 
 
 def _sweep(argv: list[str]) -> None:
@@ -96,7 +100,9 @@ def _sweep(argv: list[str]) -> None:
     sys.exit(place_sweep(options, combinations, varied))
 
 
-def place_sweep(options: Sequence[str], combinations: Sequence[Sequence[str]], varied: Sequence[str]) -> int:
+def place_sweep(
+    options: Sequence[str], combinations: Sequence[Sequence[str]], varied: Sequence[str]
+) -> int:
     """The exit code: 0 when all runs are done, or submitted and not waited for.
 
     combinations: the overrides of each run. varied: keys whose values differ between them, for people to tell runs apart.
@@ -105,7 +111,9 @@ def place_sweep(options: Sequence[str], combinations: Sequence[Sequence[str]], v
     plans = [_planned(options, combination, varied) for combination in combinations]
     good = next((plan.config for plan in plans if plan.config), None)
     if good is None:
-        raise ConfigError(f"none of the {len(plans)} runs can be composed; the first: {plans[0].error}")
+        raise ConfigError(
+            f"none of the {len(plans)} runs can be composed; the first: {plans[0].error}"
+        )
     folder = Path(good.run_dir)
     numbered(folder, plans)
     for plan in plans:
@@ -115,7 +123,9 @@ def place_sweep(options: Sequence[str], combinations: Sequence[Sequence[str]], v
             if plan.error:
                 append(plan.run, "failed", step=0, message=plan.error, code=2)
                 print(f"{plan.run}: {plan.error}", file=sys.stderr)
-    code = place([plan for plan in plans if plan.config], good.cluster, folder, f"evspan-{folder.name}")
+    code = place(
+        [plan for plan in plans if plan.config], good.cluster, folder, f"evspan-{folder.name}"
+    )
     return code or int(any(plan.error for plan in plans))
 
 

@@ -21,7 +21,9 @@ class Augmentation:
     left: float = 0.0
 
 
-def draw_augmentation(config: AugmentationConfig, chunk: Chunk, *, seed: int, height: int, width: int) -> Augmentation:
+def draw_augmentation(
+    config: AugmentationConfig, chunk: Chunk, *, seed: int, height: int, width: int
+) -> Augmentation:
     """Streamed lanes only zoom out: a window moved in would lose objects that the carried state has seen."""
     rng = generator(seed, 2, int(chunk.streamed), *chunk.draw)
     flip, zooms, inwards, amount, v, u = rng.random(6)
@@ -30,8 +32,12 @@ def draw_augmentation(config: AugmentationConfig, chunk: Chunk, *, seed: int, he
         zoom = 1 + amount * (config.zoom_in - 1)
         if chunk.streamed or inwards >= config.zoom_in_share:
             zoom = 1 / (1 + amount * (config.zoom_out - 1))
-    return Augmentation(flip=bool(flip < config.hflip), zoom=zoom,
-                        top=float(v * height * (1 - zoom)), left=float(u * width * (1 - zoom)))
+    return Augmentation(
+        flip=bool(flip < config.hflip),
+        zoom=zoom,
+        top=float(v * height * (1 - zoom)),
+        left=float(u * width * (1 - zoom)),
+    )
 
 
 def augment_frames(frames: NDArray[np.uint8], how: Augmentation, out: NDArray[np.uint8]) -> None:
@@ -53,7 +59,9 @@ def _source(size: int, offset: float, zoom: float) -> NDArray[np.int64]:
     return np.where((source >= 0) & (source < size), source, -1)
 
 
-def augment_boxes(boxes: NDArray[np.float32], how: Augmentation, *, height: int, width: int) -> NDArray[np.float32]:
+def augment_boxes(
+    boxes: NDArray[np.float32], how: Augmentation, *, height: int, width: int
+) -> NDArray[np.float32]:
     """(n, 5) class, cx, cy, w, h in pixels -> (m <= n, 5), cut at the frame's border."""
     if how == Augmentation() or not len(boxes):
         return boxes
@@ -62,5 +70,7 @@ def augment_boxes(boxes: NDArray[np.float32], how: Augmentation, *, height: int,
         x = width - x
     x0, x1 = (np.clip((x + s * w / 2) * how.zoom + how.left, 0, width) for s in (-1, 1))
     y0, y1 = (np.clip((y + s * h / 2) * how.zoom + how.top, 0, height) for s in (-1, 1))
-    out = np.stack((kind, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0), axis=1).astype(np.float32)
+    out = np.stack((kind, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0), axis=1).astype(
+        np.float32
+    )
     return out[(out[:, 3] >= MIN_VISIBLE) & (out[:, 4] >= MIN_VISIBLE)]

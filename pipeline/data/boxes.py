@@ -6,7 +6,13 @@ from numpy.typing import NDArray
 
 def to_center(boxes: NDArray) -> NDArray[np.float32]:
     """(n,) shards.BOX -> (n, 5) float32 class, cx, cy, w, h in pixels."""
-    columns = (boxes["class_id"], boxes["x"] + boxes["w"] / 2, boxes["y"] + boxes["h"] / 2, boxes["w"], boxes["h"])
+    columns = (
+        boxes["class_id"],
+        boxes["x"] + boxes["w"] / 2,
+        boxes["y"] + boxes["h"] / 2,
+        boxes["w"],
+        boxes["h"],
+    )
     return np.stack(columns, axis=-1).astype(np.float32).reshape(-1, 5)
 
 

@@ -30,7 +30,9 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """On `device`, but for `labelled`, which the detector reads on the CPU."""
-        return Batch(*(t.to(device, non_blocking=True) for t in self))._replace(labelled=self.labelled)
+        return Batch(*(t.to(device, non_blocking=True) for t in self))._replace(
+            labelled=self.labelled
+        )
 
 
 def pad_boxes(boxes: list[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -49,28 +51,56 @@ class Loader:
     that share a sequence read different frames of the same chunks, all with the lane's one draw of the augmentation.
     """
 
-    def __init__(self, dataset: Dataset, plan: SamplingPlan, lanes: range, frames: range, config: TrainingConfig, *,
-                 seed: int) -> None:
-        self.dataset, self.plan, self.lanes, self.frames, self.config, self.seed = dataset, plan, lanes, frames, config, seed
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: SamplingPlan,
+        lanes: range,
+        frames: range,
+        config: TrainingConfig,
+        *,
+        seed: int,
+    ) -> None:
+        self.dataset, self.plan, self.lanes, self.frames, self.config, self.seed = (
+            dataset,
+            plan,
+            lanes,
+            frames,
+            config,
+            seed,
+        )
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index` of the whole run."""
         data = self.dataset
-        frames = np.zeros((len(self.frames), len(self.lanes), data.channels, data.height, data.width), np.uint8)
+        frames = np.zeros(
+            (len(self.frames), len(self.lanes), data.channels, data.height, data.width), np.uint8
+        )
         columns = [self._lane(lane, index, frames[:, b]) for b, lane in enumerate(self.lanes)]
         labelled = np.stack([c[1] for c in columns], axis=1)
-        boxes, counts = pad_boxes([columns[b][0][t] for t, b in zip(*np.nonzero(labelled), strict=True)])
+        boxes, counts = pad_boxes(
+            [columns[b][0][t] for t, b in zip(*np.nonzero(labelled), strict=True)]
+        )
         starts = torch.tensor([c[2] for c in columns])
         return Batch(torch.from_numpy(frames), starts, torch.from_numpy(labelled), boxes, counts)
 
-    def _lane(self, lane: int, index: int, out: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, bool]:
+    def _lane(
+        self, lane: int, index: int, out: np.ndarray
+    ) -> tuple[list[np.ndarray], np.ndarray, bool]:
         """Its frames into `out`, zeros; their boxes, which are labelled, and whether the state begins at zero."""
         chunk = self.plan.chunk(lane, index)
         recording = self.dataset.recordings[chunk.recording]
         height, width, length = self.dataset.height, self.dataset.width, len(self.frames)
-        how = draw_augmentation(self.config.augmentation, chunk, seed=self.seed, height=height, width=width)
-        first, there = chunk.first + self.frames.start, min(length, max(0, chunk.frames - self.frames.start))
-        for t in range(there):  # after a recording's end nothing happens; a frame at a time stays in the cache
+        how = draw_augmentation(
+            self.config.augmentation, chunk, seed=self.seed, height=height, width=width
+        )
+        first, there = (
+            chunk.first + self.frames.start,
+            min(length, max(0, chunk.frames - self.frames.start)),
+        )
+        for t in range(
+            there
+        ):  # after a recording's end nothing happens; a frame at a time stays in the cache
             augment_frames(recording.read(first + t, first + t + 1), how, out[t : t + 1])
         labelled = np.zeros(length, bool)
         labelled[:there] = recording.labelled[first : first + there]
@@ -86,7 +116,9 @@ class Loader:
                 yield self.batch(index)
                 index += 1
         pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
-        ahead: deque[Future[Batch]] = deque(pool.submit(self.batch, start + i) for i in range(workers + 1))
+        ahead: deque[Future[Batch]] = deque(
+            pool.submit(self.batch, start + i) for i in range(workers + 1)
+        )
         try:
             index = start + workers + 1
             while True:

@@ -41,18 +41,34 @@ class SamplingPlan:
         ShardError: there is no frame at all.
     """
 
-    def __init__(self, frames: Sequence[int], labelled: Sequence[NDArray[np.bool_]], *,
-                 lanes: int, sequence_length: int, sampling: Sampling, seed: int) -> None:
+    def __init__(
+        self,
+        frames: Sequence[int],
+        labelled: Sequence[NDArray[np.bool_]],
+        *,
+        lanes: int,
+        sequence_length: int,
+        sampling: Sampling,
+        seed: int,
+    ) -> None:
         if not sum(frames):
-            raise ShardError("the split has no frames, so there is nothing to train on. Prepare recordings first: evspan prep")
+            raise ShardError(
+                "the split has no frames, so there is nothing to train on. Prepare recordings first: evspan prep"
+            )
         self.frames, self.sequence_length, self.seed = list(frames), sequence_length, seed
-        self.streaming_lanes = {Sampling.stream: lanes, Sampling.random: 0, Sampling.mixed: (lanes + 1) // 2}[sampling]
+        self.streaming_lanes = {
+            Sampling.stream: lanes,
+            Sampling.random: 0,
+            Sampling.mixed: (lanes + 1) // 2,
+        }[sampling]
         self.chunks = [-(-n // sequence_length) for n in frames]
         self.chunks_per_epoch = sum(self.chunks)
         ends = [np.flatnonzero(mask) for mask in labelled]
         if not any(e.size for e in ends):  # nothing is labelled: any frame may end a chunk
             ends = [np.arange(n) for n in frames]
-        self.random_ends = np.concatenate([np.stack((np.full(e.size, i), e), 1) for i, e in enumerate(ends)])
+        self.random_ends = np.concatenate(
+            [np.stack((np.full(e.size, i), e), 1) for i, e in enumerate(ends)]
+        )
         self._epoch = lru_cache(maxsize=4 * lanes + 4)(self._draw_epoch)
 
     def chunk(self, lane: int, index: int) -> Chunk:
@@ -64,15 +80,29 @@ class SamplingPlan:
         place = bisect_right(ends, offset)
         recording = int(order[place])
         first = (offset - (ends[place - 1] if place else 0)) * self.sequence_length
-        return Chunk(recording=recording, first=first, frames=min(self.sequence_length, self.frames[recording] - first),
-                     start=first == 0, streamed=True, draw=(lane, epoch, place))
+        return Chunk(
+            recording=recording,
+            first=first,
+            frames=min(self.sequence_length, self.frames[recording] - first),
+            start=first == 0,
+            streamed=True,
+            draw=(lane, epoch, place),
+        )
 
     def _draw_epoch(self, lane: int, epoch: int) -> tuple[NDArray[np.int64], list[int]]:
         order = generator(self.seed, 0, lane, epoch).permutation(len(self.frames))
         return order, list(accumulate(self.chunks[i] for i in order))
 
     def _random_chunk(self, lane: int, index: int) -> Chunk:
-        recording, end = self.random_ends[generator(self.seed, 1, lane, index).integers(len(self.random_ends))].tolist()
+        recording, end = self.random_ends[
+            generator(self.seed, 1, lane, index).integers(len(self.random_ends))
+        ].tolist()
         first = max(0, end + 1 - self.sequence_length)
-        return Chunk(recording=recording, first=first, frames=min(self.sequence_length, self.frames[recording] - first),
-                     start=True, streamed=False, draw=(lane, index))
+        return Chunk(
+            recording=recording,
+            first=first,
+            frames=min(self.sequence_length, self.frames[recording] - first),
+            start=True,
+            streamed=False,
+            draw=(lane, index),
+        )

@@ -16,11 +16,25 @@ class Attempt:
         events, progress = read(run), read_progress(run)
         self.number = attempts(events) + 1
         # The last that was heard of the run, and how far it was then.
-        self.heard = max([event["time"] for event in events if event["event"] not in ("requeued", "submitted")]
-                         + [progress.get("time", 0.0)])
-        self.reached = max([event.get("step", 0) for event in events] + [progress.get("step", 0)]) if step else 0
-        append(run, "start", step=step, of=of, attempt=self.number, host=socket.gethostname(), pid=os.getpid(),
-               job=slurm_job())
+        self.heard = max(
+            [event["time"] for event in events if event["event"] not in ("requeued", "submitted")]
+            + [progress.get("time", 0.0)]
+        )
+        self.reached = (
+            max([event.get("step", 0) for event in events] + [progress.get("step", 0)])
+            if step
+            else 0
+        )
+        append(
+            run,
+            "start",
+            step=step,
+            of=of,
+            attempt=self.number,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            job=slurm_job(),
+        )
 
     def began_to_run(self) -> dict[str, float]:
         """Called after the first step; what TensorBoard shows of requeues."""

@@ -95,11 +95,16 @@ class Checkpoints:
         except OSError as error:
             problem = f"{error.filename or self.folder}: {error.strerror or error}"
         if problems := [told for told in gather_objects(problem) if told]:
-            raise UserError(f"the checkpoint could not be saved: {problems[0]}. Those before stand in {self.folder}; mend that "
-                            "(room, rights) and run the same command again")
+            raise UserError(
+                f"the checkpoint could not be saved: {problems[0]}. Those before stand in {self.folder}; mend that "
+                "(room, rights) and run the same command again"
+            )
 
     def _begin(self, beside: Path) -> None:
-        for left in (*self.folder.glob(".deleting-*"), *self.folder.glob(".writing-*")):  # of a run that was killed
+        for left in (
+            *self.folder.glob(".deleting-*"),
+            *self.folder.glob(".writing-*"),
+        ):  # of a run that was killed
             shutil.rmtree(left)
         beside.mkdir(parents=True)
 
@@ -107,11 +112,22 @@ class Checkpoints:
         if self.rank == 0:
             save_weights(beside / WEIGHTS, snapshot.weights)
             save_tensors(beside / MOMENTS, snapshot.moments)
-            (beside / META).write_text(json.dumps(dict(snapshot.meta, form=FORM, step=step), indent=1) + "\n")
+            (beside / META).write_text(
+                json.dumps(dict(snapshot.meta, form=FORM, step=step), indent=1) + "\n"
+            )
         if snapshot.carry is not None:
-            save_tensors(beside / _lanes_file(snapshot.lanes), {f"{i:04d}": t for i, t in enumerate(snapshot.carry)})
+            save_tensors(
+                beside / _lanes_file(snapshot.lanes),
+                {f"{i:04d}": t for i, t in enumerate(snapshot.carry)},
+            )
         save_tensors(beside / _generators_file(self.rank), generator_states())
-        for name in (WEIGHTS, MOMENTS, META, _lanes_file(snapshot.lanes), _generators_file(self.rank)):
+        for name in (
+            WEIGHTS,
+            MOMENTS,
+            META,
+            _lanes_file(snapshot.lanes),
+            _generators_file(self.rank),
+        ):
             if (beside / name).exists():
                 _fsync(beside / name)  # on the machine that wrote it
 
@@ -176,11 +192,17 @@ def load_snapshot(folder: Path, lanes: range, rank: int) -> Loaded:
     """
     try:
         own = folder / _generators_file(rank)
-        return Loaded(load_file(folder / WEIGHTS), load_file(folder / MOMENTS), _load_carry(folder, lanes),
-                      load_file(own) if own.exists() else None)
+        return Loaded(
+            load_file(folder / WEIGHTS),
+            load_file(folder / MOMENTS),
+            _load_carry(folder, lanes),
+            load_file(own) if own.exists() else None,
+        )
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{folder} is damaged ({type(error).__name__}: {error}). "
-                        "Delete it to resume from the one before") from error
+        raise UserError(
+            f"{folder} is damaged ({type(error).__name__}: {error}). "
+            "Delete it to resume from the one before"
+        ) from error
 
 
 def _load_carry(folder: Path, lanes: range) -> list[Tensor]:
@@ -189,7 +211,12 @@ def _load_carry(folder: Path, lanes: range) -> list[Tensor]:
         first, stop = map(int, file.stem.split("-")[1:])
         here = range(max(first, lanes.start), min(stop, lanes.stop))
         if here:
-            parts.append([t.narrow(-4, here.start - first, len(here)) for _, t in sorted(load_file(file).items())])
+            parts.append(
+                [
+                    t.narrow(-4, here.start - first, len(here))
+                    for _, t in sorted(load_file(file).items())
+                ]
+            )
     carry = [torch.cat(of_all, -4) for of_all in zip(*parts, strict=True)]
     if not carry or any(t.shape[-4] != len(lanes) for t in carry):
         raise ValueError(f"no carry of lanes {lanes.start} to {lanes.stop - 1}")

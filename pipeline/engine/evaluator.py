@@ -20,8 +20,9 @@ from evspan.pipeline.parallel.world import World
 from evspan.pipeline.weights import Weights, describe, plain
 
 
-def evaluate_weights(weights: Weights, dataset: DatasetConfig, config: EvaluationConfig,
-                     world: World) -> tuple[Metrics, list[RecordingResult], Dataset]:
+def evaluate_weights(
+    weights: Weights, dataset: DatasetConfig, config: EvaluationConfig, world: World
+) -> tuple[Metrics, list[RecordingResult], Dataset]:
     """Metrics on every rank; the results of all recordings (for files and pictures) too.
 
     A detector of its own evaluates, built from consolidated weights: training's module, its BatchNorm statistics and
@@ -31,7 +32,9 @@ def evaluate_weights(weights: Weights, dataset: DatasetConfig, config: Evaluatio
     check_fit(weights, data)
     detector = detector_from(weights, device=world.device)
     mine = deal(data.recordings, world.rank, world.size, weight=[r.frames for r in data.recordings])
-    parts = gather_objects(evaluate_split(detector, data, config, device=world.device, recordings=mine))
+    parts = gather_objects(
+        evaluate_split(detector, data, config, device=world.device, recordings=mine)
+    )
     results = sorted((r for part in parts for r in part), key=lambda r: r.name)
     metrics = broadcast_object(score(results, data, config) if world.is_main else None)
     return metrics, results, data
@@ -40,29 +43,55 @@ def evaluate_weights(weights: Weights, dataset: DatasetConfig, config: Evaluatio
 def check_fit(weights: Weights, data: Dataset) -> None:
     """Raises ConfigError when the frames or classes are not those that the weights were trained on."""
     if weights.frames.channels != data.channels:
-        raise ConfigError(f"the weights were trained on frames of {weights.frames.channels} channels, the dataset has "
-                          f"{data.channels}. Prepare it with frames.bins={weights.frames.bins}")
+        raise ConfigError(
+            f"the weights were trained on frames of {weights.frames.channels} channels, the dataset has "
+            f"{data.channels}. Prepare it with frames.bins={weights.frames.bins}"
+        )
     if weights.classes != data.classes:
-        raise ConfigError(f"the weights know the classes {weights.classes}, the dataset has {data.classes}. "
-                          "Choose the dataset config that they were trained with")
+        raise ConfigError(
+            f"the weights know the classes {weights.classes}, the dataset has {data.classes}. "
+            "Choose the dataset config that they were trained with"
+        )
 
 
-def described(checkpoint: str, weights: Weights, dataset: DatasetConfig, config: EvaluationConfig) -> dict[str, Any]:
+def described(
+    checkpoint: str, weights: Weights, dataset: DatasetConfig, config: EvaluationConfig
+) -> dict[str, Any]:
     """What metrics.json names beside the protocol. Equal hashes: the same model, frames, dataset and rules, whatever weights."""
-    settings = {**describe(weights), "step": None, "dataset": {**plain(asdict(dataset)), "root": None},
-                "protocol": protocol(config)}
+    settings = {
+        **describe(weights),
+        "step": None,
+        "dataset": {**plain(asdict(dataset)), "root": None},
+        "protocol": protocol(config),
+    }
     digest = xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True).encode())
-    return {"checkpoint": checkpoint, "step": weights.step, "split": config.split, "dataset": dataset.name, "root": dataset.root,
-            "config_hash": digest}
+    return {
+        "checkpoint": checkpoint,
+        "step": weights.step,
+        "split": config.split,
+        "dataset": dataset.name,
+        "root": dataset.root,
+        "config_hash": digest,
+    }
 
 
 def protocol(config: EvaluationConfig) -> dict[str, Any]:
     """What the numbers depend on: thresholds, filters, bins."""
-    return {k: v for k, v in asdict(config).items() if k not in ("sequence_length", "batch_size", "write_detections")}
+    return {
+        k: v
+        for k, v in asdict(config).items()
+        if k not in ("sequence_length", "batch_size", "write_detections")
+    }
 
 
-def write_results(output: Path, metrics: Metrics, results: list[RecordingResult], data: Dataset, config: EvaluationConfig,
-                  about: dict[str, Any]) -> None:
+def write_results(
+    output: Path,
+    metrics: Metrics,
+    results: list[RecordingResult],
+    data: Dataset,
+    config: EvaluationConfig,
+    about: dict[str, Any],
+) -> None:
     """metrics.json (protocol, thresholds and checkpoint named), and where asked, what was detected: a `_bbox.npy` per recording,
     and all labelled frames for `evspan evaluate compare`."""
     output.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,9 @@ class Profiler:
         module: whose parts (children) are named in the trace.
     """
 
-    def __init__(self, run: Path, rank: int, monitor: Monitor, module: nn.Module, steps: list[int]) -> None:
+    def __init__(
+        self, run: Path, rank: int, monitor: Monitor, module: nn.Module, steps: list[int]
+    ) -> None:
         self.run, self.rank, self.monitor, self.module = run, rank, monitor, module
         self.first, self.last = steps or (0, -1)
         self.step = 0  # that runs
@@ -67,10 +69,19 @@ class Profiler:
         self.first = max(self.first, step)
         with warnings.catch_warnings(action="ignore"):
             steps = schedule(wait=0, warmup=warm_up, active=self.last - self.first + 1, repeat=1)
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells on the console when it starts and stops
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-        self.tracer = profile(activities=activities, record_shapes=True, on_trace_ready=self._write, schedule=steps)
-        self.hooks = [handle for name, part in self.module.named_children() for handle in _named(part, name)]
+        os.environ.setdefault(
+            "KINETO_LOG_LEVEL", "99"
+        )  # it tells on the console when it starts and stops
+        activities = [
+            ProfilerActivity.CPU,
+            *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
+        ]
+        self.tracer = profile(
+            activities=activities, record_shapes=True, on_trace_ready=self._write, schedule=steps
+        )
+        self.hooks = [
+            handle for name, part in self.module.named_children() for handle in _named(part, name)
+        ]
         self.tracer.start()
 
     def close(self) -> None:
@@ -91,9 +102,17 @@ class Profiler:
         if not self.monitor.enabled:
             return
         costly = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table = traced.key_averages().table(sort_by=costly, row_limit=ROWS, max_name_column_width=60)
-        self.monitor.text("run/profile", f"`{path}`, for [Perfetto](https://ui.perfetto.dev)\n\n```\n{table}\n```", last)
-        self.monitor.say(f"profile of steps {self.first} to {last}: {path}; open it in https://ui.perfetto.dev")
+        table = traced.key_averages().table(
+            sort_by=costly, row_limit=ROWS, max_name_column_width=60
+        )
+        self.monitor.text(
+            "run/profile",
+            f"`{path}`, for [Perfetto](https://ui.perfetto.dev)\n\n```\n{table}\n```",
+            last,
+        )
+        self.monitor.say(
+            f"profile of steps {self.first} to {last}: {path}; open it in https://ui.perfetto.dev"
+        )
 
 
 def _named(part: nn.Module, name: str) -> list[RemovableHandle]:

@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 from evspan.pipeline.parallel.reductions import gather_over_ranks
 
-OF_THE_MEAN_RANK = {"speed/exchange_share", "speed/gpu_busy_share"}  # ranks wait for each other at different places
+OF_THE_MEAN_RANK = {
+    "speed/exchange_share",
+    "speed/gpu_busy_share",
+}  # ranks wait for each other at different places
 
 
 class Resources:
@@ -37,7 +40,9 @@ class Resources:
 
 def over_ranks(told: dict[str, float], device: torch.device) -> dict[str, float]:
     """Of the rank that has most, or of the mean rank; what no rank knows is left out. All ranks call it, with the same names."""
-    parts = gather_over_ranks(torch.tensor([*told.values()], dtype=torch.float64, device=device)).cpu()
+    parts = gather_over_ranks(
+        torch.tensor([*told.values()], dtype=torch.float64, device=device)
+    ).cpu()
     out = {}
     for name, values in zip(told, parts.T, strict=True):
         known = values[~values.isnan()]

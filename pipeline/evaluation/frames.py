@@ -34,30 +34,52 @@ class LabelledFrames:
         """(K,) what detections are ranked by: objectness x class score."""
         return self.detections[:, 4].astype(np.float64) * self.detections[:, 5]
 
-    def only(self, frames: NDArray[np.bool_], boxes: NDArray[np.bool_], detections: NDArray[np.bool_]) -> "LabelledFrames":
+    def only(
+        self, frames: NDArray[np.bool_], boxes: NDArray[np.bool_], detections: NDArray[np.bool_]
+    ) -> "LabelledFrames":
         """These frames, and of what is in them these boxes and detections."""
         number = np.cumsum(frames) - 1
-        boxes, detections = boxes & frames[self.box_frame], detections & frames[self.detection_frame]
-        return replace(self, recording=self.recording[frames], end_us=self.end_us[frames], boxes=self.boxes[boxes],
-                       box_frame=number[self.box_frame[boxes]], detections=self.detections[detections],
-                       detection_frame=number[self.detection_frame[detections]])
+        boxes, detections = (
+            boxes & frames[self.box_frame],
+            detections & frames[self.detection_frame],
+        )
+        return replace(
+            self,
+            recording=self.recording[frames],
+            end_us=self.end_us[frames],
+            boxes=self.boxes[boxes],
+            box_frame=number[self.box_frame[boxes]],
+            detections=self.detections[detections],
+            detection_frame=number[self.detection_frame[detections]],
+        )
 
 
-def labelled_frames(names: Sequence[str], end_us: Sequence[NDArray[np.int64]], boxes: Sequence[Sequence[NDArray]],
-                    detections: Sequence[Sequence[NDArray]]) -> LabelledFrames:
+def labelled_frames(
+    names: Sequence[str],
+    end_us: Sequence[NDArray[np.int64]],
+    boxes: Sequence[Sequence[NDArray]],
+    detections: Sequence[Sequence[NDArray]],
+) -> LabelledFrames:
     """From a list per recording, with an entry per labelled frame: boxes (n,) structured, detections (k, 7)."""
     counts = [len(ends) for ends in end_us]
     truth, found = [b for part in boxes for b in part], [d for part in detections for d in part]
     assert len(truth) == len(found) == sum(counts)
     return LabelledFrames(
-        list(names), np.repeat(np.arange(len(counts)), counts), np.concatenate([np.zeros(0, np.int64), *end_us]),
-        np.concatenate(truth) if truth else np.zeros(0, [(k, "f4") for k in ("x", "y", "w", "h", "class_id", "track_id")]),
+        list(names),
+        np.repeat(np.arange(len(counts)), counts),
+        np.concatenate([np.zeros(0, np.int64), *end_us]),
+        np.concatenate(truth)
+        if truth
+        else np.zeros(0, [(k, "f4") for k in ("x", "y", "w", "h", "class_id", "track_id")]),
         np.repeat(np.arange(len(truth)), [len(b) for b in truth]),
         np.concatenate(found) if found else np.zeros((0, 7), np.float32),
-        np.repeat(np.arange(len(found)), [len(d) for d in found]))
+        np.repeat(np.arange(len(found)), [len(d) for d in found]),
+    )
 
 
-def scored(frames: LabelledFrames, config: EvaluationConfig) -> tuple[LabelledFrames, NDArray[np.bool_]]:
+def scored(
+    frames: LabelledFrames, config: EvaluationConfig
+) -> tuple[LabelledFrames, NDArray[np.bool_]]:
     """What the protocol scores, and which boxes (M,) are in it. Boxes and detections pass the same filters."""
     rows = frames.detections
     boxes = _large_enough(frames.boxes["w"], frames.boxes["h"], config)
@@ -82,8 +104,12 @@ def load_frames(path: Path) -> LabelledFrames:
         with np.load(path) as stored:  # nothing is unpickled
             values: dict[str, Any] = {f.name: stored[f.name] for f in fields(LabelledFrames)}
     except FileNotFoundError as error:
-        raise UserError(f"{path} is not there, so frames cannot be compared. Evaluate again with "
-                        "evaluation.write_detections=true") from error
+        raise UserError(
+            f"{path} is not there, so frames cannot be compared. Evaluate again with "
+            "evaluation.write_detections=true"
+        ) from error
     except (BadZipFile, ValueError, KeyError, EOFError) as error:
-        raise UserError(f"{path} holds no frames of an evaluation ({error}). Evaluate again") from error
+        raise UserError(
+            f"{path} holds no frames of an evaluation ({error}). Evaluate again"
+        ) from error
     return LabelledFrames(**values | {"names": values["names"].tolist()})

@@ -42,8 +42,11 @@ def pr_curves(frames: LabelledFrames, classes: Sequence[str]) -> dict[str, PrCur
         if matched is not None:
             sure[matched["category_id"] - 1] += matched["dtScores"]
             right[matched["category_id"] - 1] += matched["dtMatched"][IOU50]
-    return {name: _curve(np.array(sure[k], float), np.array(right[k], bool), int(total[k]))
-            for k, name in enumerate(classes) if total[k]}
+    return {
+        name: _curve(np.array(sure[k], float), np.array(right[k], bool), int(total[k]))
+        for k, name in enumerate(classes)
+        if total[k]
+    }
 
 
 def _curve(sure: NDArray[np.float64], right: NDArray[np.bool_], boxes: int) -> PrCurve:

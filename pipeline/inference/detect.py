@@ -94,13 +94,24 @@ def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
             yield item
     finally:
         stop.set()
-        while not waiting.empty():  # a `put` that waits for room goes through, and the thread sees `stop`
+        while (
+            not waiting.empty()
+        ):  # a `put` that waits for room goes through, and the thread sees `stop`
             waiting.get_nowait()
         thread.join()
 
 
-def detect(detector: Detector, frames: Iterable[Frame], *, confidence: float, nms: float,
-           frames_per_call: int, downsample: int, sensor: tuple[int, int], clock: Clock) -> Iterator[Detected]:
+def detect(
+    detector: Detector,
+    frames: Iterable[Frame],
+    *,
+    confidence: float,
+    nms: float,
+    frames_per_call: int,
+    downsample: int,
+    sensor: tuple[int, int],
+    clock: Clock,
+) -> Iterator[Detected]:
     """The detections of every frame of one recording, in order. Reads `frames_per_call` frames at a time.
 
     Args:
@@ -114,19 +125,30 @@ def detect(detector: Detector, frames: Iterable[Frame], *, confidence: float, nm
         with clock("network"), torch.inference_mode():
             if state is None:
                 state = detector.initial_state(1, height, width, device=device)
-            stacked = torch.from_numpy(np.stack([frame for _, frame, _ in batch]))[:, None].to(device)
+            stacked = torch.from_numpy(np.stack([frame for _, frame, _ in batch]))[:, None].to(
+                device
+            )
             all_ = torch.ones(len(batch), 1, dtype=torch.bool, device=device)
             raw, state = detector(stacked, state, starts=starts, labelled=all_)
-            found = detections(detector.decode(raw, height, width), confidence_threshold=confidence, nms_threshold=nms)
+            found = detections(
+                detector.decode(raw, height, width),
+                confidence_threshold=confidence,
+                nms_threshold=nms,
+            )
             rows = [r.cpu().numpy() for r in found]
         done = time.perf_counter()
         for (end, frame, came), k in zip(batch, rows, strict=True):
-            yield Detected(end, frame, cut(raw_boxes([end], [k], downsample), sensor), 1000 * (done - came))
+            yield Detected(
+                end, frame, cut(raw_boxes([end], [k], downsample), sensor), 1000 * (done - came)
+            )
 
 
 def cut(boxes: NDArray, sensor: tuple[int, int]) -> NDArray:
     """RAW_BOX cut at the border of the sensor (height, width); those wholly outside, on the frames' padding, are left out."""
-    right, bottom = np.minimum(boxes["x"] + boxes["w"], sensor[1]), np.minimum(boxes["y"] + boxes["h"], sensor[0])
+    right, bottom = (
+        np.minimum(boxes["x"] + boxes["w"], sensor[1]),
+        np.minimum(boxes["y"] + boxes["h"], sensor[0]),
+    )
     out = boxes.copy()
     out["x"], out["y"] = np.maximum(boxes["x"], 0), np.maximum(boxes["y"], 0)
     out["w"], out["h"] = right - out["x"], bottom - out["y"]
@@ -139,19 +161,31 @@ class Overlay:
     beside: the events alone are left of them, so that nothing is covered.
     """
 
-    def __init__(self, config: FrameConfig, classes: list[str], boxes: NDArray, *, beside: bool = False) -> None:
+    def __init__(
+        self, config: FrameConfig, classes: list[str], boxes: NDArray, *, beside: bool = False
+    ) -> None:
         self.config, self.classes, self.boxes, self.beside = config, classes, boxes, beside
         self.times = np.ascontiguousarray(boxes["t"])
 
     def draw(self, item: Detected) -> RGB:
         upscale = max(1, VIDEO_WIDTH // item.frame.shape[2])
-        labelled, detected = (_corners(b) / self.config.downsample for b in (self.labels(item.end_us), item.boxes))
+        labelled, detected = (
+            _corners(b) / self.config.downsample for b in (self.labels(item.end_us), item.boxes)
+        )
         detected, found = detected[::-1], item.boxes[::-1]  # the surest on top
-        names = [f"{class_name(self.classes, b['class_id'])} {b['class_confidence']:.2f}" for b in found]
+        names = [
+            f"{class_name(self.classes, b['class_id'])} {b['class_confidence']:.2f}" for b in found
+        ]
         events = frame_to_rgb(item.frame)
         rgb = draw_boxes(events, labelled, None, BOXES, upscale)
-        drawn = draw_label(draw_boxes(rgb, detected * upscale, names, DETECTIONS), f"{item.end_us / 1e6:.2f} s")
-        return np.concatenate((draw_boxes(events, [], upscale=upscale), drawn), 1) if self.beside else drawn
+        drawn = draw_label(
+            draw_boxes(rgb, detected * upscale, names, DETECTIONS), f"{item.end_us / 1e6:.2f} s"
+        )
+        return (
+            np.concatenate((draw_boxes(events, [], upscale=upscale), drawn), 1)
+            if self.beside
+            else drawn
+        )
 
     def labels(self, end_us: int) -> NDArray:
         """The boxes of the latest label in the window (end - window, end]; none without one."""
@@ -162,7 +196,9 @@ class Overlay:
 
 
 def _corners(boxes: NDArray) -> NDArray[np.float64]:
-    return np.stack((boxes["x"], boxes["y"], boxes["x"] + boxes["w"], boxes["y"] + boxes["h"]), 1).astype(np.float64)
+    return np.stack(
+        (boxes["x"], boxes["y"], boxes["x"] + boxes["w"], boxes["y"] + boxes["h"]), 1
+    ).astype(np.float64)
 
 
 def class_name(classes: list[str], index: int) -> str:

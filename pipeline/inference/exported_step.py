@@ -50,7 +50,9 @@ class Differences(NamedTuple):
 
 def input_names(state: DetectorState) -> list[str]:
     """In the order that the step takes them. The outputs are decoded, then next_ and the state's names."""
-    stages = [f"stage{i}_{part}" for i in range(1, len(state.stages) + 1) for part in ("hidden", "cell")]
+    stages = [
+        f"stage{i}_{part}" for i in range(1, len(state.stages) + 1) for part in ("hidden", "cell")
+    ]
     return ["frames", *stages, *(f"previous{i}" for i in range(len(state.previous)))]
 
 
@@ -60,9 +62,15 @@ def output_names(state: DetectorState) -> list[str]:
 
 def about(weights: Weights, state: DetectorState) -> dict[str, Any]:
     """What a file's user has to know, as JSON values."""
-    return {"model": weights.model.name, "step": weights.step, "classes": weights.classes,
-            "frames": plain(asdict(weights.frames)), "postprocess": plain(asdict(weights.model.postprocess)),
-            "inputs": input_names(state), "outputs": output_names(state)}
+    return {
+        "model": weights.model.name,
+        "step": weights.step,
+        "classes": weights.classes,
+        "frames": plain(asdict(weights.frames)),
+        "postprocess": plain(asdict(weights.model.postprocess)),
+        "inputs": input_names(state),
+        "outputs": output_names(state),
+    }
 
 
 def trace(detector: Detector, frames: tuple[int, int, int, int]) -> ExportedProgram:
@@ -73,7 +81,11 @@ def trace(detector: Detector, frames: tuple[int, int, int, int]) -> ExportedProg
         program = torch.export.export(StreamingStep(detector, state), given, strict=False)
     program.example_inputs = None  # else they are stored, larger than the weights
     for node in program.graph.nodes:
-        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):  # this machine's paths and lines
+        for key in (
+            "stack_trace",
+            "nn_module_stack",
+            "source_fn_stack",
+        ):  # this machine's paths and lines
             node.meta.pop(key, None)
     return program
 
@@ -85,11 +97,21 @@ def write_pt2(program: ExportedProgram, path: Path, about: dict[str, Any]) -> No
 
 def write_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
     with _quiet():
-        written = torch.onnx.export(program, dynamo=True, verbose=False, input_names=about["inputs"],
-                                    output_names=about["outputs"])
+        written = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            input_names=about["inputs"],
+            output_names=about["outputs"],
+        )
         assert written is not None
         graph = written.model.graph
-        for part in (graph, *graph, *graph.inputs, *(value for node in graph for value in node.outputs)):
+        for part in (
+            graph,
+            *graph,
+            *graph.inputs,
+            *(value for node in graph for value in node.outputs),
+        ):
             part.metadata_props.clear()  # this machine's paths and lines
         written.model.metadata_props.clear()
         written.model.metadata_props[ABOUT] = json.dumps(about)
@@ -120,7 +142,9 @@ def run_onnx(path: Path) -> Run:
 
 
 @torch.no_grad()
-def check(run: Run, detector: Detector, frames: tuple[int, int, int, int], *, cutoff: int) -> Differences:
+def check(
+    run: Run, detector: Detector, frames: tuple[int, int, int, int], *, cutoff: int
+) -> Differences:
     """A few steps of random frames (B, 2 * bins, H, W), each side fed its own state.
 
     Raises:
@@ -131,15 +155,21 @@ def check(run: Run, detector: Detector, frames: tuple[int, int, int, int], *, cu
     carried, found = state_tensors(state), []
     for _ in range(STEPS):
         # Most pixels of a real frame have no event.
-        counts = torch.poisson(torch.full(frames, 0.3), generator=generator).clamp(max=cutoff).to(torch.uint8)
+        counts = (
+            torch.poisson(torch.full(frames, 0.3), generator=generator)
+            .clamp(max=cutoff)
+            .to(torch.uint8)
+        )
         wanted, state = detector.step(counts, state)
         decoded, *carried = run([counts, *carried])
         found.append(_differences(decoded, wanted, carried, state_tensors(state)))
     most = Differences(*torch.tensor(found).amax(0).tolist())
     if not most.worst <= 1:  # nan too
-        raise UserError(f"the exported step differs from the detector over {STEPS} frames: {told(most)}, {most.worst:.3g} times "
-                        "the tolerance; nothing is written. Export weights whose values are all finite; if they are, try the "
-                        "other format, or another release of torch")
+        raise UserError(
+            f"the exported step differs from the detector over {STEPS} frames: {told(most)}, {most.worst:.3g} times "
+            "the tolerance; nothing is written. Export weights whose values are all finite; if they are, try the "
+            "other format, or another release of torch"
+        )
     return most
 
 
@@ -147,13 +177,25 @@ def told(most: Differences) -> str:
     return f"boxes {most.boxes:.1e} px, scores {most.scores:.1e}, states {most.states:.1e}"
 
 
-def _differences(decoded: Tensor, wanted: Tensor, carried: list[Tensor], after: list[Tensor]) -> Differences:
+def _differences(
+    decoded: Tensor, wanted: Tensor, carried: list[Tensor], after: list[Tensor]
+) -> Differences:
     off = (decoded - wanted).abs()
     size = wanted[..., 2:4].amin(-1, keepdim=True)
-    worst = [(off[..., :4] / (TOLERANCE * size).clamp(min=PIXELS)).max(), off[..., 4:].max() / TOLERANCE]
+    worst = [
+        (off[..., :4] / (TOLERANCE * size).clamp(min=PIXELS)).max(),
+        off[..., 4:].max() / TOLERANCE,
+    ]
     states = [(a - b).abs().max() for a, b in zip(carried, after, strict=True)]
-    worst += [o / (TOLERANCE * b.abs().max().clamp(min=1)) for o, b in zip(states, after, strict=True)]
-    return Differences(*(torch.stack(v).max().item() for v in ([off[..., :4].max()], [off[..., 4:].max()], states, worst)))
+    worst += [
+        o / (TOLERANCE * b.abs().max().clamp(min=1)) for o, b in zip(states, after, strict=True)
+    ]
+    return Differences(
+        *(
+            torch.stack(v).max().item()
+            for v in ([off[..., :4].max()], [off[..., 4:].max()], states, worst)
+        )
+    )
 
 
 @contextmanager

@@ -27,7 +27,10 @@ class RecordingResult:
 
     def as_raw_boxes(self, data: Dataset) -> NDArray:
         """Prophesee's form, RAW_BOX: pixels of the sensor, times in the recording's own clock."""
-        recording, scale = next(r for r in data.recordings if r.name == self.name), data.frames.downsample
+        recording, scale = (
+            next(r for r in data.recordings if r.name == self.name),
+            data.frames.downsample,
+        )
         times = [int(recording.end_us[f]) + recording.clock_us for f in self.frames]
         return raw_boxes(times, self.detections, scale)
 
@@ -44,18 +47,28 @@ def raw_boxes(times_us: Sequence[int], found: Sequence[NDArray], scale: int) -> 
 
 
 @torch.inference_mode()
-def evaluate_split(detector: Detector, data: Dataset, config: EvaluationConfig, *, device: torch.device,
-                   recordings: Sequence[RecordingData]) -> list[RecordingResult]:
+def evaluate_split(
+    detector: Detector,
+    data: Dataset,
+    config: EvaluationConfig,
+    *,
+    device: torch.device,
+    recordings: Sequence[RecordingData],
+) -> list[RecordingResult]:
     """Detections of the labelled frames of these recordings; one result each, in the order given."""
     lanes = min(config.batch_size, len(recordings))
     if not lanes:
         return []
     results = {r.name: RecordingResult(r.name) for r in recordings}
     state = detector.initial_state(lanes, data.height, data.width, device=device)
-    queue = iter(sorted(recordings, key=lambda r: -r.frames))  # the longest first: lanes run dry at about the same time
+    queue = iter(
+        sorted(recordings, key=lambda r: -r.frames)
+    )  # the longest first: lanes run dry at about the same time
     streams = [_chunks(queue, config.sequence_length) for _ in range(lanes)]
     while any(chunks := [next(s, None) for s in streams]):
-        frames = np.zeros((config.sequence_length, lanes, data.channels, data.height, data.width), np.uint8)
+        frames = np.zeros(
+            (config.sequence_length, lanes, data.channels, data.height, data.width), np.uint8
+        )
         labelled = np.zeros(frames.shape[:2], bool)
         for lane, chunk in enumerate(chunks):
             if chunk is not None:
@@ -63,10 +76,17 @@ def evaluate_split(detector: Detector, data: Dataset, config: EvaluationConfig, 
                 frames[: last - first, lane] = recording.read(first, last)
                 labelled[: last - first, lane] = recording.labelled[first:last]
         starts = torch.tensor([c is not None and c[1] == 0 for c in chunks], device=device)
-        raw, state = detector(torch.from_numpy(frames).to(device), state, starts=starts,
-                              labelled=torch.from_numpy(labelled))
-        found = detections(detector.decode(raw, data.height, data.width), confidence_threshold=config.confidence_threshold,
-                           nms_threshold=config.nms_threshold)
+        raw, state = detector(
+            torch.from_numpy(frames).to(device),
+            state,
+            starts=starts,
+            labelled=torch.from_numpy(labelled),
+        )
+        found = detections(
+            detector.decode(raw, data.height, data.width),
+            confidence_threshold=config.confidence_threshold,
+            nms_threshold=config.nms_threshold,
+        )
         for (t, lane), rows in zip(np.argwhere(labelled).tolist(), found, strict=True):
             recording, first, _ = chunks[lane]  # type: ignore[misc]  # labelled only where there is a chunk
             result = results[recording.name]
@@ -76,7 +96,9 @@ def evaluate_split(detector: Detector, data: Dataset, config: EvaluationConfig, 
     return list(results.values())
 
 
-def _chunks(queue: Iterator[RecordingData], length: int) -> Iterator[tuple[RecordingData, int, int]]:
+def _chunks(
+    queue: Iterator[RecordingData], length: int
+) -> Iterator[tuple[RecordingData, int, int]]:
     """(recording, first, last) of one lane: it takes the next recording from the queue that all lanes share."""
     for recording in queue:
         for first in range(0, recording.frames, length):
@@ -86,8 +108,12 @@ def _chunks(queue: Iterator[RecordingData], length: int) -> Iterator[tuple[Recor
 def labelled(results: Sequence[RecordingResult], data: Dataset) -> LabelledFrames:
     """All labelled frames of these recordings, before the protocol's filters."""
     end_us = {r.name: r.end_us for r in data.recordings}
-    return labelled_frames([r.name for r in results], [end_us[r.name][r.frames] for r in results], [r.boxes for r in results],
-                           [r.detections for r in results])
+    return labelled_frames(
+        [r.name for r in results],
+        [end_us[r.name][r.frames] for r in results],
+        [r.boxes for r in results],
+        [r.detections for r in results],
+    )
 
 
 def score(results: Sequence[RecordingResult], data: Dataset, config: EvaluationConfig) -> Metrics:

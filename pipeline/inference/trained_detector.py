@@ -22,8 +22,15 @@ class TrainedDetector(Detector):
         self.classes: list[str] = list(weights.classes)
         self.frames: FrameConfig = weights.frames
 
-    def initial_state(self, batch: int, height: int, width: int, *, device: torch.device | str | None = None,
-                      dtype: torch.dtype | None = None) -> DetectorState:
+    def initial_state(
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> DetectorState:
         """Zeros for `batch` lanes of frames (height, width), on the detector's device unless told otherwise."""
         device = next(self.parameters()).device if device is None else device
         return super().initial_state(batch, height, width, device=device, dtype=dtype)
@@ -60,9 +67,17 @@ def _refuse_misfits(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -
     found = {
         "missing": [told(k, wanted) for k in sorted(wanted.keys() - given.keys())],
         "unexpected": [told(k, given) for k in sorted(given.keys() - wanted.keys())],
-        "of another shape": [f"{told(k, given)} for {tuple(v.shape)}" for k, v in wanted.items()
-                             if k in given and given[k].shape != v.shape]}
+        "of another shape": [
+            f"{told(k, given)} for {tuple(v.shape)}"
+            for k, v in wanted.items()
+            if k in given and given[k].shape != v.shape
+        ],
+    }
     if any(found.values()):
-        lists = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in found.items() if names)
-        raise UserError(f"the weights do not fit the model. Use the model config that they were trained with, or another file. "
-                        f"Of {len(wanted)} tensors: {lists}")
+        lists = "; ".join(
+            f"{len(names)} {what}: {', '.join(names)}" for what, names in found.items() if names
+        )
+        raise UserError(
+            f"the weights do not fit the model. Use the model config that they were trained with, or another file. "
+            f"Of {len(wanted)} tensors: {lists}"
+        )

@@ -22,8 +22,14 @@ class DetectionsFile:
         self.start = self.file.tell()
 
     def _write_header(self) -> None:
-        about = {"descr": np.lib.format.dtype_to_descr(RAW_BOX), "fortran_order": False, "shape": (self.rows,)}
-        np.lib.format.write_array_header_1_0(self.file, about)  # leaves room for the row count to grow
+        about = {
+            "descr": np.lib.format.dtype_to_descr(RAW_BOX),
+            "fortran_order": False,
+            "shape": (self.rows,),
+        }
+        np.lib.format.write_array_header_1_0(
+            self.file, about
+        )  # leaves room for the row count to grow
 
     def add(self, boxes: NDArray) -> None:
         self.file.write(boxes.tobytes())
@@ -63,7 +69,11 @@ class JsonLines:
 
     def add(self, item: Detected) -> None:
         found = _readable(item.boxes, self.classes)
-        frame = {"end_us": item.end_us, "latency_ms": round(item.latency_ms, 3), "detections": found}
+        frame = {
+            "end_us": item.end_us,
+            "latency_ms": round(item.latency_ms, 3),
+            "detections": found,
+        }
         print(json.dumps(frame), file=self.file, flush=True)
 
     def close(self) -> None:
@@ -72,6 +82,12 @@ class JsonLines:
 
 
 def _readable(boxes: NDArray, classes: list[str]) -> list[dict[str, float | int | str]]:
-    return [{**{k: round(float(box[k]), 2) for k in "xywh"}, "class_id": int(box["class_id"]),
-             "class": class_name(classes, int(box["class_id"])), "confidence": round(float(box["class_confidence"]), 4)}
-            for box in boxes]
+    return [
+        {
+            **{k: round(float(box[k]), 2) for k in "xywh"},
+            "class_id": int(box["class_id"]),
+            "class": class_name(classes, int(box["class_id"])),
+            "confidence": round(float(box["class_confidence"]), 4),
+        }
+        for box in boxes
+    ]

@@ -22,14 +22,20 @@ def _gated(t: Tensor, gate: nn.Parameter | None) -> Tensor:
 class MultiScaleSpatialAttention(nn.Module):
     """out = x * map + x, the map (N, 1, h, w) from dilated 3x3 convolutions of several scales."""
 
-    def __init__(self, channels: int, scales: Sequence[int] = (1, 2, 4), *, identity_start: bool = True) -> None:
+    def __init__(
+        self, channels: int, scales: Sequence[int] = (1, 2, 4), *, identity_start: bool = True
+    ) -> None:
         super().__init__()
         self.scales = tuple(scales)
         self.scale_channels = max(1, channels // len(scales))
         self.combined_channels = self.scale_channels * len(scales)
-        self.scale_convs = nn.ModuleList(nn.Conv2d(channels, self.scale_channels, 3, padding=s, dilation=s) for s in scales)
+        self.scale_convs = nn.ModuleList(
+            nn.Conv2d(channels, self.scale_channels, 3, padding=s, dilation=s) for s in scales
+        )
         middle = max(1, self.combined_channels // 4)
-        self.attention_conv = nn.Sequential(nn.Conv2d(self.combined_channels, middle, 1), nn.ReLU(), nn.Conv2d(middle, 1, 1))
+        self.attention_conv = nn.Sequential(
+            nn.Conv2d(self.combined_channels, middle, 1), nn.ReLU(), nn.Conv2d(middle, 1, 1)
+        )
         self.gate = _gate(identity_start)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,8 +45,12 @@ class MultiScaleSpatialAttention(nn.Module):
         # to do, and no map of `combined_channels` is written.
         mix = first.get_parameter("weight").flatten(1)  # (middle, combined)
         dilated = torch.stack([conv.get_parameter("weight") for conv in self.scale_convs])
-        kernels = (mix.unflatten(1, dilated.shape[:2]).transpose(0, 1) @ dilated.flatten(2)).unflatten(2, dilated.shape[2:])
-        bias = first.get_parameter("bias") + mix @ torch.cat([conv.get_parameter("bias") for conv in self.scale_convs])
+        kernels = (
+            mix.unflatten(1, dilated.shape[:2]).transpose(0, 1) @ dilated.flatten(2)
+        ).unflatten(2, dilated.shape[2:])
+        bias = first.get_parameter("bias") + mix @ torch.cat(
+            [conv.get_parameter("bias") for conv in self.scale_convs]
+        )
         hidden = F.conv2d(x, kernels[0], bias, padding=self.scales[0], dilation=self.scales[0])
         for kernel, scale in zip(kernels[1:], self.scales[1:], strict=True):
             hidden.add_(F.conv2d(x, kernel, padding=scale, dilation=scale))
@@ -54,12 +64,16 @@ class EventTemporalAttention(nn.Module):
     weights per channel: two linear layers on the pooled temporal features.
     """
 
-    def __init__(self, channels: int, temporal_window: int = 3, *, identity_start: bool = True) -> None:
+    def __init__(
+        self, channels: int, temporal_window: int = 3, *, identity_start: bool = True
+    ) -> None:
         super().__init__()
         self.temporal_conv = nn.Conv3d(channels, channels, (temporal_window, 1, 1))
         self.motion_conv = nn.Conv2d(2 * channels, 1, 3, padding=1)
         middle = max(1, channels // 4)
-        self.temporal_fc = nn.Sequential(nn.Linear(channels, middle), nn.ReLU(), nn.Linear(middle, channels))
+        self.temporal_fc = nn.Sequential(
+            nn.Linear(channels, middle), nn.ReLU(), nn.Linear(middle, channels)
+        )
         self.gate = _gate(identity_start)
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
@@ -73,8 +87,12 @@ class EventTemporalAttention(nn.Module):
         taps = F.pad(torch.cat((before, current), dim=1), (older * channels, 0))
         bias_of_motion = F.pad(self.motion_conv.get_parameter("bias"), (4, 4))  # at the middle tap
         bias = torch.cat((self.temporal_conv.get_parameter("bias"), bias_of_motion))
-        temporal, maps = F.conv2d(frames, torch.cat((over_time, taps))[..., None, None], bias).split([channels, 9], dim=1)
-        motion = F.conv2d(maps, torch.eye(9, dtype=x.dtype, device=x.device).view(1, 9, 3, 3), padding=1).sigmoid()
+        temporal, maps = F.conv2d(
+            frames, torch.cat((over_time, taps))[..., None, None], bias
+        ).split([channels, 9], dim=1)
+        motion = F.conv2d(
+            maps, torch.eye(9, dtype=x.dtype, device=x.device).view(1, 9, 3, 3), padding=1
+        ).sigmoid()
         weights = self.temporal_fc(temporal.mean((2, 3))).sigmoid()
         return torch.addcmul(x, temporal, motion * _gated(weights, self.gate)[..., None, None])
 
@@ -101,13 +119,26 @@ class SmallObjectAttentionModule(nn.Module):
     What temporal attention looks back at are the features after spatial attention (`before_time`).
     """
 
-    def __init__(self, channels: int, enable_spatial: bool = True, enable_temporal: bool = True, *,
-                 temporal_window: int = 3, identity_start: bool = True) -> None:
+    def __init__(
+        self,
+        channels: int,
+        enable_spatial: bool = True,
+        enable_temporal: bool = True,
+        *,
+        temporal_window: int = 3,
+        identity_start: bool = True,
+    ) -> None:
         super().__init__()
-        self.spatial = MultiScaleSpatialAttention(channels, identity_start=identity_start) if enable_spatial else None
+        self.spatial = (
+            MultiScaleSpatialAttention(channels, identity_start=identity_start)
+            if enable_spatial
+            else None
+        )
         self.temporal = None
         if enable_temporal:
-            self.temporal = EventTemporalAttention(channels, temporal_window, identity_start=identity_start)
+            self.temporal = EventTemporalAttention(
+                channels, temporal_window, identity_start=identity_start
+            )
         both = enable_spatial and enable_temporal
         self.integration = nn.Conv2d(channels, channels, 1) if both else None
         self.gate = _gate(identity_start) if both else None
@@ -123,7 +154,11 @@ class SmallObjectAttentionModule(nn.Module):
             return x
         if self.gate is None:
             return self.integration(x)
-        return x + F.conv2d(x, self.integration.weight * self.gate, self.integration.get_parameter("bias") * self.gate)
+        return x + F.conv2d(
+            x,
+            self.integration.weight * self.gate,
+            self.integration.get_parameter("bias") * self.gate,
+        )
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
         """x: (N, C, h, w); previous: (N, window - 1, C, h, w), what `before_time` gave for the frames before."""

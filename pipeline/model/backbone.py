@@ -37,8 +37,11 @@ class MLP(nn.Module):
     def __init__(self, dim: int, ratio: int) -> None:
         super().__init__()
         # Nested and with an empty third place: the published parameter names are net.0.0 and net.2.
-        self.net = nn.Sequential(nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU()), nn.Identity(),
-                                 nn.Linear(ratio * dim, dim))
+        self.net = nn.Sequential(
+            nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU()),
+            nn.Identity(),
+            nn.Linear(ratio * dim, dim),
+        )
 
     def layers(self, scale: LayerScale) -> tuple[nn.Linear, tuple[Tensor, Tensor]]:
         """The first linear layer; weight and bias of the second one, times `scale`."""
@@ -63,16 +66,24 @@ class SelfAttention(nn.Module):
         groups, positions, dim = x.shape
         qkv = self.qkv(x).view(groups, positions, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
         # In half precision the fused CPU kernel's backward takes four times as long as that of plain products.
-        plain = x.is_cpu and (positions <= SMALL_WINDOW or x.dtype in (torch.bfloat16, torch.float16))
+        plain = x.is_cpu and (
+            positions <= SMALL_WINDOW or x.dtype in (torch.bfloat16, torch.float16)
+        )
         out = _attend(qkv) if plain else F.scaled_dot_product_attention(*qkv.unbind(0))
-        return F.linear(out.transpose(1, 2).reshape(groups, positions, dim), *scale.after(self.proj))
+        return F.linear(
+            out.transpose(1, 2).reshape(groups, positions, dim), *scale.after(self.proj)
+        )
 
 
 def _attend(qkv: Tensor) -> Tensor:
     """scaled_dot_product_attention of (3, groups, heads, positions, c) in plain products."""
-    q, k, v = qkv.reshape(3, -1, *qkv.shape[3:]).unbind(0)  # contiguous: the batched products copy otherwise
+    q, k, v = qkv.reshape(3, -1, *qkv.shape[3:]).unbind(
+        0
+    )  # contiguous: the batched products copy otherwise
     scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
-    weights = _ShortSoftmax.apply(scores) if scores.shape[-1] <= SMALL_WINDOW else scores.softmax(-1)
+    weights = (
+        _ShortSoftmax.apply(scores) if scores.shape[-1] <= SMALL_WINDOW else scores.softmax(-1)
+    )
     return torch.bmm(weights, v).view(qkv.shape[1:])
 
 
@@ -113,14 +124,24 @@ class PartitionAttention(nn.Module):
         down, across = h // rows, w // columns
         # dims: (n, outer row, inner row, outer column, inner column, c); a grid's members are the outer ones
         if self.grid:
-            split, order, back = (n, rows, down, columns, across, c), (0, 2, 4, 1, 3, 5), (0, 3, 1, 4, 2, 5)
+            split, order, back = (
+                (n, rows, down, columns, across, c),
+                (0, 2, 4, 1, 3, 5),
+                (0, 3, 1, 4, 2, 5),
+            )
             shape = (n, down, across, rows, columns, c)
         else:
-            split, order, back = (n, down, rows, across, columns, c), (0, 1, 3, 2, 4, 5), (0, 1, 3, 2, 4, 5)
+            split, order, back = (
+                (n, down, rows, across, columns, c),
+                (0, 1, 3, 2, 4, 5),
+                (0, 1, 3, 2, 4, 5),
+            )
             shape = (n, down, across, rows, columns, c)
         if cached.serves(x) and c < cached.WIDE and rows * columns > SMALL_WINDOW:
             attn = self.self_attn
-            x = cached.attention_block(x, split, order, self.norm1, attn.qkv, self.ls1.after(attn.proj), attn.heads)
+            x = cached.attention_block(
+                x, split, order, self.norm1, attn.qkv, self.ls1.after(attn.proj), attn.heads
+            )
         else:
             groups = self.norm1(x).view(split).permute(order).reshape(-1, rows * columns, c)
             x = x + self.self_attn(groups, self.ls1).view(shape).permute(back).reshape(n, h, w, c)
@@ -154,10 +175,14 @@ class Downsample(nn.Module):
 
 
 class Stage(nn.Module):
-    def __init__(self, channels: int, dim: int, factor: int, blocks: int, config: BackboneConfig) -> None:
+    def __init__(
+        self, channels: int, dim: int, factor: int, blocks: int, config: BackboneConfig
+    ) -> None:
         super().__init__()
         self.downsample_cf2cl = Downsample(channels, dim, factor)
-        self.att_blocks = nn.ModuleList(AttentionPair(dim, config, first=i == 0) for i in range(blocks))
+        self.att_blocks = nn.ModuleList(
+            AttentionPair(dim, config, first=i == 0) for i in range(blocks)
+        )
         self.lstm = CellLSTM(dim, dws_conv=config.dws_conv, forget_bias=config.forget_bias)
 
     def spatial(self, x: Tensor, partition: tuple[int, int], *padding: tuple[int, int]) -> Tensor:
@@ -176,12 +201,16 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig, in_channels: int) -> None:
         super().__init__()
         self.config = config
-        self.frames_per_call = 0  # frames (of all lanes) in a call of a stage's spatial part; 0: all of a chunk
+        self.frames_per_call = (
+            0  # frames (of all lanes) in a call of a stage's spatial part; 0: all of a chunk
+        )
         self.gradient_frames = 0  # that gradients flow back through at most; 0: all of a chunk
         self.recompute = False  # activation checkpointing: backward makes the spatial part anew, a call at a time
         inputs = [in_channels, *config.dims[:-1]]
-        self.stages = nn.ModuleList(Stage(inputs[i], config.dims[i], 4 if i == 0 else 2, config.num_blocks[i], config)
-                                    for i in range(4))
+        self.stages = nn.ModuleList(
+            Stage(inputs[i], config.dims[i], 4 if i == 0 else 2, config.num_blocks[i], config)
+            for i in range(4)
+        )
 
     def compile_spatial(self) -> None:
         """torch.compile of each stage's spatial part, anew for every number of frames in a call: keep it the same."""
@@ -194,8 +223,9 @@ class Backbone(nn.Module):
         step = 32 * self.config.partition_split_32
         return -(-height // step) * step, -(-width // step) * step
 
-    def forward(self, frames: Tensor, states: tuple[StageState, ...],
-                exchange: Exchange) -> tuple[list[Tensor], tuple[StageState, ...]]:
+    def forward(
+        self, frames: Tensor, states: tuple[StageState, ...], exchange: Exchange
+    ) -> tuple[list[Tensor], tuple[StageState, ...]]:
         """
         Args:
             frames: (T, B, in_channels, H, W) uint8, unpadded. states: one per stage.
@@ -224,7 +254,12 @@ class Backbone(nn.Module):
         """stage.spatial, some frames at a time, and recomputed in backward where asked. Communication stays outside."""
         parts = x.split(self.frames_per_call or len(x)) if len(x) else [x]
         if self.recompute and torch.is_grad_enabled():
-            done = [checkpoint(stage.spatial, part, *layout, use_reentrant=False, preserve_rng_state=False) for part in parts]
+            done = [
+                checkpoint(
+                    stage.spatial, part, *layout, use_reentrant=False, preserve_rng_state=False
+                )
+                for part in parts
+            ]
         else:
             done = [stage.spatial(part, *layout) for part in parts]
         return done[0] if len(done) == 1 else torch.cat(done)

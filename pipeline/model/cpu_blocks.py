@@ -24,14 +24,25 @@ def serves(x: Tensor) -> bool:
     return x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
-def mlp_block(x: Tensor, norm: nn.LayerNorm, first: nn.Linear, second: tuple[Tensor, Tensor]) -> Tensor:
+def mlp_block(
+    x: Tensor, norm: nn.LayerNorm, first: nn.Linear, second: tuple[Tensor, Tensor]
+) -> Tensor:
     """x + linear(GELU(linear(norm(x)))) of (..., C); `second`: weight and bias of the outer linear layer."""
     keep = torch.is_grad_enabled() and x.shape[-1] >= WIDE
-    return cast(Tensor, _MLPBlock.apply(x.flatten(0, -2), *_after(norm, first), *second, norm.eps, keep)).view(x.shape)
+    return cast(
+        Tensor, _MLPBlock.apply(x.flatten(0, -2), *_after(norm, first), *second, norm.eps, keep)
+    ).view(x.shape)
 
 
-def attention_block(x: Tensor, split: tuple[int, ...], order: tuple[int, ...], norm: nn.Module, qkv: nn.Linear,
-                    proj: tuple[Tensor, Tensor], heads: int) -> Tensor:
+def attention_block(
+    x: Tensor,
+    split: tuple[int, ...],
+    order: tuple[int, ...],
+    norm: nn.Module,
+    qkv: nn.Linear,
+    proj: tuple[Tensor, Tensor],
+    heads: int,
+) -> Tensor:
     """x + proj(attention(qkv(norm(x)))) of (N, h, w, C), inside groups of cells.
 
     x.view(split).permute(order) is (N, down, across, rows, columns, C), a group being rows x columns cells. `norm`: LayerNorm or
@@ -41,7 +52,9 @@ def attention_block(x: Tensor, split: tuple[int, ...], order: tuple[int, ...], n
     weight, bias = _after(norm, qkv) if isinstance(norm, nn.LayerNorm) else (qkv.weight, qkv.bias)
     weight, bias = weight.view(heads, -1, x.shape[-1]), bias.view(heads, 1, -1)
     out_weight = proj[0].unflatten(1, (heads, -1)).permute(1, 2, 0)  # (heads, c, C)
-    return cast(Tensor, _AttentionBlock.apply(x, weight, bias, out_weight, proj[1], split, order, eps))
+    return cast(
+        Tensor, _AttentionBlock.apply(x, weight, bias, out_weight, proj[1], split, order, eps)
+    )
 
 
 def _after(norm: nn.LayerNorm, layer: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -73,14 +86,21 @@ def _normalise(x: Tensor, eps: float, scratch: _Scratch) -> tuple[Tensor, Tensor
 
 def _normalise_backward(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     only_x = [True, False, False]
-    return cast(Tensor, _aten.native_layer_norm_backward(gradient, x, x.shape[1:], mean, rstd, None, None, only_x)[0])
+    return cast(
+        Tensor,
+        _aten.native_layer_norm_backward(gradient, x, x.shape[1:], mean, rstd, None, None, only_x)[
+            0
+        ],
+    )
 
 
 class _MLPBlock(torch.autograd.Function):
     """Rows of x (rows, C). keep: what the GELU is taken of stays for backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float, keep: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float, keep: bool
+    ) -> Tensor:
         ctx.rows, ctx.eps = max(1, CACHE_BYTES // (len(w1) * x.element_size())), eps
         kept = x.new_empty(len(x), len(w1)) if keep else None
         ctx.save_for_backward(x, w1, b1, w2, kept)
@@ -98,7 +118,12 @@ class _MLPBlock(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, b1, w2, kept = ctx.saved_tensors
         gradient, dx, scratch = gradients[0].contiguous(), torch.empty_like(x), _Scratch(x)
-        dw1, db1, dw2, db2 = torch.zeros_like(w1), torch.zeros_like(b1), torch.zeros_like(w2), x.new_zeros(len(w2))
+        dw1, db1, dw2, db2 = (
+            torch.zeros_like(w1),
+            torch.zeros_like(b1),
+            torch.zeros_like(w2),
+            x.new_zeros(len(w2)),
+        )
         for i in range(0, len(x), ctx.rows):
             part, dy = x[i : i + ctx.rows], gradient[i : i + ctx.rows]
             wide = (len(part), len(w1))
@@ -110,7 +135,9 @@ class _MLPBlock(torch.autograd.Function):
             dw2.addmm_(dy.t(), _aten.gelu.out(before, out=scratch("after", *wide)))
             db2 += dy.sum(0)
             dafter = torch.mm(dy, w2, out=scratch("after", *wide))
-            dbefore = _aten.gelu_backward.grad_input(dafter, before, grad_input=scratch("dbefore", *wide))
+            dbefore = _aten.gelu_backward.grad_input(
+                dafter, before, grad_input=scratch("dbefore", *wide)
+            )
             dw1.addmm_(dbefore.t(), normalised)
             db1 += dbefore.sum(0)
             inner = torch.mm(dbefore, w1, out=scratch("inner", *part.shape))
@@ -122,13 +149,26 @@ class _AttentionBlock(torch.autograd.Function):
     """Whole bands of groups (one place `down`), of one frame or several. Heads come first: heads and groups are one batch."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, wqkv: Tensor, bqkv: Tensor, wproj: Tensor, bproj: Tensor, split: tuple[int, ...],
-                order: tuple[int, ...], eps: float | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        wqkv: Tensor,
+        bqkv: Tensor,
+        wproj: Tensor,
+        bproj: Tensor,
+        split: tuple[int, ...],
+        order: tuple[int, ...],
+        eps: float | None,
+    ) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, wqkv, bqkv, wproj)
         ctx.split, ctx.order, ctx.eps = split, order, eps
         out, scratch = torch.empty_like(x), _Scratch(x)
-        for part, result in _bands(wqkv.shape[0] * wqkv.shape[1], x.view(split).permute(order), out.view(split).permute(order)):
+        for part, result in _bands(
+            wqkv.shape[0] * wqkv.shape[1],
+            x.view(split).permute(order),
+            out.view(split).permute(order),
+        ):
             cells = scratch("cells", *part.shape).copy_(part).flatten(0, -2)
             inputs = cells if eps is None else _normalise(cells, eps, scratch)[0]
             attended = _attend(inputs, part.shape[3] * part.shape[4], wqkv, bqkv, scratch)[2]
@@ -140,18 +180,26 @@ class _AttentionBlock(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, wqkv, bqkv, wproj = ctx.saved_tensors
         dx, scratch = torch.empty_like(x), _Scratch(x)
-        dwqkv, dbqkv, dwproj, dbproj = (torch.zeros_like(t) for t in (wqkv, bqkv, wproj, wproj[0, 0]))
+        dwqkv, dbqkv, dwproj, dbproj = (
+            torch.zeros_like(t) for t in (wqkv, bqkv, wproj, wproj[0, 0])
+        )
         views = (t.view(ctx.split).permute(ctx.order) for t in (x, gradients[0].contiguous(), dx))
         for part, dpart, result in _bands(wqkv.shape[0] * wqkv.shape[1], *views):
             cells = scratch("cells", *part.shape).copy_(part).flatten(0, -2)
             dy = scratch("dy", *part.shape).copy_(dpart).flatten(0, -2)
             normalised = None if ctx.eps is None else _normalise(cells, ctx.eps, scratch)
             inputs = cells if normalised is None else normalised[0]
-            qkv, weights, attended = _attend(inputs, part.shape[3] * part.shape[4], wqkv, bqkv, scratch)
+            qkv, weights, attended = _attend(
+                inputs, part.shape[3] * part.shape[4], wqkv, bqkv, scratch
+            )
             by_head = (len(wqkv), len(cells), attended.shape[-1])
             dwproj.baddbmm_(attended.view(by_head).transpose(1, 2), dy.expand(len(wqkv), *dy.shape))
             dbproj += dy.sum(0)
-            dattended = torch.bmm(dy.expand(len(wqkv), *dy.shape), wproj.transpose(1, 2), out=scratch("dattended", *by_head))
+            dattended = torch.bmm(
+                dy.expand(len(wqkv), *dy.shape),
+                wproj.transpose(1, 2),
+                out=scratch("dattended", *by_head),
+            )
             dqkv = scratch("dqkv", *qkv.shape)
             _attend_backward(dattended.view(attended.shape), qkv, weights, dqkv, scratch)
             dqkv = dqkv.view(len(wqkv), len(cells), -1)
@@ -175,7 +223,9 @@ def _bands(width: int, *views: Tensor) -> Iterator[tuple[Tensor, ...]]:
             yield tuple(t[i : i + frames, j : j + bands] for t in views)
 
 
-def _attend(x: Tensor, positions: int, wqkv: Tensor, bqkv: Tensor, scratch: _Scratch) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(
+    x: Tensor, positions: int, wqkv: Tensor, bqkv: Tensor, scratch: _Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
     """(cells, C) -> queries, keys and values (heads * groups, positions, 3, c), weights of the values, attended values."""
     heads, width, _ = wqkv.shape
     qkv = scratch("qkv", heads, len(x), width)
@@ -188,11 +238,15 @@ def _attend(x: Tensor, positions: int, wqkv: Tensor, bqkv: Tensor, scratch: _Scr
     return qkv, weights, torch.bmm(weights, v, out=scratch("attended", *v.shape))
 
 
-def _attend_backward(gradient: Tensor, qkv: Tensor, weights: Tensor, dqkv: Tensor, scratch: _Scratch) -> None:
+def _attend_backward(
+    gradient: Tensor, qkv: Tensor, weights: Tensor, dqkv: Tensor, scratch: _Scratch
+) -> None:
     """Fills dqkv from the gradient of the attended values."""
     (q, k, v), (dq, dk, dv) = qkv.unbind(2), dqkv.unbind(2)
     scale = q.shape[-1] ** -0.5
-    product = scratch("product", *v.shape)  # and a copy: into strided memory torch multiplies matrix by matrix
+    product = scratch(
+        "product", *v.shape
+    )  # and a copy: into strided memory torch multiplies matrix by matrix
     dv.copy_(torch.bmm(weights.transpose(1, 2), gradient, out=product))
     change = torch.bmm(gradient, v.transpose(1, 2), out=scratch("change", *weights.shape))
     _aten._softmax_backward_data.out(change, weights, -1, change.dtype, grad_input=change)

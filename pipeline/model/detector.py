@@ -17,13 +17,23 @@ class Detector(nn.Module):
     Parameter names are those of RVT's published checkpoints without their `mdl.` prefix.
     """
 
-    def __init__(self, config: ModelConfig, in_channels: int, exchange: Exchange | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, in_channels: int, exchange: Exchange | None = None
+    ) -> None:
         super().__init__()
         self.config, self.exchange = config, exchange or LocalExchange()
         self.backbone = Backbone(config.backbone, in_channels)
         fpn, dims = config.fpn, [config.backbone.dims[s - 1] for s in config.fpn.in_stages]
-        self.fpn = YOLOPAFPN(fpn.in_stages, dims, fpn.depth, fpn.enable_small_object_attention, fpn.attention_spatial,
-                             fpn.attention_temporal, temporal_window=fpn.temporal_window, identity_start=fpn.identity_start)
+        self.fpn = YOLOPAFPN(
+            fpn.in_stages,
+            dims,
+            fpn.depth,
+            fpn.enable_small_object_attention,
+            fpn.attention_spatial,
+            fpn.attention_temporal,
+            temporal_window=fpn.temporal_window,
+            identity_start=fpn.identity_start,
+        )
         self.yolox_head = YOLOXHead(dims, 2 * config.backbone.embed_dim, config.head.num_classes)
 
     @property
@@ -39,10 +49,21 @@ class Detector(nn.Module):
         padded = self.input_size(height, width)
         return tuple((padded[0] // s, padded[1] // s, s) for s in self.strides)
 
-    def initial_state(self, batch: int, height: int, width: int, *, device: torch.device | str | None = None,
-                      dtype: torch.dtype | None = None) -> DetectorState:
+    def initial_state(
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> DetectorState:
         """Zeros for `batch` lanes of frames (height, width)."""
-        padded, dims, kind = self.input_size(height, width), self.config.backbone.dims, {"device": device, "dtype": dtype}
+        padded, dims, kind = (
+            self.input_size(height, width),
+            self.config.backbone.dims,
+            {"device": device, "dtype": dtype},
+        )
 
         def zeros(*lead: int, stage: int) -> Tensor:
             stride = Backbone.strides[stage]
@@ -53,8 +74,14 @@ class Detector(nn.Module):
         attended = self.config.fpn.in_stages[:ATTENDED_SCALES] if back else []
         return DetectorState(stages, tuple(zeros(back, batch, stage=s - 1) for s in attended))
 
-    def forward(self, frames: Tensor, state: DetectorState, *, starts: Tensor | None = None,
-                labelled: Tensor | None = None) -> tuple[Tensor, DetectorState]:
+    def forward(
+        self,
+        frames: Tensor,
+        state: DetectorState,
+        *,
+        starts: Tensor | None = None,
+        labelled: Tensor | None = None,
+    ) -> tuple[Tensor, DetectorState]:
         """
         Args:
             frames: (T, B, in_channels, H, W) uint8. starts: (B,) bool, lanes whose state begins at zero; None: no lane.
@@ -69,11 +96,17 @@ class Detector(nn.Module):
         chosen = [features[s - 1].flatten(0, 1) for s in self.config.fpn.in_stages]
         frames_back, mixed = self.config.fpn.looks_back, self.config.fpn.mix_lanes
         if labelled is None:
-            look_back: _AllFrames | _LookBack = _AllFrames(frames.shape[1], state.previous, frames_back, self.exchange, mixed)
+            look_back: _AllFrames | _LookBack = _AllFrames(
+                frames.shape[1], state.previous, frames_back, self.exchange, mixed
+            )
         else:
-            look_back = _LookBack(labelled, state.previous, frames_back, self.exchange, frames.device, mixed)
+            look_back = _LookBack(
+                labelled, state.previous, frames_back, self.exchange, frames.device, mixed
+            )
             chosen = [f[look_back.needed] for f in chosen]
-        return self.yolox_head(self.fpn(chosen, look_back)), DetectorState(stages, tuple(look_back.carry))
+        return self.yolox_head(self.fpn(chosen, look_back)), DetectorState(
+            stages, tuple(look_back.carry)
+        )
 
     def step(self, frames: Tensor, state: DetectorState) -> tuple[Tensor, DetectorState]:
         """One frame of every lane.
@@ -87,8 +120,14 @@ class Detector(nn.Module):
         raw, state = self(frames[None], state)
         return self.decode(raw, *frames.shape[-2:]), state
 
-    def detect(self, frames: Tensor, state: DetectorState, *, confidence_threshold: float | None = None,
-               nms_threshold: float | None = None) -> tuple[list[Tensor], DetectorState]:
+    def detect(
+        self,
+        frames: Tensor,
+        state: DetectorState,
+        *,
+        confidence_threshold: float | None = None,
+        nms_threshold: float | None = None,
+    ) -> tuple[list[Tensor], DetectorState]:
         """`step`, then thresholds and non-maximum suppression per class; thresholds are the model config's unless given.
 
         Returns:
@@ -97,7 +136,9 @@ class Detector(nn.Module):
         """
         decoded, state = self.step(frames, state)
         config = self.config.postprocess
-        confidence = config.confidence_threshold if confidence_threshold is None else confidence_threshold
+        confidence = (
+            config.confidence_threshold if confidence_threshold is None else confidence_threshold
+        )
         nms = config.nms_threshold if nms_threshold is None else nms_threshold
         return detections(decoded, confidence_threshold=confidence, nms_threshold=nms), state
 
@@ -109,8 +150,16 @@ class Detector(nn.Module):
 class _AllFrames:
     """The frames before each frame, where predictions are wanted of all: no indexing, so that it exports and compiles."""
 
-    def __init__(self, lanes: int, carried: tuple[Tensor, ...], frames: int, exchange: Exchange, mixed: bool) -> None:
-        self.lanes, self.carried, self.frames, self.exchange, self.mixed = lanes, carried, frames, exchange, mixed
+    def __init__(
+        self, lanes: int, carried: tuple[Tensor, ...], frames: int, exchange: Exchange, mixed: bool
+    ) -> None:
+        self.lanes, self.carried, self.frames, self.exchange, self.mixed = (
+            lanes,
+            carried,
+            frames,
+            exchange,
+            mixed,
+        )
         self.carry: list[Tensor] = []
 
     def __call__(self, scale: int, packed: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -123,7 +172,9 @@ class _AllFrames:
         rows, count = _rows(before, packed), len(packed)
         if self.mixed:
             rows = rows.view(-1, *shape[1:]).roll(-1, 1).flatten(0, 1)
-        return packed, torch.stack([rows[k * self.lanes : k * self.lanes + count] for k in range(self.frames)], dim=1)
+        return packed, torch.stack(
+            [rows[k * self.lanes : k * self.lanes + count] for k in range(self.frames)], dim=1
+        )
 
 
 class _LookBack:
@@ -135,26 +186,42 @@ class _LookBack:
     either. They are packed into one batch in (t, b) order; earlier ones come from the exchange.
     """
 
-    def __init__(self, labelled: Tensor, carried: tuple[Tensor, ...], frames: int, exchange: Exchange,
-                 device: torch.device, mixed: bool) -> None:
+    def __init__(
+        self,
+        labelled: Tensor,
+        carried: tuple[Tensor, ...],
+        frames: int,
+        exchange: Exchange,
+        device: torch.device,
+        mixed: bool,
+    ) -> None:
         self.frames, self.carried, self.exchange = frames, carried, exchange
         self.carry: list[Tensor] = []
         steps, lanes = labelled.shape
         ahead = torch.cat((labelled, exchange.following(labelled, frames))) if frames else labelled
         needed = labelled.clone()
         for k in range(1, frames + 1):
-            needed |= ahead[k : k + steps].roll(int(mixed), 1)  # of the lane whose frames the one before it looks back at
+            needed |= ahead[k : k + steps].roll(
+                int(mixed), 1
+            )  # of the lane whose frames the one before it looks back at
         places = labelled.flatten().nonzero()[:, 0]
         rows_needed = needed.flatten().nonzero()[:, 0] if frames else places
         # Row of every frame, the `frames` before the chunk first, in (those before ++ the packed ones).
         before = torch.arange(frames * lanes, device=labelled.device)
         row = torch.cat((before, needed.flatten().cumsum(0) - 1 + frames * lanes))
         looked_at = places // lanes * lanes + (places + 1) % lanes if mixed else places
-        rows_before = torch.stack([row[looked_at + k * lanes] for k in range(frames)], 1) if frames else None
+        rows_before = (
+            torch.stack([row[looked_at + k * lanes] for k in range(frames)], 1) if frames else None
+        )
         wanted = row[places + frames * lanes] - frames * lanes
-        self.needed, self.wanted = rows_needed.to(device, non_blocking=True), wanted.to(device, non_blocking=True)
+        self.needed, self.wanted = (
+            rows_needed.to(device, non_blocking=True),
+            wanted.to(device, non_blocking=True),
+        )
         self.last = row[steps * lanes :].to(device, non_blocking=True)
-        self.rows_before = None if rows_before is None else rows_before.to(device, non_blocking=True)
+        self.rows_before = (
+            None if rows_before is None else rows_before.to(device, non_blocking=True)
+        )
 
     def __call__(self, scale: int, packed: Tensor) -> tuple[Tensor, Tensor | None]:
         if scale >= len(self.carried) or self.rows_before is None:

@@ -38,8 +38,15 @@ def size_weights(area: Tensor, config: HeadConfig) -> Tensor:
     return torch.where(area <= config.small_threshold, w, medium)
 
 
-def detection_loss(raw: Tensor, boxes: Tensor, counts: Tensor, geometry: Geometry, config: HeadConfig, *,
-                   sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> Losses:
+def detection_loss(
+    raw: Tensor,
+    boxes: Tensor,
+    counts: Tensor,
+    geometry: Geometry,
+    config: HeadConfig,
+    *,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Losses:
     """
     Args:
         raw: (n, cells, 5 + classes) of the n labelled frames, n may be 0. boxes: (n, G, 5) float32 class, cx, cy, w, h in
@@ -56,17 +63,23 @@ def detection_loss(raw: Tensor, boxes: Tensor, counts: Tensor, geometry: Geometr
     target = boxes.gather(1, box[..., None].expand(-1, -1, 5))  # (n, cells, 5)
     place, size, surely, kinds = raw.split([2, 2, 1, raw.shape[-1] - 5], dim=-1)
     # Background cells get harmless values before exp: a mask after it would still pass 0 * inf backward.
-    predicted = centre_and_size(place, size.masked_fill(~foreground[..., None], 0.0), cells(geometry, raw.device))
+    predicted = centre_and_size(
+        place, size.masked_fill(~foreground[..., None], 0.0), cells(geometry, raw.device)
+    )
     iou_loss = 1 - _iou(*predicted, target[..., 1:3], target[..., 3:]).square()
     if config.size_aware_loss:
         iou_loss = iou_loss * size_weights(target[..., 3] * target[..., 4], config)
     hit = foreground.float()
     onehot = (target[..., :1] == torch.arange(kinds.shape[-1], device=raw.device)) * iou[..., None]
-    sums = torch.stack((
-        (iou_loss * hit).sum() * IOU_WEIGHT,
-        F.binary_cross_entropy_with_logits(surely[..., 0], hit, reduction="sum"),
-        F.binary_cross_entropy_with_logits(kinds, onehot, weight=hit[..., None], reduction="sum"),
-    ))
+    sums = torch.stack(
+        (
+            (iou_loss * hit).sum() * IOU_WEIGHT,
+            F.binary_cross_entropy_with_logits(surely[..., 0], hit, reduction="sum"),
+            F.binary_cross_entropy_with_logits(
+                kinds, onehot, weight=hit[..., None], reduction="sum"
+            ),
+        )
+    )
     parts = sums / positives.clamp(min=1)
     return Losses(parts.sum(), parts[0], parts[1], parts[2], positives, total_boxes)
 

@@ -36,12 +36,20 @@ class BatchNorm2d(nn.BatchNorm2d):
     def is_plain(self, x: Tensor) -> bool:
         """torch's own does it. In training it wants samples, and statistics (float32 under DeepSpeed) in the weight's dtype."""
         assert self.running_mean is not None
-        return not self.training or (self.ranks is None and x.numel() > 0 and self.weight.dtype == self.running_mean.dtype)
+        return not self.training or (
+            self.ranks is None and x.numel() > 0 and self.weight.dtype == self.running_mean.dtype
+        )
 
     @torch.no_grad()
     def track(self, mean: Tensor, unbiased: Tensor, any_samples: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        share = any_samples * MOMENTUM  # no `if`: asking a GPU whether there were samples would wait for it
+        assert (
+            self.running_mean is not None
+            and self.running_var is not None
+            and self.num_batches_tracked is not None
+        )
+        share = (
+            any_samples * MOMENTUM
+        )  # no `if`: asking a GPU whether there were samples would wait for it
         self.running_mean.lerp_(mean.to(self.running_mean), share.to(self.running_mean))
         self.running_var.lerp_(unbiased.to(self.running_var), share.to(self.running_var))
         self.num_batches_tracked += any_samples
@@ -70,7 +78,9 @@ class _GlobalBatchNorms(torch.autograd.Function):
         outputs, moments, kept, at = [], [], [], 0
         for x, weight, bias in groups:
             channels = x.shape[1]
-            counts, means, spreads = everyone[:, at : at + 1 + 2 * channels].split([1, channels, channels], dim=1)
+            counts, means, spreads = everyone[:, at : at + 1 + 2 * channels].split(
+                [1, channels, channels], dim=1
+            )
             at += 1 + 2 * channels
             count = counts.sum()
             mean = (counts * means).sum(0) / count.clamp(min=1)
@@ -78,7 +88,9 @@ class _GlobalBatchNorms(torch.autograd.Function):
             total = (spreads + counts * (means - mean).square()).sum(0)
             rstd = torch.rsqrt(total / count.clamp(min=1) + EPS)
             scale = rstd * weight
-            outputs.append(torch.addcmul(_channel(bias - mean * scale), _wide(x), _channel(scale)).to(x.dtype))
+            outputs.append(
+                torch.addcmul(_channel(bias - mean * scale), _wide(x), _channel(scale)).to(x.dtype)
+            )
             moments += [mean, total / (count - 1).clamp(min=1), count]
             kept += [x, weight, mean, rstd, count]
         ctx.ranks = ranks
@@ -95,12 +107,20 @@ class _GlobalBatchNorms(torch.autograd.Function):
             sums += [dy.sum((0, 2, 3)), (dy * (_wide(x) - _channel(mean))).sum((0, 2, 3))]
         over_ranks = ctx.ranks.sum(torch.cat(sums)).split([len(s) for s in sums])
         out: list[Tensor | None] = [None]
-        for i, (gradient, (x, weight, mean, rstd, count)) in enumerate(zip(gradients, groups, strict=False)):
+        for i, (gradient, (x, weight, mean, rstd, count)) in enumerate(
+            zip(gradients, groups, strict=False)
+        ):
             bare, moved = (over_ranks[2 * i + k] / count.clamp(min=1) for k in (0, 1))
             slope = -moved * rstd.square()
             shift = -bare - slope * mean
-            dx = (_wide(gradient) + torch.addcmul(_channel(shift), _wide(x), _channel(slope))) * _channel(rstd * weight)
-            out += [dx.to(x.dtype), (sums[2 * i + 1] * rstd).to(weight.dtype), sums[2 * i].to(weight.dtype)]
+            dx = (
+                _wide(gradient) + torch.addcmul(_channel(shift), _wide(x), _channel(slope))
+            ) * _channel(rstd * weight)
+            out += [
+                dx.to(x.dtype),
+                (sums[2 * i + 1] * rstd).to(weight.dtype),
+                sums[2 * i].to(weight.dtype),
+            ]
         return tuple(out)
 
 

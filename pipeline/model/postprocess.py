@@ -7,7 +7,9 @@ CANDIDATES = 3000  # per frame, by score, before suppression
 BLOCK = 256  # candidates compared with each other at a time
 
 
-def nms(boxes: Tensor, scores: Tensor, kinds: Tensor, threshold: float, limit: int | None = None) -> Tensor:
+def nms(
+    boxes: Tensor, scores: Tensor, kinds: Tensor, threshold: float, limit: int | None = None
+) -> Tensor:
     """Greedy suppression within each class: what overlaps a kept, better box by an IoU above `threshold` goes.
 
     Args:
@@ -32,14 +34,18 @@ def nms(boxes: Tensor, scores: Tensor, kinds: Tensor, threshold: float, limit: i
 def _overlaps(boxes: Tensor, kinds: Tensor, a: Tensor, b: Tensor, threshold: float) -> Tensor:
     """(len(a), len(b)) bool for rows a and b of boxes: same class and IoU above `threshold`."""
     first, second = boxes[a][:, None], boxes[b][None]
-    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
+    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(
+        first[..., :2], second[..., :2]
+    )
     shared = sides.clamp(min=0).prod(-1)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     iou = shared / (area[a][:, None] + area[b][None] - shared).clamp(min=1e-12)
     return (iou > threshold) & (kinds[a][:, None] == kinds[b][None])
 
 
-def detections(decoded: Tensor, *, confidence_threshold: float, nms_threshold: float, max_detections: int = 300) -> list[Tensor]:
+def detections(
+    decoded: Tensor, *, confidence_threshold: float, nms_threshold: float, max_detections: int = 300
+) -> list[Tensor]:
     """
     Args:
         decoded: (n, cells, 5 + classes) cx, cy, w, h, objectness, class scores.
@@ -55,6 +61,15 @@ def detections(decoded: Tensor, *, confidence_threshold: float, nms_threshold: f
         if len(keep) > CANDIDATES:  # not topk, which takes any of equal scores
             keep = keep[scores[keep].argsort(descending=True, stable=True)[:CANDIDATES]]
         centre, half = frame[keep, :2], frame[keep, 2:4] / 2
-        rows = torch.cat((centre - half, centre + half, frame[keep, 4:5], best[keep, None], kinds[keep, None].to(frame)), 1)
+        rows = torch.cat(
+            (
+                centre - half,
+                centre + half,
+                frame[keep, 4:5],
+                best[keep, None],
+                kinds[keep, None].to(frame),
+            ),
+            1,
+        )
         out.append(rows[nms(rows[:, :4], scores[keep], kinds[keep], nms_threshold, max_detections)])
     return out

@@ -10,7 +10,9 @@ Recurrence = Callable[[Tensor, StageState], tuple[Tensor, StageState]]
 
 
 class Exchange(Protocol):
-    def scan(self, recurrence: Recurrence, x: Tensor, state: StageState) -> tuple[Tensor, StageState]:
+    def scan(
+        self, recurrence: Recurrence, x: Tensor, state: StageState
+    ) -> tuple[Tensor, StageState]:
         """Run `recurrence` over this rank's frames x (T, B, h, w, C) from `state` on; called once per stage.
 
         The recurrence takes any subset of the cells (h, w), say (T, 1, 1, cells, C) with states (1, C, 1, cells), unless
@@ -40,7 +42,9 @@ class Exchange(Protocol):
 class LocalExchange:
     """A sequence stays on one rank."""
 
-    def scan(self, recurrence: Recurrence, x: Tensor, state: StageState) -> tuple[Tensor, StageState]:
+    def scan(
+        self, recurrence: Recurrence, x: Tensor, state: StageState
+    ) -> tuple[Tensor, StageState]:
         return recurrence(x, state)
 
     def previous(self, tail: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,13 +31,18 @@ def state_from_tensors(tensors: list[Tensor], like: DetectorState) -> DetectorSt
     """The inverse of `state_tensors`. Raises ValueError when shapes are not those of `like`."""
     wanted = state_tensors(like)
     if [t.shape for t in tensors] != [t.shape for t in wanted]:
-        raise ValueError(f"state of shapes {[tuple(t.shape) for t in tensors]} for {[tuple(t.shape) for t in wanted]}")
+        raise ValueError(
+            f"state of shapes {[tuple(t.shape) for t in tensors]} for {[tuple(t.shape) for t in wanted]}"
+        )
     return _assemble(tensors, len(like.stages))
 
 
 def map_state(function: Callable[..., Tensor], *states: DetectorState) -> DetectorState:
     """function(tensor of the first state, of the second, ...) for every tensor; states of one form."""
-    return _assemble([function(*ts) for ts in zip(*map(state_tensors, states), strict=True)], len(states[0].stages))
+    return _assemble(
+        [function(*ts) for ts in zip(*map(state_tensors, states), strict=True)],
+        len(states[0].stages),
+    )
 
 
 def _assemble(tensors: list[Tensor], stages: int) -> DetectorState:
@@ -54,7 +59,12 @@ def forget_lanes(state: DetectorState, starts: Tensor) -> DetectorState:
     """Zero the lanes where `starts` (B,) is true; the others pass through, gradients included."""
 
     def forget(t: Tensor) -> Tensor:
-        shape = (-1, 1, 1, 1)  # lanes are the fourth dim from the end, for states and for previous frames
+        shape = (
+            -1,
+            1,
+            1,
+            1,
+        )  # lanes are the fourth dim from the end, for states and for previous frames
         # where, not a product: 0 * nan is nan, and one bad recording must not poison its lane for ever.
         return torch.where(starts.view(shape), torch.zeros((), dtype=t.dtype, device=t.device), t)
 

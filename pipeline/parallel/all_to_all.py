@@ -16,17 +16,25 @@ class TransposeExchange(SequenceExchange):
     (B, C, 1, n): n = cells / ranks, rounded up; the last ranks' may be padding, which nothing reads.
     """
 
-    def scan(self, recurrence: Recurrence, x: Tensor, state: StageState) -> tuple[Tensor, StageState]:
+    def scan(
+        self, recurrence: Recurrence, x: Tensor, state: StageState
+    ) -> tuple[Tensor, StageState]:
         self._check(x)
         frames, lanes, height, width, dim = x.shape
         cells, mine = height * width, self._mine(height * width)
         if state.hidden.shape != (lanes, dim, 1, mine):
-            raise ValueError(f"a state of shape {tuple(state.hidden.shape)} where this rank's cells have "
-                             f"{(lanes, dim, 1, mine)}; make it with TransposeExchange.scatter")
-        blocks = _padded(x.flatten(2, 3), self.ranks * mine, dim=2).view(frames, lanes, self.ranks, mine, dim)
+            raise ValueError(
+                f"a state of shape {tuple(state.hidden.shape)} where this rank's cells have "
+                f"{(lanes, dim, 1, mine)}; make it with TransposeExchange.scatter"
+            )
+        blocks = _padded(x.flatten(2, 3), self.ranks * mine, dim=2).view(
+            frames, lanes, self.ranks, mine, dim
+        )
         own = all_to_all(blocks.permute(2, 0, 1, 3, 4), self.group, self.clock)
         y, state = recurrence(own.reshape(self.ranks * frames, lanes, 1, mine, dim), state)
-        back = all_to_all(y.reshape(self.ranks, frames, lanes, mine, dim), self.group, self.clock).permute(1, 2, 0, 3, 4)
+        back = all_to_all(
+            y.reshape(self.ranks, frames, lanes, mine, dim), self.group, self.clock
+        ).permute(1, 2, 0, 3, 4)
         return back.flatten(2, 3)[:, :, :cells].unflatten(2, (height, width)), state
 
     def _mine(self, cells: int) -> int:
@@ -36,12 +44,17 @@ class TransposeExchange(SequenceExchange):
         cells = whole.flatten(2)
         mine = self._mine(cells.shape[2])
         padded = _padded(cells, self.ranks * mine, dim=2)
-        return padded[:, :, None, self.place * mine : (self.place + 1) * mine].clone(memory_format=torch.contiguous_format)
+        return padded[:, :, None, self.place * mine : (self.place + 1) * mine].clone(
+            memory_format=torch.contiguous_format
+        )
 
     def _whole(self, part: Tensor, shape: torch.Size) -> Tensor:
         parts = [part]
         if self.group is not None:
-            parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.ranks)]
+            parts = [
+                torch.empty_like(part, memory_format=torch.contiguous_format)
+                for _ in range(self.ranks)
+            ]
             dist.all_gather(parts, part.contiguous(), group=self.group)
         return torch.cat(parts, dim=3)[..., : shape[2] * shape[3]].reshape(shape)
 

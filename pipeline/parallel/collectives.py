@@ -47,8 +47,14 @@ class Clock:
         return spent
 
 
-def all_to_all(x: Tensor, group: dist.ProcessGroup | None, clock: Clock, *, send: Sequence[int] | None = None,
-               receive: Sequence[int] | None = None) -> Tensor:
+def all_to_all(
+    x: Tensor,
+    group: dist.ProcessGroup | None,
+    clock: Clock,
+    *,
+    send: Sequence[int] | None = None,
+    receive: Sequence[int] | None = None,
+) -> Tensor:
     """Row blocks of x, one for each rank of `group`, to those ranks; theirs for this one come back, in rank order.
 
     Args:
@@ -59,20 +65,40 @@ def all_to_all(x: Tensor, group: dist.ProcessGroup | None, clock: Clock, *, send
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, clock: Clock, send: list[int] | None,
-                receive: list[int] | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        group: dist.ProcessGroup,
+        clock: Clock,
+        send: list[int] | None,
+        receive: list[int] | None,
+    ) -> Tensor:
         ctx.group, ctx.clock, ctx.send, ctx.receive = group, clock, send, receive
         return _exchange_rows(x, group, clock, send, receive)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange_rows(gradient, ctx.group, ctx.clock, ctx.receive, ctx.send), None, None, None, None
+        return (
+            _exchange_rows(gradient, ctx.group, ctx.clock, ctx.receive, ctx.send),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def _exchange_rows(x: Tensor, group: dist.ProcessGroup, clock: Clock, send: list[int] | None,
-                   receive: list[int] | None) -> Tensor:
-    out, x = x.new_empty(x.shape if receive is None else (sum(receive), *x.shape[1:])), x.contiguous()
+def _exchange_rows(
+    x: Tensor,
+    group: dist.ProcessGroup,
+    clock: Clock,
+    send: list[int] | None,
+    receive: list[int] | None,
+) -> Tensor:
+    out, x = (
+        x.new_empty(x.shape if receive is None else (sum(receive), *x.shape[1:])),
+        x.contiguous(),
+    )
     with clock.running(x.device):
         dist.all_to_all_single(out, x, receive, send, group=group)
     return out
@@ -114,7 +140,9 @@ class Mail:
             assert work is not None
             self.under_way.append((work, part))  # kept until it is gone
 
-    def receive(self, forms: Sequence[Form], sender: int, device: torch.device) -> tuple[Tensor, ...]:
+    def receive(
+        self, forms: Sequence[Form], sender: int, device: torch.device
+    ) -> tuple[Tensor, ...]:
         parts = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in forms)
         with self.clock.running(device):
             works = [dist.irecv(part, sender, group=self.group) for part in parts]
@@ -135,7 +163,9 @@ def send_along(ride: Tensor, message: Sequence[Tensor], mail: Mail, to: int) -> 
     return _Send.apply(mail, to, ride, *message)
 
 
-def receive_along(ride: Tensor, forms: Sequence[Form], mail: Mail, sender: int) -> tuple[Tensor, ...]:
+def receive_along(
+    ride: Tensor, forms: Sequence[Form], mail: Mail, sender: int
+) -> tuple[Tensor, ...]:
     """`ride`, and a message of these forms, whose gradients go back to its sender. `ride` must require gradients if it may."""
     return _Receive.apply(mail, sender, forms, ride)
 
@@ -155,7 +185,9 @@ class _Send(torch.autograd.Function):
 
 class _Receive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mail: Mail, sender: int, forms: Sequence[Form], ride: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, mail: Mail, sender: int, forms: Sequence[Form], ride: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.mail, ctx.sender = mail, sender
         return ride.view_as(ride), *mail.receive(forms, sender, ride.device)
 

@@ -7,7 +7,9 @@ from evspan.pipeline.parallel.relay import RelayExchange
 from evspan.pipeline.parallel.sequence import SequenceExchange
 
 
-def open_exchange(kind: ExchangeKind, mesh: Mesh, *, sequence_length: int, dws_conv: bool) -> SequenceExchange:
+def open_exchange(
+    kind: ExchangeKind, mesh: Mesh, *, sequence_length: int, dws_conv: bool
+) -> SequenceExchange:
     """
     Args:
         sequence_length: frames of a chunk, over all ranks of the sequence. dws_conv: the backbone's.

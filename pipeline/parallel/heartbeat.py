@@ -22,7 +22,15 @@ from evspan.launch.cli.command import tell_lost
 BEAT_S = 1.0
 SILENT_BEATS = 4  # once a collective has failed, so many missed ones tell who is gone
 RUNNING, LOST = "", "lost"  # of a rank; anything else is why it failed
-MARKS = ("gloo/", "Gloo ", "NCCL", "Connection closed by peer", "Connection reset by peer", "Socket Timeout", "Broken pipe")
+MARKS = (
+    "gloo/",
+    "Gloo ",
+    "NCCL",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Socket Timeout",
+    "Broken pipe",
+)
 
 
 class Told(NamedTuple):
@@ -35,7 +43,9 @@ class Told(NamedTuple):
 
 
 @contextmanager
-def named_peers(rank: int, size: int, address: str, port: int, *, timeout_s: float) -> Iterator[None]:
+def named_peers(
+    rank: int, size: int, address: str, port: int, *, timeout_s: float
+) -> Iterator[None]:
     """While open, inside a process group: a rank that dies or stops ends this one, too.
 
     Left without an exception, all ranks leave together. timeout_s: a rank that is silent for longer ends the process.
@@ -61,12 +71,22 @@ def named_peers(rank: int, size: int, address: str, port: int, *, timeout_s: flo
 
 def broken(error: BaseException) -> bool:
     """Whether it tells that ranks do not reach each other."""
-    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(mark in str(error) for mark in MARKS)
+    return (
+        isinstance(error, dist.DistError)
+        or isinstance(error, RuntimeError)
+        and any(mark in str(error) for mark in MARKS)
+    )
 
 
 class _Peers:
     def __init__(self, rank: int, size: int, address: str, port: int, timeout_s: float) -> None:
-        self.rank, self.size, self.address, self.port, self.timeout_s = rank, size, address, port, timeout_s
+        self.rank, self.size, self.address, self.port, self.timeout_s = (
+            rank,
+            size,
+            address,
+            port,
+            timeout_s,
+        )
         self.told = [Told() for _ in range(size)]
         self.missed = [0] * size  # beats, by those who were to write them
         self.unanswered = 0  # by the store
@@ -80,9 +100,21 @@ class _Peers:
         """Stops where the store is gone, and stands still where it is stuck; `_watch` sees both."""
         try:
             # A connection of its own: the process group's may be waiting.
-            store = dist.PrefixStore("evspan/peers", dist.TCPStore(
-                self.address, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self.timeout_s)))
-            keys, me, beats = [str(rank) for rank in range(self.size)], (socket.gethostname(), os.getpid()), 0
+            store = dist.PrefixStore(
+                "evspan/peers",
+                dist.TCPStore(
+                    self.address,
+                    self.port,
+                    is_master=False,
+                    wait_for_workers=False,
+                    timeout=timedelta(seconds=self.timeout_s),
+                ),
+            )
+            keys, me, beats = (
+                [str(rank) for rank in range(self.size)],
+                (socket.gethostname(), os.getpid()),
+                0,
+            )
             while not self.ended.is_set():
                 beats += 1
                 store.set(keys[self.rank], json.dumps(Told(*me, beats, self.standing)))
@@ -96,7 +128,9 @@ class _Peers:
 
     def _hear(self, told: list[Told]) -> None:
         for rank, (before, now) in enumerate(zip(self.told, told, strict=True)):
-            self.missed[rank] = self.missed[rank] + 1 if now.beats == before.beats and rank != self.rank else 0
+            self.missed[rank] = (
+                self.missed[rank] + 1 if now.beats == before.beats and rank != self.rank else 0
+            )
         self.told = told
 
     def _watch(self) -> None:
@@ -105,9 +139,14 @@ class _Peers:
         while not self.ended.wait(BEAT_S):
             self.unanswered = 0 if self.rounds != rounds else self.unanswered + 1
             rounds = self.rounds
-            if max(*self.missed, self.unanswered) * BEAT_S > self.timeout_s and not self.ended.is_set():
+            if (
+                max(*self.missed, self.unanswered) * BEAT_S > self.timeout_s
+                and not self.ended.is_set()
+            ):
                 sys.stdout.flush()
-                os._exit(tell_lost(self._message(int(self.timeout_s / BEAT_S))))  # the main thread may wait for it in C for ever
+                os._exit(
+                    tell_lost(self._message(int(self.timeout_s / BEAT_S)))
+                )  # the main thread may wait for it in C for ever
 
     # -- the main thread -----------------------------------------------------------------------------------------
     def say(self, standing: str) -> None:
@@ -115,7 +154,9 @@ class _Peers:
         self.standing, rounds = standing, self.rounds
         self.wake.set()
         deadline = time.monotonic() + BEAT_S
-        while self.rounds < rounds + 2 and time.monotonic() < deadline:  # one may have been under way
+        while (
+            self.rounds < rounds + 2 and time.monotonic() < deadline
+        ):  # one may have been under way
             self.wake.set()
             time.sleep(0.01)
 
@@ -138,17 +179,27 @@ class _Peers:
     def _message(self, beats: int, torch_says: str = "") -> str:
         """beats: so many missed ones are silence."""
         silent = [rank for rank, missed in enumerate(self.missed) if missed >= beats]
-        waiting = [rank for rank, told in enumerate(self.told) if told.standing == RUNNING and rank != self.rank]
+        waiting = [
+            rank
+            for rank, told in enumerate(self.told)
+            if told.standing == RUNNING and rank != self.rank
+        ]
         if failed := self._failed():
-            what = "; ".join(f"{self._name(rank)} failed ({self.told[rank].standing})" for rank in failed)
+            what = "; ".join(
+                f"{self._name(rank)} failed ({self.told[rank].standing})" for rank in failed
+            )
         elif self.unanswered >= beats:
             what = f"{self._name(0)}, whose store at {self.address}:{self.port} all ranks share, is gone or stuck"
         elif silent:
-            what = (f"{', '.join(map(self._name, silent))} {'is' if len(silent) == 1 else 'are'} gone or stuck: not heard of for "
-                    f"{max(self.missed) * BEAT_S:.0f} s")
+            what = (
+                f"{', '.join(map(self._name, silent))} {'is' if len(silent) == 1 else 'are'} gone or stuck: not heard of for "
+                f"{max(self.missed) * BEAT_S:.0f} s"
+            )
         elif waiting:
-            what = (f"{', '.join(map(self._name, waiting))} {'lives' if len(waiting) == 1 else 'live'}, but did not come to a "
-                    f"collective within parallel.timeout_s={self.timeout_s:g}")
+            what = (
+                f"{', '.join(map(self._name, waiting))} {'lives' if len(waiting) == 1 else 'live'}, but did not come to a "
+                f"collective within parallel.timeout_s={self.timeout_s:g}"
+            )
         else:
             what = "all ranks live, but lost the connections between them"
         return f"{what}. So rank {self.rank} ends{f' (torch: {torch_says})' if torch_says else ''}"

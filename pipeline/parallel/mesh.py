@@ -51,12 +51,16 @@ def open_mesh(world: World, *, sequence: int, timeout_s: int) -> Mesh:
     Raises:
         ConfigError: the world is no multiple of `sequence`.
     """
-    check_layout(ranks=world.size, sequence=sequence, sequence_length=sequence, batch_size=world.size)
+    check_layout(
+        ranks=world.size, sequence=sequence, sequence_length=sequence, batch_size=world.size
+    )
     data, place = divmod(world.rank, sequence)
     mine: dist.ProcessGroup | None = None
     members: tuple[int, ...] = (world.rank,)
     if sequence > 1:
-        for first in range(0, world.size, sequence):  # all ranks make all groups, in one order: new_group is a collective
+        for first in range(
+            0, world.size, sequence
+        ):  # all ranks make all groups, in one order: new_group is a collective
             ranks = tuple(range(first, first + sequence))
             group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
             if world.rank in ranks:

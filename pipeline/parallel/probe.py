@@ -34,9 +34,16 @@ def probe(timeout_s: int) -> dict[str, Any]:
     with open_world(ParallelConfig(ranks=place(os.environ).size, timeout_s=timeout_s)) as world:
         _check_sum(world)
         seconds = {size: _all_reduce_s(world, size) for size in (SMALL, LARGE)}
-        return {"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": torch.cuda.device_count(),
-                "backend": dist.get_backend(), "ranks": world.size, "latency_us": 1e6 * seconds[SMALL],
-                "gb_per_s": 4 * LARGE / seconds[LARGE] / 1e9, "clock_s": _clock_s(world)}
+        return {
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "gpus": torch.cuda.device_count(),
+            "backend": dist.get_backend(),
+            "ranks": world.size,
+            "latency_us": 1e6 * seconds[SMALL],
+            "gb_per_s": 4 * LARGE / seconds[LARGE] / 1e9,
+            "clock_s": _clock_s(world),
+        }
 
 
 def _check_sum(world: World) -> None:
@@ -44,7 +51,9 @@ def _check_sum(world: World) -> None:
     dist.all_reduce(x)
     expected = world.size * (world.size + 1) / 2
     if wrong := int((x != expected).sum()):
-        raise RuntimeError(f"an all-reduce over {world.size} ranks gave {wrong} of {LARGE} sums other than {expected}")
+        raise RuntimeError(
+            f"an all-reduce over {world.size} ranks gave {wrong} of {LARGE} sums other than {expected}"
+        )
 
 
 def _all_reduce_s(world: World, size: int) -> float:

@@ -27,7 +27,12 @@ class SequenceExchange(ABC):
     """
 
     def __init__(self, mesh: Mesh, *, frames: int) -> None:
-        self.ranks, self.place, self.members, self.group = mesh.sequence_size, mesh.sequence, mesh.ranks, mesh.group
+        self.ranks, self.place, self.members, self.group = (
+            mesh.sequence_size,
+            mesh.sequence,
+            mesh.ranks,
+            mesh.group,
+        )
         self.device, self.frames, self.clock = mesh.device, frames, Clock()
 
     @property
@@ -40,7 +45,9 @@ class SequenceExchange(ABC):
 
     # -- what the model calls ------------------------------------------------------------------------------------
     @abstractmethod
-    def scan(self, recurrence: Recurrence, x: Tensor, state: StageState) -> tuple[Tensor, StageState]: ...
+    def scan(
+        self, recurrence: Recurrence, x: Tensor, state: StageState
+    ) -> tuple[Tensor, StageState]: ...
 
     def previous(self, tail: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
         """Only the first rank's carry means anything. A rank may hold fewer frames than are looked back at: they then come
@@ -51,11 +58,17 @@ class SequenceExchange(ABC):
         if self.first:
             rows = torch.cat((carry, rows))
         wanted = [self._wanted(rank, back) for rank in range(self.ranks)]
-        sends = [[held.index(p) for p in frames if self._holder(p) == self.place] for frames in wanted]
-        comes = [sum(self._holder(p) == rank for p in wanted[self.place]) for rank in range(self.ranks)]
+        sends = [
+            [held.index(p) for p in frames if self._holder(p) == self.place] for frames in wanted
+        ]
+        comes = [
+            sum(self._holder(p) == rank for p in wanted[self.place]) for rank in range(self.ranks)
+        ]
         each = rows.unbind(0)
         packed = torch.stack([each[row] for to in sends for row in to])
-        got = all_to_all(packed, self.group, self.clock, send=[len(to) for to in sends], receive=comes)
+        got = all_to_all(
+            packed, self.group, self.clock, send=[len(to) for to in sends], receive=comes
+        )
         return got[:back], got[back:] if self.first else carry
 
     def _wanted(self, rank: int, back: int) -> list[int]:
@@ -88,7 +101,9 @@ class SequenceExchange(ABC):
     def scatter(self, state: DetectorState) -> DetectorState:
         """This rank's part of a canonical state. Not a collective: every rank has the whole."""
         stages = tuple(StageState(self._part(s.hidden), self._part(s.cell)) for s in state.stages)
-        return DetectorState(stages, tuple(t.clone() if self.first else torch.zeros_like(t) for t in state.previous))
+        return DetectorState(
+            stages, tuple(t.clone() if self.first else torch.zeros_like(t) for t in state.previous)
+        )
 
     def gather(self, state: DetectorState, like: DetectorState) -> DetectorState:
         """The canonical state, on every rank of the group; carries no gradient. A collective.
@@ -97,8 +112,12 @@ class SequenceExchange(ABC):
             state: this rank's part. like: a canonical state; only its shapes count (it may lie on the meta device).
         """
         state = map_state(Tensor.detach, state)
-        stages = tuple(StageState(self._whole(s.hidden, shape.hidden.shape), self._whole(s.cell, shape.cell.shape))
-                       for s, shape in zip(state.stages, like.stages, strict=True))
+        stages = tuple(
+            StageState(
+                self._whole(s.hidden, shape.hidden.shape), self._whole(s.cell, shape.cell.shape)
+            )
+            for s, shape in zip(state.stages, like.stages, strict=True)
+        )
         return DetectorState(stages, tuple(self._from(0, t, t.shape) for t in state.previous))
 
     @abstractmethod
@@ -111,11 +130,17 @@ class SequenceExchange(ABC):
 
     def _from(self, place: int, t: Tensor, shape: torch.Size) -> Tensor:
         """t of the group's rank `place`."""
-        t = t.clone(memory_format=torch.contiguous_format) if self.place == place else t.new_empty(shape)
+        t = (
+            t.clone(memory_format=torch.contiguous_format)
+            if self.place == place
+            else t.new_empty(shape)
+        )
         if self.group is not None:
             dist.broadcast(t, self.members[place], group=self.group)
         return t
 
     def _check(self, x: Tensor) -> None:
         if len(x) != self.frames:
-            raise ValueError(f"this rank was handed {len(x)} frames, but every rank of its sequence holds {self.frames}")
+            raise ValueError(
+                f"this rank was handed {len(x)} frames, but every rank of its sequence holds {self.frames}"
+            )

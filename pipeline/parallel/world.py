@@ -35,7 +35,9 @@ def keep_freed_memory() -> None:
 
     Blocks above 32 MB go back all the same, the library has no higher limit.
     """
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # glibc has it, others do not
+    if (
+        mallopt := getattr(ctypes.CDLL(None), "mallopt", None)
+    ) is not None:  # glibc has it, others do not
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
 
@@ -49,19 +51,29 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
     """
     rank, size, local, local_size, address, port = place(os.environ)
     if size != config.ranks:
-        raise ConfigError(f"parallel.ranks is {config.ranks} but {size} process{'es were' if size > 1 else ' was'} started; "
-                          "use `evspan train`, which starts them, or set parallel.ranks to what the launcher starts")
+        raise ConfigError(
+            f"parallel.ranks is {config.ranks} but {size} process{'es were' if size > 1 else ' was'} started; "
+            "use `evspan train`, which starts them, or set parallel.ranks to what the launcher starts"
+        )
     if size > 1:
         check_address(address)
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", local % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    )
     if cuda:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.threads or max(1, cores // local_size))
-    told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local, "MASTER_ADDR": address, "MASTER_PORT": port or None}
+    told = {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": local,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port or None,
+    }
     for name, value in told.items():
         if value is not None:
             os.environ.setdefault(name, str(value))  # DeepSpeed reads them, with one rank too
@@ -69,8 +81,14 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
         store: dist.Store | None = dist.HashStore()  # alone: no port to collide with another run's
     else:
         store = None
-    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size, store=store,
-                            init_method=None if store else "env://", timeout=timedelta(seconds=config.timeout_s))
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        rank=rank,
+        world_size=size,
+        store=store,
+        init_method=None if store else "env://",
+        timeout=timedelta(seconds=config.timeout_s),
+    )
     try:
         with named_peers(rank, size, address, port, timeout_s=config.timeout_s):
             yield World(rank, size, local, local_size, device)

@@ -10,7 +10,11 @@ import torch
 from evspan.conf.schema.training import EvaluationConfig
 from evspan.pipeline.data.datasets import Dataset, RecordingData
 from evspan.pipeline.inference.trained_detector import detector_from
-from evspan.pipeline.model.attention import EventTemporalAttention, MultiScaleSpatialAttention, ScaleAwareChannelAttention
+from evspan.pipeline.model.attention import (
+    EventTemporalAttention,
+    MultiScaleSpatialAttention,
+    ScaleAwareChannelAttention,
+)
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.postprocess import detections
 from evspan.pipeline.weights import Weights, generator_states, restore_generators
@@ -46,10 +50,17 @@ class Look:
     gates: dict[str, float]
 
 
-def choose_frames(data: Dataset, config: EvaluationConfig, count: int = WATCHED) -> list[tuple[RecordingData, int]]:
+def choose_frames(
+    data: Dataset, config: EvaluationConfig, count: int = WATCHED
+) -> list[tuple[RecordingData, int]]:
     """Labelled frames with boxes that the protocol scores, spread over all that there are; the same ones at every call."""
-    there = [(r, int(frame)) for r in data.recordings
-             for frame in np.flatnonzero(r.labelled & (np.diff(r.box_start) > 0) & (r.end_us > 1000 * config.skip_first_ms))]
+    there = [
+        (r, int(frame))
+        for r in data.recordings
+        for frame in np.flatnonzero(
+            r.labelled & (np.diff(r.box_start) > 0) & (r.end_us > 1000 * config.skip_first_ms)
+        )
+    ]
     count = min(count, len(there))
     return [there[(2 * i + 1) * len(there) // (2 * count)] for i in range(count)]
 
@@ -68,25 +79,48 @@ def look(weights: Weights, data: Dataset, config: EvaluationConfig, device: torc
             frames.append(_watched(detector, data, recording, frame, config, told))
         for name, values in told.items():
             multipliers.setdefault(name, []).append(values[-1:].flatten())
-    return Look(frames, {name: torch.cat(parts).cpu().numpy() for name, parts in multipliers.items()},
-                {told: float(weights.tensors[name]) for name, told in gate_names(weights.tensors).items()})
+    return Look(
+        frames,
+        {name: torch.cat(parts).cpu().numpy() for name, parts in multipliers.items()},
+        {told: float(weights.tensors[name]) for name, told in gate_names(weights.tensors).items()},
+    )
 
 
 @torch.inference_mode()
-def _watched(detector: Detector, data: Dataset, recording: RecordingData, frame: int, config: EvaluationConfig,
-             told: dict[str, Tensor]) -> Watched:
+def _watched(
+    detector: Detector,
+    data: Dataset,
+    recording: RecordingData,
+    frame: int,
+    config: EvaluationConfig,
+    told: dict[str, Tensor],
+) -> Watched:
     device = next(detector.parameters()).device
     frames = recording.read(max(0, frame + 1 - config.sequence_length), frame + 1)
     labelled = torch.zeros(len(frames), 1, dtype=torch.bool)
     labelled[-1] = True
     state = detector.initial_state(1, data.height, data.width, device=device)
     raw, _ = detector(torch.from_numpy(frames[:, None]).to(device), state, labelled=labelled)
-    found, = detections(detector.decode(raw, data.height, data.width), confidence_threshold=config.confidence_threshold,
-                        nms_threshold=config.nms_threshold)
-    maps = {name: values[-1, 0].cpu().numpy() for name, values in told.items() if name.endswith(MAPS)}
-    strides = {name: detector.strides[int(name.partition("/")[0].removeprefix("scale_"))] for name in maps}
-    return Watched(recording.name, int(recording.end_us[frame]), frames[-1], recording.boxes(frame), found.cpu().numpy(), maps,
-                   strides)
+    (found,) = detections(
+        detector.decode(raw, data.height, data.width),
+        confidence_threshold=config.confidence_threshold,
+        nms_threshold=config.nms_threshold,
+    )
+    maps = {
+        name: values[-1, 0].cpu().numpy() for name, values in told.items() if name.endswith(MAPS)
+    }
+    strides = {
+        name: detector.strides[int(name.partition("/")[0].removeprefix("scale_"))] for name in maps
+    }
+    return Watched(
+        recording.name,
+        int(recording.end_us[frame]),
+        frames[-1],
+        recording.boxes(frame),
+        found.cpu().numpy(),
+        maps,
+        strides,
+    )
 
 
 @contextmanager
@@ -102,21 +136,31 @@ def attention_of(detector: Detector) -> Iterator[dict[str, Tensor]]:
     def sigmoid_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, given: object, out: Tensor) -> None:
             told[name] = out.detach().sigmoid()
+
         return hook
 
     def motion_of(name: str) -> Callable[..., None]:
         def hook(module: EventTemporalAttention, given: tuple[Tensor, Tensor]) -> None:
-            x, previous = given  # forward folds this convolution into another one, so there is no output to listen to
-            told[name] = module.motion_conv(torch.cat((x, previous[:, -1]), dim=1)).detach().sigmoid()
+            x, previous = (
+                given  # forward folds this convolution into another one, so there is no output to listen to
+            )
+            told[name] = (
+                module.motion_conv(torch.cat((x, previous[:, -1]), dim=1)).detach().sigmoid()
+            )
+
         return hook
 
     for path, module in detector.fpn.named_modules():
         scale = next((part for part in path.split(".") if SCALE.fullmatch(part)), "")
         if isinstance(module, MultiScaleSpatialAttention):
-            handles.append(module.attention_conv[-1].register_forward_hook(sigmoid_of(f"{scale}/spatial")))
+            handles.append(
+                module.attention_conv[-1].register_forward_hook(sigmoid_of(f"{scale}/spatial"))
+            )
         elif isinstance(module, EventTemporalAttention):
             handles.append(module.register_forward_pre_hook(motion_of(f"{scale}/motion")))
-            handles.append(module.temporal_fc.register_forward_hook(sigmoid_of(f"{scale}/temporal")))
+            handles.append(
+                module.temporal_fc.register_forward_hook(sigmoid_of(f"{scale}/temporal"))
+            )
         elif isinstance(module, ScaleAwareChannelAttention):
             handles.append(module.fc.register_forward_hook(sigmoid_of(f"{scale}/channel")))
     try:

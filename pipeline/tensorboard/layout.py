@@ -9,7 +9,10 @@ from evspan.pipeline.tensorboard.writer import Layout
 
 def charts(config: TrainConfig, classes: list[str], *, gates: Iterable[str], gpu: bool) -> Layout:
     """Only charts of what this run tells. gates: names of the learned gates. gpu: whether it runs on one."""
-    shares = ["speed/data_wait_share", *(["speed/exchange_share"] if config.parallel.sequence > 1 else [])]
+    shares = [
+        "speed/data_wait_share",
+        *(["speed/exchange_share"] if config.parallel.sequence > 1 else []),
+    ]
     memory = ["memory/resident_gib", *(["memory/gpu_gib", "memory/gpu_peak_gib"] if gpu else [])]
     together = {
         "Learning": {
@@ -40,5 +43,7 @@ def charts(config: TrainConfig, classes: list[str], *, gates: Iterable[str], gpu
     if learned := [f"attention_gates/{name}" for name in gates]:
         together["Learning"]["attention gates"] = learned
     # TensorBoard takes a tag for a regular expression that the tag's beginning must match: "evaluation/ap" would be all of them.
-    return {category: {title: [f"^{re.escape(tag)}$" for tag in tags] for title, tags in of.items()}
-            for category, of in together.items()}
+    return {
+        category: {title: [f"^{re.escape(tag)}$" for tag in tags] for title, tags in of.items()}
+        for category, of in together.items()
+    }

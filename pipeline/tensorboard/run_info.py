@@ -46,11 +46,18 @@ def code_commit(file: Path = Path(__file__)) -> str | None:
     here = file.resolve()
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=True,
-                              timeout=20).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here.parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # installed below a checkout of something else it is none of it
+        git(
+            "ls-files", "--error-unmatch", here.name
+        )  # installed below a checkout of something else it is none of it
         return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
     except (OSError, subprocess.SubprocessError):
         return None
@@ -59,7 +66,11 @@ def code_commit(file: Path = Path(__file__)) -> str | None:
 def environment(world: World) -> dict[str, str]:
     """Versions, and where the ranks are. All ranks call it."""
     cuda = world.device.type == "cuda"
-    device = torch.cuda.get_device_name(world.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name(world.device)
+        if cuda
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     places = Counter(gather_objects(f"{socket.gethostname()}: {device}"))
     return {
         "ranks": ", ".join(f"{count} on {place}" for place, count in places.items()),
@@ -80,5 +91,7 @@ def _version(package: str) -> str | None:
 def about_run(config: TrainConfig, environment: dict[str, str]) -> dict[str, str]:
     """Markdown by name, for TensorBoard's page "Text"."""
     rows = {"code": code_commit() or "not in a git checkout", **environment}
-    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    table = "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    )
     return {"run/environment": table, "run/config": f"```\n{config_lines(config)}\n```"}

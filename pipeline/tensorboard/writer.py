@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.tensorboard import SummaryWriter
 
-Layout = Mapping[str, Mapping[str, Sequence[str]]]  # category -> chart -> tags of the scalars in it, as regular expressions
+Layout = Mapping[
+    str, Mapping[str, Sequence[str]]
+]  # category -> chart -> tags of the scalars in it, as regular expressions
 
 
 class Monitor:
@@ -26,8 +28,12 @@ class Monitor:
     def layout(self, charts: Layout) -> None:
         """What the page "Custom Scalars" shows together. Once per run."""
         if self.writer:
-            self.writer.add_custom_scalars({category: {title: ["Multiline", [*tags]] for title, tags in of.items()}
-                                            for category, of in charts.items()})
+            self.writer.add_custom_scalars(
+                {
+                    category: {title: ["Multiline", [*tags]] for title, tags in of.items()}
+                    for category, of in charts.items()
+                }
+            )
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         if self.writer:
@@ -39,13 +45,32 @@ class Monitor:
             for name, of in values.items():
                 self.writer.add_histogram(name, np.asarray(of), step)
 
-    def pr_curve(self, name: str, true_positives: NDArray, false_positives: NDArray, false_negatives: NDArray,
-                 precision: NDArray, recall: NDArray, step: int) -> None:
+    def pr_curve(
+        self,
+        name: str,
+        true_positives: NDArray,
+        false_positives: NDArray,
+        false_negatives: NDArray,
+        precision: NDArray,
+        recall: NDArray,
+        step: int,
+    ) -> None:
         """All (n,), n up to 127, at thresholds that go in equal steps from 0 to 1."""
         if self.writer:
-            nothing = np.zeros_like(true_positives)  # of a detector there are no true negatives to count
-            self.writer.add_pr_curve_raw(name, true_positives, false_positives, nothing, false_negatives, precision, recall,
-                                         step, num_thresholds=len(recall))
+            nothing = np.zeros_like(
+                true_positives
+            )  # of a detector there are no true negatives to count
+            self.writer.add_pr_curve_raw(
+                name,
+                true_positives,
+                false_positives,
+                nothing,
+                false_negatives,
+                precision,
+                recall,
+                step,
+                num_thresholds=len(recall),
+            )
 
     def picture(self, name: str, rgb: NDArray[np.uint8], step: int) -> None:
         """rgb: (H, W, 3)."""

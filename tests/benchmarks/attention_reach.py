@@ -12,7 +12,11 @@ import torch
 from evspan.conf.schema.prep import DatasetConfig
 from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.inference.trained_detector import detector_from
-from evspan.pipeline.model.attention import EventTemporalAttention, MultiScaleSpatialAttention, ScaleAwareChannelAttention
+from evspan.pipeline.model.attention import (
+    EventTemporalAttention,
+    MultiScaleSpatialAttention,
+    ScaleAwareChannelAttention,
+)
 from evspan.pipeline.tensorboard.attention_probe import MAPS, attention_of, gate_names
 from evspan.pipeline.weights import load_weights
 
@@ -23,12 +27,19 @@ GROUPS = ("moved under 0.25 cells", "0.25 to 0.5", "0.5 to 1", "1 and more", "st
 
 def main(run: str, shards: str, split: str = "val") -> None:
     weights = load_weights(run)
-    data, detector = open_dataset(DatasetConfig(root=shards), split), detector_from(weights, device=torch.device("cpu"))
+    data, detector = (
+        open_dataset(DatasetConfig(root=shards), split),
+        detector_from(weights, device=torch.device("cpu")),
+    )
     changes, inside = defaultdict(list), defaultdict(lambda: defaultdict(list))
     for name, module in detector.fpn.named_modules():
-        if isinstance(module, (MultiScaleSpatialAttention, EventTemporalAttention, ScaleAwareChannelAttention)):
+        if isinstance(
+            module, (MultiScaleSpatialAttention, EventTemporalAttention, ScaleAwareChannelAttention)
+        ):
+
             def tell(_, given, out, name=name):
                 changes[name].append(float((out - given[0]).norm() / given[0].norm()))
+
             module.register_forward_hook(tell)
     for recording in data.recordings:
         state = detector.initial_state(1, data.height, data.width)
@@ -39,21 +50,38 @@ def main(run: str, shards: str, split: str = "val") -> None:
             for name in (n for n in told if n.endswith(MAPS)):
                 stride = detector.strides[int(name.partition("/")[0].removeprefix("scale_"))]
                 for frame in range(first, last):
-                    gather(inside[name], told[name][frame - first, 0].numpy(), stride, boxes_of(recording, frame - 1),
-                           boxes_of(recording, frame))
+                    gather(
+                        inside[name],
+                        told[name][frame - first, 0].numpy(),
+                        stride,
+                        boxes_of(recording, frame - 1),
+                        boxes_of(recording, frame),
+                    )
     for name, told in gate_names(weights.tensors).items():
         print(f"gate {told:24} {float(weights.tensors[name]):+.3f}")
     for name, shares in changes.items():
         print(f"changes its features by {np.mean(shares):6.1%}  {name}")
     for name, groups in inside.items():
-        print(f"map {name}: " + ", ".join(f"{group} {np.mean(groups[group]):.3f} ({len(groups[group])})"
-                                          for group in GROUPS if group in groups))
+        print(
+            f"map {name}: "
+            + ", ".join(
+                f"{group} {np.mean(groups[group]):.3f} ({len(groups[group])})"
+                for group in GROUPS
+                if group in groups
+            )
+        )
 
 
 def boxes_of(recording, frame: int) -> dict[int, tuple[float, float, float, float]]:
     """track_id -> x, y, w, h"""
-    return {} if frame < 0 else {int(b["track_id"]): (float(b["x"]), float(b["y"]), float(b["w"]), float(b["h"]))
-                                 for b in recording.boxes(frame)}
+    return (
+        {}
+        if frame < 0
+        else {
+            int(b["track_id"]): (float(b["x"]), float(b["y"]), float(b["w"]), float(b["h"]))
+            for b in recording.boxes(frame)
+        }
+    )
 
 
 def gather(groups, values, stride: int, before: dict, now: dict) -> None:

@@ -17,7 +17,10 @@ from evspan.data_prep.recordings.events import Events
 from evspan.data_prep.recordings.open import open_recording, open_writer
 
 HEIGHT, WIDTH, WINDOW_US = 720, 1280, 50_000
-PARITY = Path(os.environ.get("EVSPAN_PARITY", Path(__file__).parents[3] / "shared" / "parity")) / "prep_fixture"
+PARITY = (
+    Path(os.environ.get("EVSPAN_PARITY", Path(__file__).parents[3] / "shared" / "parity"))
+    / "prep_fixture"
+)
 ZSTD = dict(hdf5plugin.Blosc(cname="zstd", clevel=5, shuffle=hdf5plugin.Blosc.SHUFFLE))
 
 
@@ -38,18 +41,32 @@ class Piece(NamedTuple):
 
 def piece(dense: bool) -> Piece:
     """synth_a or synth_b of the fixture, cut to a whole number of label distances; or as many events at random places."""
-    name, period = ("train/synth_a_0_1000000", 1_000_000) if dense else ("val/synth_b_0_620000", 600_000)
+    name, period = (
+        ("train/synth_a_0_1000000", 1_000_000) if dense else ("val/synth_b_0_620000", 600_000)
+    )
     if PARITY.is_dir():
         with h5py.File(PARITY / "input" / f"{name}_td.h5") as file:
             t, x, y, p = (file["events"][c][:] for c in "txyp")
         inside, boxes = t < period, np.load(PARITY / "input" / f"{name}_bbox.npy")
-        return Piece(Events(t, x, y, (p > 0).astype(np.uint8)).take(inside), boxes[boxes["t"] < period], period)
+        return Piece(
+            Events(t, x, y, (p > 0).astype(np.uint8)).take(inside),
+            boxes[boxes["t"] < period],
+            period,
+        )
     rng, n = np.random.default_rng(0), period * (178_000 if dense else 38_000) // WINDOW_US
     boxes = np.zeros(period * 60 // 1_000_000, RAW_BOX)
     boxes["t"] = 20_000 + np.arange(boxes.size) * period // boxes.size
     boxes["x"], boxes["y"], boxes["w"], boxes["h"] = 100, 100, 200, 150
-    return Piece(Events(np.sort(rng.integers(0, period, n)), rng.integers(0, WIDTH, n).astype(np.uint16),
-                        rng.integers(0, HEIGHT, n).astype(np.uint16), rng.integers(0, 2, n).astype(np.uint8)), boxes, period)
+    return Piece(
+        Events(
+            np.sort(rng.integers(0, period, n)),
+            rng.integers(0, WIDTH, n).astype(np.uint16),
+            rng.integers(0, HEIGHT, n).astype(np.uint16),
+            rng.integers(0, 2, n).astype(np.uint8),
+        ),
+        boxes,
+        period,
+    )
 
 
 def write_h5(path: Path, piece: Piece, seconds: float, filters: dict) -> Path:
@@ -57,8 +74,12 @@ def write_h5(path: Path, piece: Piece, seconds: float, filters: dict) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     boxes = []
     with h5py.File(path, "w") as file:
-        columns = {name: file.create_dataset(f"events/{name}", (0,), kind, maxshape=(None,), chunks=(1 << 16,), **filters)
-                   for name, kind in zip("txyp", ("i8", "u2", "u2", "u1"), strict=True)}
+        columns = {
+            name: file.create_dataset(
+                f"events/{name}", (0,), kind, maxshape=(None,), chunks=(1 << 16,), **filters
+            )
+            for name, kind in zip("txyp", ("i8", "u2", "u2", "u1"), strict=True)
+        }
         file["events/height"], file["events/width"] = HEIGHT, WIDTH
         for events, more in piece.repeated(seconds):
             boxes.append(more)
@@ -130,8 +151,19 @@ class Table:
     def head(self) -> None:
         self._line("what", "ours", "theirs", "ratio", "to reach", "", "limit")
 
-    def row(self, what: str, ours: float, theirs: float | None = None, *, unit: str = "", ratio: float | None = None,
-            least: float = 0, least_ratio: float = 0, most_ratio: float = 0, limit: str = "") -> None:
+    def row(
+        self,
+        what: str,
+        ours: float,
+        theirs: float | None = None,
+        *,
+        unit: str = "",
+        ratio: float | None = None,
+        least: float = 0,
+        least_ratio: float = 0,
+        most_ratio: float = 0,
+        limit: str = "",
+    ) -> None:
         """least: of ours; least_ratio, most_ratio: of the ratio, ours / theirs unless given."""
         if ratio is None and theirs:
             ratio = ours / theirs
@@ -140,26 +172,56 @@ class Table:
         goals += [(f"<= x {most_ratio:g}", (ratio or 0) <= most_ratio)] if most_ratio else []
         reached = all(done for _, done in goals)
         self.missed += not reached
-        self._line(what, f"{ours:.1f}{unit}", f"{theirs:.1f}{unit}" if theirs else "", f"x {ratio:.2f}" if ratio else "",
-                   ", ".join(goal for goal, _ in goals), ("yes" if reached else "NO") if goals else "", limit)
+        self._line(
+            what,
+            f"{ours:.1f}{unit}",
+            f"{theirs:.1f}{unit}" if theirs else "",
+            f"x {ratio:.2f}" if ratio else "",
+            ", ".join(goal for goal, _ in goals),
+            ("yes" if reached else "NO") if goals else "",
+            limit,
+        )
 
     def _line(self, *cells: str) -> None:
-        print("| " + " | ".join(f"{cell:{width}}" for cell, width in zip(cells, (50, 14, 14, 7, 12, 3, 0), strict=True)) + " |",
-              flush=True)
+        print(
+            "| "
+            + " | ".join(
+                f"{cell:{width}}"
+                for cell, width in zip(cells, (50, 14, 14, 7, 12, 3, 0), strict=True)
+            )
+            + " |",
+            flush=True,
+        )
 
 
 def peak_mb(pid: int) -> float:
     """The most memory that a process has had resident so far."""
     try:
-        told = next((line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")), "0 0")
+        told = next(
+            (
+                line
+                for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+                if line.startswith("VmHWM")
+            ),
+            "0 0",
+        )
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
     return int(told.split()[1]) / 1000
 
 
 def machine() -> None:
-    name = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
+    name = next(
+        (
+            line.split(": ")[1]
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        "?",
+    )
     source, target = np.ones(1 << 28, np.uint8), np.zeros(1 << 28, np.uint8)
     took = race(3, copy=lambda: np.copyto(target, source))["copy"]
-    print(f"{name}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; one core copies "
-          f"{source.size / took / 1e9:.1f} GB/s; {', '.join(f'{m} {version(m)}' for m in ('torch', 'h5py', 'numba', 'numpy'))}")
+    print(
+        f"{name}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; one core copies "
+        f"{source.size / took / 1e9:.1f} GB/s; {', '.join(f'{m} {version(m)}' for m in ('torch', 'h5py', 'numba', 'numpy'))}"
+    )

@@ -26,7 +26,9 @@ SAMPLES = Path(os.environ.get("EVSPAN_SAMPLES", Path(__file__).parents[3] / "sha
 def by_us(path: Path) -> int:
     """To four arrays, as the libraries give them: room for an event a word, more where vectors need it."""
     recording, n = open_recording(path), 0
-    room = path.stat().st_size // (8 if path.suffix == ".dat" else 4 if recording.format == "evt2" else 2)
+    room = path.stat().st_size // (
+        8 if path.suffix == ".dat" else 4 if recording.format == "evt2" else 2
+    )
     columns = [np.empty(room, kind) for kind in ("i8", "u2", "u2", "u1")]
     for events in recording.chunks():
         if n + events.t.size > room:
@@ -43,7 +45,9 @@ def by_evt3(path: Path) -> int:
 
 
 def by_eventcv(path: Path) -> int:
-    return len(eventcv.load(str(path), sensor_size=(WIDTH, HEIGHT)).numpy())  # (N, 4) uint64, the only arrays that it gives
+    return len(
+        eventcv.load(str(path), sensor_size=(WIDTH, HEIGHT)).numpy()
+    )  # (N, 4) uint64, the only arrays that it gives
 
 
 def eventcv_loads(path: Path) -> int:
@@ -53,11 +57,17 @@ def eventcv_loads(path: Path) -> int:
 
 def evt2_words(events: Events) -> np.ndarray:
     """Every event's word, and a TIME_HIGH wherever the 64 us change."""
-    words = ((events.p.astype(np.uint32) << 28) | ((events.t & 63).astype(np.uint32) << 22) | (events.x.astype(np.uint32) << 11)
-             | events.y)
+    words = (
+        (events.p.astype(np.uint32) << 28)
+        | ((events.t & 63).astype(np.uint32) << 22)
+        | (events.x.astype(np.uint32) << 11)
+        | events.y
+    )
     high = events.t >> 6
     new = np.flatnonzero(np.diff(high, prepend=-1))
-    return np.insert(words, new, 0x8 << 28 | (high[new] & 0xFFFFFFF).astype(np.uint32)).astype("<u4")
+    return np.insert(words, new, 0x8 << 28 | (high[new] & 0xFFFFFFF).astype(np.uint32)).astype(
+        "<u4"
+    )
 
 
 def write_files(folder: Path, most: int) -> dict[str, Path]:
@@ -65,8 +75,11 @@ def write_files(folder: Path, most: int) -> dict[str, Path]:
     dense = piece(dense=True)
     seconds = most / dense.events.t.size * dense.period_us / 1e6
     header = f"% evt 2.0\n% format EVT2;height={HEIGHT};width={WIDTH}\n% end\n".encode()
-    with open_writer(paths["EVT3"], HEIGHT, WIDTH) as raw, open_writer(paths[".dat"], HEIGHT, WIDTH) as dat, \
-            paths["EVT2"].open("wb") as evt2:
+    with (
+        open_writer(paths["EVT3"], HEIGHT, WIDTH) as raw,
+        open_writer(paths[".dat"], HEIGHT, WIDTH) as dat,
+        paths["EVT2"].open("wb") as evt2,
+    ):
         evt2.write(header)
         for events, _ in dense.repeated(seconds):
             events = events._replace(t=np.maximum.accumulate(events.t))
@@ -94,15 +107,23 @@ def write_bursts(path: Path, sample: Path, most: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--events", type=int, default=8_000_000)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--folder", type=Path, help="for 1 GB of files (default: the system's temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="for 1 GB of files (default: the system's temporary folder)"
+    )
     given = parser.parse_args()
     of_eventcv = {"eventcv": (by_eventcv, 4), "eventcv.load": (eventcv_loads, 0)}
     of_evt3 = {"evt3": (by_evt3, 1.5), "eventcv": (by_eventcv, 0)}
     others: dict[str, dict[str, tuple[Callable[[Path], int], float]]] = {
-        "EVT3": of_evt3, "EVT3, vectors": of_evt3, "EVT2": of_eventcv, ".dat": of_eventcv}
+        "EVT3": of_evt3,
+        "EVT3, vectors": of_evt3,
+        "EVT2": of_eventcv,
+        ".dat": of_eventcv,
+    }
     table = Table()
     with TemporaryDirectory(dir=given.folder) as folder, cores(1):
         machine()
@@ -110,17 +131,30 @@ def main() -> None:
         table.head()
         for kind, path in ((kind, paths[kind]) for kind in others if kind in paths):
             n, size = by_us(path), path.stat().st_size
-            decoders = {"ours": by_us, **{name: decoder for name, (decoder, _) in others[kind].items()}}
+            decoders = {
+                "ours": by_us,
+                **{name: decoder for name, (decoder, _) in others[kind].items()},
+            }
             for name, decoder in decoders.items():
                 if (theirs := decoder(path)) != n:
                     raise SystemExit(f"error: {kind}: {name} counts {theirs} events, we {n}")
-            took = race(given.repeats, **{name: lambda d=d, path=path: d(path) for name, d in decoders.items()})
+            took = race(
+                given.repeats,
+                **{name: lambda d=d, path=path: d(path) for name, d in decoders.items()},
+            )
             copy = np.empty(13 * n, np.uint8)
-            bound = race(2, move=lambda copy=copy, path=path: (np.fromfile(path, np.uint8), copy.fill(1)))["move"]
+            bound = race(
+                2, move=lambda copy=copy, path=path: (np.fromfile(path, np.uint8), copy.fill(1))
+            )["move"]
             for name, (_, least) in others[kind].items():
-                table.row(f"{kind} against {name}, {size / n:.1f} bytes an event", n / took["ours"] / 1e6,
-                          n / took[name] / 1e6, unit=" Mev/s", least_ratio=least,
-                          limit=f"reading the bytes and filling 13 an event {n / bound / 1e6:.0f}")
+                table.row(
+                    f"{kind} against {name}, {size / n:.1f} bytes an event",
+                    n / took["ours"] / 1e6,
+                    n / took[name] / 1e6,
+                    unit=" Mev/s",
+                    least_ratio=least,
+                    limit=f"reading the bytes and filling 13 an event {n / bound / 1e6:.0f}",
+                )
     raise SystemExit(table.missed > 0)
 
 

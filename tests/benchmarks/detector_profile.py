@@ -27,7 +27,9 @@ class Profile:
     def __init__(self, device: torch.device) -> None:
         self.forward: dict[str, float] = defaultdict(float)
         self.backward: dict[str, float] = defaultdict(float)
-        self.owner: dict[object, str] = {}  # of nodes; holds them, or their hooks' identities could come again
+        self.owner: dict[
+            object, str
+        ] = {}  # of nodes; holds them, or their hooks' identities could come again
         self.within, self.last, self.device = ["rest"], 0.0, device
 
     def passed(self) -> float:
@@ -40,7 +42,9 @@ class Profile:
         def timed(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202
             self.forward[self.within[-1]] += self.passed()
             self.within.append(name)
-            marker = torch.zeros((), requires_grad=True).view(()).grad_fn  # numbers of later nodes are higher
+            marker = (
+                torch.zeros((), requires_grad=True).view(()).grad_fn
+            )  # numbers of later nodes are higher
             out = function(*args, **kwargs)
             self.own(name, out, marker._sequence_nr())
             self.forward[name] += self.passed()
@@ -92,7 +96,9 @@ def wrap_ours(profile: Profile, side: Ours) -> None:
     model.exchange.scan = profile.part("scan", model.exchange.scan)
     model.fpn.forward = profile.part("neck", model.fpn.forward)
     model.yolox_head.forward = profile.part("head", model.yolox_head.forward)
-    evspan.pipeline.model.loss.assign = profile.part("assignment", evspan.pipeline.model.loss.assign)
+    evspan.pipeline.model.loss.assign = profile.part(
+        "assignment", evspan.pipeline.model.loss.assign
+    )
     side.detection_loss = profile.part("loss", side.detection_loss)
 
 
@@ -114,7 +120,9 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=10, help="T")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--cpu-time", action="store_true", help="as in detector_speed.py")
     given = parser.parse_args()
     if given.cpu_time:
@@ -135,13 +143,26 @@ def main() -> None:
             for way, parts in (("forward", profile.forward), ("backward", profile.backward)):
                 for part in PARTS if i >= 0 else ():
                     took[name, way, part].append(parts[part] / given.frames * 1e3)
-    print(f"Device: {device.type}, {given.size}, T = {given.frames}, {given.threads} threads, {given.repeats} rounds; "
-          "ms a frame\n")
+    print(
+        f"Device: {device.type}, {given.size}, T = {given.frames}, {given.threads} threads, {given.repeats} rounds; "
+        "ms a frame\n"
+    )
     ways = [(name, way) for name in sides for way in ("forward", "backward")]
-    print("| part |", " | ".join(f"{name}, {way}" for name, way in ways), "| all, frame by frame | all, ours |\n|" + "---|" * 7)
+    print(
+        "| part |",
+        " | ".join(f"{name}, {way}" for name, way in ways),
+        "| all, frame by frame | all, ours |\n|" + "---|" * 7,
+    )
     for part in (*PARTS, "whole"):
-        cells = [sum(median(took[name, way, p]) for p in (PARTS if part == "whole" else (part,))) for name, way in ways]
-        print(f"| {part} |", " | ".join(f"{x:.1f}" for x in (*cells, cells[0] + cells[1], cells[2] + cells[3])), "|")
+        cells = [
+            sum(median(took[name, way, p]) for p in (PARTS if part == "whole" else (part,)))
+            for name, way in ways
+        ]
+        print(
+            f"| {part} |",
+            " | ".join(f"{x:.1f}" for x in (*cells, cells[0] + cells[1], cells[2] + cells[3])),
+            "|",
+        )
 
 
 if __name__ == "__main__":

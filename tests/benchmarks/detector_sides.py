@@ -19,7 +19,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HEIGHT, WIDTH, CHANNELS, CLASSES = 360, 640, 20, 3  # padded to 384 x 640
-SIZES = {"tiny": (32, 32, 0.33), "small": (48, 24, 0.33), "base": (64, 32, 0.67)}  # embed_dim, dim_head, depth of the neck
+SIZES = {
+    "tiny": (32, 32, 0.33),
+    "small": (48, 24, 0.33),
+    "base": (64, 32, 0.67),
+}  # embed_dim, dim_head, depth of the neck
 
 
 # -- inputs ----------------------------------------------------------------------------------------------------------
@@ -32,7 +36,14 @@ class Batch(NamedTuple):
     counts: Tensor  # (n,)
 
 
-def batch(steps: int, device: torch.device, *, lanes: int = 1, first: int = 0, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Batch:
+def batch(
+    steps: int,
+    device: torch.device,
+    *,
+    lanes: int = 1,
+    first: int = 0,
+    size: tuple[int, int] = (HEIGHT, WIDTH),
+) -> Batch:
     """Labels on frames first, first + 2, ..."""
     g, (height, width) = torch.Generator().manual_seed(steps), size
     frames = torch.zeros(steps, lanes, CHANNELS, height, width, dtype=torch.uint8)
@@ -43,19 +54,33 @@ def batch(steps: int, device: torch.device, *, lanes: int = 1, first: int = 0, s
     n = int(labelled.sum())
     counts = torch.randint(3, 11, (n,), generator=g)
     place = torch.rand(n, 10, 4, generator=g)
-    boxes = torch.cat((torch.randint(0, CLASSES, (n, 10, 1), generator=g), place[..., :2] * torch.tensor([width, height]),
-                       10 + place[..., 2:] * 90), -1)
+    boxes = torch.cat(
+        (
+            torch.randint(0, CLASSES, (n, 10, 1), generator=g),
+            place[..., :2] * torch.tensor([width, height]),
+            10 + place[..., 2:] * 90,
+        ),
+        -1,
+    )
     boxes *= (torch.arange(10) < counts[:, None])[..., None]
     where = [[lane for lane in range(lanes) if row[lane]] for row in labelled.tolist()]
-    return Batch(frames.to(device), torch.ones(lanes, dtype=torch.bool, device=device), labelled.to(device), where,
-                 boxes.to(device), counts.to(device))
+    return Batch(
+        frames.to(device),
+        torch.ones(lanes, dtype=torch.bool, device=device),
+        labelled.to(device),
+        where,
+        boxes.to(device),
+        counts.to(device),
+    )
 
 
 # -- sides -----------------------------------------------------------------------------------------------------------
 def model_config(size: str, *, attention: bool = False) -> ModelConfig:
     embed_dim, dim_head, depth = SIZES[size]
-    return ModelConfig(backbone=BackboneConfig(embed_dim=embed_dim, dim_head=dim_head),
-                       fpn=FpnConfig(depth=depth, enable_small_object_attention=attention))
+    return ModelConfig(
+        backbone=BackboneConfig(embed_dim=embed_dim, dim_head=dim_head),
+        fpn=FpnConfig(depth=depth, enable_small_object_attention=attention),
+    )
 
 
 def weights(size: str) -> dict[str, Tensor]:
@@ -66,8 +91,16 @@ def weights(size: str) -> dict[str, Tensor]:
 
 
 class Ours:
-    def __init__(self, size: str, device: torch.device, *, dtype: torch.dtype = torch.float32, compiled: bool = False,
-                 checkpointed: bool = False, attention: bool = False) -> None:
+    def __init__(
+        self,
+        size: str,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
+        checkpointed: bool = False,
+        attention: bool = False,
+    ) -> None:
         self.model = Detector(model_config(size, attention=attention), CHANNELS)
         self.model.load_state_dict(weights(size), strict=not attention)
         self.model.to(device, dtype)
@@ -80,14 +113,18 @@ class Ours:
 
     def loss(self, b: Batch) -> Tensor:
         height, width = b.frames.shape[-2:]
-        state = self.model.initial_state(b.frames.shape[1], height, width, device=self.device, dtype=self.dtype)
+        state = self.model.initial_state(
+            b.frames.shape[1], height, width, device=self.device, dtype=self.dtype
+        )
         raw, _ = self.model(b.frames, state, starts=b.starts, labelled=b.labelled)
         geometry = self.model.geometry(height, width)
         return self.detection_loss(raw, b.boxes, b.counts, geometry, self.model.config.head).total
 
     def stream(self, frame: Tensor) -> Callable[[], None]:
         """One frame after the other, the state carried."""
-        state = self.model.eval().initial_state(len(frame), *frame.shape[-2:], device=self.device, dtype=self.dtype)
+        state = self.model.eval().initial_state(
+            len(frame), *frame.shape[-2:], device=self.device, dtype=self.dtype
+        )
 
         def step() -> None:
             nonlocal state
@@ -131,7 +168,13 @@ class Dispatched(TorchDispatchMode):
     """Counts operators that do work (views, also those that only say so in their name, launch nothing), and those among them that
     make the host wait for a GPU: a value read, a mask turned into indices."""
 
-    WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2"}
+    WAITS = {
+        "aten::_local_scalar_dense",
+        "aten::nonzero",
+        "aten::masked_select",
+        "aten::equal",
+        "aten::_unique2",
+    }
     VIEWS = {"aten::_unsafe_view", "aten::detach", "aten::lift_fresh", "aten::alias"}
 
     def __init__(self) -> None:
@@ -141,11 +184,20 @@ class Dispatched(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         name = function._schema.name
-        view = any(out.alias_info is not None and not out.alias_info.is_write for out in function._schema.returns)
+        view = any(
+            out.alias_info is not None and not out.alias_info.is_write
+            for out in function._schema.returns
+        )
         if not view and name not in self.VIEWS:
             self.operators[name] += 1
-        masked = name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_") and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        masked = name in (
+            "aten::index",
+            "aten::index_put",
+            "aten::index_put_",
+            "aten::_index_put_impl_",
+        ) and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
         if masked or name in self.WAITS:
             self.waits[name] += 1
         return function(*args, **(kwargs or {}))
@@ -165,7 +217,9 @@ class PathOfGpu(TorchFunctionMode):
         super().__exit__(*error)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
-        return False if function == torch.Tensor.is_cpu.__get__ else function(*args, **(kwargs or {}))
+        return (
+            False if function == torch.Tensor.is_cpu.__get__ else function(*args, **(kwargs or {}))
+        )
 
 
 def count(side: Ours | Theirs, b: Batch, *, path_of_gpu: bool = False) -> Dispatched:
@@ -181,12 +235,16 @@ class Clock:
     now = staticmethod(time.perf_counter)
 
 
-def rounds(repeats: int, device: torch.device, *, warm: int = 2, **contenders: Callable[[], object]) -> dict[str, list[float]]:
+def rounds(
+    repeats: int, device: torch.device, *, warm: int = 2, **contenders: Callable[[], object]
+) -> dict[str, list[float]]:
     """Seconds of each in every round, after some to warm up; in turn, forwards and backwards, so that a slow moment meets all."""
     took: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(-warm, repeats):
         for name in contenders if i % 2 else reversed(contenders):
-            wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+            wait = (
+                partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+            )
             wait()
             began = Clock.now()
             contenders[name]()
@@ -210,5 +268,7 @@ class Rates:
         self.a, self.b, self.out = (torch.randn(n, n, device=device) for _ in range(3))
 
     def __call__(self) -> None:
-        took = rounds(5, self.device, product=partial(torch.mm, self.a, self.b, out=self.out))["product"]
+        took = rounds(5, self.device, product=partial(torch.mm, self.a, self.b, out=self.out))[
+            "product"
+        ]
         self.measured.append(2 * len(self.a) ** 3 / min(took))

@@ -34,8 +34,11 @@ class LayerScale(nn.Module):
 class MLP(nn.Module):
     def __init__(self, dim: int, ratio: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU()), nn.Dropout(0.0),
-                                 nn.Linear(ratio * dim, dim))
+        self.net = nn.Sequential(
+            nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU()),
+            nn.Dropout(0.0),
+            nn.Linear(ratio * dim, dim),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -77,8 +80,14 @@ class PartitionAttention(nn.Module):
             y = y.view(b, rows, down, columns, across, c).permute(0, 2, 4, 1, 3, 5)
         else:
             y = y.view(b, down, rows, across, columns, c).permute(0, 1, 3, 2, 4, 5)
-        y = self.self_attn(y.contiguous().view(-1, rows, columns, c)).view(b, down, across, rows, columns, c)
-        y = y.permute((0, 3, 1, 4, 2, 5) if self.grid else (0, 1, 3, 2, 4, 5)).contiguous().view(b, h, w, c)
+        y = self.self_attn(y.contiguous().view(-1, rows, columns, c)).view(
+            b, down, across, rows, columns, c
+        )
+        y = (
+            y.permute((0, 3, 1, 4, 2, 5) if self.grid else (0, 1, 3, 2, 4, 5))
+            .contiguous()
+            .view(b, h, w, c)
+        )
         x = x + self.ls1(y)
         return x + self.ls2(self.mlp(self.norm2(x)))
 
@@ -114,20 +123,28 @@ class ConvLSTM(nn.Module):
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         hidden, cell = (torch.zeros_like(x), torch.zeros_like(x)) if state is None else state
-        gates, candidate = self.conv1x1(torch.cat((x, hidden), dim=1)).tensor_split([3 * self.dim], dim=1)
+        gates, candidate = self.conv1x1(torch.cat((x, hidden), dim=1)).tensor_split(
+            [3 * self.dim], dim=1
+        )
         forget, write, read = gates.sigmoid().tensor_split(3, dim=1)
         cell = forget * cell + write * candidate.tanh()
         return read * cell.tanh(), cell
 
 
 class Stage(nn.Module):
-    def __init__(self, channels: int, dim: int, factor: int, blocks: int, config: BackboneConfig) -> None:
+    def __init__(
+        self, channels: int, dim: int, factor: int, blocks: int, config: BackboneConfig
+    ) -> None:
         super().__init__()
         self.downsample_cf2cl = Downsample(channels, dim, factor)
-        self.att_blocks = nn.ModuleList(AttentionPair(dim, config, first=i == 0) for i in range(blocks))
+        self.att_blocks = nn.ModuleList(
+            AttentionPair(dim, config, first=i == 0) for i in range(blocks)
+        )
         self.lstm = ConvLSTM(dim)
 
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None, partition: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, Tensor] | None, partition: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
         x = self.downsample_cf2cl(x)
         for pair in self.att_blocks:
             x = pair(x, partition)
@@ -139,8 +156,10 @@ class FrameBackbone(nn.Module):
         super().__init__()
         self.split = 32 * config.partition_split_32
         inputs = [in_channels, *config.dims[:-1]]
-        self.stages = nn.ModuleList(Stage(inputs[i], config.dims[i], 4 if i == 0 else 2, config.num_blocks[i], config)
-                                    for i in range(4))
+        self.stages = nn.ModuleList(
+            Stage(inputs[i], config.dims[i], 4 if i == 0 else 2, config.num_blocks[i], config)
+            for i in range(4)
+        )
 
     def forward(self, x: Tensor, states: State | None) -> State:
         """x: (B, C, H, W) of one frame, padded. The hidden states are the features."""
@@ -204,9 +223,15 @@ class PAFPN(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         fine, middle, coarse = features
         lateral0 = self.lateral_conv0(coarse)
-        x = self.C3_p4(torch.cat((F.interpolate(lateral0, scale_factor=2, mode="nearest-exact"), middle), 1))
+        x = self.C3_p4(
+            torch.cat((F.interpolate(lateral0, scale_factor=2, mode="nearest-exact"), middle), 1)
+        )
         lateral1 = self.reduce_conv1(x)
-        out = [self.C3_p3(torch.cat((F.interpolate(lateral1, scale_factor=2, mode="nearest-exact"), fine), 1))]
+        out = [
+            self.C3_p3(
+                torch.cat((F.interpolate(lateral1, scale_factor=2, mode="nearest-exact"), fine), 1)
+            )
+        ]
         out.append(self.C3_n3(torch.cat((self.bu_conv2(out[-1]), lateral1), 1)))
         out.append(self.C3_n4(torch.cat((self.bu_conv1(out[-1]), lateral0), 1)))
         return out
@@ -231,20 +256,29 @@ class Head(nn.Module):
         self.classes = classes
 
         def branch() -> nn.ModuleList:
-            return nn.ModuleList(nn.Sequential(BaseConv(hidden, hidden, 3), BaseConv(hidden, hidden, 3)) for _ in in_channels)
+            return nn.ModuleList(
+                nn.Sequential(BaseConv(hidden, hidden, 3), BaseConv(hidden, hidden, 3))
+                for _ in in_channels
+            )
 
         def prediction(outputs: int) -> nn.ModuleList:
             return nn.ModuleList(nn.Conv2d(hidden, outputs, 1) for _ in in_channels)
 
         self.stems = nn.ModuleList(BaseConv(c, hidden, 1) for c in in_channels)
         self.cls_convs, self.reg_convs = branch(), branch()
-        self.cls_preds, self.reg_preds, self.obj_preds = prediction(classes), prediction(4), prediction(1)
+        self.cls_preds, self.reg_preds, self.obj_preds = (
+            prediction(classes),
+            prediction(4),
+            prediction(1),
+        )
         for conv in (*self.cls_preds, *self.obj_preds):
             nn.init.constant_(conv.bias, -math.log(99))
         self.grids: dict[tuple, Tensor] = {}  # made once per size
         self.all_cells: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def forward(self, features: Sequence[Tensor], targets: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+    def forward(
+        self, features: Sequence[Tensor], targets: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """targets: (n, G, 5) class, cx, cy, w, h, rows of zeros are padding; wanted in training.
 
         Returns:
@@ -254,20 +288,30 @@ class Head(nn.Module):
         for i, (x, stride) in enumerate(zip(features, self.strides, strict=True)):
             x = self.stems[i](x)
             kinds, boxes = self.cls_convs[i](x), self.reg_convs[i](x)
-            classes, box, objectness = self.cls_preds[i](kinds), self.reg_preds[i](boxes), self.obj_preds[i](boxes)
+            classes, box, objectness = (
+                self.cls_preds[i](kinds),
+                self.reg_preds[i](boxes),
+                self.obj_preds[i](boxes),
+            )
             grid = self._grid(*x.shape[-2:], x)
             if self.training:
-                trained.append(_flat_decoded(torch.cat((box, objectness, classes), 1), grid, stride))
+                trained.append(
+                    _flat_decoded(torch.cat((box, objectness, classes), 1), grid, stride)
+                )
                 strides.append(torch.zeros(1, grid.shape[1]).fill_(stride).type_as(x))
             grids.append(grid)
             decoded.append(torch.cat((box, objectness.sigmoid(), classes.sigmoid()), 1))
         losses = None
         if self.training:
             assert targets is not None
-            losses = self.losses(torch.cat(grids, 1)[0], torch.cat(strides, 1)[0], targets, torch.cat(trained, 1))
+            losses = self.losses(
+                torch.cat(grids, 1)[0], torch.cat(strides, 1)[0], targets, torch.cat(trained, 1)
+            )
         flat = torch.cat([x.flatten(start_dim=2) for x in decoded], dim=2).permute(0, 2, 1)
         places, scale = self._all_cells(grids)
-        return torch.cat(((flat[..., :2] + places) * scale, flat[..., 2:4].exp() * scale, flat[..., 4:]), dim=-1), losses
+        return torch.cat(
+            ((flat[..., :2] + places) * scale, flat[..., 2:4].exp() * scale, flat[..., 4:]), dim=-1
+        ), losses
 
     def _grid(self, height: int, width: int, like: Tensor) -> Tensor:
         """(1, cells, 2): column and row."""
@@ -280,11 +324,15 @@ class Head(nn.Module):
     def _all_cells(self, grids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         key = (*(g.shape[1] for g in grids), grids[0].dtype, grids[0].device)
         if key not in self.all_cells:
-            strides = [torch.full_like(grid[..., :1], stride) for grid, stride in zip(grids, self.strides)]
+            strides = [
+                torch.full_like(grid[..., :1], stride) for grid, stride in zip(grids, self.strides)
+            ]
             self.all_cells[key] = torch.cat(list(grids), 1), torch.cat(strides, 1)
         return self.all_cells[key]
 
-    def losses(self, places: Tensor, strides: Tensor, targets: Tensor, outputs: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, places: Tensor, strides: Tensor, targets: Tensor, outputs: Tensor
+    ) -> dict[str, Tensor]:
         boxes, objectness, classes = outputs[..., :4], outputs[..., 4:5], outputs[..., 5:]
         labels = (targets.sum(dim=2) > 0).sum(dim=1)
         class_targets, box_targets, object_targets, masks, positives = [], [], [], [], 0
@@ -299,26 +347,47 @@ class Head(nn.Module):
             kinds, wanted = targets[i, :count, 0], targets[i, :count, 1:5]
             found = self.assign(wanted, kinds, boxes[i], classes[i], objectness[i], places, strides)
             positives += found.count
-            class_targets.append(F.one_hot(found.kind.to(torch.int64), self.classes) * found.iou.unsqueeze(-1))
+            class_targets.append(
+                F.one_hot(found.kind.to(torch.int64), self.classes) * found.iou.unsqueeze(-1)
+            )
             box_targets.append(wanted[found.box])
             object_targets.append(found.foreground.unsqueeze(-1).to(outputs.dtype))
             masks.append(found.foreground)
         mask, share = torch.cat(masks), max(positives, 1)
         iou = _iou_loss(boxes.reshape(-1, 4)[mask], torch.cat(box_targets)).sum() / share
         conf = _cross_entropy(objectness.reshape(-1, 1), torch.cat(object_targets)).sum() / share
-        cls = _cross_entropy(classes.reshape(-1, self.classes)[mask], torch.cat(class_targets)).sum() / share
-        return {"loss": 5.0 * iou + conf + cls, "iou_loss": 5.0 * iou, "conf_loss": conf, "cls_loss": cls}
+        cls = (
+            _cross_entropy(classes.reshape(-1, self.classes)[mask], torch.cat(class_targets)).sum()
+            / share
+        )
+        return {
+            "loss": 5.0 * iou + conf + cls,
+            "iou_loss": 5.0 * iou,
+            "conf_loss": conf,
+            "cls_loss": cls,
+        }
 
     @torch.no_grad()
-    def assign(self, wanted: Tensor, kinds: Tensor, boxes: Tensor, classes: Tensor, objectness: Tensor, places: Tensor,
-               strides: Tensor) -> Assigned:
+    def assign(
+        self,
+        wanted: Tensor,
+        kinds: Tensor,
+        boxes: Tensor,
+        classes: Tensor,
+        objectness: Tensor,
+        places: Tensor,
+        strides: Tensor,
+    ) -> Assigned:
         """SimOTA of one frame: wanted (G, 4), kinds (G,), the rest per cell."""
         mask, near = _near_centre(wanted, places, strides)
         iou = _pairwise_iou(wanted, boxes[mask])
         score = (classes[mask].float().sigmoid_() * objectness[mask].float().sigmoid_()).sqrt()
         onehot = F.one_hot(kinds.to(torch.int64), self.classes).float()
-        class_cost = F.binary_cross_entropy(score.unsqueeze(0).repeat(len(wanted), 1, 1),
-                                            onehot.unsqueeze(1).repeat(1, len(score), 1), reduction="none").sum(-1)
+        class_cost = F.binary_cross_entropy(
+            score.unsqueeze(0).repeat(len(wanted), 1, 1),
+            onehot.unsqueeze(1).repeat(1, len(score), 1),
+            reduction="none",
+        ).sum(-1)
         cost = class_cost - 3.0 * torch.log(iou + 1e-8) + 1e6 * (~near)
         return _match(cost, iou, kinds, mask)
 
@@ -326,7 +395,11 @@ class Head(nn.Module):
 def _flat_decoded(output: Tensor, grid: Tensor, stride: int) -> Tensor:
     """(n, 5 + classes, h, w) raw -> (n, h * w, 5 + classes), its boxes in pixels."""
     n, channels = output.shape[:2]
-    output = output.view(n, 1, channels, *output.shape[2:]).permute(0, 1, 3, 4, 2).reshape(n, -1, channels)
+    output = (
+        output.view(n, 1, channels, *output.shape[2:])
+        .permute(0, 1, 3, 4, 2)
+        .reshape(n, -1, channels)
+    )
     output[..., :2] = (output[..., :2] + grid) * stride
     output[..., 2:4] = torch.exp(output[..., 2:4]) * stride
     return output
@@ -334,7 +407,10 @@ def _flat_decoded(output: Tensor, grid: Tensor, stride: int) -> Tensor:
 
 def _near_centre(wanted: Tensor, places: Tensor, strides: Tensor) -> tuple[Tensor, Tensor]:
     """(cells,) bool: near any box's centre. (G, those cells) bool: near this box's."""
-    x, y = ((places[:, 0] + 0.5) * strides).unsqueeze(0), ((places[:, 1] + 0.5) * strides).unsqueeze(0)
+    x, y = (
+        ((places[:, 0] + 0.5) * strides).unsqueeze(0),
+        ((places[:, 1] + 0.5) * strides).unsqueeze(0),
+    )
     reach = strides.unsqueeze(0) * 1.5
     left, right = x - (wanted[:, 0:1] - reach), (wanted[:, 0:1] + reach) - x
     top, bottom = y - (wanted[:, 1:2] - reach), (wanted[:, 1:2] + reach) - y
@@ -389,7 +465,9 @@ class FrameByFrame(nn.Module):
         super().__init__()
         plain = config.fpn.in_stages == [2, 3, 4] and not config.fpn.enable_small_object_attention
         if not plain or config.backbone.dws_conv or config.head.size_aware_loss:
-            raise ValueError("the frame-by-frame version knows 3 scales without attention, without dws_conv and size_aware_loss")
+            raise ValueError(
+                "the frame-by-frame version knows 3 scales without attention, without dws_conv and size_aware_loss"
+            )
         self.backbone = FrameBackbone(config.backbone, in_channels)
         dims = config.backbone.dims[1:]
         self.fpn = PAFPN(dims, config.fpn.depth)
@@ -398,10 +476,18 @@ class FrameByFrame(nn.Module):
     def padded(self, frames: Tensor) -> Tensor:
         """(B, C, H, W) uint8 -> the weights' kind, with zeros below and on the right up to what windows divide."""
         split, (height, width) = self.backbone.split, frames.shape[-2:]
-        return F.pad(frames.to(self.fpn.lateral_conv0.conv.weight.dtype), (0, -width % split, 0, -height % split))
+        return F.pad(
+            frames.to(self.fpn.lateral_conv0.conv.weight.dtype),
+            (0, -width % split, 0, -height % split),
+        )
 
-    def losses(self, frames: Tensor, state: State | None, labelled: Sequence[Sequence[int]],
-               targets: Tensor) -> tuple[dict[str, Tensor], State]:
+    def losses(
+        self,
+        frames: Tensor,
+        state: State | None,
+        labelled: Sequence[Sequence[int]],
+        targets: Tensor,
+    ) -> tuple[dict[str, Tensor], State]:
         """
         Args:
             frames: (T, B, C, H, W) uint8. state: None begins at zero. labelled: per frame the lanes that have labels.

@@ -41,18 +41,38 @@ NOTHING = AugmentationConfig(hflip=0, zoom=0)
 def prepared(folder: Path, seconds: float) -> Path:
     """Shards of simulated recordings; what is there already stays."""
     raw, shards = folder / "raw", folder / "shards"
-    for command in (["simulate", str(raw), "--recordings", "train=4", "--seconds", f"{seconds:g}"],
-                    ["simulate", str(raw), "--recordings", "val=1", "--seconds", "0.5"],
-                    ["prep", f"source={raw}", f"output={shards}", "dataset=simulated"]):
-        subprocess.run([sys.executable, "-m", "evspan.launch", *command], check=True, stdout=subprocess.DEVNULL, timeout=600)
+    for command in (
+        ["simulate", str(raw), "--recordings", "train=4", "--seconds", f"{seconds:g}"],
+        ["simulate", str(raw), "--recordings", "val=1", "--seconds", "0.5"],
+        ["prep", f"source={raw}", f"output={shards}", "dataset=simulated"],
+    ):
+        subprocess.run(
+            [sys.executable, "-m", "evspan.launch", *command],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            timeout=600,
+        )
     return shards
 
 
-def loader(data: Dataset, sampling: Sampling, lanes: int, augmentation: AugmentationConfig) -> Loader:
-    config = TrainingConfig(batch_size=lanes, sequence_length=LENGTH, sampling=sampling, augmentation=augmentation,
-                            loader_workers=1)
-    plan = SamplingPlan([r.frames for r in data.recordings], [r.labelled for r in data.recordings], lanes=lanes,
-                        sequence_length=LENGTH, sampling=sampling, seed=0)
+def loader(
+    data: Dataset, sampling: Sampling, lanes: int, augmentation: AugmentationConfig
+) -> Loader:
+    config = TrainingConfig(
+        batch_size=lanes,
+        sequence_length=LENGTH,
+        sampling=sampling,
+        augmentation=augmentation,
+        loader_workers=1,
+    )
+    plan = SamplingPlan(
+        [r.frames for r in data.recordings],
+        [r.labelled for r in data.recordings],
+        lanes=lanes,
+        sequence_length=LENGTH,
+        sampling=sampling,
+        seed=0,
+    )
     return Loader(data, plan, range(lanes), range(LENGTH), config, seed=0)
 
 
@@ -75,8 +95,13 @@ def reading(data: Dataset, sampling: Sampling, given: argparse.Namespace) -> boo
         for name, how in (("augmented", AugmentationConfig()), ("as stored", NOTHING)):
             batches = max(1, given.frames // (lanes * LENGTH))
             told = rate(loader(data, sampling, lanes, how), batches, given.repeats)
-            row(f"{sampling.name}, lanes: {lanes}, {name}", f"{told:.0f} frames/s", str(PUBLISHED[sampling.name]), f">= {WANTED}",
-                told >= WANTED)
+            row(
+                f"{sampling.name}, lanes: {lanes}, {name}",
+                f"{told:.0f} frames/s",
+                str(PUBLISHED[sampling.name]),
+                f">= {WANTED}",
+                told >= WANTED,
+            )
             reached &= told >= WANTED
     return reached
 
@@ -84,30 +109,61 @@ def reading(data: Dataset, sampling: Sampling, given: argparse.Namespace) -> boo
 def waiting(shards: Path, given: argparse.Namespace) -> bool:
     """Shares that the run itself logs, after a first stretch of warming up."""
     with TemporaryDirectory(prefix="evspan-") as run:
-        settings = {"dataset.root": shards, "run_dir": run, "size": given.size, "training.batch_size": 2,
-                    "training.sequence_length": LENGTH, "training.loader_workers": 2, "training.max_steps": 5 * given.steps,
-                    "training.log_every": given.steps,
-                    "training.evaluate_every": 0, "evaluation.write_detections": "false"}
-        subprocess.run([sys.executable, "-m", "evspan.launch", "train", *(f"{k}={v}" for k, v in settings.items())], check=True,
-                       stdout=subprocess.DEVNULL, timeout=900)
+        settings = {
+            "dataset.root": shards,
+            "run_dir": run,
+            "size": given.size,
+            "training.batch_size": 2,
+            "training.sequence_length": LENGTH,
+            "training.loader_workers": 2,
+            "training.max_steps": 5 * given.steps,
+            "training.log_every": given.steps,
+            "training.evaluate_every": 0,
+            "evaluation.write_detections": "false",
+        }
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "evspan.launch",
+                "train",
+                *(f"{k}={v}" for k, v in settings.items()),
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            timeout=900,
+        )
         events = EventAccumulator(run + "/tensorboard")
         events.Reload()
-        shares, speeds = ([e.value for e in events.Scalars(f"speed/{name}")][1:] for name in ("data_wait_share", "frames_per_s"))
-    row(f"a training step's wait for data, {given.size}, 2 lanes, 2 workers ({median(speeds):.1f} frames/s)",
-        f"{median(shares):.1%}", "", f"< {MAX_WAIT:.0%}", median(shares) < MAX_WAIT)
+        shares, speeds = (
+            [e.value for e in events.Scalars(f"speed/{name}")][1:]
+            for name in ("data_wait_share", "frames_per_s")
+        )
+    row(
+        f"a training step's wait for data, {given.size}, 2 lanes, 2 workers ({median(speeds):.1f} frames/s)",
+        f"{median(shares):.1%}",
+        "",
+        f"< {MAX_WAIT:.0%}",
+        median(shares) < MAX_WAIT,
+    )
     return median(shares) < MAX_WAIT
 
 
 def row(what: str, ours: str, published: str, goal: str, reached: bool | None) -> None:
-    print(f"| {what} | {ours} | {published} | {goal} | {'' if reached is None else 'yes' if reached else 'NO'} |", flush=True)
+    print(
+        f"| {what} | {ours} | {published} | {goal} | {'' if reached is None else 'yes' if reached else 'NO'} |",
+        flush=True,
+    )
 
 
 def tell(shards: Path) -> None:
     entries = load_manifest(shards).split("train")
     frames, events = sum(r.frames for r in entries), sum(r.events for r in entries)
     size = sum((shards / path).stat().st_size for path in {r.shard for r in entries})
-    print(f"{frames} frames of {len(entries)} recordings, {events / frames / 1e3:.0f} k events and {size / frames / 1e3:.0f} kB "
-          "each\n")
+    print(
+        f"{frames} frames of {len(entries)} recordings, {events / frames / 1e3:.0f} k events and {size / frames / 1e3:.0f} kB "
+        "each\n"
+    )
     print("| what | ours | published | to reach | reached |\n|---|---|---|---|---|")
 
 
@@ -131,8 +187,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6, help="of a recording")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--size", default="tiny", help="of the network in wait")
-    parser.add_argument("--steps", type=int, default=4, help="of a stretch that wait logs; five are run")
-    parser.add_argument("--folder", type=Path, help="where recordings and shards are kept for the next time")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="of a stretch that wait logs; five are run"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where recordings and shards are kept for the next time"
+    )
     given = parser.parse_args()
     machine()
     keep_freed_memory()  # as every rank does
@@ -140,8 +200,11 @@ def main() -> None:
         shards = prepared(folder, given.seconds)
         data = open_dataset(DatasetConfig(root=str(shards)), "train")
         tell(shards)
-        reached = [reading(data, kind, given) for name, kind in (("streaming", Sampling.stream), ("random", Sampling.random))
-                   if name in given.rows]
+        reached = [
+            reading(data, kind, given)
+            for name, kind in (("streaming", Sampling.stream), ("random", Sampling.random))
+            if name in given.rows
+        ]
         if "wait" in given.rows:
             reached.append(waiting(shards, given))
     sys.exit(0 if all(reached) else 1)

@@ -34,17 +34,33 @@ def resident_mb(pid: int) -> float:
 def simulated(folder: Path, seconds: float) -> Path:
     """Two recordings of the same content."""
     arguments = [str(folder), "--recordings", "train=1", "--seconds", str(seconds)]
-    subprocess.run([sys.executable, "-m", "evspan.launch.cli.simulate", *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "evspan.launch.cli.simulate", *arguments],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     for ending in ("td.raw", "bbox.npy"):
-        (folder / "train" / f"train_001_{ending}").hardlink_to(folder / "train" / f"train_000_{ending}")
+        (folder / "train" / f"train_001_{ending}").hardlink_to(
+            folder / "train" / f"train_000_{ending}"
+        )
     return folder
 
 
 def peak_mb(source: Path, output: Path) -> tuple[float, int, float]:
     """(peak, processes at that moment, seconds)."""
     began, peak, processes = time.perf_counter(), 0.0, 0
-    command = subprocess.Popen([sys.executable, "-m", "evspan.launch", "prep", f"source={source}", f"output={output}", "processes=2"],
-                               stdout=subprocess.DEVNULL)
+    command = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "evspan.launch",
+            "prep",
+            f"source={source}",
+            f"output={output}",
+            "processes=2",
+        ],
+        stdout=subprocess.DEVNULL,
+    )
     while command.poll() is None:
         members = family(command.pid)
         now = sum(map(resident_mb, members))
@@ -56,9 +72,17 @@ def peak_mb(source: Path, output: Path) -> tuple[float, int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, nargs=2, default=(10, 60), metavar=("SHORT", "LONG"))
-    parser.add_argument("--folder", type=Path, help="for 2 GB of recordings and shards (default: the system's temporary folder)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds", type=float, nargs=2, default=(10, 60), metavar=("SHORT", "LONG")
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="for 2 GB of recordings and shards (default: the system's temporary folder)",
+    )
     given = parser.parse_args()
     peaks = []
     with TemporaryDirectory(dir=given.folder) as folder:
@@ -67,8 +91,11 @@ def main() -> None:
             peak, processes, took = peak_mb(source, Path(folder) / f"shards{seconds:g}")
             peaks.append(peak)
             size = (source / "train" / "train_000_td.raw").stat().st_size / 1e6
-            print(f"2 recordings of {seconds:g} s, {size:.0f} MB each: peak {peak:.0f} MB in {processes} processes, "
-                  f"{took:.1f} s", flush=True)
+            print(
+                f"2 recordings of {seconds:g} s, {size:.0f} MB each: peak {peak:.0f} MB in {processes} processes, "
+                f"{took:.1f} s",
+                flush=True,
+            )
     print(f"ratio {peaks[1] / peaks[0]:.2f} (at most {LIMIT})")
     sys.exit(peaks[1] > LIMIT * peaks[0])
 

@@ -24,16 +24,27 @@ from support.slurm_cluster import Cluster  # noqa: E402  isort: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    keeper = subprocess.Popen([sys.executable, str(Path(__file__).parent.parent / "slurm_cluster.py")], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True)
+    keeper = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent.parent / "slurm_cluster.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         cluster = Cluster(Path(keeper.stdout.readline().strip().partition("=")[2]))
         with TemporaryDirectory(prefix="evspan-") as folder:
-            shards = write_small_shards(Path(folder) / "shards", {"train": [60, 44, 52], "val": [12]})
-            rounds = [measured(cluster, shards, Path(folder) / str(number)) for number in range(given.rounds)]
+            shards = write_small_shards(
+                Path(folder) / "shards", {"train": [60, 44, 52], "val": [12]}
+            )
+            rounds = [
+                measured(cluster, shards, Path(folder) / str(number))
+                for number in range(given.rounds)
+            ]
     finally:
         keeper.stdin.close()
         keeper.wait(30)
@@ -41,11 +52,15 @@ def main() -> None:
     for name in rounds[0]:
         values = [each[name] for each in rounds]
         start, _, end = name.partition(" -> ")
-        print(f"| {start} | {end} | {median(values):.1f} | {' '.join(f'{value:.1f}' for value in values)} |")
+        print(
+            f"| {start} | {end} | {median(values):.1f} | {' '.join(f'{value:.1f}' for value in values)} |"
+        )
 
 
 def measured(cluster: Cluster, shards: Path, run: Path) -> dict[str, float]:
-    process = evspan(cluster, "submit", *keys(shards, run, "training.max_steps=100000", "cluster.detach=true"))
+    process = evspan(
+        cluster, "submit", *keys(shards, run, "training.max_steps=100000", "cluster.detach=true")
+    )
     assert process.wait(60) == 0
     wait_for(lambda: events(run, "running"))
     time.sleep(3)
@@ -55,12 +70,18 @@ def measured(cluster: Cluster, shards: Path, run: Path) -> dict[str, float]:
     cluster.end_jobs()
     submitted = json.loads((run / "submitted.json").read_text())["time"]
     first, second = events(run, "running")
-    saved, requeued, again = (events(run, name)[at]["time"] for name, at in (("saved", 0), ("requeued", 0), ("start", 1)))
+    saved, requeued, again = (
+        events(run, name)[at]["time"] for name, at in (("saved", 0), ("requeued", 0), ("start", 1))
+    )
     began = second["time"] - second["seconds"]
-    return {"sbatch -> first step": first["time"] - submitted, "signal -> saved": saved - signalled,
-            "saved -> SLURM asked to requeue": requeued - saved,
-            "requeued -> ranks started again (SLURM's wait)": began - requeued,
-            "ranks started -> training again": second["time"] - began, "of which imports and set-up": again - began}
+    return {
+        "sbatch -> first step": first["time"] - submitted,
+        "signal -> saved": saved - signalled,
+        "saved -> SLURM asked to requeue": requeued - saved,
+        "requeued -> ranks started again (SLURM's wait)": began - requeued,
+        "ranks started -> training again": second["time"] - began,
+        "of which imports and set-up": again - began,
+    }
 
 
 if __name__ == "__main__":

@@ -22,7 +22,10 @@ from torch.nn.functional import interpolate
 
 BINS, CUTOFF, WINDOW_US, HEIGHT, WIDTH = 10, 10, 50_000, 720, 1280
 FIRST_LABEL_US, JITTER_US, MIN_SIDE, CLASSES = 100_000, 2000, 5, 3
-BLOSC_ZSTD = {"compression": 32001, "compression_opts": (0, 0, 0, 0, 1, 1, 5)}  # level 1, byte shuffle
+BLOSC_ZSTD = {
+    "compression": 32001,
+    "compression_opts": (0, 0, 0, 0, 1, 1, 5),
+}  # level 1, byte shuffle
 REPRESENTATION = Path("event_representations_v2") / "stacked_histogram_dt=50_nbins=10"
 
 
@@ -31,7 +34,10 @@ def filtered(labels: np.ndarray, train: bool) -> np.ndarray:
     labels = labels[labels["class_id"] < CLASSES]
     right = np.clip(labels["x"] + labels["w"], 0, WIDTH - 1)
     bottom = np.clip(labels["y"] + labels["h"], 0, HEIGHT - 1)
-    labels["x"], labels["y"] = np.clip(labels["x"], 0, WIDTH - 1), np.clip(labels["y"], 0, HEIGHT - 1)
+    labels["x"], labels["y"] = (
+        np.clip(labels["x"], 0, WIDTH - 1),
+        np.clip(labels["y"], 0, HEIGHT - 1),
+    )
     labels["w"], labels["h"] = right - labels["x"], bottom - labels["y"]
     labels = labels[(labels["w"] > 0) & (labels["h"] > 0)]
     labels = labels[(labels["w"] >= MIN_SIDE) & (labels["h"] >= MIN_SIDE)]
@@ -62,14 +68,21 @@ def frame_ends(labelled_us: np.ndarray, windows: list[int]) -> np.ndarray:
 
 
 # -- frames --------------------------------------------------------------------------------------------------------
-def histogram(x: Tensor, y: Tensor, p: Tensor, t: Tensor, height: int = HEIGHT, width: int = WIDTH) -> Tensor:
+def histogram(
+    x: Tensor, y: Tensor, p: Tensor, t: Tensor, height: int = HEIGHT, width: int = WIDTH
+) -> Tensor:
     """(2 * BINS, height, width) uint8 counts of one window; x, y, p, t: (N,) int64."""
     counts = torch.zeros((2, BINS, height, width), dtype=torch.uint8)
     if x.numel():
         assert p.min() >= 0 and p.max() <= 1
         share = (t - t[0]) / max(t[-1] - t[0], torch.tensor(1))
         bin_ = torch.clamp((share * BINS).floor(), max=BINS - 1)
-        where = x.long() + width * y.long() + height * width * bin_.long() + BINS * height * width * p.long()
+        where = (
+            x.long()
+            + width * y.long()
+            + height * width * bin_.long()
+            + BINS * height * width * p.long()
+        )
         counts.put_(where, torch.ones_like(where, dtype=torch.uint8), accumulate=True)
     return torch.clamp(counts, min=0, max=CUTOFF).reshape(2 * BINS, height, width)
 
@@ -84,14 +97,20 @@ def write_frames(recording: Path, out: Path, ends: np.ndarray) -> int:
     unfinished = out.with_name(f"{out.stem}_in_progress{out.suffix}")
     with h5py.File(recording, "r") as source, h5py.File(unfinished, "w") as target:
         events = source["events"]
-        height, width = (int(events[side][()]) if side in events else default
-                         for side, default in (("height", HEIGHT), ("width", WIDTH)))
+        height, width = (
+            int(events[side][()]) if side in events else default
+            for side, default in (("height", HEIGHT), ("width", WIDTH))
+        )
         times = np.maximum.accumulate(np.asarray(events["t"]))
         first = np.searchsorted(times, ends - WINDOW_US, side="left")
         last = np.searchsorted(times, ends, side="right")
-        data = target.create_dataset("data", (1, *shape), "uint8", chunks=(1, *shape), maxshape=(None, *shape), **BLOSC_ZSTD)
+        data = target.create_dataset(
+            "data", (1, *shape), "uint8", chunks=(1, *shape), maxshape=(None, *shape), **BLOSC_ZSTD
+        )
         for i, (start, stop) in enumerate(zip(first, last, strict=True)):
-            x, y, p = (torch.from_numpy(np.asarray(events[c][start:stop], dtype=np.int64)) for c in "xyp")
+            x, y, p = (
+                torch.from_numpy(np.asarray(events[c][start:stop], dtype=np.int64)) for c in "xyp"
+            )
             p = torch.clamp(p, min=0)
             t = torch.from_numpy(np.asarray(times[start:stop], dtype=np.int64))
             frame = half_resolution(histogram(x, y, p, t, height, width))
@@ -115,8 +134,11 @@ def prepare_recording(recording: Path, out: Path) -> int:
     ends = frame_ends(labelled_us, windows)
     per_frame = [labels[labels["t"] == time] for time in labelled_us]
     (out / "labels_v2").mkdir(parents=True)
-    np.savez(out / "labels_v2" / "labels.npz", labels=np.concatenate(per_frame),
-             objframe_idx_2_label_idx=np.cumsum([0, *map(len, per_frame[:-1])]))
+    np.savez(
+        out / "labels_v2" / "labels.npz",
+        labels=np.concatenate(per_frame),
+        objframe_idx_2_label_idx=np.cumsum([0, *map(len, per_frame[:-1])]),
+    )
     np.save(out / "labels_v2" / "timestamps_us.npy", labelled_us)
     folder = out / REPRESENTATION
     folder.mkdir(parents=True)
@@ -127,7 +149,10 @@ def prepare_recording(recording: Path, out: Path) -> int:
 
 def _prepare_below(source: Path, out: Path, recording: Path) -> int:
     torch.set_num_threads(1)
-    return prepare_recording(recording, out / recording.relative_to(source).with_name(recording.name.removesuffix("_td.h5")))
+    return prepare_recording(
+        recording,
+        out / recording.relative_to(source).with_name(recording.name.removesuffix("_td.h5")),
+    )
 
 
 def prepare(source: Path, out: Path, processes: int = 1) -> int:
@@ -140,7 +165,9 @@ def prepare(source: Path, out: Path, processes: int = 1) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("raw", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--processes", type=int, default=1)

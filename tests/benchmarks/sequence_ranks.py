@@ -25,12 +25,22 @@ from evspan.pipeline.model.sequence_protocol import LocalExchange
 from evspan.pipeline.parallel.collectives import Mail
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import Mesh, open_mesh
-from evspan.pipeline.parallel.reductions import barrier, gather_objects, gather_over_ranks, sum_over_ranks
+from evspan.pipeline.parallel.reductions import (
+    barrier,
+    gather_objects,
+    gather_over_ranks,
+    sum_over_ranks,
+)
 from evspan.pipeline.parallel.world import open_world
 from torch import Tensor
 
 CHANNELS, CLASSES, MOST = 20, 3, 10
-SIZES = {"micro": (16, 8, 0.33), "tiny": (32, 32, 0.33), "small": (48, 24, 0.33), "base": (64, 32, 0.67)}
+SIZES = {
+    "micro": (16, 8, 0.33),
+    "tiny": (32, 32, 0.33),
+    "small": (48, 24, 0.33),
+    "base": (64, 32, 0.67),
+}
 WARM_SIZE = (96, 128)  # of a first step's frames: what libraries set up once is no step's
 TIMEOUT_S = 600
 ALL_TO_ALL = dist.all_to_all_single  # itself, also while it is tapped
@@ -54,8 +64,10 @@ class Asked:
 def model_of(size: str, *, attention: bool = False) -> ModelConfig:
     """LayerScale at 0.1 instead of 1e-5, so that a difference anywhere reaches the loss."""
     embed_dim, dim_head, depth = SIZES[size]
-    return ModelConfig(backbone=BackboneConfig(embed_dim=embed_dim, dim_head=dim_head, ls_init_value=0.1),
-                       fpn=FpnConfig(depth=depth, enable_small_object_attention=attention))
+    return ModelConfig(
+        backbone=BackboneConfig(embed_dim=embed_dim, dim_head=dim_head, ls_init_value=0.1),
+        fpn=FpnConfig(depth=depth, enable_small_object_attention=attention),
+    )
 
 
 def inputs(which: range, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,7 +75,11 @@ def inputs(which: range, height: int, width: int) -> tuple[Tensor, Tensor, Tenso
 
     Each frame is drawn from its number, so all layouts get the same.
     """
-    frames, boxes, counts = torch.empty(len(which), 1, CHANNELS, height, width, dtype=torch.uint8), [], []
+    frames, boxes, counts = (
+        torch.empty(len(which), 1, CHANNELS, height, width, dtype=torch.uint8),
+        [],
+        [],
+    )
     for t, frame in zip(which, frames, strict=True):
         g = torch.Generator().manual_seed(t)
         frame.copy_((torch.rand(frame.shape, generator=g) * 100 - 96).clamp(min=0).ceil())
@@ -71,27 +87,50 @@ def inputs(which: range, height: int, width: int) -> tuple[Tensor, Tensor, Tenso
             count = int(torch.randint(3, MOST + 1, (), generator=g))
             place = torch.rand(MOST, 4, generator=g)
             kind = torch.randint(0, CLASSES, (MOST, 1), generator=g)
-            row = torch.cat((kind, place[:, :2] * torch.tensor([width, height]), 10 + place[:, 2:] * 90), 1)
+            row = torch.cat(
+                (kind, place[:, :2] * torch.tensor([width, height]), 10 + place[:, 2:] * 90), 1
+            )
             boxes.append(row * (torch.arange(MOST) < count)[:, None])
             counts.append(count)
     labelled = torch.tensor([[t % 2 == 0] for t in which])
-    return frames, labelled, torch.stack(boxes) if boxes else torch.zeros(0, MOST, 5), torch.tensor(counts, dtype=torch.int64)
+    return (
+        frames,
+        labelled,
+        torch.stack(boxes) if boxes else torch.zeros(0, MOST, 5),
+        torch.tensor(counts, dtype=torch.int64),
+    )
 
 
 class Side:
     """The detector and this rank's frames of a chunk, under one exchange; `alone`: the whole chunk on this rank."""
 
-    def __init__(self, asked: Asked, mesh: Mesh, kind: str, *, frames: int = 0, size: tuple[int, int] = (0, 0)) -> None:
-        length, (height, width) = frames or asked.frames, size if size[0] else (asked.height, asked.width)
+    def __init__(
+        self,
+        asked: Asked,
+        mesh: Mesh,
+        kind: str,
+        *,
+        frames: int = 0,
+        size: tuple[int, int] = (0, 0),
+    ) -> None:
+        length, (height, width) = (
+            frames or asked.frames,
+            size if size[0] else (asked.height, asked.width),
+        )
         torch.manual_seed(0)
         self.detector = Detector(model_of(asked.size, attention=asked.attention), CHANNELS)
-        self.detector.backbone.recompute, self.detector.backbone.frames_per_call = asked.checkpointed, asked.frames_per_call
+        self.detector.backbone.recompute, self.detector.backbone.frames_per_call = (
+            asked.checkpointed,
+            asked.frames_per_call,
+        )
         state, mine = self.detector.initial_state(1, height, width), range(length)
         self.over_ranks: Callable[[Tensor], Tensor] | None = None
         if kind == "alone":
             self.detector.exchange, self.state = LocalExchange(), state
         else:
-            exchange = open_exchange(ExchangeKind[kind], mesh, sequence_length=length, dws_conv=False)
+            exchange = open_exchange(
+                ExchangeKind[kind], mesh, sequence_length=length, dws_conv=False
+            )
             global_batch_norms(self.detector, RankReductions(gather_over_ranks, sum_over_ranks))
             self.detector.exchange, self.over_ranks = exchange, sum_over_ranks
             self.state, mine = exchange.scatter(state), mesh.frames(length)
@@ -102,9 +141,17 @@ class Side:
         """Forward, loss and backward."""
         self.detector.zero_grad(set_to_none=True)
         height, width = self.frames.shape[-2:]
-        raw, _ = self.detector(self.frames, self.state, starts=torch.ones(1, dtype=torch.bool), labelled=self.labelled)
-        losses = detection_loss(raw, self.boxes, self.counts, self.detector.geometry(height, width),
-                                self.detector.config.head, sum_over_ranks=self.over_ranks)
+        raw, _ = self.detector(
+            self.frames, self.state, starts=torch.ones(1, dtype=torch.bool), labelled=self.labelled
+        )
+        losses = detection_loss(
+            raw,
+            self.boxes,
+            self.counts,
+            self.detector.geometry(height, width),
+            self.detector.config.head,
+            sum_over_ranks=self.over_ranks,
+        )
         losses.total.backward()
         self.loss = float(losses.total.detach())
 
@@ -130,7 +177,9 @@ class Wire:
     bytes: dict[str, float] = field(default_factory=lambda: {"exchange": 0.0, "reductions": 0.0})
     moved: dict[str, float] = field(default_factory=lambda: {"exchange": 0.0, "reductions": 0.0})
     waited: dict[str, float] = field(default_factory=lambda: {"exchange": 0.0, "reductions": 0.0})
-    replays: list[Callable[[], object]] = field(default_factory=list)  # the all-to-alls, of memory that holds nothing
+    replays: list[Callable[[], object]] = field(
+        default_factory=list
+    )  # the all-to-alls, of memory that holds nothing
 
     def collective(self, what: str, function: Callable, sent: Callable[..., float]) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -158,23 +207,49 @@ class Wire:
         self.moved[what] += moved
         self.waited[what] += waited
 
-    def all_to_all(self, out: Tensor, x: Tensor, receive: list[int] | None, send: list[int] | None, **_: Any) -> float:
+    def all_to_all(
+        self, out: Tensor, x: Tensor, receive: list[int] | None, send: list[int] | None, **_: Any
+    ) -> float:
         ranks, me = dist.get_world_size(), dist.get_rank()
         empty = torch.empty_like(out), torch.empty_like(x)
         self.replays.append(partial(ALL_TO_ALL, *empty, receive, send))
-        return x.nbytes * (1 - 1 / ranks) if send is None else x[0].nbytes * (sum(send) - send[me]) if len(x) else 0.0
+        return (
+            x.nbytes * (1 - 1 / ranks)
+            if send is None
+            else x[0].nbytes * (sum(send) - send[me])
+            if len(x)
+            else 0.0
+        )
 
     @contextmanager
     def tapped(self) -> Iterator[None]:
         """Counts this process's collectives, a barrier before each."""
         others = dist.get_world_size() - 1
-        with patch.object(dist, "all_to_all_single", self.collective("exchange", ALL_TO_ALL, self.all_to_all)), \
-                patch.object(dist, "all_reduce", self.collective(
-                    "reductions", dist.all_reduce, lambda x, *_: 2 * x.nbytes * others / (others + 1))), \
-                patch.object(dist, "all_gather", self.collective(
-                    "reductions", dist.all_gather, lambda _, x: x.nbytes * others)), \
-                patch.object(Mail, "send", self.message(Mail.send, lambda message, _: sum(t.nbytes for t in message))), \
-                patch.object(Mail, "receive", self.message(Mail.receive, lambda *_: 0.0)):
+        with (
+            patch.object(
+                dist, "all_to_all_single", self.collective("exchange", ALL_TO_ALL, self.all_to_all)
+            ),
+            patch.object(
+                dist,
+                "all_reduce",
+                self.collective(
+                    "reductions",
+                    dist.all_reduce,
+                    lambda x, *_: 2 * x.nbytes * others / (others + 1),
+                ),
+            ),
+            patch.object(
+                dist,
+                "all_gather",
+                self.collective("reductions", dist.all_gather, lambda _, x: x.nbytes * others),
+            ),
+            patch.object(
+                Mail,
+                "send",
+                self.message(Mail.send, lambda message, _: sum(t.nbytes for t in message)),
+            ),
+            patch.object(Mail, "receive", self.message(Mail.receive, lambda *_: 0.0)),
+        ):
             yield
 
     def bare(self, repeats: int = 3) -> float:
@@ -245,8 +320,15 @@ def share(asked: Asked, mesh: Mesh) -> dict[str, Any]:
         side.train()
     barrier()  # a rank that ends takes the messages with it that it has not sent yet
     tapped = time.perf_counter() - began
-    return {"step": median(took), "tapped": tapped, "calls": wire.calls, "bytes": wire.bytes, "moved": wire.moved,
-            "waited": wire.waited, "bare": wire.bare() if wire.replays else None}
+    return {
+        "step": median(took),
+        "tapped": tapped,
+        "calls": wire.calls,
+        "bytes": wire.bytes,
+        "moved": wire.moved,
+        "waited": wire.waited,
+        "bare": wire.bare() if wire.replays else None,
+    }
 
 
 def peak(asked: Asked, mesh: Mesh) -> dict[str, Any]:
@@ -261,11 +343,17 @@ def peak(asked: Asked, mesh: Mesh) -> dict[str, Any]:
     side.train()
     barrier()
     gradients = sum(p.numel() * p.element_size() for p in side.detector.parameters())
-    return {"peak": 1024 * (_kilobytes("VmHWM") - before), "gradients": gradients, "losses": sum(gather_objects(side.loss))}
+    return {
+        "peak": 1024 * (_kilobytes("VmHWM") - before),
+        "gradients": gradients,
+        "losses": sum(gather_objects(side.loss)),
+    }
 
 
 def _kilobytes(name: str) -> int:
-    told = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    told = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return int(told.split()[1])
 
 
@@ -273,10 +361,16 @@ TASKS = {"rounds": rounds, "share": share, "peak": peak}
 
 
 def main(folder: str, told: str) -> None:
-    asked, ranks, rank = Asked(**json.loads(told)), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    asked, ranks, rank = (
+        Asked(**json.loads(told)),
+        int(os.environ["WORLD_SIZE"]),
+        int(os.environ["RANK"]),
+    )
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    with open_world(ParallelConfig(ranks=ranks, sequence=ranks, threads=1, timeout_s=TIMEOUT_S)) as world:
+    with open_world(
+        ParallelConfig(ranks=ranks, sequence=ranks, threads=1, timeout_s=TIMEOUT_S)
+    ) as world:
         out = TASKS[asked.task](asked, open_mesh(world, sequence=ranks, timeout_s=TIMEOUT_S))
     Path(folder, f"{rank}.json").write_text(json.dumps(out))
 

@@ -34,8 +34,12 @@ CODECS = {
     "blosc lz4 9, byte shuffle": hdf5plugin.Blosc(cname="lz4", clevel=9, shuffle=BYTE),
     "blosc lz4 5, bit shuffle": hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=BIT),
     "blosc lz4hc 5, byte shuffle": hdf5plugin.Blosc(cname="lz4hc", clevel=5, shuffle=BYTE),
-    "blosc2 lz4 5, byte shuffle": hdf5plugin.Blosc2(cname="lz4", clevel=5, filters=hdf5plugin.Blosc2.SHUFFLE),
-    "blosc2 zstd 1, bit shuffle": hdf5plugin.Blosc2(cname="zstd", clevel=1, filters=hdf5plugin.Blosc2.BITSHUFFLE),
+    "blosc2 lz4 5, byte shuffle": hdf5plugin.Blosc2(
+        cname="lz4", clevel=5, filters=hdf5plugin.Blosc2.SHUFFLE
+    ),
+    "blosc2 zstd 1, bit shuffle": hdf5plugin.Blosc2(
+        cname="zstd", clevel=1, filters=hdf5plugin.Blosc2.BITSHUFFLE
+    ),
     "bitshuffle lz4": hdf5plugin.Bitshuffle(cname="lz4"),
     "lz4": hdf5plugin.LZ4(),
     "zstd 1": hdf5plugin.Zstd(clevel=1),
@@ -46,7 +50,11 @@ CODECS = {
 
 def frames_to_store(path: Path, downsample: int) -> np.ndarray:
     config = FrameConfig(downsample=downsample)
-    made = frames_of(open_recording(path), lambda first: count(first + config.window_us, config.window_us), config)
+    made = frames_of(
+        open_recording(path),
+        lambda first: count(first + config.window_us, config.window_us),
+        config,
+    )
     return np.stack([frame for _, frame in islice(made, MOST_FRAMES)])
 
 
@@ -54,7 +62,9 @@ def measured(frames: np.ndarray, codec: dict) -> tuple[float, float, float]:
     """(bytes a frame, frames/s written, frames/s read)."""
     file = h5py.File("in memory", "w", driver="core", backing_store=False)
     began = time.process_time()
-    stored = file.create_dataset("frames", frames.shape, np.uint8, chunks=(1, *frames.shape[1:]), **codec)
+    stored = file.create_dataset(
+        "frames", frames.shape, np.uint8, chunks=(1, *frames.shape[1:]), **codec
+    )
     for i, frame in enumerate(frames):
         stored[i] = frame
     written = time.process_time() - began
@@ -72,7 +82,9 @@ def measured(frames: np.ndarray, codec: dict) -> tuple[float, float, float]:
 
 def measured_ours(frames: np.ndarray, codec: Codec) -> tuple[float, float, float]:
     """The same of a shard's group."""
-    group = h5py.File("in memory", "w", driver="core", backing_store=False).create_group("recording")
+    group = h5py.File("in memory", "w", driver="core", backing_store=False).create_group(
+        "recording"
+    )
     encode, lengths = FrameEncoder(), list[int]()
     encode(frames[0])  # compiled by now
     began = time.process_time()
@@ -97,18 +109,27 @@ def measured_ours(frames: np.ndarray, codec: Codec) -> tuple[float, float, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recording", type=Path)
     parser.add_argument("--downsample", type=int, choices=(1, 2, 4), default=2)
     given = parser.parse_args()
     with TemporaryDirectory() as folder:
         path = given.recording or simulate(Path(folder) / "a_td.raw", seconds=3, seed=0).path
         frames = frames_to_store(path, given.downsample)
-    print(f"{len(frames)} frames {frames.shape[1:]} of {given.recording or 'a simulated recording'}, "
-          f"{np.count_nonzero(frames) / frames.size:.1%} of their counts not zero")
+    print(
+        f"{len(frames)} frames {frames.shape[1:]} of {given.recording or 'a simulated recording'}, "
+        f"{np.count_nonzero(frames) / frames.size:.1%} of their counts not zero"
+    )
     print(f"{'codec':38}{'kB a frame':>12}{'written/s':>12}{'read/s':>12}")
-    rows = {f"a byte per event, codec={codec.name} (ours)": partial(measured_ours, frames, codec) for codec in Codec}
-    for name, row in (rows | {name: partial(measured, frames, codec) for name, codec in CODECS.items()}).items():
+    rows = {
+        f"a byte per event, codec={codec.name} (ours)": partial(measured_ours, frames, codec)
+        for codec in Codec
+    }
+    for name, row in (
+        rows | {name: partial(measured, frames, codec) for name, codec in CODECS.items()}
+    ).items():
         size, written, read = row()
         print(f"{name:38}{size / 1e3:12.1f}{written:12.0f}{read:12.0f}", flush=True)
 

@@ -51,8 +51,12 @@ def test_same_loss_gradients_and_statistics(counts):
     wanted.total.backward()
     got, _ = theirs.losses(some_frames(), None, lanes, boxes)
     got["loss"].backward()
-    for name, value in (("loss", wanted.total), ("iou_loss", wanted.iou), ("conf_loss", wanted.objectness),
-                        ("cls_loss", wanted.classes)):
+    for name, value in (
+        ("loss", wanted.total),
+        ("iou_loss", wanted.iou),
+        ("conf_loss", wanted.objectness),
+        ("cls_loss", wanted.classes),
+    ):
         assert got[name].item() == pytest.approx(value.item(), rel=1e-4), name
     mine = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
@@ -77,10 +81,17 @@ def test_the_published_numbers(parity_dir):
     theirs = FrameByFrame(ModelConfig(backbone=BackboneConfig(embed_dim=16, dim_head=8)), 20)
     theirs.load_state_dict({k: torch.from_numpy(v) for k, v in given["weights"].items()})
     inputs, expected = given["train_input"], given["train_expected"]
-    places = list(zip(inputs["target_frame_t"].tolist(), inputs["target_sample_b"].tolist(), strict=True))
+    places = list(
+        zip(inputs["target_frame_t"].tolist(), inputs["target_sample_b"].tolist(), strict=True)
+    )
     order = sorted(range(len(places)), key=lambda i: places[i])
     lanes = [[b for t, b in sorted(places) if t == frame] for frame in range(4)]
-    losses, _ = theirs.losses(torch.from_numpy(inputs["events_uint8"]), None, lanes, torch.from_numpy(inputs["targets"])[order])
+    losses, _ = theirs.losses(
+        torch.from_numpy(inputs["events_uint8"]),
+        None,
+        lanes,
+        torch.from_numpy(inputs["targets"])[order],
+    )
     for name, got in losses.items():
         assert got.item() == pytest.approx(expected[f"loss/{name}"].item(), rel=1e-4), name
     losses["loss"].backward()

@@ -39,42 +39,82 @@ def plan_of(*words: str, folder: Path = Path("bench")) -> bench.Plan:
 # -- the whole ---------------------------------------------------------------------------------------------------
 def run_bench(folder: Path, *words: str) -> subprocess.CompletedProcess:
     code = f"from learning.study import main; main({['learn', '--folder', str(folder), *words]!r})"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
 
 
 @pytest.mark.timeout(420)
 def test_quick_trains_two_arms_tells_them_and_goes_on(tmp_path):
-    words = ["--quick", "--steps", "2", "--seeds", "1", "--frames", "10", "--evaluations", "1", "--lengths", "none",
-             "--arms", "baseline,attention", *EXTRA]
+    words = [
+        "--quick",
+        "--steps",
+        "2",
+        "--seeds",
+        "1",
+        "--frames",
+        "10",
+        "--evaluations",
+        "1",
+        "--lengths",
+        "none",
+        "--arms",
+        "baseline,attention",
+        *EXTRA,
+    ]
     ran = run_bench(tmp_path, *words)
     assert ran.returncode == 0, ran.stderr
     folder = tmp_path / "learn-v2-quick"
     told = json.loads((folder / "report.json").read_text())
     assert told["arms"].keys() == {"baseline", "attention"} and told["steps"] == 2
     for number, name in enumerate(told["arms"]):
-        metrics = json.loads((folder / "runs" / str(number) / "evaluation" / "metrics.json").read_text())
-        assert told["arms"][name]["ap"] == {"seeds": {"0": metrics["ap"]}, "mean": metrics["ap"], "half": None}
+        metrics = json.loads(
+            (folder / "runs" / str(number) / "evaluation" / "metrics.json").read_text()
+        )
+        assert told["arms"][name]["ap"] == {
+            "seeds": {"0": metrics["ap"]},
+            "mean": metrics["ap"],
+            "half": None,
+        }
         assert {"ap_still", "ap_moving", "recall_still"} <= told["arms"][name].keys()
         config = json.loads((folder / "runs" / str(number) / "config.json").read_text())
         assert config["model"]["fpn"]["enable_small_object_attention"] is (name == "attention")
     assert (folder / "report.md").read_text() in ran.stdout and "Not done" not in ran.stdout
     assert ("other bits" in ran.stdout) == (told["digest"] != bench.QUICK.digest)
-    assert len(ElementTree.parse(folder / "curves.svg").getroot().findall(".//{*}polyline")) == 2 * 2 * 3  # arms, thin and thick
+    assert (
+        len(ElementTree.parse(folder / "curves.svg").getroot().findall(".//{*}polyline"))
+        == 2 * 2 * 3
+    )  # arms, thin and thick
 
     again = run_bench(tmp_path, *words)
-    assert again.returncode == 0 and again.stdout.count("done already") == 2 and "step " not in again.stdout.split("#")[0]
+    assert (
+        again.returncode == 0
+        and again.stdout.count("done already") == 2
+        and "step " not in again.stdout.split("#")[0]
+    )
 
 
 # -- the set -----------------------------------------------------------------------------------------------------
 @pytest.mark.timeout(120)
 def test_a_set_is_made_once_and_refused_when_it_is_not_what_was_made(tmp_path, capfd):
-    (tmp_path / "a" / ".set.writing" / "raw").mkdir(parents=True)  # of a killed attempt, as this folder without a table is
+    (tmp_path / "a" / ".set.writing" / "raw").mkdir(
+        parents=True
+    )  # of a killed attempt, as this folder without a table is
     (tmp_path / "a" / "set").mkdir()
     made = recordings_in(tmp_path / "a", TINY)
-    assert not made.first and sorted(p.name for p in (tmp_path / "a").iterdir()) == ["set", "set.json"]
+    assert not made.first and sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "set",
+        "set.json",
+    ]
     capfd.readouterr()
-    assert recordings_in(tmp_path / "a", dataclasses.replace(TINY, digest=made.digest)) == dataclasses.replace(made, first=True)
+    assert recordings_in(
+        tmp_path / "a", dataclasses.replace(TINY, digest=made.digest)
+    ) == dataclasses.replace(made, first=True)
     assert capfd.readouterr().out == ""  # nothing ran
 
     shard = made.shards / "val" / "00000.h5"
@@ -99,8 +139,15 @@ def test_a_set_is_made_once_and_refused_when_it_is_not_what_was_made(tmp_path, c
 def test_the_set_has_many_small_crossing_and_stopping_objects(tmp_path):
     """Of a recording as the set has them, in pixels of its frames."""
     given = simulate._parser().parse_args([str(tmp_path), *bench.FULL.recipe()["simulate"]])
-    config = SimulatorConfig(height=given.height, width=given.width, min_objects=given.objects[0], max_objects=given.objects[1],
-                             min_scale=given.scales[0], max_scale=given.scales[1], stop_share=given.stop_share)
+    config = SimulatorConfig(
+        height=given.height,
+        width=given.width,
+        min_objects=given.objects[0],
+        max_objects=given.objects[1],
+        min_scale=given.scales[0],
+        max_scale=given.scales[1],
+        stop_share=given.stop_share,
+    )
     report = simulate.simulate(tmp_path / "a_td.raw", seconds=6, seed=given.seed, config=config)
     rows = np.load(report.boxes_path)
     area = rows["w"] * rows["h"] / 4
@@ -118,7 +165,9 @@ def test_scales_change_sizes_alone_and_the_default_nothing(tmp_path):
     usual, half = scene(), scene(min_scale=0.5, max_scale=0.5)
     assert half.tracks and (half.background.shape == usual.background.shape)
     first = {t.track_id: t for t in usual.tracks}[0], {t.track_id: t for t in half.tracks}[0]
-    assert first[1].shape[1] == pytest.approx(first[0].shape[1] / 2) and first[1].area == pytest.approx(first[0].area / 4)
+    assert first[1].shape[1] == pytest.approx(first[0].shape[1] / 2) and first[
+        1
+    ].area == pytest.approx(first[0].area / 4)
     drawn = scene(min_scale=0.5, max_scale=2).tracks
     for kind, (low, high) in enumerate(LENGTHS):
         lengths = [2 * t.shape[1] for t in drawn if t.class_id == kind]
@@ -127,7 +176,10 @@ def test_scales_change_sizes_alone_and_the_default_nothing(tmp_path):
     job = simulate.jobs_of(tmp_path, {"val": 1}, seconds=0.1, seed=0, kind="raw", config=small)[0]
     simulate.run_job(job)
     note = json.loads(job.note.read_text())
-    del note["parameters"]["min_scale"], note["parameters"]["max_scale"]  # written before there were scales
+    del (
+        note["parameters"]["min_scale"],
+        note["parameters"]["max_scale"],
+    )  # written before there were scales
     job.note.write_text(json.dumps(note))
     assert simulate.is_done(job)
 
@@ -139,37 +191,66 @@ def test_every_run_has_the_same_budget_and_every_seed_all_runs():
     runs = [dict(o.split("=") for o in overrides) for overrides in plan.all_runs()]
     assert len(runs) == 2 * (6 + 5 + 4) and all(run["optimizer.lr"] == "0.001" for run in runs)
     for run in runs:
-        assert int(run["training.sequence_length"]) * int(run["training.batch_size"]) == plan.frames == 40
+        assert (
+            int(run["training.sequence_length"]) * int(run["training.batch_size"])
+            == plan.frames
+            == 40
+        )
         assert run["training.max_steps"] == "600" and run["training.evaluate_every"] == "150"
     assert [run["seed"] for run in runs] == ["0"] * 15 + ["1"] * 15
-    assert [int(run["training.sequence_length"]) for run in runs if run["experiment"] == "bench/length"] == \
-        [*bench.LENGTHS, 40, 40, 40, 40] * 2
+    assert [
+        int(run["training.sequence_length"]) for run in runs if run["experiment"] == "bench/length"
+    ] == [*bench.LENGTHS, 40, 40, 40, 40] * 2
     horizons = [run for run in runs if "training.gradient_frames" in run]
-    assert [run["training.gradient_frames"] for run in horizons] == ["2", "5", "10", "20"] * 2  # 40 is the length of 40
+    assert [run["training.gradient_frames"] for run in horizons] == [
+        "2",
+        "5",
+        "10",
+        "20",
+    ] * 2  # 40 is the length of 40
     assert plan.horizon(40, 1) == plan.length(40, 1) in plan.all_runs()
     assert len({tuple(run.items()) for run in runs}) == len(runs)
 
 
-@pytest.mark.parametrize("words, part", [
-    (["--arms", "baseline,atention"], "no arm 'atention'"), (["--lengths", "2,x"], "'x' is no number"),
-    (["--lengths", "3"], "--frames 40"), (["--frames", "12", "--lengths", "2"], "sequences of 5"),
-    (["--seeds", "0"], "--seeds is 0"), (["--arms", "none", "--lengths", "none", "--horizons", "none"], "nothing to run"),
-    (["--horizons", "50"], "50 is more than the 40 frames"), (["training.gradient_frames=3"], "say it by --horizons"),
-    (["seed=3"], "say it by --seeds"),
-    (["training.batch_size=2"], "say it by --frames"), (["fast"], "no KEY=VALUE"),
-])
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["--arms", "baseline,atention"], "no arm 'atention'"),
+        (["--lengths", "2,x"], "'x' is no number"),
+        (["--lengths", "3"], "--frames 40"),
+        (["--frames", "12", "--lengths", "2"], "sequences of 5"),
+        (["--seeds", "0"], "--seeds is 0"),
+        (["--arms", "none", "--lengths", "none", "--horizons", "none"], "nothing to run"),
+        (["--horizons", "50"], "50 is more than the 40 frames"),
+        (["training.gradient_frames=3"], "say it by --horizons"),
+        (["seed=3"], "say it by --seeds"),
+        (["training.batch_size=2"], "say it by --frames"),
+        (["fast"], "no KEY=VALUE"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(words, part):
     with pytest.raises(UserError, match=re.escape(part)):
         plan_of(*words)
 
 
-ATTENTION, TEMPORAL, SPATIAL = "enable_small_object_attention", "attention_temporal", "attention_spatial"
+ATTENTION, TEMPORAL, SPATIAL = (
+    "enable_small_object_attention",
+    "attention_temporal",
+    "attention_spatial",
+)
 CHANGES = {  # arm -> all that its model has other than the baseline's
-    "baseline": {}, "size_aware": {"size_aware_loss": True}, "attention": {ATTENTION: True},
+    "baseline": {},
+    "size_aware": {"size_aware_loss": True},
+    "attention": {ATTENTION: True},
     "size_aware_attention": {"size_aware_loss": True, ATTENTION: True},
     "attention_published": {ATTENTION: True, "identity_start": False},
-    "size_aware_attention_published": {"size_aware_loss": True, ATTENTION: True, "identity_start": False},
-    "spatial": {ATTENTION: True, TEMPORAL: False}, "temporal": {ATTENTION: True, SPATIAL: False},
+    "size_aware_attention_published": {
+        "size_aware_loss": True,
+        ATTENTION: True,
+        "identity_start": False,
+    },
+    "spatial": {ATTENTION: True, TEMPORAL: False},
+    "temporal": {ATTENTION: True, SPATIAL: False},
     "channel": {ATTENTION: True, SPATIAL: False, TEMPORAL: False},
     "spatial_published": {ATTENTION: True, TEMPORAL: False, "identity_start": False},
     "temporal_published": {ATTENTION: True, SPATIAL: False, "identity_start": False},
@@ -183,14 +264,20 @@ CHANGES = {  # arm -> all that its model has other than the baseline's
 def test_an_arm_changes_what_it_says_and_nothing_else(arm):
     def flat(name):
         config = composed("train", f"experiment=bench/{name}")[0]
-        model = {key: value for part in ("backbone", "fpn", "head") for key, value in vars(getattr(config.model, part)).items()
-                 if key != "name"}
+        model = {
+            key: value
+            for part in ("backbone", "fpn", "head")
+            for key, value in vars(getattr(config.model, part)).items()
+            if key != "name"
+        }
         return model, dataclasses.replace(config, model=composed("train")[0].model)
 
     (model, rest), (base, base_rest) = flat(arm), flat("baseline")
     assert {key: value for key, value in model.items() if base[key] != value} == CHANGES[arm]
     changed = {"attention_fast_gates": {"gate_lr": 10.0}}.get(arm, {})
-    assert rest == dataclasses.replace(base_rest, optimizer=dataclasses.replace(base_rest.optimizer, **changed))
+    assert rest == dataclasses.replace(
+        base_rest, optimizer=dataclasses.replace(base_rest.optimizer, **changed)
+    )
 
 
 # -- statistics --------------------------------------------------------------------------------------------------
@@ -202,7 +289,9 @@ def share_below(t: float, freedom: int) -> float:
     return 0.5 + scale * float(np.trapezoid(density, x))
 
 
-@pytest.mark.parametrize("freedom, published", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)])
+@pytest.mark.parametrize(
+    "freedom, published", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)]
+)
 def test_quantiles_are_students(freedom, published):
     assert t_quantile(0.975, freedom) == pytest.approx(published, abs=5e-4)
     for share in (0.6, 0.9, 0.995):
@@ -214,17 +303,26 @@ def test_intervals_by_their_definition_and_they_cover_as_often_as_they_say():
     told = interval(sample)
     assert told.mean == pytest.approx(statistics.mean(sample))
     assert told.half == pytest.approx(4.303 * statistics.stdev(sample) / math.sqrt(3), rel=1e-3)
-    assert interval([0.2]).half is None and interval([0.2]).points() == "20.0" and not interval([0.2]).clear
+    assert (
+        interval([0.2]).half is None
+        and interval([0.2]).points() == "20.0"
+        and not interval([0.2]).clear
+    )
     assert interval([0.1, 0.1]).points(signed=True) == "+10.0 ± 0.0"
     rng = np.random.default_rng(0)
-    inside = [abs(i.mean - 0.3) <= i.half for i in (interval(rng.normal(0.3, 0.02, 3).tolist()) for _ in range(2000))]
+    inside = [
+        abs(i.mean - 0.3) <= i.half
+        for i in (interval(rng.normal(0.3, 0.02, 3).tolist()) for _ in range(2000))
+    ]
     assert np.mean(inside) == pytest.approx(0.95, abs=0.015)
 
 
 def test_differences_are_taken_seed_by_seed():
     ours, theirs = {0: 0.30, 1: 0.208, 2: 0.419}, {2: 0.40, 1: 0.19, 0: 0.28, 7: 0.9}
     told = paired(ours, theirs)
-    assert told.values == pytest.approx((0.02, 0.018, 0.019)) and told.clear  # though the seeds lie 0.2 apart
+    assert (
+        told.values == pytest.approx((0.02, 0.018, 0.019)) and told.clear
+    )  # though the seeds lie 0.2 apart
     assert paired(ours, {5: 0.1}) is None
 
 
@@ -234,17 +332,37 @@ def made_up(plan: bench.Plan, ap: dict[str, list[float]], **more: float) -> None
     table, keys = [], plan.keys()
     for number, overrides in enumerate(plan.all_runs()):
         said = dict(o.split("=") for o in overrides)
-        name = said["experiment"].removeprefix("bench/").replace("length", said["training.sequence_length"])
-        name = f"{said['training.gradient_frames']} of {name}" if "training.gradient_frames" in said else name
+        name = (
+            said["experiment"]
+            .removeprefix("bench/")
+            .replace("length", said["training.sequence_length"])
+        )
+        name = (
+            f"{said['training.gradient_frames']} of {name}"
+            if "training.gradient_frames" in said
+            else name
+        )
         run = plan.folder / "runs" / str(number)
-        table.append({"folder": str(number), "overrides": [o for o in overrides if o.split("=")[0] in keys], "error": None})
+        table.append(
+            {
+                "folder": str(number),
+                "overrides": [o for o in overrides if o.split("=")[0] in keys],
+                "error": None,
+            }
+        )
         if int(said["seed"]) >= len(ap[name]):
             continue
         value = ap[name][int(said["seed"])]
         append(run, "start", step=0, of=plan.steps, attempt=1, host="n1", job="", pid=os.getpid())
         monitor = Monitor(run, enabled=True)
         for step in range(0, plan.steps + 1, plan.steps // 2):
-            monitor.scalars({"loss/total": 5 - value * step / plan.steps, "evaluation/ap": value * step / plan.steps}, step)
+            monitor.scalars(
+                {
+                    "loss/total": 5 - value * step / plan.steps,
+                    "evaluation/ap": value * step / plan.steps,
+                },
+                step,
+            )
         monitor.close()
         append(run, "done", step=plan.steps)
         (run / "evaluation").mkdir()
@@ -256,17 +374,44 @@ def made_up(plan: bench.Plan, ap: dict[str, list[float]], **more: float) -> None
 def told_by(plan: bench.Plan, capsys) -> list[list[str]]:
     """The cells of the report's lines."""
     write_report(plan, Made(Path("set"), "abc", True), look(plan.folder / "runs")[0])
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()
-            if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("|")
+    ]
 
 
 def test_the_report_has_means_intervals_and_paired_differences(tmp_path, capsys):
-    plan = plan_of("--seeds", "3", "--arms", "baseline,attention", "--lengths", "2,10", "--horizons", "5,40", "--steps", "100",
-                   folder=tmp_path)
-    made_up(plan, {"baseline": [0.30, 0.20, 0.40], "attention": [0.32, 0.221, 0.42], "2": [0.1, 0.2, 0.3], "10": [0.3, 0.1],
-                   "5 of 40": [0.1], "40": [0.4]})
+    plan = plan_of(
+        "--seeds",
+        "3",
+        "--arms",
+        "baseline,attention",
+        "--lengths",
+        "2,10",
+        "--horizons",
+        "5,40",
+        "--steps",
+        "100",
+        folder=tmp_path,
+    )
+    made_up(
+        plan,
+        {
+            "baseline": [0.30, 0.20, 0.40],
+            "attention": [0.32, 0.221, 0.42],
+            "2": [0.1, 0.2, 0.3],
+            "10": [0.3, 0.1],
+            "5 of 40": [0.1],
+            "40": [0.4],
+        },
+    )
     arms, _, base, attention, lengths, _, two, ten, horizons, _, five, forty = told_by(plan, capsys)
-    assert horizons[0] == "frames" and five[:3] == ["5", "1", "10.0"] and forty[:3] == ["40", "1", "40.0"]
+    assert (
+        horizons[0] == "frames"
+        and five[:3] == ["5", "1", "10.0"]
+        and forty[:3] == ["40", "1", "40.0"]
+    )
     assert arms == ["arm", "seeds", "AP", "AP50", "AP less baseline's"]  # no small boxes: no column
     assert base == ["baseline", "3", "30.0 ± 24.8", "60.0 ± 49.7", ""]
     assert attention[0] == "attention: + attention" and attention[-1] == "**+2.0 ± 0.1**"
@@ -277,29 +422,67 @@ def test_the_report_has_means_intervals_and_paired_differences(tmp_path, capsys)
     assert told["arms"]["baseline"]["ap"]["seeds"] == {"0": 0.3, "1": 0.2, "2": 0.4}
     drawn = ElementTree.parse(plan.folder / "curves.svg").getroot()
     words = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"loss by step", "AP by step", "AP by length", "AP by horizon", "attention"} <= set(words)
+    assert {"loss by step", "AP by step", "AP by length", "AP by horizon", "attention"} <= set(
+        words
+    )
 
 
 def test_still_and_moving_objects_appear_when_an_evaluation_tells_them(tmp_path, capsys):
-    plan = plan_of("--seeds", "2", "--arms", "none", "--lengths", "2,10", "--horizons", "none", "--steps", "100",
-                   folder=tmp_path)
+    plan = plan_of(
+        "--seeds",
+        "2",
+        "--arms",
+        "none",
+        "--lengths",
+        "2,10",
+        "--horizons",
+        "none",
+        "--steps",
+        "100",
+        folder=tmp_path,
+    )
     made_up(plan, {"2": [0.1, 0.2], "10": [0.3, 0.1]}, ap_still=0.05, ap_moving=0.25)
     heads, _, two, _ = told_by(plan, capsys)
-    assert heads[4:] == ["AP still", "AP moving", "AP less 2's", "AP still less 2's"] and two[4:6] == ["5.0 ± 0.0", "25.0 ± 0.0"]
+    assert heads[4:] == ["AP still", "AP moving", "AP less 2's", "AP still less 2's"] and two[
+        4:6
+    ] == ["5.0 ± 0.0", "25.0 ± 0.0"]
     assert "AP still and AP moving by length" in (plan.folder / "curves.svg").read_text()
-    for run, step in ((0, 100), (1, 99)):  # in the form of `evspan evaluate`; the second of an older checkpoint
-        groups = {"still": {"ap": 0.4, "recall": 0.6, "boxes": 7}, "moving": {"ap": None, "recall": 0.7, "boxes": 9}}
+    for run, step in (
+        (0, 100),
+        (1, 99),
+    ):  # in the form of `evspan evaluate`; the second of an older checkpoint
+        groups = {
+            "still": {"ap": 0.4, "recall": 0.6, "boxes": 7},
+            "moving": {"ap": None, "recall": 0.7, "boxes": 9},
+        }
         (plan.folder / "runs" / str(run) / "evaluation-val").mkdir()
         (plan.folder / "runs" / str(run) / "evaluation-val" / "metrics.json").write_text(
-            json.dumps({"step": step, "breakdown": {"stillness": groups}}))
+            json.dumps({"step": step, "breakdown": {"stillness": groups}})
+        )
     heads, _, two, ten = told_by(plan, capsys)
     assert heads[4:8] == ["AP still", "AP moving", "recall still", "recall moving"]
-    assert two[4:8] == ["22.5 ± 222.4", "25.0", "60.0", "70.0"] and ten[4:8] == ["5.0 ± 0.0", "25.0 ± 0.0", "", ""]
+    assert two[4:8] == ["22.5 ± 222.4", "25.0", "60.0", "70.0"] and ten[4:8] == [
+        "5.0 ± 0.0",
+        "25.0 ± 0.0",
+        "",
+        "",
+    ]
 
 
 def test_runs_of_another_budget_are_not_mixed_in(tmp_path, capsys):
-    plan = plan_of("--seeds", "1", "--arms", "baseline", "--lengths", "none", "--horizons", "none", "--steps", "100",
-                   folder=tmp_path)
+    plan = plan_of(
+        "--seeds",
+        "1",
+        "--arms",
+        "baseline",
+        "--lengths",
+        "none",
+        "--horizons",
+        "none",
+        "--steps",
+        "100",
+        folder=tmp_path,
+    )
     made_up(plan, {"baseline": [0.3]})
     assert told_by(plan, capsys)[2][1:3] == ["1", "30.0"]
     assert told_by(dataclasses.replace(plan, steps=200), capsys)[2][1:3] == ["0"]
@@ -307,21 +490,29 @@ def test_runs_of_another_budget_are_not_mixed_in(tmp_path, capsys):
 
 
 def test_a_mean_curve_is_of_the_steps_that_all_have():
-    assert mean_curve([[(1, 2.0), (2, 4.0), (3, 1.0)], [(1, 4.0), (3, 3.0)]]) == [(1, 3.0), (3, 2.0)]
+    assert mean_curve([[(1, 2.0), (2, 4.0), (3, 1.0)], [(1, 4.0), (3, 3.0)]]) == [
+        (1, 3.0),
+        (3, 2.0),
+    ]
     assert mean_curve([]) == []
 
 
 def test_points_are_drawn_where_they_belong(tmp_path):
     line = Line("a < b", [(0, 0.0), (100, 0.5)], halves=[None, 0.1])
     write_picture(tmp_path / "a.svg", [[Panel("AP by step", "step", "AP", [line])]], "foot")
-    mean, bar = ([tuple(map(float, p.split(","))) for p in e.get("points").split()]
-                 for e in ElementTree.parse(tmp_path / "a.svg").getroot().findall(".//{*}polyline"))
+    mean, bar = (
+        [tuple(map(float, p.split(","))) for p in e.get("points").split()]
+        for e in ElementTree.parse(tmp_path / "a.svg").getroot().findall(".//{*}polyline")
+    )
     assert mean[0][0] < mean[1][0] and mean[0][1] > mean[1][1]
     height = mean[0][1] - mean[1][1]
     assert [abs(y - mean[1][1]) for _, y in bar] == pytest.approx([height / 5] * 2, abs=0.2)
 
 
-@pytest.mark.parametrize("words, code, part", [([], 0, "bench learn"), (["--help"], 0, "bench learn"), (["speed"], 2, "'speed'")])
+@pytest.mark.parametrize(
+    "words, code, part",
+    [([], 0, "bench learn"), (["--help"], 0, "bench learn"), (["speed"], 2, "'speed'")],
+)
 def test_command(words, code, part, capsys):
     if code:
         with pytest.raises(SystemExit) as ended:
@@ -335,12 +526,18 @@ def test_command(words, code, part, capsys):
 
 def test_a_mistake_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        bench.main(["learn", "--folder", str(tmp_path), "--quick", "--report", "--arms", "soze_aware"])
+        bench.main(
+            ["learn", "--folder", str(tmp_path), "--quick", "--report", "--arms", "soze_aware"]
+        )
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith("error: --arms") and said.count("\n") == 1
     with pytest.raises(SystemExit) as ended:
         bench.main(["learn", "--folder", str(tmp_path), "--report"])
-    assert ended.value.code == 2 and "no runs to tell of" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert (
+        ended.value.code == 2
+        and "no runs to tell of" in capsys.readouterr().err
+        and not list(tmp_path.iterdir())
+    )
 
 
 def test_help_explains_the_arms(capsys):

@@ -25,11 +25,20 @@ def test_a_hot_pixel_wraps_and_windows_are_closed_at_both_ends(tmp_path):
     """Its two traps, on events that show them: 257 at one pixel, and one at the seam of two windows."""
     path, t = tmp_path / "a_td.h5", np.concatenate((np.full(257, 120_000), [150_000], [200_000]))
     with h5py.File(path, "w") as file:
-        for name, column in {"t": t, "x": np.full(t.size, 3), "y": np.full(t.size, 5), "p": np.ones(t.size, int)}.items():
+        for name, column in {
+            "t": t,
+            "x": np.full(t.size, 3),
+            "y": np.full(t.size, 5),
+            "p": np.ones(t.size, int),
+        }.items():
             file[f"events/{name}"] = column
     out = Path(tmp_path / "out.h5")
-    assert rvt_way.write_frames(path, out, np.array([150_000, 200_000])) == 260  # the one at 150,000 twice
+    assert (
+        rvt_way.write_frames(path, out, np.array([150_000, 200_000])) == 260
+    )  # the one at 150,000 twice
     with h5py.File(out) as file:
         frames = file["data"][:]
-    assert frames[0].sum() == 1 + 1 and frames[0, 10, 2, 1] == 1 and frames[0, 19, 2, 1] == 1  # 257 -> 1
+    assert (
+        frames[0].sum() == 1 + 1 and frames[0, 10, 2, 1] == 1 and frames[0, 19, 2, 1] == 1
+    )  # 257 -> 1
     assert frames[1].sum() == 2 and frames[1, 10, 2, 1] == 1

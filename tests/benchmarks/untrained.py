@@ -19,7 +19,9 @@ def main(run: str, shards: str, split: str = "val") -> None:
     data = open_dataset(DatasetConfig(root=shards), split)
     torch.manual_seed(0)
     detector = Detector(weights.model, data.channels).eval()
-    results = evaluate_split(detector, data, config, device=torch.device("cpu"), recordings=data.recordings)
+    results = evaluate_split(
+        detector, data, config, device=torch.device("cpu"), recordings=data.recordings
+    )
     metrics = score(results, data, config)
     print(metrics.table())
     print(f"untrained: ap={metrics.ap or 0:.3f} ap50={metrics.ap50 or 0:.3f}")

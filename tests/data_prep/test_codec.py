@@ -16,8 +16,13 @@ def frame(rng, shape, share, most):
     return np.where(rng.random(shape) < share, counts, 0).astype(np.uint8)
 
 
-FRAMES = {"empty": (0, 10), "one in a thousand": (0.001, 10), "a tenth": (0.1, 3), "full": (1, 10),
-          "bytes to the brim": (0.3, 255)}
+FRAMES = {
+    "empty": (0, 10),
+    "one in a thousand": (0.001, 10),
+    "a tenth": (0.1, 3),
+    "full": (1, 10),
+    "bytes to the brim": (0.3, 255),
+}
 
 
 @pytest.mark.parametrize("shape", [(4, 30, 50), (2, 3, 7), (1, 1, 1), (20, 45, 80)])
@@ -27,11 +32,18 @@ def test_frames_come_back(tmp_path, kind, shape):
     frames = np.stack([frame(rng, shape, *FRAMES[kind]) for _ in range(3)])
     with h5py.File(tmp_path / "a.h5", "w") as file:
         codes = [encode(f).copy() for f in frames]
-        assert [len(c[c != codec.SKIP]) for c in codes] == frames.reshape(3, -1).sum(1).tolist(), "a byte an event"
-        file["frames"], file["frame_start"] = np.concatenate(codes), np.cumsum([0, *map(len, codes)])
+        assert [len(c[c != codec.SKIP]) for c in codes] == frames.reshape(3, -1).sum(1).tolist(), (
+            "a byte an event"
+        )
+        file["frames"], file["frame_start"] = (
+            np.concatenate(codes),
+            np.cumsum([0, *map(len, codes)]),
+        )
         file.attrs[FRAME_SHAPE] = shape
         np.testing.assert_array_equal(frames_in(file), frames)
-        np.testing.assert_array_equal(decode_frames(file["frames"][:], file["frame_start"][:], shape), frames)
+        np.testing.assert_array_equal(
+            decode_frames(file["frames"][:], file["frame_start"][:], shape), frames
+        )
 
 
 @pytest.mark.parametrize("gap", [0, 1, 253, 254, 255, 507, 508, 509, 762])
@@ -71,11 +83,16 @@ def test_bytes_that_are_no_code_are_told_and_touch_nothing():
 @pytest.mark.parametrize("kind", Codec)
 def test_the_file_holds_what_was_written_in_whatever_pieces(tmp_path, kind):
     rng = np.random.default_rng(0)
-    pieces = [rng.integers(0, 9, n).astype(np.uint8) for n in (0, 1, CODE_CHUNK - 1, 3, 9 * CODE_CHUNK, 5 * CODE_CHUNK, 17)]
+    pieces = [
+        rng.integers(0, 9, n).astype(np.uint8)
+        for n in (0, 1, CODE_CHUNK - 1, 3, 9 * CODE_CHUNK, 5 * CODE_CHUNK, 17)
+    ]
     with h5py.File(tmp_path / "a.h5", "w") as file, CodeWriter(file, FILTERS[kind]) as writer:
         for piece in pieces:
             writer.write(piece)
     with h5py.File(tmp_path / "a.h5") as file:
         np.testing.assert_array_equal(file["frames"][:], np.concatenate(pieces))
         assert bool(file["frames"]._filters) == (kind is Codec.small)
-    assert (tmp_path / "a.h5").stat().st_size < (0.6 if kind is Codec.small else 1.1) * sum(map(len, pieces))
+    assert (tmp_path / "a.h5").stat().st_size < (0.6 if kind is Codec.small else 1.1) * sum(
+        map(len, pieces)
+    )

@@ -20,11 +20,18 @@ def library(name: str) -> ModuleType:
 
 def by_evt3(path: Path) -> Events:
     events = library("evt3").decode_file(str(path))
-    return Events(*(np.asarray(c).astype(np.int64) for c in (events.timestamp, events.x, events.y, events.polarity)))
+    return Events(
+        *(
+            np.asarray(c).astype(np.int64)
+            for c in (events.timestamp, events.x, events.y, events.polarity)
+        )
+    )
 
 
 def by_eventcv(path: Path) -> Events:
-    x, y, t, p = library("eventcv").load(str(path), sensor_size=(1280, 720)).numpy().astype(np.int64).T
+    x, y, t, p = (
+        library("eventcv").load(str(path), sensor_size=(1280, 720)).numpy().astype(np.int64).T
+    )
     return Events(t, x, y, p)
 
 
@@ -36,15 +43,24 @@ def agree(path: Path, other: Events) -> int:
     return recording.events
 
 
-@pytest.mark.parametrize("name, decoder", [
-    ("gen4_evt3_triggers.raw", by_evt3), ("gen4_evt3_dense.raw", by_evt3), ("gen4_evt3_triggers.raw", by_eventcv),
-    ("gen4_evt3_dense.raw", by_eventcv), ("gen3_evt2.raw", by_eventcv), ("atis_ncars.dat", by_eventcv),
-])
+@pytest.mark.parametrize(
+    "name, decoder",
+    [
+        ("gen4_evt3_triggers.raw", by_evt3),
+        ("gen4_evt3_dense.raw", by_evt3),
+        ("gen4_evt3_triggers.raw", by_eventcv),
+        ("gen4_evt3_dense.raw", by_eventcv),
+        ("gen3_evt2.raw", by_eventcv),
+        ("atis_ncars.dat", by_eventcv),
+    ],
+)
 def test_real_recordings(samples_dir, name, decoder):
     assert agree(samples_dir / name, decoder(samples_dir / name)) > 4000
 
 
-@pytest.mark.parametrize("suffix, decoder", [("raw", by_evt3), ("raw", by_eventcv), ("dat", by_eventcv)])
+@pytest.mark.parametrize(
+    "suffix, decoder", [("raw", by_evt3), ("raw", by_eventcv), ("dat", by_eventcv)]
+)
 def test_simulated_recordings(tmp_path, suffix, decoder):
     path = tmp_path / f"a_td.{suffix}"
     report = simulate(path, seconds=0.5, seed=3, config=SimulatorConfig(height=240, width=320))
@@ -54,7 +70,20 @@ def test_simulated_recordings(tmp_path, suffix, decoder):
 def camera_words(rng: np.random.Generator, n: int) -> list[int]:
     """EVT3 as a camera sends it: each TIME_HIGH with its TIME_LOW, time runs on and wraps, vectors, triggers, unknown words."""
     now, words = 4000 << 12, [0x8000 | 4000, 0x6000, 0x0000, 0x3000]
-    shares = {0x0: 10, 0x2: 30, 0x3: 5, 0x4: 10, 0x5: 5, 0x6: 25, 0xA: 5, 0x1: 2, 0x7: 2, 0x9: 2, 0xE: 2, 0xF: 2}
+    shares = {
+        0x0: 10,
+        0x2: 30,
+        0x3: 5,
+        0x4: 10,
+        0x5: 5,
+        0x6: 25,
+        0xA: 5,
+        0x1: 2,
+        0x7: 2,
+        0x9: 2,
+        0xE: 2,
+        0xF: 2,
+    }
     for kind in rng.choice(list(shares), n, p=np.array(list(shares.values())) / 100).tolist():
         value = int(rng.integers(720 if kind == 0x0 else 4096))
         if kind == 0x6:
@@ -69,11 +98,17 @@ def camera_words(rng: np.random.Generator, n: int) -> list[int]:
 @pytest.mark.parametrize("decoder", [by_evt3, by_eventcv])
 def test_random_camera_streams(tmp_path, decoder):
     for seed in range(10):
-        path = write_raw(tmp_path / "a.raw", "evt3", camera_words(np.random.default_rng(seed), 5000))
+        path = write_raw(
+            tmp_path / "a.raw", "evt3", camera_words(np.random.default_rng(seed), 5000)
+        )
         other = decoder(path)
         inside = (other.x < 1280) & (other.y < 720)  # the libraries hand on what lies outside
         events, recording = read_by(path)
-        assert recording.events > 2000 and recording.last_us > 2**24 and not recording.dropped["late_timestamps_raised"]
+        assert (
+            recording.events > 2000
+            and recording.last_us > 2**24
+            and not recording.dropped["late_timestamps_raised"]
+        )
         for name, ours, theirs in zip(Events._fields, events, other, strict=True):
             np.testing.assert_array_equal(ours, theirs[inside], err_msg=f"{name}, seed {seed}")
 
@@ -82,7 +117,7 @@ def test_random_evt2_streams(tmp_path):
     for seed in range(10):
         rng = np.random.default_rng(seed)
         words = [0x8 << 28 | 1000]
-        for kind in rng.choice([0, 1, 8, 10, 14, 15], 3000, p=[.4, .4, .1, .05, .03, .02]):
+        for kind in rng.choice([0, 1, 8, 10, 14, 15], 3000, p=[0.4, 0.4, 0.1, 0.05, 0.03, 0.02]):
             if kind == 8:
                 words.append(0x8 << 28 | 1000 + len(words) // 50)
             else:
@@ -93,4 +128,3 @@ def test_random_evt2_streams(tmp_path):
         other = other._replace(t=np.maximum.accumulate(other.t))
         for name, ours, theirs in zip(Events._fields, read_by(path)[0], other, strict=True):
             np.testing.assert_array_equal(ours, theirs, err_msg=f"{name}, seed {seed}")
-

@@ -8,13 +8,24 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from evspan.conf.errors import UserError
-from evspan.data_prep.draw import BACKGROUND, OFF, ON, AnimationWriter, draw_boxes, draw_label, frame_to_rgb, write_strip
+from evspan.data_prep.draw import (
+    BACKGROUND,
+    OFF,
+    ON,
+    AnimationWriter,
+    draw_boxes,
+    draw_label,
+    frame_to_rgb,
+    write_strip,
+)
 from PIL import Image, ImageSequence
 
 WHITE, GREEN = (255, 255, 255), (0, 150, 0)
 
 
-def frame_of(counts: dict[tuple[int, int, int], int], bins: int = 2, height: int = 8, width: int = 10) -> np.ndarray:
+def frame_of(
+    counts: dict[tuple[int, int, int], int], bins: int = 2, height: int = 8, width: int = 10
+) -> np.ndarray:
     frame = np.zeros((2 * bins, height, width), np.uint8)
     for place, count in counts.items():
         frame[place] = count
@@ -27,9 +38,15 @@ def colour_at(rgb, y, x) -> tuple[int, ...]:
 
 # -- frames ------------------------------------------------------------------------------------------------------
 def test_darker_is_red_brighter_blue_both_violet_and_nothing_white():
-    rgb = frame_to_rgb(frame_of({(0, 1, 1): 4, (1, 1, 2): 4, (2, 2, 1): 4, (3, 2, 2): 255, (0, 3, 3): 5, (3, 3, 3): 5}))
+    rgb = frame_to_rgb(
+        frame_of(
+            {(0, 1, 1): 4, (1, 1, 2): 4, (2, 2, 1): 4, (3, 2, 2): 255, (0, 3, 3): 5, (3, 3, 3): 5}
+        )
+    )
     assert rgb.shape == (8, 10, 3) and rgb.dtype == np.uint8
-    assert colour_at(rgb, 1, 1) == colour_at(rgb, 1, 2) == tuple(OFF)  # channels 0 and 1: polarity 0, both time bins
+    assert (
+        colour_at(rgb, 1, 1) == colour_at(rgb, 1, 2) == tuple(OFF)
+    )  # channels 0 and 1: polarity 0, both time bins
     assert colour_at(rgb, 2, 1) == colour_at(rgb, 2, 2) == tuple(ON)
     assert colour_at(rgb, 3, 3) == tuple(((ON + OFF) / 2).astype(int))
     assert (rgb.reshape(-1, 3) == WHITE).all(1).sum() == 80 - 5
@@ -44,7 +61,12 @@ def test_more_events_are_stronger_up_to_four_and_one_is_visible():
 
 # -- boxes -------------------------------------------------------------------------------------------------------
 def outline(left, top, right, bottom) -> set[tuple[int, int]]:
-    return {(y, x) for y in range(top, bottom) for x in range(left, right) if y in (top, bottom - 1) or x in (left, right - 1)}
+    return {
+        (y, x)
+        for y in range(top, bottom)
+        for x in range(left, right)
+        if y in (top, bottom - 1) or x in (left, right - 1)
+    }
 
 
 def painted(rgb, color) -> set[tuple[int, int]]:
@@ -60,7 +82,9 @@ def test_a_box_is_outlined_where_it_is_and_the_input_stays():
     drawn = draw_boxes(picture, [[5, 10, 25, 30], [30.4, 9.6, 41.6, 20.2]])
     assert painted(drawn, GREEN) == outline(5, 10, 25, 30) | outline(30, 10, 42, 20)
     assert (picture == 255).all()
-    assert painted(draw_boxes(picture, [[1, 2, 9, 9]], color=(1, 2, 3)), (1, 2, 3)) == outline(1, 2, 9, 9)
+    assert painted(draw_boxes(picture, [[1, 2, 9, 9]], color=(1, 2, 3)), (1, 2, 3)) == outline(
+        1, 2, 9, 9
+    )
 
 
 def test_upscaled_pixels_are_squares_and_boxes_keep_their_place():
@@ -81,9 +105,13 @@ def test_boxes_beyond_the_picture_and_without_extent_do_no_harm():
 
 
 def test_a_label_stands_above_its_box_or_inside_where_there_is_no_room():
-    above = painted(draw_boxes(blank(100, 200), [[20, 50, 120, 90]], ["car"]), GREEN) - outline(20, 50, 120, 90)
+    above = painted(draw_boxes(blank(100, 200), [[20, 50, 120, 90]], ["car"]), GREEN) - outline(
+        20, 50, 120, 90
+    )
     assert above and max(y for y, _ in above) <= 50 and min(x for _, x in above) == 20
-    inside = painted(draw_boxes(blank(100, 200), [[20, 2, 120, 90]], ["car"]), GREEN) - outline(20, 2, 120, 90)
+    inside = painted(draw_boxes(blank(100, 200), [[20, 2, 120, 90]], ["car"]), GREEN) - outline(
+        20, 2, 120, 90
+    )
     assert inside and min(y for y, _ in inside) >= 2 and max(y for y, _ in inside) < 30
     right = draw_boxes(blank(100, 200), [[195, 50, 199, 90]], ["pedestrian"])
     assert min(x for _, x in painted(right, GREEN)) < 160  # it is moved into the picture
@@ -99,7 +127,12 @@ def test_the_number_of_labels_must_be_that_of_the_boxes():
 def test_a_note_stands_in_the_lower_left_corner():
     noted = draw_label(blank(100, 200), "1.25 s")
     ground = painted(noted, (90, 90, 90))
-    assert ground and min(y for y, _ in ground) > 80 and min(x for _, x in ground) == 0 and max(x for _, x in ground) < 60
+    assert (
+        ground
+        and min(y for y, _ in ground) > 80
+        and min(x for _, x in ground) == 0
+        and max(x for _, x in ground) < 60
+    )
 
 
 # -- sheets ------------------------------------------------------------------------------------------------------
@@ -147,15 +180,23 @@ def test_a_gif_has_every_frame_and_takes_as_long_as_it_should(tmp_path, fps):
     for shown, picture in zip(ImageSequence.Iterator(gif), pictures, strict=True):
         durations.append(shown.info["duration"])
         np.testing.assert_allclose(np.asarray(shown.convert("RGB")).astype(int), picture, atol=8)
-    assert sum(durations) == pytest.approx(1000 * 15 / fps, abs=10) and max(durations) - min(durations) <= 10
+    assert (
+        sum(durations) == pytest.approx(1000 * 15 / fps, abs=10)
+        and max(durations) - min(durations) <= 10
+    )
 
 
 def test_an_animation_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), AnimationWriter(tmp_path / "a.gif", 20) as animation:
         animation.add(blank())
         raise ZeroDivisionError
-    with pytest.raises(ValueError, match=r"frame 1 of .*b.gif has shape \(10, 60, 3\), those before \(40, 60, 3\)"), \
-            AnimationWriter(tmp_path / "b.gif", 20) as animation:
+    with (
+        pytest.raises(
+            ValueError,
+            match=r"frame 1 of .*b.gif has shape \(10, 60, 3\), those before \(40, 60, 3\)",
+        ),
+        AnimationWriter(tmp_path / "b.gif", 20) as animation,
+    ):
         animation.add(blank())
         animation.add(blank(10))
     with AnimationWriter(tmp_path / "empty.gif", 20):
@@ -175,7 +216,9 @@ def test_without_ffmpeg_an_mp4_is_refused_with_the_remedy(tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg; apt-get install ffmpeg enables this test")
+ffmpeg = pytest.mark.skipif(
+    shutil.which("ffmpeg") is None, reason="no ffmpeg; apt-get install ffmpeg enables this test"
+)
 
 
 @ffmpeg
@@ -185,14 +228,36 @@ def test_an_mp4_has_every_frame_at_its_rate(tmp_path):
     with AnimationWriter(tmp_path / "a.mp4", 20) as animation:
         for picture in pictures:
             animation.add(picture)
-    probed = subprocess.run(["ffmpeg", "-i", str(tmp_path / "a.mp4")], capture_output=True, text=True, timeout=30).stderr
+    probed = subprocess.run(
+        ["ffmpeg", "-i", str(tmp_path / "a.mp4")], capture_output=True, text=True, timeout=30
+    ).stderr
     stream = next(line for line in probed.splitlines() if "Video:" in line)
-    assert all(word in stream for word in ("h264", "yuv420p", "46x32", "20 fps")) and "Duration: 00:00:02.00" in probed
-    raw = subprocess.run(["ffmpeg", "-v", "error", "-i", str(tmp_path / "a.mp4"), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
-                         capture_output=True, check=True, timeout=30).stdout
+    assert (
+        all(word in stream for word in ("h264", "yuv420p", "46x32", "20 fps"))
+        and "Duration: 00:00:02.00" in probed
+    )
+    raw = subprocess.run(
+        [
+            "ffmpeg",
+            "-v",
+            "error",
+            "-i",
+            str(tmp_path / "a.mp4"),
+            "-f",
+            "rawvideo",
+            "-pix_fmt",
+            "rgb24",
+            "-",
+        ],
+        capture_output=True,
+        check=True,
+        timeout=30,
+    ).stdout
     shown = np.frombuffer(raw, np.uint8).reshape(40, 32, 46, 3)
     for got, picture in zip(shown, pictures, strict=True):
-        assert np.abs(got[:31, :45].astype(int) - picture).mean() < 12  # colours are halved in resolution
+        assert (
+            np.abs(got[:31, :45].astype(int) - picture).mean() < 12
+        )  # colours are halved in resolution
     assert os.listdir(tmp_path) == ["a.mp4"]
 
 
@@ -204,7 +269,10 @@ def test_an_mp4_that_fails_leaves_nothing_and_says_why(tmp_path):
             animation.add(picture)
         raise ZeroDivisionError
     (tmp_path / "b.mp4").mkdir()
-    with pytest.raises(UserError, match="b.mp4: ffmpeg ended with code"), AnimationWriter(tmp_path / "b.mp4", 20) as animation:
+    with (
+        pytest.raises(UserError, match="b.mp4: ffmpeg ended with code"),
+        AnimationWriter(tmp_path / "b.mp4", 20) as animation,
+    ):
         for picture in moving(3):
             animation.add(picture)
     assert not (tmp_path / "a.mp4").exists()

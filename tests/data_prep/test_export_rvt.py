@@ -12,7 +12,14 @@ import hdf5plugin  # noqa: F401  registers Blosc
 import numpy as np
 import pytest
 from evspan.conf.errors import ConfigError, ShardError, UserError
-from evspan.conf.schema.prep import DatasetConfig, DatasetKind, FrameConfig, FrameMode, LabelConfig, PrepConfig
+from evspan.conf.schema.prep import (
+    DatasetConfig,
+    DatasetKind,
+    FrameConfig,
+    FrameMode,
+    LabelConfig,
+    PrepConfig,
+)
 from evspan.data_prep.prepare import prepare
 from evspan.data_prep.shards.atomic import NoSpaceError, locked
 from evspan.data_prep.shards.export_rvt import export_rvt
@@ -20,12 +27,16 @@ from evspan.pipeline.data.datasets import open_dataset
 from support.prepared import make_source, prep_config
 
 CLASSES = ["pedestrian", "two_wheeler", "car"]
-RVT_LABELS = LabelConfig(class_map={0: 0, 1: 1, 2: 2}, min_side=5, max_width_share=0.9, label_every_ms=100)
+RVT_LABELS = LabelConfig(
+    class_map={0: 0, 1: 1, 2: 2}, min_side=5, max_width_share=0.9, label_every_ms=100
+)
 KEYS = ["train/synth_a_0_1000000", "val/synth_b_0_620000", "test/synth_d_0_300000"]
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return sorted(
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != ".lock"
+    )
 
 
 def assert_same_tree(ours: Path, theirs: Path) -> None:
@@ -67,8 +78,15 @@ def fixture(parity_dir) -> Path:
 def shards(tmp_path_factory, fixture) -> Path:
     """The fixture's inputs, prepared as RVT does it; synth_c has no label of a used class."""
     output = tmp_path_factory.mktemp("shards")
-    prepare(PrepConfig(source=str(fixture / "input"), output=str(output), processes=1, frames=FrameConfig(mode=FrameMode.rvt),
-                       dataset=DatasetConfig(name="gen4_rvt", classes=CLASSES, labels=RVT_LABELS)))
+    prepare(
+        PrepConfig(
+            source=str(fixture / "input"),
+            output=str(output),
+            processes=1,
+            frames=FrameConfig(mode=FrameMode.rvt),
+            dataset=DatasetConfig(name="gen4_rvt", classes=CLASSES, labels=RVT_LABELS),
+        )
+    )
     return output
 
 
@@ -103,18 +121,31 @@ def test_one_split(shards, fixture, tmp_path, split):
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_the_tree_opens_as_the_shards_do(shards, exported, split):
     ours = open_dataset(DatasetConfig(root=str(shards), classes=CLASSES), split)
-    tree = open_dataset(DatasetConfig(root=str(exported), classes=CLASSES, kind=DatasetKind.rvt_tree), split)
-    assert (tree.height, tree.width, tree.channels) == (ours.height, ours.width, ours.channels) == (360, 640, 20)
+    tree = open_dataset(
+        DatasetConfig(root=str(exported), classes=CLASSES, kind=DatasetKind.rvt_tree), split
+    )
+    assert (
+        (tree.height, tree.width, tree.channels)
+        == (ours.height, ours.width, ours.channels)
+        == (360, 640, 20)
+    )
     by_name = {r.name: r for r in ours.recordings if r.labelled.any()}
     assert [r.name for r in tree.recordings] == sorted(by_name)
     for recording in tree.recordings:
         other = by_name[recording.name]
-        np.testing.assert_array_equal(recording.end_us + recording.clock_us, other.end_us + other.clock_us)
+        np.testing.assert_array_equal(
+            recording.end_us + recording.clock_us, other.end_us + other.clock_us
+        )
         np.testing.assert_array_equal(recording.labelled, other.labelled)
         np.testing.assert_array_equal(recording.box_start, other.box_start)
         everything = slice(0, len(other.end_us))
-        np.testing.assert_array_equal(recording.read_frames(everything), other.read_frames(everything))
-        assert recording.read_boxes(slice(0, None)).tolist() == other.read_boxes(slice(0, None)).tolist()
+        np.testing.assert_array_equal(
+            recording.read_frames(everything), other.read_frames(everything)
+        )
+        assert (
+            recording.read_boxes(slice(0, None)).tolist()
+            == other.read_boxes(slice(0, None)).tolist()
+        )
 
 
 def test_full_resolution_keeps_boxes_and_names_its_file_so(fixture, tmp_path):
@@ -122,16 +153,27 @@ def test_full_resolution_keeps_boxes_and_names_its_file_so(fixture, tmp_path):
     source.mkdir(parents=True)
     for path in (fixture / "input" / "test").glob("synth_d*"):
         shutil.copy(path, source)
-    prepare(PrepConfig(source=str(source.parent), output=str(tmp_path / "shards"), processes=1,
-                       frames=FrameConfig(mode=FrameMode.rvt, downsample=1),
-                       dataset=DatasetConfig(classes=CLASSES, labels=RVT_LABELS)))
+    prepare(
+        PrepConfig(
+            source=str(source.parent),
+            output=str(tmp_path / "shards"),
+            processes=1,
+            frames=FrameConfig(mode=FrameMode.rvt, downsample=1),
+            dataset=DatasetConfig(classes=CLASSES, labels=RVT_LABELS),
+        )
+    )
     export_rvt(tmp_path / "shards", tmp_path / "out")
     half, full = fixture / "output" / KEYS[2], tmp_path / "out" / KEYS[2]
-    with np.load(half / "labels_v2" / "labels.npz") as expected, np.load(full / "labels_v2" / "labels.npz") as got:
+    with (
+        np.load(half / "labels_v2" / "labels.npz") as expected,
+        np.load(full / "labels_v2" / "labels.npz") as got,
+    ):
         assert_same(got["labels"], expected["labels"], "labels")
     frames = Path("event_representations_v2") / "stacked_histogram_dt=50_nbins=10"
-    with h5py.File(half / frames / "event_representations_ds2_nearest.h5") as expected, \
-            h5py.File(full / frames / "event_representations.h5") as got:
+    with (
+        h5py.File(half / frames / "event_representations_ds2_nearest.h5") as expected,
+        h5py.File(full / frames / "event_representations.h5") as got,
+    ):
         np.testing.assert_array_equal(got["data"][:, :, 1::2, 1::2], expected["data"][:])
 
 
@@ -146,7 +188,13 @@ def test_other_frames_are_refused_with_the_remedy(tmp_path):
 
 def test_another_tree_in_the_place_is_refused_and_left_alone(shards, exported, tmp_path):
     out = Path(shutil.copytree(exported, tmp_path / "out"))
-    times = out / KEYS[0] / "event_representations_v2" / "stacked_histogram_dt=50_nbins=10" / "timestamps_us.npy"
+    times = (
+        out
+        / KEYS[0]
+        / "event_representations_v2"
+        / "stacked_histogram_dt=50_nbins=10"
+        / "timestamps_us.npy"
+    )
     np.save(times, np.load(times) + 1)
     before = {name: (out / name).read_bytes() for name in files(out)}
     with pytest.raises(ShardError, match=f"{KEYS[0]} is there already"):
@@ -156,7 +204,7 @@ def test_another_tree_in_the_place_is_refused_and_left_alone(shards, exported, t
 
 def test_a_changed_frame_is_noticed(shards, exported, tmp_path):
     out = Path(shutil.copytree(exported, tmp_path / "out"))
-    path, = (out / KEYS[1]).rglob("*.h5")
+    (path,) = (out / KEYS[1]).rglob("*.h5")
     with h5py.File(path, "r+") as file:
         middle = len(file["data"]) // 2
         file["data"][middle] = file["data"][middle] ^ 1
@@ -164,7 +212,9 @@ def test_a_changed_frame_is_noticed(shards, exported, tmp_path):
         export_rvt(shards, out)
 
 
-@pytest.mark.parametrize("out, message", [("inside", "lies inside the shards"), ("", "lies inside the shards")])
+@pytest.mark.parametrize(
+    "out, message", [("inside", "lies inside the shards"), ("", "lies inside the shards")]
+)
 def test_the_shards_own_folder_is_refused(shards, out, message):
     with pytest.raises(ShardError, match=message):
         export_rvt(shards, shards / out)
@@ -173,7 +223,7 @@ def test_the_shards_own_folder_is_refused(shards, out, message):
 def test_a_damaged_shard_is_named_and_the_recording_is_not_there(shards, tmp_path):
     broken = Path(shutil.copytree(shards, tmp_path / "shards"))
     with h5py.File(broken / "train" / "00000.h5", "r+") as file:
-        group, = file.values()
+        (group,) = file.values()
         start = group["frame_start"][:]
         group["frames"][start[9] : start[9] + 3000] = 255  # leads past the frame's last cell
     with pytest.raises(ShardError, match="train/00000.h5.*damaged"):
@@ -187,14 +237,30 @@ def command(*arguments) -> list[str]:
 
 @pytest.mark.timeout(120)
 def test_the_command_and_its_mistakes(shards, fixture, tmp_path):
-    done = subprocess.run(command(shards, tmp_path / "out"), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command(shards, tmp_path / "out"), capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and "3 recordings written" in done.stdout, done.stderr
     assert_same_tree(tmp_path / "out", fixture / "output")
-    again = subprocess.run(command(shards, tmp_path / "out"), capture_output=True, text=True, timeout=60)
-    assert again.returncode == 0 and "0 recordings written" in again.stdout and "3 there already" in again.stdout
-    for arguments in ((tmp_path, tmp_path / "new"), (shards, tmp_path / "new", "--split", "all"), (shards,)):
+    again = subprocess.run(
+        command(shards, tmp_path / "out"), capture_output=True, text=True, timeout=60
+    )
+    assert (
+        again.returncode == 0
+        and "0 recordings written" in again.stdout
+        and "3 there already" in again.stdout
+    )
+    for arguments in (
+        (tmp_path, tmp_path / "new"),
+        (shards, tmp_path / "new", "--split", "all"),
+        (shards,),
+    ):
         failed = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60)
-        assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+        assert (
+            failed.returncode == 2
+            and failed.stderr.startswith("error: ")
+            and failed.stderr.count("\n") == 1
+        )
     assert not (tmp_path / "new").exists()
 
 
@@ -224,7 +290,11 @@ def test_two_at_once_one_refuses(shards, tmp_path):
 def test_a_full_disk_is_told_and_more_room_is_all_it_takes(shards, fixture, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode:
         pytest.skip(f"mounting a small tmpfs is not permitted here ({mounted.stderr.strip()})")
     try:

@@ -35,7 +35,12 @@ def test_a_file_that_ends_inside_a_word_is_refused_before_any_event(tmp_path, ki
     whole = path.stat().st_size
     for over in range(1, size):
         path.write_bytes(path.read_bytes()[: whole - size] + b"\x01" * over)
-        refused(path, f"{over} byte", f"at byte {whole - size} of {whole - size + over}", f"head -c {whole - size}")
+        refused(
+            path,
+            f"{over} byte",
+            f"at byte {whole - size} of {whole - size + over}",
+            f"head -c {whole - size}",
+        )
         with pytest.raises(RecordingError):
             next(open_recording(path).chunks())
 
@@ -45,53 +50,84 @@ def test_a_dat_that_ends_inside_an_event(tmp_path):
     refused(tmp_path / "a_td.dat", "3 bytes", "a word of 8", f"head -c {len(DAT) + 2 + 40}")
 
 
-@pytest.mark.parametrize("header, told", [
-    ("% evt 4.0\n% geometry 1280x720\n% end\n", ["format EVT4", "EVT3, EVT21, EVT2", "metavision_file_to_dat"]),
-    ("% format HISTO3D;height=320;width=320\n% end\n", ["format HISTO3D", "metavision_file_to_dat"]),
-    ("% geometry 1280x720\n% end\n", ["no header that names its format"]),
-    ("", ["no header that names its format"]),
-    ("\x89HDF\r\n", ["no header that names its format"]),
-    ("% evt 3.0\n% end\n", ["does not tell the sensor's size", "% geometry 1280x720"]),
-    ("% evt 3.0\n% system_ID 4711\n% end\n", ["does not tell the sensor's size"]),
-    ("% format EVT3;height=720;width=99999\n% end\n", ["'99999'", "1 to 8192"]),
-    ("% format EVT3;height=-720;width=1280\n% end\n", ["'-720'", "1 to 8192"]),
-    ("% evt 3.0\n% geometry 0x720\n% end\n", ["'0'"]),
-    ("% evt 3.0\n% geometry big\n% end\n", ["'big'"]),
-    (f"% evt 3.0\n% geometry {'9' * 5000}x720\n% end\n", ["'9999999999", "1 to 8192"]),
-    ("% evt 3.0\n% geometry 1280x720", ["byte 10", "does not end"]),
-    (f"% evt 3.0\n% note {'x' * 70_000}\n% end\n", ["byte 10", "does not end"]),
-    ("% format EVT21;height=720;width=1280;endianness=big\n% end\n", ["'big'", "little and legacy"]),
-])
+@pytest.mark.parametrize(
+    "header, told",
+    [
+        (
+            "% evt 4.0\n% geometry 1280x720\n% end\n",
+            ["format EVT4", "EVT3, EVT21, EVT2", "metavision_file_to_dat"],
+        ),
+        (
+            "% format HISTO3D;height=320;width=320\n% end\n",
+            ["format HISTO3D", "metavision_file_to_dat"],
+        ),
+        ("% geometry 1280x720\n% end\n", ["no header that names its format"]),
+        ("", ["no header that names its format"]),
+        ("\x89HDF\r\n", ["no header that names its format"]),
+        ("% evt 3.0\n% end\n", ["does not tell the sensor's size", "% geometry 1280x720"]),
+        ("% evt 3.0\n% system_ID 4711\n% end\n", ["does not tell the sensor's size"]),
+        ("% format EVT3;height=720;width=99999\n% end\n", ["'99999'", "1 to 8192"]),
+        ("% format EVT3;height=-720;width=1280\n% end\n", ["'-720'", "1 to 8192"]),
+        ("% evt 3.0\n% geometry 0x720\n% end\n", ["'0'"]),
+        ("% evt 3.0\n% geometry big\n% end\n", ["'big'"]),
+        (f"% evt 3.0\n% geometry {'9' * 5000}x720\n% end\n", ["'9999999999", "1 to 8192"]),
+        ("% evt 3.0\n% geometry 1280x720", ["byte 10", "does not end"]),
+        (f"% evt 3.0\n% note {'x' * 70_000}\n% end\n", ["byte 10", "does not end"]),
+        (
+            "% format EVT21;height=720;width=1280;endianness=big\n% end\n",
+            ["'big'", "little and legacy"],
+        ),
+    ],
+)
 def test_raw_headers(tmp_path, header, told):
     (tmp_path / "a.raw").write_bytes(header.encode("latin-1"))
     refused(tmp_path / "a.raw", *told)
 
 
-@pytest.mark.parametrize("header, size", [
-    ("% evt 3.0\n% system_ID 49\n", (720, 1280)),
-    ("% evt 3.0\n% geometry 640x480\n% system_ID 49\n", (480, 640)),
-    ("% format EVT3\n% Height 300\n% Width 400\n", (300, 400)),
-    ("% FORMAT EVT3; height=300; width=400\r\n% END\r\n", (300, 400)),
-    ("% format EVT3.0;width=400\n% geometry 640x480\n", (480, 640)),
-    ("% format EVT3;height=300\n% geometry 640x480\n", (480, 640)),
-    ("% evt 3.0\n% geometry 640x480\n" + "% note x\n" * 5000 + "% end\n", (480, 640)),
-])
+@pytest.mark.parametrize(
+    "header, size",
+    [
+        ("% evt 3.0\n% system_ID 49\n", (720, 1280)),
+        ("% evt 3.0\n% geometry 640x480\n% system_ID 49\n", (480, 640)),
+        ("% format EVT3\n% Height 300\n% Width 400\n", (300, 400)),
+        ("% FORMAT EVT3; height=300; width=400\r\n% END\r\n", (300, 400)),
+        ("% format EVT3.0;width=400\n% geometry 640x480\n", (480, 640)),
+        ("% format EVT3;height=300\n% geometry 640x480\n", (480, 640)),
+        ("% evt 3.0\n% geometry 640x480\n" + "% note x\n" * 5000 + "% end\n", (480, 640)),
+    ],
+)
 def test_headers_that_are_read(tmp_path, header, size):
     path = write_raw(tmp_path / "a.raw", "evt3", [0x8001, 0x6002, 0x2003], header)
     events, recording = read_by(path)
-    assert (recording.height, recording.width) == size and events.t.tolist() == [4098] and events.x.tolist() == [3]
+    assert (
+        (recording.height, recording.width) == size
+        and events.t.tolist() == [4098]
+        and events.x.tolist() == [3]
+    )
 
 
 def test_a_header_may_end_anywhere_in_the_readers_buffer(tmp_path):
     for length in range(8180, 8200):  # io.DEFAULT_BUFFER_SIZE is 8192
         header = "% evt 3.0\n% geometry 640x480\n% note "
-        path = write_raw(tmp_path / "a.raw", "evt3", [0x8001, 0x6002, 0x2003], f"{header}{'x' * (length - len(header))}\n% end\n")
+        path = write_raw(
+            tmp_path / "a.raw",
+            "evt3",
+            [0x8001, 0x6002, 0x2003],
+            f"{header}{'x' * (length - len(header))}\n% end\n",
+        )
         assert read_by(path)[0].t.tolist() == [4098]
 
 
-@pytest.mark.parametrize("two, told", [
-    (bytes((0x0E, 8)), "[14, 8]"), (bytes((0x0C, 16)), "[12, 16]"), (b"\x0c", "[12]"), (b"", "[]"), (b"% ", "does not end"),
-])
+@pytest.mark.parametrize(
+    "two, told",
+    [
+        (bytes((0x0E, 8)), "[14, 8]"),
+        (bytes((0x0C, 16)), "[12, 16]"),
+        (b"\x0c", "[12]"),
+        (b"", "[]"),
+        (b"% ", "does not end"),
+    ],
+)
 def test_dat_of_other_events(tmp_path, two, told):
     (tmp_path / "a_td.dat").write_bytes(DAT + two)
     refused(tmp_path / "a_td.dat", told, f"byte {len(DAT)}")
@@ -113,7 +149,9 @@ def test_what_is_no_recording(tmp_path):
     for name in ("a.aedat4", "noending"):
         (tmp_path / name).touch()
         refused(tmp_path / name, Path(name).suffix or "(none)")
-    with pytest.raises(RecordingError, match=r"a\.npz: events are written as one of \.raw, \.dat, \.h5"):
+    with pytest.raises(
+        RecordingError, match=r"a\.npz: events are written as one of \.raw, \.dat, \.h5"
+    ):
         open_writer(tmp_path / "a.npz", 720, 1280)
     assert issubclass(RecordingError, UserError)
 
@@ -126,20 +164,26 @@ def h5_file(path: Path, **columns) -> Path:
     return path
 
 
-@pytest.mark.parametrize("columns, told", [
-    ({"p": None, "x": None}, ["lacks events/x, events/p", "events/t, x, y and p"]),
-    ({"y": np.arange(3)}, ["differ in length", "'y': 3", "copy it again"]),
-    ({"t": np.arange(4.0)}, ["events/t holds float64", "integers"]),
-    ({"x": np.array([b"a"] * 4)}, ["events/x holds |S1"]),
-    ({"y": np.zeros((4, 2), int)}, ["/events/y", "(4, 2)", "one dimension"]),
-    ({"t": np.int64(4)}, ["/events/t", "()", "one dimension"]),
-    ({"t": np.array([1, 2, 3, 2**63], "u8")}, ["events 0 and on", "9223372036854775808", "microseconds"]),
-    ({"t": np.array([1_700_000_000_000_000_000] * 4)}, ["events 0 and on", "microseconds"]),
-    ({"t": np.array([-(2**62), 1, 2, 3])}, ["events 0 and on", "microseconds"]),
-    ({"height": 0}, ["height '0'", "1 to 8192"]),
-    ({"width": 10**12}, ["width '1000000000000'", "1 to 8192"]),
-    ({"width": np.arange(3)}, ["one number each"]),
-])
+@pytest.mark.parametrize(
+    "columns, told",
+    [
+        ({"p": None, "x": None}, ["lacks events/x, events/p", "events/t, x, y and p"]),
+        ({"y": np.arange(3)}, ["differ in length", "'y': 3", "copy it again"]),
+        ({"t": np.arange(4.0)}, ["events/t holds float64", "integers"]),
+        ({"x": np.array([b"a"] * 4)}, ["events/x holds |S1"]),
+        ({"y": np.zeros((4, 2), int)}, ["/events/y", "(4, 2)", "one dimension"]),
+        ({"t": np.int64(4)}, ["/events/t", "()", "one dimension"]),
+        (
+            {"t": np.array([1, 2, 3, 2**63], "u8")},
+            ["events 0 and on", "9223372036854775808", "microseconds"],
+        ),
+        ({"t": np.array([1_700_000_000_000_000_000] * 4)}, ["events 0 and on", "microseconds"]),
+        ({"t": np.array([-(2**62), 1, 2, 3])}, ["events 0 and on", "microseconds"]),
+        ({"height": 0}, ["height '0'", "1 to 8192"]),
+        ({"width": 10**12}, ["width '1000000000000'", "1 to 8192"]),
+        ({"width": np.arange(3)}, ["one number each"]),
+    ],
+)
 def test_h5_columns(tmp_path, columns, told):
     refused(h5_file(tmp_path / "a_td.h5", **columns), *told)
 
@@ -157,8 +201,13 @@ def test_h5_without_events_or_with_a_group_for_a_column(tmp_path):
 
 
 def test_h5_that_was_cut_off_or_never_written_whole(tmp_path):
-    path = h5_file(tmp_path / "a.h5", t=np.arange(100_000), x=np.zeros(100_000, "u2"), y=np.zeros(100_000, "u2"),
-                   p=np.zeros(100_000, "u1"))
+    path = h5_file(
+        tmp_path / "a.h5",
+        t=np.arange(100_000),
+        x=np.zeros(100_000, "u2"),
+        y=np.zeros(100_000, "u2"),
+        p=np.zeros(100_000, "u1"),
+    )
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     refused(path, "cannot be read as HDF5", "truncated", "copy it again")
     with h5py.File(h5_file(tmp_path / "b.h5", t=None), "a") as file:
@@ -173,13 +222,22 @@ def test_h5_that_was_cut_off_or_never_written_whole(tmp_path):
 def test_blosc_without_its_options_is_refused_before_it_reads_past_them(tmp_path):
     with open_writer(tmp_path / "a.h5", 720, 1280) as writer:
         writer.write(made([5, 6]))
-    whole, options = (tmp_path / "a.h5").read_bytes(), struct.pack("<4H", 32001, 8, 1, 7)  # number, name's length, flags, values
+    whole, options = (
+        (tmp_path / "a.h5").read_bytes(),
+        struct.pack("<4H", 32001, 8, 1, 7),
+    )  # number, name's length, flags, values
     assert options in whole
     (tmp_path / "a.h5").write_bytes(whole.replace(options, struct.pack("<4H", 32001, 0, 1, 0)))
     refused(tmp_path / "a.h5", "Blosc, of whose 4 options 0 are there", "copy it again")
 
 
-CD = np.dtype({"names": ["x", "y", "p", "t"], "formats": ["<u2", "<u2", "<i2", "<i8"], "offsets": [0, 2, 4, 8]})
+CD = np.dtype(
+    {
+        "names": ["x", "y", "p", "t"],
+        "formats": ["<u2", "<u2", "<i2", "<i8"],
+        "offsets": [0, 2, 4, 8],
+    }
+)
 
 
 def metavision_file(path: Path, events: np.ndarray, filter_id: int, coded: bytes) -> Path:
@@ -188,7 +246,10 @@ def metavision_file(path: Path, events: np.ndarray, filter_id: int, coded: bytes
         layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         layout.set_chunk((events.size,))
         layout.set_filter(filter_id, h5py.h5z.FLAG_OPTIONAL, ())
-        space, kind = h5py.h5s.create_simple((events.size,), (h5py.h5s.UNLIMITED,)), h5py.h5t.py_create(CD, logical=True)
+        space, kind = (
+            h5py.h5s.create_simple((events.size,), (h5py.h5s.UNLIMITED,)),
+            h5py.h5t.py_create(CD, logical=True),
+        )
         dataset = h5py.h5d.create(file.create_group("CD").id, b"events", kind, space, layout)
         dataset.write_direct_chunk((0,), coded)
         file.attrs["geometry"] = "1280x720"
@@ -197,8 +258,14 @@ def metavision_file(path: Path, events: np.ndarray, filter_id: int, coded: bytes
 
 def test_codecs_that_are_not_installed_are_named(tmp_path):
     path = metavision_file(tmp_path / "a.hdf5", np.zeros(8, CD), 0x8ECF, b"coded")
-    refused(path, "/CD/events", "ECF", "0x8ECF", "HDF5_PLUGIN_PATH", f"metavision_file_to_dat -i {path}")
-    refused(metavision_file(tmp_path / "b.hdf5", np.zeros(8, CD), 600, b"coded"), "HDF5 filter 600", "HDF5_PLUGIN_PATH")
+    refused(
+        path, "/CD/events", "ECF", "0x8ECF", "HDF5_PLUGIN_PATH", f"metavision_file_to_dat -i {path}"
+    )
+    refused(
+        metavision_file(tmp_path / "b.hdf5", np.zeros(8, CD), 600, b"coded"),
+        "HDF5 filter 600",
+        "HDF5_PLUGIN_PATH",
+    )
     with h5py.File(tmp_path / "c.hdf5", "w") as file:
         file["CD/events"] = np.zeros(3, [("x", "u2"), ("y", "u2"), ("t", "i8")])
     refused(tmp_path / "c.hdf5", "lacks CD/events field p")
@@ -228,23 +295,37 @@ print([(int(t), int(x), int(y), int(p)) for c in recording.chunks() for t, x, y,
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler (cc) to build a codec plugin with")
+@pytest.mark.skipif(
+    not shutil.which("cc"), reason="no C compiler (cc) to build a codec plugin with"
+)
 def test_metavision_hdf5_is_read_where_a_plugin_for_its_codec_is_installed(tmp_path):
     """A stand-in for ECF under its filter number: what is read must have gone through the plugin."""
     (tmp_path / "codec.c").write_text(PLUGIN)
     plugin = tmp_path / "plugins" / "libh5codec.so"
     plugin.parent.mkdir()
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", plugin, tmp_path / "codec.c"], check=True, timeout=60)
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", plugin, tmp_path / "codec.c"], check=True, timeout=60
+    )
     events = np.array([(1, 2, 1, 30), (1279, 719, 0, 31)], CD)
-    path = metavision_file(tmp_path / "a.hdf5", events, 0x8ECF, bytes(b ^ 0x5A for b in events.tobytes()))
-    done = subprocess.run([sys.executable, "-c", READ, path], cwd=ROOT, capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "HDF5_PLUGIN_PATH": str(plugin.parent)})
+    path = metavision_file(
+        tmp_path / "a.hdf5", events, 0x8ECF, bytes(b ^ 0x5A for b in events.tobytes())
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", READ, path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "HDF5_PLUGIN_PATH": str(plugin.parent)},
+    )
     assert done.stdout.strip() == "[(30, 1, 2, 1), (31, 1279, 719, 0)] 1280", done.stderr
 
 
 def made(t, x=0, y=0, p=0) -> Events:
     t = np.array(t, np.int64)
-    return Events(t, *(np.full(t.size, value, kind) for value, kind in ((x, "u2"), (y, "u2"), (p, "u1"))))
+    return Events(
+        t, *(np.full(t.size, value, kind) for value, kind in ((x, "u2"), (y, "u2"), (p, "u1")))
+    )
 
 
 @pytest.mark.parametrize("suffix", ["raw", "dat", "h5"])
@@ -253,16 +334,27 @@ def test_writers_refuse_what_they_would_write_wrong(tmp_path, suffix):
     with open_writer(path, 720, 1280) as writer:
         writer.write(made([]))
         writer.write(made([5, 6]))
-        for wrong, told in ((made([5]), "from 6 us on"), (made([8, 7]), "order of time"), (made([9], x=1280), "x 1280"),
-                            (made([9], y=720), "y 720"), (made([9], p=2), "p 2")):
+        for wrong, told in (
+            (made([5]), "from 6 us on"),
+            (made([8, 7]), "order of time"),
+            (made([9], x=1280), "x 1280"),
+            (made([9], y=720), "y 720"),
+            (made([9], p=2), "p 2"),
+        ):
             with pytest.raises(RecordingError, match=told):
                 writer.write(wrong)
         writer.write(made([6]))
     assert read_by(path)[0].t.tolist() == [5, 6, 6]
     if suffix != "h5":
-        with open_writer(path, 720, 1280) as writer, pytest.raises(RecordingError, match="from 0 us on"):
+        with (
+            open_writer(path, 720, 1280) as writer,
+            pytest.raises(RecordingError, match="from 0 us on"),
+        ):
             writer.write(made([-1]))
-        with open_writer(path, 720, 1280) as writer, pytest.raises(RecordingError, match=r"Write \.h5"):
+        with (
+            open_writer(path, 720, 1280) as writer,
+            pytest.raises(RecordingError, match=r"Write \.h5"),
+        ):
             writer.write(made([2**41]))
         with pytest.raises(RecordingError, match=r"20000 x 720.*Write \.h5"):
             open_writer(path, 720, 20_000)
@@ -277,4 +369,3 @@ def test_dat_writer_refuses_gaps_that_its_clock_cannot_tell(tmp_path):
             writer.write(made([2**32 + 2**31]))
         writer.write(made([2**32 + 2**31 - 1]))
     assert read_by(tmp_path / "a.dat")[0].t.tolist() == [2**32 - 1, 2**32, 2**32 + 2**31 - 1]
-

@@ -11,7 +11,17 @@ from evspan.data_prep.recordings.events import Events
 from evspan.data_prep.recordings.open import open_recording, open_writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.event_files import HEADERS, SIZES, WORDS, as_read, meaning, random_words, read_by, together, write_raw
+from support.event_files import (
+    HEADERS,
+    SIZES,
+    WORDS,
+    as_read,
+    meaning,
+    random_words,
+    read_by,
+    together,
+    write_raw,
+)
 
 KINDS = list(HEADERS)
 
@@ -21,7 +31,9 @@ def rows(events: Events) -> list[tuple]:
 
 
 def made(t, x, y, p) -> Events:
-    return Events(np.array(t, np.int64), np.array(x, np.uint16), np.array(y, np.uint16), np.array(p, np.uint8))
+    return Events(
+        np.array(t, np.int64), np.array(x, np.uint16), np.array(y, np.uint16), np.array(p, np.uint8)
+    )
 
 
 def same(a: Events, b: Events) -> None:
@@ -31,16 +43,25 @@ def same(a: Events, b: Events) -> None:
 
 
 @pytest.mark.parametrize("words_at_once", [None, 31, 1009])
-@pytest.mark.parametrize("name", ["gen4_evt3_triggers.raw", "gen4_evt3_dense.raw", "gen3_evt2.raw", "atis_ncars.dat"])
+@pytest.mark.parametrize(
+    "name", ["gen4_evt3_triggers.raw", "gen4_evt3_dense.raw", "gen3_evt2.raw", "atis_ncars.dat"]
+)
 def test_real_recordings_give_the_golden_columns(samples_dir, name, words_at_once):
     golden = json.loads((samples_dir / "golden.json").read_text())[name]
     word = open_recording(samples_dir / name).word.itemsize
     events, recording = read_by(samples_dir / name, words_at_once and words_at_once * word)
     assert recording.events == events.t.size == golden["events"]
     assert (recording.first_us, recording.last_us) == (golden["t_first"], golden["t_last"])
-    assert (events.x.max(), events.y.max(), events.p.sum()) == (golden["x_max"], golden["y_max"], golden["p_sum"])
+    assert (events.x.max(), events.y.max(), events.p.sum()) == (
+        golden["x_max"],
+        golden["y_max"],
+        golden["p_sum"],
+    )
     for column, kind in zip("txyp", ("<i8", "<u2", "<u2", "u1"), strict=True):
-        assert hashlib.sha256(getattr(events, column).astype(kind).tobytes()).hexdigest() == golden["sha256"][column], column
+        assert (
+            hashlib.sha256(getattr(events, column).astype(kind).tobytes()).hexdigest()
+            == golden["sha256"][column]
+        ), column
     assert not any(recording.dropped.values())
 
 
@@ -49,7 +70,9 @@ def test_real_recordings_give_the_golden_columns(samples_dir, name, words_at_onc
 def test_words_mean_what_the_format_says(tmp_path, kind, seed):
     rng = np.random.default_rng(seed)
     top = 8 * np.dtype(WORDS[kind]).itemsize - 4
-    start = [0x8 << top] if seed % 2 else [0x2 << top | 5, 0x1 << top | 5, 0x6 << top | 9]  # with a time, or without
+    start = (
+        [0x8 << top] if seed % 2 else [0x2 << top | 5, 0x1 << top | 5, 0x6 << top | 9]
+    )  # with a time, or without
     words = start + random_words(kind, rng, 3000)
     path = write_raw(tmp_path / "a.raw", kind, words)
     expected, dropped = as_read(meaning(kind, words), *SIZES[kind])
@@ -59,7 +82,10 @@ def test_words_mean_what_the_format_says(tmp_path, kind, seed):
         events, recording = read_by(path, at_once)
         assert rows(events) == expected
         assert recording.dropped == dropped
-        assert (recording.format, recording.height, recording.width) == (kind.removesuffix("_legacy"), *SIZES[kind])
+        assert (recording.format, recording.height, recording.width) == (
+            kind.removesuffix("_legacy"),
+            *SIZES[kind],
+        )
 
 
 @pytest.mark.parametrize("fall, wraps", [(0, 0), (1, 0), (2047, 0), (2048, 1), (4095, 1)])
@@ -76,7 +102,9 @@ def test_dat_records_mean_what_the_format_says(tmp_path, seed):
     rng = np.random.default_rng(seed)
     clock, loops, records, events = 2**32 - 50_000, 0, b"", []
     for _ in range(2000):
-        after = clock + int(rng.choice([0, 1, 40, -30, -2000, 2**30], p=[0.3, 0.3, 0.3, 0.05, 0.03, 0.02]))
+        after = clock + int(
+            rng.choice([0, 1, 40, -30, -2000, 2**30], p=[0.3, 0.3, 0.3, 0.05, 0.03, 0.02])
+        )
         loops, clock = (loops + after // 2**32, after % 2**32) if after >= 0 else (loops, clock)
         x, y, p = int(rng.integers(320)), int(rng.integers(250)), int(rng.integers(4))
         records += (clock | x << 32 | y << 46 | p << 60).to_bytes(8, "little")
@@ -107,17 +135,27 @@ def test_evt21_layouts_by_the_vendors_example(tmp_path):
     assert sent(0x0102030405060708, "little").hex() == "0807060504030201"
     assert sent(0x0102030405060708, "legacy").hex() == "0403020108070605"
     size = "% geometry 320x320\n"
-    for order, header in (("little", "% format EVT21;height=320;width=320\n"),
-                          ("legacy", f"% evt 2.1\n% endianness legacy\n{size}"),
-                          ("legacy", f"% evt 2.1\n% system_ID 49\n{size}"), ("little", f"% evt 2.1\n% system_ID 64\n{size}"),
-                          ("little", f"% format EVT2.1;endianness=little\n% endianness legacy\n{size}")):
-        (tmp_path / "a.raw").write_bytes(header.encode() + b"% end\n" + b"".join(sent(word, order) for word in words))
-        assert rows(read_by(tmp_path / "a.raw")[0]) == [(3 * 64 + 5, 96, 7, 1), (3 * 64 + 5, 99, 7, 1)], header
+    for order, header in (
+        ("little", "% format EVT21;height=320;width=320\n"),
+        ("legacy", f"% evt 2.1\n% endianness legacy\n{size}"),
+        ("legacy", f"% evt 2.1\n% system_ID 49\n{size}"),
+        ("little", f"% evt 2.1\n% system_ID 64\n{size}"),
+        ("little", f"% format EVT2.1;endianness=little\n% endianness legacy\n{size}"),
+    ):
+        (tmp_path / "a.raw").write_bytes(
+            header.encode() + b"% end\n" + b"".join(sent(word, order) for word in words)
+        )
+        assert rows(read_by(tmp_path / "a.raw")[0]) == [
+            (3 * 64 + 5, 96, 7, 1),
+            (3 * 64 + 5, 99, 7, 1),
+        ], header
 
 
 def test_evt3_counter_wraps_are_unwrapped_as_a_camera_sends_them(tmp_path):
     words, times = [], []
-    for high in range(4000, 4000 + 3 * 4096):  # a camera sends TIME_HIGH every 4096 us, events or not
+    for high in range(
+        4000, 4000 + 3 * 4096
+    ):  # a camera sends TIME_HIGH every 4096 us, events or not
         words += [0x8000 | high % 4096]
         if high % 1500 < 3:  # and is silent for 6 s at a time
             words += [0x6000 | high % 4096, 0x0001, 0x2002]
@@ -133,12 +171,20 @@ def test_files_without_events_are_empty_recordings(tmp_path, words, place):
     assert events.t.size == recording.events == place
 
 
-GAPS = st.one_of(st.integers(0, 3), st.integers(0, 10_000), st.sampled_from([4095, 4096, 2**24 - 1, 2**24, 2**24 + 1, 2**31 - 1]))
+GAPS = st.one_of(
+    st.integers(0, 3),
+    st.integers(0, 10_000),
+    st.sampled_from([4095, 4096, 2**24 - 1, 2**24, 2**24 + 1, 2**31 - 1]),
+)
 EVENT = st.tuples(GAPS, st.integers(0, 1279), st.integers(0, 719), st.integers(0, 1), st.booleans())
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(EVENT, max_size=40), st.sampled_from(["raw", "dat", "h5"]), st.sampled_from([None, 2, 16, 200]))
+@given(
+    st.lists(EVENT, max_size=40),
+    st.sampled_from(["raw", "dat", "h5"]),
+    st.sampled_from([None, 2, 16, 200]),
+)
 def test_what_is_written_is_read(tmp_path_factory, drawn, suffix, at_once):
     gaps, x, y, p, cuts = zip(*drawn, strict=True) if drawn else ([],) * 5
     events = made(np.cumsum(gaps, dtype=np.int64) if drawn else [], x, y, p)
@@ -154,7 +200,9 @@ def test_what_is_written_is_read(tmp_path_factory, drawn, suffix, at_once):
 @pytest.mark.parametrize("suffix", ["raw", "dat", "h5"])
 def test_long_recordings_keep_their_time_over_many_wraps(tmp_path, suffix):
     rng = np.random.default_rng(1)
-    t = np.cumsum(rng.choice([0, 1, 40, 5_000, 9_000_000, 600_000_000], 400))  # 13 hours: 11 wraps of .dat, 2800 of EVT3
+    t = np.cumsum(
+        rng.choice([0, 1, 40, 5_000, 9_000_000, 600_000_000], 400)
+    )  # 13 hours: 11 wraps of .dat, 2800 of EVT3
     assert t[-1] > 10 * 2**32
     events = made(t, rng.integers(0, 1280, 400), rng.integers(0, 720, 400), rng.integers(0, 2, 400))
     with open_writer(tmp_path / f"a.{suffix}", 720, 1280) as writer:
@@ -175,11 +223,17 @@ def test_every_border_of_the_sensor(tmp_path, suffix):
 
 def test_chunks_are_no_larger_than_asked_for_and_come_again(tmp_path):
     with open_writer(tmp_path / "a.raw", 720, 1280) as writer:
-        writer.write(made(np.arange(5000), np.arange(5000) % 1280, np.arange(5000) % 720, np.arange(5000) % 2))
+        writer.write(
+            made(
+                np.arange(5000), np.arange(5000) % 1280, np.arange(5000) % 720, np.arange(5000) % 2
+            )
+        )
     recording = open_recording(tmp_path / "a.raw")
     for size in (7, 999, 1_000_000):
         chunks = list(recording.chunks(size))
-        assert max(c.t.size for c in chunks) == min(size, 5000) and together(chunks).t.tolist() == list(range(5000))
+        assert max(c.t.size for c in chunks) == min(size, 5000) and together(
+            chunks
+        ).t.tolist() == list(range(5000))
         assert recording.events == 5000
 
 
@@ -226,14 +280,25 @@ def write_h5(path, columns, height=None, width=None, **how):
 @pytest.mark.parametrize("kind", ["i1", "i2", "u2", "<i4", ">i4", "u4", "i8", "u8", ">u2"])
 def test_h5_columns_of_any_integer_type_do_not_wrap_into_the_sensor(tmp_path, kind):
     info = np.iinfo(kind)
-    x = [v for v in (0, 99, 100, 255, -1, 65535, 65536 + 5, 5 - 65536, info.max, info.min, 33014) if info.min <= v <= info.max]
-    columns = {"t": np.arange(len(x)), "x": np.array(x, kind), "y": np.zeros(len(x), kind), "p": np.ones(len(x), "i1")}
+    x = [
+        v
+        for v in (0, 99, 100, 255, -1, 65535, 65536 + 5, 5 - 65536, info.max, info.min, 33014)
+        if info.min <= v <= info.max
+    ]
+    columns = {
+        "t": np.arange(len(x)),
+        "x": np.array(x, kind),
+        "y": np.zeros(len(x), kind),
+        "p": np.ones(len(x), "i1"),
+    }
     for swap in (False, True):
         if swap:
             columns["x"], columns["y"] = columns["y"], columns["x"]
         events, recording = read_by(write_h5(tmp_path / "a_td.h5", columns, 100, 100))
         inside = [i for i, v in enumerate(x) if 0 <= v < 100]
-        assert events.t.tolist() == inside and (events.y if swap else events.x).tolist() == [x[i] for i in inside]
+        assert events.t.tolist() == inside and (events.y if swap else events.x).tolist() == [
+            x[i] for i in inside
+        ]
         assert recording.dropped["outside_sensor"] == len(x) - len(inside)
 
 
@@ -241,27 +306,64 @@ def test_h5_columns_of_any_integer_type_do_not_wrap_into_the_sensor(tmp_path, ki
 def test_h5_as_published(tmp_path, kind):
     """p as -1/+1, times of several types, late ones among them, no sensor size, several compressions, negative p as darker."""
     t = np.array([3, 7, 5, 5, 9, 8, 10], kind)
-    columns = {"t": t, "x": np.full(7, 1279, "u2"), "y": np.full(7, 719, "u2"), "p": np.array([-1, 1, -1, 1, 1, -1, 1], "i1")}
+    columns = {
+        "t": t,
+        "x": np.full(7, 1279, "u2"),
+        "y": np.full(7, 719, "u2"),
+        "p": np.array([-1, 1, -1, 1, 1, -1, 1], "i1"),
+    }
     for how in ({}, {"compression": "gzip"}, hdf5plugin.Blosc(cname="zstd"), {"chunks": (2,)}):
         for at_once in (None, 3):
-            events, recording = read_by(write_h5(tmp_path / "a_td.h5", columns, **dict(how)), at_once)
+            events, recording = read_by(
+                write_h5(tmp_path / "a_td.h5", columns, **dict(how)), at_once
+            )
             assert (recording.height, recording.width, recording.format) == (720, 1280, "h5")
-            assert events.t.tolist() == [3, 7, 7, 7, 9, 9, 10] and events.p.tolist() == [0, 1, 0, 1, 1, 0, 1]
-            assert recording.dropped == {"outside_sensor": 0, "before_first_time": 0, "late_timestamps_raised": 3}
+            assert events.t.tolist() == [3, 7, 7, 7, 9, 9, 10] and events.p.tolist() == [
+                0,
+                1,
+                0,
+                1,
+                1,
+                0,
+                1,
+            ]
+            assert recording.dropped == {
+                "outside_sensor": 0,
+                "before_first_time": 0,
+                "late_timestamps_raised": 3,
+            }
     columns["p"] = columns["p"] > 0  # bool
-    assert read_by(write_h5(tmp_path / "b_td.h5", columns, 800, 1300))[0].p.tolist() == [0, 1, 0, 1, 1, 0, 1]
+    assert read_by(write_h5(tmp_path / "b_td.h5", columns, 800, 1300))[0].p.tolist() == [
+        0,
+        1,
+        0,
+        1,
+        1,
+        0,
+        1,
+    ]
 
 
 def test_metavision_hdf5_without_its_codec(tmp_path):
-    kind = np.dtype({"names": ["x", "y", "p", "t"], "formats": ["<u2", "<u2", "<i2", "<i8"], "offsets": [0, 2, 4, 8]})
+    kind = np.dtype(
+        {
+            "names": ["x", "y", "p", "t"],
+            "formats": ["<u2", "<u2", "<i2", "<i8"],
+            "offsets": [0, 2, 4, 8],
+        }
+    )
     data = np.array([(1, 2, 0, 10), (639, 479, 1, 11), (640, 1, 1, 12), (5, 6, 1, 9)], kind)
-    for how, attributes, size in (({}, {"geometry": "640x480"}, (480, 640)), ({"compression": "gzip"}, {}, (720, 1280)),
-                                  ({"chunks": (1,)}, {"format": np.bytes_("EVT3;height=480;width=640")}, (480, 640))):
+    for how, attributes, size in (
+        ({}, {"geometry": "640x480"}, (480, 640)),
+        ({"compression": "gzip"}, {}, (720, 1280)),
+        ({"chunks": (1,)}, {"format": np.bytes_("EVT3;height=480;width=640")}, (480, 640)),
+    ):
         with h5py.File(tmp_path / "a.hdf5", "w") as file:
             file.create_dataset("CD/events", data=data, **how)
             file.attrs.update(attributes)
         events, recording = read_by(tmp_path / "a.hdf5", 3)
         assert (recording.height, recording.width) == size
-        assert rows(events) == [r for r in [(10, 1, 2, 0), (11, 639, 479, 1), (12, 640, 1, 1)] if r[1] < size[1]] + [
-            (events.t[-1], 5, 6, 1)]
+        assert rows(events) == [
+            r for r in [(10, 1, 2, 0), (11, 639, 479, 1), (12, 640, 1, 1)] if r[1] < size[1]
+        ] + [(events.t[-1], 5, 6, 1)]
         assert recording.dropped["late_timestamps_raised"] == 1

@@ -33,12 +33,18 @@ ROOT = Path(__file__).parents[2]
 
 def some_events(n: int) -> Events:
     rng = np.random.default_rng(n)
-    return Events(np.cumsum(rng.integers(0, 3000, n)), rng.integers(0, 1280, n).astype(np.uint16),
-                  rng.integers(0, 720, n).astype(np.uint16), rng.integers(0, 2, n).astype(np.uint8))
+    return Events(
+        np.cumsum(rng.integers(0, 3000, n)),
+        rng.integers(0, 1280, n).astype(np.uint16),
+        rng.integers(0, 720, n).astype(np.uint16),
+        rng.integers(0, 2, n).astype(np.uint8),
+    )
 
 
 def whole_raw(kind: str) -> Callable[[Path], None]:
-    return lambda path: write_raw(path, kind, random_words(kind, np.random.default_rng(0), 1500)) and None
+    return lambda path: (
+        write_raw(path, kind, random_words(kind, np.random.default_rng(0), 1500)) and None
+    )
 
 
 def whole_by_writer(path: Path) -> None:
@@ -50,30 +56,50 @@ def whole_h5(path: Path) -> None:
     """One column of each layout and codec that published files have."""
     events = some_events(600)
     with h5py.File(path, "w", libver="earliest") as file:
-        file.create_dataset("events/t", data=events.t, chunks=(128,), maxshape=(None,), **hdf5plugin.Blosc(cname="zstd"))
-        file.create_dataset("events/x", data=events.x, chunks=(200,), compression="gzip", shuffle=True)
+        file.create_dataset(
+            "events/t",
+            data=events.t,
+            chunks=(128,),
+            maxshape=(None,),
+            **hdf5plugin.Blosc(cname="zstd"),
+        )
+        file.create_dataset(
+            "events/x", data=events.x, chunks=(200,), compression="gzip", shuffle=True
+        )
         file.create_dataset("events/y", data=events.y.astype("i4"))
-        file.create_dataset("events/p", data=events.p.astype("i1") * 2 - 1, chunks=(600,), compression="lzf")
+        file.create_dataset(
+            "events/p", data=events.p.astype("i1") * 2 - 1, chunks=(600,), compression="lzf"
+        )
         file["events/height"], file["events/width"] = 720, 1280
 
 
 def whole_metavision(path: Path) -> None:
     events, kind = some_events(600), [("x", "<u2"), ("y", "<u2"), ("p", "<i2"), ("t", "<i8")]
     with h5py.File(path, "w", libver="latest") as file:
-        file["CD/events"] = np.rec.fromarrays([events.x, events.y, events.p, events.t], np.dtype(kind))
+        file["CD/events"] = np.rec.fromarrays(
+            [events.x, events.y, events.p, events.t], np.dtype(kind)
+        )
         file.attrs["geometry"] = "1280x720"
 
 
 def whole_boxes(path: Path) -> None:
     boxes = np.zeros(60, RAW_BOX)
-    boxes["t"], boxes["w"], boxes["h"], boxes["class_id"] = np.arange(60) * 16_666, 30, 20, np.arange(60) % 3
+    boxes["t"], boxes["w"], boxes["h"], boxes["class_id"] = (
+        np.arange(60) * 16_666,
+        30,
+        20,
+        np.arange(60) % 3,
+    )
     np.save(path, boxes)
 
 
 FILES: dict[str, tuple[str, Callable[[Path], None]]] = {
     **{kind: (f"{kind}.raw", whole_raw(kind)) for kind in SIZES},
-    "dat": ("a_td.dat", whole_by_writer), "h5": ("a_td.h5", whole_h5), "written_h5": ("b_td.h5", whole_by_writer),
-    "metavision": ("a.hdf5", whole_metavision), "boxes": ("a_bbox.npy", whole_boxes),
+    "dat": ("a_td.dat", whole_by_writer),
+    "h5": ("a_td.h5", whole_h5),
+    "written_h5": ("b_td.h5", whole_by_writer),
+    "metavision": ("a.hdf5", whole_metavision),
+    "boxes": ("a_bbox.npy", whole_boxes),
 }
 
 
@@ -89,9 +115,15 @@ def damaged(data: bytes, header: int, rng: np.random.Generator) -> bytes:
         elif way == 1:
             out[at : at + span] = rng.bytes(len(out[at : at + span]))
         elif way == 2:
-            out[at : at + span] = bytes([int(rng.choice([0, 0xFF, 0x7F, 0x80, 0x25]))]) * len(out[at : at + span])
+            out[at : at + span] = bytes([int(rng.choice([0, 0xFF, 0x7F, 0x80, 0x25]))]) * len(
+                out[at : at + span]
+            )
         elif way == 3:
-            number = int(rng.choice([0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1]))
+            number = int(
+                rng.choice(
+                    [0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1]
+                )
+            )
             out[at : at + 8] = number.to_bytes(8, "little")[: int(rng.choice([1, 2, 4, 8]))]
         elif way == 4:
             del out[at : at + span * int(rng.choice([1, 1, 100]))]
@@ -126,10 +158,14 @@ def events_in(path: Path, recording: Recording) -> int:
         return int((words >> 28 <= 1).sum())
     if recording.format == "evt21":
         halves = words.view("<u4").reshape(-1, 2)
-        upper, pixels = (halves[:, 0], halves[:, 1]) if recording.upper_first else (halves[:, 1], halves[:, 0])
+        upper, pixels = (
+            (halves[:, 0], halves[:, 1]) if recording.upper_first else (halves[:, 1], halves[:, 0])
+        )
         return bits(pixels[upper >> 28 <= 1])
     kinds = words >> 12
-    return int((kinds == 2).sum()) + bits(words[kinds == 4] & 0xFFF) + bits(words[kinds == 5] & 0xFF)
+    return (
+        int((kinds == 2).sum()) + bits(words[kinds == 4] & 0xFFF) + bits(words[kinds == 5] & 0xFF)
+    )
 
 
 def check_recording(path: Path) -> None:
@@ -181,8 +217,14 @@ def run_cases(kind: str, first: int, n: int) -> None:
 
 
 def in_a_process(kind: str, first: int, n: int, timeout: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-X", "faulthandler", __file__, kind, str(first), str(n)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=timeout, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        [sys.executable, "-X", "faulthandler", __file__, kind, str(first), str(n)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
 
 
 def failure(done: subprocess.CompletedProcess[str]) -> str:
@@ -194,7 +236,10 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
 def test_damaged_files_are_read_or_refused():
     done = in_a_process("all", 0, 150, timeout=150)
     assert done.returncode == 0, f"{done.stdout} and then case {failure(done)}"
-    counts = {line.split(":")[0]: [int(w) for w in line.split() if w.isdigit()] for line in done.stdout.splitlines()}
+    counts = {
+        line.split(":")[0]: [int(w) for w in line.split() if w.isdigit()]
+        for line in done.stdout.splitlines()
+    }
     assert counts.keys() == FILES.keys()
     for kind, (read, refused) in counts.items():  # both ways out are taken
         assert read + refused == 150 and min(read, refused) > 5, kind
@@ -208,11 +253,15 @@ def test_many_damaged_files_are_read_or_refused(kind):
     hung: list[int] = []
     while (done := in_a_process(kind, first, end - first, timeout=3 * 3600)).returncode:
         # HDF5 2.0 itself never returns from a variable-length attribute whose heap is overwritten with zeros.
-        assert kind == "metavision" and "Timeout" in done.stderr and "h5py/_hl/attrs.py" in done.stderr, f"{kind} {failure(done)}"
+        assert (
+            kind == "metavision" and "Timeout" in done.stderr and "h5py/_hl/attrs.py" in done.stderr
+        ), f"{kind} {failure(done)}"
         hung.append(int(failure(done).split()[0]))
         first = hung[-1] + 1
     assert len(hung) <= 5, hung
-    print(f"{kind}: {end - 1000} cases, hung in HDF5: {hung}; since the last of these {done.stdout.strip()}")
+    print(
+        f"{kind}: {end - 1000} cases, hung in HDF5: {hung}; since the last of these {done.stdout.strip()}"
+    )
 
 
 if __name__ == "__main__":

@@ -29,9 +29,14 @@ def by_hand(box, config: LabelConfig, split: str):
     if int(box["class_id"]) not in config.class_map:
         return "boxes_of_other_classes", None
     corner = {"x": np.float32(box["x"]), "y": np.float32(box["y"])}
-    far = {"x": np.float32(corner["x"] + np.float32(box["w"])), "y": np.float32(corner["y"] + np.float32(box["h"]))}
+    far = {
+        "x": np.float32(corner["x"] + np.float32(box["w"])),
+        "y": np.float32(corner["y"] + np.float32(box["h"])),
+    }
     for axis, size in (("x", W), ("y", H)):
-        corner[axis], far[axis] = (min(max(v, np.float32(0)), np.float32(size - 1)) for v in (corner[axis], far[axis]))
+        corner[axis], far[axis] = (
+            min(max(v, np.float32(0)), np.float32(size - 1)) for v in (corner[axis], far[axis])
+        )
     w, h = far["x"] - corner["x"], far["y"] - corner["y"]
     if not (w > 0 and h > 0):
         return "boxes_outside_the_sensor", None
@@ -61,50 +66,97 @@ def test_all_filters_together_are_those_of_one_box_after_the_other(split):
             counts[reason] += 1
         else:
             expected.append((int(box["t"]), *mine, int(box["track_id"])))
-    assert dropped == counts and len(out) + sum(dropped.values()) == 3_000 and min(counts.values()) > 0
-    for name, column in zip(("t", "x", "y", "w", "h", "class_id", "track_id"), zip(*expected, strict=True), strict=True):
+    assert (
+        dropped == counts and len(out) + sum(dropped.values()) == 3_000 and min(counts.values()) > 0
+    )
+    for name, column in zip(
+        ("t", "x", "y", "w", "h", "class_id", "track_id"), zip(*expected, strict=True), strict=True
+    ):
         np.testing.assert_array_equal(out[name], column, err_msg=name)
     assert ("boxes_over_max_width" in dropped) == (split == "train")
 
 
 def test_classes_are_kept_and_renamed():
     boxes = boxes_of(*((100, 100, 80, 80, k) for k in range(7)))
-    out, dropped = filter_boxes(boxes, LabelConfig(class_map={0: 1, 5: 0, 6: 1}), classes=2, height=H, width=W, split="val")
+    out, dropped = filter_boxes(
+        boxes, LabelConfig(class_map={0: 1, 5: 0, 6: 1}), classes=2, height=H, width=W, split="val"
+    )
     assert out["track_id"].tolist() == [0, 5, 6] and out["class_id"].tolist() == [1, 0, 1]
     assert dropped == {"boxes_of_other_classes": 4, "boxes_outside_the_sensor": 0}
     assert boxes["class_id"].tolist() == list(range(7))  # the caller's stay as they are
 
 
 def test_without_a_map_ids_below_the_number_of_classes_are_kept():
-    out, dropped = filter_boxes(boxes_of(*((100, 100, 80, 80, k) for k in range(7))), LabelConfig(), classes=4, height=H, width=W,
-                                split="val")
+    out, dropped = filter_boxes(
+        boxes_of(*((100, 100, 80, 80, k) for k in range(7))),
+        LabelConfig(),
+        classes=4,
+        height=H,
+        width=W,
+        split="val",
+    )
     assert out["class_id"].tolist() == [0, 1, 2, 3] and dropped["boxes_of_other_classes"] == 3
 
 
 def test_boxes_are_cropped_and_those_outside_dropped():
-    rows = [(-10, -5, 30, 30), (1270, 700, 50, 50), (10, 20, 30, 40), (-50, 10, 50, 50), (1279, 10, 50, 50), (5, 719.5, 10, 10)]
-    out, dropped = filter_boxes(boxes_of(*rows), LabelConfig(class_map={0: 0}), classes=1, height=H, width=W, split="val")
-    assert [tuple(float(b[k]) for k in "xywh") for b in out] == [(0, 0, 20, 25), (1270, 700, 9, 19), (10, 20, 30, 40)]
+    rows = [
+        (-10, -5, 30, 30),
+        (1270, 700, 50, 50),
+        (10, 20, 30, 40),
+        (-50, 10, 50, 50),
+        (1279, 10, 50, 50),
+        (5, 719.5, 10, 10),
+    ]
+    out, dropped = filter_boxes(
+        boxes_of(*rows), LabelConfig(class_map={0: 0}), classes=1, height=H, width=W, split="val"
+    )
+    assert [tuple(float(b[k]) for k in "xywh") for b in out] == [
+        (0, 0, 20, 25),
+        (1270, 700, 9, 19),
+        (10, 20, 30, 40),
+    ]
     assert dropped["boxes_outside_the_sensor"] == 3
-    without, dropped = filter_boxes(boxes_of(*rows), LabelConfig(class_map={0: 0}, crop=False), classes=1, height=H, width=W,
-                                    split="val")
-    assert len(without) == 6 and "boxes_outside_the_sensor" not in dropped and float(without["x"][0]) == -10
+    without, dropped = filter_boxes(
+        boxes_of(*rows),
+        LabelConfig(class_map={0: 0}, crop=False),
+        classes=1,
+        height=H,
+        width=W,
+        split="val",
+    )
+    assert (
+        len(without) == 6
+        and "boxes_outside_the_sensor" not in dropped
+        and float(without["x"][0]) == -10
+    )
 
 
 def test_the_order_is_classes_crop_side_diagonal_width():
     """A box that several filters would drop counts for the first of them, and sizes are those after cropping."""
     assert kept(boxes_of((-100, 0, 1, 1, 6)), GEN4)[1]["boxes_of_other_classes"] == 1
     ids, dropped = kept(boxes_of((-90, 100, 100, 100)), GEN4)  # 10 of 100 pixels are left
-    assert ids == [] and dropped["boxes_under_min_side"] == 1 and dropped["boxes_under_min_diagonal"] == 0
+    assert (
+        ids == []
+        and dropped["boxes_under_min_side"] == 1
+        and dropped["boxes_under_min_diagonal"] == 0
+    )
     ids, dropped = kept(boxes_of((-200, 100, 1390, 19)), GEN4)
     assert dropped["boxes_under_min_side"] == 1 and dropped["boxes_over_max_width"] == 0
     ids, dropped = kept(boxes_of((-200, 100, 1350, 100)), GEN4)  # 1150 wide after cropping
     assert ids == [0]
 
 
-@pytest.mark.parametrize("row, stays", [((100, 100, 20, 60), True), ((100, 100, 19.9, 60), False), ((100, 100, 36, 48), True),
-                                        ((100, 100, 36, 47.9), False), ((10, 100, 1152, 50), True),
-                                        ((10, 100, 1152.5, 50), False)])
+@pytest.mark.parametrize(
+    "row, stays",
+    [
+        ((100, 100, 20, 60), True),
+        ((100, 100, 19.9, 60), False),
+        ((100, 100, 36, 48), True),
+        ((100, 100, 36, 47.9), False),
+        ((10, 100, 1152, 50), True),
+        ((10, 100, 1152.5, 50), False),
+    ],
+)
 def test_limits_are_inclusive(row, stays):
     assert bool(kept(boxes_of(row), GEN4)[0]) == stays
 
@@ -122,10 +174,16 @@ def test_filters_that_are_off_say_nothing_of_themselves():
 
 
 def test_what_is_wrong_with_the_config_is_said():
-    with pytest.raises(ConfigError, match=r"class_map names class \[3\] but dataset.classes has 2 entries"):
+    with pytest.raises(
+        ConfigError, match=r"class_map names class \[3\] but dataset.classes has 2 entries"
+    ):
         DatasetConfig(classes=["a", "b"], labels=LabelConfig(class_map={0: 0, 1: 3}))
-    for values, told in (({"label_every_ms": 0}, "label_every_ms"), ({"min_side": -1}, "min_side"),
-                         ({"max_width_share": 1.5}, "max_width_share"), ({"max_width_share": 0}, "max_width_share")):
+    for values, told in (
+        ({"label_every_ms": 0}, "label_every_ms"),
+        ({"min_side": -1}, "min_side"),
+        ({"max_width_share": 1.5}, "max_width_share"),
+        ({"max_width_share": 0}, "max_width_share"),
+    ):
         with pytest.raises(ConfigError, match=told):
             LabelConfig(**values)
 
@@ -138,7 +196,9 @@ def test_cropping_is_that_of_the_published_preprocessing(parity_dir):
         split, name = path.parts[-4], path.parts[-3]
         stored = np.load(path)["labels"]
         raw = read_boxes(parity_dir / "prep_fixture" / "input" / split / f"{name}_bbox.npy")
-        mine, _ = filter_boxes(raw[np.isin(raw["t"], stored["t"])], config, classes=3, height=H, width=W, split=split)
+        mine, _ = filter_boxes(
+            raw[np.isin(raw["t"], stored["t"])], config, classes=3, height=H, width=W, split=split
+        )
         for field in ("t", "x", "y", "w", "h", "class_id", "track_id"):
             np.testing.assert_array_equal(mine[field], stored[field], err_msg=field)
         checked += len(mine)

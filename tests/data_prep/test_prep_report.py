@@ -31,7 +31,12 @@ CLASSES = ["car", "bar"]
 
 # -- datasets, written straight to the contract --------------------------------------------------------------------
 def counted(seed=0, n=20, mean=0.02):
-    return np.random.default_rng(seed).poisson(mean, (n, 2 * BINS, HEIGHT, WIDTH)).clip(max=CUTOFF).astype(np.uint8)
+    return (
+        np.random.default_rng(seed)
+        .poisson(mean, (n, 2 * BINS, HEIGHT, WIDTH))
+        .clip(max=CUTOFF)
+        .astype(np.uint8)
+    )
 
 
 def box(frame, class_id=0, x=5, y=6, w=20, h=10):
@@ -43,7 +48,11 @@ def write_dataset(root: Path, recordings: dict[str, dict], classes=CLASSES) -> P
     listed = []
     for number, (key, values) in enumerate(recordings.items()):
         split, name = key.split("/", 1)
-        frames, boxes, labelled = values.pop("frames", counted(number)), values.pop("boxes", []), values.pop("labelled", [])
+        frames, boxes, labelled = (
+            values.pop("frames", counted(number)),
+            values.pop("boxes", []),
+            values.pop("labelled", []),
+        )
         n, encode = len(frames), FrameEncoder()
         codes = [encode(frame).copy() for frame in frames]
         (root / split).mkdir(parents=True, exist_ok=True)
@@ -51,29 +60,65 @@ def write_dataset(root: Path, recordings: dict[str, dict], classes=CLASSES) -> P
         with h5py.File(root / shard, "w") as file:
             group = file.create_group(f"group{number}")
             group["frames"] = np.concatenate([*codes, np.zeros(0, np.uint8)])
-            group["frame_start"], group["end_us"] = np.cumsum([0, *map(len, codes)]), 50_000 * np.arange(1, n + 1)
+            group["frame_start"], group["end_us"] = (
+                np.cumsum([0, *map(len, codes)]),
+                50_000 * np.arange(1, n + 1),
+            )
             group["boxes"] = np.array([row for _, row in sorted(boxes)], BOX)
             group["box_start"] = np.searchsorted(sorted(f for f, _ in boxes), np.arange(n + 1))
             group["labelled"] = np.isin(np.arange(n), labelled)
             group.attrs[FRAME_SHAPE] = frames.shape[1:]
-        listed.append(RecordingEntry(**{
-            "name": name, "split": split, "shard": shard, "group": f"group{number}", "frames": n,
-            "labelled_frames": len(labelled), "boxes": len(boxes), "height": frames.shape[2], "width": frames.shape[3],
-            "sensor_height": 80, "sensor_width": 120,
-            "first_us": 0, "last_us": 50_000 * n, "events": 2 * int(frames.sum()), "source_xxh3": str(number), **values}))
-    config = {"frames": {"window_ms": 50, "bins": BINS, "cutoff": CUTOFF, "downsample": 2, "mode": "exact",
-                         "downsample_by": "sum"},
-              "dataset": {"name": "made", "labels": {"min_side": 20}}}
+        listed.append(
+            RecordingEntry(
+                **{
+                    "name": name,
+                    "split": split,
+                    "shard": shard,
+                    "group": f"group{number}",
+                    "frames": n,
+                    "labelled_frames": len(labelled),
+                    "boxes": len(boxes),
+                    "height": frames.shape[2],
+                    "width": frames.shape[3],
+                    "sensor_height": 80,
+                    "sensor_width": 120,
+                    "first_us": 0,
+                    "last_us": 50_000 * n,
+                    "events": 2 * int(frames.sum()),
+                    "source_xxh3": str(number),
+                    **values,
+                }
+            )
+        )
+    config = {
+        "frames": {
+            "window_ms": 50,
+            "bins": BINS,
+            "cutoff": CUTOFF,
+            "downsample": 2,
+            "mode": "exact",
+            "downsample_by": "sum",
+        },
+        "dataset": {"name": "made", "labels": {"min_side": 20}},
+    }
     root.mkdir(exist_ok=True)
-    (root / MANIFEST).write_text(Manifest(software="test", config=config, config_hash="0", classes=classes,
-                                          recordings=listed).to_json())
+    (root / MANIFEST).write_text(
+        Manifest(
+            software="test", config=config, config_hash="0", classes=classes, recordings=listed
+        ).to_json()
+    )
     return root
 
 
 def usual() -> dict[str, dict]:
-    return {"train/a": {"boxes": [box(1), box(1, 1), box(3), box(9, 1, w=34, h=34)], "labelled": [1, 3, 5, 9]},
-            "train/b": {"boxes": [box(0)], "labelled": [0]},
-            "val/c": {"boxes": [box(2), box(2, 1)], "labelled": [2, 4]}}
+    return {
+        "train/a": {
+            "boxes": [box(1), box(1, 1), box(3), box(9, 1, w=34, h=34)],
+            "labelled": [1, 3, 5, 9],
+        },
+        "train/b": {"boxes": [box(0)], "labelled": [0]},
+        "val/c": {"boxes": [box(2), box(2, 1)], "labelled": [2, 4]},
+    }
 
 
 # -- reading the page ----------------------------------------------------------------------------------------------
@@ -131,11 +176,18 @@ class Page(HTMLParser):
     def rows(self, table: str) -> dict[str, dict[str, str]]:
         """By its first cell, each row as head -> data-value, or the text of a cell without."""
         head, *rows = self.tables[table]
-        return {row[0][0]: {name: text if value is None else value
-                            for (name, _), (text, value) in zip(head, row, strict=True)} for row in rows}
+        return {
+            row[0][0]: {
+                name: text if value is None else value
+                for (name, _), (text, value) in zip(head, row, strict=True)
+            }
+            for row in rows
+        }
 
     def charts(self) -> list[ElementTree.Element]:
-        return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", self.source, re.S)]
+        return [
+            ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", self.source, re.S)
+        ]
 
 
 @pytest.fixture
@@ -151,7 +203,10 @@ def report(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    source, output = make_source(tmp_path_factory.mktemp("source")), tmp_path_factory.mktemp("shards")
+    source, output = (
+        make_source(tmp_path_factory.mktemp("source")),
+        tmp_path_factory.mktemp("shards"),
+    )
     prepare(prep_config(source, output, labels={"min_side": 14, "label_every_ms": 50}))
     return output
 
@@ -159,14 +214,34 @@ def shards(tmp_path_factory):
 # -- numbers -------------------------------------------------------------------------------------------------------
 def plain(stored, told, keys):
     """What the tables should say of the recordings `keys`, counted frame by frame."""
-    out = dict.fromkeys(("seconds", "frames", "labelled", "without boxes", "boxes", "boxes dropped", "events", "events dropped",
-                         "empty", "bytes", "saturated", "counting", "ball", "box", "bar"), 0)
+    out = dict.fromkeys(
+        (
+            "seconds",
+            "frames",
+            "labelled",
+            "without boxes",
+            "boxes",
+            "boxes dropped",
+            "events",
+            "events dropped",
+            "empty",
+            "bytes",
+            "saturated",
+            "counting",
+            "ball",
+            "box",
+            "bar",
+        ),
+        0,
+    )
     for key in keys:
         columns, entry = stored[key], told[key]
         out["seconds"] += (entry["last_us"] - entry["first_us"]) / 1e6
         out["events"] += entry["events"]
         out["boxes dropped"] += sum(entry["dropped_boxes"].values())
-        out["events dropped"] += entry["dropped_events"]["outside_sensor"] + entry["dropped_events"]["before_first_time"]
+        out["events dropped"] += (
+            entry["dropped_events"]["outside_sensor"] + entry["dropped_events"]["before_first_time"]
+        )
         for i, labelled in enumerate(columns["labelled"].tolist()):
             boxes = columns["boxes"][columns["box_start"][i] : columns["box_start"][i + 1]]
             out["frames"] += 1
@@ -191,11 +266,23 @@ def stored_columns(output):
 
 
 def agrees(row, expected):
-    for name in ("frames", "labelled", "without boxes", "boxes", "boxes dropped", "events", "events dropped"):
+    for name in (
+        "frames",
+        "labelled",
+        "without boxes",
+        "boxes",
+        "boxes dropped",
+        "events",
+        "events dropped",
+    ):
         assert int(row[name]) == expected[name], name
     assert float(row["seconds"]) == pytest.approx(expected["seconds"])
-    for name, part, whole in (("share labelled", "labelled", "frames"), ("labels/s", "labelled", "seconds"),
-                              ("events/s", "events", "seconds"), ("frames empty", "empty", "frames")):
+    for name, part, whole in (
+        ("share labelled", "labelled", "frames"),
+        ("labels/s", "labelled", "seconds"),
+        ("events/s", "events", "seconds"),
+        ("frames empty", "empty", "frames"),
+    ):
         assert float(row[name]) == pytest.approx(expected[part] / expected[whole]), name
     assert float(row["kB/frame"]) == pytest.approx(expected["bytes"] / expected["frames"] / 1000)
 
@@ -209,7 +296,9 @@ def test_tables_agree_with_plain_counts_over_the_shards(shards, report):
         row, expected = rows[key.split("/")[1]], plain(stored, told, [key])
         agrees(row, expected)
         assert row["split"] == key.split("/")[0]
-        assert [int(row[c]) for c in ("ball", "box", "bar")] == [expected[c] for c in ("ball", "box", "bar")]
+        assert [int(row[c]) for c in ("ball", "box", "bar")] == [
+            expected[c] for c in ("ball", "box", "bar")
+        ]
     everything = plain(stored, told, stored)
     assert everything["boxes"] > 10 and everything["boxes dropped"] > 0
     agrees(rows["total"], everything)
@@ -220,8 +309,15 @@ def test_tables_agree_with_plain_counts_over_the_shards(shards, report):
     agrees(splits["total"], everything)
     classes = page.rows("class-table")
     for name in ("ball", "box", "bar"):
-        assert int(classes[name]["boxes"]) == everything[name] == sum(int(classes[name][s]) for s in ("train", "val", "test"))
-        assert int(classes[name]["train"]) == plain(stored, told, [k for k in stored if k.startswith("train")])[name]
+        assert (
+            int(classes[name]["boxes"])
+            == everything[name]
+            == sum(int(classes[name][s]) for s in ("train", "val", "test"))
+        )
+        assert (
+            int(classes[name]["train"])
+            == plain(stored, told, [k for k in stored if k.startswith("train")])[name]
+        )
     for split in ("train", "val", "test"):
         assert classes["total"][split] == splits[split]["boxes"]
 
@@ -229,19 +325,42 @@ def test_tables_agree_with_plain_counts_over_the_shards(shards, report):
 def test_sizes_of_boxes_agree_with_plain_counts(tmp_path, report):
     rng = np.random.default_rng(3)
     sides = 2 ** rng.uniform(0, 9.5, (200, 2))
-    boxes = [box(int(i % 20), int(i % 2), w=np.float32(w), h=np.float32(h)) for i, (w, h) in enumerate(sides)]
-    boxes += [box(3, w=32, h=32), box(3, w=96, h=96), box(4, w=16, h=64), box(4, w=0, h=5), box(5, w=3000, h=3000)]
-    page, _ = report(write_dataset(tmp_path / "d", {"train/a": {"boxes": boxes, "labelled": list(range(20))}}))
+    boxes = [
+        box(int(i % 20), int(i % 2), w=np.float32(w), h=np.float32(h))
+        for i, (w, h) in enumerate(sides)
+    ]
+    boxes += [
+        box(3, w=32, h=32),
+        box(3, w=96, h=96),
+        box(4, w=16, h=64),
+        box(4, w=0, h=5),
+        box(5, w=3000, h=3000),
+    ]
+    page, _ = report(
+        write_dataset(tmp_path / "d", {"train/a": {"boxes": boxes, "labelled": list(range(20))}})
+    )
     area = [float(row[3]) * float(row[4]) for _, row in boxes]
-    bars = [re.fullmatch(r"([\d.e+]+) to ([\d.e+]+) pixels: (\d+) boxes", t).groups() for t in page.titles["sizes"]]
+    bars = [
+        re.fullmatch(r"([\d.e+]+) to ([\d.e+]+) pixels: (\d+) boxes", t).groups()
+        for t in page.titles["sizes"]
+    ]
     exact = [2 ** (k / 4) for k in range(45)]
     assert sum(int(n) for *_, n in bars) == len(boxes)
     for low, high, number in bars:
         low, high = (min(exact, key=lambda e, v=v: abs(e - float(v))) for v in (low, high))
         low, high = 0 if low == 1 else low, np.inf if high == 2048 else high
         assert int(number) == sum(low <= a**0.5 < high for a in area)
-    sizes = [[sum(1 for (_, row), a in zip(boxes, area, strict=True) if row[5] == k and low <= a < high)
-              for low, high in ((0, 1024), (1024, 9216), (9216, np.inf))] for k in range(2)]
+    sizes = [
+        [
+            sum(
+                1
+                for (_, row), a in zip(boxes, area, strict=True)
+                if row[5] == k and low <= a < high
+            )
+            for low, high in ((0, 1024), (1024, 9216), (9216, np.inf))
+        ]
+        for k in range(2)
+    ]
     rows = page.rows("class-table")
     assert [[int(rows[c][s]) for s in ("small", "medium", "large")] for c in CLASSES] == sizes
     assert min(map(min, sizes)) > 5
@@ -249,7 +368,9 @@ def test_sizes_of_boxes_agree_with_plain_counts(tmp_path, report):
 
 def test_counts_of_decoded_frames_agree_with_plain_counts(tmp_path, report):
     frames = counted(1, 20, mean=2.0)
-    page, _ = report(write_dataset(tmp_path / "d", {"test/a": {"frames": frames}}), "--frames-per-recording", "4")
+    page, _ = report(
+        write_dataset(tmp_path / "d", {"test/a": {"frames": frames}}), "--frames-per-recording", "4"
+    )
     cells = frames[[2, 7, 12, 17]].reshape(-1)
     told = [re.match(r"([\d\u202f]+) cells count (\d+)", t).groups() for t in page.titles["counts"]]
     told = [(int(n.replace("\u202f", "")), int(v)) for n, v in told]
@@ -263,13 +384,18 @@ def test_events_over_time_are_exact_where_all_frames_are_decoded(tmp_path):
     frames = counted(2, 20, mean=0.3)
     frames[4:8] = counted(3, 4, mean=3)
     frames[12] = 0
-    root = write_dataset(tmp_path / "d", {"train/a": {"frames": frames, "labelled": [3, 4], "events": 123_456}})
+    root = write_dataset(
+        tmp_path / "d", {"train/a": {"frames": frames, "labelled": [3, 4], "events": 123_456}}
+    )
     curve = survey(root, frames_per_recording=20).recordings[0].curve
     per_frame = frames.reshape(20, -1).sum(1)
     np.testing.assert_allclose(curve.events, per_frame * 123_456 / per_frame.sum())
     np.testing.assert_allclose(curve.edges_s, 0.05 * np.arange(21))
     np.testing.assert_allclose(curve.rate, 20 * curve.events)
-    assert curve.labelled.tolist() == np.isin(np.arange(20), [3, 4]).tolist() and curve.frames.tolist() == [1] * 20
+    assert (
+        curve.labelled.tolist() == np.isin(np.arange(20), [3, 4]).tolist()
+        and curve.frames.tolist() == [1] * 20
+    )
 
 
 @pytest.mark.parametrize("mean", [0.01, 0.1, 1.0])
@@ -279,7 +405,9 @@ def test_events_over_time_are_close_where_few_frames_are_decoded(tmp_path, mean)
     recording = survey(root, frames_per_recording=8).recordings[0]
     exact = frames.reshape(120, 5, -1).sum((1, 2), dtype=np.int64)  # 120 bins of five frames
     assert recording.curve.events.sum() == pytest.approx(recording.entry.events)
-    np.testing.assert_allclose(recording.curve.events, 2.0 * exact, rtol=0.15, atol=0.02 * exact.max())
+    np.testing.assert_allclose(
+        recording.curve.events, 2.0 * exact, rtol=0.15, atol=0.02 * exact.max()
+    )
 
 
 def test_frames_that_cover_half_of_a_recording_get_half_of_its_events(tmp_path):
@@ -288,41 +416,93 @@ def test_frames_that_cover_half_of_a_recording_get_half_of_its_events(tmp_path):
 
 
 def test_drops_are_told_by_reason_with_their_setting(tmp_path, report):
-    page, _ = report(write_dataset(tmp_path / "d", {
-        "train/a": {"boxes": [box(1)], "labelled": [1], "events": 900,
+    page, _ = report(
+        write_dataset(
+            tmp_path / "d",
+            {
+                "train/a": {
+                    "boxes": [box(1)],
+                    "labelled": [1],
+                    "events": 900,
                     "dropped_boxes": {"boxes_under_min_side": 3, "boxes_of_other_classes": 6},
-                    "dropped_events": {"outside_sensor": 100, "late_timestamps_raised": 7}}}))
+                    "dropped_events": {"outside_sensor": 100, "late_timestamps_raised": 7},
+                }
+            },
+        )
+    )
     boxes, events = page.rows("box-drops"), page.rows("event-drops")
     assert {k: (v["number"], float(v["share"])) for k, v in boxes.items()} == {
-        "kept": ("1", 0.1), "under min side min_side = 20": ("3", 0.3), "of other classes": ("6", 0.6)}
+        "kept": ("1", 0.1),
+        "under min side min_side = 20": ("3", 0.3),
+        "of other classes": ("6", 0.6),
+    }
     assert {k: (v["number"], float(v["share"])) for k, v in events.items()} == {
-        "kept": ("900", 0.9), "outside sensor": ("100", 0.1), "late timestamps raised kept, their time mended": ("7", 0.007)}
+        "kept": ("900", 0.9),
+        "outside sensor": ("100", 0.1),
+        "late timestamps raised kept, their time mended": ("7", 0.007),
+    }
     assert page.rows("recording-table")["a"]["events dropped"] == "100"
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------
 def test_the_sheet_shows_frames_with_their_boxes(tmp_path, report):
     frames = counted(5, 20, mean=0.01)
-    page, _ = report(write_dataset(tmp_path / "d", {
-        "train/a": {"frames": frames, "boxes": [box(7), box(7, 1, x=30, y=20)], "labelled": [7, 9]},
-        "val/b": {"labelled": [11]}}))
+    page, _ = report(
+        write_dataset(
+            tmp_path / "d",
+            {
+                "train/a": {
+                    "frames": frames,
+                    "boxes": [box(7), box(7, 1, x=30, y=20)],
+                    "labelled": [7, 9],
+                },
+                "val/b": {"labelled": [11]},
+            },
+        )
+    )
     (about, source), (other, _) = page.images
     assert about == "train/a, 0.40 s, 2 boxes" and other == "val/b, 0.60 s, 0 boxes"
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))).convert("RGB"))
-    expected = draw_label(draw_boxes(frame_to_rgb(frames[7]), [[5, 6, 25, 16], [30, 20, 50, 30]], CLASSES, upscale=2), "0.40 s")
+    picture = np.asarray(
+        Image.open(
+            io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))
+        ).convert("RGB")
+    )
+    expected = draw_label(
+        draw_boxes(frame_to_rgb(frames[7]), [[5, 6, 25, 16], [30, 20, 50, 30]], CLASSES, upscale=2),
+        "0.40 s",
+    )
     assert picture.shape == expected.shape
-    assert abs(picture.astype(int) - expected).mean() < 4 and abs(255 - expected.astype(int)).mean() > 15  # 64 colours
+    assert (
+        abs(picture.astype(int) - expected).mean() < 4
+        and abs(255 - expected.astype(int)).mean() > 15
+    )  # 64 colours
 
 
 def test_wide_frames_are_drawn_smaller_and_keep_lone_events(tmp_path, report):
     frames = np.zeros((1, 2 * BINS, 100, 1501), np.uint8)
     frames[0, 0, 50, 901] = 1
-    page, _ = report(write_dataset(tmp_path / "d", {"test/a": {"frames": frames, "boxes": [box(0, x=300, y=30, w=60, h=60)],
-                                                               "labelled": [0]}}))
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(page.images[0][1].split(",")[1]))).convert("RGB")).astype(int)
+    page, _ = report(
+        write_dataset(
+            tmp_path / "d",
+            {
+                "test/a": {
+                    "frames": frames,
+                    "boxes": [box(0, x=300, y=30, w=60, h=60)],
+                    "labelled": [0],
+                }
+            },
+        )
+    )
+    picture = np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(page.images[0][1].split(",")[1]))).convert("RGB")
+    ).astype(int)
     assert picture.shape == (33, 500, 3)
     assert picture[16, 300, 0] - picture[16, 300, 1] > 60  # red
-    assert picture[25, 100, 1] - picture[25, 100, 0] > 100 and picture[25, 110].tolist() == [255, 255, 255]  # a green outline
+    assert picture[25, 100, 1] - picture[25, 100, 0] > 100 and picture[25, 110].tolist() == [
+        255,
+        255,
+        255,
+    ]  # a green outline
 
 
 # -- the page itself -----------------------------------------------------------------------------------------------
@@ -339,9 +519,15 @@ def test_charts_are_sound_svg_with_axes_and_tooltips(shards, report):
     page, _ = report(shards)
     charts = page.charts()
     drawn = [c for c in charts if c.get("class") == "chart"]
-    assert len(drawn) == 9 and len(charts) == 14  # classes, sizes, all over time, five, counts; sparklines
+    assert (
+        len(drawn) == 9 and len(charts) == 14
+    )  # classes, sizes, all over time, five, counts; sparklines
     for chart in charts:
-        assert chart.tag == "{http://www.w3.org/2000/svg}svg" and chart.get("aria-label") and chart.findall(".//{*}title")
+        assert (
+            chart.tag == "{http://www.w3.org/2000/svg}svg"
+            and chart.get("aria-label")
+            and chart.findall(".//{*}title")
+        )
         _, _, width, height = map(float, chart.get("viewBox").split())
         for shape in chart.findall(".//{*}rect"):
             x, y, w, h = (float(shape.get(k)) for k in ("x", "y", "width", "height"))
@@ -352,32 +538,65 @@ def test_charts_are_sound_svg_with_axes_and_tooltips(shards, report):
 
 def test_names_cannot_inject(tmp_path, report):
     name, broken = '<script>alert("1")</script>', "\x1b]0;pwned\udcff\n"
-    root = write_dataset(tmp_path / "<b>d&amp;", {
-        f"train/{name}": {"boxes": [box(1, 0)], "labelled": [1]}, f"val/{broken}": {"labelled": [2]}}, classes=[name, "a'b&c"])
+    root = write_dataset(
+        tmp_path / "<b>d&amp;",
+        {
+            f"train/{name}": {"boxes": [box(1, 0)], "labelled": [1]},
+            f"val/{broken}": {"labelled": [2]},
+        },
+        classes=[name, "a'b&c"],
+    )
     page, out = report(root)
-    assert [tag for tag, _ in page.tags].count("script") == 1 and not [tag for tag, _ in page.tags if tag == "b"]
+    assert [tag for tag, _ in page.tags].count("script") == 1 and not [
+        tag for tag, _ in page.tags if tag == "b"
+    ]
     assert page.rows("recording-table").keys() == {name, "\ufffd]0;pwned\ufffd\ufffd", "total"}
-    assert list(page.rows("class-table")) == [name, "a'b&c", "total"] and page.text.count("<b>d&amp;") == 2
+    assert (
+        list(page.rows("class-table")) == [name, "a'b&c", "total"]
+        and page.text.count("<b>d&amp;") == 2
+    )
     assert len(page.charts()) == 7 and "\x1b" not in page.source + out
 
 
 def test_a_dataset_without_recordings(tmp_path, report):
     page, out = report(write_dataset(tmp_path / "d", {}))
-    assert "The dataset holds no recordings." in page.text and page.tables == {} and "0 recordings, 1 warning" in out
+    assert (
+        "The dataset holds no recordings." in page.text
+        and page.tables == {}
+        and "0 recordings, 1 warning" in out
+    )
 
 
 def test_recordings_without_boxes_labels_frames_or_events(tmp_path, report):
-    page, _ = report(write_dataset(tmp_path / "d", {
-        "test/a": {}, "test/b": {"frames": np.zeros((1, 2 * BINS, HEIGHT, WIDTH), np.uint8), "last_us": 0},
-        "test/c": {"frames": np.zeros((0, 2 * BINS, HEIGHT, WIDTH), np.uint8), "events": 5}}))
+    page, _ = report(
+        write_dataset(
+            tmp_path / "d",
+            {
+                "test/a": {},
+                "test/b": {
+                    "frames": np.zeros((1, 2 * BINS, HEIGHT, WIDTH), np.uint8),
+                    "last_us": 0,
+                },
+                "test/c": {"frames": np.zeros((0, 2 * BINS, HEIGHT, WIDTH), np.uint8), "events": 5},
+            },
+        )
+    )
     rows = page.rows("recording-table")
-    assert "There are no boxes." in page.text and rows["b"]["events/s"] == rows["c"]["share labelled"] == ""
+    assert (
+        "There are no boxes." in page.text
+        and rows["b"]["events/s"] == rows["c"]["share labelled"] == ""
+    )
     assert float(rows["b"]["frames empty"]) == 1 and len(page.images) == 7
 
 
 def test_many_recordings_get_a_row_each_and_few_charts_and_pictures(tmp_path, report):
-    root = write_dataset(tmp_path / "d", {f"train/r{i:03d}": {"frames": counted(i, 3), "boxes": [box(1)], "labelled": [1]}
-                                          for i in range(60)})
+    root = write_dataset(
+        tmp_path / "d",
+        {
+            f"train/r{i:03d}": {"frames": counted(i, 3), "boxes": [box(1)], "labelled": [1]}
+            for i in range(60)
+        },
+    )
     page, _ = report(root)
     assert len(page.rows("recording-table")) == 61 and len(page.images) == 24
     assert len([c for c in page.charts() if c.get("class") == "chart"]) == 3 + 12 + 1
@@ -387,7 +606,9 @@ def test_many_recordings_get_a_row_each_and_few_charts_and_pictures(tmp_path, re
 def test_only_the_frames_that_it_tells_are_decoded(tmp_path, report, capsys):
     """All others are damaged: whoever decodes them fails."""
     root = write_dataset(tmp_path / "d", {"test/a": {"frames": counted(0, 100)}})
-    decoded = {int((i + 0.5) * 100 / 8) for i in range(8)} | {int((i + 0.5) * 100 / 6) for i in range(6)}  # and the pictures
+    decoded = {int((i + 0.5) * 100 / 8) for i in range(8)} | {
+        int((i + 0.5) * 100 / 6) for i in range(6)
+    }  # and the pictures
     with h5py.File(root / "test" / "00000.h5", "r+") as file:
         group = file["group0"]
         start, code = group["frame_start"][:], group["frames"][:]
@@ -411,7 +632,11 @@ def test_split_and_recording_choose(tmp_path, report):
 
 # -- warnings ------------------------------------------------------------------------------------------------------
 def test_nothing_stands_out_of_a_sound_dataset(tmp_path, report):
-    page, out = report(write_dataset(tmp_path / "d", {**usual(), "train/b": {"boxes": [box(0, 1)], "labelled": [0]}}))
+    page, out = report(
+        write_dataset(
+            tmp_path / "d", {**usual(), "train/b": {"boxes": [box(0, 1)], "labelled": [0]}}
+        )
+    )
     assert "Nothing stands out." in page.text and out.endswith("3 recordings, no warnings\n")
 
 
@@ -419,36 +644,101 @@ EMPTY = np.zeros((20, 2 * BINS, HEIGHT, WIDTH), np.uint8)
 MANY_BOXES = [box(i % 20) for i in range(150)]
 
 
-@pytest.mark.parametrize("changes, expected", [
-    ({"val/c": None}, "There is no split val: nothing to score training with."),
-    ({"val/c": {"source_xxh3": "0", **usual()["val/c"]}},
-     "train/a, val/c are the same recording, in different splits: scores will flatter."),
-    ({"train/e": {"source_xxh3": "0", **usual()["train/b"]}}, "train/a, train/e are the same recording."),
-    ({"train/e": {"frames": counted(1)[:, :, :20], **usual()["train/b"]}},
-     "Frames are of 2 sizes (60 x 40: train/a, train/b and 1 more; 60 x 20: train/e); a model is trained on one."),
-    ({"train/b": {}}, "1 recording of 2 in train without labels: b."),
-    ({f"train/x{i}": {} for i in range(6)}, "6 recordings of 8 in train without labels: x0, x1, x2, x3 and 2 more."),
-    ({"train/b": {"labelled": [4]}}, "1 recording of 2 in train labelled, but without a single box: b."),
-    ({"val/c": {"boxes": [box(1)], "labelled": [1]}}, "val has no boxes of class bar."),
-    ({"val/c": {"boxes": [box(1, 1), *MANY_BOXES], "labelled": list(range(20))}}, "In val, class bar has 1 box of 151 (0.66 %)."),
-    ({"train/b": {"frames": np.concatenate((counted(1)[:12], EMPTY[:8])), **usual()["train/b"]}},
-     "1 recording with many frames without events: train/b (40 %)."),
-    ({"train/b": {"dropped_events": {"outside_sensor": 30}, "events": 970, **usual()["train/b"]}},
-     "1 recording with many events outside the sensor, which were dropped: train/b (3 %)."),
-    ({"train/b": {"dropped_events": {"late_timestamps_raised": 50}, "events": 1000, **usual()["train/b"]}},
-     "1 recording with many timestamps that ran backwards: train/b (5 %)."),
-    ({"train/b": {"events": 3, **usual()["train/b"]}}, "Far fewer events per second than the median of 0.0"),
-    ({"train/b": {"events": 10**7, **usual()["train/b"]}}, ": train/b (10 M)."),
-    ({"train/b": {"frames": counted(1, mean=4.0), "events": 4000, **usual()["train/b"]}},
-     " of the cells that count anything are at the cutoff of 5"),
-    ({"train/b": {"dropped_boxes": {"boxes_under_min_side": 1}, **usual()["train/b"]}},
-     "12 % of the boxes were dropped: under min side (1 of 8)."),
-    ({"train/b": {"dropped_boxes": {"boxes_under_min_side": 7, "boxes_between_labelled_frames": 900}, **usual()["train/b"]}},
-     "50 % of the boxes that thinning labels left were dropped: under min side (7 of 14)."),
-])
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"val/c": None}, "There is no split val: nothing to score training with."),
+        (
+            {"val/c": {"source_xxh3": "0", **usual()["val/c"]}},
+            "train/a, val/c are the same recording, in different splits: scores will flatter.",
+        ),
+        (
+            {"train/e": {"source_xxh3": "0", **usual()["train/b"]}},
+            "train/a, train/e are the same recording.",
+        ),
+        (
+            {"train/e": {"frames": counted(1)[:, :, :20], **usual()["train/b"]}},
+            "Frames are of 2 sizes (60 x 40: train/a, train/b and 1 more; 60 x 20: train/e); a model is trained on one.",
+        ),
+        ({"train/b": {}}, "1 recording of 2 in train without labels: b."),
+        (
+            {f"train/x{i}": {} for i in range(6)},
+            "6 recordings of 8 in train without labels: x0, x1, x2, x3 and 2 more.",
+        ),
+        (
+            {"train/b": {"labelled": [4]}},
+            "1 recording of 2 in train labelled, but without a single box: b.",
+        ),
+        ({"val/c": {"boxes": [box(1)], "labelled": [1]}}, "val has no boxes of class bar."),
+        (
+            {"val/c": {"boxes": [box(1, 1), *MANY_BOXES], "labelled": list(range(20))}},
+            "In val, class bar has 1 box of 151 (0.66 %).",
+        ),
+        (
+            {
+                "train/b": {
+                    "frames": np.concatenate((counted(1)[:12], EMPTY[:8])),
+                    **usual()["train/b"],
+                }
+            },
+            "1 recording with many frames without events: train/b (40 %).",
+        ),
+        (
+            {
+                "train/b": {
+                    "dropped_events": {"outside_sensor": 30},
+                    "events": 970,
+                    **usual()["train/b"],
+                }
+            },
+            "1 recording with many events outside the sensor, which were dropped: train/b (3 %).",
+        ),
+        (
+            {
+                "train/b": {
+                    "dropped_events": {"late_timestamps_raised": 50},
+                    "events": 1000,
+                    **usual()["train/b"],
+                }
+            },
+            "1 recording with many timestamps that ran backwards: train/b (5 %).",
+        ),
+        (
+            {"train/b": {"events": 3, **usual()["train/b"]}},
+            "Far fewer events per second than the median of 0.0",
+        ),
+        ({"train/b": {"events": 10**7, **usual()["train/b"]}}, ": train/b (10 M)."),
+        (
+            {"train/b": {"frames": counted(1, mean=4.0), "events": 4000, **usual()["train/b"]}},
+            " of the cells that count anything are at the cutoff of 5",
+        ),
+        (
+            {"train/b": {"dropped_boxes": {"boxes_under_min_side": 1}, **usual()["train/b"]}},
+            "12 % of the boxes were dropped: under min side (1 of 8).",
+        ),
+        (
+            {
+                "train/b": {
+                    "dropped_boxes": {
+                        "boxes_under_min_side": 7,
+                        "boxes_between_labelled_frames": 900,
+                    },
+                    **usual()["train/b"],
+                }
+            },
+            "50 % of the boxes that thinning labels left were dropped: under min side (7 of 14).",
+        ),
+    ],
+)
 def test_warnings_in_words(tmp_path, changes, expected):
     recordings = {**usual(), **changes}
-    found = findings(survey(write_dataset(tmp_path / "d", {k: dict(v) for k, v in recordings.items() if v is not None})))
+    found = findings(
+        survey(
+            write_dataset(
+                tmp_path / "d", {k: dict(v) for k, v in recordings.items() if v is not None}
+            )
+        )
+    )
     assert len([f for f in found if expected in f]) == 1, found
 
 
@@ -457,18 +747,28 @@ def test_what_was_asked_for_is_no_warning(tmp_path):
     drops = {"boxes_between_labelled_frames": 1000, "boxes_of_other_classes": 7}
     recordings = usual()
     recordings["train/a"]["dropped_boxes"] = drops
-    assert not [f for f in findings(survey(write_dataset(tmp_path / "d", recordings))) if "dropped" in f]
+    assert not [
+        f for f in findings(survey(write_dataset(tmp_path / "d", recordings))) if "dropped" in f
+    ]
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
 @pytest.mark.timeout(60)
 def test_as_typed_it_writes_beside_the_folder(shards):
-    done = subprocess.run([sys.executable, "-m", "evspan.launch", "prep", "report", str(shards)], capture_output=True, text=True, timeout=50,
-                          cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "evspan.launch", "prep", "report", str(shards)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        cwd=Path(__file__).parents[2],
+    )
     out = shards.with_name(f"{shards.name}_report.html")
     assert (done.returncode, done.stderr) == (0, "")
     first, *warnings = done.stdout.splitlines()
-    assert first == f"{out}: 5 recordings, {len(warnings)} warning{'s' if len(warnings) != 1 else ''}" and warnings
+    assert (
+        first == f"{out}: 5 recordings, {len(warnings)} warning{'s' if len(warnings) != 1 else ''}"
+        and warnings
+    )
     assert all(w.strip() in Page(out).text for w in warnings)
 
 
@@ -507,38 +807,76 @@ def test_a_damaged_shard_ends_in_one_line_and_leaves_the_page_as_it_was(tmp_path
     with pytest.raises(SystemExit) as exit_:
         main([str(root), str(out)])
     told = capsys.readouterr()
-    assert exit_.value.code == 2 and told.err.startswith("error: ") and len(told.err.splitlines()) == 1 and "00000.h5" in told.err
+    assert (
+        exit_.value.code == 2
+        and told.err.startswith("error: ")
+        and len(told.err.splitlines()) == 1
+        and "00000.h5" in told.err
+    )
     assert out.read_text() == "before" and list(out.parent.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("arguments, told", [
-    (("nowhere",), "nowhere holds no manifest.json, so it is no prepared dataset"),
-    (("d", "page.pdf"), "page.pdf does not end in .html"),
-    (("d", "d/page.html"), "lies inside d, where evspan prep allows no other files"),
-    (("d", "--recording", "z"), "has no recording 'z' in any split; there are: train/a, train/b, val/c"),
-    (("d", "--split", "test"), "has no recording in split test"),
-    (("d", "--frames-per-recording", "0"), "--frames-per-recording 0: give 1 or more"),
-    (("d", "--split", "trian"), "--help shows how"),
-    ((), "required: SHARDS"),
-])
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (("nowhere",), "nowhere holds no manifest.json, so it is no prepared dataset"),
+        (("d", "page.pdf"), "page.pdf does not end in .html"),
+        (("d", "d/page.html"), "lies inside d, where evspan prep allows no other files"),
+        (
+            ("d", "--recording", "z"),
+            "has no recording 'z' in any split; there are: train/a, train/b, val/c",
+        ),
+        (("d", "--split", "test"), "has no recording in split test"),
+        (("d", "--frames-per-recording", "0"), "--frames-per-recording 0: give 1 or more"),
+        (("d", "--split", "trian"), "--help shows how"),
+        ((), "required: SHARDS"),
+    ],
+)
 def test_mistakes_end_in_one_line(tmp_path, monkeypatch, arguments, told, capsys):
     write_dataset(tmp_path / "d", usual())
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
         main(list(arguments))
     err = capsys.readouterr().err
-    assert exit_.value.code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and told in err
+    assert (
+        exit_.value.code == 2
+        and err.startswith("error: ")
+        and len(err.splitlines()) == 1
+        and told in err
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d"]
 
 
-@pytest.mark.parametrize("value, told", [(0, "0"), (7, "7"), (999.4, "999"), (999.6, "1.00 k"), (1234, "1.23 k"),
-                                         (56_780_000, "56.8 M"), (999_600_000, "1.00 G"), (0.25, "0.25")])
+@pytest.mark.parametrize(
+    "value, told",
+    [
+        (0, "0"),
+        (7, "7"),
+        (999.4, "999"),
+        (999.6, "1.00 k"),
+        (1234, "1.23 k"),
+        (56_780_000, "56.8 M"),
+        (999_600_000, "1.00 G"),
+        (0.25, "0.25"),
+    ],
+)
 def test_short_numbers(value, told):
     assert short(value) == told
 
 
-@pytest.mark.parametrize("share, told", [(0, "0 %"), (1e-6, "under 0.001 %"), (3.14e-5, "0.0031 %"), (0.042, "4.2 %"),
-                                         (0.0994, "9.9 %"), (0.0996, "10 %"), (0.97, "97 %"), (1, "100 %")])
+@pytest.mark.parametrize(
+    "share, told",
+    [
+        (0, "0 %"),
+        (1e-6, "under 0.001 %"),
+        (3.14e-5, "0.0031 %"),
+        (0.042, "4.2 %"),
+        (0.0994, "9.9 %"),
+        (0.0996, "10 %"),
+        (0.97, "97 %"),
+        (1, "100 %"),
+    ],
+)
 def test_percent(share, told):
     assert percent(share) == told
 

@@ -73,14 +73,27 @@ def test_a_complete_dataset(source, prepared, told):
     for name in ("train", "val", "test", "all"):
         mine = [e for e in all_entries if name in (e["split"], "all")]
         found, count = row(lines, name), str(len(mine))
-        assert (found["recordings"], found["done"], found["in parts"], found["missing"]) == (count, count, "0", "0")
-        assert (found["frames"], found["boxes"]) == (str(sum(e["frames"] for e in mine)), str(sum(e["boxes"] for e in mine)))
-        size = sum(p.stat().st_size for p in prepared.glob("*/*.h5") if name in (p.parent.name, "all"))
+        assert (found["recordings"], found["done"], found["in parts"], found["missing"]) == (
+            count,
+            count,
+            "0",
+            "0",
+        )
+        assert (found["frames"], found["boxes"]) == (
+            str(sum(e["frames"] for e in mine)),
+            str(sum(e["boxes"] for e in mine)),
+        )
+        size = sum(
+            p.stat().st_size for p in prepared.glob("*/*.h5") if name in (p.parent.name, "all")
+        )
         assert found["size"] == f"{size / 1000:.1f} kB"
     assert re.fullmatch(r"last written: (train|val|test)/00000.h5, \d+ \S+ ago", lines[-2])
     assert times_of(prepared) == before
     code, lines = told(prepared)
-    assert code == 0 and lines[-1] == "complete; whether the source has more recordings, --source RAW tells"
+    assert (
+        code == 0
+        and lines[-1] == "complete; whether the source has more recordings, --source RAW tells"
+    )
 
 
 def test_recordings_that_are_new_changed_or_gone(mine, told):
@@ -91,8 +104,15 @@ def test_recordings_that_are_new_changed_or_gone(mine, told):
     code, lines = told(output, "--source", source)
     assert code == 3 and lines[-1] == "not complete: run the same evspan prep again"
     assert [line for line in lines if re.match("missing|changed|not in", line)] == [
-        "missing: val/new", "changed: train/a", "not in source: train/c"]
-    assert row(lines, "train")["done"] == "1" and row(lines, "val")["missing"] == "1" and row(lines, "all")["recordings"] == "6"
+        "missing: val/new",
+        "changed: train/a",
+        "not in source: train/c",
+    ]
+    assert (
+        row(lines, "train")["done"] == "1"
+        and row(lines, "val")["missing"] == "1"
+        and row(lines, "all")["recordings"] == "6"
+    )
     assert told(output)[0] == 0  # it does not know
     prepare(prep_config(source, output))
     assert told(output, "--source", source)[0] == 0
@@ -113,12 +133,23 @@ def test_lost_shards_marks_and_a_lost_manifest(mine, told):
     (output / "val" / "00000.h5").unlink()
     (output / ".damaged").write_text('{"train/b": "the frames have another checksum"}')
     code, lines = told(output)
-    assert code == 3 and "missing: val/d" in lines and "damaged: train/b (the frames have another checksum)" in lines
-    assert row(lines, "train")["damaged"] == row(lines, "all")["damaged"] == "1" and row(lines, "all")["done"] == "3"
+    assert (
+        code == 3
+        and "missing: val/d" in lines
+        and "damaged: train/b (the frames have another checksum)" in lines
+    )
+    assert (
+        row(lines, "train")["damaged"] == row(lines, "all")["damaged"] == "1"
+        and row(lines, "all")["done"] == "3"
+    )
     prepare(prep_config(source, output))
     (output / "manifest.json").unlink()
     code, lines = told(output)
-    assert code == 3 and "there is no manifest.json: it is written last" in lines and row(lines, "all")["done"] == "5"
+    assert (
+        code == 3
+        and "there is no manifest.json: it is written last" in lines
+        and row(lines, "all")["done"] == "5"
+    )
 
 
 def test_parts_that_wait_for_a_bad_recording(source, tmp_path, told):
@@ -128,7 +159,11 @@ def test_parts_that_wait_for_a_bad_recording(source, tmp_path, told):
     with pytest.raises(RecordingError):
         prepare(prep_config(raw, output))
     code, lines = told(output, "--source", raw)
-    assert code == 3 and "missing: train/b" in lines and "in parts: train/a, train/c, val/d, test/plain" in lines
+    assert (
+        code == 3
+        and "missing: train/b" in lines
+        and "in parts: train/a, train/c, val/d, test/plain" in lines
+    )
     assert (row(lines, "train")["in parts"], row(lines, "all")["done"]) == ("2", "0")
     assert not [line for line in lines if line.startswith(("at work", "was killed"))]
     code, lines = told(output)
@@ -139,7 +174,9 @@ def test_parts_that_wait_for_a_bad_recording(source, tmp_path, told):
 def test_a_folder_of_something_else(source, tmp_path, told, name):
     folder = {"gone": tmp_path / "gone", "source": source}[name]
     code, (line,) = told(folder)
-    assert code == 2 and line.startswith(f"error: {folder} holds nothing of evspan prep. Name the folder that was its output")
+    assert code == 2 and line.startswith(
+        f"error: {folder} holds nothing of evspan prep. Name the folder that was its output"
+    )
     assert not (tmp_path / "gone").exists()
 
 
@@ -175,13 +212,18 @@ def wait_until(condition, seconds: float = 40) -> None:
 def test_a_preparation_at_work_and_after_it_was_killed(source, tmp_path, told):
     raw, output = copied(source, tmp_path / "raw"), tmp_path / "out"
     (raw / "val" / "d_td.raw").unlink()
-    process = subprocess.Popen([sys.executable, "-c", SLOW, str(raw), str(output)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(raw), str(output)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
     try:
         wait_until(lambda: list((output / ".parts" / "train").glob(".b.*.writing.h5")))
         code, lines = told(output, "--source", raw)
         assert code == 3 and lines[-1] == "not complete: wait"
         (line,) = [line for line in lines if line.startswith("at work")]
-        assert re.fullmatch(rf"at work: process {process.pid} on {socket.gethostname()}, since \d+ s; writing train/b", line)
+        assert re.fullmatch(
+            rf"at work: process {process.pid} on {socket.gethostname()}, since \d+ s; writing train/b",
+            line,
+        )
         assert "in parts: train/c" in lines and "missing: train/a, train/b, test/plain" in lines
         assert [line for line in lines if line.startswith("last written: .parts/train/c.h5, ")]
     finally:
@@ -199,7 +241,9 @@ def test_status_keeps_nobody_from_the_lock_and_nobody_keeps_status_from_its_work
     source, output = mine
     with locked(output, "evspan prep verify"):
         result = status(output, source)
-        assert result.at_work.startswith(f"process {os.getpid()} on {socket.gethostname()} (evspan prep verify), since ")
+        assert result.at_work.startswith(
+            f"process {os.getpid()} on {socket.gethostname()} (evspan prep verify), since "
+        )
         assert not result.complete and set(result.state.values()) == {"done"}
     assert status(output, source).complete
     assert prepare(prep_config(source, output)).prepared == {}

@@ -13,7 +13,14 @@ from evspan.conf.schema.prep import DownsampleBy
 from evspan.data_prep.labels.box_files import find_boxes, read_boxes, write_boxes
 from evspan.data_prep.prepare import prepare
 from evspan.data_prep.recordings.open import open_recording, open_writer
-from evspan.data_prep.shards.format import BOX, RecordingEntry, group_digests, load_manifest, open_group, read_frames
+from evspan.data_prep.shards.format import (
+    BOX,
+    RecordingEntry,
+    group_digests,
+    load_manifest,
+    open_group,
+    read_frames,
+)
 from evspan.data_prep.simulator import simulate
 from support.prepared import (
     COLUMNS,
@@ -36,9 +43,31 @@ from support.prepared import (
 from support.slow_frames import random_events, slow_frame, together
 
 ENTRY_FIELDS = {
-    "name", "split", "shard", "group", "frames", "labelled_frames", "boxes", "height", "width", "sensor_height", "sensor_width",
-    "first_us", "last_us", "events", "boxes_per_class", "dropped_events", "dropped_boxes", "source", "source_bytes",
-    "source_mtime_ns", "source_xxh3", "boxes_xxh3", "frames_xxh3", "group_xxh3"}
+    "name",
+    "split",
+    "shard",
+    "group",
+    "frames",
+    "labelled_frames",
+    "boxes",
+    "height",
+    "width",
+    "sensor_height",
+    "sensor_width",
+    "first_us",
+    "last_us",
+    "events",
+    "boxes_per_class",
+    "dropped_events",
+    "dropped_boxes",
+    "source",
+    "source_bytes",
+    "source_mtime_ns",
+    "source_xxh3",
+    "boxes_xxh3",
+    "frames_xxh3",
+    "group_xxh3",
+}
 
 
 @pytest.fixture(scope="module")
@@ -83,20 +112,39 @@ def test_the_layout_is_that_of_the_contract(prepared):
             n, m = len(group["end_us"]), len(group["boxes"])
             frames, start = group["frames"], group["frame_start"][:]
             assert frames.ndim == 1 and frames.dtype == np.uint8 and not frames._filters
-            assert start.shape == (n + 1,) and start[0] == 0 and start[-1] == len(frames) and (np.diff(start) >= 0).all()
+            assert (
+                start.shape == (n + 1,)
+                and start[0] == 0
+                and start[-1] == len(frames)
+                and (np.diff(start) >= 0).all()
+            )
             assert group.attrs["frame_shape"].tolist() == [6, HEIGHT // 2, WIDTH // 2]
             assert group["end_us"].dtype == np.int64 and (np.diff(group["end_us"][:]) > 0).all()
             assert group["boxes"].dtype == BOX and m > 0
             assert group["box_start"].dtype == np.int64 and group["box_start"].shape == (n + 1,)
-            assert group["box_start"][0] == 0 and group["box_start"][-1] == m and (np.diff(group["box_start"][:]) >= 0).all()
+            assert (
+                group["box_start"][0] == 0
+                and group["box_start"][-1] == m
+                and (np.diff(group["box_start"][:]) >= 0).all()
+            )
             assert group["labelled"].dtype == bool and group["labelled"].shape == (n,)
 
 
 def test_the_manifest_tells_what_is_stored(source, prepared):
     told, stored = manifest(prepared), contents(prepared)
-    assert told["schema"] == 2 and told["software"].startswith("evspan") and told["classes"] == ["ball", "box", "bar"]
-    assert told["config"]["frames"] == {"mode": "exact", "window_ms": 50, "bins": 3, "cutoff": 10, "downsample": 2,
-                                        "downsample_by": "sum"}
+    assert (
+        told["schema"] == 2
+        and told["software"].startswith("evspan")
+        and told["classes"] == ["ball", "box", "bar"]
+    )
+    assert told["config"]["frames"] == {
+        "mode": "exact",
+        "window_ms": 50,
+        "bins": 3,
+        "cutoff": 10,
+        "downsample": 2,
+        "downsample_by": "sum",
+    }
     assert told["config"]["dataset"]["labels"]["class_map"] == {"0": 0, "1": 1, "2": 2}
     assert [f"{r['split']}/{r['name']}" for r in told["recordings"]] == KEYS
     for key, entry in entries(prepared).items():
@@ -104,18 +152,38 @@ def test_the_manifest_tells_what_is_stored(source, prepared):
         boxes, events = find_boxes(path), together(open_recording(path).chunks())
         assert set(entry) == ENTRY_FIELDS
         assert (entry["frames"], entry["boxes"], entry["labelled_frames"]) == (
-            len(columns["frames"]), len(columns["boxes"]), columns["labelled"].sum())
+            len(columns["frames"]),
+            len(columns["boxes"]),
+            columns["labelled"].sum(),
+        )
         assert (entry["height"], entry["width"]) == columns["frames"].shape[2:]
         assert (entry["sensor_height"], entry["sensor_width"]) == (HEIGHT, WIDTH)
-        assert (entry["first_us"], entry["last_us"], entry["events"]) == (events.t[0], events.t[-1], events.t.size)
+        assert (entry["first_us"], entry["last_us"], entry["events"]) == (
+            events.t[0],
+            events.t[-1],
+            events.t.size,
+        )
         ids = columns["boxes"]["class_id"].tolist()
-        assert entry["boxes_per_class"] == {name: ids.count(i) for i, name in enumerate(told["classes"])}
-        assert entry["source"] == str(path.relative_to(source)) and entry["source_bytes"] == path.stat().st_size
+        assert entry["boxes_per_class"] == {
+            name: ids.count(i) for i, name in enumerate(told["classes"])
+        }
+        assert (
+            entry["source"] == str(path.relative_to(source))
+            and entry["source_bytes"] == path.stat().st_size
+        )
         assert entry["source_xxh3"] == xxhash.xxh3_64_hexdigest(path.read_bytes())
-        assert entry["boxes_xxh3"] == (xxhash.xxh3_64_hexdigest(boxes.read_bytes()) if boxes else "")
+        assert entry["boxes_xxh3"] == (
+            xxhash.xxh3_64_hexdigest(boxes.read_bytes()) if boxes else ""
+        )
         assert checksum(columns) == (entry["frames_xxh3"], entry["group_xxh3"])
-        assert entry["dropped_events"] == {"outside_sensor": 0, "before_first_time": 0, "late_timestamps_raised": 0}
-        assert entry["boxes"] + sum(entry["dropped_boxes"].values()) == (read_boxes(boxes).size if boxes else 0)
+        assert entry["dropped_events"] == {
+            "outside_sensor": 0,
+            "before_first_time": 0,
+            "late_timestamps_raised": 0,
+        }
+        assert entry["boxes"] + sum(entry["dropped_boxes"].values()) == (
+            read_boxes(boxes).size if boxes else 0
+        )
 
 
 def test_a_shard_can_be_read_by_the_contract_alone(prepared):
@@ -139,7 +207,9 @@ def assert_frames_by_definition(events, columns, **how):
     assert starts[0] <= events.t[0] < ends[0] and starts[-1] <= events.t[-1] < ends[-1]
     for start, end, frame in zip(starts, ends, columns["frames"], strict=True):
         inside = (events.t >= start) & (events.t < end)
-        np.testing.assert_array_equal(frame, slow_frame(events.take(inside), start, end, height=HEIGHT, width=WIDTH, **how))
+        np.testing.assert_array_equal(
+            frame, slow_frame(events.take(inside), start, end, height=HEIGHT, width=WIDTH, **how)
+        )
 
 
 def test_frames_are_those_of_the_definition(source, prepared):
@@ -163,7 +233,9 @@ def test_boxes_of_a_frame_are_those_at_its_end_in_its_pixels(source, prepared):
     for key, columns in contents(prepared).items():
         box_file = find_boxes(file_of(source, key))
         if box_file is None:
-            assert key == "test/plain" and not columns["labelled"].any() and not columns["boxes"].size
+            assert (
+                key == "test/plain" and not columns["labelled"].any() and not columns["boxes"].size
+            )
             continue
         raw, labelled_ends = read_boxes(box_file), 0
         for i, end in enumerate(columns["end_us"].tolist()):
@@ -177,7 +249,10 @@ def test_boxes_of_a_frame_are_those_at_its_end_in_its_pixels(source, prepared):
             expected = raw[raw["t"] == end]
             assert len(expected) == len(boxes) > 0
             for corner, side, size in (("x", "w", WIDTH), ("y", "h", HEIGHT)):
-                low, high = (expected[corner].clip(0, size - 1), (expected[corner] + expected[side]).clip(0, size - 1))
+                low, high = (
+                    expected[corner].clip(0, size - 1),
+                    (expected[corner] + expected[side]).clip(0, size - 1),
+                )
                 np.testing.assert_array_equal(boxes[corner], low / 2)
                 np.testing.assert_array_equal(boxes[side], (high - low) / 2)
             np.testing.assert_array_equal(boxes["class_id"], expected["class_id"])
@@ -190,7 +265,9 @@ def test_an_annotated_frame_without_boxes_is_a_negative(source, tmp_path):
     one = copied(source / "train", tmp_path / "source" / "train").parent
     box_file = one / "train" / "a_bbox.npy"
     boxes = read_boxes(box_file)
-    ends = sorted(set(boxes["t"][boxes["t"] >= 100_000].tolist()))[:7:6]  # two labelled frames' times
+    ends = sorted(set(boxes["t"][boxes["t"] >= 100_000].tolist()))[
+        :7:6
+    ]  # two labelled frames' times
     boxes["class_id"][boxes["t"] == ends[0]] = 6
     write_boxes(box_file, boxes)
     prepare(prep_config(one, tmp_path / "out"))
@@ -205,7 +282,11 @@ def test_an_annotated_frame_without_boxes_is_a_negative(source, tmp_path):
 def test_box_filters_are_counted_and_those_of_training_spare_the_other_splits(source, tmp_path):
     sides = {key: contents_boxes(source, key) for key in KEYS[:4]}
     limit = float(np.median(np.concatenate([b["w"] for b in sides.values()])))
-    prepare(prep_config(source, tmp_path / "out", labels={"max_width_share": limit / WIDTH, "min_side": 12.0}))
+    prepare(
+        prep_config(
+            source, tmp_path / "out", labels={"max_width_share": limit / WIDTH, "min_side": 12.0}
+        )
+    )
     stored = contents(tmp_path / "out")
     for key in KEYS[:4]:
         entry, boxes = entries(tmp_path / "out")[key], stored[key]["boxes"]
@@ -213,7 +294,13 @@ def test_box_filters_are_counted_and_those_of_training_spare_the_other_splits(so
         assert boxes.size == 0 or min(boxes["w"].min(), boxes["h"].min()) >= 6
         if key.startswith("train"):
             assert boxes.size == 0 or boxes["w"].max() <= limit / 2
-    assert sum(entries(tmp_path / "out")[k]["dropped_boxes"].get("boxes_over_max_width", 0) for k in KEYS[:3]) > 0
+    assert (
+        sum(
+            entries(tmp_path / "out")[k]["dropped_boxes"].get("boxes_over_max_width", 0)
+            for k in KEYS[:3]
+        )
+        > 0
+    )
     assert "boxes_over_max_width" not in entries(tmp_path / "out")["val/d"]["dropped_boxes"]
 
 
@@ -235,7 +322,9 @@ def test_recordings_share_shards_up_to_their_size(source, tmp_path):
         rng = np.random.default_rng(i)
         with open_writer(big / f"r{i}_td.h5", 480, 640) as writer:
             writer.write(random_events(rng, 600_000, first=0, last=400_000, height=480, width=640))
-    prepare(prep_config(big.parent, tmp_path / "out", frames={"downsample": 1, "bins": 1}, shard_mib=2))
+    prepare(
+        prep_config(big.parent, tmp_path / "out", frames={"downsample": 1, "bins": 1}, shard_mib=2)
+    )
     shards = {r["shard"]: [] for r in manifest(tmp_path / "out")["recordings"]}
     for r in manifest(tmp_path / "out")["recordings"]:
         shards[r["shard"]].append(r["name"])
@@ -269,7 +358,9 @@ def test_a_touched_recording_is_read_once_and_nothing_is_done(mine, no_decoding)
     assert prepare(prep_config(source, output)).prepared == {}
     assert entries(output)["train/a"]["source_mtime_ns"] == 2_000_000_000
     before = times_of(output)
-    with path.open("r+b") as file:  # of the same size and time: what the manifest knows it by, so it is not read again
+    with path.open(
+        "r+b"
+    ) as file:  # of the same size and time: what the manifest knows it by, so it is not read again
         file.seek(-2, 2)
         word = file.read(2)
         file.seek(-2, 2)
@@ -303,7 +394,9 @@ def test_changed_boxes_are_done_again_alone_and_the_frames_stay(mine, no_decodin
     assert prepare(prep_config(source, output)).prepared == {"val/d": "the box file has changed"}
     new = contents(output)
     np.testing.assert_array_equal(new["val/d"]["frames"], old["val/d"]["frames"])
-    np.testing.assert_array_equal(new["val/d"]["boxes"]["track_id"], old["val/d"]["boxes"]["track_id"] + 100)
+    np.testing.assert_array_equal(
+        new["val/d"]["boxes"]["track_id"], old["val/d"]["boxes"]["track_id"] + 100
+    )
     assert_sound(output)
 
 
@@ -322,9 +415,16 @@ def test_boxes_that_appear_or_go_are_noticed(mine, tmp_path):
     source, output = mine
     (source / "test" / "plain_bbox.npy").write_bytes((source / "val" / "d_bbox.npy").read_bytes())
     (source / "val" / "d_bbox.npy").unlink()
-    assert prepare(prep_config(source, output)).prepared == dict.fromkeys(("val/d", "test/plain"), "the box file has changed")
+    assert prepare(prep_config(source, output)).prepared == dict.fromkeys(
+        ("val/d", "test/plain"), "the box file has changed"
+    )
     told = entries(output)
-    assert told["val/d"]["boxes"] == told["val/d"]["labelled_frames"] == 0 < told["test/plain"]["boxes"]
+    assert (
+        told["val/d"]["boxes"]
+        == told["val/d"]["labelled_frames"]
+        == 0
+        < told["test/plain"]["boxes"]
+    )
     prepare(prep_config(source, tmp_path / "anew"))
     assert_same(output, tmp_path / "anew")
 
@@ -394,8 +494,16 @@ def lose_column(path):
         del file["a"]["labelled"]
 
 
-@pytest.mark.parametrize("damage, lost", [(lambda p: p.unlink(), "abc"), (truncate, "abc"), (garble, "abc"), (lose_group, "b"),
-                                          (lose_column, "a")])
+@pytest.mark.parametrize(
+    "damage, lost",
+    [
+        (lambda p: p.unlink(), "abc"),
+        (truncate, "abc"),
+        (garble, "abc"),
+        (lose_group, "b"),
+        (lose_column, "a"),
+    ],
+)
 def test_a_damaged_shard_is_made_anew_alone(mine, prepared, damage, lost):
     source, output = mine
     damage(output / "train" / "00000.h5")
@@ -417,7 +525,9 @@ def test_a_lost_manifest_is_written_again_from_the_shards(mine, prepared, no_dec
 def test_a_damaged_manifest_is_told(mine):
     source, output = mine
     (output / "manifest.json").write_text("{")
-    with pytest.raises(ShardError, match="manifest.json is damaged .* Delete it and run the same evspan prep again"):
+    with pytest.raises(
+        ShardError, match="manifest.json is damaged .* Delete it and run the same evspan prep again"
+    ):
         prepare(prep_config(source, output))
 
 
@@ -431,7 +541,9 @@ def test_a_manifest_of_another_schema_is_told(mine):
 
 # -- bad input ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("processes", [1, 2])
-def test_one_bad_recording_is_named_and_the_work_on_the_others_is_kept(source, prepared, tmp_path, processes, capsys):
+def test_one_bad_recording_is_named_and_the_work_on_the_others_is_kept(
+    source, prepared, tmp_path, processes, capsys
+):
     bad = copied(source, tmp_path / "source")
     whole = (bad / "train" / "b_td.dat").read_bytes()
     (bad / "train" / "b_td.dat").write_bytes(whole[:-3])
@@ -440,7 +552,12 @@ def test_one_bad_recording_is_named_and_the_work_on_the_others_is_kept(source, p
         with pytest.raises(RecordingError) as error:
             prepare(prep_config(bad, tmp_path / "out", processes=processes))
         told = str(error.value)
-        assert told.startswith("2 of ") and "train/b: " in told and "b_td.dat is cut off" in told and "d_bbox.npy" in told
+        assert (
+            told.startswith("2 of ")
+            and "train/b: " in told
+            and "b_td.dat is cut off" in told
+            and "d_bbox.npy" in told
+        )
         assert not (tmp_path / "out" / "manifest.json").exists()
     lines = capsys.readouterr().out.splitlines()
     assert [line[:5] for line in lines] == [f"[{i}/5]" for i in range(1, 6)] + ["[1/2]", "[2/2]"]
@@ -470,10 +587,15 @@ def test_events_outside_the_sensor_are_counted_dropped_and_refused_where_there_a
     entry = entries(tmp_path / "out")["test/a"]
     assert entry["events"] == 1_980 and entry["dropped_events"]["outside_sensor"] == 20
     many = write_recording(tmp_path / "many" / "a.h5", outside=21)
-    with pytest.raises(RecordingError, match=r"21 of 2000 events \(1.1%\) lie outside the sensor .*max_invalid_share=0.011"):
+    with pytest.raises(
+        RecordingError,
+        match=r"21 of 2000 events \(1.1%\) lie outside the sensor .*max_invalid_share=0.011",
+    ):
         prepare(prep_config(many, tmp_path / "other"))
     prepare(prep_config(many, tmp_path / "other", max_invalid_share=0.011))
-    assert prepare(prep_config(many, tmp_path / "other", max_invalid_share=0.5)).prepared == {}  # no reason to do it again
+    assert (
+        prepare(prep_config(many, tmp_path / "other", max_invalid_share=0.5)).prepared == {}
+    )  # no reason to do it again
     with pytest.raises(RecordingError, match="lie outside the sensor"):
         prepare(prep_config(many, tmp_path / "other"))
     everything = write_recording(tmp_path / "all" / "a.h5", outside=2_000)
@@ -496,9 +618,15 @@ def test_boxes_outside_the_recording_are_counted_and_refused_where_all_are(sourc
     later["t"] += 10_000_000
     write_boxes(one / "d_bbox.npy", np.concatenate((boxes, later)))
     prepare(prep_config(one, tmp_path / "out"))
-    assert entries(tmp_path / "out")["test/d"]["dropped_boxes"]["boxes_outside_the_recording"] == boxes.size
+    assert (
+        entries(tmp_path / "out")["test/d"]["dropped_boxes"]["boxes_outside_the_recording"]
+        == boxes.size
+    )
     write_boxes(one / "d_bbox.npy", later)
-    with pytest.raises(RecordingError, match=rf"all {boxes.size} boxes lie outside the recording d: .* to one clock\?") as error:
+    with pytest.raises(
+        RecordingError,
+        match=rf"all {boxes.size} boxes lie outside the recording d: .* to one clock\?",
+    ) as error:
         prepare(prep_config(one, tmp_path / "out"))
     assert "d_bbox.npy" in str(error.value)
 
@@ -521,13 +649,17 @@ def test_sources_that_cannot_be(tmp_path, source):
     with pytest.raises(RecordingError, match=r"source .*nowhere is not there. Give a folder"):
         prepare(prep_config(tmp_path / "nowhere", tmp_path / "out"))
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(RecordingError, match=r"holds no recordings \(.raw, .dat, .h5, .hdf5\) in .*empty/train"):
+    with pytest.raises(
+        RecordingError, match=r"holds no recordings \(.raw, .dat, .h5, .hdf5\) in .*empty/train"
+    ):
         prepare(prep_config(tmp_path / "empty", tmp_path / "out"))
     with pytest.raises(ConfigError, match="needs source=RECORDINGS and output=SHARDS"):
         prepare(prep_config("", tmp_path / "out"))
     two = copied(source / "val", tmp_path / "two")
     (two / "d_td.dat").write_bytes((source / "train" / "b_td.dat").read_bytes())
-    with pytest.raises(RecordingError, match="d_td.dat and .*d_td.raw would both be recording test/d"):
+    with pytest.raises(
+        RecordingError, match="d_td.dat and .*d_td.raw would both be recording test/d"
+    ):
         prepare(prep_config(two, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -537,14 +669,22 @@ def test_outputs_that_cannot_be(tmp_path, source, prepared):
         prepare(prep_config(source, source / "out"))
     (tmp_path / "file").write_text("x")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match=r"output .*file.* (is a file; name a folder|cannot be made \(Not a directory\))"):
+        with pytest.raises(
+            ConfigError,
+            match=r"output .*file.* (is a file; name a folder|cannot be made \(Not a directory\))",
+        ):
             prepare(prep_config(source, output))
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("x")
-    with pytest.raises(ShardError, match=r"holds other files \(thesis.tex\). Choose an empty or new folder"):
+    with pytest.raises(
+        ShardError, match=r"holds other files \(thesis.tex\). Choose an empty or new folder"
+    ):
         prepare(prep_config(source, tmp_path / "used"))
     assert [p.name for p in (tmp_path / "used").iterdir()] == ["thesis.tex"]
-    with pytest.raises(ShardError, match=r"holds other files \(test/plain.raw, train/a_bbox.npy, train/a_td.raw, ...\)"):
+    with pytest.raises(
+        ShardError,
+        match=r"holds other files \(test/plain.raw, train/a_bbox.npy, train/a_td.raw, ...\)",
+    ):
         prepare(prep_config(source, copied(source, tmp_path / "raw")))
     with pytest.raises(ShardError, match="holds 5 other recordings .* and none of source"):
         prepare(prep_config(write_recording(tmp_path / "x.h5", outside=0), prepared))
@@ -566,7 +706,10 @@ def test_what_is_in_no_split_is_told_and_hidden_files_are_none(source, tmp_path,
     (tree / "train" / "._a_td.raw").write_bytes(b"resource fork")
     (tree / "lonely.raw").write_bytes((tree / "test" / "plain.raw").read_bytes())
     report = prepare(prep_config(tree, tmp_path / "out"))
-    assert "left out, being in none of train/, val/, test/: lonely.raw and 1 more\n" in capsys.readouterr().out
+    assert (
+        "left out, being in none of train/, val/, test/: lonely.raw and 1 more\n"
+        in capsys.readouterr().out
+    )
     assert sorted(report.prepared) == ["test/plain", "train/a", "train/b", "train/c"]
 
 

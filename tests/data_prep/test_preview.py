@@ -46,28 +46,56 @@ def tiles(path, height, width, columns):
     """The pictures of a sheet, row by row."""
     sheet = np.asarray(Image.open(path).convert("RGB"))
     rows = (sheet.shape[0] + 2) // (height + 2)
-    return [sheet[y * (height + 2) :, x * (width + 2) :][:height, :width] for y in range(rows) for x in range(columns)]
+    return [
+        sheet[y * (height + 2) :, x * (width + 2) :][:height, :width]
+        for y in range(rows)
+        for x in range(columns)
+    ]
 
 
 def drawn(frame, boxes, labels, end_us):
-    corners = np.array([[b["x"], b["y"], b["x"] + b["w"], b["y"] + b["h"]] for b in boxes], np.float64).reshape(-1, 4)
-    return draw_label(draw_boxes(frame_to_rgb(frame), corners, labels, upscale=2), f"{end_us / 1e6:.2f} s")
+    corners = np.array(
+        [[b["x"], b["y"], b["x"] + b["w"], b["y"] + b["h"]] for b in boxes], np.float64
+    ).reshape(-1, 4)
+    return draw_label(
+        draw_boxes(frame_to_rgb(frame), corners, labels, upscale=2), f"{end_us / 1e6:.2f} s"
+    )
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------
 def test_shots_of_a_recording_are_its_frames_with_the_boxes_at_their_ends(source):
     path = source / "train" / "a_td.raw"
-    events, boxes = together(open_recording(path).chunks()), read_boxes(source / "train" / "a_bbox.npy")
+    events, boxes = (
+        together(open_recording(path).chunks()),
+        read_boxes(source / "train" / "a_bbox.npy"),
+    )
     shots = list(recording_shots(path, FrameConfig(bins=2), ["ball", "box"], 0.0))
     start, first, seen = None, int(events.t[0]), 0
     for shot in shots:
         end = shot.end_us + first
         start = end - 50_000 if start is None else start
-        np.testing.assert_array_equal(shot.frame, slow_frame(events.take((events.t >= start) & (events.t < end)), start, end,
-                                                             height=160, width=WIDTH, bins=2, cutoff=10, downsample=2, by="sum"))
+        np.testing.assert_array_equal(
+            shot.frame,
+            slow_frame(
+                events.take((events.t >= start) & (events.t < end)),
+                start,
+                end,
+                height=160,
+                width=WIDTH,
+                bins=2,
+                cutoff=10,
+                downsample=2,
+                by="sum",
+            ),
+        )
         at_end = boxes[boxes["t"] == end]
-        np.testing.assert_array_equal(shot.boxes, np.stack([at_end["x"], at_end["y"], at_end["x"] + at_end["w"],
-                                                            at_end["y"] + at_end["h"]], 1).astype(np.float64) / 2)
+        np.testing.assert_array_equal(
+            shot.boxes,
+            np.stack(
+                [at_end["x"], at_end["y"], at_end["x"] + at_end["w"], at_end["y"] + at_end["h"]], 1
+            ).astype(np.float64)
+            / 2,
+        )
         assert shot.labels == [("ball", "box", "class 2")[k] for k in at_end["class_id"]]
         start, seen = end, seen + len(at_end)
     assert len(shots) == 11 and seen > 0
@@ -82,16 +110,22 @@ def test_shots_of_a_shard_are_what_is_stored(shards):
         assert shot.end_us == stored["end_us"][i] - entry.first_us
         np.testing.assert_array_equal(shot.frame, stored["frames"][i])
         np.testing.assert_allclose(shot.boxes[:, :2], np.stack((boxes["x"], boxes["y"]), 1))
-        np.testing.assert_allclose(shot.boxes[:, 2:] - shot.boxes[:, :2], np.stack((boxes["w"], boxes["h"]), 1), atol=1e-4)
+        np.testing.assert_allclose(
+            shot.boxes[:, 2:] - shot.boxes[:, :2], np.stack((boxes["w"], boxes["h"]), 1), atol=1e-4
+        )
 
 
-@pytest.mark.parametrize("length, count", [(0, 5), (1, 5), (5, 5), (6, 5), (23, 5), (1000, 7), (64, 1)])
+@pytest.mark.parametrize(
+    "length, count", [(0, 5), (1, 5), (5, 5), (6, 5), (23, 5), (1000, 7), (64, 1)]
+)
 def test_spread_takes_evenly_from_a_stream_of_unknown_length(length, count):
     taken = spread(iter(range(length)), count)
     assert taken == sorted(set(taken)) and len(taken) == min(length, count)
     if length > count > 1:
         gaps = np.diff(taken)
-        assert taken[0] == 0 and taken[-1] > 0.85 * (length - 1) and gaps.max() <= 1.3 * gaps.min() + 1
+        assert (
+            taken[0] == 0 and taken[-1] > 0.85 * (length - 1) and gaps.max() <= 1.3 * gaps.min() + 1
+        )
 
 
 # -- sheets ------------------------------------------------------------------------------------------------------
@@ -99,21 +133,32 @@ def test_a_sheet_of_a_shard_shows_its_frames(shards, tmp_path, preview):
     code, out, err = preview(shards, tmp_path / "sheet.png", "--split", "val")
     stored, entry = contents(shards)["val/d"], entries(shards)["val/d"]
     n = entry["frames"]
-    assert (code, err) == (0, "") and out == f"{tmp_path / 'sheet.png'}: {n} frames of val/d with {entry['boxes']} boxes\n"
+    assert (code, err) == (
+        0,
+        "",
+    ) and out == f"{tmp_path / 'sheet.png'}: {n} frames of val/d with {entry['boxes']} boxes\n"
     assert n == 7
     pictures = tiles(tmp_path / "sheet.png", 160, 200, 2)
     for i in range(n):  # columns: about as wide as high
         boxes = stored["boxes"][stored["box_start"][i] : stored["box_start"][i + 1]]
-        expected = drawn(stored["frames"][i], boxes, [("ball", "box", "bar")[b["class_id"]] for b in boxes],
-                         stored["end_us"][i] - entry["first_us"])
+        expected = drawn(
+            stored["frames"][i],
+            boxes,
+            [("ball", "box", "bar")[b["class_id"]] for b in boxes],
+            stored["end_us"][i] - entry["first_us"],
+        )
         np.testing.assert_array_equal(pictures[i], expected)
 
 
 def test_a_recording_and_its_shard_show_the_same_pixels(source, shards, tmp_path, preview):
     assert preview(source / "test" / "plain.raw", tmp_path / "recording.png")[0] == 0
     assert preview(shards / "test" / "00000.h5", tmp_path / "shard.png")[0] == 0
-    recording, shard = (np.asarray(Image.open(tmp_path / f"{n}.png")) != 255 for n in ("recording", "shard"))
-    np.testing.assert_array_equal(recording.any(2), shard.any(2))  # hot pixels saturate per bin in shards
+    recording, shard = (
+        np.asarray(Image.open(tmp_path / f"{n}.png")) != 255 for n in ("recording", "shard")
+    )
+    np.testing.assert_array_equal(
+        recording.any(2), shard.any(2)
+    )  # hot pixels saturate per bin in shards
 
 
 def test_frames_and_from_choose(source, shards, tmp_path, preview):
@@ -132,9 +177,24 @@ def test_downsample_and_window_are_those_asked_for(source, tmp_path, preview):
     recording = source / "val" / "d_td.raw"
     assert preview(recording, tmp_path / "a.png", "--frames", "1", "--downsample", "4")[0] == 0
     assert Image.open(tmp_path / "a.png").size == (100, 80)  # drawn at twice its size
-    assert preview(recording, tmp_path / "b.png", "--frames", "1", "--downsample", "1", "--window-ms", "400")[0] == 0
+    assert (
+        preview(
+            recording,
+            tmp_path / "b.png",
+            "--frames",
+            "1",
+            "--downsample",
+            "1",
+            "--window-ms",
+            "400",
+        )[0]
+        == 0
+    )
     assert Image.open(tmp_path / "b.png").size == (400, 320)
-    coloured = [(np.asarray(Image.open(tmp_path / f"{n}.png").convert("RGB")) != 255).any(2).mean() for n in "ab"]
+    coloured = [
+        (np.asarray(Image.open(tmp_path / f"{n}.png").convert("RGB")) != 255).any(2).mean()
+        for n in "ab"
+    ]
     assert coloured[1] > 0.02
 
 
@@ -150,33 +210,64 @@ def test_a_gif_plays_all_frames_in_real_time(source, shards, tmp_path, preview):
         assert (redder > 80).any() and (redder < -80).any()
 
 
-@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg; apt-get install ffmpeg enables this test")
+@pytest.mark.skipif(
+    shutil.which("ffmpeg") is None, reason="no ffmpeg; apt-get install ffmpeg enables this test"
+)
 @pytest.mark.timeout(60)
 def test_an_mp4_is_written(source, tmp_path, preview):
     code, out, err = preview(source / "train" / "a_td.raw", tmp_path / "a.mp4", "--downsample", "1")
-    assert (code, err) == (0, "") and ": 11 frames of a_td.raw" in out and (tmp_path / "a.mp4").stat().st_size > 1000
+    assert (
+        (code, err) == (0, "")
+        and ": 11 frames of a_td.raw" in out
+        and (tmp_path / "a.mp4").stat().st_size > 1000
+    )
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("arguments, told", [
-    (["RECORDING", "OUT.jpg"], "ends in none of .png, .gif, .mp4"),
-    (["RECORDING", "OUT.png", "--frames", "0"], "give 1 frame or more"),
-    (["RECORDING", "OUT.png", "--from", "-1"], "0 s or later"),
-    (["RECORDING", "OUT.png", "--window-ms", "0"], "window_ms is 0"),
-    (["RECORDING", "OUT.png", "--split", "val"], "--recording and --split choose from a prepared dataset"),
-    (["RECORDING", "OUT.png", "--frames", "many"], "--frames: invalid int value: 'many'; evspan prep preview --help shows how"),
-    (["RECORDING"], "the following arguments are required: OUT; evspan prep preview --help shows how"),
-    (["SHARDS", "OUT.png", "--downsample", "4"], "the frames in SHARDS are made already"),
-    (["SHARDS", "OUT.png", "--window-ms", "20"], "the frames in SHARDS are made already"),
-    (["SHARDS", "OUT.png", "--recording", "zz"], "has no recording 'zz' in any split; there are: train/a, train/b"),
-    (["SHARDS", "OUT.png", "--split", "val", "--recording", "a"], "has no recording 'a' in split val"),
-    (["NOWHERE", "OUT.png"], "NOWHERE is no file"),
-    (["EMPTY", "OUT.png"], "holds no manifest.json"),
-])
-def test_mistakes_end_in_one_line_and_write_nothing(source, shards, tmp_path, preview, arguments, told):
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["RECORDING", "OUT.jpg"], "ends in none of .png, .gif, .mp4"),
+        (["RECORDING", "OUT.png", "--frames", "0"], "give 1 frame or more"),
+        (["RECORDING", "OUT.png", "--from", "-1"], "0 s or later"),
+        (["RECORDING", "OUT.png", "--window-ms", "0"], "window_ms is 0"),
+        (
+            ["RECORDING", "OUT.png", "--split", "val"],
+            "--recording and --split choose from a prepared dataset",
+        ),
+        (
+            ["RECORDING", "OUT.png", "--frames", "many"],
+            "--frames: invalid int value: 'many'; evspan prep preview --help shows how",
+        ),
+        (
+            ["RECORDING"],
+            "the following arguments are required: OUT; evspan prep preview --help shows how",
+        ),
+        (["SHARDS", "OUT.png", "--downsample", "4"], "the frames in SHARDS are made already"),
+        (["SHARDS", "OUT.png", "--window-ms", "20"], "the frames in SHARDS are made already"),
+        (
+            ["SHARDS", "OUT.png", "--recording", "zz"],
+            "has no recording 'zz' in any split; there are: train/a, train/b",
+        ),
+        (
+            ["SHARDS", "OUT.png", "--split", "val", "--recording", "a"],
+            "has no recording 'a' in split val",
+        ),
+        (["NOWHERE", "OUT.png"], "NOWHERE is no file"),
+        (["EMPTY", "OUT.png"], "holds no manifest.json"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_write_nothing(
+    source, shards, tmp_path, preview, arguments, told
+):
     (tmp_path / "empty").mkdir()
-    names = {"RECORDING": source / "val" / "d_td.raw", "SHARDS": shards, "OUT": tmp_path / "out", "NOWHERE": tmp_path / "nowhere",
-             "EMPTY": tmp_path / "empty"}
+    names = {
+        "RECORDING": source / "val" / "d_td.raw",
+        "SHARDS": shards,
+        "OUT": tmp_path / "out",
+        "NOWHERE": tmp_path / "nowhere",
+        "EMPTY": tmp_path / "empty",
+    }
 
     def filled(text: str) -> str:
         for name, path in names.items():
@@ -184,7 +275,13 @@ def test_mistakes_end_in_one_line_and_write_nothing(source, shards, tmp_path, pr
         return text
 
     code, out, err = preview(*map(filled, arguments))
-    assert code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: ") and filled(told) in err
+    assert (
+        code == 2
+        and out == ""
+        and len(err.splitlines()) == 1
+        and err.startswith("error: ")
+        and filled(told) in err
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 

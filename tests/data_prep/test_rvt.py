@@ -6,7 +6,14 @@ import h5py
 import numpy as np
 import pytest
 from evspan.conf.errors import BoxesError, ConfigError, RecordingError
-from evspan.conf.schema.prep import DatasetConfig, DownsampleBy, FrameConfig, FrameMode, LabelConfig, PrepConfig
+from evspan.conf.schema.prep import (
+    DatasetConfig,
+    DownsampleBy,
+    FrameConfig,
+    FrameMode,
+    LabelConfig,
+    PrepConfig,
+)
 from evspan.data_prep.frames.histogram import frames_of
 from evspan.data_prep.frames.rvt import RvtEnds
 from evspan.data_prep.labels.box_files import RAW_BOX
@@ -21,13 +28,24 @@ RVT_LABELS = LabelConfig(class_map={0: 0, 1: 1, 2: 2}, min_side=5, max_width_sha
 
 def test_prep_equals_the_published_preprocessing_to_the_last_bit(parity_dir, tmp_path):
     fixture = parity_dir / "prep_fixture"
-    dataset = DatasetConfig(name="gen4_rvt", classes=["pedestrian", "two_wheeler", "car"], labels=RVT_LABELS)
-    prepare(PrepConfig(source=str(fixture / "input"), output=str(tmp_path), processes=1, dataset=dataset,
-                       frames=FrameConfig(mode=FrameMode.rvt)))
+    dataset = DatasetConfig(
+        name="gen4_rvt", classes=["pedestrian", "two_wheeler", "car"], labels=RVT_LABELS
+    )
+    prepare(
+        PrepConfig(
+            source=str(fixture / "input"),
+            output=str(tmp_path),
+            processes=1,
+            dataset=dataset,
+            frames=FrameConfig(mode=FrameMode.rvt),
+        )
+    )
     stored, compared = contents(tmp_path), 0
     for key, columns in stored.items():
         theirs = fixture / "output" / key
-        if not theirs.is_dir():  # RVT drops a recording without a label that is left; here it has no frames
+        if (
+            not theirs.is_dir()
+        ):  # RVT drops a recording without a label that is left; here it has no frames
             assert len(columns["frames"]) == 0 and len(columns["boxes"]) == 0
             continue
         frames = theirs / "event_representations_v2" / "stacked_histogram_dt=50_nbins=10"
@@ -37,17 +55,29 @@ def test_prep_equals_the_published_preprocessing_to_the_last_bit(parity_dir, tmp
         labelled = np.load(frames / "objframe_idx_2_repr_idx.npy")
         np.testing.assert_array_equal(np.flatnonzero(columns["labelled"]), labelled)
         with np.load(theirs / "labels_v2" / "labels.npz") as labels:
-            np.testing.assert_array_equal(columns["box_start"][labelled], labels["objframe_idx_2_label_idx"])
-            for ours, name, scale in (("t_us", "t", 1), *((s, s, 2) for s in "xywh"), ("class_id", "class_id", 1),
-                                      ("track_id", "track_id", 1)):
-                np.testing.assert_array_equal(scale * columns["boxes"][ours], labels["labels"][name], err_msg=name)
+            np.testing.assert_array_equal(
+                columns["box_start"][labelled], labels["objframe_idx_2_label_idx"]
+            )
+            for ours, name, scale in (
+                ("t_us", "t", 1),
+                *((s, s, 2) for s in "xywh"),
+                ("class_id", "class_id", 1),
+                ("track_id", "track_id", 1),
+            ):
+                np.testing.assert_array_equal(
+                    scale * columns["boxes"][ours], labels["labels"][name], err_msg=name
+                )
         compared += 1
     assert compared == 3 and len(stored) == 4
 
 
 # -- the rules, one event at a time ------------------------------------------------------------------------------
 def slow_frame(events, end, *, height, width, cutoff, downsample):
-    inside = [(t, x, y, p) for t, x, y, p in zip(*(c.tolist() for c in events), strict=True) if end - 50_000 <= t <= end]
+    inside = [
+        (t, x, y, p)
+        for t, x, y, p in zip(*(c.tolist() for c in events), strict=True)
+        if end - 50_000 <= t <= end
+    ]
     counts = np.zeros((2, 10, height, width), int)
     for t, x, y, p in inside:
         share = np.float32(t - inside[0][0]) / np.float32(max(inside[-1][0] - inside[0][0], 1))
@@ -61,9 +91,17 @@ def slow_frame(events, end, *, height, width, cutoff, downsample):
 @pytest.mark.parametrize("cuts", [[], [1, 40, 41, 900], list(range(10, 3000, 97))], ids=len)
 def test_frames_are_those_of_the_rules(cuts, downsample):
     rng = np.random.default_rng(len(cuts))
-    t = np.sort(np.concatenate((rng.integers(60_000, 470_000, 2500), [150_000] * 20, [200_000] * 300, [470_000] * 3)))
-    events = Events(t, rng.integers(0, 32, t.size).astype(np.uint16), rng.integers(0, 24, t.size).astype(np.uint16),
-                    rng.integers(0, 2, t.size).astype(np.uint8))
+    t = np.sort(
+        np.concatenate(
+            (rng.integers(60_000, 470_000, 2500), [150_000] * 20, [200_000] * 300, [470_000] * 3)
+        )
+    )
+    events = Events(
+        t,
+        rng.integers(0, 32, t.size).astype(np.uint16),
+        rng.integers(0, 24, t.size).astype(np.uint16),
+        rng.integers(0, 2, t.size).astype(np.uint8),
+    )
     hot = slice(600, 900)  # one pixel so often that a byte wraps
     events.x[hot], events.y[hot], events.p[hot] = 7 | downsample // 2, 2 | downsample // 2, 1
     ends = [100_000, 150_000, 200_000, 250_003, 299_998, 400_000, 470_000]
@@ -71,14 +109,28 @@ def test_frames_are_those_of_the_rules(cuts, downsample):
     made = list(frames_of(GivenRecording(events, 24, 32, cuts), lambda _: ends, config))
     assert [end for end, _ in made] == ends
     for end, frame in made:
-        np.testing.assert_array_equal(frame, slow_frame(events, end, height=24, width=32, cutoff=10, downsample=downsample))
+        np.testing.assert_array_equal(
+            frame, slow_frame(events, end, height=24, width=32, cutoff=10, downsample=downsample)
+        )
 
 
 def test_windows_without_end_stop_with_the_events():
-    events = Events(np.array([10, 70_000, 170_000]), *(np.zeros(3, k) for k in (np.uint16, np.uint16, np.uint8)))
-    made = list(frames_of(GivenRecording(events, 24, 32), lambda first: iter(range(first + 50_000, 10**9, 50_000)),
-                          FrameConfig(mode=FrameMode.rvt, downsample=1)))
-    assert [(end, int(frame.sum())) for end, frame in made] == [(50_010, 1), (100_010, 1), (150_010, 0), (200_010, 1)]
+    events = Events(
+        np.array([10, 70_000, 170_000]), *(np.zeros(3, k) for k in (np.uint16, np.uint16, np.uint8))
+    )
+    made = list(
+        frames_of(
+            GivenRecording(events, 24, 32),
+            lambda first: iter(range(first + 50_000, 10**9, 50_000)),
+            FrameConfig(mode=FrameMode.rvt, downsample=1),
+        )
+    )
+    assert [(end, int(frame.sum())) for end, frame in made] == [
+        (50_010, 1),
+        (100_010, 1),
+        (150_010, 0),
+        (200_010, 1),
+    ]
 
 
 @pytest.mark.parametrize("hertz, first", [(60, 0), (30, 0), (60, 7_000), (30, 91_000)])
@@ -95,19 +147,32 @@ def test_ends_are_labels_about_100_ms_apart_and_windows_between(hertz, first):
 
 
 def test_what_rvt_does_not_know_is_told(tmp_path):
-    with pytest.raises(BoxesError, match="labels come at 10 Hz; RVT's preparation knows 30 and 60 Hz"):
+    with pytest.raises(
+        BoxesError, match="labels come at 10 Hz; RVT's preparation knows 30 and 60 Hz"
+    ):
         RvtEnds(np.arange(1, 20) * 100_000, 50_000)
-    assert list(RvtEnds(np.array([50_000]), 50_000)) == list(RvtEnds(np.zeros(0, np.int64), 50_000)) == []
+    assert (
+        list(RvtEnds(np.array([50_000]), 50_000))
+        == list(RvtEnds(np.zeros(0, np.int64), 50_000))
+        == []
+    )
     assert FrameConfig(mode=FrameMode.rvt).downsample_by is DownsampleBy.nearest
     with pytest.raises(ConfigError, match="span 50 ms"):
         FrameConfig(mode=FrameMode.rvt, window_ms=20)
     with pytest.raises(ConfigError, match="takes a label every 100 ms"):
-        prep_config(tmp_path, tmp_path, labels={"label_every_ms": 50}, frames={"mode": FrameMode.rvt})
+        prep_config(
+            tmp_path, tmp_path, labels={"label_every_ms": 50}, frames={"mode": FrameMode.rvt}
+        )
 
 
 def test_other_labels_move_windows_and_a_recording_without_any_is_told(tmp_path):
     source, path = tmp_path / "raw", tmp_path / "raw" / "train" / "a_td.raw"
-    simulate(path, seconds=0.5, seed=2, config=SimulatorConfig(height=160, width=200, min_objects=1, max_objects=3))
+    simulate(
+        path,
+        seconds=0.5,
+        seed=2,
+        config=SimulatorConfig(height=160, width=200, min_objects=1, max_objects=3),
+    )
 
     def prepared():
         prepare(prep_config(source, tmp_path / "out", frames={"mode": FrameMode.rvt, "bins": 10}))

@@ -9,7 +9,13 @@ from evspan.conf.errors import ConfigError, RecordingError
 from evspan.data_prep.labels.box_files import find_boxes, read_boxes
 from evspan.data_prep.recordings.events import Events
 from evspan.data_prep.recordings.open import open_recording
-from evspan.data_prep.simulator import CLASSES, SimulatorConfig, simulate, simulated_boxes, simulated_events
+from evspan.data_prep.simulator import (
+    CLASSES,
+    SimulatorConfig,
+    simulate,
+    simulated_boxes,
+    simulated_events,
+)
 from evspan.data_prep.simulator.scene import BAR, SHAPE_COLUMNS, make_scene, shapes_and_centres
 from evspan.data_prep.simulator.sensor import Sensor, render
 from evspan.launch.cli.simulate import main
@@ -22,7 +28,13 @@ def together(blocks) -> Events:
 
 
 def disc(radius, *, swing=0.0, mean=1.0):
-    row = dict(zip(SHAPE_COLUMNS, (0, radius, radius, 1, 0, radius, radius, 10, 0, mean, swing), strict=True))
+    row = dict(
+        zip(
+            SHAPE_COLUMNS,
+            (0, radius, radius, 1, 0, radius, radius, 10, 0, mean, swing),
+            strict=True,
+        )
+    )
     return np.array([list(row.values())], np.float32)
 
 
@@ -56,23 +68,33 @@ def test_no_pixel_fires_within_its_refractory_period():
 
 
 def test_noise_alone_is_poisson_in_space_and_time():
-    config = SimulatorConfig(height=200, width=300, min_objects=0, max_objects=0, noise_hz=5, refractory_us=0)
+    config = SimulatorConfig(
+        height=200, width=300, min_objects=0, max_objects=0, noise_hz=5, refractory_us=0
+    )
     events = together(simulated_events(2.0, 5, config))
     mean = 5 * 200 * 300 * 2
     assert abs(events.t.size - mean) < 5 * mean**0.5
     assert abs(events.p.mean() - 0.5) < 0.01
     per_pixel = np.bincount(events.y.astype(int) * 300 + events.x, minlength=60_000)
-    assert per_pixel.var() / per_pixel.mean() == pytest.approx(1, abs=0.03)  # of a Poisson count; 0.006 standard deviation
+    assert per_pixel.var() / per_pixel.mean() == pytest.approx(
+        1, abs=0.03
+    )  # of a Poisson count; 0.006 standard deviation
     assert np.bincount(events.t // 100_000).std() < 2 * (mean / 20) ** 0.5
     assert simulated_boxes(2.0, 5, config).size == 0
 
 
 def test_a_pixel_counts_thresholds_and_interpolates_times():
     """A bright disc runs over single pixels: events by the slow definition, in number, polarity and time."""
-    config = SimulatorConfig(height=200, width=200, threshold_mismatch=0, noise_hz=0, refractory_us=0, step_us=500)
+    config = SimulatorConfig(
+        height=200, width=200, threshold_mismatch=0, noise_hz=0, refractory_us=0, step_us=500
+    )
     shapes, times = disc(20), np.arange(0, 400_001, 500)
-    centres = np.stack([-22 + 100e-6 * times, np.full(times.size, 100)], 1)[:, None].astype(np.float32)  # 100 px/s
-    sensor = Sensor(np.zeros((200, 200), np.float32), shapes, centres[0], np.random.default_rng(0), config)
+    centres = np.stack([-22 + 100e-6 * times, np.full(times.size, 100)], 1)[:, None].astype(
+        np.float32
+    )  # 100 px/s
+    sensor = Sensor(
+        np.zeros((200, 200), np.float32), shapes, centres[0], np.random.default_rng(0), config
+    )
     reference = sensor.reference.copy()
     events = sensor.events(times, shapes, centres)
     for y, x in ((100, 10), (95, 3), (81, 12)):
@@ -94,15 +116,24 @@ def test_a_pixel_counts_thresholds_and_interpolates_times():
 def test_a_still_scene_is_silent_and_a_block_boundary_does_not_matter():
     config = SimulatorConfig(height=200, width=200, noise_hz=0)
     shapes, times = disc(30, swing=0.5), np.arange(0, 200_001, 2000)
-    path = np.stack([50 + 100e-6 * np.minimum(times, 100_000), np.full(times.size, 90)], 1)[:, None].astype(np.float32)
+    path = np.stack([50 + 100e-6 * np.minimum(times, 100_000), np.full(times.size, 90)], 1)[
+        :, None
+    ].astype(np.float32)
 
     def sensor():
-        return Sensor(np.zeros((200, 200), np.float32), shapes, path[0], np.random.default_rng(0), config)
+        return Sensor(
+            np.zeros((200, 200), np.float32), shapes, path[0], np.random.default_rng(0), config
+        )
 
     whole = sensor().events(times, shapes, path)
     assert whole.t.size > 1000 and whole.t.max() < 100_000
     parts = sensor()
-    pieces = together([parts.events(times[a : b + 1], shapes, path[a : b + 1]) for a, b in ((0, 7), (7, 40), (40, 100))])
+    pieces = together(
+        [
+            parts.events(times[a : b + 1], shapes, path[a : b + 1])
+            for a, b in ((0, 7), (7, 40), (40, 100))
+        ]
+    )
     for a, b in zip(whole, pieces, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -119,8 +150,14 @@ def mask_of(track, t, height, width):
 
 
 def test_boxes_are_the_extents_of_what_is_visible():
-    config, seconds, seed = SimulatorConfig(height=300, width=400, min_objects=4, max_objects=8), 3.0, 2
-    scene = make_scene(int(1e6 * seconds), np.random.default_rng(np.random.SeedSequence(seed).spawn(2)[0]), config)
+    config, seconds, seed = (
+        SimulatorConfig(height=300, width=400, min_objects=4, max_objects=8),
+        3.0,
+        2,
+    )
+    scene = make_scene(
+        int(1e6 * seconds), np.random.default_rng(np.random.SeedSequence(seed).spawn(2)[0]), config
+    )
     boxes = simulated_boxes(seconds, seed, config)
     cropped = hidden = 0
     for t in np.unique(boxes["t"])[::9].tolist():
@@ -134,17 +171,33 @@ def test_boxes_are_the_extents_of_what_is_visible():
                 cropped += masks[i].any()
                 continue
             rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
-            expected[track.track_id] = (columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1, track.class_id)
-        got = {int(b["track_id"]): tuple(int(b[k]) for k in ("x", "y", "w", "h", "class_id")) for b in boxes[boxes["t"] == t]}
+            expected[track.track_id] = (
+                columns[0],
+                rows[0],
+                np.ptp(columns) + 1,
+                np.ptp(rows) + 1,
+                track.class_id,
+            )
+        got = {
+            int(b["track_id"]): tuple(int(b[k]) for k in ("x", "y", "w", "h", "class_id"))
+            for b in boxes[boxes["t"] == t]
+        }
         assert got.keys() == expected.keys()
-        for track_id, box in got.items():  # float32 against float64: a centre on the very outline may fall either way
+        for (
+            track_id,
+            box,
+        ) in (
+            got.items()
+        ):  # float32 against float64: a centre on the very outline may fall either way
             np.testing.assert_allclose(box, expected[track_id], atol=1)
     assert cropped and hidden
 
 
 def test_boxes_are_where_the_picture_differs_from_the_background():
     config = SimulatorConfig(height=300, width=400, min_objects=1, max_objects=1, stop_share=0)
-    scene = make_scene(4_000_000, np.random.default_rng(np.random.SeedSequence(8).spawn(2)[0]), config)
+    scene = make_scene(
+        4_000_000, np.random.default_rng(np.random.SeedSequence(8).spawn(2)[0]), config
+    )
     boxes = simulated_boxes(4.0, 8, config)
     checked = 0
     for box in boxes[::20]:
@@ -154,7 +207,9 @@ def test_boxes_are_where_the_picture_differs_from_the_background():
         render(canvas, scene.background, shapes, centres[0], 0, 300, 0, 400)
         rows, columns = np.nonzero(abs(canvas - scene.background) > 1e-3)
         edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-        np.testing.assert_allclose(edges, [box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"]], atol=1.01)
+        np.testing.assert_allclose(
+            edges, [box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"]], atol=1.01
+        )
         checked += 1
     assert checked >= 3
 
@@ -165,20 +220,33 @@ def test_gen4_boxes_have_all_classes_sizes_and_stops():
     longest = np.maximum(boxes["w"], boxes["h"])
     assert set(np.unique(boxes["class_id"])) == set(range(len(CLASSES)))
     assert 0.15 < (longest <= 44).mean() < 0.6
-    for class_id, (low, high) in enumerate(((19, 45), (39, 125), (69, 165))):  # each class has sizes and a shape of its own
+    for class_id, (low, high) in enumerate(
+        ((19, 45), (39, 125), (69, 165))
+    ):  # each class has sizes and a shape of its own
         mine = boxes[boxes["class_id"] == class_id]
-        sides = np.quantile(np.maximum(mine["w"], mine["h"]), (0.2, 1))  # the lowest are cut by the border or another object
+        sides = np.quantile(
+            np.maximum(mine["w"], mine["h"]), (0.2, 1)
+        )  # the lowest are cut by the border or another object
         assert low < sides[0] and sides[1] <= high
     bars = boxes[boxes["class_id"] == BAR]
-    assert np.minimum(bars["w"], bars["h"]).min() >= 3 and np.quantile(bars["h"] / bars["w"], 0.25) > 2
-    assert (boxes["x"] >= 0).all() and (boxes["x"] + boxes["w"] <= 1280).all() and (boxes["y"] + boxes["h"] <= 720).all()
+    assert (
+        np.minimum(bars["w"], bars["h"]).min() >= 3 and np.quantile(bars["h"] / bars["w"], 0.25) > 2
+    )
+    assert (
+        (boxes["x"] >= 0).all()
+        and (boxes["x"] + boxes["w"] <= 1280).all()
+        and (boxes["y"] + boxes["h"] <= 720).all()
+    )
     at_once = np.unique(np.stack((recording, boxes["t"])), axis=1, return_counts=True)[1]
     assert at_once.max() <= 8 and 3 < at_once.mean() < 7
     assert set(np.unique(np.diff(np.unique(boxes["t"])))) <= {16_666, 16_667}
     still, lifetimes = 0, 0
     for key in np.unique(np.stack((recording, boxes["track_id"])), axis=1).T:
         track = boxes[(recording == key[0]) & (boxes["track_id"] == key[1])]
-        moved = np.abs(np.diff(track["x"])) + np.abs(np.diff(track["y"])) + np.abs(np.diff(track["w"])) > 0
+        moved = (
+            np.abs(np.diff(track["x"])) + np.abs(np.diff(track["y"])) + np.abs(np.diff(track["w"]))
+            > 0
+        )
         runs = np.diff(np.flatnonzero(np.concatenate(([True], moved, [True]))))
         still += sum(run for run in runs.tolist() if run >= 55)  # about a second
         lifetimes += track.size
@@ -217,7 +285,9 @@ def test_reading_back_gives_the_events_that_were_made(tmp_path, suffix):
 
 
 def test_memory_is_bounded_blocks_are():
-    sizes = [e.t.size for e in islice(simulated_events(1000.0, 0, SMALL), 5)]  # begins at once, whatever the length
+    sizes = [
+        e.t.size for e in islice(simulated_events(1000.0, 0, SMALL), 5)
+    ]  # begins at once, whatever the length
     assert len(sizes) == 5 and max(sizes) < 1e6
 
 
@@ -234,12 +304,18 @@ def test_a_failure_leaves_nothing(tmp_path):
 COMMAND = ["--recordings", "train=2,val=1", "--seconds", "0.2", "--width", "320", "--height", "240"]
 
 
-def test_command_writes_the_same_bytes_with_any_number_of_processes_and_keeps_what_is_there(tmp_path, capsys):
+def test_command_writes_the_same_bytes_with_any_number_of_processes_and_keeps_what_is_there(
+    tmp_path, capsys
+):
     main([str(tmp_path / "a"), *COMMAND, "--processes", "1"])
     main([str(tmp_path / "b"), *COMMAND, "--processes", "2"])
     names = sorted(str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").rglob("*.*"))
-    assert names == [f"{s}/{s}_{i:03d}_{end}" for s, n in (("train", 2), ("val", 1)) for i in range(n)
-                     for end in ("bbox.npy", "simulation.json", "td.raw")]
+    assert names == [
+        f"{s}/{s}_{i:03d}_{end}"
+        for s, n in (("train", 2), ("val", 1))
+        for i in range(n)
+        for end in ("bbox.npy", "simulation.json", "td.raw")
+    ]
     contents = [(tmp_path / "a" / n).read_bytes() for n in names]
     assert contents == [(tmp_path / "b" / n).read_bytes() for n in names]
     assert len({c for n, c in zip(names, contents, strict=True) if n.endswith("raw")}) == 3
@@ -250,7 +326,17 @@ def test_command_writes_the_same_bytes_with_any_number_of_processes_and_keeps_wh
 
 
 def test_command_refuses_what_was_made_otherwise_and_overwrites_it_when_told(tmp_path, capsys):
-    one = [str(tmp_path), "--recordings", "val=1", "--width", "320", "--height", "240", "--seconds", "0.2"]
+    one = [
+        str(tmp_path),
+        "--recordings",
+        "val=1",
+        "--width",
+        "320",
+        "--height",
+        "240",
+        "--seconds",
+        "0.2",
+    ]
     main([*one, "--processes", "1"])
     with pytest.raises(SystemExit) as exit_:
         main([*one, "--seed", "9"])
@@ -260,10 +346,16 @@ def test_command_refuses_what_was_made_otherwise_and_overwrites_it_when_told(tmp
     main([*one, "--noise-hz", "3", "--format", "dat", "--overwrite", "--processes", "1"])
     names = sorted(p.name for p in (tmp_path / "val").iterdir())
     assert names == ["val_000_bbox.npy", "val_000_simulation.json", "val_000_td.dat"]
-    assert json.loads((tmp_path / "val/val_000_simulation.json").read_text())["parameters"]["noise_hz"] == 3
+    assert (
+        json.loads((tmp_path / "val/val_000_simulation.json").read_text())["parameters"]["noise_hz"]
+        == 3
+    )
 
 
-@pytest.mark.parametrize("wrong", [["--recordings", "valid=3"], ["--objects", "5"], ["--seconds", "0"], ["--noise-hz", "-1"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [["--recordings", "valid=3"], ["--objects", "5"], ["--seconds", "0"], ["--noise-hz", "-1"]],
+)
 def test_command_refuses_nonsense_with_exit_code_2(tmp_path, wrong, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([str(tmp_path), *wrong])

@@ -83,7 +83,9 @@ def flip_stored(path, name: str, byte: int) -> None:
     """A byte of a dataset, where it lies in the file: HDF5 itself never notices."""
     with h5py.File(path, "r") as file:
         dataset = file[name]
-        start = dataset.id.get_chunk_info(0).byte_offset if dataset.chunks else dataset.id.get_offset()
+        start = (
+            dataset.id.get_chunk_info(0).byte_offset if dataset.chunks else dataset.id.get_offset()
+        )
     flip(path, start + byte)
 
 
@@ -143,25 +145,88 @@ def edit_attribute(group, name, edit):
 
 
 DAMAGES = {  # what is done to the shard of train/a, b and c; which of them it hits; what verify says of it
-    "a byte of the frames": (lambda o: flip_stored(shard(o), "b/frames", 100), "b", "the frames have the checksum"),
-    "a byte of a box's width": (lambda o: flip_stored(shard(o), "a/boxes", 16), "a", "labelled have the checksum"),
-    "a byte of a box's time": (lambda o: flip_stored(shard(o), "a/boxes", 1), "a", "boxes have another time than the end"),
-    "a low byte of a time": (lambda o: flip_stored(shard(o), "c/end_us", 0), "c", "checksum|another time"),
-    "a high byte of a time": (lambda o: flip_stored(shard(o), "b/end_us", 5), "b", "end_us does not increase"),
-    "where a frame starts": (lambda o: flip_stored(shard(o), "a/frame_start", 26), "a", "frame_start does not lead from 0 up to"),
-    "where boxes start": (change("a/box_start", set_item(1, 2**40)), "a", "box_start does not lead from 0 up to"),
-    "boxes of frames that have no label": (change("a/labelled", invert), "a", "frames are labelled|boxes lie on frames that"),
-    "a class too many": (change("c/boxes", set_field("class_id", 3)), "c", "1 of .* boxes have a class that the dataset lacks"),
-    "a box beside the frame": (change("c/boxes", set_field("x", -4)), "c", "1 of .* boxes lie outside the frame"),
-    "a box without a size": (change("c/boxes", set_field("w", np.nan)), "c", "1 of .* boxes are not finite"),
-    "a column of another type": (replace_column("b/labelled", np.zeros(7, np.uint8)), "b", "labelled is uint8 .* of bool"),
+    "a byte of the frames": (
+        lambda o: flip_stored(shard(o), "b/frames", 100),
+        "b",
+        "the frames have the checksum",
+    ),
+    "a byte of a box's width": (
+        lambda o: flip_stored(shard(o), "a/boxes", 16),
+        "a",
+        "labelled have the checksum",
+    ),
+    "a byte of a box's time": (
+        lambda o: flip_stored(shard(o), "a/boxes", 1),
+        "a",
+        "boxes have another time than the end",
+    ),
+    "a low byte of a time": (
+        lambda o: flip_stored(shard(o), "c/end_us", 0),
+        "c",
+        "checksum|another time",
+    ),
+    "a high byte of a time": (
+        lambda o: flip_stored(shard(o), "b/end_us", 5),
+        "b",
+        "end_us does not increase",
+    ),
+    "where a frame starts": (
+        lambda o: flip_stored(shard(o), "a/frame_start", 26),
+        "a",
+        "frame_start does not lead from 0 up to",
+    ),
+    "where boxes start": (
+        change("a/box_start", set_item(1, 2**40)),
+        "a",
+        "box_start does not lead from 0 up to",
+    ),
+    "boxes of frames that have no label": (
+        change("a/labelled", invert),
+        "a",
+        "frames are labelled|boxes lie on frames that",
+    ),
+    "a class too many": (
+        change("c/boxes", set_field("class_id", 3)),
+        "c",
+        "1 of .* boxes have a class that the dataset lacks",
+    ),
+    "a box beside the frame": (
+        change("c/boxes", set_field("x", -4)),
+        "c",
+        "1 of .* boxes lie outside the frame",
+    ),
+    "a box without a size": (
+        change("c/boxes", set_field("w", np.nan)),
+        "c",
+        "1 of .* boxes are not finite",
+    ),
+    "a column of another type": (
+        replace_column("b/labelled", np.zeros(7, np.uint8)),
+        "b",
+        "labelled is uint8 .* of bool",
+    ),
     "a column lost": (lose("b/box_start"), "b", "box_start missing"),
     "a group lost": (lose("b"), "b", "train/00000.h5 does not hold it"),
-    "an attribute that is no JSON": (edit_attribute("a", "entry", lambda v: v[:50]), "a", "train/00000.h5 cannot be read"),
-    "counts in the attribute": (edit_attribute("b", "entry", lambda v: v.replace('"events": ', '"events": 9')), "b",
-                                "the shard and the manifest differ in events"),
-    "the size of frames": (edit_attribute("b", "frame_shape", lambda v: v // 2), "b", r"have the shape \(3, .* of \(6, "),
-    "cut short": (lambda o: os.truncate(shard(o), shard(o).stat().st_size // 2), "abc", "cannot be read: .*truncated file"),
+    "an attribute that is no JSON": (
+        edit_attribute("a", "entry", lambda v: v[:50]),
+        "a",
+        "train/00000.h5 cannot be read",
+    ),
+    "counts in the attribute": (
+        edit_attribute("b", "entry", lambda v: v.replace('"events": ', '"events": 9')),
+        "b",
+        "the shard and the manifest differ in events",
+    ),
+    "the size of frames": (
+        edit_attribute("b", "frame_shape", lambda v: v // 2),
+        "b",
+        r"have the shape \(3, .* of \(6, ",
+    ),
+    "cut short": (
+        lambda o: os.truncate(shard(o), shard(o).stat().st_size // 2),
+        "abc",
+        "cannot be read: .*truncated file",
+    ),
     "cut to nothing": (lambda o: os.truncate(shard(o), 0), "abc", "cannot be read"),
     "deleted": (lambda o: shard(o).unlink(), "abc", "train/00000.h5 is not there"),
 }
@@ -175,13 +240,17 @@ def raw_groups(output: Path) -> dict[str, bytes]:
             with h5py.File(path, "r") as file:
                 for name, group in file.items():
                     columns = sorted((k, v[:].tobytes()) for k, v in group.items())
-                    found[f"{path.parent.name}/{name}"] = repr((columns, sorted(map(str, group.attrs.items())))).encode()
+                    found[f"{path.parent.name}/{name}"] = repr(
+                        (columns, sorted(map(str, group.attrs.items())))
+                    ).encode()
         except OSError:
             pass
     return found
 
 
-def assert_mended(source, output, prepared, damaged: list[str], before: dict[str, bytes], **config) -> None:
+def assert_mended(
+    source, output, prepared, damaged: list[str], before: dict[str, bytes], **config
+) -> None:
     """The next preparation does these again and leaves the others as they are, after which all is sound."""
     report = prepare(prep_config(source, output, **config))
     assert report.prepared.keys() == set(damaged) and not report.removed
@@ -197,14 +266,22 @@ def test_a_sound_dataset_is_left_as_it_is(source, prepared, capsys):
     before = {p: p.stat().st_mtime_ns for p in prepared.rglob("*") if p.name != ".lock"}
     assert verify(prepared, processes=1) == {}
     out = capsys.readouterr().out.splitlines()
-    assert sorted(line.split("] ")[1] for line in out[:5]) == sorted(f"{key}: sound" for key in KEYS)
-    assert out[5:] == [f"{prepared}: 5 of 5 recordings are sound; 0 frames of 0 compared with the recordings (--source RAW "
-                       "compares a few of each)"]
+    assert sorted(line.split("] ")[1] for line in out[:5]) == sorted(
+        f"{key}: sound" for key in KEYS
+    )
+    assert out[5:] == [
+        f"{prepared}: 5 of 5 recordings are sound; 0 frames of 0 compared with the recordings (--source RAW "
+        "compares a few of each)"
+    ]
     assert verify(prepared, source, sample=2, processes=1) == {}
-    assert capsys.readouterr().out.endswith("5 of 5 recordings are sound; 10 frames of 5 compared with the recordings\n")
+    assert capsys.readouterr().out.endswith(
+        "5 of 5 recordings are sound; 10 frames of 5 compared with the recordings\n"
+    )
     assert verify(prepared, source, sample=None, processes=1) == {}
     frames = sum(e["frames"] for e in entries(prepared).values())
-    assert capsys.readouterr().out.endswith(f"; {frames} frames of 5 compared with the recordings\n")
+    assert capsys.readouterr().out.endswith(
+        f"; {frames} frames of 5 compared with the recordings\n"
+    )
     assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*") if p.name != ".lock"} == before
 
 
@@ -217,7 +294,10 @@ def test_frames_of_rvt_are_compared_as_rvt_makes_them(source, tmp_path):
     with h5py.File(shard(tmp_path / "out"), "r+") as file:
         rewrite(file["a"], frame=1)
     told = verify(tmp_path / "out", labelled, sample=None, processes=1)
-    assert list(told) == ["train/a"] and "frames differ from the recording's, first 1" in told["train/a"]
+    assert (
+        list(told) == ["train/a"]
+        and "frames differ from the recording's, first 1" in told["train/a"]
+    )
     assert prepare(config).prepared == {"train/a": REDONE}
     assert verify(tmp_path / "out", labelled, sample=None, processes=1) == {}
 
@@ -286,11 +366,17 @@ def test_frames_that_the_recording_does_not_give_are_found_by_recomputing(mine, 
         rewrite(file["a"], frame=middle)
     assert_sound(output)
     assert verify(output, processes=1) == {}  # the checksums agree
-    samples = {seed: verify(copied(output, output.with_name(f"out{seed}")), source, sample=3, seed=seed, processes=1)
-               for seed in range(4)}
+    samples = {
+        seed: verify(
+            copied(output, output.with_name(f"out{seed}")), source, sample=3, seed=seed, processes=1
+        )
+        for seed in range(4)
+    }
     assert all(v == {} or list(v) == ["train/a"] for v in samples.values()) and n > 3
     damaged = verify(output, source, sample=None, processes=1)
-    assert damaged == {"train/a": f"1 of {n} compared frames differ from the recording's, first {middle}"}
+    assert damaged == {
+        "train/a": f"1 of {n} compared frames differ from the recording's, first {middle}"
+    }
     assert_mended(source, output, prepared, ["train/a"], before)
 
 
@@ -361,7 +447,9 @@ def test_any_byte_of_a_shard(mine, prepared):
     for offset in rng.choice(used, 30).tolist():
         shard(output).write_bytes(good)
         flip(shard(output), offset)
-        damaged = verify(output, sample=0, processes=1)  # whose Python may not be open to others: no more to compile
+        damaged = verify(
+            output, sample=0, processes=1
+        )  # whose Python may not be open to others: no more to compile
         if damaged:
             found += 1
             assert prepare(prep_config(source, output)).prepared.keys() == damaged.keys()
@@ -383,7 +471,9 @@ def test_a_recording_that_has_changed_since(mine, tmp_path):
     os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
     assert prepare(prep_config(source, output)).prepared == {}
     assert verify(output, processes=1) == {}
-    assert verify(output, source, processes=1) == {"train/b": f"the recording {path} has changed since"}
+    assert verify(output, source, processes=1) == {
+        "train/b": f"the recording {path} has changed since"
+    }
     assert prepare(prep_config(source, output)).prepared == {"train/b": REDONE}
     assert all(raw_groups(output)[key] == before[key] for key in KEYS if key != "train/b")
     assert verify(output, source, sample=None, processes=1) == {}
@@ -398,11 +488,19 @@ def test_a_longer_recording_other_boxes_and_one_that_is_gone(mine, capsys):
     write_boxes(source / "val" / "d_bbox.npy", boxes[:-1])
     (source / "test" / "plain.raw").unlink()
     damaged = verify(output, source, processes=1)
-    assert damaged == {"train/b": f"the recording {source / 'train' / 'b_td.dat'} has changed since",
-                       "val/d": f"the box file {source / 'val' / 'd_bbox.npy'} has changed since"}
-    assert f"test/plain: sound, but not compared with its recording: {source} does not have it" in capsys.readouterr().out
+    assert damaged == {
+        "train/b": f"the recording {source / 'train' / 'b_td.dat'} has changed since",
+        "val/d": f"the box file {source / 'val' / 'd_bbox.npy'} has changed since",
+    }
+    assert (
+        f"test/plain: sound, but not compared with its recording: {source} does not have it"
+        in capsys.readouterr().out
+    )
     report = prepare(prep_config(source, output))
-    assert (report.prepared, report.removed) == ({"train/b": REDONE, "val/d": REDONE}, ["test/plain"])
+    assert (report.prepared, report.removed) == (
+        {"train/b": REDONE, "val/d": REDONE},
+        ["test/plain"],
+    )
     assert verify(output, source, sample=None, processes=1) == {}
 
 
@@ -414,7 +512,9 @@ def test_marks_last_until_prep_has_redone_what_they_name(mine, prepared, monkeyp
     flip_stored(shard(output), "b/frames", 100)
     why = verify(output, processes=1)["train/b"]
     assert json.loads((output / ".damaged").read_text()) == {"train/b": why}
-    flip_stored(shard(output), "b/frames", 100)  # sound again, yet who knows of what kind the disk is
+    flip_stored(
+        shard(output), "b/frames", 100
+    )  # sound again, yet who knows of what kind the disk is
     for _ in range(2):
         assert verify(output, processes=1) == {"train/b": f"marked earlier: {why}"}
 
@@ -445,7 +545,9 @@ def test_damaged_marks_are_told(mine):
     source, output = mine
     (output / ".damaged").write_text("[")
     for call in (lambda: verify(output, processes=1), lambda: prepare(prep_config(source, output))):
-        with pytest.raises(ShardError, match=r"\.damaged is damaged .* Delete it and run evspan prep verify"):
+        with pytest.raises(
+            ShardError, match=r"\.damaged is damaged .* Delete it and run evspan prep verify"
+        ):
             call()
 
 
@@ -462,7 +564,9 @@ def verify_as_nobody(output, send) -> None:
     if os.getuid() == 0:  # whom no permission stops
         os.setuid(65534)
     with redirect_stdout(io.StringIO()) as out:
-        damaged = verify(output, sample=0, processes=1)  # whose Python may not be open to others: no more to compile
+        damaged = verify(
+            output, sample=0, processes=1
+        )  # whose Python may not be open to others: no more to compile
     send.send((list(damaged), out.getvalue()))
 
 
@@ -474,12 +578,17 @@ def test_a_folder_that_may_only_be_read_is_verified_without_marks(prepared):
         flip_stored(shard(output), "b/frames", 100)
         output.chmod(0o555)
         receive, send = multiprocessing.Pipe(duplex=False)
-        child = multiprocessing.get_context("spawn").Process(target=verify_as_nobody, args=(output, send))
+        child = multiprocessing.get_context("spawn").Process(
+            target=verify_as_nobody, args=(output, send)
+        )
         child.start()
         assert receive.poll(40)
         damaged, out = receive.recv()
         child.join(20)
-        assert damaged == ["train/b"] and "1 damaged, and not marked, since you may not write to it" in out
+        assert (
+            damaged == ["train/b"]
+            and "1 damaged, and not marked, since you may not write to it" in out
+        )
         assert not (output / ".damaged").exists()
 
 
@@ -495,19 +604,31 @@ def typed(*arguments):
 
 def test_exit_codes_and_what_is_said(mine, capsys):
     source, output = mine
-    assert typed("verify", output, "--source", source, "--processes", 1, "--seed", 3, "--sample", 1) == 0
+    assert (
+        typed("verify", output, "--source", source, "--processes", 1, "--seed", 3, "--sample", 1)
+        == 0
+    )
     capsys.readouterr()
     flip_stored(shard(output), "b/frames", 100)
     assert typed("verify", output, "--source", source, "--processes", 1) == 1
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert err == "" and [line.split(": ")[1] for line in lines if "train/b: " in line] == ["damaged"]
-    assert lines[-1] == f"{output}: 1 damaged, and marked: run the same evspan prep again, which redoes no others"
+    assert err == "" and [line.split(": ")[1] for line in lines if "train/b: " in line] == [
+        "damaged"
+    ]
+    assert (
+        lines[-1]
+        == f"{output}: 1 damaged, and marked: run the same evspan prep again, which redoes no others"
+    )
     assert typed("verify", source) == 2
     assert "holds no manifest.json, so it is no prepared dataset" in capsys.readouterr().err
     assert typed("verify", output, "--source", output / "gone") == 2
     assert "is not there" in capsys.readouterr().err
-    assert typed("verify", output, "--source", source / "train") == 2  # a flat folder: test/a and so on
+    assert (
+        typed("verify", output, "--source", source / "train") == 2
+    )  # a flat folder: test/a and so on
     assert "has none of the recordings of" in capsys.readouterr().err
     assert typed("verify", output, "--sample", "-1") == 2
-    assert capsys.readouterr().err.startswith("error: argument --sample: -1 is negative; evspan prep verify --help")
+    assert capsys.readouterr().err.startswith(
+        "error: argument --sample: -1 is negative; evspan prep verify --help"
+    )

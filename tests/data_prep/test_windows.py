@@ -42,20 +42,33 @@ def rvt_labelled_times(labels) -> list[int]:
 
 def regular(hz: float, seconds: float, first: int = 0, jitter: int = 0, seed: int = 0) -> list[int]:
     rng = np.random.default_rng(seed)
-    times = first + np.arange(int(hz * seconds)) * 1e6 / hz + rng.integers(-jitter, jitter + 1, int(hz * seconds))
+    times = (
+        first
+        + np.arange(int(hz * seconds)) * 1e6 / hz
+        + rng.integers(-jitter, jitter + 1, int(hz * seconds))
+    )
     return [int(t) for t in times if t >= 0]
 
 
 # -- tiling ------------------------------------------------------------------------------------------------------
-LABELLINGS = {"none": [], "one": [333_333], "10 Hz": regular(10, 3), "60 Hz": regular(60, 3, jitter=40), "before": [3, 4],
-              "after": [9_000_000], "irregular": sorted(np.random.default_rng(0).integers(0, 3_000_000, 40).tolist())}
+LABELLINGS = {
+    "none": [],
+    "one": [333_333],
+    "10 Hz": regular(10, 3),
+    "60 Hz": regular(60, 3, jitter=40),
+    "before": [3, 4],
+    "after": [9_000_000],
+    "irregular": sorted(np.random.default_rng(0).integers(0, 3_000_000, 40).tolist()),
+}
 
 
 @pytest.mark.parametrize("first", [0, 1, 49_999, 50_000, 777_777])
 @pytest.mark.parametrize("labels", LABELLINGS.values(), ids=LABELLINGS)
 def test_windows_tile_the_recording_from_its_first_event_to_its_last(labels, first):
     """Each event lies in exactly one window, and there is none without a reason."""
-    events = random_events(np.random.default_rng(first), 3_000, first=first, last=2_900_000, height=8, width=8)
+    events = random_events(
+        np.random.default_rng(first), 3_000, first=first, last=2_900_000, height=8, width=8
+    )
     first, last = int(events.t[0]), int(events.t[-1])
     ends, labelled = ends_until(last, labels, first)
     starts = [ends[0] - WINDOW, *ends[:-1]]
@@ -65,9 +78,18 @@ def test_windows_tile_the_recording_from_its_first_event_to_its_last(labels, fir
     assert all(48_000 <= b - a <= 52_000 for a, b in zip(starts, ends, strict=True))
     assert set(labelled) <= set(labels)
     config = FrameConfig(cutoff=255, downsample=1)
-    made = list(frames_of(GivenRecording(events, 8, 8), lambda f: window_ends(
-        np.array(labels, np.int64), f, window_us=WINDOW, label_every_us=100_000), config))
-    assert [end for end, _ in made] == ends and sum(int(f.sum(dtype=np.int64)) for _, f in made) == 3_000
+    made = list(
+        frames_of(
+            GivenRecording(events, 8, 8),
+            lambda f: window_ends(
+                np.array(labels, np.int64), f, window_us=WINDOW, label_every_us=100_000
+            ),
+            config,
+        )
+    )
+    assert [end for end, _ in made] == ends and sum(
+        int(f.sum(dtype=np.int64)) for _, f in made
+    ) == 3_000
 
 
 def test_without_labels_the_first_window_begins_at_the_first_event():
@@ -81,7 +103,9 @@ def test_labels_up_to_the_first_event_are_ignored_and_later_ones_anchor_the_grid
 
 def test_labels_after_the_last_event_do_no_harm():
     ends, labelled = ends_until(390_000, [220_000, 320_000, 420_000, 520_000, 1 << 60])
-    assert labelled == [220_000, 320_000, 420_000] and ends[-1] == 420_000  # the last frame holds the last event
+    assert (
+        labelled == [220_000, 320_000, 420_000] and ends[-1] == 420_000
+    )  # the last frame holds the last event
     ends, labelled = ends_until(390_000, [1 << 60])
     assert labelled == [] and len(ends) == 8
 
@@ -95,8 +119,23 @@ def test_a_sensor_clock_that_has_run_for_long_makes_no_difference():
 
 
 # -- which labels ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("hz, every, step", [(10, 100, 1), (20, 100, 2), (30, 100, 3), (60, 100, 6), (20, 50, 1), (60, 50, 3),
-                                             (10, 50, 1), (30, 50, 3), (25, 100, 5), (100, 100, 10), (5, 100, 1), (1, 50, 1)])
+@pytest.mark.parametrize(
+    "hz, every, step",
+    [
+        (10, 100, 1),
+        (20, 100, 2),
+        (30, 100, 3),
+        (60, 100, 6),
+        (20, 50, 1),
+        (60, 50, 3),
+        (10, 50, 1),
+        (30, 50, 3),
+        (25, 100, 5),
+        (100, 100, 10),
+        (5, 100, 1),
+        (1, 50, 1),
+    ],
+)
 @pytest.mark.parametrize("jitter", [0, 150])
 def test_regular_labels_of_any_rate(hz, every, step, jitter):
     """Every step-th label has a frame that ends at its time, to the microsecond, and there are no others."""
@@ -108,7 +147,9 @@ def test_regular_labels_of_any_rate(hz, every, step, jitter):
         assert [e for e in ends if labels[0] <= e <= labelled[-1]] == labelled
 
 
-@pytest.mark.parametrize("off, taken", [(0, True), (2_000, True), (-2_000, True), (2_001, False), (-2_001, False)])
+@pytest.mark.parametrize(
+    "off, taken", [(0, True), (2_000, True), (-2_000, True), (2_001, False), (-2_001, False)]
+)
 def test_the_tolerance_is_two_milliseconds(off, taken):
     _, labelled = ends_until(1_000_000, [100_000, 200_000 + off])
     assert ((200_000 + off) in labelled) == taken
@@ -125,13 +166,19 @@ def test_the_labelled_times_are_those_of_rvt(hz, seed):
         labels = [t for t in labels if not gap < t < end]
     ends, labelled = ends_until(labels[-1], labels)
     expected = rvt_labelled_times(labels)
-    assert labelled[-len(expected):] == expected
-    assert all(t < 100_000 and expected[0] - t > 97_000 for t in labelled[: -len(expected)])  # RVT begins at 100 ms
+    assert labelled[-len(expected) :] == expected
+    assert all(
+        t < 100_000 and expected[0] - t > 97_000 for t in labelled[: -len(expected)]
+    )  # RVT begins at 100 ms
     assert set(labelled) <= set(ends)
 
 
 def test_a_label_before_the_anchor_that_fits_is_taken():
-    assert ends_until(300_000, [50_000, 100_000, 150_000], every=50_000)[1] == [50_000, 100_000, 150_000]
+    assert ends_until(300_000, [50_000, 100_000, 150_000], every=50_000)[1] == [
+        50_000,
+        100_000,
+        150_000,
+    ]
     assert ends_until(300_000, [50_000, 100_000, 150_000], every=100_000)[1] == [100_000]
     assert ends_until(300_000, [20_000, 80_000])[1] == [80_000]  # none at 100 ms or later
 
@@ -143,10 +190,14 @@ def test_irregular_labels_are_used_as_far_as_windows_can_be_moved(mean_ms, every
     labels = np.cumsum(rng.exponential(1000 * mean_ms, 400).astype(np.int64) + 1).tolist()
     ends, labelled = ends_until(labels[-1], labels, every=1000 * every)
     assert labelled == sorted(set(labelled) & set(labels) & set(ends))
-    assert max(abs(b - a - WINDOW) for a, b in pairwise(ends)) <= 2_001  # ends are whole microseconds
+    assert (
+        max(abs(b - a - WINDOW) for a, b in pairwise(ends)) <= 2_001
+    )  # ends are whole microseconds
     assert min(b - a for a, b in pairwise(labelled)) >= 1000 * every - 2_000
     for before, after in pairwise(labelled):  # 13 windows of 48 to 52 ms reach any time
-        assert all(t - before < 650_000 or after - t <= 100_000 for t in labels if before < t < after)
+        assert all(
+            t - before < 650_000 or after - t <= 100_000 for t in labels if before < t < after
+        )
     if mean_ms == 1_500:
         assert len(labelled) > 0.5 * len(labels)
 
@@ -169,15 +220,24 @@ def test_windows_of_another_length(window):
 
 def test_the_published_preprocessing_labels_the_same_frames(parity_dir):
     checked = 0
-    for path in sorted((parity_dir / "prep_fixture" / "output").glob("*/*/labels_v2/timestamps_us.npy")):
+    for path in sorted(
+        (parity_dir / "prep_fixture" / "output").glob("*/*/labels_v2/timestamps_us.npy")
+    ):
         split, name = path.parts[-4], path.parts[-3]
         source = parity_dir / "prep_fixture" / "input" / split
-        boxes, recording = read_boxes(source / f"{name}_bbox.npy"), open_recording(source / f"{name}_td.h5")
+        boxes, recording = (
+            read_boxes(source / f"{name}_bbox.npy"),
+            open_recording(source / f"{name}_td.h5"),
+        )
         first = int(next(recording.chunks()).t[0])
         expected = np.load(path).tolist()
         ends, labelled = ends_until(expected[-1], boxes["t"], first)
-        assert labelled[-len(expected):] == expected
-        theirs = np.load(next((path.parent.parent / "event_representations_v2").glob("*/timestamps_us.npy")))
-        assert set(theirs[theirs >= expected[0]].tolist()) <= set(ends)  # before it, each counts back in its own way
+        assert labelled[-len(expected) :] == expected
+        theirs = np.load(
+            next((path.parent.parent / "event_representations_v2").glob("*/timestamps_us.npy"))
+        )
+        assert set(theirs[theirs >= expected[0]].tolist()) <= set(
+            ends
+        )  # before it, each counts back in its own way
         checked += 1
     assert checked == 3

@@ -47,8 +47,14 @@ def evspan(capfd, *argv) -> tuple[int, str, str]:
 
 
 def python(*argv, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *argv], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
-                          timeout=50)
+    return subprocess.run(
+        [sys.executable, *argv],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
 
 
 def composed(module, *overrides):
@@ -63,21 +69,37 @@ def test_evspan_answers_at_once():
     probe = "import sys; from evspan.launch.cli.main import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
     done = python("-c", probe)
     assert all(name in done.stdout for name in COMMANDS)
-    assert not {"torch", "hydra", "omegaconf", "numpy", "h5py", "pipeline", "submitit"} & set(done.stderr.split())
+    assert not {"torch", "hydra", "omegaconf", "numpy", "h5py", "pipeline", "submitit"} & set(
+        done.stderr.split()
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_shows_an_example_and_needs_no_torch(command):
-    probe = ("import sys; from evspan.launch.cli.main import main\ntry: main([*sys.argv[1:], '--help'])\n"
-             "finally: print(*sys.modules, file=sys.stderr)")
+    probe = (
+        "import sys; from evspan.launch.cli.main import main\ntry: main([*sys.argv[1:], '--help'])\n"
+        "finally: print(*sys.modules, file=sys.stderr)"
+    )
     done = python("-c", probe, command)
     assert done.returncode == 0, done.stderr
     assert re.search(rf"examples?:?\s+evspan {command} ", done.stdout), done.stdout
     assert not {"torch", "deepspeed"} & set(done.stderr.split())
 
 
-@pytest.mark.parametrize("module", ["launch", "data_prep", "evspan.launch.cli.simulate", "evspan.launch.cli.train", "evspan.launch.cli.evaluate",
-                                    "evspan.launch.cli.infer", "evspan.launch.cli.export", "evspan.launch.cli.convert", "evspan.launch.smoke"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "launch",
+        "data_prep",
+        "evspan.launch.cli.simulate",
+        "evspan.launch.cli.train",
+        "evspan.launch.cli.evaluate",
+        "evspan.launch.cli.infer",
+        "evspan.launch.cli.export",
+        "evspan.launch.cli.convert",
+        "evspan.launch.smoke",
+    ],
+)
 def test_commands_are_modules_too(module):
     done = python("-m", module, "--help")
     assert done.returncode == 0 and "evspan" in done.stdout and not done.stderr
@@ -93,15 +115,22 @@ def test_help_tells_the_defaults_that_hold(module):
     section = module.HELP.split("\n  keys\n")[1].split("\n\n")[0]
     told = dict(re.findall(r"^ +([\w.]+)=(\S*)", section, re.MULTILINE))
     config = OmegaConf.structured(composed(module))
-    assert len(told) > 5 and all(word == "simulated" for key, word in told.items() if key == "dataset")
+    assert len(told) > 5 and all(
+        word == "simulated" for key, word in told.items() if key == "dataset"
+    )
     for key, default in told.items():
         if key != "dataset":
             value = OmegaConf.select(config, key)
-            assert getattr(value, "name", value) == OmegaConf.from_dotlist([f"v={default or repr('')}"]).v, key
+            assert (
+                getattr(value, "name", value)
+                == OmegaConf.from_dotlist([f"v={default or repr('')}"]).v
+            ), key
 
 
-@pytest.mark.parametrize("module, groups", [(train, ["experiment", "model", "size", "dataset", "deepspeed"]),
-                                            (evaluate, ["dataset"])])
+@pytest.mark.parametrize(
+    "module, groups",
+    [(train, ["experiment", "model", "size", "dataset", "deepspeed"]), (evaluate, ["dataset"])],
+)
 def test_help_names_every_choice(module, groups):
     for group in groups:
         for path in (ROOT / "conf" / group).rglob("*.yaml"):
@@ -123,7 +152,10 @@ MISTAKES = [
     ("quux", "There are: simulate, prep, train, submit, sweep, status,"),
     ("--verison", "did you mean '--version'?"),
     # keys
-    ("train training.max_step=5", "there is no key 'training.max_step'; did you mean training.max_steps?"),
+    (
+        "train training.max_step=5",
+        "there is no key 'training.max_step'; did you mean training.max_steps?",
+    ),
     ("train trainig.max_steps=5", "did you mean training.max_steps?"),
     ("train max_steps=5", "did you mean training.max_steps?"),
     ("train batch_size=5", "did you mean evaluation.batch_size or training.batch_size?"),
@@ -135,9 +167,15 @@ MISTAKES = [
     ("evaluate checkpont=x", "did you mean checkpoint?"),
     ("prep sorce=x", "did you mean source?"),
     # choices
-    ("train experiment=gen4/tinyy", "has no option 'gen4/tinyy'; did you mean experiment=gen4/tiny? There are: "),
+    (
+        "train experiment=gen4/tinyy",
+        "has no option 'gen4/tinyy'; did you mean experiment=gen4/tiny? There are: ",
+    ),
     ("train experiment=tiny", "did you mean experiment=gen4/tiny?"),
-    ("train model=maxvit", "There are: maxvit_yolox/default, maxvit_yolox/size_aware, maxvit_yolox/size_aware_attention"),
+    (
+        "train model=maxvit",
+        "There are: maxvit_yolox/default, maxvit_yolox/size_aware, maxvit_yolox/size_aware_attention",
+    ),
     ("train size=huge", "size has no option 'huge'. There are: base, micro, small, tiny"),
     ("evaluate dataset=gen5", "did you mean dataset=gen4?"),
     ("prep dataset=gen5", "did you mean dataset=gen4?"),
@@ -146,7 +184,10 @@ MISTAKES = [
     ("train training.max_steps=", "training.max_steps is ''; give a whole number"),
     ("train optimizer.lr=fast", "optimizer.lr is 'fast'; give a number (default: 0.001)"),
     ("train checkpoint.resume=maybe", "give true or false"),
-    ("train training.sampling=streams", "training.sampling is 'streams'; give one of stream, random, mixed"),
+    (
+        "train training.sampling=streams",
+        "training.sampling is 'streams'; give one of stream, random, mixed",
+    ),
     ("train seed=null", "seed is null; give a whole number"),
     ("train training=5", "give its keys one by one: training.max_steps, "),
     ("train model.fpn.in_stages=2", "give a list, such as [1,2]"),
@@ -170,10 +211,16 @@ MISTAKES = [
     ("train", "dataset.root is empty. Name the folder that evspan prep wrote"),
     (f"train {SHARDS}", "evspan prep source=RAW output=nowhere"),
     (f"train parallel.ranks=2 {SHARDS}", "evspan prep source=RAW output=nowhere"),
-    (f"train {SHARDS} checkpoint.init_from=gone", "checkpoint.init_from is gone, where there is nothing"),
+    (
+        f"train {SHARDS} checkpoint.init_from=gone",
+        "checkpoint.init_from is gone, where there is nothing",
+    ),
     (f"train {SHARDS} run_dir={__file__}", "which is a file"),
     (f"evaluate {SHARDS}", "checkpoint is empty; name a run folder"),
-    (f"evaluate {SHARDS} checkpoint=gone", "checkpoint is gone, where there is nothing; name a run folder"),
+    (
+        f"evaluate {SHARDS} checkpoint=gone",
+        "checkpoint is gone, where there is nothing; name a run folder",
+    ),
     (f"evaluate {SHARDS} checkpoint={__file__}", "evspan prep source=RAW output=nowhere"),
     ("prep source=gone output=out", "gone"),
     ("prep source=x", "output="),
@@ -209,14 +256,19 @@ def test_a_mistake_ends_in_one_line(capfd, tmp_path, arguments, remedy):
     code, out, err = evspan(capfd, *arguments.split())
     assert code == 2, out + err
     assert err.startswith("error: ") and err.count("\n") == 1 and remedy in err, err
-    assert not [line for line in out.splitlines() if "[HYDRA]" not in line], out  # --multirun announces its jobs
+    assert not [line for line in out.splitlines() if "[HYDRA]" not in line], (
+        out
+    )  # --multirun announces its jobs
     assert not [p for p in tmp_path.iterdir() if p.name != "multirun"]
 
 
 def test_debug_shows_the_traceback(capfd, monkeypatch):
     done = python("-m", "evspan.launch", "train", "training.max_steps=0", EVSPAN_DEBUG="1")
     assert done.returncode == 1 and "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1] == "evspan.conf.errors.ConfigError: training.max_steps is 0; give 1 or more"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "evspan.conf.errors.ConfigError: training.max_steps is 0; give 1 or more"
+    )
     monkeypatch.setenv("EVSPAN_DEBUG", "1")
     with pytest.raises(ConfigError, match="frames.bins is 0"):
         main(["prep", "source=x", "output=y", "frames.bins=0"])
@@ -235,12 +287,16 @@ def test_a_users_error_in_the_task_is_told_and_a_defect_is_raised(capfd):
         train.main([], run=raising(UserError("the disk is full;\n  delete something")))
     assert end.value.code == 2
     with pytest.raises(SystemExit) as end:
-        train.main([], run=raising(FileNotFoundError(2, "No such file or directory", "shards/00000.h5")))
+        train.main(
+            [], run=raising(FileNotFoundError(2, "No such file or directory", "shards/00000.h5"))
+        )
     assert end.value.code == 2
     with pytest.raises(ZeroDivisionError):
         evaluate.main([], run=raising(ZeroDivisionError("a defect")))
-    assert capfd.readouterr().err == ("error: the disk is full; delete something\n"
-                                      "error: shards/00000.h5: No such file or directory\n")  # and nothing of Hydra's
+    assert capfd.readouterr().err == (
+        "error: the disk is full; delete something\n"
+        "error: shards/00000.h5: No such file or directory\n"
+    )  # and nothing of Hydra's
 
 
 @pytest.mark.parametrize("raised, code", [(SystemExit(75), 75), (KeyboardInterrupt(), 130)])
@@ -267,10 +323,18 @@ def test_hydra_leaves_no_trace(tmp_path):
     assert logging.getLogger().level == logging.WARNING  # libraries' chatter stays off the console
 
 
-@pytest.mark.parametrize("environment, inside", [
-    ({}, False), ({"RANK": "0"}, False), ({"RANK": "0", "WORLD_SIZE": "1"}, True), ({"SLURM_NTASKS": "4"}, False),
-    ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, False), ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, True),
-    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False)])
+@pytest.mark.parametrize(
+    "environment, inside",
+    [
+        ({}, False),
+        ({"RANK": "0"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, True),
+        ({"SLURM_NTASKS": "4"}, False),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, True),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),
+    ],
+)
 def test_a_launchers_ranks_are_recognised(monkeypatch, environment, inside):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

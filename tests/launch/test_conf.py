@@ -24,14 +24,25 @@ from omegaconf.errors import OmegaConfBaseException
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 PRIMARY = {"prep": PrepConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
-GROUPS = {"dataset": ("prep", "train", "evaluate"), "launcher": ("prep",), "model": ("train",), "size": ("train",),
-          "deepspeed": ("train",), "cluster": ("train",), "experiment": ("train",)}
-HYDRAS = {"hydra/launcher/slurm.yaml"}  # needs what `evspan train --multirun` registers (tests/launch/test_submit_slurm.py)
+GROUPS = {
+    "dataset": ("prep", "train", "evaluate"),
+    "launcher": ("prep",),
+    "model": ("train",),
+    "size": ("train",),
+    "deepspeed": ("train",),
+    "cluster": ("train",),
+    "experiment": ("train",),
+}
+HYDRAS = {
+    "hydra/launcher/slurm.yaml"
+}  # needs what `evspan train --multirun` registers (tests/launch/test_submit_slurm.py)
 REFUSED = (HydraException, OmegaConfBaseException, ConfigError)
 
 
 def options(group: str) -> list[str]:
-    return sorted(str(p.relative_to(CONF / group).with_suffix("")) for p in (CONF / group).rglob("*.yaml"))
+    return sorted(
+        str(p.relative_to(CONF / group).with_suffix("")) for p in (CONF / group).rglob("*.yaml")
+    )
 
 
 def composed(name: str, *overrides: str):
@@ -46,7 +57,9 @@ def composed(name: str, *overrides: str):
 
 
 def test_every_file_is_a_command_or_an_option_of_a_group():
-    reached = {f"{name}.yaml" for name in PRIMARY} | {f"{group}/{option}.yaml" for group in GROUPS for option in options(group)}
+    reached = {f"{name}.yaml" for name in PRIMARY} | {
+        f"{group}/{option}.yaml" for group in GROUPS for option in options(group)
+    }
     assert reached | HYDRAS == {str(p.relative_to(CONF)) for p in CONF.rglob("*.yaml")}
 
 
@@ -55,9 +68,14 @@ def test_commands_compose(name):
     assert type(composed(name)[0]) is PRIMARY[name]
 
 
-@pytest.mark.parametrize("name, group, option", [(n, g, o) for g, names in GROUPS.items() for n in names for o in options(g)])
+@pytest.mark.parametrize(
+    "name, group, option",
+    [(n, g, o) for g, names in GROUPS.items() for n in names for o in options(g)],
+)
 def test_options_compose(name, group, option):
-    room = ["model.head.num_classes=8"] if (name, option) == ("train", "etram") else []  # a head of 3 classes is the default
+    room = (
+        ["model.head.num_classes=8"] if (name, option) == ("train", "etram") else []
+    )  # a head of 3 classes is the default
     config, choices = composed(name, f"{group}={option}", *room)
     assert type(config) is PRIMARY[name] and choices[group] == option
     if group == "dataset":
@@ -68,11 +86,28 @@ def test_options_compose(name, group, option):
 
 @pytest.mark.parametrize("option", options("experiment"))
 def test_experiments_take_the_other_groups_and_any_value(option):
-    config, choices = composed("train", f"experiment={option}", "size=micro", "deepspeed=zero3", "model=maxvit_yolox/size_aware",
-                               "dataset=gen4", "training.max_steps=7", "model.head.num_classes=5", "dataset.root='a b=c'")
+    config, choices = composed(
+        "train",
+        f"experiment={option}",
+        "size=micro",
+        "deepspeed=zero3",
+        "model=maxvit_yolox/size_aware",
+        "dataset=gen4",
+        "training.max_steps=7",
+        "model.head.num_classes=5",
+        "dataset.root='a b=c'",
+    )
     assert (choices["size"], choices["deepspeed"]) == ("micro", "zero3")
-    assert config.model.backbone.embed_dim == 16 and config.deepspeed.stage == 3 and config.model.head.size_aware_loss
-    assert config.training.max_steps == 7 and config.model.head.num_classes == 5 and config.dataset.root == "a b=c"
+    assert (
+        config.model.backbone.embed_dim == 16
+        and config.deepspeed.stage == 3
+        and config.model.head.size_aware_loss
+    )
+    assert (
+        config.training.max_steps == 7
+        and config.model.head.num_classes == 5
+        and config.dataset.root == "a b=c"
+    )
 
 
 # -- the seed's experiments ------------------------------------------------------------------------------------------
@@ -89,7 +124,8 @@ GEN4 = {  # experiment -> embed_dim, depth of the neck, stages that feed it, siz
 
 def test_there_are_no_other_gen4_experiments():
     assert {f"gen4/{name}" for name in GEN4} == {
-        o for o in options("experiment") if o.startswith("gen4/") and not o.startswith("gen4/rvt_")}
+        o for o in options("experiment") if o.startswith("gen4/") and not o.startswith("gen4/rvt_")
+    }
 
 
 @pytest.mark.parametrize("name", GEN4)
@@ -97,13 +133,26 @@ def test_gen4_experiments_have_the_seeds_values(name):
     config, _ = composed("train", f"experiment=gen4/{name}")
     embed_dim, depth, stages, size_aware, attention = GEN4[name]
     assert config.model.name == "rnndet" and config.dataset.name == "gen4"
-    assert config.model.head.num_classes == 8 and len(config.dataset.classes) == 3  # the published head has room for 8
+    assert (
+        config.model.head.num_classes == 8 and len(config.dataset.classes) == 3
+    )  # the published head has room for 8
     assert config.training.max_steps == 100_000
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-3, 5e-4)
-    assert (config.model.backbone.embed_dim, config.model.fpn.depth, config.model.fpn.in_stages) == (embed_dim, depth, stages)
-    assert config.model.head.size_aware_loss is size_aware and config.model.head.size_aware_weight == 2.0
+    assert (
+        config.model.backbone.embed_dim,
+        config.model.fpn.depth,
+        config.model.fpn.in_stages,
+    ) == (embed_dim, depth, stages)
+    assert (
+        config.model.head.size_aware_loss is size_aware
+        and config.model.head.size_aware_weight == 2.0
+    )
     fpn = config.model.fpn
-    assert fpn.enable_small_object_attention is attention and fpn.attention_spatial and fpn.attention_temporal
+    assert (
+        fpn.enable_small_object_attention is attention
+        and fpn.attention_spatial
+        and fpn.attention_temporal
+    )
     assert fpn.temporal_window == 3 and fpn.identity_start
 
 
@@ -112,25 +161,53 @@ def test_gen4_experiments_have_the_seeds_values(name):
 def test_rvt_recipes_have_the_published_values(dataset, classes, size, dim):
     config, choices = composed("train", f"experiment={dataset}/rvt_{size}")
     training, optimizer = config.training, config.optimizer
-    assert (choices["size"], config.model.backbone.embed_dim, config.model.head.num_classes) == (size, dim, classes)
+    assert (choices["size"], config.model.backbone.embed_dim, config.model.head.num_classes) == (
+        size,
+        dim,
+        classes,
+    )
     assert config.dataset.name == dataset and len(config.dataset.classes) == classes
-    assert not config.model.head.size_aware_loss and not config.model.fpn.enable_small_object_attention
+    assert (
+        not config.model.head.size_aware_loss and not config.model.fpn.enable_small_object_attention
+    )
     assert config.model.backbone.ls_init_value == 1e-5 and config.model.backbone.forget_bias == 0
-    assert (training.batch_size * training.accumulation, training.max_steps, training.sequence_length) == (24, 400_000, 5)
-    assert (training.sampling, training.precision, training.gradient_clipping) == (Sampling.mixed, Precision.fp16, 1.0)
-    assert (training.augmentation.hflip, training.augmentation.zoom, training.augmentation.zoom_in,
-            training.augmentation.zoom_out, training.augmentation.zoom_in_share) == (0.5, 0.8, 1.5, 1.2, 0.8)
-    assert optimizer.lr == pytest.approx(2e-4 * math.sqrt(24 / 8), rel=2e-3) and optimizer.weight_decay == 0
+    assert (
+        training.batch_size * training.accumulation,
+        training.max_steps,
+        training.sequence_length,
+    ) == (24, 400_000, 5)
+    assert (training.sampling, training.precision, training.gradient_clipping) == (
+        Sampling.mixed,
+        Precision.fp16,
+        1.0,
+    )
+    assert (
+        training.augmentation.hflip,
+        training.augmentation.zoom,
+        training.augmentation.zoom_in,
+        training.augmentation.zoom_out,
+        training.augmentation.zoom_in_share,
+    ) == (0.5, 0.8, 1.5, 1.2, 0.8)
+    assert (
+        optimizer.lr == pytest.approx(2e-4 * math.sqrt(24 / 8), rel=2e-3)
+        and optimizer.weight_decay == 0
+    )
     assert (optimizer.schedule, optimizer.warmup_share) == (Schedule.onecycle, 0.005)
     assert (optimizer.start_factor, optimizer.end_factor) == (1 / 20, 1 / 10_000)
-    assert (config.evaluation.confidence_threshold, config.evaluation.nms_threshold) == (0.001, 0.45)
+    assert (config.evaluation.confidence_threshold, config.evaluation.nms_threshold) == (
+        0.001,
+        0.45,
+    )
     if dataset == "gen4":  # Prophesee's filters, at half resolution
         assert (config.evaluation.min_side, config.evaluation.min_diagonal) == (10, 30)
 
 
 def test_the_seeds_keys_stand_in_the_model_files():
-    for name, size_aware, attention in (("default", False, False), ("size_aware", True, False),
-                                        ("size_aware_attention", True, True)):
+    for name, size_aware, attention in (
+        ("default", False, False),
+        ("size_aware", True, False),
+        ("size_aware_attention", True, True),
+    ):
         model = composed("train", f"model=maxvit_yolox/{name}")[0].model
         assert model.name == "rnndet" and model.head.size_aware_loss is size_aware
         assert model.fpn.enable_small_object_attention is attention
@@ -138,34 +215,56 @@ def test_the_seeds_keys_stand_in_the_model_files():
 
 def test_gen4_keeps_the_published_label_filters():
     labels = composed("prep", "dataset=gen4")[0].dataset.labels
-    assert (labels.class_map, labels.min_side, labels.min_diagonal, labels.max_width_share) == ({0: 0, 1: 1, 2: 2}, 20, 60, 0.9)
+    assert (labels.class_map, labels.min_side, labels.min_diagonal, labels.max_width_share) == (
+        {0: 0, 1: 1, 2: 2},
+        20,
+        60,
+        0.9,
+    )
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name, override", [
-    ("train", "training.max_step=7"), ("train", "+training.max_step=7"), ("train", "trainnig.max_steps=7"),
-    ("train", "model.fpn.attention_spacial=true"), ("train", "model.backbone.embed=32"), ("train", "experiment=gen4/tinny"),
-    ("train", "size=huge"), ("train", "deepspeed=zero4"), ("train", "datset=gen4"), ("prep", "frames.downsampel=2"),
-    ("prep", "dataset.labels.min_sides=3"), ("prep", "training.max_steps=7"), ("evaluate", "evaluation.spilt=val"),
-    ("evaluate", "model.head.num_classes=3"),
-])
+@pytest.mark.parametrize(
+    "name, override",
+    [
+        ("train", "training.max_step=7"),
+        ("train", "+training.max_step=7"),
+        ("train", "trainnig.max_steps=7"),
+        ("train", "model.fpn.attention_spacial=true"),
+        ("train", "model.backbone.embed=32"),
+        ("train", "experiment=gen4/tinny"),
+        ("train", "size=huge"),
+        ("train", "deepspeed=zero4"),
+        ("train", "datset=gen4"),
+        ("prep", "frames.downsampel=2"),
+        ("prep", "dataset.labels.min_sides=3"),
+        ("prep", "training.max_steps=7"),
+        ("evaluate", "evaluation.spilt=val"),
+        ("evaluate", "model.head.num_classes=3"),
+    ],
+)
 def test_misspelt_keys_and_options_are_refused(name, override):
-    with pytest.raises(REFUSED, match=override.lstrip("+").split("=")[0].split(".")[-1] + "|Could not"):
+    with pytest.raises(
+        REFUSED, match=override.lstrip("+").split("=")[0].split(".")[-1] + "|Could not"
+    ):
         composed(name, override)
 
 
-@pytest.mark.parametrize("name, overrides, part", [
-    ("train", ["training.max_steps=many"], "max_steps"),
-    ("train", ["training.precision=fp8"], "precision"),
-    ("train", ["training.batch_size=0"], "batch_size"),
-    ("train", ["model.fpn.in_stages=[3,4]"], "in_stages"),
-    ("train", ["model.backbone.embed_dim=33"], "embed_dim"),
-    ("train", ["dataset=etram", "model.head.num_classes=3"], "num_classes"),
-    ("train", ["deepspeed=zero0", "deepspeed.offload_optimizer=true"], "offload_optimizer"),
-    ("prep", ["frames.downsample=3"], "downsample"),
-    ("prep", ["dataset.classes=[one]"], "class_map"),
-    ("evaluate", ["evaluation.nms_threshold=2"], "nms_threshold"),
-])
+@pytest.mark.parametrize(
+    "name, overrides, part",
+    [
+        ("train", ["training.max_steps=many"], "max_steps"),
+        ("train", ["training.precision=fp8"], "precision"),
+        ("train", ["training.batch_size=0"], "batch_size"),
+        ("train", ["model.fpn.in_stages=[3,4]"], "in_stages"),
+        ("train", ["model.backbone.embed_dim=33"], "embed_dim"),
+        ("train", ["dataset=etram", "model.head.num_classes=3"], "num_classes"),
+        ("train", ["deepspeed=zero0", "deepspeed.offload_optimizer=true"], "offload_optimizer"),
+        ("prep", ["frames.downsample=3"], "downsample"),
+        ("prep", ["dataset.classes=[one]"], "class_map"),
+        ("evaluate", ["evaluation.nms_threshold=2"], "nms_threshold"),
+    ],
+)
 def test_impossible_values_are_refused_by_name(name, overrides, part):
     with pytest.raises(REFUSED, match=part):
         composed(name, *overrides)
@@ -178,14 +277,27 @@ def test_the_package_has_all_of_it(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    subprocess.run([sys.executable, "-c", "from setuptools.build_meta import build_wheel; build_wheel('wheel')"], cwd=tmp_path,
-                   check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from setuptools.build_meta import build_wheel; build_wheel('wheel')",
+        ],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     (wheel,) = (tmp_path / "wheel").glob("*.whl")
     with ZipFile(wheel) as archive:
         packed = {n for n in archive.namelist() if ".dist-info/" not in n}
         licences = [n for n in archive.namelist() if n.endswith("licenses/LICENSE")]
-    here = {str(p.relative_to(ROOT)) for top in ("conf", "data_prep", "launch", "pipeline") for p in (ROOT / top).rglob("*")
-            if p.suffix in (".py", ".yaml")}
+    here = {
+        str(p.relative_to(ROOT))
+        for top in ("conf", "data_prep", "launch", "pipeline")
+        for p in (ROOT / top).rglob("*")
+        if p.suffix in (".py", ".yaml")
+    }
     assert packed == here and licences
 
 

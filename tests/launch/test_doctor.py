@@ -26,7 +26,11 @@ from support.slurm_cluster import Cluster, cluster, free_ports  # noqa: F401  a 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "evspan.launch", "doctor"]
 QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2  # <linux/prctl.h>, <linux/capability.h>
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = (
+    24,
+    1,
+    2,
+)  # <linux/prctl.h>, <linux/capability.h>
 ABSENT = {"PATH": "/nowhere"}  # of SLURM's commands
 
 
@@ -40,15 +44,28 @@ def slurm_of(cluster: Cluster, monkeypatch):  # noqa: F811
 
 def doctor(*arguments, environment=None, before=(), **more) -> subprocess.CompletedProcess:
     """From another folder than the code's."""
-    port, = free_ports(1)  # jobs of other throw-away clusters may bear the same numbers, from which ports follow
-    return subprocess.run([*before, *COMMAND, *map(str, arguments)], cwd="/", capture_output=True, text=True, timeout=100,
-                          env={**os.environ, **QUIET, "MASTER_PORT": str(port), **(environment or {})}, **more)
+    (port,) = free_ports(
+        1
+    )  # jobs of other throw-away clusters may bear the same numbers, from which ports follow
+    return subprocess.run(
+        [*before, *COMMAND, *map(str, arguments)],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, **QUIET, "MASTER_PORT": str(port), **(environment or {})},
+        **more,
+    )
 
 
 def rows(done: subprocess.CompletedProcess) -> dict[tuple[str, str], dict]:
     """What --json tells, by where and which check; and that the exit code says the same."""
     told = json.loads(done.stdout)
-    assert done.returncode == int(not told["passed"]) == int(any(row["grade"] == FAIL for row in told["checks"])), done.stderr
+    assert (
+        done.returncode
+        == int(not told["passed"])
+        == int(any(row["grade"] == FAIL for row in told["checks"]))
+    ), done.stderr
     for row in told["checks"]:
         assert row["found"] and (row["grade"] == PASS) == (not row["remedy"]), row
     return {(row["where"], row["check"]): row for row in told["checks"]}
@@ -56,8 +73,18 @@ def rows(done: subprocess.CompletedProcess) -> dict[tuple[str, str], dict]:
 
 def mounted(where: Path) -> list[str]:
     """Before a command: it and what it starts see another folder there, of 1 MB."""
-    words = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m none "$0" && exec "$@"', str(where)]
-    if not shutil.which("unshare") or subprocess.run([*words, "true"], capture_output=True, timeout=20).returncode:
+    words = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=1m none "$0" && exec "$@"',
+        str(where),
+    ]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*words, "true"], capture_output=True, timeout=20).returncode
+    ):
         pytest.skip("this machine lets nobody mount a folder of their own")
     return words
 
@@ -71,38 +98,77 @@ def no_trace(runs: Path):
 def test_a_machine_without_slurm(tmp_path):
     done = doctor("--folder", tmp_path, environment=ABSENT)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
-    grades = dict(re.findall(r"^  (?:pass|warn)  ([\w-][\w -]*?) {2,}(.*)$", done.stdout, re.MULTILINE))
-    assert f"here, on {socket.gethostname()}" in done.stdout and re.search(r"^  warn  SLURM .*\n +-> ", done.stdout, re.MULTILINE)
+    grades = dict(
+        re.findall(r"^  (?:pass|warn)  ([\w-][\w -]*?) {2,}(.*)$", done.stdout, re.MULTILINE)
+    )
+    assert f"here, on {socket.gethostname()}" in done.stdout and re.search(
+        r"^  warn  SLURM .*\n +-> ", done.stdout, re.MULTILINE
+    )
     assert str(tmp_path) in grades["folder"] and "all whole, fsync works" in grades["rename"]
     assert version("torch") in grades["torch"] and grades["DeepSpeed"] == version("deepspeed")
     assert grades["all-reduce"] == "gloo works with itself"
-    passed, warned = (len(re.findall(rf"^  {grade}  ", done.stdout, re.MULTILINE)) for grade in ("pass", "warn"))
-    assert done.stdout.splitlines()[-1] == f"doctor: 0 failed, {warned} to look at, {passed} passed" and passed >= 11
+    passed, warned = (
+        len(re.findall(rf"^  {grade}  ", done.stdout, re.MULTILINE)) for grade in ("pass", "warn")
+    )
+    assert (
+        done.stdout.splitlines()[-1] == f"doctor: 0 failed, {warned} to look at, {passed} passed"
+        and passed >= 11
+    )
     no_trace(tmp_path)
 
 
 @pytest.mark.timeout(120)
 def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
-    done = doctor("--folder", tmp_path, "--partition", "high", "--nodes", 2, "--ranks-per-node", 2, "--json",
-                  environment=slurm_of.environment)
+    done = doctor(
+        "--folder",
+        tmp_path,
+        "--partition",
+        "high",
+        "--nodes",
+        2,
+        "--ranks-per-node",
+        2,
+        "--json",
+        environment=slurm_of.environment,
+    )
     told = rows(done)
-    failed = {key: row for key, row in told.items() if row["grade"] == FAIL and key[1] != "versions"}  # the code may be at work
+    failed = {
+        key: row for key, row in told.items() if row["grade"] == FAIL and key[1] != "versions"
+    }  # the code may be at work
     assert failed == {} and done.stderr.count("\n") <= 2, (failed, done.stderr)
     assert "COMPLETED" in slurm_of.jobs().values()
     inside = {check: row for (where, check), row in told.items() if where == "in a job"}
     assert inside["tasks"]["found"] == "4 on n1, n2"
     assert inside["shared folder"]["found"] == "this token and those of all 4 tasks are read"
-    reduced = re.fullmatch(r"gloo over 4 ranks: ([\d.]+) GB/s, (\d+) us", inside["all-reduce"]["found"])
+    reduced = re.fullmatch(
+        r"gloo over 4 ranks: ([\d.]+) GB/s, (\d+) us", inside["all-reduce"]["found"]
+    )
     assert reduced and float(reduced[1]) > 0 and int(reduced[2]) > 0
     assert re.fullmatch(r"within [\d.]+ ms of the first task's", inside["clocks"]["found"])
     assert float(inside["clocks"]["found"].split()[1]) < 500
-    assert re.search("readings of a file while task 0 had it replaced: (all )?whole", inside["rename"]["found"])
+    assert re.search(
+        "readings of a file while task 0 had it replaced: (all )?whole", inside["rename"]["found"]
+    )
     first = inside["MASTER_ADDR"]  # virtual nodes' names lead nowhere, and ranks met all the same
-    if shutil.which("getent") and subprocess.run(["getent", "hosts", "n1"], capture_output=True).returncode:
-        assert first["grade"] == WARN and re.fullmatch("n1 means nothing here .* is used instead", first["found"])
+    if (
+        shutil.which("getent")
+        and subprocess.run(["getent", "hosts", "n1"], capture_output=True).returncode
+    ):
+        assert first["grade"] == WARN and re.fullmatch(
+            "n1 means nothing here .* is used instead", first["found"]
+        )
     else:
         assert first["grade"] == PASS
-    for check in ("file descriptors", "shared memory", "network", "versions", "DeepSpeed", "torch", "GPUs", "clock"):
+    for check in (
+        "file descriptors",
+        "shared memory",
+        "network",
+        "versions",
+        "DeepSpeed",
+        "torch",
+        "GPUs",
+        "clock",
+    ):
         assert check in inside
     here = {check: row["found"] for (where, check), row in told.items() if where == "here"}
     assert here["partition"] == "high: 2 of 2 nodes run" and "not preempted" in here["preemption"]
@@ -112,10 +178,24 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
 
 @pytest.mark.timeout(120)
 def test_a_folder_that_the_nodes_do_not_see(slurm_of, tmp_path):
-    told = rows(doctor("--folder", tmp_path, "--nodes", 2, "--json", environment=slurm_of.environment, before=mounted(tmp_path)))
+    told = rows(
+        doctor(
+            "--folder",
+            tmp_path,
+            "--nodes",
+            2,
+            "--json",
+            environment=slurm_of.environment,
+            before=mounted(tmp_path),
+        )
+    )
     assert told["here", "folder"]["grade"] == PASS and "tmpfs" in told["here", "folder"]["found"]
     inside = told["in a job", "shared folder"]
-    assert inside["grade"] == FAIL and "token: No such file" in inside["found"] and "all nodes see" in inside["remedy"]
+    assert (
+        inside["grade"] == FAIL
+        and "token: No such file" in inside["found"]
+        and "all nodes see" in inside["remedy"]
+    )
     assert told["in a job", "tasks"]["grade"] == PASS  # each told all the same
     assert ("in a job", "rename") not in told and ("in a job", "file descriptors") in told
     assert told["in a job", "all-reduce"]["found"].startswith("not tried")
@@ -124,21 +204,41 @@ def test_a_folder_that_the_nodes_do_not_see(slurm_of, tmp_path):
 @pytest.mark.timeout(120)
 def test_wrong_names_fail_with_their_remedies_and_start_no_job(slurm_of, tmp_path):
     before = slurm_of.jobs()
-    told = rows(doctor("--folder", tmp_path / "absent", "--partition", "gpu", "--nodes", 2, "--json", environment={
-        **slurm_of.environment}, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))))
+    told = rows(
+        doctor(
+            "--folder",
+            tmp_path / "absent",
+            "--partition",
+            "gpu",
+            "--nodes",
+            2,
+            "--json",
+            environment={**slurm_of.environment},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
+        )
+    )
     where, what = told["here", "folder"], told["here", "partition"]
     assert where["found"] == f"{tmp_path / 'absent'} is not there" and "--folder" in where["remedy"]
     assert what["found"] == "there is no partition 'gpu'" and "low, high" in what["remedy"]
     few = told["here", "file descriptors"]
-    assert few["grade"] == FAIL and few["found"] == "256, less than 4096" and "hard limit of 256" in few["remedy"]
+    assert (
+        few["grade"] == FAIL
+        and few["found"] == "256, less than 4096"
+        and "hard limit of 256" in few["remedy"]
+    )
     assert told["in a job", "tasks"]["found"] == "no job was started" and slurm_of.jobs() == before
     assert told["here", "all-reduce"]["grade"] == PASS  # the rest was checked
 
 
 @pytest.mark.timeout(120)
 def test_ending_it_ends_its_job(slurm_of, tmp_path):
-    process = subprocess.Popen([*COMMAND, "--folder", str(tmp_path), "--nodes", "2", "--", "--begin=now+1hour"], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**slurm_of.environment, **QUIET})
+    process = subprocess.Popen(
+        [*COMMAND, "--folder", str(tmp_path), "--nodes", "2", "--", "--begin=now+1hour"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**slurm_of.environment, **QUIET},
+    )
     try:
         end = time.monotonic() + 60
         while not slurm_of.ask("squeue", "--noheader", "--name=evspan-doctor"):
@@ -155,11 +255,19 @@ def test_ending_it_ends_its_job(slurm_of, tmp_path):
         process.kill()
 
 
-@pytest.mark.parametrize("arguments, part", [
-    (["--nodes", -1], "--nodes is -1; give 0 or more"), (["--nodes", 1, "--time", 0], "--time is 0; give 1 or more"),
-    (["--ranks-per-node", 2], "give --nodes, too"), (["--", "--qos=x"], "give --nodes, too"),
-    (["--nodes", 1, "--gpus-per-node", 2, "--ranks-per-node", 4], "each rank needs one"), (["--node"], "--help shows how"),
-    (["--nodes", "two"], "invalid int value: 'two'"), (["--queue=x"], "unrecognized arguments")])
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--nodes", -1], "--nodes is -1; give 0 or more"),
+        (["--nodes", 1, "--time", 0], "--time is 0; give 1 or more"),
+        (["--ranks-per-node", 2], "give --nodes, too"),
+        (["--", "--qos=x"], "give --nodes, too"),
+        (["--nodes", 1, "--gpus-per-node", 2, "--ranks-per-node", 4], "each rank needs one"),
+        (["--node"], "--help shows how"),
+        (["--nodes", "two"], "invalid int value: 'two'"),
+        (["--queue=x"], "unrecognized arguments"),
+    ],
+)
 def test_options_that_cannot_be(arguments, part, capsys):
     assert part in refused_by(main, capsys, *arguments)
 
@@ -170,10 +278,17 @@ def test_it_is_no_rank(monkeypatch, capsys):
 
 
 def test_it_answers_at_once():
-    done = subprocess.run([*COMMAND, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [*COMMAND, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=20
+    )
     assert done.returncode == 0 and "--partition" in done.stdout
     slow = "import sys, evspan.launch.doctor.checks; print({'torch', 'hydra', 'deepspeed', 'numpy', 'submitit'} & sys.modules.keys())"
-    assert subprocess.run([sys.executable, "-c", slow], cwd=ROOT, capture_output=True, text=True, timeout=20).stdout == "set()\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", slow], cwd=ROOT, capture_output=True, text=True, timeout=20
+        ).stdout
+        == "set()\n"
+    )
 
 
 # -- jobs that do not come about -----------------------------------------------------------------------------------
@@ -181,15 +296,23 @@ def run_job(tmp_path, *options) -> list[Finding]:
     _, work = folder.open_folder(tmp_path)
     assert work
     said: list[str] = []
-    findings = job.run(job.Job(2, 1, options), work, (work / folder.TOKEN).read_text(), machine.software(), said.append)
+    findings = job.run(
+        job.Job(2, 1, options),
+        work,
+        (work / folder.TOKEN).read_text(),
+        machine.software(),
+        said.append,
+    )
     assert said
     return findings
 
 
 @pytest.mark.timeout(60)
 def test_what_srun_refuses_is_told(slurm_of, tmp_path):
-    finding, = run_job(tmp_path, "--constraint=quantum")
-    assert (finding.check, finding.grade) == ("tasks", FAIL) and finding.found.startswith("2 of 2 told nothing. srun: ")
+    (finding,) = run_job(tmp_path, "--constraint=quantum")
+    assert (finding.check, finding.grade) == ("tasks", FAIL) and finding.found.startswith(
+        "2 of 2 told nothing. srun: "
+    )
     assert "feature specification" in finding.found and sys.executable in finding.remedy
 
 
@@ -204,16 +327,38 @@ def test_a_task_that_dies_is_told(slurm_of, tmp_path):
     assert "n2: task 1: Exited with exit code 1" in finding.found
 
 
-@pytest.mark.parametrize("env, address, grade, variables", [
-    ({"SLURM_STEP_NODELIST": "localhost,other[1-3]"}, "10.0.0.1", PASS, {}),
-    ({"SLURM_STEP_NODELIST": "absent[07-09].invalid"}, "10.0.0.1", WARN, {"MASTER_ADDR": "10.0.0.1"}),
-    ({"SLURM_STEP_NODELIST": "absent[07-09].invalid"}, "", FAIL, {}),
-    ({"SLURM_STEP_NODELIST": "localhost", "MASTER_ADDR": "absent.invalid"}, "10.0.0.1", FAIL, {}),
-    ({"SLURM_STEP_NODELIST": "absent.invalid", "MASTER_ADDR": "127.0.0.1"}, "10.0.0.1", PASS, {})])
+@pytest.mark.parametrize(
+    "env, address, grade, variables",
+    [
+        ({"SLURM_STEP_NODELIST": "localhost,other[1-3]"}, "10.0.0.1", PASS, {}),
+        (
+            {"SLURM_STEP_NODELIST": "absent[07-09].invalid"},
+            "10.0.0.1",
+            WARN,
+            {"MASTER_ADDR": "10.0.0.1"},
+        ),
+        ({"SLURM_STEP_NODELIST": "absent[07-09].invalid"}, "", FAIL, {}),
+        (
+            {"SLURM_STEP_NODELIST": "localhost", "MASTER_ADDR": "absent.invalid"},
+            "10.0.0.1",
+            FAIL,
+            {},
+        ),
+        (
+            {"SLURM_STEP_NODELIST": "absent.invalid", "MASTER_ADDR": "127.0.0.1"},
+            "10.0.0.1",
+            PASS,
+            {},
+        ),
+    ],
+)
 def test_where_rank_0_is(env, address, grade, variables):
     finding, found = job.first_rank(env, address)
     assert (finding.grade, found) == (grade, variables)
-    assert env.get("MASTER_ADDR", env["SLURM_STEP_NODELIST"].replace("[07-09]", "07").split(",")[0]) in finding.found
+    assert (
+        env.get("MASTER_ADDR", env["SLURM_STEP_NODELIST"].replace("[07-09]", "07").split(",")[0])
+        in finding.found
+    )
 
 
 # -- SLURM's settings ----------------------------------------------------------------------------------------------
@@ -224,12 +369,22 @@ def settings(partition="", nodes=0) -> dict[str, Finding]:
 def test_settings_of_a_cluster(slurm_of):
     found = settings("low", 2)
     assert {check: f.grade for check, f in found.items()} == dict.fromkeys(
-        ["SLURM", "partition", "time limit", "preemption", "requeue", "job records", "accounting"], PASS)
-    assert found["preemption"].found.startswith("by high: mode REQUEUE, GraceTime 10 s; its own signal")
-    assert found["SLURM"].found.endswith(" of evspan answers") and found["time limit"].found.startswith("none in low")
+        ["SLURM", "partition", "time limit", "preemption", "requeue", "job records", "accounting"],
+        PASS,
+    )
+    assert found["preemption"].found.startswith(
+        "by high: mode REQUEUE, GraceTime 10 s; its own signal"
+    )
+    assert found["SLURM"].found.endswith(" of evspan answers") and found[
+        "time limit"
+    ].found.startswith("none in low")
     assert settings()["partition"].found == found["partition"].found  # the default one
     many = settings("low", 9)["partition"]
-    assert many.grade == FAIL and "fewer than the 9 asked for" in many.found and many.remedy == "ask for fewer nodes"
+    assert (
+        many.grade == FAIL
+        and "fewer than the 9 asked for" in many.found
+        and many.remedy == "ask for fewer nodes"
+    )
 
 
 def test_settings_that_change(slurm_of):
@@ -237,19 +392,29 @@ def test_settings_that_change(slurm_of):
     try:
         slurm_of.ask(*change, "MaxTime=2", "GraceTime=0", "MaxNodes=1")
         found = settings("low", 2)
-        assert found["time limit"].grade == FAIL and found["time limit"].found.startswith("2 min in low")
+        assert found["time limit"].grade == FAIL and found["time limit"].found.startswith(
+            "2 min in low"
+        )
         assert found["preemption"].grade == WARN and "GraceTime 0 s" in found["preemption"].found
-        assert found["partition"].grade == FAIL and "may have 1 nodes, not 2" in found["partition"].found
+        assert (
+            found["partition"].grade == FAIL
+            and "may have 1 nodes, not 2" in found["partition"].found
+        )
         slurm_of.ask(*change, "MaxTime=1-00:30:00", "State=DOWN")
         found = settings("low")
-        assert found["time limit"].grade == PASS and found["time limit"].found.startswith("1470 min in low")
+        assert found["time limit"].grade == PASS and found["time limit"].found.startswith(
+            "1470 min in low"
+        )
         assert found["partition"].grade == FAIL and found["partition"].found == "low is DOWN"
         slurm_of.ask(*change, "MaxTime=60", "State=UP", "MaxNodes=UNLIMITED")
         found = settings("low")["time limit"]
         assert found.grade == WARN and "set cluster.time_min=60 or less" in found.remedy
         slurm_of.ask("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
         found = settings("low", 2)["partition"]
-        assert found.grade == FAIL and found.found == "low: 1 of 2 nodes run, fewer than the 2 asked for"
+        assert (
+            found.grade == FAIL
+            and found.found == "low: 1 of 2 nodes run, fewer than the 2 asked for"
+        )
     finally:
         slurm_of.ask(*change, "MaxTime=INFINITE", "GraceTime=10", "MaxNodes=UNLIMITED", "State=UP")
         slurm_of.ask("scontrol", "update", "NodeName=n2", "State=RESUME")
@@ -261,39 +426,85 @@ def test_no_controller_and_no_commands(monkeypatch, tmp_path):
         monkeypatch.setenv("SLURM_CONF", str(conf))
         for part in ("which is not there", "the controller does not answer: "):
             found = settings()
-            assert list(found) == ["SLURM"] and found["SLURM"].grade == FAIL and part in found["SLURM"].found
-            conf.write_text(f"ClusterName=x\nSlurmctldHost=localhost\nSlurmctldPort={port}\nNodeName=n1\nMessageTimeout=2\n")
+            assert (
+                list(found) == ["SLURM"]
+                and found["SLURM"].grade == FAIL
+                and part in found["SLURM"].found
+            )
+            conf.write_text(
+                f"ClusterName=x\nSlurmctldHost=localhost\nSlurmctldPort={port}\nNodeName=n1\nMessageTimeout=2\n"
+            )
     (tmp_path / "sbatch").touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     found = settings()
-    assert slurm.there() and found["SLURM"].found.startswith("srun, squeue, scancel, scontrol, sinfo not on the PATH")
+    assert slurm.there() and found["SLURM"].found.startswith(
+        "srun, squeue, scancel, scontrol, sinfo not on the PATH"
+    )
 
 
-@pytest.mark.parametrize("text, seconds", [("00:30:00", 1800), ("1-02:00:00", 93600), ("05:30", 330), ("30 sec", 30), ("10", 10),
-                                           ("UNLIMITED", float("inf")), ("NONE", float("inf")), ("7-00:00:00", 604800)])
+@pytest.mark.parametrize(
+    "text, seconds",
+    [
+        ("00:30:00", 1800),
+        ("1-02:00:00", 93600),
+        ("05:30", 330),
+        ("30 sec", 30),
+        ("10", 10),
+        ("UNLIMITED", float("inf")),
+        ("NONE", float("inf")),
+        ("7-00:00:00", 604800),
+    ],
+)
 def test_times_of_slurm(text, seconds):
     assert slurm.seconds(text) == seconds
 
 
-PREEMPTED = {"PartitionName": "low", "PriorityTier": "1", "PreemptMode": "REQUEUE", "GraceTime": "60"}
+PREEMPTED = {
+    "PartitionName": "low",
+    "PriorityTier": "1",
+    "PreemptMode": "REQUEUE",
+    "GraceTime": "60",
+}
 ABOVE = {"PartitionName": "high", "PriorityTier": "5"}
 
 
-@pytest.mark.parametrize("config, partition, grade, part", [
-    ({"PreemptType": "preempt/none"}, {}, PASS, "not preempted"), ({"PreemptType": "(null)none"}, {}, PASS, "not preempted"),
-    ({"PreemptType": "preempt/partition_prio"}, {}, PASS, "by high: mode REQUEUE, GraceTime 60 s; SIGTERM"),
-    ({"PreemptType": "preempt/partition_prio"}, {"PriorityTier": "9"}, PASS, "not preempted"),
-    ({"PreemptType": "preempt/partition_prio"}, {"PreemptMode": "CANCEL"}, WARN, "mode CANCEL"),
-    ({"PreemptType": "preempt/partition_prio"}, {"PreemptMode": "GANG,SUSPEND"}, WARN, "mode GANG,SUSPEND"),
-    ({"PreemptType": "preempt/qos"}, {"PriorityTier": "9"}, PASS, "by qos: mode REQUEUE"),
-    ({"PreemptType": "preempt/qos"}, {"GraceTime": "0"}, WARN, "GraceTime 0 s")])
+@pytest.mark.parametrize(
+    "config, partition, grade, part",
+    [
+        ({"PreemptType": "preempt/none"}, {}, PASS, "not preempted"),
+        ({"PreemptType": "(null)none"}, {}, PASS, "not preempted"),
+        (
+            {"PreemptType": "preempt/partition_prio"},
+            {},
+            PASS,
+            "by high: mode REQUEUE, GraceTime 60 s; SIGTERM",
+        ),
+        ({"PreemptType": "preempt/partition_prio"}, {"PriorityTier": "9"}, PASS, "not preempted"),
+        ({"PreemptType": "preempt/partition_prio"}, {"PreemptMode": "CANCEL"}, WARN, "mode CANCEL"),
+        (
+            {"PreemptType": "preempt/partition_prio"},
+            {"PreemptMode": "GANG,SUSPEND"},
+            WARN,
+            "mode GANG,SUSPEND",
+        ),
+        ({"PreemptType": "preempt/qos"}, {"PriorityTier": "9"}, PASS, "by qos: mode REQUEUE"),
+        ({"PreemptType": "preempt/qos"}, {"GraceTime": "0"}, WARN, "GraceTime 0 s"),
+    ],
+)
 def test_preemption(config, partition, grade, part):
     finding = slurm.preemption(config, {**PREEMPTED, **partition}, [PREEMPTED, ABOVE])
     assert finding.grade == grade and part in finding.found
 
 
-@pytest.mark.parametrize("minutes, delay, most, grade", [(240, 120, "UNLIMITED", PASS), (240, 120, "04:00:00", PASS),
-                                                        (240, 120, "03:59:00", WARN), (240, 600, "00:10:00", FAIL)])
+@pytest.mark.parametrize(
+    "minutes, delay, most, grade",
+    [
+        (240, 120, "UNLIMITED", PASS),
+        (240, 120, "04:00:00", PASS),
+        (240, 120, "03:59:00", WARN),
+        (240, 600, "00:10:00", FAIL),
+    ],
+)
 def test_time_limits(minutes, delay, most, grade):
     config = ClusterConfig(time_min=minutes, signal_delay_s=delay)
     assert slurm.time_limit({"PartitionName": "p", "MaxTime": most}, config).grade == grade
@@ -301,7 +512,11 @@ def test_time_limits(minutes, delay, most, grade):
 
 def test_records_that_are_kept_for_a_moment():
     assert slurm.records({"MinJobAge": "10 sec"}).grade == WARN
-    assert slurm.records({"MinJobAge": "300 sec"}).grade == slurm.records({"MinJobAge": "0 sec"}).grade == PASS
+    assert (
+        slurm.records({"MinJobAge": "300 sec"}).grade
+        == slurm.records({"MinJobAge": "0 sec"}).grade
+        == PASS
+    )
 
 
 # -- the folder ----------------------------------------------------------------------------------------------------
@@ -324,8 +539,14 @@ def test_renames_are_whole(tmp_path):
     assert finding.grade == PASS and int(finding.found.split()[0]) > 10
 
 
-@pytest.mark.parametrize("put, part", [(in_place, "half written"), (away_and_back, "missing"),
-                                       (into_nothing, "cannot be replaced: [Errno 5]")])
+@pytest.mark.parametrize(
+    "put, part",
+    [
+        (in_place, "half written"),
+        (away_and_back, "missing"),
+        (into_nothing, "cannot be replaced: [Errno 5]"),
+    ],
+)
 def test_replacing_that_is_not_whole_is_seen(tmp_path, put, part):
     finding = folder.renaming(tmp_path / "file", put=put)
     assert finding.grade == FAIL and part in finding.found and "--folder" in finding.remedy
@@ -342,11 +563,19 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
     def without_privilege():
         for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
-            ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)  # does nothing for those who have none
+            ctypes.CDLL(None).prctl(
+                PR_CAPBSET_DROP, capability, 0, 0, 0
+            )  # does nothing for those who have none
 
     code = "import sys; from evspan.launch.doctor.folder import *; print(open_folder(Path(sys.argv[1]))[0].found)"
-    done = subprocess.run([sys.executable, "-c", code, str(runs)], cwd=ROOT, capture_output=True, text=True, timeout=20,
-                          preexec_fn=without_privilege)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(runs)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        preexec_fn=without_privilege,
+    )
     assert done.stdout == f"{runs} cannot be written: Permission denied\n", done.stderr
 
 
@@ -358,8 +587,13 @@ def test_a_folder_that_is_a_file(tmp_path):
 
 def test_a_full_folder(tmp_path):
     code = "import sys; from evspan.launch.doctor.folder import *; print(*free_space(Path(sys.argv[1])))"
-    done = subprocess.run([*mounted(tmp_path), sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=20)
+    done = subprocess.run(
+        [*mounted(tmp_path), sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     assert done.stdout.startswith("free space fail 0.0 GB, less than 20")
 
 
@@ -367,9 +601,15 @@ def test_clocks_that_differ_from_the_file_servers(tmp_path, monkeypatch):
     assert folder.file_clock(tmp_path).grade == PASS
     now = time.time
     for ahead, part in ((3.0, "ahead of"), (-3.0, "behind")):
-        monkeypatch.setattr(time, "time", lambda ahead=ahead: now() + ahead)  # the files keep the kernel's
+        monkeypatch.setattr(
+            time, "time", lambda ahead=ahead: now() + ahead
+        )  # the files keep the kernel's
         finding = folder.file_clock(tmp_path)
-        assert finding.grade == WARN and part in finding.found and finding.found.startswith(("2.9 s", "3.0 s")), finding
+        assert (
+            finding.grade == WARN
+            and part in finding.found
+            and finding.found.startswith(("2.9 s", "3.0 s"))
+        ), finding
 
 
 def test_tasks_that_meet(tmp_path, monkeypatch):
@@ -377,7 +617,9 @@ def test_tasks_that_meet(tmp_path, monkeypatch):
     assert finding.grade == PASS and work
     token = (work / "token").read_text()
     code = f"from evspan.launch.doctor.folder import *; print(sorted(meet(Path({str(work)!r}), {token!r}, 0, 2, 'a')[1].items()))"
-    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     met, notes = folder.meet(work, token, 1, 2, "b")
     assert met.grade == PASS and notes == {0: "a", 1: "b"} and folder.not_seen(work, token, 2) == 0
     assert first.communicate(timeout=20)[0] == "[(0, 'a'), (1, 'b')]\n"
@@ -385,16 +627,31 @@ def test_tasks_that_meet(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "WAIT_S", 0.1)
     assert "what 1 of 3 tasks left" in folder.meet(work, token, 1, 3, "b")[0].found
     assert "another token" in folder.meet(work, "another", 1, 2, "b")[0].found
-    assert folder.meet(work / "absent", token, 1, 2, "b")[0].found.endswith("No such file or directory")
+    assert folder.meet(work / "absent", token, 1, 2, "b")[0].found.endswith(
+        "No such file or directory"
+    )
 
 
 # -- the machine ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("soft, hard, grade, part", [(256, 8192, FAIL, "ulimit -n 4096"), (1024, 8192, WARN, "ulimit -n 4096"),
-                                                    (4096, 8192, PASS, ""), (1024, 2048, WARN, "the hard limit of 2048")])
+@pytest.mark.parametrize(
+    "soft, hard, grade, part",
+    [
+        (256, 8192, FAIL, "ulimit -n 4096"),
+        (1024, 8192, WARN, "ulimit -n 4096"),
+        (4096, 8192, PASS, ""),
+        (1024, 2048, WARN, "the hard limit of 2048"),
+    ],
+)
 def test_file_descriptors(soft, hard, grade, part):
     code = "from evspan.launch.doctor.machine import file_descriptors as f; print(f().grade, f().remedy)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
+    )
     assert done.stdout.startswith(grade) and part in done.stdout, done.stderr
 
 
@@ -406,18 +663,37 @@ def test_shared_memory(tmp_path):
 def test_interfaces_are_those_of_ip():
     if shutil.which("ip") is None:
         pytest.skip("there is no `ip` to compare with")
-    told = json.loads(subprocess.run(["ip", "-json", "address"], capture_output=True, check=True, timeout=10).stdout)
-    expected = {one["ifname"]: {a["local"] for a in one["addr_info"] if a["scope"] == "global"} for one in told}
+    told = json.loads(
+        subprocess.run(
+            ["ip", "-json", "address"], capture_output=True, check=True, timeout=10
+        ).stdout
+    )
+    expected = {
+        one["ifname"]: {a["local"] for a in one["addr_info"] if a["scope"] == "global"}
+        for one in told
+    }
     found = {name: set(addresses) for name, addresses in machine.interfaces().items()}
-    assert set(found) == {name for name, addresses in expected.items() if addresses and name != "lo"}
+    assert set(found) == {
+        name for name, addresses in expected.items() if addresses and name != "lo"
+    }
     assert all(found[name] <= expected[name] for name in found)
 
 
-@pytest.mark.parametrize("variable, value, named", [
-    ("GLOO_SOCKET_IFNAME", "ib0", True), ("GLOO_SOCKET_IFNAME", "ib", False), ("GLOO_SOCKET_IFNAME", "ib0,eth9", False),
-    ("NCCL_SOCKET_IFNAME", "ib", True), ("NCCL_SOCKET_IFNAME", "=ib", False), ("NCCL_SOCKET_IFNAME", "=ib0", True),
-    ("NCCL_SOCKET_IFNAME", "eth,ib", True), ("NCCL_SOCKET_IFNAME", "wlan", False), ("NCCL_SOCKET_IFNAME", "^docker", True),
-    ("NCCL_SOCKET_IFNAME", "^lo,ib,en", False)])
+@pytest.mark.parametrize(
+    "variable, value, named",
+    [
+        ("GLOO_SOCKET_IFNAME", "ib0", True),
+        ("GLOO_SOCKET_IFNAME", "ib", False),
+        ("GLOO_SOCKET_IFNAME", "ib0,eth9", False),
+        ("NCCL_SOCKET_IFNAME", "ib", True),
+        ("NCCL_SOCKET_IFNAME", "=ib", False),
+        ("NCCL_SOCKET_IFNAME", "=ib0", True),
+        ("NCCL_SOCKET_IFNAME", "eth,ib", True),
+        ("NCCL_SOCKET_IFNAME", "wlan", False),
+        ("NCCL_SOCKET_IFNAME", "^docker", True),
+        ("NCCL_SOCKET_IFNAME", "^lo,ib,en", False),
+    ],
+)
 def test_variables_that_name_interfaces(variable, value, named):
     assert machine._name_one(value, variable, ["eno1", "ib0", "lo"]) is named
 
@@ -455,23 +731,47 @@ def nvidia_smi(tmp_path, monkeypatch, *lines: str):
 
 
 def test_gpus_and_what_joins_them(tmp_path, monkeypatch):
-    nvidia_smi(tmp_path, monkeypatch, f'[ "$1" = topo ] && exec cat {tmp_path}/topology', "for i in 1 2 3 4; do echo A100; done")
+    nvidia_smi(
+        tmp_path,
+        monkeypatch,
+        f'[ "$1" = topo ] && exec cat {tmp_path}/topology',
+        "for i in 1 2 3 4; do echo A100; done",
+    )
     finding = machine.gpus()
     assert finding.grade == PASS and finding.values == {"gpus": 4}
-    assert finding.found == "4 x A100; pairs joined by SYS (PCIe across CPU sockets) x 4, NV4 (NVLink) x 2"
+    assert (
+        finding.found
+        == "4 x A100; pairs joined by SYS (PCIe across CPU sockets) x 4, NV4 (NVLink) x 2"
+    )
     assert machine.between("") == machine.between("\tGPU0\tCPU Affinity\nGPU0\t X \t0-7\n") == []
 
 
 def test_a_driver_that_fails(tmp_path, monkeypatch):
-    nvidia_smi(tmp_path, monkeypatch, "echo NVIDIA-SMI has failed: it could not communicate with the driver", "exit 9")
+    nvidia_smi(
+        tmp_path,
+        monkeypatch,
+        "echo NVIDIA-SMI has failed: it could not communicate with the driver",
+        "exit 9",
+    )
     assert machine.gpus().grade == WARN and "could not communicate" in machine.gpus().found
 
 
 # -- all-reduce ----------------------------------------------------------------------------------------------------
 def probes(ranks, size, *arguments) -> list[subprocess.Popen]:
-    port, = free_ports(1)
-    env = {**os.environ, **QUIET, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [machine.start([*machine.PROBE, *arguments], {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in ranks]
+    (port,) = free_ports(1)
+    env = {
+        **os.environ,
+        **QUIET,
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return [
+        machine.start(
+            [*machine.PROBE, *arguments], {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in ranks
+    ]
 
 
 @pytest.mark.timeout(60)
@@ -479,23 +779,38 @@ def test_ranks_that_meet_and_one_that_is_alone():
     met, (alone,) = probes(range(2), 2), probes([0], 2, "2")
     for process in met:
         torch_, reduced = machine.torch_and_all_reduce(process, 0, 2)
-        assert torch_.grade == reduced.grade == PASS and reduced.values["ranks"] == 2 and reduced.values["backend"] == "gloo"
-        assert reduced.values["gb_per_s"] > 0 and reduced.values["latency_us"] > 0 and abs(reduced.values["clock_s"]) < 0.5
-    finding, = machine.torch_and_all_reduce(alone, 0, 1)
+        assert (
+            torch_.grade == reduced.grade == PASS
+            and reduced.values["ranks"] == 2
+            and reduced.values["backend"] == "gloo"
+        )
+        assert (
+            reduced.values["gb_per_s"] > 0
+            and reduced.values["latency_us"] > 0
+            and abs(reduced.values["clock_s"]) < 0.5
+        )
+    (finding,) = machine.torch_and_all_reduce(alone, 0, 1)
     assert (finding.check, finding.grade) == ("all-reduce", FAIL) and "1/2 clients" in finding.found
     assert "GLOO_SOCKET_IFNAME" in finding.remedy
 
 
-@pytest.mark.parametrize("torch_, seen, ranks, grade, part", [
-    ({"cuda": "12.8", "gpus": 4}, 4, 4, PASS, "CUDA 12.8; it sees 4 GPUs"),
-    ({"cuda": None, "gpus": 0}, 4, 4, FAIL, "CPU build; it sees 0 GPUs of 4"),
-    ({"cuda": "12.8", "gpus": 0}, 4, 4, FAIL, "of 4"), ({"cuda": "12.8", "gpus": 1}, 1, 2, FAIL, "1 GPU for 2 ranks"),
-    ({"cuda": "12.8", "gpus": 0}, 0, 2, PASS, "it sees 0 GPUs")])
+@pytest.mark.parametrize(
+    "torch_, seen, ranks, grade, part",
+    [
+        ({"cuda": "12.8", "gpus": 4}, 4, 4, PASS, "CUDA 12.8; it sees 4 GPUs"),
+        ({"cuda": None, "gpus": 0}, 4, 4, FAIL, "CPU build; it sees 0 GPUs of 4"),
+        ({"cuda": "12.8", "gpus": 0}, 4, 4, FAIL, "of 4"),
+        ({"cuda": "12.8", "gpus": 1}, 1, 2, FAIL, "1 GPU for 2 ranks"),
+        ({"cuda": "12.8", "gpus": 0}, 0, 2, PASS, "it sees 0 GPUs"),
+    ],
+)
 def test_torch_and_the_gpus(torch_, seen, ranks, grade, part):
     line = json.dumps({"torch": "2.9", "ranks": ranks, "backend": "nccl", **torch_})
     process = machine.start([sys.executable, "-c", f"print({line!r})"], os.environ)
     finding = machine.torch_and_all_reduce(process, seen, ranks)[0]
-    assert finding.grade == grade and part in finding.found and bool(finding.remedy) == (grade == FAIL)
+    assert (
+        finding.grade == grade and part in finding.found and bool(finding.remedy) == (grade == FAIL)
+    )
 
 
 def test_a_process_that_fails_is_told_by_its_last_line():
@@ -508,37 +823,83 @@ def test_a_process_that_fails_is_told_by_its_last_line():
 HERE = Finding("versions", PASS, "", "", {"Python": "3.11.7", "torch": "2.9"})
 
 
-def tell(rank: int, node: str, *, machine_="m", address="10.0.0.1", versions=HERE.values, clock_s=0.0, gb_per_s=1.0, first=PASS,
-         reduced=PASS) -> list[Told]:
-    return [Told(rank, node, finding) for finding in [
-        Finding("shared folder", PASS, "read"), Finding("network", PASS, f"eth0 {address}", "", {
-            "machine": machine_, "address": address, "interfaces": ["eth0", f"ib{rank}"]}),
-        Finding("versions", PASS, "", "", versions), Finding("MASTER_ADDR", first, "n1"),
-        Finding("all-reduce", reduced, "gloo", "name an interface", {
-            "backend": "gloo", "ranks": 2, "gb_per_s": gb_per_s, "latency_us": 100.0, "clock_s": clock_s})]]
+def tell(
+    rank: int,
+    node: str,
+    *,
+    machine_="m",
+    address="10.0.0.1",
+    versions=HERE.values,
+    clock_s=0.0,
+    gb_per_s=1.0,
+    first=PASS,
+    reduced=PASS,
+) -> list[Told]:
+    return [
+        Told(rank, node, finding)
+        for finding in [
+            Finding("shared folder", PASS, "read"),
+            Finding(
+                "network",
+                PASS,
+                f"eth0 {address}",
+                "",
+                {"machine": machine_, "address": address, "interfaces": ["eth0", f"ib{rank}"]},
+            ),
+            Finding("versions", PASS, "", "", versions),
+            Finding("MASTER_ADDR", first, "n1"),
+            Finding(
+                "all-reduce",
+                reduced,
+                "gloo",
+                "name an interface",
+                {
+                    "backend": "gloo",
+                    "ranks": 2,
+                    "gb_per_s": gb_per_s,
+                    "latency_us": 100.0,
+                    "clock_s": clock_s,
+                },
+            ),
+        ]
+    ]
 
 
 def judged(*told: list[Told], size=2, complaints="", unseen=0) -> dict[str, Finding]:
-    return {f.check: f for f in judge([t for one in told for t in one], size, HERE, complaints, unseen)}
+    return {
+        f.check: f for f in judge([t for one in told for t in one], size, HERE, complaints, unseen)
+    }
 
 
 def test_two_alike_pass():
     found = judged(tell(0, "n1"), tell(1, "n2", gb_per_s=0.5))
     assert {f.grade for f in found.values()} == {PASS}
-    assert found["tasks"].found == "2 on n1, n2" and found["all-reduce"].found == "gloo over 2 ranks: 0.50 GB/s, 100 us"
+    assert (
+        found["tasks"].found == "2 on n1, n2"
+        and found["all-reduce"].found == "gloo over 2 ranks: 0.50 GB/s, 100 us"
+    )
     assert found["versions"].found == "the same on all nodes and here"
 
 
-@pytest.mark.parametrize("second, grades, check, part", [
-    ({"clock_s": 2.5}, {WARN}, "clocks", "that of n2 is 2.5 s ahead of the first task's"),
-    ({"clock_s": -1.5}, {WARN}, "clocks", "1.5 s behind"),
-    ({"versions": {"Python": "3.11.7", "torch": "2.8"}}, {FAIL}, "versions", "torch 2.9 on n1, 2.8 on n2, 2.9 here"),
-    ({"machine_": "other", "address": "127.0.1.1"}, {WARN}, "network", "loopback on n2"),
-    ({"address": "127.0.1.1"}, {PASS}, "network", "n2: eth0 127.0.1.1"),
-    ({"machine_": "other", "gb_per_s": 0.05}, {WARN}, "all-reduce", "0.05 GB/s"),
-    ({"reduced": FAIL}, {FAIL}, "all-reduce", "n2: gloo"),
-    ({"first": WARN, "reduced": FAIL}, {FAIL}, "MASTER_ADDR", "n2: n1"),
-    ({"first": WARN}, {WARN}, "MASTER_ADDR", "n2: n1")])
+@pytest.mark.parametrize(
+    "second, grades, check, part",
+    [
+        ({"clock_s": 2.5}, {WARN}, "clocks", "that of n2 is 2.5 s ahead of the first task's"),
+        ({"clock_s": -1.5}, {WARN}, "clocks", "1.5 s behind"),
+        (
+            {"versions": {"Python": "3.11.7", "torch": "2.8"}},
+            {FAIL},
+            "versions",
+            "torch 2.9 on n1, 2.8 on n2, 2.9 here",
+        ),
+        ({"machine_": "other", "address": "127.0.1.1"}, {WARN}, "network", "loopback on n2"),
+        ({"address": "127.0.1.1"}, {PASS}, "network", "n2: eth0 127.0.1.1"),
+        ({"machine_": "other", "gb_per_s": 0.05}, {WARN}, "all-reduce", "0.05 GB/s"),
+        ({"reduced": FAIL}, {FAIL}, "all-reduce", "n2: gloo"),
+        ({"first": WARN, "reduced": FAIL}, {FAIL}, "MASTER_ADDR", "n2: n1"),
+        ({"first": WARN}, {WARN}, "MASTER_ADDR", "n2: n1"),
+    ],
+)
 def test_one_that_differs(second, grades, check, part):
     found = judged(tell(0, "n1"), tell(1, "n2", **second))
     assert {found[check].grade} == grades and part in found[check].found
@@ -553,14 +914,22 @@ def test_versions_that_differ_from_here_alone_are_no_failure():
 
 
 def test_tasks_that_end_early_are_named():
-    found = judged(tell(0, "n1"), tell(1, "n2")[:2], size=3, complaints="task 2 launch failed")["tasks"]
+    found = judged(tell(0, "n1"), tell(1, "n2")[:2], size=3, complaints="task 2 launch failed")[
+        "tasks"
+    ]
     assert found.grade == FAIL
-    assert found.found == "1 of 3 told nothing; task 1 on n2 ended after 'network'. srun: task 2 launch failed"
+    assert (
+        found.found
+        == "1 of 3 told nothing; task 1 on n2 ended after 'network'. srun: task 2 launch failed"
+    )
     assert judged(size=3)["tasks"].found == "3 of 3 told nothing"
 
 
 def test_notes_that_do_not_come_back():
-    assert "what 1 of 2 tasks left is not seen here" in judged(tell(0, "n1"), tell(1, "n2"), unseen=1)["shared folder"].found
+    assert (
+        "what 1 of 2 tasks left is not seen here"
+        in judged(tell(0, "n1"), tell(1, "n2"), unseen=1)["shared folder"].found
+    )
 
 
 def test_many_nodes_on_a_line():

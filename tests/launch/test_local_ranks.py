@@ -45,8 +45,13 @@ while True: time.sleep(60)
 
 def launched(folder: Path, program: str, ranks: int = 2, grace_s: float = 0.5) -> subprocess.Popen:
     (folder / "program.py").write_text(PRELUDE + program)
-    return subprocess.Popen([sys.executable, "-c", LAUNCHER, str(ranks), str(grace_s), str(folder / "program.py")], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(ranks), str(grace_s), str(folder / "program.py")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finished(folder: Path, program: str, ranks: int = 2) -> tuple[int, str, str]:
@@ -77,8 +82,13 @@ def eventually(condition, seconds: float = 20.0):
 
 
 def all_ready(folder: Path, ranks: int = 2) -> list[int]:
-    return eventually(lambda: len(list(folder.glob("pid-*"))) == ranks and all(p.read_text() for p in folder.glob("pid-*"))
-                      and pids(folder))
+    return eventually(
+        lambda: (
+            len(list(folder.glob("pid-*"))) == ranks
+            and all(p.read_text() for p in folder.glob("pid-*"))
+            and pids(folder)
+        )
+    )
 
 
 # -- what a rank is told -----------------------------------------------------------------------------------------
@@ -106,14 +116,21 @@ else:
     for rank, environment in enumerate(told):
         assert environment["RANK"] == environment["LOCAL_RANK"] == str(rank)
         assert environment["WORLD_SIZE"] == environment["LOCAL_WORLD_SIZE"] == "3"
-        assert environment["MASTER_ADDR"] == "127.0.0.1" and environment["MASTER_PORT"] == told[0]["MASTER_PORT"]
+        assert (
+            environment["MASTER_ADDR"] == "127.0.0.1"
+            and environment["MASTER_PORT"] == told[0]["MASTER_PORT"]
+        )
         assert environment["parent"] == started.pid and environment["stdin"] == ""
         if "OMP_NUM_THREADS" not in os.environ:
             assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 3)
 
 
 def test_the_port_is_given_to_nobody_else_meanwhile(tmp_path):
-    started = launched(tmp_path, "(here / 'port').write_text(os.environ['MASTER_PORT'])\nready()\nwait_for('go')", ranks=1)
+    started = launched(
+        tmp_path,
+        "(here / 'port').write_text(os.environ['MASTER_PORT'])\nready()\nwait_for('go')",
+        ranks=1,
+    )
     all_ready(tmp_path, ranks=1)
     port = (tmp_path / "port").read_text()
     for family in (socket.AF_INET, socket.AF_INET6):  # nobody listens yet, and still it is taken
@@ -130,25 +147,40 @@ def test_own_threads_are_kept_and_other_programs_are_not_shadowed(tmp_path):
     (tmp_path / "program.py").write_text(PRELUDE + program)
     launcher = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + LAUNCHER
     command = [sys.executable, "-c", launcher, "1", "1", "-m", "program"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "7", "PYTHONPATH": str(tmp_path)},
-                          capture_output=True, text=True, timeout=40)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "7", "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=40,
+    )
     assert done.stdout.split("\n")[:2] == ["7", str(ROOT / "pipeline" / "__init__.py")], done.stderr
 
 
 # -- how they end ------------------------------------------------------------------------------------------------
 def test_a_rank_that_is_done_early_is_no_failure(tmp_path):
-    code, out, err = finished(tmp_path, "ready()\nif rank == 0: time.sleep(1.2); print('done')")  # longer than the grace
+    code, out, err = finished(
+        tmp_path, "ready()\nif rank == 0: time.sleep(1.2); print('done')"
+    )  # longer than the grace
     assert (code, out, err) == (0, "done\n", "")
 
 
 def test_a_killed_rank_is_named_and_the_waiting_one_ended(tmp_path):
-    program = "if rank == 1: ready(); print('was here'); wait_for('pid-0'); os.kill(os.getpid(), signal.SIGKILL)\n" + STUCK
+    program = (
+        "if rank == 1: ready(); print('was here'); wait_for('pid-0'); os.kill(os.getpid(), signal.SIGKILL)\n"
+        + STUCK
+    )
     began = time.monotonic()
     code, out, err = finished(tmp_path, program)
     assert code == 128 + 9 and time.monotonic() - began < 20
     assert "[rank 1] was here\n" in err
     last = err.splitlines()[-1]
-    assert last.startswith("error: rank 1 of 2 was killed by SIGKILL") and "memory" in last and last.endswith("Do it again")
+    assert (
+        last.startswith("error: rank 1 of 2 was killed by SIGKILL")
+        and "memory" in last
+        and last.endswith("Do it again")
+    )
 
 
 def test_a_ranks_traceback_is_shown(tmp_path):
@@ -160,7 +192,9 @@ def test_a_ranks_traceback_is_shown(tmp_path):
 @pytest.mark.parametrize("takes_s", [0.1, 30], ids=["within the grace", "until it is killed"])
 def test_the_rank_that_failed_first_is_named_though_it_exits_last(tmp_path, takes_s):
     """As where one rank's exception closes its connections, and the others fail for that and are gone sooner."""
-    program = f"takes_s = {takes_s}" + """
+    program = (
+        f"takes_s = {takes_s}"
+        + """
 ready()
 if rank == 1:
     import atexit
@@ -169,24 +203,34 @@ if rank == 1:
 wait_for("failed")
 run_command(lambda: fail(RuntimeError("connection closed by peer")))
 """
+    )
     code, out, err = finished(tmp_path, program)
     assert code == 1 and "[rank 1] ValueError: the cause\n" in err
     assert err.splitlines()[-1].startswith("error: rank 1 of 2 ended with exit code 1")
 
 
 def test_a_users_error_is_told_once(tmp_path):
-    code, out, err = finished(tmp_path, "ready(); run_command(lambda: fail(UserError('no such shard; prepare it')))", ranks=3)
+    code, out, err = finished(
+        tmp_path,
+        "ready(); run_command(lambda: fail(UserError('no such shard; prepare it')))",
+        ranks=3,
+    )
     assert (code, out, err) == (2, "", "error: no such shard; prepare it\n")
 
 
 def test_a_users_error_of_one_rank_is_told_too(tmp_path):
-    program = "if rank == 1: print('hello'); run_command(lambda: fail(UserError('shard 7 is damaged; prepare it')))\n" + STUCK
+    program = (
+        "if rank == 1: print('hello'); run_command(lambda: fail(UserError('shard 7 is damaged; prepare it')))\n"
+        + STUCK
+    )
     code, out, err = finished(tmp_path, program)
     assert (code, out, err) == (2, "", "error: shard 7 is damaged; prepare it\n")
 
 
 # -- signals -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], ids=lambda n: n.name
+)
 def test_a_stop_signal_reaches_all_ranks(tmp_path, number):
     program = """
 def stop(number, frame):
@@ -203,7 +247,9 @@ while True: time.sleep(60)
     started.send_signal(number)
     assert started.communicate(timeout=20) == ("", "")
     assert started.returncode == 75
-    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
+    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)] == [
+        str(int(number))
+    ] * 2
 
 
 def test_a_stop_signal_before_there_is_anything_to_save(tmp_path):
@@ -211,11 +257,16 @@ def test_a_stop_signal_before_there_is_anything_to_save(tmp_path):
     all_ready(tmp_path)
     started.send_signal(signal.SIGTERM)
     err = started.communicate(timeout=20)[1]
-    assert started.returncode == 128 + 15 and err == "error: ended by SIGTERM; nothing was saved. Do it again\n"
+    assert (
+        started.returncode == 128 + 15
+        and err == "error: ended by SIGTERM; nothing was saved. Do it again\n"
+    )
 
 
 def test_interrupted_ranks_end_even_when_one_does_not_listen(tmp_path):
-    started = launched(tmp_path, "if rank == 0: run_command(lambda: (ready(), time.sleep(60)))\n" + STUCK)
+    started = launched(
+        tmp_path, "if rank == 0: run_command(lambda: (ready(), time.sleep(60)))\n" + STUCK
+    )
     ranks = all_ready(tmp_path)
     started.send_signal(signal.SIGINT)
     assert started.communicate(timeout=20) == ("", "")
@@ -245,7 +296,10 @@ def test_no_rank_outlives_a_killed_parent(tmp_path):
 
 
 def test_handlers_are_put_back(capfd):
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    }
     assert run_ranks([sys.executable, "-c", "import os; print('rank', os.environ['RANK'])"], 2) == 0
     assert capfd.readouterr() == ("rank 0\n", "")
     assert before == {number: signal.getsignal(number) for number in before}

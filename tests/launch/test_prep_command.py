@@ -36,8 +36,14 @@ def shards(source, tmp_path_factory):
 
 
 def typed(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "evspan.launch", "prep", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=100, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "evspan.launch", "prep", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        **options,
+    )
 
 
 @pytest.fixture
@@ -60,7 +66,11 @@ def evspan_prep(capsys, monkeypatch):
 
 def refused(result) -> str:
     code, out, err = result
-    assert code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: "), (code, out, err)
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: "), (
+        code,
+        out,
+        err,
+    )
     return err
 
 
@@ -76,9 +86,15 @@ def test_first_run_second_run(source, tmp_path):
     told = manifest(output)["recordings"]
     frames, boxes = (sum(r[k] for r in told) for k in ("frames", "boxes"))
     assert len(lines) == 6 and lines[5].startswith(f"{output}: 5 of 5 recordings prepared in ")
-    assert f"; {frames} frames, {sum(r['labelled_frames'] for r in told)} of them labelled, {boxes} boxes (" in lines[5]
+    assert (
+        f"; {frames} frames, {sum(r['labelled_frames'] for r in told)} of them labelled, {boxes} boxes ("
+        in lines[5]
+    )
     again = typed(f"source={source}", f"output={output}", "frames.bins=3")
-    assert again.stdout == f"{output}: nothing to do, 5 recordings with {frames} frames as they should be\n"
+    assert (
+        again.stdout
+        == f"{output}: nothing to do, 5 recordings with {frames} frames as they should be\n"
+    )
     assert (again.returncode, again.stderr) == (0, "")
 
 
@@ -87,29 +103,60 @@ def test_what_is_done_again_is_told(source, shards, tmp_path, evspan_prep):
     (mine / "val" / "d_bbox.npy").unlink()
     (mine / "train" / "c_td.h5").unlink()
     (output / "test" / "00000.h5").unlink()
-    code, out, err = evspan_prep(f"source={mine}", f"output={output}", "frames.bins=3", "processes=1")
+    code, out, err = evspan_prep(
+        f"source={mine}", f"output={output}", "frames.bins=3", "processes=1"
+    )
     assert (code, err) == (0, "")
     assert "prepared again: val/d (the box file has changed)\n" in out
     assert "prepared again: test/plain (its shard is missing or damaged)\n" in out
     assert "removed: train/c (no longer in the source)\n" in out
     assert out.splitlines()[-1].startswith(f"{output}: 2 of 4 recordings prepared")
-    code, out, _ = evspan_prep(f"source={mine}", f"output={output}", "frames.bins=3", "dataset.labels.min_side=30", "processes=1")
-    assert code == 0 and f"{output} was prepared with another config: dataset.labels.min_side: 0.0 -> 30.0\n" in out
+    code, out, _ = evspan_prep(
+        f"source={mine}",
+        f"output={output}",
+        "frames.bins=3",
+        "dataset.labels.min_side=30",
+        "processes=1",
+    )
+    assert (
+        code == 0
+        and f"{output} was prepared with another config: dataset.labels.min_side: 0.0 -> 30.0\n"
+        in out
+    )
     assert_sound(output)
 
 
 def test_dataset_configs_and_overrides_reach_the_manifest(source, tmp_path, evspan_prep):
-    code, _, err = evspan_prep(f"source={source / 'val'}", f"output={tmp_path / 'out'}", "dataset=gen4", "processes=1",
-                               "frames.downsample=4", "frames.downsample_by=nearest", "frames.cutoff=20", "shard_mib=1",
-                               "dataset.labels.label_every_ms=50")
+    code, _, err = evspan_prep(
+        f"source={source / 'val'}",
+        f"output={tmp_path / 'out'}",
+        "dataset=gen4",
+        "processes=1",
+        "frames.downsample=4",
+        "frames.downsample_by=nearest",
+        "frames.cutoff=20",
+        "shard_mib=1",
+        "dataset.labels.label_every_ms=50",
+    )
     assert (code, err) == (0, "")
     told = manifest(tmp_path / "out")
     assert told["classes"] == ["pedestrian", "two_wheeler", "car"]
-    assert told["config"]["frames"] == {"mode": "exact", "window_ms": 50, "bins": 10, "cutoff": 20, "downsample": 4,
-                                        "downsample_by": "nearest"}
+    assert told["config"]["frames"] == {
+        "mode": "exact",
+        "window_ms": 50,
+        "bins": 10,
+        "cutoff": 20,
+        "downsample": 4,
+        "downsample_by": "nearest",
+    }
     assert told["config"]["dataset"]["labels"] == {
-        "class_map": {"0": 0, "1": 1, "2": 2}, "crop": True, "label_every_ms": 50, "min_side": 20.0, "min_diagonal": 60.0,
-        "max_width_share": 0.9}
+        "class_map": {"0": 0, "1": 1, "2": 2},
+        "crop": True,
+        "label_every_ms": 50,
+        "min_side": 20.0,
+        "min_diagonal": 60.0,
+        "max_width_share": 0.9,
+    }
     assert entries(tmp_path / "out")["test/d"]["dropped_boxes"]["boxes_under_min_diagonal"] > 0
 
 
@@ -118,8 +165,13 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     arguments = [f"source={source}", f"output={tmp_path / 'out'}", "processes=1"]
-    process = subprocess.Popen([sys.executable, "-m", "evspan.launch", "prep", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs,
-                               text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "evspan.launch", "prep", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+    )
     os.close(theirs)
     out, _ = process.communicate(timeout=100)
     drawn = b""
@@ -134,23 +186,47 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
     assert out.startswith(f"{tmp_path / 'out'}: 5 of 5 recordings") and len(out.splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments, told", [
-    (["source=/nowhere/at/all", "output=OUT"], "source /nowhere/at/all is not there. Give a folder with train/ val/ test/"),
-    (["source=EMPTY", "output=OUT"], "EMPTY holds no recordings (.raw, .dat, .h5, .hdf5)"),
-    (["source=SOURCE"], "prep needs source=RECORDINGS and output=SHARDS"),
-    (["source=SOURCE", "output=SOURCE/shards"], "output SOURCE/shards lies inside source SOURCE; choose a folder outside it"),
-    (["source=SOURCE", "output=OUT", "frames.downsampel=2"], "did you mean frames.downsample"),
-    (["source=SOURCE", "output=OUT", "+frames.speed=2"], "there is no key 'frames.speed'"),
-    (["source=SOURCE", "output=OUT", "frames.downsample=3"], "frames.downsample is 3; choose 1, 2 or 4"),
-    (["source=SOURCE", "output=OUT", "frames.bins=ten"], "frames.bins is 'ten'; give a whole number"),
-    (["source=SOURCE", "output=OUT", "frames.downsample_by=mean"], "give one of sum, nearest"),
-    (["source=SOURCE", "output=OUT", "frames.mode=rvt"], "label_every_ms is 50; RVT (frames.mode=rvt) takes a label"),
-    (["source=SOURCE", "output=OUT", "max_invalid_share=2"], "max_invalid_share is 2"),
-    (["source=SOURCE", "output=OUT", "dataset=gen5"], "dataset has no option 'gen5'; did you mean dataset=gen4"),
-    (["source=SOURCE", "output=OUT", "processes"], "'processes' is not of the form key=value"),
-    (["source=SOURCE", "output=OUT", "--processes=2"], "keys have no dashes: processes=2"),
-    (["source=SOURCE", "output=OUT", "dataset.classes=[one]"], "class_map names class [1, 2] but dataset.classes has 1 entries"),
-])
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (
+            ["source=/nowhere/at/all", "output=OUT"],
+            "source /nowhere/at/all is not there. Give a folder with train/ val/ test/",
+        ),
+        (["source=EMPTY", "output=OUT"], "EMPTY holds no recordings (.raw, .dat, .h5, .hdf5)"),
+        (["source=SOURCE"], "prep needs source=RECORDINGS and output=SHARDS"),
+        (
+            ["source=SOURCE", "output=SOURCE/shards"],
+            "output SOURCE/shards lies inside source SOURCE; choose a folder outside it",
+        ),
+        (["source=SOURCE", "output=OUT", "frames.downsampel=2"], "did you mean frames.downsample"),
+        (["source=SOURCE", "output=OUT", "+frames.speed=2"], "there is no key 'frames.speed'"),
+        (
+            ["source=SOURCE", "output=OUT", "frames.downsample=3"],
+            "frames.downsample is 3; choose 1, 2 or 4",
+        ),
+        (
+            ["source=SOURCE", "output=OUT", "frames.bins=ten"],
+            "frames.bins is 'ten'; give a whole number",
+        ),
+        (["source=SOURCE", "output=OUT", "frames.downsample_by=mean"], "give one of sum, nearest"),
+        (
+            ["source=SOURCE", "output=OUT", "frames.mode=rvt"],
+            "label_every_ms is 50; RVT (frames.mode=rvt) takes a label",
+        ),
+        (["source=SOURCE", "output=OUT", "max_invalid_share=2"], "max_invalid_share is 2"),
+        (
+            ["source=SOURCE", "output=OUT", "dataset=gen5"],
+            "dataset has no option 'gen5'; did you mean dataset=gen4",
+        ),
+        (["source=SOURCE", "output=OUT", "processes"], "'processes' is not of the form key=value"),
+        (["source=SOURCE", "output=OUT", "--processes=2"], "keys have no dashes: processes=2"),
+        (
+            ["source=SOURCE", "output=OUT", "dataset.classes=[one]"],
+            "class_map names class [1, 2] but dataset.classes has 1 entries",
+        ),
+    ],
+)
 def test_mistakes_end_in_one_line_and_make_nothing(source, tmp_path, evspan_prep, arguments, told):
     (tmp_path / "empty").mkdir()
     names = {"SOURCE": str(source), "OUT": str(tmp_path / "out"), "EMPTY": str(tmp_path / "empty")}
@@ -171,11 +247,15 @@ def test_a_bad_recording_ends_in_one_line_that_names_it(source, tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     done = typed(f"source={bad}", f"output={tmp_path / 'out'}", "processes=2")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: 1 of 5 recordings cannot be prepared; 4 are done and kept for the next run. train/b: ")
+    assert done.stderr.startswith(
+        "error: 1 of 5 recordings cannot be prepared; 4 are done and kept for the next run. train/b: "
+    )
     assert str(path) in done.stderr and "cut off" in done.stderr
     path.unlink()
     again = typed(f"source={bad}", f"output={tmp_path / 'out'}", "processes=2")
-    assert again.returncode == 0 and len(again.stdout.splitlines()) == 1  # nothing was left to prepare
+    assert (
+        again.returncode == 0 and len(again.stdout.splitlines()) == 1
+    )  # nothing was left to prepare
     assert len(contents(tmp_path / "out")) == 4
 
 
@@ -189,13 +269,25 @@ def test_debugging_shows_the_traceback(evspan_prep, monkeypatch):
 def test_help_lets_a_newcomer_act(evspan_prep, arguments):
     code, out, _ = evspan_prep(*arguments)
     assert code == 0 and out.strip() == HELP.strip()
-    for word in ("source=raw output=shards", "X_bbox.npy", "preview", "decode", "info", "processes", "dataset=gen4"):
+    for word in (
+        "source=raw output=shards",
+        "X_bbox.npy",
+        "preview",
+        "decode",
+        "info",
+        "processes",
+        "dataset=gen4",
+    ):
         assert word in out
 
 
 def test_cfg_shows_the_config_and_prepares_nothing(tmp_path, evspan_prep):
-    code, out, _ = evspan_prep("--cfg", "job", "source=raw", f"output={tmp_path / 'out'}", "frames.bins=7")
-    assert code == 0 and "bins: 7" in out and "source: raw" in out and not (tmp_path / "out").exists()
+    code, out, _ = evspan_prep(
+        "--cfg", "job", "source=raw", f"output={tmp_path / 'out'}", "frames.bins=7"
+    )
+    assert (
+        code == 0 and "bins: 7" in out and "source: raw" in out and not (tmp_path / "out").exists()
+    )
 
 
 # -- info --------------------------------------------------------------------------------------------------------
@@ -204,11 +296,20 @@ def test_info_of_a_real_recording(samples_dir, evspan_prep):
     assert (code, err) == (0, "")
     told = dict(line.split(None, 1) for line in out.splitlines())
     assert told == {
-        "file": f"{samples_dir / 'gen4_evt3_triggers.raw'} (0.8 MB)", "format": "evt3", "sensor": "1280 x 720", "events": "82469",
-        "time": "14224870 to 15476187 us, 1.251 s", "rate": told["rate"], "brighter": "50.2%", "boxes": "none beside it"}
+        "file": f"{samples_dir / 'gen4_evt3_triggers.raw'} (0.8 MB)",
+        "format": "evt3",
+        "sensor": "1280 x 720",
+        "events": "82469",
+        "time": "14224870 to 15476187 us, 1.251 s",
+        "rate": told["rate"],
+        "brighter": "50.2%",
+        "boxes": "none beside it",
+    }
     golden = json.loads((samples_dir / "golden.json").read_text())["gen4_evt3_triggers.raw"]
     assert told["brighter"] == f"{golden['p_sum'] / golden['events']:.1%}"
-    events = np.concatenate([e.t for e in open_recording(samples_dir / "gen4_evt3_triggers.raw").chunks()])
+    events = np.concatenate(
+        [e.t for e in open_recording(samples_dir / "gen4_evt3_triggers.raw").chunks()]
+    )
     busiest = np.bincount(events // 10_000 - events[0] // 10_000).max()
     assert told["rate"] == f"0.07 M events/s on average, {busiest / 1e4:.2f} in the busiest 10 ms"
 
@@ -235,14 +336,21 @@ def columns_of(path):
         return {k: v[()] for k, v in file["events"].items()}
 
 
-@pytest.mark.parametrize("name", ["gen4_evt3_triggers.raw", "gen4_evt3_dense.raw", "gen3_evt2.raw", "atis_ncars.dat"])
+@pytest.mark.parametrize(
+    "name", ["gen4_evt3_triggers.raw", "gen4_evt3_dense.raw", "gen3_evt2.raw", "atis_ncars.dat"]
+)
 def test_decode_gives_the_golden_events(samples_dir, tmp_path, evspan_prep, name):
     golden = json.loads((samples_dir / "golden.json").read_text())[name]
     code, out, err = evspan_prep("decode", samples_dir / name, tmp_path / "out.h5")
-    assert (code, err) == (0, "") and out.startswith(f"{tmp_path / 'out.h5'}: {golden['events']} events")
+    assert (code, err) == (0, "") and out.startswith(
+        f"{tmp_path / 'out.h5'}: {golden['events']} events"
+    )
     columns = columns_of(tmp_path / "out.h5")
     for column, kind in (("t", "<i8"), ("x", "<u2"), ("y", "<u2"), ("p", "u1")):
-        assert hashlib.sha256(columns[column].astype(kind).tobytes()).hexdigest() == golden["sha256"][column]
+        assert (
+            hashlib.sha256(columns[column].astype(kind).tobytes()).hexdigest()
+            == golden["sha256"][column]
+        )
     recording = open_recording(samples_dir / name)
     assert (columns["height"], columns["width"]) == (recording.height, recording.width)
 
@@ -265,29 +373,42 @@ def test_decode_does_not_touch_its_input(source, tmp_path, evspan_prep):
     (tmp_path / "linked.h5").symlink_to(path)
     os.link(path, tmp_path / "same.h5")
     for out in (path, tmp_path / "linked.h5", tmp_path / "same.h5", tmp_path / "." / "a.h5"):
-        assert "is the recording itself; name another file" in refused(evspan_prep("decode", path, out))
+        assert "is the recording itself; name another file" in refused(
+            evspan_prep("decode", path, out)
+        )
     assert path.read_bytes() == before
 
 
 def test_a_decode_that_fails_leaves_no_file(source, tmp_path, evspan_prep):
     (tmp_path / "cut.raw").write_bytes((source / "train" / "a_td.raw").read_bytes()[:-1])
-    assert "cut off" in refused(evspan_prep("decode", tmp_path / "cut.raw", tmp_path / "deep" / "out.h5"))
+    assert "cut off" in refused(
+        evspan_prep("decode", tmp_path / "cut.raw", tmp_path / "deep" / "out.h5")
+    )
     assert not list((tmp_path / "deep").iterdir())
     (tmp_path / "old.h5").write_bytes(b"what was there")
     refused(evspan_prep("decode", tmp_path / "cut.raw", tmp_path / "old.h5"))
     assert (tmp_path / "old.h5").read_bytes() == b"what was there"
-    assert "decode writes HDF5: evspan prep decode" in refused(evspan_prep("decode", tmp_path / "cut.raw", tmp_path / "out.csv"))
+    assert "decode writes HDF5: evspan prep decode" in refused(
+        evspan_prep("decode", tmp_path / "cut.raw", tmp_path / "out.csv")
+    )
 
 
 # -- the whole way, on a real recording --------------------------------------------------------------------------
 def test_frames_of_a_real_recording_add_up_to_its_events(samples_dir, tmp_path, evspan_prep):
     golden = json.loads((samples_dir / "golden.json").read_text())["gen4_evt3_triggers.raw"]
-    code, out, err = evspan_prep(f"source={samples_dir / 'gen4_evt3_triggers.raw'}", f"output={tmp_path / 'out'}",
-                                 "frames.downsample=1", "frames.cutoff=255", "processes=1")
+    code, out, err = evspan_prep(
+        f"source={samples_dir / 'gen4_evt3_triggers.raw'}",
+        f"output={tmp_path / 'out'}",
+        "frames.downsample=1",
+        "frames.cutoff=255",
+        "processes=1",
+    )
     assert (code, err) == (0, "")
     (columns,), (entry,) = contents(tmp_path / "out").values(), entries(tmp_path / "out").values()
     assert columns["frames"].shape == (26, 20, 720, 1280) and entry["split"] == "test"
-    assert int(columns["frames"].sum(dtype=np.int64)) == golden["events"] == entry["events"] == 82_469
+    assert (
+        int(columns["frames"].sum(dtype=np.int64)) == golden["events"] == entry["events"] == 82_469
+    )
     assert columns["end_us"].tolist() == [golden["t_first"] + 50_000 * k for k in range(1, 27)]
     assert int(columns["frames"][:, 10:].sum(dtype=np.int64)) == golden["p_sum"]
     assert not columns["labelled"].any() and not columns["boxes"].size
@@ -296,6 +417,10 @@ def test_frames_of_a_real_recording_add_up_to_its_events(samples_dir, tmp_path, 
 # -- preview: that it is reached; what it draws is in test_preview.py --------------------------------------------
 def test_preview_of_shards(shards, tmp_path, evspan_prep):
     code, out, err = evspan_prep("preview", shards, tmp_path / "sheet.png", "--split", "train")
-    assert (code, err) == (0, "") and out.startswith(f"{tmp_path / 'sheet.png'}: 11 frames of train/a with ")
+    assert (code, err) == (0, "") and out.startswith(
+        f"{tmp_path / 'sheet.png'}: 11 frames of train/a with "
+    )
     assert Image.open(tmp_path / "sheet.png").size[0] > 400
-    assert "has no recording 'x'" in refused(evspan_prep("preview", shards, tmp_path / "x.png", "--recording", "x"))
+    assert "has no recording 'x'" in refused(
+        evspan_prep("preview", shards, tmp_path / "x.png", "--recording", "x")
+    )

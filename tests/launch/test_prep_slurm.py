@@ -19,10 +19,18 @@ from support.prepared import assert_same, make_source, prep_config
 from support.slurm_cluster import Cluster, cluster  # noqa: F401  a fixture
 
 ROOT = Path(__file__).parents[2]
-KEYS = ["dataset=simulated", "dataset.labels.label_every_ms=100", "frames.bins=3", "launcher=slurm", "launcher.mem_gb=1"]
+KEYS = [
+    "dataset=simulated",
+    "dataset.labels.label_every_ms=100",
+    "frames.bins=3",
+    "launcher=slurm",
+    "launcher.mem_gb=1",
+]
 COPIES = 150  # of a small recording: work for two seconds
-QUICK = ("import evspan.launch.slurm.prep_wait as w; w.QUEUE_S = w.GRACE_S = 1.0; w.POLL_S = 0.2; "  # the cluster is ours, its disk local
-         "from evspan.launch.cli.main import main; main()")
+QUICK = (
+    "import evspan.launch.slurm.prep_wait as w; w.QUEUE_S = w.GRACE_S = 1.0; w.POLL_S = 0.2; "  # the cluster is ours, its disk local
+    "from evspan.launch.cli.main import main; main()"
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +63,23 @@ def slurm(cluster: Cluster):  # noqa: F811
     cluster.end_jobs()
 
 
-def command(cluster: Cluster | None, source, output, *more: str, environment=None) -> subprocess.Popen:  # noqa: F811
+def command(
+    cluster: Cluster | None, source, output, *more: str, environment=None
+) -> subprocess.Popen:  # noqa: F811
     """From another folder than the code's."""
-    environment = {**(cluster.environment if cluster else os.environ), "PYTHONPATH": str(ROOT), **(environment or {})}
-    return subprocess.Popen([sys.executable, "-c", QUICK, "prep", f"source={source}", f"output={output}", *KEYS, *more], cwd="/",
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    environment = {
+        **(cluster.environment if cluster else os.environ),
+        "PYTHONPATH": str(ROOT),
+        **(environment or {}),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", QUICK, "prep", f"source={source}", f"output={output}", *KEYS, *more],
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -85,14 +105,20 @@ def task_of(output: Path) -> int | None:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"submitit.core._submit" in words and os.path.basename(words[0]).startswith(b"python") and \
-                str(output / ".parts" / "slurm").encode() in words:
+        if (
+            b"submitit.core._submit" in words
+            and os.path.basename(words[0]).startswith(b"python")
+            and str(output / ".parts" / "slurm").encode() in words
+        ):
             return int(path.parent.name)
     return None
 
 
 def told(output: Path) -> dict[str, int]:
-    return {p.name: p.stat().st_mtime_ns for p in (output / ".parts" / "slurm" / "told").glob("[0-9]*.pkl")}
+    return {
+        p.name: p.stat().st_mtime_ns
+        for p in (output / ".parts" / "slurm" / "told").glob("[0-9]*.pkl")
+    }
 
 
 def stopped_at_work(output: Path) -> tuple[int, dict[str, int]]:
@@ -112,15 +138,30 @@ def job_of(cluster: Cluster) -> str:  # noqa: F811
 
 
 # -- dealing -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("sizes, groups", [([5, 4, 3, 3, 3], 2), ([9, 1, 1, 1, 1, 1, 8], 3), ([7, 7, 6, 6, 5, 5, 4, 4, 4], 4),
-                                           ([3], 4), ([0, 0, 0, 0], 2), ([10, 1], 2), ([2, 2, 2, 2, 2, 2], 3)])
+@pytest.mark.parametrize(
+    "sizes, groups",
+    [
+        ([5, 4, 3, 3, 3], 2),
+        ([9, 1, 1, 1, 1, 1, 8], 3),
+        ([7, 7, 6, 6, 5, 5, 4, 4, 4], 4),
+        ([3], 4),
+        ([0, 0, 0, 0], 2),
+        ([10, 1], 2),
+        ([2, 2, 2, 2, 2, 2], 3),
+    ],
+)
 def test_groups_are_balanced(sizes, groups):
     dealt = balanced(sizes, groups)
     assert sorted(itertools.chain(*dealt)) == list(range(len(sizes)))
     assert len(dealt) == min(groups, len(sizes)) and all(dealt)
-    best = min(max(sum(s for s, g in zip(sizes, deal) if g == group) for group in range(groups))
-               for deal in itertools.product(range(groups), repeat=len(sizes)))  # of all ways to deal
-    assert max(sum(sizes[i] for i in group) for group in dealt) <= (4 / 3 - 1 / (3 * groups)) * best + 1e-9
+    best = min(
+        max(sum(s for s, g in zip(sizes, deal) if g == group) for group in range(groups))
+        for deal in itertools.product(range(groups), repeat=len(sizes))
+    )  # of all ways to deal
+    assert (
+        max(sum(sizes[i] for i in group) for group in dealt)
+        <= (4 / 3 - 1 / (3 * groups)) * best + 1e-9
+    )
 
 
 def test_empty_files_are_dealt_evenly_and_equal_ones_in_order():
@@ -128,17 +169,33 @@ def test_empty_files_are_dealt_evenly_and_equal_ones_in_order():
     assert balanced([5] * 4, 2) == [[0, 2], [1, 3]]
 
 
-@pytest.mark.parametrize("sizes, tasks, expected", [
-    ([1] * 9, 0, 1), ([1] * 9, 4, 4), ([1] * 9, 40, 9), ([BYTES_PER_TASK] * 9, 0, 9), ([BYTES_PER_TASK // 2] * 9, 0, 5),
-    ([BYTES_PER_TASK] * 1000, 0, MOST_TASKS)])
+@pytest.mark.parametrize(
+    "sizes, tasks, expected",
+    [
+        ([1] * 9, 0, 1),
+        ([1] * 9, 4, 4),
+        ([1] * 9, 40, 9),
+        ([BYTES_PER_TASK] * 9, 0, 9),
+        ([BYTES_PER_TASK // 2] * 9, 0, 5),
+        ([BYTES_PER_TASK] * 1000, 0, MOST_TASKS),
+    ],
+)
 def test_the_number_of_tasks_follows_the_size(sizes, tasks, expected):
     assert number_of_tasks(sizes, SlurmConfig(tasks=tasks)) == expected
 
 
-@pytest.mark.parametrize("values, part", [
-    ({"timeout_min": 0}, "launcher.timeout_min is 0"), ({"mem_gb": 0}, "launcher.mem_gb is 0"),
-    ({"tasks": -1}, "launcher.tasks is -1"),
-    ({"timeout_min": 1, "signal_delay_s": 60}, "launcher.signal_delay_s is 60, but a task may run 60 s")])
+@pytest.mark.parametrize(
+    "values, part",
+    [
+        ({"timeout_min": 0}, "launcher.timeout_min is 0"),
+        ({"mem_gb": 0}, "launcher.mem_gb is 0"),
+        ({"tasks": -1}, "launcher.tasks is -1"),
+        (
+            {"timeout_min": 1, "signal_delay_s": 60},
+            "launcher.signal_delay_s is 60, but a task may run 60 s",
+        ),
+    ],
+)
 def test_impossible_wishes_are_refused(values, part):
     with pytest.raises(ConfigError, match=re.escape(part)):
         SlurmConfig(**values)
@@ -147,15 +204,45 @@ def test_impossible_wishes_are_refused(values, part):
 # -- the script --------------------------------------------------------------------------------------------------
 @pytest.mark.timeout(60)
 def test_a_dry_run_prints_the_script_and_needs_no_slurm(source, tmp_path):
-    wishes = {"partition": "cpu", "account": "lab", "qos": "long", "constraint": "'a&b'", "timeout_min": 90, "cpus_per_task": 3,
-              "mem_gb": 2.5, "array_parallelism": 1, "signal_delay_s": 30, "tasks": 2, "setup": "['module load hdf5']"}
-    code, out, err = finished(command(None, source, tmp_path / "out", *(f"launcher.{k}={v}" for k, v in wishes.items()),
-                                      "launcher.dry_run=true", environment={"PATH": "/nowhere"}))
+    wishes = {
+        "partition": "cpu",
+        "account": "lab",
+        "qos": "long",
+        "constraint": "'a&b'",
+        "timeout_min": 90,
+        "cpus_per_task": 3,
+        "mem_gb": 2.5,
+        "array_parallelism": 1,
+        "signal_delay_s": 30,
+        "tasks": 2,
+        "setup": "['module load hdf5']",
+    }
+    code, out, err = finished(
+        command(
+            None,
+            source,
+            tmp_path / "out",
+            *(f"launcher.{k}={v}" for k, v in wishes.items()),
+            "launcher.dry_run=true",
+            environment={"PATH": "/nowhere"},
+        )
+    )
     assert (code, err) == (0, "")
-    for line in ("#SBATCH --partition=cpu", "#SBATCH --account=lab", "#SBATCH --qos=long", "#SBATCH --constraint='a&b'",
-                 "#SBATCH --time=90", "#SBATCH --cpus-per-task=3", "#SBATCH --mem=2560MB", "#SBATCH --array=0-1%1",
-                 "#SBATCH --signal=USR2@30", "#SBATCH --requeue", "module load hdf5",
-                 f"export PYTHONPATH={ROOT}\"${{PYTHONPATH:+:$PYTHONPATH}}\"", "# task 0, 0.00 GB: train/c"):
+    for line in (
+        "#SBATCH --partition=cpu",
+        "#SBATCH --account=lab",
+        "#SBATCH --qos=long",
+        "#SBATCH --constraint='a&b'",
+        "#SBATCH --time=90",
+        "#SBATCH --cpus-per-task=3",
+        "#SBATCH --mem=2560MB",
+        "#SBATCH --array=0-1%1",
+        "#SBATCH --signal=USR2@30",
+        "#SBATCH --requeue",
+        "module load hdf5",
+        f'export PYTHONPATH={ROOT}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        "# task 0, 0.00 GB: train/c",
+    ):
         assert line in out.splitlines(), line
     assert out.index("module load") < out.index(sys.executable)
     assert subprocess.run(["bash", "-n"], input=out, text=True, timeout=20).returncode == 0
@@ -164,22 +251,42 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(source, tmp_path):
 
 @pytest.mark.timeout(60)
 def test_without_slurm_it_says_so_in_one_line(source, tmp_path):
-    code, _, err = finished(command(None, source, tmp_path / "out", environment={"PATH": "/nowhere"}))
+    code, _, err = finished(
+        command(None, source, tmp_path / "out", environment={"PATH": "/nowhere"})
+    )
     assert code == 2 and len(err.splitlines()) == 1 and "sbatch" in err and "not on the PATH" in err
 
 
 def test_only_the_command_knows_slurm(source, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "evspan.launch", "prep", f"source={source}", f"output={tmp_path / 'out'}", *KEYS], cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "evspan.launch",
+            "prep",
+            f"source={source}",
+            f"output={tmp_path / 'out'}",
+            *KEYS,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2
-    assert done.stderr == "error: launcher=slurm is for the command evspan: evspan prep launcher=slurm ...\n"
+    assert (
+        done.stderr
+        == "error: launcher=slurm is for the command evspan: evspan prep launcher=slurm ...\n"
+    )
 
 
 # -- on the cluster ----------------------------------------------------------------------------------------------
 @pytest.mark.timeout(90)
 def test_the_array_makes_what_one_machine_makes(slurm, source, prepared, tmp_path):
     output = tmp_path / "out"
-    code, out, err = finished(command(slurm, source, output, "launcher.tasks=2", "launcher.partition=low"))
+    code, out, err = finished(
+        command(slurm, source, output, "launcher.tasks=2", "launcher.partition=low")
+    )
     assert (code, err) == (0, "") and "5 of 5 recordings prepared" in out
     assert re.search(r"\[5/5\] \w+/\w+: \d+ frames", out)
     assert_same(output, prepared)
@@ -198,8 +305,13 @@ def test_a_partition_that_is_not_there_is_one_line(slurm, source, tmp_path):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("how, cpus", [("requeued", 1), ("told of its end", 1), ("preempted", 2)])
-def test_a_task_that_comes_back_goes_on_and_a_bad_recording_is_named(slurm, many, tmp_path, how, cpus):
-    source, output = Path(shutil.copytree(many[0], tmp_path / "source", copy_function=os.link)), tmp_path / "out"
+def test_a_task_that_comes_back_goes_on_and_a_bad_recording_is_named(
+    slurm, many, tmp_path, how, cpus
+):
+    source, output = (
+        Path(shutil.copytree(many[0], tmp_path / "source", copy_function=os.link)),
+        tmp_path / "out",
+    )
     (source / "train" / "bad_td.dat").write_bytes(b"% Width 200\n% Height 160\n% end\n\x0c\x08odd")
     process = command(slurm, source, output, f"launcher.cpus_per_task={cpus}")
     pid, before = stopped_at_work(output)
@@ -207,16 +319,27 @@ def test_a_task_that_comes_back_goes_on_and_a_bad_recording_is_named(slurm, many
     if how == "requeued":
         slurm.ask("scontrol", "requeue", job)
     elif how == "preempted":  # SLURM continues it first
-        slurm.ask("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        slurm.ask(
+            "sbatch",
+            "--partition=high",
+            "--nodes=2",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap=sleep 1",
+        )
     else:
         slurm.ask("scancel", "--signal=USR2", job)
         os.kill(pid, signal.SIGCONT)
     code, out, err = finished(process)
     assert "Restarts=1" in slurm.ask("scontrol", "show", "job", job)
-    assert code == 2 and err.startswith(f"error: 1 of {COPIES + 1} recordings cannot be prepared; {COPIES} are done")
+    assert code == 2 and err.startswith(
+        f"error: 1 of {COPIES + 1} recordings cannot be prepared; {COPIES} are done"
+    )
     assert "train/bad: " in err and "bad_td.dat" in err and len(err.splitlines()) == 1
     after = told(output)
-    assert len(after) == COPIES + 1 and {k: after[k] for k in before} == before  # what was done was not done again
+    assert (
+        len(after) == COPIES + 1 and {k: after[k] for k in before} == before
+    )  # what was done was not done again
     (source / "train" / "bad_td.dat").unlink()
     prepare(prep_config(source, output))
     assert_same(output, many[1])
@@ -231,9 +354,15 @@ def test_a_task_that_dies_is_noticed_and_the_same_command_completes(slurm, many,
     code, out, err = finished(process)
     assert code == 2 and len(err.splitlines()) == 1
     done = len(told(output))
-    assert err.startswith(f"error: {COPIES - done} of {COPIES} recordings cannot be prepared; {done} are done and kept")
-    lost = re.findall(r"(train/r\d+): SLURM task (\d+) ended as FAILED before it was done; its log is (\S+)", err)
-    assert len({key for key, _, _ in lost}) == COPIES - done and all(Path(log).is_file() for _, _, log in lost)
+    assert err.startswith(
+        f"error: {COPIES - done} of {COPIES} recordings cannot be prepared; {done} are done and kept"
+    )
+    lost = re.findall(
+        r"(train/r\d+): SLURM task (\d+) ended as FAILED before it was done; its log is (\S+)", err
+    )
+    assert len({key for key, _, _ in lost}) == COPIES - done and all(
+        Path(log).is_file() for _, _, log in lost
+    )
     code, out, err = finished(command(slurm, source, output))
     assert (code, err) == (0, "") and f"[{COPIES - done}/{COPIES - done}]" in out
     assert_same(output, many[1])
@@ -245,7 +374,11 @@ def test_killed_it_leaves_an_array_which_the_same_command_ends(slurm, many, tmp_
     process = command(slurm, source, output)
     _, before = stopped_at_work(output)
     second = finished(command(slurm, source, output))
-    assert second[0] == 2 and "is being written to by process" in second[2] and len(second[2].splitlines()) == 1
+    assert (
+        second[0] == 2
+        and "is being written to by process" in second[2]
+        and len(second[2].splitlines()) == 1
+    )
     process.kill()
     finished(process)
     orphan = job_of(slurm)
@@ -259,11 +392,21 @@ def test_killed_it_leaves_an_array_which_the_same_command_ends(slurm, many, tmp_
 @pytest.mark.timeout(60)
 def test_an_array_of_a_process_elsewhere_is_left_alone(slurm, source, tmp_path):
     output = tmp_path / "out"
-    name = re.search(r"--job-name=(\S+)", finished(command(slurm, source, output, "launcher.dry_run=true"))[1])[1]
-    slurm.ask("sbatch", f"--job-name={name}", "--comment=process 7 on elsewhere", "--output=/dev/null", "--wrap=sleep 60")
+    name = re.search(
+        r"--job-name=(\S+)", finished(command(slurm, source, output, "launcher.dry_run=true"))[1]
+    )[1]
+    slurm.ask(
+        "sbatch",
+        f"--job-name={name}",
+        "--comment=process 7 on elsewhere",
+        "--output=/dev/null",
+        "--wrap=sleep 60",
+    )
     job = job_of(slurm)
     code, _, err = finished(command(slurm, source, output))
-    assert code == 2 and err.startswith(f"error: SLURM job {job} prepares into the same output for process 7 on elsewhere")
+    assert code == 2 and err.startswith(
+        f"error: SLURM job {job} prepares into the same output for process 7 on elsewhere"
+    )
     assert f"scancel {job}" in err and slurm.jobs()[job] in ("RUNNING", "PENDING")
 
 

@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 NOW = time.time()
 
 
-def make_run(folder: Path, *events: str, job: str | None = "17", overrides=(), ap=None, **progress) -> Path:
+def make_run(
+    folder: Path, *events: str, job: str | None = "17", overrides=(), ap=None, **progress
+) -> Path:
     """Events a minute apart, the last of them a minute ago; 'start 40' is one of step 40."""
     folder.mkdir(parents=True)
     began = NOW - 60 * len(events) - 60
@@ -32,25 +34,47 @@ def make_run(folder: Path, *events: str, job: str | None = "17", overrides=(), a
         (folder / "submitted.json").write_text(json.dumps(about))
     for i, told in enumerate(events):
         event, _, step = told.partition(" ")
-        values: dict = {"start": {"of": 1000, "host": "n1", "job": job or "", "attempt": 1, "pid": os.getpid()},
-                        "fault": {"message": "rank-01 on n2: killed", "code": 137},
-                        "failed": {"message": "loss is not finite", "code": 2}}.get(event, {})
+        values: dict = {
+            "start": {"of": 1000, "host": "n1", "job": job or "", "attempt": 1, "pid": os.getpid()},
+            "fault": {"message": "rank-01 on n2: killed", "code": 137},
+            "failed": {"message": "loss is not finite", "code": 2},
+        }.get(event, {})
         append(folder, event, **values, step=int(step or 0), time=began + 60 * (i + 1))
     if progress:
         write_progress(folder, {"of": 1000, **progress})
     if ap is not None:
         (folder / "evaluation").mkdir()
-        (folder / "evaluation" / "metrics.json").write_text(json.dumps({"ap": ap, "ap50": 2 * ap, "ap_small": None, "step": 1}))
+        (folder / "evaluation" / "metrics.json").write_text(
+            json.dumps({"ap": ap, "ap50": 2 * ap, "ap_small": None, "step": 1})
+        )
     return folder
 
 
 def make_sweep(folder: Path) -> Path:
     """A finished run, one at work, one that is misspelt."""
     make_run(folder / "0", "submitted", "start", "running 1", "done 1000", job="17_0", ap=0.412)
-    make_run(folder / "1", "submitted", "start", "running 1", job="17_1", step=40, seconds_per_step=2.0, loss=3.5)
+    make_run(
+        folder / "1",
+        "submitted",
+        "start",
+        "running 1",
+        job="17_1",
+        step=40,
+        seconds_per_step=2.0,
+        loss=3.5,
+    )
     append(folder / "2", "failed", step=0, message="optimizer.learn is no key", code=2)
-    runs = [{"folder": str(i), "overrides": [f"optimizer.lr={lr}", "seed=1"], "error": None} for i, lr in enumerate((1e-3, 1e-4))]
-    runs.append({"folder": "2", "overrides": ["optimizer.learn=1", "seed=1"], "error": "optimizer.learn is no key"})
+    runs = [
+        {"folder": str(i), "overrides": [f"optimizer.lr={lr}", "seed=1"], "error": None}
+        for i, lr in enumerate((1e-3, 1e-4))
+    ]
+    runs.append(
+        {
+            "folder": "2",
+            "overrides": ["optimizer.learn=1", "seed=1"],
+            "error": "optimizer.learn is no key",
+        }
+    )
     (folder / "sweep.json").write_text(json.dumps({"runs": runs}))
     return folder
 
@@ -83,64 +107,106 @@ def row(lines: list[str], name: str) -> dict[str, str]:
     line = next(line for line in lines if re.match(rf"{re.escape(name)}(\s|$)", line))
     words = [(m.group(), m.start(), m.end()) for m in re.finditer(r"\S+( \S+)*", heading)]
     cells = [(m.group(), m.start(), m.end()) for m in re.finditer(r"\S+( \S+)*", line)]
-    return {word: next((c for c, a, b in cells if a < end and b > start), "") for word, start, end in words}
+    return {
+        word: next((c for c, a, b in cells if a < end and b > start), "")
+        for word, start, end in words
+    }
 
 
 # -- states ------------------------------------------------------------------------------------------------------
 def events_of(words: str) -> list[dict]:
-    return [{"event": word, "time": float(i), "job": "7", "host": "n1"} for i, word in enumerate(words.split())]
+    return [
+        {"event": word, "time": float(i), "job": "7", "host": "n1"}
+        for i, word in enumerate(words.split())
+    ]
 
 
 def task(state: str, reason: str = "(None)") -> Queued:
     return Queued("7", state, reason, "")
 
 
-@pytest.mark.parametrize("events, queue, expected", [
-    ("submitted", task("PENDING", "(Priority)"), ("waiting", "Priority")),
-    ("submitted", task("PENDING", "(None)"), ("waiting", "")),
-    ("submitted", task("CONFIGURING"), ("waiting", "configuring")),
-    ("submitted", task("RUNNING", "n1"), ("running", "starting")),
-    ("submitted start", task("RUNNING", "n1"), ("running", "starting")),
-    ("submitted start running", task("RUNNING", "n1"), ("running", "")),
-    ("start submitted running", task("RUNNING", "n1"), ("running", "")),  # it began before sbatch's caller had told
-    ("start running", task("SUSPENDED", "n1"), ("running", "suspended")),
-    ("start running", task("COMPLETING", "n1"), ("running", "completing")),
-    ("start running saved", task("RUNNING", "n1"), ("saved", "ending")),
-    ("start running saved", task("COMPLETING", "n1"), ("saved", "ending")),
-    ("start running saved requeued", task("PENDING", "(BeginTime)"), ("requeued", "BeginTime")),
-    ("start running", task("PENDING", "(BeginTime)"), ("requeued", "BeginTime")),  # a node has died: nobody told
-    ("start running fault requeued", task("REQUEUE_HOLD", "(JobHoldMaxRequeue)"), ("requeued", "requeue_hold")),
-    ("start running saved requeued", task("RUNNING", "n1"), ("running", "starting")),
-    ("start running saved requeued start", task("RUNNING", "n1"), ("running", "starting")),
-    ("start running saved requeued start running", task("RUNNING", "n1"), ("running", "")),
-    ("start running done", task("COMPLETING", "n1"), ("done", "")),
-    ("start running done", None, ("done", "")),
-    ("start running done", task("COMPLETED", "n1"), ("done", "")),
-    ("failed", task("RUNNING", "n1"), ("failed", "")),
-    ("start running fault failed", None, ("failed", "")),
-    ("start running saved requeued failed", task("FAILED"), ("failed", "")),
-    ("submitted cancelled", None, ("cancelled", "")),
-    ("start running cancelled", task("COMPLETING", "n1"), ("cancelled", "")),
-    ("start running cancelled saved", task("CANCELLED"), ("cancelled", "")),  # it saved on the way out
-    ("start running cancelled", task("RUNNING", "n1"), ("running", "starting")),  # SLURM has not done it
-    ("start running", task("CANCELLED"), ("cancelled", "by scancel")),
-    ("start running", task("OUT_OF_MEMORY"), ("lost", "SLURM ended it: OUT_OF_MEMORY")),
-    ("start running", None, ("lost", "not in SLURM's queue")),
-    ("submitted", None, ("lost", "not in SLURM's queue")),
-    ("start running fault requeued", None, ("lost", "not in SLURM's queue")),
-    ("start running saved", None, ("saved", "not in the queue")),
-    ("start running done submitted start", task("RUNNING", "n1"), ("running", "starting")),
-])
+@pytest.mark.parametrize(
+    "events, queue, expected",
+    [
+        ("submitted", task("PENDING", "(Priority)"), ("waiting", "Priority")),
+        ("submitted", task("PENDING", "(None)"), ("waiting", "")),
+        ("submitted", task("CONFIGURING"), ("waiting", "configuring")),
+        ("submitted", task("RUNNING", "n1"), ("running", "starting")),
+        ("submitted start", task("RUNNING", "n1"), ("running", "starting")),
+        ("submitted start running", task("RUNNING", "n1"), ("running", "")),
+        (
+            "start submitted running",
+            task("RUNNING", "n1"),
+            ("running", ""),
+        ),  # it began before sbatch's caller had told
+        ("start running", task("SUSPENDED", "n1"), ("running", "suspended")),
+        ("start running", task("COMPLETING", "n1"), ("running", "completing")),
+        ("start running saved", task("RUNNING", "n1"), ("saved", "ending")),
+        ("start running saved", task("COMPLETING", "n1"), ("saved", "ending")),
+        ("start running saved requeued", task("PENDING", "(BeginTime)"), ("requeued", "BeginTime")),
+        (
+            "start running",
+            task("PENDING", "(BeginTime)"),
+            ("requeued", "BeginTime"),
+        ),  # a node has died: nobody told
+        (
+            "start running fault requeued",
+            task("REQUEUE_HOLD", "(JobHoldMaxRequeue)"),
+            ("requeued", "requeue_hold"),
+        ),
+        ("start running saved requeued", task("RUNNING", "n1"), ("running", "starting")),
+        ("start running saved requeued start", task("RUNNING", "n1"), ("running", "starting")),
+        ("start running saved requeued start running", task("RUNNING", "n1"), ("running", "")),
+        ("start running done", task("COMPLETING", "n1"), ("done", "")),
+        ("start running done", None, ("done", "")),
+        ("start running done", task("COMPLETED", "n1"), ("done", "")),
+        ("failed", task("RUNNING", "n1"), ("failed", "")),
+        ("start running fault failed", None, ("failed", "")),
+        ("start running saved requeued failed", task("FAILED"), ("failed", "")),
+        ("submitted cancelled", None, ("cancelled", "")),
+        ("start running cancelled", task("COMPLETING", "n1"), ("cancelled", "")),
+        (
+            "start running cancelled saved",
+            task("CANCELLED"),
+            ("cancelled", ""),
+        ),  # it saved on the way out
+        (
+            "start running cancelled",
+            task("RUNNING", "n1"),
+            ("running", "starting"),
+        ),  # SLURM has not done it
+        ("start running", task("CANCELLED"), ("cancelled", "by scancel")),
+        ("start running", task("OUT_OF_MEMORY"), ("lost", "SLURM ended it: OUT_OF_MEMORY")),
+        ("start running", None, ("lost", "not in SLURM's queue")),
+        ("submitted", None, ("lost", "not in SLURM's queue")),
+        ("start running fault requeued", None, ("lost", "not in SLURM's queue")),
+        ("start running saved", None, ("saved", "not in the queue")),
+        ("start running done submitted start", task("RUNNING", "n1"), ("running", "starting")),
+    ],
+)
 def test_states_of_jobs(events, queue, expected):
     state, reason = judge(events_of(events), "7", queue, asked=True)
     assert (state.value, reason) == expected
 
 
-@pytest.mark.parametrize("events, job, expected", [
-    ("submitted", "7", "waiting"), ("start", "7", "running"), ("start running", "7", "running"), ("start saved", "7", "saved"),
-    ("start running fault", "7", "requeued"), ("start saved requeued", "7", "requeued"), ("start done", "7", "done"),
-    ("start running", "", "running"), ("start saved", "", "saved"), ("start running saved start running", "", "running"),
-    ("start failed", "", "failed"), ("start failed start", "", "running"), ("start cancelled", "7", "cancelled")])
+@pytest.mark.parametrize(
+    "events, job, expected",
+    [
+        ("submitted", "7", "waiting"),
+        ("start", "7", "running"),
+        ("start running", "7", "running"),
+        ("start saved", "7", "saved"),
+        ("start running fault", "7", "requeued"),
+        ("start saved requeued", "7", "requeued"),
+        ("start done", "7", "done"),
+        ("start running", "", "running"),
+        ("start saved", "", "saved"),
+        ("start running saved start running", "", "running"),
+        ("start failed", "", "failed"),
+        ("start failed start", "", "running"),
+        ("start cancelled", "7", "cancelled"),
+    ],
+)
 def test_states_by_files_alone(events, job, expected):
     assert judge(events_of(events), job, None, asked=False)[0].value == expected
 
@@ -149,17 +215,32 @@ def test_a_process_of_this_machine_that_is_gone_is_lost():
     ended = subprocess.Popen(["true"])
     ended.wait(20)
     start = {"event": "start", "time": 1.0, "host": socket.gethostname(), "job": ""}
-    assert judge([{**start, "pid": ended.pid}], "", None, asked=False) == (State.lost, f"process {ended.pid} is gone")
+    assert judge([{**start, "pid": ended.pid}], "", None, asked=False) == (
+        State.lost,
+        f"process {ended.pid} is gone",
+    )
     assert judge([{**start, "pid": os.getpid()}], "", None, asked=False)[0] is State.running
-    assert judge([{**start, "pid": ended.pid, "host": "elsewhere"}], "", None, asked=False)[0] is State.running
-    assert judge([{**start, "pid": ended.pid}, {"event": "done", "time": 2.0}], "", None, asked=False)[0] is State.done
+    assert (
+        judge([{**start, "pid": ended.pid, "host": "elsewhere"}], "", None, asked=False)[0]
+        is State.running
+    )
+    assert (
+        judge([{**start, "pid": ended.pid}, {"event": "done", "time": 2.0}], "", None, asked=False)[
+            0
+        ]
+        is State.done
+    )
 
 
 def test_what_came_before_a_submission_is_another_story():
     events = [{"event": "start", "job": "7", "time": 1.0}, {"event": "failed", "time": 2.0}]
     assert of_submission(events, {"job": "8", "time": 3.0}) == []
     assert of_submission(events, {"job": "7", "time": 3.0}) == events  # clocks differ
-    again = [*events, {"event": "start", "job": "8", "time": 2.9}, {"event": "running", "time": 3.5}]
+    again = [
+        *events,
+        {"event": "start", "job": "8", "time": 2.9},
+        {"event": "running", "time": 3.5},
+    ]
     assert of_submission(again, {"job": "8", "time": 3.0}) == again[2:]
     unheard = [*events, {"event": "failed", "time": 3.5}]  # before its start
     assert of_submission(unheard, {"job": "8", "time": 3.0}) == unheard[2:]
@@ -174,14 +255,24 @@ def test_started_here_after_a_job_it_is_no_job(tmp_path, no_slurm):
 
 
 # -- finding -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("make, part", [
-    (lambda p: None, "is not there. Give the folder of a run (its run_dir) or of a sweep"),
-    (lambda p: p.write_text("x"), "is a file"), (lambda p: p.mkdir(), "holds no run. Give the folder of a run (it has history")])
+@pytest.mark.parametrize(
+    "make, part",
+    [
+        (lambda p: None, "is not there. Give the folder of a run (its run_dir) or of a sweep"),
+        (lambda p: p.write_text("x"), "is a file"),
+        (lambda p: p.mkdir(), "holds no run. Give the folder of a run (it has history"),
+    ],
+)
 @pytest.mark.parametrize("command", [status, logs, cancel])
 def test_a_folder_that_is_no_run_is_one_line(tmp_path, told, command, make, part):
     make(tmp_path / "x")
     code, lines = told(command, tmp_path / "x")
-    assert code == 2 and len(lines) == 1 and lines[0].startswith(f"error: {tmp_path / 'x'} ") and part in lines[0]
+    assert (
+        code == 2
+        and len(lines) == 1
+        and lines[0].startswith(f"error: {tmp_path / 'x'} ")
+        and part in lines[0]
+    )
 
 
 def test_runs_come_in_the_order_of_their_numbers(tmp_path):
@@ -197,11 +288,24 @@ def test_overrides_that_differ(tmp_path, no_slurm):
     runs, _ = look(make_sweep(tmp_path / "sweep"))
     assert differing(runs) == ["optimizer.lr", "optimizer.learn"]
     assert differing(runs[:1]) == ["optimizer.lr", "seed"]
-    assert status.headings(["optimizer.lr", "model.fpn.depth", "seed", "x.lr"]) == ["optimizer.lr", "depth", "seed", "x.lr"]
+    assert status.headings(["optimizer.lr", "model.fpn.depth", "seed", "x.lr"]) == [
+        "optimizer.lr",
+        "depth",
+        "seed",
+        "x.lr",
+    ]
 
 
-@pytest.mark.parametrize("name", ["1/history.jsonl", "1/progress.json", "1/submitted.json", "0/evaluation/metrics.json",
-                                  "sweep.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "1/history.jsonl",
+        "1/progress.json",
+        "1/submitted.json",
+        "0/evaluation/metrics.json",
+        "sweep.json",
+    ],
+)
 def test_half_written_files_are_survived(tmp_path, no_slurm, name):
     sweep = make_sweep(tmp_path / "sweep")
     path = sweep / name
@@ -218,7 +322,13 @@ def test_half_written_files_are_survived(tmp_path, no_slurm, name):
 def test_a_run_that_has_only_its_config_is_unknown(tmp_path, no_slurm):
     (tmp_path / "config.json").write_text('{"training": {"max_steps": 70}}')
     (run,), note = look(tmp_path)
-    assert (run.state, run.of, run.step, run.reason, note) == (State.unknown, 70, None, f"no {HISTORY}", "")
+    assert (run.state, run.of, run.step, run.reason, note) == (
+        State.unknown,
+        70,
+        None,
+        f"no {HISTORY}",
+        "",
+    )
 
 
 # -- status ------------------------------------------------------------------------------------------------------
@@ -227,13 +337,29 @@ def test_the_table(tmp_path, no_slurm, told):
     code, lines = told(status, sweep)
     assert code == 0
     first, second, third = (row(lines, name) for name in "012")
-    assert (first["lr"], first["state"], first["step"], first["AP"]) == ("0.001", "done", "1000/1000", "0.412")
-    assert (second["state"], second["step"], second["node"], second["requeues"]) == ("running", "40/1000", "n1", "0")
+    assert (first["lr"], first["state"], first["step"], first["AP"]) == (
+        "0.001",
+        "done",
+        "1000/1000",
+        "0.412",
+    )
+    assert (second["state"], second["step"], second["node"], second["requeues"]) == (
+        "running",
+        "40/1000",
+        "n1",
+        "0",
+    )
     assert second["ETA"] == "32 min"  # 960 steps of 2 s
-    assert (third["learn"], third["state"], third["last error"]) == ("1", "failed", "optimizer.learn is no key")
+    assert (third["learn"], third["state"], third["last error"]) == (
+        "1",
+        "failed",
+        "optimizer.learn is no key",
+    )
     assert "seed" not in lines[0]
-    assert lines[-2:] == ["3 runs: 1 running, 1 done, 1 failed",
-                          "note: squeue is not on the PATH; states are what the runs' files tell"]
+    assert lines[-2:] == [
+        "3 runs: 1 running, 1 done, 1 failed",
+        "note: squeue is not on the PATH; states are what the runs' files tell",
+    ]
 
 
 def test_status_as_json(tmp_path, no_slurm, told):
@@ -241,11 +367,19 @@ def test_status_as_json(tmp_path, no_slurm, told):
     told_ = json.loads("\n".join(lines))
     assert code == 0 and [run["state"] for run in told_["runs"]] == ["done", "running", "failed"]
     assert told_["runs"][1]["overrides"] == {"optimizer.lr": "0.0001", "seed": "1"}
-    assert told_["runs"][1]["eta_s"] == pytest.approx(1920, abs=60) and told_["note"] == "squeue is not on the PATH"
+    assert (
+        told_["runs"][1]["eta_s"] == pytest.approx(1920, abs=60)
+        and told_["note"] == "squeue is not on the PATH"
+    )
 
 
-@pytest.mark.parametrize("arguments, part", [(["--every", "0"], "--every is 0; give 1 s or more"),
-                                             (["--json", "--watch"], "not allowed with")])
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--every", "0"], "--every is 0; give 1 s or more"),
+        (["--json", "--watch"], "not allowed with"),
+    ],
+)
 def test_status_refuses(tmp_path, told, arguments, part):
     code, (line,) = told(status, make_run(tmp_path / "run", "done"), *arguments)
     assert code == 2 and part in line
@@ -256,13 +390,23 @@ def test_watch_ends_with_the_run(tmp_path, no_slurm, told):
     run = make_run(tmp_path / "run", "start", "running 1", job="")
     with ending(run):
         code, lines = told(status, run, "--watch", "--every", "1")
-    states = [re.split("  +", line)[1] for line in lines if line.startswith("run  ") and "state" not in line]
-    assert code == 0 and states[0] == "running" and states[-1] == "done" and states.count("done") == 1
+    states = [
+        re.split("  +", line)[1]
+        for line in lines
+        if line.startswith("run  ") and "state" not in line
+    ]
+    assert (
+        code == 0 and states[0] == "running" and states[-1] == "done" and states.count("done") == 1
+    )
 
 
 def test_the_newest_word_tells_the_step(tmp_path, no_slurm):
-    run = make_run(tmp_path / "run", "start", "running 1", "requeued 50", "start 50", "running 51", job="")
-    write_progress(run, {"step": 90, "of": 1000, "time": NOW - 250, "seconds_per_step": 1.0})  # of the first attempt
+    run = make_run(
+        tmp_path / "run", "start", "running 1", "requeued 50", "start 50", "running 51", job=""
+    )
+    write_progress(
+        run, {"step": 90, "of": 1000, "time": NOW - 250, "seconds_per_step": 1.0}
+    )  # of the first attempt
     (found,), _ = look(run)
     assert (found.step, found.of, found.requeues) == (51, 1000, 1)
     assert found.eta_s == 949
@@ -272,7 +416,9 @@ def test_the_newest_word_tells_the_step(tmp_path, no_slurm):
 
 def test_a_silent_run_is_told(tmp_path, no_slurm):
     (tmp_path / "run").mkdir()
-    append(tmp_path / "run", "start", step=0, of=10, host="elsewhere", job="", time=time.time() - 6010)
+    append(
+        tmp_path / "run", "start", step=0, of=10, host="elsewhere", job="", time=time.time() - 6010
+    )
     append(tmp_path / "run", "running", step=1, time=time.time() - 6000)
     (run,), _ = look(tmp_path / "run")
     assert (run.state, run.reason) == (State.running, "silent for 100 min")
@@ -288,8 +434,17 @@ def test_errors_of_others_are_harmless_to_a_terminal(tmp_path, no_slurm, told):
     assert describe(look(run)[0][0]) == "failed at step 3: bad �[2Jnews�"
 
 
-@pytest.mark.parametrize("seconds, words", [(-3, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2.0 h"),
-                                            (200_000, "2.3 days")])
+@pytest.mark.parametrize(
+    "seconds, words",
+    [
+        (-3, "0 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (7199, "120 min"),
+        (7200, "2.0 h"),
+        (200_000, "2.3 days"),
+    ],
+)
 def test_spans(seconds, words):
     assert span(seconds) == words
 
@@ -297,9 +452,17 @@ def test_spans(seconds, words):
 @pytest.mark.timeout(30)
 def test_the_commands_load_no_torch(tmp_path):
     run = make_run(tmp_path / "run", "start", "done", job="")
-    script = ("import sys; from launch import cancel, logs, report, status; p = sys.argv[1:]; status.main(p); cancel.main(p); "
-              "report.main(p); assert not {'torch', 'hydra', 'deepspeed'} & set(sys.modules)")
-    done = subprocess.run([sys.executable, "-c", script, str(run)], cwd=ROOT, capture_output=True, text=True, timeout=25)
+    script = (
+        "import sys; from launch import cancel, logs, report, status; p = sys.argv[1:]; status.main(p); cancel.main(p); "
+        "report.main(p); assert not {'torch', 'hydra', 'deepspeed'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(run)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=25,
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -309,7 +472,9 @@ def logged(tmp_path):
     run = make_run(tmp_path / "sweep" / "3", "start", "running 1", "done 1000")
     (run / "logs").mkdir()
     for rank in (0, 1, 10):
-        (run / "logs" / f"rank-{rank:02d}.log").write_text("".join(f"{rank}: line {i}\n" for i in range(30)) + "end")
+        (run / "logs" / f"rank-{rank:02d}.log").write_text(
+            "".join(f"{rank}: line {i}\n" for i in range(30)) + "end"
+        )
     return run
 
 
@@ -319,13 +484,25 @@ def test_logs_of_a_rank_and_of_all(logged, told):
     assert told(logs, logged, "--lines", 2) == (0, whole[-2:])
     assert told(logs, logged, "--lines", 0) == (0, [])
     assert told(logs, logged, "--rank", 10, "-n", 2) == (0, ["10: line 29", "end"])
-    assert told(logs, logged, "--all", "--lines", 1) == (0, ["[rank 0] end", "[rank 1] end", "[rank 10] end"])
-    assert told(logs, logged, "--follow", "-n", 1) == (0, ["end", f"{logged}: done at step 1000 of 1000"])
+    assert told(logs, logged, "--all", "--lines", 1) == (
+        0,
+        ["[rank 0] end", "[rank 1] end", "[rank 10] end"],
+    )
+    assert told(logs, logged, "--follow", "-n", 1) == (
+        0,
+        ["end", f"{logged}: done at step 1000 of 1000"],
+    )
 
 
-@pytest.mark.parametrize("arguments, part", [
-    (["--rank", 2], "has no log of rank 2; give one of 0, 1, 10"), (["--rank", -1], "--rank is -1; give 0 or more"),
-    (["--lines", -1], "--lines is -1"), (["--rank", 1, "--all"], "not allowed with")])
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--rank", 2], "has no log of rank 2; give one of 0, 1, 10"),
+        (["--rank", -1], "--rank is -1; give 0 or more"),
+        (["--lines", -1], "--lines is -1"),
+        (["--rank", 1, "--all"], "not allowed with"),
+    ],
+)
 def test_logs_that_are_not_there(logged, told, arguments, part):
     code, (line,) = told(logs, logged, *arguments)
     assert code == 2 and part in line
@@ -335,7 +512,9 @@ def test_logs_of_a_sweep_or_of_no_log(logged, tmp_path, no_slurm, told):
     code, (line,) = told(logs, logged.parent)
     assert code == 2 and f"is a sweep of 1 run; name one: {logged}" in line
     code, (line,) = told(logs, make_run(tmp_path / "waits", "submitted"))
-    assert code == 2 and line.endswith("has no logs: it is waiting at step 0; --follow waits for them")
+    assert code == 2 and line.endswith(
+        "has no logs: it is waiting at step 0; --follow waits for them"
+    )
     code, (line,) = told(logs, make_run(tmp_path / "here", "start", job=""))
     assert code == 2 and "speaks to its terminal only" in line
 
@@ -343,7 +522,12 @@ def test_logs_of_a_sweep_or_of_no_log(logged, tmp_path, no_slurm, told):
 @pytest.mark.timeout(30)
 def test_a_reader_that_has_enough_ends_it_quietly(logged):
     (logged / "logs" / "rank-00.log").write_text("line\n" * 100_000)
-    command = [sys.executable, "-c", "from evspan.launch.sweep.logs import main; main()", str(logged)]
+    command = [
+        sys.executable,
+        "-c",
+        "from evspan.launch.sweep.logs import main; main()",
+        str(logged),
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert process.stdout.readline() == b"line\n"
@@ -401,18 +585,27 @@ def test_nothing_to_cancel_is_no_error(tmp_path, no_slurm, told):
 def test_a_job_cannot_be_cancelled_without_slurm(tmp_path, no_slurm, told):
     run = make_run(tmp_path / "run", "start")
     code, (line,) = told(cancel, run)
-    assert code == 2 and line == "error: squeue is not on the PATH; run it where SLURM's commands reach the cluster"
+    assert (
+        code == 2
+        and line
+        == "error: squeue is not on the PATH; run it where SLURM's commands reach the cluster"
+    )
     assert [e["event"] for e in read(run)] == ["start"]
 
 
 def test_a_run_of_this_machine_is_told_how(tmp_path, no_slurm, told):
     run = make_run(tmp_path / "run", "start", "running 1", job="")
     code, (line,) = told(cancel, run)
-    assert code == 0 and line == (f"{run}: runs on n1 without SLURM; there, kill -TERM {os.getpid()} saves and ends it, "
-                                  "Ctrl-C ends it at once")
+    assert code == 0 and line == (
+        f"{run}: runs on n1 without SLURM; there, kill -TERM {os.getpid()} saves and ends it, "
+        "Ctrl-C ends it at once"
+    )
     (tmp_path / "sweep.json").write_text('{"runs": [{"folder": "later", "overrides": []}]}')
     code, lines = told(cancel, tmp_path)
-    assert code == 0 and f"{tmp_path / 'later'}: is no job of SLURM's, and has not begun" in "\n".join(lines)
+    assert (
+        code == 0
+        and f"{tmp_path / 'later'}: is no job of SLURM's, and has not begun" in "\n".join(lines)
+    )
 
 
 # -- on the cluster ----------------------------------------------------------------------------------------------
@@ -424,12 +617,16 @@ def slurm(cluster: Cluster, monkeypatch):  # noqa: F811
 
 
 def sbatch(slurm: Cluster, *options: str) -> str:
-    return slurm.ask("sbatch", "--parsable", "--output=/dev/null", *options, "--wrap=sleep 120").strip()
+    return slurm.ask(
+        "sbatch", "--parsable", "--output=/dev/null", *options, "--wrap=sleep 120"
+    ).strip()
 
 
 def submitted(folder: Path, job: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "submitted.json").write_text(json.dumps({"job": job, "overrides": [], "time": time.time()}))
+    (folder / "submitted.json").write_text(
+        json.dumps({"job": job, "overrides": [], "time": time.time()})
+    )
     append(folder, "submitted", job=job)
     return folder
 
@@ -445,19 +642,39 @@ def until(condition, seconds: float = 20):
 @pytest.mark.timeout(90)
 def test_status_and_cancel_of_real_jobs(slurm, tmp_path, told):
     runs, array, waiting = tmp_path / "runs", sbatch(slurm, "--array=0-1"), sbatch(slurm, "--hold")
-    first, _, held = (submitted(runs / str(i), job) for i, job in enumerate((f"{array}_0", f"{array}_1", waiting)))
-    until(lambda: [run.state for run in look(runs)[0]] == [State.running, State.running, State.waiting])
+    first, _, held = (
+        submitted(runs / str(i), job) for i, job in enumerate((f"{array}_0", f"{array}_1", waiting))
+    )
+    until(
+        lambda: (
+            [run.state for run in look(runs)[0]] == [State.running, State.running, State.waiting]
+        )
+    )
     lines = told(status, runs)[1]
-    assert row(lines, "0")["state"] == "running (starting)" and row(lines, "0")["node"] in ("n1", "n2")
-    assert row(lines, "2")["state"] == "waiting (JobHeldUser)" and lines[-1] == "3 runs: 1 waiting, 2 running"
+    assert row(lines, "0")["state"] == "running (starting)" and row(lines, "0")["node"] in (
+        "n1",
+        "n2",
+    )
+    assert (
+        row(lines, "2")["state"] == "waiting (JobHeldUser)"
+        and lines[-1] == "3 runs: 1 waiting, 2 running"
+    )
     append(first, "start", step=3, of=10, attempt=1, host="n1", job=f"{array}_0")
     append(first, "running", step=4)
     assert row(told(status, runs)[1], "0")["state"] == "running"
 
-    assert told(cancel, held) == (0, [f"{held}: cancelled SLURM job {waiting}, which was waiting (JobHeldUser)"])
+    assert told(cancel, held) == (
+        0,
+        [f"{held}: cancelled SLURM job {waiting}, which was waiting (JobHeldUser)"],
+    )
     code, lines = told(cancel, runs)
     assert code == 0 and len(lines) == 2 and lines[0].endswith("which was running at step 4 of 10")
-    until(lambda: {slurm.jobs().get(job) for job in (f"{array}_0", f"{array}_1", waiting)} <= {"CANCELLED", None})
+    until(
+        lambda: (
+            {slurm.jobs().get(job) for job in (f"{array}_0", f"{array}_1", waiting)}
+            <= {"CANCELLED", None}
+        )
+    )
     assert [run.state for run in look(runs)[0]] == [State.cancelled] * 3
     assert [e["event"] for e in read(held)] == ["submitted", "cancelled"]
     assert told(cancel, runs) == (0, ["nothing to cancel: 3 runs: 3 cancelled"])
@@ -471,7 +688,11 @@ def test_jobs_that_slurm_ended_or_never_knew(slurm, tmp_path):
     slurm.ask("scancel", job)
     until(lambda: look(run)[0][0].state is State.cancelled)
     assert look(run)[0][0].reason == "by scancel"
-    assert set(queued([job, "4000000", f"{job}_7"])) == {job} and queued(["4000000"]) == {} and queued([]) == {}
+    assert (
+        set(queued([job, "4000000", f"{job}_7"])) == {job}
+        and queued(["4000000"]) == {}
+        and queued([]) == {}
+    )
     (run / "submitted.json").write_text(json.dumps({"job": "4000000", "time": NOW - 60}))
     (found,), note = look(run)
     assert (found.state, found.reason, note) == (State.lost, "not in SLURM's queue", "")
@@ -480,10 +701,18 @@ def test_jobs_that_slurm_ended_or_never_knew(slurm, tmp_path):
 @pytest.mark.timeout(60)
 def test_a_controller_that_does_not_answer(slurm, tmp_path, monkeypatch, told):
     run, conf = make_run(tmp_path / "tiny", "start", "running 1"), tmp_path / "slurm.conf"
-    conf.write_text("Nonsense=1\n")  # one that is down takes squeue 20 s to notice, and ends it the same way
+    conf.write_text(
+        "Nonsense=1\n"
+    )  # one that is down takes squeue 20 s to notice, and ends it the same way
     monkeypatch.setenv("SLURM_CONF", str(conf))
     code, lines = told(status, run)
-    assert code == 0 and row(lines, "tiny")["state"] == "running" and lines[-1].startswith("note: squeue failed: ")
-    with pytest.raises(UserError, match="squeue failed.*run it where SLURM's commands reach the cluster"):
+    assert (
+        code == 0
+        and row(lines, "tiny")["state"] == "running"
+        and lines[-1].startswith("note: squeue failed: ")
+    )
+    with pytest.raises(
+        UserError, match="squeue failed.*run it where SLURM's commands reach the cluster"
+    ):
         cancel.cancel(run)
     assert PROGRESS not in os.listdir(run)

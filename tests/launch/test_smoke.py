@@ -15,14 +15,30 @@ from evspan.launch.smoke import Bounds, bounds, table, verdicts
 from evspan.launch.smoke_rank import config, layouts
 
 ROOT = Path(__file__).parents[2]
-ALIKE = {"layout": "2x1", "stage": 1, "skipped": 0, "peak": 7e8, "speed": 40.0, "loss": 3e-7, "gradients": 2e-5, "resumed": 0.0,
-         "other": "1x1", "resumed_other": 1e-6}
+ALIKE = {
+    "layout": "2x1",
+    "stage": 1,
+    "skipped": 0,
+    "peak": 7e8,
+    "speed": 40.0,
+    "loss": 3e-7,
+    "gradients": 2e-5,
+    "resumed": 0.0,
+    "other": "1x1",
+    "resumed_other": 1e-6,
+}
 ALLOWED = Bounds(1e-5, 1e-4, (2e-6, 2e-5))
 
 
 def run(*arguments, cwd=ROOT, timeout=240):
-    return subprocess.run([sys.executable, "-m", "evspan.launch", "smoke", *arguments], cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    return subprocess.run(
+        [sys.executable, "-m", "evspan.launch", "smoke", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
 
 
 @pytest.mark.timeout(300)
@@ -30,23 +46,46 @@ def test_two_ranks_train_as_one(tmp_path):
     done = run("--keep", str(tmp_path / "smoke"))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.findall(r"^(1x1|2x1|1x2) *(\S.*?)?  +([0-3])  .* pass$", done.stdout, re.MULTILINE)
-    assert rows == [("1x1", "(reference)", "0"), ("1x1", "frame by frame", "0"), ("2x1", "", "1"), ("1x2", "transpose", "2"),
-                    ("1x2", "relay", "3")]
-    assert "FAIL" not in done.stdout and "CPU" in done.stdout and "smoke: pass, 5 layouts" in done.stdout and not done.stderr
-    told = [json.loads(line) for line in (tmp_path / "smoke" / "told-2.jsonl").read_text().splitlines()[1:]]
+    assert rows == [
+        ("1x1", "(reference)", "0"),
+        ("1x1", "frame by frame", "0"),
+        ("2x1", "", "1"),
+        ("1x2", "transpose", "2"),
+        ("1x2", "relay", "3"),
+    ]
+    assert (
+        "FAIL" not in done.stdout
+        and "CPU" in done.stdout
+        and "smoke: pass, 5 layouts" in done.stdout
+        and not done.stderr
+    )
+    told = [
+        json.loads(line)
+        for line in (tmp_path / "smoke" / "told-2.jsonl").read_text().splitlines()[1:]
+    ]
     for row in told:  # they did compute apart: something differs, by rounding
-        assert 0 < row["gradients"] < 1e-3 and 0 < row["resumed_other"] < 1e-4 and row["resumed"] == 0
+        assert (
+            0 < row["gradients"] < 1e-3 and 0 < row["resumed_other"] < 1e-4 and row["resumed"] == 0
+        )
         assert 1e8 < row["peak"] < 1e10 and row["speed"] > 0
     again = run("--keep", str(tmp_path / "smoke"))
-    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "is there and not empty" in again.stderr
+    assert (
+        again.returncode == 2
+        and again.stderr.count("\n") == 1
+        and "is there and not empty" in again.stderr
+    )
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("file, right, wrong", [
-    ("pipeline/engine/trainer.py", "losses.total * self.world.size", "losses.total"),
-    ("pipeline/data/loader.py", "chunk.first + self.frames.start", "chunk.first"),
-    ("pipeline/engine/trainer.py", "self.state = self.exchange.scatter(carry)", "pass")])
+@pytest.mark.parametrize(
+    "file, right, wrong",
+    [
+        ("pipeline/engine/trainer.py", "losses.total * self.world.size", "losses.total"),
+        ("pipeline/data/loader.py", "chunk.first + self.frames.start", "chunk.first"),
+        ("pipeline/engine/trainer.py", "self.state = self.exchange.scatter(carry)", "pass"),
+    ],
+)
 def test_a_mistake_in_the_code_is_found(tmp_path, file, right, wrong):
     for room in ("conf", "data_prep", "launch", "pipeline"):
         shutil.copytree(ROOT / room, tmp_path / room)
@@ -54,15 +93,27 @@ def test_a_mistake_in_the_code_is_found(tmp_path, file, right, wrong):
     assert right in source
     (tmp_path / file).write_text(source.replace(right, wrong))
     done = run(cwd=tmp_path)
-    assert done.returncode == 1 and "FAIL" in done.stdout and "DIFFERS" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "FAIL" in done.stdout and "DIFFERS" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
-@pytest.mark.parametrize("column, value", [
-    ("loss", 2e-5), ("loss", math.nan), ("gradients", 2e-4), ("gradients", math.nan), ("resumed", 1e-9), ("resumed_other", 2e-5)])
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("loss", 2e-5),
+        ("loss", math.nan),
+        ("gradients", 2e-4),
+        ("gradients", math.nan),
+        ("resumed", 1e-9),
+        ("resumed_other", 2e-5),
+    ],
+)
 def test_what_differs_fails(column, value):
     row = {**ALIKE, column: value}
-    assert verdicts(row, ALLOWED, exact=True) == {name: name != column
-                                                  for name in ("loss", "gradients", "resumed", "resumed_other")}
+    assert verdicts(row, ALLOWED, exact=True) == {
+        name: name != column for name in ("loss", "gradients", "resumed", "resumed_other")
+    }
     lines, passed = table([ALIKE, row], ALLOWED, exact=True)
     assert not passed and lines[1].endswith("pass") and lines[2].endswith("FAIL")
     assert "DIFFERS" in lines[2] or column == "resumed"
@@ -84,9 +135,15 @@ def test_bounds_follow_rounding_but_not_everywhere():
 def test_layouts_are_all_that_the_ranks_make_and_fit(tmp_path, ranks):
     made = layouts(ranks)
     for layout in made:
-        config(layout, tmp_path, tmp_path / "run", ranks=ranks, steps=3, threads=1)  # which refuses what does not divide
+        config(
+            layout, tmp_path, tmp_path / "run", ranks=ranks, steps=3, threads=1
+        )  # which refuses what does not divide
     cuts = {(layout.ranks // layout.sequence, layout.sequence) for layout in made}
     assert cuts == {(ranks // s, s) for s in range(1, ranks + 1) if ranks % s == 0}
     shared = {(layout.sequence, layout.exchange) for layout in made if layout.sequence > 1}
-    assert shared == {(s, kind) for s in range(2, ranks + 1) if ranks % s == 0 for kind in (ExchangeKind.transpose,
-                                                                                             ExchangeKind.relay)}
+    assert shared == {
+        (s, kind)
+        for s in range(2, ranks + 1)
+        if ranks % s == 0
+        for kind in (ExchangeKind.transpose, ExchangeKind.relay)
+    }

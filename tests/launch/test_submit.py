@@ -12,13 +12,31 @@ from evspan.conf.schema.cluster import ClusterConfig, Container, Scheduler
 from evspan.launch.slurm.requeue import Note, decide, main, newest_step
 from evspan.launch.slurm.sbatch import Task, job_name, script
 from evspan.launch.sweep.submit import Planned, numbered, submit, sweep
-from evspan.pipeline.history import append, attempts, faults_in_a_row, read, read_progress, write_progress
+from evspan.pipeline.history import (
+    append,
+    attempts,
+    faults_in_a_row,
+    read,
+    read_progress,
+    write_progress,
+)
 from support.refusals import refused_by
 from support.small_shards import write_small_shards
 
 ROOT = Path(__file__).parents[2]
-HOSTILE = ["two words", "it's", '"quoted"', "$(touch {marker})", "`touch {marker}`", "; touch {marker}", "a\nb", "\\", "ünï",
-           "$HOME", "*"]
+HOSTILE = [
+    "two words",
+    "it's",
+    '"quoted"',
+    "$(touch {marker})",
+    "`touch {marker}`",
+    "; touch {marker}",
+    "a\nb",
+    "\\",
+    "ünï",
+    "$HOME",
+    "*",
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +46,20 @@ def shards(tmp_path_factory):
 
 def tiny(shards: Path, run: Path, *more: str) -> list[str]:
     """Overrides of a run of two steps."""
-    return [f"dataset.root={shards}", f"run_dir={run}", "size=micro", "model.head.num_classes=3", "training.max_steps=2",
-            "training.batch_size=2", "training.sequence_length=2", "training.loader_workers=1", "training.evaluate_every=0",
-            "training.log_every=1", "checkpoint.every=1", *more]
+    return [
+        f"dataset.root={shards}",
+        f"run_dir={run}",
+        "size=micro",
+        "model.head.num_classes=3",
+        "training.max_steps=2",
+        "training.batch_size=2",
+        "training.sequence_length=2",
+        "training.loader_workers=1",
+        "training.evaluate_every=0",
+        "training.log_every=1",
+        "checkpoint.every=1",
+        *more,
+    ]
 
 
 # -- the history -------------------------------------------------------------------------------------------------
@@ -46,9 +75,17 @@ def test_a_line_that_was_left_half_written_is_passed_over(tmp_path):
     assert read_progress(tmp_path)["step"] == 3
 
 
-@pytest.mark.parametrize("events, faults", [
-    ("s0 f0 s0 f0 s0 f0", 3), ("s0 f0 s0 v5 s5 f5", 1), ("s0 f0 s0 f4 s4 f4", 2), ("s0 f0 s0 f0 s0 s0 f0", 3), ("s0", 0),
-    ("", 0)])
+@pytest.mark.parametrize(
+    "events, faults",
+    [
+        ("s0 f0 s0 f0 s0 f0", 3),
+        ("s0 f0 s0 v5 s5 f5", 1),
+        ("s0 f0 s0 f4 s4 f4", 2),
+        ("s0 f0 s0 f0 s0 s0 f0", 3),
+        ("s0", 0),
+        ("", 0),
+    ],
+)
 def test_faults_are_counted_where_no_step_was_won(tmp_path, events, faults):
     names = {"s": "start", "f": "fault", "v": "saved"}
     for word in events.split():
@@ -58,23 +95,29 @@ def test_faults_are_counted_where_no_step_was_won(tmp_path, events, faults):
 
 
 # -- run again? --------------------------------------------------------------------------------------------------
-MISTAKE, LOST = Note("rank-01", 2, "training.x is wrong; set it right", "n2"), Note("rank-00", 69, "rank 1 is gone", "n1")
+MISTAKE, LOST = (
+    Note("rank-01", 2, "training.x is wrong; set it right", "n2"),
+    Note("rank-00", 69, "rank 1 is gone", "n1"),
+)
 SAVED, DEFECT = Note("rank-00", 75, "", "n1"), Note("rank-01", 1, "ValueError: no", "n2")
 
 
-@pytest.mark.parametrize("notes, code, state, again, last, says", [
-    ([], 0, "RUNNING", False, None, "done"),
-    ([SAVED], 75, "RUNNING", True, "requeued", "saved"),
-    ([SAVED], 75, "CANCELLED", False, None, "CANCELLED"),  # never back from the dead
-    ([SAVED], 75, "COMPLETING", False, None, "ended"),
-    ([LOST], 137, "RUNNING", True, "requeued", "rank 1 is gone"),
-    ([LOST], 137, "NODE_FAIL", False, None, "NODE_FAIL"),
-    ([LOST, DEFECT], 69, "RUNNING", True, "requeued", "rank-01 on n2: ValueError: no"),
-    ([LOST, MISTAKE], 69, "RUNNING", False, "failed", "set it right"),
-    ([], 127, "RUNNING", True, "requeued", "python: not found"),
-    ([DEFECT], 1, "RUNNING", True, "requeued", "rank-00 ended without a word"),
-    ([SAVED, LOST], 137, "RUNNING", True, "requeued", "rank 1 is gone"),
-])
+@pytest.mark.parametrize(
+    "notes, code, state, again, last, says",
+    [
+        ([], 0, "RUNNING", False, None, "done"),
+        ([SAVED], 75, "RUNNING", True, "requeued", "saved"),
+        ([SAVED], 75, "CANCELLED", False, None, "CANCELLED"),  # never back from the dead
+        ([SAVED], 75, "COMPLETING", False, None, "ended"),
+        ([LOST], 137, "RUNNING", True, "requeued", "rank 1 is gone"),
+        ([LOST], 137, "NODE_FAIL", False, None, "NODE_FAIL"),
+        ([LOST, DEFECT], 69, "RUNNING", True, "requeued", "rank-01 on n2: ValueError: no"),
+        ([LOST, MISTAKE], 69, "RUNNING", False, "failed", "set it right"),
+        ([], 127, "RUNNING", True, "requeued", "python: not found"),
+        ([DEFECT], 1, "RUNNING", True, "requeued", "rank-00 ended without a word"),
+        ([SAVED, LOST], 137, "RUNNING", True, "requeued", "rank 1 is gone"),
+    ],
+)
 def test_what_is_tried_again(tmp_path, notes, code, state, again, last, says):
     log = tmp_path / "log"
     log.write_text("slurm says\npython: not found\n\n")
@@ -104,10 +147,17 @@ def test_the_question_of_the_batch_script(tmp_path, monkeypatch, capsys):
     for attempt, message in (("8.0", "of the attempt before"), ("8.1", "of this one")):
         folder = tmp_path / "run" / "attempts" / attempt
         folder.mkdir(parents=True)
-        (folder / "rank-00.json").write_text(json.dumps({"code": 1, "message": message, "host": "n1"}))
+        (folder / "rank-00.json").write_text(
+            json.dumps({"code": 1, "message": message, "host": "n1"})
+        )
     runs = tmp_path / "runs.json"
-    about = {"run": str(tmp_path / "run"), "log": str(tmp_path / "%j.%t"), "ranks": 1, "max_faults": 3,
-             "requeue_after_fault": True}
+    about = {
+        "run": str(tmp_path / "run"),
+        "log": str(tmp_path / "%j.%t"),
+        "ranks": 1,
+        "max_faults": 3,
+        "requeue_after_fault": True,
+    }
     runs.write_text(json.dumps([{**about, "run": "other"}, about]))
     assert main([str(runs), "1", "1", "RUNNING"]) == 0
     assert "of this one" in capsys.readouterr().out
@@ -125,8 +175,14 @@ def test_nodes_follow_from_ranks():
 
 def written(marker: Path, tmp_path: Path, **given) -> str:
     config = ClusterConfig(scheduler=Scheduler.slurm, **given)
-    return script([Task(tmp_path / "run", ["run_dir=x"], [tmp_path])], config, nodes=2, each=4, folder=tmp_path / "folder",
-                  name="evspan-x")
+    return script(
+        [Task(tmp_path / "run", ["run_dir=x"], [tmp_path])],
+        config,
+        nodes=2,
+        each=4,
+        folder=tmp_path / "folder",
+        name="evspan-x",
+    )
 
 
 def test_values_cannot_inject(tmp_path):
@@ -136,16 +192,31 @@ def test_values_cannot_inject(tmp_path):
     one_line = [text.format(marker=marker) for text in HOSTILE if "\n" not in text]
     bin_ = tmp_path / "bin"
     bin_.mkdir()
-    (bin_ / "srun").write_text("#!/bin/sh\nenv -0 > \"$TOLD\"\nexit 0\n")
+    (bin_ / "srun").write_text('#!/bin/sh\nenv -0 > "$TOLD"\nexit 0\n')
     (bin_ / "scontrol").write_text("#!/bin/sh\necho JobState=RUNNING\n")
     for program in ("srun", "scontrol"):
         (bin_ / program).chmod(0o755)
     for value in one_line:
-        text = written(marker, tmp_path, environment=[f"{k}={v}" for k, v in values.items()], partition=value, account=value,
-                       constraint=value, qos=value, options=[f"mail-user={value}"], python=value)
+        text = written(
+            marker,
+            tmp_path,
+            environment=[f"{k}={v}" for k, v in values.items()],
+            partition=value,
+            account=value,
+            constraint=value,
+            qos=value,
+            options=[f"mail-user={value}"],
+            python=value,
+        )
         told = tmp_path / "told"
-        environment = {"PATH": f"{bin_}:{os.environ['PATH']}", "TOLD": str(told), "SLURM_JOB_ID": "1"}
-        subprocess.run(["bash"], input=text, text=True, env=environment, timeout=20, capture_output=True)
+        environment = {
+            "PATH": f"{bin_}:{os.environ['PATH']}",
+            "TOLD": str(told),
+            "SLURM_JOB_ID": "1",
+        }
+        subprocess.run(
+            ["bash"], input=text, text=True, env=environment, timeout=20, capture_output=True
+        )
         got = dict(entry.split("=", 1) for entry in told.read_text().split("\0") if "=" in entry)
         assert {key: got[key] for key in values} == values
         assert not marker.exists()
@@ -153,37 +224,79 @@ def test_values_cannot_inject(tmp_path):
         assert sum("--partition=" in line for line in header) == 1
 
 
-@pytest.mark.parametrize("given, says", [
-    ({"partition": "a\n#SBATCH --uid=0"}, "cluster.partition"), ({"options": ["x\ny=1"]}, "cluster.options"),
-    ({"options": ["mail-user=a\nb"]}, "cluster.options"), ({"environment": ["A B=1"]}, "cluster.environment"),
-    ({"image": "x.sif"}, "container=apptainer"), ({"time_min": 1, "signal_delay_s": 60}, "leave it time"),
-    ({"gpus_per_node": 2, "ranks_per_node": 4}, "each rank needs one"), ({"max_faults": 0}, "1 or more")])
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"partition": "a\n#SBATCH --uid=0"}, "cluster.partition"),
+        ({"options": ["x\ny=1"]}, "cluster.options"),
+        ({"options": ["mail-user=a\nb"]}, "cluster.options"),
+        ({"environment": ["A B=1"]}, "cluster.environment"),
+        ({"image": "x.sif"}, "container=apptainer"),
+        ({"time_min": 1, "signal_delay_s": 60}, "leave it time"),
+        ({"gpus_per_node": 2, "ranks_per_node": 4}, "each rank needs one"),
+        ({"max_faults": 0}, "1 or more"),
+    ],
+)
 def test_what_no_quoting_can_mend_is_refused(given, says):
     with pytest.raises(Exception, match=says):
         ClusterConfig(**given)
 
 
 def test_the_script_says_what_the_config_says(tmp_path):
-    text = written(tmp_path, tmp_path, partition="gpu", gpus_per_node=4, cpus_per_rank=6, mem_gb=60, time_min=720,
-                   signal_delay_s=90, setup=["module load cuda"], options=["mail-type=END", "exclusive"])
-    for line in ("--partition=gpu", "--gpus-per-node=4", "--cpus-per-task=6", "--mem=61440MB", "--time=720", "--nodes=2",
-                 "--ntasks-per-node=4", "--signal=USR2@90", "--requeue", "--mail-type=END", "--exclusive"):
+    text = written(
+        tmp_path,
+        tmp_path,
+        partition="gpu",
+        gpus_per_node=4,
+        cpus_per_rank=6,
+        mem_gb=60,
+        time_min=720,
+        signal_delay_s=90,
+        setup=["module load cuda"],
+        options=["mail-type=END", "exclusive"],
+    )
+    for line in (
+        "--partition=gpu",
+        "--gpus-per-node=4",
+        "--cpus-per-task=6",
+        "--mem=61440MB",
+        "--time=720",
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--signal=USR2@90",
+        "--requeue",
+        "--mail-type=END",
+        "--exclusive",
+    ):
         assert f"#SBATCH {line}" in text
     assert text.index("module load cuda") < text.index("srun")
-    assert "--cpus-per-task=6" in next(line for line in text.splitlines() if line.startswith("srun"))
+    assert "--cpus-per-task=6" in next(
+        line for line in text.splitlines() if line.startswith("srun")
+    )
     subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=20)
 
 
-@pytest.mark.parametrize("container, image", [(Container.apptainer, "my image.sif"), (Container.pyxis, "my image.sqsh")])
+@pytest.mark.parametrize(
+    "container, image", [(Container.apptainer, "my image.sif"), (Container.pyxis, "my image.sqsh")]
+)
 def test_a_container_is_one_key(tmp_path, container, image):
-    text = written(tmp_path, tmp_path, container=container, image=image, mounts=["/data:/in"], gpus_per_node=4)
+    text = written(
+        tmp_path, tmp_path, container=container, image=image, mounts=["/data:/in"], gpus_per_node=4
+    )
     subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=20)
     ranks = next(line for line in text.splitlines() if line.startswith("srun"))
     if container is Container.apptainer:
-        assert "apptainer exec --nv" in ranks and "--bind /data:/in" in ranks and "'my image.sif' python -u -m submitit" in ranks
+        assert (
+            "apptainer exec --nv" in ranks
+            and "--bind /data:/in" in ranks
+            and "'my image.sif' python -u -m submitit" in ranks
+        )
         assert f"--bind {tmp_path}" in ranks
     else:
-        assert "'--container-image=my image.sqsh'" in ranks and f"{tmp_path}:{tmp_path},/data:/in" in ranks
+        assert (
+            "'--container-image=my image.sqsh'" in ranks
+            and f"{tmp_path}:{tmp_path},/data:/in" in ranks
+        )
         assert "srun --ntasks=1" in text.split("# teardown")[1]  # the question is asked inside, too
 
 
@@ -195,7 +308,11 @@ def test_a_job_has_a_name_that_slurm_takes():
 def test_combinations_and_quoting(tmp_path, shards):
     options, overrides = split_options(["a=1,2", "--config-dir", str(tmp_path), "b='x,y'", "c=3"])
     combinations, several = expanded(options, overrides)
-    assert options == ["--config-dir", str(tmp_path)] and several == {"a": True, "b": False, "c": False}
+    assert options == ["--config-dir", str(tmp_path)] and several == {
+        "a": True,
+        "b": False,
+        "c": False,
+    }
     assert combinations == [["a=1", "b='x,y'", "c=3"], ["a=2", "b='x,y'", "c=3"]]
     name = tmp_path / "it's a, folder=(1)"
     config = compose_train([], replaced(tiny(shards, tmp_path / "x"), "run_dir", str(name)))
@@ -204,8 +321,12 @@ def test_combinations_and_quoting(tmp_path, shards):
 
 def test_a_folder_of_configs_of_ones_own(tmp_path, shards):
     (tmp_path / "cluster").mkdir()
-    (tmp_path / "cluster" / "mine.yaml").write_text("scheduler: slurm\npartition: fast\nranks_per_node: 2\n")
-    config = compose_train(["--config-dir", str(tmp_path)], tiny(shards, tmp_path, "cluster=mine", "parallel.ranks=2"))
+    (tmp_path / "cluster" / "mine.yaml").write_text(
+        "scheduler: slurm\npartition: fast\nranks_per_node: 2\n"
+    )
+    config = compose_train(
+        ["--config-dir", str(tmp_path)], tiny(shards, tmp_path, "cluster=mine", "parallel.ranks=2")
+    )
     assert config.cluster.partition == "fast" and config.cluster.nodes(2) == (1, 2)
 
 
@@ -217,15 +338,25 @@ def test_the_same_overrides_keep_their_folder(tmp_path):
     again = plans("2", "3", "1")
     numbered(tmp_path, again)
     assert [p.run.name for p in again] == ["1", "2", "0"]
-    assert [r["overrides"] for r in json.loads((tmp_path / "sweep.json").read_text())["runs"]] == [["a=1"], ["a=2"], ["a=3"]]
+    assert [r["overrides"] for r in json.loads((tmp_path / "sweep.json").read_text())["runs"]] == [
+        ["a=1"],
+        ["a=2"],
+        ["a=3"],
+    ]
 
 
-@pytest.mark.parametrize("command, more, says", [
-    (submit, ["optimizer.lr=1e-3,2e-3"], "evspan sweep"), (submit, ["cluster.partiton=x"], "cluster.partition"),
-    (submit, ["cluster=nowhere"], "gpu_nodes"), (submit, ["--partition=x"], "no option"),
-    (submit, ["--cfg", "job"], "cluster.dry_run=true"),
-    (submit, ["parallel.ranks=3", "cluster.ranks_per_node=2"], "parallel.ranks=2 or 4"),
-    (sweep, ["optimizer.lr=a,b"], "none of the 2 runs")])
+@pytest.mark.parametrize(
+    "command, more, says",
+    [
+        (submit, ["optimizer.lr=1e-3,2e-3"], "evspan sweep"),
+        (submit, ["cluster.partiton=x"], "cluster.partition"),
+        (submit, ["cluster=nowhere"], "gpu_nodes"),
+        (submit, ["--partition=x"], "no option"),
+        (submit, ["--cfg", "job"], "cluster.dry_run=true"),
+        (submit, ["parallel.ranks=3", "cluster.ranks_per_node=2"], "parallel.ranks=2 or 4"),
+        (sweep, ["optimizer.lr=a,b"], "none of the 2 runs"),
+    ],
+)
 def test_mistakes_end_in_one_line(tmp_path, shards, capsys, command, more, says):
     words = tiny(shards, tmp_path / "run", "training.batch_size=6", *more)
     assert says in refused_by(command, capsys, *words)
@@ -234,13 +365,22 @@ def test_mistakes_end_in_one_line(tmp_path, shards, capsys, command, more, says)
 
 # -- on this machine ---------------------------------------------------------------------------------------------
 def evspan(*words: str, timeout: int = 150) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "evspan.launch", *words], cwd=ROOT, text=True, capture_output=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, "-m", "evspan.launch", *words],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+    )
 
 
 @pytest.mark.timeout(300)
 def test_a_sweep_on_this_machine(tmp_path, shards):
     """A wrong value fails its run alone; the same again does only what is not done."""
-    words = ["sweep", *tiny(shards, tmp_path / "sweep", "cluster=local", "seed=1", "optimizer.lr=1e-3,-1")]
+    words = [
+        "sweep",
+        *tiny(shards, tmp_path / "sweep", "cluster=local", "seed=1", "optimizer.lr=1e-3,-1"),
+    ]
     done = evspan(*words)
     assert done.returncode == 1, done.stderr
     assert [e["event"] for e in read(tmp_path / "sweep" / "0")][-1] == "done"
@@ -253,7 +393,11 @@ def test_a_sweep_on_this_machine(tmp_path, shards):
 
 @pytest.mark.timeout(300)
 def test_hydras_multirun_gives_each_run_a_folder(tmp_path, shards):
-    words = ["train", "--multirun", *tiny(shards, tmp_path / "many", "training.max_steps=1", "seed=1,2")]
+    words = [
+        "train",
+        "--multirun",
+        *tiny(shards, tmp_path / "many", "training.max_steps=1", "seed=1,2"),
+    ]
     done = evspan(*words)
     assert done.returncode == 0, done.stderr
     seeds = [json.loads((tmp_path / "many" / n / "config.json").read_text())["seed"] for n in "01"]

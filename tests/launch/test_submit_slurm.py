@@ -26,7 +26,9 @@ START_S = 90.0  # from a requeue to a first step, with both cores busy
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return write_small_shards(tmp_path_factory.mktemp("shards"), {"train": [60, 44, 52], "val": [12]})
+    return write_small_shards(
+        tmp_path_factory.mktemp("shards"), {"train": [60, 44, 52], "val": [12]}
+    )
 
 
 @pytest.fixture
@@ -38,18 +40,50 @@ def slurm(cluster: Cluster):  # noqa: F811
 
 def keys(shards: Path, run: Path, *more: str) -> list[str]:
     """A run whose frames are shared by two ranks, one on each node."""
-    return [f"dataset.root={shards}", f"run_dir={run}", "size=micro", "model=maxvit_yolox/size_aware_attention",
-            "model.head.num_classes=3", "training.batch_size=2", "training.sequence_length=4", "training.loader_workers=1",
-            f"training.max_steps={STEPS}", "training.evaluate_every=0", "training.log_every=1", "checkpoint.every=5",
-            "checkpoint.keep=2", "parallel.ranks=2", "parallel.sequence=2", "parallel.threads=1", "parallel.timeout_s=60",
-            "cluster.ranks_per_node=1", "cluster.signal_delay_s=20", *more]
+    return [
+        f"dataset.root={shards}",
+        f"run_dir={run}",
+        "size=micro",
+        "model=maxvit_yolox/size_aware_attention",
+        "model.head.num_classes=3",
+        "training.batch_size=2",
+        "training.sequence_length=4",
+        "training.loader_workers=1",
+        f"training.max_steps={STEPS}",
+        "training.evaluate_every=0",
+        "training.log_every=1",
+        "checkpoint.every=5",
+        "checkpoint.keep=2",
+        "parallel.ranks=2",
+        "parallel.sequence=2",
+        "parallel.threads=1",
+        "parallel.timeout_s=60",
+        "cluster.ranks_per_node=1",
+        "cluster.signal_delay_s=20",
+        *more,
+    ]
 
 
 def evspan(cluster: Cluster | None, *words: str) -> subprocess.Popen:  # noqa: F811
-    environment = {**(cluster.environment if cluster else os.environ), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", "import evspan.launch.slurm.submit_runs as o; o.POLL_S = 0.5\n"
-                             "from evspan.launch.cli.main import main; main()", *words], cwd="/", stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=environment)
+    environment = {
+        **(cluster.environment if cluster else os.environ),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import evspan.launch.slurm.submit_runs as o; o.POLL_S = 0.5\n"
+            "from evspan.launch.cli.main import main; main()",
+            *words,
+        ],
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
 
 
 def finished(process: subprocess.Popen, seconds: float) -> tuple[int, str, str]:
@@ -90,7 +124,12 @@ def scalar(run: Path, tag: str) -> list[float]:
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
-    return load_file(run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() / "weights.safetensors")
+    return load_file(
+        run
+        / "checkpoints"
+        / (run / "checkpoints" / "latest").read_text().strip()
+        / "weights.safetensors"
+    )
 
 
 def assert_same_run(run: Path, undisturbed: Path, steps: int = STEPS) -> None:
@@ -99,7 +138,9 @@ def assert_same_run(run: Path, undisturbed: Path, steps: int = STEPS) -> None:
         np.testing.assert_allclose(weights(run)[name], wanted, rtol=1e-6, atol=1e-8, err_msg=name)
     told, wanted_losses = losses(run), losses(undisturbed)
     assert told.keys() == wanted_losses.keys() == set(range(1, steps + 1))
-    assert max(abs(told[step] - wanted_losses[step]) for step in told) <= 1e-6 * max(wanted_losses.values())
+    assert max(abs(told[step] - wanted_losses[step]) for step in told) <= 1e-6 * max(
+        wanted_losses.values()
+    )
     assert not [path for path in run.rglob(".*") if ".submitit" not in path.parts]
 
 
@@ -119,7 +160,14 @@ def requeue(cluster: Cluster, run: Path) -> None:  # noqa: F811
 
 def preempt(cluster: Cluster, run: Path) -> None:  # noqa: F811
     """By a job of a partition that goes first, on both nodes."""
-    cluster.ask("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    cluster.ask(
+        "sbatch",
+        "--partition=high",
+        "--nodes=2",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 1",
+    )
 
 
 def time_out(cluster: Cluster, run: Path) -> None:  # noqa: F811
@@ -135,7 +183,11 @@ def take_node_down(cluster: Cluster, run: Path) -> None:  # noqa: F811
 
 def resume(cluster: Cluster, node: str) -> None:  # noqa: F811
     """SLURM refuses it for a node that is up, which a node that is down may become by itself."""
-    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], env=cluster.environment, capture_output=True)
+    subprocess.run(
+        ["scontrol", "update", f"nodename={node}", "state=resume"],
+        env=cluster.environment,
+        capture_output=True,
+    )
 
 
 def kill_a_rank(cluster: Cluster, run: Path) -> None:  # noqa: F811
@@ -147,7 +199,10 @@ def rank_of(run: Path, number: int) -> int:
     log = str(run / "logs" / f"rank-{number:02d}.log")
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if os.readlink(path / "fd" / "1") == log and b"submitit" in (path / "cmdline").read_bytes():
+            if (
+                os.readlink(path / "fd" / "1") == log
+                and b"submitit" in (path / "cmdline").read_bytes()
+            ):
                 return int(path.name)
         except OSError:
             continue
@@ -195,7 +250,9 @@ def test_ten_disturbances_at_random_moments(slurm, shards, tmp_path):
     print(f"seed {seed}")
     draw = random.Random(seed)
     more = [f"training.max_steps={steps}", "checkpoint.every=2"]
-    code, _, err = finished(evspan(None, "train", *keys(shards, tmp_path / "undisturbed", *more)), 600)
+    code, _, err = finished(
+        evspan(None, "train", *keys(shards, tmp_path / "undisturbed", *more)), 600
+    )
     assert code == 0, err
     run = tmp_path / "run"
     submitted = evspan(slurm, "submit", *keys(shards, run, *more, "cluster.max_faults=9"))
@@ -209,7 +266,9 @@ def test_ten_disturbances_at_random_moments(slurm, shards, tmp_path):
             how(slurm, run)
             end = time.monotonic() + 2 * START_S
             while len(events(run, "start")) == began:
-                assert time.monotonic() < end, f"it has not come back after {how.__name__}: {read(run)}"
+                assert time.monotonic() < end, (
+                    f"it has not come back after {how.__name__}: {read(run)}"
+                )
                 time.sleep(0.5)
         code, out, err = finished(submitted, 300)
     finally:
@@ -217,7 +276,9 @@ def test_ten_disturbances_at_random_moments(slurm, shards, tmp_path):
     assert code == 0, f"{out}{err}{read(run)}"
     assert_same_run(run, tmp_path / "undisturbed", steps)
     repeated = scalar(run, "run/steps_repeated")
-    print(f"{len(events(run, 'start'))} attempts; steps repeated {repeated}; seconds lost {scalar(run, 'run/seconds_lost')}")
+    print(
+        f"{len(events(run, 'start'))} attempts; steps repeated {repeated}; seconds lost {scalar(run, 'run/seconds_lost')}"
+    )
     assert max(repeated) <= 2
 
 
@@ -229,7 +290,12 @@ def test_a_sweep_over_two_nodes(slurm, shards, tmp_path):
     code, out, err = finished(evspan(slurm, "sweep", *keys(shards, folder, *values)), 300)
     assert code == 1, f"{out}{err}"
     told = {run.name: read(run)[-1] for run in folder.iterdir() if run.name.isdigit()}
-    assert {name: event["event"] for name, event in told.items()} == {"0": "done", "1": "done", "2": "done", "3": "failed"}
+    assert {name: event["event"] for name, event in told.items()} == {
+        "0": "done",
+        "1": "done",
+        "2": "done",
+        "3": "failed",
+    }
     assert "optimizer.lr" in told["3"]["message"]
     assert len({job_of(folder / name).split("_")[0] for name in "012"}) == 1  # one array
     code, out, err = finished(evspan(slurm, "report", str(folder)), 60)
@@ -245,8 +311,13 @@ def test_a_fault_that_stays_is_given_up(slurm, shards, tmp_path):
     broken = tmp_path / "sitecustomize"
     broken.mkdir()
     (broken / "sitecustomize.py").write_text(
-        "import os, sys\nif os.environ.get('SLURM_PROCID') == '1':\n    sys.exit('broken')\n")
-    more = [f"cluster.environment=['PYTHONPATH={broken}']", "cluster.max_faults=2", "parallel.timeout_s=10"]
+        "import os, sys\nif os.environ.get('SLURM_PROCID') == '1':\n    sys.exit('broken')\n"
+    )
+    more = [
+        f"cluster.environment=['PYTHONPATH={broken}']",
+        "cluster.max_faults=2",
+        "parallel.timeout_s=10",
+    ]
     submitted = evspan(slurm, "submit", *keys(shards, run, *more))
     try:
         wait_for(lambda: events(run, "fault"), 120)
@@ -265,7 +336,9 @@ def test_a_fault_that_stays_is_given_up(slurm, shards, tmp_path):
 @pytest.mark.timeout(200)
 def test_a_cancelled_run_stays_away(slurm, shards, tmp_path):
     run = tmp_path / "run"
-    code, out, err = finished(evspan(slurm, "submit", *keys(shards, run, "cluster.detach=true")), 60)
+    code, out, err = finished(
+        evspan(slurm, "submit", *keys(shards, run, "cluster.detach=true")), 60
+    )
     assert code == 0 and "evspan status" in out, err
     again = finished(evspan(slurm, "submit", *keys(shards, run)), 60)
     assert again[0] == 2 and "already has" in again[2]
@@ -280,13 +353,21 @@ def test_a_cancelled_run_stays_away(slurm, shards, tmp_path):
 
 @pytest.mark.timeout(200)
 def test_hydras_multirun_goes_the_same_way(slurm, shards, tmp_path):
-    words = ["train", "--multirun", "hydra/launcher=slurm", *keys(shards, tmp_path / "many", "training.max_steps=1", "seed=1,2"),
-             "parallel.sequence=1", "hydra.launcher.partition=high"]
+    words = [
+        "train",
+        "--multirun",
+        "hydra/launcher=slurm",
+        *keys(shards, tmp_path / "many", "training.max_steps=1", "seed=1,2"),
+        "parallel.sequence=1",
+        "hydra.launcher.partition=high",
+    ]
     code, out, err = finished(evspan(slurm, *words), 150)
     assert code == 0, f"{out}{err}"
     assert [events(tmp_path / "many" / n, "done")[0]["step"] for n in "01"] == [1, 1]
 
 
 def test_what_slurm_refuses_is_one_line(slurm, shards, tmp_path):
-    code, out, err = finished(evspan(slurm, "submit", *keys(shards, tmp_path / "run", "cluster.partition=nowhere")), 60)
+    code, out, err = finished(
+        evspan(slurm, "submit", *keys(shards, tmp_path / "run", "cluster.partition=nowhere")), 60
+    )
     assert code == 2 and "cluster.partition" in err and len(err.splitlines()) == 1

@@ -30,26 +30,46 @@ TAGS = ("loss/total", "evaluation/ap")
 EVIL = "</title><script>alert('x')</script>&\"\n\033[2J"
 
 
-def train(run: Path, *attempts: range, ap: float, end: str = "done", picture: bool = False, **said) -> Path:
+def train(
+    run: Path, *attempts: range, ap: float, end: str = "done", picture: bool = False, **said
+) -> Path:
     """A run with losses 10 / step and one evaluation; an attempt begins where its range does, 1000 s after the one before."""
     for number, steps in enumerate(attempts, 1):
         began = NOW - 10_000 + 1000 * number
-        append(run, "start", step=steps.start, of=100, attempt=number, host="n1", job="", pid=os.getpid(), time=began)
+        append(
+            run,
+            "start",
+            step=steps.start,
+            of=100,
+            attempt=number,
+            host="n1",
+            job="",
+            pid=os.getpid(),
+            time=began,
+        )
         append(run, "running", step=steps.start + 1, seconds=9.5, time=began + 10)
         monitor = Monitor(run, enabled=True, resume_step=steps.start)
         for step in steps:
             assert monitor.writer
-            monitor.writer.add_scalar("loss/total", 10 / (step + 1), step + 1, walltime=began + 10 + step - steps.start)
+            monitor.writer.add_scalar(
+                "loss/total", 10 / (step + 1), step + 1, walltime=began + 10 + step - steps.start
+            )
             monitor.writer.add_scalar("loss/iou", 1.0, step + 1)
         if picture:
-            monitor.picture("training/boxes", np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8), steps.stop)
+            monitor.picture(
+                "training/boxes",
+                np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8),
+                steps.stop,
+            )
         monitor.scalars({"evaluation/ap": ap * number / len(attempts)}, steps.stop)
         monitor.close()
         if number < len(attempts):
             append(run, "requeued", step=attempts[number].start, time=began + 900)
     append(run, end, step=attempts[-1].stop, time=NOW, **said)
     (run / "evaluation").mkdir()
-    (run / "evaluation" / "metrics.json").write_text(json.dumps({"ap": ap, "ap50": ap + 0.1, "ap_small": None}))
+    (run / "evaluation" / "metrics.json").write_text(
+        json.dumps({"ap": ap, "ap50": ap + 0.1, "ap_small": None})
+    )
     return run
 
 
@@ -62,11 +82,27 @@ def sweep(tmp_path):
     append(folder / "2", "failed", step=0, message="optimizer.learn is no key", code=2)
     append(folder / "3", "start", step=0, of=100, attempt=1, host="n2", job="", pid=os.getpid())
     train(folder / "4", range(0, 20), ap=0.125, end="failed", message=EVIL, code=1)
-    overrides = [["optimizer.lr=0.001", "seed=1"], ["optimizer.lr=3e-4", "seed=1"], ["optimizer.learn=1", "seed=1"],
-                 ["optimizer.lr=0.1", "seed=1"], [f"+dataset.root='{EVIL}'", "optimizer.lr=1", "seed=1"]]
-    (folder / "sweep.json").write_text(json.dumps({"runs": [
-        {"folder": str(i), "overrides": o, "error": "optimizer.learn is no key" if i == 2 else None}
-        for i, o in enumerate(overrides)]}))
+    overrides = [
+        ["optimizer.lr=0.001", "seed=1"],
+        ["optimizer.lr=3e-4", "seed=1"],
+        ["optimizer.learn=1", "seed=1"],
+        ["optimizer.lr=0.1", "seed=1"],
+        [f"+dataset.root='{EVIL}'", "optimizer.lr=1", "seed=1"],
+    ]
+    (folder / "sweep.json").write_text(
+        json.dumps(
+            {
+                "runs": [
+                    {
+                        "folder": str(i),
+                        "overrides": o,
+                        "error": "optimizer.learn is no key" if i == 2 else None,
+                    }
+                    for i, o in enumerate(overrides)
+                ]
+            }
+        )
+    )
     return folder
 
 
@@ -108,15 +144,20 @@ class Page(HTMLParser):
 # -- curves ------------------------------------------------------------------------------------------------------
 def test_curves_are_what_tensorboards_reader_reads(sweep):
     for name in "014":
-        oracle = EventAccumulator(str(sweep / name / "tensorboard"), size_guidance={"scalars": 0, "images": 1})
+        oracle = EventAccumulator(
+            str(sweep / name / "tensorboard"), size_guidance={"scalars": 0, "images": 1}
+        )
         oracle.Reload()
         curves = read_curves(sweep / name, TAGS)
         for tag in TAGS:
             assert [(p.step, p.value, p.time) for p in curves[tag].points] == [
-                (e.step, e.value, e.wall_time) for e in oracle.Scalars(tag)]
+                (e.step, e.value, e.wall_time) for e in oracle.Scalars(tag)
+            ]
     assert [p.step for p in curves["loss/total"].points] == list(range(1, 21))
     curves = read_curves(sweep / "1", TAGS)
-    assert [p.step for p in curves["loss/total"].points] == list(range(1, 101))  # steps 41 to 60 of the first attempt are gone
+    assert [p.step for p in curves["loss/total"].points] == list(
+        range(1, 101)
+    )  # steps 41 to 60 of the first attempt are gone
     assert len(curves["loss/total"].every) == 120
 
 
@@ -141,7 +182,10 @@ def test_thinned_curves_keep_the_mean():
     thin = thinned(points)
     assert len(thin) <= MOST and thin[0] == (1.5, 1.5) and thin[-1][0] == 997.5
     assert np.mean([v for _, v in thin]) == pytest.approx(np.mean([p.value for p in points]))
-    assert thinned(points[:MOST]) == [(float(p.step), p.value) for p in points[:MOST]] and thinned([]) == []
+    assert (
+        thinned(points[:MOST]) == [(float(p.step), p.value) for p in points[:MOST]]
+        and thinned([]) == []
+    )
 
 
 # -- order and costs ---------------------------------------------------------------------------------------------
@@ -168,17 +212,32 @@ def test_what_requeues_cost(sweep):
     # does its first step 1010 s after the start of the one before. It began at step 40: 20 steps again; the third at 80: none.
     cost = by_name["1"].cost
     assert (by_name["1"].run.requeues, cost.steps) == (2, 20)
-    assert cost.seconds == pytest.approx(1010 - 69 + 1010 - 49) and cost.starting == pytest.approx(20)
+    assert cost.seconds == pytest.approx(1010 - 69 + 1010 - 49) and cost.starting == pytest.approx(
+        20
+    )
 
 
 def test_attempts_that_never_ran_count_in_full(tmp_path):
-    for event, step, at in (("start", 0, 0), ("running", 1, 10), ("saved", 30, 100), ("requeued", 30, 101), ("start", 30, 200),
-                            ("fault", 30, 210), ("requeued", 30, 211), ("start", 30, 300), ("running", 31, 320),
-                            ("done", 40, 400)):
+    for event, step, at in (
+        ("start", 0, 0),
+        ("running", 1, 10),
+        ("saved", 30, 100),
+        ("requeued", 30, 101),
+        ("start", 30, 200),
+        ("fault", 30, 210),
+        ("requeued", 30, 211),
+        ("start", 30, 300),
+        ("running", 31, 320),
+        ("done", 40, 400),
+    ):
         append(tmp_path, event, step=step, of=40, time=NOW - 500 + at, job="", host="n1")
     (row,) = rows(tmp_path)
     assert row.run.requeues == 2
-    assert (row.cost.seconds, row.cost.starting, row.cost.steps) == (pytest.approx(220), pytest.approx(20), 0)
+    assert (row.cost.seconds, row.cost.starting, row.cost.steps) == (
+        pytest.approx(220),
+        pytest.approx(20),
+        0,
+    )
 
 
 # -- text --------------------------------------------------------------------------------------------------------
@@ -188,7 +247,20 @@ def test_the_text(sweep, capsys):
     assert "\033" not in out
     lines = out.splitlines()
     cells = [re.split(r"  +", line) for line in lines[:6]]
-    assert cells[0] == ["run", "lr", "learn", "root", "AP", "AP50", "AP small", "best AP", "loss", "step", "state", "requeues"]
+    assert cells[0] == [
+        "run",
+        "lr",
+        "learn",
+        "root",
+        "AP",
+        "AP50",
+        "AP small",
+        "best AP",
+        "loss",
+        "step",
+        "state",
+        "requeues",
+    ]
     assert cells[1] == ["1", "3e-4", "0.500", "0.600", "0.500 at 100", "0.1000", "100", "done", "2"]
     assert [row[0] for row in cells[1:]] == ["1", "0", "4", "2", "3"]
     assert f"best: {sweep / '1'} (optimizer.lr=3e-4), AP 0.500" in lines
@@ -197,8 +269,19 @@ def test_the_text(sweep, capsys):
     assert lines[-1] == f"{sweep / 'report.html'}; HParams: tensorboard --logdir '{sweep}'"
 
 
-@pytest.mark.parametrize("text, value", [("1e-3", 1e-3), ("7", 7.0), ("True", True), ("false", False), ("adam", "adam"),
-                                         ("nan", "nan"), ("[1,2]", "[1,2]"), ("", "")])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1e-3", 1e-3),
+        ("7", 7.0),
+        ("True", True),
+        ("false", False),
+        ("adam", "adam"),
+        ("nan", "nan"),
+        ("[1,2]", "[1,2]"),
+        ("", ""),
+    ],
+)
 def test_values_for_tensorboard(text, value):
     got = report.as_value(text)
     assert (got, type(got)) == (value, type(value))
@@ -215,7 +298,11 @@ def test_the_page_stands_alone_and_holds_everything(sweep, capsys):
     text = (sweep / "report.html").read_text()
     page = Page(text)
     for tag, attributes in page.tags:  # nothing is fetched
-        assert tag not in ("link", "img", "iframe", "object") and not {"src", "onload", "onerror"} & set(attributes)
+        assert tag not in ("link", "img", "iframe", "object") and not {
+            "src",
+            "onload",
+            "onerror",
+        } & set(attributes)
         if "href" in attributes:
             assert tag == "a" and re.match(r"http://login1:6006/|[014]/logs/", attributes["href"])
     assert "url(" not in text and "@import" not in text and "\033" not in text
@@ -224,29 +311,46 @@ def test_the_page_stands_alone_and_holds_everything(sweep, capsys):
     assert page.texts[best + 1] == "optimizer.lr=3e-4" and best < page.texts.index("Runs")
     table = [row for row in page.rows if row and row[0] in "01234"]
     assert [row[0] for row in table[:5]] == ["1", "0", "4", "2", "3"]
-    assert [row[4:7] for row in table[:3]] == [["0.500", "0.600", "–"], ["0.250", "0.350", "–"], ["0.125", "0.225", "–"]]
+    assert [row[4:7] for row in table[:3]] == [
+        ["0.500", "0.600", "–"],
+        ["0.250", "0.350", "–"],
+        ["0.125", "0.225", "–"],
+    ]
     assert table[5] == ["1", "2", "32 min", "20 s", "20"]
     assert [t for t in page.texts if t.startswith("2 failed: optimizer.learn")]
     hrefs = [a["href"] for tag, a in page.tags if tag == "a"]
-    assert "http://login1:6006/?runFilter=%5E1%2F#timeseries" in hrefs and "http://login1:6006/#hparams" in hrefs
+    assert (
+        "http://login1:6006/?runFilter=%5E1%2F#timeseries" in hrefs
+        and "http://login1:6006/#hparams" in hrefs
+    )
 
 
 def test_the_curves_lie_where_the_numbers_say(sweep, capsys):
     report.main([str(sweep)])
-    lines = [(a["points"], a["style"]) for tag, a in Page((sweep / "report.html").read_text()).tags if tag == "polyline"]
+    lines = [
+        (a["points"], a["style"])
+        for tag, a in Page((sweep / "report.html").read_text()).tags
+        if tag == "polyline"
+    ]
     assert len(lines) == 6  # two curves of three runs
     points = [[tuple(map(float, p.split(","))) for p in places.split()] for places, _ in lines]
     loss, ap = points[:3], points[3:]
     assert len(loss[0]) == 100 and len(loss[2]) == 20  # of run 1 and run 4
     x, y = np.array(loss[0]).T
-    assert np.all(np.diff(x) > 0) and np.all(np.diff(y) >= 0)  # the loss falls, and SVG's y grows downwards
-    assert np.polyfit(np.arange(1, 101), x, 1)[1] == pytest.approx(46, abs=0.2)  # step 0 lies on the axis
+    assert np.all(np.diff(x) > 0) and np.all(
+        np.diff(y) >= 0
+    )  # the loss falls, and SVG's y grows downwards
+    assert np.polyfit(np.arange(1, 101), x, 1)[1] == pytest.approx(
+        46, abs=0.2
+    )  # step 0 lies on the axis
     assert np.array(loss[2])[:, 0] == pytest.approx(x[:20])
     heights = [ap[i][-1][1] for i in range(3)]
     assert heights[0] < heights[1] < heights[2]  # 0.5, 0.25, 0.125
     base = 300 - 38
     assert (base - heights[0]) / (base - heights[1]) == pytest.approx(2, rel=0.01)
-    assert len({style for _, style in lines[:3]}) == 3 and [s for _, s in lines[:3]] == [s for _, s in lines[3:]]
+    assert len({style for _, style in lines[:3]}) == 3 and [s for _, s in lines[:3]] == [
+        s for _, s in lines[3:]
+    ]
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path, capsys):
@@ -261,7 +365,12 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as leaving:
         report.main([str(tmp_path)])
     err = capsys.readouterr().err
-    assert leaving.value.code == 2 and len(err.splitlines()) == 1 and "holds no run" in err and not list(tmp_path.iterdir())
+    assert (
+        leaving.value.code == 2
+        and len(err.splitlines()) == 1
+        and "holds no run" in err
+        and not list(tmp_path.iterdir())
+    )
 
 
 # -- TensorBoard -------------------------------------------------------------------------------------------------
@@ -275,15 +384,21 @@ def hparams(logdir: Path) -> dict[str, tuple[dict, dict]]:
     request_context, runs = RequestContext(), None
     runs = context.hparams_metadata(request_context, "x")
     experiment = context.experiment_from_metadata(request_context, "x", True, runs, [])
-    asked = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=100, allowed_statuses=[0, 1, 2, 3], include_metrics=True)
+    asked = api_pb2.ListSessionGroupsRequest(
+        start_index=0, slice_size=100, allowed_statuses=[0, 1, 2, 3], include_metrics=True
+    )
     for info in experiment.hparam_infos:
         asked.col_params.add(hparam=info.name)
     for info in experiment.metric_infos:
         asked.col_params.add(metric=info.name)
     answer = Handler(request_context, context, "x", asked).run()
-    return {group.sessions[0].name: (
-        {key: getattr(value, value.WhichOneof("kind")) for key, value in group.hparams.items()},
-        {m.name.tag: m.value for m in group.metric_values}) for group in answer.session_groups}
+    return {
+        group.sessions[0].name: (
+            {key: getattr(value, value.WhichOneof("kind")) for key, value in group.hparams.items()},
+            {m.name.tag: m.value for m in group.metric_values},
+        )
+        for group in answer.session_groups
+    }
 
 
 @pytest.mark.timeout(60)

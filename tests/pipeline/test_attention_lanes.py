@@ -7,7 +7,14 @@ import copy
 
 import pytest
 import torch
-from evspan.conf.schema.training import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, OptimizerConfig, PostprocessConfig
+from evspan.conf.schema.training import (
+    BackboneConfig,
+    FpnConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PostprocessConfig,
+)
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.postprocess import detections
@@ -16,18 +23,31 @@ from evspan.pipeline.model.state import DetectorState, detach, map_state, state_
 pytestmark = pytest.mark.timeout(120)
 
 CHANNELS, H, W, LANES, STEPS = 4, 32, 64, 3, 6
-PARTS = {"spatial": (True, False), "temporal": (False, True), "channel": (False, False), "all": (True, True)}
+PARTS = {
+    "spatial": (True, False),
+    "temporal": (False, True),
+    "channel": (False, False),
+    "all": (True, True),
+}
 ATTENDING = [*((part, 3) for part in PARTS), ("temporal", 4), ("all", 4)]
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def micro(part="all", scales=3, *, window=3, dws_conv=False, published=False, gates=0.7, mix_lanes=False):
+def micro(
+    part="all", scales=3, *, window=3, dws_conv=False, published=False, gates=0.7, mix_lanes=False
+):
     """part None: no attention. Alike but for what is asked for: parameters of one name are the same."""
     torch.manual_seed(0)
     spatial, temporal = PARTS[part or "all"]
-    fpn = FpnConfig(in_stages=[1, 2, 3, 4][-scales:], enable_small_object_attention=part is not None, attention_spatial=spatial,
-                    attention_temporal=temporal, temporal_window=window, identity_start=not published,
-                    mix_lanes=mix_lanes)
+    fpn = FpnConfig(
+        in_stages=[1, 2, 3, 4][-scales:],
+        enable_small_object_attention=part is not None,
+        attention_spatial=spatial,
+        attention_temporal=temporal,
+        temporal_window=window,
+        identity_start=not published,
+        mix_lanes=mix_lanes,
+    )
     backbone = BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5, dws_conv=dws_conv)
     config = ModelConfig(backbone=backbone, fpn=fpn, head=HeadConfig(num_classes=2))
     detector = Detector(config, CHANNELS)
@@ -38,8 +58,13 @@ def micro(part="all", scales=3, *, window=3, dws_conv=False, published=False, ga
                 parameter.fill_(gates)
             elif "_preds" in name and name.endswith("bias"):
                 parameter.zero_()  # sure enough of some cells for detections
-            elif parameter.dim() > 1:  # large enough for every frame and part to show in the outputs
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (2 / parameter[0].numel()) ** 0.5)
+            elif (
+                parameter.dim() > 1
+            ):  # large enough for every frame and part to show in the outputs
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator)
+                    * (2 / parameter[0].numel()) ** 0.5
+                )
     return detector
 
 
@@ -82,21 +107,29 @@ def test_a_start_is_of_one_lane(part, scales):
     detector, frames = micro(part, scales).eval(), some_frames(4)
     _, state = run(detector, frames[:2])
     starts = torch.tensor([False, True, False])
-    results = run(detector, frames[2:], state, starts=starts), run(detector, frames[2:], state), run(detector, frames[2:])
+    results = (
+        run(detector, frames[2:], state, starts=starts),
+        run(detector, frames[2:], state),
+        run(detector, frames[2:]),
+    )
     out, kept, fresh = (by_frame(raw, 2) for raw, _ in results)
     for lane, wanted in enumerate((kept, fresh, kept)):
         assert torch.equal(out[:, lane], wanted[:, lane])
     assert not torch.allclose(out[:, 1], kept[:, 1], atol=1e-3)
 
 
-@pytest.mark.parametrize("part, scales, window", [(*case, 3) for case in ATTENDING] + [("temporal", 3, 2), ("all", 4, 5)])
+@pytest.mark.parametrize(
+    "part, scales, window", [(*case, 3) for case in ATTENDING] + [("temporal", 3, 2), ("all", 4, 5)]
+)
 def test_cutting_anywhere_changes_nothing(part, scales, window):
     detector, frames = micro(part, scales, window=window).eval(), some_frames()
     labelled = torch.rand(STEPS, LANES, generator=torch.Generator().manual_seed(1)) < 0.6
     wanted, end = run(detector, frames, labelled=labelled)
     for cuts in [(t, STEPS - t) for t in range(1, STEPS)] + [(1,) * STEPS, (1, 2, 1, 2)]:
         state, parts = None, []
-        for part_frames, part_labelled in zip(frames.split(cuts), labelled.split(cuts), strict=True):
+        for part_frames, part_labelled in zip(
+            frames.split(cuts), labelled.split(cuts), strict=True
+        ):
             raw, state = run(detector, part_frames, state, labelled=part_labelled)
             parts.append(raw)
         torch.testing.assert_close(torch.cat(parts), wanted, **EXACT)
@@ -113,10 +146,14 @@ def test_mixed_lanes_look_back_at_their_neighbours_frames_alone(window):
     for t in range(STEPS):
         handed = DetectorState(stages, tuple(frames_before.roll(-1, 1) for frames_before in before))
         raw, (stages, after) = run(plain, frames[t : t + 1], handed)
-        before = tuple(torch.cat((old[1:], new[-1:])) for old, new in zip(before, after, strict=True))
+        before = tuple(
+            torch.cat((old[1:], new[-1:])) for old, new in zip(before, after, strict=True)
+        )
         torch.testing.assert_close(raw, by_frame(out)[t], **EXACT)
     labelled = torch.rand(STEPS, LANES, generator=torch.Generator().manual_seed(1)) < 0.4
-    torch.testing.assert_close(run(mixed, frames, labelled=labelled)[0], out[labelled.flatten()], **EXACT)
+    torch.testing.assert_close(
+        run(mixed, frames, labelled=labelled)[0], out[labelled.flatten()], **EXACT
+    )
     first, state = run(mixed, frames[:2])
     assert_states_close(run(mixed, frames[2:], state)[1], end)
 
@@ -127,7 +164,9 @@ def test_other_labelled_frames_change_no_prediction(part, scales):
     detector, frames = micro(part, scales).eval(), some_frames()
     every, end = run(detector, frames)
     g = torch.Generator().manual_seed(2)
-    masks = [torch.rand(STEPS, LANES, generator=g) < share for share in (0.1, 0.3, 0.7)] + [torch.zeros(STEPS, LANES) > 0]
+    masks = [torch.rand(STEPS, LANES, generator=g) < share for share in (0.1, 0.3, 0.7)] + [
+        torch.zeros(STEPS, LANES) > 0
+    ]
     for frame in (0, STEPS - 1):
         masks.append(torch.zeros(STEPS, LANES, dtype=torch.bool))
         masks[-1][frame, 1] = True
@@ -148,17 +187,24 @@ def needed_by_definition(labelled, looks_back):
     return rows
 
 
-@pytest.mark.parametrize("part, window", [("all", 2), ("temporal", 3), ("all", 4), ("spatial", 3), ("channel", 3), (None, 3)])
+@pytest.mark.parametrize(
+    "part, window",
+    [("all", 2), ("temporal", 3), ("all", 4), ("spatial", 3), ("channel", 3), (None, 3)],
+)
 def test_neck_and_head_run_on_the_frames_that_labelled_ones_need(part, window):
     detector, frames, seen = micro(part, window=window).eval(), some_frames(), {}
-    detector.backbone.register_forward_hook(lambda _, __, out: seen.update(backbone=[f.flatten(0, 1) for f in out[0][1:]]))
+    detector.backbone.register_forward_hook(
+        lambda _, __, out: seen.update(backbone=[f.flatten(0, 1) for f in out[0][1:]])
+    )
     detector.fpn.register_forward_pre_hook(lambda _, args: seen.update(neck=args[0]))
     detector.yolox_head.register_forward_pre_hook(lambda _, args: seen.update(head=args[0]))
     none = torch.zeros(STEPS, LANES, dtype=torch.bool)
     masks = [none, ~none] + [none.clone() for _ in range(STEPS)]
     for t, mask in enumerate(masks[2:]):
         mask[t, t % LANES] = True
-    masks += [torch.rand(STEPS, LANES, generator=torch.Generator().manual_seed(s)) < 0.3 for s in range(3)]
+    masks += [
+        torch.rand(STEPS, LANES, generator=torch.Generator().manual_seed(s)) < 0.3 for s in range(3)
+    ]
     for labelled in masks:
         run(detector, frames, labelled=labelled)
         rows = needed_by_definition(labelled, window - 1 if part in ("all", "temporal") else 0)
@@ -171,7 +217,11 @@ def test_neck_and_head_run_on_the_frames_that_labelled_ones_need(part, window):
 def losses_and_gradients(detector, evaluate):
     """Of two chunks with one update between; between the chunks, perhaps, an evaluation of other recordings."""
     boxes = torch.tensor([[[1, 30.0, 16, 20, 20]]]).repeat(2 * LANES, 1, 1)
-    optimizer, state, out = torch.optim.SGD(detector.parameters(), 0.01), detector.initial_state(LANES, H, W), []
+    optimizer, state, out = (
+        torch.optim.SGD(detector.parameters(), 0.01),
+        detector.initial_state(LANES, H, W),
+        [],
+    )
     for seed in (0, 1):
         if evaluate:
             detector.eval()
@@ -181,7 +231,13 @@ def losses_and_gradients(detector, evaluate):
         optimizer.zero_grad()
         labelled = torch.tensor([[False] * LANES, [True] * LANES, [True] * LANES])
         raw, state = detector(some_frames(3, seed=seed), detach(state), labelled=labelled)
-        loss = detection_loss(raw, boxes, torch.ones(2 * LANES, dtype=torch.long), detector.geometry(H, W), detector.config.head)
+        loss = detection_loss(
+            raw,
+            boxes,
+            torch.ones(2 * LANES, dtype=torch.long),
+            detector.geometry(H, W),
+            detector.config.head,
+        )
         loss.total.backward()
         out += [loss.total.detach(), *(p.grad.clone() for p in detector.parameters())]
         optimizer.step()
@@ -191,7 +247,11 @@ def losses_and_gradients(detector, evaluate):
 @pytest.mark.parametrize("part, scales", ATTENDING)
 def test_evaluation_leaves_no_trace_in_training(part, scales):
     detector = micro(part, scales)
-    for a, b in zip(losses_and_gradients(copy.deepcopy(detector), False), losses_and_gradients(detector, True), strict=True):
+    for a, b in zip(
+        losses_and_gradients(copy.deepcopy(detector), False),
+        losses_and_gradients(detector, True),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -207,14 +267,20 @@ def test_gradients_reach_the_frames_looked_back_at(part, scales):
     if not PARTS[part][1]:
         assert all(len(f) == 1 for f in features)
         return
-    for gradient in torch.autograd.grad(raw.square().sum(), features):  # given are frame 1 of lane 1, and frames 2 and 3 of all
+    for gradient in torch.autograd.grad(
+        raw.square().sum(), features
+    ):  # given are frame 1 of lane 1, and frames 2 and 3 of all
         reached = gradient.flatten(1).abs().sum(1) > 1e-6
         assert reached.tolist() == [True, False, True, False, False, True, False]
     state = detector.initial_state(LANES, H, W)
-    state = DetectorState(state.stages, tuple(torch.ones_like(p).requires_grad_() for p in state.previous))
+    state = DetectorState(
+        state.stages, tuple(torch.ones_like(p).requires_grad_() for p in state.previous)
+    )
     raw, _ = detector(some_frames(1), state, labelled=torch.tensor([[False, True, False]]))
     for carried in torch.autograd.grad(raw.square().sum(), state.previous):
-        assert ((carried.flatten(2).abs().sum(2) > 0) == torch.tensor([[False, True, False]] * 2)).all()
+        assert (
+            (carried.flatten(2).abs().sum(2) > 0) == torch.tensor([[False, True, False]] * 2)
+        ).all()
 
 
 # -- the identity, and the published form ------------------------------------------------------------------------------
@@ -222,19 +288,37 @@ def test_gradients_reach_the_frames_looked_back_at(part, scales):
 def test_attention_starts_as_the_identity_and_the_published_form_does_not(part, scales):
     plain, frames = micro(None, scales).eval(), some_frames(3, 2)
     wanted, _ = run(plain, frames)
-    for attending, alike in ((micro(part, scales, gates=0.0), True), (micro(part, scales), False),
-                             (micro(part, scales, published=True), False)):
+    for attending, alike in (
+        (micro(part, scales, gates=0.0), True),
+        (micro(part, scales), False),
+        (micro(part, scales, published=True), False),
+    ):
         missing, unexpected = attending.load_state_dict(plain.state_dict(), strict=False)
         assert missing and not unexpected
         error = (run(attending.eval(), frames)[0] - wanted).abs().max()
         assert error < 1e-6 if alike else error > 1e-2
-        assert not any(name.endswith("gate") for name, _ in attending.named_parameters()) or attending.config.fpn.identity_start
+        assert (
+            not any(name.endswith("gate") for name, _ in attending.named_parameters())
+            or attending.config.fpn.identity_start
+        )
 
 
 # -- streaming -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("part, scales, dws_conv, lanes", [
-    (None, 3, False, 1), (None, 3, True, 3), (None, 4, False, 3), (None, 4, True, 1), ("all", 3, False, 3), ("all", 3, True, 1),
-    ("all", 4, False, 1), ("all", 4, True, 3), ("temporal", 3, False, 3), ("spatial", 4, False, 3)])
+@pytest.mark.parametrize(
+    "part, scales, dws_conv, lanes",
+    [
+        (None, 3, False, 1),
+        (None, 3, True, 3),
+        (None, 4, False, 3),
+        (None, 4, True, 1),
+        ("all", 3, False, 3),
+        ("all", 3, True, 1),
+        ("all", 4, False, 1),
+        ("all", 4, True, 3),
+        ("temporal", 3, False, 3),
+        ("spatial", 4, False, 3),
+    ],
+)
 def test_one_frame_at_a_time_is_the_batched_path(part, scales, dws_conv, lanes):
     detector, frames = micro(part, scales, dws_conv=dws_conv).eval(), some_frames(4, lanes)
     raw, end = run(detector, frames)
@@ -261,7 +345,10 @@ def test_detect_is_a_step_then_thresholds_and_suppression(part, scales):
             decoded, wanted_after = detector.step(frames[0], state)
         for rows, wanted in zip(found, detections(decoded, **limits), strict=True):
             assert torch.equal(rows, wanted)
-        assert all(torch.equal(a, b) for a, b in zip(state_tensors(after), state_tensors(wanted_after), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(state_tensors(after), state_tensors(wanted_after), strict=True)
+        )
         sizes.append(sum(map(len, found)))
     assert 0 < sizes[0] < sizes[1] < sizes[2], sizes
 
@@ -275,10 +362,19 @@ def test_gates_learn_at_a_rate_of_their_own():
     everything = {id(p) for p in detector.parameters()}
     gates = {id(p) for name, p in detector.named_parameters() if name.endswith(".gate")}
     matrices = {id(p) for p in detector.parameters() if p.dim() >= 2}
-    decayed, plain, fast = parameter_groups(detector, OptimizerConfig(lr=0.1, weight_decay=0.3, gate_lr=5))
+    decayed, plain, fast = parameter_groups(
+        detector, OptimizerConfig(lr=0.1, weight_decay=0.3, gate_lr=5)
+    )
     told = [{id(p) for p in group["params"]} for group in (decayed, plain, fast)]
-    assert told == [matrices, everything - matrices - gates, gates] and len(gates) == 9  # 2 scales x 3, 3 x 1
-    assert (decayed["weight_decay"], plain["weight_decay"], fast["weight_decay"], fast["lr"]) == (0.3, 0.0, 0.0, 0.5)
+    assert (
+        told == [matrices, everything - matrices - gates, gates] and len(gates) == 9
+    )  # 2 scales x 3, 3 x 1
+    assert (decayed["weight_decay"], plain["weight_decay"], fast["weight_decay"], fast["lr"]) == (
+        0.3,
+        0.0,
+        0.0,
+        0.5,
+    )
     assert "lr" not in decayed and "lr" not in plain
     same = parameter_groups(detector, OptimizerConfig())
     assert len(same) == 2 and gates < {id(p) for p in same[1]["params"]}

@@ -5,12 +5,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from evspan.conf.schema.prep import DatasetConfig, frame_config
-from evspan.conf.schema.training import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.conf.schema.training import (
+    BackboneConfig,
+    EvaluationConfig,
+    FpnConfig,
+    HeadConfig,
+    ModelConfig,
+)
 from evspan.data_prep.shards.format import BOX
 from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.inference.streaming import evaluate_split
 from evspan.pipeline.model.detector import Detector
-from evspan.pipeline.tensorboard.attention_probe import Look, Watched, attention_of, choose_frames, look
+from evspan.pipeline.tensorboard.attention_probe import (
+    Look,
+    Watched,
+    attention_of,
+    choose_frames,
+    look,
+)
 from evspan.pipeline.tensorboard.images import GREEN, ORANGE, heat_map, watched_picture
 from evspan.pipeline.weights import Weights
 from support.small_shards import CLASSES, FRAMES, HEIGHT, WIDTH, write_small_shards
@@ -21,8 +33,11 @@ CPU = torch.device("cpu")
 
 
 def model(**fpn):
-    return ModelConfig(backbone=BackboneConfig(embed_dim=16, dim_head=8, ls_init_value=1.0), fpn=FpnConfig(**fpn),
-                       head=HeadConfig(num_classes=3))
+    return ModelConfig(
+        backbone=BackboneConfig(embed_dim=16, dim_head=8, ls_init_value=1.0),
+        fpn=FpnConfig(**fpn),
+        head=HeadConfig(num_classes=3),
+    )
 
 
 def weights_of(config, opened=0.5):
@@ -48,24 +63,44 @@ def test_hooks_tell_what_features_are_multiplied_with():
     config = model(enable_small_object_attention=True)
     detector = Detector(config, 4).eval()
     detector.load_state_dict(weights_of(config).tensors)
-    block, scale = detector.fpn.small_object_attention_modules["scale_1"], detector.fpn.scale_aware_attention_modules["scale_1"]
+    block, scale = (
+        detector.fpn.small_object_attention_modules["scale_1"],
+        detector.fpn.scale_aware_attention_modules["scale_1"],
+    )
     given = {}
-    handles = [part.register_forward_pre_hook(lambda module, args, name=name: given.__setitem__(name, args))
-               for name, part in (("spatial", block.spatial), ("temporal", block.temporal), ("channel", scale))]
-    frames = torch.from_numpy(np.random.default_rng(0).poisson(0.3, (3, 2, 4, HEIGHT, WIDTH)).astype(np.uint8))
+    handles = [
+        part.register_forward_pre_hook(
+            lambda module, args, name=name: given.__setitem__(name, args)
+        )
+        for name, part in (
+            ("spatial", block.spatial),
+            ("temporal", block.temporal),
+            ("channel", scale),
+        )
+    ]
+    frames = torch.from_numpy(
+        np.random.default_rng(0).poisson(0.3, (3, 2, 4, HEIGHT, WIDTH)).astype(np.uint8)
+    )
     state = detector.initial_state(2, HEIGHT, WIDTH)
     with torch.no_grad():
         with attention_of(detector) as told:
             during, _ = detector(frames, state)
         told = dict(told)
-        listeners = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in detector.modules())
+        listeners = sum(
+            len(m._forward_hooks) + len(m._forward_pre_hooks) for m in detector.modules()
+        )
         after, _ = detector(frames, state)
     assert listeners == len(handles)  # ours are gone
     assert torch.equal(during, after)
-    x, = given["spatial"]
-    scales, (first, _, last) = zip(block.spatial.scale_convs, (1, 2, 4), strict=True), block.spatial.attention_conv
+    (x,) = given["spatial"]
+    scales, (first, _, last) = (
+        zip(block.spatial.scale_convs, (1, 2, 4), strict=True),
+        block.spatial.attention_conv,
+    )
     combined = torch.cat([conv(x, c, padding=s, dilation=s) for c, s in scales], 1)
-    torch.testing.assert_close(told["scale_1/spatial"], torch.sigmoid(conv(F.relu(conv(combined, first)), last)))
+    torch.testing.assert_close(
+        told["scale_1/spatial"], torch.sigmoid(conv(F.relu(conv(combined, first)), last))
+    )
     x, previous = given["temporal"]
     block = block.temporal
     motion = torch.sigmoid(conv(torch.cat((x, previous[:, -1]), 1), block.motion_conv, padding=1))
@@ -77,11 +112,14 @@ def test_hooks_tell_what_features_are_multiplied_with():
     with torch.no_grad():
         effect = block(x, previous) - x
     torch.testing.assert_close(effect, temporal * motion * weights[..., None, None] * block.gate)
-    x, = given["channel"]
+    (x,) = given["channel"]
     torch.testing.assert_close(told["scale_1/channel"], torch.sigmoid(scale.fc(x.mean((2, 3)))))
     assert {name: tuple(v.shape) for name, v in told.items() if "_0" in name} == {
-        "scale_0/spatial": (6, 1, 8, 16), "scale_0/motion": (6, 1, 8, 16), "scale_0/temporal": (6, 32),
-        "scale_0/channel": (6, 32)}
+        "scale_0/spatial": (6, 1, 8, 16),
+        "scale_0/motion": (6, 1, 8, 16),
+        "scale_0/temporal": (6, 32),
+        "scale_0/channel": (6, 32),
+    }
     assert "scale_2/channel" in told and len(told) == 2 * 4 + 1
 
 
@@ -90,19 +128,26 @@ def test_watched_frames_are_labelled_ones_with_boxes_spread_over_recordings(data
     assert chosen == choose_frames(data, EVERYTHING) and len(chosen) == 4
     assert {r.name for r, _ in chosen} == {"val_000", "val_001", "val_002"}
     assert all(r.labelled[f] and len(r.boxes(f)) for r, f in chosen)
-    assert [(r.name, f) for r, f in choose_frames(data, EvaluationConfig(skip_first_ms=550))] == [("val_000", 11)]
+    assert [(r.name, f) for r, f in choose_frames(data, EvaluationConfig(skip_first_ms=550))] == [
+        ("val_000", 11)
+    ]
     assert choose_frames(data, EvaluationConfig(skip_first_ms=5000)) == []
 
 
 def test_a_look_finds_what_evaluation_finds_and_leaves_no_trace(data):
     weights = weights_of(model(enable_small_object_attention=True))
     before = torch.get_rng_state()
-    config = EvaluationConfig(skip_first_ms=0, sequence_length=12)  # from each recording's beginning on, as evaluation
+    config = EvaluationConfig(
+        skip_first_ms=0, sequence_length=12
+    )  # from each recording's beginning on, as evaluation
     seen = look(weights, data, config, CPU)
     assert torch.equal(torch.get_rng_state(), before)
     detector = Detector(weights.model, 4).eval()
     detector.load_state_dict(weights.tensors)
-    results = {r.name: r for r in evaluate_split(detector, data, config, device=CPU, recordings=data.recordings)}
+    results = {
+        r.name: r
+        for r in evaluate_split(detector, data, config, device=CPU, recordings=data.recordings)
+    }
     for (recording, number), frame in zip(choose_frames(data, config), seen.frames, strict=True):
         result = results[recording.name]
         place = result.frames.index(number)
@@ -111,29 +156,64 @@ def test_a_look_finds_what_evaluation_finds_and_leaves_no_trace(data):
         assert len(frame.found) == len(result.detections[place]) > 0
         np.testing.assert_allclose(frame.found, result.detections[place], rtol=1e-3, atol=1e-3)
         assert {name: m.shape for name, m in frame.maps.items()} == {
-            "scale_0/spatial": (8, 16), "scale_0/motion": (8, 16), "scale_1/spatial": (4, 8), "scale_1/motion": (4, 8)}
-        assert frame.strides == {"scale_0/spatial": 8, "scale_0/motion": 8, "scale_1/spatial": 16, "scale_1/motion": 16}
+            "scale_0/spatial": (8, 16),
+            "scale_0/motion": (8, 16),
+            "scale_1/spatial": (4, 8),
+            "scale_1/motion": (4, 8),
+        }
+        assert frame.strides == {
+            "scale_0/spatial": 8,
+            "scale_0/motion": 8,
+            "scale_1/spatial": 16,
+            "scale_1/motion": 16,
+        }
     assert {name: v.shape for name, v in seen.multipliers.items()} == {
-        "scale_0/spatial": (4 * 128,), "scale_0/motion": (4 * 128,), "scale_0/temporal": (4 * 32,), "scale_0/channel": (4 * 32,),
-        "scale_1/spatial": (4 * 32,), "scale_1/motion": (4 * 32,), "scale_1/temporal": (4 * 64,), "scale_1/channel": (4 * 64,),
-        "scale_2/channel": (4 * 128,)}
+        "scale_0/spatial": (4 * 128,),
+        "scale_0/motion": (4 * 128,),
+        "scale_0/temporal": (4 * 32,),
+        "scale_0/channel": (4 * 32,),
+        "scale_1/spatial": (4 * 32,),
+        "scale_1/motion": (4 * 32,),
+        "scale_1/temporal": (4 * 64,),
+        "scale_1/channel": (4 * 64,),
+        "scale_2/channel": (4 * 128,),
+    }
     third = seen.multipliers["scale_0/spatial"].reshape(4, 8, 16)[2]
     np.testing.assert_array_equal(third, seen.frames[2].maps["scale_0/spatial"])
-    assert sorted(seen.gates) == sorted([f"scale_{i}/{part}" for i in (0, 1) for part in ("spatial", "temporal", "integration")]
-                                        + [f"scale_{i}/channel" for i in range(3)])
-    assert seen.gates["scale_1/integration"] == float(weights.tensors["fpn.small_object_attention_modules.scale_1.gate"])
+    assert sorted(seen.gates) == sorted(
+        [f"scale_{i}/{part}" for i in (0, 1) for part in ("spatial", "temporal", "integration")]
+        + [f"scale_{i}/channel" for i in range(3)]
+    )
+    assert seen.gates["scale_1/integration"] == float(
+        weights.tensors["fpn.small_object_attention_modules.scale_1.gate"]
+    )
 
 
-@pytest.mark.parametrize("fpn, maps, gates", [
-    ({}, set(), 0),
-    ({"enable_small_object_attention": True, "attention_temporal": False}, {"scale_0/spatial", "scale_1/spatial"}, 5),
-    ({"enable_small_object_attention": True, "identity_start": False},
-     {f"scale_{i}/{part}" for i in (0, 1) for part in ("spatial", "motion")}, 0)])
+@pytest.mark.parametrize(
+    "fpn, maps, gates",
+    [
+        ({}, set(), 0),
+        (
+            {"enable_small_object_attention": True, "attention_temporal": False},
+            {"scale_0/spatial", "scale_1/spatial"},
+            5,
+        ),
+        (
+            {"enable_small_object_attention": True, "identity_start": False},
+            {f"scale_{i}/{part}" for i in (0, 1) for part in ("spatial", "motion")},
+            0,
+        ),
+    ],
+)
 def test_every_kind_of_neck_can_be_looked_at(data, fpn, maps, gates):
     seen = look(weights_of(model(**fpn)), data, EVERYTHING, CPU)
     assert all(set(frame.maps) == maps for frame in seen.frames) and len(seen.gates) == gates
     columns = 2 + sum(name.startswith("scale_0") for name in maps)
-    assert watched_picture(seen, CLASSES).shape == (4 * (3 * HEIGHT + 2) - 2, columns * (3 * WIDTH + 2) - 2, 3)
+    assert watched_picture(seen, CLASSES).shape == (
+        4 * (3 * HEIGHT + 2) - 2,
+        columns * (3 * WIDTH + 2) - 2,
+        3,
+    )
 
 
 def test_boxes_detections_and_maps_are_where_they_should_be():
@@ -141,8 +221,15 @@ def test_boxes_detections_and_maps_are_where_they_should_be():
     found = np.array([[50, 30, 70, 50, 0.9, 0.9, 2], [5, 35, 15, 45, 0.5, 0.5, 0]], np.float32)
     values = np.full((8, 16), 0.25, np.float32)
     values[4, 6:9] = 0.75  # rows 32 to 39, columns 48 to 71
-    frame = Watched("val_000", 1_000_000, np.zeros((4, HEIGHT, WIDTH), np.uint8), box, found, {"scale_0/spatial": values},
-                    {"scale_0/spatial": 8})
+    frame = Watched(
+        "val_000",
+        1_000_000,
+        np.zeros((4, HEIGHT, WIDTH), np.uint8),
+        box,
+        found,
+        {"scale_0/spatial": values},
+        {"scale_0/spatial": 8},
+    )
     rgb = watched_picture(Look([frame], {}, {"scale_0/spatial": 0.125}), CLASSES)
     assert rgb.shape == (180, 3 * 302 - 2, 3)
     boxes, detections, attention = (rgb[:, x : x + 300].astype(int) for x in (0, 302, 604))
@@ -170,4 +257,6 @@ def test_a_heat_map_is_cut_to_the_frame_and_lighter_where_events_are():
     assert rgb.shape == (HEIGHT, WIDTH, 3)
     assert (rgb[0:8, 0:8] == rgb[0, 0]).all() and rgb[0, 0].tolist() != rgb[59, 99].tolist()
     assert (rgb[50, 90] > rgb[50, 91]).all()
-    assert heat_map(np.full((8, 16), 0.5, np.float32), 8, frame).std(axis=(0, 1)).max() < 5  # a flat map is flat
+    assert (
+        heat_map(np.full((8, 16), 0.5, np.float32), 8, frame).std(axis=(0, 1)).max() < 5
+    )  # a flat map is flat

@@ -20,8 +20,12 @@ def lstm_one_by_one(lstm, x, state):
     out = []
     for frame in x.permute(0, 1, 4, 2, 3):
         if lstm.conv3x3_dws is not None:
-            h = F.conv2d(h, lstm.conv3x3_dws.weight, lstm.conv3x3_dws.bias, padding=1, groups=h.shape[1])
-        f, i, o, g = F.conv2d(torch.cat((frame, h), 1), lstm.conv1x1.weight, lstm.conv1x1.bias).chunk(4, 1)
+            h = F.conv2d(
+                h, lstm.conv3x3_dws.weight, lstm.conv3x3_dws.bias, padding=1, groups=h.shape[1]
+            )
+        f, i, o, g = F.conv2d(
+            torch.cat((frame, h), 1), lstm.conv1x1.weight, lstm.conv1x1.bias
+        ).chunk(4, 1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
         out.append(h)
@@ -38,7 +42,9 @@ def test_lstm_agrees_with_one_frame_at_a_time(dws_conv):
     results = []
     for run in (lstm, lambda *a: lstm_one_by_one(lstm, *a)):
         y, after = run(x, state)
-        gradients = torch.autograd.grad((y * weights).sum() + after.cell.sum(), [x, *lstm.parameters()])
+        gradients = torch.autograd.grad(
+            (y * weights).sum() + after.cell.sum(), [x, *lstm.parameters()]
+        )
         results.append((y, *after, *gradients))
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
@@ -47,7 +53,10 @@ def test_lstm_agrees_with_one_frame_at_a_time(dws_conv):
 @pytest.mark.parametrize("dws_conv", [False, True])
 def test_truncated_gradients_are_those_of_chunks_cut_there(dws_conv):
     torch.manual_seed(0)
-    lstm, x = CellLSTM(6, dws_conv=dws_conv).double(), torch.randn(7, 2, 4, 3, 6, dtype=torch.double, requires_grad=True)
+    lstm, x = (
+        CellLSTM(6, dws_conv=dws_conv).double(),
+        torch.randn(7, 2, 4, 3, 6, dtype=torch.double, requires_grad=True),
+    )
     state = StageState(*torch.randn(2, 2, 6, 4, 3, dtype=torch.double).unbind(0))
     wanted, cut, whole = [], state, lstm(x, state)
     for piece in x.split(3):
@@ -57,7 +66,10 @@ def test_truncated_gradients_are_those_of_chunks_cut_there(dws_conv):
     torch.testing.assert_close(got, whole[0])
     torch.testing.assert_close(after.cell, whole[1].cell)
     weights = torch.randn_like(got)
-    gradients = [torch.autograd.grad((y * weights).sum(), [x, *lstm.parameters()]) for y in (got, torch.cat(wanted), whole[0])]
+    gradients = [
+        torch.autograd.grad((y * weights).sum(), [x, *lstm.parameters()])
+        for y in (got, torch.cat(wanted), whole[0])
+    ]
     for ours, theirs in zip(*gradients[:2], strict=True):
         torch.testing.assert_close(ours, theirs)
     assert not torch.allclose(gradients[0][0], gradients[2][0])
@@ -69,7 +81,9 @@ def test_a_new_network_keeps_what_the_forget_bias_says():
     torch.manual_seed(0)
     kept = CellLSTM(6, dws_conv=False, forget_bias=2.0)
     more = kept.conv1x1.bias - plain.conv1x1.bias
-    torch.testing.assert_close(more, torch.tensor([2.0] * 6 + [0.0] * 18))  # order forget, input, output, candidate
+    torch.testing.assert_close(
+        more, torch.tensor([2.0] * 6 + [0.0] * 18)
+    )  # order forget, input, output, candidate
 
 
 def test_lstm_takes_any_subset_of_cells():
@@ -92,8 +106,12 @@ def attention_one_by_one(attention, x, scale):
         for head in range(attention.heads):
             q, k, v = qkv[g, :, 3 * d * head : 3 * d * (head + 1)].split(d, -1)
             for i in range(positions):
-                weights = torch.softmax(torch.stack([q[i] @ k[j] / d**0.5 for j in range(positions)]), 0)
-                out[g, i, d * head : d * (head + 1)] = sum(weights[j] * v[j] for j in range(positions))
+                weights = torch.softmax(
+                    torch.stack([q[i] @ k[j] / d**0.5 for j in range(positions)]), 0
+                )
+                out[g, i, d * head : d * (head + 1)] = sum(
+                    weights[j] * v[j] for j in range(positions)
+                )
     return (out @ attention.proj.weight.T + attention.proj.bias) * scale.gamma
 
 
@@ -101,14 +119,20 @@ def attention_one_by_one(attention, x, scale):
 def test_attention_agrees_with_the_definition(small_window, monkeypatch):
     monkeypatch.setattr(backbone_module, "SMALL_WINDOW", small_window)
     torch.manual_seed(0)
-    attention, x = SelfAttention(8, 4).double(), torch.randn(3, 5, 8, dtype=torch.double, requires_grad=True)
+    attention, x = (
+        SelfAttention(8, 4).double(),
+        torch.randn(3, 5, 8, dtype=torch.double, requires_grad=True),
+    )
     scale = LayerScale(8, 1.0).double()
     nn.init.uniform_(scale.gamma, -1, 1)
     wanted = attention_one_by_one(attention, x, scale)
     torch.testing.assert_close(attention(x, scale), wanted, rtol=1e-10, atol=1e-12)
     inputs, weights = [x, *attention.parameters(), *scale.parameters()], torch.randn_like(x)
-    for a, b in zip(torch.autograd.grad((attention(x, scale) * weights).sum(), inputs),
-                    torch.autograd.grad((wanted * weights).sum(), inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((attention(x, scale) * weights).sum(), inputs),
+        torch.autograd.grad((wanted * weights).sum(), inputs),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -117,12 +141,16 @@ def test_a_cell_sees_its_window_or_its_grid(grid):
     """Poking one cell changes exactly the cells of its group: neighbours in a window, h/rows and w/columns apart in a grid."""
     torch.manual_seed(0)
     rows, columns, h, w = 2, 3, 6, 12
-    block = PartitionAttention(8, BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=1.0), grid=grid, first_norm=True)
+    block = PartitionAttention(
+        8, BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=1.0), grid=grid, first_norm=True
+    )
     x = torch.randn(1, h, w, 8)
     poked = x.clone()
     poked[0, 3, 7, 0] += 1
     with torch.no_grad():
-        changed = (block(poked, (rows, columns)) - block(x, (rows, columns))).abs().amax(-1)[0] > 1e-7
+        changed = (block(poked, (rows, columns)) - block(x, (rows, columns))).abs().amax(-1)[
+            0
+        ] > 1e-7
     down, across = h // rows, w // columns
     for i in range(h):
         for j in range(w):
@@ -138,27 +166,41 @@ def test_frame_convolution_agrees_with_torch_and_casts_in_parts(padding, monkeyp
     torch.manual_seed(0)
     conv = FrameConv2d(3, 4, 7, stride=4, padding=3, bias=False)
     frames = torch.randint(0, 11, (5, 3, 13, 17), dtype=torch.uint8)
-    wanted = F.conv2d(F.pad(frames.float(), (0, padding[1], 0, padding[0])), conv.weight, stride=4, padding=3)
+    wanted = F.conv2d(
+        F.pad(frames.float(), (0, padding[1], 0, padding[0])), conv.weight, stride=4, padding=3
+    )
     got, weights = conv(frames, padding), torch.randn_like(wanted)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(*(torch.autograd.grad((y * weights).sum(), conv.weight)[0] for y in (got, wanted)),
-                               rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((y * weights).sum(), conv.weight)[0] for y in (got, wanted)),
+        rtol=1e-4,
+        atol=1e-3,
+    )
 
 
 def a_backbone():
     torch.manual_seed(0)
-    config = BackboneConfig(embed_dim=8, dim_head=8, num_blocks=[1, 1, 1, 1], partition_split_32=1, ls_init_value=1.0)
+    config = BackboneConfig(
+        embed_dim=8, dim_head=8, num_blocks=[1, 1, 1, 1], partition_split_32=1, ls_init_value=1.0
+    )
     return Backbone(config, 4), torch.randint(0, 5, (3, 2, 4, 60, 64), dtype=torch.uint8)
 
 
 def features_and_gradients(backbone, frames):
-    states = tuple(StageState(torch.zeros(2, d, 64 // s, 64 // s), torch.zeros(2, d, 64 // s, 64 // s))
-                   for d, s in zip(backbone.config.dims, backbone.strides, strict=True))
+    states = tuple(
+        StageState(torch.zeros(2, d, 64 // s, 64 // s), torch.zeros(2, d, 64 // s, 64 // s))
+        for d, s in zip(backbone.config.dims, backbone.strides, strict=True)
+    )
     features, _ = backbone(frames, states, LocalExchange())
-    return [*features, *torch.autograd.grad(sum(f.square().sum() for f in features), list(backbone.parameters()))]
+    return [
+        *features,
+        *torch.autograd.grad(sum(f.square().sum() for f in features), list(backbone.parameters())),
+    ]
 
 
-@pytest.mark.parametrize("frames_per_call, recompute", [(1, False), (4, False), (0, True), (4, True)])
+@pytest.mark.parametrize(
+    "frames_per_call, recompute", [(1, False), (4, False), (0, True), (4, True)]
+)
 def test_parts_and_recomputation_change_nothing(frames_per_call, recompute):
     backbone, frames = a_backbone()
     wanted = features_and_gradients(backbone, frames)
@@ -173,7 +215,12 @@ def test_a_compiled_stage_gives_the_same():
 
     def output_and_gradients():
         y = stage.spatial(frames.flatten(0, 1), (2, 2), (4, 0))
-        return [y, *torch.autograd.grad(y.square().sum(), [p for n, p in stage.named_parameters() if "lstm" not in n])]
+        return [
+            y,
+            *torch.autograd.grad(
+                y.square().sum(), [p for n, p in stage.named_parameters() if "lstm" not in n]
+            ),
+        ]
 
     wanted = output_and_gradients()
     backbone.compile_spatial()

@@ -44,7 +44,10 @@ def assert_same(folder: Path, name: str) -> None:
     whole, resumed = told(folder, name), told(folder, f"{name}, resumed")
     assert sorted(resumed) == [str(step) for step in range(stretches.CUT + 1, stretches.STEPS + 1)]
     assert resumed == {step: whole[step] for step in resumed}
-    one, other = (folder / run / "checkpoints" / f"step-{stretches.STEPS:08d}" for run in (name, f"{name}, resumed"))
+    one, other = (
+        folder / run / "checkpoints" / f"step-{stretches.STEPS:08d}"
+        for run in (name, f"{name}, resumed")
+    )
     files = sorted(file.name for file in one.glob("*.safetensors"))
     assert len(files) >= 5 and files == sorted(file.name for file in other.glob("*.safetensors"))
     for file in files:
@@ -82,11 +85,16 @@ def test_another_layout_continues_the_curve(folder, walk):
 def test_the_carry_is_that_of_one_rank(folder):
     one = load_snapshot(folder / "whole" / "checkpoints" / "step-00000002", range(4), 0)
     two = load_snapshot(folder / "walk 2x1" / "checkpoints" / "step-00000002", range(4), 0)
-    assert len(one.carry) == len(two.carry) == 10  # hidden and cell of 4 stages, the features of 2 scales that attention looks at
+    assert (
+        len(one.carry) == len(two.carry) == 10
+    )  # hidden and cell of 4 stages, the features of 2 scales that attention looks at
     for wanted, got in zip(one.carry, two.carry, strict=True):
         assert torch.allclose(wanted, got, atol=1e-3) and wanted.abs().sum() > 0
     for lanes in (range(1), range(1, 3), range(3, 4)):
-        for whole, part in zip(two.carry, load_snapshot(folder / "walk 2x1" / "checkpoints" / "step-00000002", lanes, 9).carry):
+        for whole, part in zip(
+            two.carry,
+            load_snapshot(folder / "walk 2x1" / "checkpoints" / "step-00000002", lanes, 9).carry,
+        ):
             assert torch.equal(part, whole.narrow(-4, lanes.start, len(lanes)))
 
 
@@ -101,11 +109,15 @@ def test_what_is_missing_or_damaged_is_told(folder, tmp_path):
     for file in ("moments.safetensors", "lanes-0002-0004.safetensors"):
         copied()
         (damaged / file).unlink()
-        with pytest.raises(UserError, match="is damaged .* Delete it to resume from the one before"):
+        with pytest.raises(
+            UserError, match="is damaged .* Delete it to resume from the one before"
+        ):
             load_snapshot(damaged, range(4), 0)
         copied()
         (damaged / file).write_bytes((complete / file).read_bytes()[:-1])
-        with pytest.raises(UserError, match="is damaged .* Delete it to resume from the one before"):
+        with pytest.raises(
+            UserError, match="is damaged .* Delete it to resume from the one before"
+        ):
             load_snapshot(damaged, range(4), 0)
 
 
@@ -113,9 +125,20 @@ def test_a_checkpoint_of_another_form_is_refused_in_one_line(folder, tmp_path):
     older = tmp_path / "run" / "checkpoints" / "step-00000003"
     older.mkdir(parents=True)
     (older / "meta.json").write_text(json.dumps({"step": 3, "world": 1, "stage": 1, "config": {}}))
-    command = [sys.executable, "-m", "evspan.launch", "train", "experiment=demo", "parallel.ranks=1", f"run_dir={tmp_path / 'run'}",
-               f"dataset.root={folder / 'shards'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "evspan.launch",
+        "train",
+        "experiment=demo",
+        "parallel.ranks=1",
+        f"run_dir={tmp_path / 'run'}",
+        f"dataset.root={folder / 'shards'}",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr
-    assert f"checkpoint.init_from={older}" in errors[0] and "in a form that this one cannot continue" in errors[0]
+    assert (
+        f"checkpoint.init_from={older}" in errors[0]
+        and "in a form that this one cannot continue" in errors[0]
+    )

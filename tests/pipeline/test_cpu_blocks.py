@@ -15,7 +15,9 @@ ROWS, COLUMNS = 6, 10  # more positions than SMALL_WINDOW: attention is served a
 
 def a_block(dim=16, *, grid=False, first_norm=True, dim_head=8):
     torch.manual_seed(0)
-    block = PartitionAttention(dim, BackboneConfig(embed_dim=dim, dim_head=dim_head), grid=grid, first_norm=first_norm)
+    block = PartitionAttention(
+        dim, BackboneConfig(embed_dim=dim, dim_head=dim_head), grid=grid, first_norm=first_norm
+    )
     for name, parameter in block.named_parameters():
         if "weight" not in name or "norm" in name:  # those that start as constants
             nn.init.uniform_(parameter, -1, 1)
@@ -39,7 +41,9 @@ def assert_agrees(block, x, partition):
 
 @pytest.mark.parametrize("grid", [False, True], ids=["windows", "grids"])
 @pytest.mark.parametrize("first_norm", [False, True], ids=["as it is", "normalised"])
-@pytest.mark.parametrize("partition", [(ROWS, COLUMNS), (2, 5)], ids=["60 positions", "10 positions"])
+@pytest.mark.parametrize(
+    "partition", [(ROWS, COLUMNS), (2, 5)], ids=["60 positions", "10 positions"]
+)
 @pytest.mark.parametrize("at_once", [1, 2**14, 2**30], ids=["a band", "some", "all"])
 def test_blocks_agree_with_plain_layers(grid, first_norm, partition, at_once, monkeypatch):
     monkeypatch.setattr(cached, "CACHE_BYTES", at_once)
@@ -76,7 +80,10 @@ def test_scores_too_large_for_exp():
     with torch.no_grad():
         block.self_attn.qkv.weight *= 100
     for partition in ((ROWS, COLUMNS), (2, 5)):
-        assert all(t.isfinite().all() for t in output_and_gradients(block, torch.randn(1, 6, 10, 16), partition))
+        assert all(
+            t.isfinite().all()
+            for t in output_and_gradients(block, torch.randn(1, 6, 10, 16), partition)
+        )
 
 
 def test_no_frames():
@@ -89,7 +96,9 @@ def test_backward_twice_and_a_gradient_that_is_not_contiguous():
     y, weights = block(x, (ROWS, COLUMNS)), torch.randn(16, 20, 12, 2)
     inputs = [x, *block.parameters()]
     once = torch.autograd.grad(y, inputs, weights.permute(3, 2, 1, 0), retain_graph=True)
-    for a, b in zip(once, torch.autograd.grad(y, inputs, weights.permute(3, 2, 1, 0).contiguous()), strict=True):
+    for a, b in zip(
+        once, torch.autograd.grad(y, inputs, weights.permute(3, 2, 1, 0).contiguous()), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -102,7 +111,9 @@ def test_x_stays_as_it_is_and_no_graph_gives_the_same():
 
 def test_half_precision_and_double_are_not_served():
     x = torch.zeros(1, 2, 2, 8)
-    assert cached.serves(x) and not any(cached.serves(x.to(t)) for t in (torch.bfloat16, torch.float16, torch.double))
+    assert cached.serves(x) and not any(
+        cached.serves(x.to(t)) for t in (torch.bfloat16, torch.float16, torch.double)
+    )
     assert not cached.serves(x.to("meta"))
 
 
@@ -110,5 +121,9 @@ def test_the_definition_by_hand():
     """LayerNorm, MLP and sum with torch's own layers."""
     block, x = a_block(first_norm=False), torch.randn(3, 2, 5, 16)
     got = cached.mlp_block(x, block.norm2, *block.mlp.layers(block.ls2))
-    wanted = x + block.mlp.net(F.layer_norm(x, (16,), block.norm2.weight, block.norm2.bias)) * block.ls2.gamma
+    wanted = (
+        x
+        + block.mlp.net(F.layer_norm(x, (16,), block.norm2.weight, block.norm2.bias))
+        * block.ls2.gamma
+    )
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -24,7 +24,9 @@ from support.small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shard
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return write_small_shards(tmp_path_factory.mktemp("data") / "shards", {"train": [23, 12, 9], "val": [5]})
+    return write_small_shards(
+        tmp_path_factory.mktemp("data") / "shards", {"train": [23, 12, 9], "val": [5]}
+    )
 
 
 def opened(root, split="train", **config):
@@ -33,7 +35,12 @@ def opened(root, split="train", **config):
 
 def test_shards_give_what_is_stored(shards):
     data = opened(shards)
-    assert (data.height, data.width, data.channels, data.classes) == (HEIGHT, WIDTH, 2 * BINS, CLASSES)
+    assert (data.height, data.width, data.channels, data.classes) == (
+        HEIGHT,
+        WIDTH,
+        2 * BINS,
+        CLASSES,
+    )
     assert [r.frames for r in data.recordings] == [23, 12, 9]
     with h5py.File(shards / "train" / "00000.h5") as file:
         for recording in data.recordings:
@@ -58,11 +65,18 @@ def test_more_files_than_may_be_open(tmp_path, monkeypatch):
 def write_rvt_tree(root, recordings, split="train"):
     """As RVT's preprocess_dataset.py lays it out; frame values are the recording's number."""
     for number, (name, frames) in enumerate(recordings.items(), 1):
-        labels, frame_folder = root / split / name / "labels_v2", "event_representations_v2/stacked_histogram_dt=50_nbins=10"
+        labels, frame_folder = (
+            root / split / name / "labels_v2",
+            "event_representations_v2/stacked_histogram_dt=50_nbins=10",
+        )
         (root / split / name / frame_folder).mkdir(parents=True)
         labels.mkdir()
         rows = np.zeros(3, RAW_BOX)  # two boxes in the first labelled frame, one in the second
-        rows["t"], rows["x"], rows["class_id"] = [100_000, 100_000, 150_000], [10, 20, 30], [0, 1, 2]
+        rows["t"], rows["x"], rows["class_id"] = (
+            [100_000, 100_000, 150_000],
+            [10, 20, 30],
+            [0, 1, 2],
+        )
         rows["w"], rows["h"] = 40, 50
         np.savez(labels / "labels.npz", labels=rows, objframe_idx_2_label_idx=np.array([0, 2]))
         np.save(labels / "timestamps_us.npy", np.array([100_000, 150_000]))
@@ -70,15 +84,24 @@ def write_rvt_tree(root, recordings, split="train"):
         np.save(folder / "timestamps_us.npy", 50_000 * np.arange(1, frames + 1))
         np.save(folder / "objframe_idx_2_repr_idx.npy", np.array([1, 2]))
         with h5py.File(folder / "event_representations_ds2_nearest.h5", "w") as file:
-            file.create_dataset("data", data=np.full((frames, 20, 18, 32), number, np.uint8), chunks=(1, 20, 18, 32),
-                                **hdf5plugin.Blosc(cname="zstd"))
+            file.create_dataset(
+                "data",
+                data=np.full((frames, 20, 18, 32), number, np.uint8),
+                chunks=(1, 20, 18, 32),
+                **hdf5plugin.Blosc(cname="zstd"),
+            )
     return root
 
 
 def test_rvt_tree_labels_become_pixels_of_the_stored_frames(tmp_path):
     data = opened(write_rvt_tree(tmp_path, {"a": 4}), kind=DatasetKind.rvt_tree, classes=CLASSES)
     (recording,) = data.recordings
-    assert (data.height, data.width, data.frames.mode, data.frames.downsample) == (18, 32, FrameMode.rvt, 2)
+    assert (data.height, data.width, data.frames.mode, data.frames.downsample) == (
+        18,
+        32,
+        FrameMode.rvt,
+        2,
+    )
     assert recording.labelled.tolist() == [False, True, True, False]
     np.testing.assert_array_equal(to_corners(recording.boxes(1)), [[5, 0, 25, 25], [10, 0, 30, 25]])
     np.testing.assert_array_equal(to_center(recording.boxes(2)), [[2, 25, 12.5, 20, 25]])
@@ -90,7 +113,13 @@ def test_rvt_tree_of_the_published_preprocessing(parity_dir):
     data = opened(root, kind=DatasetKind.rvt_tree, classes=CLASSES)
     (recording,) = data.recordings
     assert (data.height, data.width, data.channels) == (360, 640, 20)
-    folder = root / "train" / recording.name / "event_representations_v2" / "stacked_histogram_dt=50_nbins=10"
+    folder = (
+        root
+        / "train"
+        / recording.name
+        / "event_representations_v2"
+        / "stacked_histogram_dt=50_nbins=10"
+    )
     with h5py.File(folder / "event_representations_ds2_nearest.h5") as file:
         np.testing.assert_array_equal(recording.read(0, recording.frames), file["data"][:])
     labels = np.load(root / "train" / recording.name / "labels_v2" / "labels.npz")["labels"]
@@ -99,16 +128,21 @@ def test_rvt_tree_of_the_published_preprocessing(parity_dir):
     np.testing.assert_allclose(2 * stored["w"], labels["w"])
     for i in np.flatnonzero(recording.labelled):
         assert set(recording.boxes(i)["t_us"]) <= {recording.end_us[i]}
-    assert [r.frames for r in opened(root, "test", kind=DatasetKind.rvt_tree, classes=CLASSES).recordings]
+    assert [
+        r.frames
+        for r in opened(root, "test", kind=DatasetKind.rvt_tree, classes=CLASSES).recordings
+    ]
 
 
 def test_wrong_datasets_are_told(tmp_path, shards):
     for config, split, message in (
-            ({"root": ""}, "train", "dataset.root=SHARDS"), ({"root": str(tmp_path / "none")}, "train", "is no folder"),
-            ({"root": str(tmp_path)}, "train", "no manifest.json"),
-            ({"root": str(shards)}, "test", "no recordings in split 'test'"),
-            ({"root": str(shards), "classes": ["cat"]}, "train", "was prepared with the classes"),
-            ({"root": str(shards), "kind": DatasetKind.rvt_tree}, "train", "dataset.classes is empty")):
+        ({"root": ""}, "train", "dataset.root=SHARDS"),
+        ({"root": str(tmp_path / "none")}, "train", "is no folder"),
+        ({"root": str(tmp_path)}, "train", "no manifest.json"),
+        ({"root": str(shards)}, "test", "no recordings in split 'test'"),
+        ({"root": str(shards), "classes": ["cat"]}, "train", "was prepared with the classes"),
+        ({"root": str(shards), "kind": DatasetKind.rvt_tree}, "train", "dataset.classes is empty"),
+    ):
         with pytest.raises((ConfigError, ShardError), match=message):
             open_dataset(DatasetConfig(**config), split)
 
@@ -127,8 +161,14 @@ def test_a_damaged_tree_is_told(tmp_path):
 # -- the loader --------------------------------------------------------------------------------------------------
 def make_loader(data, lanes, workers=0, frames=range(4)):
     config = TrainingConfig(batch_size=6, sequence_length=4, loader_workers=workers)
-    plan = SamplingPlan([r.frames for r in data.recordings], [r.labelled for r in data.recordings], lanes=6, sequence_length=4,
-                        sampling=Sampling.mixed, seed=3)
+    plan = SamplingPlan(
+        [r.frames for r in data.recordings],
+        [r.labelled for r in data.recordings],
+        lanes=6,
+        sequence_length=4,
+        sampling=Sampling.mixed,
+        seed=3,
+    )
     return Loader(data, plan, lanes, frames, config, seed=3), plan
 
 
@@ -142,7 +182,9 @@ def test_batches_hold_what_the_plan_says(shards):
             for lane in range(6):
                 chunk = plan.chunk(lane, index)
                 recording, at = data.recordings[chunk.recording], chunk.first + t
-                how = draw_augmentation(AugmentationConfig(), chunk, seed=3, height=HEIGHT, width=WIDTH)
+                how = draw_augmentation(
+                    AugmentationConfig(), chunk, seed=3, height=HEIGHT, width=WIDTH
+                )
                 inside = t < chunk.frames
                 wanted = np.zeros((1, 2 * BINS, HEIGHT, WIDTH), np.uint8)
                 if inside:
@@ -151,7 +193,9 @@ def test_batches_hold_what_the_plan_says(shards):
                 assert bool(batch.labelled[t, lane]) == (inside and bool(recording.labelled[at]))
                 assert bool(batch.starts[lane]) == chunk.start
                 if batch.labelled[t, lane]:
-                    boxes = augment_boxes(to_center(recording.boxes(at)), how, height=HEIGHT, width=WIDTH)
+                    boxes = augment_boxes(
+                        to_center(recording.boxes(at)), how, height=HEIGHT, width=WIDTH
+                    )
                     assert batch.counts[row] == len(boxes)
                     np.testing.assert_array_equal(batch.boxes[row, : len(boxes)], boxes)
                     assert not batch.boxes[row, len(boxes) :].any()
@@ -162,16 +206,30 @@ def test_batches_hold_what_the_plan_says(shards):
 def by_frame(batch):
     """(t, lane) -> boxes of a labelled frame."""
     places = zip(*np.nonzero(batch.labelled.numpy()), strict=True)
-    return {place: batch.boxes[row, : batch.counts[row]].tolist() for row, place in enumerate(places)}
+    return {
+        place: batch.boxes[row, : batch.counts[row]].tolist() for row, place in enumerate(places)
+    }
 
 
-@pytest.mark.parametrize("recordings", [[23, 12, 9], [7, 3]], ids=["three", "fewer_than_lanes_and_shorter_than_a_chunk"])
+@pytest.mark.parametrize(
+    "recordings", [[23, 12, 9], [7, 3]], ids=["three", "fewer_than_lanes_and_shorter_than_a_chunk"]
+)
 def test_any_number_of_workers_and_any_layout_read_the_same(tmp_path, recordings):
     data = opened(write_small_shards(tmp_path, {"train": recordings}))
     whole = make_loader(data, range(6))[0]
-    for workers, cut in ((1, 4), (3, 2), (2, 1)):  # lanes over two groups, frames over the ranks of each
-        layout = [(lanes, range(t, t + cut)) for lanes in (range(2), range(2, 6)) for t in range(0, 4, cut)]
-        parts = [make_loader(data, lanes, workers, frames)[0].batches(2) for lanes, frames in layout]
+    for workers, cut in (
+        (1, 4),
+        (3, 2),
+        (2, 1),
+    ):  # lanes over two groups, frames over the ranks of each
+        layout = [
+            (lanes, range(t, t + cut))
+            for lanes in (range(2), range(2, 6))
+            for t in range(0, 4, cut)
+        ]
+        parts = [
+            make_loader(data, lanes, workers, frames)[0].batches(2) for lanes, frames in layout
+        ]
         for index in range(2, 9):
             batch, boxes = whole.batch(index), {}
             for (lanes, frames), part in zip(layout, map(next, parts), strict=True):
@@ -179,7 +237,10 @@ def test_any_number_of_workers_and_any_layout_read_the_same(tmp_path, recordings
                 assert torch.equal(part.frames, batch.frames[here])
                 assert torch.equal(part.labelled, batch.labelled[here])
                 assert torch.equal(part.starts, batch.starts[here[1]])
-                boxes |= {(t + frames.start, lane + lanes.start): rows for (t, lane), rows in by_frame(part).items()}
+                boxes |= {
+                    (t + frames.start, lane + lanes.start): rows
+                    for (t, lane), rows in by_frame(part).items()
+                }
             assert boxes == by_frame(batch)
         for p in parts:
             p.close()
@@ -189,7 +250,9 @@ def test_a_rank_reads_only_its_own_frames(shards):
     data, asked = opened(shards), []
 
     def watched(recording):
-        return replace(recording, read_frames=lambda which: asked.append(which) or recording.read_frames(which))
+        return replace(
+            recording, read_frames=lambda which: asked.append(which) or recording.read_frames(which)
+        )
 
     data = replace(data, recordings=[watched(r) for r in data.recordings])
     loader, plan = make_loader(data, range(6), frames=range(1, 3))

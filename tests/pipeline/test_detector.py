@@ -18,16 +18,28 @@ from omegaconf import OmegaConf
 from support.dispatched import Dispatched
 
 CHANNELS, H, W, LANES = 4, 60, 120, 3  # padded to 64 x 128
-KINDS = {"plain": {}, "attention": {"enable_small_object_attention": True},
-         "4 scales": {"enable_small_object_attention": True, "in_stages": [1, 2, 3, 4], "temporal_window": 4},
-         "spatial only": {"enable_small_object_attention": True, "attention_temporal": False}}
+KINDS = {
+    "plain": {},
+    "attention": {"enable_small_object_attention": True},
+    "4 scales": {
+        "enable_small_object_attention": True,
+        "in_stages": [1, 2, 3, 4],
+        "temporal_window": 4,
+    },
+    "spatial only": {"enable_small_object_attention": True, "attention_temporal": False},
+}
 
 
 def micro(kind="attention", *, dws_conv=False, open_gates=True):
     """A small detector whose every part matters: LayerScale at 0.5, attention gates open."""
     torch.manual_seed(0)
     backbone = BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5, dws_conv=dws_conv)
-    detector = Detector(ModelConfig(backbone=backbone, fpn=FpnConfig(**KINDS[kind]), head=HeadConfig(num_classes=2)), CHANNELS)
+    detector = Detector(
+        ModelConfig(
+            backbone=backbone, fpn=FpnConfig(**KINDS[kind]), head=HeadConfig(num_classes=2)
+        ),
+        CHANNELS,
+    )
     for name, parameter in detector.named_parameters():
         if open_gates and name.endswith("gate"):
             torch.nn.init.constant_(parameter, 0.7)
@@ -48,7 +60,9 @@ def run(detector, frames, state=None, starts=None, labelled=None):
     state = detector.initial_state(lanes, H, W) if state is None else state
     labelled = torch.ones(steps, lanes, dtype=torch.bool) if labelled is None else labelled
     with torch.no_grad():
-        return detector(frames, state, starts=no(lanes) if starts is None else starts, labelled=labelled)
+        return detector(
+            frames, state, starts=no(lanes) if starts is None else starts, labelled=labelled
+        )
 
 
 def assert_states_close(a, b, **tolerance):
@@ -65,7 +79,9 @@ def test_cutting_a_sequence_changes_nothing(kind, dws_conv):
     for cuts in ([1, 5], [2, 4], [3, 3], [1] * 6):
         state, parts, at = None, [], 0
         for steps in cuts:
-            part, state = run(detector, frames[at : at + steps], state, labelled=labelled[at : at + steps])
+            part, state = run(
+                detector, frames[at : at + steps], state, labelled=labelled[at : at + steps]
+            )
             parts.append(part)
             at += steps
         torch.testing.assert_close(torch.cat(parts), wanted, rtol=1e-4, atol=1e-5)
@@ -91,8 +107,15 @@ def test_permuting_lanes_permutes_outputs():
     order = torch.tensor([2, 0, 1])
     out, state = run(detector, frames)
     permuted, after = run(detector, frames[:, order])
-    torch.testing.assert_close(permuted.unflatten(0, (3, LANES)), out.unflatten(0, (3, LANES))[:, order], rtol=1e-4, atol=1e-5)
-    assert_states_close(after, map_state(lambda t: t.index_select(t.dim() - 4, order), state), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        permuted.unflatten(0, (3, LANES)),
+        out.unflatten(0, (3, LANES))[:, order],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    assert_states_close(
+        after, map_state(lambda t: t.index_select(t.dim() - 4, order), state), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_start_forgets_its_lane_and_no_other():
@@ -120,7 +143,9 @@ def test_state_is_the_same_to_the_bit_after_a_checkpoint():
     """The carry comes back in another memory layout; the outputs must not notice."""
     detector, frames = micro().eval(), some_frames(4)
     _, state = run(detector, frames[:2])
-    saved = [t.contiguous().clone(memory_format=torch.contiguous_format) for t in state_tensors(state)]
+    saved = [
+        t.contiguous().clone(memory_format=torch.contiguous_format) for t in state_tensors(state)
+    ]
     back = state_from_tensors(saved, detector.initial_state(LANES, H, W))
     assert any(a.stride() != b.stride() for a, b in zip(state_tensors(state), saved, strict=True))
     assert torch.equal(run(detector, frames[2:], state)[0], run(detector, frames[2:], back)[0])
@@ -133,12 +158,20 @@ def test_gradients_flow_through_the_chunk_and_stop_at_detach():
     state = map_state(lambda t: t.requires_grad_(), detector.initial_state(LANES, H, W))
     labelled = torch.zeros(3, LANES, dtype=torch.bool)
     labelled[-1] = True
-    raw, after = detector(some_frames(3), state, starts=torch.tensor([False, True, False]), labelled=labelled)
+    raw, after = detector(
+        some_frames(3), state, starts=torch.tensor([False, True, False]), labelled=labelled
+    )
     gradients = torch.autograd.grad(raw.sum(), [s.hidden for s in state.stages])
     for g in gradients:
-        assert g[0].abs().max() > 0 and (g[1] == 0).all(), "to the first frame, and not into a lane that starts"
-    assert all(t.requires_grad for t in state_tensors(after)) and not any(t.requires_grad for t in state_tensors(detach(after)))
-    assert torch.equal(forget_lanes(after, ~no()).stages[0].cell, torch.zeros_like(after.stages[0].cell))
+        assert g[0].abs().max() > 0 and (g[1] == 0).all(), (
+            "to the first frame, and not into a lane that starts"
+        )
+    assert all(t.requires_grad for t in state_tensors(after)) and not any(
+        t.requires_grad for t in state_tensors(detach(after))
+    )
+    assert torch.equal(
+        forget_lanes(after, ~no()).stages[0].cell, torch.zeros_like(after.stages[0].cell)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,11 +179,17 @@ def test_a_chunk_without_labels_trains_in_step(kind):
     """Every parameter gets a gradient, zero, so that a rank without labels can take part in the reduction."""
     detector = micro(kind).train()
     before = {k: v.clone() for k, v in detector.state_dict().items() if "running" in k}
-    raw, state = detector(some_frames(3), detector.initial_state(LANES, H, W), starts=no(),
-                          labelled=torch.zeros(3, LANES, dtype=torch.bool))
+    raw, state = detector(
+        some_frames(3),
+        detector.initial_state(LANES, H, W),
+        starts=no(),
+        labelled=torch.zeros(3, LANES, dtype=torch.bool),
+    )
     geometry = detector.geometry(H, W)
     assert raw.shape == (0, sum(h * w for h, w, _ in geometry), 7)
-    loss = detection_loss(raw, torch.zeros(0, 4, 5), torch.zeros(0, dtype=torch.long), geometry, detector.config.head)
+    loss = detection_loss(
+        raw, torch.zeros(0, 4, 5), torch.zeros(0, dtype=torch.long), geometry, detector.config.head
+    )
     assert loss.total == 0
     loss.total.backward()
     for name, parameter in detector.named_parameters():
@@ -164,11 +203,21 @@ def test_a_chunk_without_labels_trains_in_step(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_host_waits_for_the_labelled_frames_alone(kind):
     """In a whole training step: which frames are labelled decides the size of the neck's and the head's batch."""
-    detector, labelled = micro(kind).train(), torch.tensor([[False, True, False], [True, False, True], [False, False, True]])
+    detector, labelled = (
+        micro(kind).train(),
+        torch.tensor([[False, True, False], [True, False, True], [False, False, True]]),
+    )
     with Dispatched() as seen:
-        raw, _ = detector(some_frames(3), detector.initial_state(LANES, H, W), starts=no(), labelled=labelled)
-        boxes, counts = torch.rand(4, 9, 5) * torch.tensor([2, W, H, 30, 30]), torch.tensor([0, 9, 3, 1])
-        detection_loss(raw, boxes, counts, detector.geometry(H, W), detector.config.head).total.backward()
+        raw, _ = detector(
+            some_frames(3), detector.initial_state(LANES, H, W), starts=no(), labelled=labelled
+        )
+        boxes, counts = (
+            torch.rand(4, 9, 5) * torch.tensor([2, W, H, 30, 30]),
+            torch.tensor([0, 9, 3, 1]),
+        )
+        detection_loss(
+            raw, boxes, counts, detector.geometry(H, W), detector.config.head
+        ).total.backward()
     assert set(seen.waits) <= {"aten::nonzero"} and seen.waits.total() <= 2
 
 
@@ -177,7 +226,9 @@ def test_turning_attention_on_changes_nothing_before_the_first_update():
     attending = micro("attention", open_gates=False).eval()
     missing, unexpected = attending.load_state_dict(plain.state_dict(), strict=False)
     assert missing and not unexpected
-    torch.testing.assert_close(run(attending, frames)[0], run(plain, frames)[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        run(attending, frames)[0], run(plain, frames)[0], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_padding_is_zero_pixels_right_and_below():
@@ -188,8 +239,15 @@ def test_padding_is_zero_pixels_right_and_below():
     assert torch.equal(run(detector, padded)[0], run(detector, frames)[0])
 
 
-EXPERIMENTS = {"tiny": 4_405_336, "small": 9_870_456, "base": 18_536_856, "3scale_baseline": 0, "3scale_sizeaware": 0,
-               "3scale_sizeaware_attention": 0, "4scale_sizeaware_attention": 0}
+EXPERIMENTS = {
+    "tiny": 4_405_336,
+    "small": 9_870_456,
+    "base": 18_536_856,
+    "3scale_baseline": 0,
+    "3scale_sizeaware": 0,
+    "3scale_sizeaware_attention": 0,
+    "4scale_sizeaware_attention": 0,
+}
 
 
 def composed(*overrides):
@@ -229,10 +287,18 @@ def test_experiments_take_a_training_step_at_reduced_size(experiment):
     config = composed(f"experiment=gen4/{experiment}", "size=micro")
     detector = Detector(config, CHANNELS).train()
     optimizer = torch.optim.AdamW(detector.parameters(), 1e-3)
-    boxes, counts = torch.tensor([[[1, 50.0, 30, 20, 20]]]).repeat(4, 1, 1), torch.ones(4, dtype=torch.long)
+    boxes, counts = (
+        torch.tensor([[[1, 50.0, 30, 20, 20]]]).repeat(4, 1, 1),
+        torch.ones(4, dtype=torch.long),
+    )
     losses, frames = [], some_frames(2, 2)
     for _ in range(30):  # a few: assignment changes make the first ones go up and down
-        raw, _ = detector(frames, detector.initial_state(2, H, W), starts=no(2), labelled=torch.ones(2, 2, dtype=torch.bool))
+        raw, _ = detector(
+            frames,
+            detector.initial_state(2, H, W),
+            starts=no(2),
+            labelled=torch.ones(2, 2, dtype=torch.bool),
+        )
         loss = detection_loss(raw, boxes, counts, detector.geometry(H, W), config.head)
         optimizer.zero_grad()
         loss.total.backward()

@@ -1,11 +1,16 @@
 """COCO metrics against pycocotools; groups of boxes; the protocol's filters; streaming over recordings against frame by frame."""
 
-
 import numpy as np
 import pytest
 import torch
 from evspan.conf.schema.prep import DatasetConfig, FrameConfig
-from evspan.conf.schema.training import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.conf.schema.training import (
+    BackboneConfig,
+    EvaluationConfig,
+    FpnConfig,
+    HeadConfig,
+    ModelConfig,
+)
 from evspan.data_prep.shards.format import BOX
 from evspan.pipeline.data.datasets import Dataset, RecordingData, open_dataset
 from evspan.pipeline.evaluation.coco import Scorer, coco_metrics
@@ -27,7 +32,9 @@ def some_boxes(rng, count):
 
 def as_detections(rng, boxes, jitter):
     """Moved and resized copies with random scores."""
-    corners = np.stack((boxes["x"], boxes["y"], boxes["x"] + boxes["w"], boxes["y"] + boxes["h"]), 1)
+    corners = np.stack(
+        (boxes["x"], boxes["y"], boxes["x"] + boxes["w"], boxes["y"] + boxes["h"]), 1
+    )
     corners += rng.normal(0, jitter, corners.shape) * np.stack((boxes["w"], boxes["h"]) * 2, 1)
     scores = rng.uniform(0.01, 1, (len(boxes), 2))
     return np.concatenate((corners, scores, boxes["class_id"][:, None]), 1).astype(np.float32)
@@ -39,7 +46,9 @@ def some_frames(seed, frames=40):
     found = []
     for truth in boxes:
         hits = as_detections(rng, truth[rng.random(len(truth)) < 0.8], rng.choice([0.02, 0.1]))
-        found.append(np.concatenate((hits, as_detections(rng, some_boxes(rng, rng.integers(0, 5)), 0))))
+        found.append(
+            np.concatenate((hits, as_detections(rng, some_boxes(rng, rng.integers(0, 5)), 0)))
+        )
     return boxes, found
 
 
@@ -54,12 +63,25 @@ def by_pycocotools(boxes, found, classes, counts=None):
     for image, (truth, rows) in enumerate(zip(boxes, found, strict=True), 1):
         for i, box in enumerate(truth):
             x, y, w, h = (float(box[k]) for k in "xywh")
-            annotations.append({"id": len(annotations) + 1, "image_id": image, "category_id": int(box["class_id"]) + 1,
-                                "bbox": [x, y, w, h], "area": w * h if counts is None or counts[image - 1][i] else 1e11,
-                                "iscrowd": 0})
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image,
+                    "category_id": int(box["class_id"]) + 1,
+                    "bbox": [x, y, w, h],
+                    "area": w * h if counts is None or counts[image - 1][i] else 1e11,
+                    "iscrowd": 0,
+                }
+            )
         for x1, y1, x2, y2, objectness, sure, kind in rows.astype(np.float64).tolist():
-            results.append({"image_id": image, "category_id": int(kind) + 1, "bbox": [x1, y1, x2 - x1, y2 - y1],
-                            "score": objectness * sure})
+            results.append(
+                {
+                    "image_id": image,
+                    "category_id": int(kind) + 1,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "score": objectness * sure,
+                }
+            )
     return coco_evaluation(len(boxes), annotations, results, classes)
 
 
@@ -68,16 +90,35 @@ def test_metrics_agree_with_pycocotools(seed):
     boxes, found = some_frames(seed)
     if seed == 3:  # a class without boxes, and no large ones
         boxes = [b[(b["class_id"] != 1) & (b["w"] * b["h"] < 96**2)] for b in boxes]
-    metrics, theirs = coco_metrics(flat(boxes, found), CLASSES), by_pycocotools(boxes, found, CLASSES)
-    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100", "ar_small", "ar_medium",
-             "ar_large")
+    metrics, theirs = (
+        coco_metrics(flat(boxes, found), CLASSES),
+        by_pycocotools(boxes, found, CLASSES),
+    )
+    names = (
+        "ap",
+        "ap50",
+        "ap75",
+        "ap_small",
+        "ap_medium",
+        "ap_large",
+        "ar1",
+        "ar10",
+        "ar100",
+        "ar_small",
+        "ar_medium",
+        "ar_large",
+    )
     ours = [-1.0 if getattr(metrics, n) is None else getattr(metrics, n) for n in names]
     np.testing.assert_allclose(ours, theirs.stats, atol=1e-9)
-    assert 0.05 < metrics.ap < 0.9 and metrics.boxes == sum(map(len, boxes)) and metrics.frames == 40
+    assert (
+        0.05 < metrics.ap < 0.9 and metrics.boxes == sum(map(len, boxes)) and metrics.frames == 40
+    )
     for k, name in enumerate(CLASSES):
         precision = theirs.eval["precision"][:, :, k, 0, 2]
         wanted = precision[precision > -1].mean() if (precision > -1).any() else None
-        assert metrics.per_class[name] == (None if wanted is None else pytest.approx(wanted, abs=1e-9))
+        assert metrics.per_class[name] == (
+            None if wanted is None else pytest.approx(wanted, abs=1e-9)
+        )
     assert metrics.per_class["box"] is None or seed != 3
     assert "AP large" in metrics.table() and "ap_class/ball" in metrics.scalars()
 
@@ -86,7 +127,14 @@ def test_boxes_against_themselves_give_100():
     boxes, _ = some_frames(0)
     rng = np.random.default_rng(1)
     metrics = coco_metrics(flat(boxes, [as_detections(rng, b, 0) for b in boxes]), CLASSES)
-    shares = [metrics.ap, metrics.ap50, metrics.ap75, metrics.ap_small, metrics.ap_medium, metrics.ap_large]
+    shares = [
+        metrics.ap,
+        metrics.ap50,
+        metrics.ap75,
+        metrics.ap_small,
+        metrics.ap_medium,
+        metrics.ap_large,
+    ]
     assert shares == pytest.approx([1.0] * 6)
     assert metrics.ar100 == 1 and set(metrics.per_class.values()) == {1.0}
 
@@ -96,7 +144,9 @@ def test_nothing_found_and_nothing_there():
     nothing = [np.zeros((0, 7), np.float32)] * len(boxes)
     assert coco_metrics(flat(boxes, nothing), CLASSES).ap == 0
     empty = coco_metrics(flat([b[:0] for b in boxes], nothing), CLASSES)
-    assert empty.ap is None and empty.frames == 40 and "-" in empty.table() and empty.scalars() == {}
+    assert (
+        empty.ap is None and empty.frames == 40 and "-" in empty.table() and empty.scalars() == {}
+    )
     assert coco_metrics(flat([], []), CLASSES).frames == 0
 
 
@@ -109,20 +159,37 @@ def test_a_group_ignores_the_others_as_coco_ignores_sizes(seed):
     scorer = Scorer(flat(boxes, found), CLASSES)
     ours = scorer.of_group(np.concatenate(group))
     recall = theirs.eval["recall"][:, :, 0, 2]
-    assert [ours[k] for k in ("ap", "ap50", "recall")] == pytest.approx(theirs.stats[[0, 1, 8]].tolist(), abs=1e-9)
-    assert ours["recall50"] == pytest.approx(recall[0].mean(), abs=1e-9) and ours["boxes"] == sum(map(sum, group))
+    assert [ours[k] for k in ("ap", "ap50", "recall")] == pytest.approx(
+        theirs.stats[[0, 1, 8]].tolist(), abs=1e-9
+    )
+    assert ours["recall50"] == pytest.approx(recall[0].mean(), abs=1e-9) and ours["boxes"] == sum(
+        map(sum, group)
+    )
     every, metrics = scorer.of_group(np.ones(sum(map(len, boxes)), bool)), scorer.metrics()
-    assert (every["ap"], every["ap50"], every["recall"]) == (metrics.ap, metrics.ap50, metrics.ar100) != (ours["ap"],) * 3
+    assert (
+        (every["ap"], every["ap50"], every["recall"])
+        == (metrics.ap, metrics.ap50, metrics.ar100)
+        != (ours["ap"],) * 3
+    )
     assert scorer.of_group(np.zeros(sum(map(len, boxes)), bool))["ap"] is None
 
 
 def test_what_is_found_of_another_group_is_no_mistake():
     """Two boxes, both found, and a detection of nothing that is surer than one of them."""
     boxes = np.array([(0, 0, 0, 20, 20, 0, 0), (0, 100, 100, 20, 20, 0, 1)], BOX)
-    rows = np.array([(0, 0, 20, 20, 1, 0.9, 0), (200, 200, 220, 220, 1, 0.8, 0), (100, 100, 120, 120, 1, 0.7, 0)], np.float32)
+    rows = np.array(
+        [
+            (0, 0, 20, 20, 1, 0.9, 0),
+            (200, 200, 220, 220, 1, 0.8, 0),
+            (100, 100, 120, 120, 1, 0.7, 0),
+        ],
+        np.float32,
+    )
     scorer = Scorer(flat([boxes], [rows]), CLASSES)
     assert scorer.of_group(np.array([True, False]))["ap50"] == pytest.approx(1.0)
-    assert scorer.of_group(np.array([False, True]))["ap50"] == pytest.approx(0.5)  # 0.9 is ignored, 0.8 is not
+    assert scorer.of_group(np.array([False, True]))["ap50"] == pytest.approx(
+        0.5
+    )  # 0.9 is ignored, 0.8 is not
     assert scorer.metrics().ap50 == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 
@@ -133,18 +200,30 @@ def test_parts_score_as_they_do_alone(seed):
     parts = {"early": np.arange(40) < 15, "late": np.arange(40) >= 15, "none": np.zeros(40, bool)}
     told = Scorer(frames, CLASSES).of_frames(parts)
     for name, part in parts.items():
-        alone = coco_metrics(flat([b for b, p in zip(boxes, part) if p], [f for f, p in zip(found, part) if p]), CLASSES)
+        alone = coco_metrics(
+            flat([b for b, p in zip(boxes, part) if p], [f for f, p in zip(found, part) if p]),
+            CLASSES,
+        )
         for key, value in told[name].items():
             wanted = getattr(alone, key)
-            assert value == (None if wanted is None else pytest.approx(wanted, abs=1e-9)), (name, key)
+            assert value == (None if wanted is None else pytest.approx(wanted, abs=1e-9)), (
+                name,
+                key,
+            )
 
 
 def confused(boxes, found, classes, iou, threshold):
     """The definition, box by box."""
     matrix = np.zeros((classes + 1, classes + 1), int)
     for truth, rows in zip(boxes, found, strict=True):
-        left = [(float(b["x"]), float(b["y"]), float(b["w"]), float(b["h"]), int(b["class_id"])) for b in truth]
-        sure = sorted((r for r in rows.astype(np.float64).tolist() if r[4] * r[5] >= threshold), key=lambda r: -r[4] * r[5])
+        left = [
+            (float(b["x"]), float(b["y"]), float(b["w"]), float(b["h"]), int(b["class_id"]))
+            for b in truth
+        ]
+        sure = sorted(
+            (r for r in rows.astype(np.float64).tolist() if r[4] * r[5] >= threshold),
+            key=lambda r: -r[4] * r[5],
+        )
         for x1, y1, x2, y2, _, _, kind in sure:
             overlaps = []
             for x, y, w, h, _ in left:
@@ -179,8 +258,15 @@ def recording_of(boxes, name="a"):
     ends = 50_000 * np.arange(1, len(boxes) + 1)
     start = np.concatenate(([0], np.cumsum([len(b) for b in boxes])))
     every = np.concatenate(boxes)
-    return RecordingData(name, 7_000, ends, np.ones(len(boxes), bool), start, lambda which: np.zeros(0),
-                         lambda which: every[which])
+    return RecordingData(
+        name,
+        7_000,
+        ends,
+        np.ones(len(boxes), bool),
+        start,
+        lambda which: np.zeros(0),
+        lambda which: every[which],
+    )
 
 
 def scored(boxes, found, **config):
@@ -196,8 +282,12 @@ def test_filters_hold_for_boxes_and_detections_alike():
     for rows in found:
         w, h = rows[:, 2] - rows[:, 0], rows[:, 3] - rows[:, 1]
         sure.append(rows[(np.minimum(w, h) >= 20) & (np.hypot(w, h) >= 60)])
-    metrics, _, _ = scored(boxes, found, skip_first_ms=500, min_side=20, min_diagonal=60, skip_empty_frames=False)
-    wanted = coco_metrics(flat(wide[10:], sure[10:]), CLASSES)  # ten windows end within the first 500 ms
+    metrics, _, _ = scored(
+        boxes, found, skip_first_ms=500, min_side=20, min_diagonal=60, skip_empty_frames=False
+    )
+    wanted = coco_metrics(
+        flat(wide[10:], sure[10:]), CLASSES
+    )  # ten windows end within the first 500 ms
     assert metrics == wanted and metrics.frames == 30
     metrics, _, _ = scored(boxes, found, skip_first_ms=500, min_side=20, min_diagonal=60)
     kept = [i for i in range(10, 40) if len(wide[i])]
@@ -210,7 +300,9 @@ def test_detections_in_prophesees_form_are_in_pixels_and_time_of_the_sensor():
     _, result, data = scored(boxes, found)
     raw = result.as_raw_boxes(data)
     rows = np.concatenate(found)
-    assert raw["t"].tolist() == [57_000] * len(found[0]) + [107_000] * len(found[1]) + [157_000] * len(found[2])
+    assert raw["t"].tolist() == [57_000] * len(found[0]) + [107_000] * len(found[1]) + [
+        157_000
+    ] * len(found[2])
     np.testing.assert_allclose(raw["x"], 4 * rows[:, 0])
     np.testing.assert_allclose(raw["h"], 4 * (rows[:, 3] - rows[:, 1]), rtol=1e-5)
     np.testing.assert_allclose(raw["class_confidence"], rows[:, 4] * rows[:, 5])
@@ -222,18 +314,25 @@ def test_streaming_is_one_recording_after_the_other_frame_by_frame(tmp_path, lan
     root = write_small_shards(tmp_path / "shards", {"val": [7, 12, 1, 5]})
     data = open_dataset(DatasetConfig(root=str(root)), "val")
     torch.manual_seed(0)
-    model = ModelConfig(backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5),
-                        fpn=FpnConfig(enable_small_object_attention=True), head=HeadConfig(num_classes=3))
+    model = ModelConfig(
+        backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5),
+        fpn=FpnConfig(enable_small_object_attention=True),
+        head=HeadConfig(num_classes=3),
+    )
     detector = Detector(model, data.channels).eval()
     for name, parameter in detector.named_parameters():
         if name.endswith("gate"):
             torch.nn.init.constant_(parameter, 0.7)
-        elif "preds" in name and name.endswith("weight"):  # scores far enough apart that rounding does not change their order
+        elif "preds" in name and name.endswith(
+            "weight"
+        ):  # scores far enough apart that rounding does not change their order
             torch.nn.init.normal_(parameter, std=2.0)
         elif "obj_preds" in name or "cls_preds" in name:
             torch.nn.init.zeros_(parameter)
     config = EvaluationConfig(batch_size=lanes, sequence_length=length, confidence_threshold=0.2)
-    results = evaluate_split(detector, data, config, device=torch.device("cpu"), recordings=data.recordings)
+    results = evaluate_split(
+        detector, data, config, device=torch.device("cpu"), recordings=data.recordings
+    )
     assert [r.name for r in results] == [r.name for r in data.recordings]
     for recording, result in zip(data.recordings, results, strict=True):
         assert result.frames == np.flatnonzero(recording.labelled).tolist()
@@ -241,11 +340,17 @@ def test_streaming_is_one_recording_after_the_other_frame_by_frame(tmp_path, lan
         for i in range(recording.frames):
             with torch.no_grad():
                 frame = torch.from_numpy(recording.read(i, i + 1))[:, None]
-                raw, state = detector(frame, state, starts=torch.zeros(1, dtype=torch.bool),
-                                      labelled=torch.ones(1, 1, dtype=torch.bool))
+                raw, state = detector(
+                    frame,
+                    state,
+                    starts=torch.zeros(1, dtype=torch.bool),
+                    labelled=torch.ones(1, 1, dtype=torch.bool),
+                )
             if not recording.labelled[i]:
                 continue
-            (wanted,) = detections(detector.decode(raw, HEIGHT, WIDTH), confidence_threshold=0.2, nms_threshold=0.45)
+            (wanted,) = detections(
+                detector.decode(raw, HEIGHT, WIDTH), confidence_threshold=0.2, nms_threshold=0.45
+            )
             np.testing.assert_allclose(result.detections[at], wanted, rtol=1e-3, atol=1e-3)
             np.testing.assert_array_equal(result.boxes[at], recording.boxes(i))
             at += 1

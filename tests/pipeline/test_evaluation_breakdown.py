@@ -19,15 +19,26 @@ NOTHING = np.zeros((0, 7), np.float32)
 
 def of_tracks(ends, *tracks):
     """Frames of one recording; a track is {frame: (x, y)} of boxes 10 x 20."""
-    boxes = [np.array([(t, *track[i], 10, 20, 0, number) for number, track in enumerate(tracks) if i in track], BOX)
-             for i, t in enumerate(ends)]
+    boxes = [
+        np.array(
+            [
+                (t, *track[i], 10, 20, 0, number)
+                for number, track in enumerate(tracks)
+                if i in track
+            ],
+            BOX,
+        )
+        for i, t in enumerate(ends)
+    ]
     return labelled_frames(["a"], [np.array(ends)], [boxes], [[NOTHING] * len(ends)])
 
 
 # -- motion ------------------------------------------------------------------------------------------------------
 def test_speed_and_rest_of_a_stop():
     ends = [100_000 * (i + 1) for i in range(30)]
-    goes = {i: (4.0 * min(i, 10) + 4.0 * max(i - 20, 0), 3.0) for i in range(30)}  # 40 px/s, at rest from frame 10 to 20
+    goes = {
+        i: (4.0 * min(i, 10) + 4.0 * max(i - 20, 0), 3.0) for i in range(30)
+    }  # 40 px/s, at rest from frame 10 to 20
     moved = motion(of_tracks(ends, goes), still_speed=5)
     assert moved.speed == pytest.approx([40] * 10 + [20] + [0] * 9 + [20] + [40] * 9)
     assert moved.rest_s == pytest.approx([0] * 11 + [0.1 * k for k in range(9)] + [0] * 10)
@@ -42,17 +53,37 @@ def test_what_tracks_do_not_tell_is_nan():
     assert np.isnan(moved.speed).sum() == np.isnan(moved.rest_s).sum() == 1
     assert not (moved.still(0) | moved.moving(0))[np.isnan(moved.speed)].any()
     boxes = of_tracks(ends, {}, {}, gap)
-    assert motion(boxes, 5).rest_s == pytest.approx([0, 0.1, 0.2] * 2)  # 1.8 s without a box: nobody knows
-    twice = of_tracks(ends, {i: (9.0, 9.0) for i in range(3)}, {2: (50.0, 9.0)}, {i: (i, 1.0) for i in range(3)})
+    assert motion(boxes, 5).rest_s == pytest.approx(
+        [0, 0.1, 0.2] * 2
+    )  # 1.8 s without a box: nobody knows
+    twice = of_tracks(
+        ends, {i: (9.0, 9.0) for i in range(3)}, {2: (50.0, 9.0)}, {i: (i, 1.0) for i in range(3)}
+    )
     twice.boxes["track_id"][twice.boxes["track_id"] == 1] = 0
-    assert np.isnan(motion(twice, 5).speed).tolist() == [True, False, True, False, True, True, False]
+    assert np.isnan(motion(twice, 5).speed).tolist() == [
+        True,
+        False,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
     assert len(motion(of_tracks([]), 5).speed) == 0
 
 
 def one_by_one(frames, still_speed):
     """(speed, rest) of each box by its definition: no sorting, a search for each."""
-    rows = [(int(frames.recording[f]), int(b["track_id"]), int(frames.end_us[f]), float(b["x"] + b["w"] / 2),
-             float(b["y"] + b["h"] / 2)) for f, b in zip(frames.box_frame, frames.boxes, strict=True)]
+    rows = [
+        (
+            int(frames.recording[f]),
+            int(b["track_id"]),
+            int(frames.end_us[f]),
+            float(b["x"] + b["w"] / 2),
+            float(b["y"] + b["h"] / 2),
+        )
+        for f, b in zip(frames.box_frame, frames.boxes, strict=True)
+    ]
 
     def track(row):
         return sorted(r for r in rows if r[:2] == row[:2])
@@ -85,8 +116,14 @@ def test_motion_agrees_with_the_definition(seed):
         t = np.cumsum(rng.choice([50_000, 100_000, 1_200_000], 25, p=[0.5, 0.45, 0.05]))
         steps = rng.choice([0.0, 3.0], (25, 4, 2), p=[0.9, 0.1]).cumsum(0)
         ends.append(t)
-        boxes.append([np.array([(t[i], *steps[i, k], 8, 8, 0, k) for k in range(4) if rng.random() < 0.8], BOX)
-                      for i in range(25)])
+        boxes.append(
+            [
+                np.array(
+                    [(t[i], *steps[i, k], 8, 8, 0, k) for k in range(4) if rng.random() < 0.8], BOX
+                )
+                for i in range(25)
+            ]
+        )
     frames = labelled_frames(["a", "b"], ends, boxes, [[NOTHING] * 25] * 2)
     ours = motion(frames, still_speed=20)
     speed, rest = one_by_one(frames, 20)
@@ -100,18 +137,32 @@ def test_objects_that_the_simulator_stops_are_still():
     raw = simulated_boxes(8, 5, config)
     tracks = {t.track_id: t for t in _scene_and_rng(8, 5, config)[1].tracks}
     ends = np.unique(raw["t"])[::3]  # 20 Hz
-    boxes = [np.array([(t, *(b[k] for k in "xywh"), b["class_id"], b["track_id"]) for b in raw[raw["t"] == t]], BOX)
-             for t in ends]
+    boxes = [
+        np.array(
+            [
+                (t, *(b[k] for k in "xywh"), b["class_id"], b["track_id"])
+                for b in raw[raw["t"] == t]
+            ],
+            BOX,
+        )
+        for t in ends
+    ]
     frames = labelled_frames(["a"], [ends], [boxes], [[NOTHING] * len(ends)])
     still = motion(frames, still_speed=5).still(0.5)
     rested = []  # s that the object has rested, by its own track
     for f, box in zip(frames.box_frame, frames.boxes, strict=True):
         track = tracks[int(box["track_id"])]
-        since = frames.end_us[f] - (track.born_us + track.stop_at_us + 300_000) if track.stopped_us else -1
+        since = (
+            frames.end_us[f] - (track.born_us + track.stop_at_us + 300_000)
+            if track.stopped_us
+            else -1
+        )
         rested.append(since / 1e6 if since < track.stopped_us else -1)
     rested = np.array(rested)
     assert still.sum() > 20 and (rested[still] > 0.4).all()
-    assert still[rested > 0.7].mean() > 0.8  # others are hidden by something that passes, which changes their boxes
+    assert (
+        still[rested > 0.7].mean() > 0.8
+    )  # others are hidden by something that passes, which changes their boxes
 
 
 # -- breakdown ---------------------------------------------------------------------------------------------------
@@ -120,7 +171,12 @@ def two_recordings(seed=0):
     rng, ends, boxes, found = np.random.default_rng(seed), [], [], []
     for r in range(2):
         stands = np.zeros(5, BOX)
-        stands["w"], stands["h"], stands["x"], stands["y"] = rng.uniform(10, 60, 5), 30, 100 * np.arange(5), 300
+        stands["w"], stands["h"], stands["x"], stands["y"] = (
+            rng.uniform(10, 60, 5),
+            30,
+            100 * np.arange(5),
+            300,
+        )
         stands["class_id"], stands["track_id"] = rng.integers(0, 3, 5), 100 + np.arange(5)
         truth, rows = [], []
         for other in some_frames(seed + r)[0]:
@@ -128,7 +184,13 @@ def two_recordings(seed=0):
             other["track_id"] = np.arange(len(other))
             both = np.concatenate((stands, other))
             truth.append(both)
-            rows.append(as_detections(rng, both[rng.random(len(both)) < np.where(both["track_id"] < 100, 0.9, 0.4)], 0.03))
+            rows.append(
+                as_detections(
+                    rng,
+                    both[rng.random(len(both)) < np.where(both["track_id"] < 100, 0.9, 0.4)],
+                    0.03,
+                )
+            )
         ends.append(50_000 * np.arange(1, 41))
         boxes.append(truth)
         found.append(rows)
@@ -136,7 +198,10 @@ def two_recordings(seed=0):
 
 
 def test_a_breakdown_scores_each_part():
-    frames, config = two_recordings(), EvaluationConfig(time_bins_s=[1.0, 1.5], still_speed=5, min_side=8)
+    frames, config = (
+        two_recordings(),
+        EvaluationConfig(time_bins_s=[1.0, 1.5], still_speed=5, min_side=8),
+    )
     told = breakdown(frames, CLASSES, config)
     chosen, kept = scored(frames, config)
     every = np.ones(len(chosen.boxes), bool), np.ones(len(chosen.detections), bool)
@@ -145,26 +210,44 @@ def test_a_breakdown_scores_each_part():
         of_it = told.per_recording[name]
         assert (of_it["ap"], of_it["ap_small"]) == pytest.approx((alone.ap, alone.ap_small))
         assert of_it["frames"] == alone.frames == 30
-    assert [(b["from"], b["to"], b["frames"]) for b in told.by_time] == [(0, 1, 18), (1, 1.5, 20), (1.5, None, 22)]
+    assert [(b["from"], b["to"], b["frames"]) for b in told.by_time] == [
+        (0, 1, 18),
+        (1, 1.5, 20),
+        (1.5, None, 22),
+    ]
     late = coco_metrics(chosen.only(chosen.end_us >= 1_500_000, *every), CLASSES)
     assert told.by_time[2]["ap50"] == pytest.approx(late.ap50)
 
     still, moving = told.stillness["still"], told.stillness["moving"]
     stands = frames.boxes["track_id"][kept] >= 100
-    late = chosen.end_us[chosen.box_frame] >= 550_000  # at rest for 0.5 s since the first frame, which ends at 0.05 s
+    late = (
+        chosen.end_us[chosen.box_frame] >= 550_000
+    )  # at rest for 0.5 s since the first frame, which ends at 0.05 s
     assert still["boxes"] == (stands & late).sum() == 2 * 30 * 5
     assert still == Scorer(chosen, CLASSES).of_group(stands & late)
-    assert still["recall50"] == pytest.approx(0.4, abs=0.08) and moving["recall50"] == pytest.approx(0.9, abs=0.08)
+    assert still["recall50"] == pytest.approx(0.4, abs=0.08) and moving[
+        "recall50"
+    ] == pytest.approx(0.9, abs=0.08)
     assert sum(b["boxes"] for b in told.by_speed) == still["boxes"] + moving["boxes"]
     slow = scored(frames, config)[1] & (motion(frames, 5).speed < 5)
-    assert sum(b["boxes"] for b in told.by_rest) == slow.sum() == told.by_speed[0]["boxes"] < still["boxes"] + moving["boxes"]
+    assert (
+        sum(b["boxes"] for b in told.by_rest)
+        == slow.sum()
+        == told.by_speed[0]["boxes"]
+        < still["boxes"] + moving["boxes"]
+    )
     assert [b["from"] for b in told.by_rest] == [0, 0.5, 1, 2]
     assert told.by_rest[1]["boxes"] == 2 * 5 * 10
     by_class = Scorer(chosen, CLASSES, scores=chosen.detections[:, 5].astype(float)).metrics()
     assert told.ranked_by_class_score["ap"] == by_class.ap != coco_metrics(chosen, CLASSES).ap
-    assert np.array(told.confusion["matrix"]).shape == (4, 4) and told.confusion["score_threshold"] == 0.3
+    assert (
+        np.array(told.confusion["matrix"]).shape == (4, 4)
+        and told.confusion["score_threshold"] == 0.3
+    )
     table = told.table()
-    assert "still" in table and "1.5+ s" in table and "at rest 0.5-1 s" in table and "nothing" in table
+    assert (
+        "still" in table and "1.5+ s" in table and "at rest 0.5-1 s" in table and "nothing" in table
+    )
 
 
 def test_a_breakdown_of_nothing():
@@ -175,9 +258,15 @@ def test_a_breakdown_of_nothing():
         assert "object: no boxes whose tracks tell" in told.table()
 
 
-@pytest.mark.parametrize("values, part", [
-    ({"time_bins_s": [2.0, 1.0]}, "time_bins_s is [2.0, 1.0]"), ({"speed_bins": [0.0, 5.0]}, "edges above 0"),
-    ({"still_speed": 0.0}, "still_speed 0.0 must be above 0"), ({"confusion_threshold": 1.0}, "give 0 to below 1")])
+@pytest.mark.parametrize(
+    "values, part",
+    [
+        ({"time_bins_s": [2.0, 1.0]}, "time_bins_s is [2.0, 1.0]"),
+        ({"speed_bins": [0.0, 5.0]}, "edges above 0"),
+        ({"still_speed": 0.0}, "still_speed 0.0 must be above 0"),
+        ({"confusion_threshold": 1.0}, "give 0 to below 1"),
+    ],
+)
 def test_bins_and_thresholds_that_cannot_be(values, part):
     with pytest.raises(ConfigError) as told:
         EvaluationConfig(**values)

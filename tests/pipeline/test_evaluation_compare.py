@@ -40,10 +40,22 @@ def boxes_of(rng):
 def dataset(truth):
     recordings = []
     for i, frames in enumerate(truth):
-        ends, start = 50_000 * np.arange(1, len(frames) + 1), np.concatenate(([0], np.cumsum([len(b) for b in frames])))
+        ends, start = (
+            50_000 * np.arange(1, len(frames) + 1),
+            np.concatenate(([0], np.cumsum([len(b) for b in frames]))),
+        )
         every = np.concatenate(frames)
-        recordings.append(RecordingData(f"r{i}", 0, ends, np.ones(len(frames), bool), start, lambda which: np.zeros(0),
-                                        lambda which, every=every: every[which]))
+        recordings.append(
+            RecordingData(
+                f"r{i}",
+                0,
+                ends,
+                np.ones(len(frames), bool),
+                start,
+                lambda which: np.zeros(0),
+                lambda which, every=every: every[which],
+            )
+        )
     return Dataset(recordings, FrameConfig(), HEIGHT, WIDTH, CLASSES)
 
 
@@ -68,19 +80,31 @@ def truth():
 
 def write(folder, truth, found, **config):
     data, rules = dataset(truth), EvaluationConfig(skip_first_ms=0, **config)
-    write_results(folder, score(found, data, rules), found, data, rules, {"checkpoint": f"runs/{folder.name}", "step": 7})
+    write_results(
+        folder,
+        score(found, data, rules),
+        found,
+        data,
+        rules,
+        {"checkpoint": f"runs/{folder.name}", "step": 7},
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def evaluations(tmp_path_factory, truth):
     folder = tmp_path_factory.mktemp("evaluations")
-    return (write(folder / "a", truth, results(truth, 1, 0.08, still_share=0.3)),
-            write(folder / "b", truth, results(truth, 2, 0.04)))
+    return (
+        write(folder / "a", truth, results(truth, 1, 0.08, still_share=0.3)),
+        write(folder / "b", truth, results(truth, 2, 0.04)),
+    )
 
 
 def test_frames_come_back_from_their_file(evaluations, truth):
-    stored, given = load_frames(evaluations[0] / FRAMES), labelled(results(truth, 1, 0.08, still_share=0.3), dataset(truth))
+    stored, given = (
+        load_frames(evaluations[0] / FRAMES),
+        labelled(results(truth, 1, 0.08, still_share=0.3), dataset(truth)),
+    )
     assert stored.names == given.names
     for name in ("recording", "end_us", "boxes", "box_frame", "detections", "detection_frame"):
         np.testing.assert_array_equal(getattr(stored, name), getattr(given, name))
@@ -90,17 +114,28 @@ def test_frames_come_back_from_their_file(evaluations, truth):
 @pytest.mark.parametrize("weights", [(1, 1, 1, 1, 1, 1), (2, 0, 1, 3, 0, 0), (0, 0, 0, 0, 6, 0)])
 def test_a_draw_scores_as_copies_of_its_recordings_do(truth, weights):
     found = results(truth, 1, 0.06)
-    ours = {k: v[0] for k, v in measures(labelled(found, dataset(truth)), CLASSES, CONFIG, np.array([weights], float)).items()}
+    ours = {
+        k: v[0]
+        for k, v in measures(
+            labelled(found, dataset(truth)), CLASSES, CONFIG, np.array([weights], float)
+        ).items()
+    }
     copies = [i for i, m in enumerate(weights) for _ in range(m)]
     boxes = [b for i in copies for b in truth[i]]
     rows = [d for i in copies for d in found[i].detections]
     theirs = by_pycocotools(boxes, rows, CLASSES)
     assert [ours["ap"], ours["ap50"]] == pytest.approx(theirs.stats[:2].tolist(), abs=1e-9)
-    assert ours["ap_small"] == pytest.approx(theirs.stats[3] if theirs.stats[3] > -1 else np.nan, abs=1e-9, nan_ok=True)
-    still = [(b["track_id"] < 4) & (i % FRAMES_EACH >= 10) for i, b in enumerate(boxes)]  # at rest for 0.5 s
+    assert ours["ap_small"] == pytest.approx(
+        theirs.stats[3] if theirs.stats[3] > -1 else np.nan, abs=1e-9, nan_ok=True
+    )
+    still = [
+        (b["track_id"] < 4) & (i % FRAMES_EACH >= 10) for i, b in enumerate(boxes)
+    ]  # at rest for 0.5 s
     for name, group in (("still", still), ("moving", [~g for g in still])):
         theirs = by_pycocotools(boxes, rows, CLASSES, counts=group)
-        assert [ours[f"ap_{name}"], ours[f"recall_{name}"]] == pytest.approx(theirs.stats[[0, 8]].tolist(), abs=1e-9)
+        assert [ours[f"ap_{name}"], ours[f"recall_{name}"]] == pytest.approx(
+            theirs.stats[[0, 8]].tolist(), abs=1e-9
+        )
     assert 0.1 < ours["ap"] < 0.9 and ours.keys() == MEASURES.keys()
 
 
@@ -122,8 +157,16 @@ def test_frames_are_matched_in_any_portions(truth, monkeypatch):
 
 
 def test_a_draw_without_such_boxes_does_not_count(truth):
-    large = [[b[b["w"] * b["h"] > 2000] for b in frames] if i else frames for i, frames in enumerate(truth)]
-    values = measures(labelled(results(large, 1, 0.06), dataset(large)), CLASSES, CONFIG, draws(RECORDINGS, 200, 0))
+    large = [
+        [b[b["w"] * b["h"] > 2000] for b in frames] if i else frames
+        for i, frames in enumerate(truth)
+    ]
+    values = measures(
+        labelled(results(large, 1, 0.06), dataset(large)),
+        CLASSES,
+        CONFIG,
+        draws(RECORDINGS, 200, 0),
+    )
     drawn = draws(RECORDINGS, 200, 0)[:, 0] > 0
     np.testing.assert_array_equal(np.isnan(values["ap_small"]), ~drawn)
     assert 0 < drawn.sum() < 201 and not np.isnan(values["ap"]).any()
@@ -139,12 +182,16 @@ def test_the_better_one_is_better_beyond_chance(evaluations):
         assert one["difference"]["value"] == pytest.approx(one["b"]["value"] - one["a"]["value"])
     for name, e in (("a", a), ("b", b)):
         assert told["measures"]["ap"][name]["value"] == pytest.approx(e.results["ap"], abs=1e-9)
-        assert told["measures"]["ap_small"][name]["value"] == pytest.approx(e.results["ap_small"], abs=1e-9)
+        assert told["measures"]["ap_small"][name]["value"] == pytest.approx(
+            e.results["ap_small"], abs=1e-9
+        )
     gain = told["measures"]["recall_still"]["difference"]
     assert gain["low"] > 0.1 and gain["value"] == pytest.approx(0.4 * 0.5, abs=0.25)
     # Paired: the same recordings are drawn for both, so their difference is surer than each of them.
     ap = told["measures"]["ap"]
-    assert ap["difference"]["high"] - ap["difference"]["low"] < sum(ap[s]["high"] - ap[s]["low"] for s in "ab")
+    assert ap["difference"]["high"] - ap["difference"]["low"] < sum(
+        ap[s]["high"] - ap[s]["low"] for s in "ab"
+    )
     again = compare(a, b, resamples=100, seed=0, confidence=0.95)
     assert again == told != compare(a, b, resamples=100, seed=1, confidence=0.95)
     narrow = compare(a, b, resamples=100, seed=0, confidence=0.5)["measures"]["ap"]["a"]
@@ -158,7 +205,9 @@ def test_the_better_one_is_better_beyond_chance(evaluations):
 def test_one_against_itself_differs_in_nothing(evaluations):
     a = open_evaluation(evaluations[0] / "metrics.json")
     told = compare(a, a, resamples=50, seed=0, confidence=0.95)
-    assert all(one["difference"] == {"value": 0, "low": 0, "high": 0} for one in told["measures"].values())
+    assert all(
+        one["difference"] == {"value": 0, "low": 0, "high": 0} for one in told["measures"].values()
+    )
     assert "*" not in table(told, a, a)
 
 
@@ -172,37 +221,75 @@ def some(folder, truth, **config):
     return write(folder, truth, results(truth, 1, 0.1), **config)
 
 
-@pytest.mark.parametrize("change, part", [
-    (lambda b, truth: some(b, truth, min_side=20.0), "scored by other rules: min_side is 0.0 and 20.0"),
-    (lambda b, truth: some(b, truth[:5]), "1 are in one alone (r5)"),
-    (lambda b, truth: some(b, [frames[::-1] for frames in truth]), "other frames or boxes"),
-    (lambda b, truth: some(b, truth, write_detections=False), "evaluation.write_detections=true"),
-    (lambda b, truth: (b.mkdir(), (b / "metrics.json").write_text('{"ap": 1}')), "is not what evspan evaluate writes"),
-    (lambda b, truth: None, "has no metrics.json"),
-    (lambda b, truth: (some(b, truth) / FRAMES).write_bytes(b"PK\x03\x04 cut"), "holds no frames of an evaluation"),
-    (lambda b, truth: shutil.copy(write(b.parent / "c", truth, results(truth, 9, 0.02)) / FRAMES, some(b, truth)),
-     "they are of different evaluations"),
-])
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        (
+            lambda b, truth: some(b, truth, min_side=20.0),
+            "scored by other rules: min_side is 0.0 and 20.0",
+        ),
+        (lambda b, truth: some(b, truth[:5]), "1 are in one alone (r5)"),
+        (lambda b, truth: some(b, [frames[::-1] for frames in truth]), "other frames or boxes"),
+        (
+            lambda b, truth: some(b, truth, write_detections=False),
+            "evaluation.write_detections=true",
+        ),
+        (
+            lambda b, truth: (b.mkdir(), (b / "metrics.json").write_text('{"ap": 1}')),
+            "is not what evspan evaluate writes",
+        ),
+        (lambda b, truth: None, "has no metrics.json"),
+        (
+            lambda b, truth: (some(b, truth) / FRAMES).write_bytes(b"PK\x03\x04 cut"),
+            "holds no frames of an evaluation",
+        ),
+        (
+            lambda b, truth: shutil.copy(
+                write(b.parent / "c", truth, results(truth, 9, 0.02)) / FRAMES, some(b, truth)
+            ),
+            "they are of different evaluations",
+        ),
+    ],
+)
 def test_what_cannot_be_compared_is_refused(tmp_path, evaluations, truth, change, part):
     change(tmp_path / "b", truth)
     with pytest.raises(UserError) as told:
-        compare(open_evaluation(evaluations[0]), open_evaluation(tmp_path / "b"), resamples=5, seed=0, confidence=0.95)
+        compare(
+            open_evaluation(evaluations[0]),
+            open_evaluation(tmp_path / "b"),
+            resamples=5,
+            seed=0,
+            confidence=0.95,
+        )
     assert part in str(told.value)
 
 
 # -- the command -------------------------------------------------------------------------------------------------
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "evspan.launch", "evaluate", "compare", *map(str, arguments)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "evspan.launch", "evaluate", "compare", *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.timeout(240)
 def test_the_command_tells_a_table_or_json(evaluations):
     shown = command(*evaluations, "--resamples", 50)
-    assert shown.returncode == 0 and "AP 0.50:0.95" in shown.stdout and "B - A" in shown.stdout, shown.stderr
+    assert shown.returncode == 0 and "AP 0.50:0.95" in shown.stdout and "B - A" in shown.stdout, (
+        shown.stderr
+    )
     told = json.loads(command(*evaluations, "--resamples", 50, "--seed", 3, "--json").stdout)
-    assert (told["seed"], told["resamples"], told["recordings"]) == (3, 50, 6) and told["measures"].keys() == MEASURES.keys()
+    assert (told["seed"], told["resamples"], told["recordings"]) == (3, 50, 6) and told[
+        "measures"
+    ].keys() == MEASURES.keys()
     wrong = command(evaluations[0], ROOT / "conf")
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "has no metrics.json" in wrong.stderr
+    assert (
+        wrong.returncode == 2
+        and wrong.stderr.count("\n") == 1
+        and "has no metrics.json" in wrong.stderr
+    )
     wrong = command(*evaluations, "--resamples", 0)
     assert wrong.returncode == 2 and "--resamples 0 must be 1 or more" in wrong.stderr

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 from evspan.conf.schema.prep import DatasetConfig, FrameMode, frame_config
-from evspan.conf.schema.training import BackboneConfig, EvaluationConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.conf.schema.training import (
+    BackboneConfig,
+    EvaluationConfig,
+    FpnConfig,
+    HeadConfig,
+    ModelConfig,
+)
 from evspan.data_prep.labels.box_files import read_boxes
 from evspan.data_prep.prepare import prepare
 from evspan.data_prep.shards.format import load_manifest
@@ -49,7 +55,14 @@ def prepared(recording, folder, hertz, mode="exact", **labels):
     boxes = boxes[np.isin(boxes["t"], times[60 // hertz - 1 :: 60 // hertz])]
     np.save(source / "val" / "r_bbox.npy", boxes)
     labels["label_every_ms"] = 50 if mode == "exact" else 100
-    prepare(prep_config(source, folder / "shards", labels=labels, frames={"mode": FrameMode[mode], "downsample": 2}))
+    prepare(
+        prep_config(
+            source,
+            folder / "shards",
+            labels=labels,
+            frames={"mode": FrameMode[mode], "downsample": 2},
+        )
+    )
     return open_dataset(DatasetConfig(root=str(folder / "shards")), "val"), boxes
 
 
@@ -62,48 +75,89 @@ def as_results(data, jitter=0.0, seed=0):
         for b in result.boxes:
             corners = np.stack((b["x"], b["y"], b["x"] + b["w"], b["y"] + b["h"]), 1)
             corners += jitter * rng.normal(size=corners.shape) * np.stack((b["w"], b["h"]) * 2, 1)
-            rows = np.concatenate((corners, rng.uniform(0.1, 1, (len(b), 2)), b["class_id"][:, None]), 1)
-            spurious = np.array([(5, 5, 25, 30, 0.5, rng.random(), 1)] * bool(jitter)).reshape(-1, 7)
+            rows = np.concatenate(
+                (corners, rng.uniform(0.1, 1, (len(b), 2)), b["class_id"][:, None]), 1
+            )
+            spurious = np.array([(5, 5, 25, 30, 0.5, rng.random(), 1)] * bool(jitter)).reshape(
+                -1, 7
+            )
             result.detections.append(np.concatenate((rows, spurious)).astype(np.float32))
         out.append(result)
     return out
 
 
-@pytest.mark.parametrize("hertz, mode", [(10, "exact"), (20, "exact"), (30, "exact"), (60, "exact"), (30, "rvt"), (60, "rvt")])
+@pytest.mark.parametrize(
+    "hertz, mode",
+    [(10, "exact"), (20, "exact"), (30, "exact"), (60, "exact"), (30, "rvt"), (60, "rvt")],
+)
 def test_boxes_against_themselves_give_100(recording, tmp_path, hertz, mode):
     data, boxes = prepared(recording, tmp_path, hertz, mode)
     config = EvaluationConfig()
     results = as_results(data)
     metrics = score(results, data, config)
-    shares = [metrics.ap, metrics.ap50, metrics.ap75, metrics.ar100, *(v for v in metrics.per_class.values() if v is not None)]
+    shares = [
+        metrics.ap,
+        metrics.ap50,
+        metrics.ap75,
+        metrics.ar100,
+        *(v for v in metrics.per_class.values() if v is not None),
+    ]
     assert shares == pytest.approx([1.0] * len(shares))
-    taken = 20 if mode == "exact" and hertz in (20, 60) else 10  # of 30 a second, the third is the next that 50 ms windows reach
+    taken = (
+        20 if mode == "exact" and hertz in (20, 60) else 10
+    )  # of 30 a second, the third is the next that 50 ms windows reach
     assert 0.9 * taken * (SECONDS - 0.5) <= metrics.frames <= taken * (SECONDS - 0.5) + 1
     assert metrics.boxes == metrics.detections >= metrics.frames
     # Every label time that is taken is a time of the box file, and its boxes are the file's.
     raw = results[0].as_raw_boxes(data)
     assert np.isin(raw["t"], boxes["t"]).all() if mode == "exact" else len(raw)
     told = breakdown(labelled(results, data), data.classes, config)
-    every = [*told.per_recording.values(), *told.by_time, *told.by_speed, *told.by_rest, *told.stillness.values()]
+    every = [
+        *told.per_recording.values(),
+        *told.by_time,
+        *told.by_speed,
+        *told.by_rest,
+        *told.stillness.values(),
+    ]
     assert {round(v["ap"], 9) for v in every if v["boxes"]} == {1.0}
 
 
 def by_the_toolbox(truth, found, classes, *, tolerance_us, skip_us, min_diagonal, min_side):
     """AP by the rules of Prophesee's toolbox, from box files alone: detections near the time of a box, in frames with boxes."""
+
     def kept(boxes):
         w, h = boxes["w"], boxes["h"]
-        return boxes[(boxes["t"] > skip_us) & (w**2 + h**2 >= min_diagonal**2) & (w >= min_side) & (h >= min_side)]
+        return boxes[
+            (boxes["t"] > skip_us)
+            & (w**2 + h**2 >= min_diagonal**2)
+            & (w >= min_side)
+            & (h >= min_side)
+        ]
 
     truth, found = kept(truth), kept(found)
     annotations, results, times = [], [], np.unique(truth["t"])
     for image, t in enumerate(times, 1):
         for b in truth[truth["t"] == t]:
             box = [float(b[k]) for k in "xywh"]
-            annotations.append({"area": box[2] * box[3], "iscrowd": False, "image_id": image, "bbox": box,
-                                "category_id": int(b["class_id"]) + 1, "id": len(annotations) + 1})
+            annotations.append(
+                {
+                    "area": box[2] * box[3],
+                    "iscrowd": False,
+                    "image_id": image,
+                    "bbox": box,
+                    "category_id": int(b["class_id"]) + 1,
+                    "id": len(annotations) + 1,
+                }
+            )
         for b in found[np.abs(found["t"] - t) <= tolerance_us]:
-            results.append({"image_id": image, "category_id": int(b["class_id"]) + 1, "score": float(b["class_confidence"]),
-                            "bbox": [float(b[k]) for k in "xywh"]})
+            results.append(
+                {
+                    "image_id": image,
+                    "category_id": int(b["class_id"]) + 1,
+                    "score": float(b["class_confidence"]),
+                    "bbox": [float(b[k]) for k in "xywh"],
+                }
+            )
     return coco_evaluation(len(times), annotations, results, classes).stats
 
 
@@ -115,11 +169,23 @@ def test_our_files_score_alike_by_the_toolboxs_rules(recording, tmp_path, filter
     metrics = score(results, data, config)
     write_results(tmp_path / "out", metrics, results, data, config, {})
     found = read_boxes(tmp_path / "out" / "r_bbox.npy")
-    theirs = by_the_toolbox(boxes[np.isin(boxes["t"], found["t"])], found, CLASSES, tolerance_us=1000,
-                            skip_us=500_000 + data.recordings[0].clock_us, min_diagonal=2 * filters.get("min_diagonal", 0),
-                            min_side=2 * filters.get("min_side", 0))
-    assert [metrics.ap, metrics.ap50, metrics.ap75, metrics.ar1, metrics.ar10, metrics.ar100] == \
-        pytest.approx(theirs[[0, 1, 2, 6, 7, 8]].tolist(), abs=1e-6)
+    theirs = by_the_toolbox(
+        boxes[np.isin(boxes["t"], found["t"])],
+        found,
+        CLASSES,
+        tolerance_us=1000,
+        skip_us=500_000 + data.recordings[0].clock_us,
+        min_diagonal=2 * filters.get("min_diagonal", 0),
+        min_side=2 * filters.get("min_side", 0),
+    )
+    assert [
+        metrics.ap,
+        metrics.ap50,
+        metrics.ap75,
+        metrics.ar1,
+        metrics.ar10,
+        metrics.ar100,
+    ] == pytest.approx(theirs[[0, 1, 2, 6, 7, 8]].tolist(), abs=1e-6)
     assert 0.2 < metrics.ap < 0.95 and 20 < metrics.boxes < len(boxes)
     if filters:
         assert metrics.boxes < score(results, data, EvaluationConfig()).boxes
@@ -131,24 +197,48 @@ def weights_and_shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     shards = write_small_shards(folder / "shards", {"val": [14, 22]})
     torch.manual_seed(0)
-    model = ModelConfig(backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5), head=HeadConfig(num_classes=3),
-                        fpn=FpnConfig(enable_small_object_attention=True, identity_start=False))
+    model = ModelConfig(
+        backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5),
+        head=HeadConfig(num_classes=3),
+        fpn=FpnConfig(enable_small_object_attention=True, identity_start=False),
+    )
     detector = Detector(model, 2 * BINS)
-    for name, parameter in detector.named_parameters():  # sure of much, so that there is something to score
+    for (
+        name,
+        parameter,
+    ) in detector.named_parameters():  # sure of much, so that there is something to score
         if "preds" in name and name.endswith("weight"):
             torch.nn.init.normal_(parameter, std=2.0)
         elif "obj_preds" in name or "cls_preds" in name:
             torch.nn.init.zeros_(parameter)
     frames = frame_config(load_manifest(shards).config["frames"])
-    save_weights(folder / "w.safetensors", Weights(detector.state_dict(), model, frames, SMALL_CLASSES, 5))
+    save_weights(
+        folder / "w.safetensors", Weights(detector.state_dict(), model, frames, SMALL_CLASSES, 5)
+    )
     return folder / "w.safetensors", shards
 
 
 def evaluated(weights, shards, output, *overrides):
-    done = subprocess.run([sys.executable, "-m", "evspan.launch", "evaluate", f"checkpoint={weights}", f"dataset.root={shards}",
-                           f"output={output}", "evaluation.batch_size=1", "evaluation.skip_first_ms=0", "parallel.threads=1",
-                           "evaluation.confidence_threshold=0.1", *overrides], cwd=ROOT, capture_output=True, text=True,
-                          timeout=200)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "evspan.launch",
+            "evaluate",
+            f"checkpoint={weights}",
+            f"dataset.root={shards}",
+            f"output={output}",
+            "evaluation.batch_size=1",
+            "evaluation.skip_first_ms=0",
+            "parallel.threads=1",
+            "evaluation.confidence_threshold=0.1",
+            *overrides,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((output / "metrics.json").read_text()), done.stdout
 
@@ -158,13 +248,31 @@ def test_ranks_score_as_one_does(weights_and_shards, tmp_path):
     """Three ranks for two recordings: one has nothing to do."""
     alone, shown = evaluated(*weights_and_shards, tmp_path / "one")
     told, _ = evaluated(*weights_and_shards, tmp_path / "three", "parallel.ranks=3")
-    assert told == alone and alone["detections"] > 100 and alone["boxes"] == 2 * (7 + 11) and alone["ar100"] > 0
+    assert (
+        told == alone
+        and alone["detections"] > 100
+        and alone["boxes"] == 2 * (7 + 11)
+        and alone["ar100"] > 0
+    )
     one, three = load_frames(tmp_path / "one" / FRAMES), load_frames(tmp_path / "three" / FRAMES)
     np.testing.assert_array_equal(one.detections, three.detections)
-    assert {p.name for p in (tmp_path / "three").iterdir()} == {"metrics.json", FRAMES, "val_000_bbox.npy", "val_001_bbox.npy"}
+    assert {p.name for p in (tmp_path / "three").iterdir()} == {
+        "metrics.json",
+        FRAMES,
+        "val_000_bbox.npy",
+        "val_001_bbox.npy",
+    }
     assert "AP 0.50:0.95" in shown and "since start" in shown and "val_001" in shown
     # metrics.json says what was scored, how, and by what.
-    assert told["checkpoint"] == str(weights_and_shards[0]) and told["step"] == 5 and told["split"] == "val"
-    assert told["protocol"]["confidence_threshold"] == 0.1 and told["protocol"]["still_speed"] == 5.0
-    assert told["breakdown"]["confusion"]["score_threshold"] == 0.3 and len(told["config_hash"]) == 16
+    assert (
+        told["checkpoint"] == str(weights_and_shards[0])
+        and told["step"] == 5
+        and told["split"] == "val"
+    )
+    assert (
+        told["protocol"]["confidence_threshold"] == 0.1 and told["protocol"]["still_speed"] == 5.0
+    )
+    assert (
+        told["breakdown"]["confusion"]["score_threshold"] == 0.3 and len(told["config_hash"]) == 16
+    )
     assert told["breakdown"]["per_recording"]["val_001"]["frames"] == 11

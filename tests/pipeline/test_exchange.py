@@ -14,7 +14,9 @@ from evspan.pipeline.parallel.mesh import Mesh
 from evspan.pipeline.parallel.rank_env import check_address, first_host, place
 from support import exchange_ranks as cases
 
-pytestmark = pytest.mark.timeout(300)  # of a launch that runs all cases of a world, on a busy machine
+pytestmark = pytest.mark.timeout(
+    300
+)  # of a launch that runs all cases of a world, on a busy machine
 ROOT = Path(__file__).parents[2]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 LAYOUTS = list(cases.DETECTORS)  # (world, ranks per sequence)
@@ -28,8 +30,21 @@ def launched(tmp_path_factory):
     def launch(ranks):
         if ranks not in told:
             folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
-            assert run_ranks([sys.executable, str(ROOT / "tests" / "support" / "exchange_ranks.py"), str(folder)], ranks, threads=1) == 0
-            told[ranks] = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+            assert (
+                run_ranks(
+                    [
+                        sys.executable,
+                        str(ROOT / "tests" / "support" / "exchange_ranks.py"),
+                        str(folder),
+                    ],
+                    ranks,
+                    threads=1,
+                )
+                == 0
+            )
+            told[ranks] = [
+                torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)
+            ]
         return told[ranks]
 
     return launch
@@ -43,7 +58,9 @@ def assert_close(got, wanted, tolerance):
     """Within `tolerance` of the largest value."""
     assert got.shape == wanted.shape and got.dtype == wanted.dtype
     if wanted.numel():
-        torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()) + 1e-12)
+        torch.testing.assert_close(
+            got, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()) + 1e-12
+        )
 
 
 # -- scans -------------------------------------------------------------------------------------------------------
@@ -61,7 +78,9 @@ def test_scan_is_that_of_one_rank(launched, world, sequence, name):
             for t in told:
                 for got, one in zip(t[key], wanted[key], strict=True):
                     assert_close(got, one, close)
-        for parts, one in zip(zip(*(t["weights"] for t in told), strict=True), wanted["weights"], strict=True):
+        for parts, one in zip(
+            zip(*(t["weights"] for t in told), strict=True), wanted["weights"], strict=True
+        ):
             assert_close(sum(parts), one, close)
 
 
@@ -85,24 +104,38 @@ def test_previous_frames_are_those_of_the_whole_timeline(launched, world, sequen
     back, each = cases.LOOKS[name]
     frames = each * sequence
     timeline, weights = cases.timeline(back, frames)  # the carry, then all chunks
-    starts = [[chunk * frames + rank * each for chunk in range(cases.CHUNKS)] for rank in range(sequence)]
+    starts = [
+        [chunk * frames + rank * each for chunk in range(cases.CHUNKS)] for rank in range(sequence)
+    ]
     timeline.requires_grad_()
-    sum((timeline[at : at + back] * weights[chunk, rank * each]).sum()
-        for rank in range(sequence) for chunk, at in enumerate(starts[rank])).backward()
+    sum(
+        (timeline[at : at + back] * weights[chunk, rank * each]).sum()
+        for rank in range(sequence)
+        for chunk, at in enumerate(starts[rank])
+    ).backward()
     for group in groups(launched(world), sequence):
         for rank, told in enumerate(r["look", sequence, name] for r in group):
             wanted = torch.stack([timeline[at : at + back] for at in starts[rank]]).detach()
             assert torch.equal(told["before"], wanted)
             assert torch.equal(told["carry"], timeline[-back:].detach())
             assert_close(told["first"], timeline.grad[:back], 1e-12)
-            gradients = torch.stack([timeline.grad[back + at : back + at + each] for at in starts[rank]])
+            gradients = torch.stack(
+                [timeline.grad[back + at : back + at + each] for at in starts[rank]]
+            )
             assert_close(told["features"], gradients, 1e-12)
-            after = torch.cat((cases.some_labels(frames)[rank * each + each :], torch.ones(back, 2, dtype=torch.bool)))
+            after = torch.cat(
+                (
+                    cases.some_labels(frames)[rank * each + each :],
+                    torch.ones(back, 2, dtype=torch.bool),
+                )
+            )
             assert torch.equal(told["following"], after[:back])
 
 
 # -- the detector ------------------------------------------------------------------------------------------------
-WHOLE = [(world, sequence, *case) for (world, sequence), row in cases.DETECTORS.items() for case in row]
+WHOLE = [
+    (world, sequence, *case) for (world, sequence), row in cases.DETECTORS.items() for case in row
+]
 
 
 @pytest.mark.parametrize("world, sequence, model, kind, labels, dtype", WHOLE)
@@ -110,7 +143,16 @@ def test_detector_is_that_of_one_rank(launched, world, sequence, model, kind, la
     frames, lanes = cases.detector_size(world)
 
     def one_rank(dtype):
-        return cases.detect(model, labels, dtype, cases.Alone(), range(frames), range(lanes), frames=frames, lanes=lanes)
+        return cases.detect(
+            model,
+            labels,
+            dtype,
+            cases.Alone(),
+            range(frames),
+            range(lanes),
+            frames=frames,
+            lanes=lanes,
+        )
 
     wanted = one_rank(dtype)
     exact = one_rank(torch.float64)["gradients"] if dtype is torch.float32 else wanted["gradients"]
@@ -142,7 +184,10 @@ def distance(got, wanted):
 
 
 def test_touch_reaches_without_multiplying():
-    x, other = torch.tensor(2.0, requires_grad=True), torch.tensor([float("inf"), 3.0], requires_grad=True)
+    x, other = (
+        torch.tensor(2.0, requires_grad=True),
+        torch.tensor([float("inf"), 3.0], requires_grad=True),
+    )
     touch(x * x, other * 1, torch.ones(3)).backward()
     assert x.grad == 4 and other.grad.tolist() == [0, 0]
 
@@ -162,14 +207,33 @@ def test_consecutive_ranks_share_a_sequence(launched, world, sequence):
     assert len(lanes) == 12 * 24 and frames == set(range(24))
 
 
-@pytest.mark.parametrize("layout, parts", [
-    ((4, 3, 6, 4), ["parallel.sequence is 3", "4 ranks", "1 or 2 or 4", "parallel.ranks=6"]),
-    ((2, 4, 8, 4), ["parallel.sequence is 4", "2 ranks", "1 or 2", "parallel.ranks=4"]),
-    ((1, 0, 8, 4), ["parallel.sequence is 0", "parallel.ranks=1"]),
-    ((4, 2, 5, 4), ["training.sequence_length is 5", "training.sequence_length=6"]),
-    ((4, 1, 4, 6), ["training.batch_size is 6", "4 data groups", "training.batch_size=8", "parallel.sequence=2"]),
-    ((4, 2, 4, 1), ["training.batch_size is 1", "2 data groups", "training.batch_size=2", "parallel.sequence=4"]),
-])
+@pytest.mark.parametrize(
+    "layout, parts",
+    [
+        ((4, 3, 6, 4), ["parallel.sequence is 3", "4 ranks", "1 or 2 or 4", "parallel.ranks=6"]),
+        ((2, 4, 8, 4), ["parallel.sequence is 4", "2 ranks", "1 or 2", "parallel.ranks=4"]),
+        ((1, 0, 8, 4), ["parallel.sequence is 0", "parallel.ranks=1"]),
+        ((4, 2, 5, 4), ["training.sequence_length is 5", "training.sequence_length=6"]),
+        (
+            (4, 1, 4, 6),
+            [
+                "training.batch_size is 6",
+                "4 data groups",
+                "training.batch_size=8",
+                "parallel.sequence=2",
+            ],
+        ),
+        (
+            (4, 2, 4, 1),
+            [
+                "training.batch_size is 1",
+                "2 data groups",
+                "training.batch_size=2",
+                "parallel.sequence=4",
+            ],
+        ),
+    ],
+)
 def test_layouts_that_do_not_fit_are_told_with_what_fits(layout, parts):
     ranks, sequence, frames, lanes = layout
     with pytest.raises(ConfigError) as told:
@@ -180,7 +244,12 @@ def test_layouts_that_do_not_fit_are_told_with_what_fits(layout, parts):
 
 def test_layouts_that_fit_pass():
     for ranks, sequence in ((1, 1), (4, 1), (4, 2), (4, 4), (3, 3)):
-        check_layout(ranks=ranks, sequence=sequence, sequence_length=sequence * 2, batch_size=ranks // sequence * 3)
+        check_layout(
+            ranks=ranks,
+            sequence=sequence,
+            sequence_length=sequence * 2,
+            batch_size=ranks // sequence * 3,
+        )
 
 
 def test_exchanges_that_do_not_fit_are_told():
@@ -193,10 +262,24 @@ def test_exchanges_that_do_not_fit_are_told():
 
 
 # -- launchers ---------------------------------------------------------------------------------------------------
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_JOB_ID": "1234",
-         "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_STEP_TASKS_PER_NODE": "4,3"}
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "head",
-            "MASTER_PORT": "77"}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "7",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_TASKS_PER_NODE": "4,3",
+}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "head",
+    "MASTER_PORT": "77",
+}
 
 
 def test_every_launcher_is_understood():
@@ -205,14 +288,26 @@ def test_every_launcher_is_understood():
     assert place(SLURM | TORCHRUN) == (3, 4, 1, 2, "head", 77)  # torchrun inside a SLURM step
     rank, size, local, local_size, address, port = place(SLURM)
     assert (rank, size, local, local_size, address) == (5, 7, 1, 3, "gpu07")
-    assert port == place(SLURM | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}).port
+    assert (
+        port == place(SLURM | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}).port
+    )
     assert port != place(SLURM | {"SLURM_STEP_ID": "1"}).port and 10_000 <= port < 32_768
     assert place(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"})[4:] == ("10.0.0.1", 99)
     assert place({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"})[:2] == (0, 1)
 
 
-@pytest.mark.parametrize("nodes, first", [("a", "a"), ("a,b", "a"), ("n[3-5,9],m", "n3"), ("n[03,05]", "n03"),
-                                          ("r[1-2]n[3-4]", "r1n3"), ("a,n[1-2]", "a"), ("n[1-2]-ib,x", "n1-ib")])
+@pytest.mark.parametrize(
+    "nodes, first",
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("n[3-5,9],m", "n3"),
+        ("n[03,05]", "n03"),
+        ("r[1-2]n[3-4]", "r1n3"),
+        ("a,n[1-2]", "a"),
+        ("n[1-2]-ib,x", "n1-ib"),
+    ],
+)
 def test_first_host_of_a_list_of_nodes(nodes, first):
     assert first_host(nodes) == first
 

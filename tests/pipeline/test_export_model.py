@@ -27,7 +27,13 @@ ATTENTION = {"enable_small_object_attention": True}
 # name -> (neck, dws_conv, batch, height, width); windows have 36 cells at 192 x 192, where the backbone attends in another way
 KINDS = {
     "3scales_attention.onnx": (ATTENTION, False, 1, 190, 192),
-    "4scales_attention_dws.onnx": ({**ATTENTION, "in_stages": [1, 2, 3, 4], "temporal_window": 4}, True, 2, 64, 90),
+    "4scales_attention_dws.onnx": (
+        {**ATTENTION, "in_stages": [1, 2, 3, 4], "temporal_window": 4},
+        True,
+        2,
+        64,
+        90,
+    ),
     "plain.pt2": ({}, False, 2, 60, 96),
 }
 
@@ -44,17 +50,23 @@ def threads():
 def make_weights(path: Path, fpn: dict, dws_conv: bool) -> Path:
     """Random; every part matters: LayerScale at 0.5, attention gates open, norms that are not the identity."""
     torch.manual_seed(0)
-    backbone = BackboneConfig(embed_dim=16, dim_head=8, ls_init_value=0.5, partition_split_32=1,
-                              dws_conv=dws_conv)
+    backbone = BackboneConfig(
+        embed_dim=16, dim_head=8, ls_init_value=0.5, partition_split_32=1, dws_conv=dws_conv
+    )
     model = ModelConfig(backbone=backbone, fpn=FpnConfig(**fpn))
     detector, frames = Detector(model, 2 * BINS), FrameConfig(bins=BINS)
     with torch.no_grad():
         for name, tensor in detector.state_dict().items():
             if name.endswith(("gate", "gamma")):
                 tensor.fill_(0.5)
-            if name.startswith(("fpn", "yolox_head")) and tensor.ndim == 4:  # that outputs differ from frame to frame
+            if (
+                name.startswith(("fpn", "yolox_head")) and tensor.ndim == 4
+            ):  # that outputs differ from frame to frame
                 tensor *= 0.2 if "reg_preds" in name else 2.5
-            if name.startswith(("yolox_head.obj_preds", "yolox_head.cls_preds")) and tensor.ndim == 1:
+            if (
+                name.startswith(("yolox_head.obj_preds", "yolox_head.cls_preds"))
+                and tensor.ndim == 1
+            ):
                 tensor.zero_()
             if name.endswith(("running_mean", "norm.bias", "bn.bias")):
                 tensor.normal_(0, 0.1)
@@ -74,14 +86,27 @@ def exported(tmp_path_factory):
         path = folder / name
         if not path.exists():
             weights = make_weights(path.with_suffix(".safetensors"), fpn, dws_conv)
-            main([str(weights), str(path), "--height", str(height), "--width", str(width), "--batch", str(batch)])
+            main(
+                [
+                    str(weights),
+                    str(path),
+                    "--height",
+                    str(height),
+                    "--width",
+                    str(width),
+                    "--batch",
+                    str(batch),
+                ]
+            )
         return path
 
     return file
 
 
 def some_frames(*shape: int) -> torch.Tensor:
-    return torch.randint(0, 11, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    return torch.randint(
+        0, 11, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+    )
 
 
 def by_onnxruntime(path: Path, frames: torch.Tensor) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -90,7 +115,9 @@ def by_onnxruntime(path: Path, frames: torch.Tensor) -> tuple[list[np.ndarray], 
     first, *rest = session.get_inputs()
     state, out = [np.zeros(i.shape, np.float32) for i in rest], []
     for frame in frames.numpy():
-        decoded, *state = session.run(None, {first.name: frame, **dict(zip((i.name for i in rest), state, strict=True))})
+        decoded, *state = session.run(
+            None, {first.name: frame, **dict(zip((i.name for i in rest), state, strict=True))}
+        )
         out.append(decoded)
     return out, state
 
@@ -98,7 +125,9 @@ def by_onnxruntime(path: Path, frames: torch.Tensor) -> tuple[list[np.ndarray], 
 def by_torch(path: Path, frames: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     program = torch.export.load(path)
     step, out = program.module(), []
-    state = [n.meta["val"] for n in program.graph.nodes if n.name in program.graph_signature.user_inputs][1:]
+    state = [
+        n.meta["val"] for n in program.graph.nodes if n.name in program.graph_signature.user_inputs
+    ][1:]
     state = [torch.zeros(t.shape) for t in state]
     for frame in frames:
         decoded, *state = step(frame, *state)
@@ -132,20 +161,33 @@ def test_an_onnx_file_tells_what_it_is(exported):
     about = json.loads(session.get_modelmeta().custom_metadata_map["evspan"])
     assert about["classes"] == CLASSES and about["step"] == 7 and about["frames"]["bins"] == BINS
     assert about["postprocess"] == {"confidence_threshold": 0.1, "nms_threshold": 0.45}
-    state = [f"stage{i}_{part}" for i in (1, 2, 3, 4) for part in ("hidden", "cell")] + ["previous0", "previous1"]
+    state = [f"stage{i}_{part}" for i in (1, 2, 3, 4) for part in ("hidden", "cell")] + [
+        "previous0",
+        "previous1",
+    ]
     inputs, outputs = session.get_inputs(), session.get_outputs()
     assert [i.name for i in inputs] == about["inputs"] == ["frames", *state]
-    assert [o.name for o in outputs] == about["outputs"] == ["decoded", *(f"next_{s}" for s in state)]
+    assert (
+        [o.name for o in outputs] == about["outputs"] == ["decoded", *(f"next_{s}" for s in state)]
+    )
     assert (inputs[0].type, inputs[0].shape) == ("tensor(uint8)", [2, 4, 64, 90])
     assert [i.shape for i in inputs[1:]] == [o.shape for o in outputs[1:]]
-    assert inputs[-1].shape == [3, 2, 32, 8, 12] and outputs[0].shape == [2, 16 * 24 + 8 * 12 + 4 * 6 + 2 * 3, 8]
+    assert inputs[-1].shape == [3, 2, 32, 8, 12] and outputs[0].shape == [
+        2,
+        16 * 24 + 8 * 12 + 4 * 6 + 2 * 3,
+        8,
+    ]
 
 
 def test_a_pt2_file_tells_what_it_is(exported):
     told = {"evspan": ""}
     torch.export.load(exported("plain.pt2"), extra_files=told)
     about = json.loads(told["evspan"])
-    assert about["classes"] == CLASSES and about["inputs"][:3] == ["frames", "stage1_hidden", "stage1_cell"]
+    assert about["classes"] == CLASSES and about["inputs"][:3] == [
+        "frames",
+        "stage1_hidden",
+        "stage1_cell",
+    ]
 
 
 @pytest.mark.parametrize("name", ["3scales_attention.onnx", "plain.pt2"])
@@ -159,19 +201,31 @@ def test_files_keep_to_themselves(exported, name):
     assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("name, part", [("3scales_attention.onnx", "backbone.stages.3.lstm.conv1x1.bias"),
-                                        ("3scales_attention.onnx", "yolox_head.cls_preds.2.bias"),
-                                        ("3scales_attention.onnx", "fpn.small_object_attention_modules.scale_1.spatial.gate"),
-                                        ("plain.pt2", "yolox_head.reg_preds.2.bias")])
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        ("3scales_attention.onnx", "backbone.stages.3.lstm.conv1x1.bias"),
+        ("3scales_attention.onnx", "yolox_head.cls_preds.2.bias"),
+        ("3scales_attention.onnx", "fpn.small_object_attention_modules.scale_1.spatial.gate"),
+        ("plain.pt2", "yolox_head.reg_preds.2.bias"),
+    ],
+)
 def test_the_check_finds_what_is_off(exported, name, part):
     path, (_, _, batch, height, width) = exported(name), KINDS[name]
-    run, size = (engine.run_onnx if path.suffix == ".onnx" else engine.run_pt2)(path), (batch, 2 * BINS, height, width)
+    run, size = (
+        (engine.run_onnx if path.suffix == ".onnx" else engine.run_pt2)(path),
+        (batch, 2 * BINS, height, width),
+    )
     detector = detector_from(load_weights(path.with_suffix(".safetensors")))
     most = engine.check(run, detector, size, cutoff=10)
-    assert most.worst < 0.5 and most.boxes < 1e-2 and most.scores < 1e-4 and most.states < 1e-3, most
+    assert most.worst < 0.5 and most.boxes < 1e-2 and most.scores < 1e-4 and most.states < 1e-3, (
+        most
+    )
     with torch.no_grad():
         detector.get_parameter(part).view(-1)[0] += 0.01
-    with pytest.raises(UserError, match="differs from the detector over 4 frames.*nothing is written"):
+    with pytest.raises(
+        UserError, match="differs from the detector over 4 frames.*nothing is written"
+    ):
         engine.check(run, detector, size, cutoff=10)
 
 
@@ -183,18 +237,25 @@ def test_a_file_that_differs_is_not_kept(exported, tmp_path, capsys):
     weights.tensors["yolox_head.obj_preds.0.bias"][0] = float("nan")
     save_weights(tmp_path / "nan.safetensors", weights)
     (tmp_path / "out.pt2").write_text("the one before")
-    told = refused(capsys, tmp_path / "nan.safetensors", tmp_path / "out.pt2", "--height", 64, "--width", 64)
+    told = refused(
+        capsys, tmp_path / "nan.safetensors", tmp_path / "out.pt2", "--height", 64, "--width", 64
+    )
     assert "scores nan" in told and "Export weights whose values are all finite" in told
-    assert (tmp_path / "out.pt2").read_text() == "the one before" and len(list(tmp_path.iterdir())) == 2
+    assert (tmp_path / "out.pt2").read_text() == "the one before" and len(
+        list(tmp_path.iterdir())
+    ) == 2
 
 
-@pytest.mark.parametrize("arguments, part", [
-    ("out.onnx --height 64", "give --height and --width of the frames both, or neither"),
-    ("out.onnx --height 0 --width 64", "--height is 0; give 1 or more"),
-    ("out.onnx --batch 0", "--batch is 0; give 1 or more"),
-    ("out.onnx --batch two", "evspan export --help"),
-    ("out", "out ends in neither .onnx nor .pt2"),
-])
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        ("out.onnx --height 64", "give --height and --width of the frames both, or neither"),
+        ("out.onnx --height 0 --width 64", "--height is 0; give 1 or more"),
+        ("out.onnx --batch 0", "--batch is 0; give 1 or more"),
+        ("out.onnx --batch two", "evspan export --help"),
+        ("out", "out ends in neither .onnx nor .pt2"),
+    ],
+)
 def test_mistakes(exported, tmp_path, monkeypatch, capsys, arguments, part):
     weights = exported("plain.pt2").with_suffix(".safetensors")
     monkeypatch.chdir(tmp_path)
@@ -206,7 +267,9 @@ def test_mistakes(exported, tmp_path, monkeypatch, capsys, arguments, part):
 def test_a_missing_package_is_named_before_anything_else(monkeypatch, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)
     told = refused(capsys, "gone", "out.onnx")
-    assert f"needs the package {package}, which is not installed: pip install 'evspan[export]'" in told
+    assert (
+        f"needs the package {package}, which is not installed: pip install 'evspan[export]'" in told
+    )
 
 
 @pytest.mark.parametrize("downsample, size", [(1, (720, 1280)), (2, (360, 640)), (4, (180, 320))])

@@ -24,13 +24,19 @@ def some_batch(frames, most, seed=0):
     g = torch.Generator().manual_seed(seed)
     raw = torch.randn(frames, CELLS, 5 + CLASSES, generator=g)
     counts = torch.randint(0, most + 1, (frames,), generator=g)
-    boxes = torch.rand(frames, most, 5, generator=g) * torch.tensor([0, 96, 64, 50, 50]) + torch.tensor([0, 0, 0, 4.0, 4.0])
+    boxes = torch.rand(frames, most, 5, generator=g) * torch.tensor(
+        [0, 96, 64, 50, 50]
+    ) + torch.tensor([0, 0, 0, 4.0, 4.0])
     boxes[..., 0] = torch.randint(0, CLASSES, (frames, most), generator=g)
     return raw, boxes, counts
 
 
 def iou_of(a, b):
-    wide = [min(a[i] + a[i + 2] / 2, b[i] + b[i + 2] / 2) - max(a[i] - a[i + 2] / 2, b[i] - b[i + 2] / 2) for i in (0, 1)]
+    wide = [
+        min(a[i] + a[i + 2] / 2, b[i] + b[i + 2] / 2)
+        - max(a[i] - a[i + 2] / 2, b[i] - b[i + 2] / 2)
+        for i in (0, 1)
+    ]
     shared = max(wide[0], 0) * max(wide[1], 0)
     return shared / (a[2] * a[3] + b[2] * b[3] - shared)
 
@@ -55,9 +61,17 @@ def logarithm(x):
 def assign_one_by_one(raw, boxes, config):
     """SimOTA of one frame (Ge et al. 2021): {cell: (box, iou)}, of equal costs the first cell and the first box; and by how much
     its closest decision was taken, equality aside."""
-    places = [((j + 0.5) * s, (i + 0.5) * s, s) for h, w, s in GEOMETRY for i in range(h) for j in range(w)]
+    places = [
+        ((j + 0.5) * s, (i + 0.5) * s, s)
+        for h, w, s in GEOMETRY
+        for i in range(h)
+        for j in range(w)
+    ]
     predicted, boxes = decode_one_by_one(raw[None])[0].tolist(), boxes.tolist()
-    near = [[max(abs(x - b[1]), abs(y - b[2])) < config.center_radius * s for x, y, s in places] for b in boxes]
+    near = [
+        [max(abs(x - b[1]), abs(y - b[2])) < config.center_radius * s for x, y, s in places]
+        for b in boxes
+    ]
     candidates = [c for c in range(len(places)) if any(row[c] for row in near)]
     scores = {c: [math.sqrt(k * predicted[c][4]) for k in predicted[c][5:]] for c in candidates}
     costs, chosen, slack = [], {}, [math.inf]
@@ -113,7 +127,9 @@ SCENES = {  # centre, size: what a box's four numbers are multiplied with and ad
 }
 
 
-@pytest.mark.parametrize("scene, dtype", [*((scene, torch.float32) for scene in SCENES), ("ordinary", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "scene, dtype", [*((scene, torch.float32) for scene in SCENES), ("ordinary", torch.bfloat16)]
+)
 def test_assignment_of_0_to_300_boxes_in_one_batch(scene, dtype):
     counts = torch.tensor([30, 0, 1, 300, 7, 90, 2, 0])
     g = torch.Generator().manual_seed(1)
@@ -134,7 +150,10 @@ def test_of_equal_costs_the_first_cell_and_the_first_box_count():
     boxes[..., 2] = 8.0 * torch.randint(0, 9, (20, 12), generator=g)
     boxes[..., 3:] = 2.0 ** torch.randint(2, 7, (20, 12, 1), generator=g)
     boxes[:, 6:9] = boxes[:, :3]
-    assert assert_assigned_alike(torch.zeros(20, CELLS, 5 + CLASSES), boxes, torch.full((20,), 12)) > 100
+    assert (
+        assert_assigned_alike(torch.zeros(20, CELLS, 5 + CLASSES), boxes, torch.full((20,), 12))
+        > 100
+    )
 
 
 def test_identical_boxes_share_nothing():
@@ -150,8 +169,15 @@ def test_boxes_far_outside_are_nobodys():
     assert not assign(raw, boxes, torch.tensor([5, 1]), GEOMETRY, HeadConfig()).foreground.any()
 
 
-@pytest.mark.parametrize("options", [{"center_radius": 2.3}, {"center_radius": 0.4}, {"candidate_top_k": 3},
-                                     {"candidate_top_k": 500}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"center_radius": 2.3},
+        {"center_radius": 0.4},
+        {"candidate_top_k": 3},
+        {"candidate_top_k": 500},
+    ],
+)
 def test_assignment_under_other_options(options):
     assert assert_assigned_alike(*some_batch(6, 9, seed=5), HeadConfig(**options)) > 15
 
@@ -161,10 +187,18 @@ def test_a_frame_is_assigned_alike_whatever_is_beside_it():
     more = torch.cat((boxes, torch.rand(5, 200, 5)), 1)
     whole = assign(raw, more, counts, GEOMETRY, HeadConfig())
     for i in range(5):
-        alone = assign(raw[i : i + 1], boxes[i : i + 1, : max(1, counts[i])], counts[i : i + 1], GEOMETRY, HeadConfig())
+        alone = assign(
+            raw[i : i + 1],
+            boxes[i : i + 1, : max(1, counts[i])],
+            counts[i : i + 1],
+            GEOMETRY,
+            HeadConfig(),
+        )
         assert torch.equal(alone.foreground[0], whole.foreground[i])
         chosen = alone.foreground[0]
-        assert torch.equal(alone.box[0, chosen], whole.box[i, chosen]) and torch.equal(alone.iou[0, chosen], whole.iou[i, chosen])
+        assert torch.equal(alone.box[0, chosen], whole.box[i, chosen]) and torch.equal(
+            alone.iou[0, chosen], whole.iou[i, chosen]
+        )
 
 
 def test_the_host_never_waits_and_few_operators_run():
@@ -173,9 +207,13 @@ def test_the_host_never_waits_and_few_operators_run():
     for frames, most in ((1, 1), (9, 40), (0, 3), (3, 0)):
         raw, boxes, counts = some_batch(frames, max(1, most), seed=2)
         raw, boxes, counts = raw.requires_grad_(), boxes[:, :most], counts.clamp(max=most)
-        detection_loss(raw, boxes, counts, GEOMETRY, HeadConfig(size_aware_loss=True)).total.backward()  # fills caches
+        detection_loss(
+            raw, boxes, counts, GEOMETRY, HeadConfig(size_aware_loss=True)
+        ).total.backward()  # fills caches
         with Dispatched() as seen:
-            detection_loss(raw, boxes, counts, GEOMETRY, HeadConfig(size_aware_loss=True)).total.backward()
+            detection_loss(
+                raw, boxes, counts, GEOMETRY, HeadConfig(size_aware_loss=True)
+            ).total.backward()
         assert not seen.waits, seen.waits
         counted.append(seen.operators.total())
     assert max(counted) <= 205, counted
@@ -183,8 +221,15 @@ def test_the_host_never_waits_and_few_operators_run():
 
 def test_waits_are_seen():
     x = torch.arange(4.0)
-    for wait in (lambda: x[x > 1], lambda: x.sum().item(), lambda: bool(x.sum() > 1), lambda: F.one_hot(x.long()),
-                 lambda: x.masked_select(x > 1), lambda: x.clone().index_put_((x > 1,), x[0]), lambda: x.nonzero()):
+    for wait in (
+        lambda: x[x > 1],
+        lambda: x.sum().item(),
+        lambda: bool(x.sum() > 1),
+        lambda: F.one_hot(x.long()),
+        lambda: x.masked_select(x > 1),
+        lambda: x.clone().index_put_((x > 1,), x[0]),
+        lambda: x.nonzero(),
+    ):
         with Dispatched() as seen:
             wait()
         assert seen.waits
@@ -205,7 +250,10 @@ def test_what_is_kept_per_geometry_is_fit_for_training_whoever_asked_first():
         wanted = decode(raw, geometry)
         wanted.sum().backward()
         torch.testing.assert_close(out, wanted.detach())
-        assert not is_fake(cells(geometry, raw.device)) and not cells(geometry, raw.device).is_inference()
+        assert (
+            not is_fake(cells(geometry, raw.device))
+            and not cells(geometry, raw.device).is_inference()
+        )
 
 
 class Decoder(torch.nn.Module):
@@ -225,13 +273,17 @@ def loss_one_by_one(raw, boxes, counts, config):
         matched, _ = assign_one_by_one(raw[i].detach(), boxes[i, : counts[i]], config)
         positives += len(matched)
         for c in range(CELLS):
-            parts[1] = parts[1] + F.binary_cross_entropy_with_logits(raw[i, c, 4], raw.new_tensor(float(c in matched)))
+            parts[1] = parts[1] + F.binary_cross_entropy_with_logits(
+                raw[i, c, 4], raw.new_tensor(float(c in matched))
+            )
         for c, (g, iou) in matched.items():
             box = boxes[i, g]
             w = size_weights(box[3] * box[4], config) if config.size_aware_loss else 1.0
             parts[0] = parts[0] + 5 * w * (1 - iou_of(box[1:], decoded[i, c, :4]) ** 2)
             target = F.one_hot(box[0].long(), CLASSES) * iou
-            parts[2] = parts[2] + F.binary_cross_entropy_with_logits(raw[i, c, 5:], target, reduction="sum")
+            parts[2] = parts[2] + F.binary_cross_entropy_with_logits(
+                raw[i, c, 5:], target, reduction="sum"
+            )
     return parts, positives
 
 
@@ -246,25 +298,46 @@ def test_losses_and_gradient_agree_with_the_definition(size_aware):
         assert mine.item() == pytest.approx(wanted.item() / positives, rel=1e-5)
     assert (got.positives.item(), got.boxes.item()) == (positives, counts.sum().item())
     wanted = torch.autograd.grad(sum(parts) / positives, wide)[0]
-    torch.testing.assert_close(torch.autograd.grad(got.total, raw)[0].double(), wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.total, raw)[0].double(), wanted, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_losses_of_two_ranks_add_up_to_those_of_one():
     raw, boxes, counts = some_batch(6, 4)
     whole = detection_loss(raw, boxes, counts, GEOMETRY, HeadConfig())
-    parts = [detection_loss(raw[s], boxes[s], counts[s], GEOMETRY, HeadConfig(),
-                            sum_over_ranks=lambda _: torch.stack((whole.positives, whole.boxes)))
-             for s in (slice(0, 1), slice(1, 6))]
+    parts = [
+        detection_loss(
+            raw[s],
+            boxes[s],
+            counts[s],
+            GEOMETRY,
+            HeadConfig(),
+            sum_over_ranks=lambda _: torch.stack((whole.positives, whole.boxes)),
+        )
+        for s in (slice(0, 1), slice(1, 6))
+    ]
     torch.testing.assert_close(parts[0].total + parts[1].total, whole.total)
 
 
 @pytest.mark.parametrize("frames, most", [(0, 3), (3, 0), (0, 0)])
 def test_nothing_to_find_still_has_a_gradient(frames, most):
     raw = torch.randn(frames, CELLS, 5 + CLASSES, requires_grad=True)
-    got = detection_loss(raw, torch.zeros(frames, most, 5), torch.zeros(frames, dtype=torch.long), GEOMETRY,
-                         HeadConfig(size_aware_loss=True))
+    got = detection_loss(
+        raw,
+        torch.zeros(frames, most, 5),
+        torch.zeros(frames, dtype=torch.long),
+        GEOMETRY,
+        HeadConfig(size_aware_loss=True),
+    )
     got.total.backward()
-    assert got.positives == 0 and got.iou == 0 and got.classes == 0 and got.total.isfinite() and raw.grad.isfinite().all()
+    assert (
+        got.positives == 0
+        and got.iou == 0
+        and got.classes == 0
+        and got.total.isfinite()
+        and raw.grad.isfinite().all()
+    )
 
 
 def test_a_background_cell_that_overflows_does_not_reach_the_gradient():
@@ -278,8 +351,14 @@ def test_a_background_cell_that_overflows_does_not_reach_the_gradient():
     assert raw.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("mode, wanted", [
-    ("exponential", [2.0, 1.2130613, 1.0, 1.0]), ("step", [2.0, 2.0, 1.5, 1.0]), ("linear", [2.0, 2.0, 2.0, 1.0])])
+@pytest.mark.parametrize(
+    "mode, wanted",
+    [
+        ("exponential", [2.0, 1.2130613, 1.0, 1.0]),
+        ("step", [2.0, 2.0, 1.5, 1.0]),
+        ("linear", [2.0, 2.0, 2.0, 1.0]),
+    ],
+)
 def test_size_weights(mode, wanted):
     config = HeadConfig(size_aware_weight=2.0, size_aware_mode=SizeWeighting(mode))
     areas = torch.tensor([0.0, 512.0, 1500.0, 96.0**2 + 1])
@@ -294,15 +373,20 @@ def test_decode_and_prior():
     head = YOLOXHead((4, 8, 16), 8, CLASSES).eval()
     out = head([torch.randn(2, c, h, w) for c, (h, w, _) in zip((4, 8, 16), GEOMETRY, strict=True)])
     assert out.shape == (2, CELLS, 5 + CLASSES)
-    assert all(torch.allclose(c.bias, torch.tensor(-math.log(99))) for c in (*head.obj_preds, *head.cls_preds))
+    assert all(
+        torch.allclose(c.bias, torch.tensor(-math.log(99)))
+        for c in (*head.obj_preds, *head.cls_preds)
+    )
 
 
 def nms_one_by_one(boxes, scores, kinds, threshold):
     kept = []
     for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
+
         def centred(k):
             x1, y1, x2, y2 = boxes[k].tolist()
             return [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+
         if all(kinds[i] != kinds[k] or iou_of(centred(i), centred(k)) <= threshold for k in kept):
             kept.append(i)
     return kept
@@ -311,7 +395,10 @@ def nms_one_by_one(boxes, scores, kinds, threshold):
 @pytest.mark.parametrize("count", [0, 1, 30, 600])  # 600: more than a block
 def test_suppression_agrees_with_the_definition(count):
     g = torch.Generator().manual_seed(count)
-    corner, size = torch.rand(count, 2, generator=g) * 100, torch.rand(count, 2, generator=g) * 30 + 5
+    corner, size = (
+        torch.rand(count, 2, generator=g) * 100,
+        torch.rand(count, 2, generator=g) * 30 + 5,
+    )
     boxes = torch.cat((corner, corner + size), 1).double()
     scores, kinds = torch.rand(count, generator=g), torch.randint(0, 3, (count,), generator=g)
     wanted = nms_one_by_one(boxes, scores.tolist(), kinds.tolist(), 0.4)
@@ -324,7 +411,9 @@ def test_detections_are_sorted_thresholded_and_capped():
     for frame in detections(decoded, confidence_threshold=0.2, nms_threshold=0.5, max_detections=9):
         score = frame[:, 4] * frame[:, 5]
         assert 0 < len(frame) <= 9 and (score >= 0.2).all() and (score.diff() <= 0).all()
-    assert [f.shape for f in detections(decoded, confidence_threshold=0.9999, nms_threshold=0.5)] == [(0, 7), (0, 7)]
+    assert [
+        f.shape for f in detections(decoded, confidence_threshold=0.9999, nms_threshold=0.5)
+    ] == [(0, 7), (0, 7)]
 
 
 def test_global_batch_norm_agrees_with_torch():
@@ -336,7 +425,13 @@ def test_global_batch_norm_agrees_with_torch():
     for norm in (mine, theirs):
         leaf = x.clone().requires_grad_()
         y = norm(leaf)
-        results.append((y, *torch.autograd.grad((y * weights).sum(), [leaf, norm.weight, norm.bias]), *norm.buffers()))
+        results.append(
+            (
+                y,
+                *torch.autograd.grad((y * weights).sum(), [leaf, norm.weight, norm.bias]),
+                *norm.buffers(),
+            )
+        )
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
@@ -348,5 +443,9 @@ def test_batch_norm_of_no_frames_leaves_its_statistics():
         norm.running_mean.fill_(3.0)
         y = norm(torch.zeros(0, 5, 3, 2, requires_grad=True))
         y.sum().backward()
-        assert y.shape == (0, 5, 3, 2) and (norm.running_mean == 3).all() and (norm.running_var == 1).all()
+        assert (
+            y.shape == (0, 5, 3, 2)
+            and (norm.running_mean == 3).all()
+            and (norm.running_var == 1).all()
+        )
         assert norm.num_batches_tracked == 0 and (norm.weight.grad == 0).all()

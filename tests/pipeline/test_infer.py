@@ -20,7 +20,16 @@ from evspan.data_prep.labels.box_files import RAW_BOX, read_boxes
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.simulator import SimulatorConfig, simulate
 from evspan.launch.cli.infer import main
-from evspan.pipeline.inference.detect import BOXES, DETECTIONS, Clock, Detected, Overlay, ahead, cut, detect
+from evspan.pipeline.inference.detect import (
+    BOXES,
+    DETECTIONS,
+    Clock,
+    Detected,
+    Overlay,
+    ahead,
+    cut,
+    detect,
+)
 from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.inference.writers import DetectionsFile
 from evspan.pipeline.model.detector import Detector
@@ -32,7 +41,9 @@ pytestmark = pytest.mark.timeout(60)
 CLASSES = ["ball", "box"]  # of the three that the head has
 CONFIDENCE = 0.2
 HEADER = "% evt 3.0\n% format EVT3;height={};width={}\n% end\n"
-has_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="the program ffmpeg is not installed")
+has_ffmpeg = pytest.mark.skipif(
+    not shutil.which("ffmpeg"), reason="the program ffmpeg is not installed"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +58,11 @@ def threads():
 def make_weights(path: Path, downsample: int) -> Path:
     """Random, with attention over time, and strong enough that detections differ from frame to frame."""
     torch.manual_seed(0)
-    model = ModelConfig(backbone=BackboneConfig(embed_dim=16, dim_head=8), fpn=FpnConfig(enable_small_object_attention=True),
-                        postprocess=PostprocessConfig(confidence_threshold=CONFIDENCE))
+    model = ModelConfig(
+        backbone=BackboneConfig(embed_dim=16, dim_head=8),
+        fpn=FpnConfig(enable_small_object_attention=True),
+        postprocess=PostprocessConfig(confidence_threshold=CONFIDENCE),
+    )
     frames = FrameConfig(downsample=downsample, bins=4)
     detector = Detector(model, frames.channels)
     with torch.no_grad():
@@ -57,7 +71,10 @@ def make_weights(path: Path, downsample: int) -> Path:
                 parameter *= 0.2 if "reg_preds" in name else 3.5
             if name.endswith(("gate", "gamma")):
                 parameter.fill_(0.5)
-        for predictions, bias in ((detector.yolox_head.obj_preds, -1.0), (detector.yolox_head.cls_preds, 0.0)):
+        for predictions, bias in (
+            (detector.yolox_head.obj_preds, -1.0),
+            (detector.yolox_head.cls_preds, 0.0),
+        ):
             for conv in predictions:
                 conv.bias.fill_(bias)
     save_weights(path, Weights(detector.state_dict(), model, frames, CLASSES, 7))
@@ -68,7 +85,9 @@ def make_weights(path: Path, downsample: int) -> Path:
 def here(tmp_path_factory) -> Path:
     """a_td.raw: 1 s of 320 x 240, boxes beside it. weights1, 2, 4.safetensors by downsample."""
     folder = tmp_path_factory.mktemp("infer")
-    simulate(folder / "a_td.raw", seconds=0.93, seed=4, config=SimulatorConfig(height=240, width=320))
+    simulate(
+        folder / "a_td.raw", seconds=0.93, seed=4, config=SimulatorConfig(height=240, width=320)
+    )
     for downsample in (1, 2, 4):
         make_weights(folder / f"weights{downsample}.safetensors", downsample)
     return folder
@@ -82,7 +101,13 @@ def count_frames(path: Path, config: FrameConfig):
     height, width = recording.height // config.downsample, recording.width // config.downsample
     counts = np.zeros((window[-1] + 1, 2, config.bins, height, width), np.int32)
     inside = (y < height * config.downsample) & (x < width * config.downsample)
-    place = (window, p, of * config.bins // config.window_us, y // config.downsample, x // config.downsample)
+    place = (
+        window,
+        p,
+        of * config.bins // config.window_us,
+        y // config.downsample,
+        x // config.downsample,
+    )
     np.add.at(counts, tuple(v[inside] for v in place), 1)
     frames = counts.clip(max=config.cutoff).astype(np.uint8).reshape(len(counts), -1, height, width)
     return t[0] + config.window_us * np.arange(1, len(frames) + 1), frames
@@ -94,14 +119,18 @@ def suppress(rows: list[list[float]], threshold: float) -> list[list[float]]:
     for x1, y1, x2, y2, score, kind in sorted(rows, key=lambda row: -row[4]):
         for u1, v1, u2, v2, _, other in kept:
             shared = max(0.0, min(x2, u2) - max(x1, u1)) * max(0.0, min(y2, v2) - max(y1, v1))
-            if kind == other and shared > threshold * ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - shared):
+            if kind == other and shared > threshold * (
+                (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - shared
+            ):
                 break
         else:
             kept.append([x1, y1, x2, y2, score, kind])
     return kept
 
 
-def frame_by_frame(path: Path, checkpoint: Path, *, first=0, last=None, confidence=CONFIDENCE, nms=0.45) -> np.ndarray:
+def frame_by_frame(
+    path: Path, checkpoint: Path, *, first=0, last=None, confidence=CONFIDENCE, nms=0.45
+) -> np.ndarray:
     """The definition: one frame a call, the state handed on, detections as RAW_BOX."""
     weights, recording = load_weights(checkpoint), open_recording(path)
     detector, scale = detector_from(weights), weights.frames.downsample
@@ -110,11 +139,22 @@ def frame_by_frame(path: Path, checkpoint: Path, *, first=0, last=None, confiden
     state, no, yes = detector.initial_state(1, *size), torch.tensor([False]), torch.tensor([[True]])
     with torch.no_grad():
         for end, frame in list(zip(ends.tolist(), frames, strict=True))[first:last]:
-            raw, state = detector(torch.from_numpy(frame)[None, None], state, starts=no, labelled=yes)
+            raw, state = detector(
+                torch.from_numpy(frame)[None, None], state, starts=no, labelled=yes
+            )
             d = detector.decode(raw, *size)[0].double().numpy()
-            rows = np.concatenate((d[:, :2] - d[:, 2:4] / 2, d[:, :2] + d[:, 2:4] / 2, d[:, 4:5] * d[:, 5:].max(1, keepdims=True),
-                                   d[:, 5:].argmax(1)[:, None]), 1)
-            for x1, y1, x2, y2, score, kind in suppress(rows[rows[:, 4] >= confidence].tolist(), nms)[:300]:
+            rows = np.concatenate(
+                (
+                    d[:, :2] - d[:, 2:4] / 2,
+                    d[:, :2] + d[:, 2:4] / 2,
+                    d[:, 4:5] * d[:, 5:].max(1, keepdims=True),
+                    d[:, 5:].argmax(1)[:, None],
+                ),
+                1,
+            )
+            for x1, y1, x2, y2, score, kind in suppress(
+                rows[rows[:, 4] >= confidence].tolist(), nms
+            )[:300]:
                 x1, x2 = np.clip((x1 * scale, x2 * scale), 0, recording.width)
                 y1, y2 = np.clip((y1 * scale, y2 * scale), 0, recording.height)
                 if x2 > x1 and y2 > y1:
@@ -127,12 +167,25 @@ def assert_same(got: np.ndarray, wanted: np.ndarray) -> None:
     for name in ("t", "class_id", "track_id"):
         np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
     for name in ("x", "y", "w", "h", "class_confidence"):
-        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4, atol=1e-2 if name in "xywh" else 0, err_msg=name)
+        np.testing.assert_allclose(
+            got[name], wanted[name], rtol=1e-4, atol=1e-2 if name in "xywh" else 0, err_msg=name
+        )
 
 
-def run(here: Path, out: Path, *more: object, recording: str | Path = "a_td.raw", weights: int = 2) -> np.ndarray:
+def run(
+    here: Path, out: Path, *more: object, recording: str | Path = "a_td.raw", weights: int = 2
+) -> np.ndarray:
     checkpoint = here / f"weights{weights}.safetensors"
-    main([str(here / recording), "--checkpoint", str(checkpoint), "--output", str(out), *map(str, more)])
+    main(
+        [
+            str(here / recording),
+            "--checkpoint",
+            str(checkpoint),
+            "--output",
+            str(out),
+            *map(str, more),
+        ]
+    )
     return np.load(next(out.glob("*_bbox.npy"))) if out.is_dir() else np.load(out)
 
 
@@ -144,17 +197,33 @@ def test_detections_are_those_of_a_plain_loop_however_many_frames_a_call(here, t
     ends = np.unique(wanted["t"])
     assert ends.size == 19 and wanted.size > 100 and len(np.unique(wanted["class_id"])) == 3
     for frames in (1, 4, 7):
-        assert_same(run(here, tmp_path / str(frames), "--no-video", "--frames-per-call", frames), wanted)
+        assert_same(
+            run(here, tmp_path / str(frames), "--no-video", "--frames-per-call", frames), wanted
+        )
     # The state matters: without it another frame would give other detections.
     alone = run(here, tmp_path / "late", "--no-video", "--from", 0.45, "--seconds", 0.05)
     assert np.unique(alone["t"]).tolist() == [ends[9]]
     with_state = wanted[wanted["t"] == ends[9]]
-    assert alone.size != with_state.size or not np.allclose(alone["class_confidence"], with_state["class_confidence"], rtol=1e-3)
+    assert alone.size != with_state.size or not np.allclose(
+        alone["class_confidence"], with_state["class_confidence"], rtol=1e-3
+    )
 
 
 def test_a_part_of_the_recording_and_other_thresholds(here, tmp_path):
     path, checkpoint = here / "a_td.raw", here / "weights2.safetensors"
-    got = run(here, tmp_path / "a", "--no-video", "--from", 0.3, "--seconds", 0.25, "--confidence", 0.19, "--nms", 0.1)
+    got = run(
+        here,
+        tmp_path / "a",
+        "--no-video",
+        "--from",
+        0.3,
+        "--seconds",
+        0.25,
+        "--confidence",
+        0.19,
+        "--nms",
+        0.1,
+    )
     assert_same(got, frame_by_frame(path, checkpoint, first=6, last=11, confidence=0.19, nms=0.1))
     none = run(here, tmp_path / "none.npy", "--no-video", "--confidence", 1)
     assert none.dtype == RAW_BOX and none.shape == (0,)
@@ -164,9 +233,18 @@ def test_a_part_of_the_recording_and_other_thresholds(here, tmp_path):
 def test_other_resolutions_and_sensors(here, tmp_path, downsample):
     """Gen4's size at a quarter; a sensor whose sides no window divides, at full resolution."""
     height, width = (720, 1280) if downsample == 4 else (187, 331)
-    simulate(tmp_path / "b_td.dat", seconds=0.24, seed=1, config=SimulatorConfig(height=height, width=width))
-    got = run(here, tmp_path / "out", "--no-video", recording=tmp_path / "b_td.dat", weights=downsample)
-    assert_same(got, frame_by_frame(tmp_path / "b_td.dat", here / f"weights{downsample}.safetensors"))
+    simulate(
+        tmp_path / "b_td.dat",
+        seconds=0.24,
+        seed=1,
+        config=SimulatorConfig(height=height, width=width),
+    )
+    got = run(
+        here, tmp_path / "out", "--no-video", recording=tmp_path / "b_td.dat", weights=downsample
+    )
+    assert_same(
+        got, frame_by_frame(tmp_path / "b_td.dat", here / f"weights{downsample}.safetensors")
+    )
     assert got.size > 20 and got["x"].min() >= 0 and got["y"].min() >= 0
     assert (got["x"] + got["w"]).max() <= width and (got["y"] + got["h"]).max() <= height
 
@@ -176,10 +254,15 @@ def test_a_real_recording(samples_dir, here, tmp_path, capsys):
     got = run(here, tmp_path, "--no-video", recording=path, weights=4)
     assert_same(got, frame_by_frame(path, here / "weights4.safetensors"))
     frames = len(count_frames(path, FrameConfig(bins=1, downsample=4))[1])
-    assert got.size and f"{frames} frames of 50 ms, 1280 x 720, 0.08 M events read" in capsys.readouterr().out
+    assert (
+        got.size
+        and f"{frames} frames of 50 ms, 1280 x 720, 0.08 M events read" in capsys.readouterr().out
+    )
 
 
-def test_the_gif_plays_all_frames_at_the_cameras_pace_and_the_command_says_what_it_wrote(here, tmp_path, capsys):
+def test_the_gif_plays_all_frames_at_the_cameras_pace_and_the_command_says_what_it_wrote(
+    here, tmp_path, capsys
+):
     got = run(here, tmp_path / "out", "--video", tmp_path / "o.gif", "--seconds", 0.4)
     with Image.open(tmp_path / "o.gif") as gif:
         durations = []
@@ -189,10 +272,14 @@ def test_the_gif_plays_all_frames_at_the_cameras_pace_and_the_command_says_what_
         assert gif.size == (640, 480) and len(durations) == 8 and sum(durations) == 400
     told = capsys.readouterr().out
     kinds = [int((got["class_id"] == i).sum()) for i in range(3)]
-    for line in ("8 frames of 50 ms, 320 x 240", "weights2.safetensors, step 7", "x camera pace: 0.40 s of recording in ",
-                 f"{tmp_path / 'out' / 'a_bbox.npy'}: {got.size} detections",
-                 f"(0 ball: {kinds[0]}, 1 box: {kinds[1]}, 2 class 2: {kinds[2]})",
-                 f"{tmp_path / 'o.gif'}: detections orange, boxes of a_bbox.npy green"):
+    for line in (
+        "8 frames of 50 ms, 320 x 240",
+        "weights2.safetensors, step 7",
+        "x camera pace: 0.40 s of recording in ",
+        f"{tmp_path / 'out' / 'a_bbox.npy'}: {got.size} detections",
+        f"(0 ball: {kinds[0]}, 1 box: {kinds[1]}, 2 class 2: {kinds[2]})",
+        f"{tmp_path / 'o.gif'}: detections orange, boxes of a_bbox.npy green",
+    ):
         assert line in told
     assert all(f"{part} " in told.splitlines()[-2] for part in ("decoding", "network", "drawing"))
     assert "latency of a frame" in told.splitlines()[-1]
@@ -202,29 +289,72 @@ def test_the_gif_plays_all_frames_at_the_cameras_pace_and_the_command_says_what_
 @has_ffmpeg
 def test_mp4_plays_all_frames(here, tmp_path):
     run(here, tmp_path, "--seconds", 0.4)
-    command = ["ffmpeg", "-loglevel", "error", "-i", tmp_path / "a_overlay.mp4", "-f", "rawvideo", "-pix_fmt", "gray", "-"]
+    command = [
+        "ffmpeg",
+        "-loglevel",
+        "error",
+        "-i",
+        tmp_path / "a_overlay.mp4",
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "gray",
+        "-",
+    ]
     pixels = subprocess.run(command, check=True, capture_output=True, timeout=30).stdout
     assert len(pixels) == 8 * 640 * 480
 
 
-def test_without_ffmpeg_the_video_is_a_gif_unless_mp4_is_asked_for(here, tmp_path, capsys, monkeypatch):
+def test_without_ffmpeg_the_video_is_a_gif_unless_mp4_is_asked_for(
+    here, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     run(here, tmp_path / "out", "--seconds", 0.1)
     assert "ffmpeg" in capsys.readouterr().out and (tmp_path / "out" / "a_overlay.gif").is_file()
-    told = refused(capsys, here / "a_td.raw", "--checkpoint", here / "weights2.safetensors", "--output", tmp_path / "new",
-                   "--video", tmp_path / "o.mp4")
-    assert "Install the Debian package ffmpeg" in told and "o.gif" in told and not (tmp_path / "new").exists()
+    told = refused(
+        capsys,
+        here / "a_td.raw",
+        "--checkpoint",
+        here / "weights2.safetensors",
+        "--output",
+        tmp_path / "new",
+        "--video",
+        tmp_path / "o.mp4",
+    )
+    assert (
+        "Install the Debian package ffmpeg" in told
+        and "o.gif" in told
+        and not (tmp_path / "new").exists()
+    )
 
 
 def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
     def box(t, x, y, kind=0):
         return t, x, y, 40, 32, kind, 0, 0.5
 
-    labels = np.array([box(10_000, 8, 8), box(49_999, 200, 100), box(50_000, 80, 80), box(50_000, 160, 8), box(120_000, 8, 160)],
-                      RAW_BOX)
+    labels = np.array(
+        [
+            box(10_000, 8, 8),
+            box(49_999, 200, 100),
+            box(50_000, 80, 80),
+            box(50_000, 160, 8),
+            box(120_000, 8, 160),
+        ],
+        RAW_BOX,
+    )
     overlay = Overlay(FrameConfig(downsample=2), CLASSES, labels)
-    for end, wanted in ((9_999, []), (10_000, [8]), (49_999, [200]), (50_000, [80, 160]), (99_999, [80, 160]), (100_000, []),
-                        (119_999, []), (120_000, [8]), (169_999, [8]), (170_000, [])):
+    for end, wanted in (
+        (9_999, []),
+        (10_000, [8]),
+        (49_999, [200]),
+        (50_000, [80, 160]),
+        (99_999, [80, 160]),
+        (100_000, []),
+        (119_999, []),
+        (120_000, [8]),
+        (169_999, [8]),
+        (170_000, []),
+    ):
         assert overlay.labels(end)["x"].tolist() == wanted
     found = np.array([box(50_000, 240, 120, 2)], RAW_BOX)
     picture = overlay.draw(Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0))
@@ -236,19 +366,28 @@ def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
     assert colours(80, 80) == colours(160, 8) == {BOXES} and colours(240, 120) == {DETECTIONS}
     assert colours(8, 8) == colours(200, 100) == colours(120, 120) == {(255, 255, 255)}
     both = Overlay(FrameConfig(downsample=2), CLASSES, labels, beside=True).draw(
-        Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0))
-    assert both.shape == (480, 1280, 3) and (both[:, :640] == 255).all() and (both[:, 640:] == picture).all()
+        Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0)
+    )
+    assert (
+        both.shape == (480, 1280, 3)
+        and (both[:, :640] == 255).all()
+        and (both[:, 640:] == picture).all()
+    )
     empty = Overlay(FrameConfig(downsample=2), CLASSES, labels[:0])
     assert not empty.labels(50_000).size
 
 
 def test_boxes_are_cut_at_the_sensor():
     boxes = np.zeros(4, RAW_BOX)
-    for name, values in zip("xywh", ((-5, 90, 100, 3), (-6, 40, 5, -9), (20, 30, 9, 5), (20, 30, 9, 9)), strict=True):
+    for name, values in zip(
+        "xywh", ((-5, 90, 100, 3), (-6, 40, 5, -9), (20, 30, 9, 5), (20, 30, 9, 9)), strict=True
+    ):
         boxes[name] = values
     boxes["class_id"] = 1, 0, 2, 2
     got = cut(boxes, (50, 100))
-    assert [got[k].tolist() for k in "xywh"] == [[0, 90], [0, 40], [15, 10], [14, 10]] and got["class_id"].tolist() == [1, 0]
+    assert [got[k].tolist() for k in "xywh"] == [[0, 90], [0, 40], [15, 10], [14, 10]] and got[
+        "class_id"
+    ].tolist() == [1, 0]
 
 
 def test_memory_does_not_grow_only_a_few_frames_are_alive(here):
@@ -265,7 +404,16 @@ def test_memory_does_not_grow_only_a_few_frames_are_alive(here):
             yield 50_000 * (i + 1), frame
 
     source = ahead(frames(), 4)
-    found = detect(detector, source, confidence=0.1, nms=0.45, frames_per_call=4, downsample=2, sensor=(128, 128), clock=Clock())
+    found = detect(
+        detector,
+        source,
+        confidence=0.1,
+        nms=0.45,
+        frames_per_call=4,
+        downsample=2,
+        sensor=(128, 128),
+        clock=Clock(),
+    )
     stream = ahead(found, 4)
     ends = [item.end_us for item in islice(stream, 100)]
     stream.close()
@@ -283,13 +431,19 @@ def test_ahead_hands_on_items_and_errors_and_ends_its_thread():
     with pytest.raises(KeyError, match="five"):
         for item in ahead(items(), 2):
             got.append(item)
-    assert got == [0, 1, 2, 3, 4] and list(ahead(iter(()), 1)) == [] and list(ahead(range(3), 9)) == [0, 1, 2]
+    assert (
+        got == [0, 1, 2, 3, 4]
+        and list(ahead(iter(()), 1)) == []
+        and list(ahead(range(3), 9)) == [0, 1, 2]
+    )
     for depth in (1, 3):
         made = []
         numbers = ahead((made.append(i) or i for i in count()), depth)
         assert next(numbers) == 0
         time.sleep(0.05)
-        assert len(made) <= depth + 2  # those that wait, the one that found no room, the one handed out
+        assert (
+            len(made) <= depth + 2
+        )  # those that wait, the one that found no room, the one handed out
         numbers.close()
     assert threading.active_count() == before
 
@@ -318,24 +472,34 @@ def test_a_recording_that_is_cut_off_leaves_nothing_new(here, tmp_path, capsys):
     assert [(p.name, p.read_bytes()) for p in out.iterdir()] == [("a_bbox.npy", b"earlier")]
 
 
-@pytest.mark.parametrize("wrong, says", [
-    (["--confidence", "1.5"], "--confidence is 1.5"),
-    (["--nms", "nan"], "--nms is nan"),
-    (["--frames-per-call", "0"], "--frames-per-call is 0"),
-    (["--threads", "-1"], "--threads is -1"),
-    (["--from", "-1"], "--from is -1"),
-    (["--from", "2"], "0.93 s after its first event, before 2.00 s"),
-    (["--seconds", "0"], "--seconds is 0"),
-    (["--seconds", "0.02"], "less than a window of 50 ms"),
-    (["--device", "abacus"], "--device abacus cannot be used here; there is cpu"),
-    (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
-    (["--video", "x.avi"], "neither of .gif, .mp4"),
-    (["--checkpoint", "nowhere"], "nowhere holds no checkpoint"),
-    (["--video", "x.gif", "--no-video"], "not allowed with"),
-    (["--checkpoints", "x"], "--checkpoints"),
-])
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (["--confidence", "1.5"], "--confidence is 1.5"),
+        (["--nms", "nan"], "--nms is nan"),
+        (["--frames-per-call", "0"], "--frames-per-call is 0"),
+        (["--threads", "-1"], "--threads is -1"),
+        (["--from", "-1"], "--from is -1"),
+        (["--from", "2"], "0.93 s after its first event, before 2.00 s"),
+        (["--seconds", "0"], "--seconds is 0"),
+        (["--seconds", "0.02"], "less than a window of 50 ms"),
+        (["--device", "abacus"], "--device abacus cannot be used here; there is cpu"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+        (["--video", "x.avi"], "neither of .gif, .mp4"),
+        (["--checkpoint", "nowhere"], "nowhere holds no checkpoint"),
+        (["--video", "x.gif", "--no-video"], "not allowed with"),
+        (["--checkpoints", "x"], "--checkpoints"),
+    ],
+)
 def test_mistakes_are_one_line_and_exit_code_2(here, tmp_path, capsys, wrong, says):
-    arguments = [here / "a_td.raw", "--checkpoint", here / "weights2.safetensors", "--output", tmp_path / "out", *wrong]
+    arguments = [
+        here / "a_td.raw",
+        "--checkpoint",
+        here / "weights2.safetensors",
+        "--output",
+        tmp_path / "out",
+        *wrong,
+    ]
     assert says in refused(capsys, *arguments)
     assert not list(tmp_path.rglob("*.*"))
 
@@ -344,9 +508,20 @@ def test_recordings_that_cannot_work_are_refused(here, tmp_path, capsys):
     empty, tiny = tmp_path / "empty.raw", tmp_path / "tiny.raw"
     empty.write_text(HEADER.format(240, 320))
     tiny.write_text(HEADER.format(3, 3))
-    for path, says in ((empty, "holds no events"), (tiny, "3 x 3 pixels: too small"), (here / "a_bbox.npy", "suffix .npy"),
-                       (tmp_path / "missing.raw", "missing.raw is no file")):
-        told = refused(capsys, path, "--checkpoint", here / "weights4.safetensors", "--output", tmp_path / "out")
+    for path, says in (
+        (empty, "holds no events"),
+        (tiny, "3 x 3 pixels: too small"),
+        (here / "a_bbox.npy", "suffix .npy"),
+        (tmp_path / "missing.raw", "missing.raw is no file"),
+    ):
+        told = refused(
+            capsys,
+            path,
+            "--checkpoint",
+            here / "weights4.safetensors",
+            "--output",
+            tmp_path / "out",
+        )
         assert says in told and path.name in told
     assert not list(tmp_path.rglob("*.npy"))
 
@@ -354,7 +529,14 @@ def test_recordings_that_cannot_work_are_refused(here, tmp_path, capsys):
 def test_the_boxes_of_the_recording_are_never_overwritten(here, tmp_path, capsys):
     before = (here / "a_bbox.npy").read_bytes()
     for output in (here, here / "a_bbox.npy", here / "." / ".." / here.name):
-        told = refused(capsys, here / "a_td.raw", "--checkpoint", here / "weights2.safetensors", "--output", output)
+        told = refused(
+            capsys,
+            here / "a_td.raw",
+            "--checkpoint",
+            here / "weights2.safetensors",
+            "--output",
+            output,
+        )
         assert "would be taken for its boxes" in told
     assert (here / "a_bbox.npy").read_bytes() == before
     got = run(here, tmp_path / "mine.npy", "--no-video", "--seconds", 0.1)
@@ -365,25 +547,54 @@ def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])
     told = capsys.readouterr().out
-    assert exit_.value.code == 0 and "evspan infer drive.raw --checkpoint runs/tiny" in told and "class_confidence" in told
+    assert (
+        exit_.value.code == 0
+        and "evspan infer drive.raw --checkpoint runs/tiny" in told
+        and "class_confidence" in told
+    )
 
 
 # -- other forms, and a file that grows ----------------------------------------------------------------------------
 def test_csv_and_json_tell_what_the_npy_tells(here, tmp_path, capsys):
-    main([str(here / "a_td.raw"), "--checkpoint", str(here / "weights2.safetensors"), "--output", str(tmp_path), "--no-video",
-          "--csv", str(tmp_path / "new" / "a.csv"), "--json", "-", "--frames-per-call", "3"])
+    main(
+        [
+            str(here / "a_td.raw"),
+            "--checkpoint",
+            str(here / "weights2.safetensors"),
+            "--output",
+            str(tmp_path),
+            "--no-video",
+            "--csv",
+            str(tmp_path / "new" / "a.csv"),
+            "--json",
+            "-",
+            "--frames-per-call",
+            "3",
+        ]
+    )
     out, err = capsys.readouterr()
     boxes = np.load(tmp_path / "a_bbox.npy")
     rows = list(csv.DictReader((tmp_path / "new" / "a.csv").open()))
     frames = [json.loads(line) for line in out.splitlines()]  # nothing else is on standard output
     found = [(frame["end_us"], box) for frame in frames for box in frame["detections"]]
-    assert len(rows) == len(found) == boxes.size > 0 and len(frames) == 19 and min(frame["latency_ms"] for frame in frames) > 0
+    assert (
+        len(rows) == len(found) == boxes.size > 0
+        and len(frames) == 19
+        and min(frame["latency_ms"] for frame in frames) > 0
+    )
     for box, row, (end, told) in zip(boxes, rows, found, strict=True):
-        assert box["t"] == int(row["t_us"]) == end and box["class_id"] == int(row["class_id"]) == told["class_id"]
+        assert (
+            box["t"] == int(row["t_us"]) == end
+            and box["class_id"] == int(row["class_id"]) == told["class_id"]
+        )
         assert row["class"] == told["class"] == [*CLASSES, "class 2"][box["class_id"]]
         for name in "xywh":
             assert float(row[name]) == told[name] == pytest.approx(float(box[name]), abs=0.01)
-        assert told["confidence"] == float(row["confidence"]) == pytest.approx(float(box["class_confidence"]), abs=1e-4)
+        assert (
+            told["confidence"]
+            == float(row["confidence"])
+            == pytest.approx(float(box["class_confidence"]), abs=1e-4)
+        )
     assert "latency of a frame" in err
 
 
@@ -413,16 +624,42 @@ def test_a_file_that_grows_gives_what_the_whole_one_gives(here, tmp_path, suffix
 
     camera = threading.Thread(target=write)
     camera.start()
-    main([str(growing), *options, "--output", str(tmp_path / "grown"), "--follow", "2", "--json", str(tmp_path / "lines.json"),
-          "--frames-per-call", "1"])
+    main(
+        [
+            str(growing),
+            *options,
+            "--output",
+            str(tmp_path / "grown"),
+            "--follow",
+            "2",
+            "--json",
+            str(tmp_path / "lines.json"),
+            "--frames-per-call",
+            "1",
+        ]
+    )
     camera.join()
     assert seen[0] > 0  # frames were told while two thirds were missing
-    assert_same(np.load(tmp_path / "grown" / "growing_bbox.npy"), np.load(tmp_path / "whole" / "whole_bbox.npy"))
+    assert_same(
+        np.load(tmp_path / "grown" / "growing_bbox.npy"),
+        np.load(tmp_path / "whole" / "whole_bbox.npy"),
+    )
 
 
 def test_what_cannot_be_followed_says_so(here, tmp_path, capsys):
     h5 = tmp_path / "a_td.h5"
     simulate(h5, seconds=0.2, seed=4, config=SimulatorConfig(height=240, width=320))
-    for recording, seconds, told in ((h5, "1", "record .raw or .dat"), (here / "a_td.raw", "0", "--follow is 0")):
-        said = refused_by(main, capsys, recording, "--checkpoint", here / "weights2.safetensors", "--follow", seconds)
+    for recording, seconds, told in (
+        (h5, "1", "record .raw or .dat"),
+        (here / "a_td.raw", "0", "--follow is 0"),
+    ):
+        said = refused_by(
+            main,
+            capsys,
+            recording,
+            "--checkpoint",
+            here / "weights2.safetensors",
+            "--follow",
+            seconds,
+        )
         assert told in said

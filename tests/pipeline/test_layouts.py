@@ -26,24 +26,43 @@ BF16_NOISE, BF16_LOSS = 2, 0.03
 
 SHARDS = {  # recordings' frames; one frame of how many is labelled
     "dense": ([23, 12, 9], 2),
-    "sparse": ([13, 9, 2], 9),  # fewer than lanes, one shorter than a chunk; steps in which no rank has a labelled frame
+    "sparse": (
+        [13, 9, 2],
+        9,
+    ),  # fewer than lanes, one shorter than a chunk; steps in which no rank has a labelled frame
     "bare": ([11, 6], 100),  # not one labelled frame
 }
 dense, sparse, bare = (Case(shards=name) for name in SHARDS)
 
 QUICK = [
     replace(dense, ranks=2, sequence=2, exchange="transpose", engine="exact", attention=True),
-    replace(dense, ranks=2, sequence=2, exchange="relay", engine="exact", attention=True, dws_conv=True),
+    replace(
+        dense, ranks=2, sequence=2, exchange="relay", engine="exact", attention=True, dws_conv=True
+    ),
     replace(dense, ranks=2, sequence=1, stage=2, accumulation=2),
     replace(dense, ranks=2, sequence=2, stage=1, exchange="relay"),
-    replace(dense, ranks=2, sequence=2, stage=3, exchange="relay", attention=True, dws_conv=True),  # a module called many times
+    replace(
+        dense, ranks=2, sequence=2, stage=3, exchange="relay", attention=True, dws_conv=True
+    ),  # a module called many times
     replace(sparse, ranks=2, sequence=2, stage=0, attention=True, sampling="stream"),
     replace(bare, ranks=2, sequence=2, stage=3, attention=True, steps=2),
     replace(dense, ranks=2, sequence=2, stage=2, attention=True, precision="bf16", steps=3),
     replace(dense, ranks=4, sequence=2, stage=1, attention=True),
-    replace(dense, ranks=4, sequence=4, stage=3, attention=True),  # two ranks never have a labelled frame
+    replace(
+        dense, ranks=4, sequence=4, stage=3, attention=True
+    ),  # two ranks never have a labelled frame
 ]
-KNOBS = replace(dense, ranks=2, sequence=2, stage=3, attention=True, precision="bf16", accumulation=2, steps=2, knobs=True)
+KNOBS = replace(
+    dense,
+    ranks=2,
+    sequence=2,
+    stage=3,
+    attention=True,
+    precision="bf16",
+    accumulation=2,
+    steps=2,
+    knobs=True,
+)
 
 WORLDS = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 2), (4, 4)]
 EXCHANGES = [("transpose", False), ("relay", False), ("relay", True)]  # and dws_conv
@@ -51,14 +70,36 @@ ENGINES = [("exact", 0), *(("deepspeed", stage) for stage in range(4))]
 
 
 def all_layouts():
-    for (ranks, sequence), (exchange, dws_conv), attention in itertools.product(WORLDS, EXCHANGES, (False, True)):
+    for (ranks, sequence), (exchange, dws_conv), attention in itertools.product(
+        WORLDS, EXCHANGES, (False, True)
+    ):
         for engine, stage in ENGINES:
             # Half of them accumulate, spread over all the others.
             accumulation = 1 + (ranks + sequence + stage + attention + dws_conv) % 2
-            yield replace(dense, ranks=ranks, sequence=sequence, exchange=exchange, dws_conv=dws_conv, attention=attention,
-                          engine=engine, stage=stage, accumulation=accumulation, **size(ranks))
-        yield replace(dense, ranks=ranks, sequence=sequence, exchange=exchange, dws_conv=dws_conv, attention=attention,
-                      stage=1 + sequence % 2, precision="bf16", steps=3, **size(ranks))
+            yield replace(
+                dense,
+                ranks=ranks,
+                sequence=sequence,
+                exchange=exchange,
+                dws_conv=dws_conv,
+                attention=attention,
+                engine=engine,
+                stage=stage,
+                accumulation=accumulation,
+                **size(ranks),
+            )
+        yield replace(
+            dense,
+            ranks=ranks,
+            sequence=sequence,
+            exchange=exchange,
+            dws_conv=dws_conv,
+            attention=attention,
+            stage=1 + sequence % 2,
+            precision="bf16",
+            steps=3,
+            **size(ranks),
+        )
 
 
 def size(ranks):
@@ -67,9 +108,13 @@ def size(ranks):
 
 def told_by_ranks(cases, folder):
     """case -> what each of its ranks told; one launch per world. With every case, those that it is compared with."""
-    wanted = dict.fromkeys([*cases, *(case.alone("exact") for case in cases), *filter(None, map(one_rank, cases))])
-    shards = {name: write_small_shards(folder / name, {"train": counts}, every=every)
-              for name, (counts, every) in SHARDS.items()}
+    wanted = dict.fromkeys(
+        [*cases, *(case.alone("exact") for case in cases), *filter(None, map(one_rank, cases))]
+    )
+    shards = {
+        name: write_small_shards(folder / name, {"train": counts}, every=every)
+        for name, (counts, every) in SHARDS.items()
+    }
     out = {}
     for ranks in sorted({case.ranks for case in wanted}):
         here = folder / f"{ranks}-ranks"
@@ -77,7 +122,14 @@ def told_by_ranks(cases, folder):
         mine = [case for case in wanted if case.ranks == ranks]
         torch.save([(case, str(shards[case.shards])) for case in mine], here / "cases.pt")
         path = f"PYTHONPATH={ROOT / 'tests'}"
-        assert run_ranks(["env", path, sys.executable, "-m", "support.layout_ranks", str(here)], ranks, threads=1) == 0
+        assert (
+            run_ranks(
+                ["env", path, sys.executable, "-m", "support.layout_ranks", str(here)],
+                ranks,
+                threads=1,
+            )
+            == 0
+        )
         told = [torch.load(here / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
         out |= {case: [of_rank[case] for of_rank in told] for case in mine}
     return out
@@ -98,8 +150,16 @@ def quick(tmp_path_factory):
 
 
 def name(case):
-    parts = [f"{case.ranks // case.sequence}x{case.sequence}", case.exchange, f"{case.engine}{case.stage}", case.precision,
-             "attention" * case.attention, "dws" * case.dws_conv, "accumulation" * (case.accumulation > 1), case.shards]
+    parts = [
+        f"{case.ranks // case.sequence}x{case.sequence}",
+        case.exchange,
+        f"{case.engine}{case.stage}",
+        case.precision,
+        "attention" * case.attention,
+        "dws" * case.dws_conv,
+        "accumulation" * (case.accumulation > 1),
+        case.shards,
+    ]
     return "-".join(filter(None, parts))
 
 
@@ -111,7 +171,9 @@ def test_training_is_that_of_one_rank(quick, case):
 def test_ranks_without_a_labelled_frame_took_part(quick):
     told = [sum(rank["labelled"]) for rank in quick[QUICK[-1]]]
     assert told[0] == told[2] == 0 < min(told[1], told[3])
-    sparse_steps = torch.tensor([rank["labelled"] for rank in quick[next(c for c in QUICK if c.shards == "sparse")]]).sum(0)
+    sparse_steps = torch.tensor(
+        [rank["labelled"] for rank in quick[next(c for c in QUICK if c.shards == "sparse")]]
+    ).sum(0)
     assert (sparse_steps == 0).any() and (sparse_steps > 0).any()
     bare_case = next(c for c in QUICK if c.shards == "bare")
     for rank in quick[bare_case]:
@@ -152,7 +214,9 @@ def assert_as_one_rank(case, told):
     if alone and full:
         loss_bound = max(CLOSE, NOISE * largest_loss_error(told[alone][0], exact))
     assert loss_error < loss_bound, f"losses differ by {loss_error:.1e}, more than {loss_bound:.1e}"
-    assert not full or torch.equal(first["losses"][:, -1], exact["losses"][: len(first["losses"]), -1])  # positives
+    assert not full or torch.equal(
+        first["losses"][:, -1], exact["losses"][: len(first["losses"]), -1]
+    )  # positives
     error = error_of(first, exact)
     assert error <= bound, f"gradients differ by {error:.1e}, more than {bound:.1e}"
 
@@ -168,11 +232,16 @@ def largest_error(told, exact):
     of what is zero (a bias before a norm)."""
     wanted = exact["gradients"]
     floor = 1e-4 * max(float(w.abs().max()) for w in wanted.values()) or 1.0
-    return max(float((told["gradients"][k].double() - w).abs().max()) / max(float(w.abs().max()), floor)
-               for k, w in wanted.items())
+    return max(
+        float((told["gradients"][k].double() - w).abs().max()) / max(float(w.abs().max()), floor)
+        for k, w in wanted.items()
+    )
 
 
 def distance(told, exact):
     """Of all gradients together, of their length."""
     wanted = torch.cat([g.flatten() for g in exact["gradients"].values()])
-    return float((torch.cat([told["gradients"][k].flatten() for k in exact["gradients"]]) - wanted).norm() / wanted.norm())
+    return float(
+        (torch.cat([told["gradients"][k].flatten() for k in exact["gradients"]]) - wanted).norm()
+        / wanted.norm()
+    )

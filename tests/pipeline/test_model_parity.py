@@ -1,6 +1,5 @@
 """The detector against numbers of the published implementation: forward, losses, assignments, every gradient."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -20,7 +19,12 @@ def parity(parity_dir):
 
 @pytest.fixture
 def detector(parity):
-    model = Detector(ModelConfig(backbone=BackboneConfig(embed_dim=16, dim_head=8), head=HeadConfig(num_classes=3)), 20)
+    model = Detector(
+        ModelConfig(
+            backbone=BackboneConfig(embed_dim=16, dim_head=8), head=HeadConfig(num_classes=3)
+        ),
+        20,
+    )
     model.load_state_dict({k: torch.from_numpy(v) for k, v in parity["weights"].items()})
     return model
 
@@ -34,14 +38,20 @@ def test_forward(detector, parity, together):
     frames = torch.from_numpy(parity["eval_input"]["events_uint8"])
     detector.eval()
     state = detector.initial_state(1, 192, 320)
-    start, no_start, labelled = torch.tensor([True]), torch.tensor([False]), torch.ones(4, 1, dtype=torch.bool)
+    start, no_start, labelled = (
+        torch.tensor([True]),
+        torch.tensor([False]),
+        torch.ones(4, 1, dtype=torch.bool),
+    )
     with torch.no_grad():
         if together:
             raw, state = detector(frames, state, starts=start, labelled=labelled)
         else:
             parts = []
             for t in range(4):
-                part, state = detector(frames[t : t + 1], state, starts=no_start if t else start, labelled=labelled[:1])
+                part, state = detector(
+                    frames[t : t + 1], state, starts=no_start if t else start, labelled=labelled[:1]
+                )
                 parts.append(part)
                 for k, stage in enumerate(state.stages, 1):
                     close(stage.hidden, parity["eval_states"][f"t{t}.stage{k}.h"], 1e-4)
@@ -52,8 +62,15 @@ def test_forward(detector, parity, together):
     for t in range(4):
         wanted = parity["eval_outputs"][f"t{t}.decoded"][0]
         close(decoded[t, :, 4:], wanted[:, 4:], 1e-4)
-        np.testing.assert_allclose(decoded[t, :, :4], wanted[:, :4], rtol=1e-5, atol=1e-3)  # pixels; float noise is 4e-4
-        np.testing.assert_allclose(found[t], parity["eval_outputs"][f"t{t}.detections_conf0.1_nms0.45"], rtol=1e-5, atol=2e-3)
+        np.testing.assert_allclose(
+            decoded[t, :, :4], wanted[:, :4], rtol=1e-5, atol=1e-3
+        )  # pixels; float noise is 4e-4
+        np.testing.assert_allclose(
+            found[t],
+            parity["eval_outputs"][f"t{t}.detections_conf0.1_nms0.45"],
+            rtol=1e-5,
+            atol=2e-3,
+        )
 
 
 def test_neck(detector, parity):
@@ -69,7 +86,9 @@ def test_neck(detector, parity):
 def test_training_step(detector, parity):
     inputs, expected = parity["train_input"], parity["train_expected"]
     frames = torch.from_numpy(inputs["events_uint8"])
-    places = list(zip(inputs["target_frame_t"].tolist(), inputs["target_sample_b"].tolist(), strict=True))
+    places = list(
+        zip(inputs["target_frame_t"].tolist(), inputs["target_sample_b"].tolist(), strict=True)
+    )
     order = sorted(range(len(places)), key=lambda i: places[i])  # ours come in (t, b) order
     labelled = torch.zeros(4, 2, dtype=torch.bool)
     for t, b in places:
@@ -77,7 +96,12 @@ def test_training_step(detector, parity):
     boxes = torch.from_numpy(inputs["targets"])[order]
     counts = (boxes.abs().sum(-1) > 0).sum(1)
     detector.train()
-    raw, state = detector(frames, detector.initial_state(2, 192, 320), starts=torch.tensor([True, True]), labelled=labelled)
+    raw, state = detector(
+        frames,
+        detector.initial_state(2, 192, 320),
+        starts=torch.tensor([True, True]),
+        labelled=labelled,
+    )
     geometry = detector.geometry(192, 320)
 
     assignment = assign(raw, boxes, counts, geometry, detector.config.head)
@@ -88,8 +112,12 @@ def test_training_step(detector, parity):
         close(assignment.iou[row, cells], expected[f"assign/{i}/iou"], 1e-5)
 
     losses = detection_loss(raw, boxes, counts, geometry, detector.config.head)
-    for name, got in (("loss", losses.total), ("iou_loss", losses.iou), ("conf_loss", losses.objectness),
-                      ("cls_loss", losses.classes)):
+    for name, got in (
+        ("loss", losses.total),
+        ("iou_loss", losses.iou),
+        ("conf_loss", losses.objectness),
+        ("cls_loss", losses.classes),
+    ):
         assert got.item() == pytest.approx(expected[f"loss/{name}"].item(), rel=1e-4), name
     losses.total.backward()
     for name, parameter in detector.named_parameters():
@@ -98,10 +126,16 @@ def test_training_step(detector, parity):
         assert error < 1e-4, f"{name}: {error}"
     for name, buffer in detector.named_buffers():
         if f"bn_after/{name}" in expected:
-            np.testing.assert_allclose(buffer, expected[f"bn_after/{name}"], rtol=1e-4, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                buffer, expected[f"bn_after/{name}"], rtol=1e-4, atol=1e-5, err_msg=name
+            )
     for k, (hidden, cell) in enumerate(state.stages, 1):
-        assert hidden.sum().item() == pytest.approx(expected[f"final_state/stage{k}/h_sum"].item(), rel=1e-3, abs=1e-2)
-        assert cell.sum().item() == pytest.approx(expected[f"final_state/stage{k}/c_sum"].item(), rel=1e-3, abs=1e-2)
+        assert hidden.sum().item() == pytest.approx(
+            expected[f"final_state/stage{k}/h_sum"].item(), rel=1e-3, abs=1e-2
+        )
+        assert cell.sum().item() == pytest.approx(
+            expected[f"final_state/stage{k}/c_sum"].item(), rel=1e-3, abs=1e-2
+        )
     assert all(t.isfinite().all() for t in state_tensors(state))
 
 
@@ -116,8 +150,10 @@ def test_parameter_names_are_the_published_ones(parity_dir):
     assert {k: tuple(v.shape) for k, v in ours.items()} == listed
 
 
-@pytest.mark.parametrize("embed, head, depth, count",
-                         [(32, 32, 0.33, 4_405_336), (48, 24, 0.33, 9_870_456), (64, 32, 0.67, 18_536_856)])
+@pytest.mark.parametrize(
+    "embed, head, depth, count",
+    [(32, 32, 0.33, 4_405_336), (48, 24, 0.33, 9_870_456), (64, 32, 0.67, 18_536_856)],
+)
 def test_parameter_counts(embed, head, depth, count):
     config = ModelConfig(backbone=BackboneConfig(embed_dim=embed, dim_head=head))
     config.fpn.depth = depth

@@ -24,16 +24,28 @@ def conv(x, layer, **options):
 
 
 def spatial_published(block, x):
-    combined = torch.cat([conv(x, c, padding=s, dilation=s) for c, s in zip(block.scale_convs, (1, 2, 4), strict=True)], 1)
-    attention = torch.sigmoid(conv(F.relu(conv(combined, block.attention_conv[0])), block.attention_conv[2]))
+    combined = torch.cat(
+        [
+            conv(x, c, padding=s, dilation=s)
+            for c, s in zip(block.scale_convs, (1, 2, 4), strict=True)
+        ],
+        1,
+    )
+    attention = torch.sigmoid(
+        conv(F.relu(conv(combined, block.attention_conv[0])), block.attention_conv[2])
+    )
     return x * attention + x
 
 
 def temporal_published(block, x, previous):
-    frames = torch.cat((previous, x[:, None]), 1).transpose(1, 2)  # (N, C, window, h, w), oldest first
+    frames = torch.cat((previous, x[:, None]), 1).transpose(
+        1, 2
+    )  # (N, C, window, h, w), oldest first
     temporal = F.conv3d(frames, block.temporal_conv.weight, block.temporal_conv.bias)[:, :, 0]
     motion = torch.sigmoid(conv(torch.cat((x, previous[:, -1]), 1), block.motion_conv, padding=1))
-    weights = torch.sigmoid(block.temporal_fc[2](F.relu(block.temporal_fc[0](temporal.mean((2, 3))))))
+    weights = torch.sigmoid(
+        block.temporal_fc[2](F.relu(block.temporal_fc[0](temporal.mean((2, 3)))))
+    )
     return x + temporal * motion * weights[:, :, None, None]
 
 
@@ -101,27 +113,45 @@ def test_few_channels_still_get_one_per_scale():
     assert MultiScaleSpatialAttention(2)(torch.randn(1, 2, H, W)).shape == (1, 2, H, W)
 
 
-@pytest.mark.parametrize("stages, channels", [((2, 3, 4), (8, 16, 32)), ((1, 2, 3, 4), (4, 8, 16, 32))])
+@pytest.mark.parametrize(
+    "stages, channels", [((2, 3, 4), (8, 16, 32)), ((1, 2, 3, 4), (4, 8, 16, 32))]
+)
 def test_neck_scales_and_names(stages, channels):
     features = [torch.randn(2, c, 32 >> s, 64 >> s) for s, c in zip(stages, channels, strict=True)]
-    plain, attending = YOLOPAFPN(stages, channels), YOLOPAFPN(stages, channels, enable_small_object_attention=True)
+    plain, attending = (
+        YOLOPAFPN(stages, channels),
+        YOLOPAFPN(stages, channels, enable_small_object_attention=True),
+    )
     extra = attending.state_dict().keys() - plain.state_dict().keys()
-    assert plain.state_dict().keys() <= attending.state_dict().keys(), "plain weights load unchanged"
-    assert {k.rsplit("scale_", 1)[0] + "scale_" + k.rsplit("scale_", 1)[1][0] for k in extra if "scale_convs" not in k} == {
+    assert plain.state_dict().keys() <= attending.state_dict().keys(), (
+        "plain weights load unchanged"
+    )
+    assert {
+        k.rsplit("scale_", 1)[0] + "scale_" + k.rsplit("scale_", 1)[1][0]
+        for k in extra
+        if "scale_convs" not in k
+    } == {
         *(f"small_object_attention_modules.scale_{i}" for i in range(2)),
-        *(f"scale_aware_attention_modules.scale_{i}" for i in range(len(stages)))}
+        *(f"scale_aware_attention_modules.scale_{i}" for i in range(len(stages))),
+    }
     attending.load_state_dict(plain.state_dict(), strict=False)
     earlier = {i: torch.randn(2, 2, *features[i].shape[1:]) for i in range(2)}
-    results = [neck.eval()(features, lambda i, x: (x, earlier.get(i))) for neck in (plain, attending)]
+    results = [
+        neck.eval()(features, lambda i, x: (x, earlier.get(i))) for neck in (plain, attending)
+    ]
     for f, a, b in zip(features, *results, strict=True):
         assert a.shape == f.shape
         assert torch.equal(a, b), "attention starts as the identity"
 
 
 def test_coarse_and_fine_scales_reach_each_other():
-    neck = YOLOPAFPN((1, 2, 3, 4), (4, 8, 16, 32)).double().eval()  # double: fresh layers pass on very little
+    neck = (
+        YOLOPAFPN((1, 2, 3, 4), (4, 8, 16, 32)).double().eval()
+    )  # double: fresh layers pass on very little
     features = [torch.randn(1, 4 << s, 32 >> s, 64 >> s, dtype=torch.double) for s in range(4)]
     before = neck.pyramid(features)
     for s in range(4):
         poked = [f + (i == s) for i, f in enumerate(features)]
-        assert all((a - b).abs().max() > 1e-12 for a, b in zip(neck.pyramid(poked), before, strict=True)), s
+        assert all(
+            (a - b).abs().max() > 1e-12 for a, b in zip(neck.pyramid(poked), before, strict=True)
+        ), s

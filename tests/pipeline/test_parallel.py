@@ -25,7 +25,9 @@ SHARES = (4, 0, 3)  # samples per rank: one has none, and still takes part
 
 
 def batch():
-    x = torch.randn(sum(SHARES), 5, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = torch.randn(
+        sum(SHARES), 5, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     return x * 3 + 1
 
 
@@ -36,19 +38,33 @@ def normalised(x, norm, weight):
 
 
 def rank_main(rank, folder):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(RANKS))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(RANKS)
+    )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ["EVSPAN_TEST_PORT"])
     with open_world(ParallelConfig(ranks=RANKS, timeout_s=60)) as world:
         mine = slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
         x = batch()[mine].requires_grad_()
         norm = BatchNorm2d(5).double()
         global_batch_norms(norm, RankReductions(gather_over_ranks, sum_over_ranks))
-        loss = normalised(x, norm, torch.arange(sum(SHARES) * 60.0, dtype=torch.float64).view(-1, 5, 4, 3)[mine])
+        loss = normalised(
+            x, norm, torch.arange(sum(SHARES) * 60.0, dtype=torch.float64).view(-1, 5, 4, 3)[mine]
+        )
         loss.backward()
-        torch.save({"loss": loss.detach(), "x": x.grad, "weight": norm.weight.grad, "mean": norm.running_mean,
-                    "var": norm.running_var,
-                    "any": any_rank(rank == 2, world.device), "none": any_rank(False, world.device),
-                    "gathered": gather_objects(rank * 10), "first": broadcast_object(f"from {rank}")}, f"{folder}/{rank}.pt")
+        torch.save(
+            {
+                "loss": loss.detach(),
+                "x": x.grad,
+                "weight": norm.weight.grad,
+                "mean": norm.running_mean,
+                "var": norm.running_var,
+                "any": any_rank(rank == 2, world.device),
+                "none": any_rank(False, world.device),
+                "gathered": gather_objects(rank * 10),
+                "first": broadcast_object(f"from {rank}"),
+            },
+            f"{folder}/{rank}.pt",
+        )
 
 
 @pytest.mark.timeout(120)
@@ -61,7 +77,9 @@ def test_global_batch_norm_and_agreements(tmp_path, monkeypatch):
 
     x, norm = batch().requires_grad_(), torch.nn.BatchNorm2d(5, dtype=torch.float64)
     norm.eps = BatchNorm2d(5).eps
-    loss = normalised(x, norm, torch.arange(sum(SHARES) * 60.0, dtype=torch.float64).view(-1, 5, 4, 3))
+    loss = normalised(
+        x, norm, torch.arange(sum(SHARES) * 60.0, dtype=torch.float64).view(-1, 5, 4, 3)
+    )
     loss.backward()
     torch.testing.assert_close(sum(t["loss"] for t in told), loss.detach())
     torch.testing.assert_close(torch.cat([t["x"] for t in told]), x.grad)
@@ -83,6 +101,9 @@ def test_deal_gives_every_item_once_and_balances():
 def test_another_number_of_processes_than_configured_is_told(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match="parallel.ranks is 2 but 1 process"), open_world(ParallelConfig(ranks=2)):
+    with (
+        pytest.raises(ConfigError, match="parallel.ranks is 2 but 1 process"),
+        open_world(ParallelConfig(ranks=2)),
+    ):
         pass
     assert not dist.is_initialized()

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from evspan.conf.errors import ShardError
 from evspan.conf.schema.training import AugmentationConfig, Sampling
-from evspan.pipeline.data.augment import Augmentation, augment_boxes, augment_frames, draw_augmentation
+from evspan.pipeline.data.augment import (
+    Augmentation,
+    augment_boxes,
+    augment_frames,
+    draw_augmentation,
+)
 from evspan.pipeline.data.plan import Chunk, SamplingPlan
 
 FRAMES = [12, 3, 25, 5]
@@ -15,7 +20,9 @@ T = 5
 
 def plan(sampling=Sampling.mixed, lanes=4, seed=3, frames=FRAMES, labelled=None):
     labelled = labelled or [np.arange(n) % 2 == 1 for n in frames]
-    return SamplingPlan(frames, labelled, lanes=lanes, sequence_length=T, sampling=sampling, seed=seed)
+    return SamplingPlan(
+        frames, labelled, lanes=lanes, sequence_length=T, sampling=sampling, seed=seed
+    )
 
 
 def test_same_seed_same_plan_whatever_was_asked_before():
@@ -81,15 +88,26 @@ def augmented(frames, how):
 
 
 @pytest.mark.parametrize("width", [64, 61])  # whole words of eight cells, or not
-@pytest.mark.parametrize("how", [Augmentation(zoom=1.4, top=-7, left=-11.5), Augmentation(zoom=0.8, top=3.3, left=5),
-                                 Augmentation(True, 1.4, -7, -11.5), Augmentation(True, 0.8, 3.3, 5), Augmentation(flip=True)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        Augmentation(zoom=1.4, top=-7, left=-11.5),
+        Augmentation(zoom=0.8, top=3.3, left=5),
+        Augmentation(True, 1.4, -7, -11.5),
+        Augmentation(True, 0.8, 3.3, 5),
+        Augmentation(flip=True),
+    ],
+)
 def test_every_pixel_shows_what_the_definition_says(how, width):
     frames = np.random.default_rng(0).integers(0, 256, (2, 3, 40, width)).astype(np.uint8)
     frames[frames < 100] = 0
     wanted = np.zeros_like(frames)
     for y in range(40):
         for x in range(width):
-            row, column = math.floor((y + 0.5 - how.top) / how.zoom), math.floor((x + 0.5 - how.left) / how.zoom)
+            row, column = (
+                math.floor((y + 0.5 - how.top) / how.zoom),
+                math.floor((x + 0.5 - how.left) / how.zoom),
+            )
             if 0 <= row < 40 and 0 <= column < width:
                 wanted[..., y, x] = frames[..., row, width - 1 - column if how.flip else column]
     np.testing.assert_array_equal(augmented(frames, how), wanted)
@@ -99,7 +117,9 @@ def test_every_pixel_shows_what_the_definition_says(how, width):
 @pytest.mark.parametrize("streamed", [True, False])
 def test_boxes_follow_the_pixels(seed, streamed):
     box = np.array([[2, 30, 20, 16, 10]], np.float32)
-    how = draw_augmentation(AugmentationConfig(), Chunk(0, 0, 2, True, streamed, (seed,)), seed=1, height=48, width=64)
+    how = draw_augmentation(
+        AugmentationConfig(), Chunk(0, 0, 2, True, streamed, (seed,)), seed=1, height=48, width=64
+    )
     if streamed:
         assert how.zoom <= 1
     frames = augmented(blob(box[0]), how)
@@ -119,7 +139,9 @@ def test_flip_alone_is_a_mirror_and_nothing_is_nothing():
     frames = blob(box[0])
     np.testing.assert_array_equal(augmented(frames, Augmentation()), frames)
     np.testing.assert_array_equal(augmented(frames, Augmentation(flip=True)), frames[..., ::-1])
-    np.testing.assert_allclose(augment_boxes(box, Augmentation(flip=True), height=48, width=64), [[0, 34, 20, 16, 10]])
+    np.testing.assert_allclose(
+        augment_boxes(box, Augmentation(flip=True), height=48, width=64), [[0, 34, 20, 16, 10]]
+    )
 
 
 def test_every_frame_of_a_sequence_gets_the_same_draw():

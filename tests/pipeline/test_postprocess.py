@@ -30,7 +30,17 @@ def frame_by_definition(frame, *, confidence_threshold, nms_threshold, max_detec
     for cx, cy, w, h, objectness, *classes in frame:
         best = max(classes)
         if objectness * best >= confidence_threshold:
-            rows.append([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2, objectness, best, classes.index(best)])
+            rows.append(
+                [
+                    cx - w / 2,
+                    cy - h / 2,
+                    cx + w / 2,
+                    cy + h / 2,
+                    objectness,
+                    best,
+                    classes.index(best),
+                ]
+            )
             scores.append(objectness * best)
     kept = greedy([r[:4] for r in rows], scores, [r[6] for r in rows], nms_threshold)
     return [rows[i] for i in kept[:max_detections]]
@@ -58,7 +68,9 @@ def assert_agrees(decoded, **limits):
 
 
 @pytest.mark.parametrize("levels", [None, 8])
-@pytest.mark.parametrize("seed, cells, classes", [(0, 1, 1), (1, 40, 1), (2, 400, 3), (3, 3 * BLOCK, 2)])
+@pytest.mark.parametrize(
+    "seed, cells, classes", [(0, 1, 1), (1, 40, 1), (2, 400, 3), (3, 3 * BLOCK, 2)]
+)
 def test_detections_agree_with_the_definition(seed, cells, classes, levels):
     decoded = random_frames(2, cells, classes, seed, levels)
     for confidence, threshold in ((0.0, 0.45), (0.125, 0.1), (0.5, 1.0)):
@@ -66,19 +78,37 @@ def test_detections_agree_with_the_definition(seed, cells, classes, levels):
 
 
 def test_equal_boxes_and_scores_keep_the_first_of_each_class():
-    frame = torch.tensor([[50, 50, 20, 20, 1, 0.5, 0.25], [50, 50, 20, 20, 1, 0.5, 0.25], [50, 50, 20, 20, 1, 0.25, 0.5],
-                          [50, 50, 20, 20, 1, 0.5, 0.5]], dtype=torch.float64)[None]
-    rows, = assert_agrees(frame, confidence_threshold=0.1, nms_threshold=0.45)
+    frame = torch.tensor(
+        [
+            [50, 50, 20, 20, 1, 0.5, 0.25],
+            [50, 50, 20, 20, 1, 0.5, 0.25],
+            [50, 50, 20, 20, 1, 0.25, 0.5],
+            [50, 50, 20, 20, 1, 0.5, 0.5],
+        ],
+        dtype=torch.float64,
+    )[None]
+    (rows,) = assert_agrees(frame, confidence_threshold=0.1, nms_threshold=0.45)
     assert rows[:, 6].tolist() == [0, 1]  # of equal class scores the first class
 
 
 def test_thresholds_are_inclusive():
     """A score at the threshold stays; an overlap at the threshold does not suppress."""
-    frame = torch.tensor([[10, 10, 16, 8, 1, 0.5], [10, 14, 16, 8, 1, 0.25]], dtype=torch.float64)[None]  # IoU 1/3
+    frame = torch.tensor([[10, 10, 16, 8, 1, 0.5], [10, 14, 16, 8, 1, 0.25]], dtype=torch.float64)[
+        None
+    ]  # IoU 1/3
     third = iou([2, 6, 18, 14], [2, 10, 18, 18])
     assert third == 1 / 3
-    for confidence, overlap, left in ((0.25, third, 2), (0.25, 0.333, 1), (0.2501, third, 1), (0.5, 0.1, 1), (0.5001, third, 0)):
-        assert len(assert_agrees(frame, confidence_threshold=confidence, nms_threshold=overlap)[0]) == left
+    for confidence, overlap, left in (
+        (0.25, third, 2),
+        (0.25, 0.333, 1),
+        (0.2501, third, 1),
+        (0.5, 0.1, 1),
+        (0.5001, third, 0),
+    ):
+        assert (
+            len(assert_agrees(frame, confidence_threshold=confidence, nms_threshold=overlap)[0])
+            == left
+        )
 
 
 def test_no_frames_no_cells_nothing_sure_enough():
@@ -94,15 +124,24 @@ def test_no_frames_no_cells_nothing_sure_enough():
 def test_values_that_are_not_numbers_are_never_detections():
     frames = random_frames(1, 20, 2, 5)
     frames[0, 3, 4], frames[0, 7, 5:] = float("nan"), float("nan")
-    rows, = detections(frames, confidence_threshold=0.0, nms_threshold=1.0)
+    (rows,) = detections(frames, confidence_threshold=0.0, nms_threshold=1.0)
     assert len(rows) == 18 and rows.isfinite().all()
 
 
 @pytest.mark.parametrize("limit", [1, 5, BLOCK, BLOCK + 1])
 def test_at_most_so_many_the_surest(limit):
     decoded = random_frames(1, 3 * BLOCK, 3, 6, levels=16)
-    rows, = assert_agrees(decoded, confidence_threshold=0.0, nms_threshold=0.45, max_detections=limit)
-    assert len(rows) == min(limit, len(detections(decoded, confidence_threshold=0.0, nms_threshold=0.45, max_detections=9999)[0]))
+    (rows,) = assert_agrees(
+        decoded, confidence_threshold=0.0, nms_threshold=0.45, max_detections=limit
+    )
+    assert len(rows) == min(
+        limit,
+        len(
+            detections(decoded, confidence_threshold=0.0, nms_threshold=0.45, max_detections=9999)[
+                0
+            ]
+        ),
+    )
 
 
 def test_of_too_many_candidates_the_surest_are_compared_and_of_equal_ones_the_first():
@@ -111,19 +150,24 @@ def test_of_too_many_candidates_the_surest_are_compared_and_of_equal_ones_the_fi
     frame[0, :, :2] = 100 * torch.arange(cells)[:, None]  # apart
     frame[0, :, 2:4], frame[0, :, 4], frame[0, :, 5] = 10, 1, 0.5
     frame[0, -3:, 5] = 0.75
-    rows, = detections(frame, confidence_threshold=0.1, nms_threshold=0.45, max_detections=cells)
+    (rows,) = detections(frame, confidence_threshold=0.1, nms_threshold=0.45, max_detections=cells)
     wanted = [*range(cells - 3, cells), *range(CANDIDATES - 3)]
     assert ((rows[:, 0] + 5) / 100).round().long().tolist() == wanted
 
 
 def test_suppression_is_per_class_and_leaves_the_order_of_scores():
     g = torch.Generator().manual_seed(9)
-    corner, side = 80 * torch.rand(500, 2, generator=g).double(), 5 + 30 * torch.rand(500, 2, generator=g).double()
+    corner, side = (
+        80 * torch.rand(500, 2, generator=g).double(),
+        5 + 30 * torch.rand(500, 2, generator=g).double(),
+    )
     boxes, scores = torch.cat((corner, corner + side), 1), torch.rand(500, generator=g)
     kinds = torch.randint(0, 4, (500,), generator=g)
     kept = nms(boxes, scores, kinds, 0.3)
     assert kept.tolist() == greedy(boxes.tolist(), scores.tolist(), kinds.tolist(), 0.3)
-    assert (scores[kept].diff() <= 0).all() and nms(boxes, scores, kinds, 0.3, limit=7).tolist() == kept[:7].tolist()
+    assert (scores[kept].diff() <= 0).all() and nms(
+        boxes, scores, kinds, 0.3, limit=7
+    ).tolist() == kept[:7].tolist()
     apart = []
     for kind in range(4):
         mine = (kinds == kind).nonzero()[:, 0]

@@ -20,7 +20,11 @@ def counted_one_by_one(boxes, found, kind, threshold):
     """(right, wrong, missed): the surest chooses first, the box that it covers best of those left."""
     right = wrong = missed = 0
     for truth, rows in zip(boxes, found, strict=True):
-        left = [(b["x"], b["y"], b["x"] + b["w"], b["y"] + b["h"]) for b in truth if b["class_id"] == kind]
+        left = [
+            (b["x"], b["y"], b["x"] + b["w"], b["y"] + b["h"])
+            for b in truth
+            if b["class_id"] == kind
+        ]
         rows = [row for row in rows.astype(np.float64) if row[6] == kind]
         rows = sorted(rows, key=lambda row: -row[4] * row[5])
         for row in rows[:100]:
@@ -45,9 +49,15 @@ def test_curves_count_what_is_at_least_as_sure(seed):
         curve = curves[name]
         for i in (0, 1, 7, 20, 50, 80, 99, 100):
             right, wrong, missed = counted_one_by_one(boxes, found, kind, THRESHOLDS[i])
-            assert (curve.true_positives[i], curve.false_positives[i], curve.missed[i]) == (right, wrong, missed), (name, i)
+            assert (curve.true_positives[i], curve.false_positives[i], curve.missed[i]) == (
+                right,
+                wrong,
+                missed,
+            ), (name, i)
             assert curve.recall[i] == pytest.approx(right / (right + missed))
-            assert curve.precision[i] == pytest.approx(right / (right + wrong) if right + wrong else 1)
+            assert curve.precision[i] == pytest.approx(
+                right / (right + wrong) if right + wrong else 1
+            )
         assert curve.true_positives[0] > curve.true_positives[30] > 0 < curve.false_positives[0]
 
 
@@ -58,7 +68,9 @@ def test_frames_crowded_beyond_what_counts_and_a_class_without_boxes():
     rows = np.zeros((150, 7), np.float32)
     rows[:, 2:4], rows[:, 4], rows[:, 5] = 5, 1, rng.uniform(0.1, 1, 150)
     curves = pr_curves(flat(boxes, [rows, np.zeros((0, 7), np.float32)]), CLASSES)
-    assert [*curves] == ["ball"] and curves["ball"].false_positives[0] == 100  # a frame's 100 surest
+    assert [*curves] == ["ball"] and curves["ball"].false_positives[
+        0
+    ] == 100  # a frame's 100 surest
     assert curves["ball"].missed.tolist() == [3] * 101 and curves["ball"].precision[-1] == 1
 
 

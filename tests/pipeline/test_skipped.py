@@ -15,7 +15,12 @@ ROOT, RANKS = Path(__file__).parents[2], 2
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("skipped")
     path = f"PYTHONPATH={ROOT / 'tests'}"
-    assert run_ranks(["env", path, sys.executable, "-m", "support.skip_ranks", str(folder)], RANKS, threads=1) == 0
+    assert (
+        run_ranks(
+            ["env", path, sys.executable, "-m", "support.skip_ranks", str(folder)], RANKS, threads=1
+        )
+        == 0
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
@@ -25,9 +30,17 @@ def weights(tmp_path_factory):
 def test_an_update_is_made_of_what_was_not_skipped(weights, stage, pattern):
     for of_rank in weights:
         for name, wanted in of_rank[None, pattern].items():
-            torch.testing.assert_close(of_rank[stage, pattern][name], wanted, rtol=1e-5, atol=1e-6, msg=f"{name}, ZeRO {stage}")
+            torch.testing.assert_close(
+                of_rank[stage, pattern][name],
+                wanted,
+                rtol=1e-5,
+                atol=1e-6,
+                msg=f"{name}, ZeRO {stage}",
+            )
 
 
 def test_the_patterns_differ(weights):
     first = next(iter(weights[0][None, PATTERNS[0]]))
-    assert len({tuple(weights[0][None, pattern][first].flatten().tolist()) for pattern in PATTERNS}) == len(PATTERNS)
+    assert len(
+        {tuple(weights[0][None, pattern][first].flatten().tolist()) for pattern in PATTERNS}
+    ) == len(PATTERNS)

@@ -39,9 +39,18 @@ def told(tmp_path_factory):
     """(reader, config, output) of a run of four steps."""
     folder = tmp_path_factory.mktemp("told")
     shards = write_small_shards(folder / "shards", {"train": [23, 12, 9], "val": [12, 7, 5]})
-    output = run(shards, folder / "run", "parallel.ranks=1", "parallel.threads=1", "training.max_steps=4",
-                 "training.pictures_every=3", "training.profile=[2,2]", "training.evaluate_every=2", "training.log_every=2",
-                 "evaluation.sequence_length=4")
+    output = run(
+        shards,
+        folder / "run",
+        "parallel.ranks=1",
+        "parallel.threads=1",
+        "training.max_steps=4",
+        "training.pictures_every=3",
+        "training.profile=[2,2]",
+        "training.evaluate_every=2",
+        "training.log_every=2",
+        "evaluation.sequence_length=4",
+    )
     reader = EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance=ALL)
     reader.Reload()
     with initialize_config_module("conf", version_base="1.3"):
@@ -51,24 +60,33 @@ def told(tmp_path_factory):
 
 
 def text_of(reader, tag):
-    event, = reader.Tensors(f"{tag}/text_summary")
+    (event,) = reader.Tensors(f"{tag}/text_summary")
     return tensor_util.make_ndarray(event.tensor_proto).item().decode()
 
 
 def pictures(reader, tag):
-    return {e.step: np.asarray(Image.open(io.BytesIO(e.encoded_image_string)).convert("RGB")) for e in reader.Images(tag)}
+    return {
+        e.step: np.asarray(Image.open(io.BytesIO(e.encoded_image_string)).convert("RGB"))
+        for e in reader.Images(tag)
+    }
 
 
 def test_the_config_it_tells_is_the_one_that_it_ran(told):
     reader, config, _ = told
     assert isinstance(config, TrainConfig)
-    assert config.training.max_steps == 4 and config.training.profile == [2, 2] and config.optimizer.lr == 0.0002
+    assert (
+        config.training.max_steps == 4
+        and config.training.profile == [2, 2]
+        and config.optimizer.lr == 0.0002
+    )
     assert config.evaluation.skip_first_ms == 0 and config.model.fpn.enable_small_object_attention
     assert f"```\n{config_lines(config)}\n```" == text_of(reader, "run/config")
 
 
 def test_the_environment_names_code_and_ranks(told):
-    table = dict(row.strip("| ").split(" | ") for row in text_of(told[0], "run/environment").splitlines()[2:])
+    table = dict(
+        row.strip("| ").split(" | ") for row in text_of(told[0], "run/environment").splitlines()[2:]
+    )
     assert {"code", "ranks", "torch", "deepspeed", "Python", "CUDA", "system"} <= table.keys()
     assert table["code"] == (code_commit() or "not in a git checkout")
     assert table["ranks"].startswith("1 on ") and table["torch"].count(".") == 2
@@ -76,8 +94,12 @@ def test_the_environment_names_code_and_ranks(told):
 
 def test_the_commit_is_that_of_the_checkout_that_tracks_the_code(tmp_path):
     def git(*arguments):
-        return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True,
-                              capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
 
     code, other = tmp_path / "code.py", tmp_path / "other.py"
     code.write_text("1\n")
@@ -94,26 +116,52 @@ def test_the_commit_is_that_of_the_checkout_that_tracks_the_code(tmp_path):
 
 def test_the_layout_has_a_chart_for_every_curve_that_belongs_somewhere(told):
     reader, *_ = told
-    event, = reader.Tensors("custom_scalars__config__")
+    (event,) = reader.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(event.tensor_proto).item())
     scalars = reader.Tags()["scalars"]
-    matched = {of.title: {chart.title: [tag for tag in scalars if any(re.match(p, tag) for p in chart.multiline.tag)]
-                          for chart in of.chart} for of in layout.category}  # so CustomScalarsPlugin.scalars_impl matches
+    matched = {
+        of.title: {
+            chart.title: [
+                tag for tag in scalars if any(re.match(p, tag) for p in chart.multiline.tag)
+            ]
+            for chart in of.chart
+        }
+        for of in layout.category
+    }  # so CustomScalarsPlugin.scalars_impl matches
     assert [*matched] == ["Learning", "Average precision", "Speed", "Steadiness"]
-    assert sorted(matched["Learning"]["losses"]) == ["loss/class", "loss/iou", "loss/objectness", "loss/total"]
+    assert sorted(matched["Learning"]["losses"]) == [
+        "loss/class",
+        "loss/iou",
+        "loss/objectness",
+        "loss/total",
+    ]
     assert len(matched["Learning"]["attention gates"]) == 9
     precision = matched["Average precision"]
-    assert sorted(precision["AP 0.50:0.95, AP50, AP75"]) == ["evaluation/ap", "evaluation/ap50", "evaluation/ap75"]
-    assert sorted(precision["AP by class"]) == sorted(f"evaluation/ap_class/{name}" for name in CLASSES)
-    assert matched["Speed"] == {"frames a second": ["speed/frames_per_s"], "milliseconds a step": ["speed/step_ms"],
-                                "share of the time": ["speed/data_wait_share"], "memory, GiB": ["memory/resident_gib"]}
+    assert sorted(precision["AP 0.50:0.95, AP50, AP75"]) == [
+        "evaluation/ap",
+        "evaluation/ap50",
+        "evaluation/ap75",
+    ]
+    assert sorted(precision["AP by class"]) == sorted(
+        f"evaluation/ap_class/{name}" for name in CLASSES
+    )
+    assert matched["Speed"] == {
+        "frames a second": ["speed/frames_per_s"],
+        "milliseconds a step": ["speed/step_ms"],
+        "share of the time": ["speed/data_wait_share"],
+        "memory, GiB": ["memory/resident_gib"],
+    }
     assert all(tags for charts in matched.values() for tags in charts.values())  # none stays empty
-    assert set(scalars) == {tag for charts in matched.values() for tags in charts.values() for tag in tags}  # none is forgotten
+    assert set(scalars) == {
+        tag for charts in matched.values() for tags in charts.values() for tag in tags
+    }  # none is forgotten
 
 
 def test_scalars_are_in_their_units(told):
     reader, config, _ = told
-    speed, step = ({e.step: e.value for e in reader.Scalars(f"speed/{k}")} for k in ("frames_per_s", "step_ms"))
+    speed, step = (
+        {e.step: e.value for e in reader.Scalars(f"speed/{k}")} for k in ("frames_per_s", "step_ms")
+    )
     assert [*speed] == [*step] == [2, 4]
     per_step = config.training.batch_size * config.training.sequence_length
     assert all(step[k] == pytest.approx(1000 * per_step / speed[k], rel=1e-4) for k in step)
@@ -134,39 +182,70 @@ def test_pictures_of_the_watched_frames_show_their_boxes(told):
             recording, frame = there[(2 * i + 1) * len(there) // 8]
             tile = rgb[i * height :][: 3 * HEIGHT]
             for box in recording.boxes(frame):
-                x, y = round(3 * float(box["x"])), round(3 * (float(box["y"]) + float(box["h"]) * 0.6))
+                x, y = (
+                    round(3 * float(box["x"])),
+                    round(3 * (float(box["y"]) + float(box["h"]) * 0.6)),
+                )
                 for column in (0, 2, 3):  # boxes, spatial and motion attention
                     assert tuple(tile[y, column * width + x]) == GREEN, (i, column)
-            assert (tile[:, width : width + 3 * WIDTH] == GREEN).all(-1).sum() == 0  # detections: no box of the labels
-    assert not np.array_equal(shown[3][:, 2 * width :], shown[4][:, 2 * width :])  # attention learns
+            assert (tile[:, width : width + 3 * WIDTH] == GREEN).all(
+                -1
+            ).sum() == 0  # detections: no box of the labels
+    assert not np.array_equal(
+        shown[3][:, 2 * width :], shown[4][:, 2 * width :]
+    )  # attention learns
     assert [*pictures(reader, "training/boxes")] == [3, 4]
 
 
 def test_histograms_of_gates_and_of_what_they_multiply(told):
     reader, *_ = told
     assert set(reader.Tags()["histograms"]) == {
-        "attention/gates", *(f"attention/scale_{i}/channel" for i in range(3)),
-        *(f"attention/scale_{i}/{part}" for i in (0, 1) for part in ("spatial", "motion", "temporal"))}
+        "attention/gates",
+        *(f"attention/scale_{i}/channel" for i in range(3)),
+        *(
+            f"attention/scale_{i}/{part}"
+            for i in (0, 1)
+            for part in ("spatial", "motion", "temporal")
+        ),
+    }
     for event in reader.Histograms("attention/scale_0/spatial"):
-        assert event.histogram_value.num == 4 * 8 * 16 and 0 < event.histogram_value.min < event.histogram_value.max < 1
+        assert (
+            event.histogram_value.num == 4 * 8 * 16
+            and 0 < event.histogram_value.min < event.histogram_value.max < 1
+        )
     last = reader.Histograms("attention/gates")[-1].histogram_value
-    gates = [reader.Scalars(tag)[-1].value for tag in reader.Tags()["scalars"] if tag.startswith("attention_gates/")]
+    gates = [
+        reader.Scalars(tag)[-1].value
+        for tag in reader.Tags()["scalars"]
+        if tag.startswith("attention_gates/")
+    ]
     assert last.num == len(gates) == 9 and any(gates)
-    assert (last.min, last.max, last.sum) == pytest.approx((min(gates), max(gates), sum(gates)), rel=1e-5)
+    assert (last.min, last.max, last.sum) == pytest.approx(
+        (min(gates), max(gates), sum(gates)), rel=1e-5
+    )
 
 
 def test_pr_curves_are_those_of_the_evaluation(told):
     reader, config, _ = told
     data = open_dataset(config.dataset, "val")
-    results = evaluate_split(detector_from(load_weights(config.run_dir)), data, config.evaluation, device=torch.device("cpu"),
-                             recordings=data.recordings)
+    results = evaluate_split(
+        detector_from(load_weights(config.run_dir)),
+        data,
+        config.evaluation,
+        device=torch.device("cpu"),
+        recordings=data.recordings,
+    )
     curves = pr_curves(scored(labelled(results, data), config.evaluation)[0], CLASSES)
     for name in CLASSES:
         events = reader.Tensors(f"evaluation/pr_at_iou_0.50/{name}")
         assert [e.step for e in events] == [2, 4]
-        right, wrong, none, missed, precision, recall = tensor_util.make_ndarray(events[-1].tensor_proto)
+        right, wrong, none, missed, precision, recall = tensor_util.make_ndarray(
+            events[-1].tensor_proto
+        )
         curve = curves[name]
-        np.testing.assert_array_equal((right, wrong, missed), (curve.true_positives, curve.false_positives, curve.missed))
+        np.testing.assert_array_equal(
+            (right, wrong, missed), (curve.true_positives, curve.false_positives, curve.missed)
+        )
         np.testing.assert_allclose((precision, recall), (curve.precision, curve.recall), rtol=1e-6)
         assert not none.any() and right[0] + missed[0] > 0
 
@@ -183,15 +262,26 @@ def test_ranks_that_share_sequences_and_weights_tell_together(tmp_path):
     shards = write_small_shards(tmp_path / "shards", {"train": [23, 12], "val": [7]})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "profile.request").touch()
-    run(shards, tmp_path / "run", "parallel.sequence=2", "deepspeed=zero3", "training.max_steps=5", "checkpoint.every=5")
+    run(
+        shards,
+        tmp_path / "run",
+        "parallel.sequence=2",
+        "deepspeed=zero3",
+        "training.max_steps=5",
+        "checkpoint.every=5",
+    )
     reader = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance=ALL)
     reader.Reload()
-    assert sorted(p.name for p in (tmp_path / "run" / "profile").iterdir()) == [f"steps-3-5-rank-{r}.json.gz" for r in (0, 1)]
+    assert sorted(p.name for p in (tmp_path / "run" / "profile").iterdir()) == [
+        f"steps-3-5-rank-{r}.json.gz" for r in (0, 1)
+    ]
     assert [*pictures(reader, "evaluation/watched_frames")] == [5]
     assert len(reader.Histograms("attention/gates")) == 1
     assert all(0 < e.value < 1 for e in reader.Scalars("speed/exchange_share"))
-    event, = reader.Tensors("custom_scalars__config__")
-    assert "exchange_share" in tensor_util.make_ndarray(event.tensor_proto).item().decode(errors="replace")
+    (event,) = reader.Tensors("custom_scalars__config__")
+    assert "exchange_share" in tensor_util.make_ndarray(event.tensor_proto).item().decode(
+        errors="replace"
+    )
     assert "ranks | 2 on " in text_of(reader, "run/environment")
 
 

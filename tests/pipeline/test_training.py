@@ -26,17 +26,40 @@ pytestmark = pytest.mark.timeout(240)
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return write_small_shards(tmp_path_factory.mktemp("data") / "shards", {"train": [23, 12, 9], "val": [12, 7, 5]})
+    return write_small_shards(
+        tmp_path_factory.mktemp("data") / "shards", {"train": [23, 12, 9], "val": [12, 7, 5]}
+    )
 
 
 def command(shards, run_dir, *overrides):
-    return [sys.executable, "-m", "evspan.launch", "train", "experiment=demo", f"dataset.root={shards}", f"run_dir={run_dir}",
-            "training.max_steps=6", "training.sequence_length=4", "training.log_every=1", "optimizer.lr=0.0002",
-            "checkpoint.every=3", "checkpoint.keep=9", "parallel.timeout_s=120", "evaluation.skip_first_ms=0", *overrides]
+    return [
+        sys.executable,
+        "-m",
+        "evspan.launch",
+        "train",
+        "experiment=demo",
+        f"dataset.root={shards}",
+        f"run_dir={run_dir}",
+        "training.max_steps=6",
+        "training.sequence_length=4",
+        "training.log_every=1",
+        "optimizer.lr=0.0002",
+        "checkpoint.every=3",
+        "checkpoint.keep=9",
+        "parallel.timeout_s=120",
+        "evaluation.skip_first_ms=0",
+        *overrides,
+    ]
 
 
 def run(shards, run_dir, *overrides, code=0, timeout=200):
-    done = subprocess.run(command(shards, run_dir, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        command(shards, run_dir, *overrides),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -47,7 +70,14 @@ def told(run_dir, tag):
     return {e.step: e.value for e in events.Scalars(tag)}
 
 
-LOSSES = ("loss/total", "loss/iou", "loss/objectness", "loss/class", "train/gradient_norm", "train/learning_rate")
+LOSSES = (
+    "loss/total",
+    "loss/iou",
+    "loss/objectness",
+    "loss/class",
+    "train/gradient_norm",
+    "train/learning_rate",
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,26 +89,50 @@ def two_ranks(shards, tmp_path_factory):
 
 def test_the_run_folder_holds_what_the_readme_says(two_ranks):
     checkpoints = two_ranks / "checkpoints"
-    assert sorted(p.name for p in checkpoints.iterdir()) == ["best", "latest", "step-00000003", "step-00000006"]
-    assert (checkpoints / "latest").read_text().strip() == (checkpoints / "best").read_text().strip() == "step-00000006"
+    assert sorted(p.name for p in checkpoints.iterdir()) == [
+        "best",
+        "latest",
+        "step-00000003",
+        "step-00000006",
+    ]
+    assert (
+        (checkpoints / "latest").read_text().strip()
+        == (checkpoints / "best").read_text().strip()
+        == "step-00000006"
+    )
     assert set(told(two_ranks, "speed/frames_per_s")) == set(range(1, 7))
     assert set(told(two_ranks, "evaluation/ap50")) == {6}
     metrics = json.loads((two_ranks / "evaluation" / "metrics.json").read_text())
     assert 0 <= metrics["ap"] <= metrics["ap50"] <= 1
     assert metrics["frames"] == 6 + 3 + 2
     weights = load_weights(two_ranks)
-    assert weights.step == 6 and weights.frames.bins == BINS and weights.classes == ["ball", "box", "bar"]
+    assert (
+        weights.step == 6
+        and weights.frames.bins == BINS
+        and weights.classes == ["ball", "box", "bar"]
+    )
     assert sorted(p.name for p in (checkpoints / "step-00000006").iterdir()) == [
-        "lanes-0000-0002.safetensors", "lanes-0002-0004.safetensors", "meta.json", "metrics.json", "moments.safetensors",
-        "rank-0000.safetensors", "rank-0001.safetensors", "weights.safetensors"]
+        "lanes-0000-0002.safetensors",
+        "lanes-0002-0004.safetensors",
+        "meta.json",
+        "metrics.json",
+        "moments.safetensors",
+        "rank-0000.safetensors",
+        "rank-0001.safetensors",
+        "weights.safetensors",
+    ]
     carry = load_snapshot(checkpoints / "step-00000006", range(1, 4), 1).carry
-    assert all(torch.isfinite(t).all() and t.shape[-4] == 3 for t in carry) and any(t.abs().sum() > 0 for t in carry)
+    assert all(torch.isfinite(t).all() and t.shape[-4] == 3 for t in carry) and any(
+        t.abs().sum() > 0 for t in carry
+    )
 
 
 def test_resume_is_bit_for_bit_the_uninterrupted_run(shards, two_ranks, tmp_path):
     again = tmp_path / "run"
     (again / "checkpoints").mkdir(parents=True)
-    shutil.copytree(two_ranks / "checkpoints" / "step-00000003", again / "checkpoints" / "step-00000003")
+    shutil.copytree(
+        two_ranks / "checkpoints" / "step-00000003", again / "checkpoints" / "step-00000003"
+    )
     output = run(shards, again)
     assert "resumes at step 3" in output
     for tag in LOSSES:
@@ -93,8 +147,12 @@ def test_two_ranks_give_the_losses_of_one(shards, two_ranks, tmp_path):
     run(shards, tmp_path / "run", "parallel.ranks=1", "parallel.threads=1", "training.max_steps=6")
     for tag in LOSSES:
         one, two = told(tmp_path / "run", tag), told(two_ranks, tag)
-        np.testing.assert_allclose([one[s] for s in sorted(one)], [two[s] for s in sorted(two)], rtol=5e-5, err_msg=tag)
-        assert one[1] == pytest.approx(two[1], rel=1e-5), tag  # the first step: same weights, nothing has drifted yet
+        np.testing.assert_allclose(
+            [one[s] for s in sorted(one)], [two[s] for s in sorted(two)], rtol=5e-5, err_msg=tag
+        )
+        assert one[1] == pytest.approx(two[1], rel=1e-5), (
+            tag
+        )  # the first step: same weights, nothing has drifted yet
 
 
 @pytest.fixture(scope="module")
@@ -110,31 +168,63 @@ def test_a_shared_sequence_gives_the_losses_of_two_lanes(two_ranks, one_sequence
     for tag in LOSSES:
         data, sequence = told(two_ranks, tag), told(one_sequence, tag)
         close = 5e-4 if tag == "train/gradient_norm" else 5e-5
-        np.testing.assert_allclose([data[s] for s in sorted(data)], [sequence[s] for s in sorted(data)], rtol=close, err_msg=tag)
+        np.testing.assert_allclose(
+            [data[s] for s in sorted(data)],
+            [sequence[s] for s in sorted(data)],
+            rtol=close,
+            err_msg=tag,
+        )
     assert set(told(one_sequence, "evaluation/ap50")) == {6}
     shares = told(one_sequence, "speed/exchange_share")
     assert set(shares) == set(range(1, 7)) and all(0 < share < 1 for share in shares.values())
 
 
 def started_by_torchrun(arguments):
-    return [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-                              "evspan.launch.cli.train", *arguments], cwd=ROOT)]
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node=2",
+                "-m",
+                "evspan.launch.cli.train",
+                *arguments,
+            ],
+            cwd=ROOT,
+        )
+    ]
 
 
 def started_by_slurm(arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "1",
-            "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [subprocess.Popen([sys.executable, "-m", "evspan.launch.cli.train", *arguments], cwd=ROOT,
-                             env=os.environ | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
-            for rank in range(2)]
+    step = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "evspan.launch.cli.train", *arguments],
+            cwd=ROOT,
+            env=os.environ | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        )
+        for rank in range(2)
+    ]
 
 
 @pytest.mark.parametrize("start", [started_by_torchrun, started_by_slurm])
 def test_every_launcher_gives_the_same_run(shards, one_sequence, tmp_path, start):
-    arguments = command(shards, tmp_path / "run", "parallel.sequence=2", "training.evaluate_every=0")[4:]
+    arguments = command(
+        shards, tmp_path / "run", "parallel.sequence=2", "training.evaluate_every=0"
+    )[4:]
     ranks = start(arguments)
     try:
         assert [rank.wait(120) for rank in ranks] == [0] * len(ranks)
@@ -145,10 +235,15 @@ def test_every_launcher_gives_the_same_run(shards, one_sequence, tmp_path, start
         assert told(tmp_path / "run", tag) == told(one_sequence, tag)
 
 
-@pytest.mark.parametrize("overrides", [  # test_layouts.py trains under all of them, too
-    pytest.param(("deepspeed=zero0",), marks=pytest.mark.soak),
-    pytest.param(("deepspeed=zero2", "training.precision=bf16"), marks=pytest.mark.soak),
-    ("deepspeed=zero3", "training.accumulation=2")], ids=lambda o: "-".join(o))
+@pytest.mark.parametrize(
+    "overrides",
+    [  # test_layouts.py trains under all of them, too
+        pytest.param(("deepspeed=zero0",), marks=pytest.mark.soak),
+        pytest.param(("deepspeed=zero2", "training.precision=bf16"), marks=pytest.mark.soak),
+        ("deepspeed=zero3", "training.accumulation=2"),
+    ],
+    ids=lambda o: "-".join(o),
+)
 def test_other_stages_train_save_and_evaluate(shards, tmp_path, overrides):
     run(shards, tmp_path / "run", "training.max_steps=3", *overrides)
     assert all(np.isfinite(list(told(tmp_path / "run", tag).values())).all() for tag in LOSSES)
@@ -158,15 +253,27 @@ def test_other_stages_train_save_and_evaluate(shards, tmp_path, overrides):
 def test_rvt_tree_trains_as_it_stands(tmp_path):
     tree = write_rvt_tree(write_rvt_tree(tmp_path / "tree", {"a": 9, "b": 5}), {"c": 4}, "val")
     told_by = run(tree, tmp_path / "run", "dataset=rvt_tree", "training.max_steps=2")
-    assert "2 recordings, 14 frames" in told_by and np.isfinite(list(told(tmp_path / "run", "loss/total").values())).all()
+    assert (
+        "2 recordings, 14 frames" in told_by
+        and np.isfinite(list(told(tmp_path / "run", "loss/total").values())).all()
+    )
     weights = load_weights(tmp_path / "run")
-    assert weights.frames.mode is FrameMode.rvt and weights.classes == ["pedestrian", "two_wheeler", "car"]
+    assert weights.frames.mode is FrameMode.rvt and weights.classes == [
+        "pedestrian",
+        "two_wheeler",
+        "car",
+    ]
 
 
 def test_a_stop_signal_saves_all_ranks_and_the_same_command_continues(shards, tmp_path):
     run_dir = tmp_path / "run"
-    started = subprocess.Popen(command(shards, run_dir, "training.max_steps=400", "checkpoint.every=1000"), cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = subprocess.Popen(
+        command(shards, run_dir, "training.max_steps=400", "checkpoint.every=1000"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert started.stdout is not None
     for line in started.stdout:
         if line.startswith("step      2"):
@@ -179,14 +286,21 @@ def test_a_stop_signal_saves_all_ranks_and_the_same_command_continues(shards, tm
 
 
 def test_a_dead_rank_ends_the_run_and_is_named(shards, tmp_path):
-    started = subprocess.Popen(command(shards, tmp_path / "run", "training.max_steps=4000"), cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = subprocess.Popen(
+        command(shards, tmp_path / "run", "training.max_steps=4000"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert started.stdout is not None
     lines = []
     for line in started.stdout:
         lines.append(line)
         if line.startswith("step      2"):
-            children = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
+            children = subprocess.run(
+                ["pgrep", "-P", str(started.pid)], capture_output=True, text=True
+            ).stdout.split()
             ranks = {_environment(pid).get("RANK"): int(pid) for pid in children}
             os.kill(ranks["1"], signal.SIGKILL)
     assert started.wait(60) != 0
@@ -194,7 +308,9 @@ def test_a_dead_rank_ends_the_run_and_is_named(shards, tmp_path):
 
 
 def _environment(pid):
-    return dict(p.split("=", 1) for p in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in p)
+    return dict(
+        p.split("=", 1) for p in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in p
+    )
 
 
 def test_foreign_weights_are_refused(tmp_path):

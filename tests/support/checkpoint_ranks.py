@@ -58,14 +58,25 @@ SAME = {  # two ranks that continue as they were, to the last bit
     "stage 1, bf16, accumulation": {"stage": 1, "precision": "bf16", "accumulation": 2},
     "stage 2, relay": {"stage": 2, "sequence": 2, "dws_conv": True},
     "stage 3, offload": {"stage": 3, "offload": True},
-    "stage 3, bf16, attention over ranks": {"stage": 3, "precision": "bf16", "sequence": 2, "attention": True},
+    "stage 3, bf16, attention over ranks": {
+        "stage": 3,
+        "precision": "bf16",
+        "sequence": 2,
+        "attention": True,
+    },
 }
 QUICK = ("stage 0, bf16",)
 WALK = [  # data x sequence, ZeRO stage, the step that it gets to; each continues the one before
-    ("walk 2x1", {"ranks": 2, "stage": 1}, 2), ("walk 1x2", {"ranks": 2, "sequence": 2, "stage": 3}, 3),
-    ("walk 4x1", {"ranks": 4, "stage": 0}, 5), ("walk 1x1", {"ranks": 1, "stage": 2}, STEPS)]
-BACK = [("back 1x1", {"ranks": 1, "stage": 0}, 2), ("back 2x1", {"ranks": 2, "stage": 3, "offload": True}, 4),
-        ("back 1x2", {"ranks": 2, "sequence": 2, "stage": 1}, STEPS)]
+    ("walk 2x1", {"ranks": 2, "stage": 1}, 2),
+    ("walk 1x2", {"ranks": 2, "sequence": 2, "stage": 3}, 3),
+    ("walk 4x1", {"ranks": 4, "stage": 0}, 5),
+    ("walk 1x1", {"ranks": 1, "stage": 2}, STEPS),
+]
+BACK = [
+    ("back 1x1", {"ranks": 1, "stage": 0}, 2),
+    ("back 2x1", {"ranks": 2, "stage": 3, "offload": True}, 4),
+    ("back 1x2", {"ranks": 2, "sequence": 2, "stage": 1}, STEPS),
+]
 
 
 def stretches() -> dict[str, Stretch]:
@@ -85,19 +96,38 @@ def stretches() -> dict[str, Stretch]:
 def config(case: Case, folder: Path, run_dir: Path) -> TrainConfig:
     """A micro detector whose carry and attention matter, and learning rates that move it, and attention's gates, visibly."""
     return TrainConfig(
-        run_dir=str(run_dir), seed=5,
-        model=ModelConfig(backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5, dws_conv=case.dws_conv,
-                                                  partition_split_32=1),
-                          fpn=FpnConfig(enable_small_object_attention=case.attention),
-                          head=HeadConfig(num_classes=3)),
+        run_dir=str(run_dir),
+        seed=5,
+        model=ModelConfig(
+            backbone=BackboneConfig(
+                embed_dim=8,
+                dim_head=4,
+                ls_init_value=0.5,
+                dws_conv=case.dws_conv,
+                partition_split_32=1,
+            ),
+            fpn=FpnConfig(enable_small_object_attention=case.attention),
+            head=HeadConfig(num_classes=3),
+        ),
         dataset=DatasetConfig(root=str(folder / "shards")),
-        training=TrainingConfig(max_steps=2 * STEPS, batch_size=4, sequence_length=4, accumulation=case.accumulation,
-                                precision=Precision[case.precision], loader_workers=1, log_every=1),
+        training=TrainingConfig(
+            max_steps=2 * STEPS,
+            batch_size=4,
+            sequence_length=4,
+            accumulation=case.accumulation,
+            precision=Precision[case.precision],
+            loader_workers=1,
+            log_every=1,
+        ),
         optimizer=OptimizerConfig(lr=1e-3, warmup_share=0.2, gate_lr=100),
-        deepspeed=DeepSpeedConfig(stage=case.stage, offload_optimizer=case.offload,
-                                  offload_parameters=case.offload and case.stage == 3),
+        deepspeed=DeepSpeedConfig(
+            stage=case.stage,
+            offload_optimizer=case.offload,
+            offload_parameters=case.offload and case.stage == 3,
+        ),
         parallel=ParallelConfig(ranks=case.ranks, sequence=case.sequence),
-        checkpoint=CheckpointConfig(every=CUT, keep=9))
+        checkpoint=CheckpointConfig(every=CUT, keep=9),
+    )
 
 
 class StopAt:
@@ -117,11 +147,16 @@ class StopAt:
 def run(folder: Path, name: str, stretch: Stretch, world) -> None:
     checkpoints = folder / name / "checkpoints"
     if stretch.after and world.is_main:
-        shutil.copytree(folder / stretch.after[0] / "checkpoints" / (step := f"step-{stretch.after[1]:08d}"), checkpoints / step)
+        shutil.copytree(
+            folder / stretch.after[0] / "checkpoints" / (step := f"step-{stretch.after[1]:08d}"),
+            checkpoints / step,
+        )
     barrier()
     losses = {}
     trainer = Trainer(config(stretch.case, folder, folder / name), world)
-    trainer._log = lambda told, watch: losses.update({trainer.step: [*told.tolist(), trainer.engine.learning_rate]})
+    trainer._log = lambda told, watch: losses.update(
+        {trainer.step: [*told.tolist(), trainer.engine.learning_rate]}
+    )
     try:
         trainer.run(StopAt(trainer, stretch.until))
     except SystemExit as end:
@@ -132,7 +167,9 @@ def run(folder: Path, name: str, stretch: Stretch, world) -> None:
 
 
 def main(folder: Path, names: list[str]) -> None:
-    with open_world(ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=60, threads=1)) as world:
+    with open_world(
+        ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=60, threads=1)
+    ) as world:
         for name in names:
             run(folder, name, stretches()[name], world)
 

@@ -11,8 +11,12 @@ def coco_evaluation(images: int, annotations: list[dict], results: list[dict], c
     """Images 1, 2, ...; categories 1, 2, ... in the order of the classes."""
     with contextlib.redirect_stdout(io.StringIO()):
         dataset = COCO()
-        dataset.dataset = {"images": [{"id": i + 1} for i in range(images)], "annotations": annotations, "info": {},
-                           "categories": [{"id": k + 1, "name": name} for k, name in enumerate(classes)]}
+        dataset.dataset = {
+            "images": [{"id": i + 1} for i in range(images)],
+            "annotations": annotations,
+            "info": {},
+            "categories": [{"id": k + 1, "name": name} for k, name in enumerate(classes)],
+        }
         dataset.createIndex()
         evaluation = COCOeval(dataset, dataset.loadRes(results), "bbox")
         evaluation.evaluate()

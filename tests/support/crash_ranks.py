@@ -14,6 +14,12 @@ def be_rank(rank: int, port: int, config: TrainConfig, log: Path) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(config.parallel.ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      LOCAL_WORLD_SIZE=str(config.parallel.ranks), MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(config.parallel.ranks),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        LOCAL_WORLD_SIZE=str(config.parallel.ranks),
+        MASTER_PORT=str(port),
+    )
     run_command(lambda: train_here(config))

@@ -26,8 +26,12 @@ def write_raw(path: Path, kind: str, words: list[int], header: str | None = None
 
 def together(chunks) -> Events:
     chunks = list(chunks)
-    return Events(*(np.concatenate([np.zeros(0, kind), *(getattr(c, name) for c in chunks)])
-                    for name, kind in zip(Events._fields, ("i8", "u2", "u2", "u1"), strict=True)))
+    return Events(
+        *(
+            np.concatenate([np.zeros(0, kind), *(getattr(c, name) for c in chunks)])
+            for name, kind in zip(Events._fields, ("i8", "u2", "u2", "u1"), strict=True)
+        )
+    )
 
 
 def read_by(path: Path, at_once: int | None = None, **how):
@@ -75,15 +79,25 @@ def _random_evt2(rng: np.random.Generator, n: int, vectors: bool) -> list[int]:
         if kind == 0x8:
             value = high = _next_high(high, 1 << 28, rng)
         if kind <= 1 and rng.random() < 0.9:
-            value = int(rng.integers(64)) << 22 | int(rng.integers(620)) << 11 | int(rng.integers(480))
+            value = (
+                int(rng.integers(64)) << 22 | int(rng.integers(620)) << 11 | int(rng.integers(480))
+            )
         word = kind << 28 | value
-        words.append(word << 32 | int(rng.integers(1 << 32)) & int(rng.integers(1 << 32)) if vectors else word)
+        words.append(
+            word << 32 | int(rng.integers(1 << 32)) & int(rng.integers(1 << 32))
+            if vectors
+            else word
+        )
     return words
 
 
 def meaning(kind: str, words: list[int]) -> list[tuple]:
     """(t, x, y, p) of every event, by the format's definition; t is None as long as no time is known."""
-    return _meaning_of_evt3(words) if kind == "evt3" else _meaning_of_evt2(words, vectors=kind != "evt2")
+    return (
+        _meaning_of_evt3(words)
+        if kind == "evt3"
+        else _meaning_of_evt2(words, vectors=kind != "evt2")
+    )
 
 
 def _meaning_of_evt3(words: list[int]) -> list[tuple]:

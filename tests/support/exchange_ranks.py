@@ -1,6 +1,6 @@
 """What ranks run for tests/pipeline/test_exchange.py: every case under every layout that the world allows, one launch for all of them.
 
-    python tests/support/exchange_ranks.py FOLDER    with torchrun's variables; writes FOLDER/<rank>.pt: {case: what came out}
+python tests/support/exchange_ranks.py FOLDER    with torchrun's variables; writes FOLDER/<rank>.pt: {case: what came out}
 """
 
 import os
@@ -9,13 +9,26 @@ from dataclasses import dataclass, replace
 
 import torch
 from evspan.conf.schema.layout import ExchangeKind
-from evspan.conf.schema.training import BackboneConfig, FpnConfig, HeadConfig, ModelConfig, ParallelConfig
+from evspan.conf.schema.training import (
+    BackboneConfig,
+    FpnConfig,
+    HeadConfig,
+    ModelConfig,
+    ParallelConfig,
+)
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.lstm import CellLSTM
 from evspan.pipeline.model.norm import RankReductions, global_batch_norms
 from evspan.pipeline.model.sequence_protocol import LocalExchange
-from evspan.pipeline.model.state import DetectorState, StageState, detach, forget_lanes, map_state, state_tensors
+from evspan.pipeline.model.state import (
+    DetectorState,
+    StageState,
+    detach,
+    forget_lanes,
+    map_state,
+    state_tensors,
+)
 from evspan.pipeline.parallel.collectives import touch
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import open_mesh
@@ -70,7 +83,9 @@ SCANS = {
     "relay, bfloat16": Scan(kind="relay", dtype=torch.bfloat16),
     "relay, neighbours": Scan(kind="relay", dws_conv=True),
     "relay, neighbours, one lane": Scan(kind="relay", dws_conv=True, lanes=1, frames=24),
-    "relay, neighbours, loss on one rank": Scan(kind="relay", dws_conv=True, only_last=True, cut=True),
+    "relay, neighbours, loss on one rank": Scan(
+        kind="relay", dws_conv=True, only_last=True, cut=True
+    ),
     "auto": Scan(kind="auto"),
     "auto, neighbours": Scan(kind="auto", dws_conv=True),
 }
@@ -83,11 +98,17 @@ def scan(case, exchange, mine, ranks):
     lstm = CellLSTM(case.dim, dws_conv=case.dws_conv).to(case.dtype)
     whole = case.frames, case.lanes, *case.size, case.dim
     shape = case.lanes, case.dim, *case.size
-    chunks = [(normal(g, *whole, dtype=case.dtype), normal(g, *whole, dtype=case.dtype)) for _ in range(CHUNKS)]
+    chunks = [
+        (normal(g, *whole, dtype=case.dtype), normal(g, *whole, dtype=case.dtype))
+        for _ in range(CHUNKS)
+    ]
     starts = torch.rand(CHUNKS, case.lanes, generator=g) < 0.4
 
     def some_state():
-        return DetectorState((StageState(normal(g, *shape, dtype=case.dtype), normal(g, *shape, dtype=case.dtype)),), ())
+        return DetectorState(
+            (StageState(normal(g, *shape, dtype=case.dtype), normal(g, *shape, dtype=case.dtype)),),
+            (),
+        )
 
     canonical = some_state()
     first = map_state(torch.Tensor.requires_grad_, exchange.scatter(canonical))
@@ -105,15 +126,23 @@ def scan(case, exchange, mine, ranks):
     if case.only_last and mine.stop < case.frames:
         loss = touch(torch.zeros((), dtype=case.dtype, requires_grad=True) * 1, *ys)
     else:
-        loss = sum((y * w[mine.start : mine.stop]).sum() for y, (_, w) in zip(ys, chunks, strict=True))
+        loss = sum(
+            (y * w[mine.start : mine.stop]).sum() for y, (_, w) in zip(ys, chunks, strict=True)
+        )
     if not case.only_last:
-        loss = loss + sum((t * w).sum() for t, w in zip(state_tensors(state), state_tensors(state_weights), strict=True))
+        loss = loss + sum(
+            (t * w).sum()
+            for t, w in zip(state_tensors(state), state_tensors(state_weights), strict=True)
+        )
     loss.backward()
     by_first = map_state(lambda t: torch.zeros_like(t) if t.grad is None else t.grad, first)
-    return {"y": torch.stack(ys).detach(), "x": torch.stack([x.grad for x in xs]),
-            "state": state_tensors(exchange.gather(state, canonical)),
-            "first": state_tensors(exchange.gather(by_first, canonical)),
-            "weights": [p.grad for p in lstm.parameters()]}
+    return {
+        "y": torch.stack(ys).detach(),
+        "x": torch.stack([x.grad for x in xs]),
+        "state": state_tensors(exchange.gather(state, canonical)),
+        "first": state_tensors(exchange.gather(by_first, canonical)),
+        "weights": [p.grad for p in lstm.parameters()],
+    }
 
 
 def moving_case():
@@ -122,7 +151,11 @@ def moving_case():
     torch.manual_seed(3)
     shape = 2, 4, 5, 3
     chunks = [normal(g, 12, 2, 5, 3, 4) for _ in range(2)]
-    return CellLSTM(4, dws_conv=False).double(), chunks, DetectorState((StageState(normal(g, *shape), normal(g, *shape)),), ())
+    return (
+        CellLSTM(4, dws_conv=False).double(),
+        chunks,
+        DetectorState((StageState(normal(g, *shape), normal(g, *shape)),), ()),
+    )
 
 
 @torch.no_grad()
@@ -132,14 +165,20 @@ def scan_moved(mesh):
     like, mine, ys = map_state(lambda t: t.to("meta"), canonical), mesh.frames(12), []
     for kind, x in zip(("transpose", "relay"), chunks, strict=True):
         exchange = open_exchange(ExchangeKind[kind], mesh, sequence_length=12, dws_conv=False)
-        y, stage = exchange.scan(lstm, x[mine.start : mine.stop], exchange.scatter(canonical).stages[0])
+        y, stage = exchange.scan(
+            lstm, x[mine.start : mine.stop], exchange.scatter(canonical).stages[0]
+        )
         canonical = exchange.gather(DetectorState((stage,), ()), like)
         ys.append(y)
     return {"y": ys, "state": state_tensors(canonical)}
 
 
 # -- looking back ------------------------------------------------------------------------------------------------
-LOOKS = {f"{back} back, {frames} frames a rank": (back, frames) for back in (1, 2, 3, 5) for frames in (1, 2, 4)}
+LOOKS = {
+    f"{back} back, {frames} frames a rank": (back, frames)
+    for back in (1, 2, 3, 5)
+    for frames in (1, 2, 4)
+}
 
 
 def timeline(back, frames):
@@ -168,34 +207,51 @@ def look_back(back, frames, exchange, mine):
         told.append(before.detach())
     loss.backward()
     gradient = torch.zeros_like(first) if first.grad is None else first.grad
-    return {"before": torch.stack(told), "features": torch.stack([f.grad for f in features]),
-            "following": exchange.following(some_labels(frames)[mine.start : mine.stop], back),
-            "carry": exchange.gather(DetectorState((), (carry,)), canonical).previous[0],
-            "first": exchange.gather(DetectorState((), (gradient,)), canonical).previous[0]}
+    return {
+        "before": torch.stack(told),
+        "features": torch.stack([f.grad for f in features]),
+        "following": exchange.following(some_labels(frames)[mine.start : mine.stop], back),
+        "carry": exchange.gather(DetectorState((), (carry,)), canonical).previous[0],
+        "first": exchange.gather(DetectorState((), (gradient,)), canonical).previous[0],
+    }
 
 
 # -- the detector whole ------------------------------------------------------------------------------------------
 CHANNELS, H, W = 4, 60, 120  # padded to 64 x 128
 MODELS = {
-    "plain": {}, "plain, neighbours": {"dws_conv": True},
-    "attention": {"attention": True}, "attention, neighbours": {"attention": True, "dws_conv": True},
+    "plain": {},
+    "plain, neighbours": {"dws_conv": True},
+    "attention": {"attention": True},
+    "attention, neighbours": {"attention": True, "dws_conv": True},
     "attention over 4 frames": {"attention": True, "window": 4},
 }
 F32, F64 = torch.float32, torch.float64
 DETECTORS = {  # (world, ranks per sequence): model, exchange, labelled frames of chunk 1 (chunk 2 has some), dtype of the weights
     (4, 1): [],
-    (4, 2): [("attention, neighbours", "auto", "few", F64), ("attention over 4 frames", "auto", "one", F64)],
+    (4, 2): [
+        ("attention, neighbours", "auto", "few", F64),
+        ("attention over 4 frames", "auto", "one", F64),
+    ],
     (4, 4): [("attention", "relay", "everywhere", F64), ("plain, neighbours", "auto", "one", F64)],
-    (3, 3): [("plain", "auto", "none", F64), ("attention", "auto", "one", F64), ("attention", "auto", "few", F32)],
+    (3, 3): [
+        ("plain", "auto", "none", F64),
+        ("attention", "auto", "one", F64),
+        ("attention", "auto", "few", F32),
+    ],
 }
 
 
 def micro(*, dws_conv=False, attention=False, window=3):
     """Small, every part matters: LayerScale at 0.5, attention gates open."""
     torch.manual_seed(0)
-    detector = Detector(ModelConfig(backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5, dws_conv=dws_conv),
-                                    fpn=FpnConfig(depth=0, enable_small_object_attention=attention, temporal_window=window),
-                                    head=HeadConfig(num_classes=2)), CHANNELS)
+    detector = Detector(
+        ModelConfig(
+            backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5, dws_conv=dws_conv),
+            fpn=FpnConfig(depth=0, enable_small_object_attention=attention, temporal_window=window),
+            head=HeadConfig(num_classes=2),
+        ),
+        CHANNELS,
+    )
     for name, parameter in detector.named_parameters():
         if name.endswith("gate"):
             torch.nn.init.constant_(parameter, 0.7)
@@ -208,13 +264,24 @@ def chunk(index, labels, frames, lanes):
     x = torch.randint(0, 11, (frames, lanes, CHANNELS, H, W), dtype=torch.uint8, generator=g)
     labelled = torch.rand(frames, lanes, generator=g) < 0.4
     if index == 0:
-        wanted = {"everywhere": torch.ones_like(labelled), "few": labelled, "one": torch.zeros_like(labelled),
-                  "none": torch.zeros_like(labelled)}
+        wanted = {
+            "everywhere": torch.ones_like(labelled),
+            "few": labelled,
+            "one": torch.zeros_like(labelled),
+            "none": torch.zeros_like(labelled),
+        }
         labelled = wanted[labels]
         labelled[-1, -1] |= labels == "one"  # the last rank's; all others have none
-    boxes = torch.rand(frames, lanes, 2, 5, generator=g) * torch.tensor([1.0, W, H, 30, 20]) + torch.tensor([0.0, 0, 0, 8, 8])
+    boxes = torch.rand(frames, lanes, 2, 5, generator=g) * torch.tensor(
+        [1.0, W, H, 30, 20]
+    ) + torch.tensor([0.0, 0, 0, 8, 8])
     boxes[..., 0] = (torch.rand(frames, lanes, 2, generator=g) < 0.5).float()
-    return x, labelled, torch.rand(lanes, generator=g) < 0.3 if index else torch.ones(lanes, dtype=torch.bool), boxes
+    return (
+        x,
+        labelled,
+        torch.rand(lanes, generator=g) < 0.3 if index else torch.ones(lanes, dtype=torch.bool),
+        boxes,
+    )
 
 
 def detect(model, labels, dtype, exchange, mine, my_lanes, *, frames, lanes, over_ranks=None):
@@ -233,14 +300,24 @@ def detect(model, labels, dtype, exchange, mine, my_lanes, *, frames, lanes, ove
         detector.zero_grad(set_to_none=True)
         raw, state = detector(x[rows, columns], state, starts=starts[columns], labelled=labelled)
         counts = torch.full((int(labelled.sum()),), 2)
-        losses = detection_loss(raw, boxes[labelled], counts, detector.geometry(H, W), detector.config.head,
-                                sum_over_ranks=over_ranks)
+        losses = detection_loss(
+            raw,
+            boxes[labelled],
+            counts,
+            detector.geometry(H, W),
+            detector.config.head,
+            sum_over_ranks=over_ranks,
+        )
         losses.total.backward()
         state = detach(state)
         told["loss"].append(float(total(losses.total)))
         told["gradients"].append({name: total(p.grad) for name, p in detector.named_parameters()})
-    return {**told, "statistics": {k: v for k, v in detector.state_dict().items() if "running" in k},
-            "carry": state_tensors(exchange.gather(state, canonical)), "lanes": [my_lanes.start, my_lanes.stop]}
+    return {
+        **told,
+        "statistics": {k: v for k, v in detector.state_dict().items() if "running" in k},
+        "carry": state_tensors(exchange.gather(state, canonical)),
+        "lanes": [my_lanes.start, my_lanes.stop],
+    }
 
 
 def detector_size(ranks):
@@ -254,26 +331,44 @@ def every_case(world):
     for sequence in [s for size, s in DETECTORS if size == world.size]:
         mesh = open_mesh(world, sequence=sequence, timeout_s=TIMEOUT_S)
         for name, case in SCANS.items():
-            exchange = open_exchange(ExchangeKind[case.kind], mesh, sequence_length=case.frames, dws_conv=case.dws_conv)
+            exchange = open_exchange(
+                ExchangeKind[case.kind], mesh, sequence_length=case.frames, dws_conv=case.dws_conv
+            )
             out["scan", sequence, name] = scan(case, exchange, mesh.frames(case.frames), sequence)
         for name, (back, each) in LOOKS.items():
             frames = each * sequence
-            exchange = open_exchange(ExchangeKind.auto, mesh, sequence_length=frames, dws_conv=False)
+            exchange = open_exchange(
+                ExchangeKind.auto, mesh, sequence_length=frames, dws_conv=False
+            )
             out["look", sequence, name] = look_back(back, frames, exchange, mesh.frames(frames))
         frames, lanes = detector_size(world.size)
         for model, kind, labels, dtype in DETECTORS[world.size, sequence]:
-            exchange = open_exchange(ExchangeKind[kind], mesh, sequence_length=frames,
-                                     dws_conv=MODELS[model].get("dws_conv", False))
+            exchange = open_exchange(
+                ExchangeKind[kind],
+                mesh,
+                sequence_length=frames,
+                dws_conv=MODELS[model].get("dws_conv", False),
+            )
             out["detect", sequence, model, kind, labels, dtype] = detect(
-                model, labels, dtype, exchange, mesh.frames(frames), mesh.lanes(lanes), frames=frames, lanes=lanes,
-                over_ranks=sum_over_ranks)
+                model,
+                labels,
+                dtype,
+                exchange,
+                mesh.frames(frames),
+                mesh.lanes(lanes),
+                frames=frames,
+                lanes=lanes,
+                over_ranks=sum_over_ranks,
+            )
         out["mesh", sequence] = replace(mesh, group=None)
         out["moved", sequence] = scan_moved(mesh)
     return out
 
 
 def main(folder):
-    with open_world(ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=TIMEOUT_S, threads=1)) as world:
+    with open_world(
+        ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=TIMEOUT_S, threads=1)
+    ) as world:
         out = every_case(world)
         torch.save(out, f"{folder}/{world.rank}.pt")
 

@@ -1,6 +1,6 @@
 """What ranks run for tests/pipeline/test_layouts.py: training under many layouts, one launch for all of a world's.
 
-    python -m layout_ranks FOLDER    with torchrun's variables; reads FOLDER/cases.pt, writes FOLDER/<rank>.pt: what each told
+python -m layout_ranks FOLDER    with torchrun's variables; reads FOLDER/cases.pt, writes FOLDER/<rank>.pt: what each told
 """
 
 import os
@@ -54,26 +54,57 @@ class Case:
 
     def alone(self, engine: str, **changes) -> "Case":
         """The same training on one rank of this engine, without anything that may not matter."""
-        plain = replace(self, ranks=1, sequence=1, exchange="auto", engine=engine, stage=0, precision="fp32", knobs=False)
+        plain = replace(
+            self,
+            ranks=1,
+            sequence=1,
+            exchange="auto",
+            engine=engine,
+            stage=0,
+            precision="fp32",
+            knobs=False,
+        )
         return replace(plain, **{"steps": 5, **changes})
 
 
 def config(case: Case, shards: str, run_dir: str) -> TrainConfig:
     """A micro detector in which every part matters: LayerScale at 0.5, attention in the published form, which scales at once."""
     return TrainConfig(
-        run_dir=run_dir, seed=5,
-        model=ModelConfig(backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5, dws_conv=case.dws_conv,
-                                                  partition_split_32=1),
-                          fpn=FpnConfig(enable_small_object_attention=case.attention, identity_start=False),
-                          head=HeadConfig(num_classes=3)),
+        run_dir=run_dir,
+        seed=5,
+        model=ModelConfig(
+            backbone=BackboneConfig(
+                embed_dim=8,
+                dim_head=4,
+                ls_init_value=0.5,
+                dws_conv=case.dws_conv,
+                partition_split_32=1,
+            ),
+            fpn=FpnConfig(enable_small_object_attention=case.attention, identity_start=False),
+            head=HeadConfig(num_classes=3),
+        ),
         dataset=DatasetConfig(root=shards),
-        training=TrainingConfig(max_steps=20, batch_size=case.lanes, sequence_length=case.frames, accumulation=case.accumulation,
-                                sampling=Sampling[case.sampling], precision=Precision[case.precision], loader_workers=1,
-                                activation_checkpointing=case.knobs, frames_per_call=3 if case.knobs else 0),
+        training=TrainingConfig(
+            max_steps=20,
+            batch_size=case.lanes,
+            sequence_length=case.frames,
+            accumulation=case.accumulation,
+            sampling=Sampling[case.sampling],
+            precision=Precision[case.precision],
+            loader_workers=1,
+            activation_checkpointing=case.knobs,
+            frames_per_call=3 if case.knobs else 0,
+        ),
         optimizer=OptimizerConfig(lr=1e-3, warmup_share=0.2),
-        deepspeed=DeepSpeedConfig(stage=case.stage, offload_optimizer=case.knobs and case.stage > 0,
-                                  offload_parameters=case.knobs and case.stage == 3),
-        parallel=ParallelConfig(ranks=case.ranks, sequence=case.sequence, exchange=ExchangeKind[case.exchange]))
+        deepspeed=DeepSpeedConfig(
+            stage=case.stage,
+            offload_optimizer=case.knobs and case.stage > 0,
+            offload_parameters=case.knobs and case.stage == 3,
+        ),
+        parallel=ParallelConfig(
+            ranks=case.ranks, sequence=case.sequence, exchange=ExchangeKind[case.exchange]
+        ),
+    )
 
 
 def run(case: Case, shards: str, world) -> dict:
@@ -100,11 +131,18 @@ def run(case: Case, shards: str, world) -> dict:
         trainer.monitor.close()
         if isinstance(trainer.engine, ZeroEngine):
             trainer.engine.engine.destroy()
-        return {"losses": torch.stack(told), "gradients": gradients, "labelled": labelled, "skipped": trainer.skipped}
+        return {
+            "losses": torch.stack(told),
+            "gradients": gradients,
+            "labelled": labelled,
+            "skipped": trainer.skipped,
+        }
 
 
 def main(folder: Path) -> None:
-    with open_world(ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=60, threads=1)) as world:
+    with open_world(
+        ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=60, threads=1)
+    ) as world:
         out = {}
         for case, shards in torch.load(folder / "cases.pt", weights_only=False):
             began = time.perf_counter()

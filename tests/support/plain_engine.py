@@ -12,9 +12,15 @@ class PlainEngine:
     dtype = torch.float32
 
     def __init__(self, model, config, world, *, lanes):
-        self.module, self.world, self.clip = model.to(self.dtype), world, config.training.gradient_clipping
+        self.module, self.world, self.clip = (
+            model.to(self.dtype),
+            world,
+            config.training.gradient_clipping,
+        )
         self.accumulation, self.done = config.training.accumulation, 0
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer), lr=config.optimizer.lr)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.optimizer), lr=config.optimizer.lr
+        )
         factor = learning_rate_factor(config.optimizer, config.training.max_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 

@@ -13,7 +13,13 @@ from evspan.data_prep.simulator import CLASSES, SimulatorConfig, simulate
 
 HEIGHT, WIDTH = 160, 200
 SCENE = SimulatorConfig(height=HEIGHT, width=WIDTH, min_objects=1, max_objects=3)
-RECORDINGS = {"train/a_td.raw": 0.52, "train/b_td.dat": 0.31, "train/c_td.h5": 0.25, "val/d_td.raw": 0.35, "test/plain.raw": 0.22}
+RECORDINGS = {
+    "train/a_td.raw": 0.52,
+    "train/b_td.dat": 0.31,
+    "train/c_td.h5": 0.25,
+    "val/d_td.raw": 0.35,
+    "test/plain.raw": 0.22,
+}
 KEYS = ["train/a", "train/b", "train/c", "val/d", "test/plain"]
 COLUMNS = ("frame_start", "end_us", "boxes", "box_start", "labelled")
 
@@ -25,11 +31,27 @@ def make_source(folder: Path) -> Path:
     return folder
 
 
-def prep_config(source: Path, output: Path, *, labels: dict | None = None, processes: int = 1, frames: dict | None = None,
-                **values) -> PrepConfig:
-    dataset = DatasetConfig(classes=list(CLASSES), labels=LabelConfig(**{"class_map": {0: 0, 1: 1, 2: 2}, **(labels or {})}))
-    return PrepConfig(source=str(source), output=str(output), dataset=dataset, processes=processes,
-                      frames=FrameConfig(**{"bins": 3, **(frames or {})}), **values)
+def prep_config(
+    source: Path,
+    output: Path,
+    *,
+    labels: dict | None = None,
+    processes: int = 1,
+    frames: dict | None = None,
+    **values,
+) -> PrepConfig:
+    dataset = DatasetConfig(
+        classes=list(CLASSES),
+        labels=LabelConfig(**{"class_map": {0: 0, 1: 1, 2: 2}, **(labels or {})}),
+    )
+    return PrepConfig(
+        source=str(source),
+        output=str(output),
+        dataset=dataset,
+        processes=processes,
+        frames=FrameConfig(**{"bins": 3, **(frames or {})}),
+        **values,
+    )
 
 
 def copied(source: Path, target: Path) -> Path:
@@ -39,12 +61,18 @@ def copied(source: Path, target: Path) -> Path:
 def frames_in(group: h5py.Group) -> np.ndarray:
     """(N, 2 * bins, H, W): the numpy that data_prep/frames/codec.py gives for reading without it."""
     step = np.append(np.arange(1, 255), [0, 254])
-    shape, start, codes = tuple(group.attrs["frame_shape"]), group["frame_start"][:], group["frames"][:]
+    shape, start, codes = (
+        tuple(group.attrs["frame_shape"]),
+        group["frame_start"][:],
+        group["frames"][:],
+    )
     frames = np.zeros((len(start) - 1, *shape), np.uint8)
     for frame, first, last in zip(frames, start, start[1:], strict=False):
         code = codes[first:last]
         cell = np.cumsum(step[code]) - 1
-        frame[:] = np.bincount(cell[code != 255], minlength=frame.size).astype(np.uint8).reshape(shape)
+        frame[:] = (
+            np.bincount(cell[code != 255], minlength=frame.size).astype(np.uint8).reshape(shape)
+        )
     return frames
 
 
@@ -54,8 +82,11 @@ def contents(output: Path) -> dict[str, dict[str, np.ndarray]]:
     for path in sorted(output.glob("*/[0-9]*.h5")):
         with h5py.File(path, "r") as file:
             for name, group in file.items():
-                found[f"{path.parent.name}/{name}"] = {"frames": frames_in(group), "code": group["frames"][:],
-                                                       **{column: group[column][:] for column in COLUMNS}}
+                found[f"{path.parent.name}/{name}"] = {
+                    "frames": frames_in(group),
+                    "code": group["frames"][:],
+                    **{column: group[column][:] for column in COLUMNS},
+                }
     return found
 
 
@@ -93,5 +124,7 @@ def assert_same(output: Path, other: Path) -> None:
     for recording in (*told["recordings"], *expected["recordings"]):
         del recording["source_mtime_ns"]
     assert told == expected
-    shards = [sorted(str(p.relative_to(o)) for p in o.rglob("*") if p.is_file()) for o in (output, other)]
+    shards = [
+        sorted(str(p.relative_to(o)) for p in o.rglob("*") if p.is_file()) for o in (output, other)
+    ]
     assert shards[0] == shards[1]

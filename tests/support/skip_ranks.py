@@ -1,6 +1,6 @@
 """A rank that steps a small network while some micro-batches are skipped, under DeepSpeed and in plain torch.
 
-    python -m skip_ranks FOLDER    with torchrun's variables; writes RANK.pt: (stage, pattern) -> weights
+python -m skip_ranks FOLDER    with torchrun's variables; writes RANK.pt: (stage, pattern) -> weights
 """
 
 import os
@@ -8,23 +8,42 @@ import sys
 from pathlib import Path
 
 import torch
-from evspan.conf.schema.training import DeepSpeedConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
+from evspan.conf.schema.training import (
+    DeepSpeedConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    TrainingConfig,
+)
 from evspan.pipeline.engine.deepspeed_engine import ZeroEngine
 from evspan.pipeline.parallel.world import open_world
 from support.plain_engine import PlainEngine
 from torch import nn
 
 ACCUMULATION = 3
-PATTERNS = ["+++ +++", "-++ +++", "+-+ +++", "++- +++", "--+ -+-", "--- +++", "+++ --- ++-"]  # -: skipped
+PATTERNS = [
+    "+++ +++",
+    "-++ +++",
+    "+-+ +++",
+    "++- +++",
+    "--+ -+-",
+    "--- +++",
+    "+++ --- ++-",
+]  # -: skipped
 STAGES = (None, 0, 1, 2, 3)  # None: plain torch
 
 
 def stepped(stage, pattern, world) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    config = TrainConfig(training=TrainingConfig(accumulation=ACCUMULATION, batch_size=2, max_steps=9, gradient_clipping=0.5),
-                         optimizer=OptimizerConfig(lr=1e-2), deepspeed=DeepSpeedConfig(stage=stage or 0),
-                         parallel=ParallelConfig(ranks=world.size))
+    config = TrainConfig(
+        training=TrainingConfig(
+            accumulation=ACCUMULATION, batch_size=2, max_steps=9, gradient_clipping=0.5
+        ),
+        optimizer=OptimizerConfig(lr=1e-2),
+        deepspeed=DeepSpeedConfig(stage=stage or 0),
+        parallel=ParallelConfig(ranks=world.size),
+    )
     engine = (PlainEngine if stage is None else ZeroEngine)(model, config, world, lanes=1)
     for number, sign in enumerate(pattern.replace(" ", "")):
         torch.manual_seed(100 * number + world.rank)
@@ -42,9 +61,17 @@ def stepped(stage, pattern, world) -> dict[str, torch.Tensor]:
 
 
 def main(folder: Path) -> None:
-    with open_world(ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=60, threads=1)) as world:
-        torch.save({(stage, pattern): stepped(stage, pattern, world) for stage in STAGES for pattern in PATTERNS},
-                   folder / f"{world.rank}.pt")
+    with open_world(
+        ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=60, threads=1)
+    ) as world:
+        torch.save(
+            {
+                (stage, pattern): stepped(stage, pattern, world)
+                for stage in STAGES
+                for pattern in PATTERNS
+            },
+            folder / f"{world.rank}.pt",
+        )
 
 
 if __name__ == "__main__":

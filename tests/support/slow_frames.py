@@ -10,10 +10,16 @@ from evspan.data_prep.recordings.events import Events
 from numpy.typing import NDArray
 
 
-def random_events(rng: np.random.Generator, n: int, *, first: int, last: int, height: int, width: int) -> Events:
+def random_events(
+    rng: np.random.Generator, n: int, *, first: int, last: int, height: int, width: int
+) -> Events:
     t = np.sort(rng.integers(first, last + 1, n))
-    return Events(t, rng.integers(0, width, n).astype(np.uint16), rng.integers(0, height, n).astype(np.uint16),
-                  rng.integers(0, 2, n).astype(np.uint8))
+    return Events(
+        t,
+        rng.integers(0, width, n).astype(np.uint16),
+        rng.integers(0, height, n).astype(np.uint16),
+        rng.integers(0, 2, n).astype(np.uint8),
+    )
 
 
 def together(blocks) -> Events:
@@ -25,7 +31,9 @@ class GivenRecording(Recording):
 
     format = "given"
 
-    def __init__(self, events: Events, height: int, width: int, cuts: list[int] | None = None) -> None:
+    def __init__(
+        self, events: Events, height: int, width: int, cuts: list[int] | None = None
+    ) -> None:
         super().__init__(Path("given.raw"), height, width)
         self.given, self.cuts = events, [0, *(cuts or []), events.t.size]
 
@@ -34,15 +42,29 @@ class GivenRecording(Recording):
             yield self.given.take(slice(first, last))
 
 
-def slow_frame(events: Events, start: int, end: int, *, height: int, width: int, bins: int, cutoff: int, downsample: int,
-               by: str) -> NDArray[np.uint8]:
+def slow_frame(
+    events: Events,
+    start: int,
+    end: int,
+    *,
+    height: int,
+    width: int,
+    bins: int,
+    cutoff: int,
+    downsample: int,
+    by: str,
+) -> NDArray[np.uint8]:
     """(2 * bins, H // downsample, W // downsample) of the half-open window [start, end)."""
-    pixels: Counter[tuple[int, int, int]] = Counter()  # (channel, y, x) at full resolution, without end
+    pixels: Counter[tuple[int, int, int]] = (
+        Counter()
+    )  # (channel, y, x) at full resolution, without end
     for t, x, y, p in zip(*(column.tolist() for column in events), strict=True):
         if start <= t < end:
             pixels[p * bins + (t - start) * bins // (end - start), y, x] += 1
     blocks: Counter[tuple[int, int, int]] = Counter()
-    centre = downsample // 2  # of a block's pixels 0, 1, ... the nearest to its middle, the later one of two
+    centre = (
+        downsample // 2
+    )  # of a block's pixels 0, 1, ... the nearest to its middle, the later one of two
     for (channel, y, x), count in pixels.items():
         row, column = y // downsample, x // downsample
         if by == "sum" or (y, x) == (row * downsample + centre, column * downsample + centre):

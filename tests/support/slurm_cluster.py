@@ -79,11 +79,15 @@ class Cluster:
         return {**os.environ, "SLURM_CONF": str(self.conf)}
 
     def ask(self, *command: str) -> str:
-        return subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True, timeout=30).stdout
+        return subprocess.run(
+            command, env=self.environment, check=True, capture_output=True, text=True, timeout=30
+        ).stdout
 
     def jobs(self) -> dict[str, str]:
         """State by id, of the tasks that SLURM still knows, in the order of submission."""
-        told = self.ask("squeue", "--noheader", "--array", "--states=all", "--sort=i", "--format=%i %T").split()
+        told = self.ask(
+            "squeue", "--noheader", "--array", "--states=all", "--sort=i", "--format=%i %T"
+        ).split()
         return dict(zip(told[::2], told[1::2], strict=True))
 
     def end_jobs(self) -> None:
@@ -100,8 +104,13 @@ def cluster() -> Iterator[Cluster]:
     if missing := unavailable():
         reason = f"no throw-away SLURM: {missing}"
         (pytest.fail if os.environ.get(REQUIRED) else pytest.skip)(reason)
-    keeper = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                              start_new_session=True)  # Ctrl-C is for the tests, which then end it
+    keeper = subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )  # Ctrl-C is for the tests, which then end it
     assert keeper.stdin and keeper.stdout
     try:
         ready, _, _ = select.select([keeper.stdout], [], [], UP_S)
@@ -134,7 +143,9 @@ def keep() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
     os.environ["PATH"] = PATH
-    folder = Path(tempfile.mkdtemp(prefix="evspan-slurm-"))  # not below pytest's: munge wants folders that all may enter
+    folder = Path(
+        tempfile.mkdtemp(prefix="evspan-slurm-")
+    )  # not below pytest's: munge wants folders that all may enter
     try:
         folder.chmod(0o755)
         print(f"export SLURM_CONF={bring_up(folder)}", flush=True)
@@ -148,18 +159,37 @@ def keep() -> None:
 
 def bring_up(folder: Path) -> Path:
     """The path of its slurm.conf, when both nodes wait for work."""
-    host, ports, conf = socket.gethostname().split(".")[0], free_ports(NODES + 1), folder / "slurm.conf"
-    nodes = "\n".join(f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i]} CPUs=2 RealMemory=8000"
-                      for i in range(1, NODES + 1))
+    host, ports, conf = (
+        socket.gethostname().split(".")[0],
+        free_ports(NODES + 1),
+        folder / "slurm.conf",
+    )
+    nodes = "\n".join(
+        f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i]} CPUs=2 RealMemory=8000"
+        for i in range(1, NODES + 1)
+    )
     first_job = random.randrange(1, 60_000)
-    conf.write_text(CONF.format(first_job=first_job, host=host, ports=ports, folder=folder, nodes=nodes, count=NODES))
+    conf.write_text(
+        CONF.format(
+            first_job=first_job, host=host, ports=ports, folder=folder, nodes=nodes, count=NODES
+        )
+    )
     os.environ["SLURM_CONF"] = str(conf)
     munge = folder / "munge"
     munge.mkdir(mode=0o755)
     (munge / "key").write_bytes(os.urandom(128))
     (munge / "key").chmod(0o400)
-    start(folder, "munged", "--foreground", f"--socket={munge}/socket", f"--key-file={munge}/key", f"--pid-file={munge}/pid",
-          f"--log-file={munge}/log", f"--seed-file={munge}/seed", "--num-threads=2")
+    start(
+        folder,
+        "munged",
+        "--foreground",
+        f"--socket={munge}/socket",
+        f"--key-file={munge}/key",
+        f"--pid-file={munge}/pid",
+        f"--log-file={munge}/log",
+        f"--seed-file={munge}/seed",
+        "--num-threads=2",
+    )
     wait_until((munge / "socket").exists, "munged has not opened its socket", folder)
     start(folder, "slurmctld", "-D", "-c")
     for i in range(1, NODES + 1):
@@ -172,13 +202,22 @@ def bring_up(folder: Path) -> Path:
 def start(folder: Path, *command: str) -> None:
     libc = ctypes.CDLL(None)
     with (folder / f"{command[0]}.out").open("a") as out:
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                         preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
+        )
 
 
 def idle() -> int:
-    done = subprocess.run(["sinfo", "--noheader", "--partition=low", "--states=idle", "--format=%D"], capture_output=True,
-                          text=True, timeout=20)
+    done = subprocess.run(
+        ["sinfo", "--noheader", "--partition=low", "--states=idle", "--format=%D"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
 
 
@@ -186,7 +225,11 @@ def wait_until(condition, otherwise: str, folder: Path) -> None:
     end = time.monotonic() + UP_S - 10
     while not condition():
         if time.monotonic() > end:
-            logs = [line for path in sorted(folder.glob("*.log")) for line in path.read_text(errors="replace").splitlines()[-3:]]
+            logs = [
+                line
+                for path in sorted(folder.glob("*.log"))
+                for line in path.read_text(errors="replace").splitlines()[-3:]
+            ]
             raise RuntimeError(f"{otherwise}: {' | '.join(logs)}")
         time.sleep(0.1)
 
@@ -206,8 +249,11 @@ def free_ports(number: int) -> list[int]:
 def end_descendants() -> None:
     """Again and again: ended ones hand their children to this process."""
     end = time.monotonic() + DOWN_S
-    while (children := [int(p) for p in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]) and \
-            time.monotonic() < end:
+    while (
+        children := [
+            int(p) for p in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        ]
+    ) and time.monotonic() < end:
         for pid in children:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -9,14 +9,28 @@ from evspan.data_prep.shards.format import BOX, FRAME_SHAPE, MANIFEST, Manifest,
 
 HEIGHT, WIDTH, BINS = 60, 100, 2
 CLASSES = ["ball", "box", "bar"]
-FRAMES = {"window_ms": 50, "bins": BINS, "cutoff": 10, "downsample": 4, "mode": "exact", "downsample_by": "sum"}
+FRAMES = {
+    "window_ms": 50,
+    "bins": BINS,
+    "cutoff": 10,
+    "downsample": 4,
+    "mode": "exact",
+    "downsample_by": "sum",
+}
 
 
 def recording(rng: np.random.Generator, count: int, every: int = 2):
     """frames (N, 2*bins, H, W), boxes per frame, labelled: every `every`-th frame."""
     frames = rng.poisson(0.05, (count, 2 * BINS, HEIGHT, WIDTH)).astype(np.uint8)
-    tracks = [(rng.uniform(10, 70, 2) * (1, 0.5), rng.uniform(-2, 2, 2), rng.uniform(10, 24, 2), rng.integers(3))
-              for _ in range(2)]
+    tracks = [
+        (
+            rng.uniform(10, 70, 2) * (1, 0.5),
+            rng.uniform(-2, 2, 2),
+            rng.uniform(10, 24, 2),
+            rng.integers(3),
+        )
+        for _ in range(2)
+    ]
     boxes = []
     for t in range(count):
         rows = []
@@ -29,7 +43,9 @@ def recording(rng: np.random.Generator, count: int, every: int = 2):
     return frames, [b if keep else b[:0] for b, keep in zip(boxes, labelled, strict=True)], labelled
 
 
-def write_small_shards(root: Path, counts: dict[str, list[int]], seed: int = 0, every: int = 2) -> Path:
+def write_small_shards(
+    root: Path, counts: dict[str, list[int]], seed: int = 0, every: int = 2
+) -> Path:
     """counts: split -> frames of each recording. every: one frame of so many is labelled."""
     rng, entries = np.random.default_rng(seed), []
     for split, lengths in counts.items():
@@ -40,17 +56,39 @@ def write_small_shards(root: Path, counts: dict[str, list[int]], seed: int = 0, 
                 group = file.create_group(name := f"{split}_{i:03d}")
                 encode = FrameEncoder()
                 codes = [encode(frame).copy() for frame in frames]
-                group["frames"], group["frame_start"] = np.concatenate(codes), np.cumsum([0, *map(len, codes)])
+                group["frames"], group["frame_start"] = (
+                    np.concatenate(codes),
+                    np.cumsum([0, *map(len, codes)]),
+                )
                 group.attrs[FRAME_SHAPE] = frames.shape[1:]
                 group["end_us"] = 50_000 * np.arange(1, count + 1)
                 group["boxes"] = np.concatenate(boxes)
                 group["box_start"] = np.cumsum([0, *(len(b) for b in boxes)])
                 group["labelled"] = labelled
-                entries.append(RecordingEntry(
-                    name=name, split=split, shard=f"{split}/00000.h5", group=name, frames=count,
-                    labelled_frames=int(labelled.sum()),
-                    boxes=sum(map(len, boxes)), height=HEIGHT, width=WIDTH, sensor_height=4 * HEIGHT, sensor_width=4 * WIDTH,
-                    first_us=0, last_us=50_000 * count - 1, events=int(frames.sum())))
-    manifest = Manifest(software="test", config={"frames": FRAMES}, config_hash="0", classes=CLASSES, recordings=entries)
+                entries.append(
+                    RecordingEntry(
+                        name=name,
+                        split=split,
+                        shard=f"{split}/00000.h5",
+                        group=name,
+                        frames=count,
+                        labelled_frames=int(labelled.sum()),
+                        boxes=sum(map(len, boxes)),
+                        height=HEIGHT,
+                        width=WIDTH,
+                        sensor_height=4 * HEIGHT,
+                        sensor_width=4 * WIDTH,
+                        first_us=0,
+                        last_us=50_000 * count - 1,
+                        events=int(frames.sum()),
+                    )
+                )
+    manifest = Manifest(
+        software="test",
+        config={"frames": FRAMES},
+        config_hash="0",
+        classes=CLASSES,
+        recordings=entries,
+    )
     (root / MANIFEST).write_text(manifest.to_json())
     return root

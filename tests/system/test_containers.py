@@ -80,13 +80,23 @@ def test_both_images_are_made_of_the_same_files_which_exist():
     assert files == copied()
     [found] = re.findall(r"^include = (.*)", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     packages = set(re.findall(r'"(\w+)"', found))
-    assert files.keys() == packages | {"pyproject.toml", "constraints.txt", "containers/install.py", "README.md", "LICENSE"}
+    assert files.keys() == packages | {
+        "pyproject.toml",
+        "constraints.txt",
+        "containers/install.py",
+        "README.md",
+        "LICENSE",
+    }
     for source in files:
         assert (ROOT / source).exists(), source
 
 
 def test_builders_see_what_is_copied_and_nothing_else():
-    rules = [line for line in (HERE / "Dockerfile.dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    rules = [
+        line
+        for line in (HERE / "Dockerfile.dockerignore").read_text().splitlines()
+        if line and line[0] != "#"
+    ]
 
     def seen(path: str) -> bool:
         kept = True
@@ -94,26 +104,49 @@ def test_builders_see_what_is_copied_and_nothing_else():
             pattern = rule.lstrip("!").removeprefix("**/")
             whole = "**/" in rule
             parts = Path(path).parts
-            heads = parts if whole else ["/".join(parts[:n + 1]) for n in range(len(parts))]
+            heads = parts if whole else ["/".join(parts[: n + 1]) for n in range(len(parts))]
             if any(fnmatch.fnmatchcase(head, pattern) for head in heads):
                 kept = rule.startswith("!")
         return kept
 
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, timeout=20)
-    for path in [*files.stdout.splitlines(), ".git/config", "data_prep/__pycache__/x.pyc", ".venv/bin/python", "runs/a"]:
-        wanted = any(path == source or path.startswith(f"{source}/") for source in copied()) and "__pycache__" not in path
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    for path in [
+        *files.stdout.splitlines(),
+        ".git/config",
+        "data_prep/__pycache__/x.pyc",
+        ".venv/bin/python",
+        "runs/a",
+    ]:
+        wanted = (
+            any(path == source or path.startswith(f"{source}/") for source in copied())
+            and "__pycache__" not in path
+        )
         assert seen(path) == wanted, path
 
 
 def test_both_images_are_made_by_the_same_commands():
-    ours = [re.sub(r"^(--mount=\S+ +)+", "", step.rest) for step in dockerfile() if step.word == "RUN"]
-    theirs = [line.replace("{{ DEVICE }}", "${DEVICE}").replace("/build/dist/", "/dist/") for line in definition()["post"]]
+    ours = [
+        re.sub(r"^(--mount=\S+ +)+", "", step.rest) for step in dockerfile() if step.word == "RUN"
+    ]
+    theirs = [
+        line.replace("{{ DEVICE }}", "${DEVICE}").replace("/build/dist/", "/dist/")
+        for line in definition()["post"]
+    ]
     assert [line for line in ours if not line.startswith("useradd")] == theirs[1:-1]
     assert (theirs[0], theirs[-1]) == ("cd /build", "rm -rf /build")
     arguments = dict(line.split("=", 1) for line in definition()["arguments"])
     asked = [step.rest for step in dockerfile() if step.word == "ARG" and "=" in step.rest]
     assert arguments == dict(line.split("=", 1) for line in asked)
-    assert f"export PATH={dict(e.split('=', 1) for e in variables('cpu'))['PATH']}" in definition()["environment"]
+    assert (
+        f"export PATH={dict(e.split('=', 1) for e in variables('cpu'))['PATH']}"
+        in definition()["environment"]
+    )
 
 
 def variables(stage: str) -> list[str]:
@@ -128,13 +161,25 @@ def test_the_base_has_a_python_that_the_project_takes():
 
 def test_an_image_does_not_run_as_root():
     final = [step for step in dockerfile() if step.stage in ("cpu", "cuda", "last")]
-    after = [step.word for step in final[[step.word for step in final].index("USER"):]]
-    assert after == ["USER", "WORKDIR", "CMD", "FROM", "ENV", "ENV", "FROM"]  # and nothing that becomes root again
+    after = [step.word for step in final[[step.word for step in final].index("USER") :]]
+    assert after == [
+        "USER",
+        "WORKDIR",
+        "CMD",
+        "FROM",
+        "ENV",
+        "ENV",
+        "FROM",
+    ]  # and nothing that becomes root again
     user = next(step.rest for step in final if step.word == "USER")
-    assert re.fullmatch(r"[1-9]\d{3,}:[1-9]\d{3,}", user)  # by number, so that a cluster can see that it is not root
+    assert re.fullmatch(
+        r"[1-9]\d{3,}:[1-9]\d{3,}", user
+    )  # by number, so that a cluster can see that it is not root
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "evspan.def", "install.py", "build", "Dockerfile.dockerignore"])
+@pytest.mark.parametrize(
+    "name", ["Dockerfile", "evspan.def", "install.py", "build", "Dockerfile.dockerignore"]
+)
 def test_no_hosts_and_no_secrets(name):
     text = (HERE / name).read_text()
     assert not re.search(r"\w://\w", text)
@@ -148,7 +193,8 @@ def test_every_installation_is_pinned():
     assert all("*PINNED" in call for call in calls)
     # All that the images' own command installs is the wheel just built.
     assert [line for line in definition()["post"] if "pip install" in line] == [
-        "/opt/evspan/bin/pip install --no-cache-dir --no-deps --no-index /build/dist/evspan-*.whl"]
+        "/opt/evspan/bin/pip install --no-cache-dir --no-deps --no-index /build/dist/evspan-*.whl"
+    ]
 
 
 def test_the_build_of_torch_is_told_from_its_metadata():
@@ -156,28 +202,51 @@ def test_the_build_of_torch_is_told_from_its_metadata():
     here, other = ("cpu", "cuda") if torch.version.cuda is None else ("cuda", "cpu")
     assert wrong(found, here) == ""
     assert f"DEVICE={other} needs a {other.upper()} build" in wrong(found, other)
-    elsewhere = {"version": "2.13.0", "requires_dist": ['nvidia-cublas==13.1; platform_system == "Nowhere"', "sympy"]}
+    elsewhere = {
+        "version": "2.13.0",
+        "requires_dist": ['nvidia-cublas==13.1; platform_system == "Nowhere"', "sympy"],
+    }
     assert wrong(elsewhere, "cpu") == ""
-    with_cuda = {"version": "2.13.0", "requires_dist": ["sympy", 'cuda-toolkit[cublas]==13.0; platform_system == "Linux"']}
+    with_cuda = {
+        "version": "2.13.0",
+        "requires_dist": ["sympy", 'cuda-toolkit[cublas]==13.0; platform_system == "Linux"'],
+    }
     assert wrong(with_cuda, "cuda") == ""
     assert "torch 2.13.0, where pip looks, is a CUDA build" in wrong(with_cuda, "cpu")
     assert "there are: cpu, cuda" in wrong(with_cuda, "tpu")
 
 
-@pytest.mark.parametrize("files, expected", [
-    ({}, {}),
-    ({"a-1-py3-none-any.whl": ""}, {":env:.no-index": "'1'", ":env:.find-links": "'{}'"}),
-    ({"a-1-py3-none-any.whl": "", "pip.conf": "[global]\nretries = 9\n"}, {"global.retries": "'9'"}),
-])
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({}, {}),
+        ({"a-1-py3-none-any.whl": ""}, {":env:.no-index": "'1'", ":env:.find-links": "'{}'"}),
+        (
+            {"a-1-py3-none-any.whl": "", "pip.conf": "[global]\nretries = 9\n"},
+            {"global.retries": "'9'"},
+        ),
+    ],
+)
 def test_pip_looks_where_the_folder_says(tmp_path, files, expected):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    env = {key: value for key, value in installer().environment(tmp_path).items()
-           if not key.startswith("PIP_") or str(tmp_path) in value or key == "PIP_NO_INDEX"}
-    told = subprocess.run([sys.executable, "-m", "pip", "config", "list"], env=env, capture_output=True, text=True, timeout=30)
+    env = {
+        key: value
+        for key, value in installer().environment(tmp_path).items()
+        if not key.startswith("PIP_") or str(tmp_path) in value or key == "PIP_NO_INDEX"
+    }
+    told = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     lines = dict(line.split("=", 1) for line in told.stdout.splitlines())
     keys = (":env:.no-index", ":env:.find-links", "global.retries")
-    assert {k: lines[k] for k in keys if k in lines} == {k: v.format(tmp_path) for k, v in expected.items()}
+    assert {k: lines[k] for k in keys if k in lines} == {
+        k: v.format(tmp_path) for k, v in expected.items()
+    }
 
 
 @pytest.fixture
@@ -192,24 +261,38 @@ def tools(tmp_path) -> Path:
 
 def pretend(tools: Path, name: str, works: bool = True) -> None:
     """A tool that cannot be had in tests: it prints how it is called, an argument a line, or fails."""
-    (tools / name).write_text(f"#!{tools}/bash\n" + (f'printf "%s\\n" {name} "$@"\n' if works else "echo down >&2; exit 1\n"))
+    (tools / name).write_text(
+        f"#!{tools}/bash\n"
+        + (f'printf "%s\\n" {name} "$@"\n' if works else "echo down >&2; exit 1\n")
+    )
     (tools / name).chmod(0o755)
 
 
-def build(tools: Path, command: list[str] | None = None, **given: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command or [str(HERE / "build")], env={"PATH": str(tools), **given}, cwd=ROOT, capture_output=True,
-                          text=True, timeout=30)
+def build(
+    tools: Path, command: list[str] | None = None, **given: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command or [str(HERE / "build")],
+        env={"PATH": str(tools), **given},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
 
 
-@pytest.mark.parametrize("given, told", [
-    ({}, "docker is not there; podman is not there; buildah is not there. Install one"),
-    ({"BUILDER": "podman"}, "works here: podman is not there. Install"),
-    ({"DEVICE": "gpu"}, "DEVICE is 'gpu'; there are: cpu, cuda"),
-    ({"FORMAT": "tar"}, "FORMAT is 'tar'; there are: image, sif, sqsh"),
-    ({"FORMAT": "sif"}, "needs apptainer"),
-    ({"FORMAT": "sqsh"}, "needs enroot"),
-    ({"WHEELS": "no folder"}, "WHEELS is 'no folder', which is not a folder"),
-])
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({}, "docker is not there; podman is not there; buildah is not there. Install one"),
+        ({"BUILDER": "podman"}, "works here: podman is not there. Install"),
+        ({"DEVICE": "gpu"}, "DEVICE is 'gpu'; there are: cpu, cuda"),
+        ({"FORMAT": "tar"}, "FORMAT is 'tar'; there are: image, sif, sqsh"),
+        ({"FORMAT": "sif"}, "needs apptainer"),
+        ({"FORMAT": "sqsh"}, "needs enroot"),
+        ({"WHEELS": "no folder"}, "WHEELS is 'no folder', which is not a folder"),
+    ],
+)
 def test_what_cannot_be_built_is_told_in_one_line(tools, given, told):
     ran = build(tools, **given)
     assert ran.returncode == 2 and ran.stdout == ""
@@ -225,40 +308,95 @@ def test_make_hands_its_variables_on(tools):
 def test_the_first_builder_that_works_is_taken(tools, tmp_path):
     pretend(tools, "docker", works=False)
     ran = build(tools, BUILDER="docker")
-    assert ran.returncode == 2 and "docker's daemon does not answer, or it has no buildx" in ran.stderr
+    assert (
+        ran.returncode == 2 and "docker's daemon does not answer, or it has no buildx" in ran.stderr
+    )
     pretend(tools, "podman")
     (tmp_path / "my wheels").mkdir()
     ran = build(tools, WHEELS=str(tmp_path / "my wheels"), BASE="mine:1", DEVICE="cuda")
     assert ran.stdout.splitlines() == [
-        "podman", "build", "--layers", "--ignorefile", "containers/Dockerfile.dockerignore", "--build-arg", "DEVICE=cuda",
-        "--file", "containers/Dockerfile", "--tag", "evspan:cuda", "--build-arg", "BASE=mine:1",
-        "--build-context", f"wheels={tmp_path}/my wheels", ".", "built evspan:cuda with podman"], ran.stderr
+        "podman",
+        "build",
+        "--layers",
+        "--ignorefile",
+        "containers/Dockerfile.dockerignore",
+        "--build-arg",
+        "DEVICE=cuda",
+        "--file",
+        "containers/Dockerfile",
+        "--tag",
+        "evspan:cuda",
+        "--build-arg",
+        "BASE=mine:1",
+        "--build-context",
+        f"wheels={tmp_path}/my wheels",
+        ".",
+        "built evspan:cuda with podman",
+    ], ran.stderr
     pretend(tools, "docker")
     ran = build(tools, https_proxy="proxy:1")
     assert ran.stdout.splitlines() == [
-        "docker", "buildx", "build", "--load", "--build-arg", "DEVICE=cpu", "--file", "containers/Dockerfile",
-        "--tag", "evspan:cpu", "--build-arg", "https_proxy", ".", "built evspan:cpu with docker"], ran.stderr
+        "docker",
+        "buildx",
+        "build",
+        "--load",
+        "--build-arg",
+        "DEVICE=cpu",
+        "--file",
+        "containers/Dockerfile",
+        "--tag",
+        "evspan:cpu",
+        "--build-arg",
+        "https_proxy",
+        ".",
+        "built evspan:cpu with docker",
+    ], ran.stderr
 
 
 def test_apptainer_and_enroot_are_called_as_their_manuals_say(tools, tmp_path):
     pretend(tools, "apptainer")
     ran = build(tools, FORMAT="sif", WHEELS=str(tmp_path), OUTPUT=str(tmp_path / "out/e.sif"))
     assert ran.stdout.splitlines() == [
-        "apptainer", "build", "--force", "--build-arg", "DEVICE=cpu", "--bind", f"{tmp_path}:/mnt", f"{tmp_path}/out/e.sif",
-        "containers/evspan.def", f"built {tmp_path}/out/e.sif"], ran.stderr
+        "apptainer",
+        "build",
+        "--force",
+        "--build-arg",
+        "DEVICE=cpu",
+        "--bind",
+        f"{tmp_path}:/mnt",
+        f"{tmp_path}/out/e.sif",
+        "containers/evspan.def",
+        f"built {tmp_path}/out/e.sif",
+    ], ran.stderr
     pretend(tools, "enroot")
     pretend(tools, "buildah")
     ran = build(tools, FORMAT="sqsh", OUTPUT=str(tmp_path / "out/e.sqsh"))
-    assert ran.returncode == 2 and "enroot takes images from docker and podman, not from buildah" in ran.stderr
+    assert (
+        ran.returncode == 2
+        and "enroot takes images from docker and podman, not from buildah" in ran.stderr
+    )
     pretend(tools, "docker")
     ran = build(tools, FORMAT="sqsh", OUTPUT=str(tmp_path / "out/e.sqsh"))
     assert ran.stdout.splitlines()[-6:] == [
-        "enroot", "import", "--output", f"{tmp_path}/out/e.sqsh", "dockerd://evspan:cpu", f"built {tmp_path}/out/e.sqsh"]
+        "enroot",
+        "import",
+        "--output",
+        f"{tmp_path}/out/e.sqsh",
+        "dockerd://evspan:cpu",
+        f"built {tmp_path}/out/e.sqsh",
+    ]
 
 
 def told(command: list[str], timeout: float = 600, **given: Any) -> str:
     """What a command prints."""
-    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, **given)
+    ran = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        **given,
+    )
     assert ran.returncode == 0, f"{command}: exit code {ran.returncode}\n{ran.stdout[-4000:]}"
     return ran.stdout
 
@@ -273,8 +411,13 @@ class Started:
     def __init__(self, image: str) -> None:
         self.name = told(["buildah", "from", "--pull-never", image]).strip()
 
-    def run(self, *command: str, user: str = "", mounts: tuple[str, ...] = (), timeout: float = 300) -> str:
-        options = [*(["--user", user] if user else []), *(part for mount in mounts for part in ("--volume", mount))]
+    def run(
+        self, *command: str, user: str = "", mounts: tuple[str, ...] = (), timeout: float = 300
+    ) -> str:
+        options = [
+            *(["--user", user] if user else []),
+            *(part for mount in mounts for part in ("--volume", mount)),
+        ]
         return told(["buildah", "run", *options, self.name, "--", *command], timeout)
 
     def remove(self) -> None:
@@ -286,16 +429,24 @@ def store(tmp_path_factory) -> Iterator[None]:
     """A storage of its own for buildah: no one else's images are touched, nothing is left behind."""
     if not shutil.which("buildah"):
         absent("buildah is not installed (apt-get install buildah)")
-    folder, theirs = tmp_path_factory.mktemp("store"), told(["buildah", "info", "--format", "{{.store.GraphRoot}}"]).strip()
+    folder, theirs = (
+        tmp_path_factory.mktemp("store"),
+        told(["buildah", "info", "--format", "{{.store.GraphRoot}}"]).strip(),
+    )
     (folder / "storage.conf").write_text(
         f'[storage]\ndriver = "{os.environ.get("STORAGE_DRIVER", "overlay")}"\ngraphroot = "{folder}/graph"\n'
-        f'runroot = "{folder}/run"\n[storage.options]\nadditionalimagestores = ["{theirs}"]\n')
+        f'runroot = "{folder}/run"\n[storage.options]\nadditionalimagestores = ["{theirs}"]\n'
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONTAINERS_STORAGE_CONF", str(folder / "storage.conf"))
-        patch.setenv("BUILDAH_ISOLATION", os.environ.get("BUILDAH_ISOLATION", "chroot"))  # no container runtime need be there
+        patch.setenv(
+            "BUILDAH_ISOLATION", os.environ.get("BUILDAH_ISOLATION", "chroot")
+        )  # no container runtime need be there
         yield
     mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-    for path in [path for path in reversed(mounted) if path.startswith(f"{folder}/")]:  # buildah leaves some
+    for path in [
+        path for path in reversed(mounted) if path.startswith(f"{folder}/")
+    ]:  # buildah leaves some
         told(["umount", path])
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -305,11 +456,24 @@ def base(store, tmp_path_factory) -> str:
     if given := os.environ.get("EVSPAN_CONTAINER_BASE"):
         return given
     if not shutil.which("debootstrap") or os.geteuid() != 0:
-        absent("EVSPAN_CONTAINER_BASE names no base image, and debootstrap or root, to make one, is not there")
+        absent(
+            "EVSPAN_CONTAINER_BASE names no base image, and debootstrap or root, to make one, is not there"
+        )
     root, image = tmp_path_factory.mktemp("base") / "root", "localhost/evspan-test-base"
-    release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
-    told(["debootstrap", "--variant=minbase", "--include=python3,python3-venv,ca-certificates", release["VERSION_CODENAME"],
-          str(root)])
+    release = dict(
+        line.split("=", 1)
+        for line in Path("/etc/os-release").read_text().splitlines()
+        if "=" in line
+    )
+    told(
+        [
+            "debootstrap",
+            "--variant=minbase",
+            "--include=python3,python3-venv,ca-certificates",
+            release["VERSION_CODENAME"],
+            str(root),
+        ]
+    )
     for fetched in ("var/cache/apt/archives", "var/lib/apt/lists"):
         shutil.rmtree(root / fetched)
     container = told(["buildah", "from", "scratch"]).strip()
@@ -323,10 +487,30 @@ def base(store, tmp_path_factory) -> str:
 def wheels(tmp_path_factory) -> Path:
     """All that the image needs, from where this machine's pip takes it."""
     folder = tmp_path_factory.mktemp("wheels")
-    needs = [r for r in map(Requirement, importlib.metadata.requires("evspan") or [])
-             if not r.marker or r.marker.evaluate({"extra": ""}) or r.marker.evaluate({"extra": "export"})]
-    told([sys.executable, "-m", "pip", "wheel", "--quiet", "-c", str(ROOT / "constraints.txt"), "--wheel-dir", str(folder), "pip",
-          "setuptools", "torch", *(f"{r.name}{r.specifier}" for r in needs)])
+    needs = [
+        r
+        for r in map(Requirement, importlib.metadata.requires("evspan") or [])
+        if not r.marker
+        or r.marker.evaluate({"extra": ""})
+        or r.marker.evaluate({"extra": "export"})
+    ]
+    told(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "-c",
+            str(ROOT / "constraints.txt"),
+            "--wheel-dir",
+            str(folder),
+            "pip",
+            "setuptools",
+            "torch",
+            *(f"{r.name}{r.specifier}" for r in needs),
+        ]
+    )
     return folder
 
 
@@ -336,8 +520,19 @@ DEVICE = "cpu" if torch.version.cuda is None else "cuda"  # as this machine's pi
 @pytest.fixture(scope="module")
 def image(base, wheels) -> str:
     name, begun = f"localhost/evspan-test:{DEVICE}", time.monotonic()
-    told(["make", "container", "BUILDER=buildah", f"BASE={base}", f"WHEELS={wheels}", f"DEVICE={DEVICE}", f"IMAGE={name}"],
-         timeout=1800, cwd=ROOT)
+    told(
+        [
+            "make",
+            "container",
+            "BUILDER=buildah",
+            f"BASE={base}",
+            f"WHEELS={wheels}",
+            f"DEVICE={DEVICE}",
+            f"IMAGE={name}",
+        ],
+        timeout=1800,
+        cwd=ROOT,
+    )
     print(f"\n{name}: built in {time.monotonic() - begun:.0f} s")
     return name
 
@@ -353,19 +548,32 @@ def installed(freeze: str) -> dict[str, str]:
     """Distribution -> version, as constraints.txt writes them; without Evspan and the CUDA libraries, which are not there."""
     lines = (re.split(r"==| @ ", line) for line in freeze.splitlines())
     found = {name.lower().replace("_", "-"): version.split("+")[0] for name, version in lines}
-    return {n: v for n, v in found.items() if not n.startswith(("evspan", "nvidia-", "cuda-", "triton"))}
+    return {
+        n: v for n, v in found.items() if not n.startswith(("evspan", "nvidia-", "cuda-", "triton"))
+    }
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_the_image_holds_what_is_pinned_and_no_more(container):
     minor = container.run("python", "-c", "import sys; print(sys.version_info[1])").strip()
-    pinned = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
-    versions = {r.name: str(r.specifier).removeprefix("==") for r in pinned
-                if not r.marker or r.marker.evaluate({"python_version": f"3.{minor}"})}
+    pinned = [
+        Requirement(line)
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and line[0] != "#"
+    ]
+    versions = {
+        r.name: str(r.specifier).removeprefix("==")
+        for r in pinned
+        if not r.marker or r.marker.evaluate({"python_version": f"3.{minor}"})
+    }
     found = installed(container.run("pip", "freeze", "--all"))
-    assert len(found) > 40 and found.items() <= versions.items(), sorted(found.items() - versions.items())
-    left = container.run("sh", "-c", "ls -A /build /mnt /dist /root/.cache 2>/dev/null || true", user="0")
+    assert len(found) > 40 and found.items() <= versions.items(), sorted(
+        found.items() - versions.items()
+    )
+    left = container.run(
+        "sh", "-c", "ls -A /build /mnt /dist /root/.cache 2>/dev/null || true", user="0"
+    )
     assert not [line for line in left.splitlines() if line and not line.startswith("/")], left
     mb = int(container.run("du", "-smx", "/", user="0").split()[0])
     print(f"\nthe image: {mb} MB, {len(found)} distributions")
@@ -386,14 +594,22 @@ ls out
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("user", ["", "4321:4321"], ids=["its own user", "a user that it does not know"])
+@pytest.mark.parametrize(
+    "user", ["", "4321:4321"], ids=["its own user", "a user that it does not know"]
+)
 def test_everything_runs_in_it_without_root(container, user):
     run = partial(container.run, user=user)
     assert run("id", "-u").strip() == (user.partition(":")[0] or "10001")
-    said = run("sh", "-c", "touch /opt/evspan/x 2>/dev/null || echo refused; touch ~/$(id -u) && echo ~")
+    said = run(
+        "sh", "-c", "touch /opt/evspan/x 2>/dev/null || echo refused; touch ~/$(id -u) && echo ~"
+    )
     assert said.split() == ["refused", "/home/evspan"]
     said = run("bash", "-c", TRY, timeout=900)
-    assert "evspan COMMAND" in said and "3 of 3 recordings prepared" in said and "val_000_bbox.npy" in said
+    assert (
+        "evspan COMMAND" in said
+        and "3 of 3 recordings prepared" in said
+        and "val_000_bbox.npy" in said
+    )
     if "doctor" in COMMANDS:
         assert "doctor: 0 failed" in run("evspan", "doctor")
 
@@ -409,14 +625,20 @@ def test_the_commands_of_the_definition_make_the_same(base, wheels, container):
             told(["buildah", "copy", "--quiet", theirs.name, str(ROOT / source), target])
         post = "\n".join(definition()["post"]).replace("{{ DEVICE }}", DEVICE)
         theirs.run("/bin/sh", "-ex", "-c", post, mounts=(f"{wheels}:/mnt:ro",), timeout=1800)
-        export = next(line for line in definition()["environment"] if line.startswith("export PATH="))
+        export = next(
+            line for line in definition()["environment"] if line.startswith("export PATH=")
+        )
         freeze = "pip freeze --all"
-        assert installed(theirs.run("sh", "-c", f"{export}; {freeze}")) == installed(container.run("sh", "-c", freeze))
+        assert installed(theirs.run("sh", "-c", f"{export}; {freeze}")) == installed(
+            container.run("sh", "-c", freeze)
+        )
         files = "cd /opt/evspan; find . -type f | sort"
         assert theirs.run("sh", "-c", files) == container.run("sh", "-c", files)
         run = [*definition()["runscript"], ""]
         assert "evspan COMMAND" in theirs.run("sh", "-c", "\n".join([export, *run]))
-        assert "evspan 0" in theirs.run("sh", "-c", "\n".join([export, *run]), "x", "evspan", "--version")
+        assert "evspan 0" in theirs.run(
+            "sh", "-c", "\n".join([export, *run]), "x", "evspan", "--version"
+        )
         assert theirs.run("sh", "-c", "ls -d /build 2>/dev/null || echo none").strip() == "none"
     finally:
         theirs.remove()

@@ -28,7 +28,11 @@ from test_training import LOSSES, told
 
 pytestmark = pytest.mark.timeout(300)  # on a busy machine
 STEPS, EVERY, KEEP, EVALUATE = 10, 2, 2, 4
-PRELOADED = ["evspan.launch.cli.train", "evspan.pipeline.engine.trainer", "deepspeed.runtime.zero.muon.muon_optimizer"]  # the last takes seconds
+PRELOADED = [
+    "evspan.launch.cli.train",
+    "evspan.pipeline.engine.trainer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]  # the last takes seconds
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,9 @@ def processes():
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return write_small_shards(tmp_path_factory.mktemp("data") / "shards", {"train": [23, 12, 9], "val": [12]})
+    return write_small_shards(
+        tmp_path_factory.mktemp("data") / "shards", {"train": [23, 12, 9], "val": [12]}
+    )
 
 
 class Run:
@@ -63,9 +69,14 @@ class Run:
             held.bind(("127.0.0.1", 0))
             port = held.getsockname()[1]
         logs = [self.folder.with_name(f"{self.folder.name}-rank-{rank}.log") for rank in (0, 1)]
-        self.ranks = [self.processes.Process(target=be_rank, args=(rank, port, self.config, logs[rank])) for rank in (0, 1)]
+        self.ranks = [
+            self.processes.Process(target=be_rank, args=(rank, port, self.config, logs[rank]))
+            for rank in (0, 1)
+        ]
         for log in logs:
-            log.write_text("")  # a rank killed before it opens its own must not be told by what the one before it wrote
+            log.write_text(
+                ""
+            )  # a rank killed before it opens its own must not be told by what the one before it wrote
         for rank in self.ranks:
             rank.start()
 
@@ -102,7 +113,9 @@ class Run:
             return 0
         for file in newest.glob("*.safetensors"):
             load_file(file)
-        assert json.loads((newest / "meta.json").read_text())["step"] == int(newest.name.split("-")[1])
+        assert json.loads((newest / "meta.json").read_text())["step"] == int(
+            newest.name.split("-")[1]
+        )
         assert len(list(newest.glob("rank-*"))) == len(list(newest.glob("lanes-*"))) == 2
         return int(newest.name.split("-")[1])
 
@@ -124,13 +137,22 @@ def assert_as_undisturbed(run: Run, reference: Run) -> None:
     names = sorted(path.name for path in reference.checkpoints.iterdir())
     assert sorted(path.name for path in run.checkpoints.iterdir()) == names
     for pointer in ("latest", "best"):
-        assert (run.checkpoints / pointer).read_text() == (reference.checkpoints / pointer).read_text()
+        assert (run.checkpoints / pointer).read_text() == (
+            reference.checkpoints / pointer
+        ).read_text()
     for file in reference.checkpoints.rglob("*.safetensors"):
-        wanted, got = load_file(file), load_file(run.checkpoints / file.relative_to(reference.checkpoints))
-        assert wanted.keys() == got.keys() and all(torch.equal(wanted[k], got[k]) for k in wanted), file
+        wanted, got = (
+            load_file(file),
+            load_file(run.checkpoints / file.relative_to(reference.checkpoints)),
+        )
+        assert wanted.keys() == got.keys() and all(
+            torch.equal(wanted[k], got[k]) for k in wanted
+        ), file
 
 
-def campaign(run: Run, moments: list[str], whole: float, reference: Run, seed: int) -> dict[str, int]:
+def campaign(
+    run: Run, moments: list[str], whole: float, reference: Run, seed: int
+) -> dict[str, int]:
     """Kill at each of `moments`, every time continuing from what the kill before left; then let it finish."""
     rng, done = random.Random(seed), dict.fromkeys(moments, 0)
     moments = list(moments)
@@ -157,7 +179,9 @@ def campaign(run: Run, moments: list[str], whole: float, reference: Run, seed: i
             reference_check(run, reference)
             shutil.rmtree(run.folder)
         else:
-            raise AssertionError(f"ended by itself after {time.monotonic() - began:.1f} s: {run.log(0)} {run.log(1)}")
+            raise AssertionError(
+                f"ended by itself after {time.monotonic() - began:.1f} s: {run.log(0)} {run.log(1)}"
+            )
     expected = run.complete()
     run.start()
     run.finish()
@@ -196,9 +220,17 @@ def alone():
 
 
 def snapshot(step: int, size: int = 8) -> Snapshot:
-    weights = Weights({"w": torch.full((size,), float(step))}, ModelConfig(), FrameConfig(), ["ball"], step)
+    weights = Weights(
+        {"w": torch.full((size,), float(step))}, ModelConfig(), FrameConfig(), ["ball"], step
+    )
     carry = [torch.zeros(2, 3, 1, 1)]
-    return Snapshot({"skipped": 0, "counters": {}, "config": {}}, weights, {"exp_avg/w": torch.zeros(size)}, range(2), carry)
+    return Snapshot(
+        {"skipped": 0, "counters": {}, "config": {}},
+        weights,
+        {"exp_avg/w": torch.zeros(size)},
+        range(2),
+        carry,
+    )
 
 
 def steps(checkpoints: Checkpoints) -> list[int]:
@@ -214,15 +246,19 @@ def test_the_newest_and_the_best_stay(alone, tmp_path):
         checkpoints.record(step, {"ap": ap})
         assert checkpoints.evaluated(step)
     assert steps(checkpoints) == [2, 4, 5]
-    assert load_weights(checkpoints.folder / "best").step == 2 and load_weights(checkpoints.folder / "latest").step == 5
+    assert (
+        load_weights(checkpoints.folder / "best").step == 2
+        and load_weights(checkpoints.folder / "latest").step == 5
+    )
     assert load_weights(tmp_path).step == 5
     checkpoints.save(6, snapshot(6))
     checkpoints.record(6, {"ap": 0.5})
     checkpoints.save(7, snapshot(7))
     assert steps(checkpoints) == [6, 7] and load_weights(checkpoints.folder / "best").step == 6
     checkpoints.save(7, snapshot(7))  # again, after a resume from an older one
-    assert steps(checkpoints) == [6, 7] and sorted(path.name for path in checkpoints.folder.iterdir()) == [
-        "best", "latest", "step-00000006", "step-00000007"]
+    assert steps(checkpoints) == [6, 7] and sorted(
+        path.name for path in checkpoints.folder.iterdir()
+    ) == ["best", "latest", "step-00000006", "step-00000007"]
 
 
 def test_a_run_begun_anew_in_its_folder_has_a_best_of_its_own(alone, tmp_path):
@@ -242,7 +278,10 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(al
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
-        with pytest.raises(UserError, match=f"could not be saved: .*File too large. Those before stand in {checkpoints.folder}"):
+        with pytest.raises(
+            UserError,
+            match=f"could not be saved: .*File too large. Those before stand in {checkpoints.folder}",
+        ):
             checkpoints.save(2, snapshot(2, 100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -267,7 +306,10 @@ def test_a_full_disk_and_one_that_may_not_be_written_to(alone, tmp_path):
         mount("-o", "remount,ro")
         with pytest.raises(UserError, match="Read-only file system"):
             checkpoints.save(2, snapshot(2))
-        assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["latest", "step-00000001"]
+        assert sorted(path.name for path in checkpoints.folder.iterdir()) == [
+            "latest",
+            "step-00000001",
+        ]
         mount("-o", "remount,rw,size=4m")
         checkpoints.save(2, snapshot(2, 100_000))
         assert load_weights(tmp_path).step == 2
@@ -284,4 +326,8 @@ def test_what_a_killed_run_left_is_cleared(alone, tmp_path):
     (checkpoints.folder / "latest").unlink()  # killed before the first was named
     assert newest_checkpoint(tmp_path) == checkpoints.folder / "step-00000001"
     checkpoints.save(2, snapshot(2))
-    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["latest", "step-00000001", "step-00000002"]
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [
+        "latest",
+        "step-00000001",
+        "step-00000002",
+    ]

@@ -17,10 +17,30 @@ def small_parts(folder):
     """Real commands that take a second each; the third fails."""
     raw, shards = folder / "raw", folder / "shards"
     return [
-        demo.Part("simulate", ["simulate", str(raw), "--recordings", "val=1", "--seconds", "0.2", "--width", "160",
-                               "--height", "160"], raw),
-        demo.Part("prep", ["prep", f"source={raw}", f"output={shards}", "frames.downsample=4"], shards),
-        demo.Part("evaluate", ["evaluate", f"checkpoint={folder / 'run'}", f"dataset.root={shards}"], folder / "evaluation"),
+        demo.Part(
+            "simulate",
+            [
+                "simulate",
+                str(raw),
+                "--recordings",
+                "val=1",
+                "--seconds",
+                "0.2",
+                "--width",
+                "160",
+                "--height",
+                "160",
+            ],
+            raw,
+        ),
+        demo.Part(
+            "prep", ["prep", f"source={raw}", f"output={shards}", "frames.downsample=4"], shards
+        ),
+        demo.Part(
+            "evaluate",
+            ["evaluate", f"checkpoint={folder / 'run'}", f"dataset.root={shards}"],
+            folder / "evaluation",
+        ),
     ]
 
 
@@ -31,11 +51,18 @@ def test_commands_are_accepted(tmp_path):
     config, _ = composed("prep", *prep.arguments[1:])
     assert config.frames.downsample == 4 and config.source == str(given.out)
     config, choices = composed("train", *train.arguments[1:])
-    assert choices["experiment"] == "demo" and choices["size"] == "micro" and config.parallel.ranks == 2
+    assert (
+        choices["experiment"] == "demo"
+        and choices["size"] == "micro"
+        and config.parallel.ranks == 2
+    )
     assert config.model.fpn.enable_small_object_attention and config.model.head.size_aware_loss
     scored, _ = composed("evaluate", *evaluate.arguments[1:])
     assert scored.checkpoint == config.run_dir and scored.evaluation.split == "val"
-    assert scored.dataset.root == config.dataset.root and scored.dataset.classes == config.dataset.classes
+    assert (
+        scored.dataset.root == config.dataset.root
+        and scored.dataset.classes == config.dataset.classes
+    )
     wanted = evspan.launch.cli.infer._parser().parse_args(infer.arguments[1:])
     assert wanted.recording.parent == given.out / "val" and str(wanted.checkpoint) == config.run_dir
 
@@ -53,7 +80,9 @@ def test_a_failed_part_is_named_and_the_demo_goes_on_from_there(tmp_path, capfd)
     written, times = recording.stat().st_mtime_ns, json.loads((folder / demo.TIMES).read_text())
     assert times.keys() == {"simulate", "prep"} and all(seconds > 0 for seconds in times.values())
 
-    assert demo.run_parts(todo[:2], folder, keep=True) == times  # nothing ran, and the times are those of then
+    assert (
+        demo.run_parts(todo[:2], folder, keep=True) == times
+    )  # nothing ran, and the times are those of then
     assert recording.stat().st_mtime_ns == written
     again = demo.run_parts(todo[:1], folder, keep=False)
     assert again.keys() == {"simulate"} and recording.stat().st_mtime_ns > written
@@ -80,13 +109,18 @@ def test_table(tmp_path):
     rows = dict(re.findall(r"^  (\S.*?)\s{2,}(\S.*)$", told, re.MULTILINE))
     assert rows["AP 0.50:0.95"] == "0.412" and rows["AP50"] == "0.713" and rows["AP large"] == "-"
     assert rows["train"] == "200.5 s" and rows["together"] == "271.6 s"
-    assert rows["overlay"].endswith("val_000_overlay.gif") and rows["TensorBoard"] == str(tmp_path / "run" / "tensorboard")
+    assert rows["overlay"].endswith("val_000_overlay.gif") and rows["TensorBoard"] == str(
+        tmp_path / "run" / "tensorboard"
+    )
     assert rows["to watch it"].endswith(f"--logdir {tmp_path / 'run' / 'tensorboard'}")
 
 
 def test_closing_line():
     assert demo.last_line(METRICS, TIMES) == "demo: ap=0.412 ap50=0.713 seconds=272"
-    assert demo.last_line(dict(METRICS, ap=None, ap50=None), TIMES) == "demo: ap=0.000 ap50=0.000 seconds=272"
+    assert (
+        demo.last_line(dict(METRICS, ap=None, ap50=None), TIMES)
+        == "demo: ap=0.000 ap50=0.000 seconds=272"
+    )
 
 
 @pytest.mark.parametrize("ap50, code", [(0.62, 0), (0.49, 1), (None, 1)])

@@ -45,14 +45,28 @@ def misbehave(rank):
 def started(folder, misbehaviour="", size=3, timeout_s=TIMEOUT_S):
     """Ranks that nothing watches over, as SLURM starts them."""
     (folder / "program.py").write_text(f"{PROGRAM}\n{misbehaviour}\nrun_command(work)\n")
-    port, = free_ports(1)
-    return [subprocess.Popen(
-        [sys.executable, str(folder / "program.py"), str(folder), str(size), str(timeout_s)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank),
-            "SLURM_NTASKS": str(size),
-            "SLURM_LOCALID": str(rank), "SLURM_NTASKS_PER_NODE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-            for rank in range(size)]
+    (port,) = free_ports(1)
+    return [
+        subprocess.Popen(
+            [sys.executable, str(folder / "program.py"), str(folder), str(size), str(timeout_s)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "SLURM_STEP_ID": "0",
+                "SLURM_PROCID": str(rank),
+                "SLURM_NTASKS": str(size),
+                "SLURM_LOCALID": str(rank),
+                "SLURM_NTASKS_PER_NODE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
+        for rank in range(size)
+    ]
 
 
 def told(process, seconds):
@@ -74,7 +88,9 @@ def test_survivors_end_in_time_and_name_the_rank(tmp_path, number, victim):
     for rank in set(range(3)) - {victim}:
         code, err = told(ranks[rank], TIMEOUT_S + 25)
         assert code == 69 and err.startswith("error: ") and err.count("\n") == 1, err
-        assert re.search(rf"^error: rank {victim} \(process {ranks[victim].pid} on \S+\).* is gone or stuck", err), err
+        assert re.search(
+            rf"^error: rank {victim} \(process {ranks[victim].pid} on \S+\).* is gone or stuck", err
+        ), err
         assert f"So rank {rank} ends" in err
     assert time.monotonic() - began < TIMEOUT_S + 20
     ranks[victim].kill()
@@ -82,11 +98,14 @@ def test_survivors_end_in_time_and_name_the_rank(tmp_path, number, victim):
 
 
 def test_a_rank_that_lives_but_does_not_come_is_named(tmp_path):
-    ranks = started(tmp_path, """
+    ranks = started(
+        tmp_path,
+        """
 def misbehave(rank):
     if rank == 1:
         time.sleep(60)
-""")
+""",
+    )
     for rank in (0, 2):
         code, err = told(ranks[rank], 60)
         assert code == 69 and err.count("\n") == 1, err
@@ -99,26 +118,35 @@ def misbehave(rank):
 
 
 def test_a_rank_that_fails_is_named_with_why(tmp_path):
-    ranks = started(tmp_path, """
+    ranks = started(
+        tmp_path,
+        """
 def misbehave(rank):
     if rank == 2:
         raise ValueError("of all things")
-""")
+""",
+    )
     for rank in (0, 1):
         code, err = told(ranks[rank], 60)
         assert code == 69 and err.count("\n") == 1, err
-        assert re.match(rf"error: rank 2 \(process {ranks[2].pid} on \S+\) failed \(ValueError: of all things\)", err), err
+        assert re.match(
+            rf"error: rank 2 \(process {ranks[2].pid} on \S+\) failed \(ValueError: of all things\)",
+            err,
+        ), err
     code, err = told(ranks[2], 30)
     assert code == 1 and err.rstrip().endswith("ValueError: of all things")
 
 
 def test_ranks_that_are_done_say_nothing(tmp_path):
-    ranks = started(tmp_path, """
+    ranks = started(
+        tmp_path,
+        """
 def misbehave(rank):
     if rank == 1 and (here / "pid-2").exists() and not (here / "enough").exists():
         time.sleep(0.5)
         (here / "enough").touch()
-""")
+""",
+    )
     for process in ranks:
         assert told(process, 60) == (0, "")
 
@@ -126,33 +154,72 @@ def misbehave(rank):
 def test_stuck_ranks_are_ended_by_who_started_them_and_named(tmp_path):
     """`evspan train` with a rank that stands still: told once."""
     (tmp_path / "program.py").write_text(PROGRAM + "\nrun_command(work)\n")
-    launcher = ("import sys; from evspan.launch.local.ranks import run_ranks; "
-                "sys.exit(run_ranks([sys.executable, *sys.argv[1:]], 2, threads=1, after='Do it again', grace_s=1))")
-    process = subprocess.Popen([sys.executable, "-c", launcher, str(tmp_path / "program.py"), str(tmp_path), "2", str(TIMEOUT_S)],
-                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    launcher = (
+        "import sys; from evspan.launch.local.ranks import run_ranks; "
+        "sys.exit(run_ranks([sys.executable, *sys.argv[1:]], 2, threads=1, after='Do it again', grace_s=1))"
+    )
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            launcher,
+            str(tmp_path / "program.py"),
+            str(tmp_path),
+            "2",
+            str(TIMEOUT_S),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     ranks = all_ready(tmp_path)
     time.sleep(1.5)
     os.kill(ranks[1], signal.SIGSTOP)
     code, err = told(process, TIMEOUT_S + 25)
     assert code == 69 and err.count("\n") == 1, err
-    assert err.startswith(f"error: rank 1 (process {ranks[1]} on ") and err.endswith("; rank 1 had to be killed. Do it again\n")
+    assert err.startswith(f"error: rank 1 (process {ranks[1]} on ") and err.endswith(
+        "; rank 1 had to be killed. Do it again\n"
+    )
     eventually(lambda: not any(map(alive, pids(tmp_path))), 5)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------
-SPARE = 700 << 20  # bytes of address space that a rank gets when its first step begins, beyond what it has
+SPARE = (
+    700 << 20
+)  # bytes of address space that a rank gets when its first step begins, beyond what it has
 
 
 def trained_in_little_memory(shards, run_dir, *overrides):
     """Exit code and stderr of `evspan train` on one rank, which ends with its first step."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "evspan.launch", "train", "experiment=demo", f"dataset.root={shards}", f"run_dir={run_dir}",
-         "parallel.ranks=1", "parallel.threads=1", "training.sequence_length=20", "training.log_every=1",
-         "training.loader_workers=0", *overrides], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        [
+            sys.executable,
+            "-m",
+            "evspan.launch",
+            "train",
+            "experiment=demo",
+            f"dataset.root={shards}",
+            f"run_dir={run_dir}",
+            "parallel.ranks=1",
+            "parallel.threads=1",
+            "training.sequence_length=20",
+            "training.log_every=1",
+            "training.loader_workers=0",
+            *overrides,
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
     for line in process.stdout:
         if line.startswith("watch it"):
-            status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+            status = dict(
+                line.split(":", 1)
+                for line in Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            )
             limit = (int(status["VmSize"].split()[0]) << 10) + SPARE
             resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
         if line.startswith("step      1"):
@@ -162,37 +229,67 @@ def trained_in_little_memory(shards, run_dir, *overrides):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return write_small_shards(tmp_path_factory.mktemp("data") / "shards", {"train": [23, 22], "val": [4]})
+    return write_small_shards(
+        tmp_path_factory.mktemp("data") / "shards", {"train": [23, 22], "val": [4]}
+    )
 
 
 def test_too_little_memory_says_which_knob_and_turning_it_helps(shards, tmp_path):
     code, err = trained_in_little_memory(shards, tmp_path / "run", "training.batch_size=16")
     assert code == 2 and err.count("\n") == 1, err
-    assert err.startswith("error: rank 0 ran out of memory with 16 lanes x 20 frames a micro-batch, having used ")
+    assert err.startswith(
+        "error: rank 0 ran out of memory with 16 lanes x 20 frames a micro-batch, having used "
+    )
     assert "can't allocate memory" in err
     assert "training.activation_checkpointing=true training.frames_per_call=16" in err
     assert "parallel.sequence=2 parallel.ranks=2 (10 frames a rank instead of 20)" in err
-    assert "training.batch_size=8 training.accumulation=2 (as many lanes a step, 8 instead of 16 at once" in err
-    code, err = trained_in_little_memory(shards, tmp_path / "run", "training.batch_size=2", "training.accumulation=8")
+    assert (
+        "training.batch_size=8 training.accumulation=2 (as many lanes a step, 8 instead of 16 at once"
+        in err
+    )
+    code, err = trained_in_little_memory(
+        shards, tmp_path / "run", "training.batch_size=2", "training.accumulation=8"
+    )
     assert code == 75, err
 
 
-@pytest.mark.parametrize("error, is_one", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
-                  "allocate 80 bytes."), True),
-    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 80 bytes."), True),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-    (MemoryError(), True), (OSError(12, "Cannot allocate memory"), True),
-    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False), (OSError(28, "No space left on device"), False),
-    (ValueError("out of memory"), False)])
+@pytest.mark.parametrize(
+    "error, is_one",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+                "allocate 80 bytes."
+            ),
+            True,
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 80 bytes."),
+            True,
+        ),
+        (
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            ),
+            True,
+        ),
+        (MemoryError(), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (OSError(28, "No space left on device"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
 def test_what_is_want_of_memory(error, is_one):
     assert out_of_memory(error) == is_one
 
 
 def config(*, ranks=1, **training):
     sequence = training.pop("sequence", 1)
-    return TrainConfig(training=TrainingConfig(**training), parallel=ParallelConfig(ranks=ranks, sequence=sequence))
+    return TrainConfig(
+        training=TrainingConfig(**training), parallel=ParallelConfig(ranks=ranks, sequence=sequence)
+    )
 
 
 def world(size, device="cpu"):
@@ -200,11 +297,25 @@ def world(size, device="cpu"):
 
 
 def test_knobs_start_from_where_they_stand():
-    told = knobs(config(ranks=4, sequence=2, sequence_length=12, batch_size=6, accumulation=2, activation_checkpointing=True,
-                        frames_per_call=9), world(4))
+    told = knobs(
+        config(
+            ranks=4,
+            sequence=2,
+            sequence_length=12,
+            batch_size=6,
+            accumulation=2,
+            activation_checkpointing=True,
+            frames_per_call=9,
+        ),
+        world(4),
+    )
     assert [line.split(" (")[0] for line in told] == [
-        "training.frames_per_call=3 instead of 9", "deepspeed.stage=2", "parallel.sequence=4 parallel.ranks=8",
-        "training.batch_size=2 training.accumulation=6", "training.sequence_length=6"]
+        "training.frames_per_call=3 instead of 9",
+        "deepspeed.stage=2",
+        "parallel.sequence=4 parallel.ranks=8",
+        "training.batch_size=2 training.accumulation=6",
+        "training.sequence_length=6",
+    ]
     assert "1 instead of 3 at once" in told[3]
     told = knobs(config(sequence_length=1, batch_size=1, activation_checkpointing=True), world(1))
     assert len(told) == 1 and "smaller model" in told[0]
@@ -213,15 +324,30 @@ def test_knobs_start_from_where_they_stand():
 def test_gpus_have_more_knobs():
     told = " ".join(knobs(config(ranks=2, batch_size=2), world(2, "cuda")))
     assert "training.precision=bf16" in told and "deepspeed.offload_optimizer=true" in told
-    assert "bf16" not in " ".join(knobs(config(ranks=2, batch_size=2, precision=Precision.bf16), world(2, "cuda")))
+    assert "bf16" not in " ".join(
+        knobs(config(ranks=2, batch_size=2, precision=Precision.bf16), world(2, "cuda"))
+    )
 
 
-@pytest.mark.parametrize("ranks, sequence, length, lanes", [(1, 1, 5, 8), (2, 2, 8, 3), (6, 3, 9, 4), (4, 1, 7, 12)])
+@pytest.mark.parametrize(
+    "ranks, sequence, length, lanes", [(1, 1, 5, 8), (2, 2, 8, 3), (6, 3, 9, 4), (4, 1, 7, 12)]
+)
 def test_every_knob_makes_a_config_that_stands(ranks, sequence, length, lanes):
     """Overrides as told, taken one after the other."""
-    lines = knobs(config(ranks=ranks, sequence=sequence, sequence_length=length, batch_size=lanes), world(ranks))
+    lines = knobs(
+        config(ranks=ranks, sequence=sequence, sequence_length=length, batch_size=lanes),
+        world(ranks),
+    )
     assert len(lines) > 1
     for line in lines:
-        values = {"ranks": ranks, "sequence": sequence, "sequence_length": length, "batch_size": lanes}
-        turned = {name.split(".")[1]: int(value) for name, value in re.findall(r"((?:training|parallel)\.\w+)=(\d+)", line)}
+        values = {
+            "ranks": ranks,
+            "sequence": sequence,
+            "sequence_length": length,
+            "batch_size": lanes,
+        }
+        turned = {
+            name.split(".")[1]: int(value)
+            for name, value in re.findall(r"((?:training|parallel)\.\w+)=(\d+)", line)
+        }
         config(**{**values, **turned})

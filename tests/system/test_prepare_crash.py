@@ -18,7 +18,15 @@ from evspan.data_prep.prepare import prepare
 from evspan.data_prep.recordings.open import open_writer
 from evspan.data_prep.shards.atomic import NoSpaceError, locked
 from evspan.data_prep.simulator import simulate
-from support.prepared import SCENE, assert_same, assert_sound, copied, frames_in, make_source, prep_config
+from support.prepared import (
+    SCENE,
+    assert_same,
+    assert_sound,
+    copied,
+    frames_in,
+    make_source,
+    prep_config,
+)
 from support.slow_frames import random_events
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +55,14 @@ def processes():
 
 def command(source, output, *more: str, **options) -> subprocess.Popen:
     arguments = [f"source={source}", f"output={output}", *KEYS, *more]
-    return subprocess.Popen([sys.executable, "-m", "evspan.launch", "prep", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, cwd=ROOT, **options)
+    return subprocess.Popen(
+        [sys.executable, "-m", "evspan.launch", "prep", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        **options,
+    )
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -82,7 +96,9 @@ def assert_whole(output: Path) -> None:
     assert_sound(output)
 
 
-def campaign(processes, kills: int, seed: int, output: Path, reference: Path, config, start) -> None:
+def campaign(
+    processes, kills: int, seed: int, output: Path, reference: Path, config, start
+) -> None:
     """Kill `kills` preparations at random moments, each going on from what the one before left, then let one finish."""
     rng = random.Random(seed)
     start()
@@ -110,7 +126,9 @@ def remove(output: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_killed_at_random_moments_and_completed_it_is_as_if_nothing_had_been(source, prepared, processes, tmp_path):
+def test_killed_at_random_moments_and_completed_it_is_as_if_nothing_had_been(
+    source, prepared, processes, tmp_path
+):
     output = tmp_path / "out"
     campaign(processes, 6, 0, output, prepared, prep_config(source, output), lambda: remove(output))
 
@@ -146,18 +164,24 @@ def test_killed_while_it_updates(source, prepared, processes, tmp_path, what):
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_many_random_moments(source, prepared, processes, tmp_path, seed):
     output = tmp_path / "out"
-    campaign(processes, 40, seed, output, prepared, prep_config(source, output), lambda: remove(output))
+    campaign(
+        processes, 40, seed, output, prepared, prep_config(source, output), lambda: remove(output)
+    )
     changed = changed_source(source, tmp_path / "source")
 
     def start(to: Path = output) -> None:
         remove(to)
         copied(prepared, to)
 
-    for i, values in enumerate(({}, {"labels": {"min_side": 20.0}}, {"frames": {"bins": 2}, "shard_mib": 1})):
+    for i, values in enumerate(
+        ({}, {"labels": {"min_side": 20.0}}, {"frames": {"bins": 2}, "shard_mib": 1})
+    ):
         reference = tmp_path / f"reference{i}"
         start(reference)
         prepare(prep_config(changed, reference, **values))
-        campaign(processes, 20, seed, output, reference, prep_config(changed, output, **values), start)
+        campaign(
+            processes, 20, seed, output, reference, prep_config(changed, output, **values), start
+        )
 
 
 def children(pid: int) -> list[int]:
@@ -188,7 +212,9 @@ def at_work(source: Path, output: Path, **options) -> tuple[subprocess.Popen, li
 
 
 @pytest.mark.timeout(120)
-def test_the_killed_command_takes_its_processes_along_and_the_next_one_completes(source, prepared, tmp_path):
+def test_the_killed_command_takes_its_processes_along_and_the_next_one_completes(
+    source, prepared, tmp_path
+):
     output = tmp_path / "out"
     process, helpers = at_work(source, output)
     assert helpers
@@ -207,7 +233,10 @@ def test_a_killed_worker_ends_in_one_line_that_says_what_to_do(source, prepared,
     os.kill(helpers[0], signal.SIGKILL)
     code, out, err = finished(process)
     assert code == 2 and len(err.splitlines()) == 1
-    assert err.startswith("error: one of 2 processes was killed, perhaps since memory ran out") and "processes=1" in err
+    assert (
+        err.startswith("error: one of 2 processes was killed, perhaps since memory ran out")
+        and "processes=1" in err
+    )
     prepare(prep_config(source, output))
     assert_same(output, prepared)
 
@@ -229,7 +258,9 @@ def test_two_at_once_do_no_damage(source, prepared, tmp_path):
     results = [finished(process) for process in both]
     assert 0 in [code for code, _, _ in results]
     for code, _, err in results:
-        assert code == 0 or (code == 2 and "is being written to by " in err and len(err.splitlines()) == 1)
+        assert code == 0 or (
+            code == 2 and "is being written to by " in err and len(err.splitlines()) == 1
+        )
     assert_same(output, prepared)
 
 
@@ -239,13 +270,20 @@ def hold(folder: Path) -> None:
         time.sleep(60)
 
 
-def test_the_second_refuses_and_says_who_is_at_work_and_a_lock_goes_with_its_process(processes, tmp_path):
+def test_the_second_refuses_and_says_who_is_at_work_and_a_lock_goes_with_its_process(
+    processes, tmp_path
+):
     holder = processes.Process(target=hold, args=(tmp_path,))
     holder.start()
     try:
         wait_until(lambda: (tmp_path / "held").exists())
-        with pytest.raises(UserError, match=rf"is being written to by process {holder.pid} on .*\. Wait until it is done"), \
-                locked(tmp_path):
+        with (
+            pytest.raises(
+                UserError,
+                match=rf"is being written to by process {holder.pid} on .*\. Wait until it is done",
+            ),
+            locked(tmp_path),
+        ):
             pass
     finally:
         holder.kill()
@@ -260,7 +298,11 @@ def small_disk(tmp_path):
     """A file system of 120 KiB; skips where none can be mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(folder)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode:
         pytest.skip(f"mounting a small tmpfs is not permitted here ({mounted.stderr.strip()})")
     yield folder
@@ -293,13 +335,24 @@ def prepare_as_nobody(config, told) -> None:
 
 @pytest.mark.timeout(120)
 def test_decoding_onto_a_full_disk_leaves_nothing(small_disk, tmp_path):
-    events = random_events(np.random.default_rng(0), 100_000, first=0, last=1_000_000, height=480, width=640)
+    events = random_events(
+        np.random.default_rng(0), 100_000, first=0, last=1_000_000, height=480, width=640
+    )
     with open_writer(tmp_path / "a.dat", 480, 640) as writer:
         writer.write(events)
     arguments = ["decode", str(tmp_path / "a.dat"), str(small_disk / "a.h5")]
-    done = subprocess.run([sys.executable, "-m", "evspan.launch", "prep", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-m", "evspan.launch", "prep", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert (done.returncode, done.stdout) == (2, "") and not list(small_disk.iterdir())
-    assert done.stderr.startswith(f"error: {small_disk / 'a.h5'}: no space left") and len(done.stderr.splitlines()) == 1
+    assert (
+        done.stderr.startswith(f"error: {small_disk / 'a.h5'}: no space left")
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 @pytest.mark.timeout(60)
@@ -312,7 +365,9 @@ def test_a_folder_that_may_not_be_written_to(source, processes):
             path.chmod(0o755)
         for target, name in ((output, output), (output / "below", f"output {output / 'below'}")):
             receive, send = multiprocessing.Pipe(duplex=False)
-            child = processes.Process(target=prepare_as_nobody, args=(prep_config(open_source, target), send))
+            child = processes.Process(
+                target=prepare_as_nobody, args=(prep_config(open_source, target), send)
+            )
             child.start()
             assert receive.poll(30)
             kind, told = receive.recv()

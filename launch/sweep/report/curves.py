@@ -67,13 +67,23 @@ def _records(path: Path) -> Iterator[bytes]:
                 yield record
 
 
-def write_hparams(run: Path, values: Mapping[str, bool | int | float | str], metrics: Mapping[str, float], began: float) -> None:
+def write_hparams(
+    run: Path,
+    values: Mapping[str, bool | int | float | str],
+    metrics: Mapping[str, float],
+    began: float,
+) -> None:
     """RUN/hparams: one session of TensorBoard's HParams, in place of the one that was there. began: seconds since 1970."""
     old = list((run / HPARAMS).glob("*tfevents*"))
     writer = EventFileWriter(str(run / HPARAMS))
     try:
-        about = hparams.hparams_pb(dict(values), trial_id=str(run.absolute()), start_time_secs=began)
-        for summary in (about, *(Summary(value=[Summary.Value(tag=k, simple_value=v)]) for k, v in metrics.items())):
+        about = hparams.hparams_pb(
+            dict(values), trial_id=str(run.absolute()), start_time_secs=began
+        )
+        for summary in (
+            about,
+            *(Summary(value=[Summary.Value(tag=k, simple_value=v)]) for k, v in metrics.items()),
+        ):
             writer.add_event(Event(wall_time=began, step=0, summary=summary))
     finally:
         writer.close()

@@ -46,14 +46,18 @@ class Row:
     @property
     def best(self) -> tuple[float, int] | None:
         points = [(p.value, p.step) for p in self.ap.points if number(p.value) is not None]
-        return max(points, key=lambda point: point[0], default=None)  # of equal ones the first, as checkpoints/best has it
+        return max(
+            points, key=lambda point: point[0], default=None
+        )  # of equal ones the first, as checkpoints/best has it
 
     @property
     def last_loss(self) -> float | None:
         return number(self.loss.points[-1].value) if self.loss.points else self.run.loss
 
     def metrics(self) -> dict[str, float]:
-        told = {key: number(self.run.metrics.get(key)) for key in MEASURES} | {"final_loss": self.last_loss}
+        told = {key: number(self.run.metrics.get(key)) for key in MEASURES} | {
+            "final_loss": self.last_loss
+        }
         return {key: value for key, value in told.items() if value is not None}
 
 
@@ -77,7 +81,11 @@ def cost_of(run: Run, loss: Curve) -> Cost:
             continue
         until = run.events[j]["time"] if j < len(run.events) else time.time()
         own = [(p.time, p.step) for p in loss.every if start["time"] <= p.time < until]
-        own += [(e["time"], e.get("step", 0)) for e in events if e["event"] in ("running", "saved", "done")]
+        own += [
+            (e["time"], e.get("step", 0))
+            for e in events
+            if e["event"] in ("running", "saved", "done")
+        ]
         if before is not None:
             seconds += max(0.0, running["time"] - before[0])
             starting += max(0.0, running["time"] - start["time"])
@@ -88,25 +96,47 @@ def cost_of(run: Run, loss: Curve) -> Cost:
 
 def lines_of(rows: Sequence[Row], keys: Sequence[str]) -> list[str]:
     """keys: of the overrides that differ."""
-    cells = [["run", *headings(keys), *MEASURES.values(), "best AP", "loss", "step", "state", "requeues"]]
+    cells = [
+        ["run", *headings(keys), *MEASURES.values(), "best AP", "loss", "step", "state", "requeues"]
+    ]
     for row in rows:
         run, best = row.run, row.best
-        cells.append([run.name, *(run.overrides.get(key, "") for key in keys),
-                      *(decimals(number(run.metrics.get(key))) for key in MEASURES),
-                      f"{best[0]:.3f} at {best[1]}" if best else "", decimals(row.last_loss, 4),
-                      "" if run.step is None else str(run.step), run.state.value, str(run.requeues)])
+        cells.append(
+            [
+                run.name,
+                *(run.overrides.get(key, "") for key in keys),
+                *(decimals(number(run.metrics.get(key))) for key in MEASURES),
+                f"{best[0]:.3f} at {best[1]}" if best else "",
+                decimals(row.last_loss, 4),
+                "" if run.step is None else str(run.step),
+                run.state.value,
+                str(run.requeues),
+            ]
+        )
     told = table(cells, right=range(len(keys) + 1, len(cells[0]) - 2))
     if (best_row := rows[0]).run.ap is not None and len(rows) > 1:
-        told.append(f"best: {best_row.run.folder} ({wording(best_row.run, keys)}), AP {best_row.run.ap:.3f}")
-    told += [f"{row.run.folder}: {row.run.state.value}: {row.run.error or row.run.reason}" for row in rows
-             if row.run.state in (State.failed, State.lost)]
-    told += [f"{row.run.folder}: requeued {row.run.requeues} times, which took {span(row.cost.seconds)} and "
-             f"{row.cost.steps} steps done twice" for row in rows if row.run.requeues]
+        told.append(
+            f"best: {best_row.run.folder} ({wording(best_row.run, keys)}), AP {best_row.run.ap:.3f}"
+        )
+    told += [
+        f"{row.run.folder}: {row.run.state.value}: {row.run.error or row.run.reason}"
+        for row in rows
+        if row.run.state in (State.failed, State.lost)
+    ]
+    told += [
+        f"{row.run.folder}: requeued {row.run.requeues} times, which took {span(row.cost.seconds)} and "
+        f"{row.cost.steps} steps done twice"
+        for row in rows
+        if row.run.requeues
+    ]
     return told
 
 
 def wording(run: Run, keys: Sequence[str]) -> str:
-    return " ".join(f"{key}={run.overrides[key]}" for key in keys if key in run.overrides) or "no overrides"
+    return (
+        " ".join(f"{key}={run.overrides[key]}" for key in keys if key in run.overrides)
+        or "no overrides"
+    )
 
 
 def as_value(text: str) -> bool | float | str:
@@ -134,7 +164,9 @@ def report(path: Path, tensorboard: str) -> None:
     from evspan.launch.sweep.report.html import write_page
 
     if not tensorboard.startswith(("http://", "https://")):
-        raise UserError(f"--tensorboard is {tensorboard!r}; give an address such as http://login1:6006")
+        raise UserError(
+            f"--tensorboard is {tensorboard!r}; give an address such as http://login1:6006"
+        )
     runs, note = look(path)
     rows, keys = rows_of(runs), differing(runs)
     print("\n".join(lines_of(rows, keys)))
@@ -146,11 +178,19 @@ def report(path: Path, tensorboard: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("evspan report", description=DESCRIPTION, epilog=EXAMPLES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        "evspan report",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("path", type=Path, metavar="PATH", help="the folder of a run or of a sweep")
-    parser.add_argument("--tensorboard", default="http://localhost:6006", metavar="URL",
-                        help="where the page's links lead (default: http://localhost:6006)")
+    parser.add_argument(
+        "--tensorboard",
+        default="http://localhost:6006",
+        metavar="URL",
+        help="where the page's links lead (default: http://localhost:6006)",
+    )
     given = parser.parse_args(argv)
     run_command(lambda: report(given.path, given.tensorboard))
 

@@ -33,7 +33,9 @@ def interval(values: Sequence[float]) -> Interval:
     if n == 1:
         return Interval(mean, None, tuple(values))
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    return Interval(mean, t_quantile(0.5 + CONFIDENCE / 2, n - 1) * deviation / math.sqrt(n), tuple(values))
+    return Interval(
+        mean, t_quantile(0.5 + CONFIDENCE / 2, n - 1) * deviation / math.sqrt(n), tuple(values)
+    )
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:

@@ -34,9 +34,15 @@ USUAL_ARMS = list(ARMS)[:6]
 LENGTHS = (2, 5, 10, 20, 40)
 ARM_LENGTH = 5  # frames a chunk in all arms
 OWN_KEYS = {  # key -> the option that sets it
-    "experiment": "--arms", "seed": "--seeds", "training.max_steps": "--steps", "training.sequence_length": "--lengths",
-    "training.gradient_frames": "--horizons", "training.batch_size": "--frames", "training.evaluate_every": "--evaluations",
-    "dataset.root": "--folder", "run_dir": "--folder",
+    "experiment": "--arms",
+    "seed": "--seeds",
+    "training.max_steps": "--steps",
+    "training.sequence_length": "--lengths",
+    "training.gradient_frames": "--horizons",
+    "training.batch_size": "--frames",
+    "training.evaluate_every": "--evaluations",
+    "dataset.root": "--folder",
+    "run_dir": "--folder",
 }
 
 HELP = """evspan bench: does it learn?
@@ -78,9 +84,20 @@ class Plan:
 
     def keys(self) -> list[str]:
         """Of the overrides that tell runs apart."""
-        extra = [key for key in (o.lstrip("+").partition("=")[0] for o in self.extra) if key.partition(".")[0] != "cluster"]
-        return ["experiment", "training.sequence_length", "training.batch_size", "training.gradient_frames", "training.max_steps",
-                "seed", *extra]
+        extra = [
+            key
+            for key in (o.lstrip("+").partition("=")[0] for o in self.extra)
+            if key.partition(".")[0] != "cluster"
+        ]
+        return [
+            "experiment",
+            "training.sequence_length",
+            "training.batch_size",
+            "training.gradient_frames",
+            "training.max_steps",
+            "seed",
+            *extra,
+        ]
 
     def arm(self, name: str, seed: int) -> list[str]:
         return self._run(f"bench/{name}", ARM_LENGTH, seed)
@@ -97,15 +114,30 @@ class Plan:
     def _run(self, experiment: str, length: int, seed: int) -> list[str]:
         """Its overrides. As many lanes as make `frames` of them: frames seen and steps are the same for every length."""
         every = max(1, self.steps // self.evaluations)
-        return [f"experiment={experiment}", f"training.sequence_length={length}", f"training.batch_size={self.frames // length}",
-                f"training.max_steps={self.steps}", f"seed={seed}", f"training.evaluate_every={every}", *self.extra]
+        return [
+            f"experiment={experiment}",
+            f"training.sequence_length={length}",
+            f"training.batch_size={self.frames // length}",
+            f"training.max_steps={self.steps}",
+            f"seed={seed}",
+            f"training.evaluate_every={every}",
+            *self.extra,
+        ]
 
     def all_runs(self) -> list[list[str]]:
         """Seed by seed, so that what is done so far compares."""
-        runs = [overrides for seed in range(self.seeds)
-                for overrides in (*(self.arm(name, seed) for name in self.arms), *(self.length(n, seed) for n in self.lengths),
-                                  *(self.horizon(n, seed) for n in self.horizons))]
-        return [list(run) for run in dict.fromkeys(map(tuple, runs))]  # the longest horizon is a length
+        runs = [
+            overrides
+            for seed in range(self.seeds)
+            for overrides in (
+                *(self.arm(name, seed) for name in self.arms),
+                *(self.length(n, seed) for n in self.lengths),
+                *(self.horizon(n, seed) for n in self.horizons),
+            )
+        ]
+        return [
+            list(run) for run in dict.fromkeys(map(tuple, runs))
+        ]  # the longest horizon is a length
 
     def found(self, runs: Sequence[Run], overrides: Sequence[str]) -> Run | None:
         """The run of these overrides."""
@@ -136,22 +168,65 @@ def learn(argv: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     arms = "\n".join(f"  {name:32}{words}" for name, words in ARMS.items())
-    parser = Parser("evspan bench learn", description=DESCRIPTION, epilog=EXAMPLES.format(arms),
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run; where they run: cluster=NAME (local)")
-    parser.add_argument("--folder", type=Path, default=Path("bench"), help="set, runs and report go there (default: bench)")
-    parser.add_argument("--seeds", type=int, metavar="N", help="of every arm and length (default: 3)")
-    parser.add_argument("--steps", type=int, metavar="N", help="optimizer updates of every run (default: 600)")
-    parser.add_argument("--frames", type=int, default=40, metavar="N", help="of a step, all lanes together (default: 40)")
-    parser.add_argument("--evaluations", type=int, default=4, metavar="N", help="of every run, evenly spaced (default: 4)")
-    parser.add_argument("--arms", type=_words, metavar="A,B,...", help="or none (default: the first six)")
-    parser.add_argument("--lengths", type=_words, metavar="N,M,...",
-                        help=f"frames of a sequence, or none (default: {','.join(map(str, LENGTHS))})")
-    parser.add_argument("--horizons", type=_words, metavar="N,M,...",
-                        help=f"frames that gradients flow back through in sequences of {LENGTHS[-1]}, or none (default: "
-                             f"{','.join(map(str, LENGTHS))})")
-    parser.add_argument("--quick", action="store_true",
-                        help="a small set, 2 seeds, 60 steps, arms baseline,size_aware_attention, lengths 2,10, no horizons")
+    parser = Parser(
+        "evspan bench learn",
+        description=DESCRIPTION,
+        epilog=EXAMPLES.format(arms),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="for every run; where they run: cluster=NAME (local)",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("bench"),
+        help="set, runs and report go there (default: bench)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="of every arm and length (default: 3)"
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="optimizer updates of every run (default: 600)"
+    )
+    parser.add_argument(
+        "--frames",
+        type=int,
+        default=40,
+        metavar="N",
+        help="of a step, all lanes together (default: 40)",
+    )
+    parser.add_argument(
+        "--evaluations",
+        type=int,
+        default=4,
+        metavar="N",
+        help="of every run, evenly spaced (default: 4)",
+    )
+    parser.add_argument(
+        "--arms", type=_words, metavar="A,B,...", help="or none (default: the first six)"
+    )
+    parser.add_argument(
+        "--lengths",
+        type=_words,
+        metavar="N,M,...",
+        help=f"frames of a sequence, or none (default: {','.join(map(str, LENGTHS))})",
+    )
+    parser.add_argument(
+        "--horizons",
+        type=_words,
+        metavar="N,M,...",
+        help=f"frames that gradients flow back through in sequences of {LENGTHS[-1]}, or none (default: "
+        f"{','.join(map(str, LENGTHS))})",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a small set, 2 seeds, 60 steps, arms baseline,size_aware_attention, lengths 2,10, no horizons",
+    )
     parser.add_argument("--report", action="store_true", help="only tell what is done so far")
     return parser
 
@@ -166,26 +241,53 @@ def planned(given: argparse.Namespace) -> Plan:
         UserError: an option makes no sense.
     """
     quick = given.quick
-    arms = given.arms if given.arms is not None else ["baseline", "size_aware_attention"] if quick else USUAL_ARMS
-    asked = given.lengths if given.lengths is not None else ["2", "10"] if quick else list(map(str, LENGTHS))
-    back = given.horizons if given.horizons is not None else [] if quick else list(map(str, LENGTHS))
+    arms = (
+        given.arms
+        if given.arms is not None
+        else ["baseline", "size_aware_attention"]
+        if quick
+        else USUAL_ARMS
+    )
+    asked = (
+        given.lengths
+        if given.lengths is not None
+        else ["2", "10"]
+        if quick
+        else list(map(str, LENGTHS))
+    )
+    back = (
+        given.horizons if given.horizons is not None else [] if quick else list(map(str, LENGTHS))
+    )
     seeds = given.seeds if given.seeds is not None else 2 if quick else 3
     steps = given.steps if given.steps is not None else 60 if quick else 600
-    for name, value in (("seeds", seeds), ("steps", steps), ("frames", given.frames), ("evaluations", given.evaluations)):
+    for name, value in (
+        ("seeds", seeds),
+        ("steps", steps),
+        ("frames", given.frames),
+        ("evaluations", given.evaluations),
+    ):
         if value < 1:
             raise UserError(f"--{name} is {value}; give 1 or more")
     if unknown := [name for name in arms if name not in ARMS]:
-        raise UserError(f"--arms: there is no arm {unknown[0]!r}; there are: {', '.join(ARMS)}, or none")
+        raise UserError(
+            f"--arms: there is no arm {unknown[0]!r}; there are: {', '.join(ARMS)}, or none"
+        )
     for option, words in (("lengths", asked), ("horizons", back)):
         if wrong := [n for n in words if not n.isdigit() or int(n) < 1]:
-            raise UserError(f"--{option}: {wrong[0]!r} is no number of frames; give some such as 2,10, or none")
+            raise UserError(
+                f"--{option}: {wrong[0]!r} is no number of frames; give some such as 2,10, or none"
+            )
     lengths, horizons = tuple(map(int, asked)), tuple(map(int, back))
     if horizons and max(horizons) > LENGTHS[-1]:
-        raise UserError(f"--horizons: {max(horizons)} is more than the {LENGTHS[-1]} frames of a sequence; give fewer")
+        raise UserError(
+            f"--horizons: {max(horizons)} is more than the {LENGTHS[-1]} frames of a sequence; give fewer"
+        )
     trained = (*lengths, *([ARM_LENGTH] if arms else []), *([LENGTHS[-1]] if horizons else []))
     if uneven := [n for n in trained if given.frames % n]:
-        raise UserError(f"--frames {given.frames}: a step of so many frames is no whole number of sequences of {uneven[0]}; "
-                        "give a multiple of all lengths")
+        raise UserError(
+            f"--frames {given.frames}: a step of so many frames is no whole number of sequences of {uneven[0]}; "
+            "give a multiple of all lengths"
+        )
     if not (arms or lengths or horizons):
         raise UserError("--arms none --lengths none --horizons none leaves nothing to run")
     for override in given.overrides:
@@ -195,8 +297,17 @@ def planned(given: argparse.Namespace) -> Plan:
         if key in OWN_KEYS:
             raise UserError(f"{key} is the benchmark's own; say it by {OWN_KEYS[key]}")
     folder = given.folder / (QUICK if quick else FULL).name
-    return Plan(folder, seeds, steps, given.frames, given.evaluations, tuple(dict.fromkeys(arms)), tuple(dict.fromkeys(lengths)),
-                tuple(dict.fromkeys(horizons)), tuple(given.overrides))
+    return Plan(
+        folder,
+        seeds,
+        steps,
+        given.frames,
+        given.evaluations,
+        tuple(dict.fromkeys(arms)),
+        tuple(dict.fromkeys(lengths)),
+        tuple(dict.fromkeys(horizons)),
+        tuple(given.overrides),
+    )
 
 
 def _learn(given: argparse.Namespace) -> int:
@@ -204,7 +315,9 @@ def _learn(given: argparse.Namespace) -> int:
 
     plan = planned(given)
     if given.report and not (plan.folder / RUNS / SWEEP).exists():
-        raise UserError(f"{plan.folder / RUNS} has no runs to tell of; without --report they are started")
+        raise UserError(
+            f"{plan.folder / RUNS} has no runs to tell of; without --report they are started"
+        )
     made, code = recordings_in(plan.folder, QUICK if given.quick else FULL), 0
     if not given.report:
         code = _train(plan, made)
@@ -225,14 +338,22 @@ def _break_down(plan: Plan, made: Made, runs: Sequence[Run]) -> None:
     from evspan.conf.compose import replaced
     from learning.report import COMPARED, finished, measured
 
-    alike = [o for o in plan.extra if o.startswith(("evaluation.", "parallel.threads="))]  # as training evaluated
-    arguments = replaced([*alike, "evaluation.write_detections=false"], "dataset.root", str(made.shards))
+    alike = [
+        o for o in plan.extra if o.startswith(("evaluation.", "parallel.threads="))
+    ]  # as training evaluated
+    arguments = replaced(
+        [*alike, "evaluation.write_detections=false"], "dataset.root", str(made.shards)
+    )
     for run in finished(plan, runs):
         if set(COMPARED) - measured(run).keys():
             words = ["evaluate", *replaced(arguments, "checkpoint", str(run.folder))]
-            if code := subprocess.run([sys.executable, "-m", "evspan.launch", *words], stdout=subprocess.DEVNULL).returncode:
-                print(f"{run.folder}: evspan evaluate ended with exit code {code}; nothing is told of its still objects",
-                      file=sys.stderr)
+            if code := subprocess.run(
+                [sys.executable, "-m", "evspan.launch", *words], stdout=subprocess.DEVNULL
+            ).returncode:
+                print(
+                    f"{run.folder}: evspan evaluate ended with exit code {code}; nothing is told of its still objects",
+                    file=sys.stderr,
+                )
 
 
 def _train(plan: Plan, made: Made) -> int:
@@ -241,5 +362,7 @@ def _train(plan: Plan, made: Made) -> int:
     from evspan.launch.sweep.submit import place_sweep
 
     where = [] if any(o.startswith("cluster=") for o in plan.extra) else ["cluster=local"]
-    common = replaced(replaced(where, "dataset.root", str(made.shards)), "run_dir", str(plan.folder / RUNS))
+    common = replaced(
+        replaced(where, "dataset.root", str(made.shards)), "run_dir", str(plan.folder / RUNS)
+    )
     return place_sweep([], [[*overrides, *common] for overrides in plan.all_runs()], plan.keys())
