@@ -31,7 +31,7 @@ SOURCE_CHANGED, BOXES_CHANGED, CONFIG_CHANGED = (
     "the box file has changed",
     "the config has changed",
 )
-REFUSED_NOW = "max_invalid_share is lower now"
+REFUSED_NOW = "max_invalid_fraction is lower now"
 MARKED = "evspan prep verify found it damaged"
 
 
@@ -224,7 +224,7 @@ def _compare(
     if stored.config != resolved:
         return CONFIG_CHANGED, stored
     try:
-        refuse_invalid(source.path, entry, config.max_invalid_share)
+        refuse_invalid(source.path, entry, config.max_invalid_fraction)
     except RecordingError:
         return REFUSED_NOW, stored
     return "", stored

@@ -93,19 +93,19 @@ def config(
             backbone=BackboneConfig(
                 embed_dim=16, dim_head=8, ls_init_value=0.5, partition_split_32=1
             ),
-            fpn=FpnConfig(enable_small_object_attention=True, identity_start=False),
+            fpn=FpnConfig(enable_small_object_attention=True, identity_init=False),
         ),
         dataset=DatasetConfig(root=str(folder / "shards")),
         training=TrainingConfig(
             max_steps=10 * steps,
             batch_size=max(2, ranks),
             sequence_length=ranks * math.ceil(4 / ranks),
-            loader_workers=1,
+            num_workers=1,
             log_every=1,
             frames_per_call=layout.frames_per_call,
             evaluate_every=0,
         ),
-        optimizer=OptimizerConfig(lr=2e-4, warmup_share=0.2),
+        optimizer=OptimizerConfig(lr=2e-4, warmup_fraction=0.2),
         deepspeed=DeepSpeedConfig(stage=layout.stage),
         parallel=ParallelConfig(
             ranks=layout.ranks,

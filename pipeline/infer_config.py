@@ -81,7 +81,7 @@ def recognise(
         attention_spatial="spatial" in attention if enabled else True,
         attention_temporal="temporal" in attention if enabled else True,
         temporal_window=length(f"{ATTENTION}scale_0.temporal.temporal_conv.weight", 2, 3),
-        identity_start=not enabled
+        identity_init=not enabled
         or any(name.startswith("fpn.") and name.endswith(".gate") for name in tensors),
     )
     head = HeadConfig(num_classes=length("yolox_head.cls_preds.0.weight", 0, 3))

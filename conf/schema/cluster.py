@@ -31,18 +31,18 @@ class ClusterConfig:
     exclude: str = ""
     gpus_per_node: int = 0  # that a node has; each rank gets one
     ranks_per_node: int = 0  # at most; 0: one per GPU, or one where there are none
-    cpus_per_rank: int = 1
+    cpus_per_task: int = 1
     mem_gb: float = 0.0  # per node; 0: the cluster's default
-    time_min: int = 240  # limit of one attempt; a run that reaches it is saved and requeued
+    timeout_min: int = 240  # limit of one attempt; a run that reaches it is saved and requeued
     signal_delay_s: int = 120  # a run is told so long before the limit; it saves at its next step
-    max_parallel: int = 16  # runs of a sweep at once
-    max_faults: int = 3  # a run that fails so many times in a row at the same step is given up
+    array_parallelism: int = 16  # runs of a sweep at once
+    max_retries: int = 3  # a run that fails so many times in a row at the same step is given up
     requeue_after_fault: bool = True
     setup: list[str] = field(
         default_factory=list
     )  # shell lines before everything else, such as 'module load cuda'
     environment: list[str] = field(default_factory=list)  # NAME=VALUE
-    options: list[str] = field(
+    sbatch_args: list[str] = field(
         default_factory=list
     )  # further ones of sbatch: mail-type=END, exclusive
     container: Container = Container.none
@@ -55,9 +55,15 @@ class ClusterConfig:
     dry_run: bool = False  # print the batch script, submit nothing
 
     def __post_init__(self) -> None:
-        for name in ("setup", "environment", "options", "mounts"):
+        for name in ("setup", "environment", "sbatch_args", "mounts"):
             setattr(self, name, list(getattr(self, name)))
-        for name in ("cpus_per_rank", "time_min", "signal_delay_s", "max_parallel", "max_faults"):
+        for name in (
+            "cpus_per_task",
+            "timeout_min",
+            "signal_delay_s",
+            "array_parallelism",
+            "max_retries",
+        ):
             require(
                 getattr(self, name) >= 1, f"cluster.{name} is {getattr(self, name)}; give 1 or more"
             )
@@ -66,8 +72,8 @@ class ClusterConfig:
                 getattr(self, name) >= 0, f"cluster.{name} is {getattr(self, name)}; give 0 or more"
             )
         require(
-            self.signal_delay_s < 60 * self.time_min,
-            f"cluster.signal_delay_s is {self.signal_delay_s}, but a run may last {60 * self.time_min} s (cluster.time_min); "
+            self.signal_delay_s < 60 * self.timeout_min,
+            f"cluster.signal_delay_s is {self.signal_delay_s}, but a run may last {60 * self.timeout_min} s (cluster.timeout_min); "
             "leave it time to work before it is told to end",
         )
         require(
@@ -90,10 +96,10 @@ class ClusterConfig:
                 f"cluster.{name} holds a line break or another control character: "
                 f"{getattr(self, name)!r}; give it on one line",
             )
-        for option in self.options:
+        for option in self.sbatch_args:
             require(
                 bool(re.fullmatch(r"[a-z][a-z0-9-]*(=.*)?", option)) and option.isprintable(),
-                f"cluster.options has {option!r}; give names of sbatch's options without dashes before them, and values on "
+                f"cluster.sbatch_args has {option!r}; give names of sbatch's options without dashes before them, and values on "
                 "one line: [mail-type=END, exclusive]",
             )
         for setting in self.environment:

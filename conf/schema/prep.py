@@ -91,7 +91,7 @@ class LabelConfig:
     crop: bool = True  # cut boxes at the sensor's border, drop those wholly outside
     min_side: float = 0.0
     min_diagonal: float = 0.0
-    max_width_share: float | None = (
+    max_width_fraction: float | None = (
         None  # drop boxes wider than this share of the sensor; train split only
     )
 
@@ -105,8 +105,8 @@ class LabelConfig:
             f"dataset.labels.min_side {self.min_side} and min_diagonal {self.min_diagonal} must not be negative",
         )
         require(
-            self.max_width_share is None or 0 < self.max_width_share <= 1,
-            f"dataset.labels.max_width_share is {self.max_width_share}; give a share up to 1, or null for boxes of any width",
+            self.max_width_fraction is None or 0 < self.max_width_fraction <= 1,
+            f"dataset.labels.max_width_fraction is {self.max_width_fraction}; give a share up to 1, or null for boxes of any width",
         )
 
 
@@ -152,7 +152,7 @@ class PrepConfig:
     processes: int = 0  # 0: one per core that this process may use
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     shard_mib: int = 2048  # several recordings share a file up to this size
-    max_invalid_share: float = (
+    max_invalid_fraction: float = (
         0.01  # refuse a recording with a larger share of events outside the sensor
     )
     codec: Codec = (
@@ -171,6 +171,6 @@ class PrepConfig:
             f"dataset.labels.label_every_ms is {labels.label_every_ms}; RVT (frames.mode=rvt) takes a label every 100 ms",
         )
         require(
-            0 <= self.max_invalid_share <= 1,
-            f"max_invalid_share is {self.max_invalid_share}; give a share from 0 to 1",
+            0 <= self.max_invalid_fraction <= 1,
+            f"max_invalid_fraction is {self.max_invalid_fraction}; give a share from 0 to 1",
         )

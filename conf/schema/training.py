@@ -85,7 +85,7 @@ class FpnConfig:
     attention_spatial: bool = True
     attention_temporal: bool = True
     temporal_window: int = 3  # frames t-2, t-1, t
-    identity_start: bool = (
+    identity_init: bool = (
         True  # False: the published form, which scales features from the first step
     )
     mix_lanes: bool = False  # an ablation: every lane looks back at its neighbour's frames, as a buffer that lanes share does
@@ -173,14 +173,14 @@ class ModelConfig:
 class AugmentationConfig:
     """Drawn once per lane and sequence, alike for all its frames."""
 
-    hflip: float = 0.5  # probability
-    zoom: float = 0.8  # probability of zooming at all; streamed lanes zoom out only
+    hflip_prob: float = 0.5  # probability
+    zoom_prob: float = 0.8  # probability of zooming at all; streamed lanes zoom out only
     zoom_in: float = 1.5  # largest factor
     zoom_out: float = 1.2
-    zoom_in_share: float = 0.8  # of the zooms in random lanes
+    zoom_in_fraction: float = 0.8  # of the zooms in random lanes
 
     def __post_init__(self) -> None:
-        for name in ("hflip", "zoom", "zoom_in_share"):
+        for name in ("hflip_prob", "zoom_prob", "zoom_in_fraction"):
             require(
                 0 <= getattr(self, name) <= 1,
                 f"training.augmentation.{name} is {getattr(self, name)}; give a probability from 0 to 1",
@@ -196,8 +196,8 @@ class TrainingConfig:
     max_steps: int = 100_000
     batch_size: int = 8  # lanes of the whole world
     sequence_length: int = 5  # frames a chunk
-    gradient_frames: int = 0  # of a chunk, that gradients flow back through at most; 0: all. What longer chunks are worth
-    accumulation: int = 1  # micro-batches a step
+    bptt_frames: int = 0  # of a chunk, that gradients flow back through at most; 0: all. What longer chunks are worth
+    gradient_accumulation_steps: int = 1  # micro-batches a step
     sampling: Sampling = Sampling.mixed
     precision: Precision = Precision.fp32
     gradient_clipping: float = 1.0  # global L2 norm; 0: off
@@ -207,9 +207,9 @@ class TrainingConfig:
     )
     compile: bool = False  # torch.compile of the spatial part
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    loader_workers: int = 2  # threads that read and decode frames ahead, per rank
+    num_workers: int = 2  # threads that read and decode frames ahead, per rank
     log_every: int = 50
-    pictures_every: int = 1000  # steps between pictures and histograms, and at the last; 0: never
+    log_images_every: int = 1000  # steps between pictures and histograms, and at the last; 0: never
     profile: list[int] = field(
         default_factory=list
     )  # [first, last] steps to trace into run_dir/profile
@@ -221,7 +221,7 @@ class TrainingConfig:
             "max_steps",
             "batch_size",
             "sequence_length",
-            "accumulation",
+            "gradient_accumulation_steps",
             "log_every",
             "max_nonfinite",
         ):
@@ -230,8 +230,8 @@ class TrainingConfig:
                 f"training.{name} is {getattr(self, name)}; give 1 or more",
             )
         require(
-            self.pictures_every >= 0,
-            f"training.pictures_every is {self.pictures_every}; give 0 (never) or more",
+            self.log_images_every >= 0,
+            f"training.log_images_every is {self.log_images_every}; give 0 (never) or more",
         )
         self.profile = list(self.profile)
         require(
@@ -241,16 +241,16 @@ class TrainingConfig:
             f"training.profile is {self.profile}; give [first, last], steps from 1 on, at most 20: a trace is some MB a step",
         )
         require(
-            self.gradient_frames >= 0,
-            f"training.gradient_frames is {self.gradient_frames}; give 0 (all) or more",
+            self.bptt_frames >= 0,
+            f"training.bptt_frames is {self.bptt_frames}; give 0 (all) or more",
         )
         require(
             self.frames_per_call >= 0,
             f"training.frames_per_call is {self.frames_per_call}; give 0 (all) or more",
         )
         require(
-            self.loader_workers >= 0,
-            f"training.loader_workers is {self.loader_workers}; give 0 or more",
+            self.num_workers >= 0,
+            f"training.num_workers is {self.num_workers}; give 0 or more",
         )
         require(
             self.gradient_clipping >= 0,
@@ -265,20 +265,23 @@ class OptimizerConfig:
     lr: float = 1e-3  # at the peak
     weight_decay: float = 5e-4
     schedule: Schedule = Schedule.onecycle
-    warmup_share: float = 0.005  # of max_steps
+    warmup_fraction: float = 0.005  # of max_steps
     start_factor: float = 0.05  # lr before the warm-up, as a share of the peak
     end_factor: float = 1e-4  # lr at the last step
-    gate_lr: float = 1.0  # times lr: of the gates of small-object attention
+    gate_lr_multiplier: float = 1.0  # times lr: of the gates of small-object attention
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optimizer.lr is {self.lr}; give a learning rate above 0")
-        require(self.gate_lr > 0, f"optimizer.gate_lr is {self.gate_lr}; give a factor above 0")
+        require(
+            self.gate_lr_multiplier > 0,
+            f"optimizer.gate_lr_multiplier is {self.gate_lr_multiplier}; give a factor above 0",
+        )
         require(
             self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; give 0 or more"
         )
         require(
-            0 <= self.warmup_share < 1,
-            f"optimizer.warmup_share is {self.warmup_share}; give a share from 0 to below 1",
+            0 <= self.warmup_fraction < 1,
+            f"optimizer.warmup_fraction is {self.warmup_fraction}; give a share from 0 to below 1",
         )
 
 
@@ -420,8 +423,8 @@ class TrainConfig:
             f"{self.model.head.num_classes}; set model.head.num_classes={len(self.dataset.classes)} or more",
         )
         require(
-            not self.training.gradient_frames or self.parallel.sequence == 1,
-            f"training.gradient_frames {self.training.gradient_frames} cuts sequences of one rank; set parallel.sequence=1",
+            not self.training.bptt_frames or self.parallel.sequence == 1,
+            f"training.bptt_frames {self.training.bptt_frames} cuts sequences of one rank; set parallel.sequence=1",
         )
         check_layout(
             ranks=self.parallel.ranks,

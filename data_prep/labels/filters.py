@@ -35,8 +35,8 @@ def filter_boxes(
         )
     if config.min_diagonal:
         keep("boxes_under_min_diagonal", np.hypot(boxes["w"], boxes["h"]) >= config.min_diagonal)
-    if config.max_width_share is not None and split == "train":
-        keep("boxes_over_max_width", boxes["w"] <= config.max_width_share * width)
+    if config.max_width_fraction is not None and split == "train":
+        keep("boxes_over_max_width", boxes["w"] <= config.max_width_fraction * width)
     return boxes, dropped
 
 

@@ -168,7 +168,7 @@ def _rates(survey: Survey) -> Iterator[str]:
 
 
 def _saturation(survey: Survey) -> Iterator[str]:
-    share = survey.summary().saturated_share
+    share = survey.summary().saturated_fraction
     if share is not None and share > SATURATED:
         yield f"{percent(share)} of the cells that count anything are at the cutoff of {survey.cutoff}: what exceeds it is lost."
 

@@ -31,7 +31,7 @@ OPTION = {
     "boxes_outside_the_sensor": "crop",
     "boxes_under_min_side": "min_side",
     "boxes_under_min_diagonal": "min_diagonal",
-    "boxes_over_max_width": "max_width_share",
+    "boxes_over_max_width": "max_width_fraction",
 }
 
 
@@ -101,7 +101,7 @@ def _key_figures(survey: Survey) -> str:
         (
             "labelled frames",
             count(s.total("labelled_frames")),
-            f"{percent(s.labelled_share or 0)} of frames, {s.label_rate or 0:.2f} a second",
+            f"{percent(s.labelled_fraction or 0)} of frames, {s.label_rate or 0:.2f} a second",
         ),
         (
             "boxes",
@@ -111,7 +111,7 @@ def _key_figures(survey: Survey) -> str:
         ("events", short(s.total("events")), f"{short(s.event_rate or 0)} a second"),
         (
             "frames without events",
-            percent(s.empty_share or 0),
+            percent(s.empty_fraction or 0),
             f"{count(sum(r.empty_frames for r in s.of))} frames",
         ),
     ]
@@ -129,7 +129,7 @@ MEASURES: list[tuple[str, Callable[[Summary], float | None], Callable[[float], s
     ("seconds", lambda s: s.seconds, decimals(1)),
     ("frames", lambda s: s.total("frames"), count),
     ("labelled", lambda s: s.total("labelled_frames"), count),
-    ("share labelled", lambda s: s.labelled_share, percent),
+    ("share labelled", lambda s: s.labelled_fraction, percent),
     ("labels/s", lambda s: s.label_rate, decimals(2)),
     ("without boxes", lambda s: sum(r.negatives for r in s.of), count),
     ("boxes", lambda s: s.total("boxes"), count),
@@ -141,8 +141,8 @@ MEASURES: list[tuple[str, Callable[[Summary], float | None], Callable[[float], s
         lambda s: sum(n for k, n in s.dropped("dropped_events").items() if k not in MENDED),
         count,
     ),
-    ("frames empty", lambda s: s.empty_share, percent),
-    ("at cutoff", lambda s: s.saturated_share, percent),
+    ("frames empty", lambda s: s.empty_fraction, percent),
+    ("at cutoff", lambda s: s.saturated_fraction, percent),
     ("kB/frame", lambda s: None if s.frame_bytes is None else s.frame_bytes / 1000, decimals(1)),
 ]
 

@@ -101,7 +101,7 @@ class Summary:
         return np.sum([r.counts for r in self.of], axis=0)
 
     @property
-    def labelled_share(self) -> float | None:
+    def labelled_fraction(self) -> float | None:
         return ratio(self.total("labelled_frames"), self.total("frames"))
 
     @property
@@ -113,7 +113,7 @@ class Summary:
         return ratio(self.total("events"), self.seconds)
 
     @property
-    def empty_share(self) -> float | None:
+    def empty_fraction(self) -> float | None:
         return ratio(sum(r.empty_frames for r in self.of), self.total("frames"))
 
     @property
@@ -121,7 +121,7 @@ class Summary:
         return ratio(sum(r.code_bytes for r in self.of), self.total("frames"))
 
     @property
-    def saturated_share(self) -> float | None:
+    def saturated_fraction(self) -> float | None:
         """Of the cells that counted anything, in the sampled frames."""
         return ratio(int(self.counts[self.cutoff :].sum()), int(self.counts[1:].sum()))
 

@@ -95,7 +95,7 @@ def prepare_recording(
         group = file.create_group(source.name)
         entry = _copy_frames(group, reuse, labels, config) if reuse else None
         entry = entry or _make_frames(group, source, labels, config, check_disk)
-        refuse_invalid(source.path, entry, config.max_invalid_share)
+        refuse_invalid(source.path, entry, config.max_invalid_fraction)
         entry = _write_labels(group, entry, labels, config)
         about = source.path.stat()
         if (about.st_size, about.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
@@ -256,16 +256,16 @@ def _copy_frames(
     return replace(entry, shard="")
 
 
-def refuse_invalid(path: Path, entry: RecordingEntry, max_share: float) -> None:
-    """Raises RecordingError: no events, or a larger share than `max_share` outside the sensor."""
+def refuse_invalid(path: Path, entry: RecordingEntry, max_fraction: float) -> None:
+    """Raises RecordingError: no events, or a larger share than `max_fraction` outside the sensor."""
     outside = entry.dropped_events.get("outside_sensor", 0)
     total = outside + entry.events
-    if outside > max_share * total:
+    if outside > max_fraction * total:
         raise RecordingError(
             f"{path}: {outside} of {total} events ({outside / total:.1%}) lie outside the sensor of "
             f"{entry.sensor_width} x {entry.sensor_height} pixels. The file may be damaged or its header may "
             "tell a wrong size; to drop them all the same set "
-            f"max_invalid_share={min(1, outside / total + 0.001):.3f}"
+            f"max_invalid_fraction={min(1, outside / total + 0.001):.3f}"
         )
     if not entry.events:
         raise RecordingError(

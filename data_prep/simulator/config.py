@@ -18,7 +18,7 @@ class SimulatorConfig:
     max_objects: int = 8
     min_scale: float = 1.0  # of an object's size, drawn for each
     max_scale: float = 1.0
-    stop_share: float = 0.3  # of the objects stop on their way, each for 1 to 2.2 s
+    stop_fraction: float = 0.3  # of the objects stop on their way, each for 1 to 2.2 s
     contrast_threshold: float = 0.2  # change of log intensity that makes an event
     threshold_mismatch: float = 0.03  # standard deviation over the pixels, relative
     refractory_us: int = 200  # a pixel is blind for so long after an event
@@ -39,7 +39,8 @@ class SimulatorConfig:
             f"min_scale {self.min_scale} and max_scale {self.max_scale}: give 0.25 to 2, the smaller first",
         )
         require(
-            0 <= self.stop_share <= 1, f"stop_share is {self.stop_share}; give a share from 0 to 1"
+            0 <= self.stop_fraction <= 1,
+            f"stop_fraction is {self.stop_fraction}; give a share from 0 to 1",
         )
         require(
             0.05 <= self.contrast_threshold <= 2,

@@ -44,9 +44,12 @@ def _scene_and_rng(
     return duration, make_scene(duration, scene_rng, config), sensor_rng
 
 
+DEFAULT = SimulatorConfig()
+
+
 def simulated_events(
-    seconds: float, seed: int, config: SimulatorConfig = SimulatorConfig()
-) -> Iterator[Events]:  # noqa: B008
+    seconds: float, seed: int, config: SimulatorConfig = DEFAULT
+) -> Iterator[Events]:
     """The events of a recording, sorted by time from 0 us on, in blocks of bounded size."""
     duration, scene, rng = _scene_and_rng(seconds, seed, config)
     sensor = Sensor(scene.background, *_at(scene, 0), rng, config)
@@ -56,9 +59,7 @@ def simulated_events(
         yield sensor.events(times, *shapes_and_centres(scene.alive(start, end), times))
 
 
-def simulated_boxes(
-    seconds: float, seed: int, config: SimulatorConfig = SimulatorConfig()
-) -> NDArray:  # noqa: B008
+def simulated_boxes(seconds: float, seed: int, config: SimulatorConfig = DEFAULT) -> NDArray:
     """(N,) RAW_BOX at 60 Hz: the upright box around what is visible of each object, inside the sensor.
 
     An object of which less than 30 % is visible, since it is outside or hidden, has none.
@@ -81,8 +82,8 @@ def _at(scene: Scene, t: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 def simulate(
-    path: str | Path, *, seconds: float, seed: int, config: SimulatorConfig = SimulatorConfig()
-) -> SimulationReport:  # noqa: B008
+    path: str | Path, *, seconds: float, seed: int, config: SimulatorConfig = DEFAULT
+) -> SimulationReport:
     """Write a recording to `path` (.raw EVT3, .dat or .h5) and its boxes beside it; each appears whole or not at all.
 
     Raises:

@@ -125,7 +125,7 @@ def _make_track(
     length = _curve_length(points)
     crossing = 1e6 * float(np.clip(length / np.exp(rng.uniform(*np.log(SPEEDS))), *CROSSING_S))
     stop_at, stopped = crossing * rng.uniform(0.3, 0.65), 1e6 * rng.uniform(*STOP_S)
-    stops = rng.random() < config.stop_share
+    stops = rng.random() < config.stop_fraction
     track = Track(track_id, class_id, shape, area, points, born_us, crossing, stop_at, stopped)
     at_rest = track.centre(np.array([born_us + stop_at + BRAKING_US]))[0]
     in_sight = (at_rest > extent).all() and (at_rest < (config.width, config.height) - extent).all()

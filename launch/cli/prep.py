@@ -58,7 +58,7 @@ HELP = """evspan prep: recordings -> shards of histogram frames
       processes=0                0: one per core
       codec=fast                 fast | small: through zstd, smaller and slower to read
       shard_mib=2048             several recordings share a file up to this size
-      max_invalid_share=0.01     refuse a recording with a larger share of events outside the sensor
+      max_invalid_fraction=0.01     refuse a recording with a larger share of events outside the sensor
 
   evspan prep --cfg job ...        shows the config that these arguments make; conf/schema/prep.py explains every key
   evspan prep --hydra-help         how overrides work

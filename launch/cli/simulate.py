@@ -241,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"factor on objects' sizes, drawn for each (default: {default.min_scale:g},{default.max_scale:g})",
     )
     for name, meaning in (
-        ("stop_share", "of the objects that stop on their way"),
+        ("stop_fraction", "of the objects that stop on their way"),
         ("noise_hz", "background events per pixel and second"),
         ("contrast_threshold", "change of log intensity that fires"),
     ):
@@ -270,7 +270,7 @@ def simulate_all(given: argparse.Namespace) -> None:
         max_objects=given.objects[1],
         min_scale=given.scales[0],
         max_scale=given.scales[1],
-        stop_share=given.stop_share,
+        stop_fraction=given.stop_fraction,
         noise_hz=given.noise_hz,
         contrast_threshold=given.contrast_threshold,
     )

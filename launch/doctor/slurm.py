@@ -165,7 +165,7 @@ def time_limit(partition: Values, config: ClusterConfig) -> Finding:
         return Finding(
             "time limit",
             PASS,
-            f"none in {name}; cluster.time_min is {config.time_min} unless you set it",
+            f"none in {name}; cluster.timeout_min is {config.timeout_min} unless you set it",
         )
     found = f"{most / 60:g} min in {name}"
     if most <= config.signal_delay_s:
@@ -176,12 +176,12 @@ def time_limit(partition: Values, config: ClusterConfig) -> Finding:
             "(cluster.signal_delay_s)",
             "name a partition with a longer limit, or lower cluster.signal_delay_s",
         )
-    if most < 60 * config.time_min:
+    if most < 60 * config.timeout_min:
         return Finding(
             "time limit",
             WARN,
-            f"{found}, less than the {config.time_min} of cluster.time_min",
-            f"set cluster.time_min={most // 60:.0f} or less: SLURM refuses longer jobs, or never starts them; at its "
+            f"{found}, less than the {config.timeout_min} of cluster.timeout_min",
+            f"set cluster.timeout_min={most // 60:.0f} or less: SLURM refuses longer jobs, or never starts them; at its "
             "limit a run is saved and requeued",
         )
     return Finding(

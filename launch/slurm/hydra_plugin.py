@@ -10,10 +10,10 @@ from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 
 SAME = {
-    "timeout_min": "time_min",
-    "cpus_per_task": "cpus_per_rank",
-    "array_parallelism": "max_parallel",
-    "additional_parameters": "options",
+    "timeout_min": "timeout_min",
+    "cpus_per_task": "cpus_per_task",
+    "array_parallelism": "array_parallelism",
+    "additional_parameters": "sbatch_args",
 }  # hydra-submitit-launcher's words for keys of `cluster`
 ALIKE = ("partition", "account", "qos", "constraint", "exclude", "signal_delay_s", "setup")
 

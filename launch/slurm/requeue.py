@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         notes_in(notes_of(run, os.environ)),
         code,
         state,
-        most=about["max_faults"],
+        most=about["max_retries"],
         retry=about["requeue_after_fault"],
         logs=logs,
     )

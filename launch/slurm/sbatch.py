@@ -44,7 +44,7 @@ def submit(
                     "run": str(task.run),
                     "log": log,
                     "ranks": nodes * each,
-                    "max_faults": cluster.max_faults,
+                    "max_retries": cluster.max_retries,
                     "requeue_after_fault": cluster.requeue_after_fault,
                 }
                 for task in tasks
@@ -54,7 +54,7 @@ def submit(
     jobs = submit_array(
         _executor(tasks, cluster, nodes, each, folder, name),
         [Attempt(str(t.run), t.argv) for t in tasks],
-        "Correct cluster.partition, account, qos, constraint, time_min, cpus_per_rank, mem_gb or gpus_per_node; "
+        "Correct cluster.partition, account, qos, constraint, timeout_min, cpus_per_task, mem_gb or gpus_per_node; "
         "cluster.dry_run=true shows the script, sinfo the partitions, evspan doctor the cluster",
     )
     return [job.job_id for job in jobs]
@@ -86,21 +86,21 @@ def _executor(
         given["mem"] = f"{int(1024 * cluster.mem_gb)}MB"
     executor.update_parameters(
         job_name=name,
-        time=cluster.time_min,
+        time=cluster.timeout_min,
         nodes=nodes,
         ntasks_per_node=each,
-        cpus_per_task=cluster.cpus_per_rank,
-        array_parallelism=cluster.max_parallel,
+        cpus_per_task=cluster.cpus_per_task,
+        array_parallelism=cluster.array_parallelism,
         signal_delay_s=cluster.signal_delay_s,
         stderr_to_stdout=True,
         wckey=None,
         setup=_before(cluster),
         teardown=_after(folder, python, of_srun),
         # From SLURM 22.05 on, srun does not take the job's CPUs. Ranks name a dead one before a minute has passed.
-        srun_args=[f"--cpus-per-task={cluster.cpus_per_rank}", "--wait=60", *of_srun],
+        srun_args=[f"--cpus-per-task={cluster.cpus_per_task}", "--wait=60", *of_srun],
         additional_parameters={
             "requeue": True,
-            **dict(_option(option) for option in cluster.options),
+            **dict(_option(option) for option in cluster.sbatch_args),
         },
         **given,
     )
@@ -125,7 +125,7 @@ def _before(cluster: ClusterConfig) -> list[str]:
         *paths,
         "trap : TERM USR1 USR2",
         "export PYTHONSAFEPATH=1",
-        f"export OMP_NUM_THREADS={cluster.cpus_per_rank}",
+        f"export OMP_NUM_THREADS={cluster.cpus_per_task}",
     ]
 
 

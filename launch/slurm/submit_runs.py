@@ -67,7 +67,7 @@ def _tasks(plans: Sequence["Planned"], cluster: ClusterConfig) -> list[batch.Tas
 def _threads(plan: "Planned", cluster: ClusterConfig) -> list[str]:
     """A rank would count the node's cores, of which it has its share."""
     assert plan.config is not None
-    return [] if plan.config.parallel.threads else [f"parallel.threads={cluster.cpus_per_rank}"]
+    return [] if plan.config.parallel.threads else [f"parallel.threads={cluster.cpus_per_task}"]
 
 
 def _seen(plan: "Planned") -> list[Path]:

@@ -20,7 +20,7 @@ SUBMIT_HELP = """evspan submit: one run as a SLURM job, over as many nodes as pa
 
   examples
       evspan submit experiment=gen4/tiny dataset.root=/data/gen4 run_dir=runs/tiny parallel.ranks=16 cluster=gpu_nodes
-      evspan submit ... cluster.partition=gpu cluster.account=lab cluster.time_min=720 cluster.detach=true
+      evspan submit ... cluster.partition=gpu cluster.account=lab cluster.timeout_min=720 cluster.detach=true
       evspan submit ... cluster.dry_run=true          prints the batch script, submits nothing
       evspan submit ... cluster=local                 the same on this machine
 
@@ -34,11 +34,11 @@ SUBMIT_HELP = """evspan submit: one run as a SLURM job, over as many nodes as pa
       cluster=slurm                  slurm | gpu_nodes | local, or a file of yours in FOLDER/cluster with --config-dir FOLDER
       cluster.partition, account, qos, constraint, exclude      left to the cluster's defaults when empty
       cluster.gpus_per_node=0        a rank each;  cluster.ranks_per_node=0: one per GPU, or one
-      cluster.cpus_per_rank=1  cluster.mem_gb=0 (per node)  cluster.time_min=240  cluster.signal_delay_s=120
-      cluster.setup=["module load cuda"]  'cluster.environment=["NCCL_DEBUG=INFO"]'  'cluster.options=["mail-type=END"]'
+      cluster.cpus_per_task=1  cluster.mem_gb=0 (per node)  cluster.timeout_min=240  cluster.signal_delay_s=120
+      cluster.setup=["module load cuda"]  'cluster.environment=["NCCL_DEBUG=INFO"]'  'cluster.sbatch_args=["mail-type=END"]'
       cluster.container=none         apptainer | pyxis, with cluster.image=FILE
-      cluster.max_parallel=16        runs of a sweep at once
-      cluster.max_faults=3           a run that fails so often in a row at the same step is given up
+      cluster.array_parallelism=16        runs of a sweep at once
+      cluster.max_retries=3           a run that fails so often in a row at the same step is given up
 """
 SWEEP_HELP = """evspan sweep: many runs, one for each combination of the values that are given with commas
 
@@ -46,7 +46,7 @@ SWEEP_HELP = """evspan sweep: many runs, one for each combination of the values 
 
   examples
       evspan sweep run_dir=sweeps/lr dataset.root=/data/gen4 experiment=gen4/tiny optimizer.lr=1e-4,3e-4,1e-3 cluster=gpu_nodes
-      evspan sweep run_dir=sweeps/lr ... cluster.max_parallel=4 cluster.detach=true
+      evspan sweep run_dir=sweeps/lr ... cluster.array_parallelism=4 cluster.detach=true
       evspan sweep run_dir=sweeps/lr ... cluster=local            one after the other on this machine
 
   A run whose overrides are wrong fails alone. The same command again goes on with what is not done; with more values, the new

@@ -28,12 +28,12 @@ def draw_augmentation(
     rng = generator(seed, 2, int(chunk.streamed), *chunk.draw)
     flip, zooms, inwards, amount, v, u = rng.random(6)
     zoom = 1.0
-    if zooms < config.zoom:
+    if zooms < config.zoom_prob:
         zoom = 1 + amount * (config.zoom_in - 1)
-        if chunk.streamed or inwards >= config.zoom_in_share:
+        if chunk.streamed or inwards >= config.zoom_in_fraction:
             zoom = 1 / (1 + amount * (config.zoom_out - 1))
     return Augmentation(
-        flip=bool(flip < config.hflip),
+        flip=bool(flip < config.hflip_prob),
         zoom=zoom,
         top=float(v * height * (1 - zoom)),
         left=float(u * width * (1 - zoom)),

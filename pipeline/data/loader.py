@@ -47,7 +47,7 @@ def pad_boxes(boxes: list[np.ndarray]) -> tuple[Tensor, Tensor]:
 class Loader:
     """Batches of the lanes `lanes` (of the world's) and the frames `frames` (of each chunk's), without end.
 
-    Which batch comes when is the plan's business; `config.loader_workers` threads only decide how far ahead it is read. Ranks
+    Which batch comes when is the plan's business; `config.num_workers` threads only decide how far ahead it is read. Ranks
     that share a sequence read different frames of the same chunks, all with the lane's one draw of the augmentation.
     """
 
@@ -109,7 +109,7 @@ class Loader:
         return boxes, labelled, chunk.start
 
     def batches(self, start: int) -> Iterator[Batch]:
-        workers = self.config.loader_workers
+        workers = self.config.num_workers
         if not workers:
             index = start
             while True:

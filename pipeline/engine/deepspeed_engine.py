@@ -32,7 +32,7 @@ warnings.filterwarnings(
 
 def learning_rate_factor(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]:
     """step -> share of the peak learning rate: a linear warm-up, then a linear (OneCycle, as RVT) or cosine descent."""
-    warmup = max(1, round(config.warmup_share * max_steps))
+    warmup = max(1, round(config.warmup_fraction * max_steps))
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -48,14 +48,19 @@ def learning_rate_factor(config: OptimizerConfig, max_steps: int) -> Callable[[i
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Weight decay for matrices and kernels; none for biases, norms, LayerScale and gates. Gates last, if at another rate."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    gates = [p for name, p in named if name.endswith(".gate")] if config.gate_lr != 1 else []
+    gates = (
+        [p for name, p in named if name.endswith(".gate")] if config.gate_lr_multiplier != 1 else []
+    )
     others = [p for name, p in named if not (gates and name.endswith(".gate"))]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
     return (
-        [*groups, {"params": gates, "weight_decay": 0.0, "lr": config.lr * config.gate_lr}]
+        [
+            *groups,
+            {"params": gates, "weight_decay": 0.0, "lr": config.lr * config.gate_lr_multiplier},
+        ]
         if gates
         else groups
     )
@@ -74,7 +79,7 @@ def engine_config(config: TrainConfig, lanes: int, parameters: int) -> dict[str,
         zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": lanes,
-        "gradient_accumulation_steps": config.training.accumulation,
+        "gradient_accumulation_steps": config.training.gradient_accumulation_steps,
         "gradient_clipping": config.training.gradient_clipping,
         "zero_optimization": zero,
         "bf16": {"enabled": config.training.precision is Precision.bf16},

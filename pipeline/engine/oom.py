@@ -93,7 +93,7 @@ def knobs(config: TrainConfig, world: World) -> list[str]:
         groups = world.size // sequence
         fewer = _next_divisor(lanes, 1)
         some.append(
-            f"training.batch_size={groups * lanes // fewer} training.accumulation={training.accumulation * fewer} "
+            f"training.batch_size={groups * lanes // fewer} training.gradient_accumulation_steps={training.gradient_accumulation_steps * fewer} "
             f"(as many lanes a step, {lanes // fewer} instead of {lanes} at once; needs a run_dir of its own)"
         )
     if frames > 1:

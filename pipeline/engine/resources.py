@@ -9,8 +9,8 @@ import torch
 from evspan.pipeline.parallel.reductions import gather_over_ranks
 
 OF_THE_MEAN_RANK = {
-    "speed/exchange_share",
-    "speed/gpu_busy_share",
+    "speed/exchange_fraction",
+    "speed/gpu_busy_fraction",
 }  # ranks wait for each other at different places
 
 
@@ -26,7 +26,7 @@ class Resources:
         if self.device.type == "cuda":
             told["memory/gpu_gib"] = torch.cuda.memory_reserved(self.device) / 2**30
             told["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-            told["speed/gpu_busy_share"] = self._busy()
+            told["speed/gpu_busy_fraction"] = self._busy()
         return told
 
     def _busy(self) -> float:

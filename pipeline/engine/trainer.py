@@ -115,7 +115,7 @@ class Trainer:
             asked.frames_per_call,
             asked.activation_checkpointing,
         )
-        backbone.gradient_frames = asked.gradient_frames
+        backbone.bptt_frames = asked.bptt_frames
         if asked.compile:
             backbone.compile_spatial()
         if world.size > 1:
@@ -148,7 +148,10 @@ class Trainer:
 
     # -- the loop ------------------------------------------------------------------------------------------------
     def run(self, flag: StopFlag) -> Metrics | None:
-        config, accumulation = self.config.training, self.config.training.accumulation
+        config, accumulation = (
+            self.config.training,
+            self.config.training.gradient_accumulation_steps,
+        )
         self._say_hello()
         batches, watch, metrics = self.loader.batches(self.step * accumulation), Stopwatch(), None
         if (
@@ -176,7 +179,7 @@ class Trainer:
                 self._save()
             if stop and not done:
                 self._stop(flag)
-            if (every := config.pictures_every) and (self.step % every == 0 or done):
+            if (every := config.log_images_every) and (self.step % every == 0 or done):
                 self._show(batch)
             if self._evaluates:
                 metrics = self._evaluate()
@@ -318,7 +321,7 @@ class Trainer:
                 (
                     "batch_size",
                     "sequence_length",
-                    "accumulation",
+                    "gradient_accumulation_steps",
                     "sampling",
                     "max_steps",
                     "precision",
@@ -392,19 +395,19 @@ class Trainer:
         total, iou, objectness, classes, positives = told.tolist()
         exchanging, (speed, waiting, passed) = self.exchange.clock.read(), watch.report()
         mine = {
-            "speed/data_wait_share": waiting,
+            "speed/data_wait_fraction": waiting,
             PROFILE: float(self.profiler.requested()),
             **self.resources.read(),
         }
         if self.mesh.sequence_size > 1:
-            mine["speed/exchange_share"] = exchanging / passed
+            mine["speed/exchange_fraction"] = exchanging / passed
         of_all = over_ranks(mine, self.world.device)
         if asked := int(of_all.pop(PROFILE)):
             self.profiler.ask(self.step + 2, asked)
         frames = (
             self.config.training.batch_size
             * self.config.training.sequence_length
-            * self.config.training.accumulation
+            * self.config.training.gradient_accumulation_steps
         )
         self.monitor.scalars(
             {
@@ -425,7 +428,7 @@ class Trainer:
         self.monitor.say(
             f"step {self.step:6d}  loss {total:8.4f}  iou {iou:7.4f}  obj {objectness:7.4f}  cls {classes:7.4f}  "
             f"lr {self.engine.learning_rate:.2e}  |g| {self.engine.gradient_norm:7.3f}  {speed:6.1f} frames/s  "
-            f"data wait {of_all['speed/data_wait_share']:4.0%}"
+            f"data wait {of_all['speed/data_wait_fraction']:4.0%}"
         )
         if self.attempt:
             write_progress(

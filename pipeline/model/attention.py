@@ -1,7 +1,7 @@
 """Small-object attention of the neck: spatial, temporal and channel attention.
 
 Every block starts as the identity: what it adds is multiplied by a learnable gate that starts at zero. With
-`identity_start=False` it is the published form, which scales every feature from the first step.
+`identity_init=False` it is the published form, which scales every feature from the first step.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _gate(identity_start: bool) -> nn.Parameter | None:
-    return nn.Parameter(torch.zeros(1)) if identity_start else None
+def _gate(identity_init: bool) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros(1)) if identity_init else None
 
 
 def _gated(t: Tensor, gate: nn.Parameter | None) -> Tensor:
@@ -23,7 +23,7 @@ class MultiScaleSpatialAttention(nn.Module):
     """out = x * map + x, the map (N, 1, h, w) from dilated 3x3 convolutions of several scales."""
 
     def __init__(
-        self, channels: int, scales: Sequence[int] = (1, 2, 4), *, identity_start: bool = True
+        self, channels: int, scales: Sequence[int] = (1, 2, 4), *, identity_init: bool = True
     ) -> None:
         super().__init__()
         self.scales = tuple(scales)
@@ -36,7 +36,7 @@ class MultiScaleSpatialAttention(nn.Module):
         self.attention_conv = nn.Sequential(
             nn.Conv2d(self.combined_channels, middle, 1), nn.ReLU(), nn.Conv2d(middle, 1, 1)
         )
-        self.gate = _gate(identity_start)
+        self.gate = _gate(identity_init)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> the same shape."""
@@ -65,7 +65,7 @@ class EventTemporalAttention(nn.Module):
     """
 
     def __init__(
-        self, channels: int, temporal_window: int = 3, *, identity_start: bool = True
+        self, channels: int, temporal_window: int = 3, *, identity_init: bool = True
     ) -> None:
         super().__init__()
         self.temporal_conv = nn.Conv3d(channels, channels, (temporal_window, 1, 1))
@@ -74,7 +74,7 @@ class EventTemporalAttention(nn.Module):
         self.temporal_fc = nn.Sequential(
             nn.Linear(channels, middle), nn.ReLU(), nn.Linear(middle, channels)
         )
-        self.gate = _gate(identity_start)
+        self.gate = _gate(identity_init)
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
         """x: (N, C, h, w); previous: (N, window - 1, C, h, w), oldest first -> (N, C, h, w)."""
@@ -100,13 +100,13 @@ class EventTemporalAttention(nn.Module):
 class ScaleAwareChannelAttention(nn.Module):
     """out = x * weights, per channel; small strides start with higher weights."""
 
-    def __init__(self, channels: int, stride: int, *, identity_start: bool = True) -> None:
+    def __init__(self, channels: int, stride: int, *, identity_init: bool = True) -> None:
         super().__init__()
         middle = max(1, channels // (16 if stride <= 8 else 8))
         last = nn.Linear(middle, channels)
         nn.init.constant_(last.bias, 1.0 if stride <= 8 else 0.0)
         self.fc = nn.Sequential(nn.Linear(channels, middle), nn.ReLU(), last)
-        self.gate = _gate(identity_start)
+        self.gate = _gate(identity_init)
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.fc(x.mean((2, 3))).sigmoid()[..., None, None]
@@ -126,22 +126,22 @@ class SmallObjectAttentionModule(nn.Module):
         enable_temporal: bool = True,
         *,
         temporal_window: int = 3,
-        identity_start: bool = True,
+        identity_init: bool = True,
     ) -> None:
         super().__init__()
         self.spatial = (
-            MultiScaleSpatialAttention(channels, identity_start=identity_start)
+            MultiScaleSpatialAttention(channels, identity_init=identity_init)
             if enable_spatial
             else None
         )
         self.temporal = None
         if enable_temporal:
             self.temporal = EventTemporalAttention(
-                channels, temporal_window, identity_start=identity_start
+                channels, temporal_window, identity_init=identity_init
             )
         both = enable_spatial and enable_temporal
         self.integration = nn.Conv2d(channels, channels, 1) if both else None
-        self.gate = _gate(identity_start) if both else None
+        self.gate = _gate(identity_init) if both else None
 
     def before_time(self, x: Tensor) -> Tensor:
         return x if self.spatial is None else self.spatial(x)

@@ -204,7 +204,7 @@ class Backbone(nn.Module):
         self.frames_per_call = (
             0  # frames (of all lanes) in a call of a stage's spatial part; 0: all of a chunk
         )
-        self.gradient_frames = 0  # that gradients flow back through at most; 0: all of a chunk
+        self.bptt_frames = 0  # that gradients flow back through at most; 0: all of a chunk
         self.recompute = False  # activation checkpointing: backward makes the spatial part anew, a call at a time
         inputs = [in_channels, *config.dims[:-1]]
         self.stages = nn.ModuleList(
@@ -242,8 +242,8 @@ class Backbone(nn.Module):
             assert isinstance(stage, Stage)
             y = self._spatial(stage, x, partition, *padding)
             recurrence = stage.lstm.recurrence()
-            if self.gradient_frames:
-                recurrence = truncated(recurrence, self.gradient_frames)
+            if self.bptt_frames:
+                recurrence = truncated(recurrence, self.bptt_frames)
             y, state = exchange.scan(recurrence, y.view(steps, lanes, *y.shape[1:]), state)
             features.append(y.permute(0, 1, 4, 2, 3))
             x, padding = features[-1].flatten(0, 1), []

@@ -32,7 +32,7 @@ class Detector(nn.Module):
             fpn.attention_spatial,
             fpn.attention_temporal,
             temporal_window=fpn.temporal_window,
-            identity_start=fpn.identity_start,
+            identity_init=fpn.identity_init,
         )
         self.yolox_head = YOLOXHead(dims, 2 * config.backbone.embed_dim, config.head.num_classes)
 

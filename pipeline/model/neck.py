@@ -32,7 +32,7 @@ class YOLOPAFPN(nn.Module):
         attention_temporal: bool = True,
         *,
         temporal_window: int = 3,
-        identity_start: bool = True,
+        identity_init: bool = True,
     ) -> None:
         super().__init__()
         self.in_stages, blocks = tuple(in_stages), round(3 * depth)
@@ -62,7 +62,7 @@ class YOLOPAFPN(nn.Module):
                         attention_spatial,
                         attention_temporal,
                         temporal_window=temporal_window,
-                        identity_start=identity_start,
+                        identity_init=identity_init,
                     )
                     for i in range(ATTENDED_SCALES)
                     if spatial_or_temporal
@@ -71,7 +71,7 @@ class YOLOPAFPN(nn.Module):
             self.scale_aware_attention_modules = nn.ModuleDict(
                 {
                     f"scale_{i}": ScaleAwareChannelAttention(
-                        c, 2 ** (stage + 1), identity_start=identity_start
+                        c, 2 ** (stage + 1), identity_init=identity_init
                     )
                     for i, (stage, c) in enumerate(channels.items())
                 }

@@ -10,8 +10,8 @@ from evspan.pipeline.tensorboard.writer import Layout
 def charts(config: TrainConfig, classes: list[str], *, gates: Iterable[str], gpu: bool) -> Layout:
     """Only charts of what this run tells. gates: names of the learned gates. gpu: whether it runs on one."""
     shares = [
-        "speed/data_wait_share",
-        *(["speed/exchange_share"] if config.parallel.sequence > 1 else []),
+        "speed/data_wait_fraction",
+        *(["speed/exchange_fraction"] if config.parallel.sequence > 1 else []),
     ]
     memory = ["memory/resident_gib", *(["memory/gpu_gib", "memory/gpu_peak_gib"] if gpu else [])]
     together = {
@@ -33,7 +33,7 @@ def charts(config: TrainConfig, classes: list[str], *, gates: Iterable[str], gpu
             "milliseconds a step": ["speed/step_ms"],
             "share of the time": shares,
             "memory, GiB": memory,
-            **({"GPU busy, share of the time": ["speed/gpu_busy_share"]} if gpu else {}),
+            **({"GPU busy, share of the time": ["speed/gpu_busy_fraction"]} if gpu else {}),
         },
         "Steadiness": {
             "skipped steps": ["train/skipped_steps"],

@@ -1,6 +1,6 @@
 """How much of a training step on GPUs its exchange would take: bytes by formula, everything else by the assumptions below.
 
-    .venv/bin/python tests/benchmarks/exchange_model.py [--plot pipeline/parallel/exchange_share.svg]
+    .venv/bin/python tests/benchmarks/exchange_model.py [--plot pipeline/parallel/exchange_fraction.svg]
 
 `sequence_speed.py --rows share` holds the formulas to the bytes that real ranks send. No GPU was measured. What is left out makes
 the share smaller than it will be (nothing overlaps here, but kernels' launches and the T steps of a scan add to the step) or is
@@ -97,7 +97,7 @@ def training_flop(size: str) -> float:
     return 3e9 * (backbone + LABELLED * rest)
 
 
-def scan_share(size: str) -> float:
+def scan_fraction(size: str) -> float:
     """Of those, the LSTMs': 4 gates of [x, h] per cell."""
     return (
         3
@@ -137,7 +137,7 @@ def relay(size: str, frames: int, ranks: int, compute: float) -> float:
     """Over InfiniBand: the states that are handed on, and the time in which the wavefront has not reached a rank. A scan's last
     rank ends slices + ranks - 1 hand-overs after the first began."""
     slices = SLICES_PER_RANK * ranks
-    idle = compute * scan_share(size) * (ranks - 1) / slices
+    idle = compute * scan_fraction(size) * (ranks - 1) / slices
     return idle + INFINIBAND.seconds(
         relay_bytes(size, BF16), 2 * len(STRIDES) * (slices + ranks - 1), 1
     )

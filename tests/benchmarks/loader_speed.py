@@ -35,7 +35,7 @@ LENGTH = 5
 PUBLISHED = {"stream": 87, "random": 68}  # frames/s
 WANTED = 350
 MAX_WAIT = 0.05
-NOTHING = AugmentationConfig(hflip=0, zoom=0)
+NOTHING = AugmentationConfig(hflip_prob=0, zoom_prob=0)
 
 
 def prepared(folder: Path, seconds: float) -> Path:
@@ -63,7 +63,7 @@ def loader(
         sequence_length=LENGTH,
         sampling=sampling,
         augmentation=augmentation,
-        loader_workers=1,
+        num_workers=1,
     )
     plan = SamplingPlan(
         [r.frames for r in data.recordings],
@@ -115,7 +115,7 @@ def waiting(shards: Path, given: argparse.Namespace) -> bool:
             "size": given.size,
             "training.batch_size": 2,
             "training.sequence_length": LENGTH,
-            "training.loader_workers": 2,
+            "training.num_workers": 2,
             "training.max_steps": 5 * given.steps,
             "training.log_every": given.steps,
             "training.evaluate_every": 0,
@@ -137,7 +137,7 @@ def waiting(shards: Path, given: argparse.Namespace) -> bool:
         events.Reload()
         shares, speeds = (
             [e.value for e in events.Scalars(f"speed/{name}")][1:]
-            for name in ("data_wait_share", "frames_per_s")
+            for name in ("data_wait_fraction", "frames_per_s")
         )
     row(
         f"a training step's wait for data, {given.size}, 2 lanes, 2 workers ({median(speeds):.1f} frames/s)",

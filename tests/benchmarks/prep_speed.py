@@ -58,7 +58,7 @@ from evspan.data_prep.shards.write import prepare_recording
 LABELS = {
     "class_map": {0: 0, 1: 1, 2: 2},
     "min_side": 5,
-    "max_width_share": 0.9,
+    "max_width_fraction": 0.9,
     "label_every_ms": 100,
 }
 CLASSES = ["pedestrian", "two_wheeler", "car"]

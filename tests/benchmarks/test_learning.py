@@ -146,7 +146,7 @@ def test_the_set_has_many_small_crossing_and_stopping_objects(tmp_path):
         max_objects=given.objects[1],
         min_scale=given.scales[0],
         max_scale=given.scales[1],
-        stop_share=given.stop_share,
+        stop_fraction=given.stop_fraction,
     )
     report = simulate.simulate(tmp_path / "a_td.raw", seconds=6, seed=given.seed, config=config)
     rows = np.load(report.boxes_path)
@@ -201,8 +201,8 @@ def test_every_run_has_the_same_budget_and_every_seed_all_runs():
     assert [
         int(run["training.sequence_length"]) for run in runs if run["experiment"] == "bench/length"
     ] == [*bench.LENGTHS, 40, 40, 40, 40] * 2
-    horizons = [run for run in runs if "training.gradient_frames" in run]
-    assert [run["training.gradient_frames"] for run in horizons] == [
+    horizons = [run for run in runs if "training.bptt_frames" in run]
+    assert [run["training.bptt_frames"] for run in horizons] == [
         "2",
         "5",
         "10",
@@ -222,7 +222,7 @@ def test_every_run_has_the_same_budget_and_every_seed_all_runs():
         (["--seeds", "0"], "--seeds is 0"),
         (["--arms", "none", "--lengths", "none", "--horizons", "none"], "nothing to run"),
         (["--horizons", "50"], "50 is more than the 40 frames"),
-        (["training.gradient_frames=3"], "say it by --horizons"),
+        (["training.bptt_frames=3"], "say it by --horizons"),
         (["seed=3"], "say it by --seeds"),
         (["training.batch_size=2"], "say it by --frames"),
         (["fast"], "no KEY=VALUE"),
@@ -243,19 +243,19 @@ CHANGES = {  # arm -> all that its model has other than the baseline's
     "size_aware": {"size_aware_loss": True},
     "attention": {ATTENTION: True},
     "size_aware_attention": {"size_aware_loss": True, ATTENTION: True},
-    "attention_published": {ATTENTION: True, "identity_start": False},
+    "attention_published": {ATTENTION: True, "identity_init": False},
     "size_aware_attention_published": {
         "size_aware_loss": True,
         ATTENTION: True,
-        "identity_start": False,
+        "identity_init": False,
     },
     "spatial": {ATTENTION: True, TEMPORAL: False},
     "temporal": {ATTENTION: True, SPATIAL: False},
     "channel": {ATTENTION: True, SPATIAL: False, TEMPORAL: False},
-    "spatial_published": {ATTENTION: True, TEMPORAL: False, "identity_start": False},
-    "temporal_published": {ATTENTION: True, SPATIAL: False, "identity_start": False},
+    "spatial_published": {ATTENTION: True, TEMPORAL: False, "identity_init": False},
+    "temporal_published": {ATTENTION: True, SPATIAL: False, "identity_init": False},
     "attention_mixed": {ATTENTION: True, "mix_lanes": True},
-    "attention_published_mixed": {ATTENTION: True, "identity_start": False, "mix_lanes": True},
+    "attention_published_mixed": {ATTENTION: True, "identity_init": False, "mix_lanes": True},
     "attention_fast_gates": {ATTENTION: True},
 }
 
@@ -274,7 +274,7 @@ def test_an_arm_changes_what_it_says_and_nothing_else(arm):
 
     (model, rest), (base, base_rest) = flat(arm), flat("baseline")
     assert {key: value for key, value in model.items() if base[key] != value} == CHANGES[arm]
-    changed = {"attention_fast_gates": {"gate_lr": 10.0}}.get(arm, {})
+    changed = {"attention_fast_gates": {"gate_lr_multiplier": 10.0}}.get(arm, {})
     assert rest == dataclasses.replace(
         base_rest, optimizer=dataclasses.replace(base_rest.optimizer, **changed)
     )
@@ -338,9 +338,7 @@ def made_up(plan: bench.Plan, ap: dict[str, list[float]], **more: float) -> None
             .replace("length", said["training.sequence_length"])
         )
         name = (
-            f"{said['training.gradient_frames']} of {name}"
-            if "training.gradient_frames" in said
-            else name
+            f"{said['training.bptt_frames']} of {name}" if "training.bptt_frames" in said else name
         )
         run = plan.folder / "runs" / str(number)
         table.append(

@@ -28,7 +28,7 @@ from support.prepared import make_source, prep_config
 
 CLASSES = ["pedestrian", "two_wheeler", "car"]
 RVT_LABELS = LabelConfig(
-    class_map={0: 0, 1: 1, 2: 2}, min_side=5, max_width_share=0.9, label_every_ms=100
+    class_map={0: 0, 1: 1, 2: 2}, min_side=5, max_width_fraction=0.9, label_every_ms=100
 )
 KEYS = ["train/synth_a_0_1000000", "val/synth_b_0_620000", "test/synth_d_0_300000"]
 

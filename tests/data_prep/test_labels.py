@@ -8,7 +8,9 @@ from evspan.data_prep.labels.box_files import RAW_BOX, read_boxes
 from evspan.data_prep.labels.filters import crop, filter_boxes
 
 H, W = 720, 1280
-GEN4 = LabelConfig(class_map={0: 0, 1: 1, 2: 2}, min_side=20, min_diagonal=60, max_width_share=0.9)
+GEN4 = LabelConfig(
+    class_map={0: 0, 1: 1, 2: 2}, min_side=20, min_diagonal=60, max_width_fraction=0.9
+)
 
 
 def boxes_of(*rows) -> np.ndarray:
@@ -181,8 +183,8 @@ def test_what_is_wrong_with_the_config_is_said():
     for values, told in (
         ({"label_every_ms": 0}, "label_every_ms"),
         ({"min_side": -1}, "min_side"),
-        ({"max_width_share": 1.5}, "max_width_share"),
-        ({"max_width_share": 0}, "max_width_share"),
+        ({"max_width_fraction": 1.5}, "max_width_fraction"),
+        ({"max_width_fraction": 0}, "max_width_fraction"),
     ):
         with pytest.raises(ConfigError, match=told):
             LabelConfig(**values)
@@ -190,7 +192,7 @@ def test_what_is_wrong_with_the_config_is_said():
 
 def test_cropping_is_that_of_the_published_preprocessing(parity_dir):
     """Its stored labels, from the same raw boxes; it drops boxes under 5 pixels and no others of these."""
-    config = LabelConfig(class_map={0: 0, 1: 1, 2: 2}, min_side=5, max_width_share=0.9)
+    config = LabelConfig(class_map={0: 0, 1: 1, 2: 2}, min_side=5, max_width_fraction=0.9)
     checked = 0
     for path in sorted((parity_dir / "prep_fixture" / "output").glob("*/*/labels_v2/labels.npz")):
         split, name = path.parts[-4], path.parts[-3]

@@ -284,7 +284,7 @@ def test_box_filters_are_counted_and_those_of_training_spare_the_other_splits(so
     limit = float(np.median(np.concatenate([b["w"] for b in sides.values()])))
     prepare(
         prep_config(
-            source, tmp_path / "out", labels={"max_width_share": limit / WIDTH, "min_side": 12.0}
+            source, tmp_path / "out", labels={"max_width_fraction": limit / WIDTH, "min_side": 12.0}
         )
     )
     stored = contents(tmp_path / "out")
@@ -589,20 +589,20 @@ def test_events_outside_the_sensor_are_counted_dropped_and_refused_where_there_a
     many = write_recording(tmp_path / "many" / "a.h5", outside=21)
     with pytest.raises(
         RecordingError,
-        match=r"21 of 2000 events \(1.1%\) lie outside the sensor .*max_invalid_share=0.011",
+        match=r"21 of 2000 events \(1.1%\) lie outside the sensor .*max_invalid_fraction=0.011",
     ):
         prepare(prep_config(many, tmp_path / "other"))
-    prepare(prep_config(many, tmp_path / "other", max_invalid_share=0.011))
+    prepare(prep_config(many, tmp_path / "other", max_invalid_fraction=0.011))
     assert (
-        prepare(prep_config(many, tmp_path / "other", max_invalid_share=0.5)).prepared == {}
+        prepare(prep_config(many, tmp_path / "other", max_invalid_fraction=0.5)).prepared == {}
     )  # no reason to do it again
     with pytest.raises(RecordingError, match="lie outside the sensor"):
         prepare(prep_config(many, tmp_path / "other"))
     everything = write_recording(tmp_path / "all" / "a.h5", outside=2_000)
-    with pytest.raises(RecordingError, match="max_invalid_share=1.000"):
+    with pytest.raises(RecordingError, match="max_invalid_fraction=1.000"):
         prepare(prep_config(everything, tmp_path / "third"))
     with pytest.raises(RecordingError, match="holds no events inside the sensor"):
-        prepare(prep_config(everything, tmp_path / "third", max_invalid_share=1))
+        prepare(prep_config(everything, tmp_path / "third", max_invalid_fraction=1))
 
 
 def test_a_recording_without_events_is_refused(tmp_path):

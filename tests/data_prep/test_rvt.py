@@ -23,7 +23,7 @@ from evspan.data_prep.simulator import SimulatorConfig, simulate
 from support.prepared import contents, entries, prep_config
 from support.slow_frames import GivenRecording
 
-RVT_LABELS = LabelConfig(class_map={0: 0, 1: 1, 2: 2}, min_side=5, max_width_share=0.9)
+RVT_LABELS = LabelConfig(class_map={0: 0, 1: 1, 2: 2}, min_side=5, max_width_fraction=0.9)
 
 
 def test_prep_equals_the_published_preprocessing_to_the_last_bit(parity_dir, tmp_path):

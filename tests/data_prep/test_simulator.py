@@ -194,7 +194,7 @@ def test_boxes_are_the_extents_of_what_is_visible():
 
 
 def test_boxes_are_where_the_picture_differs_from_the_background():
-    config = SimulatorConfig(height=300, width=400, min_objects=1, max_objects=1, stop_share=0)
+    config = SimulatorConfig(height=300, width=400, min_objects=1, max_objects=1, stop_fraction=0)
     scene = make_scene(
         4_000_000, np.random.default_rng(np.random.SeedSequence(8).spawn(2)[0]), config
     )

@@ -153,7 +153,7 @@ def test_gen4_experiments_have_the_seeds_values(name):
         and fpn.attention_spatial
         and fpn.attention_temporal
     )
-    assert fpn.temporal_window == 3 and fpn.identity_start
+    assert fpn.temporal_window == 3 and fpn.identity_init
 
 
 @pytest.mark.parametrize("dataset, classes", [("gen4", 3), ("etram", 8)])
@@ -172,7 +172,7 @@ def test_rvt_recipes_have_the_published_values(dataset, classes, size, dim):
     )
     assert config.model.backbone.ls_init_value == 1e-5 and config.model.backbone.forget_bias == 0
     assert (
-        training.batch_size * training.accumulation,
+        training.batch_size * training.gradient_accumulation_steps,
         training.max_steps,
         training.sequence_length,
     ) == (24, 400_000, 5)
@@ -182,17 +182,17 @@ def test_rvt_recipes_have_the_published_values(dataset, classes, size, dim):
         1.0,
     )
     assert (
-        training.augmentation.hflip,
-        training.augmentation.zoom,
+        training.augmentation.hflip_prob,
+        training.augmentation.zoom_prob,
         training.augmentation.zoom_in,
         training.augmentation.zoom_out,
-        training.augmentation.zoom_in_share,
+        training.augmentation.zoom_in_fraction,
     ) == (0.5, 0.8, 1.5, 1.2, 0.8)
     assert (
         optimizer.lr == pytest.approx(2e-4 * math.sqrt(24 / 8), rel=2e-3)
         and optimizer.weight_decay == 0
     )
-    assert (optimizer.schedule, optimizer.warmup_share) == (Schedule.onecycle, 0.005)
+    assert (optimizer.schedule, optimizer.warmup_fraction) == (Schedule.onecycle, 0.005)
     assert (optimizer.start_factor, optimizer.end_factor) == (1 / 20, 1 / 10_000)
     assert (config.evaluation.confidence_threshold, config.evaluation.nms_threshold) == (
         0.001,
@@ -215,7 +215,7 @@ def test_the_seeds_keys_stand_in_the_model_files():
 
 def test_gen4_keeps_the_published_label_filters():
     labels = composed("prep", "dataset=gen4")[0].dataset.labels
-    assert (labels.class_map, labels.min_side, labels.min_diagonal, labels.max_width_share) == (
+    assert (labels.class_map, labels.min_side, labels.min_diagonal, labels.max_width_fraction) == (
         {0: 0, 1: 1, 2: 2},
         20,
         60,

@@ -408,7 +408,7 @@ def test_settings_that_change(slurm_of):
         assert found["partition"].grade == FAIL and found["partition"].found == "low is DOWN"
         slurm_of.ask(*change, "MaxTime=60", "State=UP", "MaxNodes=UNLIMITED")
         found = settings("low")["time limit"]
-        assert found.grade == WARN and "set cluster.time_min=60 or less" in found.remedy
+        assert found.grade == WARN and "set cluster.timeout_min=60 or less" in found.remedy
         slurm_of.ask("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
         found = settings("low", 2)["partition"]
         assert (
@@ -506,7 +506,7 @@ def test_preemption(config, partition, grade, part):
     ],
 )
 def test_time_limits(minutes, delay, most, grade):
-    config = ClusterConfig(time_min=minutes, signal_delay_s=delay)
+    config = ClusterConfig(timeout_min=minutes, signal_delay_s=delay)
     assert slurm.time_limit({"PartitionName": "p", "MaxTime": most}, config).grade == grade
 
 

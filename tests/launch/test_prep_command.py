@@ -155,7 +155,7 @@ def test_dataset_configs_and_overrides_reach_the_manifest(source, tmp_path, evsp
         "label_every_ms": 50,
         "min_side": 20.0,
         "min_diagonal": 60.0,
-        "max_width_share": 0.9,
+        "max_width_fraction": 0.9,
     }
     assert entries(tmp_path / "out")["test/d"]["dropped_boxes"]["boxes_under_min_diagonal"] > 0
 
@@ -214,7 +214,7 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
             ["source=SOURCE", "output=OUT", "frames.mode=rvt"],
             "label_every_ms is 50; RVT (frames.mode=rvt) takes a label",
         ),
-        (["source=SOURCE", "output=OUT", "max_invalid_share=2"], "max_invalid_share is 2"),
+        (["source=SOURCE", "output=OUT", "max_invalid_fraction=2"], "max_invalid_fraction is 2"),
         (
             ["source=SOURCE", "output=OUT", "dataset=gen5"],
             "dataset has no option 'gen5'; did you mean dataset=gen4",

@@ -64,8 +64,12 @@ def slurm(cluster: Cluster):  # noqa: F811
 
 
 def command(
-    cluster: Cluster | None, source, output, *more: str, environment=None
-) -> subprocess.Popen:  # noqa: F811
+    cluster: Cluster | None,  # noqa: F811
+    source,
+    output,
+    *more: str,
+    environment=None,
+) -> subprocess.Popen:
     """From another folder than the code's."""
     environment = {
         **(cluster.environment if cluster else os.environ),

@@ -54,7 +54,7 @@ def tiny(shards: Path, run: Path, *more: str) -> list[str]:
         "training.max_steps=2",
         "training.batch_size=2",
         "training.sequence_length=2",
-        "training.loader_workers=1",
+        "training.num_workers=1",
         "training.evaluate_every=0",
         "training.log_every=1",
         "checkpoint.every=1",
@@ -155,7 +155,7 @@ def test_the_question_of_the_batch_script(tmp_path, monkeypatch, capsys):
         "run": str(tmp_path / "run"),
         "log": str(tmp_path / "%j.%t"),
         "ranks": 1,
-        "max_faults": 3,
+        "max_retries": 3,
         "requeue_after_fault": True,
     }
     runs.write_text(json.dumps([{**about, "run": "other"}, about]))
@@ -205,7 +205,7 @@ def test_values_cannot_inject(tmp_path):
             account=value,
             constraint=value,
             qos=value,
-            options=[f"mail-user={value}"],
+            sbatch_args=[f"mail-user={value}"],
             python=value,
         )
         told = tmp_path / "told"
@@ -228,13 +228,13 @@ def test_values_cannot_inject(tmp_path):
     "given, says",
     [
         ({"partition": "a\n#SBATCH --uid=0"}, "cluster.partition"),
-        ({"options": ["x\ny=1"]}, "cluster.options"),
-        ({"options": ["mail-user=a\nb"]}, "cluster.options"),
+        ({"sbatch_args": ["x\ny=1"]}, "cluster.sbatch_args"),
+        ({"sbatch_args": ["mail-user=a\nb"]}, "cluster.sbatch_args"),
         ({"environment": ["A B=1"]}, "cluster.environment"),
         ({"image": "x.sif"}, "container=apptainer"),
-        ({"time_min": 1, "signal_delay_s": 60}, "leave it time"),
+        ({"timeout_min": 1, "signal_delay_s": 60}, "leave it time"),
         ({"gpus_per_node": 2, "ranks_per_node": 4}, "each rank needs one"),
-        ({"max_faults": 0}, "1 or more"),
+        ({"max_retries": 0}, "1 or more"),
     ],
 )
 def test_what_no_quoting_can_mend_is_refused(given, says):
@@ -248,12 +248,12 @@ def test_the_script_says_what_the_config_says(tmp_path):
         tmp_path,
         partition="gpu",
         gpus_per_node=4,
-        cpus_per_rank=6,
+        cpus_per_task=6,
         mem_gb=60,
-        time_min=720,
+        timeout_min=720,
         signal_delay_s=90,
         setup=["module load cuda"],
-        options=["mail-type=END", "exclusive"],
+        sbatch_args=["mail-type=END", "exclusive"],
     )
     for line in (
         "--partition=gpu",

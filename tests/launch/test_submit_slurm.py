@@ -48,7 +48,7 @@ def keys(shards: Path, run: Path, *more: str) -> list[str]:
         "model.head.num_classes=3",
         "training.batch_size=2",
         "training.sequence_length=4",
-        "training.loader_workers=1",
+        "training.num_workers=1",
         f"training.max_steps={STEPS}",
         "training.evaluate_every=0",
         "training.log_every=1",
@@ -255,7 +255,7 @@ def test_ten_disturbances_at_random_moments(slurm, shards, tmp_path):
     )
     assert code == 0, err
     run = tmp_path / "run"
-    submitted = evspan(slurm, "submit", *keys(shards, run, *more, "cluster.max_faults=9"))
+    submitted = evspan(slurm, "submit", *keys(shards, run, *more, "cluster.max_retries=9"))
     try:
         for number in range(10):
             how = draw.choice([requeue, preempt, time_out, take_node_down, kill_a_rank])
@@ -286,7 +286,11 @@ def test_ten_disturbances_at_random_moments(slurm, shards, tmp_path):
 def test_a_sweep_over_two_nodes(slurm, shards, tmp_path):
     """Four runs, one of which has a wrong value; it fails alone, and the report has its message."""
     folder = tmp_path / "sweep"
-    values = ["optimizer.lr=1e-3,2e-3,4e-3,-1", "training.max_steps=3", "cluster.max_parallel=2"]
+    values = [
+        "optimizer.lr=1e-3,2e-3,4e-3,-1",
+        "training.max_steps=3",
+        "cluster.array_parallelism=2",
+    ]
     code, out, err = finished(evspan(slurm, "sweep", *keys(shards, folder, *values)), 300)
     assert code == 1, f"{out}{err}"
     told = {run.name: read(run)[-1] for run in folder.iterdir() if run.name.isdigit()}
@@ -315,7 +319,7 @@ def test_a_fault_that_stays_is_given_up(slurm, shards, tmp_path):
     )
     more = [
         f"cluster.environment=['PYTHONPATH={broken}']",
-        "cluster.max_faults=2",
+        "cluster.max_retries=2",
         "parallel.timeout_s=10",
     ]
     submitted = evspan(slurm, "submit", *keys(shards, run, *more))

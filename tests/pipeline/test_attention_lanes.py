@@ -45,7 +45,7 @@ def micro(
         attention_spatial=spatial,
         attention_temporal=temporal,
         temporal_window=window,
-        identity_start=not published,
+        identity_init=not published,
         mix_lanes=mix_lanes,
     )
     backbone = BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5, dws_conv=dws_conv)
@@ -299,7 +299,7 @@ def test_attention_starts_as_the_identity_and_the_published_form_does_not(part, 
         assert error < 1e-6 if alike else error > 1e-2
         assert (
             not any(name.endswith("gate") for name, _ in attending.named_parameters())
-            or attending.config.fpn.identity_start
+            or attending.config.fpn.identity_init
         )
 
 
@@ -355,7 +355,7 @@ def test_detect_is_a_step_then_thresholds_and_suppression(part, scales):
 
 # -- gates -----------------------------------------------------------------------------------------------------------
 def test_gates_learn_at_a_rate_of_their_own():
-    """As the engine has it: every parameter once, gates and no others at gate_lr times the rate, without weight decay."""
+    """As the engine has it: every parameter once, gates and no others at gate_lr_multiplier times the rate, without weight decay."""
     from evspan.pipeline.engine.deepspeed_engine import parameter_groups
 
     detector = micro("all")
@@ -363,7 +363,7 @@ def test_gates_learn_at_a_rate_of_their_own():
     gates = {id(p) for name, p in detector.named_parameters() if name.endswith(".gate")}
     matrices = {id(p) for p in detector.parameters() if p.dim() >= 2}
     decayed, plain, fast = parameter_groups(
-        detector, OptimizerConfig(lr=0.1, weight_decay=0.3, gate_lr=5)
+        detector, OptimizerConfig(lr=0.1, weight_decay=0.3, gate_lr_multiplier=5)
     )
     told = [{id(p) for p in group["params"]} for group in (decayed, plain, fast)]
     assert (

@@ -199,7 +199,7 @@ def test_a_look_finds_what_evaluation_finds_and_leaves_no_trace(data):
             5,
         ),
         (
-            {"enable_small_object_attention": True, "identity_start": False},
+            {"enable_small_object_attention": True, "identity_init": False},
             {f"scale_{i}/{part}" for i in (0, 1) for part in ("spatial", "motion")},
             0,
         ),

@@ -140,7 +140,7 @@ def test_a_published_checkpoint_is_recognised_and_comes_back_bit_for_bit(size, t
                 fpn={
                     "enable_small_object_attention": True,
                     "attention_temporal": False,
-                    "identity_start": False,
+                    "identity_init": False,
                     "in_stages": [1, 2, 3, 4],
                 },
             ),

@@ -160,7 +160,7 @@ def test_a_damaged_tree_is_told(tmp_path):
 
 # -- the loader --------------------------------------------------------------------------------------------------
 def make_loader(data, lanes, workers=0, frames=range(4)):
-    config = TrainingConfig(batch_size=6, sequence_length=4, loader_workers=workers)
+    config = TrainingConfig(batch_size=6, sequence_length=4, num_workers=workers)
     plan = SamplingPlan(
         [r.frames for r in data.recordings],
         [r.labelled for r in data.recordings],

@@ -133,7 +133,7 @@ def test_motion_agrees_with_the_definition(seed):
 
 
 def test_objects_that_the_simulator_stops_are_still():
-    config = SimulatorConfig(height=180, width=240, min_objects=2, max_objects=3, stop_share=1.0)
+    config = SimulatorConfig(height=180, width=240, min_objects=2, max_objects=3, stop_fraction=1.0)
     raw = simulated_boxes(8, 5, config)
     tracks = {t.track_id: t for t in _scene_and_rng(8, 5, config)[1].tracks}
     ends = np.unique(raw["t"])[::3]  # 20 Hz

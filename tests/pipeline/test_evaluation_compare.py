@@ -59,13 +59,13 @@ def dataset(truth):
     return Dataset(recordings, FrameConfig(), HEIGHT, WIDTH, CLASSES)
 
 
-def results(truth, seed, jitter, still_share=0.7):
+def results(truth, seed, jitter, still_fraction=0.7):
     """Detections of every moving box, of so many still ones, and of nothing."""
     rng, out = np.random.default_rng(seed), []
     for i, frames in enumerate(truth):
         result = RecordingResult(f"r{i}", list(range(len(frames))), frames)
         for boxes in frames:
-            found = boxes[(boxes["track_id"] >= 4) | (rng.random(len(boxes)) < still_share)]
+            found = boxes[(boxes["track_id"] >= 4) | (rng.random(len(boxes)) < still_fraction)]
             nothing = as_detections(rng, some_boxes(rng, 3), 0)
             result.detections.append(np.concatenate((as_detections(rng, found, jitter), nothing)))
         out.append(result)
@@ -95,7 +95,7 @@ def write(folder, truth, found, **config):
 def evaluations(tmp_path_factory, truth):
     folder = tmp_path_factory.mktemp("evaluations")
     return (
-        write(folder / "a", truth, results(truth, 1, 0.08, still_share=0.3)),
+        write(folder / "a", truth, results(truth, 1, 0.08, still_fraction=0.3)),
         write(folder / "b", truth, results(truth, 2, 0.04)),
     )
 
@@ -103,7 +103,7 @@ def evaluations(tmp_path_factory, truth):
 def test_frames_come_back_from_their_file(evaluations, truth):
     stored, given = (
         load_frames(evaluations[0] / FRAMES),
-        labelled(results(truth, 1, 0.08, still_share=0.3), dataset(truth)),
+        labelled(results(truth, 1, 0.08, still_fraction=0.3), dataset(truth)),
     )
     assert stored.names == given.names
     for name in ("recording", "end_us", "boxes", "box_frame", "detections", "detection_frame"):

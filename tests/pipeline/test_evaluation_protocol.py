@@ -200,7 +200,7 @@ def weights_and_shards(tmp_path_factory):
     model = ModelConfig(
         backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5),
         head=HeadConfig(num_classes=3),
-        fpn=FpnConfig(enable_small_object_attention=True, identity_start=False),
+        fpn=FpnConfig(enable_small_object_attention=True, identity_init=False),
     )
     detector = Detector(model, 2 * BINS)
     for (

@@ -39,7 +39,7 @@ QUICK = [
     replace(
         dense, ranks=2, sequence=2, exchange="relay", engine="exact", attention=True, dws_conv=True
     ),
-    replace(dense, ranks=2, sequence=1, stage=2, accumulation=2),
+    replace(dense, ranks=2, sequence=1, stage=2, gradient_accumulation_steps=2),
     replace(dense, ranks=2, sequence=2, stage=1, exchange="relay"),
     replace(
         dense, ranks=2, sequence=2, stage=3, exchange="relay", attention=True, dws_conv=True
@@ -59,7 +59,7 @@ KNOBS = replace(
     stage=3,
     attention=True,
     precision="bf16",
-    accumulation=2,
+    gradient_accumulation_steps=2,
     steps=2,
     knobs=True,
 )
@@ -85,7 +85,7 @@ def all_layouts():
                 attention=attention,
                 engine=engine,
                 stage=stage,
-                accumulation=accumulation,
+                gradient_accumulation_steps=accumulation,
                 **size(ranks),
             )
         yield replace(
@@ -157,7 +157,7 @@ def name(case):
         case.precision,
         "attention" * case.attention,
         "dws" * case.dws_conv,
-        "accumulation" * (case.accumulation > 1),
+        "gradient_accumulation_steps" * (case.gradient_accumulation_steps > 1),
         case.shards,
     ]
     return "-".join(filter(None, parts))

@@ -73,7 +73,7 @@ def test_published_form_and_identity_start(case):
     build, published, frames = CASES[case]
     x = torch.randn(N, C, H, W)
     inputs = (x, torch.randn(N, frames, C, H, W)) if frames else (x,)
-    block = build(identity_start=False)
+    block = build(identity_init=False)
     torch.testing.assert_close(block(*inputs), published(block, *inputs))
     gated = build()
     assert torch.equal(gated(*inputs), x), "starts as the identity"
@@ -92,7 +92,7 @@ def test_a_gate_that_has_opened_lets_the_block_learn():
 
 def test_channel_weights_of_fine_scales_start_higher():
     x = torch.randn(N, 32, H, W)
-    fine, coarse = (ScaleAwareChannelAttention(32, s, identity_start=False)(x) / x for s in (8, 16))
+    fine, coarse = (ScaleAwareChannelAttention(32, s, identity_init=False)(x) / x for s in (8, 16))
     assert fine.mean() > coarse.mean() + 0.1
     assert ScaleAwareChannelAttention(64, 8).fc[0].out_features == 4
     assert ScaleAwareChannelAttention(64, 16).fc[0].out_features == 8
@@ -100,7 +100,7 @@ def test_channel_weights_of_fine_scales_start_higher():
 
 @pytest.mark.parametrize("spatial, temporal", [(True, True), (True, False), (False, True)])
 def test_module_is_spatial_then_temporal_then_integration(spatial, temporal):
-    module = SmallObjectAttentionModule(C, spatial, temporal, identity_start=False)
+    module = SmallObjectAttentionModule(C, spatial, temporal, identity_init=False)
     x, earlier = torch.randn(N, C, H, W), torch.randn(N, 2, C, H, W)
     wanted = spatial_published(module.spatial, x) if spatial else x
     wanted = temporal_published(module.temporal, wanted, earlier) if temporal else wanted

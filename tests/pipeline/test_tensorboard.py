@@ -45,7 +45,7 @@ def told(tmp_path_factory):
         "parallel.ranks=1",
         "parallel.threads=1",
         "training.max_steps=4",
-        "training.pictures_every=3",
+        "training.log_images_every=3",
         "training.profile=[2,2]",
         "training.evaluate_every=2",
         "training.log_every=2",
@@ -148,7 +148,7 @@ def test_the_layout_has_a_chart_for_every_curve_that_belongs_somewhere(told):
     assert matched["Speed"] == {
         "frames a second": ["speed/frames_per_s"],
         "milliseconds a step": ["speed/step_ms"],
-        "share of the time": ["speed/data_wait_share"],
+        "share of the time": ["speed/data_wait_fraction"],
         "memory, GiB": ["memory/resident_gib"],
     }
     assert all(tags for charts in matched.values() for tags in charts.values())  # none stays empty
@@ -166,7 +166,7 @@ def test_scalars_are_in_their_units(told):
     per_step = config.training.batch_size * config.training.sequence_length
     assert all(step[k] == pytest.approx(1000 * per_step / speed[k], rel=1e-4) for k in step)
     assert all(0.1 < e.value < 20 for e in reader.Scalars("memory/resident_gib"))
-    assert all(0 <= e.value < 1 for e in reader.Scalars("speed/data_wait_share"))
+    assert all(0 <= e.value < 1 for e in reader.Scalars("speed/data_wait_fraction"))
 
 
 def test_pictures_of_the_watched_frames_show_their_boxes(told):
@@ -277,9 +277,9 @@ def test_ranks_that_share_sequences_and_weights_tell_together(tmp_path):
     ]
     assert [*pictures(reader, "evaluation/watched_frames")] == [5]
     assert len(reader.Histograms("attention/gates")) == 1
-    assert all(0 < e.value < 1 for e in reader.Scalars("speed/exchange_share"))
+    assert all(0 < e.value < 1 for e in reader.Scalars("speed/exchange_fraction"))
     (event,) = reader.Tensors("custom_scalars__config__")
-    assert "exchange_share" in tensor_util.make_ndarray(event.tensor_proto).item().decode(
+    assert "exchange_fraction" in tensor_util.make_ndarray(event.tensor_proto).item().decode(
         errors="replace"
     )
     assert "ranks | 2 on " in text_of(reader, "run/environment")

@@ -175,7 +175,7 @@ def test_a_shared_sequence_gives_the_losses_of_two_lanes(two_ranks, one_sequence
             err_msg=tag,
         )
     assert set(told(one_sequence, "evaluation/ap50")) == {6}
-    shares = told(one_sequence, "speed/exchange_share")
+    shares = told(one_sequence, "speed/exchange_fraction")
     assert set(shares) == set(range(1, 7)) and all(0 < share < 1 for share in shares.values())
 
 
@@ -240,7 +240,7 @@ def test_every_launcher_gives_the_same_run(shards, one_sequence, tmp_path, start
     [  # test_layouts.py trains under all of them, too
         pytest.param(("deepspeed=zero0",), marks=pytest.mark.soak),
         pytest.param(("deepspeed=zero2", "training.precision=bf16"), marks=pytest.mark.soak),
-        ("deepspeed=zero3", "training.accumulation=2"),
+        ("deepspeed=zero3", "training.gradient_accumulation_steps=2"),
     ],
     ids=lambda o: "-".join(o),
 )

@@ -40,7 +40,7 @@ class Case:
     sequence: int = 1
     stage: int = 0
     precision: str = "fp32"
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     attention: bool = False
     dws_conv: bool = False
     offload: bool = False
@@ -55,7 +55,11 @@ class Stretch:
 
 SAME = {  # two ranks that continue as they were, to the last bit
     "stage 0, bf16": {"stage": 0, "precision": "bf16"},
-    "stage 1, bf16, accumulation": {"stage": 1, "precision": "bf16", "accumulation": 2},
+    "stage 1, bf16, accumulation": {
+        "stage": 1,
+        "precision": "bf16",
+        "gradient_accumulation_steps": 2,
+    },
     "stage 2, relay": {"stage": 2, "sequence": 2, "dws_conv": True},
     "stage 3, offload": {"stage": 3, "offload": True},
     "stage 3, bf16, attention over ranks": {
@@ -114,12 +118,12 @@ def config(case: Case, folder: Path, run_dir: Path) -> TrainConfig:
             max_steps=2 * STEPS,
             batch_size=4,
             sequence_length=4,
-            accumulation=case.accumulation,
+            gradient_accumulation_steps=case.gradient_accumulation_steps,
             precision=Precision[case.precision],
-            loader_workers=1,
+            num_workers=1,
             log_every=1,
         ),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_share=0.2, gate_lr=100),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_fraction=0.2, gate_lr_multiplier=100),
         deepspeed=DeepSpeedConfig(
             stage=case.stage,
             offload_optimizer=case.offload,

@@ -43,7 +43,7 @@ class Case:
     stage: int = 0
     dws_conv: bool = False
     attention: bool = False
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     precision: str = "fp32"
     lanes: int = 4
     frames: int = 4
@@ -80,7 +80,7 @@ def config(case: Case, shards: str, run_dir: str) -> TrainConfig:
                 dws_conv=case.dws_conv,
                 partition_split_32=1,
             ),
-            fpn=FpnConfig(enable_small_object_attention=case.attention, identity_start=False),
+            fpn=FpnConfig(enable_small_object_attention=case.attention, identity_init=False),
             head=HeadConfig(num_classes=3),
         ),
         dataset=DatasetConfig(root=shards),
@@ -88,14 +88,14 @@ def config(case: Case, shards: str, run_dir: str) -> TrainConfig:
             max_steps=20,
             batch_size=case.lanes,
             sequence_length=case.frames,
-            accumulation=case.accumulation,
+            gradient_accumulation_steps=case.gradient_accumulation_steps,
             sampling=Sampling[case.sampling],
             precision=Precision[case.precision],
-            loader_workers=1,
+            num_workers=1,
             activation_checkpointing=case.knobs,
             frames_per_call=3 if case.knobs else 0,
         ),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_share=0.2),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_fraction=0.2),
         deepspeed=DeepSpeedConfig(
             stage=case.stage,
             offload_optimizer=case.knobs and case.stage > 0,
@@ -116,13 +116,13 @@ def run(case: Case, shards: str, world) -> dict:
         def record_first():
             nonlocal calls
             calls += 1
-            if calls == case.accumulation:
+            if calls == case.gradient_accumulation_steps:
                 gradients.update(trainer.engine.full_gradients())
             step()
 
         calls, trainer.engine.step = 0, record_first
         told, labelled, batches = [], [], trainer.loader.batches(0)
-        for _ in range(case.steps * case.accumulation):
+        for _ in range(case.steps * case.gradient_accumulation_steps):
             batch = next(batches)
             losses, _ = trainer._micro_batch(batch, False)
             told.append(losses)

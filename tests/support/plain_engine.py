@@ -17,7 +17,7 @@ class PlainEngine:
             world,
             config.training.gradient_clipping,
         )
-        self.accumulation, self.done = config.training.accumulation, 0
+        self.gradient_accumulation_steps, self.done = config.training.gradient_accumulation_steps, 0
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optimizer), lr=config.optimizer.lr
         )
@@ -31,7 +31,7 @@ class PlainEngine:
         self.module.train()
 
     def backward(self, loss):
-        (loss / self.accumulation / self.world.size).backward()
+        (loss / self.gradient_accumulation_steps / self.world.size).backward()
 
     def full_gradients(self):
         return {name: sum_over_ranks(p.grad.clone()) for name, p in self.module.named_parameters()}
@@ -41,7 +41,9 @@ class PlainEngine:
 
     def step(self):
         self.done += 1
-        if self.done % self.accumulation or all(p.grad is None for p in self.module.parameters()):
+        if self.done % self.gradient_accumulation_steps or all(
+            p.grad is None for p in self.module.parameters()
+        ):
             return
         for name, gradient in self.full_gradients().items():
             self.module.get_parameter(name).grad.copy_(gradient)

@@ -38,7 +38,10 @@ def stepped(stage, pattern, world) -> dict[str, torch.Tensor]:
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     config = TrainConfig(
         training=TrainingConfig(
-            accumulation=ACCUMULATION, batch_size=2, max_steps=9, gradient_clipping=0.5
+            gradient_accumulation_steps=ACCUMULATION,
+            batch_size=2,
+            max_steps=9,
+            gradient_clipping=0.5,
         ),
         optimizer=OptimizerConfig(lr=1e-2),
         deepspeed=DeepSpeedConfig(stage=stage or 0),

@@ -205,7 +205,7 @@ def trained_in_little_memory(shards, run_dir, *overrides):
             "parallel.threads=1",
             "training.sequence_length=20",
             "training.log_every=1",
-            "training.loader_workers=0",
+            "training.num_workers=0",
             *overrides,
         ],
         cwd=ROOT,
@@ -244,11 +244,11 @@ def test_too_little_memory_says_which_knob_and_turning_it_helps(shards, tmp_path
     assert "training.activation_checkpointing=true training.frames_per_call=16" in err
     assert "parallel.sequence=2 parallel.ranks=2 (10 frames a rank instead of 20)" in err
     assert (
-        "training.batch_size=8 training.accumulation=2 (as many lanes a step, 8 instead of 16 at once"
+        "training.batch_size=8 training.gradient_accumulation_steps=2 (as many lanes a step, 8 instead of 16 at once"
         in err
     )
     code, err = trained_in_little_memory(
-        shards, tmp_path / "run", "training.batch_size=2", "training.accumulation=8"
+        shards, tmp_path / "run", "training.batch_size=2", "training.gradient_accumulation_steps=8"
     )
     assert code == 75, err
 
@@ -303,7 +303,7 @@ def test_knobs_start_from_where_they_stand():
             sequence=2,
             sequence_length=12,
             batch_size=6,
-            accumulation=2,
+            gradient_accumulation_steps=2,
             activation_checkpointing=True,
             frames_per_call=9,
         ),
@@ -313,7 +313,7 @@ def test_knobs_start_from_where_they_stand():
         "training.frames_per_call=3 instead of 9",
         "deepspeed.stage=2",
         "parallel.sequence=4 parallel.ranks=8",
-        "training.batch_size=2 training.accumulation=6",
+        "training.batch_size=2 training.gradient_accumulation_steps=6",
         "training.sequence_length=6",
     ]
     assert "1 instead of 3 at once" in told[3]

@@ -47,15 +47,15 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval |
 def t_quantile(share: float, freedom: int) -> float:
     """The t that Student's distribution stays below with probability `share` (0.5 to below 1)."""
     low, high = 0.0, 1.0
-    while _t_share(high, freedom) < share:
+    while _t_fraction(high, freedom) < share:
         high *= 2
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if _t_share(middle, freedom) < share else (low, middle)
+        low, high = (middle, high) if _t_fraction(middle, freedom) < share else (low, middle)
     return (low + high) / 2
 
 
-def _t_share(t: float, freedom: int) -> float:
+def _t_fraction(t: float, freedom: int) -> float:
     """Abramowitz & Stegun 26.7.3 and 26.7.4: a finite sum for whole degrees of freedom."""
     angle = math.atan2(t, math.sqrt(freedom))
     cosine = math.cos(angle)

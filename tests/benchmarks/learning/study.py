@@ -38,7 +38,7 @@ OWN_KEYS = {  # key -> the option that sets it
     "seed": "--seeds",
     "training.max_steps": "--steps",
     "training.sequence_length": "--lengths",
-    "training.gradient_frames": "--horizons",
+    "training.bptt_frames": "--horizons",
     "training.batch_size": "--frames",
     "training.evaluate_every": "--evaluations",
     "dataset.root": "--folder",
@@ -93,7 +93,7 @@ class Plan:
             "experiment",
             "training.sequence_length",
             "training.batch_size",
-            "training.gradient_frames",
+            "training.bptt_frames",
             "training.max_steps",
             "seed",
             *extra,
@@ -108,7 +108,7 @@ class Plan:
     def horizon(self, frames: int, seed: int) -> list[str]:
         """In the longest sequences; where all of one counts, it is the run of that length."""
         longest = LENGTHS[-1]
-        cut = [f"training.gradient_frames={frames}"] if frames < longest else []
+        cut = [f"training.bptt_frames={frames}"] if frames < longest else []
         return [*self._run("bench/length", longest, seed), *cut]
 
     def _run(self, experiment: str, length: int, seed: int) -> list[str]:
