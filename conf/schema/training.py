@@ -236,8 +236,10 @@ class TrainingConfig:
         self.profile = list(self.profile)
         require(
             not self.profile
-            or len(self.profile) == 2
-            and 1 <= self.profile[0] <= self.profile[1] < self.profile[0] + 20,
+            or (
+                len(self.profile) == 2
+                and 1 <= self.profile[0] <= self.profile[1] < self.profile[0] + 20
+            ),
             f"training.profile is {self.profile}; give [first, last], steps from 1 on, at most 20: a trace is some MB a step",
         )
         require(

@@ -180,7 +180,7 @@ def counts_section(survey: Survey) -> str:
     ]
     ticks = [
         (float(t), f"{t:g}")
-        for t in (range(1, cutoff + 1) if cutoff <= 20 else round_ticks(cutoff)[1:-1] + [cutoff])
+        for t in (range(1, cutoff + 1) if cutoff <= 20 else [*round_ticks(cutoff)[1:-1], cutoff])
     ]
     chart = histogram(
         [v + 0.5 for v in range(cutoff + 1)],

@@ -50,9 +50,7 @@ def _texture(shape, u, v):
 @njit(cache=True, nogil=True, inline="always")
 def _bounds(centre, extent, size):
     """First and one past the last pixel that an object, with its soft edge, can touch on one axis."""
-    return max(0, int(math.floor(centre - extent - 1))), min(
-        size, int(math.ceil(centre + extent + 1))
-    )
+    return max(0, math.floor(centre - extent - 1)), min(size, math.ceil(centre + extent + 1))
 
 
 @njit(cache=True, nogil=True)

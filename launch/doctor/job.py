@@ -135,7 +135,8 @@ def run(
         text=True,
         errors="replace",
     )
-    assert process.stdout and process.stderr
+    assert process.stdout
+    assert process.stderr
     complaints: list[str] = []
     told: list[Told] = []
 

@@ -200,7 +200,7 @@ def preemption(config: Values, partition: Values, partitions: list[Values]) -> F
     tier = int(partition.get("PriorityTier", 1))
     above = [p["PartitionName"] for p in partitions if int(p.get("PriorityTier", 1)) > tier]
     by_partition = kind.endswith("partition_prio")
-    if kind.endswith("none") or mode == "OFF" or by_partition and not above:
+    if kind.endswith("none") or mode == "OFF" or (by_partition and not above):
         return Finding("preemption", PASS, f"jobs of {name} are not preempted")
     grace, by = (
         seconds(partition.get("GraceTime", "0")),

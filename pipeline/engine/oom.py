@@ -24,10 +24,8 @@ MARKS = (
 
 def out_of_memory(error: BaseException) -> bool:
     """As torch, NumPy, CUDA's libraries, HDF5, oneDNN (which names no reason) and Python tell it."""
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or isinstance(error, RuntimeError | OSError)
-        and any(mark in str(error) for mark in MARKS)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and any(mark in str(error) for mark in MARKS)
     )
 
 

@@ -42,11 +42,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def track(self, mean: Tensor, unbiased: Tensor, any_samples: Tensor) -> None:
-        assert (
-            self.running_mean is not None
-            and self.running_var is not None
-            and self.num_batches_tracked is not None
-        )
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         share = (
             any_samples * MOMENTUM
         )  # no `if`: asking a GPU whether there were samples would wait for it

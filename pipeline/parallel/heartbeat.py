@@ -71,10 +71,8 @@ def named_peers(
 
 def broken(error: BaseException) -> bool:
     """Whether it tells that ranks do not reach each other."""
-    return (
-        isinstance(error, dist.DistError)
-        or isinstance(error, RuntimeError)
-        and any(mark in str(error) for mark in MARKS)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(mark in str(error) for mark in MARKS)
     )
 
 

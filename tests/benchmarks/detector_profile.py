@@ -39,7 +39,7 @@ class Profile:
         return self.last - before
 
     def part(self, name: str, function: Callable) -> Callable:
-        def timed(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+        def timed(*args, **kwargs):
             self.forward[self.within[-1]] += self.passed()
             self.within.append(name)
             marker = (

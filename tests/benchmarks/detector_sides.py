@@ -182,7 +182,7 @@ class Dispatched(TorchDispatchMode):
         self.operators: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name
         view = any(
             out.alias_info is not None and not out.alias_info.is_write
@@ -212,11 +212,11 @@ class PathOfGpu(TorchFunctionMode):
         CAST_AT_ONCE["cpu"] = CAST_AT_ONCE["cuda"]
         return super().__enter__()
 
-    def __exit__(self, *error) -> None:  # noqa: ANN002
+    def __exit__(self, *error) -> None:
         CAST_AT_ONCE["cpu"] = self.at_once
         super().__exit__(*error)
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_function__(self, function, types, args=(), kwargs=None):
         return (
             False if function == torch.Tensor.is_cpu.__get__ else function(*args, **(kwargs or {}))
         )

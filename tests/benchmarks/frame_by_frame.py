@@ -501,7 +501,8 @@ class FrameByFrame(nn.Module):
                     kept.append(hidden[list(lanes)])
         features = [torch.cat(kept, dim=0) for kept in selected]
         losses = self.yolox_head(self.fpn(features[1:]), targets)[1]
-        assert losses is not None and state is not None
+        assert losses is not None
+        assert state is not None
         return losses, [(hidden.detach(), cell.detach()) for hidden, cell in state]
 
     def step(self, frames: Tensor, state: State | None) -> tuple[Tensor, State]:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
@@ -291,7 +291,7 @@ def histograms(bench: Bench, table: Table) -> None:
             torch.from_numpy(np.asarray(c[a:b], np.int64))
             for c in (events.x, events.y, events.p, events.t)
         ]
-        for a, b in zip(seams[:-1], seams[1:], strict=True)
+        for a, b in pairwise(seams)
     ]
 
     def ours(downsample: int) -> None:

@@ -17,10 +17,9 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from support.small_shards import write_small_shards  # noqa: E402
-from test_submit_slurm import events, evspan, keys, time_out, wait_for  # noqa: E402
-
-from support.slurm_cluster import Cluster  # noqa: E402  isort: skip
+from support.slurm_cluster import Cluster
+from support.small_shards import write_small_shards
+from test_submit_slurm import events, evspan, keys, time_out, wait_for
 
 
 def main() -> None:

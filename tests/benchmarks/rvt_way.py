@@ -74,7 +74,8 @@ def histogram(
     """(2 * BINS, height, width) uint8 counts of one window; x, y, p, t: (N,) int64."""
     counts = torch.zeros((2, BINS, height, width), dtype=torch.uint8)
     if x.numel():
-        assert p.min() >= 0 and p.max() <= 1
+        assert p.min() >= 0
+        assert p.max() <= 1
         share = (t - t[0]) / max(t[-1] - t[0], torch.tensor(1))
         bin_ = torch.clamp((share * BINS).floor(), max=BINS - 1)
         where = (

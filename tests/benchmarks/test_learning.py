@@ -71,7 +71,8 @@ def test_quick_trains_two_arms_tells_them_and_goes_on(tmp_path):
     assert ran.returncode == 0, ran.stderr
     folder = tmp_path / "learn-v2-quick"
     told = json.loads((folder / "report.json").read_text())
-    assert told["arms"].keys() == {"baseline", "attention"} and told["steps"] == 2
+    assert told["arms"].keys() == {"baseline", "attention"}
+    assert told["steps"] == 2
     for number, name in enumerate(told["arms"]):
         metrics = json.loads(
             (folder / "runs" / str(number) / "evaluation" / "metrics.json").read_text()
@@ -84,7 +85,8 @@ def test_quick_trains_two_arms_tells_them_and_goes_on(tmp_path):
         assert {"ap_still", "ap_moving", "recall_still"} <= told["arms"][name].keys()
         config = json.loads((folder / "runs" / str(number) / "config.json").read_text())
         assert config["model"]["fpn"]["enable_small_object_attention"] is (name == "attention")
-    assert (folder / "report.md").read_text() in ran.stdout and "Not done" not in ran.stdout
+    assert (folder / "report.md").read_text() in ran.stdout
+    assert "Not done" not in ran.stdout
     assert ("other bits" in ran.stdout) == (told["digest"] != bench.QUICK.digest)
     assert (
         len(ElementTree.parse(folder / "curves.svg").getroot().findall(".//{*}polyline"))
@@ -92,11 +94,9 @@ def test_quick_trains_two_arms_tells_them_and_goes_on(tmp_path):
     )  # arms, thin and thick
 
     again = run_bench(tmp_path, *words)
-    assert (
-        again.returncode == 0
-        and again.stdout.count("done already") == 2
-        and "step " not in again.stdout.split("#")[0]
-    )
+    assert again.returncode == 0
+    assert again.stdout.count("done already") == 2
+    assert "step " not in again.stdout.split("#")[0]
 
 
 # -- the set -----------------------------------------------------------------------------------------------------
@@ -107,7 +107,8 @@ def test_a_set_is_made_once_and_refused_when_it_is_not_what_was_made(tmp_path, c
     )  # of a killed attempt, as this folder without a table is
     (tmp_path / "a" / "set").mkdir()
     made = recordings_in(tmp_path / "a", TINY)
-    assert not made.first and sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+    assert not made.first
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
         "set",
         "set.json",
     ]
@@ -163,15 +164,16 @@ def test_scales_change_sizes_alone_and_the_default_nothing(tmp_path):
         return make_scene(200_000_000, np.random.default_rng(3), SimulatorConfig(**values))
 
     usual, half = scene(), scene(min_scale=0.5, max_scale=0.5)
-    assert half.tracks and (half.background.shape == usual.background.shape)
+    assert half.tracks
+    assert half.background.shape == usual.background.shape
     first = {t.track_id: t for t in usual.tracks}[0], {t.track_id: t for t in half.tracks}[0]
-    assert first[1].shape[1] == pytest.approx(first[0].shape[1] / 2) and first[
-        1
-    ].area == pytest.approx(first[0].area / 4)
+    assert first[1].shape[1] == pytest.approx(first[0].shape[1] / 2)
+    assert first[1].area == pytest.approx(first[0].area / 4)
     drawn = scene(min_scale=0.5, max_scale=2).tracks
     for kind, (low, high) in enumerate(LENGTHS):
         lengths = [2 * t.shape[1] for t in drawn if t.class_id == kind]
-        assert 0.5 * low <= min(lengths) < low and high < max(lengths) <= 2 * high
+        assert 0.5 * low <= min(lengths) < low
+        assert high < max(lengths) <= 2 * high
     small = SimulatorConfig(height=160, width=160)
     job = simulate.jobs_of(tmp_path, {"val": 1}, seconds=0.1, seed=0, kind="raw", config=small)[0]
     simulate.run_job(job)
@@ -187,16 +189,19 @@ def test_scales_change_sizes_alone_and_the_default_nothing(tmp_path):
 # -- plans -------------------------------------------------------------------------------------------------------
 def test_every_run_has_the_same_budget_and_every_seed_all_runs():
     plan = plan_of("--seeds", "2", "optimizer.lr=0.001")
-    assert plan.arms == tuple(bench.USUAL_ARMS) and plan.lengths == plan.horizons == bench.LENGTHS
+    assert plan.arms == tuple(bench.USUAL_ARMS)
+    assert plan.lengths == plan.horizons == bench.LENGTHS
     runs = [dict(o.split("=") for o in overrides) for overrides in plan.all_runs()]
-    assert len(runs) == 2 * (6 + 5 + 4) and all(run["optimizer.lr"] == "0.001" for run in runs)
+    assert len(runs) == 2 * (6 + 5 + 4)
+    assert all(run["optimizer.lr"] == "0.001" for run in runs)
     for run in runs:
         assert (
             int(run["training.sequence_length"]) * int(run["training.batch_size"])
             == plan.frames
             == 40
         )
-        assert run["training.max_steps"] == "600" and run["training.evaluate_every"] == "150"
+        assert run["training.max_steps"] == "600"
+        assert run["training.evaluate_every"] == "150"
     assert [run["seed"] for run in runs] == ["0"] * 15 + ["1"] * 15
     assert [
         int(run["training.sequence_length"]) for run in runs if run["experiment"] == "bench/length"
@@ -213,7 +218,7 @@ def test_every_run_has_the_same_budget_and_every_seed_all_runs():
 
 
 @pytest.mark.parametrize(
-    "words, part",
+    ("words", "part"),
     [
         (["--arms", "baseline,atention"], "no arm 'atention'"),
         (["--lengths", "2,x"], "'x' is no number"),
@@ -290,7 +295,8 @@ def share_below(t: float, freedom: int) -> float:
 
 
 @pytest.mark.parametrize(
-    "freedom, published", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)]
+    ("freedom", "published"),
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)],
 )
 def test_quantiles_are_students(freedom, published):
     assert t_quantile(0.975, freedom) == pytest.approx(published, abs=5e-4)
@@ -303,11 +309,9 @@ def test_intervals_by_their_definition_and_they_cover_as_often_as_they_say():
     told = interval(sample)
     assert told.mean == pytest.approx(statistics.mean(sample))
     assert told.half == pytest.approx(4.303 * statistics.stdev(sample) / math.sqrt(3), rel=1e-3)
-    assert (
-        interval([0.2]).half is None
-        and interval([0.2]).points() == "20.0"
-        and not interval([0.2]).clear
-    )
+    assert interval([0.2]).half is None
+    assert interval([0.2]).points() == "20.0"
+    assert not interval([0.2]).clear
     assert interval([0.1, 0.1]).points(signed=True) == "+10.0 ± 0.0"
     rng = np.random.default_rng(0)
     inside = [
@@ -320,9 +324,8 @@ def test_intervals_by_their_definition_and_they_cover_as_often_as_they_say():
 def test_differences_are_taken_seed_by_seed():
     ours, theirs = {0: 0.30, 1: 0.208, 2: 0.419}, {2: 0.40, 1: 0.19, 0: 0.28, 7: 0.9}
     told = paired(ours, theirs)
-    assert (
-        told.values == pytest.approx((0.02, 0.018, 0.019)) and told.clear
-    )  # though the seeds lie 0.2 apart
+    assert told.values == pytest.approx((0.02, 0.018, 0.019))
+    assert told.clear
     assert paired(ours, {5: 0.1}) is None
 
 
@@ -405,16 +408,17 @@ def test_the_report_has_means_intervals_and_paired_differences(tmp_path, capsys)
         },
     )
     arms, _, base, attention, lengths, _, two, ten, horizons, _, five, forty = told_by(plan, capsys)
-    assert (
-        horizons[0] == "frames"
-        and five[:3] == ["5", "1", "10.0"]
-        and forty[:3] == ["40", "1", "40.0"]
-    )
+    assert horizons[0] == "frames"
+    assert five[:3] == ["5", "1", "10.0"]
+    assert forty[:3] == ["40", "1", "40.0"]
     assert arms == ["arm", "seeds", "AP", "AP50", "AP less baseline's"]  # no small boxes: no column
     assert base == ["baseline", "3", "30.0 ± 24.8", "60.0 ± 49.7", ""]
-    assert attention[0] == "attention: + attention" and attention[-1] == "**+2.0 ± 0.1**"
-    assert two[:3] == ["2", "3", "20.0 ± 24.8"] and ten[:3] == ["10", "2", "20.0 ± 127.1"]
-    assert lengths[-1] == "AP less 2's" and ten[-1] == "+5.0 ± 190.6"
+    assert attention[0] == "attention: + attention"
+    assert attention[-1] == "**+2.0 ± 0.1**"
+    assert two[:3] == ["2", "3", "20.0 ± 24.8"]
+    assert ten[:3] == ["10", "2", "20.0 ± 127.1"]
+    assert lengths[-1] == "AP less 2's"
+    assert ten[-1] == "+5.0 ± 190.6"
     assert "length sequence_length=10 seed=2 (waiting)" in (plan.folder / "report.md").read_text()
     told = json.loads((plan.folder / "report.json").read_text())
     assert told["arms"]["baseline"]["ap"]["seeds"] == {"0": 0.3, "1": 0.2, "2": 0.4}
@@ -441,9 +445,8 @@ def test_still_and_moving_objects_appear_when_an_evaluation_tells_them(tmp_path,
     )
     made_up(plan, {"2": [0.1, 0.2], "10": [0.3, 0.1]}, ap_still=0.05, ap_moving=0.25)
     heads, _, two, _ = told_by(plan, capsys)
-    assert heads[4:] == ["AP still", "AP moving", "AP less 2's", "AP still less 2's"] and two[
-        4:6
-    ] == ["5.0 ± 0.0", "25.0 ± 0.0"]
+    assert heads[4:] == ["AP still", "AP moving", "AP less 2's", "AP still less 2's"]
+    assert two[4:6] == ["5.0 ± 0.0", "25.0 ± 0.0"]
     assert "AP still and AP moving by length" in (plan.folder / "curves.svg").read_text()
     for run, step in (
         (0, 100),
@@ -459,7 +462,8 @@ def test_still_and_moving_objects_appear_when_an_evaluation_tells_them(tmp_path,
         )
     heads, _, two, ten = told_by(plan, capsys)
     assert heads[4:8] == ["AP still", "AP moving", "recall still", "recall moving"]
-    assert two[4:8] == ["22.5 ± 222.4", "25.0", "60.0", "70.0"] and ten[4:8] == [
+    assert two[4:8] == ["22.5 ± 222.4", "25.0", "60.0", "70.0"]
+    assert ten[4:8] == [
         "5.0 ± 0.0",
         "25.0 ± 0.0",
         "",
@@ -502,13 +506,14 @@ def test_points_are_drawn_where_they_belong(tmp_path):
         [tuple(map(float, p.split(","))) for p in e.get("points").split()]
         for e in ElementTree.parse(tmp_path / "a.svg").getroot().findall(".//{*}polyline")
     )
-    assert mean[0][0] < mean[1][0] and mean[0][1] > mean[1][1]
+    assert mean[0][0] < mean[1][0]
+    assert mean[0][1] > mean[1][1]
     height = mean[0][1] - mean[1][1]
     assert [abs(y - mean[1][1]) for _, y in bar] == pytest.approx([height / 5] * 2, abs=0.2)
 
 
 @pytest.mark.parametrize(
-    "words, code, part",
+    ("words", "code", "part"),
     [([], 0, "bench learn"), (["--help"], 0, "bench learn"), (["speed"], 2, "'speed'")],
 )
 def test_command(words, code, part, capsys):
@@ -528,18 +533,19 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
             ["learn", "--folder", str(tmp_path), "--quick", "--report", "--arms", "soze_aware"]
         )
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.startswith("error: --arms") and said.count("\n") == 1
+    assert ended.value.code == 2
+    assert said.startswith("error: --arms")
+    assert said.count("\n") == 1
     with pytest.raises(SystemExit) as ended:
         bench.main(["learn", "--folder", str(tmp_path), "--report"])
-    assert (
-        ended.value.code == 2
-        and "no runs to tell of" in capsys.readouterr().err
-        and not list(tmp_path.iterdir())
-    )
+    assert ended.value.code == 2
+    assert "no runs to tell of" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_explains_the_arms(capsys):
     with pytest.raises(SystemExit):
         bench.main(["learn", "--help"])
     said = capsys.readouterr().out
-    assert all(arm in said for arm in bench.ARMS) and max(map(len, said.splitlines())) < 140
+    assert all(arm in said for arm in bench.ARMS)
+    assert max(map(len, said.splitlines())) < 140

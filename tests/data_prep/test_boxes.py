@@ -40,7 +40,8 @@ def refused(path: Path, *told: str) -> None:
         warnings.simplefilter("error")
         read_boxes(path)
     message = str(caught.value)
-    assert str(path) in message and "\n" not in message
+    assert str(path) in message
+    assert "\n" not in message
     for words in told:
         assert words in message, message
 
@@ -56,7 +57,8 @@ def test_prophesees_layout_comes_back_as_it_is(tmp_path):
     assert np.load(tmp_path / "a_bbox.npy").dtype == RAW_BOX
     read = read_boxes(tmp_path / "a_bbox.npy")
     np.testing.assert_array_equal(read, boxes)
-    assert read.dtype == RAW_BOX and read.flags.writeable
+    assert read.dtype == RAW_BOX
+    assert read.flags.writeable
 
 
 def test_the_published_files_pad_each_box_to_40_bytes(tmp_path):
@@ -101,10 +103,12 @@ def test_fields_in_any_order_of_any_type_under_older_names_with_others_between(t
 
 def test_optional_fields_and_both_names(tmp_path):
     read = read_boxes(saved(tmp_path / "a.npy", table()))
-    assert read["track_id"].tolist() == [0] * 3 and read["class_confidence"].tolist() == [1.0] * 3
+    assert read["track_id"].tolist() == [0] * 3
+    assert read["class_confidence"].tolist() == [1.0] * 3
     both = table(ts=np.full(3, 9), confidence=np.zeros(3), class_confidence=np.full(3, 0.5))
     read = read_boxes(saved(tmp_path / "b.npy", both))
-    assert read["t"].tolist() == [0, 1000, 2000] and read["class_confidence"].tolist() == [0.5] * 3
+    assert read["t"].tolist() == [0, 1000, 2000]
+    assert read["class_confidence"].tolist() == [0.5] * 3
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -119,7 +123,7 @@ def test_fractions_of_a_microsecond_are_rounded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "columns, told",
+    ("columns", "told"),
     [
         (
             {"t": None},
@@ -169,11 +173,12 @@ def test_the_largest_values_that_fit(tmp_path):
     read = read_boxes(
         saved(tmp_path / "a.npy", table(t=[0, 1, 2**62], class_id=np.array([0, 1, 2**32 - 1])))
     )
-    assert read["t"].tolist() == [0, 1, 2**62] and read["class_id"].tolist() == [0, 1, 2**32 - 1]
+    assert read["t"].tolist() == [0, 1, 2**62]
+    assert read["class_id"].tolist() == [0, 1, 2**32 - 1]
 
 
 @pytest.mark.parametrize(
-    "array, told",
+    ("array", "told"),
     [
         (np.zeros((4, 8)), ["float64 of shape (4, 8)", "structured array"]),
         (np.zeros((2, 2), RAW_BOX), ["of shape (2, 2)"]),
@@ -259,8 +264,6 @@ def test_names_with_dots_and_endings_inside(tmp_path):
         recording_name(Path("17-04-13_15-05-43_1098500000_1158500000_td.dat"))
         == "17-04-13_15-05-43_1098500000_1158500000"
     )
-    assert (
-        recording_name(Path("a.b_td.raw")) == "a.b"
-        and recording_name(Path("a_td.raw_td.h5")) == "a_td.raw"
-    )
+    assert recording_name(Path("a.b_td.raw")) == "a.b"
+    assert recording_name(Path("a_td.raw_td.h5")) == "a_td.raw"
     assert recording_name(Path("a.mp4")) == "a"

@@ -37,14 +37,15 @@ def by_eventcv(path: Path) -> Events:
 
 def agree(path: Path, other: Events) -> int:
     events, recording = read_by(path)
-    assert recording.events == other.t.size and not any(recording.dropped.values())
+    assert recording.events == other.t.size
+    assert not any(recording.dropped.values())
     for name, ours, theirs in zip(Events._fields, events, other, strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
     return recording.events
 
 
 @pytest.mark.parametrize(
-    "name, decoder",
+    ("name", "decoder"),
     [
         ("gen4_evt3_triggers.raw", by_evt3),
         ("gen4_evt3_dense.raw", by_evt3),
@@ -59,7 +60,7 @@ def test_real_recordings(samples_dir, name, decoder):
 
 
 @pytest.mark.parametrize(
-    "suffix, decoder", [("raw", by_evt3), ("raw", by_eventcv), ("dat", by_eventcv)]
+    ("suffix", "decoder"), [("raw", by_evt3), ("raw", by_eventcv), ("dat", by_eventcv)]
 )
 def test_simulated_recordings(tmp_path, suffix, decoder):
     path = tmp_path / f"a_td.{suffix}"
@@ -104,11 +105,9 @@ def test_random_camera_streams(tmp_path, decoder):
         other = decoder(path)
         inside = (other.x < 1280) & (other.y < 720)  # the libraries hand on what lies outside
         events, recording = read_by(path)
-        assert (
-            recording.events > 2000
-            and recording.last_us > 2**24
-            and not recording.dropped["late_timestamps_raised"]
-        )
+        assert recording.events > 2000
+        assert recording.last_us > 2**24
+        assert not recording.dropped["late_timestamps_raised"]
         for name, ours, theirs in zip(Events._fields, events, other, strict=True):
             np.testing.assert_array_equal(ours, theirs[inside], err_msg=f"{name}, seed {seed}")
 

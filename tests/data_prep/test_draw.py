@@ -43,7 +43,8 @@ def test_darker_is_red_brighter_blue_both_violet_and_nothing_white():
             {(0, 1, 1): 4, (1, 1, 2): 4, (2, 2, 1): 4, (3, 2, 2): 255, (0, 3, 3): 5, (3, 3, 3): 5}
         )
     )
-    assert rgb.shape == (8, 10, 3) and rgb.dtype == np.uint8
+    assert rgb.shape == (8, 10, 3)
+    assert rgb.dtype == np.uint8
     assert (
         colour_at(rgb, 1, 1) == colour_at(rgb, 1, 2) == tuple(OFF)
     )  # channels 0 and 1: polarity 0, both time bins
@@ -55,7 +56,9 @@ def test_darker_is_red_brighter_blue_both_violet_and_nothing_white():
 def test_more_events_are_stronger_up_to_four_and_one_is_visible():
     shades = [frame_to_rgb(frame_of({(2, 0, 0): n}))[0, 0].astype(int) for n in (0, 1, 2, 3, 4, 9)]
     distance = [np.abs(shade - BACKGROUND).sum() for shade in shades]
-    assert distance[0] == 0 and distance[1] > 0.4 * distance[-1] and distance[4] == distance[5]
+    assert distance[0] == 0
+    assert distance[1] > 0.4 * distance[-1]
+    assert distance[4] == distance[5]
     assert all(a < b for a, b in pairwise(distance[:5]))
 
 
@@ -108,11 +111,15 @@ def test_a_label_stands_above_its_box_or_inside_where_there_is_no_room():
     above = painted(draw_boxes(blank(100, 200), [[20, 50, 120, 90]], ["car"]), GREEN) - outline(
         20, 50, 120, 90
     )
-    assert above and max(y for y, _ in above) <= 50 and min(x for _, x in above) == 20
+    assert above
+    assert max(y for y, _ in above) <= 50
+    assert min(x for _, x in above) == 20
     inside = painted(draw_boxes(blank(100, 200), [[20, 2, 120, 90]], ["car"]), GREEN) - outline(
         20, 2, 120, 90
     )
-    assert inside and min(y for y, _ in inside) >= 2 and max(y for y, _ in inside) < 30
+    assert inside
+    assert min(y for y, _ in inside) >= 2
+    assert max(y for y, _ in inside) < 30
     right = draw_boxes(blank(100, 200), [[195, 50, 199, 90]], ["pedestrian"])
     assert min(x for _, x in painted(right, GREEN)) < 160  # it is moved into the picture
     letters = draw_boxes(blank(100, 200), [[20, 50, 120, 90]], ["car"])[30:50, 20:60]
@@ -127,12 +134,10 @@ def test_the_number_of_labels_must_be_that_of_the_boxes():
 def test_a_note_stands_in_the_lower_left_corner():
     noted = draw_label(blank(100, 200), "1.25 s")
     ground = painted(noted, (90, 90, 90))
-    assert (
-        ground
-        and min(y for y, _ in ground) > 80
-        and min(x for _, x in ground) == 0
-        and max(x for _, x in ground) < 60
-    )
+    assert ground
+    assert min(y for y, _ in ground) > 80
+    assert min(x for _, x in ground) == 0
+    assert max(x for _, x in ground) < 60
 
 
 # -- sheets ------------------------------------------------------------------------------------------------------
@@ -148,14 +153,16 @@ def test_a_strip_has_its_pictures_row_by_row(tmp_path):
     for i, colour in enumerate(colours):
         y, x = i // 3 * 22, i % 3 * 32
         assert (sheet[y : y + 20, x : x + 30] == colour).all()
-    assert (sheet[20:22] == 90).all() and (sheet[22:, 64:] == 90).all()
+    assert (sheet[20:22] == 90).all()
+    assert (sheet[22:, 64:] == 90).all()
 
 
-@pytest.mark.parametrize("count, columns", [(1, 1), (2, 1), (12, 3), (16, 3)])
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 1), (12, 3), (16, 3)])
 def test_a_sheet_is_about_as_wide_as_high(tmp_path, count, columns):
     write_strip(tmp_path / "sheet.png", [plain((1, 2, 3), 36, 64)] * count)
     width, height = Image.open(tmp_path / "sheet.png").size
-    assert width == columns * 66 - 2 and height == -(-count // columns) * 38 - 2
+    assert width == columns * 66 - 2
+    assert height == -(-count // columns) * 38 - 2
 
 
 # -- animations --------------------------------------------------------------------------------------------------
@@ -175,15 +182,15 @@ def test_a_gif_has_every_frame_and_takes_as_long_as_it_should(tmp_path, fps):
         for picture in pictures:
             animation.add(picture)
     gif = Image.open(tmp_path / "new" / "a.gif")
-    assert gif.n_frames == 15 and gif.size == (45, 31) and gif.info["loop"] == 0
+    assert gif.n_frames == 15
+    assert gif.size == (45, 31)
+    assert gif.info["loop"] == 0
     durations = []
     for shown, picture in zip(ImageSequence.Iterator(gif), pictures, strict=True):
         durations.append(shown.info["duration"])
         np.testing.assert_allclose(np.asarray(shown.convert("RGB")).astype(int), picture, atol=8)
-    assert (
-        sum(durations) == pytest.approx(1000 * 15 / fps, abs=10)
-        and max(durations) - min(durations) <= 10
-    )
+    assert sum(durations) == pytest.approx(1000 * 15 / fps, abs=10)
+    assert max(durations) - min(durations) <= 10
 
 
 def test_an_animation_that_fails_leaves_nothing(tmp_path):
@@ -232,10 +239,8 @@ def test_an_mp4_has_every_frame_at_its_rate(tmp_path):
         ["ffmpeg", "-i", str(tmp_path / "a.mp4")], capture_output=True, text=True, timeout=30
     ).stderr
     stream = next(line for line in probed.splitlines() if "Video:" in line)
-    assert (
-        all(word in stream for word in ("h264", "yuv420p", "46x32", "20 fps"))
-        and "Duration: 00:00:02.00" in probed
-    )
+    assert all(word in stream for word in ("h264", "yuv420p", "46x32", "20 fps"))
+    assert "Duration: 00:00:02.00" in probed
     raw = subprocess.run(
         [
             "ffmpeg",

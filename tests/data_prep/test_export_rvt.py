@@ -106,7 +106,8 @@ def test_run_again_only_what_is_missing_is_written(exported, shards, fixture, tm
     shutil.rmtree(out / KEYS[1])
     before = {name: (out / name).stat().st_mtime_ns for name in files(out)}
     report = export_rvt(shards, out)
-    assert report.written == [KEYS[1]] and sorted(report.there) == sorted([KEYS[0], KEYS[2]])
+    assert report.written == [KEYS[1]]
+    assert sorted(report.there) == sorted([KEYS[0], KEYS[2]])
     assert all((out / name).stat().st_mtime_ns == then for name, then in before.items())
     assert_same_tree(out, fixture / "output")
 
@@ -213,7 +214,7 @@ def test_a_changed_frame_is_noticed(shards, exported, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "out, message", [("inside", "lies inside the shards"), ("", "lies inside the shards")]
+    ("out", "message"), [("inside", "lies inside the shards"), ("", "lies inside the shards")]
 )
 def test_the_shards_own_folder_is_refused(shards, out, message):
     with pytest.raises(ShardError, match=message):
@@ -245,22 +246,18 @@ def test_the_command_and_its_mistakes(shards, fixture, tmp_path):
     again = subprocess.run(
         command(shards, tmp_path / "out"), capture_output=True, text=True, timeout=60
     )
-    assert (
-        again.returncode == 0
-        and "0 recordings written" in again.stdout
-        and "3 there already" in again.stdout
-    )
+    assert again.returncode == 0
+    assert "0 recordings written" in again.stdout
+    assert "3 there already" in again.stdout
     for arguments in (
         (tmp_path, tmp_path / "new"),
         (shards, tmp_path / "new", "--split", "all"),
         (shards,),
     ):
         failed = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60)
-        assert (
-            failed.returncode == 2
-            and failed.stderr.startswith("error: ")
-            and failed.stderr.count("\n") == 1
-        )
+        assert failed.returncode == 2
+        assert failed.stderr.startswith("error: ")
+        assert failed.stderr.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 
@@ -303,7 +300,8 @@ def test_a_full_disk_is_told_and_more_room_is_all_it_takes(shards, fixture, tmp_
         for key in KEYS:
             if (disk / "out" / key).exists():
                 assert_same_tree(disk / "out" / key, fixture / "output" / key)
-        assert not (disk / "out" / ".exporting").exists() and not (disk / "out" / KEYS[0]).exists()
+        assert not (disk / "out" / ".exporting").exists()
+        assert not (disk / "out" / KEYS[0]).exists()
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         export_rvt(shards, disk / "out")
         assert_same_tree(disk / "out", fixture / "output")

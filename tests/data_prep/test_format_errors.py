@@ -24,12 +24,13 @@ def refused(path: Path, *told: str) -> None:
     with pytest.raises(RecordingError) as caught:
         read_by(path)
     message = str(caught.value)
-    assert str(path) in message and "\n" not in message
+    assert str(path) in message
+    assert "\n" not in message
     for words in told:
         assert words in message, message
 
 
-@pytest.mark.parametrize("kind, size", [("evt3", 2), ("evt2", 4), ("evt21", 8)])
+@pytest.mark.parametrize(("kind", "size"), [("evt3", 2), ("evt2", 4), ("evt21", 8)])
 def test_a_file_that_ends_inside_a_word_is_refused_before_any_event(tmp_path, kind, size):
     path = write_raw(tmp_path / "a.raw", kind, [0, 0, 0])
     whole = path.stat().st_size
@@ -51,7 +52,7 @@ def test_a_dat_that_ends_inside_an_event(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "header, told",
+    ("header", "told"),
     [
         (
             "% evt 4.0\n% geometry 1280x720\n% end\n",
@@ -85,7 +86,7 @@ def test_raw_headers(tmp_path, header, told):
 
 
 @pytest.mark.parametrize(
-    "header, size",
+    ("header", "size"),
     [
         ("% evt 3.0\n% system_ID 49\n", (720, 1280)),
         ("% evt 3.0\n% geometry 640x480\n% system_ID 49\n", (480, 640)),
@@ -99,11 +100,9 @@ def test_raw_headers(tmp_path, header, told):
 def test_headers_that_are_read(tmp_path, header, size):
     path = write_raw(tmp_path / "a.raw", "evt3", [0x8001, 0x6002, 0x2003], header)
     events, recording = read_by(path)
-    assert (
-        (recording.height, recording.width) == size
-        and events.t.tolist() == [4098]
-        and events.x.tolist() == [3]
-    )
+    assert (recording.height, recording.width) == size
+    assert events.t.tolist() == [4098]
+    assert events.x.tolist() == [3]
 
 
 def test_a_header_may_end_anywhere_in_the_readers_buffer(tmp_path):
@@ -119,7 +118,7 @@ def test_a_header_may_end_anywhere_in_the_readers_buffer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "two, told",
+    ("two", "told"),
     [
         (bytes((0x0E, 8)), "[14, 8]"),
         (bytes((0x0C, 16)), "[12, 16]"),
@@ -165,7 +164,7 @@ def h5_file(path: Path, **columns) -> Path:
 
 
 @pytest.mark.parametrize(
-    "columns, told",
+    ("columns", "told"),
     [
         ({"p": None, "x": None}, ["lacks events/x, events/p", "events/t, x, y and p"]),
         ({"y": np.arange(3)}, ["differ in length", "'y': 3", "copy it again"]),

@@ -76,7 +76,8 @@ def test_words_mean_what_the_format_says(tmp_path, kind, seed):
     words = start + random_words(kind, rng, 3000)
     path = write_raw(tmp_path / "a.raw", kind, words)
     expected, dropped = as_read(meaning(kind, words), *SIZES[kind])
-    assert dropped["outside_sensor"] and bool(dropped["before_first_time"]) == (seed % 2 == 0)
+    assert dropped["outside_sensor"]
+    assert bool(dropped["before_first_time"]) == (seed % 2 == 0)
     assert 0.01 < dropped["late_timestamps_raised"] / len(expected) < 0.8
     for at_once in (None, 8, 8 * int(rng.integers(2, 60))):
         events, recording = read_by(path, at_once)
@@ -88,7 +89,7 @@ def test_words_mean_what_the_format_says(tmp_path, kind, seed):
         )
 
 
-@pytest.mark.parametrize("fall, wraps", [(0, 0), (1, 0), (2047, 0), (2048, 1), (4095, 1)])
+@pytest.mark.parametrize(("fall", "wraps"), [(0, 0), (1, 0), (2047, 0), (2048, 1), (4095, 1)])
 def test_evt3_counter_falls_of_half_its_range_are_wraps(tmp_path, fall, wraps):
     words = [0x8FFF, 0x6000, 0x2001, 0x8FFF - fall, 0x6001, 0x2001]
     events, recording = read_by(write_raw(tmp_path / "a.raw", "evt3", words))
@@ -111,10 +112,12 @@ def test_dat_records_mean_what_the_format_says(tmp_path, seed):
         events.append((loops * 2**32 + clock, x, y, int(p > 0)))
     (tmp_path / "a_td.dat").write_bytes(b"% Height 240\n% Width 304\n" + bytes((0x0C, 8)) + records)
     expected, dropped = as_read(events, 240, 304)
-    assert loops > 5 and all(dropped[k] for k in ("outside_sensor", "late_timestamps_raised"))
+    assert loops > 5
+    assert all(dropped[k] for k in ("outside_sensor", "late_timestamps_raised"))
     for at_once in (None, 8, 8 * 37):
         read, recording = read_by(tmp_path / "a_td.dat", at_once)
-        assert rows(read) == expected and recording.dropped == dropped
+        assert rows(read) == expected
+        assert recording.dropped == dropped
 
 
 def test_vectors_that_run_past_every_sensor_never_come_back_into_it(tmp_path):
@@ -161,11 +164,12 @@ def test_evt3_counter_wraps_are_unwrapped_as_a_camera_sends_them(tmp_path):
             words += [0x6000 | high % 4096, 0x0001, 0x2002]
             times.append(high * 4096 + high % 4096)
     events, recording = read_by(write_raw(tmp_path / "a.raw", "evt3", words))
-    assert events.t.tolist() == times and times[-1] - times[0] > 2 * 2**24
+    assert events.t.tolist() == times
+    assert times[-1] - times[0] > 2 * 2**24
     assert not any(recording.dropped.values())
 
 
-@pytest.mark.parametrize("words, place", [([], 0), ([0x0001], 0), ([0x6001, 0x8001], 0)])
+@pytest.mark.parametrize(("words", "place"), [([], 0), ([0x0001], 0), ([0x6001, 0x8001], 0)])
 def test_files_without_events_are_empty_recordings(tmp_path, words, place):
     events, recording = read_by(write_raw(tmp_path / "a.raw", "evt3", words))
     assert events.t.size == recording.events == place
@@ -231,9 +235,8 @@ def test_chunks_are_no_larger_than_asked_for_and_come_again(tmp_path):
     recording = open_recording(tmp_path / "a.raw")
     for size in (7, 999, 1_000_000):
         chunks = list(recording.chunks(size))
-        assert max(c.t.size for c in chunks) == min(size, 5000) and together(
-            chunks
-        ).t.tolist() == list(range(5000))
+        assert max(c.t.size for c in chunks) == min(size, 5000)
+        assert together(chunks).t.tolist() == list(range(5000))
         assert recording.events == 5000
 
 
@@ -296,9 +299,8 @@ def test_h5_columns_of_any_integer_type_do_not_wrap_into_the_sensor(tmp_path, ki
             columns["x"], columns["y"] = columns["y"], columns["x"]
         events, recording = read_by(write_h5(tmp_path / "a_td.h5", columns, 100, 100))
         inside = [i for i, v in enumerate(x) if 0 <= v < 100]
-        assert events.t.tolist() == inside and (events.y if swap else events.x).tolist() == [
-            x[i] for i in inside
-        ]
+        assert events.t.tolist() == inside
+        assert (events.y if swap else events.x).tolist() == [x[i] for i in inside]
         assert recording.dropped["outside_sensor"] == len(x) - len(inside)
 
 
@@ -318,7 +320,8 @@ def test_h5_as_published(tmp_path, kind):
                 write_h5(tmp_path / "a_td.h5", columns, **dict(how)), at_once
             )
             assert (recording.height, recording.width, recording.format) == (720, 1280, "h5")
-            assert events.t.tolist() == [3, 7, 7, 7, 9, 9, 10] and events.p.tolist() == [
+            assert events.t.tolist() == [3, 7, 7, 7, 9, 9, 10]
+            assert events.p.tolist() == [
                 0,
                 1,
                 0,

@@ -170,22 +170,32 @@ def events_in(path: Path, recording: Recording) -> int:
 
 def check_recording(path: Path) -> None:
     recording = open_recording(path)
-    assert 1 <= recording.height <= 8192 and 1 <= recording.width <= 8192
+    assert 1 <= recording.height <= 8192
+    assert 1 <= recording.width <= 8192
     events, latest = 0, None
     for t, x, y, p in recording.chunks(CHUNK):
-        assert t.dtype == np.int64 and x.dtype == y.dtype == np.uint16 and p.dtype == np.uint8
-        assert t.size == x.size == y.size == p.size and 0 < t.size <= CHUNK
-        assert x.max() < recording.width and y.max() < recording.height and p.max() <= 1
-        assert (np.diff(t) >= 0).all() and (latest is None or t[0] >= latest)
+        assert t.dtype == np.int64
+        assert x.dtype == y.dtype == np.uint16
+        assert p.dtype == np.uint8
+        assert t.size == x.size == y.size == p.size
+        assert 0 < t.size <= CHUNK
+        assert x.max() < recording.width
+        assert y.max() < recording.height
+        assert p.max() <= 1
+        assert (np.diff(t) >= 0).all()
+        assert latest is None or t[0] >= latest
         events, latest = events + t.size, t[-1]
     lost = recording.dropped["outside_sensor"] + recording.dropped["before_first_time"]
-    assert recording.events == events and events + lost == events_in(path, recording)
+    assert recording.events == events
+    assert events + lost == events_in(path, recording)
     assert recording.dropped["late_timestamps_raised"] <= events
 
 
 def check_boxes(path: Path) -> None:
     boxes = read_boxes(path)
-    assert boxes.dtype == RAW_BOX and (np.diff(boxes["t"]) >= 0).all() and (boxes["t"] >= 0).all()
+    assert boxes.dtype == RAW_BOX
+    assert (np.diff(boxes["t"]) >= 0).all()
+    assert (boxes["t"] >= 0).all()
     assert all(np.isfinite(boxes[k]).all() for k in ("x", "y", "w", "h", "class_confidence"))
 
 

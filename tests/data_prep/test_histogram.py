@@ -40,7 +40,7 @@ def definition(events: Events, start: int, end: int, config: FrameConfig) -> np.
 
 @pytest.mark.parametrize("by", ["sum", "nearest"])
 @pytest.mark.parametrize("downsample", [1, 2, 4])
-@pytest.mark.parametrize("bins, cutoff", [(10, 10), (1, 255), (7, 3), (50, 1)])
+@pytest.mark.parametrize(("bins", "cutoff"), [(10, 10), (1, 255), (7, 3), (50, 1)])
 def test_frames_are_the_definition(downsample, by, bins, cutoff):
     config = FrameConfig(
         bins=bins, cutoff=cutoff, downsample=downsample, downsample_by=DownsampleBy[by]
@@ -52,7 +52,8 @@ def test_frames_are_the_definition(downsample, by, bins, cutoff):
     first = int(events.t[0])
     assert [end for end, _ in made] == [first + 50_000 * k for k in range(1, 5)]
     for end, frame in made:
-        assert frame.dtype == np.uint8 and frame.shape == (
+        assert frame.dtype == np.uint8
+        assert frame.shape == (
             config.channels,
             *frame_size(config, H, W),
         )
@@ -152,7 +153,7 @@ def test_readers_that_cut_chunks_small_give_the_same_frames(tmp_path):
     np.testing.assert_array_equal(whole, again)
 
 
-@pytest.mark.parametrize("downsample, height, width", [(1, H, W), (2, 22, 34), (4, 20, 32)])
+@pytest.mark.parametrize(("downsample", "height", "width"), [(1, H, W), (2, 22, 34), (4, 20, 32)])
 def test_counts_add_up_to_the_events(downsample, height, width):
     events = random_events(
         np.random.default_rng(1), 8_000, first=5, last=700_000, height=height, width=width
@@ -199,12 +200,14 @@ def test_frames_are_copies():
             recording, lambda _: count(50_000, 50_000), FrameConfig(downsample=1)
         )
     )
-    assert first.sum() > 0 and second.sum() > 0 and not np.shares_memory(first, second)
+    assert first.sum() > 0
+    assert second.sum() > 0
+    assert not np.shares_memory(first, second)
     assert first.sum() + second.sum() == 500
 
 
 @pytest.mark.parametrize(
-    "values, told",
+    ("values", "told"),
     [
         ({"window_ms": 0}, "window_ms"),
         ({"bins": 0}, "bins"),

@@ -68,9 +68,9 @@ def test_all_filters_together_are_those_of_one_box_after_the_other(split):
             counts[reason] += 1
         else:
             expected.append((int(box["t"]), *mine, int(box["track_id"])))
-    assert (
-        dropped == counts and len(out) + sum(dropped.values()) == 3_000 and min(counts.values()) > 0
-    )
+    assert dropped == counts
+    assert len(out) + sum(dropped.values()) == 3_000
+    assert min(counts.values()) > 0
     for name, column in zip(
         ("t", "x", "y", "w", "h", "class_id", "track_id"), zip(*expected, strict=True), strict=True
     ):
@@ -83,7 +83,8 @@ def test_classes_are_kept_and_renamed():
     out, dropped = filter_boxes(
         boxes, LabelConfig(class_map={0: 1, 5: 0, 6: 1}), classes=2, height=H, width=W, split="val"
     )
-    assert out["track_id"].tolist() == [0, 5, 6] and out["class_id"].tolist() == [1, 0, 1]
+    assert out["track_id"].tolist() == [0, 5, 6]
+    assert out["class_id"].tolist() == [1, 0, 1]
     assert dropped == {"boxes_of_other_classes": 4, "boxes_outside_the_sensor": 0}
     assert boxes["class_id"].tolist() == list(range(7))  # the caller's stay as they are
 
@@ -97,7 +98,8 @@ def test_without_a_map_ids_below_the_number_of_classes_are_kept():
         width=W,
         split="val",
     )
-    assert out["class_id"].tolist() == [0, 1, 2, 3] and dropped["boxes_of_other_classes"] == 3
+    assert out["class_id"].tolist() == [0, 1, 2, 3]
+    assert dropped["boxes_of_other_classes"] == 3
 
 
 def test_boxes_are_cropped_and_those_outside_dropped():
@@ -126,30 +128,27 @@ def test_boxes_are_cropped_and_those_outside_dropped():
         width=W,
         split="val",
     )
-    assert (
-        len(without) == 6
-        and "boxes_outside_the_sensor" not in dropped
-        and float(without["x"][0]) == -10
-    )
+    assert len(without) == 6
+    assert "boxes_outside_the_sensor" not in dropped
+    assert float(without["x"][0]) == -10
 
 
 def test_the_order_is_classes_crop_side_diagonal_width():
     """A box that several filters would drop counts for the first of them, and sizes are those after cropping."""
     assert kept(boxes_of((-100, 0, 1, 1, 6)), GEN4)[1]["boxes_of_other_classes"] == 1
     ids, dropped = kept(boxes_of((-90, 100, 100, 100)), GEN4)  # 10 of 100 pixels are left
-    assert (
-        ids == []
-        and dropped["boxes_under_min_side"] == 1
-        and dropped["boxes_under_min_diagonal"] == 0
-    )
+    assert ids == []
+    assert dropped["boxes_under_min_side"] == 1
+    assert dropped["boxes_under_min_diagonal"] == 0
     ids, dropped = kept(boxes_of((-200, 100, 1390, 19)), GEN4)
-    assert dropped["boxes_under_min_side"] == 1 and dropped["boxes_over_max_width"] == 0
+    assert dropped["boxes_under_min_side"] == 1
+    assert dropped["boxes_over_max_width"] == 0
     ids, dropped = kept(boxes_of((-200, 100, 1350, 100)), GEN4)  # 1150 wide after cropping
     assert ids == [0]
 
 
 @pytest.mark.parametrize(
-    "row, stays",
+    ("row", "stays"),
     [
         ((100, 100, 20, 60), True),
         ((100, 100, 19.9, 60), False),

@@ -291,7 +291,8 @@ def test_tables_agree_with_plain_counts_over_the_shards(shards, report):
     page, _ = report(shards)
     stored, told = stored_columns(shards), entries(shards)
     rows = page.rows("recording-table")
-    assert set(rows) == {key.split("/")[1] for key in stored} | {"total"} and len(stored) == 5
+    assert set(rows) == {key.split("/")[1] for key in stored} | {"total"}
+    assert len(stored) == 5
     for key in stored:
         row, expected = rows[key.split("/")[1]], plain(stored, told, [key])
         agrees(row, expected)
@@ -300,7 +301,8 @@ def test_tables_agree_with_plain_counts_over_the_shards(shards, report):
             expected[c] for c in ("ball", "box", "bar")
         ]
     everything = plain(stored, told, stored)
-    assert everything["boxes"] > 10 and everything["boxes dropped"] > 0
+    assert everything["boxes"] > 10
+    assert everything["boxes dropped"] > 0
     agrees(rows["total"], everything)
     splits = page.rows("split-table")
     assert list(splits) == ["train", "val", "test", "total"]
@@ -392,10 +394,8 @@ def test_events_over_time_are_exact_where_all_frames_are_decoded(tmp_path):
     np.testing.assert_allclose(curve.events, per_frame * 123_456 / per_frame.sum())
     np.testing.assert_allclose(curve.edges_s, 0.05 * np.arange(21))
     np.testing.assert_allclose(curve.rate, 20 * curve.events)
-    assert (
-        curve.labelled.tolist() == np.isin(np.arange(20), [3, 4]).tolist()
-        and curve.frames.tolist() == [1] * 20
-    )
+    assert curve.labelled.tolist() == np.isin(np.arange(20), [3, 4]).tolist()
+    assert curve.frames.tolist() == [1] * 20
 
 
 @pytest.mark.parametrize("mean", [0.01, 0.1, 1.0])
@@ -461,7 +461,8 @@ def test_the_sheet_shows_frames_with_their_boxes(tmp_path, report):
         )
     )
     (about, source), (other, _) = page.images
-    assert about == "train/a, 0.40 s, 2 boxes" and other == "val/b, 0.60 s, 0 boxes"
+    assert about == "train/a, 0.40 s, 2 boxes"
+    assert other == "val/b, 0.60 s, 0 boxes"
     picture = np.asarray(
         Image.open(
             io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))
@@ -472,10 +473,8 @@ def test_the_sheet_shows_frames_with_their_boxes(tmp_path, report):
         "0.40 s",
     )
     assert picture.shape == expected.shape
-    assert (
-        abs(picture.astype(int) - expected).mean() < 4
-        and abs(255 - expected.astype(int)).mean() > 15
-    )  # 64 colours
+    assert abs(picture.astype(int) - expected).mean() < 4
+    assert abs(255 - expected.astype(int)).mean() > 15
 
 
 def test_wide_frames_are_drawn_smaller_and_keep_lone_events(tmp_path, report):
@@ -498,17 +497,19 @@ def test_wide_frames_are_drawn_smaller_and_keep_lone_events(tmp_path, report):
     ).astype(int)
     assert picture.shape == (33, 500, 3)
     assert picture[16, 300, 0] - picture[16, 300, 1] > 60  # red
-    assert picture[25, 100, 1] - picture[25, 100, 0] > 100 and picture[25, 110].tolist() == [
+    assert picture[25, 100, 1] - picture[25, 100, 0] > 100
+    assert picture[25, 110].tolist() == [
         255,
         255,
         255,
-    ]  # a green outline
+    ]
 
 
 # -- the page itself -----------------------------------------------------------------------------------------------
 def test_the_page_is_whole_and_needs_nothing_else(shards, report):
     page, _ = report(shards)
-    assert page.source.startswith("<!DOCTYPE html>") and len(page.images) > 5
+    assert page.source.startswith("<!DOCTYPE html>")
+    assert len(page.images) > 5
     assert all(src.startswith("data:image/png;base64,") for _, src in page.images)
     bare = re.sub(r'src="data:[^"]*"', "", page.source).replace(SVG, "")
     assert re.findall(r"https?:|file:|url\(|@import|//|\bhref|\bsrc", bare) == []
@@ -519,19 +520,18 @@ def test_charts_are_sound_svg_with_axes_and_tooltips(shards, report):
     page, _ = report(shards)
     charts = page.charts()
     drawn = [c for c in charts if c.get("class") == "chart"]
-    assert (
-        len(drawn) == 9 and len(charts) == 14
-    )  # classes, sizes, all over time, five, counts; sparklines
+    assert len(drawn) == 9
+    assert len(charts) == 14
     for chart in charts:
-        assert (
-            chart.tag == "{http://www.w3.org/2000/svg}svg"
-            and chart.get("aria-label")
-            and chart.findall(".//{*}title")
-        )
+        assert chart.tag == "{http://www.w3.org/2000/svg}svg"
+        assert chart.get("aria-label")
+        assert chart.findall(".//{*}title")
         _, _, width, height = map(float, chart.get("viewBox").split())
         for shape in chart.findall(".//{*}rect"):
             x, y, w, h = (float(shape.get(k)) for k in ("x", "y", "width", "height"))
-            assert min(x, y, w, h) >= 0 and x + w <= width + 0.2 and y + h <= height + 0.2
+            assert min(x, y, w, h) >= 0
+            assert x + w <= width + 0.2
+            assert y + h <= height + 0.2
         assert "nan" not in ElementTree.tostring(chart, "unicode")
     assert all(c.findall(".//{*}text[@class='label end']") for c in drawn)
 
@@ -547,24 +547,20 @@ def test_names_cannot_inject(tmp_path, report):
         classes=[name, "a'b&c"],
     )
     page, out = report(root)
-    assert [tag for tag, _ in page.tags].count("script") == 1 and not [
-        tag for tag, _ in page.tags if tag == "b"
-    ]
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert not [tag for tag, _ in page.tags if tag == "b"]
     assert page.rows("recording-table").keys() == {name, "\ufffd]0;pwned\ufffd\ufffd", "total"}
-    assert (
-        list(page.rows("class-table")) == [name, "a'b&c", "total"]
-        and page.text.count("<b>d&amp;") == 2
-    )
-    assert len(page.charts()) == 7 and "\x1b" not in page.source + out
+    assert list(page.rows("class-table")) == [name, "a'b&c", "total"]
+    assert page.text.count("<b>d&amp;") == 2
+    assert len(page.charts()) == 7
+    assert "\x1b" not in page.source + out
 
 
 def test_a_dataset_without_recordings(tmp_path, report):
     page, out = report(write_dataset(tmp_path / "d", {}))
-    assert (
-        "The dataset holds no recordings." in page.text
-        and page.tables == {}
-        and "0 recordings, 1 warning" in out
-    )
+    assert "The dataset holds no recordings." in page.text
+    assert page.tables == {}
+    assert "0 recordings, 1 warning" in out
 
 
 def test_recordings_without_boxes_labels_frames_or_events(tmp_path, report):
@@ -582,11 +578,10 @@ def test_recordings_without_boxes_labels_frames_or_events(tmp_path, report):
         )
     )
     rows = page.rows("recording-table")
-    assert (
-        "There are no boxes." in page.text
-        and rows["b"]["events/s"] == rows["c"]["share labelled"] == ""
-    )
-    assert float(rows["b"]["frames empty"]) == 1 and len(page.images) == 7
+    assert "There are no boxes." in page.text
+    assert rows["b"]["events/s"] == rows["c"]["share labelled"] == ""
+    assert float(rows["b"]["frames empty"]) == 1
+    assert len(page.images) == 7
 
 
 def test_many_recordings_get_a_row_each_and_few_charts_and_pictures(tmp_path, report):
@@ -598,7 +593,8 @@ def test_many_recordings_get_a_row_each_and_few_charts_and_pictures(tmp_path, re
         },
     )
     page, _ = report(root)
-    assert len(page.rows("recording-table")) == 61 and len(page.images) == 24
+    assert len(page.rows("recording-table")) == 61
+    assert len(page.images) == 24
     assert len([c for c in page.charts() if c.get("class") == "chart"]) == 3 + 12 + 1
     assert "12 of 60 recordings are shown" in page.text
 
@@ -619,15 +615,18 @@ def test_only_the_frames_that_it_tells_are_decoded(tmp_path, report, capsys):
     assert page.rows("recording-table")["a"]["frames"] == "100"
     with pytest.raises(SystemExit) as exit_:
         report(root, "--frames-per-recording", "9")
-    assert exit_.value.code == 2 and "are damaged" in capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert "are damaged" in capsys.readouterr().err
 
 
 def test_split_and_recording_choose(tmp_path, report):
     root = write_dataset(tmp_path / "d", usual())
     page, out = report(root, "--split", "val")
-    assert list(page.rows("split-table")) == ["val", "total"] and "There is no split" not in out
+    assert list(page.rows("split-table")) == ["val", "total"]
+    assert "There is no split" not in out
     page, _ = report(root, "--recording", "b")
-    assert list(page.rows("recording-table")) == ["b", "total"] and "recording b only" in page.text
+    assert list(page.rows("recording-table")) == ["b", "total"]
+    assert "recording b only" in page.text
 
 
 # -- warnings ------------------------------------------------------------------------------------------------------
@@ -637,7 +636,8 @@ def test_nothing_stands_out_of_a_sound_dataset(tmp_path, report):
             tmp_path / "d", {**usual(), "train/b": {"boxes": [box(0, 1)], "labelled": [0]}}
         )
     )
-    assert "Nothing stands out." in page.text and out.endswith("3 recordings, no warnings\n")
+    assert "Nothing stands out." in page.text
+    assert out.endswith("3 recordings, no warnings\n")
 
 
 EMPTY = np.zeros((20, 2 * BINS, HEIGHT, WIDTH), np.uint8)
@@ -645,7 +645,7 @@ MANY_BOXES = [box(i % 20) for i in range(150)]
 
 
 @pytest.mark.parametrize(
-    "changes, expected",
+    ("changes", "expected"),
     [
         ({"val/c": None}, "There is no split val: nothing to score training with."),
         (
@@ -767,8 +767,8 @@ def test_as_typed_it_writes_beside_the_folder(shards):
     first, *warnings = done.stdout.splitlines()
     assert (
         first == f"{out}: 5 recordings, {len(warnings)} warning{'s' if len(warnings) != 1 else ''}"
-        and warnings
     )
+    assert warnings
     assert all(w.strip() in Page(out).text for w in warnings)
 
 
@@ -807,17 +807,16 @@ def test_a_damaged_shard_ends_in_one_line_and_leaves_the_page_as_it_was(tmp_path
     with pytest.raises(SystemExit) as exit_:
         main([str(root), str(out)])
     told = capsys.readouterr()
-    assert (
-        exit_.value.code == 2
-        and told.err.startswith("error: ")
-        and len(told.err.splitlines()) == 1
-        and "00000.h5" in told.err
-    )
-    assert out.read_text() == "before" and list(out.parent.iterdir()) == [out]
+    assert exit_.value.code == 2
+    assert told.err.startswith("error: ")
+    assert len(told.err.splitlines()) == 1
+    assert "00000.h5" in told.err
+    assert out.read_text() == "before"
+    assert list(out.parent.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    ("arguments", "told"),
     [
         (("nowhere",), "nowhere holds no manifest.json, so it is no prepared dataset"),
         (("d", "page.pdf"), "page.pdf does not end in .html"),
@@ -838,17 +837,15 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, arguments, told, capsys
     with pytest.raises(SystemExit) as exit_:
         main(list(arguments))
     err = capsys.readouterr().err
-    assert (
-        exit_.value.code == 2
-        and err.startswith("error: ")
-        and len(err.splitlines()) == 1
-        and told in err
-    )
+    assert exit_.value.code == 2
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    assert told in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d"]
 
 
 @pytest.mark.parametrize(
-    "value, told",
+    ("value", "told"),
     [
         (0, "0"),
         (7, "7"),
@@ -865,7 +862,7 @@ def test_short_numbers(value, told):
 
 
 @pytest.mark.parametrize(
-    "share, told",
+    ("share", "told"),
     [
         (0, "0 %"),
         (1e-6, "under 0.001 %"),
@@ -884,5 +881,7 @@ def test_percent(share, told):
 @pytest.mark.parametrize("high", [0.003, 1, 7, 10, 99, 100, 101, 2.5e6, 1e12])
 def test_ticks_are_round_and_reach_the_highest_value(high):
     ticks = round_ticks(high)
-    assert ticks[0] == 0 and ticks[-1] >= high * (1 - 1e-9) > ticks[-2] and 3 <= len(ticks) <= 6
+    assert ticks[0] == 0
+    assert ticks[-1] >= high * (1 - 1e-9) > ticks[-2]
+    assert 3 <= len(ticks) <= 6
     assert round_ticks(0) == [0.0, 1.0]

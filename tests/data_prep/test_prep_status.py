@@ -69,7 +69,9 @@ def times_of(folder: Path) -> dict[Path, int]:
 def test_a_complete_dataset(source, prepared, told):
     before, all_entries = times_of(prepared), entries(prepared).values()
     code, lines = told(prepared, "--source", source)
-    assert code == 0 and lines[0] == str(prepared) and lines[-1] == "complete"
+    assert code == 0
+    assert lines[0] == str(prepared)
+    assert lines[-1] == "complete"
     for name in ("train", "val", "test", "all"):
         mine = [e for e in all_entries if name in (e["split"], "all")]
         found, count = row(lines, name), str(len(mine))
@@ -90,10 +92,8 @@ def test_a_complete_dataset(source, prepared, told):
     assert re.fullmatch(r"last written: (train|val|test)/00000.h5, \d+ \S+ ago", lines[-2])
     assert times_of(prepared) == before
     code, lines = told(prepared)
-    assert (
-        code == 0
-        and lines[-1] == "complete; whether the source has more recordings, --source RAW tells"
-    )
+    assert code == 0
+    assert lines[-1] == "complete; whether the source has more recordings, --source RAW tells"
 
 
 def test_recordings_that_are_new_changed_or_gone(mine, told):
@@ -102,17 +102,16 @@ def test_recordings_that_are_new_changed_or_gone(mine, told):
     os.utime(source / "train" / "a_td.raw", ns=(1, 2_000_000_000))
     (source / "train" / "c_td.h5").unlink()
     code, lines = told(output, "--source", source)
-    assert code == 3 and lines[-1] == "not complete: run the same evspan prep again"
+    assert code == 3
+    assert lines[-1] == "not complete: run the same evspan prep again"
     assert [line for line in lines if re.match("missing|changed|not in", line)] == [
         "missing: val/new",
         "changed: train/a",
         "not in source: train/c",
     ]
-    assert (
-        row(lines, "train")["done"] == "1"
-        and row(lines, "val")["missing"] == "1"
-        and row(lines, "all")["recordings"] == "6"
-    )
+    assert row(lines, "train")["done"] == "1"
+    assert row(lines, "val")["missing"] == "1"
+    assert row(lines, "all")["recordings"] == "6"
     assert told(output)[0] == 0  # it does not know
     prepare(prep_config(source, output))
     assert told(output, "--source", source)[0] == 0
@@ -133,23 +132,17 @@ def test_lost_shards_marks_and_a_lost_manifest(mine, told):
     (output / "val" / "00000.h5").unlink()
     (output / ".damaged").write_text('{"train/b": "the frames have another checksum"}')
     code, lines = told(output)
-    assert (
-        code == 3
-        and "missing: val/d" in lines
-        and "damaged: train/b (the frames have another checksum)" in lines
-    )
-    assert (
-        row(lines, "train")["damaged"] == row(lines, "all")["damaged"] == "1"
-        and row(lines, "all")["done"] == "3"
-    )
+    assert code == 3
+    assert "missing: val/d" in lines
+    assert "damaged: train/b (the frames have another checksum)" in lines
+    assert row(lines, "train")["damaged"] == row(lines, "all")["damaged"] == "1"
+    assert row(lines, "all")["done"] == "3"
     prepare(prep_config(source, output))
     (output / "manifest.json").unlink()
     code, lines = told(output)
-    assert (
-        code == 3
-        and "there is no manifest.json: it is written last" in lines
-        and row(lines, "all")["done"] == "5"
-    )
+    assert code == 3
+    assert "there is no manifest.json: it is written last" in lines
+    assert row(lines, "all")["done"] == "5"
 
 
 def test_parts_that_wait_for_a_bad_recording(source, tmp_path, told):
@@ -159,22 +152,22 @@ def test_parts_that_wait_for_a_bad_recording(source, tmp_path, told):
     with pytest.raises(RecordingError):
         prepare(prep_config(raw, output))
     code, lines = told(output, "--source", raw)
-    assert (
-        code == 3
-        and "missing: train/b" in lines
-        and "in parts: train/a, train/c, val/d, test/plain" in lines
-    )
+    assert code == 3
+    assert "missing: train/b" in lines
+    assert "in parts: train/a, train/c, val/d, test/plain" in lines
     assert (row(lines, "train")["in parts"], row(lines, "all")["done"]) == ("2", "0")
     assert not [line for line in lines if line.startswith(("at work", "was killed"))]
     code, lines = told(output)
-    assert code == 3 and row(lines, "all")["recordings"] == "4"
+    assert code == 3
+    assert row(lines, "all")["recordings"] == "4"
 
 
 @pytest.mark.parametrize("name", ["gone", "source"])
 def test_a_folder_of_something_else(source, tmp_path, told, name):
     folder = {"gone": tmp_path / "gone", "source": source}[name]
     code, (line,) = told(folder)
-    assert code == 2 and line.startswith(
+    assert code == 2
+    assert line.startswith(
         f"error: {folder} holds nothing of evspan prep. Name the folder that was its output"
     )
     assert not (tmp_path / "gone").exists()
@@ -218,23 +211,27 @@ def test_a_preparation_at_work_and_after_it_was_killed(source, tmp_path, told):
     try:
         wait_until(lambda: list((output / ".parts" / "train").glob(".b.*.writing.h5")))
         code, lines = told(output, "--source", raw)
-        assert code == 3 and lines[-1] == "not complete: wait"
+        assert code == 3
+        assert lines[-1] == "not complete: wait"
         (line,) = [line for line in lines if line.startswith("at work")]
         assert re.fullmatch(
             rf"at work: process {process.pid} on {socket.gethostname()}, since \d+ s; writing train/b",
             line,
         )
-        assert "in parts: train/c" in lines and "missing: train/a, train/b, test/plain" in lines
+        assert "in parts: train/c" in lines
+        assert "missing: train/a, train/b, test/plain" in lines
         assert [line for line in lines if line.startswith("last written: .parts/train/c.h5, ")]
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(20)
     code, lines = told(output, "--source", raw)
-    assert code == 3 and f"was killed: process {process.pid} on {socket.gethostname()}" in lines
+    assert code == 3
+    assert f"was killed: process {process.pid} on {socket.gethostname()}" in lines
     assert lines[-1] == "not complete: run the same evspan prep again"
     prepare(prep_config(raw, output))
     code, lines = told(output, "--source", raw)
-    assert code == 0 and "was killed" not in " ".join(lines)
+    assert code == 0
+    assert "was killed" not in " ".join(lines)
 
 
 def test_status_keeps_nobody_from_the_lock_and_nobody_keeps_status_from_its_work(mine):
@@ -244,7 +241,8 @@ def test_status_keeps_nobody_from_the_lock_and_nobody_keeps_status_from_its_work
         assert result.at_work.startswith(
             f"process {os.getpid()} on {socket.gethostname()} (evspan prep verify), since "
         )
-        assert not result.complete and set(result.state.values()) == {"done"}
+        assert not result.complete
+        assert set(result.state.values()) == {"done"}
     assert status(output, source).complete
     assert prepare(prep_config(source, output)).prepared == {}
 
@@ -253,10 +251,12 @@ def test_a_process_on_another_machine_cannot_be_asked(mine, told):
     source, output = mine
     (output / ".lock").write_text("process 4242 on node7\n")
     code, lines = told(output)
-    assert code == 3 and "at work, or killed there: process 4242 on node7" in lines
+    assert code == 3
+    assert "at work, or killed there: process 4242 on node7" in lines
     (output / ".lock").write_text(f"process 4242424 on {socket.gethostname()}\n")
     code, lines = told(output)
-    assert code == 3 and f"was killed: process 4242424 on {socket.gethostname()}" in lines
+    assert code == 3
+    assert f"was killed: process 4242424 on {socket.gethostname()}" in lines
     prepare(prep_config(source, output))
     assert told(output)[0] == 0
 

@@ -79,7 +79,8 @@ def source(tmp_path_factory):
 def prepared(source, tmp_path_factory):
     output = tmp_path_factory.mktemp("prepared")
     report = prepare(prep_config(source, output))
-    assert report.prepared == dict.fromkeys(KEYS, "new") and report.removed == []
+    assert report.prepared == dict.fromkeys(KEYS, "new")
+    assert report.removed == []
     return output
 
 
@@ -111,32 +112,32 @@ def test_the_layout_is_that_of_the_contract(prepared):
             assert set(group) == {"frames", *COLUMNS}
             n, m = len(group["end_us"]), len(group["boxes"])
             frames, start = group["frames"], group["frame_start"][:]
-            assert frames.ndim == 1 and frames.dtype == np.uint8 and not frames._filters
-            assert (
-                start.shape == (n + 1,)
-                and start[0] == 0
-                and start[-1] == len(frames)
-                and (np.diff(start) >= 0).all()
-            )
+            assert frames.ndim == 1
+            assert frames.dtype == np.uint8
+            assert not frames._filters
+            assert start.shape == (n + 1,)
+            assert start[0] == 0
+            assert start[-1] == len(frames)
+            assert (np.diff(start) >= 0).all()
             assert group.attrs["frame_shape"].tolist() == [6, HEIGHT // 2, WIDTH // 2]
-            assert group["end_us"].dtype == np.int64 and (np.diff(group["end_us"][:]) > 0).all()
-            assert group["boxes"].dtype == BOX and m > 0
-            assert group["box_start"].dtype == np.int64 and group["box_start"].shape == (n + 1,)
-            assert (
-                group["box_start"][0] == 0
-                and group["box_start"][-1] == m
-                and (np.diff(group["box_start"][:]) >= 0).all()
-            )
-            assert group["labelled"].dtype == bool and group["labelled"].shape == (n,)
+            assert group["end_us"].dtype == np.int64
+            assert (np.diff(group["end_us"][:]) > 0).all()
+            assert group["boxes"].dtype == BOX
+            assert m > 0
+            assert group["box_start"].dtype == np.int64
+            assert group["box_start"].shape == (n + 1,)
+            assert group["box_start"][0] == 0
+            assert group["box_start"][-1] == m
+            assert (np.diff(group["box_start"][:]) >= 0).all()
+            assert group["labelled"].dtype == bool
+            assert group["labelled"].shape == (n,)
 
 
 def test_the_manifest_tells_what_is_stored(source, prepared):
     told, stored = manifest(prepared), contents(prepared)
-    assert (
-        told["schema"] == 2
-        and told["software"].startswith("evspan")
-        and told["classes"] == ["ball", "box", "bar"]
-    )
+    assert told["schema"] == 2
+    assert told["software"].startswith("evspan")
+    assert told["classes"] == ["ball", "box", "bar"]
     assert told["config"]["frames"] == {
         "mode": "exact",
         "window_ms": 50,
@@ -167,10 +168,8 @@ def test_the_manifest_tells_what_is_stored(source, prepared):
         assert entry["boxes_per_class"] == {
             name: ids.count(i) for i, name in enumerate(told["classes"])
         }
-        assert (
-            entry["source"] == str(path.relative_to(source))
-            and entry["source_bytes"] == path.stat().st_size
-        )
+        assert entry["source"] == str(path.relative_to(source))
+        assert entry["source_bytes"] == path.stat().st_size
         assert entry["source_xxh3"] == xxhash.xxh3_64_hexdigest(path.read_bytes())
         assert entry["boxes_xxh3"] == (
             xxhash.xxh3_64_hexdigest(boxes.read_bytes()) if boxes else ""
@@ -204,7 +203,8 @@ def test_a_shard_can_be_read_by_the_contract_alone(prepared):
 def assert_frames_by_definition(events, columns, **how):
     ends = columns["end_us"].tolist()
     starts = [ends[0] - 50_000, *ends[:-1]]
-    assert starts[0] <= events.t[0] < ends[0] and starts[-1] <= events.t[-1] < ends[-1]
+    assert starts[0] <= events.t[0] < ends[0]
+    assert starts[-1] <= events.t[-1] < ends[-1]
     for start, end, frame in zip(starts, ends, columns["frames"], strict=True):
         inside = (events.t >= start) & (events.t < end)
         np.testing.assert_array_equal(
@@ -218,7 +218,9 @@ def test_frames_are_those_of_the_definition(source, prepared):
         assert_frames_by_definition(events, columns, bins=3, cutoff=10, downsample=2, by="sum")
 
 
-@pytest.mark.parametrize("downsample, by", [(1, "sum"), (4, "sum"), (2, "nearest"), (4, "nearest")])
+@pytest.mark.parametrize(
+    ("downsample", "by"), [(1, "sum"), (4, "sum"), (2, "nearest"), (4, "nearest")]
+)
 def test_other_frames_are_too(source, tmp_path, downsample, by):
     frames = {"bins": 5, "cutoff": 255, "downsample": downsample, "downsample_by": DownsampleBy[by]}
     prepare(prep_config(source / "val", tmp_path / "out", frames=frames))
@@ -233,9 +235,9 @@ def test_boxes_of_a_frame_are_those_at_its_end_in_its_pixels(source, prepared):
     for key, columns in contents(prepared).items():
         box_file = find_boxes(file_of(source, key))
         if box_file is None:
-            assert (
-                key == "test/plain" and not columns["labelled"].any() and not columns["boxes"].size
-            )
+            assert key == "test/plain"
+            assert not columns["labelled"].any()
+            assert not columns["boxes"].size
             continue
         raw, labelled_ends = read_boxes(box_file), 0
         for i, end in enumerate(columns["end_us"].tolist()):
@@ -258,7 +260,8 @@ def test_boxes_of_a_frame_are_those_at_its_end_in_its_pixels(source, prepared):
             np.testing.assert_array_equal(boxes["class_id"], expected["class_id"])
             np.testing.assert_array_equal(boxes["track_id"], expected["track_id"])
         ends = columns["end_us"][columns["labelled"]]
-        assert labelled_ends >= 2 and (abs(np.diff(ends) - 100_000) <= 2_000).all()
+        assert labelled_ends >= 2
+        assert (abs(np.diff(ends) - 100_000) <= 2_000).all()
 
 
 def test_an_annotated_frame_without_boxes_is_a_negative(source, tmp_path):
@@ -311,7 +314,7 @@ def contents_boxes(source, key):
 def test_several_processes_give_the_same_bytes_as_one(source, prepared, tmp_path):
     prepare(prep_config(source, tmp_path / "out", processes=3))
     assert_same(tmp_path / "out", prepared)
-    for path in sorted(prepared.glob("*/*.h5")) + [prepared / "manifest.json"]:
+    for path in [*sorted(prepared.glob("*/*.h5")), prepared / "manifest.json"]:
         assert path.read_bytes() == (tmp_path / "out" / path.relative_to(prepared)).read_bytes()
 
 
@@ -329,7 +332,8 @@ def test_recordings_share_shards_up_to_their_size(source, tmp_path):
     for r in manifest(tmp_path / "out")["recordings"]:
         shards[r["shard"]].append(r["name"])
     assert [name for names in shards.values() for name in names] == [f"r{i}" for i in range(5)]
-    assert list(shards) == [f"train/{i:05d}.h5" for i in range(len(shards))] and len(shards) == 2
+    assert list(shards) == [f"train/{i:05d}.h5" for i in range(len(shards))]
+    assert len(shards) == 2
     sizes = [(tmp_path / "out" / s).stat().st_size for s in shards]
     assert max(sizes) <= 2.05 * 2**20  # the next one would not have fit:
     assert sizes[0] + sizes[1] / len(shards["train/00001.h5"]) > 2 * 2**20
@@ -341,7 +345,8 @@ def test_a_second_run_does_nothing_and_is_quick(source, prepared, no_decoding):
     before, began = times_of(prepared), time.perf_counter()
     report = prepare(prep_config(source, prepared))
     assert time.perf_counter() - began < 2
-    assert (report.prepared, report.removed) == ({}, []) and times_of(prepared) == before
+    assert (report.prepared, report.removed) == ({}, [])
+    assert times_of(prepared) == before
     assert load_manifest(prepared) == report.manifest
 
 
@@ -366,7 +371,8 @@ def test_a_touched_recording_is_read_once_and_nothing_is_done(mine, no_decoding)
         file.seek(-2, 2)
         file.write(bytes((word[0] ^ 1, word[1])))
     os.utime(path, ns=(1, 2_000_000_000))
-    assert prepare(prep_config(source, output)).prepared == {} and times_of(output) == before
+    assert prepare(prep_config(source, output)).prepared == {}
+    assert times_of(output) == before
 
 
 def test_a_changed_recording_is_done_again_alone(mine, prepared, tmp_path):
@@ -495,7 +501,7 @@ def lose_column(path):
 
 
 @pytest.mark.parametrize(
-    "damage, lost",
+    ("damage", "lost"),
     [
         (lambda p: p.unlink(), "abc"),
         (truncate, "abc"),
@@ -552,12 +558,10 @@ def test_one_bad_recording_is_named_and_the_work_on_the_others_is_kept(
         with pytest.raises(RecordingError) as error:
             prepare(prep_config(bad, tmp_path / "out", processes=processes))
         told = str(error.value)
-        assert (
-            told.startswith("2 of ")
-            and "train/b: " in told
-            and "b_td.dat is cut off" in told
-            and "d_bbox.npy" in told
-        )
+        assert told.startswith("2 of ")
+        assert "train/b: " in told
+        assert "b_td.dat is cut off" in told
+        assert "d_bbox.npy" in told
         assert not (tmp_path / "out" / "manifest.json").exists()
     lines = capsys.readouterr().out.splitlines()
     assert [line[:5] for line in lines] == [f"[{i}/5]" for i in range(1, 6)] + ["[1/2]", "[2/2]"]
@@ -585,7 +589,8 @@ def test_events_outside_the_sensor_are_counted_dropped_and_refused_where_there_a
     few = write_recording(tmp_path / "few" / "a.h5", outside=20)
     prepare(prep_config(few, tmp_path / "out"))
     entry = entries(tmp_path / "out")["test/a"]
-    assert entry["events"] == 1_980 and entry["dropped_events"]["outside_sensor"] == 20
+    assert entry["events"] == 1_980
+    assert entry["dropped_events"]["outside_sensor"] == 20
     many = write_recording(tmp_path / "many" / "a.h5", outside=21)
     with pytest.raises(
         RecordingError,
@@ -715,4 +720,5 @@ def test_what_is_in_no_split_is_told_and_hidden_files_are_none(source, tmp_path,
 
 def test_one_file_is_a_source(source, tmp_path):
     report = prepare(prep_config(source / "train" / "a_td.raw", tmp_path / "out"))
-    assert report.prepared == {"test/a": "new"} and entries(tmp_path / "out")["test/a"]["boxes"] > 0
+    assert report.prepared == {"test/a": "new"}
+    assert entries(tmp_path / "out")["test/a"]["boxes"] > 0

@@ -98,7 +98,8 @@ def test_shots_of_a_recording_are_its_frames_with_the_boxes_at_their_ends(source
         )
         assert shot.labels == [("ball", "box", "class 2")[k] for k in at_end["class_id"]]
         start, seen = end, seen + len(at_end)
-    assert len(shots) == 11 and seen > 0
+    assert len(shots) == 11
+    assert seen > 0
 
 
 def test_shots_of_a_shard_are_what_is_stored(shards):
@@ -116,16 +117,17 @@ def test_shots_of_a_shard_are_what_is_stored(shards):
 
 
 @pytest.mark.parametrize(
-    "length, count", [(0, 5), (1, 5), (5, 5), (6, 5), (23, 5), (1000, 7), (64, 1)]
+    ("length", "count"), [(0, 5), (1, 5), (5, 5), (6, 5), (23, 5), (1000, 7), (64, 1)]
 )
 def test_spread_takes_evenly_from_a_stream_of_unknown_length(length, count):
     taken = spread(iter(range(length)), count)
-    assert taken == sorted(set(taken)) and len(taken) == min(length, count)
+    assert taken == sorted(set(taken))
+    assert len(taken) == min(length, count)
     if length > count > 1:
         gaps = np.diff(taken)
-        assert (
-            taken[0] == 0 and taken[-1] > 0.85 * (length - 1) and gaps.max() <= 1.3 * gaps.min() + 1
-        )
+        assert taken[0] == 0
+        assert taken[-1] > 0.85 * (length - 1)
+        assert gaps.max() <= 1.3 * gaps.min() + 1
 
 
 # -- sheets ------------------------------------------------------------------------------------------------------
@@ -136,7 +138,8 @@ def test_a_sheet_of_a_shard_shows_its_frames(shards, tmp_path, preview):
     assert (code, err) == (
         0,
         "",
-    ) and out == f"{tmp_path / 'sheet.png'}: {n} frames of val/d with {entry['boxes']} boxes\n"
+    )
+    assert out == f"{tmp_path / 'sheet.png'}: {n} frames of val/d with {entry['boxes']} boxes\n"
     assert n == 7
     pictures = tiles(tmp_path / "sheet.png", 160, 200, 2)
     for i in range(n):  # columns: about as wide as high
@@ -164,13 +167,17 @@ def test_a_recording_and_its_shard_show_the_same_pixels(source, shards, tmp_path
 def test_frames_and_from_choose(source, shards, tmp_path, preview):
     for given, there in ((source / "train" / "a_td.raw", 11), (shards, 11)):
         code, out, _ = preview(given, tmp_path / "a.png", "--frames", "3")
-        assert code == 0 and ": 3 frames of " in out
+        assert code == 0
+        assert ": 3 frames of " in out
         code, out, _ = preview(given, tmp_path / "a.gif", "--from", "0.25")
-        assert code == 0 and f": {there - 5} frames of " in out
+        assert code == 0
+        assert f": {there - 5} frames of " in out
         code, out, _ = preview(given, tmp_path / "a.gif", "--frames", "4", "--from", "0.1")
-        assert code == 0 and Image.open(tmp_path / "a.gif").n_frames == 4
+        assert code == 0
+        assert Image.open(tmp_path / "a.gif").n_frames == 4
         code, _, err = preview(given, tmp_path / "b.png", "--from", "7")
-        assert code == 2 and "has no frames from 7 s on; give an earlier --from" in err
+        assert code == 2
+        assert "has no frames from 7 s on; give an earlier --from" in err
 
 
 def test_downsample_and_window_are_those_asked_for(source, tmp_path, preview):
@@ -203,11 +210,13 @@ def test_a_gif_plays_all_frames_in_real_time(source, shards, tmp_path, preview):
     for given, n in ((source / "train" / "a_td.raw", 11), (shards / "train" / "00000.h5", 11)):
         assert preview(given, tmp_path / "a.gif")[0] == 0
         gif = Image.open(tmp_path / "a.gif")
-        assert gif.n_frames == n and gif.size == (200, 160)
+        assert gif.n_frames == n
+        assert gif.size == (200, 160)
         assert sum((gif.seek(i), gif.info["duration"])[1] for i in range(n)) == 50 * n
         shown = (gif.seek(5), np.asarray(gif.convert("RGB")).astype(int))[1]
         redder = shown[..., 0] - shown[..., 2]
-        assert (redder > 80).any() and (redder < -80).any()
+        assert (redder > 80).any()
+        assert (redder < -80).any()
 
 
 @pytest.mark.skipif(
@@ -216,16 +225,14 @@ def test_a_gif_plays_all_frames_in_real_time(source, shards, tmp_path, preview):
 @pytest.mark.timeout(60)
 def test_an_mp4_is_written(source, tmp_path, preview):
     code, out, err = preview(source / "train" / "a_td.raw", tmp_path / "a.mp4", "--downsample", "1")
-    assert (
-        (code, err) == (0, "")
-        and ": 11 frames of a_td.raw" in out
-        and (tmp_path / "a.mp4").stat().st_size > 1000
-    )
+    assert (code, err) == (0, "")
+    assert ": 11 frames of a_td.raw" in out
+    assert (tmp_path / "a.mp4").stat().st_size > 1000
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "arguments, told",
+    ("arguments", "told"),
     [
         (["RECORDING", "OUT.jpg"], "ends in none of .png, .gif, .mp4"),
         (["RECORDING", "OUT.png", "--frames", "0"], "give 1 frame or more"),
@@ -275,13 +282,11 @@ def test_mistakes_end_in_one_line_and_write_nothing(
         return text
 
     code, out, err = preview(*map(filled, arguments))
-    assert (
-        code == 2
-        and out == ""
-        and len(err.splitlines()) == 1
-        and err.startswith("error: ")
-        and filled(told) in err
-    )
+    assert code == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: ")
+    assert filled(told) in err
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
@@ -289,19 +294,23 @@ def test_a_recording_that_breaks_off_leaves_no_animation(source, tmp_path, previ
     (tmp_path / "cut.raw").write_bytes((source / "train" / "a_td.raw").read_bytes()[:-1])
     for suffix in ("gif", "png"):
         code, _, err = preview(tmp_path / "cut.raw", tmp_path / f"a.{suffix}")
-        assert code == 2 and "cut off" in err
+        assert code == 2
+        assert "cut off" in err
     assert [p.name for p in tmp_path.iterdir()] == ["cut.raw"]
 
 
 def test_help_shows_examples(preview):
     code, out, _ = preview("--help")
-    assert code == 0 and "evspan prep preview drive_td.raw drive.png" in out and "violet" in out
+    assert code == 0
+    assert "evspan prep preview drive_td.raw drive.png" in out
+    assert "violet" in out
 
 
 def test_a_real_street_is_drawn(samples_dir, tmp_path, preview):
     """The dense sample: 8.8 ms of a drive, so one frame; its sky is empty and its road is not."""
     code, out, _ = preview(samples_dir / "gen4_evt3_dense.raw", tmp_path / "street.png")
-    assert code == 0 and ": 1 frame of gen4_evt3_dense.raw with 0 boxes" in out
+    assert code == 0
+    assert ": 1 frame of gen4_evt3_dense.raw with 0 boxes" in out
     picture = np.asarray(Image.open(tmp_path / "street.png").convert("RGB"))
     assert picture.shape == (360, 640, 3)
     coloured = (picture != 255).any(2)

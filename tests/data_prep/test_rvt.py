@@ -46,7 +46,8 @@ def test_prep_equals_the_published_preprocessing_to_the_last_bit(parity_dir, tmp
         if (
             not theirs.is_dir()
         ):  # RVT drops a recording without a label that is left; here it has no frames
-            assert len(columns["frames"]) == 0 and len(columns["boxes"]) == 0
+            assert len(columns["frames"]) == 0
+            assert len(columns["boxes"]) == 0
             continue
         frames = theirs / "event_representations_v2" / "stacked_histogram_dt=50_nbins=10"
         with h5py.File(frames / "event_representations_ds2_nearest.h5") as file:
@@ -68,7 +69,8 @@ def test_prep_equals_the_published_preprocessing_to_the_last_bit(parity_dir, tmp
                     scale * columns["boxes"][ours], labels["labels"][name], err_msg=name
                 )
         compared += 1
-    assert compared == 3 and len(stored) == 4
+    assert compared == 3
+    assert len(stored) == 4
 
 
 # -- the rules, one event at a time ------------------------------------------------------------------------------
@@ -133,17 +135,20 @@ def test_windows_without_end_stop_with_the_events():
     ]
 
 
-@pytest.mark.parametrize("hertz, first", [(60, 0), (30, 0), (60, 7_000), (30, 91_000)])
+@pytest.mark.parametrize(("hertz", "first"), [(60, 0), (30, 0), (60, 7_000), (30, 91_000)])
 def test_ends_are_labels_about_100_ms_apart_and_windows_between(hertz, first):
     times = first + np.round(1e6 / hertz * np.arange(1, 61)).astype(np.int64)
     times = np.delete(times, slice(20, 26))  # a gap
     ends = RvtEnds(times, 50_000)
     labelled = ends.labelled_us
-    assert labelled[0] == times[times >= 100_000][0] and set(labelled) <= set(times.tolist())
+    assert labelled[0] == times[times >= 100_000][0]
+    assert set(labelled) <= set(times.tolist())
     assert (abs(np.diff(labelled) - np.round(np.diff(labelled) / 1e5) * 1e5) <= 2000).all()
     every = np.array(list(ends))
-    assert every[-1] == labelled[-1] and set(labelled) <= set(every.tolist())
-    assert 50_000 < every[0] <= 100_000 and (abs(np.diff(every) - 50_000) <= 1000).all()
+    assert every[-1] == labelled[-1]
+    assert set(labelled) <= set(every.tolist())
+    assert 50_000 < every[0] <= 100_000
+    assert (abs(np.diff(every) - 50_000) <= 1000).all()
 
 
 def test_what_rvt_does_not_know_is_told(tmp_path):

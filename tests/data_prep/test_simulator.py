@@ -48,9 +48,13 @@ def test_same_seed_same_events_another_seed_others():
 
 def test_events_are_sorted_and_inside():
     events = together(simulated_events(0.21, 0, SMALL))  # not a whole number of blocks
-    assert events.t.size > 1000 and (np.diff(events.t) >= 0).all()
-    assert events.t[0] >= 0 and 205_000 < events.t[-1] < 210_000
-    assert events.x.max() < 320 and events.y.max() < 240 and set(np.unique(events.p)) == {0, 1}
+    assert events.t.size > 1000
+    assert (np.diff(events.t) >= 0).all()
+    assert events.t[0] >= 0
+    assert 205_000 < events.t[-1] < 210_000
+    assert events.x.max() < 320
+    assert events.y.max() < 240
+    assert set(np.unique(events.p)) == {0, 1}
 
 
 def test_gen4_rate_is_two_to_five_million_a_second():
@@ -64,7 +68,8 @@ def test_no_pixel_fires_within_its_refractory_period():
     order = np.lexsort((events.t, events.x, events.y))
     same = (np.diff(events.x[order].astype(int)) == 0) & (np.diff(events.y[order].astype(int)) == 0)
     gaps = np.diff(events.t[order])[same]
-    assert gaps.size > 1000 and gaps.min() >= 1500
+    assert gaps.size > 1000
+    assert gaps.min() >= 1500
 
 
 def test_noise_alone_is_poisson_in_space_and_time():
@@ -109,7 +114,8 @@ def test_a_pixel_counts_thresholds_and_interpolates_times():
             while abs(new - level) >= 0.2 and (new - level) * (new - old) > 0:
                 level += 0.2 * np.sign(new - old)
                 expected.append((times[i - 1] + (level - old) / (new - old) * 500, int(new > old)))
-        assert [p for _, p in expected] == events.p[mine].tolist() and len(expected) >= 4
+        assert [p for _, p in expected] == events.p[mine].tolist()
+        assert len(expected) >= 4
         np.testing.assert_allclose(events.t[mine], [t for t, _ in expected], atol=3)
 
 
@@ -126,7 +132,8 @@ def test_a_still_scene_is_silent_and_a_block_boundary_does_not_matter():
         )
 
     whole = sensor().events(times, shapes, path)
-    assert whole.t.size > 1000 and whole.t.max() < 100_000
+    assert whole.t.size > 1000
+    assert whole.t.max() < 100_000
     parts = sensor()
     pieces = together(
         [
@@ -190,7 +197,8 @@ def test_boxes_are_the_extents_of_what_is_visible():
             got.items()
         ):  # float32 against float64: a centre on the very outline may fall either way
             np.testing.assert_allclose(box, expected[track_id], atol=1)
-    assert cropped and hidden
+    assert cropped
+    assert hidden
 
 
 def test_boxes_are_where_the_picture_differs_from_the_background():
@@ -227,18 +235,17 @@ def test_gen4_boxes_have_all_classes_sizes_and_stops():
         sides = np.quantile(
             np.maximum(mine["w"], mine["h"]), (0.2, 1)
         )  # the lowest are cut by the border or another object
-        assert low < sides[0] and sides[1] <= high
+        assert low < sides[0]
+        assert sides[1] <= high
     bars = boxes[boxes["class_id"] == BAR]
-    assert (
-        np.minimum(bars["w"], bars["h"]).min() >= 3 and np.quantile(bars["h"] / bars["w"], 0.25) > 2
-    )
-    assert (
-        (boxes["x"] >= 0).all()
-        and (boxes["x"] + boxes["w"] <= 1280).all()
-        and (boxes["y"] + boxes["h"] <= 720).all()
-    )
+    assert np.minimum(bars["w"], bars["h"]).min() >= 3
+    assert np.quantile(bars["h"] / bars["w"], 0.25) > 2
+    assert (boxes["x"] >= 0).all()
+    assert (boxes["x"] + boxes["w"] <= 1280).all()
+    assert (boxes["y"] + boxes["h"] <= 720).all()
     at_once = np.unique(np.stack((recording, boxes["t"])), axis=1, return_counts=True)[1]
-    assert at_once.max() <= 8 and 3 < at_once.mean() < 7
+    assert at_once.max() <= 8
+    assert 3 < at_once.mean() < 7
     assert set(np.unique(np.diff(np.unique(boxes["t"])))) <= {16_666, 16_667}
     still, lifetimes = 0, 0
     for key in np.unique(np.stack((recording, boxes["track_id"])), axis=1).T:
@@ -263,7 +270,9 @@ def test_a_stop_is_at_rest_for_its_time_and_speeds_are_as_said():
         speed = np.hypot(*np.diff(way, axis=0).T) / 0.005
         assert speed.max() < 1600
         inside = ((way >= 0) & (way < (1280, 720))).all(1)
-        assert inside.any() and not inside[0] and not inside[-1]
+        assert inside.any()
+        assert not inside[0]
+        assert not inside[-1]
         if track.stopped_us:
             assert (speed == 0).sum() * 5000 == pytest.approx(track.stopped_us, abs=20_000)
 
@@ -279,7 +288,8 @@ def test_reading_back_gives_the_events_that_were_made(tmp_path, suffix):
     for name, a, b in zip(Events._fields, made, read, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
     boxes = read_boxes(find_boxes(path))
-    assert boxes.size == report.boxes > 0 and (boxes["class_confidence"] == 1).all()
+    assert boxes.size == report.boxes > 0
+    assert (boxes["class_confidence"] == 1).all()
     np.testing.assert_array_equal(boxes, simulated_boxes(0.3, 6, SMALL))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a_bbox.npy", f"a_td.{suffix}"]
 
@@ -288,7 +298,8 @@ def test_memory_is_bounded_blocks_are():
     sizes = [
         e.t.size for e in islice(simulated_events(1000.0, 0, SMALL), 5)
     ]  # begins at once, whatever the length
-    assert len(sizes) == 5 and max(sizes) < 1e6
+    assert len(sizes) == 5
+    assert max(sizes) < 1e6
 
 
 def test_a_failure_leaves_nothing(tmp_path):
@@ -342,7 +353,9 @@ def test_command_refuses_what_was_made_otherwise_and_overwrites_it_when_told(tmp
         main([*one, "--seed", "9"])
     assert exit_.value.code == 2
     told = capsys.readouterr().err
-    assert told.startswith("error: ") and "--overwrite" in told and len(told.splitlines()) == 1
+    assert told.startswith("error: ")
+    assert "--overwrite" in told
+    assert len(told.splitlines()) == 1
     main([*one, "--noise-hz", "3", "--format", "dat", "--overwrite", "--processes", "1"])
     names = sorted(p.name for p in (tmp_path / "val").iterdir())
     assert names == ["val_000_bbox.npy", "val_000_simulation.json", "val_000_td.dat"]
@@ -359,4 +372,5 @@ def test_command_refuses_what_was_made_otherwise_and_overwrites_it_when_told(tmp
 def test_command_refuses_nonsense_with_exit_code_2(tmp_path, wrong, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([str(tmp_path), *wrong])
-    assert exit_.value.code == 2 and "error: " in capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert "error: " in capsys.readouterr().err

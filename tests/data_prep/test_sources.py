@@ -122,7 +122,7 @@ def test_names_that_collide_are_mended_by_a_link(folder):
 
 
 @pytest.mark.parametrize(
-    "line, told",
+    ("line", "told"),
     [
         (
             "training plain.raw",
@@ -150,7 +150,7 @@ def test_mistakes_name_the_line_and_the_remedy(folder, line, told):
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    ("content", "told"),
     [
         (b"", "lists no recordings"),
         (b"# nothing\n\n", "lists no recordings"),
@@ -196,10 +196,8 @@ def test_a_listed_source_is_prepared_and_verified_as_a_folder_is(tmp_path, capsy
     assert contents(output)["train/a"]["boxes"]["track_id"].min() >= 7
     (tmp_path / "list.csv").write_text(f"train,raw/train/a_td.raw,-\nval,{raw}/val/b_td.dat\n")
     assert prepare(config).prepared == {"train/a": "the box file has changed"}
-    assert (
-        entries(output)["train/a"]["boxes"] == 0
-        and not contents(output)["train/a"]["labelled"].any()
-    )
+    assert entries(output)["train/a"]["boxes"] == 0
+    assert not contents(output)["train/a"]["labelled"].any()
 
     boxes["track_id"] -= 7
     write_boxes(
@@ -219,9 +217,7 @@ def test_the_command_ends_in_one_line_that_names_the_line(folder, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([f"source={folder / 'list.txt'}", f"output={folder / 'out'}", "processes=1"])
     err = capsys.readouterr().err
-    assert (
-        exit_.value.code == 2
-        and err.startswith(f"error: {folder}/list.txt, line 1: recording ")
-        and err.count("\n") == 1
-    )
+    assert exit_.value.code == 2
+    assert err.startswith(f"error: {folder}/list.txt, line 1: recording ")
+    assert err.count("\n") == 1
     assert not (folder / "out").exists()

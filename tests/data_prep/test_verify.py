@@ -253,7 +253,8 @@ def assert_mended(
 ) -> None:
     """The next preparation does these again and leaves the others as they are, after which all is sound."""
     report = prepare(prep_config(source, output, **config))
-    assert report.prepared.keys() == set(damaged) and not report.removed
+    assert report.prepared.keys() == set(damaged)
+    assert not report.removed
     after = raw_groups(output)
     assert all(after[key] == before[key] for key in KEYS if key not in damaged)
     assert_same(output, prepared)
@@ -294,10 +295,8 @@ def test_frames_of_rvt_are_compared_as_rvt_makes_them(source, tmp_path):
     with h5py.File(shard(tmp_path / "out"), "r+") as file:
         rewrite(file["a"], frame=1)
     told = verify(tmp_path / "out", labelled, sample=None, processes=1)
-    assert (
-        list(told) == ["train/a"]
-        and "frames differ from the recording's, first 1" in told["train/a"]
-    )
+    assert list(told) == ["train/a"]
+    assert "frames differ from the recording's, first 1" in told["train/a"]
     assert prepare(config).prepared == {"train/a": REDONE}
     assert verify(tmp_path / "out", labelled, sample=None, processes=1) == {}
 
@@ -372,7 +371,8 @@ def test_frames_that_the_recording_does_not_give_are_found_by_recomputing(mine, 
         )
         for seed in range(4)
     }
-    assert all(v == {} or list(v) == ["train/a"] for v in samples.values()) and n > 3
+    assert all(v == {} or list(v) == ["train/a"] for v in samples.values())
+    assert n > 3
     damaged = verify(output, source, sample=None, processes=1)
     assert damaged == {
         "train/a": f"1 of {n} compared frames differ from the recording's, first {middle}"
@@ -381,16 +381,18 @@ def test_frames_that_the_recording_does_not_give_are_found_by_recomputing(mine, 
 
 
 def test_samples_depend_on_the_seed_and_on_the_recording(mine):
-    source, output = mine
+    _source, output = mine
     entry = RecordingEntry(**entries(output)["train/a"])
 
     def sampled(seed, count, name="a"):
         return sampled_frames(Task(output, replace(entry, name=name), {}, None, "", count, seed))
 
-    assert sampled(0, 3) == sampled(0, 3) and len(set(sampled(0, 3))) == 3
+    assert sampled(0, 3) == sampled(0, 3)
+    assert len(set(sampled(0, 3))) == 3
     assert len({tuple(sampled(seed, 3)) for seed in range(20)}) > 10
     assert len({tuple(sampled(0, 3, name)) for name in "abcdefgh"}) > 4
-    assert sampled(0, 1000) == list(range(entry.frames)) and sampled(0, 0) == []
+    assert sampled(0, 1000) == list(range(entry.frames))
+    assert sampled(0, 0) == []
     assert set().union(*(sampled(seed, 3) for seed in range(100))) == set(range(entry.frames))
 
 
@@ -585,10 +587,8 @@ def test_a_folder_that_may_only_be_read_is_verified_without_marks(prepared):
         assert receive.poll(40)
         damaged, out = receive.recv()
         child.join(20)
-        assert (
-            damaged == ["train/b"]
-            and "1 damaged, and not marked, since you may not write to it" in out
-        )
+        assert damaged == ["train/b"]
+        assert "1 damaged, and not marked, since you may not write to it" in out
         assert not (output / ".damaged").exists()
 
 
@@ -613,9 +613,8 @@ def test_exit_codes_and_what_is_said(mine, capsys):
     assert typed("verify", output, "--source", source, "--processes", 1) == 1
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert err == "" and [line.split(": ")[1] for line in lines if "train/b: " in line] == [
-        "damaged"
-    ]
+    assert err == ""
+    assert [line.split(": ")[1] for line in lines if "train/b: " in line] == ["damaged"]
     assert (
         lines[-1]
         == f"{output}: 1 damaged, and marked: run the same evspan prep again, which redoes no others"

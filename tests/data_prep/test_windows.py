@@ -74,7 +74,8 @@ def test_windows_tile_the_recording_from_its_first_event_to_its_last(labels, fir
     starts = [ends[0] - WINDOW, *ends[:-1]]
     for t in events.t.tolist():
         assert sum(start <= t < end for start, end in zip(starts, ends, strict=True)) == 1
-    assert starts[0] <= first < ends[0] and starts[-1] <= last < ends[-1]
+    assert starts[0] <= first < ends[0]
+    assert starts[-1] <= last < ends[-1]
     assert all(48_000 <= b - a <= 52_000 for a, b in zip(starts, ends, strict=True))
     assert set(labelled) <= set(labels)
     config = FrameConfig(cutoff=255, downsample=1)
@@ -87,9 +88,8 @@ def test_windows_tile_the_recording_from_its_first_event_to_its_last(labels, fir
             config,
         )
     )
-    assert [end for end, _ in made] == ends and sum(
-        int(f.sum(dtype=np.int64)) for _, f in made
-    ) == 3_000
+    assert [end for end, _ in made] == ends
+    assert sum(int(f.sum(dtype=np.int64)) for _, f in made) == 3_000
 
 
 def test_without_labels_the_first_window_begins_at_the_first_event():
@@ -98,16 +98,17 @@ def test_without_labels_the_first_window_begins_at_the_first_event():
 
 def test_labels_up_to_the_first_event_are_ignored_and_later_ones_anchor_the_grid():
     ends, labelled = ends_until(400_000, [100_000, 130_000, 275_000], first=130_000)
-    assert labelled == [275_000] and ends == [175_000, 225_000, 275_000, 325_000, 375_000, 425_000]
+    assert labelled == [275_000]
+    assert ends == [175_000, 225_000, 275_000, 325_000, 375_000, 425_000]
 
 
 def test_labels_after_the_last_event_do_no_harm():
     ends, labelled = ends_until(390_000, [220_000, 320_000, 420_000, 520_000, 1 << 60])
-    assert (
-        labelled == [220_000, 320_000, 420_000] and ends[-1] == 420_000
-    )  # the last frame holds the last event
+    assert labelled == [220_000, 320_000, 420_000]
+    assert ends[-1] == 420_000
     ends, labelled = ends_until(390_000, [1 << 60])
-    assert labelled == [] and len(ends) == 8
+    assert labelled == []
+    assert len(ends) == 8
 
 
 def test_a_sensor_clock_that_has_run_for_long_makes_no_difference():
@@ -115,12 +116,13 @@ def test_a_sensor_clock_that_has_run_for_long_makes_no_difference():
     ends, labelled = ends_until(1_990_000, labels, first=20_000)
     later, later_labelled = ends_until(1_990_000 + day, labels + day, first=20_000 + day)
     # RVT's first labelled frame is at 100 ms of the recording's own clock; any other label may anchor the grid as well.
-    assert len(later) - len(ends) in (0, 1) and len(later_labelled) - len(labelled) in (0, 1)
+    assert len(later) - len(ends) in (0, 1)
+    assert len(later_labelled) - len(labelled) in (0, 1)
 
 
 # -- which labels ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "hz, every, step",
+    ("hz", "every", "step"),
     [
         (10, 100, 1),
         (20, 100, 2),
@@ -148,7 +150,7 @@ def test_regular_labels_of_any_rate(hz, every, step, jitter):
 
 
 @pytest.mark.parametrize(
-    "off, taken", [(0, True), (2_000, True), (-2_000, True), (2_001, False), (-2_001, False)]
+    ("off", "taken"), [(0, True), (2_000, True), (-2_000, True), (2_001, False), (-2_001, False)]
 )
 def test_the_tolerance_is_two_milliseconds(off, taken):
     _, labelled = ends_until(1_000_000, [100_000, 200_000 + off])
@@ -212,7 +214,9 @@ def test_the_windows_between_two_labels_share_the_difference():
 def test_windows_of_another_length(window):
     labels = regular(60, 6, first=110_000, jitter=100)
     ends, labelled = ends_until(5_000_000, labels, first=3, every=100_000, window=window)
-    assert labelled and labelled[0] == labels[0] and set(labelled) <= set(labels)
+    assert labelled
+    assert labelled[0] == labels[0]
+    assert set(labelled) <= set(labels)
     assert max(abs(b - a - window) for a, b in pairwise(ends)) <= min(2_000, window / 4) + 1
     wanted = max(100_000, window)
     assert np.median(np.diff(labelled)) == pytest.approx(wanted, abs=2_000)

@@ -102,7 +102,9 @@ def test_every_help_shows_an_example_and_needs_no_torch(command):
 )
 def test_commands_are_modules_too(module):
     done = python("-m", module, "--help")
-    assert done.returncode == 0 and "evspan" in done.stdout and not done.stderr
+    assert done.returncode == 0
+    assert "evspan" in done.stdout
+    assert not done.stderr
 
 
 def test_no_argument_is_help_and_version_is_the_distributions(capfd):
@@ -115,9 +117,8 @@ def test_help_tells_the_defaults_that_hold(module):
     section = module.HELP.split("\n  keys\n")[1].split("\n\n")[0]
     told = dict(re.findall(r"^ +([\w.]+)=(\S*)", section, re.MULTILINE))
     config = OmegaConf.structured(composed(module))
-    assert len(told) > 5 and all(
-        word == "simulated" for key, word in told.items() if key == "dataset"
-    )
+    assert len(told) > 5
+    assert all(word == "simulated" for key, word in told.items() if key == "dataset")
     for key, default in told.items():
         if key != "dataset":
             value = OmegaConf.select(config, key)
@@ -128,7 +129,7 @@ def test_help_tells_the_defaults_that_hold(module):
 
 
 @pytest.mark.parametrize(
-    "module, groups",
+    ("module", "groups"),
     [(train, ["experiment", "model", "size", "dataset", "deepspeed"]), (evaluate, ["dataset"])],
 )
 def test_help_names_every_choice(module, groups):
@@ -141,7 +142,9 @@ def test_help_names_every_choice(module, groups):
 
 def test_cfg_shows_the_config_and_runs_nothing(capfd):
     code, out, err = evspan(capfd, "train", "--cfg", "job", "training.max_steps=7")
-    assert code == 0 and not err and OmegaConf.create(out).training.max_steps == 7
+    assert code == 0
+    assert not err
+    assert OmegaConf.create(out).training.max_steps == 7
     assert evspan(capfd, "evaluate", "--hydra-help")[0] == 0
 
 
@@ -251,7 +254,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("arguments, remedy", MISTAKES, ids=[m[0] for m in MISTAKES])
+@pytest.mark.parametrize(("arguments", "remedy"), MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_a_mistake_ends_in_one_line(capfd, tmp_path, arguments, remedy):
     code, out, err = evspan(capfd, *arguments.split())
     assert code == 2, out + err
@@ -264,7 +267,8 @@ def test_a_mistake_ends_in_one_line(capfd, tmp_path, arguments, remedy):
 
 def test_debug_shows_the_traceback(capfd, monkeypatch):
     done = python("-m", "evspan.launch", "train", "training.max_steps=0", EVSPAN_DEBUG="1")
-    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
     assert (
         done.stderr.splitlines()[-1]
         == "evspan.conf.errors.ConfigError: training.max_steps is 0; give 1 or more"
@@ -299,7 +303,7 @@ def test_a_users_error_in_the_task_is_told_and_a_defect_is_raised(capfd):
     )  # and nothing of Hydra's
 
 
-@pytest.mark.parametrize("raised, code", [(SystemExit(75), 75), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(("raised", "code"), [(SystemExit(75), 75), (KeyboardInterrupt(), 130)])
 def test_a_task_chooses_its_exit_code(raised, code):
     with pytest.raises(SystemExit) as end:
         train.main([], run=raising(raised))
@@ -317,14 +321,16 @@ def test_a_failing_command_notes_when(tmp_path, monkeypatch):
 
 def test_hydra_leaves_no_trace(tmp_path):
     config = composed(train, "experiment=demo", "run_dir=runs/x")
-    assert config.run_dir == "runs/x" and config.parallel.ranks == 2
+    assert config.run_dir == "runs/x"
+    assert config.parallel.ranks == 2
     composed(evaluate, "checkpoint=x")
-    assert Path.cwd() == tmp_path and not list(tmp_path.iterdir())
+    assert Path.cwd() == tmp_path
+    assert not list(tmp_path.iterdir())
     assert logging.getLogger().level == logging.WARNING  # libraries' chatter stays off the console
 
 
 @pytest.mark.parametrize(
-    "environment, inside",
+    ("environment", "inside"),
     [
         ({}, False),
         ({"RANK": "0"}, False),

@@ -9,7 +9,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import evspan.launch.cli.evaluate
-import evspan.launch.cli.prep  # noqa: F401  the command-line files register the schemas
+import evspan.launch.cli.prep
 import evspan.launch.cli.train  # noqa: F401
 import pytest
 from evspan.conf.errors import ConfigError
@@ -69,7 +69,7 @@ def test_commands_compose(name):
 
 
 @pytest.mark.parametrize(
-    "name, group, option",
+    ("name", "group", "option"),
     [(n, g, o) for g, names in GROUPS.items() for n in names for o in options(g)],
 )
 def test_options_compose(name, group, option):
@@ -77,7 +77,8 @@ def test_options_compose(name, group, option):
         ["model.head.num_classes=8"] if (name, option) == ("train", "etram") else []
     )  # a head of 3 classes is the default
     config, choices = composed(name, f"{group}={option}", *room)
-    assert type(config) is PRIMARY[name] and choices[group] == option
+    assert type(config) is PRIMARY[name]
+    assert choices[group] == option
     if group == "dataset":
         assert config.dataset.name == option
     if group == "deepspeed":
@@ -98,16 +99,12 @@ def test_experiments_take_the_other_groups_and_any_value(option):
         "dataset.root='a b=c'",
     )
     assert (choices["size"], choices["deepspeed"]) == ("micro", "zero3")
-    assert (
-        config.model.backbone.embed_dim == 16
-        and config.deepspeed.stage == 3
-        and config.model.head.size_aware_loss
-    )
-    assert (
-        config.training.max_steps == 7
-        and config.model.head.num_classes == 5
-        and config.dataset.root == "a b=c"
-    )
+    assert config.model.backbone.embed_dim == 16
+    assert config.deepspeed.stage == 3
+    assert config.model.head.size_aware_loss
+    assert config.training.max_steps == 7
+    assert config.model.head.num_classes == 5
+    assert config.dataset.root == "a b=c"
 
 
 # -- the seed's experiments ------------------------------------------------------------------------------------------
@@ -132,10 +129,10 @@ def test_there_are_no_other_gen4_experiments():
 def test_gen4_experiments_have_the_seeds_values(name):
     config, _ = composed("train", f"experiment=gen4/{name}")
     embed_dim, depth, stages, size_aware, attention = GEN4[name]
-    assert config.model.name == "rnndet" and config.dataset.name == "gen4"
-    assert (
-        config.model.head.num_classes == 8 and len(config.dataset.classes) == 3
-    )  # the published head has room for 8
+    assert config.model.name == "rnndet"
+    assert config.dataset.name == "gen4"
+    assert config.model.head.num_classes == 8
+    assert len(config.dataset.classes) == 3
     assert config.training.max_steps == 100_000
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-3, 5e-4)
     assert (
@@ -143,21 +140,18 @@ def test_gen4_experiments_have_the_seeds_values(name):
         config.model.fpn.depth,
         config.model.fpn.in_stages,
     ) == (embed_dim, depth, stages)
-    assert (
-        config.model.head.size_aware_loss is size_aware
-        and config.model.head.size_aware_weight == 2.0
-    )
+    assert config.model.head.size_aware_loss is size_aware
+    assert config.model.head.size_aware_weight == 2.0
     fpn = config.model.fpn
-    assert (
-        fpn.enable_small_object_attention is attention
-        and fpn.attention_spatial
-        and fpn.attention_temporal
-    )
-    assert fpn.temporal_window == 3 and fpn.identity_init
+    assert fpn.enable_small_object_attention is attention
+    assert fpn.attention_spatial
+    assert fpn.attention_temporal
+    assert fpn.temporal_window == 3
+    assert fpn.identity_init
 
 
-@pytest.mark.parametrize("dataset, classes", [("gen4", 3), ("etram", 8)])
-@pytest.mark.parametrize("size, dim", [("tiny", 32), ("small", 48), ("base", 64)])
+@pytest.mark.parametrize(("dataset", "classes"), [("gen4", 3), ("etram", 8)])
+@pytest.mark.parametrize(("size", "dim"), [("tiny", 32), ("small", 48), ("base", 64)])
 def test_rvt_recipes_have_the_published_values(dataset, classes, size, dim):
     config, choices = composed("train", f"experiment={dataset}/rvt_{size}")
     training, optimizer = config.training, config.optimizer
@@ -166,11 +160,12 @@ def test_rvt_recipes_have_the_published_values(dataset, classes, size, dim):
         dim,
         classes,
     )
-    assert config.dataset.name == dataset and len(config.dataset.classes) == classes
-    assert (
-        not config.model.head.size_aware_loss and not config.model.fpn.enable_small_object_attention
-    )
-    assert config.model.backbone.ls_init_value == 1e-5 and config.model.backbone.forget_bias == 0
+    assert config.dataset.name == dataset
+    assert len(config.dataset.classes) == classes
+    assert not config.model.head.size_aware_loss
+    assert not config.model.fpn.enable_small_object_attention
+    assert config.model.backbone.ls_init_value == 1e-5
+    assert config.model.backbone.forget_bias == 0
     assert (
         training.batch_size * training.gradient_accumulation_steps,
         training.max_steps,
@@ -188,10 +183,8 @@ def test_rvt_recipes_have_the_published_values(dataset, classes, size, dim):
         training.augmentation.zoom_out,
         training.augmentation.zoom_in_fraction,
     ) == (0.5, 0.8, 1.5, 1.2, 0.8)
-    assert (
-        optimizer.lr == pytest.approx(2e-4 * math.sqrt(24 / 8), rel=2e-3)
-        and optimizer.weight_decay == 0
-    )
+    assert optimizer.lr == pytest.approx(2e-4 * math.sqrt(24 / 8), rel=2e-3)
+    assert optimizer.weight_decay == 0
     assert (optimizer.schedule, optimizer.warmup_fraction) == (Schedule.onecycle, 0.005)
     assert (optimizer.start_factor, optimizer.end_factor) == (1 / 20, 1 / 10_000)
     assert (config.evaluation.confidence_threshold, config.evaluation.nms_threshold) == (
@@ -209,7 +202,8 @@ def test_the_seeds_keys_stand_in_the_model_files():
         ("size_aware_attention", True, True),
     ):
         model = composed("train", f"model=maxvit_yolox/{name}")[0].model
-        assert model.name == "rnndet" and model.head.size_aware_loss is size_aware
+        assert model.name == "rnndet"
+        assert model.head.size_aware_loss is size_aware
         assert model.fpn.enable_small_object_attention is attention
 
 
@@ -225,7 +219,7 @@ def test_gen4_keeps_the_published_label_filters():
 
 # -- mistakes --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "name, override",
+    ("name", "override"),
     [
         ("train", "training.max_step=7"),
         ("train", "+training.max_step=7"),
@@ -251,7 +245,7 @@ def test_misspelt_keys_and_options_are_refused(name, override):
 
 
 @pytest.mark.parametrize(
-    "name, overrides, part",
+    ("name", "overrides", "part"),
     [
         ("train", ["training.max_steps=many"], "max_steps"),
         ("train", ["training.precision=fp8"], "precision"),
@@ -298,7 +292,8 @@ def test_the_package_has_all_of_it(tmp_path):
         for p in (ROOT / top).rglob("*")
         if p.suffix in (".py", ".yaml")
     }
-    assert packed == here and licences
+    assert packed == here
+    assert licences
 
 
 def test_the_installed_package_finds_it():

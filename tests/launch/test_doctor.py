@@ -101,19 +101,18 @@ def test_a_machine_without_slurm(tmp_path):
     grades = dict(
         re.findall(r"^  (?:pass|warn)  ([\w-][\w -]*?) {2,}(.*)$", done.stdout, re.MULTILINE)
     )
-    assert f"here, on {socket.gethostname()}" in done.stdout and re.search(
-        r"^  warn  SLURM .*\n +-> ", done.stdout, re.MULTILINE
-    )
-    assert str(tmp_path) in grades["folder"] and "all whole, fsync works" in grades["rename"]
-    assert version("torch") in grades["torch"] and grades["DeepSpeed"] == version("deepspeed")
+    assert f"here, on {socket.gethostname()}" in done.stdout
+    assert re.search(r"^  warn  SLURM .*\n +-> ", done.stdout, re.MULTILINE)
+    assert str(tmp_path) in grades["folder"]
+    assert "all whole, fsync works" in grades["rename"]
+    assert version("torch") in grades["torch"]
+    assert grades["DeepSpeed"] == version("deepspeed")
     assert grades["all-reduce"] == "gloo works with itself"
     passed, warned = (
         len(re.findall(rf"^  {grade}  ", done.stdout, re.MULTILINE)) for grade in ("pass", "warn")
     )
-    assert (
-        done.stdout.splitlines()[-1] == f"doctor: 0 failed, {warned} to look at, {passed} passed"
-        and passed >= 11
-    )
+    assert done.stdout.splitlines()[-1] == f"doctor: 0 failed, {warned} to look at, {passed} passed"
+    assert passed >= 11
     no_trace(tmp_path)
 
 
@@ -143,7 +142,9 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
     reduced = re.fullmatch(
         r"gloo over 4 ranks: ([\d.]+) GB/s, (\d+) us", inside["all-reduce"]["found"]
     )
-    assert reduced and float(reduced[1]) > 0 and int(reduced[2]) > 0
+    assert reduced
+    assert float(reduced[1]) > 0
+    assert int(reduced[2]) > 0
     assert re.fullmatch(r"within [\d.]+ ms of the first task's", inside["clocks"]["found"])
     assert float(inside["clocks"]["found"].split()[1]) < 500
     assert re.search(
@@ -154,9 +155,8 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
         shutil.which("getent")
         and subprocess.run(["getent", "hosts", "n1"], capture_output=True).returncode
     ):
-        assert first["grade"] == WARN and re.fullmatch(
-            "n1 means nothing here .* is used instead", first["found"]
-        )
+        assert first["grade"] == WARN
+        assert re.fullmatch("n1 means nothing here .* is used instead", first["found"])
     else:
         assert first["grade"] == PASS
     for check in (
@@ -171,8 +171,10 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
     ):
         assert check in inside
     here = {check: row["found"] for (where, check), row in told.items() if where == "here"}
-    assert here["partition"] == "high: 2 of 2 nodes run" and "not preempted" in here["preemption"]
-    assert "KillWait 2 s" in here["requeue"] and here["accounting"].startswith("none;")
+    assert here["partition"] == "high: 2 of 2 nodes run"
+    assert "not preempted" in here["preemption"]
+    assert "KillWait 2 s" in here["requeue"]
+    assert here["accounting"].startswith("none;")
     no_trace(tmp_path)
 
 
@@ -189,15 +191,15 @@ def test_a_folder_that_the_nodes_do_not_see(slurm_of, tmp_path):
             before=mounted(tmp_path),
         )
     )
-    assert told["here", "folder"]["grade"] == PASS and "tmpfs" in told["here", "folder"]["found"]
+    assert told["here", "folder"]["grade"] == PASS
+    assert "tmpfs" in told["here", "folder"]["found"]
     inside = told["in a job", "shared folder"]
-    assert (
-        inside["grade"] == FAIL
-        and "token: No such file" in inside["found"]
-        and "all nodes see" in inside["remedy"]
-    )
+    assert inside["grade"] == FAIL
+    assert "token: No such file" in inside["found"]
+    assert "all nodes see" in inside["remedy"]
     assert told["in a job", "tasks"]["grade"] == PASS  # each told all the same
-    assert ("in a job", "rename") not in told and ("in a job", "file descriptors") in told
+    assert ("in a job", "rename") not in told
+    assert ("in a job", "file descriptors") in told
     assert told["in a job", "all-reduce"]["found"].startswith("not tried")
 
 
@@ -218,15 +220,16 @@ def test_wrong_names_fail_with_their_remedies_and_start_no_job(slurm_of, tmp_pat
         )
     )
     where, what = told["here", "folder"], told["here", "partition"]
-    assert where["found"] == f"{tmp_path / 'absent'} is not there" and "--folder" in where["remedy"]
-    assert what["found"] == "there is no partition 'gpu'" and "low, high" in what["remedy"]
+    assert where["found"] == f"{tmp_path / 'absent'} is not there"
+    assert "--folder" in where["remedy"]
+    assert what["found"] == "there is no partition 'gpu'"
+    assert "low, high" in what["remedy"]
     few = told["here", "file descriptors"]
-    assert (
-        few["grade"] == FAIL
-        and few["found"] == "256, less than 4096"
-        and "hard limit of 256" in few["remedy"]
-    )
-    assert told["in a job", "tasks"]["found"] == "no job was started" and slurm_of.jobs() == before
+    assert few["grade"] == FAIL
+    assert few["found"] == "256, less than 4096"
+    assert "hard limit of 256" in few["remedy"]
+    assert told["in a job", "tasks"]["found"] == "no job was started"
+    assert slurm_of.jobs() == before
     assert told["here", "all-reduce"]["grade"] == PASS  # the rest was checked
 
 
@@ -242,7 +245,8 @@ def test_ending_it_ends_its_job(slurm_of, tmp_path):
     try:
         end = time.monotonic() + 60
         while not slurm_of.ask("squeue", "--noheader", "--name=evspan-doctor"):
-            assert time.monotonic() < end and process.poll() is None
+            assert time.monotonic() < end
+            assert process.poll() is None
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM
@@ -256,7 +260,7 @@ def test_ending_it_ends_its_job(slurm_of, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, part",
+    ("arguments", "part"),
     [
         (["--nodes", -1], "--nodes is -1; give 0 or more"),
         (["--nodes", 1, "--time", 0], "--time is 0; give 1 or more"),
@@ -281,7 +285,8 @@ def test_it_answers_at_once():
     done = subprocess.run(
         [*COMMAND, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=20
     )
-    assert done.returncode == 0 and "--partition" in done.stdout
+    assert done.returncode == 0
+    assert "--partition" in done.stdout
     slow = "import sys, evspan.launch.doctor.checks; print({'torch', 'hydra', 'deepspeed', 'numpy', 'submitit'} & sys.modules.keys())"
     assert (
         subprocess.run(
@@ -310,10 +315,10 @@ def run_job(tmp_path, *options) -> list[Finding]:
 @pytest.mark.timeout(60)
 def test_what_srun_refuses_is_told(slurm_of, tmp_path):
     (finding,) = run_job(tmp_path, "--constraint=quantum")
-    assert (finding.check, finding.grade) == ("tasks", FAIL) and finding.found.startswith(
-        "2 of 2 told nothing. srun: "
-    )
-    assert "feature specification" in finding.found and sys.executable in finding.remedy
+    assert (finding.check, finding.grade) == ("tasks", FAIL)
+    assert finding.found.startswith("2 of 2 told nothing. srun: ")
+    assert "feature specification" in finding.found
+    assert sys.executable in finding.remedy
 
 
 @pytest.mark.timeout(60)
@@ -323,12 +328,13 @@ def test_a_task_that_dies_is_told(slurm_of, tmp_path):
     prolog.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] || echo export PYTHONHOME=/nowhere\n')
     prolog.chmod(0o755)
     finding = run_job(tmp_path, f"--task-prolog={prolog}")[0]
-    assert finding.grade == FAIL and "of 2 told nothing" in finding.found
+    assert finding.grade == FAIL
+    assert "of 2 told nothing" in finding.found
     assert "n2: task 1: Exited with exit code 1" in finding.found
 
 
 @pytest.mark.parametrize(
-    "env, address, grade, variables",
+    ("env", "address", "grade", "variables"),
     [
         ({"SLURM_STEP_NODELIST": "localhost,other[1-3]"}, "10.0.0.1", PASS, {}),
         (
@@ -375,16 +381,13 @@ def test_settings_of_a_cluster(slurm_of):
     assert found["preemption"].found.startswith(
         "by high: mode REQUEUE, GraceTime 10 s; its own signal"
     )
-    assert found["SLURM"].found.endswith(" of evspan answers") and found[
-        "time limit"
-    ].found.startswith("none in low")
+    assert found["SLURM"].found.endswith(" of evspan answers")
+    assert found["time limit"].found.startswith("none in low")
     assert settings()["partition"].found == found["partition"].found  # the default one
     many = settings("low", 9)["partition"]
-    assert (
-        many.grade == FAIL
-        and "fewer than the 9 asked for" in many.found
-        and many.remedy == "ask for fewer nodes"
-    )
+    assert many.grade == FAIL
+    assert "fewer than the 9 asked for" in many.found
+    assert many.remedy == "ask for fewer nodes"
 
 
 def test_settings_that_change(slurm_of):
@@ -392,29 +395,26 @@ def test_settings_that_change(slurm_of):
     try:
         slurm_of.ask(*change, "MaxTime=2", "GraceTime=0", "MaxNodes=1")
         found = settings("low", 2)
-        assert found["time limit"].grade == FAIL and found["time limit"].found.startswith(
-            "2 min in low"
-        )
-        assert found["preemption"].grade == WARN and "GraceTime 0 s" in found["preemption"].found
-        assert (
-            found["partition"].grade == FAIL
-            and "may have 1 nodes, not 2" in found["partition"].found
-        )
+        assert found["time limit"].grade == FAIL
+        assert found["time limit"].found.startswith("2 min in low")
+        assert found["preemption"].grade == WARN
+        assert "GraceTime 0 s" in found["preemption"].found
+        assert found["partition"].grade == FAIL
+        assert "may have 1 nodes, not 2" in found["partition"].found
         slurm_of.ask(*change, "MaxTime=1-00:30:00", "State=DOWN")
         found = settings("low")
-        assert found["time limit"].grade == PASS and found["time limit"].found.startswith(
-            "1470 min in low"
-        )
-        assert found["partition"].grade == FAIL and found["partition"].found == "low is DOWN"
+        assert found["time limit"].grade == PASS
+        assert found["time limit"].found.startswith("1470 min in low")
+        assert found["partition"].grade == FAIL
+        assert found["partition"].found == "low is DOWN"
         slurm_of.ask(*change, "MaxTime=60", "State=UP", "MaxNodes=UNLIMITED")
         found = settings("low")["time limit"]
-        assert found.grade == WARN and "set cluster.timeout_min=60 or less" in found.remedy
+        assert found.grade == WARN
+        assert "set cluster.timeout_min=60 or less" in found.remedy
         slurm_of.ask("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
         found = settings("low", 2)["partition"]
-        assert (
-            found.grade == FAIL
-            and found.found == "low: 1 of 2 nodes run, fewer than the 2 asked for"
-        )
+        assert found.grade == FAIL
+        assert found.found == "low: 1 of 2 nodes run, fewer than the 2 asked for"
     finally:
         slurm_of.ask(*change, "MaxTime=INFINITE", "GraceTime=10", "MaxNodes=UNLIMITED", "State=UP")
         slurm_of.ask("scontrol", "update", "NodeName=n2", "State=RESUME")
@@ -426,24 +426,21 @@ def test_no_controller_and_no_commands(monkeypatch, tmp_path):
         monkeypatch.setenv("SLURM_CONF", str(conf))
         for part in ("which is not there", "the controller does not answer: "):
             found = settings()
-            assert (
-                list(found) == ["SLURM"]
-                and found["SLURM"].grade == FAIL
-                and part in found["SLURM"].found
-            )
+            assert list(found) == ["SLURM"]
+            assert found["SLURM"].grade == FAIL
+            assert part in found["SLURM"].found
             conf.write_text(
                 f"ClusterName=x\nSlurmctldHost=localhost\nSlurmctldPort={port}\nNodeName=n1\nMessageTimeout=2\n"
             )
     (tmp_path / "sbatch").touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     found = settings()
-    assert slurm.there() and found["SLURM"].found.startswith(
-        "srun, squeue, scancel, scontrol, sinfo not on the PATH"
-    )
+    assert slurm.there()
+    assert found["SLURM"].found.startswith("srun, squeue, scancel, scontrol, sinfo not on the PATH")
 
 
 @pytest.mark.parametrize(
-    "text, seconds",
+    ("text", "seconds"),
     [
         ("00:30:00", 1800),
         ("1-02:00:00", 93600),
@@ -469,7 +466,7 @@ ABOVE = {"PartitionName": "high", "PriorityTier": "5"}
 
 
 @pytest.mark.parametrize(
-    "config, partition, grade, part",
+    ("config", "partition", "grade", "part"),
     [
         ({"PreemptType": "preempt/none"}, {}, PASS, "not preempted"),
         ({"PreemptType": "(null)none"}, {}, PASS, "not preempted"),
@@ -493,11 +490,12 @@ ABOVE = {"PartitionName": "high", "PriorityTier": "5"}
 )
 def test_preemption(config, partition, grade, part):
     finding = slurm.preemption(config, {**PREEMPTED, **partition}, [PREEMPTED, ABOVE])
-    assert finding.grade == grade and part in finding.found
+    assert finding.grade == grade
+    assert part in finding.found
 
 
 @pytest.mark.parametrize(
-    "minutes, delay, most, grade",
+    ("minutes", "delay", "most", "grade"),
     [
         (240, 120, "UNLIMITED", PASS),
         (240, 120, "04:00:00", PASS),
@@ -536,11 +534,12 @@ def into_nothing(path: Path, data: bytes) -> None:
 
 def test_renames_are_whole(tmp_path):
     finding = folder.renaming(tmp_path / "file")
-    assert finding.grade == PASS and int(finding.found.split()[0]) > 10
+    assert finding.grade == PASS
+    assert int(finding.found.split()[0]) > 10
 
 
 @pytest.mark.parametrize(
-    "put, part",
+    ("put", "part"),
     [
         (in_place, "half written"),
         (away_and_back, "missing"),
@@ -549,7 +548,9 @@ def test_renames_are_whole(tmp_path):
 )
 def test_replacing_that_is_not_whole_is_seen(tmp_path, put, part):
     finding = folder.renaming(tmp_path / "file", put=put)
-    assert finding.grade == FAIL and part in finding.found and "--folder" in finding.remedy
+    assert finding.grade == FAIL
+    assert part in finding.found
+    assert "--folder" in finding.remedy
 
 
 def test_a_file_that_another_machine_never_writes(tmp_path, monkeypatch):
@@ -582,7 +583,9 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "runs").touch()
     finding, work = folder.open_folder(tmp_path / "runs")
-    assert finding.grade == FAIL and finding.found.endswith("runs is a file") and work is None
+    assert finding.grade == FAIL
+    assert finding.found.endswith("runs is a file")
+    assert work is None
 
 
 def test_a_full_folder(tmp_path):
@@ -614,16 +617,20 @@ def test_clocks_that_differ_from_the_file_servers(tmp_path, monkeypatch):
 
 def test_tasks_that_meet(tmp_path, monkeypatch):
     finding, work = folder.open_folder(tmp_path)
-    assert finding.grade == PASS and work
+    assert finding.grade == PASS
+    assert work
     token = (work / "token").read_text()
     code = f"from evspan.launch.doctor.folder import *; print(sorted(meet(Path({str(work)!r}), {token!r}, 0, 2, 'a')[1].items()))"
     first = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     met, notes = folder.meet(work, token, 1, 2, "b")
-    assert met.grade == PASS and notes == {0: "a", 1: "b"} and folder.not_seen(work, token, 2) == 0
+    assert met.grade == PASS
+    assert notes == {0: "a", 1: "b"}
+    assert folder.not_seen(work, token, 2) == 0
     assert first.communicate(timeout=20)[0] == "[(0, 'a'), (1, 'b')]\n"
-    assert folder.not_seen(work, token, 3) == 1 and folder.not_seen(work, "another", 2) == 2
+    assert folder.not_seen(work, token, 3) == 1
+    assert folder.not_seen(work, "another", 2) == 2
     monkeypatch.setattr(folder, "WAIT_S", 0.1)
     assert "what 1 of 3 tasks left" in folder.meet(work, token, 1, 3, "b")[0].found
     assert "another token" in folder.meet(work, "another", 1, 2, "b")[0].found
@@ -634,7 +641,7 @@ def test_tasks_that_meet(tmp_path, monkeypatch):
 
 # -- the machine ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "soft, hard, grade, part",
+    ("soft", "hard", "grade", "part"),
     [
         (256, 8192, FAIL, "ulimit -n 4096"),
         (1024, 8192, WARN, "ulimit -n 4096"),
@@ -680,7 +687,7 @@ def test_interfaces_are_those_of_ip():
 
 
 @pytest.mark.parametrize(
-    "variable, value, named",
+    ("variable", "value", "named"),
     [
         ("GLOO_SOCKET_IFNAME", "ib0", True),
         ("GLOO_SOCKET_IFNAME", "ib", False),
@@ -700,7 +707,8 @@ def test_variables_that_name_interfaces(variable, value, named):
 
 def test_a_variable_that_names_no_interface(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nope0")
-    assert machine.network().grade == FAIL and "'nope0'" in machine.network().found
+    assert machine.network().grade == FAIL
+    assert "'nope0'" in machine.network().found
 
 
 TOPOLOGY = """\
@@ -738,7 +746,8 @@ def test_gpus_and_what_joins_them(tmp_path, monkeypatch):
         "for i in 1 2 3 4; do echo A100; done",
     )
     finding = machine.gpus()
-    assert finding.grade == PASS and finding.values == {"gpus": 4}
+    assert finding.grade == PASS
+    assert finding.values == {"gpus": 4}
     assert (
         finding.found
         == "4 x A100; pairs joined by SYS (PCIe across CPU sockets) x 4, NV4 (NVLink) x 2"
@@ -753,7 +762,8 @@ def test_a_driver_that_fails(tmp_path, monkeypatch):
         "echo NVIDIA-SMI has failed: it could not communicate with the driver",
         "exit 9",
     )
-    assert machine.gpus().grade == WARN and "could not communicate" in machine.gpus().found
+    assert machine.gpus().grade == WARN
+    assert "could not communicate" in machine.gpus().found
 
 
 # -- all-reduce ----------------------------------------------------------------------------------------------------
@@ -779,23 +789,20 @@ def test_ranks_that_meet_and_one_that_is_alone():
     met, (alone,) = probes(range(2), 2), probes([0], 2, "2")
     for process in met:
         torch_, reduced = machine.torch_and_all_reduce(process, 0, 2)
-        assert (
-            torch_.grade == reduced.grade == PASS
-            and reduced.values["ranks"] == 2
-            and reduced.values["backend"] == "gloo"
-        )
-        assert (
-            reduced.values["gb_per_s"] > 0
-            and reduced.values["latency_us"] > 0
-            and abs(reduced.values["clock_s"]) < 0.5
-        )
+        assert torch_.grade == reduced.grade == PASS
+        assert reduced.values["ranks"] == 2
+        assert reduced.values["backend"] == "gloo"
+        assert reduced.values["gb_per_s"] > 0
+        assert reduced.values["latency_us"] > 0
+        assert abs(reduced.values["clock_s"]) < 0.5
     (finding,) = machine.torch_and_all_reduce(alone, 0, 1)
-    assert (finding.check, finding.grade) == ("all-reduce", FAIL) and "1/2 clients" in finding.found
+    assert (finding.check, finding.grade) == ("all-reduce", FAIL)
+    assert "1/2 clients" in finding.found
     assert "GLOO_SOCKET_IFNAME" in finding.remedy
 
 
 @pytest.mark.parametrize(
-    "torch_, seen, ranks, grade, part",
+    ("torch_", "seen", "ranks", "grade", "part"),
     [
         ({"cuda": "12.8", "gpus": 4}, 4, 4, PASS, "CUDA 12.8; it sees 4 GPUs"),
         ({"cuda": None, "gpus": 0}, 4, 4, FAIL, "CPU build; it sees 0 GPUs of 4"),
@@ -808,15 +815,16 @@ def test_torch_and_the_gpus(torch_, seen, ranks, grade, part):
     line = json.dumps({"torch": "2.9", "ranks": ranks, "backend": "nccl", **torch_})
     process = machine.start([sys.executable, "-c", f"print({line!r})"], os.environ)
     finding = machine.torch_and_all_reduce(process, seen, ranks)[0]
-    assert (
-        finding.grade == grade and part in finding.found and bool(finding.remedy) == (grade == FAIL)
-    )
+    assert finding.grade == grade
+    assert part in finding.found
+    assert bool(finding.remedy) == (grade == FAIL)
 
 
 def test_a_process_that_fails_is_told_by_its_last_line():
     command = [sys.executable, "-c", "import deepspeed_of_another_name"]
     finding = machine.deepspeed_import(machine.start(command, os.environ))
-    assert finding.grade == FAIL and "No module named 'deepspeed_of_another_name'" in finding.found
+    assert finding.grade == FAIL
+    assert "No module named 'deepspeed_of_another_name'" in finding.found
 
 
 # -- what all say together -----------------------------------------------------------------------------------------
@@ -874,15 +882,13 @@ def judged(*told: list[Told], size=2, complaints="", unseen=0) -> dict[str, Find
 def test_two_alike_pass():
     found = judged(tell(0, "n1"), tell(1, "n2", gb_per_s=0.5))
     assert {f.grade for f in found.values()} == {PASS}
-    assert (
-        found["tasks"].found == "2 on n1, n2"
-        and found["all-reduce"].found == "gloo over 2 ranks: 0.50 GB/s, 100 us"
-    )
+    assert found["tasks"].found == "2 on n1, n2"
+    assert found["all-reduce"].found == "gloo over 2 ranks: 0.50 GB/s, 100 us"
     assert found["versions"].found == "the same on all nodes and here"
 
 
 @pytest.mark.parametrize(
-    "second, grades, check, part",
+    ("second", "grades", "check", "part"),
     [
         ({"clock_s": 2.5}, {WARN}, "clocks", "that of n2 is 2.5 s ahead of the first task's"),
         ({"clock_s": -1.5}, {WARN}, "clocks", "1.5 s behind"),
@@ -902,7 +908,8 @@ def test_two_alike_pass():
 )
 def test_one_that_differs(second, grades, check, part):
     found = judged(tell(0, "n1"), tell(1, "n2", **second))
-    assert {found[check].grade} == grades and part in found[check].found
+    assert {found[check].grade} == grades
+    assert part in found[check].found
     others = {f.grade for name, f in found.items() if name != check}
     assert others <= {PASS} or second == {"first": WARN, "reduced": FAIL}
 
@@ -910,7 +917,8 @@ def test_one_that_differs(second, grades, check, part):
 def test_versions_that_differ_from_here_alone_are_no_failure():
     other = {"Python": "3.11.9", "torch": "2.9"}
     found = judged(tell(0, "n1", versions=other), tell(1, "n2", versions=other))["versions"]
-    assert found.grade == WARN and found.found == "Python 3.11.9 on n1, n2, 3.11.7 here"
+    assert found.grade == WARN
+    assert found.found == "Python 3.11.9 on n1, n2, 3.11.7 here"
 
 
 def test_tasks_that_end_early_are_named():

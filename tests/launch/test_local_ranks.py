@@ -116,11 +116,10 @@ else:
     for rank, environment in enumerate(told):
         assert environment["RANK"] == environment["LOCAL_RANK"] == str(rank)
         assert environment["WORLD_SIZE"] == environment["LOCAL_WORLD_SIZE"] == "3"
-        assert (
-            environment["MASTER_ADDR"] == "127.0.0.1"
-            and environment["MASTER_PORT"] == told[0]["MASTER_PORT"]
-        )
-        assert environment["parent"] == started.pid and environment["stdin"] == ""
+        assert environment["MASTER_ADDR"] == "127.0.0.1"
+        assert environment["MASTER_PORT"] == told[0]["MASTER_PORT"]
+        assert environment["parent"] == started.pid
+        assert environment["stdin"] == ""
         if "OMP_NUM_THREADS" not in os.environ:
             assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 3)
 
@@ -137,7 +136,8 @@ def test_the_port_is_given_to_nobody_else_meanwhile(tmp_path):
         with socket.socket(family) as other, pytest.raises(OSError, match="Address already in use"):
             other.bind(("", int(port)))
     (tmp_path / "go").touch()
-    assert started.communicate(timeout=20) == ("", "") and started.returncode == 0
+    assert started.communicate(timeout=20) == ("", "")
+    assert started.returncode == 0
 
 
 def test_own_threads_are_kept_and_other_programs_are_not_shadowed(tmp_path):
@@ -172,20 +172,22 @@ def test_a_killed_rank_is_named_and_the_waiting_one_ended(tmp_path):
         + STUCK
     )
     began = time.monotonic()
-    code, out, err = finished(tmp_path, program)
-    assert code == 128 + 9 and time.monotonic() - began < 20
+    code, _out, err = finished(tmp_path, program)
+    assert code == 128 + 9
+    assert time.monotonic() - began < 20
     assert "[rank 1] was here\n" in err
     last = err.splitlines()[-1]
-    assert (
-        last.startswith("error: rank 1 of 2 was killed by SIGKILL")
-        and "memory" in last
-        and last.endswith("Do it again")
-    )
+    assert last.startswith("error: rank 1 of 2 was killed by SIGKILL")
+    assert "memory" in last
+    assert last.endswith("Do it again")
 
 
 def test_a_ranks_traceback_is_shown(tmp_path):
-    code, out, err = finished(tmp_path, "if rank == 1: fail(ValueError('of all things'))\n" + STUCK)
-    assert code == 1 and "[rank 1] ValueError: of all things\n" in err
+    code, _out, err = finished(
+        tmp_path, "if rank == 1: fail(ValueError('of all things'))\n" + STUCK
+    )
+    assert code == 1
+    assert "[rank 1] ValueError: of all things\n" in err
     assert err.splitlines()[-1].startswith("error: rank 1 of 2 ended with exit code 1")
 
 
@@ -204,8 +206,9 @@ wait_for("failed")
 run_command(lambda: fail(RuntimeError("connection closed by peer")))
 """
     )
-    code, out, err = finished(tmp_path, program)
-    assert code == 1 and "[rank 1] ValueError: the cause\n" in err
+    code, _out, err = finished(tmp_path, program)
+    assert code == 1
+    assert "[rank 1] ValueError: the cause\n" in err
     assert err.splitlines()[-1].startswith("error: rank 1 of 2 ended with exit code 1")
 
 
@@ -257,10 +260,8 @@ def test_a_stop_signal_before_there_is_anything_to_save(tmp_path):
     all_ready(tmp_path)
     started.send_signal(signal.SIGTERM)
     err = started.communicate(timeout=20)[1]
-    assert (
-        started.returncode == 128 + 15
-        and err == "error: ended by SIGTERM; nothing was saved. Do it again\n"
-    )
+    assert started.returncode == 128 + 15
+    assert err == "error: ended by SIGTERM; nothing was saved. Do it again\n"
 
 
 def test_interrupted_ranks_end_even_when_one_does_not_listen(tmp_path):
@@ -270,7 +271,8 @@ def test_interrupted_ranks_end_even_when_one_does_not_listen(tmp_path):
     ranks = all_ready(tmp_path)
     started.send_signal(signal.SIGINT)
     assert started.communicate(timeout=20) == ("", "")
-    assert started.returncode == 130 and not any(map(alive, ranks))
+    assert started.returncode == 130
+    assert not any(map(alive, ranks))
 
 
 def test_the_terminals_interrupt_reaches_ranks_once_through_their_parent(tmp_path):
@@ -283,7 +285,8 @@ def test_the_terminals_interrupt_reaches_ranks_once_through_their_parent(tmp_pat
     assert all(map(alive, ranks))  # the grace, which a second one ends
     started.send_signal(signal.SIGINT)
     started.communicate(timeout=20)
-    assert started.returncode == 130 and not any(map(alive, ranks))
+    assert started.returncode == 130
+    assert not any(map(alive, ranks))
 
 
 def test_no_rank_outlives_a_killed_parent(tmp_path):

@@ -85,7 +85,8 @@ def test_first_run_second_run(source, tmp_path):
     assert [line.split("]")[0] for line in lines[:5]] == [f"[{i}/5" for i in range(1, 6)]
     told = manifest(output)["recordings"]
     frames, boxes = (sum(r[k] for r in told) for k in ("frames", "boxes"))
-    assert len(lines) == 6 and lines[5].startswith(f"{output}: 5 of 5 recordings prepared in ")
+    assert len(lines) == 6
+    assert lines[5].startswith(f"{output}: 5 of 5 recordings prepared in ")
     assert (
         f"; {frames} frames, {sum(r['labelled_frames'] for r in told)} of them labelled, {boxes} boxes ("
         in lines[5]
@@ -118,10 +119,9 @@ def test_what_is_done_again_is_told(source, shards, tmp_path, evspan_prep):
         "dataset.labels.min_side=30",
         "processes=1",
     )
+    assert code == 0
     assert (
-        code == 0
-        and f"{output} was prepared with another config: dataset.labels.min_side: 0.0 -> 30.0\n"
-        in out
+        f"{output} was prepared with another config: dataset.labels.min_side: 0.0 -> 30.0\n" in out
     )
     assert_sound(output)
 
@@ -182,12 +182,14 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
         pass
     os.close(ours)
     assert process.returncode == 0
-    assert b"preparing: 100%" in drawn and b"5/5" in drawn
-    assert out.startswith(f"{tmp_path / 'out'}: 5 of 5 recordings") and len(out.splitlines()) == 1
+    assert b"preparing: 100%" in drawn
+    assert b"5/5" in drawn
+    assert out.startswith(f"{tmp_path / 'out'}: 5 of 5 recordings")
+    assert len(out.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    ("arguments", "told"),
     [
         (
             ["source=/nowhere/at/all", "output=OUT"],
@@ -237,7 +239,8 @@ def test_mistakes_end_in_one_line_and_make_nothing(source, tmp_path, evspan_prep
         return text
 
     assert filled(told) in refused(evspan_prep(*map(filled, arguments)))
-    assert not (tmp_path / "out").exists() and not (source / "shards").exists()
+    assert not (tmp_path / "out").exists()
+    assert not (source / "shards").exists()
 
 
 @pytest.mark.timeout(120)
@@ -246,16 +249,17 @@ def test_a_bad_recording_ends_in_one_line_that_names_it(source, tmp_path):
     path = bad / "train" / "b_td.dat"
     path.write_bytes(path.read_bytes()[:-3])
     done = typed(f"source={bad}", f"output={tmp_path / 'out'}", "processes=2")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(
         "error: 1 of 5 recordings cannot be prepared; 4 are done and kept for the next run. train/b: "
     )
-    assert str(path) in done.stderr and "cut off" in done.stderr
+    assert str(path) in done.stderr
+    assert "cut off" in done.stderr
     path.unlink()
     again = typed(f"source={bad}", f"output={tmp_path / 'out'}", "processes=2")
-    assert (
-        again.returncode == 0 and len(again.stdout.splitlines()) == 1
-    )  # nothing was left to prepare
+    assert again.returncode == 0
+    assert len(again.stdout.splitlines()) == 1
     assert len(contents(tmp_path / "out")) == 4
 
 
@@ -268,7 +272,8 @@ def test_debugging_shows_the_traceback(evspan_prep, monkeypatch):
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["source=x", "--help"]])
 def test_help_lets_a_newcomer_act(evspan_prep, arguments):
     code, out, _ = evspan_prep(*arguments)
-    assert code == 0 and out.strip() == HELP.strip()
+    assert code == 0
+    assert out.strip() == HELP.strip()
     for word in (
         "source=raw output=shards",
         "X_bbox.npy",
@@ -285,9 +290,10 @@ def test_cfg_shows_the_config_and_prepares_nothing(tmp_path, evspan_prep):
     code, out, _ = evspan_prep(
         "--cfg", "job", "source=raw", f"output={tmp_path / 'out'}", "frames.bins=7"
     )
-    assert (
-        code == 0 and "bins: 7" in out and "source: raw" in out and not (tmp_path / "out").exists()
-    )
+    assert code == 0
+    assert "bins: 7" in out
+    assert "source: raw" in out
+    assert not (tmp_path / "out").exists()
 
 
 # -- info --------------------------------------------------------------------------------------------------------
@@ -316,7 +322,8 @@ def test_info_of_a_real_recording(samples_dir, evspan_prep):
 
 def test_info_of_a_simulated_one_tells_its_boxes(source, evspan_prep):
     code, out, _ = evspan_prep("info", source / "train" / "c_td.h5")
-    assert code == 0 and "format    h5\nsensor    200 x 160\n" in out
+    assert code == 0
+    assert "format    h5\nsensor    200 x 160\n" in out
     assert f"boxes     {np.load(source / 'train' / 'c_bbox.npy').size} in c_bbox.npy\n" in out
 
 
@@ -326,7 +333,8 @@ def test_info_and_its_mistakes(tmp_path, evspan_prep):
     assert ".mov" in refused(evspan_prep("info", tmp_path / "a.mov"))
     assert "--help shows how" in refused(evspan_prep("info"))
     code, out, _ = evspan_prep("info", "--help")
-    assert code == 0 and "example: evspan prep info" in out
+    assert code == 0
+    assert "example: evspan prep info" in out
 
 
 # -- decode ------------------------------------------------------------------------------------------------------
@@ -342,9 +350,8 @@ def columns_of(path):
 def test_decode_gives_the_golden_events(samples_dir, tmp_path, evspan_prep, name):
     golden = json.loads((samples_dir / "golden.json").read_text())[name]
     code, out, err = evspan_prep("decode", samples_dir / name, tmp_path / "out.h5")
-    assert (code, err) == (0, "") and out.startswith(
-        f"{tmp_path / 'out.h5'}: {golden['events']} events"
-    )
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{tmp_path / 'out.h5'}: {golden['events']} events")
     columns = columns_of(tmp_path / "out.h5")
     for column, kind in (("t", "<i8"), ("x", "<u2"), ("y", "<u2"), ("p", "u1")):
         assert (
@@ -396,7 +403,7 @@ def test_a_decode_that_fails_leaves_no_file(source, tmp_path, evspan_prep):
 # -- the whole way, on a real recording --------------------------------------------------------------------------
 def test_frames_of_a_real_recording_add_up_to_its_events(samples_dir, tmp_path, evspan_prep):
     golden = json.loads((samples_dir / "golden.json").read_text())["gen4_evt3_triggers.raw"]
-    code, out, err = evspan_prep(
+    code, _out, err = evspan_prep(
         f"source={samples_dir / 'gen4_evt3_triggers.raw'}",
         f"output={tmp_path / 'out'}",
         "frames.downsample=1",
@@ -405,21 +412,22 @@ def test_frames_of_a_real_recording_add_up_to_its_events(samples_dir, tmp_path, 
     )
     assert (code, err) == (0, "")
     (columns,), (entry,) = contents(tmp_path / "out").values(), entries(tmp_path / "out").values()
-    assert columns["frames"].shape == (26, 20, 720, 1280) and entry["split"] == "test"
+    assert columns["frames"].shape == (26, 20, 720, 1280)
+    assert entry["split"] == "test"
     assert (
         int(columns["frames"].sum(dtype=np.int64)) == golden["events"] == entry["events"] == 82_469
     )
     assert columns["end_us"].tolist() == [golden["t_first"] + 50_000 * k for k in range(1, 27)]
     assert int(columns["frames"][:, 10:].sum(dtype=np.int64)) == golden["p_sum"]
-    assert not columns["labelled"].any() and not columns["boxes"].size
+    assert not columns["labelled"].any()
+    assert not columns["boxes"].size
 
 
 # -- preview: that it is reached; what it draws is in test_preview.py --------------------------------------------
 def test_preview_of_shards(shards, tmp_path, evspan_prep):
     code, out, err = evspan_prep("preview", shards, tmp_path / "sheet.png", "--split", "train")
-    assert (code, err) == (0, "") and out.startswith(
-        f"{tmp_path / 'sheet.png'}: 11 frames of train/a with "
-    )
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{tmp_path / 'sheet.png'}: 11 frames of train/a with ")
     assert Image.open(tmp_path / "sheet.png").size[0] > 400
     assert "has no recording 'x'" in refused(
         evspan_prep("preview", shards, tmp_path / "x.png", "--recording", "x")

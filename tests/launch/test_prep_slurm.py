@@ -143,7 +143,7 @@ def job_of(cluster: Cluster) -> str:  # noqa: F811
 
 # -- dealing -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "sizes, groups",
+    ("sizes", "groups"),
     [
         ([5, 4, 3, 3, 3], 2),
         ([9, 1, 1, 1, 1, 1, 8], 3),
@@ -157,7 +157,8 @@ def job_of(cluster: Cluster) -> str:  # noqa: F811
 def test_groups_are_balanced(sizes, groups):
     dealt = balanced(sizes, groups)
     assert sorted(itertools.chain(*dealt)) == list(range(len(sizes)))
-    assert len(dealt) == min(groups, len(sizes)) and all(dealt)
+    assert len(dealt) == min(groups, len(sizes))
+    assert all(dealt)
     best = min(
         max(sum(s for s, g in zip(sizes, deal) if g == group) for group in range(groups))
         for deal in itertools.product(range(groups), repeat=len(sizes))
@@ -174,7 +175,7 @@ def test_empty_files_are_dealt_evenly_and_equal_ones_in_order():
 
 
 @pytest.mark.parametrize(
-    "sizes, tasks, expected",
+    ("sizes", "tasks", "expected"),
     [
         ([1] * 9, 0, 1),
         ([1] * 9, 4, 4),
@@ -189,7 +190,7 @@ def test_the_number_of_tasks_follows_the_size(sizes, tasks, expected):
 
 
 @pytest.mark.parametrize(
-    "values, part",
+    ("values", "part"),
     [
         ({"timeout_min": 0}, "launcher.timeout_min is 0"),
         ({"mem_gb": 0}, "launcher.mem_gb is 0"),
@@ -258,7 +259,10 @@ def test_without_slurm_it_says_so_in_one_line(source, tmp_path):
     code, _, err = finished(
         command(None, source, tmp_path / "out", environment={"PATH": "/nowhere"})
     )
-    assert code == 2 and len(err.splitlines()) == 1 and "sbatch" in err and "not on the PATH" in err
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "sbatch" in err
+    assert "not on the PATH" in err
 
 
 def test_only_the_command_knows_slurm(source, tmp_path):
@@ -291,24 +295,29 @@ def test_the_array_makes_what_one_machine_makes(slurm, source, prepared, tmp_pat
     code, out, err = finished(
         command(slurm, source, output, "launcher.tasks=2", "launcher.partition=low")
     )
-    assert (code, err) == (0, "") and "5 of 5 recordings prepared" in out
+    assert (code, err) == (0, "")
+    assert "5 of 5 recordings prepared" in out
     assert re.search(r"\[5/5\] \w+/\w+: \d+ frames", out)
     assert_same(output, prepared)
     assert not (output / ".parts").exists()
     assert sorted(slurm.jobs()) == [f"{job_of(slurm).split('_')[0]}_{i}" for i in (0, 1)]
     code, out, err = finished(command(slurm, source, output))
-    assert (code, err) == (0, "") and "nothing to do" in out
+    assert (code, err) == (0, "")
+    assert "nothing to do" in out
 
 
 @pytest.mark.timeout(60)
 def test_a_partition_that_is_not_there_is_one_line(slurm, source, tmp_path):
     code, _, err = finished(command(slurm, source, tmp_path / "out", "launcher.partition=nope"))
-    assert code == 2 and len(err.splitlines()) == 1
+    assert code == 2
+    assert len(err.splitlines()) == 1
     assert err.startswith("error: SLURM refuses the job: invalid partition specified: nope")
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("how, cpus", [("requeued", 1), ("told of its end", 1), ("preempted", 2)])
+@pytest.mark.parametrize(
+    ("how", "cpus"), [("requeued", 1), ("told of its end", 1), ("preempted", 2)]
+)
 def test_a_task_that_comes_back_goes_on_and_a_bad_recording_is_named(
     slurm, many, tmp_path, how, cpus
 ):
@@ -334,16 +343,18 @@ def test_a_task_that_comes_back_goes_on_and_a_bad_recording_is_named(
     else:
         slurm.ask("scancel", "--signal=USR2", job)
         os.kill(pid, signal.SIGCONT)
-    code, out, err = finished(process)
+    code, _out, err = finished(process)
     assert "Restarts=1" in slurm.ask("scontrol", "show", "job", job)
-    assert code == 2 and err.startswith(
+    assert code == 2
+    assert err.startswith(
         f"error: 1 of {COPIES + 1} recordings cannot be prepared; {COPIES} are done"
     )
-    assert "train/bad: " in err and "bad_td.dat" in err and len(err.splitlines()) == 1
+    assert "train/bad: " in err
+    assert "bad_td.dat" in err
+    assert len(err.splitlines()) == 1
     after = told(output)
-    assert (
-        len(after) == COPIES + 1 and {k: after[k] for k in before} == before
-    )  # what was done was not done again
+    assert len(after) == COPIES + 1
+    assert {k: after[k] for k in before} == before
     (source / "train" / "bad_td.dat").unlink()
     prepare(prep_config(source, output))
     assert_same(output, many[1])
@@ -356,7 +367,8 @@ def test_a_task_that_dies_is_noticed_and_the_same_command_completes(slurm, many,
     pid, _ = stopped_at_work(output)
     os.kill(pid, signal.SIGKILL)
     code, out, err = finished(process)
-    assert code == 2 and len(err.splitlines()) == 1
+    assert code == 2
+    assert len(err.splitlines()) == 1
     done = len(told(output))
     assert err.startswith(
         f"error: {COPIES - done} of {COPIES} recordings cannot be prepared; {done} are done and kept"
@@ -364,11 +376,11 @@ def test_a_task_that_dies_is_noticed_and_the_same_command_completes(slurm, many,
     lost = re.findall(
         r"(train/r\d+): SLURM task (\d+) ended as FAILED before it was done; its log is (\S+)", err
     )
-    assert len({key for key, _, _ in lost}) == COPIES - done and all(
-        Path(log).is_file() for _, _, log in lost
-    )
+    assert len({key for key, _, _ in lost}) == COPIES - done
+    assert all(Path(log).is_file() for _, _, log in lost)
     code, out, err = finished(command(slurm, source, output))
-    assert (code, err) == (0, "") and f"[{COPIES - done}/{COPIES - done}]" in out
+    assert (code, err) == (0, "")
+    assert f"[{COPIES - done}/{COPIES - done}]" in out
     assert_same(output, many[1])
 
 
@@ -378,17 +390,16 @@ def test_killed_it_leaves_an_array_which_the_same_command_ends(slurm, many, tmp_
     process = command(slurm, source, output)
     _, before = stopped_at_work(output)
     second = finished(command(slurm, source, output))
-    assert (
-        second[0] == 2
-        and "is being written to by process" in second[2]
-        and len(second[2].splitlines()) == 1
-    )
+    assert second[0] == 2
+    assert "is being written to by process" in second[2]
+    assert len(second[2].splitlines()) == 1
     process.kill()
     finished(process)
     orphan = job_of(slurm)
     assert slurm.jobs()[orphan] == "RUNNING"
     code, out, err = finished(command(slurm, source, output))
-    assert (code, err) == (0, "") and f"cancelling SLURM job {orphan}" in out
+    assert (code, err) == (0, "")
+    assert f"cancelling SLURM job {orphan}" in out
     assert int(re.search(r"\[1/(\d+)\]", out)[1]) <= COPIES - len(before)
     assert_same(output, many[1])
 
@@ -408,19 +419,22 @@ def test_an_array_of_a_process_elsewhere_is_left_alone(slurm, source, tmp_path):
     )
     job = job_of(slurm)
     code, _, err = finished(command(slurm, source, output))
-    assert code == 2 and err.startswith(
+    assert code == 2
+    assert err.startswith(
         f"error: SLURM job {job} prepares into the same output for process 7 on elsewhere"
     )
-    assert f"scancel {job}" in err and slurm.jobs()[job] in ("RUNNING", "PENDING")
+    assert f"scancel {job}" in err
+    assert slurm.jobs()[job] in ("RUNNING", "PENDING")
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_it_cancels_the_array(slurm, many, tmp_path, number, expected):
     process = command(slurm, many[0], tmp_path / "out")
     stopped_at_work(tmp_path / "out")
     job = job_of(slurm)
     process.send_signal(number)
     code, out, err = finished(process)
-    assert (code, err) == (expected, "") and "cancelled the SLURM job; what is done is kept" in out
+    assert (code, err) == (expected, "")
+    assert "cancelled the SLURM job; what is done is kept" in out
     wait_until(lambda: slurm.jobs()[job] == "CANCELLED", 15)

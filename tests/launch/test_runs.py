@@ -126,7 +126,7 @@ def task(state: str, reason: str = "(None)") -> Queued:
 
 
 @pytest.mark.parametrize(
-    "events, queue, expected",
+    ("events", "queue", "expected"),
     [
         ("submitted", task("PENDING", "(Priority)"), ("waiting", "Priority")),
         ("submitted", task("PENDING", "(None)"), ("waiting", "")),
@@ -190,7 +190,7 @@ def test_states_of_jobs(events, queue, expected):
 
 
 @pytest.mark.parametrize(
-    "events, job, expected",
+    ("events", "job", "expected"),
     [
         ("submitted", "7", "waiting"),
         ("start", "7", "running"),
@@ -256,7 +256,7 @@ def test_started_here_after_a_job_it_is_no_job(tmp_path, no_slurm):
 
 # -- finding -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "make, part",
+    ("make", "part"),
     [
         (lambda p: None, "is not there. Give the folder of a run (its run_dir) or of a sweep"),
         (lambda p: p.write_text("x"), "is a file"),
@@ -267,12 +267,10 @@ def test_started_here_after_a_job_it_is_no_job(tmp_path, no_slurm):
 def test_a_folder_that_is_no_run_is_one_line(tmp_path, told, command, make, part):
     make(tmp_path / "x")
     code, lines = told(command, tmp_path / "x")
-    assert (
-        code == 2
-        and len(lines) == 1
-        and lines[0].startswith(f"error: {tmp_path / 'x'} ")
-        and part in lines[0]
-    )
+    assert code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error: {tmp_path / 'x'} ")
+    assert part in lines[0]
 
 
 def test_runs_come_in_the_order_of_their_numbers(tmp_path):
@@ -313,7 +311,8 @@ def test_half_written_files_are_survived(tmp_path, no_slurm, name):
     for end in range(0, len(whole), 7):
         path.write_bytes(whole[:end] + b"\xff" * (end % 2))
         runs, _ = look(sweep)
-        assert [run.name for run in runs] == ["0", "1", "2"] and status.lines_of(runs)
+        assert [run.name for run in runs] == ["0", "1", "2"]
+        assert status.lines_of(runs)
         assert runs[0].state is State.done
     path.unlink()
     assert len(look(sweep)[0]) == 3
@@ -365,16 +364,15 @@ def test_the_table(tmp_path, no_slurm, told):
 def test_status_as_json(tmp_path, no_slurm, told):
     code, lines = told(status, make_sweep(tmp_path / "sweep"), "--json")
     told_ = json.loads("\n".join(lines))
-    assert code == 0 and [run["state"] for run in told_["runs"]] == ["done", "running", "failed"]
+    assert code == 0
+    assert [run["state"] for run in told_["runs"]] == ["done", "running", "failed"]
     assert told_["runs"][1]["overrides"] == {"optimizer.lr": "0.0001", "seed": "1"}
-    assert (
-        told_["runs"][1]["eta_s"] == pytest.approx(1920, abs=60)
-        and told_["note"] == "squeue is not on the PATH"
-    )
+    assert told_["runs"][1]["eta_s"] == pytest.approx(1920, abs=60)
+    assert told_["note"] == "squeue is not on the PATH"
 
 
 @pytest.mark.parametrize(
-    "arguments, part",
+    ("arguments", "part"),
     [
         (["--every", "0"], "--every is 0; give 1 s or more"),
         (["--json", "--watch"], "not allowed with"),
@@ -382,7 +380,8 @@ def test_status_as_json(tmp_path, no_slurm, told):
 )
 def test_status_refuses(tmp_path, told, arguments, part):
     code, (line,) = told(status, make_run(tmp_path / "run", "done"), *arguments)
-    assert code == 2 and part in line
+    assert code == 2
+    assert part in line
 
 
 @pytest.mark.timeout(40)
@@ -395,9 +394,10 @@ def test_watch_ends_with_the_run(tmp_path, no_slurm, told):
         for line in lines
         if line.startswith("run  ") and "state" not in line
     ]
-    assert (
-        code == 0 and states[0] == "running" and states[-1] == "done" and states.count("done") == 1
-    )
+    assert code == 0
+    assert states[0] == "running"
+    assert states[-1] == "done"
+    assert states.count("done") == 1
 
 
 def test_the_newest_word_tells_the_step(tmp_path, no_slurm):
@@ -430,12 +430,14 @@ def test_errors_of_others_are_harmless_to_a_terminal(tmp_path, no_slurm, told):
     run = make_run(tmp_path / "run", job="", overrides=())
     append(run, "failed", step=3, message="bad\n\033[2Jnews\x07", code=2)
     code, lines = told(status, run)
-    assert code == 0 and len(lines) == 2 and lines[1].endswith("bad �[2Jnews�")
+    assert code == 0
+    assert len(lines) == 2
+    assert lines[1].endswith("bad �[2Jnews�")
     assert describe(look(run)[0][0]) == "failed at step 3: bad �[2Jnews�"
 
 
 @pytest.mark.parametrize(
-    "seconds, words",
+    ("seconds", "words"),
     [
         (-3, "0 s"),
         (119, "119 s"),
@@ -495,7 +497,7 @@ def test_logs_of_a_rank_and_of_all(logged, told):
 
 
 @pytest.mark.parametrize(
-    "arguments, part",
+    ("arguments", "part"),
     [
         (["--rank", 2], "has no log of rank 2; give one of 0, 1, 10"),
         (["--rank", -1], "--rank is -1; give 0 or more"),
@@ -505,18 +507,20 @@ def test_logs_of_a_rank_and_of_all(logged, told):
 )
 def test_logs_that_are_not_there(logged, told, arguments, part):
     code, (line,) = told(logs, logged, *arguments)
-    assert code == 2 and part in line
+    assert code == 2
+    assert part in line
 
 
 def test_logs_of_a_sweep_or_of_no_log(logged, tmp_path, no_slurm, told):
     code, (line,) = told(logs, logged.parent)
-    assert code == 2 and f"is a sweep of 1 run; name one: {logged}" in line
+    assert code == 2
+    assert f"is a sweep of 1 run; name one: {logged}" in line
     code, (line,) = told(logs, make_run(tmp_path / "waits", "submitted"))
-    assert code == 2 and line.endswith(
-        "has no logs: it is waiting at step 0; --follow waits for them"
-    )
+    assert code == 2
+    assert line.endswith("has no logs: it is waiting at step 0; --follow waits for them")
     code, (line,) = told(logs, make_run(tmp_path / "here", "start", job=""))
-    assert code == 2 and "speaks to its terminal only" in line
+    assert code == 2
+    assert "speaks to its terminal only" in line
 
 
 @pytest.mark.timeout(30)
@@ -532,7 +536,8 @@ def test_a_reader_that_has_enough_ends_it_quietly(logged):
     try:
         assert process.stdout.readline() == b"line\n"
         process.stdout.close()
-        assert process.stderr.read() == b"" and process.wait(20) == 1
+        assert process.stderr.read() == b""
+        assert process.wait(20) == 1
     finally:
         process.kill()
 
@@ -567,7 +572,8 @@ for rank in (0, 1):
             code, lines = told(logs, run, "--follow", "--all")
     finally:
         writer.wait(20)
-    assert code == 0 and lines[-1] == f"{run}: done at step 1000 of 1000"
+    assert code == 0
+    assert lines[-1] == f"{run}: done at step 1000 of 1000"
     for rank in (0, 1):
         mine = [line for line in lines if line.startswith(f"[rank {rank}] ")]
         assert mine == [f"[rank {rank}] {text}" for text in ("ab", "c", "last")]
@@ -585,10 +591,9 @@ def test_nothing_to_cancel_is_no_error(tmp_path, no_slurm, told):
 def test_a_job_cannot_be_cancelled_without_slurm(tmp_path, no_slurm, told):
     run = make_run(tmp_path / "run", "start")
     code, (line,) = told(cancel, run)
+    assert code == 2
     assert (
-        code == 2
-        and line
-        == "error: squeue is not on the PATH; run it where SLURM's commands reach the cluster"
+        line == "error: squeue is not on the PATH; run it where SLURM's commands reach the cluster"
     )
     assert [e["event"] for e in read(run)] == ["start"]
 
@@ -596,16 +601,15 @@ def test_a_job_cannot_be_cancelled_without_slurm(tmp_path, no_slurm, told):
 def test_a_run_of_this_machine_is_told_how(tmp_path, no_slurm, told):
     run = make_run(tmp_path / "run", "start", "running 1", job="")
     code, (line,) = told(cancel, run)
-    assert code == 0 and line == (
+    assert code == 0
+    assert line == (
         f"{run}: runs on n1 without SLURM; there, kill -TERM {os.getpid()} saves and ends it, "
         "Ctrl-C ends it at once"
     )
     (tmp_path / "sweep.json").write_text('{"runs": [{"folder": "later", "overrides": []}]}')
     code, lines = told(cancel, tmp_path)
-    assert (
-        code == 0
-        and f"{tmp_path / 'later'}: is no job of SLURM's, and has not begun" in "\n".join(lines)
-    )
+    assert code == 0
+    assert f"{tmp_path / 'later'}: is no job of SLURM's, and has not begun" in "\n".join(lines)
 
 
 # -- on the cluster ----------------------------------------------------------------------------------------------
@@ -651,14 +655,13 @@ def test_status_and_cancel_of_real_jobs(slurm, tmp_path, told):
         )
     )
     lines = told(status, runs)[1]
-    assert row(lines, "0")["state"] == "running (starting)" and row(lines, "0")["node"] in (
+    assert row(lines, "0")["state"] == "running (starting)"
+    assert row(lines, "0")["node"] in (
         "n1",
         "n2",
     )
-    assert (
-        row(lines, "2")["state"] == "waiting (JobHeldUser)"
-        and lines[-1] == "3 runs: 1 waiting, 2 running"
-    )
+    assert row(lines, "2")["state"] == "waiting (JobHeldUser)"
+    assert lines[-1] == "3 runs: 1 waiting, 2 running"
     append(first, "start", step=3, of=10, attempt=1, host="n1", job=f"{array}_0")
     append(first, "running", step=4)
     assert row(told(status, runs)[1], "0")["state"] == "running"
@@ -668,7 +671,9 @@ def test_status_and_cancel_of_real_jobs(slurm, tmp_path, told):
         [f"{held}: cancelled SLURM job {waiting}, which was waiting (JobHeldUser)"],
     )
     code, lines = told(cancel, runs)
-    assert code == 0 and len(lines) == 2 and lines[0].endswith("which was running at step 4 of 10")
+    assert code == 0
+    assert len(lines) == 2
+    assert lines[0].endswith("which was running at step 4 of 10")
     until(
         lambda: (
             {slurm.jobs().get(job) for job in (f"{array}_0", f"{array}_1", waiting)}
@@ -688,11 +693,9 @@ def test_jobs_that_slurm_ended_or_never_knew(slurm, tmp_path):
     slurm.ask("scancel", job)
     until(lambda: look(run)[0][0].state is State.cancelled)
     assert look(run)[0][0].reason == "by scancel"
-    assert (
-        set(queued([job, "4000000", f"{job}_7"])) == {job}
-        and queued(["4000000"]) == {}
-        and queued([]) == {}
-    )
+    assert set(queued([job, "4000000", f"{job}_7"])) == {job}
+    assert queued(["4000000"]) == {}
+    assert queued([]) == {}
     (run / "submitted.json").write_text(json.dumps({"job": "4000000", "time": NOW - 60}))
     (found,), note = look(run)
     assert (found.state, found.reason, note) == (State.lost, "not in SLURM's queue", "")
@@ -706,11 +709,9 @@ def test_a_controller_that_does_not_answer(slurm, tmp_path, monkeypatch, told):
     )  # one that is down takes squeue 20 s to notice, and ends it the same way
     monkeypatch.setenv("SLURM_CONF", str(conf))
     code, lines = told(status, run)
-    assert (
-        code == 0
-        and row(lines, "tiny")["state"] == "running"
-        and lines[-1].startswith("note: squeue failed: ")
-    )
+    assert code == 0
+    assert row(lines, "tiny")["state"] == "running"
+    assert lines[-1].startswith("note: squeue failed: ")
     with pytest.raises(
         UserError, match="squeue failed.*run it where SLURM's commands reach the cluster"
     ):

@@ -53,33 +53,30 @@ def test_two_ranks_train_as_one(tmp_path):
         ("1x2", "transpose", "2"),
         ("1x2", "relay", "3"),
     ]
-    assert (
-        "FAIL" not in done.stdout
-        and "CPU" in done.stdout
-        and "smoke: pass, 5 layouts" in done.stdout
-        and not done.stderr
-    )
+    assert "FAIL" not in done.stdout
+    assert "CPU" in done.stdout
+    assert "smoke: pass, 5 layouts" in done.stdout
+    assert not done.stderr
     told = [
         json.loads(line)
         for line in (tmp_path / "smoke" / "told-2.jsonl").read_text().splitlines()[1:]
     ]
     for row in told:  # they did compute apart: something differs, by rounding
-        assert (
-            0 < row["gradients"] < 1e-3 and 0 < row["resumed_other"] < 1e-4 and row["resumed"] == 0
-        )
-        assert 1e8 < row["peak"] < 1e10 and row["speed"] > 0
+        assert 0 < row["gradients"] < 1e-3
+        assert 0 < row["resumed_other"] < 1e-4
+        assert row["resumed"] == 0
+        assert 1e8 < row["peak"] < 1e10
+        assert row["speed"] > 0
     again = run("--keep", str(tmp_path / "smoke"))
-    assert (
-        again.returncode == 2
-        and again.stderr.count("\n") == 1
-        and "is there and not empty" in again.stderr
-    )
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1
+    assert "is there and not empty" in again.stderr
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "file, right, wrong",
+    ("file", "right", "wrong"),
     [
         ("pipeline/engine/trainer.py", "losses.total * self.world.size", "losses.total"),
         ("pipeline/data/loader.py", "chunk.first + self.frames.start", "chunk.first"),
@@ -99,7 +96,7 @@ def test_a_mistake_in_the_code_is_found(tmp_path, file, right, wrong):
 
 
 @pytest.mark.parametrize(
-    "column, value",
+    ("column", "value"),
     [
         ("loss", 2e-5),
         ("loss", math.nan),
@@ -115,7 +112,9 @@ def test_what_differs_fails(column, value):
         name: name != column for name in ("loss", "gradients", "resumed", "resumed_other")
     }
     lines, passed = table([ALIKE, row], ALLOWED, exact=True)
-    assert not passed and lines[1].endswith("pass") and lines[2].endswith("FAIL")
+    assert not passed
+    assert lines[1].endswith("pass")
+    assert lines[2].endswith("FAIL")
     assert "DIFFERS" in lines[2] or column == "resumed"
 
 

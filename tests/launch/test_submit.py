@@ -70,13 +70,14 @@ def test_a_line_that_was_left_half_written_is_passed_over(tmp_path):
     assert [e["event"] for e in read(tmp_path)] == ["start"]
     append(tmp_path, "running")
     assert [e["event"] for e in read(tmp_path)] == ["start", "running"]
-    assert read(tmp_path / "nowhere") == [] and read_progress(tmp_path) == {}
+    assert read(tmp_path / "nowhere") == []
+    assert read_progress(tmp_path) == {}
     write_progress(tmp_path, {"step": 3, "of": 9})
     assert read_progress(tmp_path)["step"] == 3
 
 
 @pytest.mark.parametrize(
-    "events, faults",
+    ("events", "faults"),
     [
         ("s0 f0 s0 f0 s0 f0", 3),
         ("s0 f0 s0 v5 s5 f5", 1),
@@ -103,7 +104,7 @@ SAVED, DEFECT = Note("rank-00", 75, "", "n1"), Note("rank-01", 1, "ValueError: n
 
 
 @pytest.mark.parametrize(
-    "notes, code, state, again, last, says",
+    ("notes", "code", "state", "again", "last", "says"),
     [
         ([], 0, "RUNNING", False, None, "done"),
         ([SAVED], 75, "RUNNING", True, "requeued", "saved"),
@@ -122,7 +123,8 @@ def test_what_is_tried_again(tmp_path, notes, code, state, again, last, says):
     log = tmp_path / "log"
     log.write_text("slurm says\npython: not found\n\n")
     asked, line = decide(tmp_path, notes, code, state, most=3, retry=True, logs=[log, log])
-    assert asked is again and says in line
+    assert asked is again
+    assert says in line
     assert (read(tmp_path)[-1]["event"] if read(tmp_path) else None) == last
 
 
@@ -134,7 +136,8 @@ def test_three_faults_at_one_step_are_enough(tmp_path):
         append(tmp_path, "start", step=40)
         again, line = decide(tmp_path, [DEFECT], 1, "RUNNING", most=3, retry=True, logs=[])
         assert again is (number < 3)
-    assert "3 times in a row at step 40" in line and read(tmp_path)[-1]["event"] == "failed"
+    assert "3 times in a row at step 40" in line
+    assert read(tmp_path)[-1]["event"] == "failed"
     append(tmp_path, "start", step=40)
     assert decide(tmp_path, [DEFECT], 1, "RUNNING", most=9, retry=False, logs=[])[0] is False
 
@@ -168,7 +171,8 @@ def test_the_question_of_the_batch_script(tmp_path, monkeypatch, capsys):
 def test_nodes_follow_from_ranks():
     config = ClusterConfig(gpus_per_node=8)
     assert [config.nodes(ranks) for ranks in (1, 8, 16)] == [(1, 1), (1, 8), (2, 8)]
-    assert ClusterConfig(ranks_per_node=2).nodes(4) == (2, 2) and ClusterConfig().nodes(2) == (2, 1)
+    assert ClusterConfig(ranks_per_node=2).nodes(4) == (2, 2)
+    assert ClusterConfig().nodes(2) == (2, 1)
     with pytest.raises(Exception, match="parallel.ranks=8 or 16"):
         config.nodes(12)
 
@@ -225,7 +229,7 @@ def test_values_cannot_inject(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, says",
+    ("given", "says"),
     [
         ({"partition": "a\n#SBATCH --uid=0"}, "cluster.partition"),
         ({"sbatch_args": ["x\ny=1"]}, "cluster.sbatch_args"),
@@ -277,7 +281,8 @@ def test_the_script_says_what_the_config_says(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "container, image", [(Container.apptainer, "my image.sif"), (Container.pyxis, "my image.sqsh")]
+    ("container", "image"),
+    [(Container.apptainer, "my image.sif"), (Container.pyxis, "my image.sqsh")],
 )
 def test_a_container_is_one_key(tmp_path, container, image):
     text = written(
@@ -286,17 +291,13 @@ def test_a_container_is_one_key(tmp_path, container, image):
     subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=20)
     ranks = next(line for line in text.splitlines() if line.startswith("srun"))
     if container is Container.apptainer:
-        assert (
-            "apptainer exec --nv" in ranks
-            and "--bind /data:/in" in ranks
-            and "'my image.sif' python -u -m submitit" in ranks
-        )
+        assert "apptainer exec --nv" in ranks
+        assert "--bind /data:/in" in ranks
+        assert "'my image.sif' python -u -m submitit" in ranks
         assert f"--bind {tmp_path}" in ranks
     else:
-        assert (
-            "'--container-image=my image.sqsh'" in ranks
-            and f"{tmp_path}:{tmp_path},/data:/in" in ranks
-        )
+        assert "'--container-image=my image.sqsh'" in ranks
+        assert f"{tmp_path}:{tmp_path},/data:/in" in ranks
         assert "srun --ntasks=1" in text.split("# teardown")[1]  # the question is asked inside, too
 
 
@@ -308,7 +309,8 @@ def test_a_job_has_a_name_that_slurm_takes():
 def test_combinations_and_quoting(tmp_path, shards):
     options, overrides = split_options(["a=1,2", "--config-dir", str(tmp_path), "b='x,y'", "c=3"])
     combinations, several = expanded(options, overrides)
-    assert options == ["--config-dir", str(tmp_path)] and several == {
+    assert options == ["--config-dir", str(tmp_path)]
+    assert several == {
         "a": True,
         "b": False,
         "c": False,
@@ -327,7 +329,8 @@ def test_a_folder_of_configs_of_ones_own(tmp_path, shards):
     config = compose_train(
         ["--config-dir", str(tmp_path)], tiny(shards, tmp_path, "cluster=mine", "parallel.ranks=2")
     )
-    assert config.cluster.partition == "fast" and config.cluster.nodes(2) == (1, 2)
+    assert config.cluster.partition == "fast"
+    assert config.cluster.nodes(2) == (1, 2)
 
 
 def test_the_same_overrides_keep_their_folder(tmp_path):
@@ -346,7 +349,7 @@ def test_the_same_overrides_keep_their_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command, more, says",
+    ("command", "more", "says"),
     [
         (submit, ["optimizer.lr=1e-3,2e-3"], "evspan sweep"),
         (submit, ["cluster.partiton=x"], "cluster.partition"),
@@ -385,7 +388,8 @@ def test_a_sweep_on_this_machine(tmp_path, shards):
     assert done.returncode == 1, done.stderr
     assert [e["event"] for e in read(tmp_path / "sweep" / "0")][-1] == "done"
     failed = read(tmp_path / "sweep" / "1")[-1]
-    assert failed["event"] == "failed" and "optimizer.lr" in failed["message"]
+    assert failed["event"] == "failed"
+    assert "optimizer.lr" in failed["message"]
     stamp = (tmp_path / "sweep" / "0" / "checkpoints" / "latest").stat().st_mtime_ns
     assert "done already" in evspan(*words).stdout
     assert (tmp_path / "sweep" / "0" / "checkpoints" / "latest").stat().st_mtime_ns == stamp

@@ -148,7 +148,7 @@ def assert_same_run(run: Path, undisturbed: Path, steps: int = STEPS) -> None:
 def undisturbed(shards, tmp_path_factory):
     """The same by two ranks of this machine, without SLURM."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, out, err = finished(evspan(None, "train", *keys(shards, run)), 240)
+    code, _out, err = finished(evspan(None, "train", *keys(shards, run)), 240)
     assert code == 0, err
     return run
 
@@ -234,11 +234,13 @@ def test_a_run_over_two_nodes_comes_back(slurm, shards, undisturbed, tmp_path):
         submitted.kill()
     assert code == 0, f"{out}{err}{read(run)}"
     assert_same_run(run, undisturbed)
-    assert len(events(run, "start")) == 5 and len(events(run, "fault")) == 1
+    assert len(events(run, "start")) == 5
+    assert len(events(run, "fault")) == 1
     assert "rank 1" in events(run, "fault")[0]["message"]
     # Saved where there was time to; at most the steps since the last checkpoint were trained again where there was none.
     assert scalar(run, "run/requeues") == [0, 1, 2, 3, 4]
-    assert max(scalar(run, "run/steps_repeated")) <= 5 and scalar(run, "run/steps_repeated")[0] == 0
+    assert max(scalar(run, "run/steps_repeated")) <= 5
+    assert scalar(run, "run/steps_repeated")[0] == 0
     assert min(scalar(run, "run/seconds_lost")) > 0
 
 
@@ -333,7 +335,8 @@ def test_a_fault_that_stays_is_given_up(slurm, shards, tmp_path):
     assert code == 1, f"{out}{err}"
     message = events(run, "failed")[0]["message"]
     assert "2 times in a row at step 0" in message
-    assert "rank-01 ended without a word" in message and "SystemExit: broken" in message
+    assert "rank-01 ended without a word" in message
+    assert "SystemExit: broken" in message
     assert "2 times in a row" in out
 
 
@@ -345,7 +348,8 @@ def test_a_cancelled_run_stays_away(slurm, shards, tmp_path):
     )
     assert code == 0 and "evspan status" in out, err
     again = finished(evspan(slurm, "submit", *keys(shards, run)), 60)
-    assert again[0] == 2 and "already has" in again[2]
+    assert again[0] == 2
+    assert "already has" in again[2]
     wait_for(lambda: events(run, "running"))
     code, out, err = finished(evspan(slurm, "cancel", str(run)), 60)
     assert code == 0, err
@@ -371,7 +375,9 @@ def test_hydras_multirun_goes_the_same_way(slurm, shards, tmp_path):
 
 
 def test_what_slurm_refuses_is_one_line(slurm, shards, tmp_path):
-    code, out, err = finished(
+    code, _out, err = finished(
         evspan(slurm, "submit", *keys(shards, tmp_path / "run", "cluster.partition=nowhere")), 60
     )
-    assert code == 2 and "cluster.partition" in err and len(err.splitlines()) == 1
+    assert code == 2
+    assert "cluster.partition" in err
+    assert len(err.splitlines()) == 1

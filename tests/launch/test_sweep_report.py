@@ -168,7 +168,8 @@ def test_cut_and_damaged_event_files_give_what_is_whole(sweep):
     for end in (*range(len(whole) - 1, len(whole) - 200, -13), 30, 5, 0):
         path.write_bytes(whole[:end])
         steps = [p.step for p in read_curves(sweep / "0", TAGS)["loss/total"].points]
-        assert steps == list(range(1, len(steps) + 1)) and len(steps) <= before
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) <= before
         before = len(steps)
     assert before == 0
     at = whole.index(b"loss/total", len(whole) // 2)
@@ -180,12 +181,12 @@ def test_cut_and_damaged_event_files_give_what_is_whole(sweep):
 def test_thinned_curves_keep_the_mean():
     points = [Point(i, float(i % 7), 0.0) for i in range(1000)]
     thin = thinned(points)
-    assert len(thin) <= MOST and thin[0] == (1.5, 1.5) and thin[-1][0] == 997.5
+    assert len(thin) <= MOST
+    assert thin[0] == (1.5, 1.5)
+    assert thin[-1][0] == 997.5
     assert np.mean([v for _, v in thin]) == pytest.approx(np.mean([p.value for p in points]))
-    assert (
-        thinned(points[:MOST]) == [(float(p.step), p.value) for p in points[:MOST]]
-        and thinned([]) == []
-    )
+    assert thinned(points[:MOST]) == [(float(p.step), p.value) for p in points[:MOST]]
+    assert thinned([]) == []
 
 
 # -- order and costs ---------------------------------------------------------------------------------------------
@@ -193,7 +194,9 @@ def test_rows_are_in_the_order_of_ap(sweep):
     told = rows(sweep)
     assert [row.run.name for row in told] == ["1", "0", "4", "2", "3"]
     assert told[0].metrics() == {"ap": 0.5, "ap50": 0.6, "final_loss": pytest.approx(0.1)}
-    assert told[0].best == (0.5, 100) and told[4].best is None and told[4].metrics() == {}
+    assert told[0].best == (0.5, 100)
+    assert told[4].best is None
+    assert told[4].metrics() == {}
 
 
 def test_the_best_of_a_curve_may_be_earlier(sweep):
@@ -207,14 +210,14 @@ def test_the_best_of_a_curve_may_be_earlier(sweep):
 
 def test_what_requeues_cost(sweep):
     by_name = {row.run.name: row for row in rows(sweep)}
-    assert by_name["0"].cost == report.Cost() and by_name["3"].cost == report.Cost()
+    assert by_name["0"].cost == report.Cost()
+    assert by_name["3"].cost == report.Cost()
     # The first attempt was last heard of in its step 60, 69 s after its start, the second in its 40th, 49 s after; each next one
     # does its first step 1010 s after the start of the one before. It began at step 40: 20 steps again; the third at 80: none.
     cost = by_name["1"].cost
     assert (by_name["1"].run.requeues, cost.steps) == (2, 20)
-    assert cost.seconds == pytest.approx(1010 - 69 + 1010 - 49) and cost.starting == pytest.approx(
-        20
-    )
+    assert cost.seconds == pytest.approx(1010 - 69 + 1010 - 49)
+    assert cost.starting == pytest.approx(20)
 
 
 def test_attempts_that_never_ran_count_in_full(tmp_path):
@@ -270,7 +273,7 @@ def test_the_text(sweep, capsys):
 
 
 @pytest.mark.parametrize(
-    "text, value",
+    ("text", "value"),
     [
         ("1e-3", 1e-3),
         ("7", 7.0),
@@ -298,17 +301,23 @@ def test_the_page_stands_alone_and_holds_everything(sweep, capsys):
     text = (sweep / "report.html").read_text()
     page = Page(text)
     for tag, attributes in page.tags:  # nothing is fetched
-        assert tag not in ("link", "img", "iframe", "object") and not {
+        assert tag not in ("link", "img", "iframe", "object")
+        assert not {
             "src",
             "onload",
             "onerror",
         } & set(attributes)
         if "href" in attributes:
-            assert tag == "a" and re.match(r"http://login1:6006/|[014]/logs/", attributes["href"])
-    assert "url(" not in text and "@import" not in text and "\033" not in text
-    assert sum(tag == "script" for tag, _ in page.tags) == 1 and "alert('x')" in "".join(page.texts)
+            assert tag == "a"
+            assert re.match(r"http://login1:6006/|[014]/logs/", attributes["href"])
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "\033" not in text
+    assert sum(tag == "script" for tag, _ in page.tags) == 1
+    assert "alert('x')" in "".join(page.texts)
     (best,) = [i for i, t in enumerate(page.texts) if t == "Best"]
-    assert page.texts[best + 1] == "optimizer.lr=3e-4" and best < page.texts.index("Runs")
+    assert page.texts[best + 1] == "optimizer.lr=3e-4"
+    assert best < page.texts.index("Runs")
     table = [row for row in page.rows if row and row[0] in "01234"]
     assert [row[0] for row in table[:5]] == ["1", "0", "4", "2", "3"]
     assert [row[4:7] for row in table[:3]] == [
@@ -319,10 +328,8 @@ def test_the_page_stands_alone_and_holds_everything(sweep, capsys):
     assert table[5] == ["1", "2", "32 min", "20 s", "20"]
     assert [t for t in page.texts if t.startswith("2 failed: optimizer.learn")]
     hrefs = [a["href"] for tag, a in page.tags if tag == "a"]
-    assert (
-        "http://login1:6006/?runFilter=%5E1%2F#timeseries" in hrefs
-        and "http://login1:6006/#hparams" in hrefs
-    )
+    assert "http://login1:6006/?runFilter=%5E1%2F#timeseries" in hrefs
+    assert "http://login1:6006/#hparams" in hrefs
 
 
 def test_the_curves_lie_where_the_numbers_say(sweep, capsys):
@@ -335,11 +342,11 @@ def test_the_curves_lie_where_the_numbers_say(sweep, capsys):
     assert len(lines) == 6  # two curves of three runs
     points = [[tuple(map(float, p.split(","))) for p in places.split()] for places, _ in lines]
     loss, ap = points[:3], points[3:]
-    assert len(loss[0]) == 100 and len(loss[2]) == 20  # of run 1 and run 4
+    assert len(loss[0]) == 100
+    assert len(loss[2]) == 20
     x, y = np.array(loss[0]).T
-    assert np.all(np.diff(x) > 0) and np.all(
-        np.diff(y) >= 0
-    )  # the loss falls, and SVG's y grows downwards
+    assert np.all(np.diff(x) > 0)
+    assert np.all(np.diff(y) >= 0)
     assert np.polyfit(np.arange(1, 101), x, 1)[1] == pytest.approx(
         46, abs=0.2
     )  # step 0 lies on the axis
@@ -348,16 +355,16 @@ def test_the_curves_lie_where_the_numbers_say(sweep, capsys):
     assert heights[0] < heights[1] < heights[2]  # 0.5, 0.25, 0.125
     base = 300 - 38
     assert (base - heights[0]) / (base - heights[1]) == pytest.approx(2, rel=0.01)
-    assert len({style for _, style in lines[:3]}) == 3 and [s for _, s in lines[:3]] == [
-        s for _, s in lines[3:]
-    ]
+    assert len({style for _, style in lines[:3]}) == 3
+    assert [s for _, s in lines[:3]] == [s for _, s in lines[3:]]
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path, capsys):
     append(tmp_path / "run", "start", step=0, of=10, attempt=1, host="n1", job="", pid=os.getpid())
     report.main([str(tmp_path / "run")])
     page = Page((tmp_path / "run" / "report.html").read_text())
-    assert "No run has been evaluated yet." in page.texts and "Curves" not in page.texts
+    assert "No run has been evaluated yet." in page.texts
+    assert "Curves" not in page.texts
     assert "best:" not in capsys.readouterr().out
 
 
@@ -365,12 +372,10 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as leaving:
         report.main([str(tmp_path)])
     err = capsys.readouterr().err
-    assert (
-        leaving.value.code == 2
-        and len(err.splitlines()) == 1
-        and "holds no run" in err
-        and not list(tmp_path.iterdir())
-    )
+    assert leaving.value.code == 2
+    assert len(err.splitlines()) == 1
+    assert "holds no run" in err
+    assert not list(tmp_path.iterdir())
 
 
 # -- TensorBoard -------------------------------------------------------------------------------------------------

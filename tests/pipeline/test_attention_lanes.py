@@ -89,7 +89,7 @@ def assert_states_close(a, b):
 
 
 # -- lanes and recordings --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("part, scales", ATTENDING)
+@pytest.mark.parametrize(("part", "scales"), ATTENDING)
 def test_a_lane_sees_itself_alone(part, scales):
     """In another order, alone, or beside other lanes, it gives the same."""
     detector, frames = micro(part, scales).eval(), some_frames()
@@ -102,7 +102,7 @@ def test_a_lane_sees_itself_alone(part, scales):
     torch.testing.assert_close(by_frame(alone)[:, 0], by_frame(out)[:, 1], **EXACT)
 
 
-@pytest.mark.parametrize("part, scales", ATTENDING)
+@pytest.mark.parametrize(("part", "scales"), ATTENDING)
 def test_a_start_is_of_one_lane(part, scales):
     detector, frames = micro(part, scales).eval(), some_frames(4)
     _, state = run(detector, frames[:2])
@@ -119,7 +119,8 @@ def test_a_start_is_of_one_lane(part, scales):
 
 
 @pytest.mark.parametrize(
-    "part, scales, window", [(*case, 3) for case in ATTENDING] + [("temporal", 3, 2), ("all", 4, 5)]
+    ("part", "scales", "window"),
+    [(*case, 3) for case in ATTENDING] + [("temporal", 3, 2), ("all", 4, 5)],
 )
 def test_cutting_anywhere_changes_nothing(part, scales, window):
     detector, frames = micro(part, scales, window=window).eval(), some_frames()
@@ -154,12 +155,12 @@ def test_mixed_lanes_look_back_at_their_neighbours_frames_alone(window):
     torch.testing.assert_close(
         run(mixed, frames, labelled=labelled)[0], out[labelled.flatten()], **EXACT
     )
-    first, state = run(mixed, frames[:2])
+    _first, state = run(mixed, frames[:2])
     assert_states_close(run(mixed, frames[2:], state)[1], end)
 
 
 # -- labelled frames -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("part, scales", ATTENDING)
+@pytest.mark.parametrize(("part", "scales"), ATTENDING)
 def test_other_labelled_frames_change_no_prediction(part, scales):
     detector, frames = micro(part, scales).eval(), some_frames()
     every, end = run(detector, frames)
@@ -188,7 +189,7 @@ def needed_by_definition(labelled, looks_back):
 
 
 @pytest.mark.parametrize(
-    "part, window",
+    ("part", "window"),
     [("all", 2), ("temporal", 3), ("all", 4), ("spatial", 3), ("channel", 3), (None, 3)],
 )
 def test_neck_and_head_run_on_the_frames_that_labelled_ones_need(part, window):
@@ -244,7 +245,7 @@ def losses_and_gradients(detector, evaluate):
     return [*out, *state_tensors(state), *detector.state_dict().values()]
 
 
-@pytest.mark.parametrize("part, scales", ATTENDING)
+@pytest.mark.parametrize(("part", "scales"), ATTENDING)
 def test_evaluation_leaves_no_trace_in_training(part, scales):
     detector = micro(part, scales)
     for a, b in zip(
@@ -255,7 +256,7 @@ def test_evaluation_leaves_no_trace_in_training(part, scales):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("part, scales", ATTENDING)
+@pytest.mark.parametrize(("part", "scales"), ATTENDING)
 def test_gradients_reach_the_frames_looked_back_at(part, scales):
     """Through temporal attention, besides the recurrence: what the neck was given of t-2 and t-1, and the carried frames."""
     detector, given = micro(part, scales).eval(), {}
@@ -284,7 +285,7 @@ def test_gradients_reach_the_frames_looked_back_at(part, scales):
 
 
 # -- the identity, and the published form ------------------------------------------------------------------------------
-@pytest.mark.parametrize("part, scales", ATTENDING)
+@pytest.mark.parametrize(("part", "scales"), ATTENDING)
 def test_attention_starts_as_the_identity_and_the_published_form_does_not(part, scales):
     plain, frames = micro(None, scales).eval(), some_frames(3, 2)
     wanted, _ = run(plain, frames)
@@ -294,7 +295,8 @@ def test_attention_starts_as_the_identity_and_the_published_form_does_not(part, 
         (micro(part, scales, published=True), False),
     ):
         missing, unexpected = attending.load_state_dict(plain.state_dict(), strict=False)
-        assert missing and not unexpected
+        assert missing
+        assert not unexpected
         error = (run(attending.eval(), frames)[0] - wanted).abs().max()
         assert error < 1e-6 if alike else error > 1e-2
         assert (
@@ -305,7 +307,7 @@ def test_attention_starts_as_the_identity_and_the_published_form_does_not(part, 
 
 # -- streaming -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "part, scales, dws_conv, lanes",
+    ("part", "scales", "dws_conv", "lanes"),
     [
         (None, 3, False, 1),
         (None, 3, True, 3),
@@ -330,7 +332,7 @@ def test_one_frame_at_a_time_is_the_batched_path(part, scales, dws_conv, lanes):
     assert_states_close(state, end)
 
 
-@pytest.mark.parametrize("part, scales", [(None, 3), ("all", 4)])
+@pytest.mark.parametrize(("part", "scales"), [(None, 3), ("all", 4)])
 def test_detect_is_a_step_then_thresholds_and_suppression(part, scales):
     detector, frames = micro(part, scales).eval(), some_frames(2)
     state, sizes = detector.initial_state(LANES, H, W), []
@@ -366,15 +368,16 @@ def test_gates_learn_at_a_rate_of_their_own():
         detector, OptimizerConfig(lr=0.1, weight_decay=0.3, gate_lr_multiplier=5)
     )
     told = [{id(p) for p in group["params"]} for group in (decayed, plain, fast)]
-    assert (
-        told == [matrices, everything - matrices - gates, gates] and len(gates) == 9
-    )  # 2 scales x 3, 3 x 1
+    assert told == [matrices, everything - matrices - gates, gates]
+    assert len(gates) == 9
     assert (decayed["weight_decay"], plain["weight_decay"], fast["weight_decay"], fast["lr"]) == (
         0.3,
         0.0,
         0.0,
         0.5,
     )
-    assert "lr" not in decayed and "lr" not in plain
+    assert "lr" not in decayed
+    assert "lr" not in plain
     same = parameter_groups(detector, OptimizerConfig())
-    assert len(same) == 2 and gates < {id(p) for p in same[1]["params"]}
+    assert len(same) == 2
+    assert gates < {id(p) for p in same[1]["params"]}

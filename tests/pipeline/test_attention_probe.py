@@ -120,12 +120,14 @@ def test_hooks_tell_what_features_are_multiplied_with():
         "scale_0/temporal": (6, 32),
         "scale_0/channel": (6, 32),
     }
-    assert "scale_2/channel" in told and len(told) == 2 * 4 + 1
+    assert "scale_2/channel" in told
+    assert len(told) == 2 * 4 + 1
 
 
 def test_watched_frames_are_labelled_ones_with_boxes_spread_over_recordings(data):
     chosen = choose_frames(data, EVERYTHING)
-    assert chosen == choose_frames(data, EVERYTHING) and len(chosen) == 4
+    assert chosen == choose_frames(data, EVERYTHING)
+    assert len(chosen) == 4
     assert {r.name for r, _ in chosen} == {"val_000", "val_001", "val_002"}
     assert all(r.labelled[f] and len(r.boxes(f)) for r, f in chosen)
     assert [(r.name, f) for r, f in choose_frames(data, EvaluationConfig(skip_first_ms=550))] == [
@@ -190,7 +192,7 @@ def test_a_look_finds_what_evaluation_finds_and_leaves_no_trace(data):
 
 
 @pytest.mark.parametrize(
-    "fpn, maps, gates",
+    ("fpn", "maps", "gates"),
     [
         ({}, set(), 0),
         (
@@ -207,7 +209,8 @@ def test_a_look_finds_what_evaluation_finds_and_leaves_no_trace(data):
 )
 def test_every_kind_of_neck_can_be_looked_at(data, fpn, maps, gates):
     seen = look(weights_of(model(**fpn)), data, EVERYTHING, CPU)
-    assert all(set(frame.maps) == maps for frame in seen.frames) and len(seen.gates) == gates
+    assert all(set(frame.maps) == maps for frame in seen.frames)
+    assert len(seen.gates) == gates
     columns = 2 + sum(name.startswith("scale_0") for name in maps)
     assert watched_picture(seen, CLASSES).shape == (
         4 * (3 * HEIGHT + 2) - 2,
@@ -239,7 +242,8 @@ def test_boxes_detections_and_maps_are_where_they_should_be():
         xs, ys = (3 * x1, 3 * (x1 + x2) // 2, 3 * x2 - 1), (3 * y1, 3 * (y1 + y2) // 2, 3 * y2 - 1)
         return all(tuple(tile[y, x]) == colour for x in xs for y in ys if (x, y) != (xs[1], ys[1]))
 
-    assert outlined(boxes, GREEN, 20, 10, 50, 35) and outlined(attention, GREEN, 20, 10, 50, 35)
+    assert outlined(boxes, GREEN, 20, 10, 50, 35)
+    assert outlined(attention, GREEN, 20, 10, 50, 35)
     assert not outlined(detections, GREEN, 20, 10, 50, 35)
     assert outlined(detections, ORANGE, 50, 30, 70, 50)
     assert not outlined(detections, ORANGE, 5, 35, 15, 45)  # not sure enough
@@ -255,7 +259,8 @@ def test_a_heat_map_is_cut_to_the_frame_and_lighter_where_events_are():
     values = np.linspace(0, 1, 8 * 16, dtype=np.float32).reshape(8, 16)
     rgb = heat_map(values, 8, frame).astype(int)
     assert rgb.shape == (HEIGHT, WIDTH, 3)
-    assert (rgb[0:8, 0:8] == rgb[0, 0]).all() and rgb[0, 0].tolist() != rgb[59, 99].tolist()
+    assert (rgb[0:8, 0:8] == rgb[0, 0]).all()
+    assert rgb[0, 0].tolist() != rgb[59, 99].tolist()
     assert (rgb[50, 90] > rgb[50, 91]).all()
     assert (
         heat_map(np.full((8, 16), 0.5, np.float32), 8, frame).std(axis=(0, 1)).max() < 5

@@ -199,7 +199,7 @@ def features_and_gradients(backbone, frames):
 
 
 @pytest.mark.parametrize(
-    "frames_per_call, recompute", [(1, False), (4, False), (0, True), (4, True)]
+    ("frames_per_call", "recompute"), [(1, False), (4, False), (0, True), (4, True)]
 )
 def test_parts_and_recomputation_change_nothing(frames_per_call, recompute):
     backbone, frames = a_backbone()

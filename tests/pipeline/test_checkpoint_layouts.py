@@ -49,13 +49,15 @@ def assert_same(folder: Path, name: str) -> None:
         for run in (name, f"{name}, resumed")
     )
     files = sorted(file.name for file in one.glob("*.safetensors"))
-    assert len(files) >= 5 and files == sorted(file.name for file in other.glob("*.safetensors"))
+    assert len(files) >= 5
+    assert files == sorted(file.name for file in other.glob("*.safetensors"))
     for file in files:
         wanted, got = load_file(one / file), load_file(other / file)
         assert wanted.keys() == got.keys()
         assert [key for key in wanted if not torch.equal(wanted[key], got[key])] == [], file
     counters = [json.loads((run / "meta.json").read_text())["counters"] for run in (one, other)]
-    assert counters[0] == counters[1] and counters[0]["updates"] == stretches.STEPS
+    assert counters[0] == counters[1]
+    assert counters[0]["updates"] == stretches.STEPS
 
 
 @pytest.mark.parametrize("name", stretches.QUICK)
@@ -89,7 +91,8 @@ def test_the_carry_is_that_of_one_rank(folder):
         len(one.carry) == len(two.carry) == 10
     )  # hidden and cell of 4 stages, the features of 2 scales that attention looks at
     for wanted, got in zip(one.carry, two.carry, strict=True):
-        assert torch.allclose(wanted, got, atol=1e-3) and wanted.abs().sum() > 0
+        assert torch.allclose(wanted, got, atol=1e-3)
+        assert wanted.abs().sum() > 0
     for lanes in (range(1), range(1, 3), range(3, 4)):
         for whole, part in zip(
             two.carry,
@@ -137,8 +140,8 @@ def test_a_checkpoint_of_another_form_is_refused_in_one_line(folder, tmp_path):
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr
-    assert (
-        f"checkpoint.init_from={older}" in errors[0]
-        and "in a form that this one cannot continue" in errors[0]
-    )
+    assert done.returncode == 2
+    assert len(errors) == 1
+    assert "Traceback" not in done.stderr
+    assert f"checkpoint.init_from={older}" in errors[0]
+    assert "in a form that this one cannot continue" in errors[0]

@@ -98,8 +98,11 @@ def test_a_published_checkpoint_is_recognised_and_comes_back_bit_for_bit(size, t
     main([str(publish(tmp_path / "x.ckpt", tensors)), str(ours)])
     assert f"{size} (embed_dim" in capfd.readouterr().out
     weights = load_weights(ours)
-    assert weights.model == model and weights.step == 400_000 and same(weights.tensors, tensors)
-    assert weights.frames == FrameConfig(mode=FrameMode.rvt) and weights.frames.downsample == 2
+    assert weights.model == model
+    assert weights.step == 400_000
+    assert same(weights.tensors, tensors)
+    assert weights.frames == FrameConfig(mode=FrameMode.rvt)
+    assert weights.frames.downsample == 2
     assert weights.classes == ["pedestrian", "two_wheeler", "car"]
     main([str(ours), str(back)])
     assert same(rvt_reads(back), tensors)
@@ -110,7 +113,7 @@ def test_a_published_checkpoint_is_recognised_and_comes_back_bit_for_bit(size, t
 
 
 @pytest.mark.parametrize(
-    "model, channels",
+    ("model", "channels"),
     [
         (model_of("micro", 8, dws_conv=True, fpn={"in_stages": [1, 2, 3, 4]}), 10),
         (
@@ -169,7 +172,8 @@ def test_parts_that_are_on_are_recognised(model, channels, tmp_path):
         ]
     )
     weights = load_weights(tmp_path / "x.safetensors")
-    assert weights.model == model and weights.frames.bins == channels // 2
+    assert weights.model == model
+    assert weights.frames.bins == channels // 2
     assert load_detector(tmp_path / "x.ckpt").config == model
 
 
@@ -208,7 +212,8 @@ def test_the_published_names_are_tinys(parity_dir, tmp_path):
             )
     main([str(publish(tmp_path / "x.ckpt", tensors)), str(tmp_path / "x.safetensors")])
     weights = load_weights(tmp_path / "x.safetensors")
-    assert weights.model == model_of("tiny") and same(weights.tensors, tensors)
+    assert weights.model == model_of("tiny")
+    assert same(weights.tensors, tensors)
 
 
 def test_two_classes_are_gen1(tmp_path):
@@ -218,11 +223,13 @@ def test_two_classes_are_gen1(tmp_path):
     )
     main([str(source), str(out)])
     weights = load_weights(out)
-    assert weights.classes == ["car", "pedestrian"] and weights.frames.downsample == 1
+    assert weights.classes == ["car", "pedestrian"]
+    assert weights.frames.downsample == 1
     assert weights.model.backbone.partition_split_32 == 1
     main([str(source), str(out), "--overwrite", "--dataset", "gen4", "--classes", "left,right"])
     weights = load_weights(out)
-    assert weights.classes == ["left", "right"] and weights.frames.downsample == 2
+    assert weights.classes == ["left", "right"]
+    assert weights.frames.downsample == 2
     assert weights.model.backbone.partition_split_32 == 2
 
 
@@ -245,7 +252,8 @@ def test_options_tell_what_weights_do_not(tmp_path):
     ]
     main([str(source), str(out), "--overwrite", *told])
     weights = load_weights(out)
-    assert weights.classes == list("abcde") and weights.model.backbone.dim_head == 16
+    assert weights.classes == list("abcde")
+    assert weights.model.backbone.dim_head == 16
     assert weights.frames == FrameConfig(
         mode=FrameMode.exact, downsample=4, window_ms=20, downsample_by=DownsampleBy.nearest
     )
@@ -253,11 +261,9 @@ def test_options_tell_what_weights_do_not(tmp_path):
         [str(out), str(out), "--overwrite", "--classes", "v,w,x,y,z"]
     )  # the rest is as the file says
     again = load_weights(out)
-    assert (
-        again.classes == list("vwxyz")
-        and again.frames == weights.frames
-        and again.model == weights.model
-    )
+    assert again.classes == list("vwxyz")
+    assert again.frames == weights.frames
+    assert again.model == weights.model
 
 
 def test_a_width_of_no_size_needs_its_dim_head(tmp_path, capfd):
@@ -284,7 +290,8 @@ def test_load_detector_gives_the_published_numbers(parity_dir, tmp_path, direct)
         main([str(source), str(tmp_path / "x.safetensors")])
         source = tmp_path / "x.safetensors"
     detector = load_detector(source)
-    assert not detector.training and detector.classes == ["pedestrian", "two_wheeler", "car"]
+    assert not detector.training
+    assert detector.classes == ["pedestrian", "two_wheeler", "car"]
     assert detector.frames == FrameConfig(mode=FrameMode.rvt)
     frames = torch.from_numpy(np.load(folder / "eval_input.npz")["events_uint8"])
     wanted, state = (
@@ -318,12 +325,10 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch, capfd):
     names = {"frames": list(frames)}
     exec(compile(block, "README.md", "exec"), names)
     printed = capfd.readouterr().out.splitlines()
-    assert printed and all(
-        re.match(r"(pedestrian|two_wheeler|car) 0\.\d+ \(", line) for line in printed
-    )
-    assert (
-        isinstance(names["detector"], Detector) and names["state"].stages[0].hidden.abs().sum() > 0
-    )
+    assert printed
+    assert all(re.match(r"(pedestrian|two_wheeler|car) 0\.\d+ \(", line) for line in printed)
+    assert isinstance(names["detector"], Detector)
+    assert names["state"].stages[0].hidden.abs().sum() > 0
 
 
 def test_import_pipeline_loads_no_torch():
@@ -430,9 +435,8 @@ def test_nothing_in_a_file_runs(tmp_path, capfd, function, place):
         main([str(source), str(out)])
         assert same(load_weights(out).tensors, tensors)
     else:
-        assert ("posix" if blocked else "'state_dict'") in refused(
-            capfd, source, out
-        ) and not out.exists()
+        assert ("posix" if blocked else "'state_dict'") in refused(capfd, source, out)
+        assert not out.exists()
     assert not trap.exists()
     torch.load(source, weights_only=False)  # the trap is one
     assert trap.exists()
@@ -465,10 +469,8 @@ def test_another_networks_file_is_refused(tmp_path, capfd):
         source,
     )
     line = refused(capfd, source, tmp_path / "x.safetensors")
-    assert (
-        "376 missing: backbone.stages.0." in line
-        and "2 unexpected: conv1.weight (64, 3, 7, 7), fc.bias (10,)" in line
-    )
+    assert "376 missing: backbone.stages.0." in line
+    assert "2 unexpected: conv1.weight (64, 3, 7, 7), fc.bias (10,)" in line
 
 
 def test_model_overrides_what_is_recognised(tmp_path, capfd):
@@ -538,7 +540,8 @@ def test_outputs_that_cannot_be(tmp_path, capfd, monkeypatch):
     out.write_bytes(b"what was there")
     monkeypatch.setattr("evspan.pipeline.weights.save_weights", full)
     assert "no space left" in refused(capfd, source, out, "--overwrite")
-    assert out.read_bytes() == b"what was there" and {p.suffix for p in tmp_path.iterdir()} == {
+    assert out.read_bytes() == b"what was there"
+    assert {p.suffix for p in tmp_path.iterdir()} == {
         ".ckpt",
         ".safetensors",
     }

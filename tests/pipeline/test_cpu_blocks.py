@@ -88,7 +88,8 @@ def test_scores_too_large_for_exp():
 
 def test_no_frames():
     y, dx, *gradients = output_and_gradients(a_block(), torch.zeros(0, 12, 20, 16), (ROWS, COLUMNS))
-    assert y.shape == dx.shape == (0, 12, 20, 16) and not any(g.any() for g in gradients)
+    assert y.shape == dx.shape == (0, 12, 20, 16)
+    assert not any(g.any() for g in gradients)
 
 
 def test_backward_twice_and_a_gradient_that_is_not_contiguous():
@@ -106,14 +107,14 @@ def test_x_stays_as_it_is_and_no_graph_gives_the_same():
     block, x = a_block(), torch.randn(2, 12, 20, 16)
     before, wanted = x.clone(), block(x, (ROWS, COLUMNS))
     with torch.no_grad():
-        assert torch.equal(block(x, (ROWS, COLUMNS)), wanted) and torch.equal(x, before)
+        assert torch.equal(block(x, (ROWS, COLUMNS)), wanted)
+        assert torch.equal(x, before)
 
 
 def test_half_precision_and_double_are_not_served():
     x = torch.zeros(1, 2, 2, 8)
-    assert cached.serves(x) and not any(
-        cached.serves(x.to(t)) for t in (torch.bfloat16, torch.float16, torch.double)
-    )
+    assert cached.serves(x)
+    assert not any(cached.serves(x.to(t)) for t in (torch.bfloat16, torch.float16, torch.double))
     assert not cached.serves(x.to("meta"))
 
 

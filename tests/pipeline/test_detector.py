@@ -136,7 +136,8 @@ def test_a_start_heals_a_lane_of_nan():
     state = detector.initial_state(LANES, H, W)
     bad = map_state(lambda t: t.index_fill(t.dim() - 4, torch.tensor([1]), float("nan")), state)
     out, after = run(detector, frames, bad, torch.tensor([False, True, False]))
-    assert out.isfinite().all() and all(t.isfinite().all() for t in state_tensors(after))
+    assert out.isfinite().all()
+    assert all(t.isfinite().all() for t in state_tensors(after))
 
 
 def test_state_is_the_same_to_the_bit_after_a_checkpoint():
@@ -166,9 +167,8 @@ def test_gradients_flow_through_the_chunk_and_stop_at_detach():
         assert g[0].abs().max() > 0 and (g[1] == 0).all(), (
             "to the first frame, and not into a lane that starts"
         )
-    assert all(t.requires_grad for t in state_tensors(after)) and not any(
-        t.requires_grad for t in state_tensors(detach(after))
-    )
+    assert all(t.requires_grad for t in state_tensors(after))
+    assert not any(t.requires_grad for t in state_tensors(detach(after)))
     assert torch.equal(
         forget_lanes(after, ~no()).stages[0].cell, torch.zeros_like(after.stages[0].cell)
     )
@@ -196,7 +196,8 @@ def test_a_chunk_without_labels_trains_in_step(kind):
         assert parameter.grad is not None and (parameter.grad == 0).all(), name
     after = {k: v for k, v in detector.state_dict().items() if k in before}
     unseen = [k for k in before if k.startswith("yolox_head") or not state.previous]
-    assert unseen and all(torch.equal(before[k], after[k]) for k in unseen)
+    assert unseen
+    assert all(torch.equal(before[k], after[k]) for k in unseen)
     assert all(v.isfinite().all() for v in after.values())
 
 
@@ -218,14 +219,16 @@ def test_the_host_waits_for_the_labelled_frames_alone(kind):
         detection_loss(
             raw, boxes, counts, detector.geometry(H, W), detector.config.head
         ).total.backward()
-    assert set(seen.waits) <= {"aten::nonzero"} and seen.waits.total() <= 2
+    assert set(seen.waits) <= {"aten::nonzero"}
+    assert seen.waits.total() <= 2
 
 
 def test_turning_attention_on_changes_nothing_before_the_first_update():
     plain, frames = micro("plain").eval(), some_frames(4)
     attending = micro("attention", open_gates=False).eval()
     missing, unexpected = attending.load_state_dict(plain.state_dict(), strict=False)
-    assert missing and not unexpected
+    assert missing
+    assert not unexpected
     torch.testing.assert_close(
         run(attending, frames)[0], run(plain, frames)[0], rtol=1e-5, atol=1e-6
     )
@@ -233,7 +236,8 @@ def test_turning_attention_on_changes_nothing_before_the_first_update():
 
 def test_padding_is_zero_pixels_right_and_below():
     detector, frames = micro().eval(), some_frames(2)
-    assert detector.input_size(H, W) == (64, 128) and detector.input_size(64, 128) == (64, 128)
+    assert detector.input_size(H, W) == (64, 128)
+    assert detector.input_size(64, 128) == (64, 128)
     padded = torch.zeros(2, LANES, CHANNELS, 64, 128, dtype=torch.uint8)
     padded[..., :H, :W] = frames
     assert torch.equal(run(detector, padded)[0], run(detector, frames)[0])

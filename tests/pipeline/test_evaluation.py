@@ -110,9 +110,9 @@ def test_metrics_agree_with_pycocotools(seed):
     )
     ours = [-1.0 if getattr(metrics, n) is None else getattr(metrics, n) for n in names]
     np.testing.assert_allclose(ours, theirs.stats, atol=1e-9)
-    assert (
-        0.05 < metrics.ap < 0.9 and metrics.boxes == sum(map(len, boxes)) and metrics.frames == 40
-    )
+    assert 0.05 < metrics.ap < 0.9
+    assert metrics.boxes == sum(map(len, boxes))
+    assert metrics.frames == 40
     for k, name in enumerate(CLASSES):
         precision = theirs.eval["precision"][:, :, k, 0, 2]
         wanted = precision[precision > -1].mean() if (precision > -1).any() else None
@@ -120,7 +120,8 @@ def test_metrics_agree_with_pycocotools(seed):
             None if wanted is None else pytest.approx(wanted, abs=1e-9)
         )
     assert metrics.per_class["box"] is None or seed != 3
-    assert "AP large" in metrics.table() and "ap_class/ball" in metrics.scalars()
+    assert "AP large" in metrics.table()
+    assert "ap_class/ball" in metrics.scalars()
 
 
 def test_boxes_against_themselves_give_100():
@@ -136,7 +137,8 @@ def test_boxes_against_themselves_give_100():
         metrics.ap_large,
     ]
     assert shares == pytest.approx([1.0] * 6)
-    assert metrics.ar100 == 1 and set(metrics.per_class.values()) == {1.0}
+    assert metrics.ar100 == 1
+    assert set(metrics.per_class.values()) == {1.0}
 
 
 def test_nothing_found_and_nothing_there():
@@ -144,9 +146,10 @@ def test_nothing_found_and_nothing_there():
     nothing = [np.zeros((0, 7), np.float32)] * len(boxes)
     assert coco_metrics(flat(boxes, nothing), CLASSES).ap == 0
     empty = coco_metrics(flat([b[:0] for b in boxes], nothing), CLASSES)
-    assert (
-        empty.ap is None and empty.frames == 40 and "-" in empty.table() and empty.scalars() == {}
-    )
+    assert empty.ap is None
+    assert empty.frames == 40
+    assert "-" in empty.table()
+    assert empty.scalars() == {}
     assert coco_metrics(flat([], []), CLASSES).frames == 0
 
 
@@ -162,9 +165,8 @@ def test_a_group_ignores_the_others_as_coco_ignores_sizes(seed):
     assert [ours[k] for k in ("ap", "ap50", "recall")] == pytest.approx(
         theirs.stats[[0, 1, 8]].tolist(), abs=1e-9
     )
-    assert ours["recall50"] == pytest.approx(recall[0].mean(), abs=1e-9) and ours["boxes"] == sum(
-        map(sum, group)
-    )
+    assert ours["recall50"] == pytest.approx(recall[0].mean(), abs=1e-9)
+    assert ours["boxes"] == sum(map(sum, group))
     every, metrics = scorer.of_group(np.ones(sum(map(len, boxes)), bool)), scorer.metrics()
     assert (
         (every["ap"], every["ap50"], every["recall"])
@@ -250,7 +252,9 @@ def test_confusion_is_what_its_definition_says(seed):
         rows[wrong, 6] = rng.integers(0, 3, wrong.sum())
     ours = Scorer(flat(boxes, found), CLASSES).confusion(0.5, 0.2)
     np.testing.assert_array_equal(ours, confused(boxes, found, 3, 0.5, 0.2))
-    assert ours[:3].sum() == sum(map(len, boxes)) and ours[0, 1] > 0 and ours[3, :3].sum() > 0
+    assert ours[:3].sum() == sum(map(len, boxes))
+    assert ours[0, 1] > 0
+    assert ours[3, :3].sum() > 0
 
 
 # -- protocol ----------------------------------------------------------------------------------------------------
@@ -288,7 +292,8 @@ def test_filters_hold_for_boxes_and_detections_alike():
     wanted = coco_metrics(
         flat(wide[10:], sure[10:]), CLASSES
     )  # ten windows end within the first 500 ms
-    assert metrics == wanted and metrics.frames == 30
+    assert metrics == wanted
+    assert metrics.frames == 30
     metrics, _, _ = scored(boxes, found, skip_first_ms=500, min_side=20, min_diagonal=60)
     kept = [i for i in range(10, 40) if len(wide[i])]
     assert metrics == coco_metrics(flat([wide[i] for i in kept], [sure[i] for i in kept]), CLASSES)
@@ -309,7 +314,7 @@ def test_detections_in_prophesees_form_are_in_pixels_and_time_of_the_sensor():
 
 
 # -- streaming ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("lanes, length", [(1, 4), (2, 3), (4, 10)])
+@pytest.mark.parametrize(("lanes", "length"), [(1, 4), (2, 3), (4, 10)])
 def test_streaming_is_one_recording_after_the_other_frame_by_frame(tmp_path, lanes, length):
     root = write_small_shards(tmp_path / "shards", {"val": [7, 12, 1, 5]})
     data = open_dataset(DatasetConfig(root=str(root)), "val")

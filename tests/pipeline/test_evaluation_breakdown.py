@@ -129,7 +129,8 @@ def test_motion_agrees_with_the_definition(seed):
     speed, rest = one_by_one(frames, 20)
     np.testing.assert_allclose(ours.speed, speed)
     np.testing.assert_allclose(ours.rest_s, rest)
-    assert (ours.rest_s > 0.5).any() and (ours.speed > 20).any()
+    assert (ours.rest_s > 0.5).any()
+    assert (ours.speed > 20).any()
 
 
 def test_objects_that_the_simulator_stops_are_still():
@@ -159,7 +160,8 @@ def test_objects_that_the_simulator_stops_are_still():
         )
         rested.append(since / 1e6 if since < track.stopped_us else -1)
     rested = np.array(rested)
-    assert still.sum() > 20 and (rested[still] > 0.4).all()
+    assert still.sum() > 20
+    assert (rested[still] > 0.4).all()
     assert (
         still[rested > 0.7].mean() > 0.8
     )  # others are hidden by something that passes, which changes their boxes
@@ -225,9 +227,8 @@ def test_a_breakdown_scores_each_part():
     )  # at rest for 0.5 s since the first frame, which ends at 0.05 s
     assert still["boxes"] == (stands & late).sum() == 2 * 30 * 5
     assert still == Scorer(chosen, CLASSES).of_group(stands & late)
-    assert still["recall50"] == pytest.approx(0.4, abs=0.08) and moving[
-        "recall50"
-    ] == pytest.approx(0.9, abs=0.08)
+    assert still["recall50"] == pytest.approx(0.4, abs=0.08)
+    assert moving["recall50"] == pytest.approx(0.9, abs=0.08)
     assert sum(b["boxes"] for b in told.by_speed) == still["boxes"] + moving["boxes"]
     slow = scored(frames, config)[1] & (motion(frames, 5).speed < 5)
     assert (
@@ -240,26 +241,26 @@ def test_a_breakdown_scores_each_part():
     assert told.by_rest[1]["boxes"] == 2 * 5 * 10
     by_class = Scorer(chosen, CLASSES, scores=chosen.detections[:, 5].astype(float)).metrics()
     assert told.ranked_by_class_score["ap"] == by_class.ap != coco_metrics(chosen, CLASSES).ap
-    assert (
-        np.array(told.confusion["matrix"]).shape == (4, 4)
-        and told.confusion["score_threshold"] == 0.3
-    )
+    assert np.array(told.confusion["matrix"]).shape == (4, 4)
+    assert told.confusion["score_threshold"] == 0.3
     table = told.table()
-    assert (
-        "still" in table and "1.5+ s" in table and "at rest 0.5-1 s" in table and "nothing" in table
-    )
+    assert "still" in table
+    assert "1.5+ s" in table
+    assert "at rest 0.5-1 s" in table
+    assert "nothing" in table
 
 
 def test_a_breakdown_of_nothing():
     none = labelled_frames(["a"], [np.array([900_000])], [[np.zeros(0, BOX)]], [[NOTHING]])
     for config in (EvaluationConfig(), EvaluationConfig(skip_empty_frames=False)):
         told = breakdown(none, CLASSES, config)
-        assert told.per_recording["a"]["ap"] is None and told.stillness["still"]["boxes"] == 0
+        assert told.per_recording["a"]["ap"] is None
+        assert told.stillness["still"]["boxes"] == 0
         assert "object: no boxes whose tracks tell" in told.table()
 
 
 @pytest.mark.parametrize(
-    "values, part",
+    ("values", "part"),
     [
         ({"time_bins_s": [2.0, 1.0]}, "time_bins_s is [2.0, 1.0]"),
         ({"speed_bins": [0.0, 5.0]}, "edges above 0"),

@@ -136,12 +136,15 @@ def test_a_draw_scores_as_copies_of_its_recordings_do(truth, weights):
         assert [ours[f"ap_{name}"], ours[f"recall_{name}"]] == pytest.approx(
             theirs.stats[[0, 8]].tolist(), abs=1e-9
         )
-    assert 0.1 < ours["ap"] < 0.9 and ours.keys() == MEASURES.keys()
+    assert 0.1 < ours["ap"] < 0.9
+    assert ours.keys() == MEASURES.keys()
 
 
 def test_draws_are_recordings_with_replacement():
     weights = draws(5, 4000, seed=1)
-    assert weights.shape == (4001, 5) and (weights[0] == 1).all() and (weights.sum(1) == 5).all()
+    assert weights.shape == (4001, 5)
+    assert (weights[0] == 1).all()
+    assert (weights.sum(1) == 5).all()
     np.testing.assert_allclose(weights[1:].mean(0), 1, atol=0.06)
     np.testing.assert_allclose(weights[1:].var(0), 0.8, atol=0.08)  # 5 draws of 1 in 5
     np.testing.assert_array_equal(weights, draws(5, 4000, seed=1))
@@ -169,7 +172,8 @@ def test_a_draw_without_such_boxes_does_not_count(truth):
     )
     drawn = draws(RECORDINGS, 200, 0)[:, 0] > 0
     np.testing.assert_array_equal(np.isnan(values["ap_small"]), ~drawn)
-    assert 0 < drawn.sum() < 201 and not np.isnan(values["ap"]).any()
+    assert 0 < drawn.sum() < 201
+    assert not np.isnan(values["ap"]).any()
 
 
 # -- the comparison ----------------------------------------------------------------------------------------------
@@ -186,7 +190,8 @@ def test_the_better_one_is_better_beyond_chance(evaluations):
             e.results["ap_small"], abs=1e-9
         )
     gain = told["measures"]["recall_still"]["difference"]
-    assert gain["low"] > 0.1 and gain["value"] == pytest.approx(0.4 * 0.5, abs=0.25)
+    assert gain["low"] > 0.1
+    assert gain["value"] == pytest.approx(0.4 * 0.5, abs=0.25)
     # Paired: the same recordings are drawn for both, so their difference is surer than each of them.
     ap = told["measures"]["ap"]
     assert ap["difference"]["high"] - ap["difference"]["low"] < sum(
@@ -197,9 +202,10 @@ def test_the_better_one_is_better_beyond_chance(evaluations):
     narrow = compare(a, b, resamples=100, seed=0, confidence=0.5)["measures"]["ap"]["a"]
     assert ap["a"]["low"] < narrow["low"] <= narrow["high"] < ap["a"]["high"]
     lines = table(told, a, b).splitlines()
-    assert lines[0].startswith("A  ") and "step 7" in lines[0]
+    assert lines[0].startswith("A  ")
+    assert "step 7" in lines[0]
     assert lines[2].startswith("6 recordings, 96 labelled frames; 100 draws")
-    assert [line for line in lines if line.startswith("  recall still")][0].endswith("*")
+    assert next(line for line in lines if line.startswith("  recall still")).endswith("*")
 
 
 def test_one_against_itself_differs_in_nothing(evaluations):
@@ -222,7 +228,7 @@ def some(folder, truth, **config):
 
 
 @pytest.mark.parametrize(
-    "change, part",
+    ("change", "part"),
     [
         (
             lambda b, truth: some(b, truth, min_side=20.0),
@@ -282,14 +288,12 @@ def test_the_command_tells_a_table_or_json(evaluations):
         shown.stderr
     )
     told = json.loads(command(*evaluations, "--resamples", 50, "--seed", 3, "--json").stdout)
-    assert (told["seed"], told["resamples"], told["recordings"]) == (3, 50, 6) and told[
-        "measures"
-    ].keys() == MEASURES.keys()
+    assert (told["seed"], told["resamples"], told["recordings"]) == (3, 50, 6)
+    assert told["measures"].keys() == MEASURES.keys()
     wrong = command(evaluations[0], ROOT / "conf")
-    assert (
-        wrong.returncode == 2
-        and wrong.stderr.count("\n") == 1
-        and "has no metrics.json" in wrong.stderr
-    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert "has no metrics.json" in wrong.stderr
     wrong = command(*evaluations, "--resamples", 0)
-    assert wrong.returncode == 2 and "--resamples 0 must be 1 or more" in wrong.stderr
+    assert wrong.returncode == 2
+    assert "--resamples 0 must be 1 or more" in wrong.stderr

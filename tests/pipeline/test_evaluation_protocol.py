@@ -87,7 +87,7 @@ def as_results(data, jitter=0.0, seed=0):
 
 
 @pytest.mark.parametrize(
-    "hertz, mode",
+    ("hertz", "mode"),
     [(10, "exact"), (20, "exact"), (30, "exact"), (60, "exact"), (30, "rvt"), (60, "rvt")],
 )
 def test_boxes_against_themselves_give_100(recording, tmp_path, hertz, mode):
@@ -186,7 +186,8 @@ def test_our_files_score_alike_by_the_toolboxs_rules(recording, tmp_path, filter
         metrics.ar10,
         metrics.ar100,
     ] == pytest.approx(theirs[[0, 1, 2, 6, 7, 8]].tolist(), abs=1e-6)
-    assert 0.2 < metrics.ap < 0.95 and 20 < metrics.boxes < len(boxes)
+    assert 0.2 < metrics.ap < 0.95
+    assert 20 < metrics.boxes < len(boxes)
     if filters:
         assert metrics.boxes < score(results, data, EvaluationConfig()).boxes
 
@@ -248,12 +249,10 @@ def test_ranks_score_as_one_does(weights_and_shards, tmp_path):
     """Three ranks for two recordings: one has nothing to do."""
     alone, shown = evaluated(*weights_and_shards, tmp_path / "one")
     told, _ = evaluated(*weights_and_shards, tmp_path / "three", "parallel.ranks=3")
-    assert (
-        told == alone
-        and alone["detections"] > 100
-        and alone["boxes"] == 2 * (7 + 11)
-        and alone["ar100"] > 0
-    )
+    assert told == alone
+    assert alone["detections"] > 100
+    assert alone["boxes"] == 2 * (7 + 11)
+    assert alone["ar100"] > 0
     one, three = load_frames(tmp_path / "one" / FRAMES), load_frames(tmp_path / "three" / FRAMES)
     np.testing.assert_array_equal(one.detections, three.detections)
     assert {p.name for p in (tmp_path / "three").iterdir()} == {
@@ -262,17 +261,15 @@ def test_ranks_score_as_one_does(weights_and_shards, tmp_path):
         "val_000_bbox.npy",
         "val_001_bbox.npy",
     }
-    assert "AP 0.50:0.95" in shown and "since start" in shown and "val_001" in shown
+    assert "AP 0.50:0.95" in shown
+    assert "since start" in shown
+    assert "val_001" in shown
     # metrics.json says what was scored, how, and by what.
-    assert (
-        told["checkpoint"] == str(weights_and_shards[0])
-        and told["step"] == 5
-        and told["split"] == "val"
-    )
-    assert (
-        told["protocol"]["confidence_threshold"] == 0.1 and told["protocol"]["still_speed"] == 5.0
-    )
-    assert (
-        told["breakdown"]["confusion"]["score_threshold"] == 0.3 and len(told["config_hash"]) == 16
-    )
+    assert told["checkpoint"] == str(weights_and_shards[0])
+    assert told["step"] == 5
+    assert told["split"] == "val"
+    assert told["protocol"]["confidence_threshold"] == 0.1
+    assert told["protocol"]["still_speed"] == 5.0
+    assert told["breakdown"]["confusion"]["score_threshold"] == 0.3
+    assert len(told["config_hash"]) == 16
     assert told["breakdown"]["per_recording"]["val_001"]["frames"] == 11

@@ -56,7 +56,8 @@ def groups(told, sequence):
 
 def assert_close(got, wanted, tolerance):
     """Within `tolerance` of the largest value."""
-    assert got.shape == wanted.shape and got.dtype == wanted.dtype
+    assert got.shape == wanted.shape
+    assert got.dtype == wanted.dtype
     if wanted.numel():
         torch.testing.assert_close(
             got, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()) + 1e-12
@@ -65,7 +66,7 @@ def assert_close(got, wanted, tolerance):
 
 # -- scans -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", cases.SCANS)
-@pytest.mark.parametrize("world, sequence", LAYOUTS)
+@pytest.mark.parametrize(("world", "sequence"), LAYOUTS)
 def test_scan_is_that_of_one_rank(launched, world, sequence, name):
     case = cases.SCANS[name]
     wanted = cases.scan(case, cases.Alone(), range(case.frames), sequence)
@@ -84,7 +85,7 @@ def test_scan_is_that_of_one_rank(launched, world, sequence, name):
             assert_close(sum(parts), one, close)
 
 
-@pytest.mark.parametrize("world, sequence", LAYOUTS)
+@pytest.mark.parametrize(("world", "sequence"), LAYOUTS)
 def test_state_moves_to_another_exchange(launched, world, sequence):
     lstm, chunks, state = cases.moving_case()
     with torch.no_grad():
@@ -99,7 +100,7 @@ def test_state_moves_to_another_exchange(launched, world, sequence):
 
 # -- looking back ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", cases.LOOKS)
-@pytest.mark.parametrize("world, sequence", LAYOUTS)
+@pytest.mark.parametrize(("world", "sequence"), LAYOUTS)
 def test_previous_frames_are_those_of_the_whole_timeline(launched, world, sequence, name):
     back, each = cases.LOOKS[name]
     frames = each * sequence
@@ -138,7 +139,7 @@ WHOLE = [
 ]
 
 
-@pytest.mark.parametrize("world, sequence, model, kind, labels, dtype", WHOLE)
+@pytest.mark.parametrize(("world", "sequence", "model", "kind", "labels", "dtype"), WHOLE)
 def test_detector_is_that_of_one_rank(launched, world, sequence, model, kind, labels, dtype):
     frames, lanes = cases.detector_size(world)
 
@@ -189,11 +190,12 @@ def test_touch_reaches_without_multiplying():
         torch.tensor([float("inf"), 3.0], requires_grad=True),
     )
     touch(x * x, other * 1, torch.ones(3)).backward()
-    assert x.grad == 4 and other.grad.tolist() == [0, 0]
+    assert x.grad == 4
+    assert other.grad.tolist() == [0, 0]
 
 
 # -- meshes ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("world, sequence", LAYOUTS)
+@pytest.mark.parametrize(("world", "sequence"), LAYOUTS)
 def test_consecutive_ranks_share_a_sequence(launched, world, sequence):
     lanes, frames = set(), set()
     for rank, told in enumerate(launched(world)):
@@ -204,11 +206,12 @@ def test_consecutive_ranks_share_a_sequence(launched, world, sequence):
         assert not mine & lanes
         lanes |= mine
         frames |= set(mesh.frames(24))
-    assert len(lanes) == 12 * 24 and frames == set(range(24))
+    assert len(lanes) == 12 * 24
+    assert frames == set(range(24))
 
 
 @pytest.mark.parametrize(
-    "layout, parts",
+    ("layout", "parts"),
     [
         ((4, 3, 6, 4), ["parallel.sequence is 3", "4 ranks", "1 or 2 or 4", "parallel.ranks=6"]),
         ((2, 4, 8, 4), ["parallel.sequence is 4", "2 ranks", "1 or 2", "parallel.ranks=4"]),
@@ -291,13 +294,14 @@ def test_every_launcher_is_understood():
     assert (
         port == place(SLURM | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}).port
     )
-    assert port != place(SLURM | {"SLURM_STEP_ID": "1"}).port and 10_000 <= port < 32_768
+    assert port != place(SLURM | {"SLURM_STEP_ID": "1"}).port
+    assert 10_000 <= port < 32_768
     assert place(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"})[4:] == ("10.0.0.1", 99)
     assert place({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"})[:2] == (0, 1)
 
 
 @pytest.mark.parametrize(
-    "nodes, first",
+    ("nodes", "first"),
     [
         ("a", "a"),
         ("a,b", "a"),

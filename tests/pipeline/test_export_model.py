@@ -159,7 +159,9 @@ def test_an_onnx_file_tells_what_it_is(exported):
     path = exported("4scales_attention_dws.onnx")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     about = json.loads(session.get_modelmeta().custom_metadata_map["evspan"])
-    assert about["classes"] == CLASSES and about["step"] == 7 and about["frames"]["bins"] == BINS
+    assert about["classes"] == CLASSES
+    assert about["step"] == 7
+    assert about["frames"]["bins"] == BINS
     assert about["postprocess"] == {"confidence_threshold": 0.1, "nms_threshold": 0.45}
     state = [f"stage{i}_{part}" for i in (1, 2, 3, 4) for part in ("hidden", "cell")] + [
         "previous0",
@@ -172,7 +174,8 @@ def test_an_onnx_file_tells_what_it_is(exported):
     )
     assert (inputs[0].type, inputs[0].shape) == ("tensor(uint8)", [2, 4, 64, 90])
     assert [i.shape for i in inputs[1:]] == [o.shape for o in outputs[1:]]
-    assert inputs[-1].shape == [3, 2, 32, 8, 12] and outputs[0].shape == [
+    assert inputs[-1].shape == [3, 2, 32, 8, 12]
+    assert outputs[0].shape == [
         2,
         16 * 24 + 8 * 12 + 4 * 6 + 2 * 3,
         8,
@@ -183,7 +186,8 @@ def test_a_pt2_file_tells_what_it_is(exported):
     told = {"evspan": ""}
     torch.export.load(exported("plain.pt2"), extra_files=told)
     about = json.loads(told["evspan"])
-    assert about["classes"] == CLASSES and about["inputs"][:3] == [
+    assert about["classes"] == CLASSES
+    assert about["inputs"][:3] == [
         "frames",
         "stage1_hidden",
         "stage1_cell",
@@ -195,14 +199,15 @@ def test_files_keep_to_themselves(exported, name):
     """Exporters note the source line of every operation, and the inputs they were shown."""
     path, here = exported(name), Path(__file__).parents[2]
     content = path.read_bytes()
-    assert str(here).encode() not in content and b"site-packages" not in content
+    assert str(here).encode() not in content
+    assert b"site-packages" not in content
     assert len(content) < path.with_suffix(".safetensors").stat().st_size * 1.3
     assert {p.suffix for p in path.parent.iterdir()} <= {".onnx", ".pt2", ".safetensors"}
     assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]
 
 
 @pytest.mark.parametrize(
-    "name, part",
+    ("name", "part"),
     [
         ("3scales_attention.onnx", "backbone.stages.3.lstm.conv1x1.bias"),
         ("3scales_attention.onnx", "yolox_head.cls_preds.2.bias"),
@@ -240,14 +245,14 @@ def test_a_file_that_differs_is_not_kept(exported, tmp_path, capsys):
     told = refused(
         capsys, tmp_path / "nan.safetensors", tmp_path / "out.pt2", "--height", 64, "--width", 64
     )
-    assert "scores nan" in told and "Export weights whose values are all finite" in told
-    assert (tmp_path / "out.pt2").read_text() == "the one before" and len(
-        list(tmp_path.iterdir())
-    ) == 2
+    assert "scores nan" in told
+    assert "Export weights whose values are all finite" in told
+    assert (tmp_path / "out.pt2").read_text() == "the one before"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
-    "arguments, part",
+    ("arguments", "part"),
     [
         ("out.onnx --height 64", "give --height and --width of the frames both, or neither"),
         ("out.onnx --height 0 --width 64", "--height is 0; give 1 or more"),
@@ -272,7 +277,9 @@ def test_a_missing_package_is_named_before_anything_else(monkeypatch, capsys, pa
     )
 
 
-@pytest.mark.parametrize("downsample, size", [(1, (720, 1280)), (2, (360, 640)), (4, (180, 320))])
+@pytest.mark.parametrize(
+    ("downsample", "size"), [(1, (720, 1280)), (2, (360, 640)), (4, (180, 320))]
+)
 def test_frames_are_a_gen4_sensors_unless_said(downsample, size):
     given = argparse.Namespace(height=None, width=None, batch=3)
     assert choose_size(given, FrameConfig(downsample=downsample)) == (3, 20, *size)

@@ -128,7 +128,8 @@ SCENES = {  # centre, size: what a box's four numbers are multiplied with and ad
 
 
 @pytest.mark.parametrize(
-    "scene, dtype", [*((scene, torch.float32) for scene in SCENES), ("ordinary", torch.bfloat16)]
+    ("scene", "dtype"),
+    [*((scene, torch.float32) for scene in SCENES), ("ordinary", torch.bfloat16)],
 )
 def test_assignment_of_0_to_300_boxes_in_one_batch(scene, dtype):
     counts = torch.tensor([30, 0, 1, 300, 7, 90, 2, 0])
@@ -196,9 +197,8 @@ def test_a_frame_is_assigned_alike_whatever_is_beside_it():
         )
         assert torch.equal(alone.foreground[0], whole.foreground[i])
         chosen = alone.foreground[0]
-        assert torch.equal(alone.box[0, chosen], whole.box[i, chosen]) and torch.equal(
-            alone.iou[0, chosen], whole.iou[i, chosen]
-        )
+        assert torch.equal(alone.box[0, chosen], whole.box[i, chosen])
+        assert torch.equal(alone.iou[0, chosen], whole.iou[i, chosen])
 
 
 def test_the_host_never_waits_and_few_operators_run():
@@ -235,7 +235,8 @@ def test_waits_are_seen():
         assert seen.waits
     with Dispatched() as seen:
         torch.where(x > 1, x, x + 1)
-    assert not seen.waits and seen.operators == {"aten::gt": 1, "aten::add": 1, "aten::where": 1}
+    assert not seen.waits
+    assert seen.operators == {"aten::gt": 1, "aten::add": 1, "aten::where": 1}
 
 
 def test_what_is_kept_per_geometry_is_fit_for_training_whoever_asked_first():
@@ -250,10 +251,8 @@ def test_what_is_kept_per_geometry_is_fit_for_training_whoever_asked_first():
         wanted = decode(raw, geometry)
         wanted.sum().backward()
         torch.testing.assert_close(out, wanted.detach())
-        assert (
-            not is_fake(cells(geometry, raw.device))
-            and not cells(geometry, raw.device).is_inference()
-        )
+        assert not is_fake(cells(geometry, raw.device))
+        assert not cells(geometry, raw.device).is_inference()
 
 
 class Decoder(torch.nn.Module):
@@ -320,7 +319,7 @@ def test_losses_of_two_ranks_add_up_to_those_of_one():
     torch.testing.assert_close(parts[0].total + parts[1].total, whole.total)
 
 
-@pytest.mark.parametrize("frames, most", [(0, 3), (3, 0), (0, 0)])
+@pytest.mark.parametrize(("frames", "most"), [(0, 3), (3, 0), (0, 0)])
 def test_nothing_to_find_still_has_a_gradient(frames, most):
     raw = torch.randn(frames, CELLS, 5 + CLASSES, requires_grad=True)
     got = detection_loss(
@@ -331,13 +330,11 @@ def test_nothing_to_find_still_has_a_gradient(frames, most):
         HeadConfig(size_aware_loss=True),
     )
     got.total.backward()
-    assert (
-        got.positives == 0
-        and got.iou == 0
-        and got.classes == 0
-        and got.total.isfinite()
-        and raw.grad.isfinite().all()
-    )
+    assert got.positives == 0
+    assert got.iou == 0
+    assert got.classes == 0
+    assert got.total.isfinite()
+    assert raw.grad.isfinite().all()
 
 
 def test_a_background_cell_that_overflows_does_not_reach_the_gradient():
@@ -352,7 +349,7 @@ def test_a_background_cell_that_overflows_does_not_reach_the_gradient():
 
 
 @pytest.mark.parametrize(
-    "mode, wanted",
+    ("mode", "wanted"),
     [
         ("exponential", [2.0, 1.2130613, 1.0, 1.0]),
         ("step", [2.0, 2.0, 1.5, 1.0]),
@@ -364,7 +361,9 @@ def test_size_weights(mode, wanted):
     areas = torch.tensor([0.0, 512.0, 1500.0, 96.0**2 + 1])
     torch.testing.assert_close(size_weights(areas, config), torch.tensor(wanted))
     every = size_weights(torch.linspace(0, 20_000, 500), config)
-    assert (every.diff() <= 0).all() and every.min() == 1 and every.max() == 2
+    assert (every.diff() <= 0).all()
+    assert every.min() == 1
+    assert every.max() == 2
 
 
 def test_decode_and_prior():
@@ -410,7 +409,9 @@ def test_detections_are_sorted_thresholded_and_capped():
     decoded = decode(torch.randn(2, CELLS, 5 + CLASSES), GEOMETRY)
     for frame in detections(decoded, confidence_threshold=0.2, nms_threshold=0.5, max_detections=9):
         score = frame[:, 4] * frame[:, 5]
-        assert 0 < len(frame) <= 9 and (score >= 0.2).all() and (score.diff() <= 0).all()
+        assert 0 < len(frame) <= 9
+        assert (score >= 0.2).all()
+        assert (score.diff() <= 0).all()
     assert [
         f.shape for f in detections(decoded, confidence_threshold=0.9999, nms_threshold=0.5)
     ] == [(0, 7), (0, 7)]
@@ -443,9 +444,8 @@ def test_batch_norm_of_no_frames_leaves_its_statistics():
         norm.running_mean.fill_(3.0)
         y = norm(torch.zeros(0, 5, 3, 2, requires_grad=True))
         y.sum().backward()
-        assert (
-            y.shape == (0, 5, 3, 2)
-            and (norm.running_mean == 3).all()
-            and (norm.running_var == 1).all()
-        )
-        assert norm.num_batches_tracked == 0 and (norm.weight.grad == 0).all()
+        assert y.shape == (0, 5, 3, 2)
+        assert (norm.running_mean == 3).all()
+        assert (norm.running_var == 1).all()
+        assert norm.num_batches_tracked == 0
+        assert (norm.weight.grad == 0).all()

@@ -163,7 +163,8 @@ def frame_by_frame(
 
 
 def assert_same(got: np.ndarray, wanted: np.ndarray) -> None:
-    assert got.dtype == RAW_BOX and got.size == wanted.size
+    assert got.dtype == RAW_BOX
+    assert got.size == wanted.size
     for name in ("t", "class_id", "track_id"):
         np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
     for name in ("x", "y", "w", "h", "class_confidence"):
@@ -195,7 +196,9 @@ refused = partial(refused_by, main)
 def test_detections_are_those_of_a_plain_loop_however_many_frames_a_call(here, tmp_path):
     wanted = frame_by_frame(here / "a_td.raw", here / "weights2.safetensors")
     ends = np.unique(wanted["t"])
-    assert ends.size == 19 and wanted.size > 100 and len(np.unique(wanted["class_id"])) == 3
+    assert ends.size == 19
+    assert wanted.size > 100
+    assert len(np.unique(wanted["class_id"])) == 3
     for frames in (1, 4, 7):
         assert_same(
             run(here, tmp_path / str(frames), "--no-video", "--frames-per-call", frames), wanted
@@ -226,7 +229,8 @@ def test_a_part_of_the_recording_and_other_thresholds(here, tmp_path):
     )
     assert_same(got, frame_by_frame(path, checkpoint, first=6, last=11, confidence=0.19, nms=0.1))
     none = run(here, tmp_path / "none.npy", "--no-video", "--confidence", 1)
-    assert none.dtype == RAW_BOX and none.shape == (0,)
+    assert none.dtype == RAW_BOX
+    assert none.shape == (0,)
 
 
 @pytest.mark.parametrize("downsample", [1, 4])
@@ -245,8 +249,11 @@ def test_other_resolutions_and_sensors(here, tmp_path, downsample):
     assert_same(
         got, frame_by_frame(tmp_path / "b_td.dat", here / f"weights{downsample}.safetensors")
     )
-    assert got.size > 20 and got["x"].min() >= 0 and got["y"].min() >= 0
-    assert (got["x"] + got["w"]).max() <= width and (got["y"] + got["h"]).max() <= height
+    assert got.size > 20
+    assert got["x"].min() >= 0
+    assert got["y"].min() >= 0
+    assert (got["x"] + got["w"]).max() <= width
+    assert (got["y"] + got["h"]).max() <= height
 
 
 def test_a_real_recording(samples_dir, here, tmp_path, capsys):
@@ -254,10 +261,8 @@ def test_a_real_recording(samples_dir, here, tmp_path, capsys):
     got = run(here, tmp_path, "--no-video", recording=path, weights=4)
     assert_same(got, frame_by_frame(path, here / "weights4.safetensors"))
     frames = len(count_frames(path, FrameConfig(bins=1, downsample=4))[1])
-    assert (
-        got.size
-        and f"{frames} frames of 50 ms, 1280 x 720, 0.08 M events read" in capsys.readouterr().out
-    )
+    assert got.size
+    assert f"{frames} frames of 50 ms, 1280 x 720, 0.08 M events read" in capsys.readouterr().out
 
 
 def test_the_gif_plays_all_frames_at_the_cameras_pace_and_the_command_says_what_it_wrote(
@@ -269,7 +274,9 @@ def test_the_gif_plays_all_frames_at_the_cameras_pace_and_the_command_says_what_
         for i in range(gif.n_frames):
             gif.seek(i)
             durations.append(gif.info["duration"])
-        assert gif.size == (640, 480) and len(durations) == 8 and sum(durations) == 400
+        assert gif.size == (640, 480)
+        assert len(durations) == 8
+        assert sum(durations) == 400
     told = capsys.readouterr().out
     kinds = [int((got["class_id"] == i).sum()) for i in range(3)]
     for line in (
@@ -310,7 +317,8 @@ def test_without_ffmpeg_the_video_is_a_gif_unless_mp4_is_asked_for(
 ):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     run(here, tmp_path / "out", "--seconds", 0.1)
-    assert "ffmpeg" in capsys.readouterr().out and (tmp_path / "out" / "a_overlay.gif").is_file()
+    assert "ffmpeg" in capsys.readouterr().out
+    assert (tmp_path / "out" / "a_overlay.gif").is_file()
     told = refused(
         capsys,
         here / "a_td.raw",
@@ -321,11 +329,9 @@ def test_without_ffmpeg_the_video_is_a_gif_unless_mp4_is_asked_for(
         "--video",
         tmp_path / "o.mp4",
     )
-    assert (
-        "Install the Debian package ffmpeg" in told
-        and "o.gif" in told
-        and not (tmp_path / "new").exists()
-    )
+    assert "Install the Debian package ffmpeg" in told
+    assert "o.gif" in told
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
@@ -363,16 +369,15 @@ def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
     def colours(x, y):  # along the left edge of a box at (x, y), below its label
         return {tuple(c) for c in picture[2 * y + 20 : 2 * y + 60, 2 * x].tolist()}
 
-    assert colours(80, 80) == colours(160, 8) == {BOXES} and colours(240, 120) == {DETECTIONS}
+    assert colours(80, 80) == colours(160, 8) == {BOXES}
+    assert colours(240, 120) == {DETECTIONS}
     assert colours(8, 8) == colours(200, 100) == colours(120, 120) == {(255, 255, 255)}
     both = Overlay(FrameConfig(downsample=2), CLASSES, labels, beside=True).draw(
         Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0)
     )
-    assert (
-        both.shape == (480, 1280, 3)
-        and (both[:, :640] == 255).all()
-        and (both[:, 640:] == picture).all()
-    )
+    assert both.shape == (480, 1280, 3)
+    assert (both[:, :640] == 255).all()
+    assert (both[:, 640:] == picture).all()
     empty = Overlay(FrameConfig(downsample=2), CLASSES, labels[:0])
     assert not empty.labels(50_000).size
 
@@ -385,9 +390,8 @@ def test_boxes_are_cut_at_the_sensor():
         boxes[name] = values
     boxes["class_id"] = 1, 0, 2, 2
     got = cut(boxes, (50, 100))
-    assert [got[k].tolist() for k in "xywh"] == [[0, 90], [0, 40], [15, 10], [14, 10]] and got[
-        "class_id"
-    ].tolist() == [1, 0]
+    assert [got[k].tolist() for k in "xywh"] == [[0, 90], [0, 40], [15, 10], [14, 10]]
+    assert got["class_id"].tolist() == [1, 0]
 
 
 def test_memory_does_not_grow_only_a_few_frames_are_alive(here):
@@ -419,7 +423,8 @@ def test_memory_does_not_grow_only_a_few_frames_are_alive(here):
     stream.close()
     source.close()
     assert ends == [50_000 * (i + 1) for i in range(100)]
-    assert most <= 20 and read <= 120
+    assert most <= 20
+    assert read <= 120
 
 
 def test_ahead_hands_on_items_and_errors_and_ends_its_thread():
@@ -431,11 +436,9 @@ def test_ahead_hands_on_items_and_errors_and_ends_its_thread():
     with pytest.raises(KeyError, match="five"):
         for item in ahead(items(), 2):
             got.append(item)
-    assert (
-        got == [0, 1, 2, 3, 4]
-        and list(ahead(iter(()), 1)) == []
-        and list(ahead(range(3), 9)) == [0, 1, 2]
-    )
+    assert got == [0, 1, 2, 3, 4]
+    assert list(ahead(iter(()), 1)) == []
+    assert list(ahead(range(3), 9)) == [0, 1, 2]
     for depth in (1, 3):
         made = []
         numbers = ahead((made.append(i) or i for i in count()), depth)
@@ -473,7 +476,7 @@ def test_a_recording_that_is_cut_off_leaves_nothing_new(here, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "wrong, says",
+    ("wrong", "says"),
     [
         (["--confidence", "1.5"], "--confidence is 1.5"),
         (["--nms", "nan"], "--nms is nan"),
@@ -522,7 +525,8 @@ def test_recordings_that_cannot_work_are_refused(here, tmp_path, capsys):
             "--output",
             tmp_path / "out",
         )
-        assert says in told and path.name in told
+        assert says in told
+        assert path.name in told
     assert not list(tmp_path.rglob("*.npy"))
 
 
@@ -540,18 +544,17 @@ def test_the_boxes_of_the_recording_are_never_overwritten(here, tmp_path, capsys
         assert "would be taken for its boxes" in told
     assert (here / "a_bbox.npy").read_bytes() == before
     got = run(here, tmp_path / "mine.npy", "--no-video", "--seconds", 0.1)
-    assert got.size and sorted(p.name for p in tmp_path.iterdir()) == ["mine.npy"]
+    assert got.size
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.npy"]
 
 
 def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])
     told = capsys.readouterr().out
-    assert (
-        exit_.value.code == 0
-        and "evspan infer drive.raw --checkpoint runs/tiny" in told
-        and "class_confidence" in told
-    )
+    assert exit_.value.code == 0
+    assert "evspan infer drive.raw --checkpoint runs/tiny" in told
+    assert "class_confidence" in told
 
 
 # -- other forms, and a file that grows ----------------------------------------------------------------------------
@@ -577,16 +580,12 @@ def test_csv_and_json_tell_what_the_npy_tells(here, tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "new" / "a.csv").open()))
     frames = [json.loads(line) for line in out.splitlines()]  # nothing else is on standard output
     found = [(frame["end_us"], box) for frame in frames for box in frame["detections"]]
-    assert (
-        len(rows) == len(found) == boxes.size > 0
-        and len(frames) == 19
-        and min(frame["latency_ms"] for frame in frames) > 0
-    )
+    assert len(rows) == len(found) == boxes.size > 0
+    assert len(frames) == 19
+    assert min(frame["latency_ms"] for frame in frames) > 0
     for box, row, (end, told) in zip(boxes, rows, found, strict=True):
-        assert (
-            box["t"] == int(row["t_us"]) == end
-            and box["class_id"] == int(row["class_id"]) == told["class_id"]
-        )
+        assert box["t"] == int(row["t_us"]) == end
+        assert box["class_id"] == int(row["class_id"]) == told["class_id"]
         assert row["class"] == told["class"] == [*CLASSES, "class 2"][box["class_id"]]
         for name in "xywh":
             assert float(row[name]) == told[name] == pytest.approx(float(box[name]), abs=0.01)

@@ -151,7 +151,7 @@ def test_parameter_names_are_the_published_ones(parity_dir):
 
 
 @pytest.mark.parametrize(
-    "embed, head, depth, count",
+    ("embed", "head", "depth", "count"),
     [(32, 32, 0.33, 4_405_336), (48, 24, 0.33, 9_870_456), (64, 32, 0.67, 18_536_856)],
 )
 def test_parameter_counts(embed, head, depth, count):

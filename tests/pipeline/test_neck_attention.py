@@ -98,7 +98,7 @@ def test_channel_weights_of_fine_scales_start_higher():
     assert ScaleAwareChannelAttention(64, 16).fc[0].out_features == 8
 
 
-@pytest.mark.parametrize("spatial, temporal", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("spatial", "temporal"), [(True, True), (True, False), (False, True)])
 def test_module_is_spatial_then_temporal_then_integration(spatial, temporal):
     module = SmallObjectAttentionModule(C, spatial, temporal, identity_init=False)
     x, earlier = torch.randn(N, C, H, W), torch.randn(N, 2, C, H, W)
@@ -114,7 +114,7 @@ def test_few_channels_still_get_one_per_scale():
 
 
 @pytest.mark.parametrize(
-    "stages, channels", [((2, 3, 4), (8, 16, 32)), ((1, 2, 3, 4), (4, 8, 16, 32))]
+    ("stages", "channels"), [((2, 3, 4), (8, 16, 32)), ((1, 2, 3, 4), (4, 8, 16, 32))]
 )
 def test_neck_scales_and_names(stages, channels):
     features = [torch.randn(2, c, 32 >> s, 64 >> s) for s, c in zip(stages, channels, strict=True)]

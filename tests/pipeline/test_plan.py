@@ -1,5 +1,6 @@
 """The sampling plan: pure in (seed, micro-batch), every frame once an epoch, starts where recordings start."""
 
+import itertools
 import math
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_a_streaming_lane_reads_every_frame_once_an_epoch_in_order(lane):
         chunks = [p.chunk(lane, epoch * p.chunks_per_epoch + i) for i in range(p.chunks_per_epoch)]
         seen = [(c.recording, c.first + t) for c in chunks for t in range(c.frames)]
         assert sorted(seen) == [(r, f) for r, n in enumerate(FRAMES) for f in range(n)]
-        for before, after in zip(chunks, chunks[1:], strict=False):
+        for before, after in itertools.pairwise(chunks):
             follows = after.recording == before.recording and after.first == before.first + T
             assert after.start != follows
             assert (after.draw == before.draw) == follows

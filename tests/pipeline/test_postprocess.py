@@ -69,7 +69,7 @@ def assert_agrees(decoded, **limits):
 
 @pytest.mark.parametrize("levels", [None, 8])
 @pytest.mark.parametrize(
-    "seed, cells, classes", [(0, 1, 1), (1, 40, 1), (2, 400, 3), (3, 3 * BLOCK, 2)]
+    ("seed", "cells", "classes"), [(0, 1, 1), (1, 40, 1), (2, 400, 3), (3, 3 * BLOCK, 2)]
 )
 def test_detections_agree_with_the_definition(seed, cells, classes, levels):
     decoded = random_frames(2, cells, classes, seed, levels)
@@ -125,7 +125,8 @@ def test_values_that_are_not_numbers_are_never_detections():
     frames = random_frames(1, 20, 2, 5)
     frames[0, 3, 4], frames[0, 7, 5:] = float("nan"), float("nan")
     (rows,) = detections(frames, confidence_threshold=0.0, nms_threshold=1.0)
-    assert len(rows) == 18 and rows.isfinite().all()
+    assert len(rows) == 18
+    assert rows.isfinite().all()
 
 
 @pytest.mark.parametrize("limit", [1, 5, BLOCK, BLOCK + 1])
@@ -165,9 +166,8 @@ def test_suppression_is_per_class_and_leaves_the_order_of_scores():
     kinds = torch.randint(0, 4, (500,), generator=g)
     kept = nms(boxes, scores, kinds, 0.3)
     assert kept.tolist() == greedy(boxes.tolist(), scores.tolist(), kinds.tolist(), 0.3)
-    assert (scores[kept].diff() <= 0).all() and nms(
-        boxes, scores, kinds, 0.3, limit=7
-    ).tolist() == kept[:7].tolist()
+    assert (scores[kept].diff() <= 0).all()
+    assert nms(boxes, scores, kinds, 0.3, limit=7).tolist() == kept[:7].tolist()
     apart = []
     for kind in range(4):
         mine = (kinds == kind).nonzero()[:, 0]

@@ -44,7 +44,9 @@ def counted_one_by_one(boxes, found, kind, threshold):
 def test_curves_count_what_is_at_least_as_sure(seed):
     boxes, found = some_frames(seed)
     curves = pr_curves(flat(boxes, found), CLASSES)
-    assert [*curves] == CLASSES and THRESHOLDS[1] == 0.01 and len(THRESHOLDS) == 101
+    assert [*curves] == CLASSES
+    assert THRESHOLDS[1] == 0.01
+    assert len(THRESHOLDS) == 101
     for kind, name in enumerate(CLASSES):
         curve = curves[name]
         for i in (0, 1, 7, 20, 50, 80, 99, 100):
@@ -68,10 +70,10 @@ def test_frames_crowded_beyond_what_counts_and_a_class_without_boxes():
     rows = np.zeros((150, 7), np.float32)
     rows[:, 2:4], rows[:, 4], rows[:, 5] = 5, 1, rng.uniform(0.1, 1, 150)
     curves = pr_curves(flat(boxes, [rows, np.zeros((0, 7), np.float32)]), CLASSES)
-    assert [*curves] == ["ball"] and curves["ball"].false_positives[
-        0
-    ] == 100  # a frame's 100 surest
-    assert curves["ball"].missed.tolist() == [3] * 101 and curves["ball"].precision[-1] == 1
+    assert [*curves] == ["ball"]
+    assert curves["ball"].false_positives[0] == 100
+    assert curves["ball"].missed.tolist() == [3] * 101
+    assert curves["ball"].precision[-1] == 1
 
 
 def test_nothing_to_find_gives_no_curves():

@@ -60,16 +60,18 @@ def test_the_steps_asked_for_are_traced_and_parts_are_named(tmp_path):
     ((name, events),) = traces(tmp_path).items()
     assert name == "steps-3-4-rank-0.json.gz"
     assert regions(events, "training step") == ["training step 3", "training step 4"]
-    assert regions(events, "body") == ["body"] * 2 and regions(events, "top") == ["top"] * 2
+    assert regions(events, "body") == ["body"] * 2
+    assert regions(events, "top") == ["top"] * 2
     assert sum(e["name"] == "aten::linear" for e in events) == 4
     step = next(e for e in events if e["name"] == "training step 3")
     body = next(e for e in events if e["name"] == "body")
-    assert step["ts"] <= body["ts"] and body["ts"] + body["dur"] <= step["ts"] + step["dur"]
+    assert step["ts"] <= body["ts"]
+    assert body["ts"] + body["dur"] <= step["ts"] + step["dur"]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
 @pytest.mark.parametrize(
-    "first, steps, asked, there",
+    ("first", "steps", "asked", "there"),
     [
         (1, 3, (1, 1), "steps-1-1-rank-0.json.gz"),  # no step before it to warm up in
         (5, 8, (2, 6), "steps-5-6-rank-0.json.gz"),  # resumed in between
@@ -80,15 +82,15 @@ def test_what_there_is_of_them_is_traced(tmp_path, first, steps, asked, there):
     train(tmp_path, steps, asked=asked, first=first)
     ((name, events),) = traces(tmp_path).items()
     low, high = (int(n) for n in there.split("-")[1:3])
-    assert name == there and regions(events, "training step") == [
-        f"training step {n}" for n in range(low, high + 1)
-    ]
+    assert name == there
+    assert regions(events, "training step") == [f"training step {n}" for n in range(low, high + 1)]
 
 
 def test_a_running_run_is_asked_by_a_file(tmp_path):
     train(tmp_path, 12, request_at=3)
     ((name, events),) = traces(tmp_path).items()  # seen at the log line of step 4; step 5 warms up
-    assert ON_REQUEST == 3 and name == "steps-6-8-rank-0.json.gz"
+    assert ON_REQUEST == 3
+    assert name == "steps-6-8-rank-0.json.gz"
     assert regions(events, "training step") == [f"training step {n}" for n in (6, 7, 8)]
     assert not (tmp_path / "profile.request").exists()
 

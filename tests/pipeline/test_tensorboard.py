@@ -74,12 +74,11 @@ def pictures(reader, tag):
 def test_the_config_it_tells_is_the_one_that_it_ran(told):
     reader, config, _ = told
     assert isinstance(config, TrainConfig)
-    assert (
-        config.training.max_steps == 4
-        and config.training.profile == [2, 2]
-        and config.optimizer.lr == 0.0002
-    )
-    assert config.evaluation.skip_first_ms == 0 and config.model.fpn.enable_small_object_attention
+    assert config.training.max_steps == 4
+    assert config.training.profile == [2, 2]
+    assert config.optimizer.lr == 0.0002
+    assert config.evaluation.skip_first_ms == 0
+    assert config.model.fpn.enable_small_object_attention
     assert f"```\n{config_lines(config)}\n```" == text_of(reader, "run/config")
 
 
@@ -89,7 +88,8 @@ def test_the_environment_names_code_and_ranks(told):
     )
     assert {"code", "ranks", "torch", "deepspeed", "Python", "CUDA", "system"} <= table.keys()
     assert table["code"] == (code_commit() or "not in a git checkout")
-    assert table["ranks"].startswith("1 on ") and table["torch"].count(".") == 2
+    assert table["ranks"].startswith("1 on ")
+    assert table["torch"].count(".") == 2
 
 
 def test_the_commit_is_that_of_the_checkout_that_tracks_the_code(tmp_path):
@@ -209,17 +209,16 @@ def test_histograms_of_gates_and_of_what_they_multiply(told):
         ),
     }
     for event in reader.Histograms("attention/scale_0/spatial"):
-        assert (
-            event.histogram_value.num == 4 * 8 * 16
-            and 0 < event.histogram_value.min < event.histogram_value.max < 1
-        )
+        assert event.histogram_value.num == 4 * 8 * 16
+        assert 0 < event.histogram_value.min < event.histogram_value.max < 1
     last = reader.Histograms("attention/gates")[-1].histogram_value
     gates = [
         reader.Scalars(tag)[-1].value
         for tag in reader.Tags()["scalars"]
         if tag.startswith("attention_gates/")
     ]
-    assert last.num == len(gates) == 9 and any(gates)
+    assert last.num == len(gates) == 9
+    assert any(gates)
     assert (last.min, last.max, last.sum) == pytest.approx(
         (min(gates), max(gates), sum(gates)), rel=1e-5
     )
@@ -247,13 +246,15 @@ def test_pr_curves_are_those_of_the_evaluation(told):
             (right, wrong, missed), (curve.true_positives, curve.false_positives, curve.missed)
         )
         np.testing.assert_allclose((precision, recall), (curve.precision, curve.recall), rtol=1e-6)
-        assert not none.any() and right[0] + missed[0] > 0
+        assert not none.any()
+        assert right[0] + missed[0] > 0
 
 
 def test_the_profile_asked_for_is_there_and_told_of(told):
     reader, _, output = told
     text = text_of(reader, "run/profile")
-    assert "steps-2-2-rank-0.json.gz" in text and "aten::" in text
+    assert "steps-2-2-rank-0.json.gz" in text
+    assert "aten::" in text
     assert "profile of steps 2 to 2:" in output
 
 

@@ -106,11 +106,9 @@ def test_the_run_folder_holds_what_the_readme_says(two_ranks):
     assert 0 <= metrics["ap"] <= metrics["ap50"] <= 1
     assert metrics["frames"] == 6 + 3 + 2
     weights = load_weights(two_ranks)
-    assert (
-        weights.step == 6
-        and weights.frames.bins == BINS
-        and weights.classes == ["ball", "box", "bar"]
-    )
+    assert weights.step == 6
+    assert weights.frames.bins == BINS
+    assert weights.classes == ["ball", "box", "bar"]
     assert sorted(p.name for p in (checkpoints / "step-00000006").iterdir()) == [
         "lanes-0000-0002.safetensors",
         "lanes-0002-0004.safetensors",
@@ -122,9 +120,8 @@ def test_the_run_folder_holds_what_the_readme_says(two_ranks):
         "weights.safetensors",
     ]
     carry = load_snapshot(checkpoints / "step-00000006", range(1, 4), 1).carry
-    assert all(torch.isfinite(t).all() and t.shape[-4] == 3 for t in carry) and any(
-        t.abs().sum() > 0 for t in carry
-    )
+    assert all(torch.isfinite(t).all() and t.shape[-4] == 3 for t in carry)
+    assert any(t.abs().sum() > 0 for t in carry)
 
 
 def test_resume_is_bit_for_bit_the_uninterrupted_run(shards, two_ranks, tmp_path):
@@ -176,7 +173,8 @@ def test_a_shared_sequence_gives_the_losses_of_two_lanes(two_ranks, one_sequence
         )
     assert set(told(one_sequence, "evaluation/ap50")) == {6}
     shares = told(one_sequence, "speed/exchange_fraction")
-    assert set(shares) == set(range(1, 7)) and all(0 < share < 1 for share in shares.values())
+    assert set(shares) == set(range(1, 7))
+    assert all(0 < share < 1 for share in shares.values())
 
 
 def started_by_torchrun(arguments):
@@ -253,12 +251,11 @@ def test_other_stages_train_save_and_evaluate(shards, tmp_path, overrides):
 def test_rvt_tree_trains_as_it_stands(tmp_path):
     tree = write_rvt_tree(write_rvt_tree(tmp_path / "tree", {"a": 9, "b": 5}), {"c": 4}, "val")
     told_by = run(tree, tmp_path / "run", "dataset=rvt_tree", "training.max_steps=2")
-    assert (
-        "2 recordings, 14 frames" in told_by
-        and np.isfinite(list(told(tmp_path / "run", "loss/total").values())).all()
-    )
+    assert "2 recordings, 14 frames" in told_by
+    assert np.isfinite(list(told(tmp_path / "run", "loss/total").values())).all()
     weights = load_weights(tmp_path / "run")
-    assert weights.frames.mode is FrameMode.rvt and weights.classes == [
+    assert weights.frames.mode is FrameMode.rvt
+    assert weights.classes == [
         "pedestrian",
         "two_wheeler",
         "car",
@@ -282,7 +279,8 @@ def test_a_stop_signal_saves_all_ranks_and_the_same_command_continues(shards, tm
     meta = json.loads(next((run_dir / "checkpoints").glob("step-*/meta.json")).read_text())
     assert 2 <= meta["step"] < 400
     output = run(shards, run_dir, "training.max_steps=400", "training.batch_size=2", code=2)
-    assert "training.batch_size=4, this run has 2" in output and "Traceback" not in output
+    assert "training.batch_size=4, this run has 2" in output
+    assert "Traceback" not in output
 
 
 def test_a_dead_rank_ends_the_run_and_is_named(shards, tmp_path):

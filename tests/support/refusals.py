@@ -10,5 +10,7 @@ def refused_by(main: Callable[[list[str]], object], capture, *arguments: object)
     with pytest.raises(SystemExit) as exit_:
         main([str(a) for a in arguments])
     told = capture.readouterr().err
-    assert exit_.value.code == 2 and told.startswith("error: ") and len(told.splitlines()) == 1
+    assert exit_.value.code == 2
+    assert told.startswith("error: ")
+    assert len(told.splitlines()) == 1
     return told

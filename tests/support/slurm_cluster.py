@@ -111,7 +111,8 @@ def cluster() -> Iterator[Cluster]:
         text=True,
         start_new_session=True,
     )  # Ctrl-C is for the tests, which then end it
-    assert keeper.stdin and keeper.stdout
+    assert keeper.stdin
+    assert keeper.stdout
     try:
         ready, _, _ = select.select([keeper.stdout], [], [], UP_S)
         line = keeper.stdout.readline().strip() if ready else ""

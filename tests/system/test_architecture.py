@@ -166,8 +166,7 @@ def uses(source: str) -> Iterator[Use]:
         inside = (
             in_function
             or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            or isinstance(node, ast.If)
-            and ast.unparse(node.test) == "TYPE_CHECKING"
+            or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
         )  # not run either when the module is imported
         for child in ast.iter_child_nodes(node):
             yield from walk(child, inside)
@@ -271,7 +270,7 @@ def test_links_between_pages_lead_somewhere():
 
 
 @pytest.mark.parametrize(
-    "module, source, part",
+    ("module", "source", "part"),
     [
         (
             "evspan.data_prep.labels.filters",
@@ -367,7 +366,7 @@ def test_the_check_finds(module, source, part):
 
 
 @pytest.mark.parametrize(
-    "module, source",
+    ("module", "source"),
     [
         (
             "evspan.launch.cli.main",

@@ -69,7 +69,8 @@ def copied() -> dict[str, str]:
 
 def installer() -> Any:
     spec = spec_from_file_location("installer", HERE / "install.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -217,7 +218,7 @@ def test_the_build_of_torch_is_told_from_its_metadata():
 
 
 @pytest.mark.parametrize(
-    "files, expected",
+    ("files", "expected"),
     [
         ({}, {}),
         ({"a-1-py3-none-any.whl": ""}, {":env:.no-index": "'1'", ":env:.find-links": "'{}'"}),
@@ -282,7 +283,7 @@ def build(
 
 
 @pytest.mark.parametrize(
-    "given, told",
+    ("given", "told"),
     [
         ({}, "docker is not there; podman is not there; buildah is not there. Install one"),
         ({"BUILDER": "podman"}, "works here: podman is not there. Install"),
@@ -295,8 +296,11 @@ def build(
 )
 def test_what_cannot_be_built_is_told_in_one_line(tools, given, told):
     ran = build(tools, **given)
-    assert ran.returncode == 2 and ran.stdout == ""
-    assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1 and told in ran.stderr
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert ran.stderr.startswith("error: ")
+    assert ran.stderr.count("\n") == 1
+    assert told in ran.stderr
 
 
 def test_make_hands_its_variables_on(tools):
@@ -308,9 +312,8 @@ def test_make_hands_its_variables_on(tools):
 def test_the_first_builder_that_works_is_taken(tools, tmp_path):
     pretend(tools, "docker", works=False)
     ran = build(tools, BUILDER="docker")
-    assert (
-        ran.returncode == 2 and "docker's daemon does not answer, or it has no buildx" in ran.stderr
-    )
+    assert ran.returncode == 2
+    assert "docker's daemon does not answer, or it has no buildx" in ran.stderr
     pretend(tools, "podman")
     (tmp_path / "my wheels").mkdir()
     ran = build(tools, WHEELS=str(tmp_path / "my wheels"), BASE="mine:1", DEVICE="cuda")
@@ -371,10 +374,8 @@ def test_apptainer_and_enroot_are_called_as_their_manuals_say(tools, tmp_path):
     pretend(tools, "enroot")
     pretend(tools, "buildah")
     ran = build(tools, FORMAT="sqsh", OUTPUT=str(tmp_path / "out/e.sqsh"))
-    assert (
-        ran.returncode == 2
-        and "enroot takes images from docker and podman, not from buildah" in ran.stderr
-    )
+    assert ran.returncode == 2
+    assert "enroot takes images from docker and podman, not from buildah" in ran.stderr
     pretend(tools, "docker")
     ran = build(tools, FORMAT="sqsh", OUTPUT=str(tmp_path / "out/e.sqsh"))
     assert ran.stdout.splitlines()[-6:] == [
@@ -605,11 +606,9 @@ def test_everything_runs_in_it_without_root(container, user):
     )
     assert said.split() == ["refused", "/home/evspan"]
     said = run("bash", "-c", TRY, timeout=900)
-    assert (
-        "evspan COMMAND" in said
-        and "3 of 3 recordings prepared" in said
-        and "val_000_bbox.npy" in said
-    )
+    assert "evspan COMMAND" in said
+    assert "3 of 3 recordings prepared" in said
+    assert "val_000_bbox.npy" in said
     if "doctor" in COMMANDS:
         assert "doctor: 0 failed" in run("evspan", "doctor")
 

@@ -246,19 +246,22 @@ def test_the_newest_and_the_best_stay(alone, tmp_path):
         checkpoints.record(step, {"ap": ap})
         assert checkpoints.evaluated(step)
     assert steps(checkpoints) == [2, 4, 5]
-    assert (
-        load_weights(checkpoints.folder / "best").step == 2
-        and load_weights(checkpoints.folder / "latest").step == 5
-    )
+    assert load_weights(checkpoints.folder / "best").step == 2
+    assert load_weights(checkpoints.folder / "latest").step == 5
     assert load_weights(tmp_path).step == 5
     checkpoints.save(6, snapshot(6))
     checkpoints.record(6, {"ap": 0.5})
     checkpoints.save(7, snapshot(7))
-    assert steps(checkpoints) == [6, 7] and load_weights(checkpoints.folder / "best").step == 6
+    assert steps(checkpoints) == [6, 7]
+    assert load_weights(checkpoints.folder / "best").step == 6
     checkpoints.save(7, snapshot(7))  # again, after a resume from an older one
-    assert steps(checkpoints) == [6, 7] and sorted(
-        path.name for path in checkpoints.folder.iterdir()
-    ) == ["best", "latest", "step-00000006", "step-00000007"]
+    assert steps(checkpoints) == [6, 7]
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [
+        "best",
+        "latest",
+        "step-00000006",
+        "step-00000007",
+    ]
 
 
 def test_a_run_begun_anew_in_its_folder_has_a_best_of_its_own(alone, tmp_path):

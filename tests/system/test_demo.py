@@ -47,24 +47,26 @@ def small_parts(folder):
 def test_commands_are_accepted(tmp_path):
     simulate, prep, train, evaluate, infer = demo.parts(tmp_path)
     given = evspan.launch.cli.simulate._parser().parse_args(simulate.arguments[1:])
-    assert given.recordings["train"] >= 8 and given.recordings["val"] >= 2 and given.format == "raw"
+    assert given.recordings["train"] >= 8
+    assert given.recordings["val"] >= 2
+    assert given.format == "raw"
     config, _ = composed("prep", *prep.arguments[1:])
-    assert config.frames.downsample == 4 and config.source == str(given.out)
+    assert config.frames.downsample == 4
+    assert config.source == str(given.out)
     config, choices = composed("train", *train.arguments[1:])
-    assert (
-        choices["experiment"] == "demo"
-        and choices["size"] == "micro"
-        and config.parallel.ranks == 2
-    )
-    assert config.model.fpn.enable_small_object_attention and config.model.head.size_aware_loss
+    assert choices["experiment"] == "demo"
+    assert choices["size"] == "micro"
+    assert config.parallel.ranks == 2
+    assert config.model.fpn.enable_small_object_attention
+    assert config.model.head.size_aware_loss
     scored, _ = composed("evaluate", *evaluate.arguments[1:])
-    assert scored.checkpoint == config.run_dir and scored.evaluation.split == "val"
-    assert (
-        scored.dataset.root == config.dataset.root
-        and scored.dataset.classes == config.dataset.classes
-    )
+    assert scored.checkpoint == config.run_dir
+    assert scored.evaluation.split == "val"
+    assert scored.dataset.root == config.dataset.root
+    assert scored.dataset.classes == config.dataset.classes
     wanted = evspan.launch.cli.infer._parser().parse_args(infer.arguments[1:])
-    assert wanted.recording.parent == given.out / "val" and str(wanted.checkpoint) == config.run_dir
+    assert wanted.recording.parent == given.out / "val"
+    assert str(wanted.checkpoint) == config.run_dir
 
 
 @pytest.mark.timeout(120)
@@ -75,31 +77,37 @@ def test_a_failed_part_is_named_and_the_demo_goes_on_from_there(tmp_path, capfd)
         demo.run_parts(todo, folder, keep=False)
     said = capfd.readouterr().err
     assert stopped.value.code == 2
-    assert "part evaluate" in said and str(todo[2]) in said and "--continue" in said
+    assert "part evaluate" in said
+    assert str(todo[2]) in said
+    assert "--continue" in said
     recording = folder / "raw" / "val" / "val_000_td.raw"
     written, times = recording.stat().st_mtime_ns, json.loads((folder / demo.TIMES).read_text())
-    assert times.keys() == {"simulate", "prep"} and all(seconds > 0 for seconds in times.values())
+    assert times.keys() == {"simulate", "prep"}
+    assert all(seconds > 0 for seconds in times.values())
 
     assert (
         demo.run_parts(todo[:2], folder, keep=True) == times
     )  # nothing ran, and the times are those of then
     assert recording.stat().st_mtime_ns == written
     again = demo.run_parts(todo[:1], folder, keep=False)
-    assert again.keys() == {"simulate"} and recording.stat().st_mtime_ns > written
+    assert again.keys() == {"simulate"}
+    assert recording.stat().st_mtime_ns > written
 
 
 def test_a_part_that_runs_again_makes_later_ones_run_again(tmp_path):
     (tmp_path / demo.TIMES).write_text(json.dumps({"prep": 1.0}))
     simulate, prep, _ = small_parts(tmp_path)
     times = demo.run_parts([simulate, prep], tmp_path, keep=True)
-    assert times.keys() == {"simulate", "prep"} and times["prep"] != 1.0
+    assert times.keys() == {"simulate", "prep"}
+    assert times["prep"] != 1.0
 
 
 def test_folders_of_others_stay(tmp_path):
     (tmp_path / "raw").mkdir()
     with pytest.raises(SystemExit) as stopped:
         demo.main([str(tmp_path)])
-    assert stopped.value.code == 2 and (tmp_path / "raw").is_dir()
+    assert stopped.value.code == 2
+    assert (tmp_path / "raw").is_dir()
 
 
 def test_table(tmp_path):
@@ -107,11 +115,13 @@ def test_table(tmp_path):
     (tmp_path / "detections" / "val_000_overlay.gif").touch()
     told = demo.table(METRICS, TIMES, tmp_path)
     rows = dict(re.findall(r"^  (\S.*?)\s{2,}(\S.*)$", told, re.MULTILINE))
-    assert rows["AP 0.50:0.95"] == "0.412" and rows["AP50"] == "0.713" and rows["AP large"] == "-"
-    assert rows["train"] == "200.5 s" and rows["together"] == "271.6 s"
-    assert rows["overlay"].endswith("val_000_overlay.gif") and rows["TensorBoard"] == str(
-        tmp_path / "run" / "tensorboard"
-    )
+    assert rows["AP 0.50:0.95"] == "0.412"
+    assert rows["AP50"] == "0.713"
+    assert rows["AP large"] == "-"
+    assert rows["train"] == "200.5 s"
+    assert rows["together"] == "271.6 s"
+    assert rows["overlay"].endswith("val_000_overlay.gif")
+    assert rows["TensorBoard"] == str(tmp_path / "run" / "tensorboard")
     assert rows["to watch it"].endswith(f"--logdir {tmp_path / 'run' / 'tensorboard'}")
 
 
@@ -123,7 +133,7 @@ def test_closing_line():
     )
 
 
-@pytest.mark.parametrize("ap50, code", [(0.62, 0), (0.49, 1), (None, 1)])
+@pytest.mark.parametrize(("ap50", "code"), [(0.62, 0), (0.49, 1), (None, 1)])
 def test_too_low_an_ap_fails(tmp_path, capsys, ap50, code):
     for part in demo.parts(tmp_path):
         part.makes.mkdir(parents=True)
@@ -132,5 +142,6 @@ def test_too_low_an_ap_fails(tmp_path, capsys, ap50, code):
     with pytest.raises(SystemExit) as ended:
         demo.main([str(tmp_path), "--continue"])
     said = capsys.readouterr()
-    assert ended.value.code == code and ("below 0.50" in said.err) == bool(code)
+    assert ended.value.code == code
+    assert ("below 0.50" in said.err) == bool(code)
     assert said.out.splitlines()[-1] == demo.last_line(dict(METRICS, ap50=ap50), TIMES)

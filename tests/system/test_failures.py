@@ -78,7 +78,7 @@ def told(process, seconds):
     return process.returncode, err
 
 
-@pytest.mark.parametrize("number, victim", [("SIGKILL", 1), ("SIGKILL", 0), ("SIGSTOP", 0)])
+@pytest.mark.parametrize(("number", "victim"), [("SIGKILL", 1), ("SIGKILL", 0), ("SIGSTOP", 0)])
 def test_survivors_end_in_time_and_name_the_rank(tmp_path, number, victim):
     ranks = started(tmp_path)
     all_ready(tmp_path, 3)
@@ -134,7 +134,8 @@ def misbehave(rank):
             err,
         ), err
     code, err = told(ranks[2], 30)
-    assert code == 1 and err.rstrip().endswith("ValueError: of all things")
+    assert code == 1
+    assert err.rstrip().endswith("ValueError: of all things")
 
 
 def test_ranks_that_are_done_say_nothing(tmp_path):
@@ -178,9 +179,8 @@ def test_stuck_ranks_are_ended_by_who_started_them_and_named(tmp_path):
     os.kill(ranks[1], signal.SIGSTOP)
     code, err = told(process, TIMEOUT_S + 25)
     assert code == 69 and err.count("\n") == 1, err
-    assert err.startswith(f"error: rank 1 (process {ranks[1]} on ") and err.endswith(
-        "; rank 1 had to be killed. Do it again\n"
-    )
+    assert err.startswith(f"error: rank 1 (process {ranks[1]} on ")
+    assert err.endswith("; rank 1 had to be killed. Do it again\n")
     eventually(lambda: not any(map(alive, pids(tmp_path))), 5)
 
 
@@ -254,7 +254,7 @@ def test_too_little_memory_says_which_knob_and_turning_it_helps(shards, tmp_path
 
 
 @pytest.mark.parametrize(
-    "error, is_one",
+    ("error", "is_one"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
         (
@@ -318,19 +318,22 @@ def test_knobs_start_from_where_they_stand():
     ]
     assert "1 instead of 3 at once" in told[3]
     told = knobs(config(sequence_length=1, batch_size=1, activation_checkpointing=True), world(1))
-    assert len(told) == 1 and "smaller model" in told[0]
+    assert len(told) == 1
+    assert "smaller model" in told[0]
 
 
 def test_gpus_have_more_knobs():
     told = " ".join(knobs(config(ranks=2, batch_size=2), world(2, "cuda")))
-    assert "training.precision=bf16" in told and "deepspeed.offload_optimizer=true" in told
+    assert "training.precision=bf16" in told
+    assert "deepspeed.offload_optimizer=true" in told
     assert "bf16" not in " ".join(
         knobs(config(ranks=2, batch_size=2, precision=Precision.bf16), world(2, "cuda"))
     )
 
 
 @pytest.mark.parametrize(
-    "ranks, sequence, length, lanes", [(1, 1, 5, 8), (2, 2, 8, 3), (6, 3, 9, 4), (4, 1, 7, 12)]
+    ("ranks", "sequence", "length", "lanes"),
+    [(1, 1, 5, 8), (2, 2, 8, 3), (6, 3, 9, 4), (4, 1, 7, 12)],
 )
 def test_every_knob_makes_a_config_that_stands(ranks, sequence, length, lanes):
     """Overrides as told, taken one after the other."""

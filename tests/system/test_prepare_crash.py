@@ -222,7 +222,8 @@ def test_the_killed_command_takes_its_processes_along_and_the_next_one_completes
     finished(process)
     wait_until(lambda: not any(map(running, helpers)), 10)
     code, out, err = finished(command(source, output))
-    assert (code, err) == (0, "") and "5 of 5 recordings" in out
+    assert (code, err) == (0, "")
+    assert "5 of 5 recordings" in out
     assert_same(output, prepared)
 
 
@@ -231,12 +232,11 @@ def test_a_killed_worker_ends_in_one_line_that_says_what_to_do(source, prepared,
     output = tmp_path / "out"
     process, helpers = at_work(source, output)
     os.kill(helpers[0], signal.SIGKILL)
-    code, out, err = finished(process)
-    assert code == 2 and len(err.splitlines()) == 1
-    assert (
-        err.startswith("error: one of 2 processes was killed, perhaps since memory ran out")
-        and "processes=1" in err
-    )
+    code, _out, err = finished(process)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: one of 2 processes was killed, perhaps since memory ran out")
+    assert "processes=1" in err
     prepare(prep_config(source, output))
     assert_same(output, prepared)
 
@@ -247,7 +247,9 @@ def test_interrupted_from_the_keyboard_it_ends_at_once_without_a_traceback(sourc
     process, helpers = at_work(source, output, start_new_session=True)
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = finished(process)
-    assert (code, err) == (130, "") and helpers and not any(map(running, helpers))
+    assert (code, err) == (130, "")
+    assert helpers
+    assert not any(map(running, helpers))
 
 
 # -- two at once -------------------------------------------------------------------------------------------------
@@ -312,10 +314,13 @@ def small_disk(tmp_path):
 @pytest.mark.timeout(120)
 def test_a_full_disk_ends_in_one_line_and_more_room_is_all_it_takes(source, prepared, small_disk):
     output = small_disk / "out"
-    code, out, err = finished(command(source, output))
-    assert code == 2 and len(err.splitlines()) == 1 and err.startswith("error: ")
+    code, _out, err = finished(command(source, output))
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: ")
     assert "no space left, or the quota is used up. Free some" in err
-    assert not (output / "manifest.json").exists() and not list(output.rglob(".*.writing*"))
+    assert not (output / "manifest.json").exists()
+    assert not list(output.rglob(".*.writing*"))
     with pytest.raises(NoSpaceError, match="no space left"):
         prepare(prep_config(source, output))
     assert_whole(output)
@@ -348,11 +353,10 @@ def test_decoding_onto_a_full_disk_leaves_nothing(small_disk, tmp_path):
         text=True,
         timeout=100,
     )
-    assert (done.returncode, done.stdout) == (2, "") and not list(small_disk.iterdir())
-    assert (
-        done.stderr.startswith(f"error: {small_disk / 'a.h5'}: no space left")
-        and len(done.stderr.splitlines()) == 1
-    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert not list(small_disk.iterdir())
+    assert done.stderr.startswith(f"error: {small_disk / 'a.h5'}: no space left")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.timeout(60)
@@ -372,5 +376,6 @@ def test_a_folder_that_may_not_be_written_to(source, processes):
             assert receive.poll(30)
             kind, told = receive.recv()
             child.join(20)
-            assert issubclass(kind, UserError) and told.startswith(f"{name} cannot be ")
+            assert issubclass(kind, UserError)
+            assert told.startswith(f"{name} cannot be ")
             assert told.endswith("(Permission denied). Choose a folder that you may write to")
