@@ -56,6 +56,7 @@ PENDING: set[str] = {
     "launch.sweep.logs",
     "launch.sweep.report.summary",
     "launch.sweep.status",
+    "launch.sweep.submit",
     "pipeline.evaluation.compare",
     "pipeline.infer_config",
     "pipeline.parallel.heartbeat",
