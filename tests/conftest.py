@@ -1,10 +1,13 @@
 """Where tests find material that is not part of the project; absent, they skip with a reason."""
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from evspan.launch.logging_config import configure_logging
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +39,15 @@ def outside(variable: str, default: str) -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """Logging as in a command, for `capsys` and `capfd`; records reach `caplog`, too, until a command configures it again."""
+    configure_logging(0)
+    logging.getLogger("evspan").propagate = True
+    yield
+    configure_logging(0)
 
 
 @pytest.fixture(scope="session")

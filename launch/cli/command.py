@@ -3,6 +3,7 @@
 import argparse
 import errno
 import functools
+import logging
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from evspan.conf.errors import LostRanks, UserError
+from evspan.launch.logging_config import ensure_logging
 
 USER_ERROR_EXIT_CODE = 2
 LOST_EXIT_CODE = 69  # EX_UNAVAILABLE: this process was well, others of its run were not
@@ -41,6 +43,7 @@ def run_command(main: Callable[[], object]) -> None:
     """
     # Torch, which is imported later, warns with stacks of C++ where another rank is gone; what matters is raised as well.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    ensure_logging()
     try:
         try:
             main()
@@ -68,13 +71,19 @@ def tell_lost(message: str) -> int:
     if note := os.environ.get(FAILURE_FILE):
         Path(note).write_text(f"{time.monotonic_ns()}\n{message}")
     else:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        report_error(message)
     return LOST_EXIT_CODE
 
 
 def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    report_error(message)
     sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def report_error(message: str) -> None:
+    """Writes `error: message` to standard error, or to this rank's log file."""
+    ensure_logging()
+    logging.getLogger(__name__).error("%s", message)
 
 
 class _FromTask(BaseException):

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from evspan.launch.cli.command import fail
+from evspan.launch.logging_config import configure_logging
 
 
 class Command(NamedTuple):
@@ -98,6 +99,7 @@ def _version() -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    configure_logging()
     argv = sys.argv[1:] if argv is None else argv
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):

@@ -1,6 +1,7 @@
 """How recordings are dealt to the tasks of a SLURM array, and what a task does with its group of them."""
 
 import heapq
+import logging
 import math
 import os
 import pickle
@@ -14,7 +15,9 @@ from threading import Thread
 from typing import Any
 
 from evspan.conf.schema.prep_cluster import SlurmConfig
+from evspan.launch.logging_config import configure_logging
 
+logger = logging.getLogger(__name__)
 BYTES_PER_TASK, MOST_TASKS = 16 << 30, 64
 SENT = (
     signal.SIGTERM,
@@ -88,6 +91,7 @@ class Group:
         return DelayedSubmission(self)
 
     def _prepare(self) -> None:
+        configure_logging(log_file=True)
         numbers = {job.source.key: number for number, job in self.jobs.items()}
         missing = [
             job for number, job in self.jobs.items() if not told_by(self.told, number).exists()
@@ -99,10 +103,10 @@ class Group:
             except Exception as error:
                 failure = error
             _tell(self.told, numbers[job.source.key], entry, failure)
-            print(
-                f"{job.source.key}: {'done' if failure is None else f'failed: {failure}'}",
-                flush=True,
-            )
+            if failure is None:
+                logger.info("%s: done", job.source.key)
+            else:
+                logger.error("%s: failed: %s", job.source.key, failure)
 
 
 def told_by(folder: Path, number: int) -> Path:

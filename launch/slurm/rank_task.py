@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from evspan.launch.cli.command import FAILURE_FILE
+from evspan.launch.logging_config import configure_logging
 
 STOPPED_EXIT_CODE = 75  # saved on a stop signal; SLURM is asked to run it again
 SENT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -34,6 +35,7 @@ class Attempt:
             signal.signal(number, _leave)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
         write_to(Path(self.run, "logs", f"rank-{rank:02d}.log"))
+        configure_logging(rank, log_file=True)
         note = notes_of(self.run, os.environ) / f"rank-{rank:02d}.json"
         note.parent.mkdir(parents=True, exist_ok=True)
         os.environ[FAILURE_FILE] = failure = str(note.with_suffix(".txt"))

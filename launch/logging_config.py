@@ -1,0 +1,113 @@
+"""Configures the logger `evspan`: plain lines on a terminal; timestamp, level and rank in log files.
+
+Modules log with `logging.getLogger(__name__)`. Every process that runs a command or a rank calls
+`configure_logging` once, before it does anything else. Worker processes that are not configured
+print warnings only (Python's default).
+"""
+
+import logging
+import os
+import sys
+from typing import TextIO
+
+LOGGER = "evspan"
+FILE_FORMAT = "%(asctime)s %(levelname)s rank %(rank)d: %(message)s"
+
+
+def configure_logging(rank: int | None = None, *, log_file: bool = False) -> None:
+    """Sends the records of `evspan.*` from INFO on to standard output and standard error.
+
+    On the terminal, INFO is a plain line on standard output, of rank 0 only; from WARNING on,
+    records of every rank are lines `warning: ...` or `error: ...` on standard error. Calling it
+    again replaces the configuration.
+
+    Args:
+        rank: of this process; default: the launcher's variable RANK or SLURM_PROCID, else 0.
+        log_file: whether the output of this process is redirected to a log file. Every record of
+            every rank is then written to standard output, each line with timestamp, level and
+            rank.
+    """
+    if rank is None:
+        rank = rank_from_environment()
+    logger = logging.getLogger(LOGGER)
+    logger.setLevel(logging.INFO)
+    # Some libraries install a handler on the root logger, which would print each record again.
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    handlers = _file_handlers(rank) if log_file else _terminal_handlers(rank)
+    for handler in handlers:
+        logger.addHandler(handler)
+
+
+def ensure_logging() -> None:
+    """Configures logging for the terminal unless this process has configured it already."""
+    if not logging.getLogger(LOGGER).handlers:
+        configure_logging()
+
+
+def rank_from_environment() -> int:
+    """The rank that torchrun, `evspan train` or srun gave to this process; 0 without a launcher."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def _file_handlers(rank: int) -> list[logging.Handler]:
+    handler = _StandardStream("stdout")
+    handler.setFormatter(_FileFormatter(rank))
+    return [handler]
+
+
+def _terminal_handlers(rank: int) -> list[logging.Handler]:
+    problems = _StandardStream("stderr")
+    problems.setLevel(logging.WARNING)
+    problems.setFormatter(_ProblemFormatter())
+    if rank != 0:
+        return [problems]
+    progress = _StandardStream("stdout")
+    progress.addFilter(_below_warning)
+    progress.setFormatter(logging.Formatter("%(message)s"))
+    return [progress, problems]
+
+
+def _below_warning(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.WARNING
+
+
+class _StandardStream(logging.StreamHandler[TextIO]):
+    """Writes to sys.stdout or sys.stderr as they are when a record comes: they may be replaced."""
+
+    def __init__(self, name: str) -> None:
+        self._stream_name = name
+        super().__init__()
+
+    @property
+    def stream(self) -> TextIO:
+        stream: TextIO = getattr(sys, self._stream_name)
+        return stream
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """The base class assigns its default, which is not used here."""
+
+
+class _ProblemFormatter(logging.Formatter):
+    """`warning: message`, `error: message`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = "warning" if record.levelno < logging.ERROR else "error"
+        return f"{level}: {super().format(record)}"
+
+
+class _FileFormatter(logging.Formatter):
+    """Timestamp, level and rank on every line of a message, so that `grep` finds all of it."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(FILE_FORMAT, defaults={"rank": rank})
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        first, *others = text.split("\n")
+        if not others:
+            return text
+        prefix = first.removesuffix(record.message.split("\n")[0])
+        return "\n".join([first, *(prefix + line for line in others)])
