@@ -1,25 +1,33 @@
-"""Errors that a user can mend. A command prints them as one line and exits with code 2 (`evspan.launch.cli.command`)."""
+"""Errors that a user can correct, and the exit codes of all commands.
+
+A command prints a UserError as one line and exits with code 2 (`evspan.launch.cli.command`).
+"""
+
+USER_ERROR_EXIT_CODE = 2  # also argparse's
+LOST_EXIT_CODE = 69  # EX_UNAVAILABLE: another rank of the same run is gone, stuck or failed
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on a stop signal; the same command continues
+INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT
 
 
 class UserError(Exception):
-    """What is wrong, where, how much of it, and what to do: all in the message, which stands alone."""
+    """The message is complete: what is wrong, where, how much of it, and what to do."""
 
 
 class ConfigError(UserError, ValueError):
-    """A config value that cannot work; raised before anything is allocated."""
+    """A config value that cannot work. Raised before anything is allocated."""
 
 
 class RecordingError(UserError):
-    """A recording that cannot be read as it stands."""
+    """A recording cannot be read in its present state."""
 
 
 class BoxesError(UserError):
-    """A box file that cannot be read as it stands."""
+    """A box file cannot be read in its present state."""
 
 
 class ShardError(UserError):
-    """A prepared dataset that is missing, damaged, or made by another schema."""
+    """A prepared dataset is missing, damaged, or has another schema version."""
 
 
-class LostRanks(Exception):
-    """Other processes of the same run are gone, stuck or failed; names them. A traceback would tell no more."""
+class LostRanksError(Exception):
+    """Other processes of the same run are gone, stuck or failed. The message names them; a traceback adds nothing."""

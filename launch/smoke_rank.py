@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evspan.conf.errors import STOPPED_EXIT_CODE
 from evspan.conf.schema.layout import ExchangeKind
 from evspan.conf.schema.prep import DatasetConfig
 from evspan.conf.schema.training import (
@@ -36,7 +37,7 @@ from evspan.launch.cli.command import run_command
 from evspan.pipeline.data.loader import Batch
 from evspan.pipeline.engine.deepspeed_engine import ZeroEngine
 from evspan.pipeline.engine.signals import STOP_SIGNALS, StopFlag
-from evspan.pipeline.engine.trainer import STOPPED_EXIT_CODE, Trainer
+from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.parallel.rank_env import place
 from evspan.pipeline.parallel.reductions import barrier, gather_objects
 from evspan.pipeline.parallel.world import World, open_world

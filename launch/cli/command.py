@@ -6,19 +6,19 @@ import functools
 import logging
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
-from evspan.conf.errors import LostRanks, UserError
+from evspan.conf.errors import (
+    INTERRUPTED_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
+    LostRanksError,
+    UserError,
+)
+from evspan.conf.failure_notes import report_lost_ranks, write_failure_note
 from evspan.launch.logging_config import ensure_logging
 
-USER_ERROR_EXIT_CODE = 2
-LOST_EXIT_CODE = 69  # EX_UNAVAILABLE: this process was well, others of its run were not
-INTERRUPTED_EXIT_CODE = 130
-FAILURE_FILE = "EVSPAN_FAILURE_FILE"  # gets the time when a command fails: who starts several learns which was the first
 USERS_ERRNOS = (
     errno.ENOENT,
     errno.EACCES,
@@ -51,28 +51,18 @@ def run_command(main: Callable[[], object]) -> None:
             raise carrier.error from None
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED_EXIT_CODE)
-    except LostRanks as error:
+    except LostRanksError as error:
         if debugging():
             raise
-        sys.exit(tell_lost(str(error)))
+        sys.exit(report_lost_ranks(str(error)))
     except Exception as error:
-        if note := os.environ.get(FAILURE_FILE):
-            told = one_line(error) if users_mistake(error) else f"{type(error).__name__}: {error}"
-            Path(note).write_text(
-                f"{time.monotonic_ns()}\n{told}"
-            )  # files' own times are as coarse as the kernel's ticks
-        if debugging() or not users_mistake(error):
+        if not users_mistake(error):
+            write_failure_note(f"{type(error).__name__}: {error}")
+            raise
+        write_failure_note(one_line(error))
+        if debugging():
             raise
         fail(one_line(error))
-
-
-def tell_lost(message: str) -> int:
-    """The exit code of a process that ends because others of its run are gone. Whoever watches over them all tells it once."""
-    if note := os.environ.get(FAILURE_FILE):
-        Path(note).write_text(f"{time.monotonic_ns()}\n{message}")
-    else:
-        report_error(message)
-    return LOST_EXIT_CODE
 
 
 def fail(message: str) -> NoReturn:

@@ -24,7 +24,7 @@ SHARED_GB, LEAST_SHARED_GB = 1.0, 0.1  # NCCL passes through it what GPUs of a n
 PROCESS_S = 180  # of one that imports torch or DeepSpeed, from a slow disk, and waits for others
 SIOCGIFADDR = 0x8915  # <linux/sockios.h>
 IMPORT_DEEPSPEED = [sys.executable, "-c", "import deepspeed; print(deepspeed.__version__)"]
-PROBE = module("evspan.pipeline.parallel.probe")
+PROBE = module("evspan.launch.doctor.probe_rank")
 LINKS = {
     "NV": "NVLink",
     "PIX": "one PCIe switch",

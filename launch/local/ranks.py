@@ -16,15 +16,15 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from types import FrameType
 
-from evspan.launch.cli.command import (
-    FAILURE_FILE,
+from evspan.conf.errors import (
     INTERRUPTED_EXIT_CODE,
     LOST_EXIT_CODE,
+    STOPPED_EXIT_CODE,
     USER_ERROR_EXIT_CODE,
 )
+from evspan.conf.failure_notes import FAILURE_FILE, read_failure_note
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-STOPPED_EXIT_CODE = 75  # a rank saved on a stop signal (evspan.pipeline.engine.trainer)
 GRACE_S = 5.0  # for the other ranks to fail by themselves once one has died; a collective may never tell them
 POLL_S = 0.05
 TAIL_LINES = 200  # of what a rank other than the first said, told when it fails
@@ -255,7 +255,7 @@ def _conclude(ended: Sequence[Rank], stops: Sequence[int], after: str) -> int:
     if culprit.code == LOST_EXIT_CODE:
         stuck = [f"rank {rank.number}" for rank in ended if rank.ended_by_us]
         killed = f"; {', '.join(stuck)} had to be killed" if stuck else ""
-        _tell(f"error: {_noted(culprit)[1]}{killed}. {after}")
+        _tell(f"error: {read_failure_note(culprit.failure).message}{killed}. {after}")
         return LOST_EXIT_CODE
     if culprit.number and culprit.tail:
         _tell("\n".join(f"[rank {culprit.number}] {line}" for line in culprit.tail))
@@ -275,14 +275,8 @@ def _precedence(rank: Rank) -> tuple[bool, bool, bool, float]:
         not killed,
         rank.code == LOST_EXIT_CODE,
         rank.code != USER_ERROR_EXIT_CODE,
-        _noted(rank)[0],
+        read_failure_note(rank.failure).monotonic_ns,
     )
-
-
-def _noted(rank: Rank) -> tuple[float, str]:
-    """When the rank failed, and what it told to be told."""
-    when, _, message = (rank.failure.read_text() if rank.failure.exists() else "").partition("\n")
-    return float(when or "inf"), message
 
 
 def _tell(message: str) -> None:

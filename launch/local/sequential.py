@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evspan.launch.local.ranks import STOPPED_EXIT_CODE
+from evspan.conf.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE
 from evspan.pipeline.history import append, read
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def run_here(plans: Sequence["Planned"]) -> int:
         if plan.config is not None and plan.config.cluster.dry_run:
             continue
         code, told = _train(plan.argv)
-        if code == STOPPED_EXIT_CODE or code < 0 or code == 130:
+        if code in (STOPPED_EXIT_CODE, INTERRUPTED_EXIT_CODE) or code < 0:
             print(f"{plan.run}: stopped; the same command goes on")
             return abs(code)
         if code:
@@ -56,7 +56,7 @@ def _train(argv: Sequence[str]) -> tuple[int, str]:
         return child.wait(), told
     except KeyboardInterrupt:  # the terminal has told the child, too
         child.wait()
-        return 130, told
+        return INTERRUPTED_EXIT_CODE, told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from evspan.launch.cli.command import FAILURE_FILE
+from evspan.conf.errors import STOPPED_EXIT_CODE
+from evspan.conf.failure_notes import FAILURE_FILE, read_failure_note
 from evspan.launch.logging_config import configure_logging
 
-STOPPED_EXIT_CODE = 75  # saved on a stop signal; SLURM is asked to run it again
 SENT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 NOTES = "attempts"  # below the run's folder: what each rank of an attempt that failed said
 
@@ -60,7 +60,7 @@ class Attempt:
                     json.dumps(
                         {
                             "code": code,
-                            "message": _said(failure) or told,
+                            "message": read_failure_note(Path(failure)).message or told,
                             "host": socket.gethostname(),
                         }
                     )
@@ -97,10 +97,3 @@ def _find_first_rank() -> None:
         socket.getaddrinfo(first_host(nodes), None)
     except OSError:
         os.environ["MASTER_ADDR"] = address
-
-
-def _said(failure: str) -> str:
-    try:
-        return Path(failure).read_text().partition("\n")[2].strip()
-    except FileNotFoundError:
-        return ""

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evspan.launch.cli.command import LOST_EXIT_CODE, USER_ERROR_EXIT_CODE
-from evspan.launch.slurm.rank_task import STOPPED_EXIT_CODE, notes_of
+from evspan.conf.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE, USER_ERROR_EXIT_CODE
+from evspan.launch.slurm.rank_task import notes_of
 from evspan.pipeline.history import append, faults_in_a_row, read, slurm_job
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evspan.conf.errors import UserError
+from evspan.conf.errors import STOPPED_EXIT_CODE, UserError
 from evspan.conf.schema.layout import chosen_exchange
 from evspan.conf.schema.training import TrainConfig
 from evspan.pipeline.data.datasets import Dataset, open_dataset
@@ -53,7 +53,6 @@ from evspan.pipeline.weights import (
 from torch import Tensor
 
 PROFILE = "profile"  # what ranks tell each other of a request for a trace
-STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on a stop signal; the same command continues
 
 
 def train(config: TrainConfig, world: World) -> Metrics | None:

@@ -16,8 +16,8 @@ from threading import Event, Thread
 from typing import NamedTuple
 
 import torch.distributed as dist
-from evspan.conf.errors import LostRanks
-from evspan.launch.cli.command import tell_lost
+from evspan.conf.errors import LostRanksError
+from evspan.conf.failure_notes import report_lost_ranks
 
 BEAT_S = 1.0
 SILENT_BEATS = 4  # once a collective has failed, so many missed ones tell who is gone
@@ -51,7 +51,7 @@ def named_peers(
     Left without an exception, all ranks leave together. timeout_s: a rank that is silent for longer ends the process.
 
     Raises:
-        LostRanks: in the place of what a collective raises when others are gone or do not come; names them.
+        LostRanksError: in the place of what a collective raises when others are gone or do not come; names them.
     """
     if size == 1:
         yield
@@ -62,7 +62,7 @@ def named_peers(
         dist.barrier()  # rank 0, whose store it is, must not go before the others are done
     except Exception as error:
         if broken(error):
-            raise LostRanks(peers.explain(error)) from error
+            raise LostRanksError(peers.explain(error)) from error
         peers.say(" ".join(f"{type(error).__name__}: {error}".split())[:500])
         raise
     finally:
@@ -143,7 +143,7 @@ class _Peers:
             ):
                 sys.stdout.flush()
                 os._exit(
-                    tell_lost(self._message(int(self.timeout_s / BEAT_S)))
+                    report_lost_ranks(self._message(int(self.timeout_s / BEAT_S)))
                 )  # the main thread may wait for it in C for ever
 
     # -- the main thread -----------------------------------------------------------------------------------------

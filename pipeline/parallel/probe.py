@@ -1,11 +1,9 @@
-"""Do these ranks reach each other as those of a training would, how fast, and do their clocks agree? Tells it in a line of JSON.
+"""Do these ranks reach each other as those of a training would, how fast, and do their clocks agree?
 
-torchrun --nproc-per-node 2 -m evspan.pipeline.parallel.probe      or a SLURM step of several tasks; alone it only tells what torch is
+`evspan.launch.doctor.probe_rank` is the command.
 """
 
-import json
 import os
-import sys
 import time
 from statistics import median
 from typing import Any
@@ -13,11 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from evspan.conf.schema.training import ParallelConfig
-from evspan.launch.cli.command import run_command
 from evspan.pipeline.parallel.rank_env import place
 from evspan.pipeline.parallel.world import World, open_world
 
-TIMEOUT_S = 45  # torch may wait twice as long
 SMALL, LARGE = 1, 1 << 22  # float32 numbers of an all-reduce
 ROUNDS = {SMALL: 50, LARGE: 5}
 CLOCK_ROUNDS = 5
@@ -29,7 +25,7 @@ def probe(timeout_s: int) -> dict[str, Any]:
     timeout_s: ranks that do not come for so long are given up. clock_s: seconds ahead of rank 0's.
 
     Raises:
-        ConfigError: rank 0's machine has no address. LostRanks: others are gone. RuntimeError: a wrong sum, or torch's own.
+        ConfigError: rank 0's machine has no address. LostRanksError: others are gone. RuntimeError: a wrong sum, or torch's own.
     """
     with open_world(ParallelConfig(ranks=place(os.environ).size, timeout_s=timeout_s)) as world:
         _check_sum(world)
@@ -86,12 +82,3 @@ def _meet(world: World) -> None:
 def _finish(world: World) -> None:
     if world.device.type == "cuda":  # the host only queues it
         torch.cuda.synchronize()
-
-
-def main() -> None:
-    timeout_s = int(sys.argv[1]) if len(sys.argv) > 1 else TIMEOUT_S
-    run_command(lambda: print(json.dumps(probe(timeout_s)), flush=True))
-
-
-if __name__ == "__main__":
-    main()

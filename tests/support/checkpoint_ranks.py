@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from evspan.conf.errors import STOPPED_EXIT_CODE
 from evspan.conf.schema.prep import DatasetConfig
 from evspan.conf.schema.training import (
     BackboneConfig,
@@ -27,7 +28,7 @@ from evspan.conf.schema.training import (
     TrainConfig,
     TrainingConfig,
 )
-from evspan.pipeline.engine.trainer import STOPPED_EXIT_CODE, Trainer
+from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.parallel.reductions import barrier
 from evspan.pipeline.parallel.world import open_world
 

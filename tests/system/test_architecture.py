@@ -59,8 +59,6 @@ PENDING: set[str] = {
     "launch.sweep.submit",
     "pipeline.evaluation.compare",
     "pipeline.infer_config",
-    "pipeline.parallel.heartbeat",
-    "pipeline.parallel.probe",
 }
 
 
