@@ -30,4 +30,4 @@ class ShardError(UserError):
 
 
 class LostRanksError(Exception):
-    """Other processes of the same run are gone, stuck or failed. The message names them; a traceback adds nothing."""
+    """Other ranks of the same run are gone, stuck or failed; the message names them."""

@@ -1,6 +1,7 @@
-"""Failure notes: a process that fails writes the time and its message to a file named by the process that started it.
+"""Failure notes: a process that fails writes the time and its message to a file.
 
-The parent of several ranks reads them to find the rank that failed first.
+The process that started it names the file. It reads the notes of all ranks to find the one that
+failed first.
 """
 
 import os
@@ -28,7 +29,7 @@ def write_failure_note(message: str) -> bool:
     path = os.environ.get(FAILURE_FILE)
     if not path:
         return False
-    # The time is in the text because a file's modification time is only as fine as the kernel's ticks.
+    # A file's modification time is only as fine as the kernel's ticks.
     Path(path).write_text(f"{time.monotonic_ns()}\n{message}")
     return True
 

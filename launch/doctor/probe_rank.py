@@ -2,7 +2,8 @@
 
 torchrun --nproc-per-node 2 -m evspan.launch.doctor.probe_rank [TIMEOUT_S]
 
-Also runs as a SLURM step of several tasks. A single process reports only the versions of torch and CUDA.
+Also runs as a SLURM step of several tasks. A single process reports only the versions of torch
+and CUDA.
 """
 
 import json
