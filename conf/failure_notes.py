@@ -4,23 +4,25 @@ The process that started it names the file. It reads the notes of all ranks to f
 failed first.
 """
 
+import logging
 import os
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from evspan.conf.errors import LOST_EXIT_CODE
 
+logger = logging.getLogger(__name__)
 FAILURE_FILE = "EVSPAN_FAILURE_FILE"  # environment variable: the path of this process's note
 
 
 class FailureNote(NamedTuple):
-    """When a process failed, and its message."""
+    """When a process failed, and its message.
 
-    monotonic_ns: (
-        float  # CLOCK_MONOTONIC, comparable between processes of one machine; inf: no note
-    )
+    monotonic_ns: CLOCK_MONOTONIC, comparable between processes of one machine; inf: no note.
+    """
+
+    monotonic_ns: float
     message: str
 
 
@@ -45,7 +47,7 @@ def read_failure_note(path: Path) -> FailureNote:
 
 
 def report_lost_ranks(message: str) -> int:
-    """Report that other ranks are gone: in the note if there is one, else on stderr.
+    """Report that other ranks are gone: in the note if there is one, else as a log record.
 
     Under a parent that watches all ranks, the parent prints the message once.
 
@@ -53,5 +55,5 @@ def report_lost_ranks(message: str) -> int:
         The exit code for this process.
     """
     if not write_failure_note(message):
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        logger.error("%s", message)
     return LOST_EXIT_CODE
