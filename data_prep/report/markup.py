@@ -1,67 +1,55 @@
-"""Text, numbers and tables as HTML."""
+"""Text as HTML: escaping, control characters, table cells of numbers."""
 
 import unicodedata
 from collections.abc import Callable
-from html import escape
+from typing import Any
 
 import numpy as np
+from evspan.data_prep.report.number_format import count, decimals, duration, percent, short, tick
+from markupsafe import Markup, escape
+
+__all__ = [
+    "count",
+    "decimals",
+    "percent",
+    "short",
+    "tick",
+]  # until all callers import number_format
 
 
 def printable(text: object) -> str:
-    """Without what neither terminals nor XML can hold: control characters, line breaks, broken UTF-8."""
-    return "".join(
-        "\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") else c
-        for c in str(text)
-    )
+    """Replaces what terminals and XML cannot show by U+FFFD.
+
+    That is control characters, line breaks and invalid UTF-8.
+    """
+    return "".join("\ufffd" if _is_unprintable(char) else char for char in str(text))
+
+
+def _is_unprintable(char: str) -> bool:
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 
 
 def safe(text: object) -> str:
-    """Text for HTML and SVG."""
-    return escape(printable(text))
+    """Text for HTML and SVG that is built by hand: escaped and printable."""
+    return str(escape(printable(text)))
 
 
-def short(value: float) -> str:
-    """Three digits and a prefix: 12.3 k."""
-    for size, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= 0.9995 * size:
-            return f"{value / size:#.3g}".rstrip(".") + prefix
-    return f"{value:.3g}"
+def number_cell(
+    value: float | np.integer[Any] | np.floating[Any] | None,
+    form: Callable[[float], str] = count,
+) -> Markup:
+    """A table cell: the number formatted by `form`, and its exact value for sorting in `data-value`.
 
-
-def tick(value: float) -> str:
-    """The same for round numbers: 12 k."""
-    number, _, prefix = short(value).partition(" ")
-    return f"{float(number):g} {prefix}".rstrip()
-
-
-def percent(share: float) -> str:
-    """Two digits: 0.031 %, 4.2 %, 97 %."""
-    if 0 < share < 1e-5:
-        return "under 0.001 %"
-    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
-
-
-def span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def count(number: float) -> str:
-    """1 234 567, with narrow spaces."""
-    return f"{number:,.0f}".replace(",", "\u202f")
-
-
-def cell(value: float | int | None, form: Callable[[float], str] = count) -> str:
-    """A cell with a number: rounded to read, exact in `data-value`."""
+    None (a ratio of nothing) is shown as a dash.
+    """
     if value is None:
-        return '<td class="n" data-value="">–</td>'
+        return Markup('<td class="n" data-value="">–</td>')
     exact = value.item() if isinstance(value, np.generic) else value
-    return f'<td class="n" data-value="{exact!r}">{form(exact)}</td>'
+    return Markup('<td class="n" data-value="{}">{}</td>').format(repr(exact), form(exact))
 
 
-def decimals(digits: int) -> Callable[[float], str]:
-    return lambda value: f"{value:,.{digits}f}".replace(",", "\u202f")
+cell = number_cell  # the pages that are not templates yet
+span = duration
 
 
 def section(title: str, name: str, content: str, note: str = "") -> str:
