@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from evspan.launch.logging_config import configure_logging
+from support.slurm_cluster import cluster  # noqa: F401  a fixture
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,7 +23,7 @@ LONG = (
     "test_layouts",
     "test_training",
     "test_exchange",
-    "test_monitor",
+    "test_tensorboard",
     "test_checkpoint_layouts",
 )
 

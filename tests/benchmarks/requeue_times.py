@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from support.slurm_cluster import Cluster
+from support.slurm_runs import events, evspan, keys, time_out, wait_for
 from support.small_shards import write_small_shards
-from test_submit_slurm import events, evspan, keys, time_out, wait_for
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     keeper = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent.parent / "slurm_cluster.py")],
+        [sys.executable, str(Path(__file__).parent.parent / "support" / "slurm_cluster.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -25,7 +25,7 @@ from learning.curves import Line, Panel, write_picture
 from learning.intervals import interval, paired, t_quantile
 from learning.recordings import Made, Recordings, recordings_in
 from learning.report import mean_curve, write_report
-from test_conf import composed
+from support.composed_configs import composed
 
 ROOT = Path(__file__).parent.parent
 TINY = Recordings("tiny", 1, 1, 1, "")

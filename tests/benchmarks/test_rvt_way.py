@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 from benchmarks import rvt_way
-from test_export_rvt import assert_same_tree
+from support.rvt_tree import assert_same_tree
 
 
 def test_gives_the_published_output(tmp_path, parity_dir):

@@ -25,48 +25,13 @@ from evspan.data_prep.shards.atomic import NoSpaceError, locked
 from evspan.data_prep.shards.export_rvt import export_rvt
 from evspan.pipeline.data.datasets import open_dataset
 from support.prepared import make_source, prep_config
+from support.rvt_tree import assert_same, assert_same_tree, files
 
 CLASSES = ["pedestrian", "two_wheeler", "car"]
 RVT_LABELS = LabelConfig(
     class_map={0: 0, 1: 1, 2: 2}, min_side=5, max_width_fraction=0.9, label_every_ms=100
 )
 KEYS = ["train/synth_a_0_1000000", "val/synth_b_0_620000", "test/synth_d_0_300000"]
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(
-        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != ".lock"
-    )
-
-
-def assert_same_tree(ours: Path, theirs: Path) -> None:
-    """The same files with the same arrays, dtypes included; the frames' dataset with the same chunks and filters."""
-    assert files(ours) == files(theirs)
-    for name in files(theirs):
-        mine, other = ours / name, theirs / name
-        if name.endswith(".npz"):
-            with np.load(mine) as a, np.load(other) as b:
-                assert a.files == b.files
-                for key in b.files:
-                    assert_same(a[key], b[key], f"{name}/{key}")
-        elif name.endswith(".npy"):
-            assert_same(np.load(mine), np.load(other), name)
-        else:
-            with h5py.File(mine) as a, h5py.File(other) as b:
-                assert [*a] == [*b] == ["data"]
-                assert_same(a["data"][:], b["data"][:], name)
-                assert layout(a["data"]) == layout(b["data"]), name
-
-
-def assert_same(ours: np.ndarray, theirs: np.ndarray, name: str) -> None:
-    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
-    assert ours.tobytes() == theirs.tobytes(), name
-
-
-def layout(data: h5py.Dataset) -> tuple:
-    created = data.id.get_create_plist()
-    filters = [created.get_filter(i)[:3] for i in range(created.get_nfilters())]
-    return data.chunks, data.maxshape, filters, data.fillvalue
 
 
 @pytest.fixture(scope="module")

@@ -8,18 +8,13 @@ import sys
 from pathlib import Path
 from zipfile import ZipFile
 
-import evspan.launch.cli.evaluate
-import evspan.launch.cli.prep
-import evspan.launch.cli.train  # noqa: F401
 import pytest
 from evspan.conf.errors import ConfigError
-from evspan.conf.hydra_errors import refuse_unknown_keys
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.schema.training import EvaluateConfig, Precision, Sampling, Schedule, TrainConfig
-from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from support.composed_configs import composed
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -43,17 +38,6 @@ def options(group: str) -> list[str]:
     return sorted(
         str(p.relative_to(CONF / group).with_suffix("")) for p in (CONF / group).rglob("*.yaml")
     )
-
-
-def composed(name: str, *overrides: str):
-    """(typed config, group -> option taken)."""
-    with initialize_config_module("conf", version_base="1.3"):
-        raw = compose(name, list(overrides), return_hydra_config=True)
-    choices = dict(raw.hydra.runtime.choices)
-    OmegaConf.set_struct(raw, False)
-    del raw["hydra"]
-    refuse_unknown_keys(raw)  # as the commands do
-    return OmegaConf.to_object(raw), choices
 
 
 def test_every_file_is_a_command_or_an_option_of_a_group():

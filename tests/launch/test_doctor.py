@@ -21,7 +21,7 @@ from evspan.launch.doctor.checks import main
 from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding
 from evspan.launch.doctor.verdict import Told, judge, nodes_of
 from support.refusals import refused_by
-from support.slurm_cluster import Cluster, cluster, free_ports  # noqa: F401  a fixture
+from support.slurm_cluster import Cluster, free_ports
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "evspan.launch", "doctor"]
@@ -35,7 +35,7 @@ ABSENT = {"PATH": "/nowhere"}  # of SLURM's commands
 
 
 @pytest.fixture
-def slurm_of(cluster: Cluster, monkeypatch):  # noqa: F811
+def slurm_of(cluster: Cluster, monkeypatch):
     """The cluster, for checks in this process."""
     monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
     yield cluster

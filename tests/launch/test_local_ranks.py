@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from evspan.launch.local.ranks import run_ranks
+from support.processes import alive, all_ready, eventually, pids
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(60)
@@ -60,35 +61,6 @@ def finished(folder: Path, program: str, ranks: int = 2) -> tuple[int, str, str]
     out, err = started.communicate(timeout=40)
     assert not [pid for pid in pids(folder) if alive(pid)]
     return started.returncode, out, err
-
-
-def pids(folder: Path) -> list[int]:
-    return [int(p.read_text()) for p in sorted(folder.glob("pid-*"))]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def eventually(condition, seconds: float = 20.0):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
-    return value
-
-
-def all_ready(folder: Path, ranks: int = 2) -> list[int]:
-    return eventually(
-        lambda: (
-            len(list(folder.glob("pid-*"))) == ranks
-            and all(p.read_text() for p in folder.glob("pid-*"))
-            and pids(folder)
-        )
-    )
 
 
 # -- what a rank is told -----------------------------------------------------------------------------------------
@@ -143,7 +115,7 @@ def test_the_port_is_given_to_nobody_else_meanwhile(tmp_path):
 def test_own_threads_are_kept_and_other_programs_are_not_shadowed(tmp_path):
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "__init__.py").write_text("print('the wrong one')")
-    program = "print(os.environ['OMP_NUM_THREADS'])\nimport pipeline\nprint(pipeline.__file__)"
+    program = "print(os.environ['OMP_NUM_THREADS'])\nimport evspan.pipeline\nprint(evspan.pipeline.__file__)"
     (tmp_path / "program.py").write_text(PRELUDE + program)
     launcher = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + LAUNCHER
     command = [sys.executable, "-c", launcher, "1", "1", "-m", "program"]

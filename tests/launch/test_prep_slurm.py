@@ -16,7 +16,7 @@ from evspan.conf.schema.prep_cluster import SlurmConfig
 from evspan.data_prep.prepare import prepare
 from evspan.launch.slurm.prep_task import BYTES_PER_TASK, MOST_TASKS, balanced, number_of_tasks
 from support.prepared import assert_same, make_source, prep_config
-from support.slurm_cluster import Cluster, cluster  # noqa: F401  a fixture
+from support.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 KEYS = [
@@ -58,13 +58,13 @@ def many(source, tmp_path_factory):
 
 
 @pytest.fixture
-def slurm(cluster: Cluster):  # noqa: F811
+def slurm(cluster: Cluster):
     yield cluster
     cluster.end_jobs()
 
 
 def command(
-    cluster: Cluster | None,  # noqa: F811
+    cluster: Cluster | None,
     source,
     output,
     *more: str,
@@ -136,7 +136,7 @@ def stopped_at_work(output: Path) -> tuple[int, dict[str, int]]:
     return pid, done
 
 
-def job_of(cluster: Cluster) -> str:  # noqa: F811
+def job_of(cluster: Cluster) -> str:
     """The newest job."""
     return max(cluster.jobs(), key=lambda id_: int(id_.split("_")[0]))
 

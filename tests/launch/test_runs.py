@@ -17,7 +17,7 @@ from evspan.launch.sweep import cancel, logs, status
 from evspan.launch.sweep.registry import describe, differing, find_runs, look, span
 from evspan.launch.sweep.state import State, judge, of_submission
 from evspan.pipeline.history import HISTORY, PROGRESS, append, read, write_progress
-from support.slurm_cluster import Cluster, cluster  # noqa: F401  a fixture
+from support.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 NOW = time.time()
@@ -614,7 +614,7 @@ def test_a_run_of_this_machine_is_told_how(tmp_path, no_slurm, told):
 
 # -- on the cluster ----------------------------------------------------------------------------------------------
 @pytest.fixture
-def slurm(cluster: Cluster, monkeypatch):  # noqa: F811
+def slurm(cluster: Cluster, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
     yield cluster
     cluster.end_jobs()

@@ -1,27 +1,21 @@
 """`evspan submit` and `evspan sweep` on a throw-away SLURM: ranks on several nodes, and runs that come back."""
 
-import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from evspan.pipeline.history import read, read_progress
 from safetensors.numpy import load_file
-from support.slurm_cluster import Cluster, cluster  # noqa: F401  a fixture
+from support.slurm_cluster import Cluster
+from support.slurm_runs import START_S, STEPS, events, evspan, job_of, keys, time_out, wait_for
 from support.small_shards import write_small_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-ROOT = Path(__file__).parents[2]
-STEPS = 60
-START_S = 90.0  # from a requeue to a first step, with both cores busy
 
 
 @pytest.fixture(scope="module")
@@ -32,58 +26,10 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture
-def slurm(cluster: Cluster):  # noqa: F811
+def slurm(cluster: Cluster):
     yield cluster
     cluster.end_jobs()
     resume(cluster, "n2")
-
-
-def keys(shards: Path, run: Path, *more: str) -> list[str]:
-    """A run whose frames are shared by two ranks, one on each node."""
-    return [
-        f"dataset.root={shards}",
-        f"run_dir={run}",
-        "size=micro",
-        "model=maxvit_yolox/size_aware_attention",
-        "model.head.num_classes=3",
-        "training.batch_size=2",
-        "training.sequence_length=4",
-        "training.num_workers=1",
-        f"training.max_steps={STEPS}",
-        "training.evaluate_every=0",
-        "training.log_every=1",
-        "checkpoint.every=5",
-        "checkpoint.keep=2",
-        "parallel.ranks=2",
-        "parallel.sequence=2",
-        "parallel.threads=1",
-        "parallel.timeout_s=60",
-        "cluster.ranks_per_node=1",
-        "cluster.signal_delay_s=20",
-        *more,
-    ]
-
-
-def evspan(cluster: Cluster | None, *words: str) -> subprocess.Popen:  # noqa: F811
-    environment = {
-        **(cluster.environment if cluster else os.environ),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import evspan.launch.slurm.submit_runs as o; o.POLL_S = 0.5\n"
-            "from evspan.launch.cli.main import main; main()",
-            *words,
-        ],
-        cwd="/",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
 
 
 def finished(process: subprocess.Popen, seconds: float) -> tuple[int, str, str]:
@@ -92,22 +38,6 @@ def finished(process: subprocess.Popen, seconds: float) -> tuple[int, str, str]:
     finally:
         process.kill()
     return process.returncode, out, err
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = START_S) -> Any:
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "this took too long"
-        time.sleep(0.05)
-    return value
-
-
-def job_of(run: Path) -> str:
-    return json.loads((run / "submitted.json").read_text())["job"]
-
-
-def events(run: Path, name: str) -> list[dict[str, Any]]:
-    return [event for event in read(run) if event["event"] == name]
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -154,11 +84,11 @@ def undisturbed(shards, tmp_path_factory):
 
 
 # -- what disturbs a run -----------------------------------------------------------------------------------------
-def requeue(cluster: Cluster, run: Path) -> None:  # noqa: F811
+def requeue(cluster: Cluster, run: Path) -> None:
     cluster.ask("scontrol", "requeue", job_of(run))
 
 
-def preempt(cluster: Cluster, run: Path) -> None:  # noqa: F811
+def preempt(cluster: Cluster, run: Path) -> None:
     """By a job of a partition that goes first, on both nodes."""
     cluster.ask(
         "sbatch",
@@ -170,18 +100,13 @@ def preempt(cluster: Cluster, run: Path) -> None:  # noqa: F811
     )
 
 
-def time_out(cluster: Cluster, run: Path) -> None:  # noqa: F811
-    """What a run gets before its time limit; SLURM's own limits are whole minutes."""
-    cluster.ask("scancel", "--signal=USR2", job_of(run))
-
-
-def take_node_down(cluster: Cluster, run: Path) -> None:  # noqa: F811
+def take_node_down(cluster: Cluster, run: Path) -> None:
     cluster.ask("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     time.sleep(1)
     resume(cluster, "n2")
 
 
-def resume(cluster: Cluster, node: str) -> None:  # noqa: F811
+def resume(cluster: Cluster, node: str) -> None:
     """SLURM refuses it for a node that is up, which a node that is down may become by itself."""
     subprocess.run(
         ["scontrol", "update", f"nodename={node}", "state=resume"],
@@ -190,7 +115,7 @@ def resume(cluster: Cluster, node: str) -> None:  # noqa: F811
     )
 
 
-def kill_a_rank(cluster: Cluster, run: Path) -> None:  # noqa: F811
+def kill_a_rank(cluster: Cluster, run: Path) -> None:
     os.kill(rank_of(run, 1), signal.SIGKILL)
 
 
@@ -209,7 +134,7 @@ def rank_of(run: Path, number: int) -> int:
     raise AssertionError(f"no process writes {log}")
 
 
-def disturb(cluster: Cluster, run: Path, how: Callable[[Cluster, Path], None], *, at: int) -> None:  # noqa: F811
+def disturb(cluster: Cluster, run: Path, how: Callable[[Cluster, Path], None], *, at: int) -> None:
     """When the run has come to step `at`, or the first after a restart; returns when the next attempt trains."""
     started = len(events(run, "running"))
     wait_for(lambda: read_progress(run).get("step", 0) >= at and len(events(run, "running")) >= 1)

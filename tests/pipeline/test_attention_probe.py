@@ -25,8 +25,8 @@ from evspan.pipeline.tensorboard.attention_probe import (
 )
 from evspan.pipeline.tensorboard.images import GREEN, ORANGE, heat_map, watched_picture
 from evspan.pipeline.weights import Weights
+from support.layers import conv
 from support.small_shards import CLASSES, FRAMES, HEIGHT, WIDTH, write_small_shards
-from test_neck_attention import conv
 
 EVERYTHING = EvaluationConfig(skip_first_ms=0, sequence_length=4)
 CPU = torch.device("cpu")

@@ -3,14 +3,12 @@
 from dataclasses import replace
 
 import h5py
-import hdf5plugin
 import numpy as np
 import pytest
 import torch
 from evspan.conf.errors import ConfigError, ShardError
 from evspan.conf.schema.prep import DatasetConfig, DatasetKind, FrameMode
 from evspan.conf.schema.training import AugmentationConfig, Sampling, TrainingConfig
-from evspan.data_prep.labels.box_files import RAW_BOX
 from evspan.data_prep.shards.format import BOX
 from evspan.pipeline.data import datasets
 from evspan.pipeline.data.augment import augment_boxes, augment_frames, draw_augmentation
@@ -19,6 +17,7 @@ from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.data.loader import Loader
 from evspan.pipeline.data.plan import SamplingPlan
 from support.prepared import frames_in
+from support.rvt_tree import write_rvt_tree
 from support.small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
 
 
@@ -60,37 +59,6 @@ def test_more_files_than_may_be_open(tmp_path, monkeypatch):
     data = opened(root, kind=DatasetKind.rvt_tree, classes=CLASSES)
     for _ in range(2):
         assert [int(r.read(1, 2).max()) for r in data.recordings] == [1, 2, 3, 4, 5]
-
-
-def write_rvt_tree(root, recordings, split="train"):
-    """As RVT's preprocess_dataset.py lays it out; frame values are the recording's number."""
-    for number, (name, frames) in enumerate(recordings.items(), 1):
-        labels, frame_folder = (
-            root / split / name / "labels_v2",
-            "event_representations_v2/stacked_histogram_dt=50_nbins=10",
-        )
-        (root / split / name / frame_folder).mkdir(parents=True)
-        labels.mkdir()
-        rows = np.zeros(3, RAW_BOX)  # two boxes in the first labelled frame, one in the second
-        rows["t"], rows["x"], rows["class_id"] = (
-            [100_000, 100_000, 150_000],
-            [10, 20, 30],
-            [0, 1, 2],
-        )
-        rows["w"], rows["h"] = 40, 50
-        np.savez(labels / "labels.npz", labels=rows, objframe_idx_2_label_idx=np.array([0, 2]))
-        np.save(labels / "timestamps_us.npy", np.array([100_000, 150_000]))
-        folder = root / split / name / frame_folder
-        np.save(folder / "timestamps_us.npy", 50_000 * np.arange(1, frames + 1))
-        np.save(folder / "objframe_idx_2_repr_idx.npy", np.array([1, 2]))
-        with h5py.File(folder / "event_representations_ds2_nearest.h5", "w") as file:
-            file.create_dataset(
-                "data",
-                data=np.full((frames, 20, 18, 32), number, np.uint8),
-                chunks=(1, 20, 18, 32),
-                **hdf5plugin.Blosc(cname="zstd"),
-            )
-    return root
 
 
 def test_rvt_tree_labels_become_pixels_of_the_stored_frames(tmp_path):

@@ -14,75 +14,11 @@ from evspan.conf.schema.training import (
 from evspan.data_prep.shards.format import BOX
 from evspan.pipeline.data.datasets import Dataset, RecordingData, open_dataset
 from evspan.pipeline.evaluation.coco import Scorer, coco_metrics
-from evspan.pipeline.evaluation.frames import labelled_frames
 from evspan.pipeline.inference.streaming import RecordingResult, evaluate_split, score
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.postprocess import detections
-from support.coco_reference import coco_evaluation
+from support.evaluated_frames import as_detections, by_pycocotools, flat, some_frames
 from support.small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
-
-
-def some_boxes(rng, count):
-    boxes = np.zeros(count, BOX)
-    boxes["w"], boxes["h"] = rng.uniform(4, 150, (2, count))
-    boxes["x"], boxes["y"] = rng.uniform(0, 400, (2, count))
-    boxes["class_id"] = rng.integers(0, 3, count)
-    return boxes
-
-
-def as_detections(rng, boxes, jitter):
-    """Moved and resized copies with random scores."""
-    corners = np.stack(
-        (boxes["x"], boxes["y"], boxes["x"] + boxes["w"], boxes["y"] + boxes["h"]), 1
-    )
-    corners += rng.normal(0, jitter, corners.shape) * np.stack((boxes["w"], boxes["h"]) * 2, 1)
-    scores = rng.uniform(0.01, 1, (len(boxes), 2))
-    return np.concatenate((corners, scores, boxes["class_id"][:, None]), 1).astype(np.float32)
-
-
-def some_frames(seed, frames=40):
-    rng = np.random.default_rng(seed)
-    boxes = [some_boxes(rng, rng.integers(0, 12)) for _ in range(frames)]
-    found = []
-    for truth in boxes:
-        hits = as_detections(rng, truth[rng.random(len(truth)) < 0.8], rng.choice([0.02, 0.1]))
-        found.append(
-            np.concatenate((hits, as_detections(rng, some_boxes(rng, rng.integers(0, 5)), 0)))
-        )
-    return boxes, found
-
-
-def flat(boxes, found):
-    """Frames of one recording, 50 ms apart."""
-    return labelled_frames(["a"], [50_000 * np.arange(1, len(boxes) + 1)], [boxes], [found])
-
-
-def by_pycocotools(boxes, found, classes, counts=None):
-    """counts: per frame which boxes count; the others are given a size beyond COCO's largest."""
-    annotations, results = [], []
-    for image, (truth, rows) in enumerate(zip(boxes, found, strict=True), 1):
-        for i, box in enumerate(truth):
-            x, y, w, h = (float(box[k]) for k in "xywh")
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image,
-                    "category_id": int(box["class_id"]) + 1,
-                    "bbox": [x, y, w, h],
-                    "area": w * h if counts is None or counts[image - 1][i] else 1e11,
-                    "iscrowd": 0,
-                }
-            )
-        for x1, y1, x2, y2, objectness, sure, kind in rows.astype(np.float64).tolist():
-            results.append(
-                {
-                    "image_id": image,
-                    "category_id": int(kind) + 1,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "score": objectness * sure,
-                }
-            )
-    return coco_evaluation(len(boxes), annotations, results, classes)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -11,8 +11,8 @@ from evspan.pipeline.evaluation.breakdown import breakdown
 from evspan.pipeline.evaluation.coco import Scorer, coco_metrics
 from evspan.pipeline.evaluation.frames import labelled_frames, scored
 from evspan.pipeline.evaluation.motion import motion
+from support.evaluated_frames import as_detections, some_frames
 from support.small_shards import CLASSES
-from test_evaluation import as_detections, some_frames
 
 NOTHING = np.zeros((0, 7), np.float32)
 

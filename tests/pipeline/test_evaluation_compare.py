@@ -17,8 +17,8 @@ from evspan.pipeline.evaluation.bootstrap import MEASURES, draws, measures
 from evspan.pipeline.evaluation.compare import compare, open_evaluation, table
 from evspan.pipeline.evaluation.frames import FRAMES, load_frames
 from evspan.pipeline.inference.streaming import RecordingResult, labelled, score
+from support.evaluated_frames import as_detections, by_pycocotools, some_boxes
 from support.small_shards import CLASSES, HEIGHT, WIDTH
-from test_evaluation import as_detections, by_pycocotools, some_boxes
 
 ROOT = Path(__file__).parents[2]
 FRAMES_EACH, RECORDINGS = 16, 6

@@ -10,6 +10,7 @@ from evspan.pipeline.model.attention import (
     SmallObjectAttentionModule,
 )
 from evspan.pipeline.model.neck import YOLOPAFPN
+from support.layers import conv
 
 N, C, H, W = 3, 12, 5, 7
 
@@ -17,10 +18,6 @@ N, C, H, W = 3, 12, 5, 7
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def conv(x, layer, **options):
-    return F.conv2d(x, layer.weight, layer.bias, **options)
 
 
 def spatial_published(block, x):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from evspan.data_prep.shards.format import BOX
 from evspan.pipeline.evaluation.pr_curves import THRESHOLDS, pr_curves
-from test_evaluation import flat, some_boxes, some_frames
+from support.evaluated_frames import flat, some_boxes, some_frames
 
 CLASSES = ["ball", "box", "bar"]
 

@@ -25,10 +25,10 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from PIL import Image
 from support.small_shards import CLASSES, HEIGHT, WIDTH, write_small_shards
+from support.training_runs import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
-from test_training import run
 
 pytestmark = pytest.mark.timeout(240)
 ALL = {"tensors": 0, "images": 0, "scalars": 0, "histograms": 0}
@@ -39,7 +39,7 @@ def told(tmp_path_factory):
     """(reader, config, output) of a run of four steps."""
     folder = tmp_path_factory.mktemp("told")
     shards = write_small_shards(folder / "shards", {"train": [23, 12, 9], "val": [12, 7, 5]})
-    output = run(
+    output = train(
         shards,
         folder / "run",
         "parallel.ranks=1",
@@ -263,7 +263,7 @@ def test_ranks_that_share_sequences_and_weights_tell_together(tmp_path):
     shards = write_small_shards(tmp_path / "shards", {"train": [23, 12], "val": [7]})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "profile.request").touch()
-    run(
+    train(
         shards,
         tmp_path / "run",
         "parallel.sequence=2",

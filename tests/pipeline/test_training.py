@@ -16,11 +16,10 @@ from evspan.conf.errors import UserError
 from evspan.conf.schema.prep import FrameMode
 from evspan.pipeline.engine.checkpoints import load_snapshot
 from evspan.pipeline.weights import load_weights
+from support.rvt_tree import write_rvt_tree
 from support.small_shards import BINS, write_small_shards
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_datasets import write_rvt_tree
+from support.training_runs import LOSSES, ROOT, scalars, train, train_command
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -31,59 +30,10 @@ def shards(tmp_path_factory):
     )
 
 
-def command(shards, run_dir, *overrides):
-    return [
-        sys.executable,
-        "-m",
-        "evspan.launch",
-        "train",
-        "experiment=demo",
-        f"dataset.root={shards}",
-        f"run_dir={run_dir}",
-        "training.max_steps=6",
-        "training.sequence_length=4",
-        "training.log_every=1",
-        "optimizer.lr=0.0002",
-        "checkpoint.every=3",
-        "checkpoint.keep=9",
-        "parallel.timeout_s=120",
-        "evaluation.skip_first_ms=0",
-        *overrides,
-    ]
-
-
-def run(shards, run_dir, *overrides, code=0, timeout=200):
-    done = subprocess.run(
-        command(shards, run_dir, *overrides),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def told(run_dir, tag):
-    events = EventAccumulator(str(run_dir / "tensorboard"))
-    events.Reload()
-    return {e.step: e.value for e in events.Scalars(tag)}
-
-
-LOSSES = (
-    "loss/total",
-    "loss/iou",
-    "loss/objectness",
-    "loss/class",
-    "train/gradient_norm",
-    "train/learning_rate",
-)
-
-
 @pytest.fixture(scope="module")
 def two_ranks(shards, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("two_ranks") / "run"
-    run(shards, run_dir)
+    train(shards, run_dir)
     return run_dir
 
 
@@ -100,8 +50,8 @@ def test_the_run_folder_holds_what_the_readme_says(two_ranks):
         == (checkpoints / "best").read_text().strip()
         == "step-00000006"
     )
-    assert set(told(two_ranks, "speed/frames_per_s")) == set(range(1, 7))
-    assert set(told(two_ranks, "evaluation/ap50")) == {6}
+    assert set(scalars(two_ranks, "speed/frames_per_s")) == set(range(1, 7))
+    assert set(scalars(two_ranks, "evaluation/ap50")) == {6}
     metrics = json.loads((two_ranks / "evaluation" / "metrics.json").read_text())
     assert 0 <= metrics["ap"] <= metrics["ap50"] <= 1
     assert metrics["frames"] == 6 + 3 + 2
@@ -130,10 +80,10 @@ def test_resume_is_bit_for_bit_the_uninterrupted_run(shards, two_ranks, tmp_path
     shutil.copytree(
         two_ranks / "checkpoints" / "step-00000003", again / "checkpoints" / "step-00000003"
     )
-    output = run(shards, again)
+    output = train(shards, again)
     assert "resumes at step 3" in output
     for tag in LOSSES:
-        whole, resumed = told(two_ranks, tag), told(again, tag)
+        whole, resumed = scalars(two_ranks, tag), scalars(again, tag)
         assert sorted(resumed) == [4, 5, 6]
         assert resumed == {step: whole[step] for step in resumed}, tag
     one, other = load_weights(two_ranks).tensors, load_weights(again).tensors
@@ -141,9 +91,11 @@ def test_resume_is_bit_for_bit_the_uninterrupted_run(shards, two_ranks, tmp_path
 
 
 def test_two_ranks_give_the_losses_of_one(shards, two_ranks, tmp_path):
-    run(shards, tmp_path / "run", "parallel.ranks=1", "parallel.threads=1", "training.max_steps=6")
+    train(
+        shards, tmp_path / "run", "parallel.ranks=1", "parallel.threads=1", "training.max_steps=6"
+    )
     for tag in LOSSES:
-        one, two = told(tmp_path / "run", tag), told(two_ranks, tag)
+        one, two = scalars(tmp_path / "run", tag), scalars(two_ranks, tag)
         np.testing.assert_allclose(
             [one[s] for s in sorted(one)], [two[s] for s in sorted(two)], rtol=5e-5, err_msg=tag
         )
@@ -156,14 +108,14 @@ def test_two_ranks_give_the_losses_of_one(shards, two_ranks, tmp_path):
 def one_sequence(shards, tmp_path_factory):
     """Two ranks that share every sequence."""
     run_dir = tmp_path_factory.mktemp("one_sequence") / "run"
-    output = run(shards, run_dir, "parallel.sequence=2")
+    output = train(shards, run_dir, "parallel.sequence=2")
     assert "2 ranks = 1 data x 2 sequence, exchange transpose" in output
     return run_dir
 
 
 def test_a_shared_sequence_gives_the_losses_of_two_lanes(two_ranks, one_sequence):
     for tag in LOSSES:
-        data, sequence = told(two_ranks, tag), told(one_sequence, tag)
+        data, sequence = scalars(two_ranks, tag), scalars(one_sequence, tag)
         close = 5e-4 if tag == "train/gradient_norm" else 5e-5
         np.testing.assert_allclose(
             [data[s] for s in sorted(data)],
@@ -171,8 +123,8 @@ def test_a_shared_sequence_gives_the_losses_of_two_lanes(two_ranks, one_sequence
             rtol=close,
             err_msg=tag,
         )
-    assert set(told(one_sequence, "evaluation/ap50")) == {6}
-    shares = told(one_sequence, "speed/exchange_fraction")
+    assert set(scalars(one_sequence, "evaluation/ap50")) == {6}
+    shares = scalars(one_sequence, "speed/exchange_fraction")
     assert set(shares) == set(range(1, 7))
     assert all(0 < share < 1 for share in shares.values())
 
@@ -220,7 +172,7 @@ def started_by_slurm(arguments):
 
 @pytest.mark.parametrize("start", [started_by_torchrun, started_by_slurm])
 def test_every_launcher_gives_the_same_run(shards, one_sequence, tmp_path, start):
-    arguments = command(
+    arguments = train_command(
         shards, tmp_path / "run", "parallel.sequence=2", "training.evaluate_every=0"
     )[4:]
     ranks = start(arguments)
@@ -230,7 +182,7 @@ def test_every_launcher_gives_the_same_run(shards, one_sequence, tmp_path, start
         for rank in ranks:
             rank.kill()
     for tag in LOSSES:
-        assert told(tmp_path / "run", tag) == told(one_sequence, tag)
+        assert scalars(tmp_path / "run", tag) == scalars(one_sequence, tag)
 
 
 @pytest.mark.parametrize(
@@ -243,16 +195,16 @@ def test_every_launcher_gives_the_same_run(shards, one_sequence, tmp_path, start
     ids=lambda o: "-".join(o),
 )
 def test_other_stages_train_save_and_evaluate(shards, tmp_path, overrides):
-    run(shards, tmp_path / "run", "training.max_steps=3", *overrides)
-    assert all(np.isfinite(list(told(tmp_path / "run", tag).values())).all() for tag in LOSSES)
+    train(shards, tmp_path / "run", "training.max_steps=3", *overrides)
+    assert all(np.isfinite(list(scalars(tmp_path / "run", tag).values())).all() for tag in LOSSES)
     assert load_weights(tmp_path / "run").step == 3
 
 
 def test_rvt_tree_trains_as_it_stands(tmp_path):
     tree = write_rvt_tree(write_rvt_tree(tmp_path / "tree", {"a": 9, "b": 5}), {"c": 4}, "val")
-    told_by = run(tree, tmp_path / "run", "dataset=rvt_tree", "training.max_steps=2")
-    assert "2 recordings, 14 frames" in told_by
-    assert np.isfinite(list(told(tmp_path / "run", "loss/total").values())).all()
+    output = train(tree, tmp_path / "run", "dataset=rvt_tree", "training.max_steps=2")
+    assert "2 recordings, 14 frames" in output
+    assert np.isfinite(list(scalars(tmp_path / "run", "loss/total").values())).all()
     weights = load_weights(tmp_path / "run")
     assert weights.frames.mode is FrameMode.rvt
     assert weights.classes == [
@@ -265,7 +217,7 @@ def test_rvt_tree_trains_as_it_stands(tmp_path):
 def test_a_stop_signal_saves_all_ranks_and_the_same_command_continues(shards, tmp_path):
     run_dir = tmp_path / "run"
     started = subprocess.Popen(
-        command(shards, run_dir, "training.max_steps=400", "checkpoint.every=1000"),
+        train_command(shards, run_dir, "training.max_steps=400", "checkpoint.every=1000"),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -278,14 +230,14 @@ def test_a_stop_signal_saves_all_ranks_and_the_same_command_continues(shards, tm
     assert started.wait(60) == 75
     meta = json.loads(next((run_dir / "checkpoints").glob("step-*/meta.json")).read_text())
     assert 2 <= meta["step"] < 400
-    output = run(shards, run_dir, "training.max_steps=400", "training.batch_size=2", code=2)
+    output = train(shards, run_dir, "training.max_steps=400", "training.batch_size=2", code=2)
     assert "training.batch_size=4, this run has 2" in output
     assert "Traceback" not in output
 
 
 def test_a_dead_rank_ends_the_run_and_is_named(shards, tmp_path):
     started = subprocess.Popen(
-        command(shards, tmp_path / "run", "training.max_steps=4000"),
+        train_command(shards, tmp_path / "run", "training.max_steps=4000"),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

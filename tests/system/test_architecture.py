@@ -297,3 +297,14 @@ def test_the_check_lets_pass(module, source):
 def test_the_check_finds_circles():
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
     assert cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_test_imports_from_another_test_file():
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        imported = [use.name for use in uses(path.read_text()) if under_test_file(use.name)]
+        assert imported == [], f"{path}: move what both need to tests/support"
+
+
+def under_test_file(name: str) -> bool:
+    """Whether a dotted name goes through a module `test_...`."""
+    return any(part.startswith("test_") for part in name.split(".")[:-1])

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from support.checkpoint_ranks import Case, config
 from support.crash_ranks import be_rank
 from support.small_shards import write_small_shards
-from test_training import LOSSES, told
+from support.training_runs import LOSSES, scalars
 
 pytestmark = pytest.mark.timeout(300)  # on a busy machine
 STEPS, EVERY, KEEP, EVALUATE = 10, 2, 2, 4
@@ -131,9 +131,9 @@ def undisturbed(processes, shards, tmp_path_factory):
 
 def assert_as_undisturbed(run: Run, reference: Run) -> None:
     for tag in LOSSES:
-        assert sorted(wanted := told(reference.folder, tag)) == list(range(1, STEPS + 1))
-        assert told(run.folder, tag) == wanted, tag
-    assert told(run.folder, "evaluation/ap") == told(reference.folder, "evaluation/ap")
+        assert sorted(wanted := scalars(reference.folder, tag)) == list(range(1, STEPS + 1))
+        assert scalars(run.folder, tag) == wanted, tag
+    assert scalars(run.folder, "evaluation/ap") == scalars(reference.folder, "evaluation/ap")
     names = sorted(path.name for path in reference.checkpoints.iterdir())
     assert sorted(path.name for path in run.checkpoints.iterdir()) == names
     for pointer in ("latest", "best"):

@@ -7,7 +7,7 @@ import evspan.launch.cli.infer
 import evspan.launch.cli.simulate
 import pytest
 from evspan.launch import demo
-from test_conf import composed
+from support.composed_configs import composed
 
 METRICS = {"ap": 0.41249, "ap50": 0.7125, "ap_small": 0.2, "ap_medium": 0.55, "ap_large": None}
 TIMES = {"simulate": 30.06, "prep": 20.0, "train": 200.5, "evaluate": 9.0, "infer": 12.0}

@@ -14,9 +14,9 @@ import torch
 from evspan.conf.schema.training import ParallelConfig, Precision, TrainConfig, TrainingConfig
 from evspan.pipeline.engine.oom import knobs, out_of_memory
 from evspan.pipeline.parallel.world import World
+from support.processes import alive, all_ready, eventually, pids
 from support.slurm_cluster import free_ports
 from support.small_shards import write_small_shards
-from test_local_ranks import alive, all_ready, eventually, pids
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(120)
