@@ -35,6 +35,20 @@ def frame_to_rgb(frame: NDArray[np.uint8]) -> RGB:
     return (BACKGROUND + strength * (colour - BACKGROUND)).astype(np.uint8)
 
 
+def box_corners(boxes: NDArray[np.void]) -> NDArray[np.float64]:
+    """Corners of boxes with the fields x, y (top left), w and h.
+
+    Args:
+        boxes: (N,) structured array, as in a box file or a shard.
+
+    Returns:
+        (N, 4) left, top, right, bottom.
+    """
+    right = boxes["x"] + boxes["w"]
+    bottom = boxes["y"] + boxes["h"]
+    return np.stack((boxes["x"], boxes["y"], right, bottom), axis=1).astype(np.float64)
+
+
 def draw_boxes(
     rgb: RGB,
     boxes_xyxy: ArrayLike,

@@ -19,7 +19,7 @@ from evspan.data_prep.shards.format import (
     open_group,
     read_frames,
 )
-from evspan.launch.cli.prep_preview import choose_entry
+from evspan.data_prep.shards.select import select_recordings
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -162,11 +162,9 @@ def survey(
         ShardError: it is no prepared dataset, has none of the recordings wanted, or a shard is damaged.
     """
     manifest = load_manifest(root)
-    entries = [
-        r for r in manifest.recordings if split in (None, r.split) and name in (None, r.name)
-    ]
-    if (split or name) and not entries:
-        choose_entry(manifest, root, shard="", split=split, name=name)  # tells what there is
+    entries = manifest.recordings
+    if split or name:
+        entries = select_recordings(manifest, root, split=split, name=name)
     pictured = set(evenly(np.arange(len(entries)), PICTURES).tolist())
     each = min(PICTURES_PER_RECORDING, PICTURES // max(1, len(pictured)))
     recordings = [

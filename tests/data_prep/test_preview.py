@@ -8,9 +8,10 @@ from evspan.conf.schema.prep import FrameConfig
 from evspan.data_prep.draw import draw_boxes, draw_label, frame_to_rgb
 from evspan.data_prep.labels.box_files import read_boxes
 from evspan.data_prep.prepare import prepare
+from evspan.data_prep.preview import recording_frames, sample_evenly, shard_frames
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.shards.format import load_manifest
-from evspan.launch.cli.prep_preview import main, recording_shots, shard_shots, spread
+from evspan.launch.cli.prep_preview import main
 from PIL import Image
 from support.prepared import WIDTH, contents, entries, make_source, prep_config
 from support.slow_frames import slow_frame, together
@@ -63,13 +64,13 @@ def drawn(frame, boxes, labels, end_us):
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------
-def test_shots_of_a_recording_are_its_frames_with_the_boxes_at_their_ends(source):
+def test_frames_of_a_recording_come_with_the_boxes_at_their_ends(source):
     path = source / "train" / "a_td.raw"
     events, boxes = (
         together(open_recording(path).chunks()),
         read_boxes(source / "train" / "a_bbox.npy"),
     )
-    shots = list(recording_shots(path, FrameConfig(bins=2), ["ball", "box"], 0.0))
+    shots = list(recording_frames(path, FrameConfig(bins=2), ["ball", "box"], 0.0))
     start, first, seen = None, int(events.t[0]), 0
     for shot in shots:
         end = shot.end_us + first
@@ -102,10 +103,10 @@ def test_shots_of_a_recording_are_its_frames_with_the_boxes_at_their_ends(source
     assert seen > 0
 
 
-def test_shots_of_a_shard_are_what_is_stored(shards):
+def test_frames_of_a_shard_are_what_is_stored(shards):
     entry = next(r for r in load_manifest(shards).recordings if r.name == "b")
     stored = contents(shards)["train/b"]
-    shots = list(shard_shots(shards, entry, ["ball", "box", "bar"], [5, 1, 6]))
+    shots = list(shard_frames(shards, entry, ["ball", "box", "bar"], [5, 1, 6]))
     for shot, i in zip(shots, (5, 1, 6), strict=True):
         boxes = stored["boxes"][stored["box_start"][i] : stored["box_start"][i + 1]]
         assert shot.end_us == stored["end_us"][i] - entry.first_us
@@ -119,8 +120,8 @@ def test_shots_of_a_shard_are_what_is_stored(shards):
 @pytest.mark.parametrize(
     ("length", "count"), [(0, 5), (1, 5), (5, 5), (6, 5), (23, 5), (1000, 7), (64, 1)]
 )
-def test_spread_takes_evenly_from_a_stream_of_unknown_length(length, count):
-    taken = spread(iter(range(length)), count)
+def test_sampling_takes_evenly_from_a_stream_of_unknown_length(length, count):
+    taken = sample_evenly(iter(range(length)), count)
     assert taken == sorted(set(taken))
     assert len(taken) == min(length, count)
     if length > count > 1:
@@ -250,8 +251,8 @@ def test_an_mp4_is_written(source, tmp_path, preview):
             ["RECORDING"],
             "the following arguments are required: OUT; evspan prep preview --help shows how",
         ),
-        (["SHARDS", "OUT.png", "--downsample", "4"], "the frames in SHARDS are made already"),
-        (["SHARDS", "OUT.png", "--window-ms", "20"], "the frames in SHARDS are made already"),
+        (["SHARDS", "OUT.png", "--downsample", "4"], "the frames in SHARDS exist already"),
+        (["SHARDS", "OUT.png", "--window-ms", "20"], "the frames in SHARDS exist already"),
         (
             ["SHARDS", "OUT.png", "--recording", "zz"],
             "has no recording 'zz' in any split; there are: train/a, train/b",
