@@ -36,11 +36,11 @@ COMMANDS = {
         "a run for each combination of values, as an array of jobs",
     ),
     "status": Command(
-        "evspan.launch.sweep.status:main",
+        "evspan.launch.cli.status:main",
         "what the runs of a sweep do: state, step, AP, time left, node, requeues",
     ),
-    "logs": Command("evspan.launch.sweep.logs:main", "what a run's ranks say"),
-    "cancel": Command("evspan.launch.sweep.cancel:main", "end a run's job, or those of a sweep"),
+    "logs": Command("evspan.launch.cli.logs:main", "what a run's ranks say"),
+    "cancel": Command("evspan.launch.cli.cancel:main", "end a run's job, or those of a sweep"),
     "report": Command(
         "evspan.launch.sweep.report.summary:main",
         "a sweep's runs by AP, with curves, as text and HTML; TensorBoard's HParams",

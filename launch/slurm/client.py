@@ -1,4 +1,4 @@
-"""What SLURM is asked: to run a job array, by Submitit; what became of it, and to end it, by SLURM's own commands."""
+"""Submits job arrays through Submitit; reads the queue and cancels jobs by SLURM's commands."""
 
 import io
 import os
@@ -17,7 +17,7 @@ from submitit import Job, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol")
-# A task in any other state may still run, or run again: it may be waiting, suspended, held, or on its way back to the queue.
+# A task in any other state may still run: it may wait, or be suspended, held or requeued.
 ENDED = frozenset(
     {
         "BOOT_FAIL",
@@ -32,32 +32,41 @@ ENDED = frozenset(
         "TIMEOUT",
     }
 )
-TIMEOUT_S = 60  # a controller at its limit may take so long to answer
-CONTACT = ("SLURM_CONF", "SLURM_CLUSTERS")  # how to reach the cluster, which stays
+TIMEOUT_S = 60  # an overloaded controller may take this long to answer
+CLUSTER_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")  # say how to reach the cluster
+JOB_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")  # variables that describe a job
 
 
 class Queued(NamedTuple):
-    """A task that SLURM knows. It forgets those that have ended some minutes ago (MinJobAge)."""
+    """A task in SLURM's queue. SLURM removes tasks some minutes after their end (MinJobAge)."""
 
-    id: str  # ARRAY_INDEX, or the job's alone where it is no array
+    id: str  # JOB_INDEX in an array, else the job id
     state: str
-    reason: str  # why it waits, or the nodes
+    reason: str  # why the task waits; the nodes of a task that runs
     comment: str
 
     @property
     def job(self) -> str:
+        """The job id without the array index."""
         return self.id.split("_")[0]
 
     @property
     def alive(self) -> bool:
+        """Whether the task waits or runs, or may run again."""
         return self.state not in ENDED
 
 
 def require_commands() -> None:
-    if missing := [c for c in COMMANDS if shutil.which(c) is None]:
+    """Checks that SLURM's commands are installed.
+
+    Raises:
+        ConfigError: some are not on the PATH.
+    """
+    missing = [command for command in COMMANDS if shutil.which(command) is None]
+    if missing:
         raise ConfigError(
-            f"SLURM's {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not on the PATH. Run this where "
-            "jobs can be submitted, such as a login node, or leave out launcher=slurm"
+            f"SLURM commands that are not on the PATH: {', '.join(missing)}. Run this where jobs "
+            "can be submitted, such as a login node, or leave out launcher=slurm"
         )
 
 
@@ -67,126 +76,142 @@ def queue(name: str) -> list[Queued]:
     Raises:
         UserError: SLURM does not answer.
     """
-    return _tasks(f"--user={os.getuid()}", f"--name={name}")
+    return _squeue(f"--user={os.getuid()}", f"--name={name}")
 
 
 def queued(ids: Iterable[str]) -> dict[str, Queued]:
-    """Those of these tasks that SLURM knows, by id, whoever submitted them.
+    """The tasks with these ids that are in SLURM's queue, by id, whoever submitted them.
 
     Raises:
         UserError: SLURM does not answer.
     """
-    wanted = set(ids)
-    jobs = sorted({id_.split("_")[0] for id_ in wanted})
+    requested = set(ids)
+    if not requested:
+        return {}
+    jobs = sorted({id_.split("_")[0] for id_ in requested})
     try:
-        return (
-            {task.id: task for task in _tasks(f"--jobs={','.join(jobs)}") if task.id in wanted}
-            if jobs
-            else {}
-        )
+        tasks = _squeue(f"--jobs={','.join(jobs)}")
     except UserError as error:
-        if "Invalid job id" in str(error):  # said where it has forgotten them all
+        if "Invalid job id" in str(error):  # squeue's answer if it has none of the jobs
             return {}
         raise
+    return {task.id: task for task in tasks if task.id in requested}
 
 
-def _tasks(*which: str) -> list[Queued]:
-    told = _ask("squeue", "--noheader", "--array", "--states=all", *which, "--format=%i|%T|%R|%k")
-    return [Queued(*line.split("|", 3)) for line in told.splitlines() if line.count("|") >= 3]
+def _squeue(*filters: str) -> list[Queued]:
+    output = _run(
+        "squeue", "--noheader", "--array", "--states=all", *filters, "--format=%i|%T|%R|%k"
+    )
+    lines = [line for line in output.splitlines() if line.count("|") >= 3]
+    return [Queued(*line.split("|", 3)) for line in lines]
 
 
 def cancel(name: str) -> None:
-    _ask("scancel", f"--user={os.getuid()}", f"--name={name}")
+    """Cancels this user's jobs called `name`."""
+    _run("scancel", f"--user={os.getuid()}", f"--name={name}")
 
 
 def cancel_tasks(ids: Sequence[str]) -> None:
-    """
+    """Cancels these tasks.
+
     Raises:
-        UserError: SLURM does not answer, or does not allow it.
+        UserError: SLURM does not answer, or refuses.
     """
     try:
-        _ask("scancel", *ids)
-    except UserError:  # of one that has just ended, too
-        if any(task.alive and task.state != "COMPLETING" for task in queued(ids).values()):
+        _run("scancel", *ids)
+    except UserError:  # scancel also fails for a task that has just ended
+        tasks = queued(ids).values()
+        if any(task.alive and task.state != "COMPLETING" for task in tasks):
             raise
 
 
-def _ask(*command: str) -> str:
+def _run(*command: str) -> str:
+    """The output of a SLURM command."""
     try:
         return subprocess.run(
             command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S
         ).stdout
     except subprocess.CalledProcessError as error:
-        raise UserError(
-            f"{command[0]} failed: {sentence(error.stderr) or f'exit code {error.returncode}'}"
-        ) from error
+        reason = sentence(error.stderr) or f"exit code {error.returncode}"
+        raise UserError(f"{command[0]} failed: {reason}") from error
     except subprocess.TimeoutExpired as error:
         raise UserError(
             f"{command[0]} has not answered for {TIMEOUT_S} s; is SLURM's controller up?"
         ) from error
 
 
-def sentence(told: str) -> str:
-    """What a command of SLURM's said on several lines, each with its name in front."""
-    lines = (line.split("error:")[-1].strip() for line in told.splitlines())
+def sentence(output: str) -> str:
+    """The error messages in a SLURM command's output, on one line, without the command's name."""
+    lines = (line.split("error:")[-1].strip() for line in output.splitlines())
     return "; ".join(dict.fromkeys(line for line in lines if line))
 
 
 def submit(
     tasks: Sequence[Callable[[], Any]], name: str, comment: str, folder: Path, config: SlurmConfig
-) -> list[Job]:
-    """An array with these tasks (or one job, of one), in their order; scripts, pickles and logs lie in `folder`.
+) -> list[Job[Any]]:
+    """Submits these tasks as a job array, or a single task as a job.
+
+    Args:
+        folder: gets Submitit's scripts, pickles and logs.
 
     Raises:
-        ConfigError: SLURM refuses it.
+        ConfigError: SLURM refuses the job.
     """
     return submit_array(
         _executor(name, comment, folder, config),
         tasks,
         "Correct launcher.partition, account, qos, constraint, "
-        "timeout_min, cpus_per_task or mem_gb; launcher.dry_run=true shows the script, sinfo the partitions",
+        "timeout_min, cpus_per_task or mem_gb; launcher.dry_run=true shows the script, "
+        "sinfo the partitions",
     )
 
 
 def submit_array(
     executor: SlurmExecutor, tasks: Sequence[Callable[[], Any]], remedy: str
-) -> list[Job]:
-    """Raises ConfigError with the remedy where SLURM refuses it."""
+) -> list[Job[Any]]:
+    """Submits these tasks as a job array.
+
+    Args:
+        remedy: last sentence of the error message if SLURM refuses the job.
+
+    Raises:
+        ConfigError: SLURM refuses the job.
+    """
     try:
-        with (
-            outside_of_jobs(),
-            redirect_stderr(io.StringIO()),
-        ):  # where Submitit repeats what it raises
+        # Submitit writes to stderr what it also raises.
+        with outside_of_jobs(), redirect_stderr(io.StringIO()):
             return executor.submit_array(tasks)
     except (FailedJobError, FailedSubmissionError) as error:
         raise ConfigError(f"SLURM refuses the job: {sentence(str(error))}. {remedy}") from error
 
 
 def script(tasks: int, name: str, comment: str, folder: Path, config: SlurmConfig) -> str:
-    """What sbatch would be given. SLURM need not be there."""
+    """The sbatch script of a job array. Works without SLURM."""
     return script_of(_executor(name, comment, folder, config), tasks)
 
 
 def script_of(executor: SlurmExecutor, tasks: int) -> str:
+    """The sbatch script that the executor would submit for an array of `tasks` tasks."""
     if tasks > 1:
-        executor.parameters["map_count"] = tasks  # as Submitit does it for an array
+        executor.parameters["map_count"] = tasks  # as Submitit does for an array
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
 class Executor(SlurmExecutor):
+    """Submitit's executor, but it can be created where srun is not installed, to see its script."""
+
     @classmethod
     def affinity(cls) -> int:
-        """Submitit makes no executor without srun, not even to see its script."""
+        """Submitit's rating of an executor for this machine; it creates none if it is negative."""
         return 2
 
 
 def _executor(name: str, comment: str, folder: Path, config: SlurmConfig) -> SlurmExecutor:
     executor = Executor(folder, max_num_timeout=config.max_num_timeout)
-    given = {
-        key: getattr(config, key)
-        for key in ("partition", "account", "qos", "constraint")
-        if getattr(config, key)
-    }
+    optional = {}
+    for key in ("partition", "account", "qos", "constraint"):
+        if getattr(config, key):
+            optional[key] = getattr(config, key)
     executor.update_parameters(
         job_name=name,
         comment=comment,
@@ -199,30 +224,34 @@ def _executor(name: str, comment: str, folder: Path, config: SlurmConfig) -> Slu
         setup=[*config.setup, *python_path_lines()],
         wckey=None,
         additional_parameters={"requeue": True},
-        srun_args=[
-            f"--cpus-per-task={config.cpus_per_task}"
-        ],  # from SLURM 22.05 on, srun does not take the job's
-        **given,
+        # From SLURM 22.05 on, srun does not inherit the job's value.
+        srun_args=[f"--cpus-per-task={config.cpus_per_task}"],
+        **optional,
     )
     return executor
 
 
 def python_path_lines() -> list[str]:
-    """Lines that give a node's Python this process's PYTHONPATH, with absolute folders."""
-    paths = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-    joined = shlex.quote(os.pathsep.join(dict.fromkeys(paths)))
-    return [f'export PYTHONPATH={joined}"${{PYTHONPATH:+:$PYTHONPATH}}"'] if paths else []
+    """Shell lines that prepend this process's PYTHONPATH, as absolute paths, to that of a node."""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    folders = [os.path.abspath(path) for path in paths if path]
+    if not folders:
+        return []
+    joined = shlex.quote(os.pathsep.join(dict.fromkeys(folders)))
+    return [f'export PYTHONPATH={joined}"${{PYTHONPATH:+:$PYTHONPATH}}"']
 
 
 @contextmanager
 def outside_of_jobs() -> Iterator[None]:
-    """Submitting from within a job, such as an interactive one: its cores and memory are not those of the new job."""
-    inside = "SLURM_JOB_ID" in os.environ
-    hidden = {
-        k: os.environ.pop(k)
-        for k in list(os.environ)
-        if inside and k.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")) and k not in CONTACT
-    }
+    """Hides the variables of the job that this process may be in.
+
+    sbatch would take its cores and memory as defaults for the new job.
+    """
+    hidden = {}
+    if "SLURM_JOB_ID" in os.environ:
+        for name in list(os.environ):
+            if name.startswith(JOB_PREFIXES) and name not in CLUSTER_VARIABLES:
+                hidden[name] = os.environ.pop(name)
     try:
         yield
     finally:
@@ -230,6 +259,7 @@ def outside_of_jobs() -> Iterator[None]:
 
 
 def wait_until_gone(name: str, seconds: float, poll_s: float = 1.0) -> bool:
+    """Waits until no job called `name` waits or runs; False if that takes longer than `seconds`."""
     end = time.monotonic() + seconds
     while any(task.alive for task in queue(name)):
         if time.monotonic() > end:

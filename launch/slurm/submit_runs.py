@@ -10,7 +10,7 @@ from evspan.conf.errors import UserError
 from evspan.conf.schema.cluster import ClusterConfig
 from evspan.launch.slurm import sbatch as batch
 from evspan.launch.slurm.client import require_commands
-from evspan.launch.sweep.registry import SUBMITTED, Run, State, describe, jobs_alive, look
+from evspan.launch.sweep.registry import SUBMITTED, Run, State, describe, jobs_alive, read_runs
 from evspan.pipeline.history import append
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _wait(folders: Sequence[Path], folder: Path) -> int:
     gone: dict[Path, int] = {}
     try:
         while True:
-            runs = [run for run in look(folder)[0] if run.folder in folders]
+            runs = [run for run in read_runs(folder).runs if run.folder in folders]
             for run in runs:
                 if said.get(run.folder) != (line := f"{run.state.value} {run.reason}"):
                     print(f"{run.folder}: {describe(run)}", flush=True)

@@ -1,171 +1,177 @@
-"""`evspan logs`: what the ranks of a run said, over all its attempts."""
+"""Reads the logs of a run's ranks, over all its attempts."""
 
-import argparse
-import os
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from evspan.conf.errors import UserError
-from evspan.launch.cli.command import Parser, run_command
-from evspan.launch.sweep.registry import Run, describe, find_runs, look
+from evspan.conf.text import plural
+from evspan.launch.sweep.registry import Run, describe, find_runs, read_runs
 
-POLL_S = 0.5  # between looks at a log that grows
-STATE_S = 5.0  # between questions whether the run goes on
-DESCRIPTION = """What a run's ranks said, attempt after attempt (RUN/logs/rank-00.log). Rank 0 tells losses and AP."""
-EXAMPLES = """examples:
-  evspan logs sweeps/lr/3
-  evspan logs sweeps/lr/3 --follow --lines 20
-  evspan logs sweeps/lr/3 --all --lines 5"""
+POLL_S = 0.5  # between two reads of a log
+STATE_S = 5.0  # between two reads of the run's state
+NAMES_SHOWN = 5  # runs of a sweep that an error message lists
 
 
-class Tail:
-    """The lines of a file that grows, and may not be there yet."""
+@dataclass(frozen=True)
+class LogSelection:
+    """Which lines to read.
 
-    def __init__(self, path: Path, before: str) -> None:
-        self.path, self.before, self.at, self.rest = path, before, 0, b""
+    Attributes:
+        rank: rank whose log is read; None for rank 0.
+        all_ranks: read the logs of all ranks; each line starts with its rank.
+        follow: continue with new lines until the run has ended.
+        last_lines: number of lines from the end of each existing log; None for all.
+    """
+
+    rank: int | None = None
+    all_ranks: bool = False
+    follow: bool = False
+    last_lines: int | None = None
+
+    def __post_init__(self) -> None:
+        for option, value in (("--rank", self.rank), ("--lines", self.last_lines)):
+            if value is not None and value < 0:
+                raise UserError(f"{option} is {value}; give 0 or more")
+
+
+class LogReader:
+    """Reads the lines of a file that grows and may not exist yet. prefix: precedes each line."""
+
+    def __init__(self, path: Path, prefix: str) -> None:
+        self.path = path
+        self.prefix = prefix
+        self._offset = 0  # bytes read so far
+        self._partial = b""  # a line whose end has not been written yet
 
     def lines(self, *, last: bool = False) -> Iterator[str]:
-        """New ones since the last call; one without its end is kept for the next, unless there is none (last)."""
+        """The lines since the previous call.
+
+        last: there is no further call, so a line without its end is complete.
+        """
         try:
             with self.path.open("rb") as file:
-                file.seek(self.at)
+                file.seek(self._offset)
                 for line in file:
-                    self.at += len(line)
-                    self.rest += line
-                    if self.rest.endswith(b"\n"):
-                        yield self._take()
+                    self._offset += len(line)
+                    self._partial += line
+                    if self._partial.endswith(b"\n"):
+                        yield self._take_line()
         except FileNotFoundError:
             pass
-        if last and self.rest:
-            yield self._take()
+        if last and self._partial:
+            yield self._take_line()
 
-    def _take(self) -> str:
-        line, self.rest = self.rest, b""
-        return self.before + line.decode(errors="replace").rstrip("\r\n")
+    def _take_line(self) -> str:
+        line = self._partial.decode(errors="replace").rstrip("\r\n")
+        self._partial = b""
+        return self.prefix + line
 
 
-def the_run(path: Path) -> Run:
-    """
+def read_logs(path: Path, selection: LogSelection) -> Iterator[str]:
+    """The lines of a run's logs.
+
+    Args:
+        path: folder of the run.
+
     Raises:
-        UserError: `path` is no run, or holds several.
+        UserError: `path` is not a run, or it has no such log.
     """
-    found = find_runs(path)
-    if len(found) > 1 or found[0].folder != path:
-        names = ", ".join(str(run.folder) for run in found[:5]) + (
-            ", ..." if len(found) > 5 else ""
-        )
-        raise UserError(
-            f"{path} is a sweep of {len(found)} run{'s' if len(found) > 1 else ''}; name one: {names}"
-        )
-    return look(path)[0][0]
+    run = single_run(path)
+    readers = select_logs(run, selection)
+    follow = selection.follow and run.active
+    for reader in readers:
+        lines = reader.lines(last=not follow)
+        yield from lines if selection.last_lines is None else deque(lines, selection.last_lines)
+    if follow:
+        yield from _follow(run, readers, selection.all_ranks)
+    elif selection.follow:
+        yield _end_line(run)
+
+
+def single_run(path: Path) -> Run:
+    """The run in the folder `path`.
+
+    Raises:
+        UserError: `path` is not a run, or it is a sweep.
+    """
+    entries = find_runs(path)
+    if len(entries) > 1 or entries[0].folder != path:
+        names = ", ".join(str(entry.folder) for entry in entries[:NAMES_SHOWN])
+        if len(entries) > NAMES_SHOWN:
+            names += ", ..."
+        raise UserError(f"{path} is a sweep of {plural(len(entries), 'run')}; name one: {names}")
+    return read_runs(path).runs[0]
+
+
+def select_logs(run: Run, selection: LogSelection) -> list[LogReader]:
+    """Readers of the selected logs.
+
+    Raises:
+        UserError: the run has no such log, and none is to come.
+    """
+    existing = log_files(run.folder)
+    rank = selection.rank or 0
+    selected = [log for log in existing if selection.all_ranks or rank_of(log) == rank]
+    if not selected and not (selection.follow and run.active):
+        raise UserError(_missing_log(run, existing, rank))
+    if selection.all_ranks:
+        return [_reader_with_rank(log) for log in selected]
+    log = selected[0] if selected else run.folder / "logs" / f"rank-{rank:02d}.log"
+    return [LogReader(log, "")]
+
+
+def _missing_log(run: Run, existing: list[Path], rank: int) -> str:
+    if existing:
+        ranks = ", ".join(str(rank_of(log)) for log in existing)
+        return f"{run.folder} has no log of rank {rank}; give one of {ranks}"
+    message = f"{run.folder} has no logs: it is {describe(run)}"
+    if not run.job:
+        return f"{message}. A run that was started on this machine writes to its terminal only"
+    if run.active:
+        return f"{message}; --follow waits for them"
+    return message
+
+
+def _follow(run: Run, readers: list[LogReader], all_ranks: bool) -> Iterator[str]:
+    """New lines until the run has ended, then a line on its end. Includes later logs."""
+    state_read_at = time.monotonic()
+    while run.active:
+        for reader in readers:
+            yield from reader.lines()
+        time.sleep(POLL_S)
+        if all_ranks:
+            known = {reader.path for reader in readers}
+            readers += [_reader_with_rank(log) for log in log_files(run.folder) if log not in known]
+        if time.monotonic() - state_read_at >= STATE_S:
+            run = read_runs(run.folder).runs[0]
+            state_read_at = time.monotonic()
+    for reader in readers:
+        yield from reader.lines(last=True)
+    yield _end_line(run)
+
+
+def _end_line(run: Run) -> str:
+    return f"{run.folder}: {describe(run)}"
+
+
+def _reader_with_rank(log: Path) -> LogReader:
+    return LogReader(log, f"[rank {rank_of(log)}] ")
+
+
+def log_files(run: Path) -> list[Path]:
+    """The ranks' logs in the run folder, by rank."""
+    logs = [
+        path
+        for path in (run / "logs").glob("rank-*.log")
+        if re.fullmatch(r"rank-\d+\.log", path.name)
+    ]
+    return sorted(logs, key=rank_of)
 
 
 def rank_of(log: Path) -> int:
+    """The rank in a log's file name."""
     return int(log.stem.split("-")[1])
-
-
-def logs_of(run: Path) -> list[Path]:
-    """By rank."""
-    return sorted(
-        (p for p in (run / "logs").glob("rank-*.log") if re.fullmatch(r"rank-\d+\.log", p.name)),
-        key=rank_of,
-    )
-
-
-def chosen(run: Run, given: argparse.Namespace) -> list[Tail]:
-    """
-    Raises:
-        UserError: there is no such log, and none is waited for.
-    """
-    there = logs_of(run.folder)
-    rank = given.rank or 0
-    wanted = [p for p in there if given.all or rank_of(p) == rank]
-    if not wanted and not (given.follow and run.goes_on):
-        if there:
-            raise UserError(
-                f"{run.folder} has no log of rank {rank}; give one of {', '.join(str(rank_of(p)) for p in there)}"
-            )
-        told = f"{run.folder} has no logs: it is {describe(run)}"
-        if not run.job:
-            told += ". A run that was started on this machine speaks to its terminal only"
-        elif run.goes_on:
-            told += "; --follow waits for them"
-        raise UserError(told)
-    if given.all:
-        return [Tail(p, f"[rank {rank_of(p)}] ") for p in wanted]
-    return [Tail(wanted[0] if wanted else run.folder / "logs" / f"rank-{rank:02d}.log", "")]
-
-
-def logs(given: argparse.Namespace) -> None:
-    for name, number in (("--rank", given.rank), ("--lines", given.lines)):
-        if number is not None and number < 0:
-            raise UserError(f"{name} is {number}; give 0 or more")
-    run = the_run(given.path)
-    tails = chosen(run, given)
-    for tail in tails:
-        lines = tail.lines(last=not (given.follow and run.goes_on))
-        for line in lines if given.lines is None else deque(lines, given.lines):
-            print(line, flush=given.follow)
-    if given.follow:
-        follow(run, tails, given.all)
-
-
-def follow(run: Run, tails: list[Tail], every_rank: bool) -> None:
-    """Until the run has ended. Ranks whose log comes later are followed, too."""
-    asked = time.monotonic()
-    while run.goes_on:
-        _print(tails)
-        time.sleep(POLL_S)
-        if every_rank:
-            known = {tail.path for tail in tails}
-            tails += [
-                Tail(p, f"[rank {rank_of(p)}] ") for p in logs_of(run.folder) if p not in known
-            ]
-        if time.monotonic() - asked >= STATE_S:
-            run, asked = look(run.folder)[0][0], time.monotonic()
-    _print(tails, last=True)
-    print(f"{run.folder}: {describe(run)}", flush=True)
-
-
-def _print(tails: list[Tail], *, last: bool = False) -> None:
-    for tail in tails:
-        for line in tail.lines(last=last):
-            print(line, flush=True)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        "evspan logs",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "path", type=Path, metavar="RUN", help="the folder of a run, such as one of a sweep"
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--rank", type=int, metavar="N", help="another one's than rank 0's")
-    which.add_argument("--all", action="store_true", help="all ranks', each line with its rank")
-    parser.add_argument(
-        "--follow", "-f", action="store_true", help="go on with what comes, until the run has ended"
-    )
-    parser.add_argument(
-        "--lines", "-n", type=int, metavar="N", help="begin with the last N (default: all)"
-    )
-    given = parser.parse_args(argv)
-    try:
-        run_command(lambda: logs(given))
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has enough
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), 1
-        )  # what is still held back goes nowhere at the end
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The runs below a folder, what each one is and does: told by its files and, where it is a job, by SLURM's queue."""
+"""Reads the runs below a folder: what their files contain, and the state of their jobs in SLURM."""
 
 import json
 import re
@@ -7,40 +7,59 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evspan.conf.errors import UserError
-from evspan.launch.sweep.state import Event, State, job_of, judge, number, of_submission
+from evspan.conf.text import plural
+from evspan.launch.sweep.state import (
+    RunState,
+    State,
+    events_of_submission,
+    infer_state,
+    job_of_events,
+    last_start,
+    number,
+)
 from evspan.pipeline.history import HISTORY, PROGRESS, attempts, read, read_progress
 
 if TYPE_CHECKING:
     from evspan.launch.slurm.client import Queued
 
-SWEEP, SUBMITTED, CONFIG, METRICS = (
-    "sweep.json",
-    "submitted.json",
-    "config.json",
-    "evaluation/metrics.json",
-)
-MARKS = (SUBMITTED, HISTORY, PROGRESS, CONFIG)  # of a run's folder
+SWEEP = "sweep.json"
+SUBMITTED = "submitted.json"
+CONFIG = "config.json"
+METRICS = "evaluation/metrics.json"
+RUN_FILES = (SUBMITTED, HISTORY, PROGRESS, CONFIG)  # a folder with one of these is a run
 SILENT_S = 3600.0  # longer than an evaluation or a log interval takes
 
 
-@dataclass(frozen=True)
-class Found:
-    """A run's folder. overrides: as sweep.json tells; error: why the run could not be composed or submitted."""
+class RunEntry(NamedTuple):
+    """Where a run is.
+
+    overrides: from sweep.json; None for a run that no sweep lists. error: why the run could not be
+    composed or submitted.
+    """
 
     folder: Path
-    name: str  # below the sweep
+    name: str  # relative to the sweep
     overrides: tuple[str, ...] | None = None
     error: str = ""
 
 
 @dataclass(frozen=True)
 class Run:
-    """reason: what it waits for, or how it ended. error: the last fault's message. metrics: of the newest evaluation.
+    """A run on disk.
 
-    job: SLURM's id, empty for one on this machine. alive: SLURM has it. events: of all its submissions.
+    Attributes:
+        name: the folder's name, relative to the sweep.
+        reason: what the run waits for, or how it ended. May be empty.
+        error: message of the last fault.
+        job: SLURM job id; empty for a run that was started on this machine.
+        alive: whether the job is in SLURM's queue.
+        step: newest completed step. max_steps: step at which the run ends.
+        eta_s: seconds until the last step, without evaluations.
+        metrics: contents of the newest evaluation's metrics.json.
+        events: history of all submissions.
     """
 
     folder: Path
@@ -52,7 +71,7 @@ class Run:
     job: str
     alive: bool
     step: int | None
-    of: int | None
+    max_steps: int | None
     eta_s: float | None
     node: str
     loss: float | None
@@ -61,101 +80,87 @@ class Run:
 
     @property
     def ap(self) -> float | None:
+        """AP of the newest evaluation, 0 to 1."""
         return number(self.metrics.get("ap"))
 
     @property
-    def goes_on(self) -> bool:
-        """By itself."""
+    def active(self) -> bool:
+        """Whether its state may still change without a user's action."""
         return self.alive or self.state.unfinished
 
     @property
     def requeues(self) -> int:
+        """Number of attempts after the first."""
         return max(0, attempts(self.events) - 1)
 
 
-class _Files:
-    """What a run's files tell; each may be missing, or be half written."""
+class RunList(NamedTuple):
+    """The runs below a folder, and why SLURM's queue could not be read (empty if it could)."""
 
-    def __init__(self, folder: Path) -> None:
-        self.submitted, self.events = _json(folder / SUBMITTED), read(folder)
-        self.recent = of_submission(self.events, self.submitted)
-        self.job = job_of(self.recent, self.submitted)
-        self.progress = read_progress(folder)
-
-    def state(self, found: Found, known: "Mapping[str, Queued] | None") -> tuple[State, str]:
-        if found.error:
-            return State.failed, ""
-        if self.recent or self.job:
-            return judge(
-                self.recent, self.job, (known or {}).get(self.job), asked=known is not None
-            )
-        return (State.unknown, f"no {HISTORY}") if found.overrides is None else (State.waiting, "")
+    runs: list[Run]
+    note: str
 
 
-def look(path: Path) -> tuple[list[Run], str]:
-    """The runs at or below `path` in their order, and why SLURM was not asked where it should have been.
+def read_runs(path: Path) -> RunList:
+    """The runs at or below `path`, in the order of their names.
 
     Raises:
         UserError: there is no run.
     """
-    found = find_runs(path)
-    before = [(run, _Files(run.folder)) for run in found]
-    # First the queue, then the histories: a run that ends in between has said so.
-    known, note = _ask(
-        [
-            files.job
-            for run, files in before
-            if files.job and files.state(run, None)[0] not in (State.done, State.failed)
-        ]
-    )
-    return [_read(run, known) for run in found], note
+    entries = find_runs(path)
+    files = {entry: _RunFiles(entry.folder) for entry in entries}
+    jobs = []
+    for entry, run_files in files.items():
+        state = run_files.state(entry, queue=None).state
+        if run_files.job and state not in (State.done, State.failed):
+            jobs.append(run_files.job)
+    # The queue is read before the files are read again: a run that ends in between has recorded it.
+    queue, note = _read_queue(jobs)
+    return RunList([_read_run(entry, queue) for entry in entries], note)
 
 
-def find_runs(path: Path) -> list[Found]:
-    """
+def find_runs(path: Path) -> list[RunEntry]:
+    """The folders of runs at or below `path`, in the order of their names.
+
     Raises:
-        UserError: there is none.
+        UserError: there is no run.
     """
     if not path.is_dir():
-        raise UserError(
-            f"{path} is {'a file' if path.exists() else 'not there'}. Give the folder of a run (its run_dir) or of a "
-            "sweep"
-        )
+        problem = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {problem}. Give the folder of a run (its run_dir) or of a sweep")
     if not (path / SWEEP).exists() and _is_run(path):
-        return [Found(path, path.resolve().name)]
-    listed = _json(path / SWEEP).get("runs")
-    entries = (
-        [e for e in listed if isinstance(e, dict) and "folder" in e]
-        if isinstance(listed, list)
-        else []
-    )
-    found = {
-        name: Found(
-            path / name,
-            name,
-            tuple(map(str, e.get("overrides") or ())),
-            printable(e.get("error") or ""),
-        )
-        for e in entries
-        for name in (str(e["folder"]),)
-    }
-    # A folder of runs that were started singly lists none; the table of a sweep may be half written.
-    others = [
-        p
-        for p in path.iterdir()
-        if p.name not in found and not p.name.startswith(".") and _is_run(p)
-    ]
-    found |= {p.name: Found(p, p.name) for p in others}
-    if not found:
+        return [RunEntry(path, path.resolve().name)]
+    entries = _entries_of_sweep(path)
+    # A folder of runs that were started one by one has no sweep.json, and one may be half written.
+    for folder in path.iterdir():
+        if folder.name not in entries and not folder.name.startswith(".") and _is_run(folder):
+            entries[folder.name] = RunEntry(folder, folder.name)
+    if not entries:
         raise UserError(
-            f"{path} holds no run. Give the folder of a run (it has {HISTORY} or {CONFIG}) or of a sweep (it has "
-            f"{SWEEP}, or folders of runs)"
+            f"{path} contains no run. Give the folder of a run (it has {HISTORY} or {CONFIG}) "
+            f"or of a sweep (it has {SWEEP}, or folders of runs)"
         )
-    return sorted(found.values(), key=lambda run: _natural(run.name))
+    return sorted(entries.values(), key=lambda entry: _natural_order(entry.name))
+
+
+def _entries_of_sweep(path: Path) -> dict[str, RunEntry]:
+    """The runs that sweep.json lists, by name."""
+    rows = _read_json(path / SWEEP).get("runs")
+    if not isinstance(rows, list):
+        return {}
+    entries = {}
+    for row in rows:
+        if not isinstance(row, dict) or "folder" not in row:
+            continue
+        name = str(row["folder"])
+        overrides = tuple(str(override) for override in row.get("overrides") or ())
+        error = printable(row.get("error") or "")
+        entries[name] = RunEntry(path / name, name, overrides, error)
+    return entries
 
 
 def jobs_alive(ids: Iterable[str]) -> set[str]:
-    """Those that wait or run, of SLURM's ids.
+    """The SLURM job ids, of those given, that wait or run.
 
     Raises:
         UserError: SLURM does not answer.
@@ -166,93 +171,177 @@ def jobs_alive(ids: Iterable[str]) -> set[str]:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Keys of the overrides that are not alike in all runs; of a single run all."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.overrides))
-    return [
-        key for key in keys if len(runs) == 1 or len({run.overrides.get(key) for run in runs}) > 1
-    ]
+    """The override keys whose values differ between the runs; for a single run all its keys."""
+    keys: dict[str, None] = {}
+    for run in runs:
+        keys |= dict.fromkeys(run.overrides)
+    if len(runs) == 1:
+        return list(keys)
+    return [key for key in keys if _values_differ(runs, key)]
+
+
+def _values_differ(runs: Sequence[Run], key: str) -> bool:
+    return len({run.overrides.get(key) for run in runs}) > 1
+
+
+def short_names(keys: Sequence[str]) -> list[str]:
+    """For each dotted key its last words, as few as no other key ends in."""
+    return [_short_name(key, keys) for key in keys]
+
+
+def _short_name(key: str, keys: Sequence[str]) -> str:
+    words = key.split(".")
+    for count in range(1, len(words)):
+        name = ".".join(words[-count:])
+        same_end = [other for other in keys if f".{other}".endswith(f".{name}")]
+        if same_end == [key]:
+            return name
+    return key
 
 
 def describe(run: Run) -> str:
-    """'running at step 120 of 1000, AP 0.412'."""
-    told = run.state.value + (f" ({run.reason})" if run.reason else "")
-    told += (
-        f" at step {run.step}{f' of {run.of}' if run.of else ''}" if run.step is not None else ""
-    )
-    told += f", AP {run.ap:.3f}" if run.ap is not None else ""
-    return told + (
-        f": {run.error}"
-        if run.error and run.state in (State.failed, State.lost, State.requeued)
-        else ""
-    )
+    """One line on the run, such as 'running at step 120 of 1000, AP 0.412'."""
+    line = run.state.value
+    if run.reason:
+        line += f" ({run.reason})"
+    if run.step is not None:
+        line += f" at step {run.step}"
+        if run.max_steps:
+            line += f" of {run.max_steps}"
+    if run.ap is not None:
+        line += f", AP {run.ap:.3f}"
+    if run.error and run.state in (State.failed, State.lost, State.requeued):
+        line += f": {run.error}"
+    return line
 
 
-# -- one run -----------------------------------------------------------------------------------------------------
-def _read(found: Found, known: "Mapping[str, Queued] | None") -> Run:
-    files = _Files(found.folder)
-    (state, reason), task = files.state(found, known), (known or {}).get(files.job)
-    start: Event = next((e for e in reversed(files.recent) if e["event"] == "start"), {})
-    silent = time.time() - max(
-        (e.get("time", 0.0) for e in (*files.recent, files.progress)), default=0.0
-    )
-    if state is State.running and not reason and silent > SILENT_S:
-        reason = f"silent for {span(silent)}"
-    ofs = (
-        number(source)
-        for source in (start.get("of"), files.progress.get("of"), _max_steps(found.folder))
-    )
-    step, of = _step(files), next((int(n) for n in ofs if n), None)
-    overrides = files.submitted.get("overrides") if found.overrides is None else found.overrides
+def count_states(runs: Sequence[Run]) -> str:
+    """How many runs are in which state, such as '2 running, 1 done'."""
+    parts = []
+    for state in State:
+        count = sum(run.state is state for run in runs)
+        if count:
+            parts.append(f"{count} {state.value}")
+    return ", ".join(parts)
+
+
+def describe_all(runs: Sequence[Run]) -> str:
+    """'3 runs: 2 running, 1 done'."""
+    return f"{plural(len(runs), 'run')}: {count_states(runs)}"
+
+
+# -- one run ---------------------------------------------------------------------------------------
+class _RunFiles:
+    """The contents of a run's files, each of which may be missing or half written.
+
+    events: all events. recent: those of the last submission.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.submitted = _read_json(folder / SUBMITTED)
+        self.events = read(folder)
+        self.recent = events_of_submission(self.events, self.submitted)
+        self.job = job_of_events(self.recent, self.submitted)
+        self.progress = read_progress(folder)
+
+    def state(self, entry: RunEntry, queue: "Mapping[str, Queued] | None") -> RunState:
+        """queue: SLURM's queue by job id; None if it was not read."""
+        if entry.error:
+            return RunState(State.failed)
+        if self.recent or self.job:
+            task = None if queue is None else queue.get(self.job)
+            return infer_state(self.recent, self.job, task, queue_read=queue is not None)
+        if entry.overrides is None:
+            return RunState(State.unknown, f"no {HISTORY}")
+        return RunState(State.waiting)
+
+    def overrides(self, entry: RunEntry) -> dict[str, str]:
+        if entry.overrides is None:
+            return split_overrides(self.submitted.get("overrides"))
+        return split_overrides(entry.overrides)
+
+    def seconds_since_last_record(self) -> float:
+        times: list[float] = [event.get("time", 0.0) for event in self.recent]
+        times.append(self.progress.get("time", 0.0))
+        return time.time() - max(times)
+
+    def step(self) -> int | None:
+        """The step of the newest record.
+
+        That need not be the largest: an attempt that was killed may have reached a later step than
+        the attempt after it.
+        """
+        newest_time = -1.0
+        step = None
+        for record in (*self.recent, self.progress):
+            recorded_at = record.get("time", 0.0)
+            if number(record.get("step")) is not None and recorded_at >= newest_time:
+                newest_time = recorded_at
+                step = int(record["step"])
+        return step
+
+    def max_steps(self) -> int | None:
+        training = _read_json(self.folder / CONFIG).get("training")
+        configured = training.get("max_steps") if isinstance(training, dict) else None
+        for value in (last_start(self.recent).get("of"), self.progress.get("of"), configured):
+            max_steps = number(value)
+            if max_steps:
+                return int(max_steps)
+        return None
+
+    def eta_s(self) -> float | None:
+        """Seconds until the last step, without evaluations."""
+        step = self.step()
+        max_steps = self.max_steps()
+        seconds_per_step = number(self.progress.get("seconds_per_step"))
+        if step is None or not max_steps or not seconds_per_step:
+            return None
+        remaining_s = (max_steps - step) * seconds_per_step
+        if step == self.progress.get("step"):
+            remaining_s -= time.time() - self.progress.get("time", 0.0)
+        return max(0.0, remaining_s)
+
+    def error(self) -> str:
+        """The message of the last fault."""
+        for event in reversed(self.recent):
+            if event["event"] in ("fault", "failed") and event.get("message"):
+                return printable(event["message"])
+        return ""
+
+
+def _read_run(entry: RunEntry, queue: "Mapping[str, Queued] | None") -> Run:
+    """queue: SLURM's queue by job id; None if it was not read."""
+    files = _RunFiles(entry.folder)
+    state, reason = files.state(entry, queue)
+    silent_s = files.seconds_since_last_record()
+    if state is State.running and not reason and silent_s > SILENT_S:
+        reason = f"silent for {span(silent_s)}"
+    task = None if queue is None else queue.get(files.job)
+    node = str(last_start(files.recent).get("host", ""))
+    if task is not None and task.state == "RUNNING":
+        node = task.reason  # squeue's column for both the nodes and the reason
     return Run(
-        found.folder,
-        found.name,
-        split_overrides(overrides),
-        state,
-        reason,
-        found.error or _error(files.recent),
-        files.job,
-        alive=bool(task and task.alive),
-        step=step,
-        of=of,
-        eta_s=_eta(files.progress, step, of) if state is State.running else None,
-        node=task.reason if task and task.state == "RUNNING" else str(start.get("host", "")),
+        folder=entry.folder,
+        name=entry.name,
+        overrides=files.overrides(entry),
+        state=state,
+        reason=reason,
+        error=entry.error or files.error(),
+        job=files.job,
+        alive=task is not None and task.alive,
+        step=files.step(),
+        max_steps=files.max_steps(),
+        eta_s=files.eta_s() if state is State.running else None,
+        node=node,
         loss=number(files.progress.get("loss")),
-        metrics=_json(found.folder / METRICS),
+        metrics=_read_json(entry.folder / METRICS),
         events=files.events,
     )
 
 
-def _step(files: _Files) -> int | None:
-    """By the newest word: an attempt that was killed may have been further than the one that follows it."""
-    told = [
-        (e.get("time", 0.0), i, e["step"])
-        for i, e in enumerate((*files.recent, files.progress))
-        if number(e.get("step")) is not None
-    ]
-    return int(max(told)[-1]) if told else None
-
-
-def _eta(progress: Event, step: int | None, of: int | None) -> float | None:
-    """Seconds to the last step, evaluations not counted."""
-    each = number(progress.get("seconds_per_step"))
-    if step is None or not of or not each:
-        return None
-    since = time.time() - progress.get("time", 0.0) if step == progress.get("step") else 0.0
-    return max(0.0, (of - step) * each - since)
-
-
-def _error(events: Sequence[Event]) -> str:
-    return next(
-        (
-            printable(e["message"])
-            for e in reversed(events)
-            if e["event"] in ("fault", "failed") and e.get("message")
-        ),
-        "",
-    )
-
-
-def _ask(jobs: Sequence[str]) -> "tuple[dict[str, Queued] | None, str]":
+def _read_queue(jobs: Sequence[str]) -> "tuple[dict[str, Queued] | None, str]":
+    """SLURM's queue by job id (None if it cannot be read), and why it cannot be read."""
     if not jobs:
         return {}, ""
     if shutil.which("squeue") is None:
@@ -265,51 +354,48 @@ def _ask(jobs: Sequence[str]) -> "tuple[dict[str, Queued] | None, str]":
         return None, str(error)
 
 
-# -- files and words ---------------------------------------------------------------------------------------------
+# -- files and text --------------------------------------------------------------------------------
 def _is_run(folder: Path) -> bool:
-    return any((folder / mark).is_file() for mark in MARKS)
+    return any((folder / name).is_file() for name in RUN_FILES)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """{} for a file that is not there, or half written."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file is missing or half written."""
     try:
-        told = json.loads(path.read_bytes())
+        contents = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return contents if isinstance(contents, dict) else {}
 
 
-def _max_steps(folder: Path) -> Any:
-    training = _json(folder / CONFIG).get("training")
-    return training.get("max_steps") if isinstance(training, dict) else None
-
-
-def split_overrides(overrides: Any) -> dict[str, str]:
-    """['+key=value'] -> {key: value}, without what only says where a run is."""
-    pairs = [str(o).lstrip("+").partition("=") for o in overrides or ()]
-    return {
-        printable(key): printable(value)
-        for key, _, value in pairs
-        if key != "run_dir" and not key.startswith("hydra")
-    }
+def split_overrides(overrides: Iterable[object] | None) -> dict[str, str]:
+    """['+key=value'] -> {key: value}, without run_dir and hydra.*, which only place the run."""
+    values = {}
+    for override in overrides or ():
+        key, _, value = str(override).lstrip("+").partition("=")
+        if key != "run_dir" and not key.startswith("hydra"):
+            values[printable(key)] = printable(value)
+    return values
 
 
 def printable(text: object) -> str:
-    """What others said, harmless to a terminal."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(text).split()))
+    """`text` on one line, with characters that could control a terminal replaced."""
+    line = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
 def span(seconds: float) -> str:
-    for unit, length in (("days", 86_400), ("h", 3_600)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{max(0.0, seconds):.0f} s"
+    """A duration in the largest unit that gives at least 2: '119 s', '2 min', '2.3 days'."""
+    if seconds >= 2 * 86_400:
+        return f"{seconds / 86_400:.1f} days"
+    if seconds >= 2 * 3_600:
+        return f"{seconds / 3_600:.1f} h"
+    if seconds >= 2 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{max(0.0, seconds):.0f} s"
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """2 before 10."""
-    return [
-        (int(part), "") if part.isdigit() else (-1, part)
-        for part in re.split(r"(\d+)", name)
-        if part
-    ]
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts 2 before 10."""
+    parts = [part for part in re.split(r"(\d+)", name) if part]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

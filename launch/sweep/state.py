@@ -1,17 +1,18 @@
-"""A run's state, from its history and from what SLURM's queue says of its job."""
+"""Infers the state of a run from its history and from SLURM's queue."""
 
 import math
-import os
 import socket
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
 
 if TYPE_CHECKING:
     from evspan.launch.slurm.client import Queued
 
 Event = Mapping[str, Any]
-WAITS = frozenset(
+WAITING_STATES = frozenset(
     {
         "PENDING",
         "CONFIGURING",
@@ -25,105 +26,141 @@ WAITS = frozenset(
 
 
 class State(Enum):
+    """What a run is doing, or how it ended."""
+
     waiting = "waiting"
     running = "running"
-    requeued = "requeued"  # waits again
+    requeued = "requeued"  # waits for its next attempt
     saved = "saved"  # stopped by a signal; it continues when it is started again
     done = "done"
     failed = "failed"
     cancelled = "cancelled"
-    lost = "lost"  # neither in the queue nor ended
-    unknown = "unknown"  # has told nothing
+    lost = "lost"  # it has not ended, but neither SLURM nor this machine runs it
+    unknown = "unknown"  # there is no history
 
     @property
     def unfinished(self) -> bool:
-        """It goes on by itself."""
+        """Whether the run continues without a user's action."""
         return self in (State.waiting, State.running, State.requeued)
 
 
-def judge(
-    events: Sequence[Event], job: str, task: "Queued | None", *, asked: bool
-) -> tuple[State, str]:
-    """A run's state, and in a few words what it waits for or how it ended.
+class RunState(NamedTuple):
+    """A state, and in a few words what the run waits for or how it ended (may be empty)."""
+
+    state: State
+    reason: str = ""
+
+
+def infer_state(
+    events: Sequence[Event], job: str, task: "Queued | None", *, queue_read: bool
+) -> RunState:
+    """Infers the state of a run.
 
     Args:
-        events: of its last submission. job: SLURM's id, empty where it is none. task: what the queue says of it; None: it is not
-            there, or (not asked) there was no queue to ask.
+        events: history of the last submission, oldest first.
+        job: SLURM job id; empty for a run that was started on this machine.
+        task: the job's entry in SLURM's queue. None if the queue has no such job, or was not read.
+        queue_read: whether SLURM's queue was read.
     """
-    since = events[_last_start(events) :]
-    told = [e["event"] for e in since if e["event"] != "submitted"]
-    last, begun = told[-1] if told else "", any(e["event"] == "start" for e in since)
-    goes_on = task is not None and task.alive and task.state != "COMPLETING"
-    for ended in (State.done, State.failed, State.cancelled):
-        if ended.value in told and not (ended is State.cancelled and goes_on):
-            return ended, ""
-    if task is not None and task.alive:
-        return _in_queue(task, last, begun)
-    if last == "saved":
-        return State.saved, "not in the queue" if job and asked else ""
-    if job and asked:
-        if task is not None and task.state == "CANCELLED":
-            return State.cancelled, "by scancel"
-        return State.lost, f"SLURM ended it: {task.state}" if task else "not in SLURM's queue"
-    if last in ("fault", "requeued"):
-        return State.requeued, ""
-    if begun and not job and _gone(since[0]):
-        return State.lost, f"process {since[0]['pid']} is gone"
-    return (State.running, _starting(last)) if begun else (State.waiting, "")
+    attempt = events[_last_start(events) :]
+    names = [event["event"] for event in attempt if event["event"] != "submitted"]
+    last_name = names[-1] if names else ""
+    started = "start" in names
+    in_queue = task is not None and task.alive
+
+    for final in (State.done, State.failed, State.cancelled):
+        if final.value not in names:
+            continue
+        ending = task is not None and task.state == "COMPLETING"
+        if final is State.cancelled and in_queue and not ending:
+            continue  # SLURM has not carried out the cancellation yet
+        return RunState(final)
+    if task is not None and in_queue:
+        return _queued_state(task, last_name, started)
+    if last_name == "saved":
+        return RunState(State.saved, "not in the queue" if job and queue_read else "")
+    if job and queue_read:
+        return _state_outside_queue(task)
+    if last_name in ("fault", "requeued"):
+        return RunState(State.requeued)
+    if not started:
+        return RunState(State.waiting)
+    if not job and _process_ended(attempt[0]):
+        return RunState(State.lost, f"process {attempt[0]['pid']} has ended")
+    return RunState(State.running, _startup_reason(last_name))
 
 
-def _in_queue(task: "Queued", last: str, begun: bool) -> tuple[State, str]:
-    if task.state in WAITS:
-        reason = task.reason.strip("()") if task.state == "PENDING" else task.state.lower()
-        return State.requeued if begun else State.waiting, "" if reason == "None" else reason
-    if last == "saved":
-        return State.saved, "ending"
-    return State.running, _starting(last) if task.state == "RUNNING" else task.state.lower()
+def _queued_state(task: "Queued", last_name: str, started: bool) -> RunState:
+    """The state of a run whose job is in the queue."""
+    if task.state in WAITING_STATES:
+        state = State.requeued if started else State.waiting
+        reason = task.state.lower()
+        if task.state == "PENDING":
+            reason = task.reason.strip("()")
+        return RunState(state, "" if reason == "None" else reason)
+    if last_name == "saved":
+        return RunState(State.saved, "ending")
+    if task.state == "RUNNING":
+        return RunState(State.running, _startup_reason(last_name))
+    return RunState(State.running, task.state.lower())
 
 
-def _starting(last: str) -> str:
-    return "" if last == "running" else "starting"
+def _state_outside_queue(task: "Queued | None") -> RunState:
+    """The state of a run that did not record its end and whose job SLURM does not run."""
+    if task is None:
+        return RunState(State.lost, "not in SLURM's queue")
+    if task.state == "CANCELLED":
+        return RunState(State.cancelled, "by scancel")
+    return RunState(State.lost, f"SLURM ended it: {task.state}")
 
 
-def _gone(start: Event) -> bool:
-    return (
-        "pid" in start
-        and start.get("host") == socket.gethostname()
-        and not os.path.exists(f"/proc/{start['pid']}")
-    )
+def _startup_reason(last_name: str) -> str:
+    return "" if last_name == "running" else "starting"
+
+
+def _process_ended(start: Event) -> bool:
+    """Whether the attempt ran on this machine and its process no longer exists."""
+    if "pid" not in start or start.get("host") != socket.gethostname():
+        return False
+    return not psutil.pid_exists(start["pid"])
 
 
 def _last_start(events: Sequence[Event]) -> int:
-    return max((i for i, e in enumerate(events) if e["event"] == "start"), default=0)
+    """Index of the last start event; 0 if there is none."""
+    starts = [i for i, event in enumerate(events) if event["event"] == "start"]
+    return starts[-1] if starts else 0
 
 
-def of_submission(events: list[dict[str, Any]], submitted: Event) -> list[dict[str, Any]]:
-    """Those since the run was last submitted: what came before belongs to another job."""
-    job, at = submitted.get("job"), number(submitted.get("time")) or 0.0
+def last_start(events: Sequence[Event]) -> Event:
+    """The last start event; empty if there is none."""
+    for event in reversed(events):
+        if event["event"] == "start":
+            return event
+    return {}
+
+
+def events_of_submission(events: list[dict[str, Any]], submitted: Event) -> list[dict[str, Any]]:
+    """The events since the run was last submitted. Earlier ones belong to another job."""
+    job = submitted.get("job")
+    submitted_at = number(submitted.get("time")) or 0.0
     if not job:
         return events
-    return next(
-        (
-            events[i:]
-            for i, e in enumerate(events)
-            if e.get("job") == job or e.get("time", 0.0) >= at
-        ),
-        [],
-    )
+    for i, event in enumerate(events):
+        if event.get("job") == job or event.get("time", 0.0) >= submitted_at:
+            return events[i:]
+    return []
 
 
-def job_of(recent: Sequence[Event], submitted: Event) -> str:
-    """SLURM's id of the job that these events are of; empty if it was started on this machine."""
-    start = next((e for e in reversed(recent) if e["event"] == "start"), None)
-    if start is not None and not start.get("job"):
+def job_of_events(events: Sequence[Event], submitted: Event) -> str:
+    """SLURM id of the job that wrote the events; empty if the run was started on this machine."""
+    start = last_start(events)
+    if start and not start.get("job"):
         return ""
-    return str(submitted.get("job") or (start or {}).get("job") or "")
+    return str(submitted.get("job") or start.get("job") or "")
 
 
 def number(value: Any) -> float | None:
-    """A finite one, or None."""
-    return (
-        value
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        else None
-    )
+    """`value` if it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None

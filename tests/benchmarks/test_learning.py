@@ -17,7 +17,7 @@ from evspan.conf.errors import UserError
 from evspan.data_prep.simulator import SimulatorConfig
 from evspan.data_prep.simulator.scene import LENGTHS, make_scene
 from evspan.launch.cli import simulate
-from evspan.launch.sweep.registry import look
+from evspan.launch.sweep.registry import read_runs
 from evspan.pipeline.history import append
 from evspan.pipeline.tensorboard.writer import Monitor
 from learning import study as bench
@@ -374,7 +374,7 @@ def made_up(plan: bench.Plan, ap: dict[str, list[float]], **more: float) -> None
 
 def told_by(plan: bench.Plan, capsys) -> list[list[str]]:
     """The cells of the report's lines."""
-    write_report(plan, Made(Path("set"), "abc", True), look(plan.folder / "runs")[0])
+    write_report(plan, Made(Path("set"), "abc", True), read_runs(plan.folder / "runs").runs)
     return [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in capsys.readouterr().out.splitlines()

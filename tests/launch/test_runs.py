@@ -12,10 +12,20 @@ from pathlib import Path
 
 import pytest
 from evspan.conf.errors import UserError
+from evspan.launch.cli import cancel, logs, status
 from evspan.launch.slurm.client import Queued, queued
-from evspan.launch.sweep import cancel, logs, status
-from evspan.launch.sweep.registry import describe, differing, find_runs, look, span
-from evspan.launch.sweep.state import State, judge, of_submission
+from evspan.launch.sweep import logs as sweep_logs
+from evspan.launch.sweep.cancel import cancel_runs
+from evspan.launch.sweep.registry import (
+    describe,
+    differing,
+    find_runs,
+    read_runs,
+    short_names,
+    span,
+)
+from evspan.launch.sweep.state import State, events_of_submission, infer_state
+from evspan.launch.sweep.status import status_rows
 from evspan.pipeline.history import HISTORY, PROGRESS, append, read, write_progress
 from support.slurm_cluster import Cluster
 
@@ -185,7 +195,7 @@ def task(state: str, reason: str = "(None)") -> Queued:
     ],
 )
 def test_states_of_jobs(events, queue, expected):
-    state, reason = judge(events_of(events), "7", queue, asked=True)
+    state, reason = infer_state(events_of(events), "7", queue, queue_read=True)
     assert (state.value, reason) == expected
 
 
@@ -208,49 +218,56 @@ def test_states_of_jobs(events, queue, expected):
     ],
 )
 def test_states_by_files_alone(events, job, expected):
-    assert judge(events_of(events), job, None, asked=False)[0].value == expected
+    assert infer_state(events_of(events), job, None, queue_read=False)[0].value == expected
 
 
 def test_a_process_of_this_machine_that_is_gone_is_lost():
     ended = subprocess.Popen(["true"])
     ended.wait(20)
     start = {"event": "start", "time": 1.0, "host": socket.gethostname(), "job": ""}
-    assert judge([{**start, "pid": ended.pid}], "", None, asked=False) == (
+    assert infer_state([{**start, "pid": ended.pid}], "", None, queue_read=False) == (
         State.lost,
-        f"process {ended.pid} is gone",
+        f"process {ended.pid} has ended",
     )
-    assert judge([{**start, "pid": os.getpid()}], "", None, asked=False)[0] is State.running
     assert (
-        judge([{**start, "pid": ended.pid, "host": "elsewhere"}], "", None, asked=False)[0]
+        infer_state([{**start, "pid": os.getpid()}], "", None, queue_read=False)[0] is State.running
+    )
+    assert (
+        infer_state([{**start, "pid": ended.pid, "host": "elsewhere"}], "", None, queue_read=False)[
+            0
+        ]
         is State.running
     )
     assert (
-        judge([{**start, "pid": ended.pid}, {"event": "done", "time": 2.0}], "", None, asked=False)[
-            0
-        ]
+        infer_state(
+            [{**start, "pid": ended.pid}, {"event": "done", "time": 2.0}],
+            "",
+            None,
+            queue_read=False,
+        )[0]
         is State.done
     )
 
 
 def test_what_came_before_a_submission_is_another_story():
     events = [{"event": "start", "job": "7", "time": 1.0}, {"event": "failed", "time": 2.0}]
-    assert of_submission(events, {"job": "8", "time": 3.0}) == []
-    assert of_submission(events, {"job": "7", "time": 3.0}) == events  # clocks differ
+    assert events_of_submission(events, {"job": "8", "time": 3.0}) == []
+    assert events_of_submission(events, {"job": "7", "time": 3.0}) == events  # clocks differ
     again = [
         *events,
         {"event": "start", "job": "8", "time": 2.9},
         {"event": "running", "time": 3.5},
     ]
-    assert of_submission(again, {"job": "8", "time": 3.0}) == again[2:]
+    assert events_of_submission(again, {"job": "8", "time": 3.0}) == again[2:]
     unheard = [*events, {"event": "failed", "time": 3.5}]  # before its start
-    assert of_submission(unheard, {"job": "8", "time": 3.0}) == unheard[2:]
-    assert of_submission(events, {}) == events
+    assert events_of_submission(unheard, {"job": "8", "time": 3.0}) == unheard[2:]
+    assert events_of_submission(events, {}) == events
 
 
 def test_started_here_after_a_job_it_is_no_job(tmp_path, no_slurm):
     run = make_run(tmp_path / "run", "submitted", "start", "failed")
     append(run, "start", step=0, of=10, attempt=2, host="elsewhere", job="", pid=1)
-    (found,), note = look(run)
+    (found,), note = read_runs(run)
     assert (found.job, found.state, found.requeues, note) == ("", State.running, 1, "")
 
 
@@ -258,9 +275,9 @@ def test_started_here_after_a_job_it_is_no_job(tmp_path, no_slurm):
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (lambda p: None, "is not there. Give the folder of a run (its run_dir) or of a sweep"),
+        (lambda p: None, "does not exist. Give the folder of a run (its run_dir) or of a sweep"),
         (lambda p: p.write_text("x"), "is a file"),
-        (lambda p: p.mkdir(), "holds no run. Give the folder of a run (it has history"),
+        (lambda p: p.mkdir(), "contains no run. Give the folder of a run (it has history"),
     ],
 )
 @pytest.mark.parametrize("command", [status, logs, cancel])
@@ -283,10 +300,10 @@ def test_runs_come_in_the_order_of_their_numbers(tmp_path):
 
 
 def test_overrides_that_differ(tmp_path, no_slurm):
-    runs, _ = look(make_sweep(tmp_path / "sweep"))
+    runs, _ = read_runs(make_sweep(tmp_path / "sweep"))
     assert differing(runs) == ["optimizer.lr", "optimizer.learn"]
     assert differing(runs[:1]) == ["optimizer.lr", "seed"]
-    assert status.headings(["optimizer.lr", "model.fpn.depth", "seed", "x.lr"]) == [
+    assert short_names(["optimizer.lr", "model.fpn.depth", "seed", "x.lr"]) == [
         "optimizer.lr",
         "depth",
         "seed",
@@ -310,18 +327,18 @@ def test_half_written_files_are_survived(tmp_path, no_slurm, name):
     whole = path.read_bytes()
     for end in range(0, len(whole), 7):
         path.write_bytes(whole[:end] + b"\xff" * (end % 2))
-        runs, _ = look(sweep)
+        runs, _ = read_runs(sweep)
         assert [run.name for run in runs] == ["0", "1", "2"]
-        assert status.lines_of(runs)
+        assert status_rows(runs)
         assert runs[0].state is State.done
     path.unlink()
-    assert len(look(sweep)[0]) == 3
+    assert len(read_runs(sweep)[0]) == 3
 
 
 def test_a_run_that_has_only_its_config_is_unknown(tmp_path, no_slurm):
     (tmp_path / "config.json").write_text('{"training": {"max_steps": 70}}')
-    (run,), note = look(tmp_path)
-    assert (run.state, run.of, run.step, run.reason, note) == (
+    (run,), note = read_runs(tmp_path)
+    assert (run.state, run.max_steps, run.step, run.reason, note) == (
         State.unknown,
         70,
         None,
@@ -357,7 +374,7 @@ def test_the_table(tmp_path, no_slurm, told):
     assert "seed" not in lines[0]
     assert lines[-2:] == [
         "3 runs: 1 running, 1 done, 1 failed",
-        "note: squeue is not on the PATH; states are what the runs' files tell",
+        "note: squeue is not on the PATH; the states come from the runs' files",
     ]
 
 
@@ -407,11 +424,11 @@ def test_the_newest_word_tells_the_step(tmp_path, no_slurm):
     write_progress(
         run, {"step": 90, "of": 1000, "time": NOW - 250, "seconds_per_step": 1.0}
     )  # of the first attempt
-    (found,), _ = look(run)
-    assert (found.step, found.of, found.requeues) == (51, 1000, 1)
+    (found,), _ = read_runs(run)
+    assert (found.step, found.max_steps, found.requeues) == (51, 1000, 1)
     assert found.eta_s == 949
     write_progress(run, {"step": 60, "of": 1000, "time": NOW, "seconds_per_step": None})
-    assert (look(run)[0][0].step, look(run)[0][0].eta_s) == (60, None)
+    assert (read_runs(run)[0][0].step, read_runs(run)[0][0].eta_s) == (60, None)
 
 
 def test_a_silent_run_is_told(tmp_path, no_slurm):
@@ -420,10 +437,10 @@ def test_a_silent_run_is_told(tmp_path, no_slurm):
         tmp_path / "run", "start", step=0, of=10, host="elsewhere", job="", time=time.time() - 6010
     )
     append(tmp_path / "run", "running", step=1, time=time.time() - 6000)
-    (run,), _ = look(tmp_path / "run")
+    (run,), _ = read_runs(tmp_path / "run")
     assert (run.state, run.reason) == (State.running, "silent for 100 min")
     append(tmp_path / "run", "saved", step=2)
-    assert look(tmp_path / "run")[0][0].reason == ""
+    assert read_runs(tmp_path / "run")[0][0].reason == ""
 
 
 def test_errors_of_others_are_harmless_to_a_terminal(tmp_path, no_slurm, told):
@@ -433,7 +450,7 @@ def test_errors_of_others_are_harmless_to_a_terminal(tmp_path, no_slurm, told):
     assert code == 0
     assert len(lines) == 2
     assert lines[1].endswith("bad �[2Jnews�")
-    assert describe(look(run)[0][0]) == "failed at step 3: bad �[2Jnews�"
+    assert describe(read_runs(run)[0][0]) == "failed at step 3: bad �[2Jnews�"
 
 
 @pytest.mark.parametrize(
@@ -455,7 +472,7 @@ def test_spans(seconds, words):
 def test_the_commands_load_no_torch(tmp_path):
     run = make_run(tmp_path / "run", "start", "done", job="")
     script = (
-        "import sys; from launch import cancel, logs, report, status; p = sys.argv[1:]; status.main(p); cancel.main(p); "
+        "import sys; from evspan.launch.cli import cancel, logs, status; from evspan.launch.sweep.report import summary as report; p = sys.argv[1:]; status.main(p); cancel.main(p); "
         "report.main(p); assert not {'torch', 'hydra', 'deepspeed'} & set(sys.modules)"
     )
     done = subprocess.run(
@@ -520,7 +537,7 @@ def test_logs_of_a_sweep_or_of_no_log(logged, tmp_path, no_slurm, told):
     assert line.endswith("has no logs: it is waiting at step 0; --follow waits for them")
     code, (line,) = told(logs, make_run(tmp_path / "here", "start", job=""))
     assert code == 2
-    assert "speaks to its terminal only" in line
+    assert "writes to its terminal only" in line
 
 
 @pytest.mark.timeout(30)
@@ -529,7 +546,7 @@ def test_a_reader_that_has_enough_ends_it_quietly(logged):
     command = [
         sys.executable,
         "-c",
-        "from evspan.launch.sweep.logs import main; main()",
+        "from evspan.launch.cli.logs import main; main()",
         str(logged),
     ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -555,7 +572,7 @@ def ending(run: Path, seconds: float = 1.5):
 
 @pytest.mark.timeout(40)
 def test_follow_waits_for_a_log_and_ends_with_the_run(tmp_path, monkeypatch, told, no_slurm):
-    monkeypatch.setattr(logs, "STATE_S", 0.5)
+    monkeypatch.setattr(sweep_logs, "STATE_S", 0.5)
     run = make_run(tmp_path / "run", "start", job="17")
     script = f"""
 import os, time
@@ -603,13 +620,13 @@ def test_a_run_of_this_machine_is_told_how(tmp_path, no_slurm, told):
     code, (line,) = told(cancel, run)
     assert code == 0
     assert line == (
-        f"{run}: runs on n1 without SLURM; there, kill -TERM {os.getpid()} saves and ends it, "
+        f"{run}: runs on n1 without SLURM; on that machine, kill -TERM {os.getpid()} saves and ends it, "
         "Ctrl-C ends it at once"
     )
     (tmp_path / "sweep.json").write_text('{"runs": [{"folder": "later", "overrides": []}]}')
     code, lines = told(cancel, tmp_path)
     assert code == 0
-    assert f"{tmp_path / 'later'}: is no job of SLURM's, and has not begun" in "\n".join(lines)
+    assert f"{tmp_path / 'later'}: is not a SLURM job and has not started" in "\n".join(lines)
 
 
 # -- on the cluster ----------------------------------------------------------------------------------------------
@@ -651,7 +668,8 @@ def test_status_and_cancel_of_real_jobs(slurm, tmp_path, told):
     )
     until(
         lambda: (
-            [run.state for run in look(runs)[0]] == [State.running, State.running, State.waiting]
+            [run.state for run in read_runs(runs)[0]]
+            == [State.running, State.running, State.waiting]
         )
     )
     lines = told(status, runs)[1]
@@ -680,7 +698,7 @@ def test_status_and_cancel_of_real_jobs(slurm, tmp_path, told):
             <= {"CANCELLED", None}
         )
     )
-    assert [run.state for run in look(runs)[0]] == [State.cancelled] * 3
+    assert [run.state for run in read_runs(runs)[0]] == [State.cancelled] * 3
     assert [e["event"] for e in read(held)] == ["submitted", "cancelled"]
     assert told(cancel, runs) == (0, ["nothing to cancel: 3 runs: 3 cancelled"])
 
@@ -689,15 +707,15 @@ def test_status_and_cancel_of_real_jobs(slurm, tmp_path, told):
 def test_jobs_that_slurm_ended_or_never_knew(slurm, tmp_path):
     job = sbatch(slurm)
     run = submitted(tmp_path / "run", job)
-    until(lambda: look(run)[0][0].state is State.running)
+    until(lambda: read_runs(run)[0][0].state is State.running)
     slurm.ask("scancel", job)
-    until(lambda: look(run)[0][0].state is State.cancelled)
-    assert look(run)[0][0].reason == "by scancel"
+    until(lambda: read_runs(run)[0][0].state is State.cancelled)
+    assert read_runs(run)[0][0].reason == "by scancel"
     assert set(queued([job, "4000000", f"{job}_7"])) == {job}
     assert queued(["4000000"]) == {}
     assert queued([]) == {}
     (run / "submitted.json").write_text(json.dumps({"job": "4000000", "time": NOW - 60}))
-    (found,), note = look(run)
+    (found,), note = read_runs(run)
     assert (found.state, found.reason, note) == (State.lost, "not in SLURM's queue", "")
 
 
@@ -715,5 +733,5 @@ def test_a_controller_that_does_not_answer(slurm, tmp_path, monkeypatch, told):
     with pytest.raises(
         UserError, match="squeue failed.*run it where SLURM's commands reach the cluster"
     ):
-        cancel.cancel(run)
+        cancel_runs(run)
     assert PROGRESS not in os.listdir(run)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from evspan.conf.errors import UserError
-from evspan.launch.sweep.registry import look
+from evspan.launch.sweep.registry import read_runs
 from evspan.launch.sweep.report import summary as report
 from evspan.launch.sweep.report.curves import Curve, Point, read_curves
 from evspan.launch.sweep.report.html import MOST, thinned
@@ -107,7 +107,7 @@ def sweep(tmp_path):
 
 
 def rows(sweep: Path) -> list[report.Row]:
-    return report.rows_of(look(sweep)[0])
+    return report.rows_of(read_runs(sweep).runs)
 
 
 class Page(HTMLParser):
@@ -374,7 +374,7 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
     err = capsys.readouterr().err
     assert leaving.value.code == 2
     assert len(err.splitlines()) == 1
-    assert "holds no run" in err
+    assert "contains no run" in err
     assert not list(tmp_path.iterdir())
 
 

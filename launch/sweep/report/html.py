@@ -11,10 +11,9 @@ from evspan.data_prep.report.look import CSS, SCRIPT
 from evspan.data_prep.report.markup import cell, decimals, safe, section, table
 from evspan.data_prep.report.plots import Axes, round_ticks, tick
 from evspan.data_prep.shards.atomic import written_whole
-from evspan.launch.sweep.registry import span
+from evspan.launch.sweep.registry import short_names, span
 from evspan.launch.sweep.report.curves import Point
 from evspan.launch.sweep.state import State, number
-from evspan.launch.sweep.status import headings
 
 if TYPE_CHECKING:
     from evspan.launch.sweep.report.summary import Row
@@ -106,7 +105,7 @@ def _colour(index: int) -> str:
 def _table(path: Path, rows: Sequence["Row"], keys: Sequence[str], tensorboard: str) -> str:
     heads = [
         ("run", False),
-        *((safe(name), _numeric(rows, key)) for name, key in zip(headings(keys), keys)),
+        *((safe(name), _numeric(rows, key)) for name, key in zip(short_names(keys), keys)),
         ("AP", True),
         ("AP50", True),
         ("AP small", True),
@@ -131,7 +130,7 @@ def _table(path: Path, rows: Sequence["Row"], keys: Sequence[str], tensorboard: 
             cell(best and best[1]),
             cell(row.last_loss, decimals(4)),
             cell(run.step),
-            cell(run.of),
+            cell(run.max_steps),
         ]
         overrides = [_override(run.overrides.get(key, ""), _numeric(rows, key)) for key in keys]
         lines.append(

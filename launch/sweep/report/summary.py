@@ -10,10 +10,10 @@ from pathlib import Path
 
 from evspan.conf.errors import UserError
 from evspan.launch.cli.command import Parser, run_command
-from evspan.launch.sweep.registry import Run, differing, look, span
+from evspan.launch.cli.table import format_table as table
+from evspan.launch.sweep.registry import Run, differing, read_runs, short_names, span
 from evspan.launch.sweep.report.curves import Curve, read_curves, write_hparams
 from evspan.launch.sweep.state import State, number
-from evspan.launch.sweep.status import decimals, headings, table
 
 LOSS, AP = "loss/total", "evaluation/ap"
 MEASURES = {"ap": "AP", "ap50": "AP50", "ap_small": "AP small"}  # of an evaluation
@@ -61,6 +61,10 @@ class Row:
         return {key: value for key, value in told.items() if value is not None}
 
 
+def decimals(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
 def rows_of(runs: Sequence[Run]) -> list[Row]:
     """By AP, best first; runs without any come last, in their order."""
     rows = []
@@ -97,7 +101,16 @@ def cost_of(run: Run, loss: Curve) -> Cost:
 def lines_of(rows: Sequence[Row], keys: Sequence[str]) -> list[str]:
     """keys: of the overrides that differ."""
     cells = [
-        ["run", *headings(keys), *MEASURES.values(), "best AP", "loss", "step", "state", "requeues"]
+        [
+            "run",
+            *short_names(keys),
+            *MEASURES.values(),
+            "best AP",
+            "loss",
+            "step",
+            "state",
+            "requeues",
+        ]
     ]
     for row in rows:
         run, best = row.run, row.best
@@ -113,7 +126,7 @@ def lines_of(rows: Sequence[Row], keys: Sequence[str]) -> list[str]:
                 str(run.requeues),
             ]
         )
-    told = table(cells, right=range(len(keys) + 1, len(cells[0]) - 2))
+    told = table(cells, right_aligned=range(len(keys) + 1, len(cells[0]) - 2))
     if (best_row := rows[0]).run.ap is not None and len(rows) > 1:
         told.append(
             f"best: {best_row.run.folder} ({wording(best_row.run, keys)}), AP {best_row.run.ap:.3f}"
@@ -167,13 +180,13 @@ def report(path: Path, tensorboard: str) -> None:
         raise UserError(
             f"--tensorboard is {tensorboard!r}; give an address such as http://login1:6006"
         )
-    runs, note = look(path)
+    runs, note = read_runs(path)
     rows, keys = rows_of(runs), differing(runs)
     print("\n".join(lines_of(rows, keys)))
     tell_tensorboard(rows, keys)
     write_page(path, rows, keys, tensorboard)
     if note:
-        print(f"note: {note}; states are what the runs' files tell")
+        print(f"note: {note}; the states come from the runs' files")
     print(f"{path / 'report.html'}; HParams: tensorboard --logdir {shlex.quote(str(path))}")
 
 

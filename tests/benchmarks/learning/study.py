@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evspan.conf.errors import UserError
 from evspan.launch.cli.command import Parser, fail, run_command
-from evspan.launch.sweep.registry import SWEEP, Run, look, split_overrides
+from evspan.launch.sweep.registry import SWEEP, Run, read_runs, split_overrides
 from learning.recordings import FULL, QUICK, Made, recordings_in
 
 RUNS = "runs"  # of a benchmark's folder: the sweep
@@ -321,7 +321,7 @@ def _learn(given: argparse.Namespace) -> int:
     made, code = recordings_in(plan.folder, QUICK if given.quick else FULL), 0
     if not given.report:
         code = _train(plan, made)
-    runs, note = look(plan.folder / RUNS)
+    runs, note = read_runs(plan.folder / RUNS)
     if not finished(plan, runs):
         print(f"none of these runs is done yet: evspan status {plan.folder / RUNS}")
         return code

@@ -1,0 +1,82 @@
+"""`evspan logs`: prints the logs of a run's ranks."""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.sweep.logs import LogSelection, read_logs
+
+DESCRIPTION = """Prints the log of a rank, attempt after attempt (RUN/logs/rank-00.log). Rank 0
+logs the losses and AP."""
+EXAMPLES = """examples:
+  evspan logs sweeps/lr/3
+  evspan logs sweeps/lr/3 --follow --lines 20
+  evspan logs sweeps/lr/3 --all --lines 5"""
+
+
+@dataclass(frozen=True)
+class LogsOptions:
+    """Options of `evspan logs`."""
+
+    run: Path
+    selection: LogSelection
+
+
+def parse_options(argv: list[str] | None) -> LogsOptions:
+    """Options from the arguments after `evspan logs`; sys.argv for None."""
+    parser = Parser(
+        "evspan logs",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="folder of a run, such as one of a sweep"
+    )
+    ranks = parser.add_mutually_exclusive_group()
+    ranks.add_argument("--rank", type=int, metavar="N", help="the log of rank N (default: 0)")
+    ranks.add_argument(
+        "--all", action="store_true", help="the logs of all ranks, each line with its rank"
+    )
+    parser.add_argument(
+        "--follow",
+        "-f",
+        action="store_true",
+        help="continue with new lines until the run has ended",
+    )
+    parser.add_argument(
+        "--lines", "-n", type=int, metavar="N", help="start with the last N lines (default: all)"
+    )
+    args = parser.parse_args(argv)
+    selection = LogSelection(
+        rank=args.rank, all_ranks=args.all, follow=args.follow, last_lines=args.lines
+    )
+    return LogsOptions(args.run, selection)
+
+
+def logs(options: LogsOptions) -> None:
+    """Prints the selected lines.
+
+    Raises:
+        UserError: there is no such run or log.
+    """
+    for line in read_logs(options.run, options.selection):
+        print(line, flush=options.selection.follow)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs `evspan logs`."""
+    try:
+        run_command(lambda: logs(parse_options(argv)))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has ended
+        # Python flushes stdout at exit; what is left in the buffer must not raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
