@@ -1,4 +1,4 @@
-"""Where tests find material that is not part of the project; absent, they skip with a reason."""
+"""Fixtures of all tests: prepared datasets, the throw-away SLURM, and material that is not part of the project."""
 
 import logging
 import os
@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from evspan.data_prep.prepare import prepare
 from evspan.launch.logging_config import configure_logging
+from support.prepared import make_source, prep_config
 from support.slurm_cluster import cluster  # noqa: F401  a fixture
+from support.small_shards import write_small_shards
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,3 +64,25 @@ def samples_dir() -> Path:
 def parity_dir() -> Path:
     """Weights, inputs and outputs of the published detector, and preprocessing fixtures."""
     return outside("EVSPAN_PARITY", "parity")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of five simulated recordings in three formats and three splits, most of them with boxes."""
+    return make_source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def prepared(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `prepare` writes for `source`. A test that changes it works on a copy."""
+    output = tmp_path_factory.mktemp("prepared")
+    prepare(prep_config(source, output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of moving rectangles. The module's SHARD_FRAMES: split -> frames of each recording."""
+    return write_small_shards(
+        tmp_path_factory.mktemp("data") / "shards", request.module.SHARD_FRAMES
+    )

@@ -17,14 +17,9 @@ import pytest
 from evspan.data_prep.recordings.open import open_recording
 from evspan.launch.cli.prep import HELP, main
 from PIL import Image
-from support.prepared import KEYS, assert_sound, contents, copied, entries, make_source, manifest
+from support.prepared import KEYS, assert_sound, contents, copied, entries, manifest
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return make_source(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")

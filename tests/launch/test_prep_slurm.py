@@ -15,7 +15,7 @@ from evspan.conf.errors import ConfigError
 from evspan.conf.schema.prep_cluster import SlurmConfig
 from evspan.data_prep.prepare import prepare
 from evspan.launch.slurm.prep_task import BYTES_PER_TASK, MOST_TASKS, balanced, number_of_tasks
-from support.prepared import assert_same, make_source, prep_config
+from support.prepared import assert_same, prep_config
 from support.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -31,18 +31,6 @@ QUICK = (
     "import evspan.launch.slurm.prep_wait as w; w.QUEUE_S = w.GRACE_S = 1.0; w.POLL_S = 0.2; "  # the cluster is ours, its disk local
     "from evspan.launch.cli.main import main; main()"
 )
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return make_source(tmp_path_factory.mktemp("source"))
-
-
-@pytest.fixture(scope="module")
-def prepared(source, tmp_path_factory):
-    output = tmp_path_factory.mktemp("prepared")
-    prepare(prep_config(source, output))
-    return output
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from evspan.pipeline.history import (
     write_progress,
 )
 from support.refusals import refused_by
-from support.small_shards import write_small_shards
 
 ROOT = Path(__file__).parents[2]
+SHARD_FRAMES = {"train": [24, 20], "val": [12]}
 HOSTILE = [
     "two words",
     "it's",
@@ -37,11 +37,6 @@ HOSTILE = [
     "$HOME",
     "*",
 ]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return write_small_shards(tmp_path_factory.mktemp("shards"), {"train": [24, 20], "val": [12]})
 
 
 def tiny(shards: Path, run: Path, *more: str) -> list[str]:

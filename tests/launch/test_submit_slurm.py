@@ -14,15 +14,9 @@ from evspan.pipeline.history import read, read_progress
 from safetensors.numpy import load_file
 from support.slurm_cluster import Cluster
 from support.slurm_runs import START_S, STEPS, events, evspan, job_of, keys, time_out, wait_for
-from support.small_shards import write_small_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return write_small_shards(
-        tmp_path_factory.mktemp("shards"), {"train": [60, 44, 52], "val": [12]}
-    )
+SHARD_FRAMES = {"train": [60, 44, 52], "val": [12]}
 
 
 @pytest.fixture

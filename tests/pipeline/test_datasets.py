@@ -20,12 +20,7 @@ from support.prepared import frames_in
 from support.rvt_tree import write_rvt_tree
 from support.small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
 
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return write_small_shards(
-        tmp_path_factory.mktemp("data") / "shards", {"train": [23, 12, 9], "val": [5]}
-    )
+SHARD_FRAMES = {"train": [23, 12, 9], "val": [5]}
 
 
 def opened(root, split="train", **config):

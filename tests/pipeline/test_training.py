@@ -17,17 +17,11 @@ from evspan.conf.schema.prep import FrameMode
 from evspan.pipeline.engine.checkpoints import load_snapshot
 from evspan.pipeline.weights import load_weights
 from support.rvt_tree import write_rvt_tree
-from support.small_shards import BINS, write_small_shards
+from support.small_shards import BINS
 from support.training_runs import LOSSES, ROOT, scalars, train, train_command
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return write_small_shards(
-        tmp_path_factory.mktemp("data") / "shards", {"train": [23, 12, 9], "val": [12, 7, 5]}
-    )
+SHARD_FRAMES = {"train": [23, 12, 9], "val": [12, 7, 5]}
 
 
 @pytest.fixture(scope="module")

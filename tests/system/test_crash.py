@@ -23,11 +23,11 @@ from evspan.pipeline.weights import Weights, load_weights, newest_checkpoint
 from safetensors.torch import load_file
 from support.checkpoint_ranks import Case, config
 from support.crash_ranks import be_rank
-from support.small_shards import write_small_shards
 from support.training_runs import LOSSES, scalars
 
 pytestmark = pytest.mark.timeout(300)  # on a busy machine
 STEPS, EVERY, KEEP, EVALUATE = 10, 2, 2, 4
+SHARD_FRAMES = {"train": [23, 12, 9], "val": [12]}
 PRELOADED = [
     "evspan.launch.cli.train",
     "evspan.pipeline.engine.trainer",
@@ -40,13 +40,6 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return write_small_shards(
-        tmp_path_factory.mktemp("data") / "shards", {"train": [23, 12, 9], "val": [12]}
-    )
 
 
 class Run:

@@ -16,10 +16,10 @@ from evspan.pipeline.engine.oom import knobs, out_of_memory
 from evspan.pipeline.parallel.world import World
 from support.processes import alive, all_ready, eventually, pids
 from support.slurm_cluster import free_ports
-from support.small_shards import write_small_shards
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(120)
+SHARD_FRAMES = {"train": [23, 22], "val": [4]}
 TIMEOUT_S = 4
 
 PROGRAM = """
@@ -225,13 +225,6 @@ def trained_in_little_memory(shards, run_dir, *overrides):
         if line.startswith("step      1"):
             process.send_signal(signal.SIGTERM)
     return told(process, 100)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return write_small_shards(
-        tmp_path_factory.mktemp("data") / "shards", {"train": [23, 22], "val": [4]}
-    )
 
 
 def test_too_little_memory_says_which_knob_and_turning_it_helps(shards, tmp_path):

@@ -24,25 +24,12 @@ from support.prepared import (
     assert_sound,
     copied,
     frames_in,
-    make_source,
     prep_config,
 )
 from support.slow_frames import random_events
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["dataset=simulated", "dataset.labels.label_every_ms=100", "frames.bins=3", "processes=2"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return make_source(tmp_path_factory.mktemp("source"))
-
-
-@pytest.fixture(scope="module")
-def prepared(source, tmp_path_factory):
-    output = tmp_path_factory.mktemp("prepared")
-    prepare(prep_config(source, output))
-    return output
 
 
 @pytest.fixture(scope="module")
