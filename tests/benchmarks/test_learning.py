@@ -1,4 +1,4 @@
-"""`evspan bench learn`: the fixed set, equal budgets, what the arms change, statistics, and the whole of it, small but real."""
+"""The learning study: its recordings, equal budgets, what the variants change, statistics, and a small real run."""
 
 import dataclasses
 import json
@@ -17,13 +17,14 @@ from evspan.conf.errors import UserError
 from evspan.data_prep.simulator import SimulatorConfig
 from evspan.data_prep.simulator.scene import LENGTHS, make_scene
 from evspan.launch.cli import simulate
-from evspan.launch.sweep.registry import read_runs
+from evspan.launch.sweep.registry import look
 from evspan.pipeline.history import append
 from evspan.pipeline.tensorboard.writer import Monitor
-from learning import study as bench
-from learning.curves import Line, Panel, write_picture
+from learning import plan as plans
+from learning import study
+from learning.curves import Line, Panel, write_svg
 from learning.intervals import interval, paired, t_quantile
-from learning.recordings import Made, Recordings, recordings_in
+from learning.recordings import FULL, QUICK, Recordings, RecordingSet, recordings_in
 from learning.report import mean_curve, write_report
 from support.composed_configs import composed
 
@@ -32,15 +33,15 @@ TINY = Recordings("tiny", 1, 1, 1, "")
 EXTRA = ("parallel.threads=1",)
 
 
-def plan_of(*words: str, folder: Path = Path("bench")) -> bench.Plan:
-    return bench.planned(bench._parser().parse_intermixed_args([*words, "--folder", str(folder)]))
+def plan_of(*words: str, folder: Path = Path("bench")) -> plans.Plan:
+    args = study._parser().parse_intermixed_args([*words, "--folder", str(folder)])
+    return study.options_from(args).plan
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------
-def run_bench(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    code = f"from learning.study import main; main({['learn', '--folder', str(folder), *words]!r})"
+def run_study(folder: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "tests/benchmarks/learn.py", "--folder", str(folder), *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -50,7 +51,7 @@ def run_bench(folder: Path, *words: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.timeout(420)
-def test_quick_trains_two_arms_tells_them_and_goes_on(tmp_path):
+def test_quick_trains_two_variants_reports_them_and_continues(tmp_path):
     words = [
         "--quick",
         "--steps",
@@ -63,37 +64,37 @@ def test_quick_trains_two_arms_tells_them_and_goes_on(tmp_path):
         "1",
         "--lengths",
         "none",
-        "--arms",
+        "--variants",
         "baseline,attention",
         *EXTRA,
     ]
-    ran = run_bench(tmp_path, *words)
+    ran = run_study(tmp_path, *words)
     assert ran.returncode == 0, ran.stderr
     folder = tmp_path / "learn-v2-quick"
     told = json.loads((folder / "report.json").read_text())
-    assert told["arms"].keys() == {"baseline", "attention"}
+    assert summary["variants"].keys() == {"baseline", "attention"}
     assert told["steps"] == 2
-    for number, name in enumerate(told["arms"]):
+    for number, name in enumerate(summary["variants"]):
         metrics = json.loads(
             (folder / "runs" / str(number) / "evaluation" / "metrics.json").read_text()
         )
-        assert told["arms"][name]["ap"] == {
+        assert summary["variants"][name]["ap"] == {
             "seeds": {"0": metrics["ap"]},
             "mean": metrics["ap"],
             "half": None,
         }
-        assert {"ap_still", "ap_moving", "recall_still"} <= told["arms"][name].keys()
+        assert {"ap_still", "ap_moving", "recall_still"} <= summary["variants"][name].keys()
         config = json.loads((folder / "runs" / str(number) / "config.json").read_text())
         assert config["model"]["fpn"]["enable_small_object_attention"] is (name == "attention")
     assert (folder / "report.md").read_text() in ran.stdout
-    assert "Not done" not in ran.stdout
-    assert ("other bits" in ran.stdout) == (told["digest"] != bench.QUICK.digest)
+    assert "Not finished" not in ran.stdout
+    assert ("not bit-identical" in ran.stdout) == (told["digest"] != QUICK.digest)
     assert (
         len(ElementTree.parse(folder / "curves.svg").getroot().findall(".//{*}polyline"))
         == 2 * 2 * 3
     )  # arms, thin and thick
 
-    again = run_bench(tmp_path, *words)
+    again = run_study(tmp_path, *words)
     assert again.returncode == 0
     assert again.stdout.count("done already") == 2
     assert "step " not in again.stdout.split("#")[0]
@@ -107,7 +108,7 @@ def test_a_set_is_made_once_and_refused_when_it_is_not_what_was_made(tmp_path, c
     )  # of a killed attempt, as this folder without a table is
     (tmp_path / "a" / "set").mkdir()
     made = recordings_in(tmp_path / "a", TINY)
-    assert not made.first
+    assert not made.original
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
         "set",
         "set.json",
@@ -115,7 +116,7 @@ def test_a_set_is_made_once_and_refused_when_it_is_not_what_was_made(tmp_path, c
     capfd.readouterr()
     assert recordings_in(
         tmp_path / "a", dataclasses.replace(TINY, digest=made.digest)
-    ) == dataclasses.replace(made, first=True)
+    ) == dataclasses.replace(made, original=True)
     assert capfd.readouterr().out == ""  # nothing ran
 
     shard = made.shards / "val" / "00000.h5"
@@ -139,7 +140,7 @@ def test_a_set_is_made_once_and_refused_when_it_is_not_what_was_made(tmp_path, c
 
 def test_the_set_has_many_small_crossing_and_stopping_objects(tmp_path):
     """Of a recording as the set has them, in pixels of its frames."""
-    given = simulate._parser().parse_args([str(tmp_path), *bench.FULL.recipe()["simulate"]])
+    given = simulate._parser().parse_args([str(tmp_path), *FULL.recipe()["simulate"]])
     config = SimulatorConfig(
         height=given.height,
         width=given.width,
@@ -189,8 +190,8 @@ def test_scales_change_sizes_alone_and_the_default_nothing(tmp_path):
 # -- plans -------------------------------------------------------------------------------------------------------
 def test_every_run_has_the_same_budget_and_every_seed_all_runs():
     plan = plan_of("--seeds", "2", "optimizer.lr=0.001")
-    assert plan.arms == tuple(bench.USUAL_ARMS)
-    assert plan.lengths == plan.horizons == bench.LENGTHS
+    assert plan.variants == plans.DEFAULT_VARIANTS
+    assert plan.lengths == plan.bptt_lengths == plans.LENGTHS
     runs = [dict(o.split("=") for o in overrides) for overrides in plan.all_runs()]
     assert len(runs) == 2 * (6 + 5 + 4)
     assert all(run["optimizer.lr"] == "0.001" for run in runs)
@@ -205,32 +206,32 @@ def test_every_run_has_the_same_budget_and_every_seed_all_runs():
     assert [run["seed"] for run in runs] == ["0"] * 15 + ["1"] * 15
     assert [
         int(run["training.sequence_length"]) for run in runs if run["experiment"] == "bench/length"
-    ] == [*bench.LENGTHS, 40, 40, 40, 40] * 2
-    horizons = [run for run in runs if "training.bptt_frames" in run]
-    assert [run["training.bptt_frames"] for run in horizons] == [
+    ] == [*plans.LENGTHS, 40, 40, 40, 40] * 2
+    cut = [run for run in runs if "training.bptt_frames" in run]
+    assert [run["training.bptt_frames"] for run in cut] == [
         "2",
         "5",
         "10",
         "20",
     ] * 2  # 40 is the length of 40
-    assert plan.horizon(40, 1) == plan.length(40, 1) in plan.all_runs()
+    assert plan.bptt(40, 1) == plan.length(40, 1) in plan.all_runs()
     assert len({tuple(run.items()) for run in runs}) == len(runs)
 
 
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--arms", "baseline,atention"], "no arm 'atention'"),
-        (["--lengths", "2,x"], "'x' is no number"),
+        (["--variants", "baseline,atention"], "unknown variant 'atention'"),
+        (["--lengths", "2,x"], "'x' is not a number"),
         (["--lengths", "3"], "--frames 40"),
-        (["--frames", "12", "--lengths", "2"], "sequences of 5"),
+        (["--frames", "12", "--lengths", "2"], "chunks of 5 frames"),
         (["--seeds", "0"], "--seeds is 0"),
-        (["--arms", "none", "--lengths", "none", "--horizons", "none"], "nothing to run"),
-        (["--horizons", "50"], "50 is more than the 40 frames"),
-        (["training.bptt_frames=3"], "say it by --horizons"),
-        (["seed=3"], "say it by --seeds"),
-        (["training.batch_size=2"], "say it by --frames"),
-        (["fast"], "no KEY=VALUE"),
+        (["--variants", "none", "--lengths", "none", "--bptt", "none"], "nothing to run"),
+        (["--bptt", "50"], "50 is more than the 40 frames"),
+        (["training.bptt_frames=3"], "use --bptt"),
+        (["seed=3"], "use --seeds"),
+        (["training.batch_size=2"], "use --frames"),
+        (["fast"], "not KEY=VALUE"),
     ],
 )
 def test_what_makes_no_sense_is_refused(words, part):
@@ -265,7 +266,7 @@ CHANGES = {  # arm -> all that its model has other than the baseline's
 }
 
 
-@pytest.mark.parametrize("arm", bench.ARMS)
+@pytest.mark.parametrize("arm", plans.VARIANTS)
 def test_an_arm_changes_what_it_says_and_nothing_else(arm):
     def flat(name):
         config = composed("train", f"experiment=bench/{name}")[0]
@@ -311,7 +312,7 @@ def test_intervals_by_their_definition_and_they_cover_as_often_as_they_say():
     assert told.half == pytest.approx(4.303 * statistics.stdev(sample) / math.sqrt(3), rel=1e-3)
     assert interval([0.2]).half is None
     assert interval([0.2]).points() == "20.0"
-    assert not interval([0.2]).clear
+    assert not interval([0.2]).excludes_zero
     assert interval([0.1, 0.1]).points(signed=True) == "+10.0 ± 0.0"
     rng = np.random.default_rng(0)
     inside = [
@@ -325,12 +326,12 @@ def test_differences_are_taken_seed_by_seed():
     ours, theirs = {0: 0.30, 1: 0.208, 2: 0.419}, {2: 0.40, 1: 0.19, 0: 0.28, 7: 0.9}
     told = paired(ours, theirs)
     assert told.values == pytest.approx((0.02, 0.018, 0.019))
-    assert told.clear
+    assert told.excludes_zero
     assert paired(ours, {5: 0.1}) is None
 
 
 # -- the report --------------------------------------------------------------------------------------------------
-def made_up(plan: bench.Plan, ap: dict[str, list[float]], **more: float) -> None:
+def made_up(plan: plans.Plan, ap: dict[str, list[float]], **more: float) -> None:
     """Finished runs of these AP, by arm or length and seed, as the trainer leaves them."""
     table, keys = [], plan.keys()
     for number, overrides in enumerate(plan.all_runs()):
@@ -372,12 +373,12 @@ def made_up(plan: bench.Plan, ap: dict[str, list[float]], **more: float) -> None
     (plan.folder / "runs" / "sweep.json").write_text(json.dumps({"runs": table}))
 
 
-def told_by(plan: bench.Plan, capsys) -> list[list[str]]:
+def told_by(plan: plans.Plan, capsys) -> list[list[str]]:
     """The cells of the report's lines."""
-    write_report(plan, Made(Path("set"), "abc", True), read_runs(plan.folder / "runs").runs)
+    text = write_report(plan, RecordingSet(Path("set"), "abc", True), look(plan.folder / "runs")[0])
     return [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in capsys.readouterr().out.splitlines()
+        for line in text.splitlines()
         if line.startswith("|")
     ]
 
@@ -386,11 +387,11 @@ def test_the_report_has_means_intervals_and_paired_differences(tmp_path, capsys)
     plan = plan_of(
         "--seeds",
         "3",
-        "--arms",
+        "--variants",
         "baseline,attention",
         "--lengths",
         "2,10",
-        "--horizons",
+        "--bptt",
         "5,40",
         "--steps",
         "100",
@@ -411,7 +412,13 @@ def test_the_report_has_means_intervals_and_paired_differences(tmp_path, capsys)
     assert horizons[0] == "frames"
     assert five[:3] == ["5", "1", "10.0"]
     assert forty[:3] == ["40", "1", "40.0"]
-    assert arms == ["arm", "seeds", "AP", "AP50", "AP less baseline's"]  # no small boxes: no column
+    assert arms == [
+        "variant",
+        "seeds",
+        "AP",
+        "AP50",
+        "AP less baseline's",
+    ]  # no small boxes: no column
     assert base == ["baseline", "3", "30.0 ± 24.8", "60.0 ± 49.7", ""]
     assert attention[0] == "attention: + attention"
     assert attention[-1] == "**+2.0 ± 0.1**"
@@ -421,10 +428,10 @@ def test_the_report_has_means_intervals_and_paired_differences(tmp_path, capsys)
     assert ten[-1] == "+5.0 ± 190.6"
     assert "length sequence_length=10 seed=2 (waiting)" in (plan.folder / "report.md").read_text()
     told = json.loads((plan.folder / "report.json").read_text())
-    assert told["arms"]["baseline"]["ap"]["seeds"] == {"0": 0.3, "1": 0.2, "2": 0.4}
+    assert summary["variants"]["baseline"]["ap"]["seeds"] == {"0": 0.3, "1": 0.2, "2": 0.4}
     drawn = ElementTree.parse(plan.folder / "curves.svg").getroot()
     words = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"loss by step", "AP by step", "AP by length", "AP by horizon", "attention"} <= set(
+    assert {"loss by step", "AP by step", "AP by length", "AP by BPTT length", "attention"} <= set(
         words
     )
 
@@ -433,11 +440,11 @@ def test_still_and_moving_objects_appear_when_an_evaluation_tells_them(tmp_path,
     plan = plan_of(
         "--seeds",
         "2",
-        "--arms",
+        "--variants",
         "none",
         "--lengths",
         "2,10",
-        "--horizons",
+        "--bptt",
         "none",
         "--steps",
         "100",
@@ -475,11 +482,11 @@ def test_runs_of_another_budget_are_not_mixed_in(tmp_path, capsys):
     plan = plan_of(
         "--seeds",
         "1",
-        "--arms",
+        "--variants",
         "baseline",
         "--lengths",
         "none",
-        "--horizons",
+        "--bptt",
         "none",
         "--steps",
         "100",
@@ -501,7 +508,7 @@ def test_a_mean_curve_is_of_the_steps_that_all_have():
 
 def test_points_are_drawn_where_they_belong(tmp_path):
     line = Line("a < b", [(0, 0.0), (100, 0.5)], halves=[None, 0.1])
-    write_picture(tmp_path / "a.svg", [[Panel("AP by step", "step", "AP", [line])]], "foot")
+    write_svg(tmp_path / "a.svg", [[Panel("AP by step", "step", "AP", [line])]], "foot")
     mean, bar = (
         [tuple(map(float, p.split(","))) for p in e.get("points").split()]
         for e in ElementTree.parse(tmp_path / "a.svg").getroot().findall(".//{*}polyline")
@@ -519,25 +526,25 @@ def test_points_are_drawn_where_they_belong(tmp_path):
 def test_command(words, code, part, capsys):
     if code:
         with pytest.raises(SystemExit) as ended:
-            bench.main(words)
+            study.main(words)
         assert ended.value.code == code
     else:
-        bench.main(words)
+        study.main(words)
     said = capsys.readouterr()
     assert part in said.out + said.err
 
 
 def test_a_mistake_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        bench.main(
-            ["learn", "--folder", str(tmp_path), "--quick", "--report", "--arms", "soze_aware"]
+        study.main(
+            ["learn", "--folder", str(tmp_path), "--quick", "--report", "--variants", "soze_aware"]
         )
     said = capsys.readouterr().err
     assert ended.value.code == 2
     assert said.startswith("error: --arms")
     assert said.count("\n") == 1
     with pytest.raises(SystemExit) as ended:
-        bench.main(["learn", "--folder", str(tmp_path), "--report"])
+        study.main(["learn", "--folder", str(tmp_path), "--report"])
     assert ended.value.code == 2
     assert "no runs to tell of" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -545,7 +552,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
 
 def test_help_explains_the_arms(capsys):
     with pytest.raises(SystemExit):
-        bench.main(["learn", "--help"])
+        study.main(["learn", "--help"])
     said = capsys.readouterr().out
-    assert all(arm in said for arm in bench.ARMS)
+    assert all(arm in said for arm in plans.VARIANTS)
     assert max(map(len, said.splitlines())) < 140

@@ -1,4 +1,4 @@
-"""Means over seeds, and what they may be off by: Student's t, for a mean and for a difference that is paired by seed."""
+"""Confidence intervals of means over seeds (Student's t), for values and for differences paired by seed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,60 +9,65 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """mean - half to mean + half; half is None where one value alone tells nothing of its chance."""
+    """From mean - half to mean + half. half is None for a single value, which has no spread."""
 
     mean: float
     half: float | None
     values: tuple[float, ...]
 
     @property
-    def clear(self) -> bool:
-        """Zero is outside."""
+    def excludes_zero(self) -> bool:
         return self.half is not None and abs(self.mean) > self.half
 
     def points(self, *, signed: bool = False) -> str:
-        """Of shares from 0 to 1, in points of 100: 24.1 ± 1.3."""
-        told = f"{100 * self.mean:{'+' if signed else ''}.1f}"
-        return told if self.half is None else f"{told} ± {100 * self.half:.1f}"
+        """Fractions from 0 to 1 as points of 100: '24.1 ± 1.3', signed '+24.1 ± 1.3'."""
+        mean = f"{100 * self.mean:+.1f}" if signed else f"{100 * self.mean:.1f}"
+        return mean if self.half is None else f"{mean} ± {100 * self.half:.1f}"
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of the mean of independent values, at least one, that are spread about normally."""
+    """The interval of the mean of independent, normally distributed values (at least one)."""
     n = len(values)
     mean = math.fsum(values) / n
     if n == 1:
         return Interval(mean, None, tuple(values))
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    return Interval(
-        mean, t_quantile(0.5 + CONFIDENCE / 2, n - 1) * deviation / math.sqrt(n), tuple(values)
-    )
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    quantile = t_quantile(0.5 + CONFIDENCE / 2, n - 1)
+    return Interval(mean, quantile * math.sqrt(variance) / math.sqrt(n), tuple(values))
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
-    """Of the mean of ours - theirs, over the seeds that both have; None if there is none."""
+    """The interval of the mean of ours - theirs over the seeds that both have, or None."""
     common = sorted(ours.keys() & theirs.keys())
     return interval([ours[seed] - theirs[seed] for seed in common]) if common else None
 
 
-def t_quantile(share: float, freedom: int) -> float:
-    """The t that Student's distribution stays below with probability `share` (0.5 to below 1)."""
-    low, high = 0.0, 1.0
-    while _t_fraction(high, freedom) < share:
+def t_quantile(probability: float, degrees_of_freedom: int) -> float:
+    """The value that Student's t stays below with this probability (0.5 to below 1)."""
+    low = 0.0
+    high = 1.0
+    while _t_distribution(high, degrees_of_freedom) < probability:
         high *= 2
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if _t_fraction(middle, freedom) < share else (low, middle)
+        if _t_distribution(middle, degrees_of_freedom) < probability:
+            low = middle
+        else:
+            high = middle
     return (low + high) / 2
 
 
-def _t_fraction(t: float, freedom: int) -> float:
+def _t_distribution(t: float, degrees_of_freedom: int) -> float:
     """Abramowitz & Stegun 26.7.3 and 26.7.4: a finite sum for whole degrees of freedom."""
-    angle = math.atan2(t, math.sqrt(freedom))
+    angle = math.atan2(t, math.sqrt(degrees_of_freedom))
     cosine = math.cos(angle)
-    odd = freedom % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for k in range(1 + odd, freedom, 2):  # terms of cos^0 (even), or cos^1 (odd), on
+    odd = degrees_of_freedom % 2
+    term = cosine if odd else 1.0
+    total = 0.0
+    for k in range(1 + odd, degrees_of_freedom, 2):
         total += term
         term *= cosine**2 * k / (k + 1)
-    inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    inside = math.sin(angle) * total
+    if odd:
+        inside = 2 / math.pi * (angle + inside)
     return (1 + inside) / 2

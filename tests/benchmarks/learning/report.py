@@ -1,17 +1,18 @@
-"""What `evspan bench learn` found: tables with intervals over seeds, the same as JSON, and the curves."""
+"""The report of the learning study: tables with intervals over seeds, the same as JSON, and the curves."""
 
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from evspan.launch.sweep.registry import Run, describe
 from evspan.launch.sweep.report.curves import read_curves
 from evspan.launch.sweep.state import State, number
-from learning.curves import Line, Panel, write_picture
+from learning.curves import Line, Panel, write_svg
 from learning.intervals import CONFIDENCE, Interval, interval, paired
-from learning.recordings import Made
-from learning.study import ARM_LENGTH, ARMS, LENGTHS, Plan
+from learning.plan import LENGTHS, VARIANT_LENGTH, VARIANTS, Plan, override_key
+from learning.recordings import RecordingSet
 
 MEASURES = {
     "ap": "AP",
@@ -22,276 +23,272 @@ MEASURES = {
     "recall_still": "recall still",
     "recall_moving": "recall moving",
 }
-BREAKDOWN = (
-    "evaluation-val/metrics.json"  # of a run: what `evspan evaluate` tells of its newest checkpoint
-)
-COMPARED = (
-    "ap",
-    "ap_small",
-    "ap_still",
-    "recall_still",
-)  # with the baseline, or the shortest sequence
+BREAKDOWN = "evaluation-val/metrics.json"  # written by `evspan evaluate` in the run's folder
+COMPARED = ("ap", "ap_small", "ap_still", "recall_still")  # with the first row of a table
 CURVES = {"loss/total": "loss", "evaluation/ap": "AP", "evaluation/ap_small": "AP small"}
-NOTE = f"""Points of 100: the mean over seeds ± half of its {CONFIDENCE:.0%} interval, Student's t over the seeds. What the
-held-out recordings leave to chance is not in it: all runs are scored on the same. Differences are taken seed by seed: in every
-arm a seed draws the same frames and augmentations. **Bold**: zero is outside the interval."""
+NOTE = f"""Points of 100: the mean over seeds ± half of its {CONFIDENCE:.0%} interval (Student's t over the seeds). The choice of
+held-out recordings adds uncertainty that is not included: all runs are scored on the same ones. Differences are paired by
+seed: a seed draws the same frames and augmentations in every variant. **Bold**: the interval excludes zero."""
 
 Seeds = dict[int, Run]
 
 
-def write_report(plan: Plan, made: Made, runs: Sequence[Run]) -> None:
-    """report.md, report.json and curves.svg of the plan's folder; prints the first."""
-    arms = {
-        name: _finished(plan, runs, lambda seed, name=name: plan.arm(name, seed))
-        for name in plan.arms
-    }
-    lengths = {
-        str(n): _finished(plan, runs, lambda seed, n=n: plan.length(n, seed)) for n in plan.lengths
-    }
-    horizons = {
-        str(n): _finished(plan, runs, lambda seed, n=n: plan.horizon(n, seed))
-        for n in plan.horizons
-    }
-    text = _page(plan, made, runs, arms, lengths, horizons)
+@dataclass(frozen=True)
+class Results:
+    """Finished runs by seed, for each row of the three tables."""
+
+    variants: dict[str, Seeds]
+    lengths: dict[str, Seeds]
+    bptt_lengths: dict[str, Seeds]
+
+
+def write_report(plan: Plan, recordings: RecordingSet, runs: Sequence[Run]) -> str:
+    """Writes report.md, report.json and curves.svg into the plan's folder. Returns the text of report.md."""
+    results = _collect(plan, runs)
+    text = _page(plan, recordings, runs, results)
     (plan.folder / "report.md").write_text(text)
-    told = {
+    summary = {
         "set": plan.folder.name,
-        "digest": made.digest,
+        "digest": recordings.digest,
         "steps": plan.steps,
         "frames_per_step": plan.frames,
         "extra": list(plan.extra),
-        "arms": _as_json(arms),
-        "lengths": _as_json(lengths),
-        "horizons": _as_json(horizons),
+        "variants": _as_json(results.variants),
+        "lengths": _as_json(results.lengths),
+        "bptt_lengths": _as_json(results.bptt_lengths),
     }
-    (plan.folder / "report.json").write_text(json.dumps(told, indent=1) + "\n")
+    (plan.folder / "report.json").write_text(json.dumps(summary, indent=1) + "\n")
     rows = [
-        panels
-        for panels in (
-            _arm_panels(arms),
-            _length_panels(lengths, "length", "frames of a sequence"),
-            _length_panels(horizons, "horizon", "frames that gradients flow through"),
-        )
-        if panels
+        _variant_panels(results.variants),
+        _length_panels(results.lengths, "length", "frames of a sequence"),
+        _length_panels(results.bptt_lengths, "BPTT length", "frames that gradients flow through"),
     ]
-    write_picture(
-        plan.folder / "curves.svg",
-        rows,
-        f"{plan.folder.name}, {plan.steps} steps of {plan.frames} frames. Thin: "
-        f"single seeds; thick: their mean; bars: {CONFIDENCE:.0%} of Student's t over seeds",
+    caption = (
+        f"{plan.folder.name}, {plan.steps} steps of {plan.frames} frames. Thin: single seeds; "
+        f"thick: their mean; bars: {CONFIDENCE:.0%} of Student's t over seeds"
     )
-    print(f"\n{text}\n{plan.folder / 'report.md'}, report.json, curves.svg", flush=True)
+    write_svg(plan.folder / "curves.svg", [panels for panels in rows if panels], caption)
+    return text
 
 
-def _finished(plan: Plan, runs: Sequence[Run], overrides: Any) -> Seeds:
-    """Those that are done, by seed."""
-    found = {seed: plan.found(runs, overrides(seed)) for seed in range(plan.seeds)}
-    return {seed: run for seed, run in found.items() if run is not None and _done(plan, run)}
+def _collect(plan: Plan, runs: Sequence[Run]) -> Results:
+    variants: dict[str, Seeds] = {name: {} for name in plan.variants}
+    lengths: dict[str, Seeds] = {str(frames): {} for frames in plan.lengths}
+    bptt_lengths: dict[str, Seeds] = {str(frames): {} for frames in plan.bptt_lengths}
+
+    def add(seeds: Seeds, seed: int, overrides: list[str]) -> None:
+        run = plan.find(runs, overrides)
+        if run is not None and _is_finished(plan, run):
+            seeds[seed] = run
+
+    for seed in range(plan.seeds):
+        for name in plan.variants:
+            add(variants[name], seed, plan.variant(name, seed))
+        for frames in plan.lengths:
+            add(lengths[str(frames)], seed, plan.length(frames, seed))
+        for frames in plan.bptt_lengths:
+            add(bptt_lengths[str(frames)], seed, plan.bptt(frames, seed))
+    return Results(variants, lengths, bptt_lengths)
 
 
-def _done(plan: Plan, run: Run) -> bool:
+def _is_finished(plan: Plan, run: Run) -> bool:
     return run.state is State.done and run.metrics.get("step") == plan.steps
 
 
-def finished(plan: Plan, runs: Sequence[Run]) -> list[Run]:
-    """Those of the plan that are done and evaluated."""
-    found = (plan.found(runs, overrides) for overrides in plan.all_runs())
-    return [run for run in found if run is not None and _done(plan, run)]
+def finished_runs(plan: Plan, runs: Sequence[Run]) -> list[Run]:
+    """The runs of the plan that are finished and evaluated."""
+    planned = [plan.find(runs, overrides) for overrides in plan.all_runs()]
+    return [run for run in planned if run is not None and _is_finished(plan, run)]
 
 
 def measured(run: Run) -> dict[str, float | None]:
-    """By the names of MEASURES, shares from 0 to 1: what the run's last evaluation tells, and the breakdown of its checkpoint."""
-    told = {name: number(run.metrics[name]) for name in MEASURES if name in run.metrics}
+    """Measure -> fraction from 0 to 1, from the run's last evaluation and the breakdown of its checkpoint."""
+    metrics = {name: number(run.metrics[name]) for name in MEASURES if name in run.metrics}
     try:
-        file = json.loads((run.folder / BREAKDOWN).read_text())
+        breakdown = json.loads((run.folder / BREAKDOWN).read_text())
     except (FileNotFoundError, ValueError):
-        return told
-    if file.get("step") == run.metrics.get("step"):
-        for group, of_group in file.get("breakdown", {}).get("stillness", {}).items():
-            told |= {f"{name}_{group}": number(of_group.get(name)) for name in ("ap", "recall")}
-    return told
+        return metrics
+    if breakdown.get("step") == run.metrics.get("step"):
+        groups = breakdown.get("breakdown", {}).get("stillness", {})
+        for group, scores in groups.items():
+            metrics[f"ap_{group}"] = number(scores.get("ap"))
+            metrics[f"recall_{group}"] = number(scores.get("recall"))
+    return metrics
 
 
-def values(seeds: Mapping[int, Run], measure: str) -> dict[int, float]:
-    """Seed -> share; those without such boxes are left out."""
-    found = {seed: measured(run).get(measure) for seed, run in seeds.items()}
-    return {seed: value for seed, value in found.items() if value is not None}
+def values_by_seed(seeds: Mapping[int, Run], measure: str) -> dict[int, float]:
+    """Seed -> value. Seeds without such boxes are left out."""
+    values = {}
+    for seed, run in seeds.items():
+        value = measured(run).get(measure)
+        if value is not None:
+            values[seed] = value
+    return values
 
 
-def measures(groups: Mapping[str, Seeds]) -> list[str]:
-    """That any run's evaluation has told."""
-    return [name for name in MEASURES if any(values(seeds, name) for seeds in groups.values())]
-
-
-def _named(arm: str) -> str:
-    return arm if arm == ARMS[arm] else f"{arm}: {ARMS[arm]}"
-
-
-# -- the page ----------------------------------------------------------------------------------------------------
-def _page(
-    plan: Plan,
-    made: Made,
-    runs: Sequence[Run],
-    arms: dict[str, Seeds],
-    lengths: dict[str, Seeds],
-    horizons: dict[str, Seeds],
-) -> str:
-    first = (
-        ""
-        if made.first
-        else ", other bits than those that were made first: compare only with runs on this copy"
-    )
-    parts = [
-        f"# {plan.folder.name}\n",
-        f"Set {made.digest}{first}. Every run: {plan.steps} steps of {plan.frames} frames"
-        f"{f', {shlex.join(plan.extra)}' if plan.extra else ''}.\n",
-        NOTE,
+def available_measures(rows: Mapping[str, Seeds]) -> list[str]:
+    """The measures that at least one run has."""
+    return [
+        name for name in MEASURES if any(values_by_seed(seeds, name) for seeds in rows.values())
     ]
-    if arms:
+
+
+# -- report.md ---------------------------------------------------------------------------------------------------
+def _page(plan: Plan, recordings: RecordingSet, runs: Sequence[Run], results: Results) -> str:
+    set_line = f"Set {recordings.digest}"
+    if not recordings.original:
+        set_line += ", not bit-identical to the original set: compare only runs on this copy"
+    budget = f"Every run: {plan.steps} steps of {plan.frames} frames"
+    if plan.extra:
+        budget += f", {shlex.join(plan.extra)}"
+    parts = [f"# {plan.folder.name}\n", f"{set_line}. {budget}.\n", NOTE]
+    if results.variants:
         parts.append(
-            f"\n## Arms\n\nSequences of {ARM_LENGTH} frames, half of the lanes follow recordings.\n"
+            f"\n## Variants\n\nSequences of {VARIANT_LENGTH} frames; half of the lanes follow recordings.\n"
         )
-        parts += _table({_named(name): seeds for name, seeds in arms.items()}, "arm")
-    if lengths:
-        parts.append(
-            "\n## Length of sequences\n\nThe baseline; all lanes follow recordings with their state carried, gradients "
-            "flow through as many frames as the row says. Frames seen and steps are the same.\n"
+        parts += _table(
+            {_title(name): seeds for name, seeds in results.variants.items()}, "variant"
         )
-        parts += _table(lengths, "frames")
-    if horizons:
+    if results.lengths:
         parts.append(
-            f"\n## Horizon\n\nThe baseline in sequences of {LENGTHS[-1]} frames: every run sees the same batches, and "
+            "\n## Length of sequences\n\nThe baseline. All lanes follow recordings and carry their state; gradients flow "
+            "through as many frames as the row says. Frames seen and steps are equal.\n"
+        )
+        parts += _table(results.lengths, "frames")
+    if results.bptt_lengths:
+        parts.append(
+            f"\n## BPTT length\n\nThe baseline in sequences of {LENGTHS[-1]} frames. Every run sees the same batches; "
             "gradients flow back through as many frames as the row says.\n"
         )
-        parts += _table(horizons, "frames")
-    if unfinished := _unfinished(plan, runs):
-        parts.append("\nNot done, so not in the tables: " + "; ".join(unfinished) + ".")
+        parts += _table(results.bptt_lengths, "frames")
+    unfinished = _unfinished(plan, runs)
+    if unfinished:
+        parts.append("\nNot finished, so not in the tables: " + "; ".join(unfinished) + ".")
     return "\n".join([*parts, ""])
 
 
-def _table(groups: dict[str, Seeds], head: str) -> list[str]:
-    """The first row is what the others are compared with."""
-    there = measures(groups)
-    against, compared = next(iter(groups)), [name for name in COMPARED if name in there]
-    heads = [head, "seeds", *(MEASURES[name] for name in there)]
-    if len(groups) > 1:
-        heads += [f"{MEASURES[name]} less {against.partition(':')[0]}'s" for name in compared]
-    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
-    for name, seeds in groups.items():
-        cells = [
-            name,
-            str(len(seeds)),
-            *(
-                _cell(interval(list(found.values())) if (found := values(seeds, m)) else None)
-                for m in there
-            ),
-        ]
-        if len(groups) > 1:
-            base = groups[against]
-            cells += [
-                "" if name == against else _difference(paired(values(seeds, m), values(base, m)))
-                for m in compared
-            ]
+def _title(variant: str) -> str:
+    change = VARIANTS[variant]
+    return variant if variant == change else f"{variant}: {change}"
+
+
+def _table(rows: dict[str, Seeds], first_column: str) -> list[str]:
+    """A Markdown table. Every row is compared with the first one."""
+    measures = available_measures(rows)
+    reference = next(iter(rows))
+    compared = [name for name in COMPARED if name in measures] if len(rows) > 1 else []
+    header = [first_column, "seeds", *[MEASURES[name] for name in measures]]
+    for name in compared:
+        header.append(f"{MEASURES[name]} less {reference.partition(':')[0]}'s")
+    lines = [f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}"]
+    for title, seeds in rows.items():
+        cells = [title, str(len(seeds))]
+        for name in measures:
+            cells.append(_mean_cell(values_by_seed(seeds, name)))
+        for name in compared:
+            if title == reference:
+                cells.append("")
+            else:
+                reference_values = values_by_seed(rows[reference], name)
+                cells.append(
+                    _difference_cell(paired(values_by_seed(seeds, name), reference_values))
+                )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _cell(told: Interval | None) -> str:
-    return "" if told is None else told.points()
+def _mean_cell(values: Mapping[int, float]) -> str:
+    return interval(list(values.values())).points() if values else ""
 
 
-def _difference(told: Interval | None) -> str:
-    if told is None:
+def _difference_cell(difference: Interval | None) -> str:
+    if difference is None:
         return ""
-    return f"**{told.points(signed=True)}**" if told.clear else told.points(signed=True)
+    points = difference.points(signed=True)
+    return f"**{points}**" if difference.excludes_zero else points
 
 
 def _unfinished(plan: Plan, runs: Sequence[Run]) -> list[str]:
-    out = []
+    descriptions = []
     for overrides in plan.all_runs():
-        run = plan.found(runs, overrides)
+        values = {override_key(override): override.partition("=")[2] for override in overrides}
+        experiment = values["experiment"].removeprefix("bench/")
+        run = plan.find(runs, overrides)
         if run is None:
-            out.append(
-                f"{overrides[0].removeprefix('experiment=bench/')} {overrides[4]} (not started)"
-            )
+            descriptions.append(f"{experiment} seed={values['seed']} (not started)")
         elif run.state is not State.done:
-            out.append(
-                f"{overrides[0].removeprefix('experiment=bench/')} {overrides[1].partition('.')[2]} {overrides[4]} "
-                f"({describe(run)})"
-            )
-    return out
+            length = f"sequence_length={values['training.sequence_length']}"
+            descriptions.append(f"{experiment} {length} seed={values['seed']} ({describe(run)})")
+    return descriptions
 
 
-def _as_json(groups: dict[str, Seeds]) -> dict[str, Any]:
-    """Group -> measure -> what each seed gave, their mean, half of the interval (null: one seed)."""
-    out: dict[str, Any] = {}
-    for name, seeds in groups.items():
-        found = {m: values(seeds, m) for m in measures({name: seeds})}
-        told = {m: (by_seed, interval(list(by_seed.values()))) for m, by_seed in found.items()}
-        out[name] = {
-            m: {"seeds": by_seed, "mean": i.mean, "half": i.half}
-            for m, (by_seed, i) in told.items()
-        }
-    return out
+def _as_json(rows: dict[str, Seeds]) -> dict[str, Any]:
+    """Row -> measure -> the value of each seed, their mean, half of the interval (null: one seed)."""
+    summary: dict[str, Any] = {}
+    for title, seeds in rows.items():
+        summary[title] = {}
+        for name in available_measures({title: seeds}):
+            values = values_by_seed(seeds, name)
+            mean = interval(list(values.values()))
+            summary[title][name] = {"seeds": values, "mean": mean.mean, "half": mean.half}
+    return summary
 
 
-# -- the picture -------------------------------------------------------------------------------------------------
-def _arm_panels(arms: dict[str, Seeds]) -> list[Panel]:
-    """The course of the loss and of AP."""
-    if not arms:
+# -- curves.svg --------------------------------------------------------------------------------------------------
+def _variant_panels(variants: dict[str, Seeds]) -> list[Panel]:
+    """Loss and AP by step."""
+    if not variants:
         return []
-    read = {
+    curves_of = {
         name: [read_curves(run.folder, list(CURVES)) for run in seeds.values()]
-        for name, seeds in arms.items()
+        for name, seeds in variants.items()
     }
     panels = []
     for tag, title in CURVES.items():
         lines = []
-        for name, runs in read.items():
-            each = [
-                [
-                    (float(p.step), p.value)
-                    for p in curves[tag].points
-                    if number(p.value) is not None
-                ]
-                for curves in runs
-            ]
-            lines.append(Line(name, mean_curve(each), each))
+        for name, runs in curves_of.items():
+            seeds = [_points(curves[tag].points) for curves in runs]
+            lines.append(Line(name, mean_curve(seeds), seeds))
         panels.append(Panel(f"{title} by step", "step", title, lines))
     return panels
 
 
-def mean_curve(each: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """At the steps that all have."""
-    common = sorted(set.intersection(*(set(dict(points)) for points in each))) if each else []
-    return [(step, sum(dict(points)[step] for points in each) / len(each)) for step in common]
+def _points(points: Sequence[Any]) -> list[tuple[float, float]]:
+    return [(float(p.step), p.value) for p in points if number(p.value) is not None]
 
 
-def _length_panels(lengths: dict[str, Seeds], by: str, x_label: str) -> list[Panel]:
-    """AP by length, or by horizon."""
-    if not lengths:
+def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The mean at the steps that all curves have."""
+    if not curves:
         return []
+    by_step = [dict(points) for points in curves]
+    common = set(by_step[0]).intersection(*by_step[1:])
+    return [(step, sum(curve[step] for curve in by_step) / len(curves)) for step in sorted(common)]
+
+
+def _length_panels(rows: dict[str, Seeds], by: str, x_label: str) -> list[Panel]:
+    """Pairs of measures by length."""
+    if not rows:
+        return []
+    available = available_measures(rows)
     panels = []
-    for wanted in (
-        ("ap", "ap_small"),
-        ("ap_still", "ap_moving"),
-        ("recall_still", "recall_moving"),
-    ):
-        lines = []
-        for measure in (m for m in wanted if m in measures(lengths)):
-            told = {
-                int(n): interval(list(found.values()))
-                for n, seeds in lengths.items()
-                if (found := values(seeds, measure))
-            }
-            lines.append(
-                Line(
-                    MEASURES[measure],
-                    [(float(n), i.mean) for n, i in sorted(told.items())],
-                    halves=[i.half for _, i in sorted(told.items())],
-                )
-            )
+    for pair in (("ap", "ap_small"), ("ap_still", "ap_moving"), ("recall_still", "recall_moving")):
+        lines = [_length_line(rows, measure) for measure in pair if measure in available]
         if lines:
             title = f"{' and '.join(line.name for line in lines)} by {by}"
             panels.append(Panel(title, x_label, lines[0].name.split()[0], lines, log=True))
     return panels
+
+
+def _length_line(rows: dict[str, Seeds], measure: str) -> Line:
+    means = {}
+    for frames, seeds in rows.items():
+        values = values_by_seed(seeds, measure)
+        if values:
+            means[int(frames)] = interval(list(values.values()))
+    lengths = sorted(means)
+    return Line(
+        MEASURES[measure],
+        [(float(length), means[length].mean) for length in lengths],
+        halves=[means[length].half for length in lengths],
+    )

@@ -1,4 +1,4 @@
-"""`evspan bench learn`: does attention pay, and do long sequences? Arms of equal budget and seeds on a fixed simulated set."""
+"""Runs the learning study: makes the recordings, trains every run of the plan, writes the report."""
 
 import argparse
 import subprocess
@@ -8,361 +8,169 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evspan.conf.errors import UserError
-from evspan.launch.cli.command import Parser, fail, run_command
-from evspan.launch.sweep.registry import SWEEP, Run, read_runs, split_overrides
-from learning.recordings import FULL, QUICK, Made, recordings_in
+from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.sweep.registry import SWEEP, Run, look
+from learning.plan import CONF, DEFAULT_VARIANTS, LENGTHS, RUNS, VARIANTS, Plan
+from learning.recordings import FULL, QUICK, Recordings, RecordingSet, recordings_in
+from learning.report import COMPARED, finished_runs, measured, write_report
 
-RUNS = "runs"  # of a benchmark's folder: the sweep
-ARMS = {  # tests/benchmarks/learning/conf/experiment/bench
-    "baseline": "baseline",
-    "size_aware": "+ size-aware loss",
-    "attention": "+ attention",
-    "size_aware_attention": "+ size-aware loss + attention",
-    "attention_published": "+ attention with the published start",
-    "attention_published_mixed": "+ attention as published: its start, and a memory that lanes share",
-    # What may be the reason of a gain or loss, one thing at a time.
-    "attention_mixed": "+ attention with a memory that lanes share",
-    "attention_fast_gates": "+ attention whose gates learn ten times as fast",
-    "size_aware_attention_published": "+ size-aware loss + attention with the published start",
-    "channel": "+ attention, channel part alone",
-    "spatial": "+ attention, spatial and channel parts",
-    "spatial_published": "+ attention, spatial and channel parts, published start",
-    "temporal": "+ attention, temporal and channel parts",
-    "temporal_published": "+ attention, temporal and channel parts, published start",
-}
-USUAL_ARMS = list(ARMS)[:6]
-LENGTHS = (2, 5, 10, 20, 40)
-ARM_LENGTH = 5  # frames a chunk in all arms
-OWN_KEYS = {  # key -> the option that sets it
-    "experiment": "--arms",
-    "seed": "--seeds",
-    "training.max_steps": "--steps",
-    "training.sequence_length": "--lengths",
-    "training.bptt_frames": "--horizons",
-    "training.batch_size": "--frames",
-    "training.evaluate_every": "--evaluations",
-    "dataset.root": "--folder",
-    "run_dir": "--folder",
-}
-
-HELP = """evspan bench: does it learn?
-
-  evspan bench learn ...      attention, size-aware loss and sequence length, on a fixed simulated set, with intervals over seeds
-
-examples
-  evspan bench learn --quick
-  evspan bench learn --help"""
-DESCRIPTION = f"""Makes a fixed set of simulated recordings with many small, crossing and stopping objects (once; verified by hash
-at every use), trains arms of equal budget and seeds on it, the baseline with sequences of several lengths at equal frames
-and steps, and with gradients cut after as many frames in the longest ones. Then FOLDER/{FULL.name}/report.md (AP, AP of
-small objects, of still ones where evaluation tells, with intervals over seeds), report.json and curves.svg. The same
-command goes on with what is not done; more seeds, arms or lengths add runs."""
-EXAMPLES = """arms:
-{}
+DESCRIPTION = f"""Makes a fixed set of simulated recordings with many small, crossing and stopping objects (once; verified by
+hash at every use). Trains variants with equal budgets and seeds on it, the baseline with several sequence lengths at equal
+frames and steps, and the longest sequences with gradients cut after several BPTT lengths. Writes FOLDER/{FULL.name}/report.md
+(AP, AP of small and of still objects, with intervals over seeds), report.json and curves.svg. The same command continues
+with what is not finished; more seeds, variants or lengths add runs."""
+EXAMPLES = """variants:
+{variants}
 
 examples:
-  evspan bench learn --quick                                     # a small share, to see that it works
-  evspan bench learn --folder bench --seeds 3                    # hours on 2 cores
-  evspan bench learn --arms baseline,attention,attention_published --lengths none --steps 400
-  evspan bench learn --report                                    # what is done so far; starts nothing
-  evspan bench learn --seeds 5 cluster=gpu_nodes cluster.partition=gpu     # as an array of SLURM; other keys go to every run"""
+  python tests/benchmarks/learn.py --quick                          # a small version, to see that it works
+  python tests/benchmarks/learn.py --folder bench --seeds 3         # hours on 2 cores
+  python tests/benchmarks/learn.py --variants baseline,attention --lengths none --bptt none --steps 400
+  python tests/benchmarks/learn.py --report                         # reports what is finished, starts nothing
+  python tests/benchmarks/learn.py --seeds 5 cluster=gpu_nodes cluster.partition=gpu     # a SLURM array; KEY=VALUE is
+                                                                    # passed to every run"""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is asked for. frames: of a step, all lanes together. extra: overrides for every run."""
+class Defaults:
+    """What the options are when they are not given."""
 
-    folder: Path  # of this version of the set
+    recordings: Recordings
     seeds: int
     steps: int
-    frames: int
-    evaluations: int
-    arms: tuple[str, ...]
+    variants: tuple[str, ...]
     lengths: tuple[int, ...]
-    horizons: tuple[int, ...]
-    extra: tuple[str, ...]
+    bptt_lengths: tuple[int, ...]
 
-    def keys(self) -> list[str]:
-        """Of the overrides that tell runs apart."""
-        extra = [
-            key
-            for key in (o.lstrip("+").partition("=")[0] for o in self.extra)
-            if key.partition(".")[0] != "cluster"
-        ]
-        return [
-            "experiment",
-            "training.sequence_length",
-            "training.batch_size",
-            "training.bptt_frames",
-            "training.max_steps",
-            "seed",
-            *extra,
-        ]
 
-    def arm(self, name: str, seed: int) -> list[str]:
-        return self._run(f"bench/{name}", ARM_LENGTH, seed)
+FULL_STUDY = Defaults(FULL, 3, 600, DEFAULT_VARIANTS, LENGTHS, LENGTHS)
+QUICK_STUDY = Defaults(QUICK, 2, 60, ("baseline", "size_aware_attention"), (2, 10), ())
 
-    def length(self, frames: int, seed: int) -> list[str]:
-        return self._run("bench/length", frames, seed)
 
-    def horizon(self, frames: int, seed: int) -> list[str]:
-        """In the longest sequences; where all of one counts, it is the run of that length."""
-        longest = LENGTHS[-1]
-        cut = [f"training.bptt_frames={frames}"] if frames < longest else []
-        return [*self._run("bench/length", longest, seed), *cut]
+@dataclass(frozen=True)
+class Options:
+    """The command line. report_only: start no run."""
 
-    def _run(self, experiment: str, length: int, seed: int) -> list[str]:
-        """Its overrides. As many lanes as make `frames` of them: frames seen and steps are the same for every length."""
-        every = max(1, self.steps // self.evaluations)
-        return [
-            f"experiment={experiment}",
-            f"training.sequence_length={length}",
-            f"training.batch_size={self.frames // length}",
-            f"training.max_steps={self.steps}",
-            f"seed={seed}",
-            f"training.evaluate_every={every}",
-            *self.extra,
-        ]
-
-    def all_runs(self) -> list[list[str]]:
-        """Seed by seed, so that what is done so far compares."""
-        runs = [
-            overrides
-            for seed in range(self.seeds)
-            for overrides in (
-                *(self.arm(name, seed) for name in self.arms),
-                *(self.length(n, seed) for n in self.lengths),
-                *(self.horizon(n, seed) for n in self.horizons),
-            )
-        ]
-        return [
-            list(run) for run in dict.fromkeys(map(tuple, runs))
-        ]  # the longest horizon is a length
-
-    def found(self, runs: Sequence[Run], overrides: Sequence[str]) -> Run | None:
-        """The run of these overrides."""
-        keys = self.keys()
-        wanted = {key: value for key, value in split_overrides(overrides).items() if key in keys}
-        return next((run for run in runs if run.overrides == wanted), None)
+    plan: Plan
+    recordings: Recordings
+    report_only: bool
 
 
 def main(argv: list[str]) -> None:
-    if argv[:1] == ["learn"]:
-        learn(argv[1:])
-    elif not argv or {"-h", "--help"} & set(argv):
-        print(HELP)
-    else:
-        fail(f"there is no benchmark {argv[0]!r}; there is: evspan bench learn")
+    """Runs the study and exits with its code: 0 when every run of the plan is finished."""
+    args = _parser().parse_intermixed_args(argv)
+    run_command(lambda: sys.exit(run_study(options_from(args))))
 
 
-def learn(argv: list[str]) -> None:
-    given, code = _parser().parse_intermixed_args(argv), 0
+def options_from(args: argparse.Namespace) -> Options:
+    """Raises UserError where an option makes no sense."""
+    defaults = QUICK_STUDY if args.quick else FULL_STUDY
+    plan = Plan(
+        folder=args.folder / defaults.recordings.name,
+        seeds=_or_default(args.seeds, defaults.seeds),
+        steps=_or_default(args.steps, defaults.steps),
+        frames=args.frames,
+        evaluations=args.evaluations,
+        variants=tuple(dict.fromkeys(_or_default(args.variants, defaults.variants))),
+        lengths=_lengths("--lengths", args.lengths, defaults.lengths),
+        bptt_lengths=_lengths("--bptt", args.bptt, defaults.bptt_lengths),
+        extra=tuple(args.overrides),
+    )
+    return Options(plan, defaults.recordings, args.report)
 
-    def run() -> None:
-        nonlocal code
-        code = _learn(given)
 
-    run_command(run)
-    sys.exit(code)
+def _or_default(value, default):
+    return default if value is None else value
+
+
+def _lengths(option: str, words: list[str] | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    if words is None:
+        return default
+    for word in words:
+        if not word.isdigit() or int(word) < 1:
+            raise UserError(
+                f"{option}: {word!r} is not a number of frames; give for example 2,10, or none"
+            )
+    return tuple(dict.fromkeys(int(word) for word in words))
+
+
+def run_study(options: Options) -> int:
+    """The exit code: 0 when every run is finished, or submitted and not waited for."""
+    plan = options.plan
+    runs_folder = plan.folder / RUNS
+    if options.report_only and not (runs_folder / SWEEP).exists():
+        raise UserError(f"{runs_folder} has no runs to report; leave out --report to start them")
+    recordings = recordings_in(plan.folder, options.recordings)
+    code = 0 if options.report_only else _train(plan, recordings)
+    runs, note = look(runs_folder)
+    if not finished_runs(plan, runs):
+        print(f"no run is finished yet: evspan status {runs_folder}")
+        return code
+    if not options.report_only:
+        _evaluate_still_objects(plan, recordings, runs)
+    text = write_report(plan, recordings, runs)
+    print(f"\n{text}\n{plan.folder / 'report.md'}, report.json, curves.svg", flush=True)
+    if note:
+        print(f"note: {note}; states are read from the runs' files")
+    return code
+
+
+def _train(plan: Plan, recordings: RecordingSet) -> int:
+    """Trains every run that is not finished, on the cluster that the overrides choose."""
+    from evspan.conf.compose import replaced
+    from evspan.launch.sweep.submit import place_sweep
+
+    common = ["cluster=local"]
+    if any(override.startswith("cluster=") for override in plan.extra):
+        common = []
+    common = replaced(common, "dataset.root", str(recordings.shards))
+    common = replaced(common, "run_dir", str(plan.folder / RUNS))
+    combinations = [[*overrides, *common] for overrides in plan.all_runs()]
+    return place_sweep(["--config-dir", str(CONF)], combinations, plan.keys())
+
+
+def _evaluate_still_objects(plan: Plan, recordings: RecordingSet, runs: Sequence[Run]) -> None:
+    """Scores still and moving objects apart, which the evaluations during training do not."""
+    overrides = ["evaluation.write_detections=false", f"dataset.root={recordings.shards}"]
+    for override in plan.extra:
+        if override.startswith(("evaluation.", "parallel.threads=")):
+            overrides.append(override)
+    for run in finished_runs(plan, runs):
+        if set(COMPARED) <= measured(run).keys():
+            continue
+        command = [sys.executable, "-m", "evspan.launch", "evaluate", f"checkpoint={run.folder}"]
+        code = subprocess.run([*command, *overrides], stdout=subprocess.DEVNULL).returncode
+        if code:
+            print(
+                f"{run.folder}: evspan evaluate ended with exit code {code}; "
+                "the report has no still objects of this run",
+                file=sys.stderr,
+            )
 
 
 def _parser() -> argparse.ArgumentParser:
-    arms = "\n".join(f"  {name:32}{words}" for name, words in ARMS.items())
+    variants = "\n".join(f"  {name:32}{change}" for name, change in VARIANTS.items())
     parser = Parser(
-        "evspan bench learn",
+        "learn.py",
         description=DESCRIPTION,
-        epilog=EXAMPLES.format(arms),
+        epilog=EXAMPLES.format(variants=variants),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="for every run; where they run: cluster=NAME (local)",
-    )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("bench"),
-        help="set, runs and report go there (default: bench)",
-    )
-    parser.add_argument(
-        "--seeds", type=int, metavar="N", help="of every arm and length (default: 3)"
-    )
-    parser.add_argument(
-        "--steps", type=int, metavar="N", help="optimizer updates of every run (default: 600)"
-    )
-    parser.add_argument(
-        "--frames",
-        type=int,
-        default=40,
-        metavar="N",
-        help="of a step, all lanes together (default: 40)",
-    )
-    parser.add_argument(
-        "--evaluations",
-        type=int,
-        default=4,
-        metavar="N",
-        help="of every run, evenly spaced (default: 4)",
-    )
-    parser.add_argument(
-        "--arms", type=_words, metavar="A,B,...", help="or none (default: the first six)"
-    )
-    parser.add_argument(
-        "--lengths",
-        type=_words,
-        metavar="N,M,...",
-        help=f"frames of a sequence, or none (default: {','.join(map(str, LENGTHS))})",
-    )
-    parser.add_argument(
-        "--horizons",
-        type=_words,
-        metavar="N,M,...",
-        help=f"frames that gradients flow back through in sequences of {LENGTHS[-1]}, or none (default: "
-        f"{','.join(map(str, LENGTHS))})",
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="a small set, 2 seeds, 60 steps, arms baseline,size_aware_attention, lengths 2,10, no horizons",
-    )
-    parser.add_argument("--report", action="store_true", help="only tell what is done so far")
+    lengths = ",".join(map(str, LENGTHS))
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="overrides for every run")
+    add("--folder", type=Path, default=Path("bench"), help="output folder (default: bench)")
+    add("--seeds", type=int, metavar="N", help="seeds of every variant and length (default: 3)")
+    add("--steps", type=int, metavar="N", help="optimizer updates of a run (default: 600)")
+    add("--frames", type=int, default=40, metavar="N", help="frames per step (default: 40)")
+    add("--evaluations", type=int, default=4, metavar="N", help="per run (default: 4)")
+    add("--variants", type=_words, metavar="A,B", help="or none (default: the first six)")
+    add("--lengths", type=_words, metavar="N,M", help=f"or none (default: {lengths})")
+    add("--bptt", type=_words, metavar="N,M", help=f"BPTT lengths, or none (default: {lengths})")
+    add("--quick", action="store_true", help="a small set, 2 seeds, 60 steps, few variants")
+    add("--report", action="store_true", help="report what is finished, start nothing")
     return parser
 
 
 def _words(text: str) -> list[str]:
     return [] if text == "none" else text.split(",")
-
-
-def planned(given: argparse.Namespace) -> Plan:
-    """
-    Raises:
-        UserError: an option makes no sense.
-    """
-    quick = given.quick
-    arms = (
-        given.arms
-        if given.arms is not None
-        else ["baseline", "size_aware_attention"]
-        if quick
-        else USUAL_ARMS
-    )
-    asked = (
-        given.lengths
-        if given.lengths is not None
-        else ["2", "10"]
-        if quick
-        else list(map(str, LENGTHS))
-    )
-    back = (
-        given.horizons if given.horizons is not None else [] if quick else list(map(str, LENGTHS))
-    )
-    seeds = given.seeds if given.seeds is not None else 2 if quick else 3
-    steps = given.steps if given.steps is not None else 60 if quick else 600
-    for name, value in (
-        ("seeds", seeds),
-        ("steps", steps),
-        ("frames", given.frames),
-        ("evaluations", given.evaluations),
-    ):
-        if value < 1:
-            raise UserError(f"--{name} is {value}; give 1 or more")
-    if unknown := [name for name in arms if name not in ARMS]:
-        raise UserError(
-            f"--arms: there is no arm {unknown[0]!r}; there are: {', '.join(ARMS)}, or none"
-        )
-    for option, words in (("lengths", asked), ("horizons", back)):
-        if wrong := [n for n in words if not n.isdigit() or int(n) < 1]:
-            raise UserError(
-                f"--{option}: {wrong[0]!r} is no number of frames; give some such as 2,10, or none"
-            )
-    lengths, horizons = tuple(map(int, asked)), tuple(map(int, back))
-    if horizons and max(horizons) > LENGTHS[-1]:
-        raise UserError(
-            f"--horizons: {max(horizons)} is more than the {LENGTHS[-1]} frames of a sequence; give fewer"
-        )
-    trained = (*lengths, *([ARM_LENGTH] if arms else []), *([LENGTHS[-1]] if horizons else []))
-    if uneven := [n for n in trained if given.frames % n]:
-        raise UserError(
-            f"--frames {given.frames}: a step of so many frames is no whole number of sequences of {uneven[0]}; "
-            "give a multiple of all lengths"
-        )
-    if not (arms or lengths or horizons):
-        raise UserError("--arms none --lengths none --horizons none leaves nothing to run")
-    for override in given.overrides:
-        key = override.lstrip("+").partition("=")[0]
-        if "=" not in override:
-            raise UserError(f"{override!r} is no KEY=VALUE; evspan bench learn --help shows how")
-        if key in OWN_KEYS:
-            raise UserError(f"{key} is the benchmark's own; say it by {OWN_KEYS[key]}")
-    folder = given.folder / (QUICK if quick else FULL).name
-    return Plan(
-        folder,
-        seeds,
-        steps,
-        given.frames,
-        given.evaluations,
-        tuple(dict.fromkeys(arms)),
-        tuple(dict.fromkeys(lengths)),
-        tuple(dict.fromkeys(horizons)),
-        tuple(given.overrides),
-    )
-
-
-def _learn(given: argparse.Namespace) -> int:
-    from learning.report import finished, write_report
-
-    plan = planned(given)
-    if given.report and not (plan.folder / RUNS / SWEEP).exists():
-        raise UserError(
-            f"{plan.folder / RUNS} has no runs to tell of; without --report they are started"
-        )
-    made, code = recordings_in(plan.folder, QUICK if given.quick else FULL), 0
-    if not given.report:
-        code = _train(plan, made)
-    runs, note = read_runs(plan.folder / RUNS)
-    if not finished(plan, runs):
-        print(f"none of these runs is done yet: evspan status {plan.folder / RUNS}")
-        return code
-    if not given.report:
-        _break_down(plan, made, runs)
-    write_report(plan, made, runs)
-    if note:
-        print(f"note: {note}; states are what the runs' files tell")
-    return code
-
-
-def _break_down(plan: Plan, made: Made, runs: Sequence[Run]) -> None:
-    """Still and moving objects apart, which training's own evaluations do not tell: seconds for each run that is done."""
-    from evspan.conf.compose import replaced
-    from learning.report import COMPARED, finished, measured
-
-    alike = [
-        o for o in plan.extra if o.startswith(("evaluation.", "parallel.threads="))
-    ]  # as training evaluated
-    arguments = replaced(
-        [*alike, "evaluation.write_detections=false"], "dataset.root", str(made.shards)
-    )
-    for run in finished(plan, runs):
-        if set(COMPARED) - measured(run).keys():
-            words = ["evaluate", *replaced(arguments, "checkpoint", str(run.folder))]
-            if code := subprocess.run(
-                [sys.executable, "-m", "evspan.launch", *words], stdout=subprocess.DEVNULL
-            ).returncode:
-                print(
-                    f"{run.folder}: evspan evaluate ended with exit code {code}; nothing is told of its still objects",
-                    file=sys.stderr,
-                )
-
-
-def _train(plan: Plan, made: Made) -> int:
-    """Every run that is not done, where cluster= says; the exit code, as of `evspan sweep`."""
-    from evspan.conf.compose import replaced
-    from evspan.launch.sweep.submit import place_sweep
-
-    where = [] if any(o.startswith("cluster=") for o in plan.extra) else ["cluster=local"]
-    common = replaced(
-        replaced(where, "dataset.root", str(made.shards)), "run_dir", str(plan.folder / RUNS)
-    )
-    return place_sweep([], [[*overrides, *common] for overrides in plan.all_runs()], plan.keys())

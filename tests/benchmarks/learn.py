@@ -1,0 +1,8 @@
+"""The learning study: does attention pay, and do long sequences? python tests/benchmarks/learn.py --help"""
+
+import sys
+
+from learning.study import main
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
