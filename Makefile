@@ -7,6 +7,7 @@ SHELL := bash
 PYTHON ?= python3
 PYTHONS ?= python3.10 python3.11# of `make constraints`: the oldest supported one, and each from which versions differ
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 WORKERS ?= 2# test processes at once
 TEST_TIMEOUT ?= 300# seconds that one test may take
 
@@ -16,10 +17,10 @@ space := $(subst ,, )
 # Named after the folder: a copied or moved checkout installs anew, instead of running the code of the old place.
 STAMP := $(VENV)/.installed$(subst $(space),_,$(subst /,.,$(CURDIR)))
 
-.PHONY: help setup demo test lint soak container constraints clean
+.PHONY: help setup demo test lint soak bench-learn container constraints clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 setup: $(STAMP) ## create .venv and install (PYTHON=python3)
 
@@ -46,6 +47,9 @@ lint: setup ## ruff and mypy
 soak: setup ## long campaigns, then the demo; write the results into tests/benchmarks/LOG.md
 	@$(RUN) pytest -m soak --timeout 0 -s $(PYTEST_ARGS)
 	@$(RUN) evspan.launch.demo
+
+bench-learn: setup ## the learning study, hours on 2 cores (BENCH_ARGS=--quick)
+	@$(VENV)/bin/python tests/benchmarks/learn.py $(BENCH_ARGS)
 
 container: ## an image (DEVICE=cpu or cuda, FORMAT=image, sif or sqsh; containers/README.md)
 	@containers/build

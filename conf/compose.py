@@ -50,7 +50,7 @@ def compose_train(options: Sequence[str], overrides: Sequence[str]) -> TrainConf
     import evspan.launch.cli.train  # noqa: F401  which registers the schema
 
     searched = [f"hydra.searchpath=[file://{options[1]}]"] if options else []
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("evspan.conf", version_base="1.3"):
         raw = compose("train", overrides=[*overrides, *searched])
     refuse_unknown_keys(raw)
     return OmegaConf.to_object(raw)  # type: ignore[return-value]  # __post_init__ checks run here

@@ -135,7 +135,7 @@ def _did_you_mean(wanted: str, known: list[str], form: str = "{}") -> str:
 
 # -- group options -----------------------------------------------------------------------------------------------
 def _config_tree() -> Path:
-    return Path(str(resources.files("conf")))
+    return Path(str(resources.files("evspan.conf")))
 
 
 def _missing_option(error: Any) -> str:

@@ -104,7 +104,7 @@ def sizes() -> tuple[str, ...]:
 
 
 def _conf(path: str) -> Path:
-    return Path(str(resources.files("conf"))) / path
+    return Path(str(resources.files("evspan.conf"))) / path
 
 
 def _plain(path: str) -> dict[str, Any]:

@@ -45,10 +45,6 @@ COMMANDS = {
         "evspan.launch.sweep.report.summary:main",
         "a sweep's runs by AP, with curves, as text and HTML; TensorBoard's HParams",
     ),
-    "bench": Command(
-        "learning.study:main",
-        "does it learn? arms and lengths on a fixed simulated set, with intervals",
-    ),
     "doctor": Command(
         "evspan.launch.doctor.checks:main",
         "does this cluster fit? checks here and in a job, each with its remedy",

@@ -28,7 +28,7 @@ from learning.recordings import FULL, QUICK, Recordings, RecordingSet, recording
 from learning.report import mean_curve, write_report
 from support.composed_configs import composed
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = Recordings("tiny", 1, 1, 1, "")
 EXTRA = ("parallel.threads=1",)
 
@@ -71,9 +71,9 @@ def test_quick_trains_two_variants_reports_them_and_continues(tmp_path):
     ran = run_study(tmp_path, *words)
     assert ran.returncode == 0, ran.stderr
     folder = tmp_path / "learn-v2-quick"
-    told = json.loads((folder / "report.json").read_text())
+    summary = json.loads((folder / "report.json").read_text())
     assert summary["variants"].keys() == {"baseline", "attention"}
-    assert told["steps"] == 2
+    assert summary["steps"] == 2
     for number, name in enumerate(summary["variants"]):
         metrics = json.loads(
             (folder / "runs" / str(number) / "evaluation" / "metrics.json").read_text()
@@ -88,11 +88,11 @@ def test_quick_trains_two_variants_reports_them_and_continues(tmp_path):
         assert config["model"]["fpn"]["enable_small_object_attention"] is (name == "attention")
     assert (folder / "report.md").read_text() in ran.stdout
     assert "Not finished" not in ran.stdout
-    assert ("not bit-identical" in ran.stdout) == (told["digest"] != QUICK.digest)
+    assert ("not bit-identical" in ran.stdout) == (summary["digest"] != QUICK.digest)
     assert (
         len(ElementTree.parse(folder / "curves.svg").getroot().findall(".//{*}polyline"))
         == 2 * 2 * 3
-    )  # arms, thin and thick
+    )  # variants, thin and thick
 
     again = run_study(tmp_path, *words)
     assert again.returncode == 0
@@ -244,7 +244,7 @@ ATTENTION, TEMPORAL, SPATIAL = (
     "attention_temporal",
     "attention_spatial",
 )
-CHANGES = {  # arm -> all that its model has other than the baseline's
+CHANGES = {  # variant -> how its model differs from the baseline's
     "baseline": {},
     "size_aware": {"size_aware_loss": True},
     "attention": {ATTENTION: True},
@@ -266,10 +266,12 @@ CHANGES = {  # arm -> all that its model has other than the baseline's
 }
 
 
-@pytest.mark.parametrize("arm", plans.VARIANTS)
-def test_an_arm_changes_what_it_says_and_nothing_else(arm):
+@pytest.mark.parametrize("variant", plans.VARIANTS)
+def test_a_variant_changes_what_it_says_and_nothing_else(variant):
     def flat(name):
-        config = composed("train", f"experiment=bench/{name}")[0]
+        config = composed(
+            "train", f"experiment=bench/{name}", f"hydra.searchpath=[file://{plans.CONF}]"
+        )[0]
         model = {
             key: value
             for part in ("backbone", "fpn", "head")
@@ -278,16 +280,16 @@ def test_an_arm_changes_what_it_says_and_nothing_else(arm):
         }
         return model, dataclasses.replace(config, model=composed("train")[0].model)
 
-    (model, rest), (base, base_rest) = flat(arm), flat("baseline")
-    assert {key: value for key, value in model.items() if base[key] != value} == CHANGES[arm]
-    changed = {"attention_fast_gates": {"gate_lr_multiplier": 10.0}}.get(arm, {})
+    (model, rest), (base, base_rest) = flat(variant), flat("baseline")
+    assert {key: value for key, value in model.items() if base[key] != value} == CHANGES[variant]
+    changed = {"attention_fast_gates": {"gate_lr_multiplier": 10.0}}.get(variant, {})
     assert rest == dataclasses.replace(
         base_rest, optimizer=dataclasses.replace(base_rest.optimizer, **changed)
     )
 
 
 # -- statistics --------------------------------------------------------------------------------------------------
-def share_below(t: float, freedom: int) -> float:
+def fraction_below(t: float, freedom: int) -> float:
     """Student's density, summed up in small steps."""
     x = np.linspace(0, t, 20_001)
     density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
@@ -301,15 +303,17 @@ def share_below(t: float, freedom: int) -> float:
 )
 def test_quantiles_are_students(freedom, published):
     assert t_quantile(0.975, freedom) == pytest.approx(published, abs=5e-4)
-    for share in (0.6, 0.9, 0.995):
-        assert share_below(t_quantile(share, freedom), freedom) == pytest.approx(share, abs=1e-5)
+    for fraction in (0.6, 0.9, 0.995):
+        assert fraction_below(t_quantile(fraction, freedom), freedom) == pytest.approx(
+            fraction, abs=1e-5
+        )
 
 
 def test_intervals_by_their_definition_and_they_cover_as_often_as_they_say():
     sample = [0.31, 0.28, 0.35]
-    told = interval(sample)
-    assert told.mean == pytest.approx(statistics.mean(sample))
-    assert told.half == pytest.approx(4.303 * statistics.stdev(sample) / math.sqrt(3), rel=1e-3)
+    result = interval(sample)
+    assert result.mean == pytest.approx(statistics.mean(sample))
+    assert result.half == pytest.approx(4.303 * statistics.stdev(sample) / math.sqrt(3), rel=1e-3)
     assert interval([0.2]).half is None
     assert interval([0.2]).points() == "20.0"
     assert not interval([0.2]).excludes_zero
@@ -324,25 +328,27 @@ def test_intervals_by_their_definition_and_they_cover_as_often_as_they_say():
 
 def test_differences_are_taken_seed_by_seed():
     ours, theirs = {0: 0.30, 1: 0.208, 2: 0.419}, {2: 0.40, 1: 0.19, 0: 0.28, 7: 0.9}
-    told = paired(ours, theirs)
-    assert told.values == pytest.approx((0.02, 0.018, 0.019))
-    assert told.excludes_zero
+    difference = paired(ours, theirs)
+    assert difference.values == pytest.approx((0.02, 0.018, 0.019))
+    assert difference.excludes_zero
     assert paired(ours, {5: 0.1}) is None
 
 
 # -- the report --------------------------------------------------------------------------------------------------
 def made_up(plan: plans.Plan, ap: dict[str, list[float]], **more: float) -> None:
-    """Finished runs of these AP, by arm or length and seed, as the trainer leaves them."""
+    """Finished runs of these AP, by variant or length and seed, as the trainer leaves them."""
     table, keys = [], plan.keys()
     for number, overrides in enumerate(plan.all_runs()):
-        said = dict(o.split("=") for o in overrides)
+        values = dict(o.split("=") for o in overrides)
         name = (
-            said["experiment"]
+            values["experiment"]
             .removeprefix("bench/")
-            .replace("length", said["training.sequence_length"])
+            .replace("length", values["training.sequence_length"])
         )
         name = (
-            f"{said['training.bptt_frames']} of {name}" if "training.bptt_frames" in said else name
+            f"{values['training.bptt_frames']} of {name}"
+            if "training.bptt_frames" in values
+            else name
         )
         run = plan.folder / "runs" / str(number)
         table.append(
@@ -352,9 +358,9 @@ def made_up(plan: plans.Plan, ap: dict[str, list[float]], **more: float) -> None
                 "error": None,
             }
         )
-        if int(said["seed"]) >= len(ap[name]):
+        if int(values["seed"]) >= len(ap[name]):
             continue
-        value = ap[name][int(said["seed"])]
+        value = ap[name][int(values["seed"])]
         append(run, "start", step=0, of=plan.steps, attempt=1, host="n1", job="", pid=os.getpid())
         monitor = Monitor(run, enabled=True)
         for step in range(0, plan.steps + 1, plan.steps // 2):
@@ -373,7 +379,7 @@ def made_up(plan: plans.Plan, ap: dict[str, list[float]], **more: float) -> None
     (plan.folder / "runs" / "sweep.json").write_text(json.dumps({"runs": table}))
 
 
-def told_by(plan: plans.Plan, capsys) -> list[list[str]]:
+def report_cells(plan: plans.Plan) -> list[list[str]]:
     """The cells of the report's lines."""
     text = write_report(plan, RecordingSet(Path("set"), "abc", True), look(plan.folder / "runs")[0])
     return [
@@ -383,7 +389,7 @@ def told_by(plan: plans.Plan, capsys) -> list[list[str]]:
     ]
 
 
-def test_the_report_has_means_intervals_and_paired_differences(tmp_path, capsys):
+def test_the_report_has_means_intervals_and_paired_differences(tmp_path):
     plan = plan_of(
         "--seeds",
         "3",
@@ -408,11 +414,11 @@ def test_the_report_has_means_intervals_and_paired_differences(tmp_path, capsys)
             "40": [0.4],
         },
     )
-    arms, _, base, attention, lengths, _, two, ten, horizons, _, five, forty = told_by(plan, capsys)
-    assert horizons[0] == "frames"
+    variants, _, base, attention, lengths, _, two, ten, bptt, _, five, forty = report_cells(plan)
+    assert bptt[0] == "frames"
     assert five[:3] == ["5", "1", "10.0"]
     assert forty[:3] == ["40", "1", "40.0"]
-    assert arms == [
+    assert variants == [
         "variant",
         "seeds",
         "AP",
@@ -427,7 +433,7 @@ def test_the_report_has_means_intervals_and_paired_differences(tmp_path, capsys)
     assert lengths[-1] == "AP less 2's"
     assert ten[-1] == "+5.0 ± 190.6"
     assert "length sequence_length=10 seed=2 (waiting)" in (plan.folder / "report.md").read_text()
-    told = json.loads((plan.folder / "report.json").read_text())
+    summary = json.loads((plan.folder / "report.json").read_text())
     assert summary["variants"]["baseline"]["ap"]["seeds"] == {"0": 0.3, "1": 0.2, "2": 0.4}
     drawn = ElementTree.parse(plan.folder / "curves.svg").getroot()
     words = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
@@ -436,7 +442,7 @@ def test_the_report_has_means_intervals_and_paired_differences(tmp_path, capsys)
     )
 
 
-def test_still_and_moving_objects_appear_when_an_evaluation_tells_them(tmp_path, capsys):
+def test_still_and_moving_objects_appear_when_an_evaluation_has_them(tmp_path):
     plan = plan_of(
         "--seeds",
         "2",
@@ -451,7 +457,7 @@ def test_still_and_moving_objects_appear_when_an_evaluation_tells_them(tmp_path,
         folder=tmp_path,
     )
     made_up(plan, {"2": [0.1, 0.2], "10": [0.3, 0.1]}, ap_still=0.05, ap_moving=0.25)
-    heads, _, two, _ = told_by(plan, capsys)
+    heads, _, two, _ = report_cells(plan)
     assert heads[4:] == ["AP still", "AP moving", "AP less 2's", "AP still less 2's"]
     assert two[4:6] == ["5.0 ± 0.0", "25.0 ± 0.0"]
     assert "AP still and AP moving by length" in (plan.folder / "curves.svg").read_text()
@@ -467,7 +473,7 @@ def test_still_and_moving_objects_appear_when_an_evaluation_tells_them(tmp_path,
         (plan.folder / "runs" / str(run) / "evaluation-val" / "metrics.json").write_text(
             json.dumps({"step": step, "breakdown": {"stillness": groups}})
         )
-    heads, _, two, ten = told_by(plan, capsys)
+    heads, _, two, ten = report_cells(plan)
     assert heads[4:8] == ["AP still", "AP moving", "recall still", "recall moving"]
     assert two[4:8] == ["22.5 ± 222.4", "25.0", "60.0", "70.0"]
     assert ten[4:8] == [
@@ -478,7 +484,7 @@ def test_still_and_moving_objects_appear_when_an_evaluation_tells_them(tmp_path,
     ]
 
 
-def test_runs_of_another_budget_are_not_mixed_in(tmp_path, capsys):
+def test_runs_of_another_budget_are_not_mixed_in(tmp_path):
     plan = plan_of(
         "--seeds",
         "1",
@@ -493,9 +499,9 @@ def test_runs_of_another_budget_are_not_mixed_in(tmp_path, capsys):
         folder=tmp_path,
     )
     made_up(plan, {"baseline": [0.3]})
-    assert told_by(plan, capsys)[2][1:3] == ["1", "30.0"]
-    assert told_by(dataclasses.replace(plan, steps=200), capsys)[2][1:3] == ["0"]
-    assert told_by(dataclasses.replace(plan, extra=("optimizer.lr=0.1",)), capsys)[2][1:3] == ["0"]
+    assert report_cells(plan)[2][1:3] == ["1", "30.0"]
+    assert report_cells(dataclasses.replace(plan, steps=200))[2][1:3] == ["0"]
+    assert report_cells(dataclasses.replace(plan, extra=("optimizer.lr=0.1",)))[2][1:3] == ["0"]
 
 
 def test_a_mean_curve_is_of_the_steps_that_all_have():
@@ -519,40 +525,23 @@ def test_points_are_drawn_where_they_belong(tmp_path):
     assert [abs(y - mean[1][1]) for _, y in bar] == pytest.approx([height / 5] * 2, abs=0.2)
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "part"),
-    [([], 0, "bench learn"), (["--help"], 0, "bench learn"), (["speed"], 2, "'speed'")],
-)
-def test_command(words, code, part, capsys):
-    if code:
-        with pytest.raises(SystemExit) as ended:
-            study.main(words)
-        assert ended.value.code == code
-    else:
-        study.main(words)
-    said = capsys.readouterr()
-    assert part in said.out + said.err
-
-
 def test_a_mistake_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        study.main(
-            ["learn", "--folder", str(tmp_path), "--quick", "--report", "--variants", "soze_aware"]
-        )
-    said = capsys.readouterr().err
+        study.main(["--folder", str(tmp_path), "--quick", "--report", "--variants", "soze_aware"])
+    output = capsys.readouterr().err
     assert ended.value.code == 2
-    assert said.startswith("error: --arms")
-    assert said.count("\n") == 1
+    assert output.startswith("error: --variants")
+    assert output.count("\n") == 1
     with pytest.raises(SystemExit) as ended:
-        study.main(["learn", "--folder", str(tmp_path), "--report"])
+        study.main(["--folder", str(tmp_path), "--report"])
     assert ended.value.code == 2
-    assert "no runs to tell of" in capsys.readouterr().err
+    assert "no runs to report" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_help_explains_the_arms(capsys):
+def test_help_explains_the_variants(capsys):
     with pytest.raises(SystemExit):
-        study.main(["learn", "--help"])
-    said = capsys.readouterr().out
-    assert all(arm in said for arm in plans.VARIANTS)
-    assert max(map(len, said.splitlines())) < 140
+        study.main(["--help"])
+    output = capsys.readouterr().out
+    assert all(name in output for name in plans.VARIANTS)
+    assert max(map(len, output.splitlines())) < 140

@@ -135,8 +135,6 @@ def test_help_tells_the_defaults_that_hold(module):
 def test_help_names_every_choice(module, groups):
     for group in groups:
         for path in (ROOT / "conf" / group).rglob("*.yaml"):
-            if path.parent.name == "bench":  # what `evspan bench learn` composes
-                continue
             assert re.search(rf"\b{path.stem}\b", module.HELP), path
 
 

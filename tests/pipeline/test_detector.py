@@ -257,7 +257,7 @@ EXPERIMENTS = {
 def composed(*overrides):
     from evspan.conf.schema.training import ModelConfig as Schema
 
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("evspan.conf", version_base="1.3"):
         raw = compose("train", overrides=list(overrides)).model
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Schema), raw))
 

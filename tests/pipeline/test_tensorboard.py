@@ -53,7 +53,7 @@ def told(tmp_path_factory):
     )
     reader = EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance=ALL)
     reader.Reload()
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("evspan.conf", version_base="1.3"):
         text = text_of(reader, "run/config")
         config = OmegaConf.to_object(compose("train", text.strip("`\n").splitlines()))
     return reader, config, output

@@ -17,7 +17,7 @@ SET = "set"  # the shards, in the study's folder
 TABLE = "set.json"  # the recipe and the hashes of the set
 SIMULATE = [
     *("--width", "256", "--height", "192", "--objects", "3,6", "--scales", "1,2"),
-    *("--stop-share", "1", "--noise-hz", "0.3", "--seed", "1"),
+    *("--stop-fraction", "1", "--noise-hz", "0.3", "--seed", "1"),
 ]
 PREPARE = ["dataset=simulated", "frames.downsample=2"]
 
