@@ -17,7 +17,7 @@ from evspan.conf.errors import UserError
 from evspan.data_prep.simulator import SimulatorConfig
 from evspan.data_prep.simulator.scene import LENGTHS, make_scene
 from evspan.launch.cli import simulate
-from evspan.launch.sweep.registry import look
+from evspan.launch.sweep.registry import read_runs
 from evspan.pipeline.history import append
 from evspan.pipeline.tensorboard.writer import Monitor
 from learning import plan as plans
@@ -381,7 +381,9 @@ def made_up(plan: plans.Plan, ap: dict[str, list[float]], **more: float) -> None
 
 def report_cells(plan: plans.Plan) -> list[list[str]]:
     """The cells of the report's lines."""
-    text = write_report(plan, RecordingSet(Path("set"), "abc", True), look(plan.folder / "runs")[0])
+    text = write_report(
+        plan, RecordingSet(Path("set"), "abc", True), read_runs(plan.folder / "runs").runs
+    )
     return [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in text.splitlines()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evspan.conf.errors import UserError
 from evspan.launch.cli.command import Parser, run_command
-from evspan.launch.sweep.registry import SWEEP, Run, look
+from evspan.launch.sweep.registry import SWEEP, Run, read_runs
 from learning.plan import CONF, DEFAULT_VARIANTS, LENGTHS, RUNS, VARIANTS, Plan
 from learning.recordings import FULL, QUICK, Recordings, RecordingSet, recordings_in
 from learning.report import COMPARED, finished_runs, measured, write_report
@@ -102,7 +102,7 @@ def run_study(options: Options) -> int:
         raise UserError(f"{runs_folder} has no runs to report; leave out --report to start them")
     recordings = recordings_in(plan.folder, options.recordings)
     code = 0 if options.report_only else _train(plan, recordings)
-    runs, note = look(runs_folder)
+    runs, note = read_runs(runs_folder)
     if not finished_runs(plan, runs):
         print(f"no run is finished yet: evspan status {runs_folder}")
         return code
