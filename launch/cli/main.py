@@ -42,7 +42,7 @@ COMMANDS = {
     "logs": Command("evspan.launch.cli.logs:main", "what a run's ranks say"),
     "cancel": Command("evspan.launch.cli.cancel:main", "end a run's job, or those of a sweep"),
     "report": Command(
-        "evspan.launch.sweep.report.summary:main",
+        "evspan.launch.cli.report:main",
         "a sweep's runs by AP, with curves, as text and HTML; TensorBoard's HParams",
     ),
     "doctor": Command(

@@ -472,7 +472,7 @@ def test_spans(seconds, words):
 def test_the_commands_load_no_torch(tmp_path):
     run = make_run(tmp_path / "run", "start", "done", job="")
     script = (
-        "import sys; from evspan.launch.cli import cancel, logs, status; from evspan.launch.sweep.report import summary as report; p = sys.argv[1:]; status.main(p); cancel.main(p); "
+        "import sys; from evspan.launch.cli import cancel, logs, report, status; p = sys.argv[1:]; status.main(p); cancel.main(p); "
         "report.main(p); assert not {'torch', 'hydra', 'deepspeed'} & set(sys.modules)"
     )
     done = subprocess.run(

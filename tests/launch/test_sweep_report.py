@@ -11,10 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from evspan.conf.errors import UserError
+from evspan.launch.cli import report
 from evspan.launch.sweep.registry import read_runs
-from evspan.launch.sweep.report import summary as report
 from evspan.launch.sweep.report.curves import Curve, Point, read_curves
-from evspan.launch.sweep.report.html import MOST, thinned
+from evspan.launch.sweep.report.hparams import hparam_value
+from evspan.launch.sweep.report.html import CURVE_POINTS, thinned
+from evspan.launch.sweep.report.results import InterruptionCost, RunResult, read_results
+from evspan.launch.sweep.report.summary import write_report
 from evspan.pipeline.history import append
 from evspan.pipeline.tensorboard.writer import Monitor
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -106,8 +109,8 @@ def sweep(tmp_path):
     return folder
 
 
-def rows(sweep: Path) -> list[report.Row]:
-    return report.rows_of(read_runs(sweep).runs)
+def rows(sweep: Path) -> list[RunResult]:
+    return read_results(read_runs(sweep).runs)
 
 
 class Page(HTMLParser):
@@ -136,7 +139,8 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.texts.append(data)
+        if data.strip():
+            self.texts.append(data)
         if {"td", "th"} & set(self.open):
             self.rows[-1][-1] += data
 
@@ -158,7 +162,7 @@ def test_curves_are_what_tensorboards_reader_reads(sweep):
     assert [p.step for p in curves["loss/total"].points] == list(
         range(1, 101)
     )  # steps 41 to 60 of the first attempt are gone
-    assert len(curves["loss/total"].every) == 120
+    assert len(curves["loss/total"].all_points) == 120
 
 
 def test_cut_and_damaged_event_files_give_what_is_whole(sweep):
@@ -181,11 +185,13 @@ def test_cut_and_damaged_event_files_give_what_is_whole(sweep):
 def test_thinned_curves_keep_the_mean():
     points = [Point(i, float(i % 7), 0.0) for i in range(1000)]
     thin = thinned(points)
-    assert len(thin) <= MOST
+    assert len(thin) <= CURVE_POINTS
     assert thin[0] == (1.5, 1.5)
     assert thin[-1][0] == 997.5
     assert np.mean([v for _, v in thin]) == pytest.approx(np.mean([p.value for p in points]))
-    assert thinned(points[:MOST]) == [(float(p.step), p.value) for p in points[:MOST]]
+    assert thinned(points[:CURVE_POINTS]) == [
+        (float(p.step), p.value) for p in points[:CURVE_POINTS]
+    ]
     assert thinned([]) == []
 
 
@@ -210,8 +216,8 @@ def test_the_best_of_a_curve_may_be_earlier(sweep):
 
 def test_what_requeues_cost(sweep):
     by_name = {row.run.name: row for row in rows(sweep)}
-    assert by_name["0"].cost == report.Cost()
-    assert by_name["3"].cost == report.Cost()
+    assert by_name["0"].cost == InterruptionCost()
+    assert by_name["3"].cost == InterruptionCost()
     # The first attempt was last heard of in its step 60, 69 s after its start, the second in its 40th, 49 s after; each next one
     # does its first step 1010 s after the start of the one before. It began at step 40: 20 steps again; the third at 80: none.
     cost = by_name["1"].cost
@@ -286,13 +292,13 @@ def test_the_text(sweep, capsys):
     ],
 )
 def test_values_for_tensorboard(text, value):
-    got = report.as_value(text)
+    got = hparam_value(text)
     assert (got, type(got)) == (value, type(value))
 
 
 def test_an_address_that_is_none_is_refused(sweep):
     with pytest.raises(UserError, match="--tensorboard is 'javascript:x'"):
-        report.report(sweep, "javascript:x")
+        write_report(sweep, "javascript:x")
 
 
 # -- the page ----------------------------------------------------------------------------------------------------

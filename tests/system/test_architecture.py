@@ -56,7 +56,6 @@ PENDING: set[str] = {
     "launch.doctor.checks",
     "launch.smoke",
     "launch.smoke_rank",
-    "launch.sweep.report.summary",
     "launch.sweep.submit",
     "pipeline.evaluation.compare",
     "pipeline.infer_config",

@@ -1,23 +1,22 @@
-"""TensorBoard's files of a run: the curves that the report draws, and the run as a row of TensorBoard's HParams."""
+"""Reads scalar curves from a run's TensorBoard event files."""
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
-from tensorboard.plugins.hparams import summary_v2 as hparams
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-CURVES, HPARAMS = "tensorboard", "hparams"  # folders of a run
-LARGE = 1 << 12  # bytes of a record that is no scalar, but a picture
-SHORT = 64  # of one that tells of a new attempt
+EVENT_FOLDER = "tensorboard"  # in the run folder
+IMAGE_BYTES = 1 << 12  # larger records are images, not scalars
+SESSION_BYTES = 64  # records up to this size may mark the start of an attempt
 
 
 class Point(NamedTuple):
+    """A scalar. time: in seconds since 1970."""
+
     step: int
     value: float
     time: float
@@ -25,67 +24,56 @@ class Point(NamedTuple):
 
 @dataclass
 class Curve:
-    """points: what holds. every: also those that a later attempt took back, because it began before them."""
+    """The scalars of one tag.
+
+    Attributes:
+        points: the valid ones: a step that a later attempt computed again counts once.
+        all_points: also those that a later attempt replaced.
+    """
 
     points: list[Point] = field(default_factory=list)
-    every: list[Point] = field(default_factory=list)
+    all_points: list[Point] = field(default_factory=list)
 
 
 def read_curves(run: Path, tags: Sequence[str]) -> dict[str, Curve]:
-    """The scalars of these names; a file's half-written end is passed over."""
+    """The curves of these tags. Damaged records and the half-written end of a file are skipped."""
     curves = {tag: Curve() for tag in tags}
-    wanted = [tag.encode() for tag in tags]
-    for path in sorted((run / CURVES).glob("*tfevents*")):
+    encoded_tags = [tag.encode() for tag in tags]
+    for path in sorted((run / EVENT_FOLDER).glob("*tfevents*")):
         for record in _records(path):
-            if len(record) > SHORT and not any(tag in record for tag in wanted):
-                continue
-            event = Event.FromString(record)
-            if event.session_log.status == SessionLog.START:
-                for curve in curves.values():
-                    curve.points = [p for p in curve.points if p.step < event.step]
-            for value in event.summary.value:
-                if value.tag in curves and value.WhichOneof("value") == "simple_value":
-                    point = Point(event.step, value.simple_value, event.wall_time)
-                    curves[value.tag].points.append(point)
-                    curves[value.tag].every.append(point)
+            has_tag = any(tag in record for tag in encoded_tags)
+            if has_tag or len(record) <= SESSION_BYTES:
+                _add_event(Event.FromString(record), curves)
     return curves
 
 
+def _add_event(event: Event, curves: dict[str, Curve]) -> None:
+    if event.session_log.status == SessionLog.START:  # a new attempt continues from event.step
+        for curve in curves.values():
+            curve.points = [point for point in curve.points if point.step < event.step]
+    for value in event.summary.value:
+        if value.tag in curves and value.WhichOneof("value") == "simple_value":
+            point = Point(event.step, value.simple_value, event.wall_time)
+            curves[value.tag].points.append(point)
+            curves[value.tag].all_points.append(point)
+
+
 def _records(path: Path) -> Iterator[bytes]:
-    """Of a TFRecord file, without large and damaged ones: TensorBoard's reader takes the checksum of all pictures, in Python."""
+    """The undamaged records of a TFRecord file, without images.
+
+    TensorBoard's own reader computes the checksums of all images, in Python.
+    """
+    size = path.stat().st_size
     with path.open("rb") as file:
-        size = path.stat().st_size
-        while len(header := file.read(12)) == 12:  # the length, its checksum
-            length = struct.unpack("<Q", header[:8])[0]
+        while file.tell() + 12 <= size:
+            header = file.read(12)  # the length and its checksum
+            (length,) = struct.unpack("<Q", header[:8])
             if file.tell() + length + 4 > size:
                 return
-            if length > LARGE:
+            if length > IMAGE_BYTES:
                 file.seek(length + 4, 1)
                 continue
-            record, checksum = file.read(length), struct.unpack("<I", file.read(4))[0]
+            record = file.read(length)
+            (checksum,) = struct.unpack("<I", file.read(4))
             if masked_crc32c(record) == checksum:
                 yield record
-
-
-def write_hparams(
-    run: Path,
-    values: Mapping[str, bool | int | float | str],
-    metrics: Mapping[str, float],
-    began: float,
-) -> None:
-    """RUN/hparams: one session of TensorBoard's HParams, in place of the one that was there. began: seconds since 1970."""
-    old = list((run / HPARAMS).glob("*tfevents*"))
-    writer = EventFileWriter(str(run / HPARAMS))
-    try:
-        about = hparams.hparams_pb(
-            dict(values), trial_id=str(run.absolute()), start_time_secs=began
-        )
-        for summary in (
-            about,
-            *(Summary(value=[Summary.Value(tag=k, simple_value=v)]) for k, v in metrics.items()),
-        ):
-            writer.add_event(Event(wall_time=began, step=0, summary=summary))
-    finally:
-        writer.close()
-    for path in old:
-        path.unlink(missing_ok=True)

@@ -1,279 +1,280 @@
-"""The report of a sweep as one page of HTML: no network, no other file."""
+"""The report of a sweep as one HTML page that needs no network and no other file."""
 
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 from urllib.parse import quote
 
-from evspan.data_prep.report.look import CSS, SCRIPT
-from evspan.data_prep.report.markup import cell, decimals, safe, section, table
-from evspan.data_prep.report.plots import Axes, round_ticks, tick
+from evspan.data_prep.report.markup import safe
+from evspan.data_prep.report.number_format import tick
+from evspan.data_prep.report.plots import Axes, round_ticks
+from evspan.data_prep.report.templating import Column, KeyFigure, report_environment
 from evspan.data_prep.shards.atomic import written_whole
-from evspan.launch.sweep.registry import short_names, span
+from evspan.launch.sweep.registry import Run, describe_all, short_names, span
 from evspan.launch.sweep.report.curves import Point
+from evspan.launch.sweep.report.results import METRIC_NAMES, RunResult
 from evspan.launch.sweep.state import State, number
-
-if TYPE_CHECKING:
-    from evspan.launch.sweep.report.summary import Row
+from markupsafe import Markup
 
 PAGE = "report.html"
-MOST = 300  # points of a curve
-LOOK = """\
-a { color: var(--train); }
-svg .run { fill: none; stroke: var(--run); stroke-width: 1.5; stroke-linejoin: round; }
-svg .run.few { stroke-width: 4; stroke-linecap: round; }
-svg .run:hover { stroke-width: 3.5; }
-.dot { display: inline-block; width: .7em; height: .7em; margin-right: .45em; border-radius: 50%; background: var(--run); }
-td.error { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
-code { overflow-wrap: anywhere; }
-"""
+TEMPLATES = Path(__file__).parent / "templates"
+LOG = "logs/rank-00.log"  # in the run folder
+CURVE_POINTS = 300  # most points of a curve that are drawn
+LOSS_PERCENTILE = 0.98  # the loss axis ends here, so that one bad step does not flatten the curves
+GOLDEN_ANGLE = 137.5  # degrees; hues at this distance differ however many there are
+
+INTERRUPTION_COLUMNS = [
+    Column("run", numeric=False),
+    Column("requeues"),
+    Column("without a step"),
+    Column("of it to start again"),
+    Column("steps done twice"),
+]
 
 
-def write_page(path: Path, rows: Sequence["Row"], keys: Sequence[str], tensorboard: str) -> None:
-    """PATH/report.html. rows: best first. keys: of the overrides that differ."""
-    title = f"{path.resolve().name}: report"
-    parts = [
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{safe(title)}</title>\n<style>\n{CSS}{LOOK}</style></head>\n'
-        f"<body><header><h1>{safe(path.resolve().name)}</h1>"
-        f"<p>{len(rows)} run{'s' if len(rows) != 1 else ''}: {_states(rows)}</p></header>\n",
-        _best(rows, keys),
-        _errors(rows),
-        _table(path, rows, keys, tensorboard),
-        _charts(rows),
-        _interruptions(rows),
-        _tensorboard(path, tensorboard),
-        f"<script>\n{SCRIPT}</script>\n</body></html>\n",
+class OverrideCell(NamedTuple):
+    """The value of an override in the table of runs."""
+
+    text: str
+    numeric: bool
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of the table of runs.
+
+    Attributes:
+        colour: CSS declaration of the run's colour.
+        metrics: in the order of METRIC_NAMES.
+        log: link to the log of rank 0; empty if there is none. curves: link to TensorBoard.
+    """
+
+    run: Run
+    colour: str
+    overrides: list[OverrideCell]
+    metrics: list[float | None]
+    best_ap: float | None
+    best_step: int | None
+    last_loss: float | None
+    log: str
+    curves: str
+
+
+@dataclass(frozen=True)
+class BestRun:
+    """The section on the best run. figures: empty if no run was evaluated."""
+
+    run: Run
+    overrides: str
+    weights: Path | None
+    figures: list[KeyFigure]
+
+
+def write_page(
+    path: Path, results: Sequence[RunResult], keys: Sequence[str], tensorboard_url: str
+) -> Path:
+    """Writes PATH/report.html and returns its path.
+
+    Args:
+        results: by AP, best first.
+        keys: the override keys that get a column.
+        tensorboard_url: address of the TensorBoard that the page links to.
+    """
+    name = path.resolve().name
+    template = report_environment(TEMPLATES).get_template("sweep_report.html")
+    text = template.render(
+        title=f"{name}: report",
+        name=name,
+        states=describe_all([result.run for result in results]),
+        best=_best_run(results[0], keys),
+        failures=_failures(results),
+        columns=_columns(results, keys),
+        rows=_rows(path, results, keys, tensorboard_url),
+        charts=_charts(results),
+        interrupted=[result for result in results if result.run.requeues],
+        interruption_columns=INTERRUPTION_COLUMNS,
+        logdir=shlex.quote(str(path)),
+        tensorboard_url=tensorboard_url,
+        span=span,
+    )
+    with written_whole(path / PAGE) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path / PAGE
+
+
+def _best_run(result: RunResult, keys: Sequence[str]) -> BestRun:
+    run = result.run
+    overrides = [f"{key}={run.overrides[key]}" for key in keys if key in run.overrides]
+    weights = run.folder / "checkpoints" / "best"
+    figures = []
+    if run.ap is not None:
+        for key, name in METRIC_NAMES.items():
+            figures.append(_key_figure(name, number(run.metrics.get(key))))
+        figures.append(_key_figure("loss", result.last_loss))
+    return BestRun(
+        run=run,
+        overrides=" ".join(overrides) or "no overrides",
+        weights=weights if weights.exists() else None,
+        figures=figures,
+    )
+
+
+def _key_figure(name: str, value: float | None) -> KeyFigure:
+    return KeyFigure(name, "–" if value is None else f"{value:.3f}")
+
+
+def _failures(results: Sequence[RunResult]) -> list[str]:
+    """A line per run that failed or was lost."""
+    lines = []
+    for result in results:
+        run = result.run
+        if run.state in (State.failed, State.lost):
+            lines.append(f"{run.name} {run.state.value}: {run.error or run.reason}")
+    return lines
+
+
+# -- the table of runs -----------------------------------------------------------------------------
+def _columns(results: Sequence[RunResult], keys: Sequence[str]) -> list[Column]:
+    columns = [Column("run", numeric=False)]
+    for key, name in zip(keys, short_names(keys), strict=True):
+        columns.append(Column(name, _is_numeric(results, key)))
+    names = [*METRIC_NAMES.values(), "best AP", "at step", "last loss", "step", "of"]
+    columns += [Column(name) for name in names]
+    columns += [
+        Column("state", numeric=False),
+        Column("requeues"),
+        Column("", numeric=False),
+        Column("last error", numeric=False),
     ]
-    with written_whole(path / PAGE) as beside:
-        beside.write_text("".join(parts), encoding="utf-8")
+    return columns
 
 
-def _states(rows: Sequence["Row"]) -> str:
-    counts = {state: sum(row.run.state is state for row in rows) for state in State}
-    return ", ".join(f"{n} {state.value}" for state, n in counts.items() if n)
+def _rows(
+    path: Path, results: Sequence[RunResult], keys: Sequence[str], tensorboard_url: str
+) -> list[TableRow]:
+    numeric = {key: _is_numeric(results, key) for key in keys}
+    rows = []
+    for index, result in enumerate(results):
+        run = result.run
+        best = result.best
+        log, curves = _links(path, run, tensorboard_url)
+        row = TableRow(
+            run=run,
+            colour=_colour(index),
+            overrides=[OverrideCell(run.overrides.get(key, ""), numeric[key]) for key in keys],
+            metrics=[number(run.metrics.get(key)) for key in METRIC_NAMES],
+            best_ap=None if best is None else best.ap,
+            best_step=None if best is None else best.step,
+            last_loss=result.last_loss,
+            log=log,
+            curves=curves,
+        )
+        rows.append(row)
+    return rows
 
 
-def _best(rows: Sequence["Row"], keys: Sequence[str]) -> str:
-    row = rows[0]
-    if row.run.ap is None:
-        return section("Best", "best", "<p>No run has been evaluated yet.</p>")
-    overrides = " ".join(
-        f"{key}={row.run.overrides[key]}" for key in keys if key in row.run.overrides
-    )
-    measured = [
-        ("AP", row.run.ap),
-        ("AP50", number(row.run.metrics.get("ap50"))),
-        ("AP small", number(row.run.metrics.get("ap_small"))),
-        ("loss", row.last_loss),
-    ]
-    figures = "".join(
-        f"<div><dt>{name}</dt><dd>{'–' if value is None else f'{value:.3f}'}</dd></div>"
-        for name, value in measured
-    )
-    weights = row.run.folder / "checkpoints" / "best"
-    told = (
-        f" Its best weights: <code>checkpoint={safe(weights)}</code>." if weights.exists() else ""
-    )
-    return section(
-        "Best",
-        "best",
-        f"<p><code>{safe(overrides or 'no overrides')}</code></p><p class=note>Run "
-        f'{safe(row.run.name)}, {row.run.state.value}.{told}</p><dl class="figures">{figures}</dl>',
-    )
+def _is_numeric(results: Sequence[RunResult], key: str) -> bool:
+    """Whether all values of an override are finite numbers."""
+    texts = [result.run.overrides[key] for result in results if key in result.run.overrides]
+    return all(_is_number(text) for text in texts)
 
 
-def _errors(rows: Sequence["Row"]) -> str:
-    told = [row.run for row in rows if row.run.state in (State.failed, State.lost)]
-    if not told:
-        return ""
-    items = "".join(
-        f"<li>{safe(run.name)} {run.state.value}: {safe(run.error or run.reason)}</li>"
-        for run in told
-    )
-    return f'<section id="warnings"><h2>{len(told)} failed or lost</h2><ul>{items}</ul></section>\n'
+def _is_number(text: str) -> bool:
+    try:
+        return number(float(text)) is not None
+    except ValueError:
+        return False
+
+
+def _links(path: Path, run: Run, tensorboard_url: str) -> tuple[str, str]:
+    """The links to the log of rank 0 (empty if there is none) and to the curves in TensorBoard."""
+    folder = "" if run.folder == path else f"{run.name}/"
+    log = quote(folder + LOG) if (run.folder / LOG).exists() else ""
+    query = ""
+    if folder:
+        query = "?runFilter=" + quote(f"^{re.escape(folder)}", safe="")
+    return log, f"{tensorboard_url}/{query}#timeseries"
 
 
 def _colour(index: int) -> str:
-    """By the golden angle: neighbours differ, however many there are."""
-    return f"--run:hsl({index * 137.5 % 360:.0f} 65% 50%)"
+    return f"--run:hsl({index * GOLDEN_ANGLE % 360:.0f} 65% 50%)"
 
 
-def _table(path: Path, rows: Sequence["Row"], keys: Sequence[str], tensorboard: str) -> str:
-    heads = [
-        ("run", False),
-        *((safe(name), _numeric(rows, key)) for name, key in zip(short_names(keys), keys)),
-        ("AP", True),
-        ("AP50", True),
-        ("AP small", True),
-        ("best AP", True),
-        ("at step", True),
-        ("last loss", True),
-        ("step", True),
-        ("of", True),
-        ("state", False),
-        ("requeues", True),
-        ("", False),
-        ("last error", False),
-    ]
+# -- curves ----------------------------------------------------------------------------------------
+def _charts(results: Sequence[RunResult]) -> list[Markup]:
+    losses = [_thinned_finite(result.loss.points) for result in results]
+    aps = [_thinned_finite(result.ap.points) for result in results]
+    charts = []
+    if any(losses):
+        charts.append(_chart(results, losses, "loss", LOSS_PERCENTILE))
+    if any(aps):
+        charts.append(_chart(results, aps, "AP", 1.0))
+    return charts
+
+
+def _thinned_finite(points: Sequence[Point]) -> list[tuple[float, float]]:
+    return thinned([point for point in points if number(point.value) is not None])
+
+
+def thinned(points: Sequence[Point]) -> list[tuple[float, float]]:
+    """(step, value) of at most CURVE_POINTS points: means over groups of neighbours."""
+    size = max(1, -(-len(points) // CURVE_POINTS))
+    means = []
+    for first in range(0, len(points), size):
+        group = points[first : first + size]
+        step = sum(point.step for point in group) / len(group)
+        value = sum(point.value for point in group) / len(group)
+        means.append((step, value))
+    return means
+
+
+def _chart(
+    results: Sequence[RunResult],
+    curves: Sequence[Sequence[tuple[float, float]]],
+    name: str,
+    percentile: float,
+) -> Markup:
+    """A line per run as SVG.
+
+    Args:
+        curves: (step, value) per run, some may be empty.
+        percentile: fraction of all values below the end of the value axis.
+    """
+    points = list(chain.from_iterable(curves))
+    values = sorted(value for _, value in points)
+    y_ticks = round_ticks(values[int(percentile * (len(values) - 1))])
+    x_ticks = round_ticks(max(step for step, _ in points), 5)
+    axes = Axes(0, x_ticks[-1], y_ticks[-1], 560, 300)
     lines = []
-    for index, row in enumerate(rows):
-        run, best = row.run, row.best
-        numbers = [
-            cell(number(run.metrics.get(key)), decimals(3)) for key in ("ap", "ap50", "ap_small")
-        ]
-        numbers += [
-            cell(best and best[0], decimals(3)),
-            cell(best and best[1]),
-            cell(row.last_loss, decimals(4)),
-            cell(run.step),
-            cell(run.max_steps),
-        ]
-        overrides = [_override(run.overrides.get(key, ""), _numeric(rows, key)) for key in keys]
-        lines.append(
-            f'<tr><th scope=row><span class="dot" style="{_colour(index)}"></span>{safe(run.name)}</th>'
-            f"{''.join(overrides)}{''.join(numbers)}<td>{run.state.value}</td>{cell(run.requeues)}"
-            f'<td>{_links(path, row, tensorboard)}</td><td class="error">{safe(run.error)}</td></tr>\n'
-        )
-    return section(
-        "Runs",
-        "runs",
-        table("run-table", heads, lines, sortable=True),
-        "AP, AP50 and AP small are of the newest evaluation. A click on a column's head sorts by it.",
-    )
-
-
-def _numeric(rows: Sequence["Row"], key: str) -> bool:
-    return all(
-        _as_number(row.run.overrides.get(key, "")) is not None
-        for row in rows
-        if key in row.run.overrides
-    )
-
-
-def _as_number(text: str) -> float | None:
-    try:
-        return number(float(text))
-    except ValueError:
-        return None
-
-
-def _override(text: str, numeric: bool) -> str:
-    return (
-        f'<td class="n" data-value="{safe(text)}">{safe(text)}</td>'
-        if numeric
-        else f"<td>{safe(text)}</td>"
-    )
-
-
-def _links(path: Path, row: "Row", tensorboard: str) -> str:
-    folder, log = "" if row.run.folder == path else f"{row.run.name}/", "logs/rank-00.log"
-    links = (
-        [f'<a href="{safe(quote(folder + log))}">log</a>']
-        if (row.run.folder / log).exists()
-        else []
-    )
-    only = f"?runFilter={quote(f'^{re.escape(folder)}', safe='')}" if folder else ""
-    return " ".join(
-        [*links, f'<a href="{safe(tensorboard)}/{safe(only)}#timeseries">tensorboard</a>']
-    )
-
-
-def _charts(rows: Sequence["Row"]) -> str:
-    charts = [
-        _chart(rows, [row.loss.points for row in rows], "loss"),
-        _chart(rows, [row.ap.points for row in rows], "AP"),
-    ]
-    return (
-        section(
-            "Curves",
-            "curves",
-            f'<div class="two">{"".join(charts)}</div>',
-            "A colour for each run, as in the table. Losses are means over neighbouring steps.",
-        )
-        if any(charts)
-        else ""
-    )
-
-
-def _chart(rows: Sequence["Row"], curves: Sequence[Sequence[Point]], name: str) -> str:
-    drawn = [thinned([p for p in points if number(p.value) is not None]) for points in curves]
-    values = sorted(value for points in drawn for _, value in points)
-    if not values:
-        return ""
-    y_ticks = round_ticks(
-        values[int(0.98 * (len(values) - 1))] if name == "loss" else values[-1]
-    )  # a bad step hides no curve
-    x_ticks = round_ticks(max(step for points in drawn for step, _ in points), 5)
-    axes, lines = Axes(0, x_ticks[-1], y_ticks[-1], 560, 300), []
-    for index, (row, points) in enumerate(zip(rows, drawn, strict=True)):
-        places = " ".join(
-            f"{axes.x(step):.1f},{axes.y(min(value, axes.y1)):.1f}" for step, value in points
-        )
-        tip = " ".join(
-            [row.run.name, *(f"{key}={value}" for key, value in row.run.overrides.items())]
-        )
-        if points:
-            alone = f" {places}" if len(points) == 1 else ""  # a line to itself is a dot
-            lines.append(
-                f'<polyline class="run{" few" if alone else ""}" style="{_colour(index)}" points="{places}{alone}">'
-                f"<title>{safe(tip)}: {name} {points[-1][1]:.4g} at the end</title></polyline>"
-            )
+    for index, (result, curve) in enumerate(zip(results, curves, strict=True)):
+        if curve:
+            overrides = [f"{key}={value}" for key, value in result.run.overrides.items()]
+            label = " ".join([result.run.name, *overrides])
+            tip = f"{safe(label)}: {name} {curve[-1][1]:.4g} at the end"
+            lines.append(_line(axes, curve, _colour(index), tip))
     svg = axes.svg(
         lines,
         name=f"{name} by step",
         x_label="step",
         y_label=name,
-        x_ticks=[(t, tick(t)) for t in x_ticks],
-        y_ticks=[(t, f"{t:g}") for t in y_ticks],
+        x_ticks=[(value, tick(value)) for value in x_ticks],
+        y_ticks=[(value, f"{value:g}") for value in y_ticks],
     )
-    return f"<figure>{svg}</figure>"
+    return Markup(svg)  # built of numbers and escaped text
 
 
-def thinned(points: Sequence[Point]) -> list[tuple[float, float]]:
-    """(step, value), at most MOST: means of neighbours."""
-    size = -(-len(points) // MOST)
-    groups = [points[i : i + size] for i in range(0, len(points), size or 1)]
-    return [(sum(p.step for p in g) / len(g), sum(p.value for p in g) / len(g)) for g in groups]
-
-
-def _interruptions(rows: Sequence["Row"]) -> str:
-    told = [row for row in rows if row.run.requeues]
-    if not told:
-        return ""
-    heads = [
-        ("run", False),
-        ("requeues", True),
-        ("without a step", True),
-        ("of it to start again", True),
-        ("steps done twice", True),
-    ]
-    lines = [
-        f"<tr><th scope=row>{safe(row.run.name)}</th>{cell(row.run.requeues)}{cell(row.cost.seconds, span)}"
-        f"{cell(row.cost.starting, span)}{cell(row.cost.steps)}</tr>"
-        for row in told
-    ]
-    total = [sum(row.run.requeues for row in told), sum(row.cost.steps for row in told)]
-    foot = (
-        f"<tr><th scope=row>total</th>{cell(total[0])}{cell(sum(row.cost.seconds for row in told), span)}"
-        f"{cell(sum(row.cost.starting for row in told), span)}{cell(total[1])}</tr>"
-    )
-    return section(
-        "Interruptions",
-        "interruptions",
-        table("interruption-table", heads, lines, foot),
-        "From the last that was heard of a run to its next step, summed over its requeues.",
-    )
-
-
-def _tensorboard(path: Path, tensorboard: str) -> str:
-    return section(
-        "TensorBoard",
-        "tensorboard",
-        f"<p><code>tensorboard --logdir {safe(shlex.quote(str(path)))}</code>, then "
-        f'<a href="{safe(tensorboard)}/#timeseries">all curves</a> and '
-        f'<a href="{safe(tensorboard)}/#hparams">hyper-parameters</a>.</p>',
+def _line(axes: Axes, curve: Sequence[tuple[float, float]], colour: str, tip: str) -> str:
+    """An SVG polyline; a dot for a single point. tip: escaped."""
+    places = [f"{axes.x(step):.1f},{axes.y(min(value, axes.y1)):.1f}" for step, value in curve]
+    style = "run"
+    if len(places) == 1:
+        places *= 2  # a line from a point to itself is drawn as a dot
+        style = "run few"
+    return (
+        f'<polyline class="{style}" style="{colour}" points="{" ".join(places)}">'
+        f"<title>{tip}</title></polyline>"
     )
