@@ -17,6 +17,12 @@ class ConfigError(UserError, ValueError):
     """A config value that cannot work. Raised before anything is allocated."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with the message where the condition does not hold."""
+    if not condition:
+        raise ConfigError(message)
+
+
 class RecordingError(UserError):
     """A recording cannot be read in its present state."""
 

@@ -40,6 +40,12 @@ def explain(error: Exception) -> str:
         return _missing_option(error)
     if (key := re.match(r"Could not override '([^']*)'", text)) and hasattr(cause, "parent_node"):
         return _unknown_key(key[1], cause.parent_node)
+    if unread := re.match(r"In '([^']*)/([^'/]*)': .*Key '([^']*)' not in '", text, re.DOTALL):
+        group, option, key = unread.groups()
+        return (
+            f"{group}={option} sets {key}, which this command does not read; choose another option "
+            f"of {group} for it (a copy of conf/{group}/{option}.yaml without {key})"
+        )
     if argument := re.match(r"Ambiguous value for argument '(.*)'\n", text):
         name = argument[1].split("=")[0]
         return f"{argument[1]}: a list needs brackets, {name}=[a,b], and text with a comma quotes, '{name}=\"a,b\"'"

@@ -47,7 +47,7 @@ def run_jobs(
     """Entries by split/recording; a bar on a terminal, a line per recording otherwise.
 
     elsewhere: gives the results of jobs that it has other machines do, as `results_of` does here. It is called with the jobs,
-        what to do with each, the config of the launcher, and `results_of`, for those machines to use.
+        what to do with each, the config of the cluster, and `results_of`, for those machines to use.
     Raises:
         RecordingError: which recordings cannot be prepared, and why, when all others are done.
         UserError: the disk is full, or a process was killed.
@@ -59,7 +59,7 @@ def run_jobs(
         jobs, key=lambda j: (-j.source.path.stat().st_size, j.source.key)
     )  # the longest first: no lone straggler
     results = (
-        elsewhere(jobs, run, config.launcher, results_of)
+        elsewhere(jobs, run, config.cluster, results_of)
         if elsewhere
         else results_of(jobs, run, config.processes)
     )

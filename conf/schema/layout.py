@@ -2,8 +2,7 @@
 
 from enum import Enum
 
-from evspan.conf.errors import ConfigError
-from evspan.conf.schema.prep import require
+from evspan.conf.errors import ConfigError, require
 
 
 class ExchangeKind(Enum):

@@ -1,45 +1,41 @@
-"""Config of frames, labels and preparation. `evspan.conf.schema.training` imports the parts that training shares."""
+"""Config of frames, labels and preparation. Training shares the frame and dataset parts."""
 
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from evspan.conf.errors import ConfigError
+from evspan.conf.errors import require
+from evspan.conf.schema.cluster import PrepClusterConfig, Scheduler
 
 
 class FrameMode(Enum):
     exact = "exact"  # half-open windows that tile the recording, saturating counts
-    rvt = "rvt"  # bit for bit what RVT's preprocess_dataset.py writes
+    rvt = "rvt"  # bit for bit the output of RVT's preprocess_dataset.py
 
 
 class DownsampleBy(Enum):
-    sum = "sum"  # add the pixels of a block up, then saturate
-    nearest = "nearest"  # keep the block's lower right of its centre pixels
+    sum = "sum"  # add the pixels of a block, then saturate
+    nearest = "nearest"  # keep one pixel of a block: the lower right one of its four centre pixels
 
 
 class Codec(Enum):
-    fast = "fast"  # a byte per event kept, see evspan.data_prep.frames.codec
-    small = "small"  # the same through zstd: smaller, slower to read
+    fast = "fast"  # one byte per counted event, see evspan.data_prep.frames.codec
+    small = "small"  # the same, compressed with zstd: smaller, slower to read
 
 
 class DatasetKind(Enum):
-    shards = "shards"  # what `evspan prep` writes
-    rvt_tree = "rvt_tree"  # RVT's preprocessed folders, read as they stand
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+    shards = "shards"  # written by `evspan prep`
+    rvt_tree = "rvt_tree"  # RVT's preprocessed folders, read directly
 
 
 @dataclass(kw_only=True)
 class FrameConfig:
-    """How events become frames: (2 * bins, H / downsample, W / downsample) uint8 counts per window."""
+    """How events become frames: (2 * bins, H / downsample, W / downsample) uint8 counts."""
 
     mode: FrameMode = FrameMode.exact
-    window_ms: int = 50
+    window_ms: int = 50  # time span of a frame
     bins: int = 10  # time bins per window and polarity
-    cutoff: int = 10  # counts saturate here
+    cutoff: int = 10  # counts saturate at this value
     downsample: int = 2  # 1 | 2 | 4
     downsample_by: DownsampleBy = DownsampleBy.sum
 
@@ -62,27 +58,29 @@ class FrameConfig:
                 self.window_ms == 50,
                 f"frames.window_ms is {self.window_ms}; RVT's frames (frames.mode=rvt) span 50 ms",
             )
-            self.downsample_by = DownsampleBy.nearest  # RVT knows no other
+            self.downsample_by = DownsampleBy.nearest  # the only method of RVT
 
     @property
     def channels(self) -> int:
+        """Channels of a frame: one per polarity and bin."""
         return 2 * self.bins
 
     @property
     def window_us(self) -> int:
+        """Time span of a frame in microseconds."""
         return 1000 * self.window_ms
 
 
 def frame_config(raw: dict[str, Any]) -> FrameConfig:
-    """The config that a manifest or a weights file tells, its enums by name."""
-    return FrameConfig(
-        **dict(raw, mode=FrameMode[raw["mode"]], downsample_by=DownsampleBy[raw["downsample_by"]])
-    )
+    """The frame config of a manifest or a weights file, where enums are stored by name."""
+    mode = FrameMode[raw["mode"]]
+    downsample_by = DownsampleBy[raw["downsample_by"]]
+    return FrameConfig(**dict(raw, mode=mode, downsample_by=downsample_by))
 
 
 @dataclass(kw_only=True)
 class LabelConfig:
-    """Which boxes are kept, and under which class; sizes in pixels of the full sensor resolution."""
+    """Which boxes are kept, and with which class. Sizes in pixels of the full sensor resolution."""
 
     class_map: dict[int, int] = field(
         default_factory=dict
@@ -92,7 +90,7 @@ class LabelConfig:
     min_side: float = 0.0
     min_diagonal: float = 0.0
     max_width_fraction: float | None = (
-        None  # drop boxes wider than this share of the sensor; train split only
+        None  # drop boxes wider than this fraction of the sensor; train split only
     )
 
     def __post_init__(self) -> None:
@@ -102,27 +100,27 @@ class LabelConfig:
         )
         require(
             self.min_side >= 0 and self.min_diagonal >= 0,
-            f"dataset.labels.min_side {self.min_side} and min_diagonal {self.min_diagonal} must not be negative",
+            f"dataset.labels.min_side {self.min_side} and min_diagonal {self.min_diagonal} must "
+            "not be negative",
         )
         require(
             self.max_width_fraction is None or 0 < self.max_width_fraction <= 1,
-            f"dataset.labels.max_width_fraction is {self.max_width_fraction}; give a share up to 1, or null for boxes of any width",
+            f"dataset.labels.max_width_fraction is {self.max_width_fraction}; give a fraction up "
+            "to 1, or null for boxes of any width",
         )
 
 
 @dataclass(kw_only=True)
 class DatasetConfig:
-    """A prepared dataset: where it lies and what its classes are."""
+    """A prepared dataset: its folder and its classes."""
 
     name: str = "simulated"
     kind: DatasetKind = DatasetKind.shards
-    root: str = (
-        ""  # folder with the prepared shards (or RVT's tree); training and evaluation read it
-    )
+    root: str = ""  # folder of the prepared shards (or RVT's tree) for training and evaluation
     classes: list[str] = field(default_factory=list)  # in the order of their stored ids
     labels: LabelConfig = field(
         default_factory=LabelConfig
-    )  # how `evspan prep` makes them from raw boxes
+    )  # how `evspan prep` filters the boxes of the box files
 
     def __post_init__(self) -> None:
         self.classes = list(self.classes)
@@ -137,11 +135,6 @@ class DatasetConfig:
 
 
 @dataclass(kw_only=True)
-class LauncherConfig:
-    """Where recordings are prepared. launcher=local: in processes of this machine; evspan.conf.schema.prep_cluster has the other way."""
-
-
-@dataclass(kw_only=True)
 class PrepConfig:
     """`evspan prep`: a folder of recordings (train/ val/ test/) in, a folder of shards out."""
 
@@ -149,28 +142,32 @@ class PrepConfig:
     output: str = ""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     frames: FrameConfig = field(default_factory=FrameConfig)
-    processes: int = 0  # 0: one per core that this process may use
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    processes: int = 0  # with cluster=local; 0: one per core that this process may use
+    cluster: PrepClusterConfig = field(default_factory=PrepClusterConfig)
     shard_mib: int = 2048  # several recordings share a file up to this size
     max_invalid_fraction: float = (
-        0.01  # refuse a recording with a larger share of events outside the sensor
+        0.01  # refuse a recording with a larger fraction of events outside the sensor
     )
-    codec: Codec = (
-        Codec.fast
-    )  # how frames are stored from now on; what is stored already stays as it is
+    codec: Codec = Codec.fast  # of new frames; frames that are stored already keep theirs
 
     def __post_init__(self) -> None:
         require(
             self.processes >= 0,
             f"processes is {self.processes}; give a number of processes, or 0 for one per core",
         )
-        require(self.shard_mib >= 1, f"shard_mib is {self.shard_mib}; give 1 MiB or more")
-        labels = self.dataset.labels
         require(
-            self.frames.mode is FrameMode.exact or labels.label_every_ms == 100,
-            f"dataset.labels.label_every_ms is {labels.label_every_ms}; RVT (frames.mode=rvt) takes a label every 100 ms",
+            not self.processes or self.cluster.scheduler is Scheduler.local,
+            f"processes is {self.processes}, but the recordings are prepared by a SLURM job array; "
+            "set cluster.cpus_per_task, the number of processes of each of its tasks",
+        )
+        require(self.shard_mib >= 1, f"shard_mib is {self.shard_mib}; give 1 MiB or more")
+        label_every_ms = self.dataset.labels.label_every_ms
+        require(
+            self.frames.mode is FrameMode.exact or label_every_ms == 100,
+            f"dataset.labels.label_every_ms is {label_every_ms}; RVT (frames.mode=rvt) takes a "
+            "label every 100 ms",
         )
         require(
             0 <= self.max_invalid_fraction <= 1,
-            f"max_invalid_fraction is {self.max_invalid_fraction}; give a share from 0 to 1",
+            f"max_invalid_fraction is {self.max_invalid_fraction}; give a fraction from 0 to 1",
         )

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 
+from evspan.conf.errors import require
 from evspan.conf.schema.cluster import ClusterConfig
 from evspan.conf.schema.layout import ExchangeKind, check_layout, chosen_exchange
-from evspan.conf.schema.prep import DatasetConfig, require
+from evspan.conf.schema.prep import DatasetConfig
 
 
 class Precision(Enum):

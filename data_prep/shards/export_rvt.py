@@ -18,8 +18,8 @@ from pathlib import Path
 import h5py
 import hdf5plugin
 import numpy as np
-from evspan.conf.errors import ShardError
-from evspan.conf.schema.prep import FrameConfig, FrameMode, frame_config, require
+from evspan.conf.errors import ShardError, require
+from evspan.conf.schema.prep import FrameConfig, FrameMode, frame_config
 from evspan.data_prep.labels.box_files import RAW_BOX
 from evspan.data_prep.shards.atomic import hdf5_written_whole, locked, written_whole
 from evspan.data_prep.shards.format import (

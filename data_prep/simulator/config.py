@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from evspan.conf.schema.prep import require
+from evspan.conf.errors import require
 
 CLASSES = ("ball", "box", "bar")  # class_id 0, 1, 2
 LARGEST_SENSOR = 2048  # EVT3 addresses have 11 bits

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from evspan.conf.schema.prep import require
+from evspan.conf.errors import require
 from evspan.data_prep.labels.box_files import RAW_BOX, recording_name, write_boxes
 from evspan.data_prep.recordings.events import Events
 from evspan.data_prep.recordings.open import open_writer

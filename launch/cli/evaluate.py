@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
-from evspan.conf.schema.prep import require
+from evspan.conf.errors import require
 from evspan.conf.schema.training import EvaluateConfig
 from evspan.launch.cli.command import hydra_task, run_hydra
 from hydra.core.config_store import ConfigStore

@@ -23,7 +23,7 @@ COMMANDS = {
         "evspan.launch.cli.simulate:main", "make recordings with boxes, to try everything on"
     ),
     "prep": Command(
-        "evspan.launch.slurm.prep_array:main",
+        "evspan.launch.cli.prep:main",
         "recordings -> shards of frames; decode, look at and draw recordings",
     ),
     "train": Command("evspan.launch.local.run:train", "shards -> a trained detector"),

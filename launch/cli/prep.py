@@ -2,21 +2,17 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import hydra
 import numpy as np
-from evspan.conf.schema.prep import LauncherConfig, PrepConfig, require
-from evspan.conf.schema.prep_cluster import SlurmConfig
+from evspan.conf.schema.cluster import Scheduler
+from evspan.conf.schema.prep import PrepConfig
 from evspan.launch.cli.command import Parser, hydra_task, run_command, run_hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-Launchers = Mapping[type[LauncherConfig], Callable[..., Any]]
 ConfigStore.instance().store(name="prep_schema", node=PrepConfig)
-ConfigStore.instance().store(group="launcher", name="slurm_schema", node=SlurmConfig)
 
 HELP = """evspan prep: recordings -> shards of histogram frames
 
@@ -38,12 +34,12 @@ HELP = """evspan prep: recordings -> shards of histogram frames
       evspan prep source=raw output=shards
       evspan prep source=/data/gen4 output=/scratch/gen4 dataset=gen4 processes=8
       evspan prep source=drive.raw output=drive frames.downsample=1
-      evspan prep source=/data/gen4 output=/scratch/gen4 dataset=gen4 launcher=slurm launcher.partition=cpu
+      evspan prep source=/data/gen4 output=/scratch/gen4 dataset=gen4 cluster=slurm cluster.partition=cpu
 
   choices (each a file in conf/GROUP/)
       dataset=simulated          simulated | gen4 | etram | etram3 | gen4_rvt
-      launcher=local             local: processes here | slurm: a job array; launcher.dry_run=true shows what it would submit,
-                                 and --cfg job the rest of its keys (partition, account, timeout_min, cpus_per_task, ...)
+      cluster=local              local: processes on this machine | slurm: a job array; cluster.dry_run=true shows what it
+                                 would submit, --cfg job all keys (partition, account, timeout_min, cpus_per_task, ...)
 
   keys
       frames.mode=exact          exact | rvt: RVT's frames to the last bit, with dataset=gen4_rvt
@@ -55,7 +51,7 @@ HELP = """evspan prep: recordings -> shards of histogram frames
       dataset.classes=[a,b]      names of class 0, 1, ... of your own boxes, with dataset.labels.class_map={0:0,3:1}
       dataset.labels.label_every_ms=100    50: a label on every frame, where they are dense enough
       dataset.labels.min_side=0  drop smaller boxes; more filters: data_prep/README.md
-      processes=0                0: one per core
+      processes=0                with cluster=local; 0: one per core
       codec=fast                 fast | small: through zstd, smaller and slower to read
       shard_mib=2048             several recordings share a file up to this size
       max_invalid_fraction=0.01     refuse a recording with a larger share of events outside the sensor
@@ -65,16 +61,12 @@ HELP = """evspan prep: recordings -> shards of histogram frames
 """
 
 
-def _prep(config: PrepConfig, launchers: Launchers) -> None:
+def _prep(config: PrepConfig) -> None:
     from evspan.data_prep.prepare import prepare
+    from evspan.launch.slurm.prep_array import on_slurm
 
-    launcher = type(config.launcher)
-    require(
-        launcher is LauncherConfig or launcher in launchers,
-        "launcher=slurm is for the command evspan: evspan prep launcher=slurm ...",
-    )
     began = time.perf_counter()
-    report = prepare(config, launchers.get(launcher))
+    report = prepare(config, on_slurm if config.cluster.scheduler is Scheduler.slurm else None)
     recordings, frames = (
         report.manifest.recordings,
         sum(r.frames for r in report.manifest.recordings),
@@ -214,13 +206,11 @@ TOOLS = {
 }
 
 
-def main(argv: list[str] | None = None, launchers: Launchers | None = None) -> None:
-    """launchers: what has recordings prepared elsewhere (`workers.Elsewhere`), by the config that asks for it."""
-
+def main(argv: list[str] | None = None) -> None:
     @hydra.main(version_base="1.3", config_path="pkg://evspan.conf", config_name="prep")
     @hydra_task
     def task(raw: DictConfig) -> None:
-        _prep(OmegaConf.to_object(raw), launchers or {})  # type: ignore[arg-type]  # __post_init__ checks run here
+        _prep(OmegaConf.to_object(raw))  # type: ignore[arg-type]  # __post_init__ checks run here
 
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in TOOLS:

@@ -8,11 +8,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from evspan.conf.errors import ConfigError, UserError
-from evspan.conf.schema.prep_cluster import SlurmConfig
 from submitit import Job, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -66,7 +64,7 @@ def require_commands() -> None:
     if missing:
         raise ConfigError(
             f"SLURM commands that are not on the PATH: {', '.join(missing)}. Run this where jobs "
-            "can be submitted, such as a login node, or leave out launcher=slurm"
+            "can be submitted, such as a login node, or choose cluster=local"
         )
 
 
@@ -146,26 +144,6 @@ def sentence(output: str) -> str:
     return "; ".join(dict.fromkeys(line for line in lines if line))
 
 
-def submit(
-    tasks: Sequence[Callable[[], Any]], name: str, comment: str, folder: Path, config: SlurmConfig
-) -> list[Job[Any]]:
-    """Submits these tasks as a job array, or a single task as a job.
-
-    Args:
-        folder: gets Submitit's scripts, pickles and logs.
-
-    Raises:
-        ConfigError: SLURM refuses the job.
-    """
-    return submit_array(
-        _executor(name, comment, folder, config),
-        tasks,
-        "Correct launcher.partition, account, qos, constraint, "
-        "timeout_min, cpus_per_task or mem_gb; launcher.dry_run=true shows the script, "
-        "sinfo the partitions",
-    )
-
-
 def submit_array(
     executor: SlurmExecutor, tasks: Sequence[Callable[[], Any]], remedy: str
 ) -> list[Job[Any]]:
@@ -185,11 +163,6 @@ def submit_array(
         raise ConfigError(f"SLURM refuses the job: {sentence(str(error))}. {remedy}") from error
 
 
-def script(tasks: int, name: str, comment: str, folder: Path, config: SlurmConfig) -> str:
-    """The sbatch script of a job array. Works without SLURM."""
-    return script_of(_executor(name, comment, folder, config), tasks)
-
-
 def script_of(executor: SlurmExecutor, tasks: int) -> str:
     """The sbatch script that the executor would submit for an array of `tasks` tasks."""
     if tasks > 1:
@@ -204,31 +177,6 @@ class Executor(SlurmExecutor):
     def affinity(cls) -> int:
         """Submitit's rating of an executor for this machine; it creates none if it is negative."""
         return 2
-
-
-def _executor(name: str, comment: str, folder: Path, config: SlurmConfig) -> SlurmExecutor:
-    executor = Executor(folder, max_num_timeout=config.max_num_timeout)
-    optional = {}
-    for key in ("partition", "account", "qos", "constraint"):
-        if getattr(config, key):
-            optional[key] = getattr(config, key)
-    executor.update_parameters(
-        job_name=name,
-        comment=comment,
-        time=config.timeout_min,
-        cpus_per_task=config.cpus_per_task,
-        ntasks_per_node=1,
-        mem=f"{int(1024 * config.mem_gb)}MB",
-        array_parallelism=config.array_parallelism,
-        signal_delay_s=config.signal_delay_s,
-        setup=[*config.setup, *python_path_lines()],
-        wckey=None,
-        additional_parameters={"requeue": True},
-        # From SLURM 22.05 on, srun does not inherit the job's value.
-        srun_args=[f"--cpus-per-task={config.cpus_per_task}"],
-        **optional,
-    )
-    return executor
 
 
 def python_path_lines() -> list[str]:

@@ -1,8 +1,9 @@
-"""`evspan prep`, with recordings prepared by a SLURM job array where launcher=slurm asks for it."""
+"""`evspan prep`, with recordings prepared by a SLURM job array where cluster=slurm asks for it."""
 
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -15,21 +16,19 @@ from threading import current_thread, main_thread
 from typing import Any, NoReturn
 
 from evspan.conf.errors import ConfigError, UserError
-from evspan.conf.schema.prep_cluster import SlurmConfig
+from evspan.conf.schema.cluster import PrepClusterConfig
 from evspan.launch.slurm.prep_task import Group, Results, Run, balanced, number_of_tasks
 
 FOLDER = "slurm"  # beside the part files, and removed with them when all is done
+REMEDY = (
+    "Correct cluster.partition, account, qos, constraint, timeout_min, cpus_per_task or mem_gb; "
+    "cluster.dry_run=true shows the script, sinfo the partitions"
+)
 END_S = 150.0  # for a cancelled task: Submitit's leave SIGTERM unheard, SIGKILL comes after SLURM's KillWait
 
 
-def main(argv: list[str]) -> None:
-    from evspan.launch.cli.prep import main
-
-    main(argv, {SlurmConfig: on_slurm})
-
-
 def on_slurm(
-    jobs: list[Any], run: Run, config: SlurmConfig, here: Callable[..., Results]
+    jobs: list[Any], run: Run, config: PrepClusterConfig, here: Callable[..., Results]
 ) -> Results:
     """Each job (of evspan.data_prep.workers) with a function that gives or raises what became of it, as SLURM's tasks tell.
 
@@ -37,7 +36,7 @@ def on_slurm(
         run: what a task does with a job. here: does it with several, side by side.
     Raises:
         ConfigError: SLURM is not there or refuses the array. UserError: another process has an array for the same output.
-        SystemExit: the batch script is printed (launcher.dry_run).
+        SystemExit: the batch script is printed (cluster.dry_run).
     Left before its end, for whatever reason, it cancels the array.
     """
     if not jobs:
@@ -53,7 +52,10 @@ def on_slurm(
     dealt = balanced(sizes, number_of_tasks(sizes, config))
     if config.dry_run:
         _print_and_leave(
-            slurm.script(len(dealt), name, comment, folder, config), jobs, sizes, dealt
+            slurm.script_of(_executor(name, comment, folder, config), len(dealt)),
+            jobs,
+            sizes,
+            dealt,
         )
     slurm.require_commands()
     _end_orphans(name)
@@ -65,7 +67,7 @@ def on_slurm(
     ]
     with _left_on_signals():
         try:
-            array = slurm.submit(groups, name, comment, folder, config)
+            array = slurm.submit_array(_executor(name, comment, folder, config), groups, REMEDY)
             ids = [task.job_id for task in array]
             say(
                 f"SLURM job {ids[0].split('_')[0]}: {len(jobs)} to prepare in {len(groups)} tasks; logs in {folder}"
@@ -80,6 +82,22 @@ def on_slurm(
         except BaseException:
             _cancel(name)
             raise
+
+
+def _executor(name: str, comment: str, folder: Path, config: PrepClusterConfig) -> Any:
+    from evspan.launch.slurm.client import Executor, python_path_lines
+    from evspan.launch.slurm.parameters import sbatch_parameters, setup_lines
+
+    python = shlex.quote(config.python or sys.executable)
+    executor = Executor(folder, max_num_timeout=config.max_num_timeout, python=python)
+    executor.update_parameters(
+        job_name=name,
+        comment=comment,
+        ntasks_per_node=1,
+        setup=[*setup_lines(config), *python_path_lines()],
+        **sbatch_parameters(config),
+    )
+    return executor
 
 
 def _print_and_leave(

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from evspan.conf.schema.prep_cluster import SlurmConfig
+from evspan.conf.schema.cluster import PrepClusterConfig
 from evspan.launch.logging_config import configure_logging
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,10 @@ Run = Callable[[Any], Any]
 Results = Generator[tuple[Any, Callable[[], Any]], None, None]
 
 
-def number_of_tasks(sizes: Sequence[int], config: SlurmConfig) -> int:
+def number_of_tasks(sizes: Sequence[int], cluster: PrepClusterConfig) -> int:
     return min(
-        len(sizes), config.tasks or min(MOST_TASKS, max(1, math.ceil(sum(sizes) / BYTES_PER_TASK)))
+        len(sizes),
+        cluster.array_size or min(MOST_TASKS, max(1, math.ceil(sum(sizes) / BYTES_PER_TASK))),
     )
 
 

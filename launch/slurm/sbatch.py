@@ -7,10 +7,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from evspan.conf.schema.cluster import ClusterConfig, Container
 from evspan.launch.slurm.client import Executor, python_path_lines, script_of, submit_array
+from evspan.launch.slurm.parameters import sbatch_parameters, setup_lines
 from evspan.launch.slurm.rank_task import Attempt
 from submitit import SlurmExecutor
 
@@ -75,53 +76,29 @@ def _executor(
     )
     python = inside or shlex.quote(cluster.python or sys.executable)
     executor = Executor(folder, python=python)
-    given: dict[str, Any] = {
-        key: value
-        for key in ("partition", "account", "qos", "constraint", "exclude")
-        if (value := getattr(cluster, key))
-    }
+    parameters = sbatch_parameters(cluster)
     if cluster.gpus_per_node:
-        given["gpus_per_node"] = each
-    if cluster.mem_gb:
-        given["mem"] = f"{int(1024 * cluster.mem_gb)}MB"
+        parameters["gpus_per_node"] = each
+    # Ranks name a dead one before a minute has passed.
+    parameters["srun_args"] += ["--wait=60", *of_srun]
     executor.update_parameters(
         job_name=name,
-        time=cluster.timeout_min,
         nodes=nodes,
         ntasks_per_node=each,
-        cpus_per_task=cluster.cpus_per_task,
-        array_parallelism=cluster.array_parallelism,
-        signal_delay_s=cluster.signal_delay_s,
         stderr_to_stdout=True,
-        wckey=None,
         setup=_before(cluster),
         teardown=_after(folder, python, of_srun),
-        # From SLURM 22.05 on, srun does not take the job's CPUs. Ranks name a dead one before a minute has passed.
-        srun_args=[f"--cpus-per-task={cluster.cpus_per_task}", "--wait=60", *of_srun],
-        additional_parameters={
-            "requeue": True,
-            **dict(_option(option) for option in cluster.sbatch_args),
-        },
-        **given,
+        **parameters,
     )
     return executor
 
 
-def _option(text: str) -> tuple[str, Any]:
-    """In Submitit's form: exclusive -> True."""
-    name, there, value = text.partition("=")
-    return name, value if there else True
-
-
 def _before(cluster: ClusterConfig) -> list[str]:
-    settings = [setting.partition("=") for setting in cluster.environment]
-    exports = [f"export {name}={shlex.quote(value)}" for name, _, value in settings]
     paths = [] if cluster.container is not Container.none else python_path_lines()
     # The script must outlive the ranks, which save on these signals; bash would end at once.
     # The working folder may hold another Evspan, or modules of the same names, which python -m would take first.
     return [
-        *cluster.setup,
-        *exports,
+        *setup_lines(cluster),
         *paths,
         "trap : TERM USR1 USR2",
         "export PYTHONSAFEPATH=1",

@@ -219,6 +219,15 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
         (["source=SOURCE", "output=OUT", "processes"], "'processes' is not of the form key=value"),
         (["source=SOURCE", "output=OUT", "--processes=2"], "keys have no dashes: processes=2"),
         (
+            ["source=SOURCE", "output=OUT", "cluster=gpu_nodes"],
+            "cluster=gpu_nodes sets gpus_per_node, which this command does not read",
+        ),
+        (
+            ["source=SOURCE", "output=OUT", "cluster=slurm", "cluster.gpus_per_node=2"],
+            "there is no key 'cluster.gpus_per_node'",
+        ),
+        (["source=SOURCE", "output=OUT", "cluster.partition=cpu"], "add cluster=slurm"),
+        (
             ["source=SOURCE", "output=OUT", "dataset.classes=[one]"],
             "class_map names class [1, 2] but dataset.classes has 1 entries",
         ),

@@ -1,4 +1,4 @@
-"""`evspan prep launcher=slurm` on a throw-away SLURM: the array does what one machine's processes do, whatever dies."""
+"""`evspan prep cluster=slurm` on a throw-away SLURM: the array does what one machine's processes do, whatever dies."""
 
 import itertools
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from evspan.conf.errors import ConfigError
-from evspan.conf.schema.prep_cluster import SlurmConfig
+from evspan.conf.schema.cluster import PrepClusterConfig, Scheduler
 from evspan.data_prep.prepare import prepare
 from evspan.launch.slurm.prep_task import BYTES_PER_TASK, MOST_TASKS, balanced, number_of_tasks
 from support.prepared import assert_same, prep_config
@@ -23,8 +23,8 @@ KEYS = [
     "dataset=simulated",
     "dataset.labels.label_every_ms=100",
     "frames.bins=3",
-    "launcher=slurm",
-    "launcher.mem_gb=1",
+    "cluster=slurm",
+    "cluster.mem_gb=1",
 ]
 COPIES = 150  # of a small recording: work for two seconds
 QUICK = (
@@ -174,24 +174,39 @@ def test_empty_files_are_dealt_evenly_and_equal_ones_in_order():
     ],
 )
 def test_the_number_of_tasks_follows_the_size(sizes, tasks, expected):
-    assert number_of_tasks(sizes, SlurmConfig(tasks=tasks)) == expected
+    assert (
+        number_of_tasks(sizes, PrepClusterConfig(scheduler=Scheduler.slurm, array_size=tasks))
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"timeout_min": 0}, "launcher.timeout_min is 0"),
-        ({"mem_gb": 0}, "launcher.mem_gb is 0"),
-        ({"tasks": -1}, "launcher.tasks is -1"),
+        ({"timeout_min": 0}, "cluster.timeout_min is 0"),
+        ({"mem_gb": -1}, "cluster.mem_gb is -1"),
+        ({"array_size": -1}, "cluster.array_size is -1"),
         (
             {"timeout_min": 1, "signal_delay_s": 60},
-            "launcher.signal_delay_s is 60, but a task may run 60 s",
+            "cluster.signal_delay_s is 60, but the time limit is 60 s",
         ),
     ],
 )
 def test_impossible_wishes_are_refused(values, part):
     with pytest.raises(ConfigError, match=re.escape(part)):
-        SlurmConfig(**values)
+        PrepClusterConfig(scheduler=Scheduler.slurm, **values)
+
+
+def test_keys_that_do_nothing_are_refused(source, tmp_path):
+    with pytest.raises(ConfigError, match=r"cluster.partition needs a cluster.*add cluster=slurm"):
+        PrepClusterConfig(partition="cpu")
+    with pytest.raises(ConfigError, match=r"set cluster.cpus_per_task"):
+        prep_config(
+            source,
+            tmp_path,
+            processes=2,
+            cluster=PrepClusterConfig(scheduler=Scheduler.slurm),
+        )
 
 
 # -- the script --------------------------------------------------------------------------------------------------
@@ -207,16 +222,20 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(source, tmp_path):
         "mem_gb": 2.5,
         "array_parallelism": 1,
         "signal_delay_s": 30,
-        "tasks": 2,
+        "array_size": 2,
+        "exclude": "'n[1-2]'",
         "setup": "['module load hdf5']",
+        "environment": "['A=b c']",
+        "sbatch_args": "['mail-type=END']",
+        "python": "/opt/python",
     }
     code, out, err = finished(
         command(
             None,
             source,
             tmp_path / "out",
-            *(f"launcher.{k}={v}" for k, v in wishes.items()),
-            "launcher.dry_run=true",
+            *(f"cluster.{k}={v}" for k, v in wishes.items()),
+            "cluster.dry_run=true",
             environment={"PATH": "/nowhere"},
         )
     )
@@ -232,12 +251,15 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(source, tmp_path):
         "#SBATCH --array=0-1%1",
         "#SBATCH --signal=USR2@30",
         "#SBATCH --requeue",
+        "#SBATCH --exclude='n[1-2]'",
+        "#SBATCH --mail-type=END",
         "module load hdf5",
+        "export A='b c'",
         f'export PYTHONPATH={ROOT}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         "# task 0, 0.00 GB: train/c",
     ):
         assert line in out.splitlines(), line
-    assert out.index("module load") < out.index(sys.executable)
+    assert out.index("module load") < out.index("/opt/python -u -m submitit")
     assert subprocess.run(["bash", "-n"], input=out, text=True, timeout=20).returncode == 0
     assert not (tmp_path / "out" / ".parts").exists()
 
@@ -253,35 +275,12 @@ def test_without_slurm_it_says_so_in_one_line(source, tmp_path):
     assert "not on the PATH" in err
 
 
-def test_only_the_command_knows_slurm(source, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "evspan.launch",
-            "prep",
-            f"source={source}",
-            f"output={tmp_path / 'out'}",
-            *KEYS,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2
-    assert (
-        done.stderr
-        == "error: launcher=slurm is for the command evspan: evspan prep launcher=slurm ...\n"
-    )
-
-
 # -- on the cluster ----------------------------------------------------------------------------------------------
 @pytest.mark.timeout(90)
 def test_the_array_makes_what_one_machine_makes(slurm, source, prepared, tmp_path):
     output = tmp_path / "out"
     code, out, err = finished(
-        command(slurm, source, output, "launcher.tasks=2", "launcher.partition=low")
+        command(slurm, source, output, "cluster.array_size=2", "cluster.partition=low")
     )
     assert (code, err) == (0, "")
     assert "5 of 5 recordings prepared" in out
@@ -296,7 +295,7 @@ def test_the_array_makes_what_one_machine_makes(slurm, source, prepared, tmp_pat
 
 @pytest.mark.timeout(60)
 def test_a_partition_that_is_not_there_is_one_line(slurm, source, tmp_path):
-    code, _, err = finished(command(slurm, source, tmp_path / "out", "launcher.partition=nope"))
+    code, _, err = finished(command(slurm, source, tmp_path / "out", "cluster.partition=nope"))
     assert code == 2
     assert len(err.splitlines()) == 1
     assert err.startswith("error: SLURM refuses the job: invalid partition specified: nope")
@@ -314,7 +313,7 @@ def test_a_task_that_comes_back_goes_on_and_a_bad_recording_is_named(
         tmp_path / "out",
     )
     (source / "train" / "bad_td.dat").write_bytes(b"% Width 200\n% Height 160\n% end\n\x0c\x08odd")
-    process = command(slurm, source, output, f"launcher.cpus_per_task={cpus}")
+    process = command(slurm, source, output, f"cluster.cpus_per_task={cpus}")
     pid, before = stopped_at_work(output)
     job = job_of(slurm)
     if how == "requeued":
@@ -396,7 +395,7 @@ def test_killed_it_leaves_an_array_which_the_same_command_ends(slurm, many, tmp_
 def test_an_array_of_a_process_elsewhere_is_left_alone(slurm, source, tmp_path):
     output = tmp_path / "out"
     name = re.search(
-        r"--job-name=(\S+)", finished(command(slurm, source, output, "launcher.dry_run=true"))[1]
+        r"--job-name=(\S+)", finished(command(slurm, source, output, "cluster.dry_run=true"))[1]
     )[1]
     slurm.ask(
         "sbatch",

@@ -231,7 +231,7 @@ def test_values_cannot_inject(tmp_path):
         ({"sbatch_args": ["mail-user=a\nb"]}, "cluster.sbatch_args"),
         ({"environment": ["A B=1"]}, "cluster.environment"),
         ({"image": "x.sif"}, "container=apptainer"),
-        ({"timeout_min": 1, "signal_delay_s": 60}, "leave it time"),
+        ({"timeout_min": 1, "signal_delay_s": 60}, "lower signal_delay_s"),
         ({"gpus_per_node": 2, "ranks_per_node": 4}, "each rank needs one"),
         ({"max_retries": 0}, "1 or more"),
     ],

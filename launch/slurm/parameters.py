@@ -1,0 +1,43 @@
+"""Parameters of Submitit's executor from the config of a cluster, the same for every command."""
+
+import shlex
+from typing import Any
+
+from evspan.conf.schema.cluster import SlurmConfig
+
+NAMED_OPTIONS = ("partition", "account", "qos", "constraint", "exclude")
+
+
+def sbatch_parameters(cluster: SlurmConfig) -> dict[str, Any]:
+    """Keyword arguments of `SlurmExecutor.update_parameters`.
+
+    Nodes, tasks, GPUs and the job's name follow from what is run, and are the caller's.
+    """
+    parameters: dict[str, Any] = {
+        "time": cluster.timeout_min,
+        "cpus_per_task": cluster.cpus_per_task,
+        "array_parallelism": cluster.array_parallelism,
+        "signal_delay_s": cluster.signal_delay_s,
+        "wckey": None,
+        # From SLURM 22.05 on, srun does not take over the job's --cpus-per-task.
+        "srun_args": [f"--cpus-per-task={cluster.cpus_per_task}"],
+        "additional_parameters": {"requeue": True},
+    }
+    for name in NAMED_OPTIONS:
+        if value := getattr(cluster, name):
+            parameters[name] = value
+    if cluster.mem_gb:
+        parameters["mem"] = f"{int(1024 * cluster.mem_gb)}MB"
+    for option in cluster.sbatch_args:
+        name, has_value, value = option.partition("=")
+        parameters["additional_parameters"][name] = value if has_value else True
+    return parameters
+
+
+def setup_lines(cluster: SlurmConfig) -> list[str]:
+    """Shell lines for the start of the batch script: `setup`, then `environment`."""
+    lines = list(cluster.setup)
+    for setting in cluster.environment:
+        name, _, value = setting.partition("=")
+        lines.append(f"export {name}={shlex.quote(value)}")
+    return lines
