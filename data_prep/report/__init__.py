@@ -1,1 +1,1 @@
-"""`evspan prep report`: numbers (survey), what is odd about them (findings), charts (plots), the page, the command."""
+"""`evspan prep report`: numbers (survey), warnings (findings), SVG charts (plots, charts), the page."""

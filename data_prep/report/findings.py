@@ -1,176 +1,209 @@
-"""What a researcher should know of a dataset before training on it, in words."""
+"""Warnings about a dataset, as sentences, for a researcher who is about to train on it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
-from evspan.data_prep.report.markup import percent
+from evspan.conf.text import plural
+from evspan.data_prep.report.number_format import percent
 from evspan.data_prep.report.survey import RecordingStats, Survey
 
-RARE_CLASS = 0.01  # share of a split's boxes
-EMPTY_FRAMES, SATURATED, MANY_DROPPED = 0.1, 0.05, 0.05  # shares that are worth a word
+# Fractions above which a warning is given.
+EMPTY_FRAMES = 0.1
+SATURATED = 0.05
+BOXES_DROPPED = 0.05
+BOXES_OF_OTHER_CLASSES = 0.5  # a class map leaves classes out on purpose
+EVENTS_OUTSIDE = 0.001
+TIMESTAMPS_LATE = 0.01
+RARE_CLASS = 0.01  # below this fraction of a split's boxes
+RATE_FACTOR = 10.0  # times the median of events per second, either way
 THINNED = "boxes_between_labelled_frames"
-MANY_OF_OTHER_CLASSES = 0.5  # a class map leaves out what it should
-FEW_EVENTS_LOST, MANY_EVENTS_LOST = 0.001, 0.01
-ODD_RATE = 10.0  # times the median of events per second, either way
+
+
+class _Affected(NamedTuple):
+    """A recording and the fraction of it that a warning is about."""
+
+    key: str
+    fraction: float
 
 
 def findings(survey: Survey) -> list[str]:
-    """One sentence each, the gravest first; nothing where nothing stands out."""
+    """Returns one sentence per finding, the most severe first."""
     if not survey.recordings:
         return ["The dataset holds no recordings."]
-    parts: tuple[Callable[[Survey], Iterator[str]], ...] = (
-        _splits,
-        _copies,
-        _sizes,
-        _unlabelled,
+    checks: tuple[Callable[[Survey], Iterator[str]], ...] = (
+        _missing_split,
+        _duplicates,
+        _frame_sizes,
+        _without_labels,
         _classes,
         _empty_frames,
-        _events_lost,
-        _rates,
+        _events_dropped,
+        _event_rates,
         _saturation,
         _boxes_dropped,
     )
-    return [sentence for part in parts for sentence in part(survey)]
+    return [sentence for check in checks for sentence in check(survey)]
 
 
 def some(names: Iterable[str], most: int = 4) -> str:
-    """a, b, c, d and 7 more"""
+    """'a, b, c, d and 7 more'."""
     listed = list(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
+    text = ", ".join(listed[:most])
+    if len(listed) > most:
+        text += f" and {len(listed) - most} more"
+    return text
 
 
-def _many(number: int, thing: str, plural: str = "s") -> str:
-    return f"{number} {thing}{plural if number != 1 else ''}"
+def _missing_split(survey: Survey) -> Iterator[str]:
+    if survey.selection:
+        return
+    has_train = "train" in survey.splits
+    has_val = "val" in survey.splits
+    if has_val and not has_train:
+        yield "There is no split train: nothing to train on."
+    if has_train and not has_val:
+        yield "There is no split val: nothing to score training with."
+    # Without both it is a test set, which is no mistake.
 
 
-def _splits(survey: Survey) -> Iterator[str]:
-    if not survey.chosen:
-        missing = [s for s in ("train", "val") if s not in survey.splits]
-        if len(missing) == 1:  # a test set alone is nobody's mistake
-            use = "to train on" if missing == ["train"] else "to score training with"
-            yield f"There is no split {missing[0]}: nothing {use}."
+def _duplicates(survey: Survey) -> Iterator[str]:
+    by_digest: dict[str, list[RecordingStats]] = defaultdict(list)
+    for recording in survey.recordings:
+        if recording.entry.source_xxh3:
+            by_digest[recording.entry.source_xxh3].append(recording)
+    for copies in by_digest.values():
+        if len(copies) == 1:
+            continue
+        sentence = f"{some(copy.key for copy in copies)} are the same recording"
+        splits = {copy.entry.split for copy in copies}
+        if len(splits) > 1:
+            sentence += ", in different splits: scores will be too high"
+        yield f"{sentence}."
 
 
-def _copies(survey: Survey) -> Iterator[str]:
-    same = defaultdict(list)
-    for r in survey.recordings:
-        if r.entry.source_xxh3:
-            same[r.entry.source_xxh3].append(r)
-    for group in same.values():
-        if len(group) > 1:
-            leak = (
-                ", in different splits: scores will flatter"
-                if len({r.entry.split for r in group}) > 1
-                else ""
-            )
-            yield f"{some(r.key for r in group)} are the same recording{leak}."
+def _frame_sizes(survey: Survey) -> Iterator[str]:
+    keys_by_size: dict[str, list[str]] = defaultdict(list)
+    for recording in survey.recordings:
+        size = f"{recording.entry.width} x {recording.entry.height}"
+        keys_by_size[size].append(recording.key)
+    if len(keys_by_size) == 1:
+        return
+    most_common_first = sorted(keys_by_size.items(), key=lambda item: -len(item[1]))
+    sizes = "; ".join(f"{size}: {some(keys, 2)}" for size, keys in most_common_first)
+    yield f"Frames are of {len(keys_by_size)} sizes ({sizes}); a model is trained on one."
 
 
-def _sizes(survey: Survey) -> Iterator[str]:
-    sizes = defaultdict(list)
-    for r in survey.recordings:
-        sizes[r.entry.height, r.entry.width].append(r.key)
-    if len(sizes) > 1:
-        told = "; ".join(
-            f"{w} x {h}: {some(keys, 2)}"
-            for (h, w), keys in sorted(sizes.items(), key=lambda item: -len(item[1]))
-        )
-        yield f"Frames are of {len(sizes)} sizes ({told}); a model is trained on one."
-
-
-def _unlabelled(survey: Survey) -> Iterator[str]:
+def _without_labels(survey: Survey) -> Iterator[str]:
     for split in survey.splits:
-        of = survey.summary(split).of
-        without = [r.entry.name for r in of if not r.entry.labelled_frames]
-        if without:
-            yield f"{_many(len(without), 'recording')} of {len(of)} in {split} without labels: {some(without)}."
-        no_boxes = [r.entry.name for r in of if r.entry.labelled_frames and not r.entry.boxes]
+        entries = [recording.entry for recording in survey.summary(split).recordings]
+        unlabelled = [e.name for e in entries if not e.labelled_frames]
+        if unlabelled:
+            yield (
+                f"{plural(len(unlabelled), 'recording')} of {len(entries)} in {split} "
+                f"without labels: {some(unlabelled)}."
+            )
+        no_boxes = [e.name for e in entries if e.labelled_frames and not e.boxes]
         if no_boxes:
             yield (
-                f"{_many(len(no_boxes), 'recording')} of {len(of)} in {split} labelled, but without a single box: "
-                f"{some(no_boxes)}."
+                f"{plural(len(no_boxes), 'recording')} of {len(entries)} in {split} "
+                f"labelled, but without a single box: {some(no_boxes)}."
             )
 
 
 def _classes(survey: Survey) -> Iterator[str]:
-    classes, total = survey.manifest.classes, survey.summary().per_class
-    if not total.sum():
+    totals = dict(zip(survey.manifest.classes, survey.summary().per_class.tolist(), strict=True))
+    if not any(totals.values()):
         yield "There are no boxes."
         return
-    for name, count in zip(classes, total.tolist(), strict=True):
-        if not count:
+    for name, total in totals.items():
+        if not total:
             yield f"There are no boxes of class {name}."
+    existing = [name for name, total in totals.items() if total]
     for split in survey.splits:
-        counts = survey.summary(split).per_class
-        if not counts.sum():
-            continue  # told as recordings without labels
-        for name, count, anywhere in zip(classes, counts.tolist(), total.tolist(), strict=True):
-            if anywhere and not count:
-                yield f"{split} has no boxes of class {name}."
-            elif anywhere and count < RARE_CLASS * counts.sum():
-                yield (
-                    f"In {split}, class {name} has {_many(count, 'box', 'es')} of {counts.sum()} "
-                    f"({percent(count / counts.sum())})."
-                )
+        yield from _classes_of_split(survey, split, existing)
+
+
+def _classes_of_split(survey: Survey, split: str, existing: list[str]) -> Iterator[str]:
+    """existing: the classes that have boxes in some split."""
+    counts = dict(
+        zip(survey.manifest.classes, survey.summary(split).per_class.tolist(), strict=True)
+    )
+    total = sum(counts.values())
+    if not total:
+        return  # reported as recordings without labels
+    for name in existing:
+        count = counts[name]
+        if not count:
+            yield f"{split} has no boxes of class {name}."
+        elif count < RARE_CLASS * total:
+            boxes = "1 box" if count == 1 else f"{count} boxes"
+            yield f"In {split}, class {name} has {boxes} of {total} ({percent(count / total)})."
+
+
+def _affected_recordings(
+    recordings: Iterable[_Affected], threshold: float, what: str
+) -> Iterator[str]:
+    """One sentence about all recordings above the threshold, the worst first."""
+    affected = [recording for recording in recordings if recording.fraction > threshold]
+    if not affected:
+        return
+    affected.sort(key=lambda recording: (-recording.fraction, recording.key))
+    listed = some(f"{key} ({percent(fraction)})" for key, fraction in affected)
+    yield f"{plural(len(affected), 'recording')} with many {what}: {listed}."
 
 
 def _empty_frames(survey: Survey) -> Iterator[str]:
-    found = [
-        (r.empty_frames / r.entry.frames, r.key)
-        for r in survey.recordings
-        if r.entry.frames and r.empty_frames > EMPTY_FRAMES * r.entry.frames
+    fractions = [
+        _Affected(recording.key, recording.empty_frames / max(1, recording.entry.frames))
+        for recording in survey.recordings
     ]
-    yield from _worst(found, "frames without events")
+    yield from _affected_recordings(fractions, EMPTY_FRAMES, "frames without events")
 
 
-def _worst(found: list[tuple[float, str]], what: str) -> Iterator[str]:
-    """Recordings with their shares, the largest first; several in one sentence."""
-    if found:
-        listed = some(
-            f"{key} ({percent(share)})" for share, key in sorted(found, key=lambda f: (-f[0], f[1]))
-        )
-        yield f"{_many(len(found), 'recording')} with many {what}: {listed}."
-
-
-def _events_lost(survey: Survey) -> Iterator[str]:
-    found = []
-    for r in survey.recordings:
-        outside = r.entry.dropped_events.get("outside_sensor", 0)
-        if outside > FEW_EVENTS_LOST * (outside + r.entry.events):
-            found.append((outside / (outside + r.entry.events), r.key))
-    yield from _worst(found, "events outside the sensor, which were dropped")
-    late = [
-        (r.entry.dropped_events.get("late_timestamps_raised", 0) / max(1, r.entry.events), r.key)
-        for r in survey.recordings
-    ]
-    yield from _worst(
-        [(share, key) for share, key in late if share > MANY_EVENTS_LOST],
-        "timestamps that ran backwards",
+def _events_dropped(survey: Survey) -> Iterator[str]:
+    outside = []
+    late = []
+    for recording in survey.recordings:
+        dropped = recording.entry.dropped_events
+        kept = recording.entry.events
+        num_outside = dropped.get("outside_sensor", 0)
+        num_late = dropped.get("late_timestamps_raised", 0)
+        outside.append(_Affected(recording.key, num_outside / max(1, num_outside + kept)))
+        late.append(_Affected(recording.key, num_late / max(1, kept)))
+    yield from _affected_recordings(
+        outside, EVENTS_OUTSIDE, "events outside the sensor, which were dropped"
     )
+    yield from _affected_recordings(late, TIMESTAMPS_LATE, "timestamps that ran backwards")
 
 
-def _rates(survey: Survey) -> Iterator[str]:
-    rates = [(r.entry.events / r.seconds, r) for r in survey.recordings if r.seconds > 0]
+def _event_rates(survey: Survey) -> Iterator[str]:
+    rates = {r.key: r.entry.events / r.seconds for r in survey.recordings if r.seconds > 0}
     if len(rates) < 3:
         return
-    median = float(np.median([rate for rate, _ in rates]))
+    median = float(np.median(list(rates.values())))
+    ascending = sorted(rates.items(), key=lambda item: item[1])
+    low = [_in_millions(key, rate) for key, rate in ascending if rate < median / RATE_FACTOR]
+    high = [_in_millions(key, rate) for key, rate in ascending if rate > median * RATE_FACTOR]
+    median_text = f"the median of {median / 1e6:.3g} M"
+    if low:
+        yield f"Far fewer events per second than {median_text}: {some(low)}."
+    if high:
+        yield f"Far more events per second than {median_text}: {some(reversed(high))}."
 
-    def told(found: list[tuple[float, RecordingStats]]) -> str:
-        return some(f"{r.key} ({rate / 1e6:.3g} M)" for rate, r in found)
 
-    ordered = sorted(rates, key=lambda rate: rate[0])
-    if few := [pair for pair in ordered if pair[0] < median / ODD_RATE]:
-        yield f"Far fewer events per second than the median of {median / 1e6:.3g} M: {told(few)}."
-    if many := [pair for pair in reversed(ordered) if pair[0] > median * ODD_RATE]:
-        yield f"Far more events per second than the median of {median / 1e6:.3g} M: {told(many)}."
+def _in_millions(key: str, rate: float) -> str:
+    return f"{key} ({rate / 1e6:.3g} M)"
 
 
 def _saturation(survey: Survey) -> Iterator[str]:
-    share = survey.summary().saturated_fraction
-    if share is not None and share > SATURATED:
-        yield f"{percent(share)} of the cells that count anything are at the cutoff of {survey.cutoff}: what exceeds it is lost."
+    fraction = survey.summary().saturated_fraction
+    if fraction is not None and fraction > SATURATED:
+        yield (
+            f"{percent(fraction)} of the cells that have events are at the cutoff of "
+            f"{survey.cutoff}: events beyond it are lost."
+        )
 
 
 def _boxes_dropped(survey: Survey) -> Iterator[str]:
@@ -178,13 +211,14 @@ def _boxes_dropped(survey: Survey) -> Iterator[str]:
     dropped = summary.dropped("dropped_boxes")
     thinned = dropped.pop(THINNED, 0)
     total = summary.total("boxes") + sum(dropped.values())
+    boxes = "the boxes that remain after thinning" if thinned else "the boxes"
     for reason, count in sorted(dropped.items(), key=lambda item: -item[1]):
-        if (
-            count
-            > (MANY_OF_OTHER_CLASSES if reason == "boxes_of_other_classes" else MANY_DROPPED)
-            * total
-        ):
+        threshold = BOXES_DROPPED
+        if reason == "boxes_of_other_classes":
+            threshold = BOXES_OF_OTHER_CLASSES
+        if count > threshold * total:
+            readable = reason.removeprefix("boxes_").replace("_", " ")
             yield (
-                f"{percent(count / total)} of the boxes{' that thinning labels left' if thinned else ''} were dropped: "
-                f"{reason.removeprefix('boxes_').replace('_', ' ')} ({count} of {total})."
+                f"{percent(count / total)} of {boxes} were dropped: "
+                f"{readable} ({count} of {total})."
             )

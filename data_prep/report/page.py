@@ -1,31 +1,23 @@
-"""The report as HTML: one file, no network, light and dark, for the screen and for paper."""
+"""The report as HTML: one file that needs no network, light and dark, for the screen and for paper.
 
-from base64 import b64encode
+The template is `templates/dataset.html`; this module computes the values that it shows.
+"""
+
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from evspan.data_prep.report.figures import (
-    classes_section,
-    counts_section,
-    events_section,
-    sizes_section,
-)
-from evspan.data_prep.report.look import CSS, SCRIPT
-from evspan.data_prep.report.markup import (
-    cell,
-    count,
-    decimals,
-    percent,
-    safe,
-    section,
-    short,
-    span,
-    table,
-)
-from evspan.data_prep.report.plots import sparkline
+import numpy as np
+from evspan.conf.text import plural
+from evspan.data_prep.report import charts
+from evspan.data_prep.report.number_format import count, decimals, duration, percent, short
 from evspan.data_prep.report.survey import Summary, Survey
+from evspan.data_prep.report.templating import Column, KeyFigure, report_environment
+from numpy.typing import NDArray
 
-MENDED = ("late_timestamps_raised",)  # events that count among the dropped ones, yet are kept
-OPTION = {
+# Reasons among the dropped events whose events are kept, with corrected times.
+CORRECTED = ("late_timestamps_raised",)
+# The filter behind a count of dropped boxes: a key of dataset.labels.
+FILTER_KEYS = {
     "boxes_between_labelled_frames": "label_every_ms",
     "boxes_off_the_windows": "label_every_ms",
     "boxes_outside_the_sensor": "crop",
@@ -33,218 +25,226 @@ OPTION = {
     "boxes_under_min_diagonal": "min_diagonal",
     "boxes_over_max_width": "max_width_fraction",
 }
+SIZES = ("small", "medium", "large")
 
 
-def page(survey: Survey, findings: list[str]) -> Iterator[str]:
-    """The file's text, part by part."""
-    title = f"{survey.root.resolve().name}: dataset report"
-    yield (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{safe(title)}</title>\n<style>\n{CSS}</style></head>\n<body>'
+class Measure(NamedTuple):
+    """A column of the tables by split and by recording."""
+
+    title: str
+    value: Callable[[Summary], float | None]
+    form: Callable[[float], str]
+
+
+class ClassRow(NamedTuple):
+    """A row of the table of classes: numbers of boxes."""
+
+    name: str
+    per_split: list[int]
+    boxes: int
+    fraction: float | None
+    per_size: list[int]
+
+
+class DropRow(NamedTuple):
+    """A row of the tables of what was kept and dropped."""
+
+    reason: str
+    note: str
+    number: int
+    fraction: float
+
+
+def _events_dropped(summary: Summary) -> int:
+    dropped = summary.dropped("dropped_events")
+    return sum(number for reason, number in dropped.items() if reason not in CORRECTED)
+
+
+def _frame_kilobytes(summary: Summary) -> float | None:
+    return None if summary.frame_bytes is None else summary.frame_bytes / 1000
+
+
+MEASURES = [
+    Measure("seconds", lambda s: s.seconds, decimals(1)),
+    Measure("frames", lambda s: s.total("frames"), count),
+    Measure("labelled", lambda s: s.total("labelled_frames"), count),
+    Measure("fraction labelled", lambda s: s.labelled_fraction, percent),
+    Measure("labels/s", lambda s: s.label_rate, decimals(2)),
+    Measure("without boxes", lambda s: s.negatives, count),
+    Measure("boxes", lambda s: s.total("boxes"), count),
+    Measure("boxes dropped", lambda s: sum(s.dropped("dropped_boxes").values()), count),
+    Measure("events", lambda s: s.total("events"), short),
+    Measure("events/s", lambda s: s.event_rate, short),
+    Measure("events dropped", _events_dropped, count),
+    Measure("frames empty", lambda s: s.empty_fraction, percent),
+    Measure("at cutoff", lambda s: s.saturated_fraction, percent),
+    Measure("kB/frame", _frame_kilobytes, decimals(1)),
+]
+MEASURE_COLUMNS = [Column(measure.title) for measure in MEASURES]
+
+
+def page(survey: Survey, warnings: list[str]) -> Iterator[str]:
+    """Yields the text of the page, part by part, so that all images are never one string."""
+    template = report_environment().get_template("dataset.html")
+    name = survey.root.resolve().name
+    yield from template.generate(
+        title=f"{name}: dataset report",
+        name=name,
+        about=_about(survey),
+        survey=survey,
+        summary=survey.summary(),
+        warnings_title=f"{plural(len(warnings), 'thing')} to look at",
+        warning_sentences=warnings,
+        charts=charts,
+        figures=_key_figures(survey) if survey.recordings else [],
+        measures=MEASURES,
+        columns=_columns(survey),
+        class_rows=_class_rows(survey) if survey.recordings else [],
+        box_drops=_box_drops(survey),
+        event_drops=_event_drops(survey),
+        one_recording=lambda recording: Summary([recording], survey.cutoff),
+        highest_rate=_highest_rate,
+        plural=plural,
     )
-    yield _head(survey)
-    yield _warnings(findings)
-    if survey.recordings:
-        for part in (
-            _key_figures,
-            _splits,
-            classes_section,
-            sizes_section,
-            events_section,
-            counts_section,
-            _drops,
-            _recordings,
-            _sheet,
-        ):
-            yield part(survey)
-    yield f"<script>\n{SCRIPT}</script>\n</body></html>\n"
 
 
-def _head(survey: Survey) -> str:
-    manifest, frames = survey.manifest, survey.manifest.config["frames"]
+def _about(survey: Survey) -> str:
+    frames = survey.manifest.config["frames"]
     sizes = sorted({f"{r.entry.width} x {r.entry.height}" for r in survey.recordings})
-    told = [
+    parts = [
+        survey.manifest.config.get("dataset", {}).get("name", ""),
         f"frames of {', '.join(sizes)} pixels" if sizes else "no frames",
         f"mode {frames['mode']}",
         f"{frames['window_ms']} ms in {frames['bins']} bins",
         f"cutoff {frames['cutoff']}",
         f"downsampled by {frames['downsample']}",
-        f"{len(manifest.classes)} classes",
+        f"{len(survey.manifest.classes)} classes",
     ]
-    chosen = f" <small>{safe(survey.chosen)} only</small>" if survey.chosen else ""
-    dataset = manifest.config.get("dataset", {}).get("name", "")
-    about = " · ".join([dataset, *told] if dataset else told)
-    return (
-        f"<header><h1>{safe(survey.root.resolve().name)}{chosen}</h1><p>{safe(about)}</p>"
-        f"<p class=note>Made by {safe(manifest.software)}, config {safe(manifest.config_hash)}</p></header>\n"
-    )
+    return " · ".join(part for part in parts if part)
 
 
-def _warnings(findings: list[str]) -> str:
-    if not findings:
-        return '<section id="warnings" class="fine"><p>Nothing stands out.</p></section>\n'
-    items = "".join(f"<li>{safe(finding)}</li>" for finding in findings)
-    title = f"{len(findings)} thing{'s' if len(findings) > 1 else ''} to look at"
-    return f'<section id="warnings"><h2>{title}</h2><ul>{items}</ul></section>\n'
-
-
-def _key_figures(survey: Survey) -> str:
-    s = survey.summary()
-    figures = [
-        (
-            "recordings",
-            count(len(s.of)),
-            f"{span(s.seconds)} in {len(survey.splits)} split{'s' if len(survey.splits) > 1 else ''}",
-        ),
-        ("frames", count(s.total("frames")), f"{(s.frame_bytes or 0) / 1000:.1f} kB each, stored"),
-        (
-            "labelled frames",
-            count(s.total("labelled_frames")),
-            f"{percent(s.labelled_fraction or 0)} of frames, {s.label_rate or 0:.2f} a second",
-        ),
-        (
-            "boxes",
-            count(s.total("boxes")),
-            f"{s.total('boxes') / max(1, s.total('labelled_frames')):.2f} on a labelled frame",
-        ),
-        ("events", short(s.total("events")), f"{short(s.event_rate or 0)} a second"),
-        (
-            "frames without events",
-            percent(s.empty_fraction or 0),
-            f"{count(sum(r.empty_frames for r in s.of))} frames",
-        ),
-    ]
-    return (
-        '<dl class="figures">'
-        + "".join(
-            f"<div><dt>{name}</dt><dd>{value}</dd><dd class=note>{more}</dd></div>"
-            for name, value, more in figures
-        )
-        + "</dl>\n"
-    )
-
-
-MEASURES: list[tuple[str, Callable[[Summary], float | None], Callable[[float], str]]] = [
-    ("seconds", lambda s: s.seconds, decimals(1)),
-    ("frames", lambda s: s.total("frames"), count),
-    ("labelled", lambda s: s.total("labelled_frames"), count),
-    ("share labelled", lambda s: s.labelled_fraction, percent),
-    ("labels/s", lambda s: s.label_rate, decimals(2)),
-    ("without boxes", lambda s: sum(r.negatives for r in s.of), count),
-    ("boxes", lambda s: s.total("boxes"), count),
-    ("boxes dropped", lambda s: sum(s.dropped("dropped_boxes").values()), count),
-    ("events", lambda s: s.total("events"), short),
-    ("events/s", lambda s: s.event_rate, short),
-    (
-        "events dropped",
-        lambda s: sum(n for k, n in s.dropped("dropped_events").items() if k not in MENDED),
-        count,
-    ),
-    ("frames empty", lambda s: s.empty_fraction, percent),
-    ("at cutoff", lambda s: s.saturated_fraction, percent),
-    ("kB/frame", lambda s: None if s.frame_bytes is None else s.frame_bytes / 1000, decimals(1)),
-]
-
-
-def _measures(summary: Summary) -> str:
-    return "".join(cell(value(summary), form) for _, value, form in MEASURES)
-
-
-def _splits(survey: Survey) -> str:
-    rows = [
-        f"<tr><th scope=row>{split}</th>{cell(len(survey.summary(split).of))}{_measures(survey.summary(split))}</tr>"
-        for split in survey.splits
-    ]
-    foot = f"<tr><th scope=row>total</th>{cell(len(survey.recordings))}{_measures(survey.summary())}</tr>"
-    heads = [("split", False), ("recordings", True), *((name, True) for name, _, _ in MEASURES)]
-    return section(
-        "Splits",
-        "splits",
-        table("split-table", heads, rows, foot),
-        "Seconds from first to last event. Without boxes: labelled frames that show nothing. At cutoff: of the cells "
-        f"that count anything, in {count(sum(r.sampled_frames for r in survey.recordings))} decoded frames.",
-    )
-
-
-def _drops(survey: Survey) -> str:
+def _key_figures(survey: Survey) -> list[KeyFigure]:
     summary = survey.summary()
-    labels = survey.manifest.config.get("dataset", {}).get("labels", {})
-    boxes, events = summary.dropped("dropped_boxes"), summary.dropped("dropped_events")
-    box_total = summary.total("boxes") + sum(boxes.values())
-    event_total = summary.total("events") + sum(
-        n for reason, n in events.items() if reason not in MENDED
-    )
-
-    def row(reason: str, number: int, total: int, more: str = "") -> str:
-        share = number / total if total else 0
-        words = safe(reason.removeprefix("boxes_").replace("_", " ")) + (
-            f" <small>{safe(more)}</small>" if more else ""
-        )
-        bar = f'<div style="width:{100 * min(share, 1):.1f}%"></div>' if number else ""
-        return f'<tr><th scope=row>{words}</th>{cell(number)}{cell(share, percent)}<td class="share">{bar}</td></tr>'
-
-    def setting(reason: str) -> str:
-        option = OPTION.get(reason)
-        return f"{option} = {labels[option]}" if option in labels else ""
-
-    heads = [("", False), ("number", True), ("share", True), ("", False)]
-    box_rows = [row("kept", summary.total("boxes"), box_total)]
-    box_rows += [
-        row(k, n, box_total, setting(k))
-        for k, n in sorted(boxes.items(), key=lambda item: -item[1])
+    splits = plural(len(survey.splits), "split")
+    frame_kilobytes = _frame_kilobytes(summary) or 0
+    labelled = percent(summary.labelled_fraction or 0)
+    boxes_per_frame = summary.total("boxes") / max(1, summary.total("labelled_frames"))
+    return [
+        KeyFigure(
+            "recordings",
+            count(len(summary.recordings)),
+            f"{duration(summary.seconds)} in {splits}",
+        ),
+        KeyFigure(
+            "frames", count(summary.total("frames")), f"{frame_kilobytes:.1f} kB each, stored"
+        ),
+        KeyFigure(
+            "labelled frames",
+            count(summary.total("labelled_frames")),
+            f"{labelled} of frames, {summary.label_rate or 0:.2f} a second",
+        ),
+        KeyFigure(
+            "boxes", count(summary.total("boxes")), f"{boxes_per_frame:.2f} on a labelled frame"
+        ),
+        KeyFigure(
+            "events",
+            short(summary.total("events")),
+            f"{short(summary.event_rate or 0)} a second",
+        ),
+        KeyFigure(
+            "frames without events",
+            percent(summary.empty_fraction or 0),
+            f"{count(summary.empty_frames)} frames",
+        ),
     ]
-    event_rows = [row("kept", summary.total("events"), event_total)]
-    event_rows += [
-        row(k, n, event_total, "kept, their time mended" if k in MENDED else "")
-        for k, n in sorted(events.items(), key=lambda item: -item[1])
+
+
+def _columns(survey: Survey) -> dict[str, list[Column]]:
+    """The heads of every table."""
+    class_columns = [*survey.splits, "boxes", "fraction", *SIZES]
+    drop_columns = [
+        Column("", numeric=False),
+        Column("number"),
+        Column("fraction"),
+        Column("", numeric=False),
     ]
-    tables = (
-        f"<div><h3>Boxes</h3>{table('box-drops', heads, box_rows)}</div>"
-        f"<div><h3>Events</h3>{table('event-drops', heads, event_rows)}</div>"
-    )
-    return section("What was left out", "drops", f'<div class="two">{tables}</div>')
+    return {
+        "splits": [Column("split", numeric=False), Column("recordings"), *MEASURE_COLUMNS],
+        "classes": [Column("class", numeric=False), *map(Column, class_columns)],
+        "drops": drop_columns,
+        "recordings": [
+            Column("recording", numeric=False),
+            Column("split", numeric=False),
+            Column("events over time"),
+            *MEASURE_COLUMNS,
+            *map(Column, survey.manifest.classes),
+        ],
+    }
 
 
-def _recordings(survey: Survey) -> str:
-    classes = survey.manifest.classes
+def _class_rows(survey: Survey) -> list[ClassRow]:
+    """A row of each class, and the total."""
+    per_split = [survey.summary(split).per_class for split in survey.splits]
+    total = survey.summary().per_class
+    per_size = survey.summary().per_size
     rows = []
-    for r in survey.recordings:
-        peak = float(r.curve.rate.max(initial=0))
-        drawn = sparkline(r.curve.rate, f"events per second of {r.key}, up to {short(peak)}")
+    for class_id, name in enumerate(survey.manifest.classes):
         rows.append(
-            f'<tr><th scope=row>{safe(r.entry.name)}</th><td>{r.entry.split}</td><td data-value="{peak!r}">{drawn}</td>'
-            f"{_measures(Summary([r], survey.cutoff))}{''.join(cell(n) for n in r.per_class)}</tr>\n"
+            ClassRow(
+                name,
+                [int(boxes[class_id]) for boxes in per_split],
+                int(total[class_id]),
+                float(total[class_id] / max(1, total.sum())),
+                _integers(per_size[class_id]),
+            )
         )
-    total = survey.summary()
-    foot = f"<tr><th scope=row>total</th><td></td><td></td>{_measures(total)}{''.join(cell(n) for n in total.per_class)}</tr>"
-    heads = [
-        ("recording", False),
-        ("split", False),
-        ("events over time", True),
-        *((name, True) for name, _, _ in MEASURES),
-        *((safe(name), True) for name in classes),
-    ]
-    return section(
-        "Recordings",
-        "recordings",
-        table("recording-table", heads, rows, foot, sortable=True),
-        "A click on a column's head sorts by it. The curves are each to its own scale.",
+    rows.append(
+        ClassRow(
+            "total",
+            [int(boxes.sum()) for boxes in per_split],
+            int(total.sum()),
+            1.0 if total.sum() else None,
+            _integers(per_size.sum(axis=0)),
+        )
     )
+    return rows
 
 
-def _sheet(survey: Survey) -> str:
-    shown = [r for r in survey.recordings if r.pictures]
-    pictures = [p for r in shown for p in r.pictures]
-    tiles = "".join(
-        f'<figure><img loading="lazy" alt="{safe(p.about)}" src="data:image/png;base64,{b64encode(p.png).decode()}">'
-        f"<figcaption>{safe(p.about)}</figcaption></figure>"
-        for p in pictures
-    )
-    return section(
-        "Frames",
-        "frames",
-        f'<div class="sheet">{tiles}</div>',
-        f"{len(pictures)} frames of {len(shown)} recordings, those with boxes where there are any. "
-        "More brightness is blue, less is red, both is violet. A click enlarges.",
-    )
+def _integers(array: NDArray[np.int64]) -> list[int]:
+    return [int(value) for value in array]
+
+
+def _box_drops(survey: Survey) -> list[DropRow]:
+    """Boxes that were kept, then those dropped by reason, the most frequent first."""
+    labels = survey.manifest.config.get("dataset", {}).get("labels", {})
+    notes = {
+        reason: f"{key} = {labels[key]}" for reason, key in FILTER_KEYS.items() if key in labels
+    }
+    kept = survey.summary().total("boxes")
+    dropped = survey.summary().dropped("dropped_boxes")
+    return _drop_rows(kept, dropped, kept + sum(dropped.values()), notes)
+
+
+def _event_drops(survey: Survey) -> list[DropRow]:
+    """Events that were kept, then those dropped by reason, the most frequent first."""
+    summary = survey.summary()
+    kept = summary.total("events")
+    notes = dict.fromkeys(CORRECTED, "kept, their time corrected")
+    total = kept + _events_dropped(summary)
+    return _drop_rows(kept, summary.dropped("dropped_events"), total, notes)
+
+
+def _drop_rows(
+    kept: int, dropped: dict[str, int], total: int, notes: dict[str, str]
+) -> list[DropRow]:
+    rows = [DropRow("kept", "", kept, kept / max(1, total))]
+    for reason, number in sorted(dropped.items(), key=lambda item: -item[1]):
+        readable = reason.removeprefix("boxes_").replace("_", " ")
+        rows.append(DropRow(readable, notes.get(reason, ""), number, number / max(1, total)))
+    return rows
+
+
+def _highest_rate(survey: Survey) -> float:
+    """The highest rate of the recordings with a chart: their charts share one scale."""
+    rates = [r.curve.rate.max(initial=0) for r in charts.charted_recordings(survey)]
+    return float(max(rates, default=0))

@@ -278,7 +278,7 @@ def agrees(row, expected):
         assert int(row[name]) == expected[name], name
     assert float(row["seconds"]) == pytest.approx(expected["seconds"])
     for name, part, whole in (
-        ("share labelled", "labelled", "frames"),
+        ("fraction labelled", "labelled", "frames"),
         ("labels/s", "labelled", "seconds"),
         ("events/s", "events", "seconds"),
         ("frames empty", "empty", "frames"),
@@ -431,15 +431,15 @@ def test_drops_are_told_by_reason_with_their_setting(tmp_path, report):
         )
     )
     boxes, events = page.rows("box-drops"), page.rows("event-drops")
-    assert {k: (v["number"], float(v["share"])) for k, v in boxes.items()} == {
+    assert {k: (v["number"], float(v["fraction"])) for k, v in boxes.items()} == {
         "kept": ("1", 0.1),
         "under min side min_side = 20": ("3", 0.3),
         "of other classes": ("6", 0.6),
     }
-    assert {k: (v["number"], float(v["share"])) for k, v in events.items()} == {
+    assert {k: (v["number"], float(v["fraction"])) for k, v in events.items()} == {
         "kept": ("900", 0.9),
         "outside sensor": ("100", 0.1),
-        "late timestamps raised kept, their time mended": ("7", 0.007),
+        "late timestamps raised kept, their time corrected": ("7", 0.007),
     }
     assert page.rows("recording-table")["a"]["events dropped"] == "100"
 
@@ -579,7 +579,7 @@ def test_recordings_without_boxes_labels_frames_or_events(tmp_path, report):
     )
     rows = page.rows("recording-table")
     assert "There are no boxes." in page.text
-    assert rows["b"]["events/s"] == rows["c"]["share labelled"] == ""
+    assert rows["b"]["events/s"] == rows["c"]["fraction labelled"] == ""
     assert float(rows["b"]["frames empty"]) == 1
     assert len(page.images) == 7
 
@@ -650,7 +650,7 @@ MANY_BOXES = [box(i % 20) for i in range(150)]
         ({"val/c": None}, "There is no split val: nothing to score training with."),
         (
             {"val/c": {"source_xxh3": "0", **usual()["val/c"]}},
-            "train/a, val/c are the same recording, in different splits: scores will flatter.",
+            "train/a, val/c are the same recording, in different splits: scores will be too high.",
         ),
         (
             {"train/e": {"source_xxh3": "0", **usual()["train/b"]}},
@@ -710,7 +710,7 @@ MANY_BOXES = [box(i % 20) for i in range(150)]
         ({"train/b": {"events": 10**7, **usual()["train/b"]}}, ": train/b (10 M)."),
         (
             {"train/b": {"frames": counted(1, mean=4.0), "events": 4000, **usual()["train/b"]}},
-            " of the cells that count anything are at the cutoff of 5",
+            " of the cells that have events are at the cutoff of 5",
         ),
         (
             {"train/b": {"dropped_boxes": {"boxes_under_min_side": 1}, **usual()["train/b"]}},
@@ -726,7 +726,7 @@ MANY_BOXES = [box(i % 20) for i in range(150)]
                     **usual()["train/b"],
                 }
             },
-            "50 % of the boxes that thinning labels left were dropped: under min side (7 of 14).",
+            "50 % of the boxes that remain after thinning were dropped: under min side (7 of 14).",
         ),
     ],
 )
