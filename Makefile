@@ -1,4 +1,4 @@
-# Python >= 3.10, a C++ compiler and make are all that a machine needs; `make` alone lists the targets.
+# Python 3.10 to 3.13, a C++ compiler and make are all that a machine needs; `make` alone lists the targets.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -13,11 +13,12 @@ TEST_TIMEOUT ?= 300# seconds that one test may take
 
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+PYTEST = $(RUN) pytest --timeout $(TEST_TIMEOUT) -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 space := $(subst ,, )
 # Named after the folder: a copied or moved checkout installs anew, instead of running the code of the old place.
 STAMP := $(VENV)/.installed$(subst $(space),_,$(subst /,.,$(CURDIR)))
 
-.PHONY: help setup demo test lint soak bench-learn container constraints clean
+.PHONY: help setup demo test check lint soak bench-learn container constraints clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -25,7 +26,7 @@ help: ## list the targets
 setup: $(STAMP) ## create .venv and install (PYTHON=python3)
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: $(PYTHON) is Python %d.%d; Evspan needs 3.10 or newer: make setup PYTHON=python3.11" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info[:2] < (3, 14) or sys.exit("error: $(PYTHON) is Python %d.%d; Evspan needs 3.10 to 3.13: make setup PYTHON=python3.11" % sys.version_info[:2])'
 	@rm -f $(VENV)/.installed*
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --upgrade -c constraints.txt pip
@@ -37,10 +38,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## simulate, prepare, train, evaluate and infer in minutes; results in demo/
 	@$(RUN) evspan.launch.demo
 
-test: setup lint ## check style and types, run the tests (PYTEST_ARGS, WORKERS, TEST_TIMEOUT)
-	@$(RUN) pytest --timeout $(TEST_TIMEOUT) -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+test: lint ## style, types, and all tests but the campaigns (PYTEST_ARGS, WORKERS, TEST_TIMEOUT)
+	@$(PYTEST) $(PYTEST_ARGS)
 
-lint: setup ## ruff and mypy
+check: lint ## style, types and the fast tests, in about a minute
+	@$(PYTEST) -m 'not slow and not soak' $(PYTEST_ARGS)
+
+lint: setup ## style and types: ruff format, ruff check, mypy
+	@$(RUN) ruff format --check --quiet || { echo 'error: files above are not formatted: $(RUN) ruff format' >&2; exit 1; }
 	@$(RUN) ruff check
 	@$(RUN) mypy
 
@@ -54,7 +59,7 @@ bench-learn: setup ## the learning study, hours on 2 cores (BENCH_ARGS=--quick)
 container: ## an image (DEVICE=cpu or cuda, FORMAT=image, sif or sqsh; containers/README.md)
 	@containers/build
 
-constraints: ## resolve all dependencies anew into constraints.txt (PYTHONS)
+constraints: ## resolve all dependencies again into constraints.txt (PYTHONS)
 	$(PYTHON) .ci/constraints $(PYTHONS)
 
 clean: ## remove what was built, the demo's folder and caches (.venv stays)

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 GIVEN = Path("/mnt")
-WHERE = "WHEELS=FOLDER tells where pip is to look: a folder with a pip.conf, or with all the wheels (containers/README.md)"
+WHERE = "WHEELS=FOLDER sets where pip looks: a folder with a pip.conf, or with all the wheels (containers/README.md)"
 PINNED = ("-c", "constraints.txt", "--build-constraint", "constraints.txt")
 
 
 def pip(*args: str) -> str:
-    """What pip prints to stdout; its other words, and those of its failure, go to the builder's log."""
+    """Runs pip and returns its standard output; its standard error goes to the builder's log."""
     ran = subprocess.run(
         [sys.executable, "-m", "pip", *args],
         env=environment(GIVEN),
@@ -29,7 +29,7 @@ def pip(*args: str) -> str:
         text=True,
     )
     if ran.returncode:
-        sys.exit(f"{ran.stdout}error: pip failed, as it says above. {WHERE}")
+        sys.exit(f"{ran.stdout}error: pip failed; its message is above. {WHERE}")
     return ran.stdout
 
 
@@ -51,9 +51,8 @@ def dependencies(device: str) -> None:
     import tomllib  # the images' Python is 3.11 or newer, that of a checkout need not be
 
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    print(
-        pip("install", "--upgrade", *PINNED[:2], "pip", "setuptools")
-    )  # the base's pip may not know all of PINNED
+    # The base's pip may lack an option of PINNED.
+    print(pip("install", "--upgrade", *PINNED[:2], "pip", "setuptools"))
     report = pip(
         "install",
         "--dry-run",
@@ -77,13 +76,14 @@ def dependencies(device: str) -> None:
         )
     )
     print(pip("check"))
-    tests = [
-        path
-        for name in ("test", "tests")
-        for path in Path(sys.prefix, "lib").rglob(f"site-packages/**/{name}")
-    ]
-    for path in filter(Path.is_dir, tests):  # a tenth of the image
-        shutil.rmtree(path, ignore_errors=True)
+    libraries = Path(sys.prefix, "lib")
+    # Tests that packages install are a tenth of the image.
+    for path in [
+        *libraries.rglob("site-packages/**/test"),
+        *libraries.rglob("site-packages/**/tests"),
+    ]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def wrong_build(torch: dict[str, Any], device: str) -> str:
