@@ -1,1 +1,1 @@
-"""`evspan prep report`: numbers (survey), warnings (findings), SVG charts (plots, charts), the page."""
+"""`evspan prep report`: numbers (survey), warnings (findings), SVG charts, the page."""

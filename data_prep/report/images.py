@@ -66,7 +66,7 @@ def _reduced(frame: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
     width = frame.shape[2] // factor
     whole_blocks = frame[:, : height * factor, : width * factor]
     blocks = whole_blocks.reshape(-1, height, factor, width, factor)
-    sums = blocks.sum((2, 4), dtype=np.int64)
+    sums: NDArray[np.int64] = blocks.sum((2, 4), dtype=np.int64)
     return np.minimum(sums, 255).astype(np.uint8)
 
 

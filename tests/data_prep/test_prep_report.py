@@ -16,7 +16,7 @@ from evspan.data_prep.draw import draw_boxes, draw_label, frame_to_rgb
 from evspan.data_prep.frames.codec import FrameEncoder
 from evspan.data_prep.prepare import prepare
 from evspan.data_prep.report.findings import findings
-from evspan.data_prep.report.markup import percent, short
+from evspan.data_prep.report.number_format import percent, short
 from evspan.data_prep.report.plots import round_ticks
 from evspan.data_prep.report.survey import survey
 from evspan.data_prep.shards.format import BOX, FRAME_SHAPE, MANIFEST, Manifest, RecordingEntry

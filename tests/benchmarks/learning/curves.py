@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evspan.data_prep.report.markup import safe
-from evspan.data_prep.report.plots import Axes, round_ticks, tick
+from evspan.data_prep.report.number_format import tick
+from evspan.data_prep.report.plots import Axes, round_ticks
 
 WIDTH = 400
 HEIGHT = 270
