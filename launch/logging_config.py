@@ -1,4 +1,4 @@
-"""Configures the logger `evspan`: plain lines on a terminal; timestamp, level and rank in log files.
+"""Configures the logger `evspan`: plain lines on a terminal; timestamp, level, rank in log files.
 
 Modules log with `logging.getLogger(__name__)`. Every process that runs a command or a rank calls
 `configure_logging` once, before it does anything else. Worker processes that are not configured
