@@ -73,7 +73,7 @@ def parts(folder: Path) -> list[Part]:
             "evaluate",
             [
                 "evaluate",
-                f"checkpoint={run}",
+                str(run),
                 "dataset=simulated",
                 f"dataset.root={shards}",
                 "evaluation.split=val",
@@ -86,9 +86,8 @@ def parts(folder: Path) -> list[Part]:
             "infer",
             [
                 "infer",
-                str(raw / "val" / "val_000_td.raw"),
-                "--checkpoint",
                 str(run),
+                str(raw / "val" / "val_000_td.raw"),
                 "--output",
                 str(detections),
             ],

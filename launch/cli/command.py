@@ -1,13 +1,14 @@
 """What every command does around its work: mistakes end in one readable line, not in a traceback."""
 
 import argparse
+import contextvars
 import errno
 import functools
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from evspan.conf.errors import (
@@ -84,10 +85,43 @@ class _FromTask(BaseException):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse tells a mistake in two lines, without the remedy; here it is one."""
+    """Reports a mistake as one `error:` line that names the help. All commands with options use it."""
 
     def error(self, message: str) -> NoReturn:
+        """Exits with code 2."""
         fail(f"{message}; {self.prog} --help shows how")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; under `parser_of`, returns the parser to it instead."""
+        if _inspecting.get():
+            raise _ParserFoundError(self)
+        return super().parse_known_args(args, namespace)
+
+
+_inspecting = contextvars.ContextVar("inspecting", default=False)
+
+
+class _ParserFoundError(BaseException):
+    """Carries a parser to `parser_of`; no `except Exception` of a command stops it."""
+
+    def __init__(self, parser: Parser) -> None:
+        self.parser = parser
+
+
+def parser_of(main: Callable[[list[str]], object], argv: Sequence[str] = ()) -> Parser:
+    """The parser that a command would parse `argv` with. The command does not run.
+
+    Raises:
+        ValueError: the command has no Parser.
+    """
+    token = _inspecting.set(True)
+    try:
+        main([*argv, "--help"])
+    except _ParserFoundError as found:
+        return found.parser
+    finally:
+        _inspecting.reset(token)
+    raise ValueError(f"{main.__module__} has no command.Parser")
 
 
 def hydra_task(task: Callable[[Any], object]) -> Callable[[Any], None]:

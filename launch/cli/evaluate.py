@@ -8,6 +8,7 @@ import hydra
 from evspan.conf.errors import require
 from evspan.conf.schema.training import EvaluateConfig
 from evspan.launch.cli.command import hydra_task, run_hydra
+from evspan.launch.cli.grammar import evaluate_overrides
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,15 +18,15 @@ HELP = """evspan evaluate: a checkpoint and a prepared split -> COCO AP (Prophes
 
   evspan evaluate compare A B      two evaluations side by side, with intervals; compare --help tells more
 
-  evspan evaluate checkpoint=RUN dataset.root=SHARDS [dataset=NAME] [key=value ...]
+  evspan evaluate RUN dataset.root=SHARDS [dataset=NAME] [key=value ...]
       RUN is a run folder (its newest checkpoint), one of its checkpoints, or a .safetensors file. The model comes with it.
       RUN/checkpoints/best is the checkpoint that had the highest AP while it trained.
       metrics.json, one <recording>_bbox.npy per recording, and frames.npz, which compare reads, go to RUN/evaluation-SPLIT.
       AP is told by class, size, recording, time since the start, and by speed and rest of the object: does memory hold it?
 
   examples
-      evspan evaluate checkpoint=runs/demo dataset.root=shards
-      evspan evaluate checkpoint=runs/tiny dataset=gen4 dataset.root=/data/gen4 evaluation.split=test parallel.ranks=4
+      evspan evaluate runs/demo dataset.root=shards
+      evspan evaluate runs/tiny dataset=gen4 dataset.root=/data/gen4 evaluation.split=test parallel.ranks=4
       evspan evaluate compare runs/demo/evaluation-val runs/other/evaluation-val
 
   keys
@@ -91,14 +92,10 @@ def check(config: EvaluateConfig) -> None:
     """Raises UserError for what can be known to fail before any rank starts."""
     from evspan.pipeline.data.datasets import open_dataset
 
-    found = (
-        f"checkpoint is {config.checkpoint}, where there is nothing"
-        if config.checkpoint
-        else "checkpoint is empty"
-    )
+    remedy = "name a run folder, a checkpoint or a .safetensors file: evspan evaluate runs/NAME ..."
+    require(bool(config.checkpoint), f"the checkpoint is missing; {remedy}")
     require(
-        bool(config.checkpoint) and Path(config.checkpoint).exists(),
-        f"{found}; name a run folder, a checkpoint or a .safetensors file: checkpoint=runs/NAME",
+        Path(config.checkpoint).exists(), f"there is no checkpoint {config.checkpoint}; {remedy}"
     )
     open_dataset(config.dataset, config.evaluation.split)
 
@@ -106,7 +103,7 @@ def check(config: EvaluateConfig) -> None:
 def main(
     argv: list[str] | None = None, run: Callable[[EvaluateConfig], object] = evaluate_here
 ) -> None:
-    """python -m evspan.launch.cli.evaluate checkpoint=RUN dataset.root=SHARDS
+    """python -m evspan.launch.cli.evaluate RUN dataset.root=SHARDS
 
     run: called with the checked config.
     """
@@ -122,7 +119,7 @@ def main(
     def task(raw: DictConfig) -> None:
         run(OmegaConf.to_object(raw))  # type: ignore[arg-type]  # __post_init__ checks run here
 
-    run_hydra(task, argv, prog="evspan evaluate", help=HELP)
+    run_hydra(task, evaluate_overrides(argv), prog="evspan evaluate", help=HELP)
 
 
 if __name__ == "__main__":

@@ -44,11 +44,11 @@ OUT/X_overlay.mp4  events (blue brighter, red darker), detections orange, and gr
 --csv has a line per detection, --json one per frame with its latency; --json - writes them to standard output, frame by
 frame, which with --follow makes a detector of a camera whose .raw or .dat file is still being written."""
 EXAMPLES = """examples:
-  evspan infer drive.raw --checkpoint runs/tiny
-  evspan infer drive.raw --checkpoint runs/tiny/checkpoints/step-00001000 --confidence 0.3 --video drive.gif
-  evspan infer drive_td.dat --checkpoint weights.safetensors --from 60 --seconds 10 --output out
-  evspan infer drive.raw --checkpoint runs/tiny --no-video --confidence 0.001     # for scoring
-  evspan infer camera.raw --checkpoint runs/tiny --follow 5 --frames-per-call 1 --no-video --json - | your-program"""
+  evspan infer runs/tiny drive.raw
+  evspan infer runs/tiny/checkpoints/step-00001000 drive.raw --confidence 0.3 --video drive.gif
+  evspan infer weights.safetensors drive_td.dat --from 60 --seconds 10 --output out
+  evspan infer runs/tiny drive.raw --no-video --confidence 0.001     # for scoring
+  evspan infer runs/tiny camera.raw --follow 5 --frames-per-call 1 --no-video --json - | your-program"""
 
 
 def boxes_beside(recording: Path) -> NDArray:
@@ -329,14 +329,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recording", type=Path, metavar="RECORDING")
     parser.add_argument(
-        "--checkpoint",
+        "checkpoint",
         type=Path,
-        required=True,
         metavar="RUN",
         help="a run folder (its newest checkpoint), a checkpoint folder, or a .safetensors file",
     )
+    parser.add_argument("recording", type=Path, metavar="RECORDING")
     parser.add_argument(
         "--output",
         type=Path,

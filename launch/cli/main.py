@@ -1,21 +1,28 @@
-"""The `evspan` command. A part is imported only when it is called, so that the command itself answers at once."""
+"""The `evspan` command. Imports the module of a command only when that is called."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from evspan.launch.cli.command import fail
 from evspan.launch.logging_config import configure_logging
 
+if TYPE_CHECKING:
+    from evspan.launch.cli.grammar import Options
+
 
 class Command(NamedTuple):
+    """A line of the help, and what to call."""
+
     entry: str  # "module:function", called with the arguments after the command's name
     summary: str
 
     def load(self) -> Callable[[list[str]], object]:
+        """The function; imports its module."""
         module, function = self.entry.split(":")
-        return getattr(import_module(module), function)
+        main: Callable[[list[str]], object] = getattr(import_module(module), function)
+        return main
 
 
 COMMANDS = {
@@ -65,24 +72,104 @@ COMMANDS = {
         "evspan.launch.cli.export:main",
         "a trained detector -> its streaming step as ONNX or torch.export file",
     ),
+    "completion": Command(
+        "evspan.launch.cli.completion:main", "prints a script that completes commands in a shell"
+    ),
 }
+_SUMMARIES = "\n".join(f"  {name:11}{command.summary}" for name, command in COMMANDS.items())
 HELP = f"""evspan: event-camera detectors, from recordings to detections
 
   evspan COMMAND ...
 
-{chr(10).join(f"  {name:10}{command.summary}" for name, command in COMMANDS.items())}
+{_SUMMARIES}
 
-  evspan COMMAND --help     what it does, examples, the most important options
+  evspan help COMMAND       what it does, examples, the most important options; also COMMAND --help
   evspan --version
+
+arguments
+  Commands that have a config take key=value: prep, train, evaluate, submit, sweep.
+      evspan train experiment=demo dataset.root=shards training.max_steps=200
+  The others, and the tools of prep, take options with dashes.
+      evspan simulate raw --recordings train=8,val=2
+  The checkpoint RUN is the first argument of evaluate, infer and export: a run folder (its newest
+  checkpoint), one of its checkpoints, or a .safetensors file.
+      evspan evaluate RUN dataset.root=shards
+      evspan infer RUN RECORDING... --output out
 
 example
   evspan simulate raw --recordings train=8,val=2
   evspan prep source=raw output=shards frames.downsample=4
   evspan train experiment=demo dataset.root=shards run_dir=runs/demo
-  evspan evaluate checkpoint=runs/demo dataset.root=shards
-  evspan infer raw/val/val_000_td.raw --checkpoint runs/demo --output out
+  evspan evaluate runs/demo dataset.root=shards
+  evspan infer runs/demo raw/val/val_000_td.raw --output out
 
 EVSPAN_DEBUG=1 shows the traceback of an error."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The entry point: finds the command, checks the grammar of its arguments and calls it."""
+    configure_logging()
+    argv = sys.argv[1:] if argv is None else argv
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print(HELP)
+    elif name in ("-V", "--version"):
+        print(f"evspan {_version()}")
+    elif name == "help":
+        show_help(argv[1:])
+    else:
+        run(argv)
+
+
+def show_help(words: list[str]) -> None:
+    """The help of a command, `evspan help train`, or of a subcommand, `evspan help prep info`."""
+    if words:
+        run([*words, "--help"])
+    else:
+        print(HELP)
+
+
+def run(argv: list[str]) -> None:
+    """Runs a command with its arguments; argv[0] is its name."""
+    name = argv[0]
+    if name not in COMMANDS:
+        fail(_unknown_command(name))
+    from evspan.launch.cli.grammar import correct
+
+    correction = correct(argv, options_of)
+    if correction:
+        fail(correction.message)
+    COMMANDS[name].load()(argv[1:])
+
+
+def options_of(words: Sequence[str]) -> "Options":
+    """The options of the parser of a command, or of a subcommand such as ("prep", "info")."""
+    from evspan.launch.cli.command import parser_of
+    from evspan.launch.cli.grammar import Options
+
+    options = Options([], {}, [])
+    parser = parser_of(COMMANDS[words[0]].load(), words[1:])
+    for action in parser._actions:  # argparse has no public list
+        if not action.option_strings:
+            options.positionals.append(action.dest)
+        elif action.nargs == 0:
+            options.flags.extend(action.option_strings)
+        else:
+            choices = [str(choice) for choice in action.choices or ()]
+            options.options.update(dict.fromkeys(action.option_strings, choices))
+    return options
+
+
+def _unknown_command(name: str) -> str:
+    import difflib
+
+    message = f"there is no command {name!r}"
+    near = difflib.get_close_matches(name, [*COMMANDS, "help", "--help", "--version"], 1)
+    if near:
+        message += f"; did you mean {near[0]!r}?"
+    else:
+        message += "."
+    return f"{message} There are: {', '.join(COMMANDS)}"
 
 
 def _version() -> str:
@@ -92,22 +179,3 @@ def _version() -> str:
         return version("evspan")
     except PackageNotFoundError:
         return "(not installed)"
-
-
-def main(argv: list[str] | None = None) -> None:
-    configure_logging()
-    argv = sys.argv[1:] if argv is None else argv
-    name = argv[0] if argv else "--help"
-    if name in ("-h", "--help"):
-        print(HELP)
-    elif name in ("-V", "--version"):
-        print(f"evspan {_version()}")
-    elif name in COMMANDS:
-        COMMANDS[name].load()(argv[1:])
-    else:
-        import difflib
-
-        near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], 1)
-        fail(
-            f"there is no command {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} There are: {', '.join(COMMANDS)}"
-        )

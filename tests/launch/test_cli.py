@@ -89,8 +89,7 @@ def test_every_help_shows_an_example_and_needs_no_torch(command):
 @pytest.mark.parametrize(
     "module",
     [
-        "launch",
-        "data_prep",
+        "evspan.launch",
         "evspan.launch.cli.simulate",
         "evspan.launch.cli.train",
         "evspan.launch.cli.evaluate",
@@ -201,13 +200,17 @@ MISTAKES = [
     ("train training.max_steps", "'training.max_steps' is not of the form key=value"),
     ("train run_dir='a", "needs quotes"),
     ("train run_dir=a=b", "'run_dir=\"a=b\"'"),
-    ("train model.fpn.in_stages=2,3,4", "a list needs brackets, model.fpn.in_stages=[a,b]"),
+    (
+        "train model.fpn.in_stages=2,3,4",
+        "a list needs brackets. Use: evspan train 'model.fpn.in_stages=[2,3,4]'",
+    ),
     ("train run_dir=${nowhere}", "Interpolation key 'nowhere' not found"),
-    ("train --parallel.ranks=2", "keys have no dashes: parallel.ranks=2"),
-    ("train --ranks 2", "evspan train --help"),
+    ("train --parallel.ranks=2", "has no dashes. Use: evspan train parallel.ranks=2"),
+    ("train --ranks 2", "Use: evspan train parallel.ranks=2"),
+    ("train --quux 2", "evspan train --help"),
     ("evaluate --cfg jobb", "choose from"),
-    ("prep --processes 2", "keys have no dashes: processes=VALUE"),
-    ("evaluate -m checkpoint=a,b parallel.ranks=2", "--multirun cannot evaluate by several ranks"),
+    ("prep --processes 2", "Use: evspan prep processes=2"),
+    ("evaluate -m a,b parallel.ranks=2", "--multirun cannot evaluate by several ranks"),
     # files
     ("train", "dataset.root is empty. Name the folder that evspan prep wrote"),
     (f"train {SHARDS}", "evspan prep source=RAW output=nowhere"),
@@ -217,12 +220,12 @@ MISTAKES = [
         "checkpoint.init_from is gone, where there is nothing",
     ),
     (f"train {SHARDS} run_dir={__file__}", "which is a file"),
-    (f"evaluate {SHARDS}", "checkpoint is empty; name a run folder"),
+    (f"evaluate {SHARDS}", "the checkpoint is missing; name a run folder"),
     (
-        f"evaluate {SHARDS} checkpoint=gone",
-        "checkpoint is gone, where there is nothing; name a run folder",
+        f"evaluate gone {SHARDS}",
+        "there is no checkpoint gone; name a run folder",
     ),
-    (f"evaluate {SHARDS} checkpoint={__file__}", "evspan prep source=RAW output=nowhere"),
+    (f"evaluate {__file__} {SHARDS}", "evspan prep source=RAW output=nowhere"),
     ("prep source=gone output=out", "gone"),
     ("prep source=x", "output="),
     ("prep info gone.raw", "gone.raw"),
@@ -234,9 +237,10 @@ MISTAKES = [
     ("simulate out --sceonds 3", "--sceonds"),
     ("simulate out --recordings train", "is not of the form train=8,val=2"),
     ("simulate out --seconds -1", "--seconds is -1; give more than 0"),
-    ("infer gone.raw", "--checkpoint"),
-    ("infer gone.raw --checkpoint gone --conf 0.5 --quux", "evspan infer --help"),
-    ("infer gone.raw --checkpoint gone", "gone"),
+    ("infer gone.raw", "evspan infer RUN gone.raw"),
+    ("infer gone gone.raw --conf 0.5 --quux", "evspan infer --help"),
+    ("infer gone gone.raw", "gone"),
+    ("infer gone.raw --checkpoint gone", "evspan infer gone gone.raw"),
     ("export gone", "evspan export --help"),
     ("export gone out.onnx", "gone holds no checkpoint. Name a run folder"),
     ("export gone out.pb", "out.pb ends in neither .onnx nor .pt2"),
@@ -321,7 +325,7 @@ def test_hydra_leaves_no_trace(tmp_path):
     config = composed(train, "experiment=demo", "run_dir=runs/x")
     assert config.run_dir == "runs/x"
     assert config.parallel.ranks == 2
-    composed(evaluate, "checkpoint=x")
+    composed(evaluate, "x")
     assert Path.cwd() == tmp_path
     assert not list(tmp_path.iterdir())
     assert logging.getLogger().level == logging.WARNING  # libraries' chatter stays off the console

@@ -226,7 +226,7 @@ def evaluated(weights, shards, output, *overrides):
             "-m",
             "evspan.launch",
             "evaluate",
-            f"checkpoint={weights}",
+            str(weights),
             f"dataset.root={shards}",
             f"output={output}",
             "evaluation.batch_size=1",

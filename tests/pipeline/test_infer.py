@@ -179,9 +179,8 @@ def run(
     checkpoint = here / f"weights{weights}.safetensors"
     main(
         [
-            str(here / recording),
-            "--checkpoint",
             str(checkpoint),
+            str(here / recording),
             "--output",
             str(out),
             *map(str, more),
@@ -321,9 +320,8 @@ def test_without_ffmpeg_the_video_is_a_gif_unless_mp4_is_asked_for(
     assert (tmp_path / "out" / "a_overlay.gif").is_file()
     told = refused(
         capsys,
-        here / "a_td.raw",
-        "--checkpoint",
         here / "weights2.safetensors",
+        here / "a_td.raw",
         "--output",
         tmp_path / "new",
         "--video",
@@ -467,7 +465,7 @@ def test_the_file_of_detections_is_what_numpy_saves(tmp_path):
 def test_a_recording_that_is_cut_off_leaves_nothing_new(here, tmp_path, capsys):
     broken, out = tmp_path / "a_td.raw", tmp_path / "out"
     broken.write_bytes((here / "a_td.raw").read_bytes()[:-1])
-    arguments = (broken, "--checkpoint", here / "weights2.safetensors", "--output", out)
+    arguments = (here / "weights2.safetensors", broken, "--output", out)
     assert "cut off" in refused(capsys, *arguments)
     assert not list(out.iterdir())
     (out / "a_bbox.npy").write_bytes(b"earlier")
@@ -489,22 +487,26 @@ def test_a_recording_that_is_cut_off_leaves_nothing_new(here, tmp_path, capsys):
         (["--device", "abacus"], "--device abacus cannot be used here; there is cpu"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["--video", "x.avi"], "neither of .gif, .mp4"),
-        (["--checkpoint", "nowhere"], "nowhere holds no checkpoint"),
         (["--video", "x.gif", "--no-video"], "not allowed with"),
         (["--checkpoints", "x"], "--checkpoints"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(here, tmp_path, capsys, wrong, says):
     arguments = [
-        here / "a_td.raw",
-        "--checkpoint",
         here / "weights2.safetensors",
+        here / "a_td.raw",
         "--output",
         tmp_path / "out",
         *wrong,
     ]
     assert says in refused(capsys, *arguments)
     assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_checkpoint_that_is_missing_is_refused(here, tmp_path, capsys):
+    message = refused(capsys, "nowhere", here / "a_td.raw", "--output", tmp_path / "out")
+    assert "nowhere holds no checkpoint" in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_recordings_that_cannot_work_are_refused(here, tmp_path, capsys):
@@ -519,9 +521,8 @@ def test_recordings_that_cannot_work_are_refused(here, tmp_path, capsys):
     ):
         told = refused(
             capsys,
-            path,
-            "--checkpoint",
             here / "weights4.safetensors",
+            path,
             "--output",
             tmp_path / "out",
         )
@@ -535,9 +536,8 @@ def test_the_boxes_of_the_recording_are_never_overwritten(here, tmp_path, capsys
     for output in (here, here / "a_bbox.npy", here / "." / ".." / here.name):
         told = refused(
             capsys,
-            here / "a_td.raw",
-            "--checkpoint",
             here / "weights2.safetensors",
+            here / "a_td.raw",
             "--output",
             output,
         )
@@ -553,7 +553,7 @@ def test_help_shows_examples(capsys):
         main(["--help"])
     told = capsys.readouterr().out
     assert exit_.value.code == 0
-    assert "evspan infer drive.raw --checkpoint runs/tiny" in told
+    assert "evspan infer runs/tiny drive.raw" in told
     assert "class_confidence" in told
 
 
@@ -561,9 +561,8 @@ def test_help_shows_examples(capsys):
 def test_csv_and_json_tell_what_the_npy_tells(here, tmp_path, capsys):
     main(
         [
-            str(here / "a_td.raw"),
-            "--checkpoint",
             str(here / "weights2.safetensors"),
+            str(here / "a_td.raw"),
             "--output",
             str(tmp_path),
             "--no-video",
@@ -602,8 +601,9 @@ def test_a_file_that_grows_gives_what_the_whole_one_gives(here, tmp_path, suffix
     """Written in pieces that end within words, while it is read; frames come before the file is whole."""
     whole, growing = tmp_path / f"whole{suffix}", tmp_path / f"growing{suffix}"
     simulate(whole, seconds=0.93, seed=4, config=SimulatorConfig(height=240, width=320))
-    options = ["--checkpoint", str(here / "weights2.safetensors"), "--no-video"]
-    main([str(whole), *options, "--output", str(tmp_path / "whole")])
+    checkpoint = str(here / "weights2.safetensors")
+    options = ["--no-video"]
+    main([checkpoint, str(whole), *options, "--output", str(tmp_path / "whole")])
     data = whole.read_bytes()
     first = len(data) // 3 | 1  # within a word
     growing.write_bytes(data[:first])
@@ -625,6 +625,7 @@ def test_a_file_that_grows_gives_what_the_whole_one_gives(here, tmp_path, suffix
     camera.start()
     main(
         [
+            checkpoint,
             str(growing),
             *options,
             "--output",
@@ -655,9 +656,8 @@ def test_what_cannot_be_followed_says_so(here, tmp_path, capsys):
         said = refused_by(
             main,
             capsys,
-            recording,
-            "--checkpoint",
             here / "weights2.safetensors",
+            recording,
             "--follow",
             seconds,
         )

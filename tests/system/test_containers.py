@@ -588,7 +588,7 @@ evspan --help
 evspan simulate raw --recordings train=2,val=1 --seconds 1 --processes 1
 evspan prep source=raw output=shards frames.downsample=4 processes=1
 evspan train experiment=demo dataset.root=shards run_dir=run parallel.ranks=2 training.max_steps=1
-evspan infer raw/val/val_000_td.raw --checkpoint run --output out
+evspan infer run raw/val/val_000_td.raw --output out
 ls out
 """
 

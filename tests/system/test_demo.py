@@ -7,6 +7,7 @@ import evspan.launch.cli.infer
 import evspan.launch.cli.simulate
 import pytest
 from evspan.launch import demo
+from evspan.launch.cli.grammar import evaluate_overrides
 from support.composed_configs import composed
 
 METRICS = {"ap": 0.41249, "ap50": 0.7125, "ap_small": 0.2, "ap_medium": 0.55, "ap_large": None}
@@ -38,7 +39,7 @@ def small_parts(folder):
         ),
         demo.Part(
             "evaluate",
-            ["evaluate", f"checkpoint={folder / 'run'}", f"dataset.root={shards}"],
+            ["evaluate", str(folder / "run"), f"dataset.root={shards}"],
             folder / "evaluation",
         ),
     ]
@@ -59,7 +60,7 @@ def test_commands_are_accepted(tmp_path):
     assert config.parallel.ranks == 2
     assert config.model.fpn.enable_small_object_attention
     assert config.model.head.size_aware_loss
-    scored, _ = composed("evaluate", *evaluate.arguments[1:])
+    scored, _ = composed("evaluate", *evaluate_overrides(evaluate.arguments[1:]))
     assert scored.checkpoint == config.run_dir
     assert scored.evaluation.split == "val"
     assert scored.dataset.root == config.dataset.root

@@ -1,0 +1,357 @@
+"""Checks the grammar of a command line, and computes the corrected one.
+
+Commands that have a config take key=value: prep, train, evaluate, submit, sweep. The others take
+options with dashes. The checkpoint is a positional argument everywhere: `evspan evaluate RUN`,
+`evspan infer RUN RECORDING...`, `evspan export RUN OUT`.
+"""
+
+import difflib
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import NamedTuple
+
+from evspan.launch.cli.config_keys import COMMANDS as CONFIG_COMMANDS
+from evspan.launch.cli.config_keys import choices_of, is_list, keys_of
+
+# First words after a command that make it another one, whose arguments are options.
+SUBCOMMANDS = {
+    "prep": ("decode", "info", "preview", "export-rvt", "report", "status", "verify"),
+    "evaluate": ("compare",),
+}
+# What the positional words of a command with a config most likely mean.
+POSITIONAL_KEYS = {
+    "prep": ("source", "output"),
+    "train": ("dataset.root", "run_dir"),
+    "submit": ("dataset.root", "run_dir"),
+    "sweep": ("dataset.root", "run_dir"),
+    "evaluate": ("checkpoint", "dataset.root"),
+}
+# Where several keys end in the same name, the first of these groups that has it is meant.
+PREFERRED_GROUPS = ("", "training", "evaluation", "frames", "optimizer", "parallel", "checkpoint")
+TAKE_CHECKPOINT = {"infer": "checkpoint", "export": "checkpoint", "convert": "source"}
+RECORDING_SUFFIXES = (".raw", ".dat", ".h5", ".hdf5")
+# Hydra's own options, which the commands with a config keep.
+HYDRA_FLAGS = {
+    "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun",
+    "-sc", "--shell-completion", "-i", "--info",
+}  # fmt: skip
+HYDRA_OPTIONS = {
+    "-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name",
+    "-cd", "--config-dir", "--experimental-rerun",
+}  # fmt: skip
+MULTIRUN = {"-m", "--multirun"}
+
+
+class Correction(NamedTuple):
+    """What is wrong with a command line, and the arguments of `evspan` that are right."""
+
+    problem: str
+    argv: list[str]
+
+    @property
+    def message(self) -> str:
+        """One line with the whole command."""
+        return f"{self.problem}. Use: {shlex.join(['evspan', *self.argv])}"
+
+
+class Options(NamedTuple):
+    """What the parser of a command takes."""
+
+    positionals: list[str]
+    options: dict[str, list[str]]  # with a value: `--format` -> the choices, empty for any value
+    flags: list[str]  # options without a value
+
+
+def correct(
+    argv: Sequence[str], options_of: Callable[[Sequence[str]], Options]
+) -> Correction | None:
+    """The correction of a command line; None where its grammar is right.
+
+    Only the form is checked. Unknown keys and options, and wrong values, are left to the command.
+
+    Args:
+        argv: the arguments of `evspan`, the command first.
+        options_of: returns the options of a command, or of a subcommand such as ("prep", "info").
+    """
+    if not argv or {"-h", "--help"} & set(argv):
+        return None
+    command, *words = argv
+    subcommands = SUBCOMMANDS.get(command, ())
+    if words and words[0] in subcommands:
+        return _correct_options([command, words[0]], words[1:], options_of)
+    if command not in CONFIG_COMMANDS:
+        return _correct_options([command], words, options_of)
+    if words and "=" not in words[0] and command == "prep":
+        near = difflib.get_close_matches(words[0], subcommands, 1, cutoff=0.7)
+        if near:
+            return Correction(f"there is no 'prep {words[0]}'", [command, near[0], *words[1:]])
+    return _ConfigCommand(command).correct(words)
+
+
+def evaluate_overrides(argv: Sequence[str]) -> list[str]:
+    """The arguments of `evspan evaluate` for Hydra: its positional word is `checkpoint=...`."""
+    overrides = []
+    several = bool(MULTIRUN & set(argv))
+    found = False
+    for word, is_value in _with_option_values(argv):
+        if not found and not is_value and _is_positional(word):
+            found = True
+            word = f"checkpoint={word}" if several else f"checkpoint={_quoted(word)}"
+        overrides.append(word)
+    return overrides
+
+
+def has_several_values(value: str) -> bool:
+    """Whether Hydra sweeps over a value: a comma outside of brackets and quotes, or a range."""
+    if re.match(r"(choice|range|glob)\(", value):
+        return True
+    depth = 0
+    quote = ""
+    for char in value:
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in "[{(":
+            depth += 1
+        elif char in "]})":
+            depth -= 1
+        elif char == "," and depth == 0:
+            return True
+    return False
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _is_positional(word: str) -> bool:
+    return "=" not in word and not word.startswith("-")
+
+
+def _with_option_values(words: Sequence[str]) -> list[tuple[str, bool]]:
+    """Each word, and whether it is the value of the option of Hydra before it."""
+    before = ["", *words]
+    return [(word, option in HYDRA_OPTIONS) for option, word in zip(before, words)]
+
+
+# -- commands with a config ----------------------------------------------------------------------
+@dataclass
+class _ConfigCommand:
+    """Corrects the words of a command that takes key=value."""
+
+    command: str
+    problems: list[str] = field(default_factory=list)
+    result: list[str] = field(default_factory=list)
+    checkpoint: str = ""  # of evaluate: becomes the first word
+
+    def correct(self, words: Sequence[str]) -> Correction | None:
+        self.multirun = bool(MULTIRUN & set(words))
+        self.set_keys = {word.split("=")[0].lstrip("+~-") for word in words if "=" in word}
+        self.positional_keys = list(POSITIONAL_KEYS[self.command])
+        if self.command == "evaluate" and _names_checkpoint(words):
+            self.positional_keys.remove("checkpoint")
+        rest = list(words)
+        while rest:
+            word = rest.pop(0)
+            if word in HYDRA_OPTIONS and rest:
+                self.result += [word, rest.pop(0)]
+            elif word in HYDRA_FLAGS or word in HYDRA_OPTIONS:
+                self.result.append(word)
+            elif word.startswith("--"):
+                self._option(word, rest)
+            elif "=" in word:
+                self._override(word)
+            else:
+                self._positional(word, rest)
+        if not self.problems:
+            return None
+        first = [self.checkpoint] if self.checkpoint else []
+        problem = "; ".join(dict.fromkeys(self.problems))
+        return Correction(problem, [self.command, *first, *self.result])
+
+    def _option(self, word: str, rest: list[str]) -> None:
+        name, has_value, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        takes_next = not has_value and bool(rest) and _is_positional(rest[0])
+        if name == "resume" and "training" in _groups_of(self.command):
+            self._resume(value or (rest.pop(0) if takes_next else ""))
+            return
+        if name == "checkpoint" and (has_value or takes_next):
+            self._checkpoint(value or rest.pop(0))
+            return
+        key = find_key(self.command, name)
+        negated = find_key(self.command, name.removeprefix("no_")) or ""
+        if key is None and keys_of(self.command).get(negated) is bool:
+            self._replace(word, f"{negated}=false")
+        elif key is None:  # unknown: the command reports it
+            self.result += [word, rest.pop(0)] if takes_next else [word]
+        elif has_value:
+            self._replace(word, f"{key}={value}")
+        elif keys_of(self.command).get(key) is bool and not (
+            takes_next and rest[0] in ("true", "false")
+        ):
+            self._replace(word, f"{key}=true")
+        else:
+            value = rest.pop(0) if takes_next else "VALUE"
+            self._replace(word, f"{key}={value}")
+
+    def _replace(self, word: str, override: str) -> None:
+        name = word.split("=")[0]
+        self.problems.append(f"evspan {self.command} takes key=value, where {name} has no dashes")
+        self._override(override)
+
+    def _resume(self, value: str) -> None:
+        self.problems.append(
+            "a run resumes by itself from the newest checkpoint in its run_dir, without --resume"
+        )
+        run = value.split("/checkpoints")[0]
+        if run and run not in ("true", "1") and "run_dir" not in self.set_keys:
+            self.result.append(f"run_dir={run}")
+
+    def _checkpoint(self, value: str) -> None:
+        if self.command == "evaluate":
+            self.problems.append("the checkpoint is the first argument of evspan evaluate")
+            self.checkpoint = value
+        else:
+            self.problems.append("the weights to start from are checkpoint.init_from")
+            self.result.append(f"checkpoint.init_from={value}")
+
+    def _override(self, word: str) -> None:
+        key, _, value = word.partition("=")
+        name = key.lstrip("+~")
+        if name == "checkpoint" and self.command != "prep":
+            self._checkpoint(value.strip("'\""))
+            return
+        if self.multirun or not has_several_values(value):
+            self.result.append(word)
+            return
+        if is_list(keys_of(self.command).get(name)) and self.command != "sweep":
+            self.problems.append(f"{name} is a list, and a list needs brackets")
+            self.result.append(f"{key}=[{value}]")
+            return
+        if self.command in ("train", "submit"):
+            self.problems.append(f"{name} has several values, a run for each: that is a sweep")
+            self.command = "sweep"
+        self.result.append(word)
+
+    def _positional(self, word: str, rest: list[str]) -> None:
+        if self.command == "evaluate" and self.positional_keys[:1] == ["checkpoint"]:
+            self.positional_keys.pop(0)
+            self.result.append(word)
+            return
+        key = find_key(self.command, word)
+        if key is not None:
+            if rest and _is_positional(rest[0]):
+                self.problems.append(f"keys and values are joined by '=': {key}={rest[0]}")
+                self._override(f"{key}={rest.pop(0)}")
+            else:
+                self.result.append(word)  # the command reports that the value is missing
+            return
+        free = [key for key in self.positional_keys if key not in self.set_keys]
+        if not free or not word.strip("="):
+            self.result.append(word)
+            return
+        self.positional_keys.remove(free[0])
+        self.problems.append(f"evspan {self.command} takes key=value")
+        self.result.append(f"{free[0]}={word}")
+
+
+def _names_checkpoint(words: Sequence[str]) -> bool:
+    """Whether the checkpoint of evaluate is written in an old form."""
+    return any(re.match(r"(--)?checkpoint(=|$)", word) for word in words)
+
+
+def _groups_of(command: str) -> set[str]:
+    return {key.split(".")[0] for key in keys_of(command)}
+
+
+def find_key(command: str, name: str) -> str | None:
+    """The key or group of a command's config that a name of an option means, if there is one.
+
+    Args:
+        command: that has a config.
+        name: `max_steps`, `training.max_steps`, `training_max_steps` or `experiment`.
+    """
+    keys = keys_of(command)
+    if name in keys or name in choices_of(command):
+        return name
+    joined = [key for key in keys if key.replace(".", "_") == name.replace(".", "_")]
+    if joined:
+        return joined[0]
+    for group in PREFERRED_GROUPS:
+        if group and f"{group}.{name}" in keys:
+            return f"{group}.{name}"
+    ending = [key for key in keys if key.endswith(f".{name}")]
+    return ending[0] if len(ending) == 1 else None
+
+
+# -- commands with options -----------------------------------------------------------------------
+def _correct_options(
+    command: list[str], words: Sequence[str], options_of: Callable[[Sequence[str]], Options]
+) -> Correction | None:
+    rest = list(words)
+    problems: list[str] = []
+    if command[0] in TAKE_CHECKPOINT:
+        rest = _checkpoint_first(command[0], rest, problems)
+    if any(re.match(r"[A-Za-z_-]+=", word) for word in rest):
+        rest = _with_dashes(command, rest, options_of(command), problems)
+    if not problems:
+        return None
+    return Correction("; ".join(dict.fromkeys(problems)), [*command, *rest])
+
+
+def _checkpoint_first(command: str, words: list[str], problems: list[str]) -> list[str]:
+    """The words with the checkpoint as the first."""
+    for index, word in enumerate(words):
+        match = re.fullmatch(r"(?:--checkpoint|checkpoint)=(.+)", word)
+        if match or (word == "--checkpoint" and index + 1 < len(words)):
+            checkpoint = match[1] if match else words[index + 1]
+            others = words[:index] + words[index + (1 if match else 2) :]
+            problems.append(f"the checkpoint is the first argument of evspan {command}")
+            return [checkpoint, *others]
+    if command == "infer" and words and words[0].endswith(RECORDING_SUFFIXES):
+        problems.append(f"evspan infer takes the checkpoint before the recording, {words[0]}")
+        index = _first_folder(words)
+        checkpoint = words[index] if index else "RUN"
+        others = words[:index] + words[index + 1 :] if index else words
+        return [checkpoint, *others]
+    return words
+
+
+def _first_folder(words: list[str]) -> int:
+    """The place of the first word before any option that is not named as a recording; 0: none."""
+    for index, word in enumerate(words):
+        if word.startswith("-"):
+            break
+        if PurePath(word).suffix not in RECORDING_SUFFIXES:
+            return index
+    return 0
+
+
+def _with_dashes(
+    command: list[str], words: list[str], known: Options, problems: list[str]
+) -> list[str]:
+    """The words with `key=value` written as `--key value` where the command has that option."""
+    name = " ".join(command)
+    positionals: list[str] = []
+    others: list[str] = []
+    for word in words:
+        key, _, value = word.partition("=")
+        option = f"--{key.replace('_', '-')}"
+        if key in known.positionals:
+            positionals.append(value)
+        elif option in known.options:
+            others += [option, value]
+        elif option in known.flags:
+            others += [option] if value.lower() in ("true", "1", "yes") else []
+        else:
+            others.append(word)
+            continue
+        problems.append(f"evspan {name} takes options with dashes")
+    first_option = next((i for i, word in enumerate(others) if word[:1] == "-"), len(others))
+    return [*others[:first_option], *positionals, *others[first_option:]]
