@@ -179,6 +179,9 @@ def _option_words(*command: str) -> Iterator[tuple[str, str, str, Sequence[str]]
     known = options_of(command)
     name = " ".join(command)
     yield "options", name, "", sorted([*known.options, *known.flags])
+    for choices in list(known.positionals.values())[:1]:
+        if choices:
+            yield "subcommands", name, "", choices
     for option, choices in known.options.items():
         if choices:
             yield "values", name, option, choices

@@ -60,7 +60,7 @@ class Correction(NamedTuple):
 class Options(NamedTuple):
     """What the parser of a command takes."""
 
-    positionals: list[str]
+    positionals: dict[str, list[str]]  # name -> the choices, empty for any value
     options: dict[str, list[str]]  # with a value: `--format` -> the choices, empty for any value
     flags: list[str]  # options without a value
 

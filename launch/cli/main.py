@@ -147,15 +147,15 @@ def options_of(words: Sequence[str]) -> "Options":
     from evspan.launch.cli.command import parser_of
     from evspan.launch.cli.grammar import Options
 
-    options = Options([], {}, [])
+    options = Options({}, {}, [])
     parser = parser_of(COMMANDS[words[0]].load(), words[1:])
     for action in parser._actions:  # argparse has no public list
+        choices = [str(choice) for choice in action.choices or ()]
         if not action.option_strings:
-            options.positionals.append(action.dest)
+            options.positionals[action.dest] = choices
         elif action.nargs == 0:
             options.flags.extend(action.option_strings)
         else:
-            choices = [str(choice) for choice in action.choices or ()]
             options.options.update(dict.fromkeys(action.option_strings, choices))
     return options
 

@@ -210,7 +210,7 @@ def test_hydra_has_the_options_that_the_grammar_lets_pass():
 def test_options_come_from_the_parser_of_a_command():
     options = options_of(["simulate"])
     assert isinstance(options, Options)
-    assert options.positionals == ["out"]
+    assert options.positionals == {"out": []}
     assert options.options["--format"] == ["dat", "h5", "raw"]
     assert options.options["--seed"] == []
     assert "--overwrite" in options.flags
