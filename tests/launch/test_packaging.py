@@ -221,9 +221,9 @@ def test_from_simulated_recordings_to_detections(installed):
         *("training.num_workers=0", "training.log_images_every=0", "parallel.ranks=2"),
         seconds=200,
     )
-    assert "AP" in installed.run("evspan", "evaluate", "checkpoint=run", "dataset.root=shards")
+    assert "AP" in installed.run("evspan", "evaluate", "run", "dataset.root=shards")
     installed.run(
-        *("evspan", "infer", "raw/val/val_000_td.raw", "--checkpoint", "run"),
+        *("evspan", "infer", "run", "raw/val/val_000_td.raw"),
         *("--output", "detections"),
     )
     assert list(installed.folder.glob("detections/*.npy"))

@@ -138,7 +138,7 @@ def _evaluate_still_objects(plan: Plan, recordings: RecordingSet, runs: Sequence
     for run in finished_runs(plan, runs):
         if set(COMPARED) <= measured(run).keys():
             continue
-        command = [sys.executable, "-m", "evspan.launch", "evaluate", f"checkpoint={run.folder}"]
+        command = [sys.executable, "-m", "evspan.launch", "evaluate", str(run.folder)]
         code = subprocess.run([*command, *overrides], stdout=subprocess.DEVNULL).returncode
         if code:
             print(
