@@ -34,14 +34,12 @@ from evspan.conf.schema.training import (
     TrainingConfig,
 )
 from evspan.launch.cli.command import run_command
-from evspan.pipeline.data.loader import Batch
-from evspan.pipeline.engine.deepspeed_engine import ZeroEngine
-from evspan.pipeline.engine.signals import STOP_SIGNALS, StopFlag
+from evspan.pipeline.engine.signals import StopFlag
+from evspan.pipeline.engine.step_report import LossSummary, StepReport
 from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.parallel.rank_env import place
 from evspan.pipeline.parallel.reductions import barrier, gather_objects
 from evspan.pipeline.parallel.world import World, open_world
-from evspan.pipeline.tensorboard.writer import Stopwatch
 from torch import Tensor
 
 TIMEOUT_S = 120  # a collective among ranks of one machine that waits longer never ends
@@ -119,70 +117,61 @@ def config(
     )
 
 
-# -- training, watched ---------------------------------------------------------------------------------------------
-class FirstGradients(ZeroEngine):
-    """Keeps those of its first step."""
+# -- training, observed --------------------------------------------------------------------------
+class ObservedRun:
+    """Trains until step `until` and stops there as a stop signal makes it.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.gradients: dict[str, Tensor] = {}
-
-    def step(self) -> None:
-        if not self.gradients:
-            self.gradients = self.full_gradients()
-        super().step()
-
-
-class Watched(Trainer):
-    """Stops after step `until` as a stop signal makes it; keeps the losses of each step, and the seconds of the quickest,
-    without what checkpoints take."""
+    losses: by step. gradients: of step 1. fastest_s: of a step, without the first of the process,
+    data waits and checkpoints.
+    """
 
     def __init__(self, config: TrainConfig, world: World, until: int) -> None:
-        super().__init__(config, world, FirstGradients)
-        self.until, self.flag, self.quickest = until, StopFlag(), math.inf
-        self.losses: dict[int, list[float]] = {}
-        self._look_ahead()
+        self.until = until
+        self.stop_flag = StopFlag()
+        self.losses: dict[int, LossSummary] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self.fastest_s = math.inf
+        self.trainer = Trainer(config, world, on_step=self._on_step, gradient_steps={1})
 
-    def _look_ahead(self) -> None:
-        if self.step + 1 >= self.until:
-            self.flag.received = STOP_SIGNALS[0]
+    def _on_step(self, report: StepReport) -> None:
+        device = self.trainer.world.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if self.losses:
+            self.fastest_s = min(self.fastest_s, time.perf_counter() - report.started)
+        self.losses[report.step] = report.losses
+        self.gradients |= report.gradients
+        self._stop_in_time(report.step)
 
-    def _micro_batch(self, batch: Batch, stop: bool) -> tuple[Tensor, bool]:
-        began = time.perf_counter()
-        told = super()._micro_batch(batch, stop)
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
-        if self.losses:  # the first step of a process is none to go by
-            self.quickest = min(self.quickest, time.perf_counter() - began)
-        return told
+    def _stop_in_time(self, step: int) -> None:
+        if step + 1 >= self.until:
+            self.stop_flag.request()
 
-    def _log(self, told: Tensor, watch: Stopwatch) -> None:
-        super()._log(told, watch)
-        self.losses[self.step] = told.tolist()
-        self._look_ahead()
-
-    def train(self) -> "Watched":
+    def train(self) -> "ObservedRun":
+        self._stop_in_time(self.trainer.step)
         try:
-            self.run(self.flag)
+            self.trainer.run(self.stop_flag)
         except SystemExit as end:
             if end.code != STOPPED_EXIT_CODE:
                 raise
         finally:
-            self.monitor.close()
-            self.engine.close()
+            self.trainer.close()
+            self.trainer.engine.close()
         return self
 
 
-def trained(config: TrainConfig, world: World, until: int, after: Path | None = None) -> Watched:
+def trained(
+    config: TrainConfig, world: World, until: int, after: Path | None = None
+) -> ObservedRun:
     """Trained to step `until`, from nothing or from a copy of checkpoint `after`."""
     if after and world.is_main:
         shutil.copytree(after, Path(config.run_dir) / "checkpoints" / after.name)
     barrier()
-    return Watched(config, world, until).train()
+    return ObservedRun(config, world, until).train()
 
 
 # -- comparing -----------------------------------------------------------------------------------------------------
-def loss_distance(losses: dict[int, list[float]], wanted: dict[int, list[float]]) -> float:
+def loss_distance(losses: dict[int, LossSummary], wanted: dict[int, LossSummary]) -> float:
     """The largest relative one of any step and part (positives are one); nan where a step is missing or skipped."""
     if not losses or not losses.keys() <= wanted.keys():
         return math.nan
@@ -260,8 +249,8 @@ class Smoke:
         )
         if world.size > 1:
             found = torch.load(folder / REFERENCE, weights_only=True)
-            self.reference: tuple[dict[int, list[float]], dict[str, Tensor]] = (
-                found["losses"],
+            self.reference: tuple[dict[int, LossSummary], dict[str, Tensor]] = (
+                {step: LossSummary(*losses) for step, losses in found["losses"].items()},
                 found["gradients"],
             )
             self.before = (found["name"], Path(found["checkpoint"]))
@@ -271,31 +260,31 @@ class Smoke:
         after resuming from the layout's own checkpoint and from another's."""
         forget_peak(self.world.device)
         whole = trained(self._config(layout, "whole"), self.world, self.steps)
-        checkpoint = whole.checkpoints.folder / f"step-{self.cut:08d}"
-        assert isinstance(whole.engine, FirstGradients)
+        trainer = whole.trainer
+        checkpoint = trainer.checkpoints.folder / f"step-{self.cut:08d}"
         if self.before is None:
-            self.reference = whole.losses, whole.engine.gradients
+            self.reference = whole.losses, whole.gradients
             torch.save(
                 {
-                    "losses": whole.losses,
-                    "gradients": whole.engine.gradients,
+                    "losses": {step: [*losses] for step, losses in whole.losses.items()},
+                    "gradients": whole.gradients,
                     "name": layout.name,
                     "checkpoint": str(checkpoint),
                 },
                 self.folder / REFERENCE,
             )
         peak = max(gather_objects(peak_bytes(self.world.device)))
-        frames = whole.config.training.batch_size * whole.config.training.sequence_length
+        frames = trainer.config.training.batch_size * trainer.config.training.sequence_length
         told = {
             "layout": layout.name,
             "stage": layout.stage,
-            "skipped": whole.skipped,
+            "skipped": trainer.skipped,
             "peak": peak,
-            "speed": frames / whole.quickest,
+            "speed": frames / whole.fastest_s,
             "loss": loss_distance(whole.losses, self.reference[0])
             if len(whole.losses) == self.steps
             else math.nan,
-            "gradients": gradient_distance(whole.engine.gradients, self.reference[1]),
+            "gradients": gradient_distance(whole.gradients, self.reference[1]),
             "resumed": self._resumed(layout, "resumed", checkpoint, whole.losses),
         }
         if self.before:
@@ -307,7 +296,7 @@ class Smoke:
         return told
 
     def _resumed(
-        self, layout: Layout, name: str, checkpoint: Path, wanted: dict[int, list[float]]
+        self, layout: Layout, name: str, checkpoint: Path, wanted: dict[int, LossSummary]
     ) -> float:
         losses = trained(self._config(layout, name), self.world, self.steps, checkpoint).losses
         return (

@@ -1,29 +1,38 @@
-"""What became of a run, attempt by attempt: lines of JSON in RUN/history.jsonl, that ranks and launchers add.
+"""Reads and writes the history of a run: RUN/history.jsonl and RUN/progress.json.
 
-Events (each with `time`, in seconds since 1970, and `step`, of the newest checkpoint where nothing else is said):
-start (attempt, of, host, job), running (seconds from the process's start to the end of its first step), saved, done, fault
-(message, code), failed (message, code), cancelled, requeued.
+history.jsonl has one line of JSON per event, appended by ranks and launchers. An attempt is one life
+of a run, from its start to its exit. Every event has `event`, `time` (seconds since 1970) and mostly
+`step`, by default the step of the newest checkpoint:
+
+    start      attempt, of (the last step), host, pid, job
+    running    seconds from the start of the process to the end of its first step
+    saved, done, cancelled, requeued, submitted
+    fault      message, code
+    failed     message, code
+
+progress.json is the state after the last logged step.
 """
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-HISTORY, PROGRESS = "history.jsonl", "progress.json"
+import psutil
+
+HISTORY = "history.jsonl"
+PROGRESS = "progress.json"
 
 
 def append(run: str | Path, event: str, **values: Any) -> None:
-    """One write of one line: several processes may add at once."""
+    """Appends one event. It is one write of one line, so several processes may append at once."""
     line = json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n"
     Path(run).mkdir(parents=True, exist_ok=True)
     handle = os.open(Path(run, HISTORY), os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        size = os.fstat(handle).st_size
-        if (
-            size and os.pread(handle, 1, size - 1) != b"\n"
-        ):  # left half written by a process that died
+        if _last_line_is_cut(handle):
             line = "\n" + line
         os.write(handle, line.encode())
         os.fsync(handle)  # other machines decide by it
@@ -31,8 +40,14 @@ def append(run: str | Path, event: str, **values: Any) -> None:
         os.close(handle)
 
 
+def _last_line_is_cut(handle: int) -> bool:
+    """Whether a process was killed while it wrote the last line."""
+    size = os.fstat(handle).st_size
+    return size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+
+
 def read(run: str | Path) -> list[dict[str, Any]]:
-    """The events in their order; a line that a dying process left half written is passed over."""
+    """The events in their order. Lines that are cut off are skipped."""
     try:
         lines = Path(run, HISTORY).read_bytes().splitlines()
     except FileNotFoundError:
@@ -49,19 +64,19 @@ def read(run: str | Path) -> list[dict[str, Any]]:
 
 
 def write_progress(run: str | Path, values: dict[str, Any]) -> None:
-    """How far a run is, whole or not at all."""
-    beside = Path(run, f".{PROGRESS}")
-    beside.write_text(json.dumps({"time": round(time.time(), 3), **values}))
-    os.replace(beside, Path(run, PROGRESS))
+    """Replaces progress.json as a whole."""
+    temporary = Path(run, f".{PROGRESS}")
+    temporary.write_text(json.dumps({"time": round(time.time(), 3), **values}))
+    os.replace(temporary, Path(run, PROGRESS))
 
 
 def read_progress(run: str | Path) -> dict[str, Any]:
-    """{} before there is any."""
+    """The values of progress.json; {} before the first logged step."""
     try:
-        told = json.loads(Path(run, PROGRESS).read_text())
+        values = json.loads(Path(run, PROGRESS).read_text())
     except (FileNotFoundError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def attempts(events: list[dict[str, Any]]) -> int:
@@ -70,28 +85,82 @@ def attempts(events: list[dict[str, Any]]) -> int:
 
 
 def faults_in_a_row(events: list[dict[str, Any]]) -> int:
-    """How many of the last attempts failed by a fault of their own, from one and the same step on.
+    """How many of the last attempts failed by a fault of their own at the same step.
 
-    An attempt that was stopped and saved, or that was lost with its node, or that got further, begins the count anew.
+    An attempt that was stopped and saved, was lost with its node, or got further resets the count.
     """
-    faults, at = 0, None
-    began = None
+    faults = 0
+    fault_step = None
+    start_step = None
     for event in events:
         if event["event"] == "start":
-            began = event.get("step")
+            start_step = event.get("step")
         elif event["event"] == "fault":
-            step = event.get("step", began)
-            faults, at = (faults + 1 if faults and step == at else 1), step
+            step = event.get("step", start_step)
+            faults = faults + 1 if faults and step == fault_step else 1
+            fault_step = step
         elif event["event"] in ("saved", "done"):
             faults = 0
     return faults
 
 
-def slurm_job() -> str:
-    """SLURM's id of the job that this process is in, JOB_INDEX in an array; empty elsewhere."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return (
-        f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-        if array
-        else os.environ.get("SLURM_JOB_ID", "")
+class AttemptStart(NamedTuple):
+    """An attempt, and how far the run was before it.
+
+    number: of the attempt, from 1. step: of the checkpoint that it continues from. last_seen: time
+    of the last event or progress before it (seconds since 1970). step_reached: by the attempts
+    before it; 0 if it starts from step 0.
+    """
+
+    number: int
+    step: int
+    last_seen: float
+    step_reached: int
+
+
+def record_start(run: Path, step: int, max_steps: int) -> AttemptStart:
+    """Appends a `start` event. step: of the checkpoint that the attempt continues from."""
+    events = read(run)
+    progress = read_progress(run)
+    seen = [e["time"] for e in events if e["event"] not in ("requeued", "submitted")]
+    steps = [event.get("step", 0) for event in events]
+    attempt = AttemptStart(
+        number=attempts(events) + 1,
+        step=step,
+        last_seen=max([*seen, progress.get("time", 0.0)]),
+        step_reached=max([*steps, progress.get("step", 0)]) if step else 0,
     )
+    append(
+        run,
+        "start",
+        step=step,
+        of=max_steps,
+        attempt=attempt.number,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        job=slurm_job(),
+    )
+    return attempt
+
+
+def record_first_step(run: Path, attempt: AttemptStart) -> dict[str, float]:
+    """Appends a `running` event; call it after the attempt's first step.
+
+    Returns:
+        TensorBoard scalars: requeues, and what the last one cost in seconds and repeated steps.
+    """
+    seconds = time.time() - psutil.Process().create_time()
+    append(run, "running", step=attempt.step, seconds=round(seconds, 2))
+    scalars = {"run/requeues": float(attempt.number - 1)}
+    if attempt.number > 1:
+        scalars["run/seconds_lost"] = time.time() - attempt.last_seen
+        scalars["run/steps_repeated"] = float(max(0, attempt.step_reached - attempt.step))
+    return scalars
+
+
+def slurm_job() -> str:
+    """SLURM's id of this process's job, JOB_INDEX in an array; empty elsewhere."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array:
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID", "")

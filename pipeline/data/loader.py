@@ -1,7 +1,7 @@
 """Shards -> batches of one rank's lanes and frames, read ahead by threads."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ class Loader:
         boxes = [augment_boxes(to_center(rows), how, height=height, width=width) for rows in stored]
         return boxes, labelled, chunk.start
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int) -> Generator[Batch, None, None]:
         workers = self.config.num_workers
         if not workers:
             index = start

@@ -62,11 +62,17 @@ class Checkpoints:
 
     Args:
         keep: so many of the newest, and the best.
-        anew: the run does not continue what is in its folder; the best there is not its best.
+        ignore_best: the run does not continue what is in its folder; the best there is not its best.
     """
 
-    def __init__(self, run: Path, *, rank: int, keep: int, anew: bool = False) -> None:
-        self.folder, self.run, self.rank, self.keep, self.anew = run / FOLDER, run, rank, keep, anew
+    def __init__(self, run: Path, *, rank: int, keep: int, ignore_best: bool = False) -> None:
+        self.folder, self.run, self.rank, self.keep, self.ignore_best = (
+            run / FOLDER,
+            run,
+            rank,
+            keep,
+            ignore_best,
+        )
 
     def save(self, step: int, snapshot: Snapshot) -> Path:
         """Written beside, synced and renamed once all ranks are through; `latest` last. All ranks call it together.
@@ -135,9 +141,9 @@ class Checkpoints:
         _fsync(beside)
         if final.exists():  # the same step again, after a resume from an older checkpoint
             _remove(final)
-        if self.anew:
+        if self.ignore_best:
             (self.folder / BEST).unlink(missing_ok=True)
-            self.anew = False
+            self.ignore_best = False
         os.replace(beside, final)
         _fsync(self.folder)
         _write_whole(self.folder / LATEST, final.name + "\n")
@@ -172,6 +178,44 @@ class Checkpoints:
     def _best_ap(self) -> float:
         told = self.folder / (self.best() or "none") / METRICS
         return json.loads(told.read_text())["ap"] if told.is_file() else -1.0
+
+
+CONTINUES = {  # config values that a run must have in common with the checkpoint that it continues
+    "training": (
+        "batch_size",
+        "sequence_length",
+        "gradient_accumulation_steps",
+        "sampling",
+        "max_steps",
+        "precision",
+    ),
+    "model": ("backbone", "fpn", "head"),
+}
+
+
+def check_continues(folder: Path, meta: dict[str, Any], config: dict[str, Any]) -> None:
+    """Checks that a run may continue from a checkpoint.
+
+    Args:
+        meta: of the checkpoint in `folder`. config: the run's, as JSON values.
+
+    Raises:
+        UserError: another form, batch or model.
+    """
+    if meta.get("form") != FORM:
+        raise UserError(
+            f"{folder} was saved by another version of evspan, in a form that this one cannot "
+            f"continue. Start from its weights: run_dir=NEW checkpoint.init_from={folder}"
+        )
+    saved = meta["config"]
+    for group, keys in CONTINUES.items():
+        for key in keys:
+            if saved[group][key] != config[group][key]:
+                raise UserError(
+                    f"{folder} was saved with {group}.{key}={saved[group][key]}, this run has "
+                    f"{config[group][key]}, so it cannot continue it. "
+                    "Give the old value, or another run_dir"
+                )
 
 
 # -- reading back ------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ SCALER = (
 )  # what DeepSpeed's loss scalers count
 
 
-class ZeroEngine:
+class DeepSpeedEngine:
     """Forward, backward, step, save and load of the sharded model; the same calls in the same order on all ranks."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, world: World, *, lanes: int) -> None:
@@ -125,7 +125,9 @@ class ZeroEngine:
             config=asked,
             dist_init_required=False,
         )
-        self.memory = OptimizerMemory(self.engine, optimizer, schedule, trained, self.stage, world)
+        self.optimizer_state = OptimizerMemory(
+            self.engine, optimizer, schedule, trained, self.stage, world
+        )
         self.gradient_norm = 0.0
         self.gathered = 0  # micro-batches since the last update that gave gradients
 
@@ -193,7 +195,7 @@ class ZeroEngine:
     def full_state(self) -> dict[str, Tensor]:
         """Copies of all weights (the float32 ones that the optimizer updates) and buffers, float32 where floating, on every
         rank. A collective."""
-        weights = self.memory.weights()
+        weights = self.optimizer_state.weights()
         return {
             k: weights[k]
             if k in weights
@@ -210,7 +212,7 @@ class ZeroEngine:
             list(module.parameters()), modifier_rank=0, enabled=self.stage == 3
         ):
             module.load_state_dict(tensors)
-        self.memory.restore(tensors, moments, counters)
+        self.optimizer_state.restore(tensors, moments, counters)
 
 
 class OptimizerMemory:

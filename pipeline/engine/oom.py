@@ -30,7 +30,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def telling_knobs(config: TrainConfig, world: World) -> Iterator[None]:
+def explain_out_of_memory(config: TrainConfig, world: World) -> Iterator[None]:
     """While open, an error for want of memory becomes a UserError that says what to change."""
     try:
         yield

@@ -1,5 +1,6 @@
 """Traces of a few steps: every operation on the CPU and the GPU, with the part of the step that it belongs to."""
 
+import logging
 import os
 import warnings
 from contextlib import ExitStack
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evspan.pipeline.tensorboard.writer import Monitor
+from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from torch.utils.hooks import RemovableHandle
 
+logger = logging.getLogger(__name__)
 FOLDER, REQUEST = "profile", "profile.request"
 ON_REQUEST = 3  # steps
 ROWS = 25  # of the table of what took most
@@ -26,9 +28,9 @@ class Profiler:
     """
 
     def __init__(
-        self, run: Path, rank: int, monitor: Monitor, module: nn.Module, steps: list[int]
+        self, run: Path, rank: int, writer: TensorBoardWriter, module: nn.Module, steps: list[int]
     ) -> None:
-        self.run, self.rank, self.monitor, self.module = run, rank, monitor, module
+        self.run, self.rank, self.writer, self.module = run, rank, writer, module
         self.first, self.last = steps or (0, -1)
         self.step = 0  # that runs
         self.tracer: profile | None = None
@@ -43,7 +45,7 @@ class Profiler:
         request.unlink(missing_ok=True)
         return ON_REQUEST
 
-    def ask(self, first: int, count: int) -> None:
+    def request(self, first: int, count: int) -> None:
         if self.tracer is None:
             self.first, self.last = first, first + count - 1
 
@@ -99,18 +101,18 @@ class Profiler:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"steps-{self.first}-{last}-rank-{self.rank}.json.gz"
         traced.export_chrome_trace(str(path))
-        if not self.monitor.enabled:
+        if not self.writer.enabled:
             return
         costly = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = traced.key_averages().table(
             sort_by=costly, row_limit=ROWS, max_name_column_width=60
         )
-        self.monitor.text(
+        self.writer.write_text(
             "run/profile",
             f"`{path}`, for [Perfetto](https://ui.perfetto.dev)\n\n```\n{table}\n```",
             last,
         )
-        self.monitor.say(
+        logger.info(
             f"profile of steps {self.first} to {last}: {path}; open it in https://ui.perfetto.dev"
         )
 

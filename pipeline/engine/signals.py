@@ -1,38 +1,37 @@
-"""Stop signals set a flag; the training loop looks at it between steps, where all ranks can save together."""
+"""Stop signals set a flag. The training loop reads it between steps, where all ranks can save."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopFlag:
+    """Whether this process was asked to stop. `received` is the number of the signal, or None."""
+
     def __init__(self) -> None:
         self.received: int | None = None
-        self.previous: dict[int, Any] = {}
 
-    def set(self, number: int, frame: FrameType | None) -> None:
+    def request(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
+        """Sets the flag; has the signature of a signal handler."""
         self.received = number
-
-    def hand_on(self) -> None:
-        """Give the signal to whoever listened before us (a launcher's handler that requeues), after all was saved."""
-        if self.received is not None and callable(previous := self.previous.get(self.received)):
-            previous(self.received, None)
 
 
 @contextmanager
-def stop_flag() -> Iterator[StopFlag]:
-    """Listens while open. In a thread other than the main one signals cannot be caught; the flag then stays unset."""
+def catch_stop_signals() -> Iterator[StopFlag]:
+    """While open, STOP_SIGNALS set the flag instead of ending the process.
+
+    Python delivers signals to the main thread only. In another thread the flag stays unset.
+    """
     flag = StopFlag()
     try:
-        flag.previous = {number: signal.signal(number, flag.set) for number in STOP_SIGNALS}
+        previous = {number: signal.signal(number, flag.request) for number in STOP_SIGNALS}
     except ValueError:
-        pass
+        previous = {}
     try:
         yield flag
     finally:
-        for number, previous in flag.previous.items():
-            signal.signal(number, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

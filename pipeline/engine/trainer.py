@@ -1,11 +1,11 @@
-"""The training loop: one rank of it, in step with all the others."""
+"""The training loop of one rank, in step with all other ranks."""
 
 import json
-import math
+import logging
 import time
+from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from evspan.conf.errors import STOPPED_EXIT_CODE, UserError
@@ -14,23 +14,35 @@ from evspan.conf.schema.training import TrainConfig
 from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.data.loader import Batch, Loader
 from evspan.pipeline.data.plan import SamplingPlan
-from evspan.pipeline.engine.attempt import Attempt
-from evspan.pipeline.engine.checkpoints import FORM, Checkpoints, Snapshot, load_snapshot
-from evspan.pipeline.engine.deepspeed_engine import ZeroEngine
+from evspan.pipeline.engine.checkpoints import (
+    Checkpoints,
+    Snapshot,
+    check_continues,
+    load_snapshot,
+)
+from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from evspan.pipeline.engine.evaluator import described, evaluate_weights, write_results
-from evspan.pipeline.engine.oom import telling_knobs
+from evspan.pipeline.engine.oom import explain_out_of_memory
 from evspan.pipeline.engine.profiling import Profiler
 from evspan.pipeline.engine.resources import Resources, over_ranks
-from evspan.pipeline.engine.signals import StopFlag, stop_flag
+from evspan.pipeline.engine.signals import StopFlag, catch_stop_signals
+from evspan.pipeline.engine.step_report import (
+    LossSummary,
+    MicroBatchReport,
+    StepReport,
+    ThroughputMeter,
+    reduce_over_ranks,
+)
 from evspan.pipeline.evaluation.coco import Metrics
-from evspan.pipeline.history import append, write_progress
+from evspan.pipeline.history import append, record_first_step, record_start, write_progress
 from evspan.pipeline.inference.trained_detector import load_tensors
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.norm import RankReductions, global_batch_norms
+from evspan.pipeline.model.sequence_protocol import Exchange
 from evspan.pipeline.model.state import DetectorState, detach, state_from_tensors, state_tensors
 from evspan.pipeline.parallel.exchange import open_exchange
-from evspan.pipeline.parallel.mesh import open_mesh
+from evspan.pipeline.parallel.mesh import Mesh, open_mesh
 from evspan.pipeline.parallel.reductions import (
     barrier,
     broadcast_object,
@@ -38,10 +50,10 @@ from evspan.pipeline.parallel.reductions import (
     sum_over_ranks,
 )
 from evspan.pipeline.parallel.world import World
-from evspan.pipeline.tensorboard.attention_probe import look
+from evspan.pipeline.tensorboard.attention_probe import probe
 from evspan.pipeline.tensorboard.run_info import environment
-from evspan.pipeline.tensorboard.summaries import tell_evaluation, tell_look, tell_start
-from evspan.pipeline.tensorboard.writer import Monitor, Stopwatch
+from evspan.pipeline.tensorboard.summaries import write_evaluation, write_images, write_run_info
+from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from evspan.pipeline.weights import (
     Weights,
     generator_states,
@@ -52,198 +64,252 @@ from evspan.pipeline.weights import (
 )
 from torch import Tensor
 
-PROFILE = "profile"  # what ranks tell each other of a request for a trace
+logger = logging.getLogger(__name__)
+PROFILE_REQUEST = "profile"  # the number of steps to trace, among the metrics that ranks exchange
+
+StepCallback = Callable[[StepReport], None]
 
 
 def train(config: TrainConfig, world: World) -> Metrics | None:
-    """Train to `max_steps`, resuming where the run's newest checkpoint stands; returns the last evaluation's metrics.
+    """Trains to `max_steps`, from the run's newest checkpoint if there is one. A collective.
+
+    Returns:
+        Metrics of the last evaluation in this process; None if there was none.
 
     Raises:
-        UserError: bad data, a checkpoint of another batch or model, too many non-finite losses in a row, or too little memory.
-        SystemExit: a stop signal came and everything was saved.
+        UserError: bad data, a checkpoint of another batch or model, too many non-finite losses in a
+            row, or too little memory.
+        SystemExit: a stop signal arrived, and a checkpoint was saved.
     """
-    with telling_knobs(config, world):
+    with explain_out_of_memory(config, world):
         trainer = Trainer(config, world)
         try:
-            with stop_flag() as flag:
-                return trainer.run(flag)
+            with catch_stop_signals() as stop_flag:
+                return trainer.run(stop_flag)
         finally:
-            trainer.profiler.close()
-            trainer.monitor.close()
+            trainer.close()
 
 
 class Trainer:
     """One rank of a run.
 
     Args:
-        engine: what steps the model.
+        engine: the class that steps the model.
+        on_step: is called on every rank after each optimizer step, before the step is logged, saved
+            or evaluated. To end the run after the next step, it requests that of the `StopFlag`
+            which `run` was called with.
+        gradient_steps: steps whose report contains the gradients; collecting them costs a
+            collective and a copy of all gradients.
     """
 
     def __init__(
-        self, config: TrainConfig, world: World, engine: type[ZeroEngine] = ZeroEngine
+        self,
+        config: TrainConfig,
+        world: World,
+        engine: type[DeepSpeedEngine] = DeepSpeedEngine,
+        *,
+        on_step: StepCallback | None = None,
+        gradient_steps: Container[int] = (),
     ) -> None:
-        self.config, self.world, self.run_dir = config, world, Path(config.run_dir)
-        mesh = self.mesh = open_mesh(
+        self.config = config
+        self.world = world
+        self.run_dir = Path(config.run_dir)
+        self.on_step = on_step
+        self.gradient_steps = gradient_steps
+        self.mesh = open_mesh(
             world, sequence=config.parallel.sequence, timeout_s=config.parallel.timeout_s
         )
-        self.lanes, length = mesh.lanes(config.training.batch_size), config.training.sequence_length
+        self.lanes = self.mesh.lanes(config.training.batch_size)
         self.exchange = open_exchange(
             config.parallel.exchange,
-            mesh,
-            sequence_length=length,
+            self.mesh,
+            sequence_length=config.training.sequence_length,
             dws_conv=config.model.backbone.dws_conv,
         )
         seed_everything(config.seed)
         self.dataset = open_dataset(config.dataset, "train")
-        plan = SamplingPlan(
-            [r.frames for r in self.dataset.recordings],
-            [r.labelled for r in self.dataset.recordings],
-            lanes=config.training.batch_size,
-            sequence_length=length,
-            sampling=config.training.sampling,
-            seed=config.seed,
-        )
-        self.loader = Loader(
-            self.dataset, plan, self.lanes, mesh.frames(length), config.training, seed=config.seed
-        )
-        detector = Detector(config.model, self.dataset.channels, self.exchange)
-        if config.checkpoint.init_from:
-            load_tensors(detector, load_weights(config.checkpoint.init_from))
-        backbone, asked = detector.backbone, config.training
-        backbone.frames_per_call, backbone.recompute = (
-            asked.frames_per_call,
-            asked.activation_checkpointing,
-        )
-        backbone.bptt_frames = asked.bptt_frames
-        if asked.compile:
-            backbone.compile_spatial()
-        if world.size > 1:
-            global_batch_norms(detector, RankReductions(gather_over_ranks, sum_over_ranks))
+        self.loader = _build_loader(config, self.dataset, self.mesh)
+        detector = _build_detector(config, self.dataset.channels, self.exchange, world)
         self.engine = engine(detector, config, world, lanes=len(self.lanes))
         self.state = self._zero_state()
         self.checkpoints = Checkpoints(
             self.run_dir,
             rank=world.rank,
             keep=config.checkpoint.keep,
-            anew=not config.checkpoint.resume,
+            ignore_best=not config.checkpoint.resume,
         )
-        self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        self.step = 0
+        self.skipped = 0  # micro-batches, since the run's first step
+        self.skipped_in_a_row = 0
         if config.checkpoint.resume:
             self._resume()
         if world.is_main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.json").write_text(
-                json.dumps(plain(asdict(config)), indent=1) + "\n"
-            )
-        self.monitor = Monitor(self.run_dir, enabled=world.is_main, resume_step=self.step)
-        self.attempt = (
-            Attempt(self.run_dir, self.step, config.training.max_steps) if world.is_main else None
-        )
+            _write_config(config, self.run_dir)
+        self.writer = TensorBoardWriter(self.run_dir, enabled=world.is_main, resume_step=self.step)
+        if world.is_main:
+            self.attempt = record_start(self.run_dir, self.step, config.training.max_steps)
+        self.first_step_ended = False  # of this process
         self.profiler = Profiler(
-            self.run_dir, world.rank, self.monitor, detector, config.training.profile
+            self.run_dir, world.rank, self.writer, detector, config.training.profile
         )
         self.resources = Resources(world.device)
-        self.watched: Dataset | None = None  # the evaluated split, once pictures of it are wanted
+        self.throughput = ThroughputMeter()
+        self.probe_dataset: Dataset | None = None  # the evaluated split, for TensorBoard images
 
-    # -- the loop ------------------------------------------------------------------------------------------------
-    def run(self, flag: StopFlag) -> Metrics | None:
-        config, accumulation = (
-            self.config.training,
-            self.config.training.gradient_accumulation_steps,
-        )
-        self._say_hello()
-        batches, watch, metrics = self.loader.batches(self.step * accumulation), Stopwatch(), None
-        if (
-            self.step
-            and self._evaluates
-            and not broadcast_object(self.checkpoints.evaluated(self.step))
-        ):
-            metrics = self._evaluate()  # the run was killed before it had
-        while self.step < config.max_steps:
+    def close(self) -> None:
+        """Writes what the profiler and TensorBoard still hold."""
+        self.profiler.close()
+        self.writer.close()
+
+    # -- the loop ------------------------------------------------------------------------------
+    def run(self, stop_flag: StopFlag) -> Metrics | None:
+        """Trains to `max_steps`; see `train`."""
+        self._log_start()
+        training = self.config.training
+        batches = self.loader.batches(self.step * training.gradient_accumulation_steps)
+        self.throughput = ThroughputMeter()
+        metrics = self._evaluate_if_missing()
+        while self.step < training.max_steps:
             self.profiler.before(self.step + 1)
-            for _ in range(accumulation):
-                asked = time.perf_counter()
-                batch = next(batches).to(self.world.device)
-                watch.wait(asked)
-                told, stop = self._micro_batch(batch, flag.received is not None)
-            watch.frames += config.batch_size * config.sequence_length * accumulation
-            self.step += 1
+            report, batch = self._train_step(batches, stop_flag)
             self.profiler.after()
-            done = self.step == config.max_steps
-            if self.attempt and not self.attempt.running:
-                self.monitor.scalars(self.attempt.began_to_run(), self.step)
-            if self.step % config.log_every == 0 or done:
-                self._log(told, watch)
-            if self.step % self.config.checkpoint.every == 0 or self._evaluates or stop:
+            self._after_step(report)
+            if self._checkpoint_is_due or report.stop:
                 self._save()
-            if stop and not done:
-                self._stop(flag)
-            if (every := config.log_images_every) and (self.step % every == 0 or done):
-                self._show(batch)
-            if self._evaluates:
+            if report.stop and not self._is_last_step:
+                self._exit_stopped()
+            if self._images_are_due:
+                self._write_images(batch)
+            if self._evaluation_is_due:
                 metrics = self._evaluate()
-        batches.close()  # type: ignore[attr-defined]
-        if self.attempt:
+        batches.close()
+        if self.world.is_main:
             append(self.run_dir, "done", step=self.step)
-        barrier()  # who leaves long before the others is taken for dead, by SLURM too
+        # SLURM and the other ranks take a rank that exits long before the others for failed.
+        barrier()
         return metrics
 
-    def _micro_batch(self, batch: Batch, stop: bool) -> tuple[Tensor, bool]:
-        """One forward, backward and step. Returns the losses over all ranks, and whether any rank was told to stop."""
+    @property
+    def _is_last_step(self) -> bool:
+        return self.step == self.config.training.max_steps
+
+    @property
+    def _evaluation_is_due(self) -> bool:
+        every = self.config.training.evaluate_every
+        return self._is_last_step or (every > 0 and self.step % every == 0)
+
+    @property
+    def _checkpoint_is_due(self) -> bool:
+        """An evaluation is one of a checkpoint, which is saved before."""
+        return self.step % self.config.checkpoint.every == 0 or self._evaluation_is_due
+
+    @property
+    def _images_are_due(self) -> bool:
+        every = self.config.training.log_images_every
+        return every > 0 and (self.step % every == 0 or self._is_last_step)
+
+    def _train_step(
+        self, batches: Iterator[Batch], stop_flag: StopFlag
+    ) -> tuple[StepReport, Batch]:
+        """All micro-batches of one optimizer step. Returns the last one too."""
+        training = self.config.training
+        collect = self.step + 1 in self.gradient_steps
+        started: float | None = None
+        for number in range(1, training.gradient_accumulation_steps + 1):
+            batch = self._next_batch(batches)
+            started = started or time.perf_counter()
+            is_last = number == training.gradient_accumulation_steps
+            result = self.micro_batch(
+                batch,
+                stop_requested=stop_flag.received is not None,
+                collect_gradients=collect and is_last,
+            )
+        assert started is not None
+        self.step += 1
+        report = StepReport(
+            step=self.step,
+            losses=result.losses,
+            learning_rate=self.engine.learning_rate,
+            gradient_norm=self.engine.gradient_norm,
+            gradients=result.gradients,
+            stop=result.stop,
+            started=started,
+        )
+        return report, batch
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
+        requested = time.perf_counter()
+        batch = next(batches).to(self.world.device)
+        self.throughput.add_wait(since=requested)
+        training = self.config.training
+        self.throughput.add_frames(training.batch_size * training.sequence_length)
+        return batch
+
+    def micro_batch(
+        self, batch: Batch, *, stop_requested: bool = False, collect_gradients: bool = False
+    ) -> MicroBatchReport:
+        """One forward and backward; the last micro-batch of an accumulation updates the weights.
+
+        Args:
+            stop_requested: whether this rank was asked to stop.
+            collect_gradients: only in the last micro-batch of an accumulation.
+        """
         self.engine.train()
         raw, state = self.engine(
             batch.frames, self.state, starts=batch.starts, labelled=batch.labelled
         )
-        geometry = self._detector.geometry(self.dataset.height, self.dataset.width)
-        losses = detection_loss(
+        local_losses = detection_loss(
             raw,
             batch.boxes,
             batch.counts,
-            geometry,
+            self._detector.geometry(self.dataset.height, self.dataset.width),
             self.config.model.head,
             sum_over_ranks=sum_over_ranks,
         )
-        # One small sum tells the losses, whether one is bad anywhere, and whether to stop: all ranks then do the same.
-        told = sum_over_ranks(
-            torch.stack(
-                [
-                    losses.total,
-                    losses.iou,
-                    losses.objectness,
-                    losses.classes,
-                    losses.total.new_tensor(float(stop)),
-                ]
-            ).detach()
-        )
-        total, *_, stops = (
-            told.tolist()
-        )  # the one place in a step where the host waits for the device
-        if math.isfinite(total):
-            self.engine.backward(losses.total * self.world.size)
+        losses, stop = reduce_over_ranks(local_losses, stop_requested=stop_requested)
+        gradients: dict[str, Tensor] = {}
+        if losses.is_finite:
+            self.engine.backward(local_losses.total * self.world.size)
+            if collect_gradients:
+                gradients = self.engine.full_gradients()
             self.engine.step()
-            self.state, self.skipped_in_a_row = detach(state), 0
+            self.state = detach(state)
+            self.skipped_in_a_row = 0
         else:
             self._skip()
-        return torch.cat((told[:4], losses.positives.reshape(1).to(told))), stops > 0
+        return MicroBatchReport(losses, stop, gradients)
 
     def _skip(self) -> None:
-        """A bad loss must reach neither the weights nor, through the carry, the next chunk."""
+        """Keeps a non-finite loss out of the weights, and out of the next chunk's state."""
         self.engine.skip()
         self.state = self._zero_state()
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.skipped += 1
+        self.skipped_in_a_row += 1
         limit = self.config.training.max_nonfinite
         if self.skipped_in_a_row >= limit:
             raise UserError(
-                f"the loss was not finite {limit} times in a row, last in step {self.step}. The checkpoint before "
-                f"stands in {self.checkpoints.folder}; lower optimizer.lr, or set training.precision=fp32"
+                f"the loss was not finite {limit} times in a row, last in step {self.step}. The "
+                f"last checkpoint is in {self.checkpoints.folder}; lower optimizer.lr, or set "
+                "training.precision=fp32"
             )
 
-    # -- state, checkpoints --------------------------------------------------------------------------------------
+    def _after_step(self, report: StepReport) -> None:
+        if not self.first_step_ended:
+            self.first_step_ended = True
+            if self.world.is_main:
+                restarts = record_first_step(self.run_dir, self.attempt)
+                self.writer.write_scalars(restarts, self.step)
+        if self.on_step is not None:
+            self.on_step(report)
+        if self.step % self.config.training.log_every == 0 or self._is_last_step:
+            self._log_step(report)
+
+    # -- state, checkpoints --------------------------------------------------------------------
     def _zero_state(self) -> DetectorState:
         return self.exchange.scatter(self._initial_state(self.world.device))
 
     def _initial_state(self, device: torch.device | str) -> DetectorState:
-        """Canonical: as one rank would hold it."""
+        """The canonical state of this rank's lanes: as one rank alone would hold it."""
         return self._detector.initial_state(
             len(self.lanes),
             self.dataset.height,
@@ -258,6 +324,7 @@ class Trainer:
         return self.engine.module
 
     def _weights(self) -> Weights:
+        """The consolidated weights, on every rank. A collective."""
         return Weights(
             self.engine.full_state(),
             self.config.model,
@@ -266,21 +333,17 @@ class Trainer:
             self.step,
         )
 
-    @property
-    def _evaluates(self) -> bool:
-        """Whether this step ends in an evaluation: of a checkpoint, which is saved before."""
-        every = self.config.training.evaluate_every
-        return self.step == self.config.training.max_steps or (every > 0 and self.step % every == 0)
-
     def _save(self) -> None:
-        self.monitor.flush()  # what is resumed from must not be ahead of what was told
+        # TensorBoard must not be behind the checkpoint that a resume continues from.
+        self.writer.flush()
         carry = self.exchange.gather(self.state, like=self._initial_state("meta"))
         meta = {
             "skipped": self.skipped,
-            "counters": self.engine.memory.counters(),
+            "counters": self.engine.optimizer_state.counters(),
             "config": plain(asdict(self.config)),
         }
-        moments = self.engine.memory.moments(keep=self.world.is_main)
+        moments = self.engine.optimizer_state.moments(keep=self.world.is_main)
+        writes_carry = self.mesh.sequence == 0
         self.checkpoints.save(
             self.step,
             Snapshot(
@@ -288,15 +351,16 @@ class Trainer:
                 self._weights(),
                 moments,
                 self.lanes,
-                state_tensors(carry) if self.mesh.sequence == 0 else None,
+                state_tensors(carry) if writes_carry else None,
             ),
         )
 
     def _resume(self) -> None:
-        if (found := self.checkpoints.find()) is None:
+        newest = self.checkpoints.find()
+        if newest is None:
             return
-        folder, meta = found
-        self._check_continues(folder, meta)
+        folder, meta = newest
+        check_continues(folder, meta, plain(asdict(self.config)))
         loaded = load_snapshot(folder, self.lanes, self.world.rank)
         self.engine.load_state(loaded.weights, loaded.moments, meta["counters"])
         carry = state_from_tensors(
@@ -305,169 +369,157 @@ class Trainer:
         self.state = self.exchange.scatter(carry)
         if loaded.generators is not None:
             restore_generators(loaded.generators)
-        self.step, self.skipped = meta["step"], meta["skipped"]
+        self.step = meta["step"]
+        self.skipped = meta["skipped"]
 
-    def _check_continues(self, folder: Path, meta: dict[str, Any]) -> None:
-        if meta.get("form") != FORM:
-            raise UserError(
-                f"{folder} was saved by another version of evspan, in a form that this one cannot continue. "
-                f"Start from its weights: run_dir=NEW checkpoint.init_from={folder}"
-            )
-        was, now = meta["config"], plain(asdict(self.config))
-        for group, keys in (
-            (
-                "training",
-                (
-                    "batch_size",
-                    "sequence_length",
-                    "gradient_accumulation_steps",
-                    "sampling",
-                    "max_steps",
-                    "precision",
-                ),
-            ),
-            ("model", ("backbone", "fpn", "head")),
-        ):
-            for key in keys:
-                if was[group][key] != now[group][key]:
-                    raise UserError(
-                        f"{folder} was saved with {group}.{key}={was[group][key]}, this run has {now[group][key]}, "
-                        "so it cannot continue it. Give the old value, or another run_dir"
-                    )
-
-    def _stop(self, flag: StopFlag) -> None:
-        self.monitor.say(
-            f"stop signal: saved step {self.step} in {self.checkpoints.folder}; the same command continues"
+    def _exit_stopped(self) -> None:
+        """Ends the process after a checkpoint was saved on a stop signal."""
+        self._log(
+            f"stop signal: saved step {self.step} in {self.checkpoints.folder}; "
+            "the same command continues"
         )
-        self.monitor.close()
+        self.writer.close()
         if self.world.is_main:
             append(self.run_dir, "saved", step=self.step)
-            flag.hand_on()
         raise SystemExit(STOPPED_EXIT_CODE)
 
-    # -- telling -------------------------------------------------------------------------------------------------
-    def _say_hello(self) -> None:
-        parameters = (
-            sum(p.numel() for p in self._detector.parameters())
-            if self.config.deepspeed.stage < 3
-            else None
-        )
-        size = f", {parameters:,} parameters" if parameters else ""
-        at = f"resumes at step {self.step}" if self.step else "starts"
-        self.monitor.say(
-            f"{self.run_dir}: {at} of {self.config.training.max_steps}; {self._layout()}, "
-            f"{len(self.dataset.recordings)} recordings, {sum(r.frames for r in self.dataset.recordings)} "
-            f"frames{size}"
-        )
-        self.monitor.say(f"watch it: tensorboard --logdir {self.run_dir}")
-        where = environment(self.world)
+    # -- logging -------------------------------------------------------------------------------
+    def _log(self, message: str) -> None:
+        """Rank 0 logs for all ranks."""
         if self.world.is_main:
-            tell_start(
-                self.monitor,
+            logger.info(message)
+
+    def _log_start(self) -> None:
+        frames = sum(recording.frames for recording in self.dataset.recordings)
+        position = f"resumes at step {self.step}" if self.step else "starts"
+        message = (
+            f"{self.run_dir}: {position} of {self.config.training.max_steps}; {self._layout()}, "
+            f"{len(self.dataset.recordings)} recordings, {frames} frames"
+        )
+        if self.config.deepspeed.stage < 3:  # in stage 3 a rank holds a part of each parameter
+            parameters = sum(p.numel() for p in self._detector.parameters())
+            message += f", {parameters:,} parameters"
+        self._log(message)
+        self._log(f"watch it: tensorboard --logdir {self.run_dir}")
+        ranks = environment(self.world)
+        if self.world.is_main:
+            write_run_info(
+                self.writer,
                 self.config,
                 self.dataset.classes,
-                [n for n, _ in self._detector.named_parameters()],
-                where,
+                [name for name, _ in self._detector.named_parameters()],
+                ranks,
                 self.step,
                 gpu=self.world.device.type == "cuda",
             )
 
     def _layout(self) -> str:
-        mesh, kind = (
-            self.mesh,
-            chosen_exchange(
-                self.config.parallel.exchange, dws_conv=self.config.model.backbone.dws_conv
-            ),
-        )
-        shared = (
-            f" x {mesh.sequence_size} sequence, exchange {kind.name}"
-            if mesh.sequence_size > 1
-            else ""
-        )
-        return (
-            f"{self.world.size} ranks = {mesh.data_size} data{shared}"
-            if self.world.size > 1
-            else "1 rank"
-        )
-
-    def _log(self, told: Tensor, watch: Stopwatch) -> None:
-        total, iou, objectness, classes, positives = told.tolist()
-        exchanging, (speed, waiting, passed) = self.exchange.clock.read(), watch.report()
-        mine = {
-            "speed/data_wait_fraction": waiting,
-            PROFILE: float(self.profiler.requested()),
-            **self.resources.read(),
-        }
+        if self.world.size == 1:
+            return "1 rank"
+        text = f"{self.world.size} ranks = {self.mesh.data_size} data"
         if self.mesh.sequence_size > 1:
-            mine["speed/exchange_fraction"] = exchanging / passed
-        of_all = over_ranks(mine, self.world.device)
-        if asked := int(of_all.pop(PROFILE)):
-            self.profiler.ask(self.step + 2, asked)
-        frames = (
-            self.config.training.batch_size
-            * self.config.training.sequence_length
-            * self.config.training.gradient_accumulation_steps
+            kind = chosen_exchange(
+                self.config.parallel.exchange, dws_conv=self.config.model.backbone.dws_conv
+            )
+            text += f" x {self.mesh.sequence_size} sequence, exchange {kind.name}"
+        return text
+
+    def _log_step(self, report: StepReport) -> None:
+        training = self.config.training
+        exchange_s = self.exchange.clock.read()
+        speed = self.throughput.read()
+        metrics = self._rank_metrics(
+            data_wait_fraction=speed.data_wait_fraction,
+            exchange_fraction=exchange_s / speed.seconds,
         )
-        self.monitor.scalars(
+        frames_per_step = (
+            training.batch_size * training.sequence_length * training.gradient_accumulation_steps
+        )
+        self.writer.write_scalars(
             {
-                "loss/total": total,
-                "loss/iou": iou,
-                "loss/objectness": objectness,
-                "loss/class": classes,
-                "train/positives": positives,
-                "train/learning_rate": self.engine.learning_rate,
-                "train/gradient_norm": self.engine.gradient_norm,
+                **_step_scalars(report),
                 "train/skipped_steps": self.skipped,
-                "speed/frames_per_s": speed,
-                "speed/step_ms": 1000 * frames / speed,
-                **of_all,
+                "speed/frames_per_s": speed.frames_per_s,
+                "speed/step_ms": 1000 * frames_per_step / speed.frames_per_s,
+                **metrics,
             },
             self.step,
         )
-        self.monitor.say(
-            f"step {self.step:6d}  loss {total:8.4f}  iou {iou:7.4f}  obj {objectness:7.4f}  cls {classes:7.4f}  "
-            f"lr {self.engine.learning_rate:.2e}  |g| {self.engine.gradient_norm:7.3f}  {speed:6.1f} frames/s  "
-            f"data wait {of_all['speed/data_wait_fraction']:4.0%}"
+        losses = report.losses
+        self._log(
+            f"step {self.step:6d}  loss {losses.total:8.4f}  iou {losses.iou:7.4f}  "
+            f"obj {losses.objectness:7.4f}  cls {losses.classes:7.4f}  "
+            f"lr {report.learning_rate:.2e}  |g| {report.gradient_norm:7.3f}  "
+            f"{speed.frames_per_s:6.1f} frames/s  "
+            f"data wait {metrics['speed/data_wait_fraction']:4.0%}"
         )
-        if self.attempt:
-            write_progress(
-                self.run_dir,
-                {
-                    "step": self.step,
-                    "of": self.config.training.max_steps,
-                    "loss": total,
-                    "frames_per_s": speed,
-                    "seconds_per_step": frames / speed if speed else None,
-                },
-            )
-
-    def _show(self, batch: Batch) -> None:
-        weights = self._weights()  # of all ranks
         if self.world.is_main:
-            self.watched = self.watched or open_dataset(
-                self.config.dataset, self.config.evaluation.split
-            )
-            seen = look(weights, self.watched, self.config.evaluation, self.world.device)
-            tell_look(self.monitor, seen, batch, self.dataset.classes, self.step)
+            self._write_progress(losses, speed.frames_per_s, frames_per_step)
+
+    def _write_progress(
+        self, losses: LossSummary, frames_per_s: float, frames_per_step: int
+    ) -> None:
+        write_progress(
+            self.run_dir,
+            {
+                "step": self.step,
+                "of": self.config.training.max_steps,
+                "loss": losses.total,
+                "frames_per_s": frames_per_s,
+                "seconds_per_step": frames_per_step / frames_per_s if frames_per_s else None,
+            },
+        )
+
+    def _rank_metrics(
+        self, *, data_wait_fraction: float, exchange_fraction: float
+    ) -> dict[str, float]:
+        """Times and memory over all ranks; starts a trace that was requested. A collective."""
+        metrics = {
+            "speed/data_wait_fraction": data_wait_fraction,
+            PROFILE_REQUEST: float(self.profiler.requested()),
+            **self.resources.read(),
+        }
+        if self.mesh.sequence_size > 1:
+            metrics["speed/exchange_fraction"] = exchange_fraction
+        metrics = over_ranks(metrics, self.world.device)
+        requested_steps = int(metrics.pop(PROFILE_REQUEST))
+        if requested_steps:
+            self.profiler.request(self.step + 2, requested_steps)
+        return metrics
+
+    def _write_images(self, batch: Batch) -> None:
+        weights = self._weights()  # a collective, so outside the condition
+        if self.world.is_main:
+            if self.probe_dataset is None:
+                self.probe_dataset = open_dataset(self.config.dataset, self.config.evaluation.split)
+            result = probe(weights, self.probe_dataset, self.config.evaluation, self.world.device)
+            write_images(self.writer, result, batch, self.dataset.classes, self.step)
+
+    # -- evaluation ----------------------------------------------------------------------------
+    def _evaluate_if_missing(self) -> Metrics | None:
+        """Evaluates the checkpoint that was resumed, if the run was stopped before it could."""
+        if self.step == 0 or not self._evaluation_is_due:
+            return None
+        if broadcast_object(self.checkpoints.evaluated(self.step)):
+            return None
+        return self._evaluate()
 
     def _evaluate(self) -> Metrics:
-        began = time.perf_counter()
-        generators = (
-            generator_states()
-        )  # a detector that is built draws weights; a resumed run need not evaluate again
+        started = time.perf_counter()
+        # Building a detector draws random weights. A resumed run need not evaluate again, so the
+        # generators must not depend on it.
+        generators = generator_states()
         weights = self._weights()
         metrics, results, data = evaluate_weights(
             weights, self.config.dataset, self.config.evaluation, self.world
         )
         restore_generators(generators)
         if self.world.is_main:
-            self.monitor.scalars(
-                {f"evaluation/{k}": v for k, v in metrics.scalars().items()}, self.step
-            )
-            tell_evaluation(self.monitor, results, data, self.config, self.step)
-            self.monitor.say(
-                f"evaluation at step {self.step} ({time.perf_counter() - began:.0f} s)\n{metrics.table()}"
-            )
+            scalars = {f"evaluation/{name}": v for name, v in metrics.scalars().items()}
+            self.writer.write_scalars(scalars, self.step)
+            write_evaluation(self.writer, results, data, self.config, self.step)
+            seconds = time.perf_counter() - started
+            self._log(f"evaluation at step {self.step} ({seconds:.0f} s)\n{metrics.table()}")
             about = described(
                 str(self.run_dir), weights, self.config.dataset, self.config.evaluation
             )
@@ -476,3 +528,60 @@ class Trainer:
             )
             self.checkpoints.record(self.step, {**metrics.to_json(), **about})
         return metrics
+
+
+def _build_loader(config: TrainConfig, dataset: Dataset, mesh: Mesh) -> Loader:
+    training = config.training
+    plan = SamplingPlan(
+        [recording.frames for recording in dataset.recordings],
+        [recording.labelled for recording in dataset.recordings],
+        lanes=training.batch_size,
+        sequence_length=training.sequence_length,
+        sampling=training.sampling,
+        seed=config.seed,
+    )
+    return Loader(
+        dataset,
+        plan,
+        mesh.lanes(training.batch_size),
+        mesh.frames(training.sequence_length),
+        training,
+        seed=config.seed,
+    )
+
+
+def _build_detector(
+    config: TrainConfig, channels: int, exchange: Exchange, world: World
+) -> Detector:
+    """With random weights, or those of `checkpoint.init_from`."""
+    detector = Detector(config.model, channels, exchange)
+    if config.checkpoint.init_from:
+        load_tensors(detector, load_weights(config.checkpoint.init_from))
+    training = config.training
+    detector.backbone.frames_per_call = training.frames_per_call
+    detector.backbone.recompute = training.activation_checkpointing
+    detector.backbone.bptt_frames = training.bptt_frames
+    if training.compile:
+        detector.backbone.compile_spatial()
+    if world.size > 1:
+        global_batch_norms(detector, RankReductions(gather_over_ranks, sum_over_ranks))
+    return detector
+
+
+def _write_config(config: TrainConfig, run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plain(asdict(config)), indent=1)
+    (run_dir / "config.json").write_text(text + "\n")
+
+
+def _step_scalars(report: StepReport) -> dict[str, float]:
+    losses = report.losses
+    return {
+        "loss/total": losses.total,
+        "loss/iou": losses.iou,
+        "loss/objectness": losses.objectness,
+        "loss/class": losses.classes,
+        "train/positives": losses.positives,
+        "train/learning_rate": report.learning_rate,
+        "train/gradient_norm": report.gradient_norm,
+    }

@@ -1,15 +1,16 @@
-"""What the detector makes of the same few frames all along the training: detections, and where its attention looks."""
+"""Records detections and attention maps on the same few evaluation frames throughout training."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from evspan.conf.schema.training import EvaluationConfig
 from evspan.pipeline.data.datasets import Dataset, RecordingData
-from evspan.pipeline.inference.trained_detector import detector_from
+from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
 from evspan.pipeline.model.attention import (
     EventTemporalAttention,
     MultiScaleSpatialAttention,
@@ -20,162 +21,200 @@ from evspan.pipeline.model.postprocess import detections
 from evspan.pipeline.weights import Weights, generator_states, restore_generators
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-WATCHED = 4  # frames
-SCALE = re.compile(r"scale_(\d+)")  # what the neck calls its scales, the finest is 0
-MAPS = ("spatial", "motion")  # of what attention multiplies with, what has a place in the frame
+NUM_FRAMES = 4
+SCALE = re.compile(r"scale_(\d+)")  # the neck's name of a scale; scale_0 is the finest
+MAPS = ("spatial", "motion")  # the multipliers that have a value per cell
 
 
 @dataclass(frozen=True)
-class Watched:
-    """One labelled frame. boxes: shards.BOX. found: (k, 7), as RecordingResult's. maps: name -> (h, w) from 0 to 1, of cells of
-    `strides[name]` pixels."""
+class ProbeFrame:
+    """One labelled frame, with what the detector finds in it.
+
+    frame: (2 * bins, H, W) uint8. end_us: end of its window, in microseconds. boxes: shards.BOX.
+    detections: (k, 7) float32 x1, y1, x2, y2 (pixels of the frame), objectness, class score, class
+    id. maps: "scale_0/spatial" -> (h, w) float32 from 0 to 1. strides: of each map, in pixels per
+    cell.
+    """
 
     recording: str
     end_us: int
     frame: NDArray[np.uint8]
-    boxes: NDArray
-    found: NDArray[np.float32]
+    boxes: NDArray[np.void]
+    detections: NDArray[np.float32]
     maps: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     strides: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Look:
-    """frames: those watched. multipliers: "scale_0/spatial" -> values from 0 to 1, of all of them. gates: what those are
-    multiplied with before they act."""
+class ProbeResult:
+    """What the detector makes of the probe frames.
 
-    frames: list[Watched]
+    multipliers: "scale_0/spatial" -> (n,) values from 0 to 1, of all frames.
+    gates: "scale_0/spatial" -> the gate that scales these multipliers.
+    """
+
+    frames: list[ProbeFrame]
     multipliers: dict[str, NDArray[np.float32]]
     gates: dict[str, float]
 
 
 def choose_frames(
-    data: Dataset, config: EvaluationConfig, count: int = WATCHED
+    data: Dataset, config: EvaluationConfig, count: int = NUM_FRAMES
 ) -> list[tuple[RecordingData, int]]:
-    """Labelled frames with boxes that the protocol scores, spread over all that there are; the same ones at every call."""
-    there = [
-        (r, int(frame))
-        for r in data.recordings
-        for frame in np.flatnonzero(
-            r.labelled & (np.diff(r.box_start) > 0) & (r.end_us > 1000 * config.skip_first_ms)
-        )
-    ]
-    count = min(count, len(there))
-    return [there[(2 * i + 1) * len(there) // (2 * count)] for i in range(count)]
+    """Labelled frames with boxes that the protocol scores, evenly spaced; the same at every call.
 
-
-def look(weights: Weights, data: Dataset, config: EvaluationConfig, device: torch.device) -> Look:
-    """A detector of its own looks, in eval mode, on weights that are whole: any ZeRO stage, and no trace in the training.
-
-    Its state begins at zero `config.sequence_length` frames before each frame.
+    Returns:
+        At most `count` pairs of a recording and the index of a frame.
     """
-    generators = generator_states()  # a detector that is built draws weights
+    candidates = []
+    for recording in data.recordings:
+        has_boxes = np.diff(recording.box_start) > 0
+        is_scored = recording.end_us > 1000 * config.skip_first_ms
+        for frame in np.flatnonzero(recording.labelled & has_boxes & is_scored):
+            candidates.append((recording, int(frame)))
+    count = min(count, len(candidates))
+    return [candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count)]
+
+
+def probe(
+    weights: Weights, data: Dataset, config: EvaluationConfig, device: torch.device
+) -> ProbeResult:
+    """Runs a detector with these weights on the probe frames, in eval mode.
+
+    It is built for the purpose: the weights are whole at every ZeRO stage, and training is not
+    affected. Its state is zero `config.sequence_length` frames before each probe frame.
+    """
+    generators = generator_states()  # building a detector draws random weights
     detector = detector_from(weights, device=device)
     restore_generators(generators)
-    frames, multipliers = [], dict[str, list[Tensor]]()
-    for recording, frame in choose_frames(data, config):
-        with attention_of(detector) as told:
-            frames.append(_watched(detector, data, recording, frame, config, told))
-        for name, values in told.items():
-            multipliers.setdefault(name, []).append(values[-1:].flatten())
-    return Look(
+    frames = []
+    parts: dict[str, list[Tensor]] = {}
+    for recording, index in choose_frames(data, config):
+        with record_attention(detector) as multipliers:
+            frames.append(_probe_frame(detector, data, recording, index, config, multipliers))
+        for name, values in multipliers.items():
+            parts.setdefault(name, []).append(values[-1:].flatten())
+    return ProbeResult(
         frames,
-        {name: torch.cat(parts).cpu().numpy() for name, parts in multipliers.items()},
-        {told: float(weights.tensors[name]) for name, told in gate_names(weights.tensors).items()},
+        multipliers={name: torch.cat(values).cpu().numpy() for name, values in parts.items()},
+        gates={
+            name: float(weights.tensors[parameter])
+            for parameter, name in gate_names(weights.tensors).items()
+        },
     )
 
 
 @torch.inference_mode()
-def _watched(
-    detector: Detector,
+def _probe_frame(
+    detector: TrainedDetector,
     data: Dataset,
     recording: RecordingData,
-    frame: int,
+    index: int,
     config: EvaluationConfig,
-    told: dict[str, Tensor],
-) -> Watched:
+    multipliers: dict[str, Tensor],
+) -> ProbeFrame:
+    """Runs the detector on the frames up to `index`; its hooks fill `multipliers`."""
     device = next(detector.parameters()).device
-    frames = recording.read(max(0, frame + 1 - config.sequence_length), frame + 1)
+    frames = recording.read(max(0, index + 1 - config.sequence_length), index + 1)
     labelled = torch.zeros(len(frames), 1, dtype=torch.bool)
     labelled[-1] = True
     state = detector.initial_state(1, data.height, data.width, device=device)
     raw, _ = detector(torch.from_numpy(frames[:, None]).to(device), state, labelled=labelled)
-    (found,) = detections(
+    (rows,) = detections(
         detector.decode(raw, data.height, data.width),
         confidence_threshold=config.confidence_threshold,
         nms_threshold=config.nms_threshold,
     )
     maps = {
-        name: values[-1, 0].cpu().numpy() for name, values in told.items() if name.endswith(MAPS)
+        name: values[-1, 0].cpu().numpy()
+        for name, values in multipliers.items()
+        if name.endswith(MAPS)
     }
-    strides = {
-        name: detector.strides[int(name.partition("/")[0].removeprefix("scale_"))] for name in maps
-    }
-    return Watched(
+    return ProbeFrame(
         recording.name,
-        int(recording.end_us[frame]),
+        int(recording.end_us[index]),
         frames[-1],
-        recording.boxes(frame),
-        found.cpu().numpy(),
+        recording.boxes(index),
+        rows.cpu().numpy(),
         maps,
-        strides,
+        strides={name: detector.strides[_scale_index(name)] for name in maps},
     )
 
 
+def _scale_index(name: str) -> int:
+    """scale_2/spatial -> 2."""
+    return int(name.partition("/")[0].removeprefix("scale_"))
+
+
 @contextmanager
-def attention_of(detector: Detector) -> Iterator[dict[str, Tensor]]:
-    """While open, what attention multiplied features with in the last forward, from 0 to 1, before its gates.
+def record_attention(detector: Detector) -> Iterator[dict[str, Tensor]]:
+    """While open, records what attention multiplies features with, before its gates.
 
-    "scale_0/spatial", "scale_0/motion": (N, 1, h, w), "scale_0/temporal", "scale_0/channel": (N, C). Spatial attention sees
-    the frames that are looked back at too; the last row is the same frame's in all. By hooks: who does not ask does not pay.
+    Hooks record it, so a forward outside of this context does no additional work.
+
+    Yields:
+        The multipliers of the last forward, from 0 to 1. "scale_0/spatial" and "scale_0/motion":
+        (n, 1, h, w); "scale_0/temporal" and "scale_0/channel": (n, C). Spatial attention also runs
+        on the frames that temporal attention looks back at, so n differs; the last row is the last
+        frame in each of them.
     """
-    told: dict[str, Tensor] = {}
-    handles = []
-
-    def sigmoid_of(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, given: object, out: Tensor) -> None:
-            told[name] = out.detach().sigmoid()
-
-        return hook
-
-    def motion_of(name: str) -> Callable[..., None]:
-        def hook(module: EventTemporalAttention, given: tuple[Tensor, Tensor]) -> None:
-            x, previous = (
-                given  # forward folds this convolution into another one, so there is no output to listen to
-            )
-            told[name] = (
-                module.motion_conv(torch.cat((x, previous[:, -1]), dim=1)).detach().sigmoid()
-            )
-
-        return hook
-
+    multipliers: dict[str, Tensor] = {}
+    handles: list[RemovableHandle] = []
     for path, module in detector.fpn.named_modules():
         scale = next((part for part in path.split(".") if SCALE.fullmatch(part)), "")
-        if isinstance(module, MultiScaleSpatialAttention):
-            handles.append(
-                module.attention_conv[-1].register_forward_hook(sigmoid_of(f"{scale}/spatial"))
-            )
-        elif isinstance(module, EventTemporalAttention):
-            handles.append(module.register_forward_pre_hook(motion_of(f"{scale}/motion")))
-            handles.append(
-                module.temporal_fc.register_forward_hook(sigmoid_of(f"{scale}/temporal"))
-            )
-        elif isinstance(module, ScaleAwareChannelAttention):
-            handles.append(module.fc.register_forward_hook(sigmoid_of(f"{scale}/channel")))
+        handles += _attention_hooks(module, scale, multipliers)
     try:
-        yield told
+        yield multipliers
     finally:
         for handle in handles:
             handle.remove()
 
 
+def _attention_hooks(
+    module: nn.Module, scale: str, multipliers: dict[str, Tensor]
+) -> list[RemovableHandle]:
+    """Hooks that record the multipliers of an attention block; [] for other modules."""
+
+    def record_sigmoid_of(layer: nn.Module, name: str) -> RemovableHandle:
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            multipliers[f"{scale}/{name}"] = output.detach().sigmoid()
+
+        return layer.register_forward_hook(hook)
+
+    if isinstance(module, MultiScaleSpatialAttention):
+        return [record_sigmoid_of(module.attention_conv[-1], "spatial")]
+    if isinstance(module, EventTemporalAttention):
+        motion = module.register_forward_pre_hook(_motion_hook(f"{scale}/motion", multipliers))
+        return [motion, record_sigmoid_of(module.temporal_fc, "temporal")]
+    if isinstance(module, ScaleAwareChannelAttention):
+        return [record_sigmoid_of(module.fc, "channel")]
+    return []
+
+
+def _motion_hook(name: str, multipliers: dict[str, Tensor]) -> Callable[..., None]:
+    """Computes the motion map again: forward folds its convolution into another one."""
+
+    def hook(module: EventTemporalAttention, args: tuple[Any, ...]) -> None:
+        x, previous = args
+        pair = torch.cat((x, previous[:, -1]), dim=1)
+        multipliers[name] = module.motion_conv(pair).detach().sigmoid()
+
+    return hook
+
+
 def gate_names(parameters: Iterable[str]) -> dict[str, str]:
-    """Of the learned gates, which begin at 0: parameter name -> "scale_0/spatial", ".../temporal", "/integration", "/channel"."""
-    told = {}
-    for name in parameters:
-        if name.startswith("fpn.") and name.endswith(".gate"):
-            group, *path = name.split(".")[1:-1]
-            part = "channel" if group == "scale_aware_attention_modules" else "integration"
-            told[name] = "/".join((path[0], *(path[1:] or [part])))
-    return told
+    """Names of the learned attention gates in the charts, by parameter name.
+
+    Returns:
+        "fpn....gate" -> "scale_0/spatial", ".../temporal", ".../integration" or ".../channel".
+    """
+    names = {}
+    for parameter in parameters:
+        if parameter.startswith("fpn.") and parameter.endswith(".gate"):
+            group, scale, *path = parameter.split(".")[1:-1]
+            is_channel = group == "scale_aware_attention_modules"
+            part = "channel" if is_channel else "integration"
+            names[parameter] = "/".join((scale, *(path or [part])))
+    return names

@@ -1,4 +1,4 @@
-"""Which curves TensorBoard shows together, on its page "Custom Scalars"."""
+"""Groups the scalars into charts for TensorBoard's page "Custom Scalars"."""
 
 import re
 from collections.abc import Iterable
@@ -8,42 +8,66 @@ from evspan.pipeline.tensorboard.writer import Layout
 
 
 def charts(config: TrainConfig, classes: list[str], *, gates: Iterable[str], gpu: bool) -> Layout:
-    """Only charts of what this run tells. gates: names of the learned gates. gpu: whether it runs on one."""
-    shares = [
-        "speed/data_wait_fraction",
-        *(["speed/exchange_fraction"] if config.parallel.sequence > 1 else []),
-    ]
-    memory = ["memory/resident_gib", *(["memory/gpu_gib", "memory/gpu_peak_gib"] if gpu else [])]
-    together = {
-        "Learning": {
-            "losses": ["loss/total", "loss/iou", "loss/objectness", "loss/class"],
-            "learning rate": ["train/learning_rate"],
-            "gradient norm": ["train/gradient_norm"],
-            "boxes that a prediction answers for": ["train/positives"],
-        },
-        "Average precision": {
-            "AP 0.50:0.95, AP50, AP75": [f"evaluation/{k}" for k in ("ap", "ap50", "ap75")],
-            "AP by size": [f"evaluation/ap_{k}" for k in ("small", "medium", "large")],
-            "AP by class": [f"evaluation/ap_class/{name}" for name in classes],
-            "AR by detections a frame": [f"evaluation/ar{k}" for k in (1, 10, 100)],
-            "AR by size": [f"evaluation/ar_{k}" for k in ("small", "medium", "large")],
-        },
-        "Speed": {
-            "frames a second": ["speed/frames_per_s"],
-            "milliseconds a step": ["speed/step_ms"],
-            "share of the time": shares,
-            "memory, GiB": memory,
-            **({"GPU busy, share of the time": ["speed/gpu_busy_fraction"]} if gpu else {}),
-        },
-        "Steadiness": {
+    """The charts of the scalars that this run writes; none is empty.
+
+    Args:
+        classes: names by class id.
+        gates: names of the attention gates, as in the tags `attention_gates/NAME`.
+        gpu: whether the run is on a GPU.
+    """
+    tags_by_category = {
+        "Learning": _learning(gates),
+        "Average precision": _average_precision(classes),
+        "Speed": _speed(config, gpu=gpu),
+        "Stability": {
             "skipped steps": ["train/skipped_steps"],
             "requeues": ["run/requeues"],
         },
     }
-    if learned := [f"attention_gates/{name}" for name in gates]:
-        together["Learning"]["attention gates"] = learned
-    # TensorBoard takes a tag for a regular expression that the tag's beginning must match: "evaluation/ap" would be all of them.
-    return {
-        category: {title: [f"^{re.escape(tag)}$" for tag in tags] for title, tags in of.items()}
-        for category, of in together.items()
+    return {category: _as_patterns(tags) for category, tags in tags_by_category.items()}
+
+
+def _learning(gates: Iterable[str]) -> dict[str, list[str]]:
+    tags = {
+        "losses": ["loss/total", "loss/iou", "loss/objectness", "loss/class"],
+        "learning rate": ["train/learning_rate"],
+        "gradient norm": ["train/gradient_norm"],
+        "positives (predictions assigned to a box)": ["train/positives"],
     }
+    gate_tags = [f"attention_gates/{name}" for name in gates]
+    if gate_tags:
+        tags["attention gates"] = gate_tags
+    return tags
+
+
+def _average_precision(classes: list[str]) -> dict[str, list[str]]:
+    return {
+        "AP 0.50:0.95, AP50, AP75": [f"evaluation/{k}" for k in ("ap", "ap50", "ap75")],
+        "AP by size": [f"evaluation/ap_{k}" for k in ("small", "medium", "large")],
+        "AP by class": [f"evaluation/ap_class/{name}" for name in classes],
+        "AR by detections per frame": [f"evaluation/ar{k}" for k in (1, 10, 100)],
+        "AR by size": [f"evaluation/ar_{k}" for k in ("small", "medium", "large")],
+    }
+
+
+def _speed(config: TrainConfig, *, gpu: bool) -> dict[str, list[str]]:
+    fractions = ["speed/data_wait_fraction"]
+    if config.parallel.sequence > 1:
+        fractions.append("speed/exchange_fraction")
+    memory = ["memory/resident_gib"]
+    if gpu:
+        memory += ["memory/gpu_gib", "memory/gpu_peak_gib"]
+    tags = {
+        "frames per second": ["speed/frames_per_s"],
+        "milliseconds per step": ["speed/step_ms"],
+        "fraction of the time": fractions,
+        "memory, GiB": memory,
+    }
+    if gpu:
+        tags["GPU busy, fraction of the time"] = ["speed/gpu_busy_fraction"]
+    return tags
+
+
+def _as_patterns(tags_by_title: dict[str, list[str]]) -> dict[str, list[str]]:
+    """TensorBoard matches the start of a tag: "evaluation/ap" alone would match every AP."""
+    return {title: [f"^{re.escape(tag)}$" for tag in tags] for title, tags in tags_by_title.items()}

@@ -1,4 +1,4 @@
-"""What a run says of itself, once: its config, its code and where it runs."""
+"""Collects the text that TensorBoard shows of a run: config, code version, environment."""
 
 import json
 import platform
@@ -18,63 +18,74 @@ from evspan.pipeline.parallel.world import World
 from evspan.pipeline.weights import plain
 
 PACKAGES = ("evspan", "torch", "deepspeed", "numpy")
+GIT_TIMEOUT_S = 20
 
 
 def config_lines(config: Any) -> str:
-    """KEY=VALUE, a line each, as `evspan train` takes them."""
+    """KEY=VALUE, one per line, as `evspan train` accepts them. config: a dataclass."""
+    return "\n".join(_overrides(config, prefix=""))
 
-    def lines(part: Any, path: str) -> Iterator[str]:
-        for field in fields(part):
-            value = plain(getattr(part, field.name))
-            if is_dataclass(value):
-                yield from lines(value, f"{path}{field.name}.")
-            else:
-                added = "++" if isinstance(value, dict) else ""  # its keys are not known beforehand
-                yield f"{added}{path}{field.name}={value if isinstance(value, str) else _as_override(value)}"
 
-    return "\n".join(lines(config, ""))
+def _overrides(config: Any, prefix: str) -> Iterator[str]:
+    for field in fields(config):
+        key = f"{prefix}{field.name}"
+        value = plain(getattr(config, field.name))
+        if is_dataclass(value):
+            yield from _overrides(value, prefix=f"{key}.")
+        elif isinstance(value, str):
+            yield f"{key}={value}"
+        elif isinstance(value, dict):  # the schema does not have its keys, so they are added
+            yield f"++{key}={_as_override(value)}"
+        else:
+            yield f"{key}={_as_override(value)}"
 
 
 def _as_override(value: Any) -> str:
-    if isinstance(value, dict):  # JSON has no whole numbers for keys
-        return "{" + ",".join(f"{key}:{_as_override(inner)}" for key, inner in value.items()) + "}"
+    """A value in Hydra's grammar: JSON, but for the keys of dicts, which JSON quotes."""
+    if isinstance(value, dict):
+        items = [f"{key}:{_as_override(inner)}" for key, inner in value.items()]
+        return "{" + ",".join(items) + "}"
     return json.dumps(value, separators=(",", ":"))
 
 
 def code_commit(file: Path = Path(__file__)) -> str | None:
-    """Of the git checkout that `file` is tracked in, "-dirty" where tracked files were changed; None where there is none."""
-    here = file.resolve()
+    """The commit of the git checkout that tracks `file`, with "-dirty" if tracked files differ.
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here.parent), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        ).stdout.strip()
-
+    Returns:
+        None if no checkout tracks it, or git does not run.
+    """
+    file = file.resolve()
     try:
-        git(
-            "ls-files", "--error-unmatch", here.name
-        )  # installed below a checkout of something else it is none of it
-        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+        # An installed package may be inside a checkout of something else, which does not track it.
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)
+        return _git(file.parent, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def environment(world: World) -> dict[str, str]:
-    """Versions, and where the ranks are. All ranks call it."""
-    cuda = world.device.type == "cuda"
-    device = (
-        torch.cuda.get_device_name(world.device)
-        if cuda
-        else f"CPU, {torch.get_num_threads()} threads"
+def _git(folder: Path, *arguments: str) -> str:
+    result = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=GIT_TIMEOUT_S,
     )
-    places = Counter(gather_objects(f"{socket.gethostname()}: {device}"))
+    return result.stdout.strip()
+
+
+def environment(world: World) -> dict[str, str]:
+    """Versions, and the hosts and devices of all ranks. A collective."""
+    cuda = world.device.type == "cuda"
+    if cuda:
+        device = torch.cuda.get_device_name(world.device)
+    else:
+        device = f"CPU, {torch.get_num_threads()} threads"
+    ranks_by_device = Counter(gather_objects(f"{socket.gethostname()}: {device}"))
+    versions = {name: _version(name) for name in PACKAGES}
     return {
-        "ranks": ", ".join(f"{count} on {place}" for place, count in places.items()),
-        **{name: told for name in PACKAGES if (told := _version(name))},
+        "ranks": ", ".join(f"{count} on {name}" for name, count in ranks_by_device.items()),
+        **{name: number for name, number in versions.items() if number},
         "Python": platform.python_version(),
         "CUDA": str(torch.version.cuda) if cuda else "not used",
         "system": platform.platform(),
@@ -88,10 +99,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def about_run(config: TrainConfig, environment: dict[str, str]) -> dict[str, str]:
-    """Markdown by name, for TensorBoard's page "Text"."""
-    rows = {"code": code_commit() or "not in a git checkout", **environment}
-    table = "\n".join(
-        ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    )
+def run_info(config: TrainConfig, environment: dict[str, str]) -> dict[str, str]:
+    """TensorBoard tag -> markdown, for the page "Text"."""
+    values = {"code": code_commit() or "not in a git checkout", **environment}
+    rows = [f"| {name} | {value} |" for name, value in values.items()]
+    table = "\n".join(["| | |", "|---|---|", *rows])
     return {"run/environment": table, "run/config": f"```\n{config_lines(config)}\n```"}

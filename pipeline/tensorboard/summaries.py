@@ -1,4 +1,4 @@
-"""What TensorBoard is told of a run beside its curves; by rank 0 alone."""
+"""Writes the TensorBoard images, histograms and text of a run. Rank 0 only."""
 
 from collections.abc import Iterable
 
@@ -8,15 +8,15 @@ from evspan.pipeline.data.loader import Batch
 from evspan.pipeline.evaluation.frames import scored
 from evspan.pipeline.evaluation.pr_curves import pr_curves
 from evspan.pipeline.inference.streaming import RecordingResult, labelled
-from evspan.pipeline.tensorboard.attention_probe import Look, gate_names
-from evspan.pipeline.tensorboard.images import evaluation_picture, training_picture, watched_picture
+from evspan.pipeline.tensorboard.attention_probe import ProbeResult, gate_names
+from evspan.pipeline.tensorboard.images import evaluation_image, probe_image, training_image
 from evspan.pipeline.tensorboard.layout import charts
-from evspan.pipeline.tensorboard.run_info import about_run
-from evspan.pipeline.tensorboard.writer import Monitor
+from evspan.pipeline.tensorboard.run_info import run_info
+from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 
 
-def tell_start(
-    monitor: Monitor,
+def write_run_info(
+    writer: TensorBoardWriter,
     config: TrainConfig,
     classes: list[str],
     parameters: Iterable[str],
@@ -25,43 +25,46 @@ def tell_start(
     *,
     gpu: bool,
 ) -> None:
-    """Config, code and environment as text, and which curves belong together."""
-    for name, text in about_run(config, environment).items():
-        monitor.text(name, text, step)
-    monitor.layout(charts(config, classes, gates=gate_names(parameters).values(), gpu=gpu))
+    """Writes config, code version and environment as text, and the layout of the charts.
+
+    Args:
+        parameters: names of the detector's parameters.
+    """
+    for tag, markdown in run_info(config, environment).items():
+        writer.write_text(tag, markdown, step)
+    gates = gate_names(parameters).values()
+    writer.write_layout(charts(config, classes, gates=gates, gpu=gpu))
 
 
-def tell_look(monitor: Monitor, look: Look, batch: Batch, classes: list[str], step: int) -> None:
-    """What the network is taught, what it makes of the watched frames, and what its attention multiplies with."""
-    for name, rgb in (
-        ("training/boxes", training_picture(batch, classes)),
-        ("evaluation/watched_frames", watched_picture(look, classes)),
-    ):
-        if rgb is not None:
-            monitor.picture(name, rgb, step)
-    monitor.scalars({f"attention_gates/{name}": value for name, value in look.gates.items()}, step)
-    monitor.histograms(
-        {f"attention/{name}": values for name, values in look.multipliers.items()}, step
-    )
-    if look.gates:
-        monitor.histograms({"attention/gates": [*look.gates.values()]}, step)
-
-
-def tell_evaluation(
-    monitor: Monitor, results: list[RecordingResult], data: Dataset, config: TrainConfig, step: int
+def write_images(
+    writer: TensorBoardWriter, probe: ProbeResult, batch: Batch, classes: list[str], step: int
 ) -> None:
-    """Detections over frames, and precision against recall."""
-    if (rgb := evaluation_picture(results, data)) is not None:
-        monitor.picture("evaluation/boxes_green_detections_orange", rgb, step)
-    for name, curve in pr_curves(
-        scored(labelled(results, data), config.evaluation)[0], data.classes
-    ).items():
-        monitor.pr_curve(
-            f"evaluation/pr_at_iou_0.50/{name}",
-            curve.true_positives,
-            curve.false_positives,
-            curve.missed,
-            curve.precision,
-            curve.recall,
-            step,
-        )
+    """Writes a training batch with its boxes, and the result of the attention probe."""
+    training = training_image(batch, classes)
+    if training is not None:
+        writer.write_image("training/boxes", training, step)
+    evaluation = probe_image(probe, classes)
+    if evaluation is not None:
+        writer.write_image("evaluation/watched_frames", evaluation, step)
+    gates = {f"attention_gates/{name}": value for name, value in probe.gates.items()}
+    writer.write_scalars(gates, step)
+    factors = {f"attention/{name}": values for name, values in probe.multipliers.items()}
+    writer.write_histograms(factors, step)
+    if probe.gates:
+        writer.write_histograms({"attention/gates": [*probe.gates.values()]}, step)
+
+
+def write_evaluation(
+    writer: TensorBoardWriter,
+    results: list[RecordingResult],
+    data: Dataset,
+    config: TrainConfig,
+    step: int,
+) -> None:
+    """Writes detections on frames, and a precision-recall curve per class."""
+    image = evaluation_image(results, data)
+    if image is not None:
+        writer.write_image("evaluation/boxes_green_detections_orange", image, step)
+    frames, *_ = scored(labelled(results, data), config.evaluation)
+    for name, curve in pr_curves(frames, data.classes).items():
+        writer.write_pr_curve(f"evaluation/pr_at_iou_0.50/{name}", curve, step)

@@ -1,117 +1,93 @@
-"""What a run tells: TensorBoard on rank 0, and a line on the console now and then."""
+"""Writes a run's TensorBoard event file: scalars, images, histograms, text, custom scalars layout.
 
-import sys
-import time
+Rank 0 writes; on the other ranks every call does nothing.
+"""
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from evspan.pipeline.evaluation.pr_curves import PrCurve
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.tensorboard import SummaryWriter
 
-Layout = Mapping[
-    str, Mapping[str, Sequence[str]]
-]  # category -> chart -> tags of the scalars in it, as regular expressions
+# Category -> chart -> regular expressions for the tags of its scalars.
+Layout = Mapping[str, Mapping[str, Sequence[str]]]
 
 
-class Monitor:
-    """Scalars, pictures and console lines of one run. On ranks other than the first it keeps silent."""
+class TensorBoardWriter:
+    """The event file RUN/tensorboard/events.*.
+
+    Args:
+        enabled: False: nothing is written.
+        resume_step: of the checkpoint that the run resumes from. TensorBoard hides what an earlier
+            attempt wrote for later steps.
+    """
 
     def __init__(self, run: Path, *, enabled: bool, resume_step: int = 0) -> None:
         self.enabled = enabled
-        # purge_step: what a killed run logged after its last checkpoint is told again, so it must not stay.
-        purge = resume_step + 1 if resume_step else None
-        self.writer: SummaryWriter | None = None
+        self.summary_writer: SummaryWriter | None = None
         if enabled:
-            self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=purge, flush_secs=20)
-
-    def layout(self, charts: Layout) -> None:
-        """What the page "Custom Scalars" shows together. Once per run."""
-        if self.writer:
-            self.writer.add_custom_scalars(
-                {
-                    category: {title: ["Multiline", [*tags]] for title, tags in of.items()}
-                    for category, of in charts.items()
-                }
+            purge_step = resume_step + 1 if resume_step else None
+            self.summary_writer = SummaryWriter(
+                str(run / "tensorboard"), purge_step=purge_step, flush_secs=20
             )
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+    def write_layout(self, layout: Layout) -> None:
+        """The charts on the page "Custom Scalars". Once per run."""
+        if self.summary_writer is None:
+            return
+        charts = {}
+        for category, tags_by_title in layout.items():
+            charts[category] = {
+                title: ["Multiline", [*tags]] for title, tags in tags_by_title.items()
+            }
+        self.summary_writer.add_custom_scalars(charts)
 
-    def histograms(self, values: Mapping[str, ArrayLike], step: int) -> None:
-        if self.writer:
-            for name, of in values.items():
-                self.writer.add_histogram(name, np.asarray(of), step)
+    def write_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One value per tag."""
+        if self.summary_writer is not None:
+            for tag, value in values.items():
+                self.summary_writer.add_scalar(tag, value, step)
 
-    def pr_curve(
-        self,
-        name: str,
-        true_positives: NDArray,
-        false_positives: NDArray,
-        false_negatives: NDArray,
-        precision: NDArray,
-        recall: NDArray,
-        step: int,
-    ) -> None:
-        """All (n,), n up to 127, at thresholds that go in equal steps from 0 to 1."""
-        if self.writer:
-            nothing = np.zeros_like(
-                true_positives
-            )  # of a detector there are no true negatives to count
-            self.writer.add_pr_curve_raw(
-                name,
-                true_positives,
-                false_positives,
-                nothing,
-                false_negatives,
-                precision,
-                recall,
+    def write_histograms(self, values: Mapping[str, ArrayLike], step: int) -> None:
+        """One array of any shape per tag."""
+        if self.summary_writer is not None:
+            for tag, array in values.items():
+                self.summary_writer.add_histogram(tag, np.asarray(array), step)
+
+    def write_pr_curve(self, tag: str, curve: PrCurve, step: int) -> None:
+        """At most 127 thresholds, in equal steps from 0 to 1."""
+        if self.summary_writer is not None:
+            self.summary_writer.add_pr_curve_raw(
+                tag,
+                curve.true_positives,
+                curve.false_positives,
+                np.zeros_like(curve.true_positives),  # detection has no true negatives
+                curve.missed,
+                curve.precision,
+                curve.recall,
                 step,
-                num_thresholds=len(recall),
+                num_thresholds=len(curve.recall),
             )
 
-    def picture(self, name: str, rgb: NDArray[np.uint8], step: int) -> None:
+    def write_image(self, tag: str, rgb: NDArray[np.uint8], step: int) -> None:
         """rgb: (H, W, 3)."""
-        if self.writer:
-            self.writer.add_image(name, rgb, step, dataformats="HWC")
+        if self.summary_writer is not None:
+            self.summary_writer.add_image(tag, rgb, step, dataformats="HWC")
 
-    def text(self, name: str, markdown: str, step: int) -> None:
-        if self.writer:
-            self.writer.add_text(name, markdown, step)
-
-    def say(self, line: str) -> None:
-        if self.enabled:
-            print(line, flush=True, file=sys.stdout)
+    def write_text(self, tag: str, markdown: str, step: int) -> None:
+        """For the page "Text"."""
+        if self.summary_writer is not None:
+            self.summary_writer.add_text(tag, markdown, step)
 
     def flush(self) -> None:
-        """Everything told so far is in its file, whatever becomes of this process."""
-        if self.writer:
-            self.writer.flush()
+        """Everything written so far is in the file, even if this process is killed."""
+        if self.summary_writer is not None:
+            self.summary_writer.flush()
 
     def close(self) -> None:
-        """What is told from here on is lost: the writer would open another file, and purge what lies before it."""
-        if self.writer:
-            self.writer.close()
-            self.writer = None
-
-
-class Stopwatch:
-    """Splits time since the last `report` into waiting for data and the rest."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self.began, self.waited, self.frames = time.perf_counter(), 0.0, 0
-
-    def wait(self, since: float) -> None:
-        self.waited += time.perf_counter() - since
-
-    def report(self) -> tuple[float, float, float]:
-        """(frames per second, share of the time spent waiting for data, seconds) since the last report."""
-        passed = max(time.perf_counter() - self.began, 1e-9)
-        out = self.frames / passed, self.waited / passed, passed
-        self._reset()
-        return out
+        """Later calls do nothing: SummaryWriter would open a second file, which hides the first."""
+        if self.summary_writer is not None:
+            self.summary_writer.close()
+            self.summary_writer = None

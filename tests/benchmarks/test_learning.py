@@ -19,7 +19,7 @@ from evspan.data_prep.simulator.scene import LENGTHS, make_scene
 from evspan.launch.cli import simulate
 from evspan.launch.sweep.registry import read_runs
 from evspan.pipeline.history import append
-from evspan.pipeline.tensorboard.writer import Monitor
+from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from learning import plan as plans
 from learning import study
 from learning.curves import Line, Panel, write_svg
@@ -362,16 +362,16 @@ def made_up(plan: plans.Plan, ap: dict[str, list[float]], **more: float) -> None
             continue
         value = ap[name][int(values["seed"])]
         append(run, "start", step=0, of=plan.steps, attempt=1, host="n1", job="", pid=os.getpid())
-        monitor = Monitor(run, enabled=True)
+        writer = TensorBoardWriter(run, enabled=True)
         for step in range(0, plan.steps + 1, plan.steps // 2):
-            monitor.scalars(
+            writer.write_scalars(
                 {
                     "loss/total": 5 - value * step / plan.steps,
                     "evaluation/ap": value * step / plan.steps,
                 },
                 step,
             )
-        monitor.close()
+        writer.close()
         append(run, "done", step=plan.steps)
         (run / "evaluation").mkdir()
         metrics = {"ap": value, "ap50": 2 * value, "ap_small": None, "step": plan.steps, **more}

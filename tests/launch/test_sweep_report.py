@@ -19,7 +19,7 @@ from evspan.launch.sweep.report.html import CURVE_POINTS, thinned
 from evspan.launch.sweep.report.results import InterruptionCost, RunResult, read_results
 from evspan.launch.sweep.report.summary import write_report
 from evspan.pipeline.history import append
-from evspan.pipeline.tensorboard.writer import Monitor
+from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -51,21 +51,21 @@ def train(
             time=began,
         )
         append(run, "running", step=steps.start + 1, seconds=9.5, time=began + 10)
-        monitor = Monitor(run, enabled=True, resume_step=steps.start)
+        writer = TensorBoardWriter(run, enabled=True, resume_step=steps.start)
         for step in steps:
-            assert monitor.writer
-            monitor.writer.add_scalar(
+            assert writer.summary_writer
+            writer.summary_writer.add_scalar(
                 "loss/total", 10 / (step + 1), step + 1, walltime=began + 10 + step - steps.start
             )
-            monitor.writer.add_scalar("loss/iou", 1.0, step + 1)
+            writer.summary_writer.add_scalar("loss/iou", 1.0, step + 1)
         if picture:
-            monitor.picture(
+            writer.write_image(
                 "training/boxes",
                 np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8),
                 steps.stop,
             )
-        monitor.scalars({"evaluation/ap": ap * number / len(attempts)}, steps.stop)
-        monitor.close()
+        writer.write_scalars({"evaluation/ap": ap * number / len(attempts)}, steps.stop)
+        writer.close()
         if number < len(attempts):
             append(run, "requeued", step=attempts[number].start, time=began + 900)
     append(run, end, step=attempts[-1].stop, time=NOW, **said)
@@ -206,11 +206,11 @@ def test_rows_are_in_the_order_of_ap(sweep):
 
 
 def test_the_best_of_a_curve_may_be_earlier(sweep):
-    monitor = Monitor(sweep / "0", enabled=True)
+    writer = TensorBoardWriter(sweep / "0", enabled=True)
     for step in (101, 103):
-        monitor.scalars({"evaluation/ap": 0.75}, step)
-    monitor.scalars({"evaluation/ap": float("nan")}, 102)
-    monitor.close()
+        writer.write_scalars({"evaluation/ap": 0.75}, step)
+    writer.write_scalars({"evaluation/ap": float("nan")}, 102)
+    writer.close()
     assert rows(sweep)[1].best == (0.75, 101)
 
 

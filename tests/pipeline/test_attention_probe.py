@@ -17,13 +17,13 @@ from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.inference.streaming import evaluate_split
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.tensorboard.attention_probe import (
-    Look,
-    Watched,
-    attention_of,
+    ProbeFrame,
+    ProbeResult,
     choose_frames,
-    look,
+    probe,
+    record_attention,
 )
-from evspan.pipeline.tensorboard.images import GREEN, ORANGE, heat_map, watched_picture
+from evspan.pipeline.tensorboard.images import GREEN, ORANGE, heat_map, probe_image
 from evspan.pipeline.weights import Weights
 from support.layers import conv
 from support.small_shards import CLASSES, FRAMES, HEIGHT, WIDTH, write_small_shards
@@ -83,9 +83,9 @@ def test_hooks_tell_what_features_are_multiplied_with():
     )
     state = detector.initial_state(2, HEIGHT, WIDTH)
     with torch.no_grad():
-        with attention_of(detector) as told:
+        with record_attention(detector) as multipliers:
             during, _ = detector(frames, state)
-        told = dict(told)
+        multipliers = dict(multipliers)
         listeners = sum(
             len(m._forward_hooks) + len(m._forward_pre_hooks) for m in detector.modules()
         )
@@ -99,29 +99,31 @@ def test_hooks_tell_what_features_are_multiplied_with():
     )
     combined = torch.cat([conv(x, c, padding=s, dilation=s) for c, s in scales], 1)
     torch.testing.assert_close(
-        told["scale_1/spatial"], torch.sigmoid(conv(F.relu(conv(combined, first)), last))
+        multipliers["scale_1/spatial"], torch.sigmoid(conv(F.relu(conv(combined, first)), last))
     )
     x, previous = given["temporal"]
     block = block.temporal
     motion = torch.sigmoid(conv(torch.cat((x, previous[:, -1]), 1), block.motion_conv, padding=1))
-    torch.testing.assert_close(told["scale_1/motion"], motion)
+    torch.testing.assert_close(multipliers["scale_1/motion"], motion)
     window, over_time = torch.cat((previous, x[:, None]), 1).transpose(1, 2), block.temporal_conv
     temporal = F.conv3d(window, over_time.weight, over_time.bias)[:, :, 0]
     weights = torch.sigmoid(block.temporal_fc(temporal.mean((2, 3))))
-    torch.testing.assert_close(told["scale_1/temporal"], weights)
+    torch.testing.assert_close(multipliers["scale_1/temporal"], weights)
     with torch.no_grad():
         effect = block(x, previous) - x
     torch.testing.assert_close(effect, temporal * motion * weights[..., None, None] * block.gate)
     (x,) = given["channel"]
-    torch.testing.assert_close(told["scale_1/channel"], torch.sigmoid(scale.fc(x.mean((2, 3)))))
-    assert {name: tuple(v.shape) for name, v in told.items() if "_0" in name} == {
+    torch.testing.assert_close(
+        multipliers["scale_1/channel"], torch.sigmoid(scale.fc(x.mean((2, 3))))
+    )
+    assert {name: tuple(v.shape) for name, v in multipliers.items() if "_0" in name} == {
         "scale_0/spatial": (6, 1, 8, 16),
         "scale_0/motion": (6, 1, 8, 16),
         "scale_0/temporal": (6, 32),
         "scale_0/channel": (6, 32),
     }
-    assert "scale_2/channel" in told
-    assert len(told) == 2 * 4 + 1
+    assert "scale_2/channel" in multipliers
+    assert len(multipliers) == 2 * 4 + 1
 
 
 def test_watched_frames_are_labelled_ones_with_boxes_spread_over_recordings(data):
@@ -142,7 +144,7 @@ def test_a_look_finds_what_evaluation_finds_and_leaves_no_trace(data):
     config = EvaluationConfig(
         skip_first_ms=0, sequence_length=12
     )  # from each recording's beginning on, as evaluation
-    seen = look(weights, data, config, CPU)
+    seen = probe(weights, data, config, CPU)
     assert torch.equal(torch.get_rng_state(), before)
     detector = Detector(weights.model, 4).eval()
     detector.load_state_dict(weights.tensors)
@@ -155,8 +157,8 @@ def test_a_look_finds_what_evaluation_finds_and_leaves_no_trace(data):
         place = result.frames.index(number)
         np.testing.assert_array_equal(frame.frame, recording.read(number, number + 1)[0])
         np.testing.assert_array_equal(frame.boxes, result.boxes[place])
-        assert len(frame.found) == len(result.detections[place]) > 0
-        np.testing.assert_allclose(frame.found, result.detections[place], rtol=1e-3, atol=1e-3)
+        assert len(frame.detections) == len(result.detections[place]) > 0
+        np.testing.assert_allclose(frame.detections, result.detections[place], rtol=1e-3, atol=1e-3)
         assert {name: m.shape for name, m in frame.maps.items()} == {
             "scale_0/spatial": (8, 16),
             "scale_0/motion": (8, 16),
@@ -208,11 +210,11 @@ def test_a_look_finds_what_evaluation_finds_and_leaves_no_trace(data):
     ],
 )
 def test_every_kind_of_neck_can_be_looked_at(data, fpn, maps, gates):
-    seen = look(weights_of(model(**fpn)), data, EVERYTHING, CPU)
+    seen = probe(weights_of(model(**fpn)), data, EVERYTHING, CPU)
     assert all(set(frame.maps) == maps for frame in seen.frames)
     assert len(seen.gates) == gates
     columns = 2 + sum(name.startswith("scale_0") for name in maps)
-    assert watched_picture(seen, CLASSES).shape == (
+    assert probe_image(seen, CLASSES).shape == (
         4 * (3 * HEIGHT + 2) - 2,
         columns * (3 * WIDTH + 2) - 2,
         3,
@@ -224,7 +226,7 @@ def test_boxes_detections_and_maps_are_where_they_should_be():
     found = np.array([[50, 30, 70, 50, 0.9, 0.9, 2], [5, 35, 15, 45, 0.5, 0.5, 0]], np.float32)
     values = np.full((8, 16), 0.25, np.float32)
     values[4, 6:9] = 0.75  # rows 32 to 39, columns 48 to 71
-    frame = Watched(
+    frame = ProbeFrame(
         "val_000",
         1_000_000,
         np.zeros((4, HEIGHT, WIDTH), np.uint8),
@@ -233,7 +235,7 @@ def test_boxes_detections_and_maps_are_where_they_should_be():
         {"scale_0/spatial": values},
         {"scale_0/spatial": 8},
     )
-    rgb = watched_picture(Look([frame], {}, {"scale_0/spatial": 0.125}), CLASSES)
+    rgb = probe_image(ProbeResult([frame], {}, {"scale_0/spatial": 0.125}), CLASSES)
     assert rgb.shape == (180, 3 * 302 - 2, 3)
     boxes, detections, attention = (rgb[:, x : x + 300].astype(int) for x in (0, 302, 604))
 

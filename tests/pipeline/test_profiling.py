@@ -8,7 +8,7 @@ import torch
 from evspan.conf.errors import ConfigError
 from evspan.conf.schema.training import TrainingConfig
 from evspan.pipeline.engine.profiling import ON_REQUEST, Profiler
-from evspan.pipeline.tensorboard.writer import Monitor
+from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from torch import nn
 
 pytestmark = pytest.mark.timeout(120)
@@ -26,7 +26,7 @@ class Net(nn.Module):
 def train(run, steps, asked=(), request_at=None, first=1):
     """As the loop does it: a log line every second step."""
     net = Net()
-    profiler = Profiler(run, 0, Monitor(run, enabled=False), net, list(asked))
+    profiler = Profiler(run, 0, TensorBoardWriter(run, enabled=False), net, list(asked))
     for step in range(first, steps + 1):
         profiler.before(step)
         net(torch.ones(3, 8)).sum().backward()
@@ -34,7 +34,7 @@ def train(run, steps, asked=(), request_at=None, first=1):
         if step == request_at:
             (run / "profile.request").touch()
         if step % 2 == 0 and (count := profiler.requested()):
-            profiler.ask(step + 2, count)
+            profiler.request(step + 2, count)
     profiler.close()
     return net, profiler
 

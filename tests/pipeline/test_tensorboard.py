@@ -19,7 +19,7 @@ from evspan.pipeline.inference.streaming import evaluate_split, labelled
 from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.tensorboard.images import GREEN
 from evspan.pipeline.tensorboard.run_info import code_commit, config_lines
-from evspan.pipeline.tensorboard.writer import Monitor
+from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from evspan.pipeline.weights import load_weights
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
@@ -128,7 +128,7 @@ def test_the_layout_has_a_chart_for_every_curve_that_belongs_somewhere(told):
         }
         for of in layout.category
     }  # so CustomScalarsPlugin.scalars_impl matches
-    assert [*matched] == ["Learning", "Average precision", "Speed", "Steadiness"]
+    assert [*matched] == ["Learning", "Average precision", "Speed", "Stability"]
     assert sorted(matched["Learning"]["losses"]) == [
         "loss/class",
         "loss/iou",
@@ -146,9 +146,9 @@ def test_the_layout_has_a_chart_for_every_curve_that_belongs_somewhere(told):
         f"evaluation/ap_class/{name}" for name in CLASSES
     )
     assert matched["Speed"] == {
-        "frames a second": ["speed/frames_per_s"],
-        "milliseconds a step": ["speed/step_ms"],
-        "share of the time": ["speed/data_wait_fraction"],
+        "frames per second": ["speed/frames_per_s"],
+        "milliseconds per step": ["speed/step_ms"],
+        "fraction of the time": ["speed/data_wait_fraction"],
         "memory, GiB": ["memory/resident_gib"],
     }
     assert all(tags for charts in matched.values() for tags in charts.values())  # none stays empty
@@ -290,7 +290,9 @@ def test_telling_nothing_costs_less_than_a_hundredth_of_a_step(told, tmp_path):
     """What a step pays while nobody asks for a picture or a trace."""
     reader, *_ = told
     step_s = min(e.value for e in reader.Scalars("speed/step_ms")) / 1000
-    profiler = Profiler(tmp_path, 0, Monitor(tmp_path, enabled=False), torch.nn.Linear(1, 1), [])
+    profiler = Profiler(
+        tmp_path, 0, TensorBoardWriter(tmp_path, enabled=False), torch.nn.Linear(1, 1), []
+    )
     began, rounds = time.perf_counter(), 10_000
     for step in range(rounds):
         profiler.before(step + 1)
@@ -311,9 +313,9 @@ def test_resident_memory_grows_with_what_is_held():
 
 
 def test_what_is_told_after_the_end_opens_no_other_file(tmp_path):
-    monitor = Monitor(tmp_path, enabled=True, resume_step=5)
-    monitor.scalars({"a": 1.0}, 6)
-    monitor.close()
-    monitor.text("b", "late", 7)
-    monitor.close()
+    writer = TensorBoardWriter(tmp_path, enabled=True, resume_step=5)
+    writer.write_scalars({"a": 1.0}, 6)
+    writer.close()
+    writer.write_text("b", "late", 7)
+    writer.close()
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1

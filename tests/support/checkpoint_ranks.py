@@ -8,7 +8,6 @@ with torchrun's variables. Stretch NAME trains in FOLDER/NAME and writes {step: 
 import json
 import os
 import shutil
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,8 @@ from evspan.conf.schema.training import (
     TrainConfig,
     TrainingConfig,
 )
+from evspan.pipeline.engine.signals import StopFlag
+from evspan.pipeline.engine.step_report import StepReport
 from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.parallel.reductions import barrier
 from evspan.pipeline.parallel.world import open_world
@@ -135,20 +136,6 @@ def config(case: Case, folder: Path, run_dir: Path) -> TrainConfig:
     )
 
 
-class StopAt:
-    """A stop signal that comes in the step before."""
-
-    def __init__(self, trainer: Trainer, step: int) -> None:
-        self.trainer, self.step = trainer, step
-
-    @property
-    def received(self) -> int | None:
-        return signal.SIGTERM if self.trainer.step + 1 >= self.step else None
-
-    def hand_on(self) -> None:
-        pass
-
-
 def run(folder: Path, name: str, stretch: Stretch, world) -> None:
     checkpoints = folder / name / "checkpoints"
     if stretch.after and world.is_main:
@@ -158,15 +145,23 @@ def run(folder: Path, name: str, stretch: Stretch, world) -> None:
         )
     barrier()
     losses = {}
-    trainer = Trainer(config(stretch.case, folder, folder / name), world)
-    trainer._log = lambda told, watch: losses.update(
-        {trainer.step: [*told.tolist(), trainer.engine.learning_rate]}
-    )
+    stop_flag = StopFlag()
+
+    def stop_in_time(step: int) -> None:
+        if step + 1 >= stretch.until:
+            stop_flag.request()
+
+    def on_step(report: StepReport) -> None:
+        losses[report.step] = [*report.losses, report.learning_rate]
+        stop_in_time(report.step)
+
+    trainer = Trainer(config(stretch.case, folder, folder / name), world, on_step=on_step)
+    stop_in_time(trainer.step)
     try:
-        trainer.run(StopAt(trainer, stretch.until))
+        trainer.run(stop_flag)
     except SystemExit as end:
         assert end.code == STOPPED_EXIT_CODE
-    trainer.engine.engine.destroy()
+    trainer.engine.close()
     if world.is_main:
         (folder / f"{name}.json").write_text(json.dumps(losses))
 

@@ -26,12 +26,12 @@ from evspan.conf.schema.training import (
     TrainConfig,
     TrainingConfig,
 )
-from evspan.pipeline.engine.deepspeed_engine import ZeroEngine
+from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.parallel.world import open_world
 from support.plain_engine import ExactEngine, PlainEngine
 
-ENGINES = {"deepspeed": ZeroEngine, "plain": PlainEngine, "exact": ExactEngine}
+ENGINES = {"deepspeed": DeepSpeedEngine, "plain": PlainEngine, "exact": ExactEngine}
 
 
 @dataclass(frozen=True)
@@ -111,28 +111,22 @@ def run(case: Case, shards: str, world) -> dict:
     """Losses (steps * accumulation, 5) over all ranks, the first step's gradients, and labelled frames of this rank by step."""
     with TemporaryDirectory() as run_dir:
         trainer = Trainer(config(case, shards, run_dir), world, ENGINES[case.engine])
-        step, gradients = trainer.engine.step, {}
-
-        def record_first():
-            nonlocal calls
-            calls += 1
-            if calls == case.gradient_accumulation_steps:
-                gradients.update(trainer.engine.full_gradients())
-            step()
-
-        calls, trainer.engine.step = 0, record_first
-        told, labelled, batches = [], [], trainer.loader.batches(0)
-        for _ in range(case.steps * case.gradient_accumulation_steps):
+        losses, gradients, labelled = [], {}, []
+        batches = trainer.loader.batches(0)
+        for number in range(1, case.steps * case.gradient_accumulation_steps + 1):
             batch = next(batches)
-            losses, _ = trainer._micro_batch(batch, False)
-            told.append(losses)
+            result = trainer.micro_batch(
+                batch, collect_gradients=number == case.gradient_accumulation_steps
+            )
+            losses.append(result.losses)
+            gradients.update(result.gradients)
             labelled.append(len(batch.counts))
         batches.close()
-        trainer.monitor.close()
-        if isinstance(trainer.engine, ZeroEngine):
-            trainer.engine.engine.destroy()
+        trainer.close()
+        if isinstance(trainer.engine, DeepSpeedEngine):
+            trainer.engine.close()
         return {
-            "losses": torch.stack(told),
+            "losses": torch.tensor(losses),
             "gradients": gradients,
             "labelled": labelled,
             "skipped": trainer.skipped,

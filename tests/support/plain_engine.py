@@ -1,4 +1,4 @@
-"""What ZeroEngine must equal: AdamW, its schedule and clipping in plain torch, every rank with the whole model, no DeepSpeed."""
+"""What DeepSpeedEngine must equal: AdamW, its schedule and clipping in plain torch, every rank with the whole model, no DeepSpeed."""
 
 import torch
 from evspan.pipeline.engine.deepspeed_engine import learning_rate_factor, parameter_groups

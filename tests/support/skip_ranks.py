@@ -15,7 +15,7 @@ from evspan.conf.schema.training import (
     TrainConfig,
     TrainingConfig,
 )
-from evspan.pipeline.engine.deepspeed_engine import ZeroEngine
+from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from evspan.pipeline.parallel.world import open_world
 from support.plain_engine import PlainEngine
 from torch import nn
@@ -47,7 +47,7 @@ def stepped(stage, pattern, world) -> dict[str, torch.Tensor]:
         deepspeed=DeepSpeedConfig(stage=stage or 0),
         parallel=ParallelConfig(ranks=world.size),
     )
-    engine = (PlainEngine if stage is None else ZeroEngine)(model, config, world, lanes=1)
+    engine = (PlainEngine if stage is None else DeepSpeedEngine)(model, config, world, lanes=1)
     for number, sign in enumerate(pattern.replace(" ", "")):
         torch.manual_seed(100 * number + world.rank)
         loss = engine(torch.randn(4, 5)).pow(2).sum()

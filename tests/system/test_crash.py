@@ -257,14 +257,14 @@ def test_the_newest_and_the_best_stay(alone, tmp_path):
     ]
 
 
-def test_a_run_begun_anew_in_its_folder_has_a_best_of_its_own(alone, tmp_path):
+def test_a_run_that_starts_again_in_its_folder_has_its_own_best(alone, tmp_path):
     before = Checkpoints(tmp_path, rank=0, keep=2)
     before.save(9, snapshot(9))
     before.record(9, {"ap": 0.9})
-    anew = Checkpoints(tmp_path, rank=0, keep=2, anew=True)
-    anew.save(1, snapshot(1))
-    anew.record(1, {"ap": 0.1})
-    assert load_weights(tmp_path).step == load_weights(anew.folder / "best").step == 1
+    again = Checkpoints(tmp_path, rank=0, keep=2, ignore_best=True)
+    again.save(1, snapshot(1))
+    again.record(1, {"ap": 0.1})
+    assert load_weights(tmp_path).step == load_weights(again.folder / "best").step == 1
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(alone, tmp_path):
