@@ -207,12 +207,15 @@ def stream(
     outputs: tuple[Path, Path | None],
 ) -> Done:
     """Decoding, the network and drawing, in a thread each; the files appear when all is done."""
-    from evspan.pipeline.inference.detect import Clock, Overlay, ahead, detect
+    from evspan.pipeline.inference.detect import Clock, ahead, detect
+    from evspan.pipeline.inference.overlay import Overlay
     from evspan.pipeline.inference.writers import CsvFile, DetectionsFile, JsonLines
 
     config, clock, (detections, video) = weights.frames, Clock(), outputs
     overlay = (
-        Overlay(config, weights.classes, boxes_beside(given.recording), beside=given.side_by_side)
+        Overlay(
+            config, weights.classes, boxes_beside(given.recording), side_by_side=given.side_by_side
+        )
         if video
         else None
     )

@@ -1,4 +1,4 @@
-"""A stream of frames -> a stream of detections and their pictures: state carried, a few frames in memory."""
+"""A stream of frames -> a stream of detections: state carried, a few frames in memory."""
 
 import queue
 import threading
@@ -11,15 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from evspan.conf.schema.prep import FrameConfig
-from evspan.data_prep.draw import RGB, draw_boxes, draw_label, frame_to_rgb
 from evspan.pipeline.inference.streaming import raw_boxes
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.postprocess import detections
 from numpy.typing import NDArray
-
-DETECTIONS, BOXES = (230, 120, 0), (0, 160, 0)  # colours: orange, green
-VIDEO_WIDTH = 640  # pixels; smaller frames are enlarged by whole numbers up to it
 
 T = TypeVar("T")
 Frame = tuple[int, NDArray[np.uint8]]  # end of its window in us, (2 * bins, H, W)
@@ -153,52 +148,6 @@ def cut(boxes: NDArray, sensor: tuple[int, int]) -> NDArray:
     out["x"], out["y"] = np.maximum(boxes["x"], 0), np.maximum(boxes["y"], 0)
     out["w"], out["h"] = right - out["x"], bottom - out["y"]
     return out[(out["w"] > 0) & (out["h"] > 0)]
-
-
-class Overlay:
-    """Draws detections, and boxes (RAW_BOX, sorted by time) where a label falls into the window.
-
-    beside: the events alone are left of them, so that nothing is covered.
-    """
-
-    def __init__(
-        self, config: FrameConfig, classes: list[str], boxes: NDArray, *, beside: bool = False
-    ) -> None:
-        self.config, self.classes, self.boxes, self.beside = config, classes, boxes, beside
-        self.times = np.ascontiguousarray(boxes["t"])
-
-    def draw(self, item: Detected) -> RGB:
-        upscale = max(1, VIDEO_WIDTH // item.frame.shape[2])
-        labelled, detected = (
-            _corners(b) / self.config.downsample for b in (self.labels(item.end_us), item.boxes)
-        )
-        detected, found = detected[::-1], item.boxes[::-1]  # the surest on top
-        names = [
-            f"{class_name(self.classes, b['class_id'])} {b['class_confidence']:.2f}" for b in found
-        ]
-        events = frame_to_rgb(item.frame)
-        rgb = draw_boxes(events, labelled, None, BOXES, upscale)
-        drawn = draw_label(
-            draw_boxes(rgb, detected * upscale, names, DETECTIONS), f"{item.end_us / 1e6:.2f} s"
-        )
-        return (
-            np.concatenate((draw_boxes(events, [], upscale=upscale), drawn), 1)
-            if self.beside
-            else drawn
-        )
-
-    def labels(self, end_us: int) -> NDArray:
-        """The boxes of the latest label in the window (end - window, end]; none without one."""
-        after = int(np.searchsorted(self.times, end_us, "right"))
-        if not after or self.times[after - 1] <= end_us - self.config.window_us:
-            return self.boxes[:0]
-        return self.boxes[np.searchsorted(self.times, self.times[after - 1], "left") : after]
-
-
-def _corners(boxes: NDArray) -> NDArray[np.float64]:
-    return np.stack(
-        (boxes["x"], boxes["y"], boxes["x"] + boxes["w"], boxes["y"] + boxes["h"]), 1
-    ).astype(np.float64)
 
 
 def class_name(classes: list[str], index: int) -> str:

@@ -20,16 +20,8 @@ from evspan.data_prep.labels.box_files import RAW_BOX, read_boxes
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.simulator import SimulatorConfig, simulate
 from evspan.launch.cli.infer import main
-from evspan.pipeline.inference.detect import (
-    BOXES,
-    DETECTIONS,
-    Clock,
-    Detected,
-    Overlay,
-    ahead,
-    cut,
-    detect,
-)
+from evspan.pipeline.inference.detect import Clock, Detected, ahead, cut, detect
+from evspan.pipeline.inference.overlay import DETECTION_COLOR, LABEL_COLOR, Overlay
 from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.inference.writers import DetectionsFile
 from evspan.pipeline.model.detector import Detector
@@ -367,10 +359,10 @@ def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
     def colours(x, y):  # along the left edge of a box at (x, y), below its label
         return {tuple(c) for c in picture[2 * y + 20 : 2 * y + 60, 2 * x].tolist()}
 
-    assert colours(80, 80) == colours(160, 8) == {BOXES}
-    assert colours(240, 120) == {DETECTIONS}
+    assert colours(80, 80) == colours(160, 8) == {LABEL_COLOR}
+    assert colours(240, 120) == {DETECTION_COLOR}
     assert colours(8, 8) == colours(200, 100) == colours(120, 120) == {(255, 255, 255)}
-    both = Overlay(FrameConfig(downsample=2), CLASSES, labels, beside=True).draw(
+    both = Overlay(FrameConfig(downsample=2), CLASSES, labels, side_by_side=True).draw(
         Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0)
     )
     assert both.shape == (480, 1280, 3)
