@@ -475,9 +475,9 @@ def test_a_recording_that_is_cut_off_leaves_nothing_new(here, tmp_path, capsys):
         (["--from", "-1"], "--from is -1"),
         (["--from", "2"], "0.93 s after its first event, before 2.00 s"),
         (["--seconds", "0"], "--seconds is 0"),
-        (["--seconds", "0.02"], "less than a window of 50 ms"),
-        (["--device", "abacus"], "--device abacus cannot be used here; there is cpu"),
-        (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+        (["--seconds", "0.02"], "0.02 seconds are less than a window of 50 ms"),
+        (["--device", "abacus"], "the device abacus cannot be used here; there is cpu"),
+        (["--device", "cuda:99"], "the device cuda:99 cannot be used here"),
         (["--video", "x.avi"], "neither of .gif, .mp4"),
         (["--video", "x.gif", "--no-video"], "not allowed with"),
         (["--checkpoints", "x"], "--checkpoints"),
@@ -538,6 +538,37 @@ def test_the_boxes_of_the_recording_are_never_overwritten(here, tmp_path, capsys
     got = run(here, tmp_path / "mine.npy", "--no-video", "--seconds", 0.1)
     assert got.size
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.npy"]
+
+
+def test_several_recordings_give_what_each_gives_alone(here, tmp_path, capsys):
+    other = tmp_path / "b_td.dat"
+    simulate(other, seconds=0.3, seed=5, config=SimulatorConfig(height=240, width=320))
+    checkpoint = str(here / "weights2.safetensors")
+    output = tmp_path / "out"
+    main([checkpoint, str(here / "a_td.raw"), str(other), "--no-video", "--output", str(output)])
+    assert sorted(path.name for path in output.iterdir()) == ["a_bbox.npy", "b_bbox.npy"]
+    for name, path in (("a", here / "a_td.raw"), ("b", other)):
+        assert_same(
+            np.load(output / f"{name}_bbox.npy"),
+            frame_by_frame(path, here / "weights2.safetensors"),
+        )
+    assert capsys.readouterr().out.count("x camera pace") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--video", "x.gif"], "--video x.gif is one file, for 2 recordings"),
+        (["--csv", "x.csv"], "--csv x.csv is one file"),
+        (["--json", "-"], "--json - is one file"),
+        (["--output", "x.npy"], "--output x.npy is one file"),
+        ([], "2 recordings are called a"),
+    ],
+)
+def test_several_recordings_are_not_written_to_one_file(here, tmp_path, capsys, options, message):
+    second = "a_td.raw" if not options else "c_td.raw"
+    arguments = [here / "weights2.safetensors", here / "a_td.raw", tmp_path / second, *options]
+    assert message in refused(capsys, *arguments)
 
 
 def test_help_shows_examples(capsys):

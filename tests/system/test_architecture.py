@@ -51,7 +51,6 @@ PENDING: set[str] = {
     "data_prep.shards.export_rvt",
     "data_prep.shards.status",
     "data_prep.shards.verify",
-    "launch.cli.infer",
     "launch.demo",
     "launch.doctor.checks",
     "launch.smoke",

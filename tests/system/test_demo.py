@@ -66,7 +66,7 @@ def test_commands_are_accepted(tmp_path):
     assert scored.dataset.root == config.dataset.root
     assert scored.dataset.classes == config.dataset.classes
     wanted = evspan.launch.cli.infer._parser().parse_args(infer.arguments[1:])
-    assert wanted.recording.parent == given.out / "val"
+    assert [path.parent for path in wanted.recording] == [given.out / "val"]
     assert str(wanted.checkpoint) == config.run_dir
 
 

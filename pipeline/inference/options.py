@@ -1,0 +1,59 @@
+"""Options and results of inference on recordings. No torch: the command line builds the options."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from evspan.conf.schema.prep import FrameConfig
+
+
+@dataclass(frozen=True)
+class RecordingFiles:
+    """A recording and the files that are written for it."""
+
+    recording: Path
+    detections: Path  # .npy
+    video: Path | None = None  # .mp4 or .gif
+    csv: Path | None = None
+    json: Path | None = None  # "-": standard output
+
+
+@dataclass(frozen=True)
+class InferOptions:
+    """Which detector runs over which recordings, and how."""
+
+    checkpoint: Path  # a run folder, a checkpoint folder or a .safetensors file
+    recordings: tuple[RecordingFiles, ...]
+    confidence: float | None = None  # smallest score; None: the checkpoint's
+    nms: float | None = None  # IoU threshold of the per-class NMS; None: the checkpoint's
+    start_s: float = 0.0  # seconds after the first event, rounded to whole windows
+    seconds: float | None = None  # length of the part that is read; None: to the end
+    follow_s: float | None = None  # wait at the file's end until no data comes for this long
+    frames_per_call: int = 4  # frames that the network takes at once
+    device: str | None = None  # None: cuda where it is available, else cpu
+    threads: int | None = None  # CPU threads of the network; None: one less than the cores
+    side_by_side: bool = False  # video: the events alone left of the detections
+
+
+@dataclass(frozen=True)
+class RecordingSummary:
+    """What inference on one recording read, found and took."""
+
+    files: RecordingFiles
+    labels: Path | None  # the box file of the recording, drawn in the video
+    frames: int
+    config: FrameConfig
+    width: int  # of the sensor, pixels
+    height: int
+    events: int
+    dropped: dict[str, int]  # events left out or mended, by reason
+    step: int  # of the checkpoint
+    confidence: float  # the threshold that was used
+    detections_per_class: list[tuple[str, int]]  # (class name, number), by class id
+    work_seconds: dict[str, float]  # by part (decoding, network, drawing), which overlap in time
+    wall_seconds: float
+    latencies_ms: list[float]  # per frame, from its last event to its detections
+
+    @property
+    def detections(self) -> int:
+        """The number of detections of all classes."""
+        return sum(number for _, number in self.detections_per_class)

@@ -1,0 +1,251 @@
+"""Runs a detector over recordings: decodes, detects, draws and writes, in bounded memory."""
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from evspan.conf.errors import RecordingError, UserError
+from evspan.conf.schema.prep import FrameConfig
+from evspan.data_prep.draw import AnimationWriter
+from evspan.data_prep.frames.histogram import frame_size, frames_of
+from evspan.data_prep.labels.box_files import RAW_BOX, find_boxes, read_boxes
+from evspan.data_prep.recordings.base import Recording, WordReader
+from evspan.data_prep.recordings.open import open_recording
+from evspan.data_prep.shards.atomic import written_whole
+from evspan.pipeline.inference.detect import Clock, Detected, Frame, ahead, class_name, detect
+from evspan.pipeline.inference.options import InferOptions, RecordingFiles, RecordingSummary
+from evspan.pipeline.inference.overlay import Overlay
+from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
+from evspan.pipeline.inference.writers import CsvFile, DetectionsFile, JsonLines
+from evspan.pipeline.weights import Weights, load_weights
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+
+def infer_recordings(options: InferOptions) -> Iterator[RecordingSummary]:
+    """Writes the detections of each recording, and yields its summary when its files are complete.
+
+    All recordings are opened and checked before the first is read. An error leaves no new file of
+    the recording that it concerns.
+
+    Raises:
+        UserError: the checkpoint or a recording cannot be read, they do not fit each other, or
+            this machine lacks the device.
+    """
+    recordings = [_open(files.recording, options.follow_s) for files in options.recordings]
+    weights = load_weights(options.checkpoint)
+    for recording in recordings:
+        _check_size(recording, weights.frames, options.checkpoint)
+    if options.seconds is not None and not _num_windows(options.seconds, weights.frames):
+        raise UserError(
+            f"{options.seconds:g} seconds are less than a window of {weights.frames.window_ms} ms; "
+            "read a longer part"
+        )
+    # One core is left to decoding and drawing: otherwise the network's threads wait for it.
+    torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) - 1))
+    detector = detector_from(weights, device=choose_device(options.device))
+    for recording, files in zip(recordings, options.recordings, strict=True):
+        yield _infer(recording, files, weights, detector, options)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name; without one, cuda where it is available, else cpu.
+
+    Raises:
+        UserError: this machine lacks it.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:  # unknown; not compiled in; no such card
+        available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UserError(
+            f"the device {name} cannot be used here; there is {', '.join(available)}"
+        ) from error
+
+
+def windows(
+    recording: Recording, config: FrameConfig, *, skip: int = 0, limit: int | None = None
+) -> Iterator[Frame]:
+    """The frames of consecutive windows from the recording's first event on.
+
+    Args:
+        recording: any format.
+        config: how events become frames.
+        skip: number of windows to leave out at the start.
+        limit: number of windows to yield at most.
+
+    Yields:
+        (end of the window in us, frame (2 * bins, H, W) uint8).
+
+    Raises:
+        RecordingError: the recording has no events, or ends before the first window asked for.
+    """
+
+    def ends(first_us: int) -> Iterator[int]:
+        return count(first_us + (skip + 1) * config.window_us, config.window_us)
+
+    end_us = None
+    for end_us, frame in islice(frames_of(recording, ends, config), limit):
+        # Only at the end of the file can a window begin after the last event that was read.
+        if recording.last_us < end_us - config.window_us:
+            length_s = (recording.last_us - recording.first_us) / 1e6
+            start_s = skip * config.window_us / 1e6
+            raise RecordingError(
+                f"{recording.path} ends {length_s:.2f} s after its first event, "
+                f"before {start_s:.2f} s; begin earlier"
+            )
+        yield end_us, frame
+    if end_us is None:
+        raise RecordingError(
+            f"{recording.path} holds no events. Give another recording, or record it again"
+        )
+
+
+def _open(path: Path, follow_s: float | None) -> Recording:
+    recording = open_recording(path)
+    if follow_s is None:
+        return recording
+    if not isinstance(recording, WordReader):
+        raise UserError(
+            f"{path} is {recording.format}, which cannot be read while it is written; "
+            "record .raw or .dat, or read it when it is complete, without --follow"
+        )
+    recording.follow(follow_s)
+    return recording
+
+
+def _check_size(recording: Recording, config: FrameConfig, checkpoint: Path) -> None:
+    if min(frame_size(config, recording.height, recording.width)) < 1:
+        raise UserError(
+            f"{recording.path} is of a sensor of {recording.width} x {recording.height} pixels: "
+            f"too small for {checkpoint}, which takes frames of 1/{config.downsample} of that. "
+            "Give another recording"
+        )
+
+
+def _num_windows(seconds: float, config: FrameConfig) -> int:
+    return round(1000 * seconds / config.window_ms)
+
+
+def _infer(
+    recording: Recording,
+    files: RecordingFiles,
+    weights: Weights,
+    detector: TrainedDetector,
+    options: InferOptions,
+) -> RecordingSummary:
+    """Decodes, detects and draws in a thread each; the files appear when all is done."""
+    config = weights.frames
+    limits = weights.model.postprocess
+    confidence = limits.confidence_threshold if options.confidence is None else options.confidence
+    clock = Clock()
+    per_class = np.zeros(weights.model.head.num_classes, np.int64)
+    latencies_ms: list[float] = []
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        writers = _Writers(files, weights, options.side_by_side, clock, stack)
+        frames = windows(
+            recording,
+            config,
+            skip=_num_windows(options.start_s, config),
+            limit=None if options.seconds is None else _num_windows(options.seconds, config),
+        )
+        decoded = ahead(clock.each("decoding", frames), options.frames_per_call)
+        detected = detect(
+            detector,
+            stack.enter_context(closing(decoded)),
+            confidence=confidence,
+            nms=limits.nms_threshold if options.nms is None else options.nms,
+            frames_per_call=options.frames_per_call,
+            downsample=config.downsample,
+            sensor=(recording.height, recording.width),
+            clock=clock,
+        )
+        results = stack.enter_context(closing(ahead(detected, options.frames_per_call)))
+        for item in _with_progress_bar(results):
+            per_class += np.bincount(item.boxes["class_id"], minlength=per_class.size)
+            latencies_ms.append(item.latency_ms)
+            writers.add(item)
+    return RecordingSummary(
+        files=files,
+        labels=find_boxes(files.recording),
+        frames=len(latencies_ms),
+        config=config,
+        width=recording.width,
+        height=recording.height,
+        events=recording.events,
+        dropped=dict(recording.dropped),
+        step=weights.step,
+        confidence=confidence,
+        detections_per_class=[
+            (class_name(weights.classes, i), int(number)) for i, number in enumerate(per_class)
+        ],
+        work_seconds=dict(clock.seconds),
+        wall_seconds=time.perf_counter() - began,
+        latencies_ms=latencies_ms,
+    )
+
+
+def _with_progress_bar(items: Iterable[Detected]) -> Iterable[Detected]:
+    """Shown on a terminal only."""
+    return tqdm(items, unit=" frames", disable=None)
+
+
+class _Writers:
+    """The files of one recording. They appear when `stack` closes without an error."""
+
+    def __init__(
+        self,
+        files: RecordingFiles,
+        weights: Weights,
+        side_by_side: bool,
+        clock: Clock,
+        stack: ExitStack,
+    ) -> None:
+        self.clock = clock
+        enter = stack.enter_context
+        self.detections = enter(closing(DetectionsFile(enter(written_whole(files.detections)))))
+        self.tables: list[CsvFile | JsonLines] = []
+        if files.csv:
+            self.tables.append(
+                enter(closing(CsvFile(enter(written_whole(files.csv)), weights.classes)))
+            )
+        if files.json:
+            self.tables.append(enter(closing(JsonLines(files.json, weights.classes))))
+        self.animation: AnimationWriter | None = None
+        if files.video:
+            labels = _labels_of(files.recording)
+            frames_per_second = 1000 / weights.frames.window_ms
+            self.overlay = Overlay(
+                weights.frames, weights.classes, labels, side_by_side=side_by_side
+            )
+            self.animation = enter(
+                AnimationWriter(enter(written_whole(files.video)), frames_per_second)
+            )
+
+    def add(self, item: Detected) -> None:
+        """Writes a frame's detections to every file."""
+        self.detections.add(item.boxes)
+        for table in self.tables:
+            table.add(item)
+        if self.animation:
+            with self.clock("drawing"):
+                self.animation.add(self.overlay.draw(item))
+
+
+def _labels_of(recording: Path) -> NDArray[np.void]:
+    """(N,) RAW_BOX of the recording's box file; empty without one."""
+    path = find_boxes(recording)
+    if path is None:
+        return np.zeros(0, RAW_BOX)
+    labels: NDArray[np.void] = read_boxes(path)
+    return labels
