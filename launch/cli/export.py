@@ -1,60 +1,71 @@
-"""`evspan export`: the streaming step of a trained detector as ONNX or torch.export file."""
+"""`evspan export`: the streaming step of a trained detector as an ONNX or torch.export file."""
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from evspan.conf.errors import UserError
-from evspan.data_prep.shards.atomic import written_whole
 from evspan.launch.cli.command import Parser, run_command
+from evspan.pipeline.inference.options import ExportOptions
 
-if TYPE_CHECKING:
-    from evspan.conf.schema.prep import FrameConfig
-
-GEN4 = (720, 1280)  # pixels of the sensor
-DESCRIPTION = """The detector's step for one frame, state in and state out, as a file that runs without Evspan.
+DESCRIPTION = """The detector's step for one frame, state in and state out, for use without Evspan.
 
 OUT.onnx   for onnxruntime and other runtimes of ONNX; needs pip install 'evspan[export]'
 OUT.pt2    for torch.export.load(OUT).module(), and for AOTInductor
 
-inputs     frames (B, 2*bins, H, W) uint8; stage1_hidden, stage1_cell, ..., stage4_cell; with attention over time previous0,
-           previous1: the frames before. All zero at a recording's start.
-outputs    decoded (B, cells, 5 + classes): cx cy w h in pixels of the frames, objectness, class scores; then next_stage1_hidden,
-           ...: the state to hand in with the next frame, in the order of the inputs.
-Sizes are fixed. Confidence threshold and non-maximum suppression are not in the file: how many boxes they leave depends on the
-data, and runtimes have their own. The file's metadata `evspan` (JSON) tells classes, frames and the usual thresholds.
+inputs     frames (B, 2*bins, H, W) uint8; stage1_hidden, stage1_cell, ..., stage4_cell; with
+           attention over time previous0, previous1: the frames before. All zero at the start of a
+           recording.
+outputs    decoded (B, cells, 5 + classes): cx cy w h in pixels of the frames, objectness, class
+           scores; then next_stage1_hidden, ...: the state to pass with the next frame, in the
+           order of the inputs.
+Sizes are fixed. The confidence threshold and non-maximum suppression are not in the file: the
+number of boxes that they leave depends on the data, and runtimes have their own. The file's metadata
+`evspan` (JSON) contains classes, frames and the usual thresholds.
 
-The written file is run for a few frames against the detector; where they differ by more than float noise, it is not kept."""
+The written file is run for a few frames against the detector; where they differ by more than float
+noise, it is not kept."""
 EXAMPLES = """examples:
   evspan export runs/tiny tiny.onnx
   evspan export weights.safetensors tiny.pt2 --height 240 --width 320 --batch 4"""
 
 
-def choose_size(given: argparse.Namespace, config: "FrameConfig") -> tuple[int, int, int, int]:
-    """(B, 2 * bins, H, W) of the frames. Raises UserError."""
-    for name, number in (
-        ("--height", given.height),
-        ("--width", given.width),
-        ("--batch", given.batch),
-    ):
+def export(options: ExportOptions) -> None:
+    """Checks the options, exports, and prints what was written."""
+    check_size(options)
+    check_output(options.output)
+    from evspan.pipeline.inference.export import export_detector
+
+    summary = export_detector(options)
+    megabytes = options.output.stat().st_size / 1e6
+    runtime = "onnxruntime" if options.output.suffix == ".onnx" else "torch.export.load"
+    print(
+        f"{options.output}: detector of step {summary.step}, {megabytes:.1f} MB; "
+        f"frames {summary.frames} uint8 and {summary.num_states} tensors of state\n"
+        f"{runtime} against the detector over {summary.checked_frames} frames, "
+        f"the largest difference: {summary.differences}"
+    )
+
+
+def check_size(options: ExportOptions) -> None:
+    """Raises UserError: a size below 1, or one side without the other."""
+    sizes = (
+        ("--height", options.height),
+        ("--width", options.width),
+        ("--batch", options.batch),
+    )
+    for name, number in sizes:
         if number is not None and number < 1:
             raise UserError(f"{name} is {number}; give 1 or more")
-    if (given.height is None) != (given.width is None):
+    if (options.height is None) != (options.width is None):
         raise UserError(
-            "give --height and --width of the frames both, or neither for a Gen4 sensor's"
+            "give both --height and --width of the frames, or neither for a Gen4 sensor's"
         )
-    height, width = (
-        (given.height, given.width)
-        if given.height
-        else (side // config.downsample for side in GEN4)
-    )
-    return given.batch, config.channels, height, width
 
 
 def check_output(path: Path) -> None:
-    """Raises UserError: a name that says no format, or a format whose packages are missing."""
+    """Raises UserError: no format has this suffix, or packages of the format are missing."""
     if path.suffix not in (".onnx", ".pt2"):
-        raise UserError(f"{path} ends in neither .onnx nor .pt2; name the output so")
+        raise UserError(f"{path} ends in neither .onnx nor .pt2; give it such a name")
     if path.is_dir():
         raise UserError(f"{path} is a folder. Give another name")
     if path.suffix == ".onnx":
@@ -64,38 +75,10 @@ def check_output(path: Path) -> None:
             import onnxscript  # noqa: F401
         except ModuleNotFoundError as error:
             raise UserError(
-                f"ONNX needs the package {error.name}, which is not installed: pip install 'evspan[export]', "
-                f"or name the output {path.with_suffix('.pt2')}"
+                f"ONNX needs the package {error.name}, which is not installed: "
+                "pip install 'evspan[export]', "
+                f"or give the output the name {path.with_suffix('.pt2')}"
             ) from error
-
-
-def export(given: argparse.Namespace) -> None:
-    check_output(given.output)
-    from evspan.pipeline.inference import exported_step as engine
-    from evspan.pipeline.inference.trained_detector import detector_from
-    from evspan.pipeline.weights import load_weights
-
-    weights = load_weights(given.checkpoint)
-    size = choose_size(given, weights.frames)
-    detector = detector_from(weights)
-    about = engine.about(weights, detector.initial_state(size[0], *size[2:]))
-    onnx = given.output.suffix == ".onnx"
-    write, run, runtime = (
-        (engine.write_onnx, engine.run_onnx, "onnxruntime")
-        if onnx
-        else (engine.write_pt2, engine.run_pt2, "torch.export.load")
-    )
-    program = engine.trace(detector, size)
-    with written_whole(given.output) as beside:
-        write(program, beside, about)
-        most = engine.check(run(beside), detector, size, cutoff=weights.frames.cutoff)
-    print(
-        f"{given.output}: {weights.model.name}, step {weights.step}, {given.output.stat().st_size / 1e6:.1f} MB; frames {size} "
-        f"uint8 and {len(about['inputs']) - 1} tensors of state"
-    )
-    print(
-        f"{runtime} against the detector over {engine.STEPS} frames, the largest difference: {engine.told(most)}"
-    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,12 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "checkpoint",
         type=Path,
-        metavar="CHECKPOINT",
+        metavar="RUN",
         help="a run folder (its newest checkpoint), a checkpoint folder, or a .safetensors file",
     )
-    parser.add_argument(
-        "output", type=Path, metavar="OUT", help="what to write, ending in .onnx or .pt2"
-    )
+    parser.add_argument("output", type=Path, metavar="OUT", help="a name ending in .onnx or .pt2")
     parser.add_argument(
         "--height", type=int, metavar="H", help="of the frames (default: 720 / their downsample)"
     )
@@ -127,8 +108,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = _parser().parse_args(argv)
-    run_command(lambda: export(given))
+    """The command."""
+    options = ExportOptions(**vars(_parser().parse_args(argv)))
+    run_command(lambda: export(options))
 
 
 if __name__ == "__main__":

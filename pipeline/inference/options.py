@@ -57,3 +57,25 @@ class RecordingSummary:
     def detections(self) -> int:
         """The number of detections of all classes."""
         return sum(number for _, number in self.detections_per_class)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Which detector is exported, for frames of which size."""
+
+    checkpoint: Path  # a run folder, a checkpoint folder or a .safetensors file
+    output: Path  # .onnx or .pt2
+    height: int | None = None  # of the frames, pixels; None: those of a Gen4 sensor
+    width: int | None = None
+    batch: int = 1  # recordings side by side
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What was exported, and how far the written file is from the detector."""
+
+    step: int  # of the checkpoint
+    frames: tuple[int, int, int, int]  # (B, 2 * bins, H, W) of the input
+    num_states: int  # tensors of state
+    checked_frames: int
+    differences: str  # the largest ones, readable

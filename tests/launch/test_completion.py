@@ -58,7 +58,7 @@ CASES = [
     ("evspan train size=", ["base", "micro", "small", "tiny"]),
     ("evspan train seed=1 training.precision=f", ["fp32", "fp16"]),
     ("evspan train training.compile=", ["true", "false"]),
-    ("evspan train experiment=gen4/t", ["gen4/tiny"]),
+    ("evspan train experiment=gen4/sm", ["gen4/small"]),
     ("evspan train run_dir=ru", ["runs"]),
     ("evspan train --mul", ["--multirun"]),
     ("evspan sweep cluster.dry", ["cluster.dry_run="]),
@@ -119,7 +119,7 @@ def typed(command: list[str], text: str, wanted: str) -> str:
     ("keys", "line"),
     [
         ("evspan trai\t", "evspan train "),
-        ("evspan train experiment=gen4/ti\t", "evspan train experiment=gen4/tiny"),
+        ("evspan train experiment=gen4/sma\t", "evspan train experiment=gen4/small"),
         ("evspan train training.max_st\t7", "evspan train training.max_steps=7"),
         ("evspan evaluate runs/ti\t", "evspan evaluate runs/tiny/"),
     ],

@@ -33,7 +33,7 @@ CORRECTIONS = [
     ("prep output=out raw", "prep output=out source=raw"),
     ("prep raw out dataset=gen4", "prep source=raw output=out dataset=gen4"),
     ("train shards runs/tiny", "train dataset.root=shards run_dir=runs/tiny"),
-    ("train experiment gen4/tiny", "train experiment=gen4/tiny"),
+    ("train experiment gen4/small", "train experiment=gen4/small"),
     ("train optimizer.lr 3e-4 seed=1", "train optimizer.lr=3e-4 seed=1"),
     ("evaluate runs/tiny shards", "evaluate runs/tiny dataset.root=shards"),
     ("evaluate checkpoint=runs/tiny shards", "evaluate runs/tiny dataset.root=shards"),
@@ -49,7 +49,7 @@ CORRECTIONS = [
     ("evaluate runs/x --batch-size 4", "evaluate runs/x evaluation.batch_size=4"),
     ("prep --source raw --output out", "prep source=raw output=out"),
     ("prep raw --output out --bins 5", "prep source=raw output=out frames.bins=5"),
-    ("train --experiment gen4/tiny", "train experiment=gen4/tiny"),
+    ("train --experiment gen4/small", "train experiment=gen4/small"),
     ("train --compile", "train training.compile=true"),
     ("train --compile false", "train training.compile=false"),
     ("train --no-compile seed=3", "train training.compile=false seed=3"),
@@ -67,7 +67,7 @@ CORRECTIONS = [
     ("train optimizer.lr=1e-3,2e-3", "sweep optimizer.lr=1e-3,2e-3"),
     ("train --lr 1e-3,2e-3", "sweep optimizer.lr=1e-3,2e-3"),
     ("submit seed=range(3) run_dir=runs/a", "sweep 'seed=range(3)' run_dir=runs/a"),
-    ("train experiment=gen4/tiny,gen4/small", "sweep experiment=gen4/tiny,gen4/small"),
+    ("train experiment=gen4/base,gen4/small", "sweep experiment=gen4/base,gen4/small"),
     ("train model.fpn.in_stages=2,3,4", "train 'model.fpn.in_stages=[2,3,4]'"),
     # commands with options
     ("simulate out=raw seconds=3", "simulate raw --seconds 3"),
@@ -98,7 +98,7 @@ RIGHT = [
     "train",
     "train --help",
     "train --lr 3 --help",
-    "train experiment=gen4/tiny dataset.root=shards run_dir=runs/a 'training.profile=[5,9]'",
+    "train experiment=gen4/small dataset.root=shards run_dir=runs/a 'training.profile=[5,9]'",
     "train --cfg job training.max_steps=7",
     "train -m optimizer.lr=1e-3,2e-3",
     "train --config-dir mine experiment=mine",
@@ -193,7 +193,7 @@ def test_keys_and_choices_are_those_of_the_config():
     assert keys["run_dir"] is str
     assert "training" not in keys
     assert "checkpoint" in keys_of("evaluate")
-    assert "gen4/tiny" in choices_of("train")["experiment"]
+    assert "gen4/small" in choices_of("train")["experiment"]
     assert "maxvit_yolox/default" in choices_of("train")["model"]
     assert set(choices_of("evaluate")) == {"dataset"}
 

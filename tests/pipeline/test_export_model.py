@@ -1,6 +1,5 @@
 """`evspan export`: the written step, state fed back, against the detector on all frames at once."""
 
-import argparse
 import json
 import sys
 from functools import partial
@@ -13,8 +12,10 @@ import torch
 from evspan.conf.errors import UserError
 from evspan.conf.schema.prep import FrameConfig
 from evspan.conf.schema.training import BackboneConfig, FpnConfig, ModelConfig
-from evspan.launch.cli.export import choose_size, main
+from evspan.launch.cli.export import main
 from evspan.pipeline.inference import exported_step as engine
+from evspan.pipeline.inference.export import frame_shape
+from evspan.pipeline.inference.options import ExportOptions
 from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.state import state_tensors
@@ -254,7 +255,7 @@ def test_a_file_that_differs_is_not_kept(exported, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ("out.onnx --height 64", "give --height and --width of the frames both, or neither"),
+        ("out.onnx --height 64", "give both --height and --width of the frames, or neither"),
         ("out.onnx --height 0 --width 64", "--height is 0; give 1 or more"),
         ("out.onnx --batch 0", "--batch is 0; give 1 or more"),
         ("out.onnx --batch two", "evspan export --help"),
@@ -281,5 +282,5 @@ def test_a_missing_package_is_named_before_anything_else(monkeypatch, capsys, pa
     ("downsample", "size"), [(1, (720, 1280)), (2, (360, 640)), (4, (180, 320))]
 )
 def test_frames_are_a_gen4_sensors_unless_said(downsample, size):
-    given = argparse.Namespace(height=None, width=None, batch=3)
-    assert choose_size(given, FrameConfig(downsample=downsample)) == (3, 20, *size)
+    options = ExportOptions(Path("run"), Path("out.pt2"), batch=3)
+    assert frame_shape(options, FrameConfig(downsample=downsample)) == (3, 20, *size)
