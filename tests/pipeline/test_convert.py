@@ -14,52 +14,16 @@ import pytest
 import torch
 from evspan.conf.errors import UserError
 from evspan.conf.schema.prep import DownsampleBy, FrameConfig, FrameMode
-from evspan.conf.schema.training import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.conf.schema.training import BackboneConfig, FpnConfig, ModelConfig
 from evspan.launch.cli.convert import main
 from evspan.pipeline import load_detector
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.weights import Weights, load_weights, save_weights
 from omegaconf import OmegaConf
+from support.rvt_checkpoints import SIZES, model_of, publish, random_tensors
 
 pytestmark = pytest.mark.timeout(60)
 ROOT = Path(__file__).parents[2]
-SIZES = {
-    "micro": (16, 8, 0.33),
-    "tiny": (32, 32, 0.33),
-    "small": (48, 24, 0.33),
-    "base": (64, 32, 0.67),
-}
-
-
-def model_of(size: str, classes: int = 3, **parts) -> ModelConfig:
-    embed_dim, dim_head, depth = SIZES[size]
-    fpn = FpnConfig(depth=depth, **parts.pop("fpn", {}))
-    return ModelConfig(
-        backbone=BackboneConfig(embed_dim=embed_dim, dim_head=dim_head, **parts),
-        fpn=fpn,
-        head=HeadConfig(num_classes=classes),
-    )
-
-
-def random_tensors(model: ModelConfig, channels: int = 20) -> dict[str, torch.Tensor]:
-    """Different values in every place; BatchNorm's variances above zero."""
-    with torch.device("meta"):
-        wanted = Detector(model, channels).state_dict()
-    generator = torch.Generator().manual_seed(0)
-    return {
-        k: torch.rand(t.shape, generator=generator) + 0.1
-        if t.is_floating_point()
-        else torch.tensor(7)
-        for k, t in wanted.items()
-    }
-
-
-def publish(path: Path, tensors: dict[str, torch.Tensor], **more) -> Path:
-    torch.save(
-        {"state_dict": {f"mdl.{k}": t for k, t in tensors.items()}, "global_step": 400_000, **more},
-        path,
-    )
-    return path
 
 
 def same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:

@@ -1,0 +1,160 @@
+"""The commands of the READMEs: each one runs, or is composed and checked where it would train for hours or needs a cluster."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from evspan.conf.schema.prep import DatasetConfig, FrameConfig, LabelConfig, PrepConfig
+from evspan.data_prep.prepare import prepare
+from evspan.data_prep.simulator import CLASSES, SimulatorConfig, simulate
+from evspan.launch.cli.main import COMMANDS, main
+from support.rvt_checkpoints import model_of, publish, random_tensors
+from support.rvt_tree import write_rvt_tree
+
+ROOT = Path(__file__).parents[2]
+PAGES = (
+    "README.md",
+    "conf/README.md",
+    "data_prep/README.md",
+    "launch/README.md",
+    "pipeline/README.md",
+)
+SENSOR = SimulatorConfig(height=240, width=320, min_objects=1, max_objects=3)
+# Folders of a reader -> what stands for them here.
+STAND_INS = {
+    "source=/data/gen4": "source=recordings",
+    "dataset.root=/data/gen4": "dataset.root=shards",
+    "dataset.root=/scratch/gen4": "dataset.root=shards",
+    "output=/scratch/gen4": "output=scratch",
+}
+ENDLESS = {"--watch", "--follow"}
+SMALLER = {"simulate": ["--seconds", "0.3", "--width", "320", "--height", "240"]}
+ONLY_OPTIONS = ("smoke", "doctor")  # other tests run them; here their options are parsed
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line of a README, without comments."""
+
+    line: int
+    words: list[str]
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {shlex.join(self.words)}"
+
+
+def commands(page: Path) -> list[Command]:
+    """The `evspan` commands in blocks marked ```sh."""
+    found = []
+    inside = False
+    pending = ""
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if line.startswith("```"):
+            inside = line == "```sh"
+            continue
+        if not inside:
+            continue
+        pending += line
+        if pending.endswith("\\"):
+            pending = pending.removesuffix("\\")
+            continue
+        words = shlex.split(pending, comments=True)
+        pending = ""
+        if words and words[0] == "evspan":
+            found.append(Command(number, words))
+    return found
+
+
+def adapted(words: list[str]) -> list[str]:
+    """The arguments of a command with stand-ins for a reader's folders, and quick."""
+    name, *arguments = words[1:]
+    arguments = [STAND_INS.get(word, word) for word in arguments if word not in ENDLESS]
+    if name == "train":  # composed, checked, and not started
+        return ["submit", *arguments, "cluster.dry_run=true"]
+    if name in ("submit", "sweep") or "cluster=slurm" in arguments:
+        return [name, *arguments, "cluster.dry_run=true"]
+    if name in ONLY_OPTIONS:
+        return [name, *arguments, "--help"]
+    return [name, *arguments, *SMALLER.get(name, [])]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands find in a reader's folder: recordings, shards, a trained run, an RVT tree and checkpoint."""
+    folder = tmp_path_factory.mktemp("workspace")
+    seeds = {"train/a": 0, "train/b": 1, "val/val_000": 2, "test/d": 3}
+    for name, seed in seeds.items():
+        simulate(folder / f"recordings/{name}_td.dat", seconds=0.6, seed=seed, config=SENSOR)
+    simulate(folder / "drive_td.raw", seconds=0.3, seed=4, config=SENSOR)
+    simulate(folder / "drive_td.dat", seconds=0.3, seed=4, config=SENSOR)
+    for name in ("drive.raw", "recording.raw"):
+        shutil.copy(folder / "drive_td.raw", folder / name)
+    labels = LabelConfig(class_map={0: 0, 1: 1, 2: 2})
+    config = PrepConfig(
+        source=str(folder / "recordings"),
+        output=str(folder / "shards"),
+        dataset=DatasetConfig(classes=list(CLASSES), labels=labels),
+        frames=FrameConfig(downsample=4),
+        processes=1,
+    )
+    prepare(config)
+    _train(folder)
+    for split in ("train", "val", "test"):
+        write_rvt_tree(folder / "gen4_tree", {"a": 4}, split)
+    publish(folder / "rvt-t.ckpt", random_tensors(model_of("tiny", 3)))
+    return folder
+
+
+def _train(folder: Path) -> None:
+    """A run of one step, under every name that the READMEs use."""
+    overrides = [
+        "dataset.root=shards",
+        "run_dir=runs/demo",
+        "parallel.ranks=1",
+        "parallel.threads=1",
+    ]
+    training = ["training.max_steps=1", "training.batch_size=2", "training.log_images_every=0"]
+    command = [sys.executable, "-m", "evspan.launch", "train", "experiment=demo"]
+    subprocess.run([*command, *overrides, *training], cwd=folder, check=True, timeout=250)
+    for name in ("runs/own", "runs/base", "sweeps/lr/0", "RUN"):
+        shutil.copytree(folder / "runs/demo", folder / name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_readme_works(page, workspace, tmp_path, monkeypatch, capfd):
+    torch.set_num_threads(1)
+    folder = tmp_path / "reader"
+    shutil.copytree(workspace, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    tried = commands(ROOT / page)
+    assert tried
+    for command in tried:
+        code = 0
+        try:
+            main(adapted(command.words))
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        output = capfd.readouterr()
+        assert code == 0, f"{page}, {command}\n{output.out[-2000:]}{output.err[-2000:]}"
+
+
+def test_every_command_is_in_a_readme():
+    named = {command.words[1] for page in PAGES for command in commands(ROOT / page)}
+    assert named >= COMMANDS.keys() - {"cancel"}  # which needs a job
+
+
+def test_readmes_show_no_command_outside_of_tested_blocks():
+    for page in PAGES:
+        outside_blocks = re.sub(
+            r"^```sh$.*?^```$", "", (ROOT / page).read_text(), flags=re.M | re.S
+        )
+        assert not re.findall(r"^evspan .*", outside_blocks, flags=re.M), page
