@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evspan.conf.schema.prep import DatasetConfig, FrameConfig, LabelConfig, PrepConfig
-from evspan.data_prep.prepare import prepare
-from evspan.data_prep.simulator import CLASSES, SimulatorConfig, simulate
+from evspan.data_prep.simulator import SimulatorConfig, simulate
 from evspan.launch.cli.main import COMMANDS, main
 from support.rvt_checkpoints import model_of, publish, random_tensors
 from support.rvt_tree import write_rvt_tree
@@ -29,8 +27,10 @@ SENSOR = SimulatorConfig(height=240, width=320, min_objects=1, max_objects=3)
 # Folders of a reader -> what stands for them here.
 STAND_INS = {
     "source=/data/gen4": "source=recordings",
-    "dataset.root=/data/gen4": "dataset.root=shards",
-    "dataset.root=/scratch/gen4": "dataset.root=shards",
+    "dataset.root=/data/gen4": "dataset.root=gen4_shards",
+    "dataset.root=/scratch/gen4": "dataset.root=gen4_shards",
+    "dataset.root=/scratch/etram": "dataset.root=etram_shards",
+    "dataset.root=own_shards": "dataset.root=gen4_shards",
     "output=/scratch/gen4": "output=scratch",
 }
 ENDLESS = {"--watch", "--follow"}
@@ -74,6 +74,8 @@ def commands(page: Path) -> list[Command]:
 def adapted(words: list[str]) -> list[str]:
     """The arguments of a command with stand-ins for a reader's folders, and quick."""
     name, *arguments = words[1:]
+    if "--cfg" in arguments:
+        return words[1:]
     arguments = [STAND_INS.get(word, word) for word in arguments if word not in ENDLESS]
     if name == "train":  # composed, checked, and not started
         return ["submit", *arguments, "cluster.dry_run=true"]
@@ -95,15 +97,21 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     simulate(folder / "drive_td.dat", seconds=0.3, seed=4, config=SENSOR)
     for name in ("drive.raw", "recording.raw"):
         shutil.copy(folder / "drive_td.raw", folder / name)
-    labels = LabelConfig(class_map={0: 0, 1: 1, 2: 2})
-    config = PrepConfig(
-        source=str(folder / "recordings"),
-        output=str(folder / "shards"),
-        dataset=DatasetConfig(classes=list(CLASSES), labels=labels),
-        frames=FrameConfig(downsample=4),
-        processes=1,
-    )
-    prepare(config)
+    for output, name in {
+        "shards": "simulated",
+        "gen4_shards": "gen4",
+        "etram_shards": "etram",
+    }.items():
+        main(
+            [
+                "prep",
+                f"source={folder}/recordings",
+                f"output={folder}/{output}",
+                f"dataset={name}",
+                "frames.downsample=4",
+                "processes=1",
+            ]
+        )
     _train(folder)
     for split in ("train", "val", "test"):
         write_rvt_tree(folder / "gen4_tree", {"a": 4}, split)
@@ -112,18 +120,34 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(folder: Path) -> None:
-    """A run of one step, under every name that the READMEs use."""
+    """Runs of one step, under every name that the READMEs use."""
     overrides = [
-        "dataset.root=shards",
-        "run_dir=runs/demo",
-        "parallel.ranks=1",
-        "parallel.threads=1",
+        *("parallel.ranks=1", "parallel.threads=1", "training.max_steps=1"),
+        *("training.batch_size=2", "training.log_images_every=0"),
     ]
-    training = ["training.max_steps=1", "training.batch_size=2", "training.log_images_every=0"]
-    command = [sys.executable, "-m", "evspan.launch", "train", "experiment=demo"]
-    subprocess.run([*command, *overrides, *training], cwd=folder, check=True, timeout=250)
-    for name in ("runs/own", "runs/base", "sweeps/lr/0", "RUN"):
-        shutil.copytree(folder / "runs/demo", folder / name)
+    command = [sys.executable, "-m", "evspan.launch", "train", "experiment=demo", *overrides]
+    simulated = ["dataset.root=shards", "run_dir=runs/demo"]
+    gen4 = ["dataset=gen4", "dataset.root=gen4_shards", "run_dir=runs/base"]
+    for arguments in (simulated, gen4):
+        subprocess.run([*command, *arguments], cwd=folder, check=True, timeout=200)
+    shutil.copytree(folder / "runs/base", folder / "runs/own")
+    shutil.copytree(folder / "runs/base", folder / "sweeps/lr/0")
+    logs = folder / "sweeps/lr/0/logs"
+    logs.mkdir(exist_ok=True)
+    (logs / "rank-00.log").write_text("step 1\n")
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of a command."""
+    if arguments[0] == "evaluate":  # which opens process groups
+        return subprocess.run(
+            [sys.executable, "-m", "evspan.launch", *arguments], timeout=120
+        ).returncode
+    try:
+        main(arguments)
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0
 
 
 @pytest.mark.slow
@@ -138,11 +162,7 @@ def test_every_command_of_a_readme_works(page, workspace, tmp_path, monkeypatch,
     tried = commands(ROOT / page)
     assert tried
     for command in tried:
-        code = 0
-        try:
-            main(adapted(command.words))
-        except SystemExit as exit_:
-            code = exit_.code or 0
+        code = run(adapted(command.words))
         output = capfd.readouterr()
         assert code == 0, f"{page}, {command}\n{output.out[-2000:]}{output.err[-2000:]}"
 
