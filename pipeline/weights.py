@@ -135,7 +135,6 @@ def _weights_file(path: Path) -> Path:
 def model_config(raw: dict[str, Any]) -> ModelConfig:
     head = dict(raw["head"], size_aware_mode=SizeWeighting[raw["head"]["size_aware_mode"]])
     return ModelConfig(
-        name=raw["name"],
         backbone=BackboneConfig(**raw["backbone"]),
         fpn=FpnConfig(**raw["fpn"]),
         head=HeadConfig(**head),

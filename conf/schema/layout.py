@@ -1,70 +1,87 @@
-"""Which ranks can share lanes and frames, and by which exchange: known before any rank starts."""
+"""Checks which ranks can share lanes and frames, and by which exchange, before any rank starts."""
 
 from enum import Enum
 
 from evspan.conf.errors import ConfigError, require
+from evspan.conf.text import plural
 
 
 class ExchangeKind(Enum):
+    """How the ranks of a sequence run the recurrence."""
+
     auto = "auto"  # transpose, or relay where model.backbone.dws_conv is on
-    transpose = "transpose"  # every rank scans all frames of its share of the feature cells
-    relay = "relay"  # the state goes from rank to rank
+    transpose = "transpose"  # every rank scans all frames of its part of the feature cells
+    relay = "relay"  # the state is sent from rank to rank
 
 
 def check_layout(*, ranks: int, sequence: int, sequence_length: int, batch_size: int) -> None:
-    """Raises ConfigError, with what would fit, unless `ranks` make whole sequence groups that share lanes and frames equally."""
+    """Checks that `ranks` form whole sequence groups with equal numbers of lanes and frames.
+
+    Args:
+        ranks: processes of the run.
+        sequence: ranks per sequence.
+        sequence_length: frames of a chunk, over all ranks of a sequence.
+        batch_size: lanes, over all ranks.
+
+    Raises:
+        ConfigError: they do not. The message contains values that fit.
+    """
+    num_ranks = plural(ranks, "rank")
     if sequence < 1 or ranks % sequence:
-        fits = [str(d) for d in range(1, ranks + 1) if ranks % d == 0]
+        divisors = [str(d) for d in range(1, ranks + 1) if ranks % d == 0]
         raise ConfigError(
-            f"parallel.sequence is {sequence}, but {_ranks(ranks)} cannot be cut into groups of that size; set "
-            f"parallel.sequence to {' or '.join(fits)}, or parallel.ranks={_multiple(ranks, sequence)}"
+            f"parallel.sequence is {sequence}, but {num_ranks} cannot be cut into groups of "
+            f"that size; set parallel.sequence to {' or '.join(divisors)}, or "
+            f"parallel.ranks={_next_multiple(ranks, sequence)}"
         )
     if sequence_length % sequence:
         raise ConfigError(
-            f"training.sequence_length is {sequence_length} frames, which the {sequence} ranks of a sequence "
-            f"cannot share equally; set training.sequence_length={_multiple(sequence_length, sequence)}"
+            f"training.sequence_length is {sequence_length} frames, which the {sequence} ranks of "
+            "a sequence cannot share equally; set "
+            f"training.sequence_length={_next_multiple(sequence_length, sequence)}"
         )
     groups = ranks // sequence
     if batch_size % groups:
-        more = (
-            f", or parallel.sequence={fit}"
-            if (fit := _sequence_for(ranks, sequence_length, batch_size))
-            else ""
-        )
+        remedy = f"set training.batch_size={_next_multiple(batch_size, groups)}"
+        alternative = _sequence_for(ranks, sequence_length, batch_size)
+        if alternative:
+            remedy += f", or parallel.sequence={alternative}"
         raise ConfigError(
-            f"training.batch_size is {batch_size} lanes, which {groups} data groups ({_ranks(ranks)} / "
-            f"parallel.sequence={sequence}) cannot share equally; set training.batch_size="
-            f"{_multiple(batch_size, groups)}{more}"
+            f"training.batch_size is {batch_size} lanes, which {groups} data groups "
+            f"({num_ranks} / parallel.sequence={sequence}) cannot share equally; {remedy}"
         )
 
 
-def _ranks(count: int) -> str:
-    return f"{count} rank" + "s" * (count > 1)
-
-
-def _multiple(value: int, of: int) -> int:
-    """The next multiple of `of`, from `value` on."""
-    return -(-value // max(of, 1)) * max(of, 1)
+def _next_multiple(value: int, of: int) -> int:
+    """The smallest multiple of `of` that is at least `value`."""
+    factor = max(of, 1)
+    return -(-value // factor) * factor
 
 
 def _sequence_for(ranks: int, sequence_length: int, batch_size: int) -> int | None:
     """The fewest ranks per sequence with which everything divides."""
-    return next(
-        (
-            s
-            for s in range(1, ranks + 1)
-            if ranks % s == 0 and sequence_length % s == 0 and batch_size % (ranks // s) == 0
-        ),
-        None,
-    )
+    for sequence in range(1, ranks + 1):
+        if ranks % sequence or sequence_length % sequence:
+            continue
+        if batch_size % (ranks // sequence) == 0:
+            return sequence
+    return None
 
 
 def chosen_exchange(kind: ExchangeKind, *, dws_conv: bool) -> ExchangeKind:
-    """What `kind` comes to: transpose or relay. Raises ConfigError where feature cells cannot be dealt out to ranks."""
+    """Resolves `auto`: returns transpose or relay.
+
+    Args:
+        dws_conv: the backbone's.
+
+    Raises:
+        ConfigError: transpose with dws_conv, which couples neighbouring feature cells.
+    """
     require(
         kind is not ExchangeKind.transpose or not dws_conv,
-        "parallel.exchange=transpose deals feature cells out to ranks, but with model.backbone.dws_conv=true a cell looks at "
-        "its neighbours; set parallel.exchange=relay, or model.backbone.dws_conv=false",
+        "parallel.exchange=transpose gives each rank its own feature cells, but with "
+        "model.backbone.dws_conv=true a cell reads its neighbours; set parallel.exchange=relay, or "
+        "model.backbone.dws_conv=false",
     )
     if kind is ExchangeKind.auto:
         return ExchangeKind.relay if dws_conv else ExchangeKind.transpose

@@ -1,7 +1,8 @@
-"""Every config of training, evaluation and launch, on one page that mirrors `conf/`.
+"""Every config of training and evaluation; the classes mirror `conf/`.
 
-Plain values only: what follows from them (strides, partition and state sizes, channel counts) is computed, never
-configured. Not frozen, since OmegaConf makes frozen nodes read-only and Hydra overrides fail.
+They hold plain values. What follows from them (strides, partition and state sizes, channel counts)
+is computed, never configured. They are not frozen: OmegaConf makes frozen nodes read-only, and
+Hydra's overrides would fail.
 """
 
 from dataclasses import dataclass, field
@@ -15,23 +16,31 @@ from evspan.conf.schema.prep import DatasetConfig
 
 
 class Precision(Enum):
+    """Number format of the forward and backward pass."""
+
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
 
 
 class Sampling(Enum):
+    """How chunks are chosen."""
+
     stream = "stream"  # lanes follow recordings, state carried
     random = "random"  # chunks anywhere, state from zero
     mixed = "mixed"  # the first half of the lanes stream, the rest are random (RVT)
 
 
 class Schedule(Enum):
+    """Learning rate over the steps, after the warm-up."""
+
     onecycle = "onecycle"
     cosine = "cosine"
 
 
 class SizeWeighting(Enum):
+    """Weight of the IoU loss as a function of the box area; see `size_weights`."""
+
     exponential = "exponential"
     step = "step"
     linear = "linear"
@@ -39,31 +48,33 @@ class SizeWeighting(Enum):
 
 @dataclass(kw_only=True)
 class BackboneConfig:
-    """RVT's recurrent MaxViT (Gehrig & Scaramuzza, CVPR 2023): four stages, strides 4, 8, 16, 32."""
+    """RVT's recurrent MaxViT (Gehrig & Scaramuzza, CVPR 2023): stages at strides 4, 8, 16, 32."""
 
-    name: str = "MaxViTRNN"
     embed_dim: int = 32  # channels of stage 1
     dim_multiplier: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    num_blocks: list[int] = field(
-        default_factory=lambda: [1, 1, 1, 1]
-    )  # window + grid attention pairs per stage
+    # Pairs of window and grid attention per stage.
+    num_blocks: list[int] = field(default_factory=lambda: [1, 1, 1, 1])
     dim_head: int = 32
     partition_split_32: int = 2  # attention windows per side on the stride-32 map
     mlp_ratio: int = 4
     ls_init_value: float = 1e-5  # LayerScale
     dws_conv: bool = False  # 3x3 depthwise convolution on the hidden state before the gates
-    forget_bias: float = 0.0  # added to the forget gates' at the start; 0: half of a memory is gone after a frame, 2: an eighth
+    # Added to the forget gate's bias at initialization. An untrained LSTM keeps half of its cell
+    # state per frame with 0, seven eighths with 2.
+    forget_bias: float = 0.0
 
     def __post_init__(self) -> None:
-        self.dim_multiplier, self.num_blocks = list(self.dim_multiplier), list(self.num_blocks)
+        self.dim_multiplier = list(self.dim_multiplier)
+        self.num_blocks = list(self.num_blocks)
         require(
             len(self.dim_multiplier) == len(self.num_blocks) == 4,
-            f"model.backbone has {len(self.dim_multiplier)} dim_multiplier and {len(self.num_blocks)} num_blocks; "
-            "give 4 of each, one per stage",
+            f"model.backbone has {len(self.dim_multiplier)} dim_multiplier and "
+            f"{len(self.num_blocks)} num_blocks; give 4 of each, one per stage",
         )
         require(
             self.embed_dim >= 1 and self.embed_dim % self.dim_head == 0,
-            f"model.backbone.embed_dim {self.embed_dim} is no multiple of dim_head {self.dim_head}; change one of them",
+            f"model.backbone.embed_dim {self.embed_dim} is not a multiple of dim_head "
+            f"{self.dim_head}; change one of them",
         )
         require(
             self.partition_split_32 >= 1,
@@ -72,54 +83,51 @@ class BackboneConfig:
 
     @property
     def dims(self) -> list[int]:
+        """Channels of each stage."""
         return [self.embed_dim * m for m in self.dim_multiplier]
 
 
 @dataclass(kw_only=True)
 class FpnConfig:
-    """PAFPN neck; with small-object attention where enabled."""
+    """PAFPN neck, optionally with small-object attention."""
 
-    name: str = "PAFPN"
     depth: float = 0.33
     in_stages: list[int] = field(default_factory=lambda: [2, 3, 4])
     enable_small_object_attention: bool = False
     attention_spatial: bool = True
     attention_temporal: bool = True
     temporal_window: int = 3  # frames t-2, t-1, t
-    identity_init: bool = (
-        True  # False: the published form, which scales features from the first step
-    )
-    mix_lanes: bool = False  # an ablation: every lane looks back at its neighbour's frames, as a buffer that lanes share does
+    # False: the published form, which scales features from the first step.
+    identity_init: bool = True
 
     def __post_init__(self) -> None:
         self.in_stages = list(self.in_stages)
         require(
             self.in_stages in ([2, 3, 4], [1, 2, 3, 4]),
-            f"model.fpn.in_stages is {self.in_stages}; choose [2,3,4] (3 scales) or [1,2,3,4] (4 scales)",
+            f"model.fpn.in_stages is {self.in_stages}; choose [2,3,4] (3 scales) or [1,2,3,4] "
+            "(4 scales)",
         )
         require(
             self.temporal_window >= 2,
-            f"model.fpn.temporal_window is {self.temporal_window}; give 2 frames or more, or attention_temporal=false",
+            f"model.fpn.temporal_window is {self.temporal_window}; give 2 frames or more, or "
+            "attention_temporal=false",
         )
 
     @property
     def looks_back(self) -> int:
-        """How many earlier frames the neck needs."""
-        return (
-            self.temporal_window - 1
-            if self.enable_small_object_attention and self.attention_temporal
-            else 0
-        )
+        """Number of earlier frames that temporal attention reads."""
+        if self.enable_small_object_attention and self.attention_temporal:
+            return self.temporal_window - 1
+        return 0
 
 
 @dataclass(kw_only=True)
 class HeadConfig:
     """YOLOX decoupled head, SimOTA assignment and losses."""
 
-    name: str = "YoloX"
     num_classes: int = 3
     center_radius: float = 1.5  # strides
-    candidate_top_k: int = 10  # SimOTA: IoUs summed for dynamic k
+    candidate_top_k: int = 10  # SimOTA: number of IoUs summed for dynamic k
     size_aware_loss: bool = False
     size_aware_weight: float = 2.0
     size_aware_mode: SizeWeighting = SizeWeighting.exponential
@@ -132,90 +140,91 @@ class HeadConfig:
         )
         require(
             self.size_aware_weight >= 1,
-            f"model.head.size_aware_weight is {self.size_aware_weight}; give 1 or more (1 weights all sizes alike)",
+            f"model.head.size_aware_weight is {self.size_aware_weight}; give 1 or more (1 weights "
+            "all sizes alike)",
         )
         require(
             0 < self.small_threshold < self.medium_threshold,
-            f"model.head: small_threshold {self.small_threshold} must lie between 0 and medium_threshold "
-            f"{self.medium_threshold}",
+            f"model.head: small_threshold {self.small_threshold} must lie between 0 and "
+            f"medium_threshold {self.medium_threshold}",
         )
 
 
 @dataclass(kw_only=True)
 class PostprocessConfig:
-    confidence_threshold: float = (
-        0.1  # for pictures; reported numbers use evaluation.confidence_threshold
-    )
+    """Thresholds of detections for images and inference; `evaluation` has its own."""
+
+    confidence_threshold: float = 0.1
     nms_threshold: float = 0.45
 
     def __post_init__(self) -> None:
         require(
             0 <= self.confidence_threshold < 1 and 0 < self.nms_threshold <= 1,
-            f"model.postprocess: confidence_threshold {self.confidence_threshold} and nms_threshold "
-            f"{self.nms_threshold} must lie in [0, 1)",
+            f"model.postprocess: confidence_threshold {self.confidence_threshold} and "
+            f"nms_threshold {self.nms_threshold} must lie in [0, 1)",
         )
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    name: str = "rnndet"
+    """The detector."""
+
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     fpn: FpnConfig = field(default_factory=FpnConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
-
-    def __post_init__(self) -> None:
-        require(
-            self.name == "rnndet", f"model.name is {self.name!r}; the only detector is 'rnndet'"
-        )
 
 
 @dataclass(kw_only=True)
 class AugmentationConfig:
     """Drawn once per lane and sequence, alike for all its frames."""
 
-    hflip_prob: float = 0.5  # probability
-    zoom_prob: float = 0.8  # probability of zooming at all; streamed lanes zoom out only
+    hflip_prob: float = 0.5
+    zoom_prob: float = 0.8  # zoom in or out; streamed lanes zoom out only
     zoom_in: float = 1.5  # largest factor
     zoom_out: float = 1.2
     zoom_in_fraction: float = 0.8  # of the zooms in random lanes
 
     def __post_init__(self) -> None:
         for name in ("hflip_prob", "zoom_prob", "zoom_in_fraction"):
+            value = getattr(self, name)
             require(
-                0 <= getattr(self, name) <= 1,
-                f"training.augmentation.{name} is {getattr(self, name)}; give a probability from 0 to 1",
+                0 <= value <= 1,
+                f"training.augmentation.{name} is {value}; give a probability from 0 to 1",
             )
         require(
             self.zoom_in >= 1 and self.zoom_out >= 1,
-            f"training.augmentation: zoom_in {self.zoom_in} and zoom_out {self.zoom_out} are factors of 1 or more",
+            f"training.augmentation: zoom_in {self.zoom_in} and zoom_out {self.zoom_out} are "
+            "factors of 1 or more",
         )
 
 
 @dataclass(kw_only=True)
 class TrainingConfig:
+    """Steps, batches, and what happens between the steps."""
+
     max_steps: int = 100_000
-    batch_size: int = 8  # lanes of the whole world
-    sequence_length: int = 5  # frames a chunk
-    bptt_frames: int = 0  # of a chunk, that gradients flow back through at most; 0: all. What longer chunks are worth
-    gradient_accumulation_steps: int = 1  # micro-batches a step
+    batch_size: int = 8  # lanes, over all ranks
+    sequence_length: int = 5  # frames per chunk
+    # Gradients flow back through at most this number of frames of a chunk (BPTT length); 0: all.
+    bptt_frames: int = 0
+    gradient_accumulation_steps: int = 1  # micro-batches per step
     sampling: Sampling = Sampling.mixed
     precision: Precision = Precision.fp32
     gradient_clipping: float = 1.0  # global L2 norm; 0: off
-    frames_per_call: int = 0  # frames (of a rank's lanes) in one call of the backbone's spatial part; 0: all of a chunk
-    activation_checkpointing: bool = (
-        False  # backward makes the spatial part anew: less memory, a third more time
-    )
+    # Frames (over the rank's lanes) per call of the backbone's spatial part; 0: the whole chunk.
+    frames_per_call: int = 0
+    # Backward recomputes the spatial part: less memory, a third more time.
+    activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of the spatial part
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    num_workers: int = 2  # threads that read and decode frames ahead, per rank
-    log_every: int = 50
-    log_images_every: int = 1000  # steps between pictures and histograms, and at the last; 0: never
-    profile: list[int] = field(
-        default_factory=list
-    )  # [first, last] steps to trace into run_dir/profile
+    num_workers: int = 2  # threads per rank that read and decode frames ahead
+    log_every: int = 50  # steps
+    log_images_every: int = 1000  # steps between images and histograms, and at the last; 0: never
+    # [first, last] steps to trace into run_dir/profile.
+    profile: list[int] = field(default_factory=list)
     evaluate_every: int = 10_000  # steps; 0: never
-    max_nonfinite: int = 10  # non-finite losses in a row before the run stops
+    max_nonfinite: int = 10  # consecutive non-finite losses before the run stops
 
     def __post_init__(self) -> None:
         for name in (
@@ -226,51 +235,40 @@ class TrainingConfig:
             "log_every",
             "max_nonfinite",
         ):
-            require(
-                getattr(self, name) >= 1,
-                f"training.{name} is {getattr(self, name)}; give 1 or more",
-            )
-        require(
-            self.log_images_every >= 0,
-            f"training.log_images_every is {self.log_images_every}; give 0 (never) or more",
-        )
+            value = getattr(self, name)
+            require(value >= 1, f"training.{name} is {value}; give 1 or more")
+        for name, zero in (
+            ("log_images_every", " (never)"),
+            ("bptt_frames", " (all)"),
+            ("frames_per_call", " (all)"),
+            ("num_workers", ""),
+            ("gradient_clipping", " (off)"),
+        ):
+            value = getattr(self, name)
+            require(value >= 0, f"training.{name} is {value}; give 0{zero} or more")
         self.profile = list(self.profile)
         require(
-            not self.profile
-            or (
-                len(self.profile) == 2
-                and 1 <= self.profile[0] <= self.profile[1] < self.profile[0] + 20
-            ),
-            f"training.profile is {self.profile}; give [first, last], steps from 1 on, at most 20: a trace is some MB a step",
+            not self.profile or _is_short_span(self.profile),
+            f"training.profile is {self.profile}; give [first, last], steps from 1 on, at most 20: "
+            "a trace takes some MB per step",
         )
-        require(
-            self.bptt_frames >= 0,
-            f"training.bptt_frames is {self.bptt_frames}; give 0 (all) or more",
-        )
-        require(
-            self.frames_per_call >= 0,
-            f"training.frames_per_call is {self.frames_per_call}; give 0 (all) or more",
-        )
-        require(
-            self.num_workers >= 0,
-            f"training.num_workers is {self.num_workers}; give 0 or more",
-        )
-        require(
-            self.gradient_clipping >= 0,
-            f"training.gradient_clipping is {self.gradient_clipping}; give 0 (off) or more",
-        )
+
+
+def _is_short_span(steps: list[int]) -> bool:
+    """Whether `steps` is [first, last] with 1 <= first <= last and at most 20 steps."""
+    return len(steps) == 2 and 1 <= steps[0] <= steps[1] < steps[0] + 20
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    lr: float = 1e-3  # at the peak
+    lr: float = 1e-3  # peak
     weight_decay: float = 5e-4
     schedule: Schedule = Schedule.onecycle
     warmup_fraction: float = 0.005  # of max_steps
-    start_factor: float = 0.05  # lr before the warm-up, as a share of the peak
-    end_factor: float = 1e-4  # lr at the last step
+    start_factor: float = 0.05  # lr at step 0, as a fraction of the peak
+    end_factor: float = 1e-4  # lr at the last step, as a fraction of the peak
     gate_lr_multiplier: float = 1.0  # times lr: of the gates of small-object attention
 
     def __post_init__(self) -> None:
@@ -284,15 +282,18 @@ class OptimizerConfig:
         )
         require(
             0 <= self.warmup_fraction < 1,
-            f"optimizer.warmup_fraction is {self.warmup_fraction}; give a share from 0 to below 1",
+            f"optimizer.warmup_fraction is {self.warmup_fraction}; give a fraction from 0 to below "
+            "1",
         )
 
 
 @dataclass(kw_only=True)
 class DeepSpeedConfig:
+    """How DeepSpeed shards parameters, gradients and optimizer state over the ranks."""
+
     stage: int = 1  # ZeRO
     offload_optimizer: bool = False  # optimizer state in CPU memory; stages 1-3
-    offload_parameters: bool = False  # stage 3
+    offload_parameters: bool = False  # parameters in CPU memory; stage 3
 
     def __post_init__(self) -> None:
         require(
@@ -310,10 +311,10 @@ class DeepSpeedConfig:
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """World = data x sequence. Without a launcher, `evspan train` starts `ranks` processes on this machine."""
+    """World = data x sequence. Without a launcher, the command starts `ranks` processes here."""
 
     ranks: int = 1
-    sequence: int = 1  # ranks that share one sequence, each with its part of the frames; evaluation has no use for it
+    sequence: int = 1  # ranks per sequence, each with some of its frames; evaluation ignores it
     exchange: ExchangeKind = ExchangeKind.auto
     timeout_s: int = 600  # a collective that waits longer ends the run
     threads: int = 0  # CPU threads per rank; 0: the cores divided by the ranks
@@ -326,10 +327,12 @@ class ParallelConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
+    """When checkpoints are written, which ones are kept, and what training starts from."""
+
     every: int = 1000  # steps
-    keep: int = 3  # newest ones; the best by AP stays too
+    keep: int = 3  # newest ones; the best by AP is kept too
     resume: bool = True  # continue from run_dir's newest complete checkpoint, if there is one
-    init_from: str = ""  # weights (.safetensors) to start from, when nothing is resumed
+    init_from: str = ""  # weights (.safetensors) to start from when nothing is resumed
 
     def __post_init__(self) -> None:
         require(
@@ -340,7 +343,10 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """COCO AP by Prophesee's protocol. Box filters in pixels of the stored frames; both sides are filtered alike."""
+    """COCO AP by Prophesee's protocol.
+
+    Box filters are in pixels of the stored frames; boxes and detections pass the same filters.
+    """
 
     split: str = "val"
     confidence_threshold: float = 0.001
@@ -348,28 +354,22 @@ class EvaluationConfig:
     skip_first_ms: int = 500
     min_side: float = 0.0  # Prophesee: 10 at half resolution
     min_diagonal: float = 0.0  # Prophesee: 30 at half resolution
-    skip_empty_frames: bool = (
-        True  # as Prophesee's protocol does: frames without a box (left) are not scored
-    )
-    confusion_threshold: float = 0.3  # score from which detections are in the confusion matrix
-    still_speed: float = (
-        5.0  # pixels of the stored frames per second: a slower object is at rest ...
-    )
-    still_s: float = 0.5  # ... and counts as still when it has been for so long
-    time_bins_s: list[float] = field(
-        default_factory=lambda: [1.0, 2.0, 5.0, 10.0, 20.0, 60.0]
-    )  # edges, since the start
-    speed_bins: list[float] = field(
-        default_factory=lambda: [5.0, 25.0, 50.0, 100.0]
-    )  # pixels of the stored frames per second
-    rest_bins_s: list[float] = field(
-        default_factory=lambda: [0.5, 1.0, 2.0]
-    )  # since the object came to rest
-    sequence_length: int = 10  # frames a call
-    batch_size: int = 4  # recordings at once, per rank
-    write_detections: bool = (
-        True  # <recording>_bbox.npy, in Prophesee's form, and frames.npz, which `compare` reads
-    )
+    # As in Prophesee's protocol: frames without a box after the filters are not scored.
+    skip_empty_frames: bool = True
+    confusion_threshold: float = 0.3  # lowest score of detections in the confusion matrix
+    # An object slower than still_speed (pixels of the stored frames per second) is at rest. After
+    # still_s seconds at rest it counts as still.
+    still_speed: float = 5.0
+    still_s: float = 0.5
+    # Edges of the bins: seconds since the recording's first event, pixels of the stored frames per
+    # second, and seconds since the object came to rest.
+    time_bins_s: list[float] = field(default_factory=lambda: [1.0, 2.0, 5.0, 10.0, 20.0, 60.0])
+    speed_bins: list[float] = field(default_factory=lambda: [5.0, 25.0, 50.0, 100.0])
+    rest_bins_s: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    sequence_length: int = 10  # frames per call
+    batch_size: int = 4  # recordings at a time, per rank
+    # <recording>_bbox.npy in Prophesee's format, and frames.npz, which `evaluate compare` reads.
+    write_detections: bool = True
 
     def __post_init__(self) -> None:
         for name in ("time_bins_s", "speed_bins", "rest_bins_s"):
@@ -385,7 +385,8 @@ class EvaluationConfig:
         )
         require(
             self.still_speed > 0 and self.still_s >= 0,
-            f"evaluation.still_speed {self.still_speed} must be above 0, and still_s {self.still_s} not negative",
+            f"evaluation.still_speed {self.still_speed} must be above 0, and still_s "
+            f"{self.still_s} not negative",
         )
         require(
             0 <= self.confidence_threshold < 1,
@@ -415,19 +416,20 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    cluster: ClusterConfig = field(
-        default_factory=ClusterConfig
-    )  # of `evspan submit` and `evspan sweep`
+    # Of `evspan submit` and `evspan sweep`.
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
+        classes = len(self.dataset.classes)
         require(
-            len(self.dataset.classes) <= self.model.head.num_classes,
-            f"dataset {self.dataset.name} has {len(self.dataset.classes)} classes but model.head.num_classes is "
-            f"{self.model.head.num_classes}; set model.head.num_classes={len(self.dataset.classes)} or more",
+            classes <= self.model.head.num_classes,
+            f"dataset {self.dataset.name} has {classes} classes but model.head.num_classes is "
+            f"{self.model.head.num_classes}; set model.head.num_classes={classes} or more",
         )
         require(
             not self.training.bptt_frames or self.parallel.sequence == 1,
-            f"training.bptt_frames {self.training.bptt_frames} cuts sequences of one rank; set parallel.sequence=1",
+            f"training.bptt_frames {self.training.bptt_frames} works on one rank per sequence; set "
+            "parallel.sequence=1",
         )
         check_layout(
             ranks=self.parallel.ranks,
@@ -443,7 +445,7 @@ class EvaluateConfig:
     """`evspan evaluate`. The model comes with the checkpoint."""
 
     checkpoint: str = ""  # a .safetensors file, a checkpoint folder, or a run folder (its newest)
-    output: str = ""  # metrics.json and detections; empty: beside the checkpoint
+    output: str = ""  # metrics.json and detections; empty: next to the checkpoint
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

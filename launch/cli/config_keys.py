@@ -48,7 +48,7 @@ def keys_of(command: str) -> dict[str, Any]:
 
 @cache
 def choices_of(command: str) -> dict[str, list[str]]:
-    """The groups that can be chosen, `experiment`, and their options, `gen4/tiny`, sorted.
+    """The groups that can be chosen, `experiment`, and their options, `gen4/base`, sorted.
 
     Args:
         command: one of COMMANDS.

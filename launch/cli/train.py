@@ -22,10 +22,10 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
 
   examples
       evspan train experiment=demo dataset.root=shards run_dir=runs/demo
-      evspan train experiment=gen4/tiny dataset.root=/data/gen4 run_dir=runs/tiny parallel.ranks=4 training.batch_size=24
+      evspan train experiment=gen4/3scale_baseline dataset.root=/data/gen4 run_dir=runs/tiny parallel.ranks=4 training.batch_size=24
 
   choices (each a file in conf/GROUP/)
-      experiment=null            demo | gen4/{tiny,small,base} | gen4/{3scale_baseline,3scale_sizeaware,
+      experiment=null            demo | gen4/{small,base} | gen4/{3scale_baseline,3scale_sizeaware,
                                  3scale_sizeaware_attention,4scale_sizeaware_attention} |
                                  {gen4,etram}/{rvt_tiny,rvt_small,rvt_base}, RVT's published values, which were not run
                                  here; rvt: these for another dataset or size

@@ -19,7 +19,7 @@ SUBMIT_HELP = """evspan submit: one run as a SLURM job, over as many nodes as pa
   evspan submit KEY=VALUE ...     the keys of `evspan train` (evspan train --help), and where: cluster=NAME, cluster.KEY=VALUE
 
   examples
-      evspan submit experiment=gen4/tiny dataset.root=/data/gen4 run_dir=runs/tiny parallel.ranks=16 cluster=gpu_nodes
+      evspan submit experiment=gen4/3scale_baseline dataset.root=/data/gen4 run_dir=runs/tiny parallel.ranks=16 cluster=gpu_nodes
       evspan submit ... cluster.partition=gpu cluster.account=lab cluster.timeout_min=720 cluster.detach=true
       evspan submit ... cluster.dry_run=true          prints the batch script, submits nothing
       evspan submit ... cluster=local                 the same on this machine
@@ -45,7 +45,7 @@ SWEEP_HELP = """evspan sweep: many runs, one for each combination of the values 
   evspan sweep run_dir=SWEEP KEY=A,B KEY=C,D KEY=VALUE ...        runs SWEEP/0, SWEEP/1, ..., as an array of SLURM
 
   examples
-      evspan sweep run_dir=sweeps/lr dataset.root=/data/gen4 experiment=gen4/tiny optimizer.lr=1e-4,3e-4,1e-3 cluster=gpu_nodes
+      evspan sweep run_dir=sweeps/lr dataset.root=/data/gen4 experiment=gen4/3scale_baseline optimizer.lr=1e-4,3e-4,1e-3 cluster=gpu_nodes
       evspan sweep run_dir=sweeps/lr ... cluster.array_parallelism=4 cluster.detach=true
       evspan sweep run_dir=sweeps/lr ... cluster=local            one after the other on this machine
 

@@ -36,6 +36,7 @@ from evspan.pipeline.engine.step_report import (
 from evspan.pipeline.evaluation.coco import Metrics
 from evspan.pipeline.history import append, record_first_step, record_start, write_progress
 from evspan.pipeline.inference.trained_detector import load_tensors
+from evspan.pipeline.model.backbone import Execution
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.norm import RankReductions, global_batch_norms
@@ -554,15 +555,16 @@ def _build_detector(
     config: TrainConfig, channels: int, exchange: Exchange, world: World
 ) -> Detector:
     """With random weights, or those of `checkpoint.init_from`."""
-    detector = Detector(config.model, channels, exchange)
+    training = config.training
+    execution = Execution(
+        frames_per_call=training.frames_per_call,
+        bptt_frames=training.bptt_frames,
+        activation_checkpointing=training.activation_checkpointing,
+        compile=training.compile,
+    )
+    detector = Detector(config.model, channels, exchange, execution=execution)
     if config.checkpoint.init_from:
         load_tensors(detector, load_weights(config.checkpoint.init_from))
-    training = config.training
-    detector.backbone.frames_per_call = training.frames_per_call
-    detector.backbone.recompute = training.activation_checkpointing
-    detector.backbone.bptt_frames = training.bptt_frames
-    if training.compile:
-        detector.backbone.compile_spatial()
     if world.size > 1:
         global_batch_norms(detector, RankReductions(gather_over_ranks, sum_over_ranks))
     return detector

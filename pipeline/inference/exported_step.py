@@ -63,7 +63,7 @@ def output_names(state: DetectorState) -> list[str]:
 def about(weights: Weights, state: DetectorState) -> dict[str, Any]:
     """What a file's user has to know, as JSON values."""
     return {
-        "model": weights.model.name,
+        "model": "rnndet",  # the only detector there is
         "step": weights.step,
         "classes": weights.classes,
         "frames": plain(asdict(weights.frames)),

@@ -1,7 +1,8 @@
 """Small-object attention of the neck: spatial, temporal and channel attention.
 
-Every block starts as the identity: what it adds is multiplied by a learnable gate that starts at zero. With
-`identity_init=False` it is the published form, which scales every feature from the first step.
+Every block starts as the identity: what it adds is multiplied by a learnable gate that starts at
+zero. With `identity_init=False` a block has the published form, which scales every feature from the
+first step.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,13 @@ def _gated(t: Tensor, gate: nn.Parameter | None) -> Tensor:
 
 
 class MultiScaleSpatialAttention(nn.Module):
-    """out = x * map + x, the map (N, 1, h, w) from dilated 3x3 convolutions of several scales."""
+    """out = x * map + x; the map (N, 1, h, w) comes from dilated 3x3 convolutions.
+
+    Args:
+        channels: of the features.
+        scales: dilations.
+        identity_init: a gate that starts at zero multiplies the map.
+    """
 
     def __init__(
         self, channels: int, scales: Sequence[int] = (1, 2, 4), *, identity_init: bool = True
@@ -41,16 +48,14 @@ class MultiScaleSpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> the same shape."""
         first, rectify, last = self.attention_conv
-        # The first 1x1 convolution is linear in what the dilated ones give: multiplied into their kernels it leaves a third less
-        # to do, and no map of `combined_channels` is written.
+        # The first 1x1 convolution is linear in the output of the dilated ones. Multiplied into
+        # their kernels it saves a third of the work, and no map of `combined_channels` is written.
         mix = first.get_parameter("weight").flatten(1)  # (middle, combined)
         dilated = torch.stack([conv.get_parameter("weight") for conv in self.scale_convs])
-        kernels = (
-            mix.unflatten(1, dilated.shape[:2]).transpose(0, 1) @ dilated.flatten(2)
-        ).unflatten(2, dilated.shape[2:])
-        bias = first.get_parameter("bias") + mix @ torch.cat(
-            [conv.get_parameter("bias") for conv in self.scale_convs]
-        )
+        mix_by_scale = torch.unflatten(mix, 1, dilated.shape[:2]).transpose(0, 1)
+        kernels = torch.unflatten(mix_by_scale @ dilated.flatten(2), 2, dilated.shape[2:])
+        dilated_bias = torch.cat([conv.get_parameter("bias") for conv in self.scale_convs])
+        bias = first.get_parameter("bias") + mix @ dilated_bias
         hidden = F.conv2d(x, kernels[0], bias, padding=self.scales[0], dilation=self.scales[0])
         for kernel, scale in zip(kernels[1:], self.scales[1:], strict=True):
             hidden.add_(F.conv2d(x, kernel, padding=scale, dilation=scale))
@@ -60,8 +65,9 @@ class MultiScaleSpatialAttention(nn.Module):
 class EventTemporalAttention(nn.Module):
     """Causal attention over the last frames: out = x + temporal * motion * weights.
 
-    temporal: a (window, 1, 1) convolution over frames t-window+1 .. t; motion: sigmoid(conv(cat(current, previous)));
-    weights per channel: two linear layers on the pooled temporal features.
+    temporal: a (window, 1, 1) convolution over the frames t - window + 1 .. t.
+    motion: sigmoid(conv(cat(current, previous))), one map.
+    weights: per channel, two linear layers on the pooled temporal features.
     """
 
     def __init__(
@@ -77,22 +83,30 @@ class EventTemporalAttention(nn.Module):
         self.gate = _gate(identity_init)
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
-        """x: (N, C, h, w); previous: (N, window - 1, C, h, w), oldest first -> (N, C, h, w)."""
-        channels, older = x.shape[1], previous.shape[1] - 1
+        """Attends to the current frames.
+
+        Args:
+            x: (N, C, h, w).
+            previous: (N, window - 1, C, h, w), the frames before each of them, oldest first.
+
+        Returns:
+            (N, C, h, w).
+        """
+        channels = x.shape[1]
+        older = previous.shape[1] - 1
         frames = torch.cat((previous.flatten(1, 2), x), dim=1)
-        # The (window, 1, 1) kernel on a window's frames is a 1x1 one on their channels, oldest first. The 3x3 one to a single
-        # map is nine 1x1 ones, whose maps are then shifted and added; both read the frames in one product.
+        # The (window, 1, 1) kernel on a window's frames is a 1x1 kernel on their channels, oldest
+        # first. The 3x3 kernel with one output is nine 1x1 kernels whose maps are then shifted and
+        # added. One product computes both.
         over_time = self.temporal_conv.weight[..., 0, 0].transpose(1, 2).flatten(1)
         current, before = self.motion_conv.weight.view(2, channels, 9).transpose(1, 2)
         taps = F.pad(torch.cat((before, current), dim=1), (older * channels, 0))
         bias_of_motion = F.pad(self.motion_conv.get_parameter("bias"), (4, 4))  # at the middle tap
         bias = torch.cat((self.temporal_conv.get_parameter("bias"), bias_of_motion))
-        temporal, maps = F.conv2d(
-            frames, torch.cat((over_time, taps))[..., None, None], bias
-        ).split([channels, 9], dim=1)
-        motion = F.conv2d(
-            maps, torch.eye(9, dtype=x.dtype, device=x.device).view(1, 9, 3, 3), padding=1
-        ).sigmoid()
+        kernels = torch.cat((over_time, taps))[..., None, None]
+        temporal, maps = torch.split(F.conv2d(frames, kernels, bias), [channels, 9], dim=1)
+        shifts = torch.eye(9, dtype=x.dtype, device=x.device).view(1, 9, 3, 3)
+        motion = F.conv2d(maps, shifts, padding=1).sigmoid()
         weights = self.temporal_fc(temporal.mean((2, 3))).sigmoid()
         return torch.addcmul(x, temporal, motion * _gated(weights, self.gate)[..., None, None])
 
@@ -109,14 +123,17 @@ class ScaleAwareChannelAttention(nn.Module):
         self.gate = _gate(identity_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.fc(x.mean((2, 3))).sigmoid()[..., None, None]
-        return x * weights if self.gate is None else x * (1 + self.gate * (weights - 1))
+        """(N, C, h, w) -> the same shape."""
+        weights: Tensor = self.fc(x.mean((2, 3))).sigmoid()[..., None, None]
+        if self.gate is None:
+            return x * weights
+        return x * (1 + self.gate * (weights - 1))
 
 
 class SmallObjectAttentionModule(nn.Module):
-    """Spatial, then temporal attention, then a 1x1 integration convolution where both are on.
+    """Spatial, then temporal attention, then a 1x1 integration convolution if both are on.
 
-    What temporal attention looks back at are the features after spatial attention (`before_time`).
+    Temporal attention reads the features of earlier frames after spatial attention (`before_time`).
     """
 
     def __init__(
@@ -129,11 +146,9 @@ class SmallObjectAttentionModule(nn.Module):
         identity_init: bool = True,
     ) -> None:
         super().__init__()
-        self.spatial = (
-            MultiScaleSpatialAttention(channels, identity_init=identity_init)
-            if enable_spatial
-            else None
-        )
+        self.spatial = None
+        if enable_spatial:
+            self.spatial = MultiScaleSpatialAttention(channels, identity_init=identity_init)
         self.temporal = None
         if enable_temporal:
             self.temporal = EventTemporalAttention(
@@ -144,22 +159,35 @@ class SmallObjectAttentionModule(nn.Module):
         self.gate = _gate(identity_init) if both else None
 
     def before_time(self, x: Tensor) -> Tensor:
-        return x if self.spatial is None else self.spatial(x)
+        """The part that treats every frame alike: (N, C, h, w) -> the same shape."""
+        if self.spatial is None:
+            return x
+        out: Tensor = self.spatial(x)
+        return out
 
     def over_time(self, x: Tensor, previous: Tensor | None) -> Tensor:
+        """The part that reads earlier frames, and the integration.
+
+        Args:
+            x: (N, C, h, w) of `before_time`.
+            previous: (N, window - 1, C, h, w) of `before_time` for the frames before, oldest first;
+                None without temporal attention.
+
+        Returns:
+            (N, C, h, w).
+        """
         if self.temporal is not None:
             assert previous is not None
             x = self.temporal(x, previous)
         if self.integration is None:
             return x
         if self.gate is None:
-            return self.integration(x)
-        return x + F.conv2d(
-            x,
-            self.integration.weight * self.gate,
-            self.integration.get_parameter("bias") * self.gate,
-        )
+            out: Tensor = self.integration(x)
+            return out
+        weight = self.integration.weight * self.gate
+        bias = self.integration.get_parameter("bias") * self.gate
+        return x + F.conv2d(x, weight, bias)
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
-        """x: (N, C, h, w); previous: (N, window - 1, C, h, w), what `before_time` gave for the frames before."""
+        """`before_time`, then `over_time`; for shapes see there."""
         return self.over_time(self.before_time(x), previous)

@@ -1,15 +1,17 @@
-"""RVT's recurrent MaxViT (Gehrig & Scaramuzza, CVPR 2023), all frames of a chunk at once.
+"""RVT's recurrent MaxViT (Gehrig & Scaramuzza, CVPR 2023), all frames of a chunk at a time.
 
-Only the LSTM knows time: a stage's spatial part runs on T*B frames in one call, the input half of the gates is one product,
-and only the hidden half steps through time.
+Only the LSTM depends on time: a stage's spatial part runs on T * B frames in one call, the input
+half of the gates is one product, and only the hidden half steps through time.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from evspan.conf.schema.training import BackboneConfig
-from evspan.pipeline.model import cpu_blocks as cached
+from evspan.pipeline.model import cpu_blocks
+from evspan.pipeline.model.autograd import run_function
 from evspan.pipeline.model.layers import FrameConv2d
 from evspan.pipeline.model.lstm import CellLSTM, truncated
 from evspan.pipeline.model.sequence_protocol import Exchange
@@ -17,26 +19,52 @@ from evspan.pipeline.model.state import StageState
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Positions. Up to here plain products take half the time of the fused CPU kernel, which pays for every head and window.
+# Positions per group. Up to this number plain products take half the time of the fused CPU kernel,
+# which has a fixed cost per head and window.
 SMALL_WINDOW = 32
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How the backbone runs a chunk. Only `bptt_frames` changes results (gradients).
+
+    Attributes:
+        frames_per_call: frames, over all lanes, per call of a stage's spatial part; 0: the whole
+            chunk.
+        bptt_frames: gradients flow back through at most this number of frames; 0: the whole chunk.
+        activation_checkpointing: backward recomputes the spatial part, one call at a time.
+        compile: torch.compile of each stage's spatial part. It compiles once for every number of
+            frames in a call: keep that number constant.
+    """
+
+    frames_per_call: int = 0
+    bptt_frames: int = 0
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
 class LayerScale(nn.Module):
-    """y * gamma, taken into the weights of the layer that gives y: a pass over all cells less, forward and backward."""
+    """y * gamma per channel, folded into the linear layer that computes y.
+
+    Folding saves a pass over all cells, forward and backward.
+    """
 
     def __init__(self, dim: int, start: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), start))
 
     def after(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Weight and bias of `layer` followed by this."""
+        """Weight (dim, inputs) and bias (dim,) of `layer` followed by this scale."""
         return layer.weight * self.gamma[:, None], layer.bias * self.gamma
 
 
 class MLP(nn.Module):
+    """Linear, GELU, linear; `ratio` times as wide in the middle."""
+
     def __init__(self, dim: int, ratio: int) -> None:
         super().__init__()
-        # Nested and with an empty third place: the published parameter names are net.0.0 and net.2.
+        # Nested, with an identity in second place: the published parameter names are net.0.0 and
+        # net.2.
         self.net = nn.Sequential(
             nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU()),
             nn.Identity(),
@@ -44,17 +72,24 @@ class MLP(nn.Module):
         )
 
     def layers(self, scale: LayerScale) -> tuple[nn.Linear, tuple[Tensor, Tensor]]:
-        """The first linear layer; weight and bias of the second one, times `scale`."""
-        return self.net[0][0], scale.after(self.net[2])  # type: ignore[arg-type, index]  # the layers above
+        """The first linear layer; weight and bias of the second one times `scale`."""
+        inner = self.net[0]
+        assert isinstance(inner, nn.Sequential)
+        first = inner[0]
+        second = self.net[2]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(second, nn.Linear)
+        return first, scale.after(second)
 
     def forward(self, x: Tensor, scale: LayerScale) -> Tensor:
         """(..., C) -> the same shape, times `scale`."""
-        first, second = self.layers(scale)
-        return F.linear(F.gelu(F.linear(x, first.weight, first.bias)), *second)
+        first, (weight, bias) = self.layers(scale)
+        hidden = F.gelu(F.linear(x, first.weight, first.bias))
+        return F.linear(hidden, weight, bias)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over (groups, positions, C); qkv is head-major: head 0's q, k, v, then head 1's, ..."""
+    """Multi-head attention inside groups; qkv is ordered by head, then query, key, value."""
 
     def __init__(self, dim: int, dim_head: int) -> None:
         super().__init__()
@@ -63,32 +98,44 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, scale: LayerScale) -> Tensor:
+        """(groups, positions, C) -> the same shape, times `scale`."""
         groups, positions, dim = x.shape
         qkv = self.qkv(x).view(groups, positions, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
-        # In half precision the fused CPU kernel's backward takes four times as long as that of plain products.
-        plain = x.is_cpu and (
-            positions <= SMALL_WINDOW or x.dtype in (torch.bfloat16, torch.float16)
-        )
-        out = _attend(qkv) if plain else F.scaled_dot_product_attention(*qkv.unbind(0))
-        return F.linear(
-            out.transpose(1, 2).reshape(groups, positions, dim), *scale.after(self.proj)
-        )
+        # In half precision the fused CPU kernel's backward takes four times as long as plain
+        # products.
+        is_half = x.dtype in (torch.bfloat16, torch.float16)
+        if x.is_cpu and (positions <= SMALL_WINDOW or is_half):
+            out = _attend(qkv)
+        else:
+            out = F.scaled_dot_product_attention(*qkv.unbind(0))
+        weight, bias = scale.after(self.proj)
+        return F.linear(out.transpose(1, 2).reshape(groups, positions, dim), weight, bias)
 
 
 def _attend(qkv: Tensor) -> Tensor:
-    """scaled_dot_product_attention of (3, groups, heads, positions, c) in plain products."""
-    q, k, v = qkv.reshape(3, -1, *qkv.shape[3:]).unbind(
-        0
-    )  # contiguous: the batched products copy otherwise
+    """scaled_dot_product_attention in plain products.
+
+    Args:
+        qkv: (3, groups, heads, positions, c).
+
+    Returns:
+        (groups, heads, positions, c).
+    """
+    # Contiguous: the batched products would copy otherwise.
+    q, k, v = qkv.reshape(3, -1, *qkv.shape[3:]).unbind(0)
     scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
-    weights = (
-        _ShortSoftmax.apply(scores) if scores.shape[-1] <= SMALL_WINDOW else scores.softmax(-1)
-    )
+    if scores.shape[-1] <= SMALL_WINDOW:
+        weights: Tensor = run_function(_ShortSoftmax, scores)
+    else:
+        weights = scores.softmax(-1)
     return torch.bmm(weights, v).view(qkv.shape[1:])
 
 
 class _ShortSoftmax(torch.autograd.Function):
-    """softmax over a short last dim in whole-tensor steps: torch's CPU kernel goes row by row, six times as slow at 15."""
+    """softmax over a short last dim in whole-tensor steps.
+
+    torch's CPU kernel goes row by row and takes six times as long at 15 positions.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -100,12 +147,15 @@ class _ShortSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (weights,) = ctx.saved_tensors
-        change = gradient * weights
+        change: Tensor = gradient * weights
         return change.addcmul_(weights, change.sum(-1, keepdim=True), value=-1)
 
 
 class PartitionAttention(nn.Module):
-    """Attention inside windows of neighbouring cells, or inside grids of cells spread evenly; then an MLP."""
+    """Attention inside groups of cells, then an MLP.
+
+    A group is a window of neighbouring cells or, with `grid`, cells spread evenly over the map.
+    """
 
     def __init__(self, dim: int, config: BackboneConfig, *, grid: bool, first_norm: bool) -> None:
         super().__init__()
@@ -118,63 +168,84 @@ class PartitionAttention(nn.Module):
         self.ls2 = LayerScale(dim, config.ls_init_value)
 
     def forward(self, x: Tensor, partition: tuple[int, int]) -> Tensor:
-        """x: (N, h, w, C), partition: (rows, columns) of a window, which divide h and w."""
+        """(N, h, w, C) -> the same shape.
+
+        Args:
+            partition: (rows, columns) of a group; they divide h and w.
+        """
+        x = self._attended(x, partition)
+        if cpu_blocks.is_supported(x):
+            first, second = self.mlp.layers(self.ls2)
+            return cpu_blocks.mlp_block(x, self.norm2, first, second)
+        change: Tensor = self.mlp(self.norm2(x), self.ls2)
+        return x + change
+
+    def _attended(self, x: Tensor, partition: tuple[int, int]) -> Tensor:
+        """x plus its attention, (N, h, w, C)."""
         n, h, w, c = x.shape
         rows, columns = partition
-        down, across = h // rows, w // columns
-        # dims: (n, outer row, inner row, outer column, inner column, c); a grid's members are the outer ones
+        down = h // rows
+        across = w // columns
+        # Split dims: (n, outer row, inner row, outer column, inner column, c). A window's members
+        # are the inner rows and columns, a grid's the outer ones. `order` brings the groups to the
+        # front, `back` is its inverse.
         if self.grid:
-            split, order, back = (
-                (n, rows, down, columns, across, c),
-                (0, 2, 4, 1, 3, 5),
-                (0, 3, 1, 4, 2, 5),
-            )
-            shape = (n, down, across, rows, columns, c)
+            split = (n, rows, down, columns, across, c)
+            order = (0, 2, 4, 1, 3, 5)
+            back = (0, 3, 1, 4, 2, 5)
         else:
-            split, order, back = (
-                (n, down, rows, across, columns, c),
-                (0, 1, 3, 2, 4, 5),
-                (0, 1, 3, 2, 4, 5),
+            split = (n, down, rows, across, columns, c)
+            order = (0, 1, 3, 2, 4, 5)
+            back = (0, 1, 3, 2, 4, 5)
+        attention = self.self_attn
+        is_narrow = c < cpu_blocks.WIDE
+        if cpu_blocks.is_supported(x) and is_narrow and rows * columns > SMALL_WINDOW:
+            projection = self.ls1.after(attention.proj)
+            return cpu_blocks.attention_block(
+                x, split, order, self.norm1, attention.qkv, projection, attention.heads
             )
-            shape = (n, down, across, rows, columns, c)
-        if cached.serves(x) and c < cached.WIDE and rows * columns > SMALL_WINDOW:
-            attn = self.self_attn
-            x = cached.attention_block(
-                x, split, order, self.norm1, attn.qkv, self.ls1.after(attn.proj), attn.heads
-            )
-        else:
-            groups = self.norm1(x).view(split).permute(order).reshape(-1, rows * columns, c)
-            x = x + self.self_attn(groups, self.ls1).view(shape).permute(back).reshape(n, h, w, c)
-        if cached.serves(x):
-            return cached.mlp_block(x, self.norm2, *self.mlp.layers(self.ls2))
-        return x + self.mlp(self.norm2(x), self.ls2)
+        groups = self.norm1(x).view(split).permute(order).reshape(-1, rows * columns, c)
+        change: Tensor = attention(groups, self.ls1).view(n, down, across, rows, columns, c)
+        return x + change.permute(back).reshape(n, h, w, c)
 
 
 class AttentionPair(nn.Module):
+    """Window attention, then grid attention."""
+
     def __init__(self, dim: int, config: BackboneConfig, *, first: bool) -> None:
         super().__init__()
         self.att_window = PartitionAttention(dim, config, grid=False, first_norm=not first)
         self.att_grid = PartitionAttention(dim, config, grid=True, first_norm=True)
 
     def forward(self, x: Tensor, partition: tuple[int, int]) -> Tensor:
-        return self.att_grid(self.att_window(x, partition), partition)
+        """(N, h, w, C) -> the same shape; partition: (rows, columns) of a group."""
+        out: Tensor = self.att_grid(self.att_window(x, partition), partition)
+        return out
 
 
 class Downsample(nn.Module):
-    """Overlapping convolution, then LayerNorm over channels: (N, C, h, w) -> (N, h/s, w/s, C')."""
+    """Overlapping convolution, then LayerNorm over channels."""
 
     def __init__(self, channels: int, dim: int, factor: int) -> None:
         super().__init__()
-        kernel, kind = (7, FrameConv2d) if factor == 4 else (3, nn.Conv2d)
+        kernel = 7 if factor == 4 else 3
+        kind = FrameConv2d if factor == 4 else nn.Conv2d
         self.conv = kind(channels, dim, kernel, stride=factor, padding=kernel // 2, bias=False)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, *padding: tuple[int, int]) -> Tensor:
-        """`padding` (rows below, columns on the right) is for frames only."""
-        return self.norm(self.conv(x, *padding).permute(0, 2, 3, 1).contiguous())
+        """(N, C, h, w) -> (N, h / factor, w / factor, dim).
+
+        Args:
+            padding: (rows below, columns on the right) to zero-pad; for uint8 frames only.
+        """
+        out: Tensor = self.norm(self.conv(x, *padding).permute(0, 2, 3, 1).contiguous())
+        return out
 
 
 class Stage(nn.Module):
+    """One level of the backbone: downsampling, attention blocks, LSTM."""
+
     def __init__(
         self, channels: int, dim: int, factor: int, blocks: int, config: BackboneConfig
     ) -> None:
@@ -186,7 +257,16 @@ class Stage(nn.Module):
         self.lstm = CellLSTM(dim, dws_conv=config.dws_conv, forget_bias=config.forget_bias)
 
     def spatial(self, x: Tensor, partition: tuple[int, int], *padding: tuple[int, int]) -> Tensor:
-        """(N, C, h, w) -> (N, h', w', C'), all frames alike."""
+        """The part of the stage that treats every frame alike.
+
+        Args:
+            x: (N, C, h, w); uint8 in stage 1.
+            partition: (rows, columns) of an attention group.
+            padding: (rows below, columns on the right) to zero-pad; for frames only.
+
+        Returns:
+            (N, h', w', dim).
+        """
         x = self.downsample_cf2cl(x, *padding)
         for pair in self.att_blocks:
             x = pair(x, partition)
@@ -194,72 +274,94 @@ class Stage(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Four stages at strides 4, 8, 16, 32."""
+    """Four stages at strides 4, 8, 16, 32.
+
+    Args:
+        config: sizes of the stages.
+        in_channels: channels of a frame, 2 * bins.
+        execution: how a chunk is run; None: all of it at a time.
+    """
 
     strides = (4, 8, 16, 32)
 
-    def __init__(self, config: BackboneConfig, in_channels: int) -> None:
+    def __init__(
+        self, config: BackboneConfig, in_channels: int, execution: Execution | None = None
+    ) -> None:
         super().__init__()
         self.config = config
-        self.frames_per_call = (
-            0  # frames (of all lanes) in a call of a stage's spatial part; 0: all of a chunk
-        )
-        self.bptt_frames = 0  # that gradients flow back through at most; 0: all of a chunk
-        self.recompute = False  # activation checkpointing: backward makes the spatial part anew, a call at a time
+        self.execution = execution or Execution()
         inputs = [in_channels, *config.dims[:-1]]
         self.stages = nn.ModuleList(
             Stage(inputs[i], config.dims[i], 4 if i == 0 else 2, config.num_blocks[i], config)
             for i in range(4)
         )
-
-    def compile_spatial(self) -> None:
-        """torch.compile of each stage's spatial part, anew for every number of frames in a call: keep it the same."""
-        for stage in self.stages:
-            assert isinstance(stage, Stage)
-            stage.spatial = torch.compile(stage.spatial, dynamic=False)  # type: ignore[method-assign]
+        if self.execution.compile:
+            for stage in self.stages:
+                assert isinstance(stage, Stage)
+                compiled = torch.compile(stage.spatial, dynamic=False)
+                # Only this part is compiled; the LSTM stays as it is.
+                stage.spatial = compiled  # type: ignore[method-assign]
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size that frames are zero-padded to, below and on the right, so that windows divide every stage's map."""
+        """The (height, width) that frames are zero-padded to, on the right and below.
+
+        Multiples of 32 * partition_split_32, so that attention groups divide every stage's map.
+        """
         step = 32 * self.config.partition_split_32
         return -(-height // step) * step, -(-width // step) * step
 
     def forward(
         self, frames: Tensor, states: tuple[StageState, ...], exchange: Exchange
     ) -> tuple[list[Tensor], tuple[StageState, ...]]:
-        """
+        """Runs one chunk.
+
         Args:
-            frames: (T, B, in_channels, H, W) uint8, unpadded. states: one per stage.
+            frames: (T, B, in_channels, H, W) uint8, unpadded.
+            states: one per stage.
+            exchange: runs the recurrences.
+
         Returns:
-            per stage the features (T, B, C, h, w) = hidden states, and the states after the last frame.
+            Per stage the hidden states (T, B, C, h, w); and the states after the last frame.
         """
         steps, lanes, _, height, width = frames.shape
-        padded = self.input_size(height, width)
+        padded_height, padded_width = self.input_size(height, width)
         step = 32 * self.config.partition_split_32
-        partition = (padded[0] // step, padded[1] // step)
-        x, padding = frames.flatten(0, 1), [(padded[0] - height, padded[1] - width)]
-        features, after = [], []
+        partition = (padded_height // step, padded_width // step)
+        x = frames.flatten(0, 1)
+        padding = [(padded_height - height, padded_width - width)]
+        features = []
+        next_states = []
         for stage, state in zip(self.stages, states, strict=True):
             assert isinstance(stage, Stage)
             y = self._spatial(stage, x, partition, *padding)
             recurrence = stage.lstm.recurrence()
-            if self.bptt_frames:
-                recurrence = truncated(recurrence, self.bptt_frames)
-            y, state = exchange.scan(recurrence, y.view(steps, lanes, *y.shape[1:]), state)
-            features.append(y.permute(0, 1, 4, 2, 3))
-            x, padding = features[-1].flatten(0, 1), []
-            after.append(state)
-        return features, tuple(after)
+            if self.execution.bptt_frames:
+                recurrence = truncated(recurrence, self.execution.bptt_frames)
+            hidden, next_state = exchange.scan(
+                recurrence, y.view(steps, lanes, *y.shape[1:]), state
+            )
+            feature = hidden.permute(0, 1, 4, 2, 3)
+            features.append(feature)
+            next_states.append(next_state)
+            x = feature.flatten(0, 1)
+            padding = []
+        return features, tuple(next_states)
 
     def _spatial(self, stage: Stage, x: Tensor, *layout: tuple[int, int]) -> Tensor:
-        """stage.spatial, some frames at a time, and recomputed in backward where asked. Communication stays outside."""
-        parts = x.split(self.frames_per_call or len(x)) if len(x) else [x]
-        if self.recompute and torch.is_grad_enabled():
-            done = [
-                checkpoint(
+        """`stage.spatial` on a few frames at a time, recomputed in backward if configured.
+
+        Recomputation would repeat communication, so none takes place in here.
+        """
+        parts = [x]
+        if len(x):
+            parts = list(torch.split(x, self.execution.frames_per_call or len(x)))
+        results: list[Tensor] = []
+        for part in parts:
+            if self.execution.activation_checkpointing and torch.is_grad_enabled():
+                result = checkpoint(
                     stage.spatial, part, *layout, use_reentrant=False, preserve_rng_state=False
                 )
-                for part in parts
-            ]
-        else:
-            done = [stage.spatial(part, *layout) for part in parts]
-        return done[0] if len(done) == 1 else torch.cat(done)
+            else:
+                result = stage.spatial(part, *layout)
+            results.append(result)
+        return results[0] if len(results) == 1 else torch.cat(results)

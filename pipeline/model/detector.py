@@ -1,29 +1,128 @@
-"""The detector: recurrent backbone, neck, head. Reads as single-device code; where a sequence lies is the exchange's affair."""
+"""The detector: recurrent backbone, neck, head.
+
+It reads as single-device code. How a sequence is spread over ranks is up to the exchange.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from evspan.conf.schema.training import ModelConfig
-from evspan.pipeline.model.backbone import Backbone
+from evspan.pipeline.model.backbone import Backbone, Execution
 from evspan.pipeline.model.head import Geometry, YOLOXHead, decode
-from evspan.pipeline.model.neck import ATTENDED_SCALES, YOLOPAFPN
+from evspan.pipeline.model.neck import ATTENDED_SCALES, YOLOPAFPN, LookBack
 from evspan.pipeline.model.postprocess import detections
 from evspan.pipeline.model.sequence_protocol import Exchange, LocalExchange
 from evspan.pipeline.model.state import DetectorState, StageState, forget_lanes
 from torch import Tensor, nn
 
 
-class Detector(nn.Module):
-    """Frames (T, B, in_channels, H, W) uint8 and state in, raw predictions of the labelled frames and next state out.
+class LookBackRows(NamedTuple):
+    """Rows of the tensors that the neck and temporal attention read, see `look_back_rows`.
 
-    Parameter names are those of RVT's published checkpoints without their `mdl.` prefix.
+    needed: (p,) int64, the frames that the neck runs on, as rows of all T * B frames of the chunk
+        in (t, b) order. They are packed into one batch in that order.
+    labelled: (n,) int64, the labelled frames, as rows of the packed ones.
+    before: (n, frames) int64, the frames before each labelled frame, oldest first, as rows of the
+        carried frames (frames * B) followed by the packed ones; None when `frames` is 0.
+    last: (frames * B,) int64, the last frames of the chunk, as rows of the same.
     """
 
+    needed: Tensor
+    labelled: Tensor
+    before: Tensor | None
+    last: Tensor
+
+    def to(self, device: torch.device) -> "LookBackRows":
+        """A copy on `device`; the host does not wait for it."""
+        before = self.before
+        return LookBackRows(
+            needed=self.needed.to(device, non_blocking=True),
+            labelled=self.labelled.to(device, non_blocking=True),
+            before=None if before is None else before.to(device, non_blocking=True),
+            last=self.last.to(device, non_blocking=True),
+        )
+
+
+def look_back_rows(labelled: Tensor, following: Tensor, frames: int) -> LookBackRows:
+    """Finds the frames that the neck needs, and where each labelled frame finds those before it.
+
+    The neck runs on the labelled frames, on those that temporal attention reads for them, and on
+    those that labelled frames after this rank's last one read. These are the same frames, and so
+    the same BatchNorm statistics, for every number of ranks per sequence. Rows of `last` whose
+    frame is not needed point at an earlier frame; nothing reads what is carried in their place.
+
+    Example: a chunk of 4 frames of one lane, each of which reads one frame back (`frames` = 1).
+    Only frame 1 is labelled, and the first frame of the next chunk may be:
+
+        labelled  = [[0], [1], [0], [0]]      following = [[1]]
+
+        needed    = [0, 1, 3]   frame 0 is read by frame 1, frame 3 by the next chunk, frame 2 by
+        none rows         0 = the carried frame, 1, 2, 3 = the packed frames 0, 1, 3
+        labelled  = [1]         frame 1 is row 1 of the packed frames
+        before    = [[1]]       the frame before frame 1 is frame 0
+        last      = [3]         frame 3 is carried into the next chunk
+
+    Args:
+        labelled: (T, B) bool, this rank's frames.
+        following: (frames, B) bool, which of the frames after this rank's last one may be labelled.
+        frames: number of earlier frames that a labelled frame reads, 0 or more.
+
+    Returns:
+        Rows on the device of `labelled`.
+    """
+    steps, lanes = labelled.shape
+    labelled_rows = labelled.flatten().nonzero()[:, 0]
+    needed = labelled.clone()
+    if frames:
+        ahead = torch.cat((labelled, following))
+        for k in range(1, frames + 1):
+            needed |= ahead[k : k + steps]
+    num_carried = frames * lanes
+    carried_rows = torch.arange(num_carried, device=labelled.device)
+    packed_rows = needed.flatten().cumsum(0) - 1 + num_carried
+    # The row of every frame from the oldest carried one on, in (t, b) order.
+    row = torch.cat((carried_rows, packed_rows))
+    before = None
+    if frames:
+        before = torch.stack([row[labelled_rows + k * lanes] for k in range(frames)], 1)
+    return LookBackRows(
+        needed=needed.flatten().nonzero()[:, 0] if frames else labelled_rows,
+        labelled=row[labelled_rows + num_carried] - num_carried,
+        before=before,
+        last=row[steps * lanes :],
+    )
+
+
+class Detector(nn.Module):
+    """Maps frames and state to raw predictions and the next state.
+
+    Parameter names are those of RVT's published checkpoints without their `mdl.` prefix.
+
+    Args:
+        config: the model.
+        in_channels: channels of a frame, 2 * bins.
+        exchange: runs the recurrence of a sequence over its ranks; None: one rank.
+        execution: how the backbone runs a chunk.
+    """
+
+    # Replaced by ablations.
+    look_back_rows = staticmethod(look_back_rows)
+
     def __init__(
-        self, config: ModelConfig, in_channels: int, exchange: Exchange | None = None
+        self,
+        config: ModelConfig,
+        in_channels: int,
+        exchange: Exchange | None = None,
+        *,
+        execution: Execution | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.exchange = config, exchange or LocalExchange()
-        self.backbone = Backbone(config.backbone, in_channels)
-        fpn, dims = config.fpn, [config.backbone.dims[s - 1] for s in config.fpn.in_stages]
+        self.config = config
+        self.exchange = exchange or LocalExchange()
+        self.backbone = Backbone(config.backbone, in_channels, execution)
+        fpn = config.fpn
+        dims = [config.backbone.dims[stage - 1] for stage in fpn.in_stages]
         self.fpn = YOLOPAFPN(
             fpn.in_stages,
             dims,
@@ -38,16 +137,20 @@ class Detector(nn.Module):
 
     @property
     def strides(self) -> tuple[int, ...]:
-        return tuple(Backbone.strides[s - 1] for s in self.config.fpn.in_stages)
+        """Input pixels per feature cell of each scale, finest first."""
+        return tuple(Backbone.strides[stage - 1] for stage in self.config.fpn.in_stages)
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size that frames are zero-padded to, right and below: multiples of 32 * partition_split_32."""
+        """The (height, width) that frames are zero-padded to, on the right and below.
+
+        Both are multiples of 32 * partition_split_32 pixels.
+        """
         return self.backbone.input_size(height, width)
 
     def geometry(self, height: int, width: int) -> Geometry:
-        """Per scale (h, w, stride) for frames of this size."""
-        padded = self.input_size(height, width)
-        return tuple((padded[0] // s, padded[1] // s, s) for s in self.strides)
+        """(rows, columns, stride) of each scale's feature map for frames of this size in pixels."""
+        padded_height, padded_width = self.input_size(height, width)
+        return tuple((padded_height // s, padded_width // s, s) for s in self.strides)
 
     def initial_state(
         self,
@@ -58,21 +161,20 @@ class Detector(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> DetectorState:
-        """Zeros for `batch` lanes of frames (height, width)."""
-        padded, dims, kind = (
-            self.input_size(height, width),
-            self.config.backbone.dims,
-            {"device": device, "dtype": dtype},
-        )
+        """The zero state of `batch` lanes of frames of (height, width) pixels."""
+        padded_height, padded_width = self.input_size(height, width)
 
-        def zeros(*lead: int, stage: int) -> Tensor:
-            stride = Backbone.strides[stage]
-            return torch.zeros(*lead, dims[stage], padded[0] // stride, padded[1] // stride, **kind)  # type: ignore[arg-type]
+        def zeros(stage: int, *leading: int) -> Tensor:
+            """(*leading, C, h, w) of a stage, counted from 1."""
+            channels = self.config.backbone.dims[stage - 1]
+            stride = Backbone.strides[stage - 1]
+            shape = (*leading, channels, padded_height // stride, padded_width // stride)
+            return torch.zeros(shape, device=device, dtype=dtype)
 
-        stages = tuple(StageState(zeros(batch, stage=s), zeros(batch, stage=s)) for s in range(4))
-        back = self.config.fpn.looks_back
-        attended = self.config.fpn.in_stages[:ATTENDED_SCALES] if back else []
-        return DetectorState(stages, tuple(zeros(back, batch, stage=s - 1) for s in attended))
+        stages = tuple(StageState(zeros(s, batch), zeros(s, batch)) for s in range(1, 5))
+        frames_back = self.config.fpn.looks_back
+        attended = self.config.fpn.in_stages[:ATTENDED_SCALES] if frames_back else []
+        return DetectorState(stages, tuple(zeros(s, frames_back, batch) for s in attended))
 
     def forward(
         self,
@@ -82,43 +184,50 @@ class Detector(nn.Module):
         starts: Tensor | None = None,
         labelled: Tensor | None = None,
     ) -> tuple[Tensor, DetectorState]:
-        """
+        """Runs one chunk.
+
         Args:
-            frames: (T, B, in_channels, H, W) uint8. starts: (B,) bool, lanes whose state begins at zero; None: no lane.
-            labelled: (T, B) bool, frames that predictions are wanted of; none at all is fine. None: all frames. Best on the
-                CPU, wherever the frames are: how many it marks must be known there, and asking a GPU would wait for it.
+            frames: (T, B, in_channels, H, W) uint8.
+            state: of `initial_state`, or what the previous chunk returned.
+            starts: (B,) bool, lanes whose state is reset to zero first; None: no lane.
+            labelled: (T, B) bool, the frames to predict; all may be False. None: all frames. Keep
+                it on the CPU: its count is needed there, and reading it from a GPU would block.
+
         Returns:
-            (n, cells, 5 + classes) raw predictions of the n labelled frames in (t, b) order, and the next state.
+            (n, cells, 5 + classes) raw predictions of the n labelled frames in (t, b) order, cells
+            ordered by scale, finest first, then row-major; and the next state.
         """
         if starts is not None:
             state = forget_lanes(state, starts)
         features, stages = self.backbone(frames, state.stages, self.exchange)
-        chosen = [features[s - 1].flatten(0, 1) for s in self.config.fpn.in_stages]
-        frames_back, mixed = self.config.fpn.looks_back, self.config.fpn.mix_lanes
+        chosen = [features[stage - 1].flatten(0, 1) for stage in self.config.fpn.in_stages]
+        frames_back = self.config.fpn.looks_back
         if labelled is None:
-            look_back: _AllFrames | _LookBack = _AllFrames(
-                frames.shape[1], state.previous, frames_back, self.exchange, mixed
-            )
+            history: _History = _AllFrames(state.previous, self.exchange, frames.shape[1])
         else:
-            look_back = _LookBack(
-                labelled, state.previous, frames_back, self.exchange, frames.device, mixed
-            )
-            chosen = [f[look_back.needed] for f in chosen]
-        return self.yolox_head(self.fpn(chosen, look_back)), DetectorState(
-            stages, tuple(look_back.carry)
-        )
+            following = labelled[:0]
+            if frames_back:
+                following = self.exchange.following(labelled, frames_back)
+            rows = self.look_back_rows(labelled, following, frames_back).to(frames.device)
+            history = _PackedFrames(state.previous, self.exchange, rows)
+            chosen = [feature[rows.needed] for feature in chosen]
+        raw: Tensor = self.yolox_head(self.fpn(chosen, history))
+        return raw, DetectorState(stages, tuple(history.carry))
 
     def step(self, frames: Tensor, state: DetectorState) -> tuple[Tensor, DetectorState]:
-        """One frame of every lane.
+        """Runs one frame of every lane.
 
         Args:
-            frames: (B, 2 * bins, H, W) uint8. state: of `initial_state`, or what the step before returned.
+            frames: (B, 2 * bins, H, W) uint8.
+            state: of `initial_state`, or what the previous step returned.
+
         Returns:
-            (B, cells, 5 + classes): cx, cy, w, h in pixels of the frames, objectness, class scores; cells ordered by scale,
-            finest first, then row-major. And the next state.
+            (B, cells, 5 + classes): cx, cy, w, h in pixels of the frames, objectness, class scores;
+            cells ordered by scale, finest first, then row-major. And the next state.
         """
         raw, state = self(frames[None], state)
-        return self.decode(raw, *frames.shape[-2:]), state
+        height, width = frames.shape[-2:]
+        return self.decode(raw, height, width), state
 
     def detect(
         self,
@@ -128,112 +237,95 @@ class Detector(nn.Module):
         confidence_threshold: float | None = None,
         nms_threshold: float | None = None,
     ) -> tuple[list[Tensor], DetectorState]:
-        """`step`, then thresholds and non-maximum suppression per class; thresholds are the model config's unless given.
+        """`step`, then confidence threshold and non-maximum suppression per class.
+
+        Args:
+            frames: (B, 2 * bins, H, W) uint8.
+            state: of `initial_state`, or what the previous step returned.
+            confidence_threshold: lowest objectness * class score; None: the model config's.
+            nms_threshold: IoU threshold of the suppression; None: the model config's.
 
         Returns:
-            per lane (k, 7): x1, y1, x2, y2 in pixels of the frames, objectness, class score, class id; the surest first.
-            And the next state.
+            Per lane (k, 7): x1, y1, x2, y2 in pixels of the frames, objectness, class score, class
+            id; highest objectness * class score first. And the next state.
         """
+        if confidence_threshold is None:
+            confidence_threshold = self.config.postprocess.confidence_threshold
+        if nms_threshold is None:
+            nms_threshold = self.config.postprocess.nms_threshold
         decoded, state = self.step(frames, state)
-        config = self.config.postprocess
-        confidence = (
-            config.confidence_threshold if confidence_threshold is None else confidence_threshold
+        found = detections(
+            decoded, confidence_threshold=confidence_threshold, nms_threshold=nms_threshold
         )
-        nms = config.nms_threshold if nms_threshold is None else nms_threshold
-        return detections(decoded, confidence_threshold=confidence, nms_threshold=nms), state
+        return found, state
 
     def decode(self, raw: Tensor, height: int, width: int) -> Tensor:
-        """(n, cells, 5 + classes): cx, cy, w, h in pixels of the frames (height, width), objectness, class scores."""
+        """Decodes raw predictions of frames of (height, width) pixels.
+
+        Args:
+            raw: (n, cells, 5 + classes) of `forward`.
+
+        Returns:
+            (n, cells, 5 + classes) float32: cx, cy, w, h in pixels of the frames, objectness and
+            class scores in 0..1.
+        """
         return decode(raw, self.geometry(height, width))
 
 
-class _AllFrames:
-    """The frames before each frame, where predictions are wanted of all: no indexing, so that it exports and compiles."""
+class _History(LookBack):
+    """Gives the neck the frames before each frame, and collects the next carry of each scale."""
 
-    def __init__(
-        self, lanes: int, carried: tuple[Tensor, ...], frames: int, exchange: Exchange, mixed: bool
-    ) -> None:
-        self.lanes, self.carried, self.frames, self.exchange, self.mixed = (
-            lanes,
-            carried,
-            frames,
-            exchange,
-            mixed,
-        )
+    def __init__(self, carried: Sequence[Tensor], exchange: Exchange) -> None:
+        self.carried = carried
+        self.exchange = exchange
         self.carry: list[Tensor] = []
+
+    def _previous(self, scale: int, tail: Tensor) -> Tensor:
+        """The frames before this rank's first one, (frames, B, C, h, w); keeps the next carry."""
+        before, carry = self.exchange.previous(tail, self.carried[scale])
+        self.carry.append(carry)
+        return before
+
+
+class _AllFrames(_History):
+    """All frames of a chunk are predicted. No indexing, so that it can be exported and compiled."""
+
+    def __init__(self, carried: Sequence[Tensor], exchange: Exchange, lanes: int) -> None:
+        super().__init__(carried, exchange)
+        self.lanes = lanes
 
     def __call__(self, scale: int, packed: Tensor) -> tuple[Tensor, Tensor | None]:
         if scale >= len(self.carried):
             return packed, None
-        carried, shape = self.carried[scale], (-1, self.lanes, *packed.shape[1:])
-        tail = _rows(carried, packed).view(shape)[-self.frames :]
-        before, carry = self.exchange.previous(tail, carried)
-        self.carry.append(carry)
-        rows, count = _rows(before, packed), len(packed)
-        if self.mixed:
-            rows = rows.view(-1, *shape[1:]).roll(-1, 1).flatten(0, 1)
-        return packed, torch.stack(
-            [rows[k * self.lanes : k * self.lanes + count] for k in range(self.frames)], dim=1
-        )
+        carried = self.carried[scale]
+        frames = len(carried)
+        tail = _joined(carried, packed).view(-1, self.lanes, *packed.shape[1:])[-frames:]
+        rows = _joined(self._previous(scale, tail), packed)
+        starts = [k * self.lanes for k in range(frames)]
+        return packed, torch.stack([rows[start : start + len(packed)] for start in starts], dim=1)
 
 
-class _LookBack:
-    """Which frames the neck needs, and where each labelled frame finds the ones before it.
+class _PackedFrames(_History):
+    """Some frames of a chunk are predicted; the neck runs on `rows.needed`."""
 
-    The neck runs on the labelled frames, the frames temporal attention looks back at, and the chunk's last ones, which the
-    next chunk looks back at: the same frames, and so the same BatchNorm statistics, however many ranks share the chunk. A
-    rank's last frames that nobody looks back at are not among them; what it then hands on in their place is not looked at
-    either. They are packed into one batch in (t, b) order; earlier ones come from the exchange.
-    """
-
-    def __init__(
-        self,
-        labelled: Tensor,
-        carried: tuple[Tensor, ...],
-        frames: int,
-        exchange: Exchange,
-        device: torch.device,
-        mixed: bool,
-    ) -> None:
-        self.frames, self.carried, self.exchange = frames, carried, exchange
-        self.carry: list[Tensor] = []
-        steps, lanes = labelled.shape
-        ahead = torch.cat((labelled, exchange.following(labelled, frames))) if frames else labelled
-        needed = labelled.clone()
-        for k in range(1, frames + 1):
-            needed |= ahead[k : k + steps].roll(
-                int(mixed), 1
-            )  # of the lane whose frames the one before it looks back at
-        places = labelled.flatten().nonzero()[:, 0]
-        rows_needed = needed.flatten().nonzero()[:, 0] if frames else places
-        # Row of every frame, the `frames` before the chunk first, in (those before ++ the packed ones).
-        before = torch.arange(frames * lanes, device=labelled.device)
-        row = torch.cat((before, needed.flatten().cumsum(0) - 1 + frames * lanes))
-        looked_at = places // lanes * lanes + (places + 1) % lanes if mixed else places
-        rows_before = (
-            torch.stack([row[looked_at + k * lanes] for k in range(frames)], 1) if frames else None
-        )
-        wanted = row[places + frames * lanes] - frames * lanes
-        self.needed, self.wanted = (
-            rows_needed.to(device, non_blocking=True),
-            wanted.to(device, non_blocking=True),
-        )
-        self.last = row[steps * lanes :].to(device, non_blocking=True)
-        self.rows_before = (
-            None if rows_before is None else rows_before.to(device, non_blocking=True)
-        )
+    def __init__(self, carried: Sequence[Tensor], exchange: Exchange, rows: LookBackRows) -> None:
+        super().__init__(carried, exchange)
+        self.rows = rows
 
     def __call__(self, scale: int, packed: Tensor) -> tuple[Tensor, Tensor | None]:
-        if scale >= len(self.carried) or self.rows_before is None:
-            return packed if len(packed) == len(self.wanted) else packed[self.wanted], None
+        labelled, before = self.rows.labelled, self.rows.before
+        if scale >= len(self.carried) or before is None:
+            return packed if len(packed) == len(labelled) else packed[labelled], None
         carried = self.carried[scale]
-        tail = _rows(carried, packed)[self.last].view(carried.shape)
-        before, carry = self.exchange.previous(tail, carried)
-        self.carry.append(carry)
-        return packed[self.wanted], _rows(before, packed)[self.rows_before]
+        tail = _joined(carried, packed)[self.rows.last].view(carried.shape)
+        return packed[labelled], _joined(self._previous(scale, tail), packed)[before]
 
 
-def _rows(before: Tensor, packed: Tensor) -> Tensor:
-    # One layout whatever the carry went through (a checkpoint, a collective): the same bits come out of what follows.
+def _joined(before: Tensor, packed: Tensor) -> Tensor:
+    """(frames, B, C, h, w) and (p, C, h, w) -> (frames * B + p, C, h, w).
+
+    Always channels last, whatever layout a checkpoint or a collective left the carry in: otherwise
+    the convolutions that follow round differently.
+    """
     parts = (before.flatten(0, 1), packed)
     return torch.cat([part.contiguous(memory_format=torch.channels_last) for part in parts])

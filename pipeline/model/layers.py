@@ -5,28 +5,39 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from evspan.pipeline.model.autograd import run_function
 from evspan.pipeline.model.norm import BatchNorm2d, batch_norms
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-CAST_AT_ONCE = {
-    "cpu": 2**24,
-    "cuda": 2**28,
-}  # bytes of frames cast from uint8 at a time; on CPU what caches hold
+# Bytes of frames that are cast from uint8 at a time; on CPU what the cache holds.
+CAST_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
+DEFAULT_CAST_AT_ONCE = 2**28
 
 
 class FrameConv2d(nn.Conv2d):
-    """A convolution without bias on uint8 frames, which are cast and zero-padded (right, below) a few at a time.
+    """A convolution without bias on uint8 frames, which are cast and zero-padded a few at a time.
 
-    What waits for backward are the frames as they came, a quarter of their float32 copy; they get no gradient themselves.
+    Backward reads the uint8 frames, a quarter of their float32 copy. Frames get no gradient.
     """
 
     def forward(self, frames: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
-        """frames: (N, C, h, w), padding: rows below and columns on the right."""
-        if torch.compiler.is_compiling():  # the compiler fuses the cast, and casts anew in backward
+        """Casts, pads and convolves.
+
+        Args:
+            frames: (N, C, h, w) uint8.
+            padding: zero rows below and zero columns on the right.
+
+        Returns:
+            (N, C', h', w') in the weight's dtype.
+        """
+        if torch.compiler.is_compiling():  # the compiler fuses the cast, and repeats it in backward
             x = F.pad(frames.to(self.weight.dtype), (0, padding[1], 0, padding[0]))
             return F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
-        return _FrameConvolution.apply(frames, self.weight, padding, self.stride, self.padding)
+        out: Tensor = run_function(
+            _FrameConvolution, frames, self.weight, padding, self.stride, self.padding
+        )
+        return out
 
 
 class _FrameConvolution(torch.autograd.Function):
@@ -40,36 +51,37 @@ class _FrameConvolution(torch.autograd.Function):
         border: tuple[int, int],
     ) -> Tensor:
         ctx.save_for_backward(frames, weight)
-        ctx.padding, ctx.stride, ctx.border = padding, stride, border
+        ctx.padding = padding
+        ctx.stride = stride
+        ctx.border = border
         kernel = weight.contiguous(memory_format=torch.channels_last)
-        return torch.cat(
-            [
-                F.conv2d(x, kernel, stride=stride, padding=border)
-                for x in _cast(frames, weight, padding)
-            ]
-        )
+        parts = _cast(frames, weight, padding)
+        return torch.cat([F.conv2d(x, kernel, stride=stride, padding=border) for x in parts])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         frames, weight = ctx.saved_tensors
         total = torch.zeros_like(weight, dtype=torch.float32)
-        done = 0
+        start = 0
         for x in _cast(frames, weight, ctx.padding):
-            part = gradient[done : done + len(x)].contiguous(memory_format=torch.channels_last)
-            total += conv2d_weight(x, weight.shape, part, stride=ctx.stride, padding=ctx.border)
-            done += len(x)
+            part = gradient[start : start + len(x)].contiguous(memory_format=torch.channels_last)
+            total += conv2d_weight(  # type: ignore[no-untyped-call]  # torch does not annotate it
+                x, weight.shape, part, stride=ctx.stride, padding=ctx.border
+            )
+            start += len(x)
         return None, total.to(weight.dtype), None, None, None
 
 
 def _cast(frames: Tensor, weight: Tensor, padding: tuple[int, int]) -> Iterator[Tensor]:
-    budget = CAST_AT_ONCE.get(frames.device.type, 2**28)
+    """Parts of the frames (N, C, h, w) in the weight's dtype, zero-padded below and right."""
+    budget = CAST_AT_ONCE.get(frames.device.type, DEFAULT_CAST_AT_ONCE)
+    frame_bytes = max(1, frames[:1].numel() * weight.element_size())
     height, width = frames.shape[2:]
-    for part in frames.split(max(1, budget // max(1, frames[:1].numel() * weight.element_size()))):
-        # Channels last: with 20 channels and a stride of 4 oneDNN takes half the time of the other layout.
-        x = weight.new_empty(
-            (len(part), height + padding[0], width + padding[1], part.shape[1])
-        ).permute(0, 3, 1, 2)
-        # To half precision in two steps: torch's copy that casts and transposes at once is slow there.
+    for part in torch.split(frames, max(1, budget // frame_bytes)):
+        # Channels last: with 20 channels and a stride of 4, oneDNN takes half the time.
+        shape = (len(part), height + padding[0], width + padding[1], part.shape[1])
+        x = weight.new_empty(shape).permute(0, 3, 1, 2)
+        # To half precision in two steps: torch's copy that casts and transposes at a time is slow.
         x[:, :, :height, :width].copy_(part if x.dtype == torch.float32 else part.to(x.dtype))
         x[:, :, height:].zero_()
         x[:, :, :height, width:].zero_()
@@ -85,23 +97,34 @@ class BaseConv(nn.Module):
         self.bn = BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, h, w) -> (N, outputs, h / stride, w / stride)."""
         return F.silu(self.bn(self.conv(x)))
 
 
-def side_by_side(convs: Sequence[BaseConv], xs: Sequence[Tensor]) -> list[Tensor]:
-    """[conv(x), ...] of blocks that do not wait for each other, with one exchange between ranks for all their norms."""
+def parallel_convs(convs: Sequence[BaseConv], xs: Sequence[Tensor]) -> list[Tensor]:
+    """[conv(x), ...] of blocks that do not depend on each other.
+
+    All their BatchNorms share one exchange between ranks.
+
+    Args:
+        xs: (N, C, h, w), one for each block; sizes may differ.
+    """
     maps = [conv.conv(x) for conv, x in zip(convs, xs, strict=True)]
     return [F.silu(y) for y in batch_norms([conv.bn for conv in convs], maps)]
 
 
 class Bottleneck(nn.Module):
+    """1x1, then 3x3 convolution, without shortcut."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = BaseConv(channels, channels, 1)
         self.conv2 = BaseConv(channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x))
+        """(N, C, h, w) -> the same shape."""
+        out: Tensor = self.conv2(self.conv1(x))
+        return out
 
 
 class CSPLayer(nn.Module):
@@ -116,5 +139,7 @@ class CSPLayer(nn.Module):
         self.m = nn.Sequential(*(Bottleneck(hidden) for _ in range(depth)))
 
     def forward(self, x: Tensor) -> Tensor:
-        inner, around = side_by_side((self.conv1, self.conv2), (x, x))
-        return self.conv3(torch.cat((self.m(inner), around), dim=1))
+        """(N, inputs, h, w) -> (N, outputs, h, w)."""
+        inner, around = parallel_convs((self.conv1, self.conv2), (x, x))
+        out: Tensor = self.conv3(torch.cat((self.m(inner), around), dim=1))
+        return out

@@ -1,4 +1,4 @@
-"""Detection loss: 5 * IoU loss + objectness + class, over the positives of the whole global batch."""
+"""Detection loss: 5 * IoU + objectness + class, over the positives of the global batch."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,9 +14,13 @@ IOU_WEIGHT = 5.0
 
 
 class Losses(NamedTuple):
-    """This rank's sums divided by the positives of all ranks; `iou` includes its factor 5.
+    """This rank's sums divided by the number of positives of all ranks; all scalars ().
 
-    positives: cells that answer for a box, and boxes: ground-truth boxes, both counted over all ranks.
+    total: the sum of the three parts.
+    iou: IoU loss, its factor 5 included.
+    objectness, classes: binary cross-entropies.
+    positives: number of cells assigned to a box, over all ranks.
+    boxes: number of ground-truth boxes, over all ranks.
     """
 
     total: Tensor
@@ -28,7 +32,14 @@ class Losses(NamedTuple):
 
 
 def size_weights(area: Tensor, config: HeadConfig) -> Tensor:
-    """Weight of the IoU term for boxes of `area` (input pixels squared): from size_aware_weight for small ones down to 1."""
+    """Weight of the IoU term: size_aware_weight for small boxes, 1 for large ones.
+
+    Args:
+        area: (...) of the boxes, in square input pixels.
+
+    Returns:
+        (...) weights.
+    """
     w = config.size_aware_weight
     if config.size_aware_mode is SizeWeighting.exponential:
         return (w * torch.exp(-area / config.small_threshold)).clamp(1, w)
@@ -47,47 +58,63 @@ def detection_loss(
     *,
     sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Losses:
-    """
+    """Loss of this rank's labelled frames. Its sum over the ranks is the loss of the global batch.
+
     Args:
-        raw: (n, cells, 5 + classes) of the n labelled frames, n may be 0. boxes: (n, G, 5) float32 class, cx, cy, w, h in
-            input pixels, rows beyond counts (n,) are padding. geometry: per scale (h, w, stride).
-        sum_over_ranks: an all-reduce; the counts pass through it, no gradient does. The sum of `total` over the ranks is
-            the loss of the global batch.
+        raw: (n, cells, 5 + classes) raw predictions of the n labelled frames; n may be 0.
+        boxes: (n, G, 5) float32 class, cx, cy, w, h in input pixels.
+        counts: (n,) number of valid rows of each frame's boxes; the others are padding.
+        geometry: per scale (rows, columns, stride).
+        config: of the assignment and the size weighting.
+        sum_over_ranks: an all-reduce of the counts, without gradient; None: one rank.
     """
     if boxes.shape[1] == 0:
         boxes = boxes.new_zeros(len(boxes), 1, 5)
     raw = raw.float()
     foreground, box, iou = assign(raw, boxes, counts, geometry, config)
-    tallies = torch.stack((foreground.sum(), counts.sum())).float()
-    positives, total_boxes = tallies if sum_over_ranks is None else sum_over_ranks(tallies)
+    totals = torch.stack((foreground.sum(), counts.sum())).float()
+    if sum_over_ranks is not None:
+        totals = sum_over_ranks(totals)
+    positives, total_boxes = totals
     target = boxes.gather(1, box[..., None].expand(-1, -1, 5))  # (n, cells, 5)
-    place, size, surely, kinds = raw.split([2, 2, 1, raw.shape[-1] - 5], dim=-1)
-    # Background cells get harmless values before exp: a mask after it would still pass 0 * inf backward.
-    predicted = centre_and_size(
-        place, size.masked_fill(~foreground[..., None], 0.0), cells(geometry, raw.device)
-    )
-    iou_loss = 1 - _iou(*predicted, target[..., 1:3], target[..., 3:]).square()
+    sizes = [2, 2, 1, raw.shape[-1] - 5]
+    raw_xy, raw_wh, objectness, logits = torch.split(raw, sizes, dim=-1)
+    # Background cells get harmless values before exp: a mask after it would pass 0 * inf backward.
+    raw_wh = raw_wh.masked_fill(~foreground[..., None], 0.0)
+    centre, size = centre_and_size(raw_xy, raw_wh, cells(geometry, raw.device))
+    iou_loss = 1 - _iou(centre, size, target[..., 1:3], target[..., 3:]).square()
     if config.size_aware_loss:
         iou_loss = iou_loss * size_weights(target[..., 3] * target[..., 4], config)
-    hit = foreground.float()
-    onehot = (target[..., :1] == torch.arange(kinds.shape[-1], device=raw.device)) * iou[..., None]
+    is_positive = foreground.float()
+    class_ids = torch.arange(logits.shape[-1], device=raw.device)
+    class_target = (target[..., :1] == class_ids) * iou[..., None]
     sums = torch.stack(
         (
-            (iou_loss * hit).sum() * IOU_WEIGHT,
-            F.binary_cross_entropy_with_logits(surely[..., 0], hit, reduction="sum"),
+            (iou_loss * is_positive).sum() * IOU_WEIGHT,
+            F.binary_cross_entropy_with_logits(objectness[..., 0], is_positive, reduction="sum"),
             F.binary_cross_entropy_with_logits(
-                kinds, onehot, weight=hit[..., None], reduction="sum"
+                logits, class_target, weight=is_positive[..., None], reduction="sum"
             ),
         )
     )
     parts = sums / positives.clamp(min=1)
-    return Losses(parts.sum(), parts[0], parts[1], parts[2], positives, total_boxes)
+    return Losses(
+        total=parts.sum(),
+        iou=parts[0],
+        objectness=parts[1],
+        classes=parts[2],
+        positives=positives,
+        boxes=total_boxes,
+    )
 
 
 def _iou(centre: Tensor, size: Tensor, other_centre: Tensor, other_size: Tensor) -> Tensor:
-    """(..., 2) each, x and y -> (...)."""
-    half, other_half = size / 2, other_size / 2
+    """IoU of pairs of boxes: (..., 2) each, x and y -> (...)."""
+    half = size / 2
+    other_half = other_size / 2
     low = torch.maximum(centre - half, other_centre - other_half)
     sides = (torch.minimum(centre + half, other_centre + other_half) - low).clamp(min=0)
-    shared, area, other_area = (torch.mul(*s.unbind(-1)) for s in (sides, size, other_size))
+    shared = torch.mul(*sides.unbind(-1))
+    area = torch.mul(*size.unbind(-1))
+    other_area = torch.mul(*other_size.unbind(-1))
     return shared / (area + other_area - shared + 1e-16)

@@ -1,6 +1,7 @@
 """PAFPN over 3 or 4 scales, with small-object attention where enabled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -8,18 +9,39 @@ from evspan.pipeline.model.attention import ScaleAwareChannelAttention, SmallObj
 from evspan.pipeline.model.layers import BaseConv, CSPLayer
 from torch import Tensor, nn
 
-ATTENDED_SCALES = 2  # the finest ones get spatial and temporal attention; all get channel attention
+# The finest scales have spatial and temporal attention; all have channel attention.
+ATTENDED_SCALES = 2
 
-# Given an attended scale and its features of all frames handed in, the features of the frames that predictions are
-# wanted of, and those of the frames before each of them.
-LookBack = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
+
+class LookBack(Protocol):
+    """Selects the labelled frames and finds the frames before each of them."""
+
+    def __call__(self, scale: int, packed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Called once per scale, finest first.
+
+        Args:
+            scale: index of the scale.
+            packed: (N, C, h, w) features of the frames that the neck runs on.
+
+        Returns:
+            (n, C, h, w) features of the labelled frames; and (n, window - 1, C, h, w) those of the
+            frames before each of them, oldest first, or None where this scale has no temporal
+            attention.
+        """
+        ...
 
 
 class YOLOPAFPN(nn.Module):
     """Path-aggregation feature pyramid (YOLOX's, as RVT uses it).
 
-    `in_channels` are the channels of `in_stages`, finest first; the outputs have the same channels. Disabled, attention
-    has no parameters and the weights are the plain PAFPN's.
+    Args:
+        in_stages: backbone stages that feed it, finest first.
+        in_channels: channels of each; the outputs have the same channels.
+        depth: number of bottlenecks per CSP layer, in units of 3.
+        enable_small_object_attention: False: the plain PAFPN with its weights, no other parameters.
+        attention_spatial, attention_temporal: parts of the attention on the finest scales.
+        temporal_window: frames of the temporal attention, the current one included.
+        identity_init: attention starts as the identity.
     """
 
     def __init__(
@@ -35,10 +57,12 @@ class YOLOPAFPN(nn.Module):
         identity_init: bool = True,
     ) -> None:
         super().__init__()
-        self.in_stages, blocks = tuple(in_stages), round(3 * depth)
+        self.in_stages = tuple(in_stages)
+        blocks = round(3 * depth)
         channels = dict(zip(in_stages, in_channels, strict=True))
         top = self.in_stages[-1]
-        # The published names count from the coarsest scale; p and n name a pyramid level (stage + 1 there, kept here).
+        # The published names count from the coarsest scale; p and n are followed by a pyramid
+        # level, which is stage + 1.
         for i, stage in enumerate(reversed(self.in_stages[:-1])):
             name = "lateral_conv0" if i == 0 else f"reduce_conv{i}"
             self.add_module(name, BaseConv(channels[stage + 1], channels[stage], 1))
@@ -53,44 +77,43 @@ class YOLOPAFPN(nn.Module):
                 f"C3_n{stage + 1}", CSPLayer(2 * channels[stage], channels[stage + 1], blocks)
             )
         self.enable_small_object_attention = enable_small_object_attention
-        if enable_small_object_attention:
-            spatial_or_temporal = attention_spatial or attention_temporal
-            self.small_object_attention_modules = nn.ModuleDict(
-                {
-                    f"scale_{i}": SmallObjectAttentionModule(
-                        in_channels[i],
-                        attention_spatial,
-                        attention_temporal,
-                        temporal_window=temporal_window,
-                        identity_init=identity_init,
-                    )
-                    for i in range(ATTENDED_SCALES)
-                    if spatial_or_temporal
-                }
-            )
-            self.scale_aware_attention_modules = nn.ModuleDict(
-                {
-                    f"scale_{i}": ScaleAwareChannelAttention(
-                        c, 2 ** (stage + 1), identity_init=identity_init
-                    )
-                    for i, (stage, c) in enumerate(channels.items())
-                }
+        if not enable_small_object_attention:
+            return
+        self.small_object_attention_modules = nn.ModuleDict()
+        if attention_spatial or attention_temporal:
+            for i in range(ATTENDED_SCALES):
+                self.small_object_attention_modules[f"scale_{i}"] = SmallObjectAttentionModule(
+                    in_channels[i],
+                    attention_spatial,
+                    attention_temporal,
+                    temporal_window=temporal_window,
+                    identity_init=identity_init,
+                )
+        self.scale_aware_attention_modules = nn.ModuleDict()
+        for i, stage in enumerate(self.in_stages):
+            self.scale_aware_attention_modules[f"scale_{i}"] = ScaleAwareChannelAttention(
+                channels[stage], 2 ** (stage + 1), identity_init=identity_init
             )
 
     def pyramid(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """(N, C, h, w) per scale, finest first -> the same shapes; no attention."""
-        features = list(features)
+        """The PAFPN without attention.
+
+        Args:
+            features: (N, C, h, w) per scale, finest first.
+
+        Returns:
+            The same shapes.
+        """
         lateral: dict[int, Tensor] = {}
-        x, last = features[-1], len(features) - 1
+        x = features[-1]
+        last = len(features) - 1
         for i in range(last):  # coarse to fine
             level = last - i
-            lateral[level] = x = self.get_submodule(
-                "lateral_conv0" if i == 0 else f"reduce_conv{i}"
-            )(x)
+            x = self.get_submodule("lateral_conv0" if i == 0 else f"reduce_conv{i}")(x)
+            lateral[level] = x
             up = F.interpolate(x, scale_factor=2, mode="nearest")
-            x = self.get_submodule(f"C3_p{self.in_stages[level - 1] + 1}")(
-                torch.cat((up, features[level - 1]), dim=1)
-            )
+            csp = self.get_submodule(f"C3_p{self.in_stages[level - 1] + 1}")
+            x = csp(torch.cat((up, features[level - 1]), dim=1))
         out = [x]
         for level in range(1, last + 1):  # fine to coarse
             stage = self.in_stages[level - 1]
@@ -100,7 +123,15 @@ class YOLOPAFPN(nn.Module):
         return out
 
     def forward(self, features: Sequence[Tensor], look_back: LookBack) -> list[Tensor]:
-        """features: per scale (N, C, h, w) of all frames handed in -> per scale (n, C, h, w) of those `look_back` picks."""
+        """The PAFPN with attention.
+
+        Args:
+            features: (N, C, h, w) per scale, finest first, of all needed frames.
+            look_back: selects the labelled frames and gives those before them.
+
+        Returns:
+            (n, C, h, w) per scale, of the labelled frames.
+        """
         outputs = []
         for i, x in enumerate(self.pyramid(features)):
             attention = self._attention(i)
@@ -113,11 +144,11 @@ class YOLOPAFPN(nn.Module):
         return outputs
 
     def _attention(self, scale: int) -> SmallObjectAttentionModule | None:
-        if (
-            not self.enable_small_object_attention
-            or f"scale_{scale}" not in self.small_object_attention_modules
-        ):
+        name = f"scale_{scale}"
+        if not self.enable_small_object_attention:
             return None
-        module = self.small_object_attention_modules[f"scale_{scale}"]
+        if name not in self.small_object_attention_modules:
+            return None
+        module = self.small_object_attention_modules[name]
         assert isinstance(module, SmallObjectAttentionModule)
         return module

@@ -1,29 +1,32 @@
-"""BatchNorm whose training statistics can be taken over all ranks, and over batches of no samples."""
+"""BatchNorm whose statistics can be taken over all ranks, and over batches without samples."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from evspan.pipeline.model.autograd import run_function
 from torch import Tensor, nn
 
-MOMENTUM, EPS = 0.1, 1e-5
+MOMENTUM = 0.1
+EPS = 1e-5
 
 
 class RankReductions(NamedTuple):
-    """How a BatchNorm speaks with those of the other ranks. All ranks call them in one order, forward and backward.
+    """Reductions over the ranks. All ranks call them in one order, forward and backward.
 
-    gather: (n,) -> (ranks, n), alike on every rank. sum: (n,) -> (n,), the sum over ranks. Neither carries gradients.
+    gather: (n,) -> (ranks, n), the same on every rank. sum: (n,) -> (n,), the sum over ranks.
+    Neither carries gradients.
     """
 
     gather: Callable[[Tensor], Tensor]
     sum: Callable[[Tensor], Tensor]
 
 
-ALONE = RankReductions(gather=lambda t: t[None], sum=lambda t: t)
+ONE_RANK = RankReductions(gather=lambda t: t[None], sum=lambda t: t)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """torch's BatchNorm2d; with `ranks` its batch is that of all ranks."""
+    """torch's BatchNorm2d; with `ranks` its statistics are those of all ranks' samples."""
 
     ranks: RankReductions | None = None
 
@@ -31,114 +34,157 @@ class BatchNorm2d(nn.BatchNorm2d):
         super().__init__(channels, eps=EPS, momentum=MOMENTUM)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> the same shape and dtype; N may be 0 in training."""
         return super().forward(x) if self.is_plain(x) else batch_norms((self,), (x,))[0]
 
     def is_plain(self, x: Tensor) -> bool:
-        """torch's own does it. In training it wants samples, and statistics (float32 under DeepSpeed) in the weight's dtype."""
+        """Whether torch's own kernel can run on x (N, C, h, w).
+
+        In training it needs samples, and statistics (float32 under DeepSpeed) in the weight's
+        dtype.
+        """
         assert self.running_mean is not None
-        return not self.training or (
-            self.ranks is None and x.numel() > 0 and self.weight.dtype == self.running_mean.dtype
-        )
+        if not self.training:
+            return True
+        same_dtype = self.weight.dtype == self.running_mean.dtype
+        return self.ranks is None and x.numel() > 0 and same_dtype
 
     @torch.no_grad()
     def track(self, mean: Tensor, unbiased: Tensor, any_samples: Tensor) -> None:
+        """Updates the running statistics.
+
+        Args:
+            mean, unbiased: (C,) mean and unbiased variance of the batch.
+            any_samples: () bool; False changes nothing.
+        """
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        share = (
-            any_samples * MOMENTUM
-        )  # no `if`: asking a GPU whether there were samples would wait for it
-        self.running_mean.lerp_(mean.to(self.running_mean), share.to(self.running_mean))
-        self.running_var.lerp_(unbiased.to(self.running_var), share.to(self.running_var))
+        # A product instead of `if`: reading the flag from a GPU would block.
+        weight = any_samples * MOMENTUM
+        self.running_mean.lerp_(mean.to(self.running_mean), weight.to(self.running_mean))
+        self.running_var.lerp_(unbiased.to(self.running_var), weight.to(self.running_var))
         self.num_batches_tracked += any_samples
 
 
 def batch_norms(norms: Sequence[BatchNorm2d], xs: Sequence[Tensor]) -> list[Tensor]:
-    """[norm(x), ...] of layers that do not wait for each other: over ranks, they share one exchange each way."""
-    if all(norm.is_plain(x) for norm, x in zip(norms, xs, strict=True)):
-        return [norm(x) for norm, x in zip(norms, xs, strict=True)]
-    given = [t for norm, x in zip(norms, xs, strict=True) for t in (x, norm.weight, norm.bias)]
-    out = _GlobalBatchNorms.apply(norms[0].ranks or ALONE, *given)
+    """[norm(x), ...] of layers that do not depend on each other.
+
+    Over ranks they share one exchange in forward and one in backward.
+
+    Args:
+        xs: (N, C, h, w), one for each layer; sizes may differ.
+
+    Returns:
+        The same shapes and dtypes.
+    """
+    pairs = list(zip(norms, xs, strict=True))
+    if all(norm.is_plain(x) for norm, x in pairs):
+        return [norm(x) for norm, x in pairs]
+    inputs: list[Tensor] = []
+    for norm, x in pairs:
+        inputs += [x, norm.weight, norm.bias]
+    results = run_function(_GlobalBatchNorms, norms[0].ranks or ONE_RANK, *inputs)
     for i, norm in enumerate(norms):
-        mean, unbiased, count = out[len(norms) + 3 * i : len(norms) + 3 * i + 3]
+        first = len(norms) + 3 * i
+        mean, unbiased, count = results[first : first + 3]
         norm.track(mean, unbiased, count > 0)
-    return list(out[: len(norms)])
+    return list(results[: len(norms)])
 
 
 class _GlobalBatchNorms(torch.autograd.Function):
-    """One exchange forward (count, mean and squared deviations of every rank) and one backward (two sums per channel)."""
+    """Several BatchNorms with one exchange in forward and one in backward.
+
+    Forward gathers count, mean and squared deviations of every rank; backward sums two values per
+    channel.
+    """
 
     @staticmethod
-    def forward(ctx: Any, ranks: RankReductions, *given: Tensor) -> tuple[Tensor, ...]:
-        """given: x, weight, bias of every norm. Returns the outputs, then mean, unbiased variance and count of every norm."""
-        groups = [given[i : i + 3] for i in range(0, len(given), 3)]
-        everyone = ranks.gather(torch.cat([_local_moments(_wide(x)) for x, _, _ in groups]))
-        outputs, moments, kept, at = [], [], [], 0
+    def forward(ctx: Any, ranks: RankReductions, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Normalises.
+
+        Args:
+            inputs: x (N, C, h, w), weight (C,) and bias (C,) of every norm.
+
+        Returns:
+            The outputs, then mean (C,), unbiased variance (C,) and sample count () of every norm.
+        """
+        groups = [inputs[i : i + 3] for i in range(0, len(inputs), 3)]
+        moments_here = torch.cat([_local_moments(_wide(x)) for x, _, _ in groups])
+        moments_of_ranks = ranks.gather(moments_here)
+        outputs = []
+        moments = []
+        saved = []
+        start = 0
         for x, weight, bias in groups:
             channels = x.shape[1]
-            counts, means, spreads = everyone[:, at : at + 1 + 2 * channels].split(
-                [1, channels, channels], dim=1
-            )
-            at += 1 + 2 * channels
+            end = start + 1 + 2 * channels
+            sizes = [1, channels, channels]
+            counts, means, spreads = torch.split(moments_of_ranks[:, start:end], sizes, dim=1)
+            start = end
             count = counts.sum()
             mean = (counts * means).sum(0) / count.clamp(min=1)
-            # Chan et al. 1979: exact whatever the ranks' means, where a sum of squares would cancel.
+            # Chan et al. 1979: exact for any means of the ranks; a sum of squares would cancel.
             total = (spreads + counts * (means - mean).square()).sum(0)
             rstd = torch.rsqrt(total / count.clamp(min=1) + EPS)
             scale = rstd * weight
-            outputs.append(
-                torch.addcmul(_channel(bias - mean * scale), _wide(x), _channel(scale)).to(x.dtype)
-            )
+            shift = bias - mean * scale
+            out = torch.addcmul(_per_channel(shift), _wide(x), _per_channel(scale))
+            outputs.append(out.to(x.dtype))
             moments += [mean, total / (count - 1).clamp(min=1), count]
-            kept += [x, weight, mean, rstd, count]
+            saved += [x, weight, mean, rstd, count]
         ctx.ranks = ranks
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(*moments)
         return (*outputs, *moments)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        groups = [ctx.saved_tensors[i : i + 5] for i in range(0, len(ctx.saved_tensors), 5)]
+        saved = ctx.saved_tensors
+        groups = [saved[i : i + 5] for i in range(0, len(saved), 5)]
         sums = []
         for gradient, (x, _, mean, _, _) in zip(gradients, groups, strict=False):
             dy = _wide(gradient)
-            sums += [dy.sum((0, 2, 3)), (dy * (_wide(x) - _channel(mean))).sum((0, 2, 3))]
-        over_ranks = ctx.ranks.sum(torch.cat(sums)).split([len(s) for s in sums])
-        out: list[Tensor | None] = [None]
-        for i, (gradient, (x, weight, mean, rstd, count)) in enumerate(
-            zip(gradients, groups, strict=False)
-        ):
-            bare, moved = (over_ranks[2 * i + k] / count.clamp(min=1) for k in (0, 1))
-            slope = -moved * rstd.square()
-            shift = -bare - slope * mean
-            dx = (
-                _wide(gradient) + torch.addcmul(_channel(shift), _wide(x), _channel(slope))
-            ) * _channel(rstd * weight)
-            out += [
-                dx.to(x.dtype),
-                (sums[2 * i + 1] * rstd).to(weight.dtype),
-                sums[2 * i].to(weight.dtype),
-            ]
-        return tuple(out)
+            sums += [dy.sum((0, 2, 3)), (dy * (_wide(x) - _per_channel(mean))).sum((0, 2, 3))]
+        over_ranks = torch.split(ctx.ranks.sum(torch.cat(sums)), [len(s) for s in sums])
+        results: list[Tensor | None] = [None]
+        for i, (gradient, group) in enumerate(zip(gradients, groups, strict=False)):
+            x, weight, mean, rstd, count = group
+            mean_dy = over_ranks[2 * i] / count.clamp(min=1)
+            mean_dy_x = over_ranks[2 * i + 1] / count.clamp(min=1)
+            slope = -mean_dy_x * rstd.square()
+            shift = -mean_dy - slope * mean
+            change = torch.addcmul(_per_channel(shift), _wide(x), _per_channel(slope))
+            dx = (_wide(gradient) + change) * _per_channel(rstd * weight)
+            dweight = sums[2 * i + 1] * rstd
+            dbias = sums[2 * i]
+            results += [dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)]
+        return tuple(results)
 
 
 def _local_moments(x: Tensor) -> Tensor:
-    """(1 + 2 * channels,): count, mean, sum of squared deviations from it."""
+    """(N, C, h, w) -> (1 + 2 * C,): count, mean, sum of squared deviations from it."""
     count = x.new_tensor([x.numel() // x.shape[1]])
     mean = x.sum((0, 2, 3)) / count.clamp(min=1)
-    return torch.cat((count, mean, (x - _channel(mean)).square().sum((0, 2, 3))))
+    return torch.cat((count, mean, (x - _per_channel(mean)).square().sum((0, 2, 3))))
 
 
 def _wide(x: Tensor) -> Tensor:
+    """x in float32 if it is in half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _channel(t: Tensor) -> Tensor:
+def _per_channel(t: Tensor) -> Tensor:
+    """(C,) -> (1, C, 1, 1)."""
     return t.view(1, -1, 1, 1)
 
 
 def global_batch_norms(module: nn.Module, ranks: RankReductions | None) -> None:
-    """Let every BatchNorm2d below `module` take its statistics over all ranks."""
+    """Makes every BatchNorm2d below `module` take its statistics over all ranks.
+
+    Args:
+        ranks: the reductions; None: this rank alone.
+    """
     for norm in module.modules():
         if isinstance(norm, BatchNorm2d):
             norm.ranks = ranks

@@ -1,4 +1,4 @@
-"""Where a sequence lies. The model calls these two and knows no rank."""
+"""The calls by which the model reaches a sequence's other frames, which may be on other ranks."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -6,49 +6,68 @@ from typing import Protocol
 from evspan.pipeline.model.state import StageState
 from torch import Tensor
 
+# x (T, B, h, w, C) and state -> hidden states, shaped as x, and the state after the last frame.
 Recurrence = Callable[[Tensor, StageState], tuple[Tensor, StageState]]
 
 
 class Exchange(Protocol):
+    """Runs a sequence. The model calls these methods and has no notion of ranks."""
+
     def scan(
         self, recurrence: Recurrence, x: Tensor, state: StageState
     ) -> tuple[Tensor, StageState]:
-        """Run `recurrence` over this rank's frames x (T, B, h, w, C) from `state` on; called once per stage.
+        """Runs `recurrence` over the frames; called once per stage.
 
-        The recurrence takes any subset of the cells (h, w), say (T, 1, 1, cells, C) with states (1, C, 1, cells), unless
-        the backbone's dws_conv is on. Returns the hidden states, shaped as x, and the next state.
+        Args:
+            recurrence: takes any subset of the cells (h, w), for example (T, 1, 1, cells, C) with
+                states (1, C, 1, cells), unless the backbone's dws_conv is on.
+            x: (T, B, h, w, C), this rank's frames.
+            state: before the first frame of the chunk.
+
+        Returns:
+            The hidden states, shaped as x, and the next state.
         """
 
     def previous(self, tail: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
-        """The frames before this rank's, and the next carry.
+        """Returns the frames before this rank's, and the next carry.
+
+        Called once per attended scale.
 
         Args:
-            tail: (looks_back, B, C, h, w) this rank's last frames; of a shorter chunk, frames of `carry` come first.
-            carry: the same shape, from before the chunk. Called once per attended scale.
+            tail: (looks_back, B, C, h, w), this rank's last frames. If the rank holds fewer, frames
+                of `carry` come first.
+            carry: the same shape, the frames before the chunk.
+
         Returns:
-            the frames before this rank's first one, oldest first, and the next carry; both shaped as `tail`.
+            The frames before this rank's first one, oldest first, and the next carry; both shaped
+            as tail.
         """
 
     def following(self, labelled: Tensor, frames: int) -> Tensor:
-        """Which of the `frames` frames after this rank's last one are labelled; of the next chunk's, any may be: True.
+        """Returns which of the `frames` frames after this rank's last one are labelled.
 
         Args:
-            labelled: (T, B) bool, this rank's.
+            labelled: (T, B) bool, this rank's frames.
+            frames: number of frames.
+
         Returns:
-            (frames, B) bool.
+            (frames, B) bool; True for frames of the next chunk, which may be labelled.
         """
 
 
 class LocalExchange:
-    """A sequence stays on one rank."""
+    """The exchange of a sequence on one rank."""
 
     def scan(
         self, recurrence: Recurrence, x: Tensor, state: StageState
     ) -> tuple[Tensor, StageState]:
+        """Runs the recurrence; for shapes see `Exchange`."""
         return recurrence(x, state)
 
     def previous(self, tail: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+        """The frames before the chunk are the carry, and its last frames the next one."""
         return carry, tail
 
     def following(self, labelled: Tensor, frames: int) -> Tensor:
+        """(frames, B) of True: any frame of the next chunk may be labelled."""
         return labelled.new_ones(frames, labelled.shape[1])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from evspan.conf.schema.training import BackboneConfig, FpnConfig, ModelConfig
+from evspan.pipeline.model.backbone import Execution
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.layers import CAST_AT_ONCE
 from evspan.pipeline.model.loss import detection_loss
@@ -101,14 +102,17 @@ class Ours:
         checkpointed: bool = False,
         attention: bool = False,
     ) -> None:
-        self.model = Detector(model_config(size, attention=attention), CHANNELS)
+        execution = Execution(
+            frames_per_call=1 if checkpointed else 0,
+            activation_checkpointing=checkpointed,
+            compile=compiled,
+        )
+        self.model = Detector(
+            model_config(size, attention=attention), CHANNELS, execution=execution
+        )
         self.model.load_state_dict(weights(size), strict=not attention)
         self.model.to(device, dtype)
         self.device, self.dtype = device, dtype
-        if checkpointed:
-            self.model.backbone.recompute, self.model.backbone.frames_per_call = True, 1
-        if compiled:
-            self.model.backbone.compile_spatial()
         self.detection_loss: Callable = detection_loss
 
     def loss(self, b: Batch) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from evspan.conf.schema.layout import ExchangeKind
 from evspan.conf.schema.training import BackboneConfig, FpnConfig, ModelConfig, ParallelConfig
+from evspan.pipeline.model.backbone import Execution
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.norm import RankReductions, global_batch_norms
@@ -118,10 +119,11 @@ class Side:
             size if size[0] else (asked.height, asked.width),
         )
         torch.manual_seed(0)
-        self.detector = Detector(model_of(asked.size, attention=asked.attention), CHANNELS)
-        self.detector.backbone.recompute, self.detector.backbone.frames_per_call = (
-            asked.checkpointed,
-            asked.frames_per_call,
+        execution = Execution(
+            frames_per_call=asked.frames_per_call, activation_checkpointing=asked.checkpointed
+        )
+        self.detector = Detector(
+            model_of(asked.size, attention=asked.attention), CHANNELS, execution=execution
         )
         state, mine = self.detector.initial_state(1, height, width), range(length)
         self.over_ranks: Callable[[Tensor], Tensor] | None = None

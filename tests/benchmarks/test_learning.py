@@ -260,8 +260,8 @@ CHANGES = {  # variant -> how its model differs from the baseline's
     "channel": {ATTENTION: True, SPATIAL: False, TEMPORAL: False},
     "spatial_published": {ATTENTION: True, TEMPORAL: False, "identity_init": False},
     "temporal_published": {ATTENTION: True, SPATIAL: False, "identity_init": False},
-    "attention_mixed": {ATTENTION: True, "mix_lanes": True},
-    "attention_published_mixed": {ATTENTION: True, "identity_init": False, "mix_lanes": True},
+    "attention_mixed": {ATTENTION: True},  # the mixing is in mixed_lanes.py
+    "attention_published_mixed": {ATTENTION: True, "identity_init": False},
     "attention_fast_gates": {ATTENTION: True},
 }
 

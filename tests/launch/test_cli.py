@@ -168,10 +168,10 @@ MISTAKES = [
     ("prep sorce=x", "did you mean source?"),
     # choices
     (
-        "train experiment=gen4/tinyy",
-        "has no option 'gen4/tinyy'; did you mean experiment=gen4/tiny? There are: ",
+        "train experiment=gen4/smal",
+        "has no option 'gen4/smal'; did you mean experiment=gen4/small? There are: ",
     ),
-    ("train experiment=tiny", "did you mean experiment=gen4/tiny?"),
+    ("train experiment=small", "did you mean experiment=gen4/small?"),
     (
         "train model=maxvit",
         "There are: maxvit_yolox/default, maxvit_yolox/size_aware, maxvit_yolox/size_aware_attention",

@@ -19,6 +19,7 @@ from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.postprocess import detections
 from evspan.pipeline.model.state import DetectorState, detach, map_state, state_tensors
+from learning.mixed_lanes import MixedLanesDetector
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -34,7 +35,7 @@ EXACT = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def micro(
-    part="all", scales=3, *, window=3, dws_conv=False, published=False, gates=0.7, mix_lanes=False
+    part="all", scales=3, *, window=3, dws_conv=False, published=False, gates=0.7, kind=Detector
 ):
     """part None: no attention. Alike but for what is asked for: parameters of one name are the same."""
     torch.manual_seed(0)
@@ -46,11 +47,10 @@ def micro(
         attention_temporal=temporal,
         temporal_window=window,
         identity_init=not published,
-        mix_lanes=mix_lanes,
     )
     backbone = BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5, dws_conv=dws_conv)
     config = ModelConfig(backbone=backbone, fpn=fpn, head=HeadConfig(num_classes=2))
-    detector = Detector(config, CHANNELS)
+    detector = kind(config, CHANNELS)
     for name, parameter in detector.named_parameters():
         generator = torch.Generator().manual_seed(sum(map(ord, name)))
         with torch.no_grad():
@@ -139,8 +139,12 @@ def test_cutting_anywhere_changes_nothing(part, scales, window):
 
 @pytest.mark.parametrize("window", [2, 4])
 def test_mixed_lanes_look_back_at_their_neighbours_frames_alone(window):
-    """The ablation: as if each lane's frames before were the next lane's, whether all frames are wanted or some, cut or not."""
-    mixed, frames = micro("temporal", window=window, mix_lanes=True).eval(), some_frames()
+    """The ablation of the learning study: each lane reads the frames before of the next lane.
+
+    For all frames or some labelled ones, in one chunk or two.
+    """
+    mixed = micro("temporal", window=window, kind=MixedLanesDetector).eval()
+    frames = some_frames()
     plain = micro("temporal", window=window).eval()
     out, end = run(mixed, frames)
     stages, before = plain.initial_state(LANES, H, W)

@@ -6,7 +6,13 @@ import torch.nn.functional as F
 from evspan.conf.schema.training import BackboneConfig
 from evspan.pipeline.model import backbone as backbone_module
 from evspan.pipeline.model import layers
-from evspan.pipeline.model.backbone import Backbone, LayerScale, PartitionAttention, SelfAttention
+from evspan.pipeline.model.backbone import (
+    Backbone,
+    Execution,
+    LayerScale,
+    PartitionAttention,
+    SelfAttention,
+)
 from evspan.pipeline.model.layers import FrameConv2d
 from evspan.pipeline.model.lstm import CellLSTM, truncated
 from evspan.pipeline.model.sequence_protocol import LocalExchange
@@ -178,12 +184,12 @@ def test_frame_convolution_agrees_with_torch_and_casts_in_parts(padding, monkeyp
     )
 
 
-def a_backbone():
+def a_backbone(execution=None):
     torch.manual_seed(0)
     config = BackboneConfig(
         embed_dim=8, dim_head=8, num_blocks=[1, 1, 1, 1], partition_split_32=1, ls_init_value=1.0
     )
-    return Backbone(config, 4), torch.randint(0, 5, (3, 2, 4, 60, 64), dtype=torch.uint8)
+    return Backbone(config, 4, execution), torch.randint(0, 5, (3, 2, 4, 60, 64), dtype=torch.uint8)
 
 
 def features_and_gradients(backbone, frames):
@@ -202,18 +208,16 @@ def features_and_gradients(backbone, frames):
     ("frames_per_call", "recompute"), [(1, False), (4, False), (0, True), (4, True)]
 )
 def test_parts_and_recomputation_change_nothing(frames_per_call, recompute):
-    backbone, frames = a_backbone()
-    wanted = features_and_gradients(backbone, frames)
-    backbone.frames_per_call, backbone.recompute = frames_per_call, recompute
-    for a, b in zip(features_and_gradients(backbone, frames), wanted, strict=True):
+    expected = features_and_gradients(*a_backbone())
+    execution = Execution(frames_per_call=frames_per_call, activation_checkpointing=recompute)
+    for a, b in zip(features_and_gradients(*a_backbone(execution)), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_compiled_stage_gives_the_same():
-    backbone, frames = a_backbone()
-    stage = backbone.stages[0]  # one is enough, a compiler takes seconds for each
-
-    def output_and_gradients():
+    def output_and_gradients(execution):
+        backbone, frames = a_backbone(execution)
+        stage = backbone.stages[0]  # one is enough, a compiler takes seconds for each
         y = stage.spatial(frames.flatten(0, 1), (2, 2), (4, 0))
         return [
             y,
@@ -222,9 +226,8 @@ def test_a_compiled_stage_gives_the_same():
             ),
         ]
 
-    wanted = output_and_gradients()
-    backbone.compile_spatial()
-    for a, b in zip(output_and_gradients(), wanted, strict=True):
+    compiled = output_and_gradients(Execution(compile=True))
+    for a, b in zip(compiled, output_and_gradients(None), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

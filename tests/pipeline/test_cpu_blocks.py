@@ -1,4 +1,4 @@
-"""The blocks that stay in the cache against the same layers in plain operators."""
+"""The cache-sized blocks against the same layers in plain operators."""
 
 import copy
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from evspan.conf.schema.training import BackboneConfig
-from evspan.pipeline.model import cpu_blocks as cached
+from evspan.pipeline.model import cpu_blocks
 from evspan.pipeline.model.backbone import PartitionAttention
 from torch import nn
 
-ROWS, COLUMNS = 6, 10  # more positions than SMALL_WINDOW: attention is served as well
+ROWS, COLUMNS = 6, 10  # more positions than SMALL_WINDOW: attention is supported as well
 
 
 def a_block(dim=16, *, grid=False, first_norm=True, dim_head=8):
@@ -32,8 +32,8 @@ def output_and_gradients(block, x, partition):
 
 
 def assert_agrees(block, x, partition):
-    """float32, served, against double, which is not."""
-    assert cached.serves(x)
+    """float32, which the blocks support, against double, which they do not."""
+    assert cpu_blocks.is_supported(x)
     wanted = output_and_gradients(copy.deepcopy(block).double(), x.double(), partition)
     for got, exact in zip(output_and_gradients(block, x, partition), wanted, strict=True):
         assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
@@ -46,7 +46,7 @@ def assert_agrees(block, x, partition):
 )
 @pytest.mark.parametrize("at_once", [1, 2**14, 2**30], ids=["a band", "some", "all"])
 def test_blocks_agree_with_plain_layers(grid, first_norm, partition, at_once, monkeypatch):
-    monkeypatch.setattr(cached, "CACHE_BYTES", at_once)
+    monkeypatch.setattr(cpu_blocks, "CACHE_BYTES", at_once)
     block, (rows, columns) = a_block(grid=grid, first_norm=first_norm), partition
     assert_agrees(block, torch.randn(5, 3 * rows, 2 * columns, 16), partition)
 
@@ -55,7 +55,7 @@ def test_blocks_agree_with_plain_layers(grid, first_norm, partition, at_once, mo
 @pytest.mark.parametrize("grid", [False, True], ids=["windows", "grids"])
 def test_any_number_of_bands_at_once(bands, grid, monkeypatch):
     """3 bands a frame: parts of a frame, with a shorter last one, and several frames."""
-    monkeypatch.setattr(cached, "CACHE_BYTES", bands * 2 * ROWS * COLUMNS * 3 * 16 * 4)
+    monkeypatch.setattr(cpu_blocks, "CACHE_BYTES", bands * 2 * ROWS * COLUMNS * 3 * 16 * 4)
     assert_agrees(a_block(grid=grid), torch.randn(5, 3 * ROWS, 2 * COLUMNS, 16), (ROWS, COLUMNS))
 
 
@@ -65,11 +65,11 @@ def test_any_number_of_heads(heads):
 
 
 @pytest.mark.parametrize("at_once", [1, 2**16, 2**30])
-def test_what_a_wide_mlp_keeps_is_what_a_narrow_one_makes_anew(at_once, monkeypatch):
-    monkeypatch.setattr(cached, "CACHE_BYTES", at_once)
+def test_what_a_wide_mlp_stores_is_what_a_narrow_one_recomputes(at_once, monkeypatch):
+    monkeypatch.setattr(cpu_blocks, "CACHE_BYTES", at_once)
     block, x = a_block(), torch.randn(2, 4, 10, 16)
     narrow = output_and_gradients(block, x, (2, 5))
-    monkeypatch.setattr(cached, "WIDE", 16)
+    monkeypatch.setattr(cpu_blocks, "WIDE", 16)
     for got, wanted in zip(output_and_gradients(block, x, (2, 5)), narrow, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
     assert_agrees(block, x, (2, 5))
@@ -111,17 +111,19 @@ def test_x_stays_as_it_is_and_no_graph_gives_the_same():
         assert torch.equal(x, before)
 
 
-def test_half_precision_and_double_are_not_served():
+def test_half_precision_and_double_are_not_supported():
     x = torch.zeros(1, 2, 2, 8)
-    assert cached.serves(x)
-    assert not any(cached.serves(x.to(t)) for t in (torch.bfloat16, torch.float16, torch.double))
-    assert not cached.serves(x.to("meta"))
+    assert cpu_blocks.is_supported(x)
+    assert not any(
+        cpu_blocks.is_supported(x.to(t)) for t in (torch.bfloat16, torch.float16, torch.double)
+    )
+    assert not cpu_blocks.is_supported(x.to("meta"))
 
 
 def test_the_definition_by_hand():
     """LayerNorm, MLP and sum with torch's own layers."""
     block, x = a_block(first_norm=False), torch.randn(3, 2, 5, 16)
-    got = cached.mlp_block(x, block.norm2, *block.mlp.layers(block.ls2))
+    got = cpu_blocks.mlp_block(x, block.norm2, *block.mlp.layers(block.ls2))
     wanted = (
         x
         + block.mlp.net(F.layer_norm(x, (16,), block.norm2.weight, block.norm2.bias))

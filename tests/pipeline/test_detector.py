@@ -244,10 +244,9 @@ def test_padding_is_zero_pixels_right_and_below():
 
 
 EXPERIMENTS = {
-    "tiny": 4_405_336,
     "small": 9_870_456,
     "base": 18_536_856,
-    "3scale_baseline": 0,
+    "3scale_baseline": 4_405_336,
     "3scale_sizeaware": 0,
     "3scale_sizeaware_attention": 0,
     "4scale_sizeaware_attention": 0,

@@ -10,7 +10,7 @@ from evspan.pipeline.model import assignment as assignment_module
 from evspan.pipeline.model.assignment import assign
 from evspan.pipeline.model.head import YOLOXHead, cells, decode
 from evspan.pipeline.model.loss import detection_loss, size_weights
-from evspan.pipeline.model.norm import ALONE, BatchNorm2d, global_batch_norms
+from evspan.pipeline.model.norm import ONE_RANK, BatchNorm2d, global_batch_norms
 from evspan.pipeline.model.postprocess import detections, nms
 from support.dispatched import Dispatched
 from torch._subclasses.fake_tensor import is_fake
@@ -421,7 +421,7 @@ def test_global_batch_norm_agrees_with_torch():
     torch.manual_seed(0)
     x = torch.randn(4, 5, 3, 2) * 3 + 100  # far from zero: a sum of squares would cancel
     mine, theirs = BatchNorm2d(5), torch.nn.BatchNorm2d(5)
-    global_batch_norms(mine, ALONE)
+    global_batch_norms(mine, ONE_RANK)
     results, weights = [], torch.randn_like(x)
     for norm in (mine, theirs):
         leaf = x.clone().requires_grad_()
@@ -438,7 +438,7 @@ def test_global_batch_norm_agrees_with_torch():
 
 
 def test_batch_norm_of_no_frames_leaves_its_statistics():
-    for ranks in (None, ALONE):
+    for ranks in (None, ONE_RANK):
         norm = BatchNorm2d(5)
         global_batch_norms(norm, ranks)
         norm.running_mean.fill_(3.0)
