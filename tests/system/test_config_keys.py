@@ -85,9 +85,11 @@ def reads_of(*sources: str) -> Reads:
 def is_read(key: Key, found: Reads, shared: set[str]) -> bool:
     """Whether `found` holds a read of `key`. A name that several classes share needs its own group or class."""
     reads = [read for read in found.reads if read.name == key.name]
-    if key.name in shared:
-        return any(read.owner == key.group or read.schema == key.schema.__name__ for read in reads)
-    return bool(reads) or key.name in found.strings  # getattr(config, name) for a list of names
+    if any(read.owner == key.group or read.schema == key.schema.__name__ for read in reads):
+        return True
+    if key.name != "name" and key.name in found.strings:  # getattr(config, name) for several names
+        return True
+    return bool(reads) and key.name not in shared
 
 
 ALL_KEYS = sorted({key for command in COMMANDS for key in keys_of(command)}, key=str)
