@@ -53,7 +53,7 @@ COMMANDS = {
         "a sweep's runs by AP, with curves, as text and HTML; TensorBoard's HParams",
     ),
     "doctor": Command(
-        "evspan.launch.doctor.checks:main",
+        "evspan.launch.cli.doctor:main",
         "does this cluster fit? checks here and in a job, each with its remedy",
     ),
     "evaluate": Command("evspan.launch.local.run:evaluate", "a trained detector and shards -> AP"),

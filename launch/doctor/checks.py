@@ -1,249 +1,185 @@
-"""`evspan doctor`: would a run work here, and on the nodes of this cluster? Each check with what it found and what to do."""
+"""Runs the checks of `evspan doctor`: this machine, SLURM's settings, the tasks of a job."""
 
-import argparse
-import json
 import os
 import shutil
-import signal
 import socket
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from evspan.conf.errors import UserError
-from evspan.launch.cli.command import Parser, run_command
+from evspan.conf.text import plural
 from evspan.launch.doctor import folder, machine, slurm
-from evspan.launch.doctor.finding import FAIL, GRADES, PASS, WARN, Finding, ask
-from evspan.launch.doctor.job import Job
-from evspan.launch.doctor.job import run as run_job
+from evspan.launch.doctor.finding import FAIL, WARN, Check, Finding, run_checks
+from evspan.launch.doctor.job import Job, run_job
 
-RANK = ("RANK", "WORLD_SIZE", "SLURM_PROCID")  # what makes a process one of several ranks
-IN_JOB, HERE = "in a job", "here"
-
-DESCRIPTION = """Checks this machine, SLURM's settings where SLURM is there and, with --nodes, the nodes of a job: folder, limits,
-network, clocks, software, devices, and an all-reduce over the job's tasks. Exit code 0 if no check failed."""
-EXAMPLES = """examples:
-  evspan doctor --folder runs                                        # this machine, and SLURM's settings
-  evspan doctor --folder runs --partition gpu --nodes 2 --gpus-per-node 4
-  evspan doctor --nodes 2 -- --qos=debug --constraint=a100           # further options are srun's"""
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_PROCID")  # mark a process as one of several ranks
+HERE = "here"
+IN_JOB = "in a job"
 
 
-class Report:
-    """Tells each finding as it comes, or all in the end as JSON."""
+@dataclass(frozen=True)
+class DoctorOptions:
+    """What to check.
 
-    def __init__(self, as_json: bool) -> None:
-        self.as_json, self.rows = as_json, list[tuple[str, Finding]]()
+    Attributes:
+        folder: the run folder.
+        partition: empty for the cluster's default.
+        nodes: number of nodes that a job checks; 0 for no job.
+        ranks_per_node, gpus_per_node: 0 for the default.
+        account: account that the job is charged to; may be empty.
+        time_min: time limit of the job in minutes.
+        srun_options: further options of srun.
+    """
 
-    def title(self, text: str) -> None:
-        if not self.as_json:
-            print(f"{text}\n", flush=True)
+    folder: Path = Path(".")
+    partition: str = ""
+    nodes: int = 0
+    ranks_per_node: int = 0
+    gpus_per_node: int = 0
+    account: str = ""
+    time_min: int = 10
+    srun_options: Sequence[str] = ()
 
-    def add(self, where: str, finding: Finding) -> None:
-        self.rows.append((where, finding))
-        if self.as_json:
-            return
-        print(f"  {finding.grade}  {finding.check:18}{finding.found}", flush=True)
-        if finding.grade != PASS and finding.remedy:
-            print(f"        {'':18}-> {finding.remedy}", flush=True)
-
-    def end(self) -> int:
-        """The exit code."""
-        counts = {grade: sum(f.grade == grade for _, f in self.rows) for grade in GRADES}
-        if self.as_json:
-            checks = [
-                {
-                    "where": where,
-                    "check": f.check,
-                    "grade": f.grade,
-                    "found": f.found,
-                    "remedy": f.remedy if f.grade != PASS else "",
-                }
-                for where, f in self.rows
-            ]
-            print(
-                json.dumps(
-                    {"passed": not counts[FAIL], "checks": checks}, indent=1, ensure_ascii=False
-                ),
-                flush=True,
+    def __post_init__(self) -> None:
+        _check_minimum("--nodes", self.nodes, 0)
+        _check_minimum("--ranks-per-node", self.ranks_per_node, 0)
+        _check_minimum("--gpus-per-node", self.gpus_per_node, 0)
+        _check_minimum("--time", self.time_min, 1)
+        needs_job = (self.ranks_per_node, self.gpus_per_node, self.account, self.srun_options)
+        if not self.nodes and any(needs_job):
+            raise UserError(
+                "--ranks-per-node, --gpus-per-node, --account and options of srun apply to a job; "
+                "give --nodes, too"
             )
-        else:
-            print(
-                f"\ndoctor: {counts[FAIL]} failed, {counts[WARN]} to look at, {counts[PASS]} passed",
-                flush=True,
+        if self.gpus_per_node and self.ranks_per_node > self.gpus_per_node:
+            raise UserError(
+                f"--ranks-per-node is {self.ranks_per_node}, --gpus-per-node {self.gpus_per_node}; "
+                "each rank needs one"
             )
-        return int(counts[FAIL] > 0)
+
+    def job(self) -> Job:
+        """The job that runs the checks on the nodes."""
+        ranks_per_node = self.ranks_per_node or self.gpus_per_node or 1
+        return Job(self.nodes, ranks_per_node, self._all_srun_options())
+
+    def _all_srun_options(self) -> list[str]:
+        options = [f"--time={self.time_min}"]
+        if "SLURM_JOB_ID" in os.environ:  # a step of that job, at the same time as this one
+            options = ["--overlap"]
+        if self.partition:
+            options.append(f"--partition={self.partition}")
+        if self.account:
+            options.append(f"--account={self.account}")
+        if self.gpus_per_node:
+            options.append(f"--gpus-per-node={self.gpus_per_node}")
+        return [*options, *self.srun_options]
 
 
-def doctor(given: argparse.Namespace, report: Report) -> int:
-    report.title(f"{HERE}, on {socket.gethostname()}")
-    settings = _settings(given, report)
-    opened, work = folder.open_folder(given.folder)
-    report.add(HERE, opened)
+def _check_minimum(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{option} is {value}; give {least} or more")
+
+
+class Section(NamedTuple):
+    """The start of a group of findings. where: HERE or IN_JOB."""
+
+    where: str
+    title: str
+
+
+def run_doctor(
+    options: DoctorOptions, on_srun_line: Callable[[str], object]
+) -> Generator[Section | Finding, None, None]:
+    """Runs all checks; each finding follows the section that it belongs to.
+
+    Args:
+        on_srun_line: called with each line that srun writes to stderr.
+
+    Raises:
+        UserError: this process is one of several ranks.
+    """
+    _refuse_ranks()
+    yield Section(HERE, f"{HERE}, on {socket.gethostname()}")
+    settings = []
+    for finding in _check_slurm(options):
+        settings.append(finding)
+        yield finding
+    opened, work = folder.open_folder(options.folder)
+    yield opened
     try:
-        versions = _machine(report, work)
-        if given.nodes:
-            blocked = any(f.grade == FAIL and f.check in ("SLURM", "partition") for f in settings)
-            _in_job(given, report, None if blocked else work, versions)
+        versions = yield from _check_machine(work)
+        if options.nodes:
+            yield from _check_job(options, settings, work, versions, on_srun_line)
     finally:
-        if work:
+        if work is not None:
             shutil.rmtree(work, ignore_errors=True)
-    return report.end()
 
 
-def _settings(given: argparse.Namespace, report: Report) -> list[Finding]:
-    if slurm.there():
-        findings = [*slurm.check(given.partition, given.nodes)]
-    else:
-        wanted = given.nodes or given.partition
-        findings = [
-            Finding(
-                "SLURM",
-                FAIL if wanted else WARN,
-                "none here: sbatch, srun and the others are not on the PATH",
-                "run this where jobs are submitted, such as a login node; `evspan train` needs no SLURM",
-            )
-        ]
-    for finding in findings:
-        report.add(HERE, finding)
-    return findings
-
-
-def _machine(report: Report, work: Path | None) -> Finding:
-    """Ask this machine; the versions."""
-    alone = {name: value for name, value in os.environ.items() if name not in RANK}
-    importing, probing = (
-        machine.start(machine.IMPORT_DEEPSPEED, alone),
-        machine.start(machine.PROBE, alone),
-    )
-    in_folder = (
-        {
-            "free space": lambda: folder.free_space(work),
-            "rename": lambda: folder.renaming(work / "renamed-here"),
-            "clock": lambda: folder.file_clock(work),
-        }
-        if work
-        else {}
-    )
-    found = {}
-    for finding in ask({**in_folder, **machine.CHECKS}):
-        report.add(HERE, finding)
-        found[finding.check] = finding
-    for finding in machine.torch_and_all_reduce(probing, found["GPUs"].values.get("gpus", 0), 1):
-        report.add(HERE, finding)
-    report.add(HERE, machine.deepspeed_import(importing))
-    return found["versions"]
-
-
-def _in_job(
-    given: argparse.Namespace, report: Report, work: Path | None, versions: Finding
-) -> None:
-    if work is None:
-        report.add(
-            IN_JOB, Finding("tasks", FAIL, "no job was started", "mend what has failed above first")
+def _refuse_ranks() -> None:
+    torchrun = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    if torchrun or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UserError(
+            "evspan doctor starts its tasks itself; run it without torchrun, and under srun as one "
+            "task (-n1)"
         )
+
+
+def _check_slurm(options: DoctorOptions) -> Iterator[Finding]:
+    if slurm.is_installed():
+        yield from slurm.check_settings(options.partition, options.nodes)
         return
-    job = Job(given.nodes, given.ranks_per_node or given.gpus_per_node or 1, _srun_options(given))
-    report.title(f"\n{IN_JOB}, {job.nodes} node{'s' * (job.nodes > 1)} x {job.ranks_per_node}")
+    yield Finding(
+        "SLURM",
+        FAIL if options.nodes or options.partition else WARN,
+        "none here: sbatch, srun and the others are not on the PATH",
+        "run this where jobs are submitted, such as a login node; `evspan train` needs no SLURM",
+    )
+
+
+def _check_machine(work: Path | None) -> Generator[Finding, None, Finding]:
+    """The checks of this machine; returns the versions.
+
+    work: None if the folder cannot be written.
+    """
+    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+    # Importing takes long, so both processes run during the other checks.
+    deepspeed = machine.start_process(machine.IMPORT_DEEPSPEED, environment)
+    probe = machine.start_process(machine.PROBE, environment)
+    findings = {}
+    for finding in run_checks({**_folder_checks(work), **machine.CHECKS}):
+        yield finding
+        findings[finding.check] = finding
+    gpus = findings["GPUs"].values.get("gpus", 0)
+    yield from machine.torch_and_all_reduce(probe, gpus, ranks_here=1)
+    yield machine.deepspeed_import(deepspeed)
+    return findings["versions"]
+
+
+def _folder_checks(work: Path | None) -> Mapping[str, Check]:
+    if work is None:
+        return {}
+    return {
+        "free space": lambda: folder.free_space(work),
+        "rename": lambda: folder.atomic_replacement(work / "renamed-here"),
+        "clock": lambda: folder.file_clock(work),
+    }
+
+
+def _check_job(
+    options: DoctorOptions,
+    settings: Sequence[Finding],
+    work: Path | None,
+    versions: Finding,
+    on_srun_line: Callable[[str], object],
+) -> Iterator[Section | Finding]:
+    """The checks of the nodes. settings: the findings on SLURM. versions: those of this machine."""
+    job = options.job()
+    yield Section(IN_JOB, f"{IN_JOB}, {plural(job.nodes, 'node')} x {job.ranks_per_node}")
+    failed = {finding.check for finding in settings if finding.grade == FAIL}
+    if work is None or failed & {"SLURM", "partition"}:
+        yield Finding("tasks", FAIL, "no job was started", "correct what has failed above first")
+        return
     token = (work / folder.TOKEN).read_text()
-    for finding in run_job(
-        job, work, token, versions, lambda line: print(line, file=sys.stderr, flush=True)
-    ):
-        report.add(IN_JOB, finding)
-
-
-def _srun_options(given: argparse.Namespace) -> list[str]:
-    options = [
-        f"--{name}={value}"
-        for name, value in (("partition", given.partition), ("account", given.account))
-        if value
-    ]
-    options += [f"--gpus-per-node={given.gpus_per_node}"] if given.gpus_per_node else []
-    inside = "SLURM_JOB_ID" in os.environ  # a step of that job, beside the one that this may be in
-    return [*(["--overlap"] if inside else [f"--time={given.time}"]), *options, *given.srun]
-
-
-@contextmanager
-def _leaving_on_sigterm() -> Iterator[None]:
-    """By an exception: the job is to end, too, and the folder to go."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def check(given: argparse.Namespace) -> None:
-    for name, least in (("nodes", 0), ("ranks_per_node", 0), ("gpus_per_node", 0), ("time", 1)):
-        if (value := getattr(given, name)) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; give {least} or more")
-    if not given.nodes and (
-        given.ranks_per_node or given.gpus_per_node or given.account or given.srun
-    ):
-        raise UserError(
-            "--ranks-per-node, --gpus-per-node, --account and options of srun are of a job; give --nodes, too"
-        )
-    if given.gpus_per_node and given.ranks_per_node > given.gpus_per_node:
-        raise UserError(
-            f"--ranks-per-node is {given.ranks_per_node}, --gpus-per-node {given.gpus_per_node}; each rank needs one"
-        )
-    if {"RANK", "WORLD_SIZE"} <= os.environ.keys() or int(
-        os.environ.get("SLURM_STEP_NUM_TASKS", 1)
-    ) > 1:
-        raise UserError(
-            "evspan doctor starts its tasks itself; run it without torchrun, and under srun as one task (-n1)"
-        )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "evspan doctor",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("."),
-        metavar="DIR",
-        help="where runs are to be (default: this one)",
-    )
-    parser.add_argument("--partition", default="", metavar="NAME", help="default: the cluster's")
-    parser.add_argument(
-        "--nodes", type=int, default=0, metavar="N", help="check so many in a job (default: none)"
-    )
-    parser.add_argument(
-        "--ranks-per-node", type=int, default=0, metavar="N", help="default: one per GPU, or one"
-    )
-    parser.add_argument(
-        "--gpus-per-node",
-        type=int,
-        default=0,
-        metavar="N",
-        help="that the job asks for (default: none)",
-    )
-    parser.add_argument("--account", default="", metavar="NAME", help="that the job is charged to")
-    parser.add_argument(
-        "--time", type=int, default=10, metavar="MINUTES", help="limit of the job (default: 10)"
-    )
-    parser.add_argument("--json", action="store_true", help="for machines")
-    parser.add_argument("srun", nargs="*", metavar="-- OPTION", help="further options of srun")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    given, code = _parser().parse_args(argv), 0
-
-    def run() -> None:
-        nonlocal code
-        check(given)
-        with _leaving_on_sigterm():
-            code = doctor(given, Report(given.json))
-
-    run_command(run)
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()
+    yield from run_job(job, work, token, versions, on_srun_line)

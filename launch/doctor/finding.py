@@ -1,64 +1,80 @@
-"""What a check of `evspan doctor` says."""
+"""The result of a check of `evspan doctor`."""
 
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
-PASS, WARN, FAIL = "pass", "warn", "fail"
-GRADES = (PASS, WARN, FAIL)  # the best first
+PASS = "pass"
+WARN = "warn"
+FAIL = "fail"
+GRADES = (PASS, WARN, FAIL)  # from best to worst
+MAX_MESSAGE = 300  # characters
 
 
-class Finding(NamedTuple):
-    """remedy: shown unless the check passes. values: for comparing the tasks of a job; as JSON."""
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        check: name of the check.
+        grade: one of GRADES.
+        message: what was measured.
+        remedy: what to do; shown unless the check passes.
+        values: JSON values by which the tasks of a job are compared.
+    """
 
     check: str
     grade: str
-    found: str
+    message: str
     remedy: str = ""
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 Check = Callable[[], Finding]
 
 
 def graded(value: float, *, enough: float, least: float) -> str:
-    return PASS if value >= enough else WARN if value >= least else FAIL
+    """PASS from `enough` on, WARN from `least` on, FAIL below."""
+    if value >= enough:
+        return PASS
+    return WARN if value >= least else FAIL
 
 
-def ask(checks: Mapping[str, Check]) -> Iterator[Finding]:
-    """One after the other; one that the machine refuses to answer has failed."""
+def worst(findings: Sequence[Finding]) -> str:
+    """The worst grade; PASS if there is no finding."""
+    return max((finding.grade for finding in findings), key=GRADES.index, default=PASS)
+
+
+def run_checks(checks: Mapping[str, Check]) -> Iterator[Finding]:
+    """Runs the checks one after the other. A check that raises OSError has failed."""
     for name, check in checks.items():
         try:
             yield check()
         except OSError as error:
-            yield Finding(
-                name,
-                FAIL,
-                f"{error.filename or 'it'}: {error.strerror or error}",
-                "have the machine looked at",
-            )
+            reason = error.strerror or error
+            message = f"{error.filename}: {reason}" if error.filename else str(reason)
+            yield Finding(name, FAIL, message, "ask the machine's administrator")
 
 
-def worst(findings: Sequence[Finding]) -> str:
-    return max((f.grade for f in findings), key=GRADES.index, default=PASS)
-
-
-def one_line(text: str, most: int = 300) -> str:
+def shorten(text: str, length: int = MAX_MESSAGE) -> str:
+    """`text` on one line of at most `length` characters."""
     line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[: most - 3]}..."
+    return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
-def complaint(lines: Iterable[str]) -> str:
-    """What went wrong, of what a command of SLURM's said on several lines; else the last line."""
-    said = [line.strip() for line in lines if line.strip()]
-    errors = [
-        re.sub(r"^[\w-]+: (error|fatal): ", "", line)
-        for line in said
-        if re.match(r"[\w-]+: (error|fatal): ", line)
-    ]
-    return one_line("; ".join(dict.fromkeys(errors or said[-1:])))
+def error_summary(lines: Iterable[str]) -> str:
+    """The error messages in the output of a SLURM command; the last line if it has none."""
+    stripped = [line.strip() for line in lines if line.strip()]
+    errors = []
+    for line in stripped:
+        match = re.match(r"[\w-]+: (error|fatal): ", line)
+        if match:
+            errors.append(line[match.end() :])
+    return shorten("; ".join(dict.fromkeys(errors or stripped[-1:])))
 
 
-def module(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", name, *arguments]
+def python_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module with this Python."""
+    return [sys.executable, "-m", module, *arguments]

@@ -1,4 +1,4 @@
-"""The folder of the runs: can it be written, does a file take another's place whole, do its clock and the nodes' agree?"""
+"""Checks of the run folder: write access, atomic replacement, clock, visibility on all nodes."""
 
 import errno
 import json
@@ -7,217 +7,287 @@ import shutil
 import socket
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+from evspan.conf.text import plural
 from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding, graded
 
-FREE_GB, LEAST_FREE_GB = 20, 1  # a run of the base model with its checkpoints takes a few
-SKEW_S = 1.0
-TICK_S = 0.05  # kernels date files by their ticks
-FILE_BYTES, REPLACING_S = 1 << 18, 0.5
-WAIT_S = 60.0  # for what another machine has written, such as by way of NFS
-LAST = b"\xff" * 8  # in the last of the files that replace one another
-LEAST_VERSIONS, LEAST_SEEN = 10, 3  # of them, and that a reader is to see
-TOKEN = "token"
-ELSEWHERE = "checkpoints could be lost there; name a folder on another file system: --folder"
-SHARED = (
-    "name a folder that all nodes see and may write, such as on the parallel file system: --folder"
+FREE_GB = 20  # a run of the base model with its checkpoints takes a few
+LEAST_FREE_GB = 1
+SKEW_S = 1.0  # larger differences between clocks are reported
+TICK_S = 0.05  # resolution of the kernel's file times
+FILE_BYTES = 1 << 18  # of the file that is replaced and read
+REPLACING_S = 0.5
+WAIT_S = 60.0  # until another machine's files are visible, for example over NFS
+LAST_VERSION = b"\xff" * 8  # contents of the last version of that file, repeated
+LEAST_VERSIONS = 10  # that are written
+LEAST_SEEN = 3  # of them that a reader should see
+TOKEN = "token"  # file in the work folder
+OTHER_FILE_SYSTEM = "checkpoints may be lost there; name a folder on another file system: --folder"
+SHARED_FOLDER = (
+    "name a folder that all nodes see and can write, for example on the parallel file system: "
+    "--folder"
 )
-SET_CLOCKS = "have the clocks set by NTP: a run's history is told by time"
+SET_CLOCKS = "synchronise the clocks with NTP: times in a run's history are compared"
+
+ReplaceFile = Callable[[Path, bytes], None]
 
 
 def open_folder(folder: Path) -> tuple[Finding, Path | None]:
-    """Whether it can be written; a new folder in it, with a token, for the checks that follow."""
+    """Checks that `folder` can be written.
+
+    Returns:
+        The finding, and a new work folder in `folder` with a token file (None if there is none).
+    """
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "is not there"
-        return Finding(
-            "folder",
-            FAIL,
-            f"{folder} {what}",
-            "create it (mkdir -p), or name that of your runs: --folder",
-        ), None
+        problem = "is a file" if folder.exists() else "does not exist"
+        remedy = "create it (mkdir -p), or name the folder of your runs: --folder"
+        return Finding("folder", FAIL, f"{folder} {problem}", remedy), None
     try:
         work = Path(tempfile.mkdtemp(prefix=".doctor-", dir=folder.resolve()))
-        replace_whole(work / TOKEN, os.urandom(16).hex().encode())
+        replace_file(work / TOKEN, os.urandom(16).hex().encode())
     except OSError as error:
-        return Finding(
-            "folder",
-            FAIL,
-            f"{folder} cannot be written: {error.strerror}",
-            "have it made writable for you, or name that of your runs: --folder",
-        ), None
-    return Finding(
-        "folder", PASS, f"{work.parent} can be written; its file system is {_file_system(work)}"
-    ), work
+        message = f"{folder} cannot be written: {error.strerror}"
+        remedy = "ask for write access, or name the folder of your runs: --folder"
+        return Finding("folder", FAIL, message, remedy), None
+    message = f"{work.parent} can be written; its file system is {_file_system(work)}"
+    return Finding("folder", PASS, message), work
 
 
 def _file_system(path: Path) -> str:
-    """The type of the longest mount point above it."""
-    best, kind = "", "unknown"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        point = line.split()[4]
-        if path.is_relative_to(point) and len(point) >= len(best):
-            best, kind = point, line.partition(" - ")[2].split()[0]
-    return kind
+    """The type of the file system that `path` is on."""
+    mount_point = ""
+    file_system = "unknown"
+    for partition in psutil.disk_partitions(all=True):
+        longer = len(partition.mountpoint) >= len(mount_point)
+        if longer and path.is_relative_to(partition.mountpoint):
+            mount_point = partition.mountpoint
+            file_system = partition.fstype
+    return file_system
 
 
 def free_space(folder: Path) -> Finding:
-    free = shutil.disk_usage(folder).free / 1e9
-    grade = graded(free, enough=FREE_GB, least=LEAST_FREE_GB)
+    """Checks the free space of the file system."""
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    grade = graded(free_gb, enough=FREE_GB, least=LEAST_FREE_GB)
+    message = f"{free_gb:.1f} GB"
+    if grade != PASS:
+        message += f", less than {FREE_GB}"
     return Finding(
-        "free space",
-        grade,
-        f"{free:.1f} GB" + (f", less than {FREE_GB}" if grade != PASS else ""),
-        "remove old runs, or name another folder: --folder",
+        "free space", grade, message, "remove old runs, or name another folder: --folder"
     )
 
 
 def file_clock(work: Path) -> Finding:
-    """This machine's clock against the one that dates the files: the file server's, or its own."""
+    """Compares this machine's clock with the one that sets file times, such as a file server's."""
     path = work / f"clock-{socket.gethostname()}-{os.getpid()}"
     before = time.time()
     path.write_bytes(b"1")
-    after, dated = time.time(), path.stat().st_mtime
-    ahead = max(0.0, before - TICK_S - dated) + min(0.0, after + TICK_S - dated)
-    how = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'}" if ahead else "agrees with"
-    return Finding(
-        "clock", WARN if abs(ahead) > SKEW_S else PASS, f"{how} that of the files", SET_CLOCKS
-    )
+    after = time.time()
+    file_time = path.stat().st_mtime
+    ahead_s = 0.0
+    if file_time < before - TICK_S:
+        ahead_s = before - TICK_S - file_time
+    elif file_time > after + TICK_S:
+        ahead_s = after + TICK_S - file_time
+    message = "agrees with that of the files"
+    if ahead_s > 0:
+        message = f"{ahead_s:.1f} s ahead of that of the files"
+    elif ahead_s < 0:
+        message = f"{-ahead_s:.1f} s behind that of the files"
+    grade = WARN if abs(ahead_s) > SKEW_S else PASS
+    return Finding("clock", grade, message, SET_CLOCKS)
 
 
-# -- files that replace one another --------------------------------------------------------------------------------
-def replace_whole(path: Path, data: bytes) -> None:
-    """As checkpoints are written."""
-    beside = path.with_name(f".{path.name}")
-    with beside.open("wb") as file:
+# -- atomic replacement ----------------------------------------------------------------------------
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file as checkpoints are written: temporary file, fsync, os.replace."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(temporary, path)
 
 
-def renaming(
-    path: Path, *, write: bool = True, put: Callable[[Path, bytes], None] = replace_whole
+@dataclass
+class ReadCounts:
+    """What a reader saw of a file that is being replaced.
+
+    Attributes:
+        versions: number of different versions.
+        half_written: reads that were not one whole version.
+        missing: reads that found no file. stale: reads that NFS refused (ESTALE).
+        saw_last: whether the last version was read.
+    """
+
+    reads: int = 0
+    versions: int = 0
+    half_written: int = 0
+    missing: int = 0
+    stale: int = 0
+    saw_last: bool = False
+
+
+def atomic_replacement(
+    path: Path, *, write: bool = True, replace: ReplaceFile = replace_file
 ) -> Finding:
-    """Read a file over and over while others of its length replace it: each reading must be one of them, whole.
+    """Checks that a file that is replaced again and again is whole whenever it is read.
 
-    write: replace it here, by `put`; else another task does.
+    Args:
+        write: whether this process also replaces the file; if not, another task does.
+        replace: how it is replaced.
     """
     try:
-        if write:
-            put(path, bytes(FILE_BYTES))
-        with ThreadPoolExecutor(1) as pool:
-            writing = pool.submit(_replace_many, path, put) if write else None
-            seen = _read_many(path, writing)
-            if writing:
-                writing.result()
+        counts = _read_while_replaced(path, replace) if write else _read_versions(path, None)
     except OSError as error:
-        return Finding("rename", FAIL, f"a file cannot be replaced: {error}", ELSEWHERE)
-    told = f"{seen['reads']} readings of a file while {'it was' if write else 'task 0 had it'} replaced"
-    if bad := [f"{seen[what]} {what}" for what in ("half written", "missing") if seen[what]]:
-        return Finding("rename", FAIL, f"{told}: {', '.join(bad)}", ELSEWHERE)
-    if not seen["ended"]:
-        return Finding(
-            "rename", FAIL, f"{told}: its last version did not come within {WAIT_S:g} s", ELSEWHERE
-        )
-    if seen["versions"] < LEAST_SEEN:
-        return Finding(
-            "rename",
-            WARN,
-            f"{told}: whole, but only {seen['versions']} versions were seen, which proves little",
-            "run it again when the file system is less busy",
-        )
-    if seen["stale"]:
-        return Finding(
-            "rename",
-            WARN,
-            f"{told}: whole, but {seen['stale']} refused as stale",
-            "`evspan status` may meet that, too; ask again",
-        )
-    return Finding("rename", PASS, f"{told}: all whole{', fsync works' if write else ''}")
+        message = f"a file cannot be replaced: {error}"
+        return Finding("rename", FAIL, message, OTHER_FILE_SYSTEM)
+    return _grade_reads(counts, write)
 
 
-def _replace_many(path: Path, put: Callable[[Path, bytes], None]) -> None:
-    end, version = time.monotonic() + REPLACING_S, 0
+def _read_while_replaced(path: Path, replace: ReplaceFile) -> ReadCounts:
+    replace(path, bytes(FILE_BYTES))
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(_write_versions, path, replace)
+        counts = _read_versions(path, writing)
+        writing.result()
+    return counts
+
+
+def _grade_reads(counts: ReadCounts, write: bool) -> Finding:
+    replaced = "it was replaced" if write else "task 0 replaced it"
+    message = f"{plural(counts.reads, 'read')} of a file while {replaced}"
+    problems = []
+    if counts.half_written:
+        problems.append(f"{counts.half_written} half written")
+    if counts.missing:
+        problems.append(f"{counts.missing} missing")
+    if problems:
+        return Finding("rename", FAIL, f"{message}: {', '.join(problems)}", OTHER_FILE_SYSTEM)
+    if not counts.saw_last:
+        message += f": the last version did not appear within {WAIT_S:g} s"
+        return Finding("rename", FAIL, message, OTHER_FILE_SYSTEM)
+    if counts.versions < LEAST_SEEN:
+        message += f": whole, but only {counts.versions} versions were seen, which proves little"
+        remedy = "run it again when the file system is less busy"
+        return Finding("rename", WARN, message, remedy)
+    if counts.stale:
+        message += f": whole, but {counts.stale} refused as stale"
+        remedy = "`evspan status` may also fail this way; run it again then"
+        return Finding("rename", WARN, message, remedy)
+    message += ": all whole"
+    if write:
+        message += ", fsync works"
+    return Finding("rename", PASS, message)
+
+
+def _write_versions(path: Path, replace: ReplaceFile) -> None:
+    end = time.monotonic() + REPLACING_S
+    version = 0
     while time.monotonic() < end or version < LEAST_VERSIONS:
         version += 1
-        put(path, version.to_bytes(8, "little") * (FILE_BYTES // 8))
-    put(path, LAST * (FILE_BYTES // 8))
+        replace(path, version.to_bytes(8, "little") * (FILE_BYTES // 8))
+    replace(path, LAST_VERSION * (FILE_BYTES // 8))
 
 
-def _read_many(path: Path, writing: Future[None] | None) -> Counter[str]:
-    seen, newest, end = Counter[str](), b"", time.monotonic() + WAIT_S
-    while time.monotonic() < end and not (writing and writing.done() and writing.exception()):
+def _read_versions(path: Path, writing: Future[None] | None) -> ReadCounts:
+    """Reads the file until its last version is seen.
+
+    writing: the writer in this process; None if another task writes.
+    """
+    counts = ReadCounts()
+    newest = b""
+    end = time.monotonic() + WAIT_S
+    while time.monotonic() < end and not _has_failed(writing):
         try:
             data = path.read_bytes()
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE):
-                raise
-            if writing or seen["reads"]:
-                seen["missing" if error.errno == errno.ENOENT else "stale"] += 1
-            else:
+            _count_failed_read(counts, error)
+            if writing is None and not counts.reads:  # the other task has not started
+                counts = ReadCounts()
                 time.sleep(0.005)
             continue
-        seen["reads"] += 1
+        counts.reads += 1
         if len(data) != FILE_BYTES or data != data[:8] * (FILE_BYTES // 8):
-            seen["half written"] += 1
+            counts.half_written += 1
         elif data[:8] != newest:
-            seen["versions"] += 1
+            counts.versions += 1
             newest = data[:8]
-        if newest == LAST:
-            seen["ended"] = 1
+        if newest == LAST_VERSION:
+            counts.saw_last = True
             break
-    return seen
+    return counts
 
 
-# -- between tasks -------------------------------------------------------------------------------------------------
-def meet(work: Path, token: str, rank: int, size: int, note: Any) -> tuple[Finding, dict[int, Any]]:
-    """Read the token of whoever started the tasks, leave `note` for the others, and read theirs: rank -> note, as JSON."""
-    began, notes = time.monotonic(), dict[int, Any]()
+def _has_failed(writing: Future[None] | None) -> bool:
+    return writing is not None and writing.done() and writing.exception() is not None
+
+
+def _count_failed_read(counts: ReadCounts, error: OSError) -> None:
+    if error.errno == errno.ENOENT:
+        counts.missing += 1
+    elif error.errno == errno.ESTALE:
+        counts.stale += 1
+    else:
+        raise error
+
+
+# -- between tasks ---------------------------------------------------------------------------------
+def exchange_notes(
+    work: Path, token: str, rank: int, size: int, note: Any
+) -> tuple[Finding, dict[int, Any]]:
+    """Checks that all tasks of a job see the same folder.
+
+    Reads the token of the process that started the tasks, writes `note` (JSON) for the other tasks,
+    and reads theirs.
+
+    Returns:
+        The finding, and the notes by rank.
+    """
+    notes: dict[int, Any] = {}
     try:
         if (work / TOKEN).read_text() != token:
-            return Finding(
-                "shared folder",
-                FAIL,
-                f"{work} holds another token than where this was started",
-                SHARED,
-            ), notes
-        replace_whole(work / f"task-{rank}", json.dumps([token, note]).encode())
-        while len(notes) < size and time.monotonic() < began + WAIT_S:
-            there = set(
-                os.listdir(work)
-            )  # has NFS look anew, other than asking for a name that was not there
-            for other in set(range(size)) - notes.keys():
-                if f"task-{other}" in there:
-                    notes[other] = json.loads((work / f"task-{other}").read_bytes())[1]
-            time.sleep(0.02)
+            message = f"{work} contains another token than on the machine that started this task"
+            return Finding("shared folder", FAIL, message, SHARED_FOLDER), notes
+        replace_file(work / f"task-{rank}", json.dumps([token, note]).encode())
+        _read_notes(work, size, notes)
     except OSError as error:
-        return Finding(
-            "shared folder", FAIL, f"{error.filename or work}: {error.strerror}", SHARED
-        ), notes
-    if missing := size - len(notes):
-        return Finding(
-            "shared folder",
-            FAIL,
-            f"what {missing} of {size} tasks left has not come in {WAIT_S:g} s",
-            SHARED,
-        ), notes
-    return Finding(
-        "shared folder", PASS, f"this token and those of all {size} tasks are read"
-    ), notes
+        message = f"{error.filename or work}: {error.strerror}"
+        return Finding("shared folder", FAIL, message, SHARED_FOLDER), notes
+    missing = size - len(notes)
+    if missing:
+        message = f"the files of {missing} of {size} tasks did not appear within {WAIT_S:g} s"
+        return Finding("shared folder", FAIL, message, SHARED_FOLDER), notes
+    message = f"the token and the files of all {size} tasks can be read"
+    return Finding("shared folder", PASS, message), notes
 
 
-def not_seen(work: Path, token: str, size: int) -> int:
-    """How many tasks' notes cannot be read here."""
+def _read_notes(work: Path, size: int, notes: dict[int, Any]) -> None:
+    """Adds the other tasks' notes as they appear, for at most WAIT_S."""
+    end = time.monotonic() + WAIT_S
+    while len(notes) < size and time.monotonic() < end:
+        # NFS may answer from its cache that a file does not exist; a listing asks the server.
+        names = set(os.listdir(work))
+        for rank in range(size):
+            if rank not in notes and f"task-{rank}" in names:
+                _, notes[rank] = json.loads((work / f"task-{rank}").read_bytes())
+        time.sleep(0.02)
 
-    def read(rank: int) -> bool:
-        try:
-            return json.loads((work / f"task-{rank}").read_bytes())[0] == token
-        except (OSError, ValueError):
-            return False
 
-    return size - sum(map(read, range(size)))
+def count_unreadable_notes(work: Path, token: str, size: int) -> int:
+    """The number of tasks whose notes cannot be read on this machine."""
+    return sum(not _has_note(work / f"task-{rank}", token) for rank in range(size))
+
+
+def _has_note(path: Path, token: str) -> bool:
+    try:
+        contents = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return bool(contents[0] == token)

@@ -1,6 +1,8 @@
-"""The checks of a machine by every task of a SLURM job.
+"""Runs the checks of a machine in every task of a SLURM job.
 
-python -m evspan.launch.doctor.job WORK TOKEN     a task: WORK is a folder in that of the runs, TOKEN what the file `token` in it holds
+python -m evspan.launch.doctor.job WORK TOKEN
+
+runs one task. WORK is a folder in the run folder; TOKEN is the contents of its file `token`.
 """
 
 import json
@@ -8,127 +10,157 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Thread
-from typing import NamedTuple
 
 from evspan.launch.doctor import folder, machine
-from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding, ask, complaint, module, one_line
-from evspan.launch.doctor.verdict import LAST, Told, judge
+from evspan.launch.doctor.finding import (
+    FAIL,
+    PASS,
+    WARN,
+    Finding,
+    error_summary,
+    python_command,
+    run_checks,
+    shorten,
+)
+from evspan.launch.doctor.verdict import LAST_CHECK, TaskFinding, judge
+from evspan.pipeline.parallel.rank_env import first_host, place
 
-MARK = "evspan-doctor "  # before what a task tells on its standard output
+LINE_PREFIX = "evspan-doctor "  # marks a task's findings on its standard output
+ANY_PORT = 9  # nothing is sent to it
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job:
+    """The shape of the job. srun_options: further options of srun."""
+
     nodes: int
     ranks_per_node: int
-    options: Sequence[str] = ()  # further ones of srun
+    srun_options: Sequence[str] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of tasks."""
+        return self.nodes * self.ranks_per_node
 
 
-# -- a task --------------------------------------------------------------------------------------------------------
+# -- a task ----------------------------------------------------------------------------------------
 def main(argv: Sequence[str]) -> None:
+    """Prints the findings of this task, each as a line of JSON."""
+    work, token = argv
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     rank = int(os.environ["SLURM_PROCID"])
-    for finding in task(Path(argv[0]), argv[1], os.environ):
-        # A line of its own and under 1 KB: srun may put longer ones of several tasks into one another.
-        shown = finding._replace(found=one_line(finding.found), remedy=one_line(finding.remedy))
-        print(MARK + json.dumps([rank, node, *shown], ensure_ascii=False), flush=True)
+    for finding in check_task(Path(work), token, os.environ):
+        # srun may interleave lines of several tasks if they are longer than about 1 KB.
+        short = replace(finding, message=shorten(finding.message), remedy=shorten(finding.remedy))
+        line = json.dumps({"rank": rank, "node": node, **asdict(short)}, ensure_ascii=False)
+        print(LINE_PREFIX + line, flush=True)
 
 
-def task(work: Path, token: str, env: Mapping[str, str]) -> Iterator[Finding]:
-    from evspan.pipeline.parallel.rank_env import place
-
-    rank, size, local, local_size, _, _ = place(env)
-    seen = 0
-    for finding in ask(machine.CHECKS):
+def check_task(work: Path, token: str, env: Mapping[str, str]) -> Iterator[Finding]:
+    """The checks of one task, in step with the others."""
+    rank_info = place(env)
+    gpus = 0
+    for finding in run_checks(machine.CHECKS):
         yield finding
-        seen = finding.values.get("gpus", seen)
-    met, notes = folder.meet(
-        work, token, rank, size, _address_towards(env.get("SLURM_LAUNCH_NODE_IPADDR", ""))
+        gpus = finding.values.get("gpus", gpus)
+    own_address = _address_towards(env.get("SLURM_LAUNCH_NODE_IPADDR", ""))
+    shared_folder, addresses = folder.exchange_notes(
+        work, token, rank_info.rank, rank_info.size, own_address
     )
-    yield met
-    if met.grade != PASS:
-        yield Finding(
-            LAST, FAIL, "not tried: the tasks have not met in the shared folder", "mend that first"
-        )
+    yield shared_folder
+    if shared_folder.grade != PASS:
+        message = "not tried: the tasks do not see each other's files in the shared folder"
+        yield Finding(LAST_CHECK, FAIL, message, "correct the shared folder first")
         return
-    yield from ask(
+    is_writer = rank_info.rank == 0
+    yield from run_checks(
         {
-            "rename": lambda: folder.renaming(work / "renamed", write=rank == 0),
+            "rename": lambda: folder.atomic_replacement(work / "renamed", write=is_writer),
             "clock": lambda: folder.file_clock(work),
         }
     )
-    first, variables = first_rank(env, notes[0])
-    yield first
-    probing = machine.start(machine.PROBE, {**env, **variables})
-    if local == 0:  # once per node
-        yield machine.deepspeed_import(machine.start(machine.IMPORT_DEEPSPEED, env))
-    yield from machine.torch_and_all_reduce(probing, seen, local_size)
+    master_address, variables = check_master_address(env, addresses[0])
+    yield master_address
+    probe = machine.start_process(machine.PROBE, {**env, **variables})
+    if rank_info.local == 0:  # once per node
+        yield machine.deepspeed_import(machine.start_process(machine.IMPORT_DEEPSPEED, env))
+    yield from machine.torch_and_all_reduce(probe, gpus, rank_info.local_size)
 
 
 def _address_towards(launcher: str) -> str:
-    """This machine's on the way to that one; where a batch script started the tasks, rank 0 is there itself."""
-    family = socket.AF_INET6 if ":" in launcher else socket.AF_INET
+    """This machine's address on the way to the launching node.
+
+    Empty if a batch script started the tasks: rank 0 is then on the launching node.
+    """
     if not launcher:
         return ""
-    with socket.socket(family, socket.SOCK_DGRAM) as any_socket:
+    family = socket.AF_INET6 if ":" in launcher else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as udp:
         try:
-            any_socket.connect((launcher, 9))  # sends nothing
+            udp.connect((launcher, ANY_PORT))
         except OSError:
             return ""
-        return str(any_socket.getsockname()[0])
+        return str(udp.getsockname()[0])
 
 
-def first_rank(env: Mapping[str, str], address: str) -> tuple[Finding, dict[str, str]]:
-    """Whether the first node's name means something here, and the variables by which ranks find each other if it does not.
+def check_master_address(
+    env: Mapping[str, str], rank_0_address: str
+) -> tuple[Finding, dict[str, str]]:
+    """Checks that the name of the first node can be resolved on this machine.
 
-    address: rank 0's, which a run has from its batch script.
+    Args:
+        rank_0_address: used if the name cannot be resolved; empty if unknown. A run gets it from
+            its batch script.
+
+    Returns:
+        The finding, and the variables that the ranks need to find rank 0.
     """
-    from evspan.pipeline.parallel.rank_env import first_host
-
-    given = env.get("MASTER_ADDR")
-    name = given or first_host(env.get("SLURM_STEP_NODELIST", ""))
+    configured = env.get("MASTER_ADDR")
+    name = configured or first_host(env.get("SLURM_STEP_NODELIST", ""))
     try:
-        found = sorted({str(told[4][0]) for told in socket.getaddrinfo(name, None)})
-        return Finding("MASTER_ADDR", PASS, f"{name} is {' '.join(found)}"), {}
+        infos = socket.getaddrinfo(name, None)
     except OSError as error:
-        why = f"{name} means nothing here ({error.strerror})"
-    if given or not address:
-        return Finding(
-            "MASTER_ADDR", FAIL, why, "set MASTER_ADDR to the address of the first node"
-        ), {}
-    return Finding(
-        "MASTER_ADDR",
-        WARN,
-        f"{why}; the node's address {address} is used instead",
-        "runs do the same; better have the nodes' names resolved (DNS, /etc/hosts)",
-    ), {"MASTER_ADDR": address}
+        message = f"{name} cannot be resolved here ({error.strerror})"
+    else:
+        addresses = sorted({str(info[4][0]) for info in infos})
+        return Finding("MASTER_ADDR", PASS, f"{name} is {' '.join(addresses)}"), {}
+    if configured or not rank_0_address:
+        remedy = "set MASTER_ADDR to the address of the first node"
+        return Finding("MASTER_ADDR", FAIL, message, remedy), {}
+    message += f"; the node's address {rank_0_address} is used instead"
+    remedy = "runs do the same; better make the nodes' names resolvable (DNS, /etc/hosts)"
+    return Finding("MASTER_ADDR", WARN, message, remedy), {"MASTER_ADDR": rank_0_address}
 
 
-# -- whoever starts them -------------------------------------------------------------------------------------------
-def run(
-    job: Job, work: Path, token: str, here: Finding, say: Callable[[str], object]
+# -- the process that starts the tasks -------------------------------------------------------------
+def run_job(
+    job: Job,
+    work: Path,
+    token: str,
+    versions: Finding,
+    on_srun_line: Callable[[str], object],
 ) -> list[Finding]:
-    """Start the tasks, wait for their end, judge.
+    """Runs the tasks and combines their findings.
 
-    here: this machine's versions. say: gets what srun says, such as that the job waits.
+    Args:
+        versions: the versions on this machine.
+        on_srun_line: called with each line that srun writes to stderr, for example while the job
+            waits.
     """
-    size = job.nodes * job.ranks_per_node
-    command = [
-        "srun",
-        "--job-name=evspan-doctor",
-        f"--nodes={job.nodes}",
-        f"--ntasks={size}",
-        f"--ntasks-per-node={job.ranks_per_node}",
-        "--input=none",
-        "--quit-on-interrupt",
-        "--kill-on-bad-exit=1",
-        *job.options,
-        *module("evspan.launch.doctor.job", str(work), token),
-    ]
+    srun_lines: list[str] = []
+    task_findings: list[TaskFinding] = []
+
+    def read_stderr(stream: Iterable[str]) -> None:
+        for line in stream:
+            srun_lines.append(line)
+            on_srun_line(line.rstrip())
+
     process = subprocess.Popen(
-        command,
+        _srun_command(job, work, token),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -137,28 +169,42 @@ def run(
     )
     assert process.stdout
     assert process.stderr
-    complaints: list[str] = []
-    told: list[Told] = []
-
-    def listen(stream: Iterator[str]) -> None:
-        for line in stream:
-            complaints.append(line)
-            say(line.rstrip())
-
-    listener = Thread(target=listen, args=(process.stderr,), daemon=True)
-    listener.start()
+    reader = Thread(target=read_stderr, args=(process.stderr,), daemon=True)
+    reader.start()
     try:
         for line in process.stdout:
-            if line.startswith(MARK):
-                rank, node, *finding = json.loads(line[len(MARK) :])
-                told.append(Told(rank, node, Finding(*finding)))
+            if line.startswith(LINE_PREFIX):
+                task_findings.append(_parse_finding(line))
     except BaseException:
-        process.terminate()  # srun takes the job with it
+        process.terminate()  # srun cancels the job
         raise
     finally:
         process.wait()
-    listener.join(5)
-    return judge(told, size, here, complaint(complaints), folder.not_seen(work, token, size))
+    reader.join(5)
+    unreadable = folder.count_unreadable_notes(work, token, job.size)
+    return judge(task_findings, job.size, versions, error_summary(srun_lines), unreadable)
+
+
+def _srun_command(job: Job, work: Path, token: str) -> list[str]:
+    return [
+        "srun",
+        "--job-name=evspan-doctor",
+        f"--nodes={job.nodes}",
+        f"--ntasks={job.size}",
+        f"--ntasks-per-node={job.ranks_per_node}",
+        "--input=none",
+        "--quit-on-interrupt",
+        "--kill-on-bad-exit=1",
+        *job.srun_options,
+        *python_command("evspan.launch.doctor.job", str(work), token),
+    ]
+
+
+def _parse_finding(line: str) -> TaskFinding:
+    fields = json.loads(line.removeprefix(LINE_PREFIX))
+    rank = fields.pop("rank")
+    node = fields.pop("node")
+    return TaskFinding(rank, node, Finding(**fields))
 
 
 if __name__ == "__main__":

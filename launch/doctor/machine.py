@@ -1,7 +1,10 @@
-"""A machine's limits, network, software and devices. Nothing here imports torch: what needs it runs in a process of its own."""
+"""Checks of a machine: limits, network, software, devices.
 
-import fcntl
+Nothing here imports torch: checks that need it run in processes of their own.
+"""
+
 import hashlib
+import ipaddress
 import json
 import os
 import platform
@@ -9,23 +12,39 @@ import re
 import resource
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from evspan.launch.doctor.finding import FAIL, PASS, WARN, Check, Finding, graded, module, one_line
+import psutil
+from evspan.conf.text import plural
+from evspan.launch.doctor.finding import (
+    FAIL,
+    PASS,
+    WARN,
+    Check,
+    Finding,
+    graded,
+    python_command,
+    shorten,
+)
 
-FILES, LEAST_FILES = 4096, 1024
-SHARED_GB, LEAST_SHARED_GB = 1.0, 0.1  # NCCL passes through it what GPUs of a node exchange
-PROCESS_S = 180  # of one that imports torch or DeepSpeed, from a slow disk, and waits for others
-SIOCGIFADDR = 0x8915  # <linux/sockios.h>
+OPEN_FILES = 4096  # file descriptors
+LEAST_OPEN_FILES = 1024
+SHARED_GB = 1.0  # NCCL exchanges data between the GPUs of a node through shared memory
+LEAST_SHARED_GB = 0.1
+PROCESS_S = 180  # for importing torch or DeepSpeed from a slow disk, and waiting for other ranks
+COMMAND_S = 30
+INTERFACES_COMPARED = 16
+PACKAGES = ("conf", "data_prep", "launch", "pipeline")
+SOURCE_SUFFIXES = (".py", ".yaml")
 IMPORT_DEEPSPEED = [sys.executable, "-c", "import deepspeed; print(deepspeed.__version__)"]
-PROBE = module("evspan.launch.doctor.probe_rank")
-LINKS = {
+PROBE = python_command("evspan.launch.doctor.probe_rank")
+LINKS = {  # in the table of `nvidia-smi topo -m`
     "NV": "NVLink",
     "PIX": "one PCIe switch",
     "PXB": "PCIe switches",
@@ -35,109 +54,102 @@ LINKS = {
 }
 
 
-# -- limits --------------------------------------------------------------------------------------------------------
+# -- limits ----------------------------------------------------------------------------------------
 def file_descriptors() -> Finding:
-    soft, hard = (
-        float("inf") if n == resource.RLIM_INFINITY else n
-        for n in resource.getrlimit(resource.RLIMIT_NOFILE)
-    )
-    grade = graded(soft, enough=FILES, least=LEAST_FILES)
-    return Finding(
-        "file descriptors",
-        grade,
-        f"{soft}" + (f", less than {FILES}" if grade != PASS else ""),
-        f"ulimit -n {FILES}, in the shell that submits and in cluster.setup"
-        if hard >= FILES
-        else f"have the hard limit of {hard} raised (limits.conf; LimitNOFILE of slurmd)",
-    )
+    """Checks how many files a process may open."""
+    soft, hard = (_as_number(limit) for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    grade = graded(soft, enough=OPEN_FILES, least=LEAST_OPEN_FILES)
+    message = f"{soft}"
+    if grade != PASS:
+        message += f", less than {OPEN_FILES}"
+    if hard >= OPEN_FILES:
+        remedy = f"ulimit -n {OPEN_FILES}, in the shell that submits and in cluster.setup"
+    else:
+        remedy = f"have the hard limit of {hard} raised (limits.conf; LimitNOFILE of slurmd)"
+    return Finding("file descriptors", grade, message, remedy)
+
+
+def _as_number(limit: int) -> float:
+    return float("inf") if limit == resource.RLIM_INFINITY else limit
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
-    remedy = "remove what is left over there, or have it enlarged; for a container: --shm-size=1g, or --ipc=host"
+    """Checks the free space of the shared memory."""
+    remedy = (
+        "remove files that ended processes left there, or have it enlarged; for a container: "
+        "--shm-size=1g, or --ipc=host"
+    )
     if not folder.is_dir():
-        return Finding("shared memory", FAIL, f"{folder} is not there", remedy)
-    free = shutil.disk_usage(folder).free / 1e9
-    grade = graded(free, enough=SHARED_GB, least=LEAST_SHARED_GB)
-    few = f", less than {SHARED_GB:g}" if grade != PASS else ""
-    return Finding("shared memory", grade, f"{folder}: {free:.2f} GB{few}", remedy)
+        return Finding("shared memory", FAIL, f"{folder} does not exist", remedy)
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    grade = graded(free_gb, enough=SHARED_GB, least=LEAST_SHARED_GB)
+    message = f"{folder}: {free_gb:.2f} GB"
+    if grade != PASS:
+        message += f", less than {SHARED_GB:g}"
+    return Finding("shared memory", grade, message, remedy)
 
 
-# -- network -------------------------------------------------------------------------------------------------------
+# -- network ---------------------------------------------------------------------------------------
 def network() -> Finding:
-    """The interfaces by which ranks could reach others, and the address that gloo takes by itself: of the machine's name."""
-    there, own = interfaces(), own_address()
-    told = (
-        ", ".join(f"{name} {' '.join(addresses)}" for name, addresses in there.items())
-        or "no interface but loopback"
-    )
-    values = {"interfaces": list(there)[:16], "address": own, "machine": _machine()}
+    """Lists the interfaces by which ranks can reach each other, and the address that gloo uses."""
+    addresses = interfaces()
+    own = own_address()
+    listed = [f"{name} {' '.join(addresses[name])}" for name in addresses]
+    message = ", ".join(listed) or "no interface but loopback"
+    values = {
+        "interfaces": list(addresses)[:INTERFACES_COMPARED],
+        "address": own,
+        "machine": _machine_id(),
+    }
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        wanted = os.environ.get(variable, "")
-        if wanted and not _name_one(wanted, variable, [*there, "lo"]):
-            return Finding(
-                "network",
-                FAIL,
-                f"{variable} is {wanted!r}, which no interface is: {told}",
-                f"name one of {', '.join(there) or 'lo'}, or unset it",
-                values,
-            )
-    if not there:
-        return Finding(
-            "network",
-            WARN,
-            told,
-            "ranks on other machines cannot be reached; have the network looked at",
-            values,
-        )
-    return Finding(
-        "network",
-        PASS,
-        f"{told}; gloo takes {os.environ.get('GLOO_SOCKET_IFNAME') or own}",
-        values=values,
-    )
+        value = os.environ.get(variable, "")
+        if value and not selects_interface(variable, value, [*addresses, "lo"]):
+            message = f"{variable} is {value!r}, but the interfaces are: {message}"
+            remedy = f"name one of {', '.join(addresses) or 'lo'}, or unset it"
+            return Finding("network", FAIL, message, remedy, values)
+    if not addresses:
+        remedy = "ranks on other machines cannot be reached; ask the machine's administrator"
+        return Finding("network", WARN, message, remedy, values)
+    used = os.environ.get("GLOO_SOCKET_IFNAME") or own
+    return Finding("network", PASS, f"{message}; gloo uses {used}", values=values)
 
 
-def _name_one(wanted: str, variable: str, there: list[str]) -> bool:
-    """gloo wants names; NCCL beginnings of names, after = names, after ^ those not to take."""
-    how = wanted[0] if variable.startswith("NCCL") else "="
-    names = [name.split(":")[0] for name in wanted.lstrip("=^").split(",")]
-    if how == "=":
-        return (all if variable.startswith("GLOO") else any)(name in there for name in names)
-    if how == "^":
-        return any(not other.startswith(tuple(names)) for other in there)
-    return any(other.startswith(tuple(names)) for other in there)
+def selects_interface(variable: str, value: str, interface_names: Sequence[str]) -> bool:
+    """Whether the value of GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME selects an interface.
+
+    gloo takes a list of names, all of which must exist. NCCL takes a list of prefixes, of names
+    after `=`, or of prefixes to avoid after `^`.
+    """
+    names = tuple(name.split(":")[0] for name in value.lstrip("=^").split(","))
+    if variable.startswith("GLOO"):
+        return all(name in interface_names for name in names)
+    if value.startswith("="):
+        return any(name in interface_names for name in names)
+    if value.startswith("^"):
+        return any(not name.startswith(names) for name in interface_names)
+    return any(name.startswith(names) for name in interface_names)
 
 
 def interfaces() -> dict[str, list[str]]:
-    """Name -> addresses, but for loopback and link-local ones."""
-    found: dict[str, list[str]] = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for _, name in socket.if_nameindex():
-            try:
-                told = fcntl.ioctl(
-                    any_socket.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15])
-                )
-                found[name] = [socket.inet_ntoa(told[20:24])]
-            except OSError:  # it has none
-                pass
-    six = Path("/proc/net/if_inet6")
-    for line in six.read_text().splitlines() if six.exists() else ():
-        address, _, _, scope, _, name = line.split()
-        if scope == "00":
-            found.setdefault(name, []).append(
-                socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))
-            )
-    found.pop("lo", None)
-    return found
+    """Name -> addresses of the network interfaces, without loopback and link-local addresses."""
+    addresses: dict[str, list[str]] = {}
+    for name, entries in psutil.net_if_addrs().items():
+        if name == "lo":
+            continue
+        for entry in entries:
+            is_ip = entry.family in (socket.AF_INET, socket.AF_INET6)
+            if is_ip and not ipaddress.ip_address(entry.address).is_link_local:
+                addresses.setdefault(name, []).append(entry.address)
+    return addresses
 
 
 def own_address() -> str:
-    """Of this machine's name, if it can be listened at; else gloo takes loopback."""
+    """The address of this machine's name if it can be bound, else loopback, as gloo chooses it."""
     try:
-        told = socket.getaddrinfo(socket.gethostname(), 0, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(socket.gethostname(), 0, type=socket.SOCK_STREAM)
     except OSError:
-        told = []
-    for family, kind, _, _, address in told:
+        infos = []
+    for family, kind, _, _, address in infos:
         with socket.socket(family, kind) as listener:
             try:
                 listener.bind(address)
@@ -147,26 +159,21 @@ def own_address() -> str:
     return "127.0.0.1"
 
 
-def _machine() -> str:
+def _machine_id() -> str:
     """The same for all virtual nodes of a machine."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.exists() else socket.gethostname()
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    return boot_id.read_text().strip() if boot_id.exists() else socket.gethostname()
 
 
-# -- software and devices ------------------------------------------------------------------------------------------
+# -- software and devices --------------------------------------------------------------------------
 def software() -> Finding:
-    """What must be the same wherever ranks of a run are."""
-    values = {
-        "Python": platform.python_version(),
-        **{name: _version(name) for name in ("evspan", "torch", "deepspeed")},
-        "code": _digest(),
-    }
-    return Finding(
-        "versions",
-        PASS,
-        ", ".join(f"{name} {told}" for name, told in values.items()),
-        values=values,
-    )
+    """Lists the versions that must be the same on all nodes of a run."""
+    values = {"Python": platform.python_version()}
+    for name in ("evspan", "torch", "deepspeed"):
+        values[name] = _version(name)
+    values["code"] = _source_digest()
+    message = ", ".join(f"{name} {value}" for name, value in values.items())
+    return Finding("versions", PASS, message, values=values)
 
 
 def _version(name: str) -> str:
@@ -176,57 +183,62 @@ def _version(name: str) -> str:
         return "is not installed"
 
 
-def _digest() -> str:
-    """Of the code: two checkouts may be of one version."""
-    root, digest = Path(__file__).parents[2], hashlib.sha1()
-    for room in ("conf", "data_prep", "launch", "pipeline"):
-        for path in sorted(p for p in (root / room).rglob("*") if p.suffix in (".py", ".yaml")):
-            digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+def _source_digest() -> str:
+    """A digest of the code: two checkouts may have the same version."""
+    root = Path(__file__).parents[2]
+    digest = hashlib.sha1()
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*")):
+            if path.suffix in SOURCE_SUFFIXES:
+                digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:8]
 
 
 def gpus() -> Finding:
-    """How many there are, and what joins them."""
+    """Lists the GPUs and the links between them."""
     if shutil.which("nvidia-smi") is None:
-        return Finding(
-            "GPUs", PASS, "none, there is no nvidia-smi: ranks run on the CPU", values={"gpus": 0}
-        )
+        message = "none, nvidia-smi is not installed: ranks run on the CPU"
+        return Finding("GPUs", PASS, message, values={"gpus": 0})
     try:
-        names = _say("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
-        links = between(_say("nvidia-smi", "topo", "-m"))
+        names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+        links = gpu_links(_output("nvidia-smi", "topo", "-m"))
     except (subprocess.SubprocessError, OSError) as error:
-        return Finding(
-            "GPUs",
-            WARN,
-            f"nvidia-smi fails: {one_line(getattr(error, 'stdout', '') or str(error))}",
-            "where there are GPUs, have the driver looked at; elsewhere it does not matter",
-            {"gpus": 0},
-        )
-    joined = [
-        f"{kind} ({LINKS.get(kind.rstrip('0123456789'), 'unknown')}) x {n}"
-        for kind, n in Counter(links).most_common()
-    ]
-    return Finding(
-        "GPUs",
-        PASS,
-        ", ".join(f"{n} x {name}" for name, n in Counter(names).items())
-        + (f"; pairs joined by {', '.join(joined)}" if joined else ""),
-        values={"gpus": len(names)},
-    )
+        reason = shorten(getattr(error, "stdout", "") or str(error))
+        remedy = "check the driver on machines with GPUs; elsewhere this does not matter"
+        return Finding("GPUs", WARN, f"nvidia-smi fails: {reason}", remedy, {"gpus": 0})
+    message = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
+    if links:
+        message += f"; pairs joined by {_describe_links(links)}"
+    return Finding("GPUs", PASS, message, values={"gpus": len(names)})
 
 
-def between(matrix: str) -> list[str]:
-    """What joins each pair of GPUs, from the table of `nvidia-smi topo -m`."""
+def _describe_links(links: Sequence[str]) -> str:
+    """'SYS (PCIe across CPU sockets) x 4, NV4 (NVLink) x 2'."""
+    parts = []
+    for link, count in Counter(links).most_common():
+        kind = LINKS.get(link.rstrip("0123456789"), "unknown")
+        parts.append(f"{link} ({kind}) x {count}")
+    return ", ".join(parts)
+
+
+def gpu_links(matrix: str) -> list[str]:
+    """The link of each pair of GPUs, from the table of `nvidia-smi topo -m`."""
     plain = re.sub(r"\x1b\[\d*m", "", matrix)
-    header, *rows = [
-        line.split() for line in plain.splitlines() if re.match(r"\s*GPU\d", line)
-    ] or [[]]
-    number = sum(re.fullmatch(r"GPU\d+", name) is not None for name in header)
-    return [row[1 + j] for i, row in enumerate(rows[:number]) for j in range(i + 1, number)]
+    lines = [line.split() for line in plain.splitlines() if re.match(r"\s*GPU\d", line)]
+    if not lines:
+        return []
+    header, *rows = lines
+    count = sum(re.fullmatch(r"GPU\d+", name) is not None for name in header)
+    links = []
+    for i, row in enumerate(rows[:count]):
+        links += row[2 + i : 1 + count]  # the first cell is the GPU's name
+    return links
 
 
-def _say(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+def _output(*command: str) -> str:
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=COMMAND_S
+    ).stdout
 
 
 CHECKS: dict[str, Check] = {
@@ -238,8 +250,16 @@ CHECKS: dict[str, Check] = {
 }
 
 
-# -- what needs torch ----------------------------------------------------------------------------------------------
-def start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+# -- checks that need torch ------------------------------------------------------------------------
+class ProcessResult(NamedTuple):
+    """The last line of a process's output, and why it failed (empty if it did not)."""
+
+    last_line: str
+    failure: str = ""
+
+
+def start_process(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Starts a process whose result `wait_for` returns."""
     return subprocess.Popen(
         command,
         env=environment,
@@ -250,69 +270,78 @@ def start(command: list[str], environment: Mapping[str, str]) -> subprocess.Pope
     )
 
 
-def end(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """(the last line that it wrote, ""), or ("", how it failed)."""
+def wait_for(process: subprocess.Popen[str]) -> ProcessResult:
+    """Waits until the process has ended; kills it after PROCESS_S."""
     try:
-        out, err = process.communicate(timeout=PROCESS_S)
+        stdout, stderr = process.communicate(timeout=PROCESS_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return "", f"it has not ended within {PROCESS_S} s"
-    last = next(
-        (
-            line.strip()
-            for line in reversed((err if process.returncode else out).splitlines())
-            if line.strip()
-        ),
-        "",
-    )
-    return (
-        ("", one_line(last.removeprefix("error: ")) or f"exit code {process.returncode}")
-        if process.returncode
-        else (last, "")
-    )
+        return ProcessResult("", f"it has not ended within {PROCESS_S} s")
+    if process.returncode == 0:
+        return ProcessResult(_last_line(stdout))
+    reason = shorten(_last_line(stderr).removeprefix("error: "))
+    return ProcessResult("", reason or f"exit code {process.returncode}")
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 def deepspeed_import(process: subprocess.Popen[str]) -> Finding:
-    told, failed = end(process)
-    return Finding(
-        "DeepSpeed",
-        FAIL if failed else PASS,
-        f"cannot be imported: {failed}" if failed else told,
-        "install it anew, for this Python and this torch",
-    )
+    """Checks that DeepSpeed can be imported. process: runs IMPORT_DEEPSPEED."""
+    result = wait_for(process)
+    if result.failure:
+        remedy = "reinstall it for this Python and this torch"
+        return Finding("DeepSpeed", FAIL, f"cannot be imported: {result.failure}", remedy)
+    return Finding("DeepSpeed", PASS, result.last_line)
 
 
 def torch_and_all_reduce(
-    process: subprocess.Popen[str], seen: int, ranks_here: int
+    process: subprocess.Popen[str], gpus_found: int, ranks_here: int
 ) -> list[Finding]:
-    """What torch is, whether it sees the GPUs that nvidia-smi does, and its all-reduce, with other ranks if there are any."""
-    told, failed = end(process)
-    if failed:
-        return [
-            Finding(
-                "all-reduce",
-                FAIL,
-                failed,
-                "if ranks do not reach each other: name an interface that all nodes have in "
-                "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (cluster.environment), and let a firewall pass them",
-            )
-        ]
-    values = json.loads(told)
-    there, build = values["gpus"], f"CUDA {values['cuda']}" if values["cuda"] else "CPU build"
-    found, remedy = f"{values['torch']}, {build}; it sees {there} GPU{'s' * (there != 1)}", ""
-    if there < seen:
-        found += f" of {seen}"
+    """Checks that torch sees the GPUs, and that an all-reduce over all ranks works.
+
+    Args:
+        process: runs PROBE.
+        gpus_found: number of GPUs that nvidia-smi lists.
+        ranks_here: number of ranks on this machine.
+    """
+    result = wait_for(process)
+    if result.failure:
         remedy = (
-            "its CUDA does not go with the driver, or CUDA_VISIBLE_DEVICES hides some"
-            if values["cuda"]
-            else "install torch's CUDA build on the nodes"
+            "if ranks do not reach each other: name an interface that all nodes have in "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (cluster.environment), and open the "
+            "firewall between the nodes"
         )
-    elif 0 < there < ranks_here:
-        found += f" for {ranks_here} ranks"
-        remedy = "each rank needs one: lower --ranks-per-node (cluster.ranks_per_node), or ask for more GPUs"
-    alone = "" if values["ranks"] > 1 else " with itself"
+        return [Finding("all-reduce", FAIL, result.failure, remedy)]
+    values = json.loads(result.last_line)
+    message = f"{values['backend']} works"
+    if values["ranks"] == 1:
+        message += " with itself"
     return [
-        Finding("torch", FAIL if remedy else PASS, found, remedy),
-        Finding("all-reduce", PASS, f"{values['backend']} works{alone}", values=values),
+        _check_torch(values, gpus_found, ranks_here),
+        Finding("all-reduce", PASS, message, values=values),
     ]
+
+
+def _check_torch(values: Mapping[str, Any], gpus_found: int, ranks_here: int) -> Finding:
+    """values: the results of the probe."""
+    gpus_seen = values["gpus"]
+    build = f"CUDA {values['cuda']}" if values["cuda"] else "CPU build"
+    message = f"{values['torch']}, {build}; it sees {plural(gpus_seen, 'GPU')}"
+    if gpus_seen < gpus_found:
+        message += f" of {gpus_found}"
+        remedy = "install torch's CUDA build on the nodes"
+        if values["cuda"]:
+            remedy = "its CUDA does not match the driver, or CUDA_VISIBLE_DEVICES hides some"
+        return Finding("torch", FAIL, message, remedy)
+    if 0 < gpus_seen < ranks_here:
+        message += f" for {ranks_here} ranks"
+        remedy = (
+            "each rank needs one: lower --ranks-per-node (cluster.ranks_per_node), or ask for "
+            "more GPUs"
+        )
+        return Finding("torch", FAIL, message, remedy)
+    return Finding("torch", PASS, message)

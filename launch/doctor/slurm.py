@@ -1,266 +1,280 @@
-"""SLURM's settings, against what runs need that are stopped, saved and run again."""
+"""Checks SLURM's settings: partition, time limit, preemption, requeueing, job records."""
 
+import math
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from evspan.conf.schema.cluster import ClusterConfig
-from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding, complaint
+from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding, error_summary
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
-ANSWER_S = 60  # a controller at its limit may take so long
-RECORDS_S = 60  # for less, what waits for a job may miss its end
-DOWN = ("down", "drain", "fail", "unknown", "maint", "not_responding", "inval", "power")
+TIMEOUT_S = 60  # an overloaded controller may take this long to answer
+LEAST_RECORD_S = 60  # a command that waits for a job may miss its end if records are kept shorter
+UNUSABLE_STATES = (
+    "down",
+    "drain",
+    "fail",
+    "unknown",
+    "maint",
+    "not_responding",
+    "inval",
+    "power",
+)
 
-Values = dict[str, str]
+Settings = dict[str, str]
 
 
-def there() -> bool:
+def is_installed() -> bool:
+    """Whether any of SLURM's commands is on the PATH."""
     return any(shutil.which(command) for command in COMMANDS)
 
 
-def check(partition: str, nodes: int) -> Iterator[Finding]:
-    """partition: empty for the default one. nodes: of a run; 0 for any."""
+def check_settings(partition: str, nodes: int) -> Iterator[Finding]:
+    """Checks the commands, the controller and its settings.
+
+    Args:
+        partition: empty for the default partition.
+        nodes: number of nodes of a run; 0 for any.
+    """
     conf = os.environ.get("SLURM_CONF")
-    if missing := [command for command in COMMANDS if shutil.which(command) is None]:
-        yield Finding(
-            "SLURM",
-            FAIL,
-            f"{', '.join(missing)} not on the PATH",
-            "run this where jobs are submitted, such as a login node",
+    missing = [command for command in COMMANDS if shutil.which(command) is None]
+    if missing:
+        message = f"{', '.join(missing)} not on the PATH"
+        remedy = "run this where jobs are submitted, such as a login node"
+        yield Finding("SLURM", FAIL, message, remedy)
+        return
+    if conf and not Path(conf).is_file():  # the commands would wait a minute for it
+        message = f"SLURM_CONF is {conf}, which does not exist"
+        remedy = "unset it, or set it to the cluster's configuration file"
+        yield Finding("SLURM", FAIL, message, remedy)
+        return
+    try:
+        _output("scontrol", "ping")  # fails at once where other commands retry
+        yield from _check_controller(partition, nodes)
+    except subprocess.SubprocessError as error:
+        output = getattr(error, "stderr", "") or getattr(error, "stdout", "") or str(error)
+        reason = error_summary(str(output).splitlines())
+        message = f"the controller does not answer: {reason}"
+        remedy = (
+            "ask whether slurmctld runs, and whether this machine has the cluster's configuration"
         )
-    elif conf and not Path(conf).is_file():  # which the commands would wait a minute for
-        yield Finding(
-            "SLURM",
-            FAIL,
-            f"SLURM_CONF is {conf}, which is not there",
-            "unset it, or name the cluster's configuration",
-        )
+        yield Finding("SLURM", FAIL, message, remedy)
+
+
+def _check_controller(partition: str, nodes: int) -> Iterator[Finding]:
+    config = parse_config(_output("scontrol", "show", "config"))
+    output = _output("scontrol", "--oneliner", "show", "partition")
+    partitions = [parse_fields(line) for line in output.splitlines() if line]
+    version = config.get("SLURM_VERSION", "")
+    yield Finding("SLURM", PASS, f"{version} of {config.get('ClusterName', '?')} answers")
+    selected = _select_partition(partitions, partition)
+    if selected is None:
+        message = f"there is no partition {partition!r}"
+        if not partition:
+            message = "there is no default partition"
+        names = ", ".join(settings["PartitionName"] for settings in partitions)
+        remedy = f"--partition (cluster.partition) must be one of {names}"
+        yield Finding("partition", FAIL, message, remedy)
     else:
-        try:
-            _ask("scontrol", "ping")  # fails at once where others would try again and again
-            yield from _settings(partition, nodes)
-        except subprocess.SubprocessError as error:
-            told = getattr(error, "stderr", "") or getattr(error, "stdout", "") or str(error)
-            yield Finding(
-                "SLURM",
-                FAIL,
-                f"the controller does not answer: {complaint(str(told).splitlines())}",
-                "ask whether slurmctld runs, and whether this machine has the cluster's configuration",
-            )
+        name = selected["PartitionName"]
+        sinfo = _output("sinfo", "--noheader", f"--partition={name}", "--format=%D %T")
+        yield check_partition(selected, nodes, _count_usable_nodes(sinfo))
+        yield check_time_limit(selected, ClusterConfig())
+        yield check_preemption(config, selected, partitions)
+    yield check_requeue(config)
+    yield check_job_records(config)
+    yield check_accounting(config)
 
 
-def _settings(partition: str, nodes: int) -> Iterator[Finding]:
-    config = settings(_ask("scontrol", "show", "config"))
-    partitions = [
-        fields(line)
-        for line in _ask("scontrol", "--oneliner", "show", "partition").splitlines()
-        if line
-    ]
-    yield Finding(
-        "SLURM",
-        PASS,
-        f"{config.get('SLURM_VERSION', '')} of {config.get('ClusterName', '?')} answers",
-    )
-    chosen = [
-        p
-        for p in partitions
-        if (p["PartitionName"] == partition if partition else p.get("Default") == "YES")
-    ]
-    if chosen:
-        usable = _usable(
-            _ask(
-                "sinfo", "--noheader", f"--partition={chosen[0]['PartitionName']}", "--format=%D %T"
-            )
-        )
-        yield partition_of(chosen[0], nodes, usable)
-        yield time_limit(chosen[0], ClusterConfig())
-        yield preemption(config, chosen[0], partitions)
-    else:
-        yield Finding(
-            "partition",
-            FAIL,
-            f"there is no partition {partition!r}"
-            if partition
-            else "there is no default partition",
-            f"--partition (cluster.partition) is to be one of {', '.join(p['PartitionName'] for p in partitions)}",
-        )
-    yield from (requeue(config), records(config), accounting(config))
+def _select_partition(partitions: Sequence[Settings], name: str) -> Settings | None:
+    """The partition called `name`; the default one if it is empty."""
+    for settings in partitions:
+        if name and settings["PartitionName"] == name:
+            return settings
+        if not name and settings.get("Default") == "YES":
+            return settings
+    return None
 
 
-def settings(told: str) -> Values:
-    """Of `scontrol show config`."""
-    return {
-        m[1]: m[2].strip()
-        for line in told.splitlines()
-        if (m := re.match(r"(\w+)\s*= ?(.*)", line))
-    }
+# -- SLURM's output --------------------------------------------------------------------------------
+def parse_config(output: str) -> Settings:
+    """The settings in the output of `scontrol show config`."""
+    settings = {}
+    for line in output.splitlines():
+        match = re.match(r"(\w+)\s*= ?(.*)", line)
+        if match:
+            settings[match[1]] = match[2].strip()
+    return settings
 
 
-def fields(told: str) -> Values:
-    """Of a line of `scontrol --oneliner show`."""
-    return dict(word.split("=", 1) for word in told.split() if "=" in word)
+def parse_fields(line: str) -> Settings:
+    """The settings in a line of `scontrol --oneliner show`."""
+    settings = {}
+    for word in line.split():
+        key, separator, value = word.partition("=")
+        if separator:
+            settings[key] = value
+    return settings
 
 
-def seconds(time: str) -> float:
-    """DAYS-HOURS:MINUTES:SECONDS, as SLURM writes times, 'N sec', or a number of seconds."""
-    if re.fullmatch(r"(\d+-)?\d+:\d+(:\d+)?", time):
-        days, _, rest = time.rpartition("-")
-        parts = [int(part) for part in rest.split(":")]
-        return 86400 * int(days or 0) + sum(part * 60**i for i, part in enumerate(reversed(parts)))
-    return (
-        float(m[0]) if (m := re.match(r"\d+", time)) else float("inf")
-    )  # UNLIMITED, INFINITE, NONE
+def parse_seconds(duration: str) -> float:
+    """Seconds of a duration that SLURM prints.
+
+    Args:
+        duration: DAYS-HOURS:MINUTES:SECONDS, 'N sec', a number of seconds, or a word such as
+            UNLIMITED (infinite).
+    """
+    if re.fullmatch(r"(\d+-)?\d+:\d+(:\d+)?", duration):
+        days, _, clock = duration.rpartition("-")
+        total = 0
+        for part in clock.split(":"):
+            total = 60 * total + int(part)
+        return 86_400 * int(days or 0) + total
+    match = re.match(r"\d+", duration)
+    return float(match[0]) if match else math.inf
 
 
-def _usable(told: str) -> int:
-    """Nodes that run jobs or could, of `sinfo`."""
-    lines = (line.split() for line in told.splitlines() if line.strip())
-    return sum(
-        int(number)
-        for number, state in lines
-        if not state.lower().startswith(DOWN) and "*" not in state
-    )
+def _count_usable_nodes(sinfo: str) -> int:
+    """The number of nodes that run jobs or could."""
+    count = 0
+    for line in sinfo.splitlines():
+        if not line.strip():
+            continue
+        nodes, state = line.split()
+        if not state.lower().startswith(UNUSABLE_STATES) and "*" not in state:
+            count += int(nodes)
+    return count
 
 
-def partition_of(partition: Values, nodes: int, usable: int) -> Finding:
-    name, total, most = (
-        partition["PartitionName"],
-        int(partition.get("TotalNodes", 0)),
-        partition.get("MaxNodes", "UNLIMITED"),
-    )
-    found, state = f"{name}: {usable} of {total} nodes run", partition.get("State", "UP")
+def _output(*command: str) -> str:
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S
+    ).stdout
+
+
+# -- checks ----------------------------------------------------------------------------------------
+def check_partition(partition: Settings, nodes: int, usable: int) -> Finding:
+    """Checks that the partition can run a job of this many nodes."""
+    name = partition["PartitionName"]
+    total = int(partition.get("TotalNodes", 0))
+    max_nodes = partition.get("MaxNodes", "UNLIMITED")
+    state = partition.get("State", "UP")
     if state != "UP":
-        return Finding(
-            "partition",
-            FAIL,
-            f"{name} is {state}",
-            "name another (--partition, cluster.partition), or wait for it",
-        )
-    if most.isdigit() and nodes > int(most):
-        return Finding(
-            "partition",
-            FAIL,
-            f"{name}: a job may have {most} nodes, not {nodes}",
-            "ask for fewer, or name another partition",
-        )
-    if usable < max(nodes, 1):
-        return Finding(
-            "partition",
-            FAIL,
-            found + (f", fewer than the {nodes} asked for" if nodes else ""),
-            "ask for fewer nodes"
-            if total < nodes
-            else "a job would wait for the others; why they are down: sinfo --list-reasons",
-        )
-    return Finding("partition", PASS, found)
+        remedy = "name another partition (--partition, cluster.partition), or wait"
+        return Finding("partition", FAIL, f"{name} is {state}", remedy)
+    if max_nodes.isdigit() and nodes > int(max_nodes):
+        message = f"{name}: a job may have {max_nodes} nodes, not {nodes}"
+        return Finding("partition", FAIL, message, "ask for fewer, or name another partition")
+    message = f"{name}: {usable} of {total} nodes run"
+    if usable >= max(nodes, 1):
+        return Finding("partition", PASS, message)
+    if nodes:
+        message += f", fewer than the {nodes} asked for"
+    remedy = "ask for fewer nodes"
+    if total >= nodes:
+        remedy = "a job would wait for the others; why they are down: sinfo --list-reasons"
+    return Finding("partition", FAIL, message, remedy)
 
 
-def time_limit(partition: Values, config: ClusterConfig) -> Finding:
-    most, name = seconds(partition.get("MaxTime", "UNLIMITED")), partition["PartitionName"]
-    if most == float("inf"):
-        return Finding(
-            "time limit",
-            PASS,
-            f"none in {name}; cluster.timeout_min is {config.timeout_min} unless you set it",
+def check_time_limit(partition: Settings, config: ClusterConfig) -> Finding:
+    """Compares the partition's time limit with the defaults of the cluster config."""
+    limit_s = parse_seconds(partition.get("MaxTime", "UNLIMITED"))
+    name = partition["PartitionName"]
+    signal = f"{config.signal_delay_s} s before its end"
+    if limit_s == math.inf:
+        message = f"none in {name}; cluster.timeout_min is {config.timeout_min} unless you set it"
+        return Finding("time limit", PASS, message)
+    message = f"{limit_s / 60:g} min in {name}"
+    if limit_s <= config.signal_delay_s:
+        message += f", but a run is signalled to save {signal} (cluster.signal_delay_s)"
+        remedy = "name a partition with a longer limit, or lower cluster.signal_delay_s"
+        return Finding("time limit", FAIL, message, remedy)
+    if limit_s < 60 * config.timeout_min:
+        message += f", less than the {config.timeout_min} of cluster.timeout_min"
+        remedy = (
+            f"set cluster.timeout_min={limit_s // 60:.0f} or less: SLURM refuses longer jobs, or "
+            "never starts them; at its limit a run is saved and requeued"
         )
-    found = f"{most / 60:g} min in {name}"
-    if most <= config.signal_delay_s:
-        return Finding(
-            "time limit",
-            FAIL,
-            f"{found}, but a run is told to save {config.signal_delay_s} s before its end "
-            "(cluster.signal_delay_s)",
-            "name a partition with a longer limit, or lower cluster.signal_delay_s",
-        )
-    if most < 60 * config.timeout_min:
-        return Finding(
-            "time limit",
-            WARN,
-            f"{found}, less than the {config.timeout_min} of cluster.timeout_min",
-            f"set cluster.timeout_min={most // 60:.0f} or less: SLURM refuses longer jobs, or never starts them; at its "
-            "limit a run is saved and requeued",
-        )
-    return Finding(
-        "time limit",
-        PASS,
-        f"{found}; a run is told to save {config.signal_delay_s} s before its end",
-    )
+        return Finding("time limit", WARN, message, remedy)
+    return Finding("time limit", PASS, f"{message}; a run is signalled to save {signal}")
 
 
-def preemption(config: Values, partition: Values, partitions: list[Values]) -> Finding:
-    kind, mode, name = (
-        config.get("PreemptType", "none"),
-        partition.get("PreemptMode", "OFF"),
-        partition["PartitionName"],
-    )
-    tier = int(partition.get("PriorityTier", 1))
-    above = [p["PartitionName"] for p in partitions if int(p.get("PriorityTier", 1)) > tier]
-    by_partition = kind.endswith("partition_prio")
-    if kind.endswith("none") or mode == "OFF" or (by_partition and not above):
+def check_preemption(
+    config: Settings, partition: Settings, partitions: Sequence[Settings]
+) -> Finding:
+    """Checks that a preempted run can save and is requeued."""
+    name = partition["PartitionName"]
+    mode = partition.get("PreemptMode", "OFF")
+    plugin = config.get("PreemptType", "none").rpartition("/")[2]
+    preemptors = plugin
+    if plugin.endswith("partition_prio"):
+        preemptors = ", ".join(_higher_partitions(partition, partitions))
+    if plugin.endswith("none") or mode == "OFF" or not preemptors:
         return Finding("preemption", PASS, f"jobs of {name} are not preempted")
-    grace, by = (
-        seconds(partition.get("GraceTime", "0")),
-        ", ".join(above) if by_partition else kind.rpartition("/")[2],
-    )
-    found = f"by {by}: mode {mode}, GraceTime {grace:g} s"
+    grace_s = parse_seconds(partition.get("GraceTime", "0"))
+    message = f"by {preemptors}: mode {mode}, GraceTime {grace_s:g} s"
     if "REQUEUE" not in mode:
-        still = "SUSPEND" in mode or "GANG" in mode
-        return Finding(
-            "preemption",
-            WARN,
-            found,
-            "preempted runs are suspended, and their ranks with them"
-            if still
-            else "preempted runs are cancelled: submit them again, they go on from their last checkpoint",
+        remedy = (
+            "preempted runs are cancelled: submit them again, they continue from their last "
+            "checkpoint"
         )
-    if not grace:
-        return Finding(
-            "preemption",
-            WARN,
-            found,
-            "unless its QOS has a GraceTime, a preempted run is killed before it has "
-            "saved: have one set, or lose fewer steps by a lower checkpoint.every",
+        if "SUSPEND" in mode or "GANG" in mode:
+            remedy = "preempted runs are suspended, with all their ranks"
+        return Finding("preemption", WARN, message, remedy)
+    if not grace_s:
+        remedy = (
+            "unless its QOS has a GraceTime, a preempted run is killed before it has saved: ask "
+            "for one, or lose fewer steps with a lower checkpoint.every"
         )
-    signal = (
-        "its own signal"
-        if "preempt_send_user_signal" in config.get("SlurmctldParameters", "")
-        else "SIGTERM"
+        return Finding("preemption", WARN, message, remedy)
+    signal = "SIGTERM"
+    if "preempt_send_user_signal" in config.get("SlurmctldParameters", ""):
+        signal = "its own signal"
+    message += f"; {signal} makes a run save, and it is requeued"
+    return Finding("preemption", PASS, message)
+
+
+def _higher_partitions(partition: Settings, partitions: Sequence[Settings]) -> list[str]:
+    """The partitions whose jobs may preempt those of `partition`."""
+    own_tier = int(partition.get("PriorityTier", 1))
+    names = []
+    for other in partitions:
+        if int(other.get("PriorityTier", 1)) > own_tier:
+            names.append(other["PartitionName"])
+    return names
+
+
+def check_requeue(config: Settings) -> Finding:
+    """Reports how SLURM requeues and kills jobs."""
+    message = f"JobRequeue {config.get('JobRequeue', '?')}"
+    if config.get("JobRequeue", "1") != "1":
+        message += ", which evspan's jobs override"
+    kill_wait_s = parse_seconds(config.get("KillWait", "30"))
+    message += f"; KillWait {kill_wait_s:g} s from the time limit to the kill"
+    return Finding("requeue", PASS, message)
+
+
+def check_job_records(config: Settings) -> Finding:
+    """Checks that SLURM keeps the records of ended jobs long enough to be read."""
+    age_s = parse_seconds(config.get("MinJobAge", "300"))
+    duration = f"for {age_s:g} s" if age_s else "for ever"
+    remedy = (
+        "commands that wait for jobs may miss their end; ask for a MinJobAge of "
+        f"{LEAST_RECORD_S} s or more"
     )
-    return Finding("preemption", PASS, f"{found}; {signal} tells a run to save, and it is requeued")
-
-
-def requeue(config: Values) -> Finding:
-    overruled = "" if config.get("JobRequeue", "1") == "1" else ", which evspan's jobs overrule"
-    return Finding(
-        "requeue",
-        PASS,
-        f"JobRequeue {config.get('JobRequeue', '?')}{overruled}; KillWait "
-        f"{seconds(config.get('KillWait', '30')):g} s from the time limit to the kill",
-    )
-
-
-def records(config: Values) -> Finding:
-    age = seconds(config.get("MinJobAge", "300"))
     return Finding(
         "job records",
-        WARN if 0 < age < RECORDS_S else PASS,
-        f"those of ended jobs are kept {f'for {age:g} s' if age else 'for ever'} (MinJobAge)",
-        f"commands that wait for jobs may miss their end; have MinJobAge raised to {RECORDS_S} s or more",
+        WARN if 0 < age_s < LEAST_RECORD_S else PASS,
+        f"those of ended jobs are kept {duration} (MinJobAge)",
+        remedy,
     )
 
 
-def accounting(config: Values) -> Finding:
-    kind = config.get("AccountingStorageType", "none")
-    return Finding(
-        "accounting", PASS, f"{kind.rpartition('/')[2].strip('()')}; evspan does without sacct"
-    )
-
-
-def _ask(*command: str) -> str:
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=ANSWER_S
-    ).stdout
+def check_accounting(config: Settings) -> Finding:
+    """Reports the accounting plugin, which evspan does not need."""
+    plugin = config.get("AccountingStorageType", "none").rpartition("/")[2].strip("()")
+    return Finding("accounting", PASS, f"{plugin}; evspan does not need sacct")

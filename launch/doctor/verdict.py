@@ -1,20 +1,22 @@
-"""What the tasks of a job say together: the worst of each check, and what only a comparison shows."""
+"""Combines the findings of a job's tasks: the worst per check, and what only a comparison shows."""
 
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from evspan.launch.doctor.finding import FAIL, GRADES, PASS, WARN, Finding, worst
-from evspan.launch.doctor.folder import SET_CLOCKS, SHARED, SKEW_S
+from evspan.launch.doctor.folder import SET_CLOCKS, SHARED_FOLDER, SKEW_S
 
-LAST = "all-reduce"  # the check that a task ends with
-SHOWN = 3  # groups of nodes whose answers differ
-SLOW_GB_PER_S = 0.1  # about what Ethernet of 1 Gbit/s gives
+LAST_CHECK = "all-reduce"  # the check that every task ends with
+GROUPS_SHOWN = 3  # groups of nodes with different results that a message lists
+NODES_SHOWN = 4
+SLOW_GB_PER_S = 0.1  # about the speed of Ethernet at 1 Gbit/s
 
 
-class Told(NamedTuple):
-    """What a task said of a check."""
+class TaskFinding(NamedTuple):
+    """A finding of one task of the job."""
 
     rank: int
     node: str
@@ -22,140 +24,183 @@ class Told(NamedTuple):
 
 
 def judge(
-    told: Sequence[Told], size: int, here: Finding, complaints: str, unseen: int
+    task_findings: Sequence[TaskFinding],
+    size: int,
+    versions_here: Finding,
+    srun_errors: str,
+    unreadable: int,
 ) -> list[Finding]:
-    """
+    """One finding per check of a job.
+
     Args:
-        size: tasks that there were to be. here: the versions where they were started. complaints: what srun said.
-        unseen: tasks whose notes in the shared folder have not come to where they were started.
+        size: number of tasks that were started.
+        versions_here: the versions on the machine that started them.
+        srun_errors: error messages of srun; may be empty.
+        unreadable: number of tasks whose files in the shared folder this machine cannot read.
     """
-    by_check: dict[str, list[Told]] = {}
-    for one in told:
-        by_check.setdefault(one.finding.check, []).append(one)
-    merged = {check: merge(ones) for check, ones in by_check.items()}
-    if unseen and merged and merged["shared folder"].grade == PASS:
-        merged["shared folder"] = Finding(
-            "shared folder", FAIL, f"what {unseen} of {size} tasks left is not seen here", SHARED
-        )
-    if "versions" in merged:
-        merged["versions"] = versions(by_check["versions"], here)
-    if "network" in merged:
-        merged["network"] = network(by_check["network"], merged["network"])
-    if LAST in merged and merged[LAST].grade == PASS:
-        merged[LAST] = all_reduce(by_check[LAST], by_check.get("network", []))
-        merged["clocks"] = clocks(by_check[LAST])
-    elif LAST in merged and (address := merged.get("MASTER_ADDR")) and address.grade == WARN:
-        merged["MASTER_ADDR"] = address._replace(grade=FAIL)  # what was used instead has not helped
-    return [tasks(told, size, complaints), *merged.values()]
+    by_check = _grouped(task_findings, lambda item: item.finding.check)
+    combined = {check: combine(items) for check, items in by_check.items()}
+    shared_folder = combined.get("shared folder")
+    if unreadable and shared_folder is not None and shared_folder.grade == PASS:
+        message = f"the files of {unreadable} of {size} tasks cannot be read here"
+        combined["shared folder"] = Finding("shared folder", FAIL, message, SHARED_FOLDER)
+    if "versions" in combined:
+        combined["versions"] = compare_versions(by_check["versions"], versions_here)
+    if "network" in combined:
+        combined["network"] = compare_networks(by_check["network"], combined["network"])
+    if LAST_CHECK in combined:
+        _judge_all_reduce(by_check, combined)
+    return [all_tasks_reported(task_findings, size, srun_errors), *combined.values()]
 
 
-def tasks(told: Sequence[Told], size: int, complaints: str) -> Finding:
-    """Whether all of them have told all."""
-    newest = {t.rank: t for t in told}  # the last that each told
-    halted = [
-        f"task {rank} on {t.node} ended after {t.finding.check!r}"
-        for rank, t in newest.items()
-        if t.finding.check != LAST
-    ]
-    silent = [f"{size - len(newest)} of {size} told nothing"] if len(newest) < size else []
-    if not halted and not silent:
-        return Finding("tasks", PASS, f"{size} on {nodes_of(told)}")
-    return Finding(
-        "tasks",
-        FAIL,
-        "; ".join([*silent, *halted[:SHOWN]]) + (f". srun: {complaints}" if complaints else ""),
-        f"mind what srun says; nodes must see {sys.executable} and this code, and the job last long enough (--time)",
+def _judge_all_reduce(by_check: dict[str, list[TaskFinding]], combined: dict[str, Finding]) -> None:
+    """Adds the speed of the all-reduce and the clocks to `combined`."""
+    if combined[LAST_CHECK].grade == PASS:
+        combined[LAST_CHECK] = compare_all_reduce(by_check[LAST_CHECK], by_check.get("network", []))
+        combined["clocks"] = compare_clocks(by_check[LAST_CHECK])
+        return
+    address = combined.get("MASTER_ADDR")
+    if address is not None and address.grade == WARN:
+        # The address that was used instead of the name has not worked either.
+        combined["MASTER_ADDR"] = replace(address, grade=FAIL)
+
+
+def all_tasks_reported(
+    task_findings: Sequence[TaskFinding], size: int, srun_errors: str
+) -> Finding:
+    """Checks that all tasks reported all checks."""
+    last_of_rank = {item.rank: item for item in task_findings}
+    problems = []
+    if len(last_of_rank) < size:
+        problems.append(f"{size - len(last_of_rank)} of {size} reported nothing")
+    incomplete = [item for item in last_of_rank.values() if item.finding.check != LAST_CHECK]
+    for item in incomplete[:GROUPS_SHOWN]:
+        problems.append(f"task {item.rank} on {item.node} ended after {item.finding.check!r}")
+    if not problems:
+        return Finding("tasks", PASS, f"{size} on {node_names(task_findings)}")
+    message = "; ".join(problems)
+    if srun_errors:
+        message += f". srun: {srun_errors}"
+    remedy = (
+        f"read srun's messages; the nodes must see {sys.executable} and this code, and the job's "
+        "time limit must be long enough (--time)"
     )
+    return Finding("tasks", FAIL, message, remedy)
 
 
-def nodes_of(told: Sequence[Told]) -> str:
-    names = sorted({t.node for t in told}, key=lambda name: (len(name), name))
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def node_names(task_findings: Sequence[TaskFinding]) -> str:
+    """'n1, n2, n3, n4 and 8 more'."""
+    nodes = {item.node for item in task_findings}
+    names = sorted(nodes, key=lambda name: (len(name), name))
+    text = ", ".join(names[:NODES_SHOWN])
+    if len(names) > NODES_SHOWN:
+        text += f" and {len(names) - NODES_SHOWN} more"
+    return text
 
 
-def merge(told: Sequence[Told]) -> Finding:
-    """One finding of one check: the worst grade, with what was found where if that differs."""
-    grade = worst([t.finding for t in told])
-    groups = _grouped([t for t in told if t.finding.grade == grade], lambda t: t.finding.found)
-    if len(groups) == 1 and all(t.finding.grade == grade for t in told):
-        return told[0].finding
-    found = "; ".join(f"{nodes_of(group)}: {what}" for what, group in list(groups.items())[:SHOWN])
-    more = f"; {len(groups) - SHOWN} more" if len(groups) > SHOWN else ""
-    remedies = dict.fromkeys(group[0].finding.remedy for group in groups.values())
-    return Finding(told[0].finding.check, grade, found + more, "; ".join(r for r in remedies if r))
+def combine(task_findings: Sequence[TaskFinding]) -> Finding:
+    """The findings of one check as one: the worst grade, and the messages of each node."""
+    first = task_findings[0].finding
+    grade = worst([item.finding for item in task_findings])
+    worst_items = [item for item in task_findings if item.finding.grade == grade]
+    groups = _grouped(worst_items, lambda item: item.finding.message)
+    if len(groups) == 1 and len(worst_items) == len(task_findings):
+        return first
+    messages = [f"{node_names(items)}: {message}" for message, items in groups.items()]
+    message = "; ".join(messages[:GROUPS_SHOWN])
+    if len(groups) > GROUPS_SHOWN:
+        message += f"; {len(groups) - GROUPS_SHOWN} more"
+    remedies = dict.fromkeys(items[0].finding.remedy for items in groups.values())
+    return Finding(first.check, grade, message, "; ".join(filter(None, remedies)))
 
 
-def _grouped(told: Sequence[Told], by: Callable[[Told], str]) -> dict[str, list[Told]]:
-    groups: dict[str, list[Told]] = {}
-    for one in told:
-        groups.setdefault(by(one), []).append(one)
+def _grouped(
+    task_findings: Sequence[TaskFinding], key: Callable[[TaskFinding], str]
+) -> dict[str, list[TaskFinding]]:
+    groups: dict[str, list[TaskFinding]] = {}
+    for item in task_findings:
+        groups.setdefault(key(item), []).append(item)
     return groups
 
 
-def versions(told: Sequence[Told], here: Finding) -> Finding:
-    """Nodes must have the same; this machine, which trains nothing, should."""
-    differing, grade = [], PASS
-    for name, value in here.values.items():
-        there = _grouped(told, lambda t, name=name: t.finding.values.get(name, "?"))  # type: ignore[misc]
-        if list(there) != [value]:
-            differing.append(
-                f"{name} {', '.join(f'{v} on {nodes_of(group)}' for v, group in there.items())}, {value} here"
-            )
-            grade = max(grade, FAIL if len(there) > 1 else WARN, key=GRADES.index)
-    return Finding(
-        "versions",
-        grade,
-        "; ".join(differing) or "the same on all nodes and here",
-        "use one installation that all nodes see, or install the same lock file everywhere",
-    )
+def compare_versions(task_findings: Sequence[TaskFinding], here: Finding) -> Finding:
+    """Nodes must have the same versions; this machine, which trains nothing, should."""
+    differences = []
+    grade = PASS
+    for name, version_here in here.values.items():
+        nodes_by_version = _nodes_by_version(task_findings, name)
+        if list(nodes_by_version) == [version_here]:
+            continue
+        versions = [f"{version} on {nodes}" for version, nodes in nodes_by_version.items()]
+        differences.append(f"{name} {', '.join(versions)}, {version_here} here")
+        difference = FAIL if len(nodes_by_version) > 1 else WARN
+        grade = max(grade, difference, key=GRADES.index)
+    message = "; ".join(differences) or "the same on all nodes and here"
+    remedy = "use one installation that all nodes see, or install the same lock file everywhere"
+    return Finding("versions", grade, message, remedy)
 
 
-def network(told: Sequence[Told], merged: Finding) -> Finding:
-    """Between machines, ranks that listen at loopback do not hear each other."""
-    loopback = [t for t in told if t.finding.values.get("address", "").startswith(("127.", "::1"))]
-    if (
-        _machines(told) == 1
-        or merged.grade != PASS
-        or not loopback
-        or os.environ.get("GLOO_SOCKET_IFNAME")
-    ):
-        return merged
-    common = sorted(set.intersection(*(set(t.finding.values["interfaces"]) for t in told)))
+def _nodes_by_version(task_findings: Sequence[TaskFinding], name: str) -> dict[str, str]:
+    """Version of the software `name` -> names of the nodes that have it."""
+    groups = _grouped(task_findings, lambda item: item.finding.values.get(name, "?"))
+    return {version: node_names(items) for version, items in groups.items()}
+
+
+def compare_networks(task_findings: Sequence[TaskFinding], combined: Finding) -> Finding:
+    """Ranks on different machines cannot reach each other if they listen on loopback."""
+    on_loopback = []
+    for item in task_findings:
+        if item.finding.values.get("address", "").startswith(("127.", "::1")):
+            on_loopback.append(item)
+    one_machine = _count_machines(task_findings) == 1
+    configured = os.environ.get("GLOO_SOCKET_IFNAME")
+    if one_machine or combined.grade != PASS or not on_loopback or configured:
+        return combined
+    interfaces = [set(item.finding.values["interfaces"]) for item in task_findings]
+    common = sorted(set.intersection(*interfaces))
+    interface = f"{common[0]}, which all nodes have," if common else "an interface"
+    nodes = node_names(on_loopback)
     return Finding(
         "network",
         WARN,
-        f"{merged.found}; own names lead to loopback on {nodes_of(loopback)}, and gloo there",
-        f"name {f'{common[0]}, which all nodes have,' if common else 'an interface'} in GLOO_SOCKET_IFNAME "
-        "(cluster.environment)",
+        f"{combined.message}; gloo uses the machine's own name, which is loopback on {nodes}",
+        f"name {interface} in GLOO_SOCKET_IFNAME (cluster.environment)",
     )
 
 
-def _machines(told: Sequence[Told]) -> int:
-    return len({t.finding.values.get("machine") for t in told})
+def _count_machines(task_findings: Sequence[TaskFinding]) -> int:
+    return len({item.finding.values.get("machine") for item in task_findings})
 
 
-def all_reduce(told: Sequence[Told], networks: Sequence[Told]) -> Finding:
-    values = [t.finding.values for t in told]
-    speed, latency = min(v["gb_per_s"] for v in values), max(v["latency_us"] for v in values)
+def compare_all_reduce(
+    task_findings: Sequence[TaskFinding], networks: Sequence[TaskFinding]
+) -> Finding:
+    """The speed of the slowest rank."""
+    values = [item.finding.values for item in task_findings]
+    speed = min(value["gb_per_s"] for value in values)
+    latency_us = max(value["latency_us"] for value in values)
+    is_slow = speed < SLOW_GB_PER_S and _count_machines(networks) > 1
+    backend = f"{values[0]['backend']} over {values[0]['ranks']} ranks"
     return Finding(
-        LAST,
-        WARN if speed < SLOW_GB_PER_S and _machines(networks) > 1 else PASS,
-        f"{values[0]['backend']} over {values[0]['ranks']} ranks: {speed:.2f} GB/s, {latency:.0f} us",
-        "name the fast interface in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME (cluster.environment)",
+        LAST_CHECK,
+        WARN if is_slow else PASS,
+        f"{backend}: {speed:.2f} GB/s, {latency_us:.0f} us",
+        "name the fast interface in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME "
+        "(cluster.environment)",
         values[0],
     )
 
 
-def clocks(told: Sequence[Told]) -> Finding:
-    """Against the first task's."""
-    furthest = max(told, key=lambda t: abs(t.finding.values["clock_s"]))
-    ahead = furthest.finding.values["clock_s"]
-    if abs(ahead) <= SKEW_S:
-        return Finding("clocks", PASS, f"within {1000 * abs(ahead):.1f} ms of the first task's")
-    way = "ahead of" if ahead > 0 else "behind"
+def compare_clocks(task_findings: Sequence[TaskFinding]) -> Finding:
+    """Compares the tasks' clocks with that of the first task."""
+    furthest = max(task_findings, key=lambda item: abs(item.finding.values["clock_s"]))
+    ahead_s = furthest.finding.values["clock_s"]
+    if abs(ahead_s) <= SKEW_S:
+        return Finding("clocks", PASS, f"within {1000 * abs(ahead_s):.1f} ms of the first task's")
+    direction = "ahead of" if ahead_s > 0 else "behind"
     return Finding(
         "clocks",
         WARN,
-        f"that of {furthest.node} is {abs(ahead):.1f} s {way} the first task's",
+        f"that of {furthest.node} is {abs(ahead_s):.1f} s {direction} the first task's",
         SET_CLOCKS,
     )

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 from evspan.conf.schema.cluster import ClusterConfig
+from evspan.launch.cli.doctor import main
 from evspan.launch.doctor import folder, job, machine, slurm
-from evspan.launch.doctor.checks import main
 from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding
-from evspan.launch.doctor.verdict import Told, judge, nodes_of
+from evspan.launch.doctor.verdict import TaskFinding, judge, node_names
 from support.refusals import refused_by
 from support.slurm_cluster import Cluster, free_ports
 
@@ -138,7 +138,7 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
     assert "COMPLETED" in slurm_of.jobs().values()
     inside = {check: row for (where, check), row in told.items() if where == "in a job"}
     assert inside["tasks"]["found"] == "4 on n1, n2"
-    assert inside["shared folder"]["found"] == "this token and those of all 4 tasks are read"
+    assert inside["shared folder"]["found"] == "the token and the files of all 4 tasks can be read"
     reduced = re.fullmatch(
         r"gloo over 4 ranks: ([\d.]+) GB/s, (\d+) us", inside["all-reduce"]["found"]
     )
@@ -148,7 +148,7 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
     assert re.fullmatch(r"within [\d.]+ ms of the first task's", inside["clocks"]["found"])
     assert float(inside["clocks"]["found"].split()[1]) < 500
     assert re.search(
-        "readings of a file while task 0 had it replaced: (all )?whole", inside["rename"]["found"]
+        "reads of a file while task 0 replaced it: (all )?whole", inside["rename"]["found"]
     )
     first = inside["MASTER_ADDR"]  # virtual nodes' names lead nowhere, and ranks met all the same
     if (
@@ -156,7 +156,7 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
         and subprocess.run(["getent", "hosts", "n1"], capture_output=True).returncode
     ):
         assert first["grade"] == WARN
-        assert re.fullmatch("n1 means nothing here .* is used instead", first["found"])
+        assert re.fullmatch("n1 cannot be resolved here .* is used instead", first["found"])
     else:
         assert first["grade"] == PASS
     for check in (
@@ -220,7 +220,7 @@ def test_wrong_names_fail_with_their_remedies_and_start_no_job(slurm_of, tmp_pat
         )
     )
     where, what = told["here", "folder"], told["here", "partition"]
-    assert where["found"] == f"{tmp_path / 'absent'} is not there"
+    assert where["found"] == f"{tmp_path / 'absent'} does not exist"
     assert "--folder" in where["remedy"]
     assert what["found"] == "there is no partition 'gpu'"
     assert "low, high" in what["remedy"]
@@ -301,7 +301,7 @@ def run_job(tmp_path, *options) -> list[Finding]:
     _, work = folder.open_folder(tmp_path)
     assert work
     said: list[str] = []
-    findings = job.run(
+    findings = job.run_job(
         job.Job(2, 1, options),
         work,
         (work / folder.TOKEN).read_text(),
@@ -316,8 +316,8 @@ def run_job(tmp_path, *options) -> list[Finding]:
 def test_what_srun_refuses_is_told(slurm_of, tmp_path):
     (finding,) = run_job(tmp_path, "--constraint=quantum")
     assert (finding.check, finding.grade) == ("tasks", FAIL)
-    assert finding.found.startswith("2 of 2 told nothing. srun: ")
-    assert "feature specification" in finding.found
+    assert finding.message.startswith("2 of 2 reported nothing. srun: ")
+    assert "feature specification" in finding.message
     assert sys.executable in finding.remedy
 
 
@@ -329,8 +329,8 @@ def test_a_task_that_dies_is_told(slurm_of, tmp_path):
     prolog.chmod(0o755)
     finding = run_job(tmp_path, f"--task-prolog={prolog}")[0]
     assert finding.grade == FAIL
-    assert "of 2 told nothing" in finding.found
-    assert "n2: task 1: Exited with exit code 1" in finding.found
+    assert "of 2 reported nothing" in finding.message
+    assert "n2: task 1: Exited with exit code 1" in finding.message
 
 
 @pytest.mark.parametrize(
@@ -359,17 +359,17 @@ def test_a_task_that_dies_is_told(slurm_of, tmp_path):
     ],
 )
 def test_where_rank_0_is(env, address, grade, variables):
-    finding, found = job.first_rank(env, address)
+    finding, found = job.check_master_address(env, address)
     assert (finding.grade, found) == (grade, variables)
     assert (
         env.get("MASTER_ADDR", env["SLURM_STEP_NODELIST"].replace("[07-09]", "07").split(",")[0])
-        in finding.found
+        in finding.message
     )
 
 
 # -- SLURM's settings ----------------------------------------------------------------------------------------------
 def settings(partition="", nodes=0) -> dict[str, Finding]:
-    return {finding.check: finding for finding in slurm.check(partition, nodes)}
+    return {finding.check: finding for finding in slurm.check_settings(partition, nodes)}
 
 
 def test_settings_of_a_cluster(slurm_of):
@@ -378,15 +378,15 @@ def test_settings_of_a_cluster(slurm_of):
         ["SLURM", "partition", "time limit", "preemption", "requeue", "job records", "accounting"],
         PASS,
     )
-    assert found["preemption"].found.startswith(
+    assert found["preemption"].message.startswith(
         "by high: mode REQUEUE, GraceTime 10 s; its own signal"
     )
-    assert found["SLURM"].found.endswith(" of evspan answers")
-    assert found["time limit"].found.startswith("none in low")
-    assert settings()["partition"].found == found["partition"].found  # the default one
+    assert found["SLURM"].message.endswith(" of evspan answers")
+    assert found["time limit"].message.startswith("none in low")
+    assert settings()["partition"].message == found["partition"].message  # the default one
     many = settings("low", 9)["partition"]
     assert many.grade == FAIL
-    assert "fewer than the 9 asked for" in many.found
+    assert "fewer than the 9 asked for" in many.message
     assert many.remedy == "ask for fewer nodes"
 
 
@@ -396,17 +396,17 @@ def test_settings_that_change(slurm_of):
         slurm_of.ask(*change, "MaxTime=2", "GraceTime=0", "MaxNodes=1")
         found = settings("low", 2)
         assert found["time limit"].grade == FAIL
-        assert found["time limit"].found.startswith("2 min in low")
+        assert found["time limit"].message.startswith("2 min in low")
         assert found["preemption"].grade == WARN
-        assert "GraceTime 0 s" in found["preemption"].found
+        assert "GraceTime 0 s" in found["preemption"].message
         assert found["partition"].grade == FAIL
-        assert "may have 1 nodes, not 2" in found["partition"].found
+        assert "may have 1 nodes, not 2" in found["partition"].message
         slurm_of.ask(*change, "MaxTime=1-00:30:00", "State=DOWN")
         found = settings("low")
         assert found["time limit"].grade == PASS
-        assert found["time limit"].found.startswith("1470 min in low")
+        assert found["time limit"].message.startswith("1470 min in low")
         assert found["partition"].grade == FAIL
-        assert found["partition"].found == "low is DOWN"
+        assert found["partition"].message == "low is DOWN"
         slurm_of.ask(*change, "MaxTime=60", "State=UP", "MaxNodes=UNLIMITED")
         found = settings("low")["time limit"]
         assert found.grade == WARN
@@ -414,7 +414,7 @@ def test_settings_that_change(slurm_of):
         slurm_of.ask("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
         found = settings("low", 2)["partition"]
         assert found.grade == FAIL
-        assert found.found == "low: 1 of 2 nodes run, fewer than the 2 asked for"
+        assert found.message == "low: 1 of 2 nodes run, fewer than the 2 asked for"
     finally:
         slurm_of.ask(*change, "MaxTime=INFINITE", "GraceTime=10", "MaxNodes=UNLIMITED", "State=UP")
         slurm_of.ask("scontrol", "update", "NodeName=n2", "State=RESUME")
@@ -424,19 +424,21 @@ def test_no_controller_and_no_commands(monkeypatch, tmp_path):
     if shutil.which("scontrol"):
         conf, (port,) = tmp_path / "slurm.conf", free_ports(1)
         monkeypatch.setenv("SLURM_CONF", str(conf))
-        for part in ("which is not there", "the controller does not answer: "):
+        for part in ("which does not exist", "the controller does not answer: "):
             found = settings()
             assert list(found) == ["SLURM"]
             assert found["SLURM"].grade == FAIL
-            assert part in found["SLURM"].found
+            assert part in found["SLURM"].message
             conf.write_text(
                 f"ClusterName=x\nSlurmctldHost=localhost\nSlurmctldPort={port}\nNodeName=n1\nMessageTimeout=2\n"
             )
     (tmp_path / "sbatch").touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     found = settings()
-    assert slurm.there()
-    assert found["SLURM"].found.startswith("srun, squeue, scancel, scontrol, sinfo not on the PATH")
+    assert slurm.is_installed()
+    assert found["SLURM"].message.startswith(
+        "srun, squeue, scancel, scontrol, sinfo not on the PATH"
+    )
 
 
 @pytest.mark.parametrize(
@@ -453,7 +455,7 @@ def test_no_controller_and_no_commands(monkeypatch, tmp_path):
     ],
 )
 def test_times_of_slurm(text, seconds):
-    assert slurm.seconds(text) == seconds
+    assert slurm.parse_seconds(text) == seconds
 
 
 PREEMPTED = {
@@ -489,9 +491,9 @@ ABOVE = {"PartitionName": "high", "PriorityTier": "5"}
     ],
 )
 def test_preemption(config, partition, grade, part):
-    finding = slurm.preemption(config, {**PREEMPTED, **partition}, [PREEMPTED, ABOVE])
+    finding = slurm.check_preemption(config, {**PREEMPTED, **partition}, [PREEMPTED, ABOVE])
     assert finding.grade == grade
-    assert part in finding.found
+    assert part in finding.message
 
 
 @pytest.mark.parametrize(
@@ -505,14 +507,14 @@ def test_preemption(config, partition, grade, part):
 )
 def test_time_limits(minutes, delay, most, grade):
     config = ClusterConfig(timeout_min=minutes, signal_delay_s=delay)
-    assert slurm.time_limit({"PartitionName": "p", "MaxTime": most}, config).grade == grade
+    assert slurm.check_time_limit({"PartitionName": "p", "MaxTime": most}, config).grade == grade
 
 
 def test_records_that_are_kept_for_a_moment():
-    assert slurm.records({"MinJobAge": "10 sec"}).grade == WARN
+    assert slurm.check_job_records({"MinJobAge": "10 sec"}).grade == WARN
     assert (
-        slurm.records({"MinJobAge": "300 sec"}).grade
-        == slurm.records({"MinJobAge": "0 sec"}).grade
+        slurm.check_job_records({"MinJobAge": "300 sec"}).grade
+        == slurm.check_job_records({"MinJobAge": "0 sec"}).grade
         == PASS
     )
 
@@ -525,7 +527,7 @@ def in_place(path: Path, data: bytes) -> None:
 def away_and_back(path: Path, data: bytes) -> None:
     path.unlink(missing_ok=True)
     time.sleep(0.001)
-    folder.replace_whole(path, data)
+    folder.replace_file(path, data)
 
 
 def into_nothing(path: Path, data: bytes) -> None:
@@ -533,9 +535,9 @@ def into_nothing(path: Path, data: bytes) -> None:
 
 
 def test_renames_are_whole(tmp_path):
-    finding = folder.renaming(tmp_path / "file")
+    finding = folder.atomic_replacement(tmp_path / "file")
     assert finding.grade == PASS
-    assert int(finding.found.split()[0]) > 10
+    assert int(finding.message.split()[0]) > 10
 
 
 @pytest.mark.parametrize(
@@ -547,15 +549,15 @@ def test_renames_are_whole(tmp_path):
     ],
 )
 def test_replacing_that_is_not_whole_is_seen(tmp_path, put, part):
-    finding = folder.renaming(tmp_path / "file", put=put)
+    finding = folder.atomic_replacement(tmp_path / "file", replace=put)
     assert finding.grade == FAIL
-    assert part in finding.found
+    assert part in finding.message
     assert "--folder" in finding.remedy
 
 
 def test_a_file_that_another_machine_never_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "WAIT_S", 0.2)
-    assert folder.renaming(tmp_path / "file", write=False).found.startswith("0 readings")
+    assert folder.atomic_replacement(tmp_path / "file", write=False).message.startswith("0 reads")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -568,7 +570,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
                 PR_CAPBSET_DROP, capability, 0, 0, 0
             )  # does nothing for those who have none
 
-    code = "import sys; from evspan.launch.doctor.folder import *; print(open_folder(Path(sys.argv[1]))[0].found)"
+    code = "import sys; from evspan.launch.doctor.folder import *; print(open_folder(Path(sys.argv[1]))[0].message)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(runs)],
         cwd=ROOT,
@@ -584,12 +586,12 @@ def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "runs").touch()
     finding, work = folder.open_folder(tmp_path / "runs")
     assert finding.grade == FAIL
-    assert finding.found.endswith("runs is a file")
+    assert finding.message.endswith("runs is a file")
     assert work is None
 
 
 def test_a_full_folder(tmp_path):
-    code = "import sys; from evspan.launch.doctor.folder import *; print(*free_space(Path(sys.argv[1])))"
+    code = "import sys; from evspan.launch.doctor.folder import *; f = free_space(Path(sys.argv[1])); print(f.check, f.grade, f.message)"
     done = subprocess.run(
         [*mounted(tmp_path), sys.executable, "-c", code, str(tmp_path)],
         cwd=ROOT,
@@ -610,8 +612,8 @@ def test_clocks_that_differ_from_the_file_servers(tmp_path, monkeypatch):
         finding = folder.file_clock(tmp_path)
         assert (
             finding.grade == WARN
-            and part in finding.found
-            and finding.found.startswith(("2.9 s", "3.0 s"))
+            and part in finding.message
+            and finding.message.startswith(("2.9 s", "3.0 s"))
         ), finding
 
 
@@ -620,21 +622,21 @@ def test_tasks_that_meet(tmp_path, monkeypatch):
     assert finding.grade == PASS
     assert work
     token = (work / "token").read_text()
-    code = f"from evspan.launch.doctor.folder import *; print(sorted(meet(Path({str(work)!r}), {token!r}, 0, 2, 'a')[1].items()))"
+    code = f"from evspan.launch.doctor.folder import *; print(sorted(exchange_notes(Path({str(work)!r}), {token!r}, 0, 2, 'a')[1].items()))"
     first = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    met, notes = folder.meet(work, token, 1, 2, "b")
+    met, notes = folder.exchange_notes(work, token, 1, 2, "b")
     assert met.grade == PASS
     assert notes == {0: "a", 1: "b"}
-    assert folder.not_seen(work, token, 2) == 0
+    assert folder.count_unreadable_notes(work, token, 2) == 0
     assert first.communicate(timeout=20)[0] == "[(0, 'a'), (1, 'b')]\n"
-    assert folder.not_seen(work, token, 3) == 1
-    assert folder.not_seen(work, "another", 2) == 2
+    assert folder.count_unreadable_notes(work, token, 3) == 1
+    assert folder.count_unreadable_notes(work, "another", 2) == 2
     monkeypatch.setattr(folder, "WAIT_S", 0.1)
-    assert "what 1 of 3 tasks left" in folder.meet(work, token, 1, 3, "b")[0].found
-    assert "another token" in folder.meet(work, "another", 1, 2, "b")[0].found
-    assert folder.meet(work / "absent", token, 1, 2, "b")[0].found.endswith(
+    assert "the files of 1 of 3 tasks" in folder.exchange_notes(work, token, 1, 3, "b")[0].message
+    assert "another token" in folder.exchange_notes(work, "another", 1, 2, "b")[0].message
+    assert folder.exchange_notes(work / "absent", token, 1, 2, "b")[0].message.endswith(
         "No such file or directory"
     )
 
@@ -664,7 +666,7 @@ def test_file_descriptors(soft, hard, grade, part):
 
 def test_shared_memory(tmp_path):
     assert machine.shared_memory(tmp_path / "absent").grade == FAIL
-    assert str(tmp_path) in machine.shared_memory(tmp_path).found
+    assert str(tmp_path) in machine.shared_memory(tmp_path).message
 
 
 def test_interfaces_are_those_of_ip():
@@ -702,13 +704,13 @@ def test_interfaces_are_those_of_ip():
     ],
 )
 def test_variables_that_name_interfaces(variable, value, named):
-    assert machine._name_one(value, variable, ["eno1", "ib0", "lo"]) is named
+    assert machine.selects_interface(variable, value, ["eno1", "ib0", "lo"]) is named
 
 
 def test_a_variable_that_names_no_interface(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nope0")
     assert machine.network().grade == FAIL
-    assert "'nope0'" in machine.network().found
+    assert "'nope0'" in machine.network().message
 
 
 TOPOLOGY = """\
@@ -749,10 +751,12 @@ def test_gpus_and_what_joins_them(tmp_path, monkeypatch):
     assert finding.grade == PASS
     assert finding.values == {"gpus": 4}
     assert (
-        finding.found
+        finding.message
         == "4 x A100; pairs joined by SYS (PCIe across CPU sockets) x 4, NV4 (NVLink) x 2"
     )
-    assert machine.between("") == machine.between("\tGPU0\tCPU Affinity\nGPU0\t X \t0-7\n") == []
+    assert (
+        machine.gpu_links("") == machine.gpu_links("\tGPU0\tCPU Affinity\nGPU0\t X \t0-7\n") == []
+    )
 
 
 def test_a_driver_that_fails(tmp_path, monkeypatch):
@@ -763,7 +767,7 @@ def test_a_driver_that_fails(tmp_path, monkeypatch):
         "exit 9",
     )
     assert machine.gpus().grade == WARN
-    assert "could not communicate" in machine.gpus().found
+    assert "could not communicate" in machine.gpus().message
 
 
 # -- all-reduce ----------------------------------------------------------------------------------------------------
@@ -777,7 +781,7 @@ def probes(ranks, size, *arguments) -> list[subprocess.Popen]:
         "MASTER_PORT": str(port),
     }
     return [
-        machine.start(
+        machine.start_process(
             [*machine.PROBE, *arguments], {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         )
         for rank in ranks
@@ -797,7 +801,7 @@ def test_ranks_that_meet_and_one_that_is_alone():
         assert abs(reduced.values["clock_s"]) < 0.5
     (finding,) = machine.torch_and_all_reduce(alone, 0, 1)
     assert (finding.check, finding.grade) == ("all-reduce", FAIL)
-    assert "1/2 clients" in finding.found
+    assert "1/2 clients" in finding.message
     assert "GLOO_SOCKET_IFNAME" in finding.remedy
 
 
@@ -813,18 +817,18 @@ def test_ranks_that_meet_and_one_that_is_alone():
 )
 def test_torch_and_the_gpus(torch_, seen, ranks, grade, part):
     line = json.dumps({"torch": "2.9", "ranks": ranks, "backend": "nccl", **torch_})
-    process = machine.start([sys.executable, "-c", f"print({line!r})"], os.environ)
+    process = machine.start_process([sys.executable, "-c", f"print({line!r})"], os.environ)
     finding = machine.torch_and_all_reduce(process, seen, ranks)[0]
     assert finding.grade == grade
-    assert part in finding.found
+    assert part in finding.message
     assert bool(finding.remedy) == (grade == FAIL)
 
 
 def test_a_process_that_fails_is_told_by_its_last_line():
     command = [sys.executable, "-c", "import deepspeed_of_another_name"]
-    finding = machine.deepspeed_import(machine.start(command, os.environ))
+    finding = machine.deepspeed_import(machine.start_process(command, os.environ))
     assert finding.grade == FAIL
-    assert "No module named 'deepspeed_of_another_name'" in finding.found
+    assert "No module named 'deepspeed_of_another_name'" in finding.message
 
 
 # -- what all say together -----------------------------------------------------------------------------------------
@@ -842,9 +846,9 @@ def tell(
     gb_per_s=1.0,
     first=PASS,
     reduced=PASS,
-) -> list[Told]:
+) -> list[TaskFinding]:
     return [
-        Told(rank, node, finding)
+        TaskFinding(rank, node, finding)
         for finding in [
             Finding("shared folder", PASS, "read"),
             Finding(
@@ -873,7 +877,7 @@ def tell(
     ]
 
 
-def judged(*told: list[Told], size=2, complaints="", unseen=0) -> dict[str, Finding]:
+def judged(*told: list[TaskFinding], size=2, complaints="", unseen=0) -> dict[str, Finding]:
     return {
         f.check: f for f in judge([t for one in told for t in one], size, HERE, complaints, unseen)
     }
@@ -882,9 +886,9 @@ def judged(*told: list[Told], size=2, complaints="", unseen=0) -> dict[str, Find
 def test_two_alike_pass():
     found = judged(tell(0, "n1"), tell(1, "n2", gb_per_s=0.5))
     assert {f.grade for f in found.values()} == {PASS}
-    assert found["tasks"].found == "2 on n1, n2"
-    assert found["all-reduce"].found == "gloo over 2 ranks: 0.50 GB/s, 100 us"
-    assert found["versions"].found == "the same on all nodes and here"
+    assert found["tasks"].message == "2 on n1, n2"
+    assert found["all-reduce"].message == "gloo over 2 ranks: 0.50 GB/s, 100 us"
+    assert found["versions"].message == "the same on all nodes and here"
 
 
 @pytest.mark.parametrize(
@@ -909,7 +913,7 @@ def test_two_alike_pass():
 def test_one_that_differs(second, grades, check, part):
     found = judged(tell(0, "n1"), tell(1, "n2", **second))
     assert {found[check].grade} == grades
-    assert part in found[check].found
+    assert part in found[check].message
     others = {f.grade for name, f in found.items() if name != check}
     assert others <= {PASS} or second == {"first": WARN, "reduced": FAIL}
 
@@ -918,7 +922,7 @@ def test_versions_that_differ_from_here_alone_are_no_failure():
     other = {"Python": "3.11.9", "torch": "2.9"}
     found = judged(tell(0, "n1", versions=other), tell(1, "n2", versions=other))["versions"]
     assert found.grade == WARN
-    assert found.found == "Python 3.11.9 on n1, n2, 3.11.7 here"
+    assert found.message == "Python 3.11.9 on n1, n2, 3.11.7 here"
 
 
 def test_tasks_that_end_early_are_named():
@@ -927,18 +931,21 @@ def test_tasks_that_end_early_are_named():
     ]
     assert found.grade == FAIL
     assert (
-        found.found
-        == "1 of 3 told nothing; task 1 on n2 ended after 'network'. srun: task 2 launch failed"
+        found.message
+        == "1 of 3 reported nothing; task 1 on n2 ended after 'network'. srun: task 2 launch failed"
     )
-    assert judged(size=3)["tasks"].found == "3 of 3 told nothing"
+    assert judged(size=3)["tasks"].message == "3 of 3 reported nothing"
 
 
 def test_notes_that_do_not_come_back():
     assert (
-        "what 1 of 2 tasks left is not seen here"
-        in judged(tell(0, "n1"), tell(1, "n2"), unseen=1)["shared folder"].found
+        "the files of 1 of 2 tasks cannot be read here"
+        in judged(tell(0, "n1"), tell(1, "n2"), unseen=1)["shared folder"].message
     )
 
 
 def test_many_nodes_on_a_line():
-    assert nodes_of([Told(i, f"n{i}", HERE) for i in range(12)]) == "n0, n1, n2, n3 and 8 more"
+    assert (
+        node_names([TaskFinding(i, f"n{i}", HERE) for i in range(12)])
+        == "n0, n1, n2, n3 and 8 more"
+    )

@@ -52,7 +52,6 @@ PENDING: set[str] = {
     "data_prep.shards.status",
     "data_prep.shards.verify",
     "launch.demo",
-    "launch.doctor.checks",
     "launch.smoke",
     "launch.smoke_rank",
     "launch.sweep.submit",
