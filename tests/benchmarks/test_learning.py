@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evspan.conf.errors import UserError
-from evspan.data_prep.simulator import SimulatorConfig
+from evspan.data_prep.simulator import SimulatorConfig, simulate
+from evspan.data_prep.simulator.recording_set import SimulatedSet, is_complete, write_recording
 from evspan.data_prep.simulator.scene import LENGTHS, make_scene
-from evspan.launch.cli import simulate
+from evspan.launch.cli import simulate as cli_simulate
 from evspan.launch.sweep.registry import read_runs
 from evspan.pipeline.history import append
 from evspan.pipeline.tensorboard.writer import TensorBoardWriter
@@ -140,17 +141,11 @@ def test_a_set_is_made_once_and_refused_when_it_is_not_what_was_made(tmp_path, c
 
 def test_the_set_has_many_small_crossing_and_stopping_objects(tmp_path):
     """Of a recording as the set has them, in pixels of its frames."""
-    given = simulate._parser().parse_args([str(tmp_path), *FULL.recipe()["simulate"]])
-    config = SimulatorConfig(
-        height=given.height,
-        width=given.width,
-        min_objects=given.objects[0],
-        max_objects=given.objects[1],
-        min_scale=given.scales[0],
-        max_scale=given.scales[1],
-        stop_fraction=given.stop_fraction,
+    args = cli_simulate._parser().parse_args([str(tmp_path), *FULL.recipe()["simulate"]])
+    recording_set = cli_simulate.options_from(args).recording_set
+    report = simulate(
+        tmp_path / "a_td.raw", seconds=6, seed=recording_set.seed, config=recording_set.config
     )
-    report = simulate.simulate(tmp_path / "a_td.raw", seconds=6, seed=given.seed, config=config)
     rows = np.load(report.boxes_path)
     area = rows["w"] * rows["h"] / 4
     assert 0.6 < (area < 32**2).mean() < 0.99  # and medium ones to compare with
@@ -176,15 +171,15 @@ def test_scales_change_sizes_alone_and_the_default_nothing(tmp_path):
         assert 0.5 * low <= min(lengths) < low
         assert high < max(lengths) <= 2 * high
     small = SimulatorConfig(height=160, width=160)
-    job = simulate.jobs_of(tmp_path, {"val": 1}, seconds=0.1, seed=0, kind="raw", config=small)[0]
-    simulate.run_job(job)
-    note = json.loads(job.note.read_text())
+    planned = SimulatedSet(tmp_path, {"val": 1}, seconds=0.1, config=small).recordings()[0]
+    write_recording(planned)
+    note = json.loads(planned.parameters_path.read_text())
     del (
         note["parameters"]["min_scale"],
         note["parameters"]["max_scale"],
     )  # written before there were scales
-    job.note.write_text(json.dumps(note))
-    assert simulate.is_done(job)
+    planned.parameters_path.write_text(json.dumps(note))
+    assert is_complete(planned)
 
 
 # -- plans -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,178 @@
+"""Folders of simulated recordings: OUT/train/train_000_td.raw with boxes and parameters, and so on.
+
+A recording is complete when its file of parameters exists, which is written last.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from evspan.conf.errors import UserError
+from evspan.data_prep.shards.atomic import written_whole
+from evspan.data_prep.shards.format import SPLITS
+from evspan.data_prep.simulator.config import SimulatorConfig
+from evspan.data_prep.simulator.recording import SimulationReport, simulate
+
+SIMULATOR_VERSION = 1  # to be raised when the same parameters give other bytes
+SUFFIXES = {"raw": "_td.raw", "dat": "_td.dat", "h5": "_td.h5"}  # by format
+
+
+@dataclass(frozen=True)
+class PlannedRecording:
+    """A recording to simulate."""
+
+    path: Path
+    seconds: float
+    seed: int
+    config: SimulatorConfig
+
+    @property
+    def name(self) -> str:
+        """`val_000` of `val_000_td.raw`."""
+        return self.path.name.rsplit("_td", 1)[0]
+
+    @property
+    def boxes_path(self) -> Path:
+        """The box file in the same folder."""
+        return self.path.with_name(f"{self.name}_bbox.npy")
+
+    @property
+    def parameters_path(self) -> Path:
+        """Written last: if it exists, the recording is complete."""
+        return self.path.with_name(f"{self.name}_simulation.json")
+
+    def existing_files(self) -> list[Path]:
+        """Recordings of this name, in any format."""
+        paths = [self.path.with_name(self.name + suffix) for suffix in SUFFIXES.values()]
+        return [path for path in paths if path.exists()]
+
+    def parameters(self) -> dict[str, Any]:
+        """All that the bytes of the recording depend on, as JSON values."""
+        return {
+            "version": SIMULATOR_VERSION,
+            "format": self.path.suffix[1:],
+            "seconds": self.seconds,
+            "seed": self.seed,
+            **dataclasses.asdict(self.config),
+        }
+
+
+@dataclass(frozen=True)
+class SimulatedSet:
+    """Recordings of one kind in a folder, by split."""
+
+    folder: Path
+    counts: Mapping[str, int]  # recordings per split
+    seconds: float = 10.0  # length of each
+    seed: int = 0
+    format: str = "raw"  # one of SUFFIXES
+    config: SimulatorConfig = field(default_factory=SimulatorConfig)
+
+    def recordings(self) -> list[PlannedRecording]:
+        """All of them. The seed of each depends on `seed`, its split and its number alone."""
+        planned = []
+        for split, count in self.counts.items():
+            for index in range(count):
+                path = self.folder / split / f"{split}_{index:03d}{SUFFIXES[self.format]}"
+                seed = _seed_of(self.seed, split, index)
+                planned.append(PlannedRecording(path, self.seconds, seed, self.config))
+        return planned
+
+
+@dataclass(frozen=True)
+class SimulatedRecording:
+    """A recording that was written, and the seconds that it took."""
+
+    planned: PlannedRecording
+    report: SimulationReport
+    wall_seconds: float
+
+
+def is_complete(planned: PlannedRecording, *, overwrite: bool = False) -> bool:
+    """Whether the recording exists with its boxes, simulated with the same parameters.
+
+    Raises:
+        UserError: a file of its name was made in another way, and `overwrite` is false.
+    """
+    existing = planned.existing_files()
+    if not existing:
+        return False
+    try:
+        stored = json.loads(planned.parameters_path.read_text())["parameters"]
+    except (OSError, ValueError, KeyError):
+        if overwrite:
+            return False
+        raise UserError(
+            f"{existing[0]} exists, but {planned.parameters_path.name} does not say how it was "
+            "made. Give another folder, or --overwrite to replace it"
+        ) from None
+    # Files of older versions lack the parameters that were added since: these had the defaults.
+    stored = dataclasses.asdict(SimulatorConfig()) | stored
+    expected = planned.parameters()
+    if existing == [planned.path] and stored == expected:
+        return planned.boxes_path.exists()
+    if overwrite:
+        return False
+    differences = []
+    for key, value in expected.items():
+        if stored.get(key) != value:
+            differences.append(f"{key} {stored.get(key)} instead of {value}")
+    raise UserError(
+        f"{existing[0]} exists, made with {', '.join(differences) or 'more than one format'}. "
+        "Give another folder, or --overwrite to replace it"
+    )
+
+
+def write_recording(planned: PlannedRecording) -> SimulatedRecording:
+    """Simulates a recording and writes it, its boxes and its parameters."""
+    began = time.perf_counter()
+    for path in planned.existing_files():
+        path.unlink()
+    planned.parameters_path.unlink(missing_ok=True)
+    report = simulate(
+        planned.path, seconds=planned.seconds, seed=planned.seed, config=planned.config
+    )
+    content = {
+        "parameters": planned.parameters(),
+        "events": report.events,
+        "boxes": report.boxes,
+    }
+    with written_whole(planned.parameters_path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return SimulatedRecording(planned, report, time.perf_counter() - began)
+
+
+def write_recordings(
+    planned: Sequence[PlannedRecording], processes: int = 0
+) -> Iterator[SimulatedRecording]:
+    """Writes the recordings in several processes; yields each when it is complete.
+
+    Args:
+        planned: in any order.
+        processes: recordings at once; 0: one per core.
+    """
+    workers = min(processes or len(os.sched_getaffinity(0)), len(planned))
+    if workers <= 1:
+        yield from map(write_recording, planned)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    try:
+        futures = [pool.submit(write_recording, recording) for recording in planned]
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _seed_of(seed: int, split: str, index: int) -> int:
+    sequence = np.random.SeedSequence([seed, SPLITS.index(split), index])
+    return int(sequence.generate_state(1)[0])
