@@ -1,22 +1,24 @@
-"""Frames and boxes as pictures and animations."""
+"""Draws frames and boxes as RGB images, and writes sheets and animations of them."""
 
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 from evspan.conf.errors import UserError
 from numpy.typing import ArrayLike, NDArray
 from PIL import GifImagePlugin, Image, ImageDraw, ImageFont
 
-BACKGROUND, ON, OFF = (
-    np.array(c, np.float32) for c in ((255, 255, 255), (30, 60, 200), (225, 40, 35))
-)
-FAINTEST = 0.5  # how far a single event stands out from the background
+BACKGROUND = np.array((255, 255, 255), np.float32)
+ON = np.array((30, 60, 200), np.float32)
+OFF = np.array((225, 40, 35), np.float32)
+FAINTEST = 0.5  # how far a single event differs from the background, 0..1
 SATURATED = 4  # events of a pixel from which on colours get no stronger
 GIF_COLOURS = 128
+SHEET_GAP = 2  # pixels between the images of a sheet
+SHEET_GREY = 90
 ANIMATION_SUFFIXES = (".gif", ".mp4")
 
 RGB = NDArray[np.uint8]  # (H, W, 3)
@@ -24,15 +26,23 @@ Colour = tuple[int, int, int]
 
 
 def frame_to_rgb(frame: NDArray[np.uint8]) -> RGB:
-    """(2 * bins, H, W) counts -> (H, W, 3): ON blue, OFF red, both violet; the more events the stronger, on white."""
-    off, on = frame.reshape(2, -1, *frame.shape[1:]).sum(1, dtype=np.int32).astype(np.float32)
+    """Draws the events of a frame on white: ON blue, OFF red, both violet; more events, stronger.
+
+    Args:
+        frame: (2 * bins, H, W) counts; the first half of the channels is polarity 0.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    per_polarity = frame.reshape(2, -1, *frame.shape[1:]).sum(1, dtype=np.int32)
+    off, on = per_polarity.astype(np.float32)
     count = on + off
-    strength = np.where(
-        count > 0, np.minimum(FAINTEST + (1 - FAINTEST) * (count - 1) / (SATURATED - 1), 1), 0
-    )[..., None]
-    brighter = (on / np.maximum(count, 1))[..., None]
-    colour = brighter * ON + (1 - brighter) * OFF
-    return (BACKGROUND + strength * (colour - BACKGROUND)).astype(np.uint8)
+    strength = np.minimum(FAINTEST + (1 - FAINTEST) * (count - 1) / (SATURATED - 1), 1)
+    strength = np.where(count > 0, strength, 0)[..., None]
+    on_fraction = (on / np.maximum(count, 1))[..., None]
+    colour = on_fraction * ON + (1 - on_fraction) * OFF
+    rgb = BACKGROUND + strength * (colour - BACKGROUND)
+    return np.asarray(rgb).astype(np.uint8)
 
 
 def box_corners(boxes: NDArray[np.void]) -> NDArray[np.float64]:
@@ -56,90 +66,122 @@ def draw_boxes(
     color: Colour = (0, 150, 0),
     upscale: int = 1,
 ) -> RGB:
-    """Outlines with labels above them (below the top where there is no room), on a copy.
+    """Draws outlines with labels above them (inside where there is no space above), on a copy.
 
     Args:
-        boxes_xyxy: (N, 4) left, top, right, bottom in pixels of `rgb`. upscale: enlarge the picture by a whole number first.
+        rgb: (H, W, 3) uint8.
+        boxes_xyxy: (N, 4) left, top, right, bottom in pixels of `rgb`.
+        labels: N texts; empty ones are not drawn.
+        upscale: whole number by which the image is enlarged first.
+
+    Returns:
+        (H * upscale, W * upscale, 3) uint8.
     """
     boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4) * upscale
-    enlarged = (
-        rgb.repeat(upscale, 0).repeat(upscale, 1) if upscale > 1 else np.ascontiguousarray(rgb)
-    )
-    picture = Image.fromarray(enlarged)
-    pen = ImageDraw.Draw(picture)
-    for box, label in zip(boxes, labels if labels is not None else [""] * len(boxes), strict=True):
+    if upscale > 1:
+        rgb = rgb.repeat(upscale, axis=0).repeat(upscale, axis=1)
+    image = Image.fromarray(np.ascontiguousarray(rgb))
+    pen = ImageDraw.Draw(image)
+    line_width = 1 + image.height // 500
+    texts = labels if labels is not None else [""] * len(boxes)
+    for box, text in zip(boxes, texts, strict=True):
         left, top, right, bottom = np.round(box).astype(int).tolist()
-        pen.rectangle(
-            (left, top, max(left, right - 1), max(top, bottom - 1)),
-            outline=color,
-            width=1 + picture.height // 500,
-        )
-        if label:
-            _write(pen, picture, left, top, label, color)
-    return np.asarray(picture)
+        corners = (left, top, max(left, right - 1), max(top, bottom - 1))
+        pen.rectangle(corners, outline=color, width=line_width)
+        if text:
+            _write(pen, image, left, top, text, color)
+    return np.asarray(image)
 
 
 def draw_label(rgb: RGB, text: str, color: Colour = (90, 90, 90)) -> RGB:
-    """Text in the lower left corner, on a copy."""
-    picture = Image.fromarray(np.ascontiguousarray(rgb))
-    _write(ImageDraw.Draw(picture), picture, 0, picture.height, text, color)
-    return np.asarray(picture)
+    """Writes a text into the lower left corner of an image (H, W, 3), on a copy."""
+    image = Image.fromarray(np.ascontiguousarray(rgb))
+    _write(ImageDraw.Draw(image), image, 0, image.height, text, color)
+    return np.asarray(image)
 
 
 def _write(
-    pen: ImageDraw.ImageDraw, picture: Image.Image, left: int, bottom: int, text: str, color: Colour
+    pen: ImageDraw.ImageDraw, image: Image.Image, left: int, bottom: int, text: str, color: Colour
 ) -> None:
-    font = ImageFont.load_default(size=max(9, min(16, picture.height // 30)))
-    _, _, width, height = (int(v) for v in pen.textbbox((0, 0), text, font=font))
-    x = max(0, min(left, picture.width - width - 3))
-    y = (
-        bottom - height - 2 if bottom >= height + 2 else bottom + 1
-    )  # inside the box where there is no room above
+    """Writes white text on a coloured ground that ends at `bottom`."""
+    font = ImageFont.load_default(size=max(9, min(16, image.height // 30)))
+    _, _, width, height = (int(side) for side in pen.textbbox((0, 0), text, font=font))
+    x = max(0, min(left, image.width - width - 3))
+    y = bottom - height - 2
+    if y < 0:  # no space above: write inside the box
+        y = bottom + 1
     pen.rectangle((x, y, x + width + 2, y + height + 1), fill=color)
     pen.text((x + 1, y), text, fill=(255, 255, 255), font=font)
 
 
-def write_strip(path: str | Path, pictures: Sequence[RGB], columns: int = 0) -> None:
-    """One picture of pictures of equal size, row by row, a thin line between them. columns 0: about as wide as high."""
-    height, width, _ = pictures[0].shape
-    columns = columns or max(1, round((len(pictures) * height / width) ** 0.5))
-    rows = -(-len(pictures) // columns)
-    gap = 2
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 90, np.uint8)
-    for i, picture in enumerate(pictures):
-        y, x = i // columns * (height + gap), i % columns * (width + gap)
-        sheet[y : y + height, x : x + width] = picture
+def write_strip(path: str | Path, images: Sequence[RGB], columns: int = 0) -> None:
+    """Writes a sheet of images as PNG, row by row, with thin lines between them.
+
+    Args:
+        images: (H, W, 3) uint8 each, of equal size.
+        columns: images of a row; 0: as many as make the sheet about as wide as it is high.
+    """
+    height, width, _ = images[0].shape
+    columns = columns or max(1, round((len(images) * height / width) ** 0.5))
+    rows = -(-len(images) // columns)
+    row_height = height + SHEET_GAP
+    column_width = width + SHEET_GAP
+    sheet_size = (rows * row_height - SHEET_GAP, columns * column_width - SHEET_GAP, 3)
+    sheet = np.full(sheet_size, SHEET_GREY, np.uint8)
+    for i, image in enumerate(images):
+        y = i // columns * row_height
+        x = i % columns * column_width
+        sheet[y : y + height, x : x + width] = image
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).save(path, "PNG")
 
 
+class _Encoder(Protocol):
+    """Writes a file frame by frame."""
+
+    def add(self, rgb: RGB, index: int) -> None: ...
+
+    def close(self, frames: int) -> None: ...
+
+    def abandon(self) -> None:
+        """Ends without a file."""
+
+
 class AnimationWriter:
-    """`.gif` or `.mp4`, chosen by suffix, written frame by frame: memory does not grow with its length.
+    """Writes a `.gif` or `.mp4` frame by frame: memory does not grow with its length.
 
     Raises:
         UserError: another suffix, or `.mp4` without the program ffmpeg.
     """
 
     def __init__(self, path: str | Path, fps: float) -> None:
-        self.path, self.fps, self.frames = Path(path), fps, 0
+        self.path = Path(path)
+        self.fps = fps
+        self.frames = 0
         self.shape: tuple[int, ...] = ()
-        kinds: dict[str, type[_Gif] | type[_Mp4]] = {".gif": _Gif, ".mp4": _Mp4}
-        if self.path.suffix.lower() not in kinds:
-            raise UserError(f"{path} is neither .gif nor .mp4; name the animation so")
+        suffix = self.path.suffix.lower()
+        if suffix not in ANIMATION_SUFFIXES:
+            raise UserError(f"{path} is neither .gif nor .mp4; give the animation such a name")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._encoder = kinds[self.path.suffix.lower()](self.path, fps)
+        self._encoder: _Encoder
+        if suffix == ".gif":
+            self._encoder = _Gif(self.path, fps)
+        else:
+            self._encoder = _Mp4(self.path, fps)
 
     def add(self, rgb: RGB) -> None:
-        """The next frame, (H, W, 3) uint8, all of one size."""
+        """Appends a frame (H, W, 3) uint8; all frames have one size."""
         if self.frames and rgb.shape != self.shape:
             raise ValueError(
-                f"frame {self.frames} of {self.path} has shape {rgb.shape}, those before {self.shape}"
+                f"frame {self.frames} of {self.path} has shape {rgb.shape}, "
+                f"those before {self.shape}"
             )
         self.shape = rgb.shape
         self._encoder.add(np.ascontiguousarray(rgb), self.frames)
         self.frames += 1
 
     def close(self) -> None:
+        """Completes the file."""
         self._encoder.close(self.frames)
 
     def __enter__(self) -> "AnimationWriter":
@@ -153,27 +195,27 @@ class AnimationWriter:
 
 
 class _Gif:
-    """Pillow's own `save(append_images=...)` keeps every frame; here each is encoded and written at once."""
+    """Encodes each frame at once. Pillow's own `save(append_images=...)` keeps all in memory."""
 
-    FOREVER = b"!\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00"
+    LOOP_FOREVER = b"!\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00"
 
     def __init__(self, path: Path, fps: float) -> None:
-        self.path, self.fps = path, fps
+        self.path = path
+        self.fps = fps
         self.file = path.open("wb")
 
     def add(self, rgb: RGB, index: int) -> None:
-        picture = Image.fromarray(rgb).quantize(
+        image = Image.fromarray(rgb).quantize(
             GIF_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
         )
         if index == 0:
-            for part in GifImagePlugin.getheader(picture.copy())[0]:
+            for part in GifImagePlugin.getheader(image.copy())[0]:
                 self.file.write(part)
-            self.file.write(self.FOREVER)
+            self.file.write(self.LOOP_FOREVER)
         # GIF counts in hundredths: differences of rounded ends keep the total right at any rate.
         hundredths = round(100 * (index + 1) / self.fps) - round(100 * index / self.fps)
-        for part in GifImagePlugin.getdata(
-            picture, duration=10 * max(1, hundredths), include_color_table=True
-        ):
+        duration_ms = 10 * max(1, hundredths)
+        for part in GifImagePlugin.getdata(image, duration=duration_ms, include_color_table=True):
             self.file.write(part)
 
     def close(self, frames: int) -> None:
@@ -188,12 +230,14 @@ class _Gif:
 
 
 class _Mp4:
-    """H.264 through the program ffmpeg, fed by a pipe."""
+    """H.264 through a pipe to the program ffmpeg."""
 
     def __init__(self, path: Path, fps: float) -> None:
-        self.path, self.fps = path, fps
+        self.path = path
+        self.fps = fps
         self.process: subprocess.Popen[bytes] | None = None
-        self.log: IO[Any] = tempfile.TemporaryFile()  # noqa: SIM115  a full pipe of messages would stop ffmpeg
+        # A file, since a full pipe of messages would stop ffmpeg.
+        self.log: IO[Any] = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         try:
             subprocess.run(
                 ["ffmpeg", "-version"],
@@ -203,91 +247,63 @@ class _Mp4:
             )
         except FileNotFoundError as error:
             raise UserError(
-                f"{path}: MP4 needs the program ffmpeg, which is not there. Install the Debian package ffmpeg, "
-                f"or write {path.with_suffix('.gif').name}"
+                f"{path}: MP4 needs the program ffmpeg, which is not there. Install the Debian "
+                f"package ffmpeg, or write {path.with_suffix('.gif').name}"
             ) from error
 
     def _start(self, height: int, width: int) -> "subprocess.Popen[bytes]":
-        source = [
-            "-f",
-            "rawvideo",
-            "-pix_fmt",
-            "rgb24",
-            "-s",
-            f"{width}x{height}",
-            "-r",
-            str(self.fps),
-            "-i",
-            "-",
-        ]
-        even = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white"]  # yuv420p halves both sides
-        codec = [
-            "-c:v",
-            "libx264",
-            "-preset",
-            "veryfast",
-            "-crf",
-            "20",
-            "-threads",
-            "2",
-            "-pix_fmt",
-            "yuv420p",
-        ]
-        command = [
-            "ffmpeg",
-            "-y",
-            "-loglevel",
-            "error",
-            *source,
-            *even,
-            *codec,
-            "-movflags",
-            "+faststart",
-            str(self.path),
-        ]
+        source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {self.fps} -i -"
+        even_sides = "-vf pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white"  # yuv420p halves both
+        codec = "-c:v libx264 -preset veryfast -crf 20 -threads 2 -pix_fmt yuv420p"
+        options = f"-y -loglevel error {source} {even_sides} {codec} -movflags +faststart"
         return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.log
+            ["ffmpeg", *options.split(), str(self.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self.log,
         )
 
     def add(self, rgb: RGB, index: int) -> None:
         if self.process is None:
-            self.process = self._start(*rgb.shape[:2])
+            height, width, _ = rgb.shape
+            self.process = self._start(height, width)
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(rgb.tobytes())
         except BrokenPipeError:
-            self._failed()
+            self._fail(self.process)
 
     def close(self, frames: int) -> None:
         if self.process is None:
             return
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.close()
-        except BrokenPipeError:
-            pass
+        _close_input(self.process)
         if self.process.wait():
-            self._failed()
+            self._fail(self.process)
         self.log.close()
 
-    def _failed(self) -> None:
-        assert self.process is not None
-        code = self.process.wait()
+    def _fail(self, process: "subprocess.Popen[bytes]") -> None:
+        code = process.wait()
         self.log.seek(0)
-        told = self.log.read().decode(errors="replace").strip().splitlines()
+        messages = self.log.read().decode(errors="replace").strip().splitlines()
+        message = messages[-1] if messages else "no message"
         self.abandon()
         raise UserError(
-            f"{self.path}: ffmpeg ended with code {code}: {told[-1] if told else 'no message'}. Write a .gif instead"
+            f"{self.path}: ffmpeg ended with code {code}: {message}. Write a .gif instead"
         )
 
     def abandon(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            if self.process.stdin is not None:
-                try:
-                    self.process.stdin.close()
-                except BrokenPipeError:
-                    pass
+            _close_input(self.process)
         if self.path.is_file():
             self.path.unlink()
+
+
+def _close_input(process: "subprocess.Popen[bytes]") -> None:
+    """Closes the pipe to a process that may have ended."""
+    assert process.stdin is not None
+    try:
+        process.stdin.close()
+    except BrokenPipeError:
+        pass

@@ -1,4 +1,4 @@
-"""Sensor files in, events out, and back: `open_recording`, `open_writer`."""
+"""Opens recordings of every format for reading, and new ones for writing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,38 +26,53 @@ WRITERS: dict[str, Callable[[Path, int, int], Writer]] = {
 
 
 def open_recording(path: str | Path) -> Recording:
-    """A reader by suffix and header.
+    """Opens a recording with the reader for its suffix and header.
 
     Raises:
-        RecordingError: no such file, an unknown suffix or format, or a header that does not say what is needed.
+        RecordingError: no such file, an unknown suffix or format, or a header without the
+            necessary fields.
     """
     path = Path(path)
+    suffixes = ", ".join(SUFFIXES)
     if not path.is_file():
-        raise RecordingError(f"{path} is no file. Give a recording: one of {', '.join(SUFFIXES)}")
+        raise RecordingError(f"{path} is no file. Give a recording: one of {suffixes}")
     if path.suffix == ".raw":
-        kind = raw_format(path)
-        if kind not in RAW_READERS:
-            told = (
-                f"is in format {kind.upper()[:20]}"
-                if kind
-                else "has no header that names its format"
-            )
-            raise RecordingError(
-                f"{path} {told}; {', '.join(k.upper() for k in RAW_READERS)} can be read. Convert it to .dat: "
-                f"metavision_file_to_dat -i {path}"
-            )
-        return RAW_READERS[kind](path)
+        return _open_raw(path)
     if path.suffix == ".dat":
         return DatReader(path)
     if path.suffix in (".h5", ".hdf5"):
         return H5Reader(path)
     raise RecordingError(
-        f"{path} has the suffix {path.suffix or '(none)'}; recordings have one of {', '.join(SUFFIXES)}"
+        f"{path} has the suffix {path.suffix or '(none)'}; recordings have one of {suffixes}"
+    )
+
+
+def _open_raw(path: Path) -> Recording:
+    name = raw_format(path)
+    if name in RAW_READERS:
+        return RAW_READERS[name](path)
+    problem = "has no header that names its format"
+    if name:
+        problem = f"is in format {name.upper()[:20]}"
+    readable = ", ".join(name.upper() for name in RAW_READERS)
+    raise RecordingError(
+        f"{path} {problem}; {readable} can be read. Convert it to .dat: "
+        f"metavision_file_to_dat -i {path}"
     )
 
 
 def open_writer(path: str | Path, height: int, width: int) -> Writer:
-    """A context manager with `write(events)`: EVT3 for .raw, CD events for .dat, events/{t,x,y,p} for .h5."""
+    """Opens a new recording: EVT3 for .raw, CD events for .dat, events/{t,x,y,p} for .h5.
+
+    Args:
+        height, width: of the sensor, in pixels.
+
+    Returns:
+        A context manager with `write(events)`.
+
+    Raises:
+        RecordingError: another suffix, or a sensor that the format cannot address.
+    """
     path = Path(path)
     if path.suffix not in WRITERS:
         raise RecordingError(f"{path}: events are written as one of {', '.join(WRITERS)}")

@@ -1,12 +1,14 @@
-"""Which recordings a source has, in which split each is, and where its boxes are."""
+"""Finds the recordings of a source, their splits and their box files."""
 
 import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from evspan.conf.errors import RecordingError
+from evspan.conf.text import plural
 from evspan.data_prep.labels.box_files import find_boxes, recording_name
 from evspan.data_prep.recordings.open import SUFFIXES
 from evspan.data_prep.shards.format import SPLITS
@@ -17,159 +19,196 @@ NO_BOXES = "-"
 
 @dataclass(frozen=True)
 class Source:
+    """A recording of the source."""
+
     path: Path
     split: str
-    name: str  # unique within the split: the group's name
-    relative: str  # below the source folder, or as the list names it: a path from its folder, or an absolute one
+    name: str  # unique within the split: the name of its group in a shard
+    relative: str  # path below the source folder; of a list: the path as it is written there
     boxes: Path | None  # its box file
 
     @property
     def key(self) -> str:
+        """split/name."""
         return f"{self.split}/{self.name}"
 
 
 def find_sources(source: Path) -> list[Source]:
-    """Recordings below train/ val/ test/; a folder without these, or one file, counts as test. A .txt or .csv lists them.
+    """Finds the recordings below train/ val/ test/, or those that a list names.
+
+    Args:
+        source: a folder; without train/ val/ test/ its recordings count as test, as does a single
+            file. A .txt or .csv is a list of recordings.
 
     Raises:
-        RecordingError: nothing there, two recordings of one name, or a line of a list that is wrong.
+        RecordingError: nothing there, two recordings of one name, or a wrong line of a list.
     """
     if not source.exists():
         raise RecordingError(
-            f"source {source} is not there. Give a folder with {'/ '.join(SPLITS)}/ of recordings, one "
-            "recording, or a list of them: source=PATH"
+            f"source {source} is not there. Give a folder with {'/ '.join(SPLITS)}/ of "
+            "recordings, one recording, or a list of them: source=PATH"
         )
     if source.suffix in LISTS and source.is_file():
         return _listed(source)
-    found: list[Source] = []
-    folders = [(s, source / s) for s in SPLITS if (source / s).is_dir()]
-    for split, folder in folders or [("test", source)]:
+    splits = {split: source / split for split in SPLITS if (source / split).is_dir()}
+    sources = []
+    for split, folder in (splits or {"test": source}).items():
         paths = [folder] if folder.is_file() else _recordings(folder)
-        found += [
-            Source(
-                p,
-                split,
-                recording_name(p),
-                str(p.relative_to(source)) if p != source else p.name,
-                find_boxes(p),
-            )
-            for p in paths
-        ]
-    if not found:
+        for path in paths:
+            relative = path.name if path == source else str(path.relative_to(source))
+            sources.append(Source(path, split, recording_name(path), relative, find_boxes(path)))
+    if not sources:
+        searched = ", ".join(str(folder) for folder in splits.values()) or source
         raise RecordingError(
-            f"source {source} holds no recordings ({', '.join(SUFFIXES)}) in "
-            f"{', '.join(str(f) for _, f in folders) or source}"
+            f"source {source} holds no recordings ({', '.join(SUFFIXES)}) in {searched}"
         )
+    _require_unique(sources, source)
+    return sources
+
+
+def _require_unique(sources: list[Source], folder: Path) -> None:
     by_key: dict[str, Source] = {}
-    for s in found:
-        if (other := by_key.setdefault(s.key, s)) is not s:
+    for source in sources:
+        other = by_key.setdefault(source.key, source)
+        if other is not source:
             raise RecordingError(
-                f"{other.path} and {s.path} would both be recording {s.key}. Rename one, or move it out of "
-                f"{source}"
+                f"{other.path} and {source.path} would both be recording {source.key}. Rename one, "
+                f"or move it out of {folder}"
             )
-    return found
+
+
+class _Line(NamedTuple):
+    """A line of a list that names a recording."""
+
+    number: int
+    fields: list[str]
 
 
 def _listed(path: Path) -> list[Source]:
-    """A line per recording: `split path [boxes]`, parted by blanks or commas; # begins a comment."""
-    found: dict[str, tuple[int, Source]] = {}
-    for number, fields in _lines(path):
-        where = f"{path}, line {number}"
-        if len(fields) not in (2, 3):
+    """The recordings of a list: a line `split path [boxes]` for each.
+
+    Fields are separated by blanks or commas; # begins a comment.
+    """
+    sources: dict[str, Source] = {}
+    lines: dict[str, int] = {}
+    for line in _lines(path):
+        where = f"{path}, line {line.number}"
+        source = _listed_source(path, line.fields, where)
+        if source.key in sources:
+            other = sources[source.key]
             raise RecordingError(
-                f"{where}: {len(fields)} field{'s' if len(fields) > 1 else ''} where a line is: split "
-                "path [boxes.npy]. Write paths that hold blanks between commas: split,path,boxes"
+                f"{where}: {source.path} would be recording {source.key}, as {other.path} in line "
+                f"{lines[source.key]} is. Take one out, rename it, or list a link to it that has "
+                "another name"
             )
-        split, recording = fields[0], path.parent / fields[1]
-        if split not in SPLITS:
-            raise RecordingError(
-                f"{where}: split {split!r} is none of {', '.join(SPLITS)}. Write one of these first"
-            )
-        _require_file(recording, f"{where}: recording", path)
-        if recording.suffix not in SUFFIXES:
-            raise RecordingError(
-                f"{where}: {recording} is no recording ({', '.join(SUFFIXES)}). Name one that is"
-            )
-        source = Source(
-            recording,
-            split,
-            recording_name(recording),
-            fields[1],
-            _listed_boxes(recording, fields[2:], where, path),
-        )
-        first, other = found.setdefault(source.key, (number, source))
-        if other is not source:
-            raise RecordingError(
-                f"{where}: {recording} would be recording {source.key}, as {other.path} in line {first} is. "
-                "Take one out, rename it, or list a link to it that has another name"
-            )
-    if not found:
+        sources[source.key] = source
+        lines[source.key] = line.number
+    if not sources:
         raise RecordingError(
             f"{path} lists no recordings. Write a line for each: split path [boxes.npy]"
         )
-    return [source for _, source in found.values()]
+    return list(sources.values())
 
 
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of lines that tell something."""
+def _listed_source(path: Path, fields: list[str], where: str) -> Source:
+    """where: the list and the line, for messages."""
+    if len(fields) not in (2, 3):
+        raise RecordingError(
+            f"{where}: {plural(len(fields), 'field')} where a line is: split path [boxes.npy]. "
+            "Write paths that contain blanks between commas: split,path,boxes"
+        )
+    split = fields[0]
+    if split not in SPLITS:
+        raise RecordingError(
+            f"{where}: split {split!r} is none of {', '.join(SPLITS)}. Write one of these first"
+        )
+    recording = path.parent / fields[1]
+    _require_file(recording, f"{where}: recording", path)
+    if recording.suffix not in SUFFIXES:
+        raise RecordingError(
+            f"{where}: {recording} is no recording ({', '.join(SUFFIXES)}). Name one that is"
+        )
+    boxes = _listed_boxes(recording, fields[2:], where, path)
+    return Source(recording, split, recording_name(recording), fields[1], boxes)
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    """Yields the lines that name a recording: no comments, blank lines or headings."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise RecordingError(
-            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}). A list of recordings has a "
-            "line for each: split path [boxes.npy]"
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). A list of "
+            "recordings has a line for each: split path [boxes.npy]"
         ) from error
     for number, line in enumerate(lines, 1):
-        line = re.sub(r"(^|\s)#.*", "", line).strip()
+        text = re.sub(r"(^|\s)#.*", "", line).strip()
         try:
-            fields = (
-                [f.strip() for f in next(csv.reader([line], skipinitialspace=True))]
-                if "," in line
-                else line.split()
-            )
+            fields = _fields(text)
         except csv.Error as error:
             raise RecordingError(
                 f"{path}, line {number}: {error}. Write: split,path,boxes"
             ) from error
-        while fields and not fields[-1]:  # a table's empty last column
-            fields.pop()
-        if fields and fields[:2] != ["split", "path"]:  # a table's heading
-            yield number, fields
+        is_heading = fields[:2] == ["split", "path"]
+        if fields and not is_heading:
+            yield _Line(number, fields)
+
+
+def _fields(text: str) -> list[str]:
+    """The fields of a line, without empty ones at its end (the last columns of a table)."""
+    if "," in text:
+        row = next(csv.reader([text], skipinitialspace=True))
+        fields = [field.strip() for field in row]
+    else:
+        fields = text.split()
+    while fields and not fields[-1]:
+        fields.pop()
+    return fields
 
 
 def _listed_boxes(recording: Path, field: list[str], where: str, path: Path) -> Path | None:
+    """The box file of a line. field: the third field, or nothing."""
     if field == [NO_BOXES]:
         return None
     if not field or not field[0]:
         return find_boxes(recording)
-    _require_file(path.parent / field[0], f"{where}: box file", path)
-    return path.parent / field[0]
+    boxes = path.parent / field[0]
+    _require_file(boxes, f"{where}: box file", path)
+    return boxes
 
 
 def _require_file(file: Path, what: str, path: Path) -> None:
-    if not file.is_file():
-        raise RecordingError(
-            f"{what} {file} is {'a folder' if file.is_dir() else 'not there'}. Correct the line: paths are "
-            f"absolute, or start at the list's folder {path.parent.absolute()}"
-        )
+    if file.is_file():
+        return
+    problem = "is a folder" if file.is_dir() else "is not there"
+    raise RecordingError(
+        f"{what} {file} {problem}. Correct the line: paths are absolute, or start at the list's "
+        f"folder {path.parent.absolute()}"
+    )
 
 
 def _recordings(folder: Path) -> list[Path]:
-    """Hidden files are none: another system's copies leave such beside every file."""
+    """The recordings of a folder, without hidden files, which some systems add to copies."""
     return sorted(
-        p
-        for p in folder.iterdir()
-        if p.suffix in SUFFIXES and p.is_file() and not p.name.startswith(".")
+        path
+        for path in folder.iterdir()
+        if path.suffix in SUFFIXES and path.is_file() and not path.name.startswith(".")
     )
 
 
 def in_no_split(source: Path) -> list[Path]:
-    """Recordings beside train/ val/ test/, or in folders such as validation/: they are left out, which a user should hear."""
-    if not any((source / s).is_dir() for s in SPLITS):
+    """Recordings that are left out because they lie next to train/ val/ test/.
+
+    Either directly in the source or in folders with other names, such as validation/.
+    """
+    if not any((source / split).is_dir() for split in SPLITS):
         return []
     others = sorted(
-        p
-        for p in source.iterdir()
-        if p.is_dir() and p.name not in SPLITS and not p.name.startswith(".")
+        path
+        for path in source.iterdir()
+        if path.is_dir() and path.name not in SPLITS and not path.name.startswith(".")
     )
-    return _recordings(source) + [r for folder in others for r in _recordings(folder)]
+    left_out = _recordings(source)
+    for folder in others:
+        left_out += _recordings(folder)
+    return left_out

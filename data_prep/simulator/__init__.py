@@ -1,4 +1,4 @@
-"""A simulated Gen4 camera: recordings of moving textured objects with boxes, deterministic by seed."""
+"""Simulates a Gen4 camera: recordings of moving textured objects with boxes, by seed."""
 
 from evspan.data_prep.simulator.config import CLASSES, SimulatorConfig
 from evspan.data_prep.simulator.recording import (

@@ -1,4 +1,4 @@
-"""What a simulated recording is like."""
+"""The config of a simulated recording: sensor and scene."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ LARGEST_SENSOR = 2048  # EVT3 addresses have 11 bits
 
 @dataclass(kw_only=True)
 class SimulatorConfig:
-    """Sensor and scene; the defaults are a Gen4 sensor that fires 2 to 5 million events a second."""
+    """Sensor and scene. The defaults: a Gen4 sensor with 2 to 5 million events a second."""
 
     height: int = 720
     width: int = 1280
@@ -18,12 +18,12 @@ class SimulatorConfig:
     max_objects: int = 8
     min_scale: float = 1.0  # of an object's size, drawn for each
     max_scale: float = 1.0
-    stop_fraction: float = 0.3  # of the objects stop on their way, each for 1 to 2.2 s
+    stop_fraction: float = 0.3  # of the objects, which stop on their way for 1 to 2.2 s
     contrast_threshold: float = 0.2  # change of log intensity that makes an event
     threshold_mismatch: float = 0.03  # standard deviation over the pixels, relative
-    refractory_us: int = 200  # a pixel is blind for so long after an event
+    refractory_us: int = 200  # after an event a pixel fires none for this time
     noise_hz: float = 0.2  # background events per pixel
-    step_us: int = 2000  # between two renderings; event times are interpolated within
+    step_us: int = 2000  # between two renderings; event times in between are interpolated
 
     def __post_init__(self) -> None:
         require(
@@ -32,15 +32,17 @@ class SimulatorConfig:
         )
         require(
             0 <= self.min_objects <= self.max_objects <= 50,
-            f"min_objects {self.min_objects} and max_objects {self.max_objects}: give 0 to 50, the smaller first",
+            f"min_objects {self.min_objects} and max_objects {self.max_objects}: "
+            "give 0 to 50, the smaller first",
         )
         require(
             0.25 <= self.min_scale <= self.max_scale <= 2,
-            f"min_scale {self.min_scale} and max_scale {self.max_scale}: give 0.25 to 2, the smaller first",
+            f"min_scale {self.min_scale} and max_scale {self.max_scale}: "
+            "give 0.25 to 2, the smaller first",
         )
         require(
             0 <= self.stop_fraction <= 1,
-            f"stop_fraction is {self.stop_fraction}; give a share from 0 to 1",
+            f"stop_fraction is {self.stop_fraction}; give a fraction from 0 to 1",
         )
         require(
             0.05 <= self.contrast_threshold <= 2,

@@ -1,4 +1,4 @@
-"""One simulated recording: its events, its boxes, and both as files."""
+"""Simulates one recording: its events, its boxes, and both as files."""
 
 import os
 from collections.abc import Iterator
@@ -17,13 +17,14 @@ from evspan.data_prep.simulator.sensor import Sensor, visible_extents
 from numpy.typing import NDArray
 
 LABEL_HZ = 60
-MIN_VISIBLE_SHARE = 0.3  # of an object's area, or it has no box
-BLOCK_US = 50_000  # at once in memory
+MIN_VISIBLE_FRACTION = 0.3  # of an object's area; with less it has no box
+BLOCK_US = 50_000  # of events, at once in memory
+DEFAULT = SimulatorConfig()
 
 
 @dataclass(frozen=True)
 class SimulationReport:
-    """What `simulate` wrote."""
+    """The files that `simulate` wrote, and their contents."""
 
     path: Path
     boxes_path: Path
@@ -32,80 +33,124 @@ class SimulationReport:
     tracks: int
 
 
-def _scene_and_rng(
-    seconds: float, seed: int, config: SimulatorConfig
-) -> tuple[int, Scene, np.random.Generator]:
-    require(0 < seconds <= 2000, f"seconds is {seconds}; give more than 0 and up to 2000 s")
-    # Two generators, so that a change of the sensor leaves the scene, and the boxes, as they are.
-    scene_rng, sensor_rng = (
-        np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2)
-    )
-    duration = round(1e6 * seconds)
-    return duration, make_scene(duration, scene_rng, config), sensor_rng
+def simulated_scene(seconds: float, seed: int, config: SimulatorConfig = DEFAULT) -> Scene:
+    """The objects and the background of a recording.
 
-
-DEFAULT = SimulatorConfig()
+    Raises:
+        ConfigError: more seconds than the formats can represent, or none.
+    """
+    scene_rng, _ = _generators(seed)
+    return make_scene(_duration_us(seconds), scene_rng, config)
 
 
 def simulated_events(
     seconds: float, seed: int, config: SimulatorConfig = DEFAULT
 ) -> Iterator[Events]:
-    """The events of a recording, sorted by time from 0 us on, in blocks of bounded size."""
-    duration, scene, rng = _scene_and_rng(seconds, seed, config)
-    sensor = Sensor(scene.background, *_at(scene, 0), rng, config)
-    for start in range(0, duration, BLOCK_US):
-        end = min(start + BLOCK_US, duration)
+    """Yields the events of a recording, sorted by time from 0 us on, in blocks of bounded size.
+
+    Raises:
+        ConfigError: more seconds than the formats can represent, or none.
+    """
+    duration_us = _duration_us(seconds)
+    scene = simulated_scene(seconds, seed, config)
+    _, sensor_rng = _generators(seed)
+    sensor = Sensor(scene.background, *_shapes_and_centres_at(scene, 0), sensor_rng, config)
+    for start in range(0, duration_us, BLOCK_US):
+        end = min(start + BLOCK_US, duration_us)
         times = np.append(np.arange(start, end, config.step_us, dtype=np.int64), end)
         yield sensor.events(times, *shapes_and_centres(scene.alive(start, end), times))
 
 
-def simulated_boxes(seconds: float, seed: int, config: SimulatorConfig = DEFAULT) -> NDArray:
-    """(N,) RAW_BOX at 60 Hz: the upright box around what is visible of each object, inside the sensor.
+def simulated_boxes(
+    seconds: float, seed: int, config: SimulatorConfig = DEFAULT
+) -> NDArray[np.void]:
+    """Boxes at 60 Hz: the upright box around the visible part of each object, inside the sensor.
 
-    An object of which less than 30 % is visible, since it is outside or hidden, has none.
+    An object of which less than 30 % is visible, because it is outside or hidden, has none.
+
+    Returns:
+        (N,) of dtype RAW_BOX, sorted by time.
+
+    Raises:
+        ConfigError: more seconds than the formats can represent, or none.
     """
-    duration, scene, _ = _scene_and_rng(seconds, seed, config)
+    duration_us = _duration_us(seconds)
+    scene = simulated_scene(seconds, seed, config)
     owner = np.zeros((config.height, config.width), np.int16)
     rows = []
-    times = (round(1e6 * k / LABEL_HZ) for k in range(1, int(LABEL_HZ * seconds) + 1))
-    for t in (t for t in times if t < duration):
-        found = visible_extents(owner, *_at(scene, t))
-        for track, (x0, y0, x1, y1, count) in zip(scene.alive(t, t), found.tolist(), strict=True):
-            if count >= MIN_VISIBLE_SHARE * track.area:
-                rows.append((t, x0, y0, x1 - x0, y1 - y0, track.class_id, track.track_id, 1.0))
+    for k in range(1, int(LABEL_HZ * seconds) + 1):
+        t = round(1e6 * k / LABEL_HZ)
+        if t >= duration_us:
+            break
+        extents = visible_extents(owner, *_shapes_and_centres_at(scene, t))
+        for track, extent in zip(scene.alive(t, t), extents.tolist(), strict=True):
+            left, top, right, bottom, visible_pixels = extent
+            if visible_pixels < MIN_VISIBLE_FRACTION * track.area:
+                continue
+            width = right - left
+            height = bottom - top
+            rows.append((t, left, top, width, height, track.class_id, track.track_id, 1.0))
     return np.array(rows, RAW_BOX)
 
 
-def _at(scene: Scene, t: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    shapes, centres = shapes_and_centres(scene.alive(t, t), np.array([t]))
+def _duration_us(seconds: float) -> int:
+    require(0 < seconds <= 2000, f"seconds is {seconds}; give more than 0 and up to 2000 s")
+    return round(1e6 * seconds)
+
+
+def _generators(seed: int) -> tuple[np.random.Generator, np.random.Generator]:
+    """The generators of the scene and of the sensor.
+
+    They are two, so that a change of the sensor leaves the scene, and the boxes, as they are.
+    """
+    scene_seed, sensor_seed = np.random.SeedSequence(seed).spawn(2)
+    return np.random.default_rng(scene_seed), np.random.default_rng(sensor_seed)
+
+
+def _shapes_and_centres_at(
+    scene: Scene, t_us: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(K, columns) shapes and (K, 2) centres of the objects at one time."""
+    shapes, centres = shapes_and_centres(scene.alive(t_us, t_us), np.array([t_us]))
     return shapes, centres[0]
 
 
 def simulate(
     path: str | Path, *, seconds: float, seed: int, config: SimulatorConfig = DEFAULT
 ) -> SimulationReport:
-    """Write a recording to `path` (.raw EVT3, .dat or .h5) and its boxes beside it; each appears whole or not at all.
+    """Writes a recording and its boxes next to it; each file appears whole or not at all.
+
+    Args:
+        path: .raw (EVT3), .dat or .h5.
 
     Raises:
-        RecordingError: a suffix that no writer knows. ConfigError: values that cannot be simulated.
+        RecordingError: another suffix.
+        ConfigError: values that cannot be simulated.
     """
     path = Path(path)
     boxes_path = path.with_name(f"{recording_name(path)}_bbox.npy")
     path.parent.mkdir(parents=True, exist_ok=True)
-    first, last, count = 0, -1, 0
-    with TemporaryDirectory(prefix=".writing-", dir=path.parent) as beside:
-        with open_writer(Path(beside) / path.name, config.height, config.width) as writer:
+    first_us = 0
+    last_us = -1
+    num_events = 0
+    with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+        temporary_path = Path(folder) / path.name
+        temporary_boxes_path = Path(folder) / boxes_path.name
+        with open_writer(temporary_path, config.height, config.width) as writer:
             for events in simulated_events(seconds, seed, config):
                 writer.write(events)
-                if events.t.size:
-                    first, last = first if count else int(events.t[0]), int(events.t[-1])
-                    count += events.t.size
+                if not events.t.size:
+                    continue
+                if not num_events:
+                    first_us = int(events.t[0])
+                last_us = int(events.t[-1])
+                num_events += events.t.size
         boxes = simulated_boxes(seconds, seed, config)
-        boxes = boxes[
-            (boxes["t"] > first) & (boxes["t"] <= last)
-        ]  # without noise the first and last events may lie inside
-        write_boxes(Path(beside) / boxes_path.name, boxes)
+        # Without noise, boxes may lie before the first event or after the last.
+        boxes = boxes[(boxes["t"] > first_us) & (boxes["t"] <= last_us)]
+        write_boxes(temporary_boxes_path, boxes)
         # Boxes first: a recording without them would pass for an unlabelled one.
-        os.replace(Path(beside) / boxes_path.name, boxes_path)
-        os.replace(Path(beside) / path.name, path)
-    return SimulationReport(path, boxes_path, count, boxes.size, len(np.unique(boxes["track_id"])))
+        os.replace(temporary_boxes_path, boxes_path)
+        os.replace(temporary_path, path)
+    num_tracks = len(np.unique(boxes["track_id"]))
+    return SimulationReport(path, boxes_path, num_events, boxes.size, num_tracks)

@@ -233,7 +233,7 @@ def in_a_process(kind: str, first: int, n: int, timeout: int) -> subprocess.Comp
         text=True,
         capture_output=True,
         timeout=timeout,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
     )
 
 

@@ -139,7 +139,7 @@ def test_names_that_collide_are_mended_by_a_link(folder):
         ("train odd name, really.raw", r"split 'train odd name' is none of"),
         (
             "train plain.raw day1/a_bbox.npy more",
-            r"4 fields where a line is: .*\. Write paths that hold blanks",
+            r"4 fields where a line is: .*\. Write paths that contain blanks",
         ),
     ],
 )
@@ -154,7 +154,7 @@ def test_mistakes_name_the_line_and_the_remedy(folder, line, told):
     [
         (b"", "lists no recordings"),
         (b"# nothing\n\n", "lists no recordings"),
-        (b"train \xff\xfe\n", r"is no text in UTF-8 .* at byte 6"),
+        (b"train \xff\xfe\n", r"is not UTF-8 text .* at byte 6"),
         (b"train," + b"x" * 200_000, "line 1: field larger than field limit"),
     ],
 )

@@ -6,7 +6,7 @@ from evspan.conf.errors import ConfigError
 from evspan.conf.schema.training import EvaluationConfig
 from evspan.data_prep.shards.format import BOX
 from evspan.data_prep.simulator import SimulatorConfig, simulated_boxes
-from evspan.data_prep.simulator.recording import _scene_and_rng
+from evspan.data_prep.simulator.recording import simulated_scene
 from evspan.pipeline.evaluation.breakdown import breakdown
 from evspan.pipeline.evaluation.coco import Scorer, coco_metrics
 from evspan.pipeline.evaluation.frames import labelled_frames, scored
@@ -136,7 +136,7 @@ def test_motion_agrees_with_the_definition(seed):
 def test_objects_that_the_simulator_stops_are_still():
     config = SimulatorConfig(height=180, width=240, min_objects=2, max_objects=3, stop_fraction=1.0)
     raw = simulated_boxes(8, 5, config)
-    tracks = {t.track_id: t for t in _scene_and_rng(8, 5, config)[1].tracks}
+    tracks = {t.track_id: t for t in simulated_scene(8, 5, config).tracks}
     ends = np.unique(raw["t"])[::3]  # 20 Hz
     boxes = [
         np.array(
