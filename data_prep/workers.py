@@ -1,17 +1,20 @@
-"""Recordings -> part files in several processes, with progress; one bad recording does not stop the others."""
+"""Runs tasks in processes of this machine; prepares recordings with a runner and shows progress."""
 
+import logging
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import active_children, connection, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread, current_thread, main_thread
-from typing import TypeVar
+from types import TracebackType
+from typing import Generic, Protocol, TypeAlias, TypeVar, cast
 
 from evspan.conf.errors import RecordingError, UserError
 from evspan.conf.schema.prep import PrepConfig
@@ -21,129 +24,230 @@ from evspan.data_prep.shards.format import RecordingEntry
 from evspan.data_prep.shards.write import Stored, prepare_recording
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
 Task = TypeVar("Task")
-Result = TypeVar("Result")
-Results = Generator[tuple[Task, Callable[[], Result]], None, None]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Job:
-    """reuse: an older group of the recording whose frames may still be right."""
+class Outcome(Generic[Task, Value]):
+    """A task that has ended, with its value or the error that it raised."""
+
+    task: Task
+    value: Value | None = None
+    error: Exception | None = None
+
+    def get(self) -> Value:
+        """Returns the value, or raises the error."""
+        if self.error is not None:
+            raise self.error
+        return cast(Value, self.value)
+
+
+@dataclass(frozen=True)
+class PrepJob:
+    """A recording to prepare into the file `part`.
+
+    Attributes:
+        reuse: an older group of the recording, whose frames may still be right.
+    """
 
     source: Source
     part: Path
     reuse: Stored | None = None
 
+    @property
+    def key(self) -> str:
+        """split/recording."""
+        return self.source.key
+
     def run(self, config: PrepConfig) -> RecordingEntry:
+        """Prepares the recording; see `prepare_recording`."""
         return prepare_recording(self.source, self.part, config, self.reuse)
 
 
-Elsewhere = Callable[..., Results[Job, RecordingEntry]]
+PrepOutcomes: TypeAlias = Generator[Outcome[PrepJob, RecordingEntry], None, None]
+
+
+class Runner(Protocol):
+    """Prepares recordings somewhere: in processes of this machine, or in a SLURM job array."""
+
+    def run(self, jobs: Sequence[PrepJob], config: PrepConfig) -> PrepOutcomes:
+        """Yields each job when it has ended. Closing the generator ends the jobs that run."""
+        ...
+
+
+class DryRun(Exception):
+    """A runner raises it where it only shows what it would do; its message is the description."""
+
+
+class LocalRunner:
+    """Prepares recordings in `config.processes` processes of this machine."""
+
+    def run(self, jobs: Sequence[PrepJob], config: PrepConfig) -> PrepOutcomes:
+        """See `map_unordered`."""
+        return map_unordered(partial(PrepJob.run, config=config), jobs, config.processes)
 
 
 def run_jobs(
-    jobs: list[Job], config: PrepConfig, elsewhere: Elsewhere | None = None
+    jobs: Sequence[PrepJob], config: PrepConfig, runner: Runner
 ) -> dict[str, RecordingEntry]:
-    """Entries by split/recording; a bar on a terminal, a line per recording otherwise.
+    """Runs the jobs, the largest recordings first, and shows progress.
 
-    elsewhere: gives the results of jobs that it has other machines do, as `results_of` does here. It is called with the jobs,
-        what to do with each, the config of the cluster, and `results_of`, for those machines to use.
+    Returns:
+        Entries of the recordings, by split/recording.
+
     Raises:
-        RecordingError: which recordings cannot be prepared, and why, when all others are done.
+        RecordingError: some recordings cannot be prepared; raised when all others are done.
         UserError: the disk is full, or a process was killed.
     """
     entries: dict[str, RecordingEntry] = {}
     failed: dict[str, str] = {}
-    run = partial(Job.run, config=config)
-    jobs = sorted(
-        jobs, key=lambda j: (-j.source.path.stat().st_size, j.source.key)
-    )  # the longest first: no lone straggler
-    results = (
-        elsewhere(jobs, run, config.cluster, results_of)
-        if elsewhere
-        else results_of(jobs, run, config.processes)
-    )
+    jobs = sorted(jobs, key=lambda job: (-job.source.path.stat().st_size, job.key))
     with (
-        closing(results),
-        tqdm(total=len(jobs), desc="preparing", unit="recording", disable=None) as bar,
-    ):  # None: only on a terminal
-        for number, (job, result) in enumerate(results, 1):
-            key = job.source.key
+        closing(runner.run(jobs, config)) as outcomes,
+        Progress("preparing", len(jobs)) as progress,
+    ):
+        for outcome in outcomes:
+            key = outcome.task.key
             try:
-                entries[key] = result()
+                entries[key] = outcome.get()
             except NoSpaceError:
                 raise
             except (UserError, OSError) as error:
                 failed[key] = str(error)
-            line = f"[{number}/{len(jobs)}] {key}: {_told(entries[key]) if key in entries else f'failed: {failed[key]}'}"
-            if bar.disable:
-                print(line, flush=True)
-            elif key in failed:
-                bar.write(line)
-            bar.update()
+                progress.advance(f"{key}: failed: {error}", important=True)
+            else:
+                progress.advance(f"{key}: {_summary(entries[key])}")
     if failed:
-        told = " | ".join(f"{key}: {why}" for key, why in sorted(failed.items()))
+        reasons = " | ".join(f"{key}: {reason}" for key, reason in sorted(failed.items()))
         raise RecordingError(
-            f"{len(failed)} of {len(jobs)} recordings cannot be prepared; {len(entries)} are done and kept for "
-            f"the next run. {told}"
+            f"{len(failed)} of {len(jobs)} recordings cannot be prepared; {len(entries)} are done "
+            f"and kept for the next run. {reasons}"
         )
     return entries
 
 
-def _told(entry: RecordingEntry) -> str:
-    odd = [f"{n} {reason.replace('_', ' ')}" for reason, n in entry.dropped_events.items() if n]
-    return ", ".join(
-        [
-            f"{entry.frames} frames",
-            f"{entry.boxes} boxes",
-            f"{entry.events / 1e6:.1f} M events",
-            *odd,
-        ]
-    )
+def _summary(entry: RecordingEntry) -> str:
+    parts = [
+        f"{entry.frames} frames",
+        f"{entry.boxes} boxes",
+        f"{entry.events / 1e6:.1f} M events",
+    ]
+    for reason, count in entry.dropped_events.items():
+        if count:
+            parts.append(f"{count} {reason.replace('_', ' ')}")
+    return ", ".join(parts)
 
 
-def results_of(
-    tasks: list[Task], run: Callable[[Task], Result], processes: int
-) -> Results[Task, Result]:
-    """Each task with a function that gives or raises what became of it, in the order in which they end.
+class Progress:
+    """A bar on a terminal; elsewhere a log record for each recording. A context manager."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self.total = total
+        self.done = 0
+        self.bar = tqdm(  # disable=None: a bar only on a terminal
+            total=total, desc=description, unit="recording", disable=None
+        )
+
+    def advance(self, line: str, *, important: bool = False) -> None:
+        """Counts one more recording.
+
+        Args:
+            line: what became of it.
+            important: show the line above the bar, too.
+        """
+        self.done += 1
+        if self.bar.disable or important:
+            log_above_bar(logger, f"[{self.done}/{self.total}] {line}")
+        self.bar.update()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.bar.close()
+
+
+def log_above_bar(logger: logging.Logger, message: str) -> None:
+    """Logs with level INFO; a progress bar is cleared and drawn again below the message."""
+    with tqdm.external_write_mode():
+        logger.info("%s", message)
+
+
+def map_unordered(
+    function: Callable[[Task], Value], tasks: Sequence[Task], processes: int
+) -> Generator[Outcome[Task, Value], None, None]:
+    """Calls the function with each task in a pool of processes.
 
     Args:
-        tasks: begun in this order. processes: 0: one per core.
+        tasks: begun in this order.
+        processes: 0: one per core; 1: in this process.
+
+    Yields:
+        The tasks in the order in which they end.
+
     Raises:
         UserError: a process was killed.
     """
     processes = min(processes or len(os.sched_getaffinity(0)), len(tasks))
     if processes <= 1:
-        yield from ((task, partial(run, task)) for task in tasks)
+        for task in tasks:
+            yield _called(function, task)
         return
-    # spawn: a forked child would inherit HDF5's and numba's locks in whatever state they are.
+    # spawn: a forked child would inherit the locks of HDF5 and numba in an unknown state.
     pool = ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=_end_with_parent
     )
     others = active_children()
     with _interrupts_ignored():
-        futures = {pool.submit(run, task): task for task in tasks}
-    helpers = [child for child in active_children() if child not in others]
+        futures = {pool.submit(function, task): task for task in tasks}
+    workers = [child for child in active_children() if child not in others]
     try:
         for future in as_completed(futures):
-            if isinstance(future.exception(), BrokenProcessPool):
-                raise UserError(
-                    f"one of {processes} processes was killed, perhaps since memory ran out. Run the same again, "
-                    "with fewer at once: processes=1; what is done is kept"
-                ) from future.exception()
-            yield futures[future], future.result
-    except BaseException:  # a recording may take minutes yet
-        for helper in helpers:
-            helper.kill()
+            yield _outcome(futures[future], future, processes)
+    except BaseException:
+        _kill(workers)  # a recording may take minutes
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _called(function: Callable[[Task], Value], task: Task) -> Outcome[Task, Value]:
+    try:
+        return Outcome(task, value=function(task))
+    except Exception as error:
+        return Outcome(task, error=error)
+
+
+def _outcome(task: Task, future: "Future[Value]", processes: int) -> Outcome[Task, Value]:
+    error = future.exception()
+    if error is None:
+        return Outcome(task, value=future.result())
+    if isinstance(error, BrokenProcessPool):
+        raise UserError(
+            f"one of {processes} processes was killed, perhaps because memory ran out. Run the "
+            "same again with fewer processes: processes=1; what is done is kept"
+        ) from error
+    if not isinstance(error, Exception):
+        raise error
+    return Outcome(task, error=error)
+
+
+def _kill(workers: Sequence[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Processes that start now leave Ctrl-C, which reaches all of a terminal's, to this one: it ends them."""
-    if current_thread() is not main_thread():  # where Python lets nobody set handlers
+    """Processes that start inside ignore Ctrl-C, which a terminal sends to all; their parent ends them."""
+    if current_thread() is not main_thread():  # Python sets handlers in the main thread only
         yield
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -154,7 +258,7 @@ def _interrupts_ignored() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """Even when the parent is killed: a pool's processes would wait for work for ever."""
+    """Ends this process when its parent ends, even by SIGKILL; the pool's processes would wait forever."""
     parent = parent_process()
     assert parent is not None
 

@@ -4,7 +4,7 @@ Windows are closed at both ends, so an event on a seam counts twice; bins stretc
 counts wrap at 256 before they are cut at `cutoff`; frames end with the last label. For comparison with its published numbers.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import pairwise
 from typing import TypeVar
 
@@ -46,6 +46,9 @@ class RvtEnds:
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.end_us)
+
+    def __len__(self) -> int:
+        return len(self.end_us)
 
 
 def _taken(times: NDArray[np.int64]) -> list[tuple[int, int]]:
@@ -143,7 +146,7 @@ def rvt_frames(
     for events in recording.chunks():
         if not began:
             all_ends = ends(int(events.t[0]))
-            upcoming, finite, began = iter(all_ends), isinstance(all_ends, RvtEnds), True
+            upcoming, finite, began = iter(all_ends), isinstance(all_ends, Sized), True
             end = next(upcoming, None)
         waiting = waiting.followed_by(events) if waiting.t.size else events
         while end is not None and waiting.t[-1] > end:

@@ -1,11 +1,13 @@
 """Box files: `X_bbox.npy` beside the recording `X_td.*`, in Prophesee's layout."""
 
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 from evspan.conf.errors import BoxesError
 from numpy.typing import NDArray
 
+BoxArray: TypeAlias = NDArray[np.void]  # (N,) structured, dtype RAW_BOX
 RAW_BOX = np.dtype(
     [
         ("t", "<i8"),
@@ -21,6 +23,7 @@ RAW_BOX = np.dtype(
 FIELDS = RAW_BOX.names or ()
 OLDER_NAMES = {"t": "ts", "class_confidence": "confidence"}
 OPTIONAL = {"track_id": 0, "class_confidence": 1.0}
+REQUIRED = tuple(name for name in FIELDS if name not in OPTIONAL)
 RECORDING_ENDINGS = (
     "_td.dat.h5",
     "_td.dat",
@@ -43,38 +46,51 @@ def recording_name(path: Path) -> str:
 
 
 def find_boxes(recording: Path) -> Path | None:
+    """The box file beside a recording; None where there is none."""
     path = recording.with_name(f"{recording_name(recording)}_bbox.npy")
     return path if path.is_file() else None
 
 
-def read_boxes(path: str | Path) -> NDArray:
-    """Boxes in RAW_BOX, sorted by time. Fields may come in any order, `ts` for t and `confidence` for class_confidence.
+def empty_boxes() -> BoxArray:
+    """(0,) RAW_BOX, of a recording without a box file."""
+    return np.zeros(0, RAW_BOX)
+
+
+def read_boxes(path: str | Path) -> BoxArray:
+    """Reads a box file.
+
+    Fields may come in any order, `ts` instead of t and `confidence` instead of class_confidence.
+    Missing optional fields (`OPTIONAL`) get their default.
+
+    Returns:
+        (N,) RAW_BOX, sorted by time; boxes of one time in the order of the file.
 
     Raises:
-        BoxesError: no .npy of a structured array, fields missing, or values that are no boxes. Nothing is unpickled.
+        BoxesError: the file is no structured array, lacks a field, or has values that do not fit.
     """
     raw = _mapped(path)
-    there = raw.dtype.names or ()
+    present = raw.dtype.names or ()
     boxes = np.zeros(raw.size, RAW_BOX)
-    missing = []
+    missing: list[str] = []
     for name in FIELDS:
-        source = name if name in there else OLDER_NAMES.get(name, name)
-        if source in there:
+        source = name if name in present else OLDER_NAMES.get(name, name)
+        if source in present:
             boxes[name] = _values(path, raw[source], source, RAW_BOX[name])
         elif name in OPTIONAL:
             boxes[name] = OPTIONAL[name]
         else:
             missing.append(name)
     if missing:
+        fields = "field" if len(missing) == 1 else "fields"
         raise BoxesError(
-            f"{path} lacks the field{'s' if len(missing) > 1 else ''} {', '.join(missing)}; it has "
-            f"{', '.join(there)}. Boxes need {', '.join(n for n in FIELDS if n not in OPTIONAL)}"
+            f"{path} lacks the {fields} {', '.join(missing)}; it has {', '.join(present)}. Boxes "
+            f"need {', '.join(REQUIRED)}"
         )
     return boxes[np.argsort(boxes["t"], kind="stable")]
 
 
-def _mapped(path: str | Path) -> NDArray:
-    """The file's array, mapped: a damaged header that tells a size beyond the file's costs no memory."""
+def _mapped(path: str | Path) -> NDArray[np.void]:
+    """The file's array, memory-mapped: a damaged header with a huge size allocates nothing."""
     try:
         raw = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError as error:
@@ -83,46 +99,55 @@ def _mapped(path: str | Path) -> NDArray:
         ) from error
     except PermissionError:
         raise
-    except Exception as error:  # a damaged header makes numpy raise a dozen kinds
+    except Exception as error:  # a damaged header makes numpy raise a dozen types
         raise BoxesError(
-            f"{path} is no plain .npy array ({error}). Save the boxes as a structured array with the fields "
-            f"{', '.join(FIELDS)}"
+            f"{path} is no plain .npy array ({error}). Save the boxes as a structured array with "
+            f"the fields {', '.join(FIELDS)}"
         ) from error
     if raw.dtype.names is None or raw.ndim != 1:
         raise BoxesError(
-            f"{path} holds {raw.dtype} of shape {raw.shape}, not a structured array of boxes with the fields "
-            f"{', '.join(FIELDS)}"
+            f"{path} holds {raw.dtype} of shape {raw.shape}, not a structured array of boxes with "
+            f"the fields {', '.join(FIELDS)}"
         )
     return raw
 
 
-def _values(path: str | Path, values: NDArray, name: str, kind: np.dtype) -> NDArray:
-    """One field of all boxes as `kind`. Raises BoxesError where that would change a number beyond rounding."""
+def _values(path: str | Path, values: NDArray[Any], name: str, kind: np.dtype[Any]) -> NDArray[Any]:
+    """Converts one field of all boxes to `kind`.
+
+    Args:
+        values: (N,) integers or floats.
+
+    Raises:
+        BoxesError: the conversion would change a number by more than rounding.
+    """
     if values.dtype.kind not in "iuf" or values.ndim != 1:
         raise BoxesError(
-            f"{path}: field {name!r} holds {values.dtype} of shape {values.shape[1:]}, not a number per box"
+            f"{path}: field {name!r} holds {values.dtype} of shape {values.shape[1:]}, not a "
+            "number per box"
         )
     with np.errstate(over="ignore"):
         if kind.kind == "f":
-            values, wanted = values.astype(kind), "finite"
+            values = values.astype(kind)
+            expected = "finite"
             fits = np.isfinite(values)
         elif name in ("t", "ts"):
-            values, wanted = (
-                np.rint(values) if values.dtype.kind == "f" else values,
-                "from 0 to 2**63 us",
-            )
+            values = np.rint(values) if values.dtype.kind == "f" else values
+            expected = "from 0 to 2**63 us"
             fits = (values >= 0) & (values < 2.0**63)
         else:
-            wanted = "a whole number from 0 to 2**32 - 1"
+            expected = "a whole number from 0 to 2**32 - 1"
             fits = (values >= 0) & (values < 2.0**32) & (values == np.floor(values))
     if not fits.all():
         first = int(np.argmin(fits))
+        unfit = int(np.count_nonzero(~fits))
         raise BoxesError(
-            f"{path}: {fits.size - np.count_nonzero(fits)} of {fits.size} boxes have a {name} that does not fit, "
-            f"first {values[first]} in row {first}; it must be {wanted}. Remove or mend these rows"
+            f"{path}: {unfit} of {fits.size} boxes have a {name} that does not fit, first "
+            f"{values[first]} in row {first}; it must be {expected}. Remove or correct these rows"
         )
     return values.astype(kind)
 
 
-def write_boxes(path: str | Path, boxes: NDArray) -> None:
+def write_boxes(path: str | Path, boxes: BoxArray) -> None:
+    """Writes a box file; fields are converted to RAW_BOX."""
     np.save(path, boxes.astype(RAW_BOX))

@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all, folders that one process at a time writes to, checksums."""
+"""Files that appear whole or not at all, folders with one writer, checksums of files."""
 
 import errno
 import fcntl
 import io
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -14,16 +15,18 @@ import h5py
 import xxhash
 from evspan.conf.errors import UserError
 
+logger = logging.getLogger(__name__)
 LOCK = ".lock"
-UNFINISHED = ".*.writing*"  # what a killed process leaves
-BLOCK = 1 << 24
+UNFINISHED = ".*.writing*"  # temporary files; a killed process leaves them
+BLOCK = 1 << 24  # bytes that are read at once for a checksum
 
 
 class NoSpaceError(UserError):
-    """The disk, or the user's share of it, is full."""
+    """The disk is full, or the user's quota is used up."""
 
 
 def file_xxh3(path: Path) -> str:
+    """xxh3-64 of a file's bytes, in hex."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -33,44 +36,53 @@ def file_xxh3(path: Path) -> str:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A name to write to; on success the file is synced and takes `path`'s place, on failure it goes.
+    """Yields a temporary path to write to.
+
+    On success the file is synced and replaces `path`; on failure it is deleted.
 
     Raises:
-        NoSpaceError: there was no room for it.
+        NoSpaceError: the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.writing{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.writing{path.suffix}")
     try:
-        yield beside
-        _sync(beside)
-        os.replace(beside, path)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpaceError(
-                f"{path}: no space left, or the quota is used up. Free some, or choose another place, and run the "
-                "same again"
+                f"{path}: no space left, or the quota is used up. Free some, or choose another "
+                "place, and run the same again"
             ) from error
         raise
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 class Disk(io.FileIO):
-    """A file for HDF5 to write to. HDF5 crashes on a full disk; here its writes go nowhere from then on, and `check` tells."""
+    """A file for HDF5 to write to.
+
+    HDF5 crashes on a full disk. From the first failing write on, this file drops what is written
+    to it, and `check` raises the error.
+    """
 
     error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        view, done = memoryview(data).cast("B"), 0
+        """Writes all of the buffer; returns its size in bytes."""
+        view = memoryview(data).cast("B")
+        written = 0
         try:
-            while self.error is None and done < len(view):
-                done += super().write(view[done:])
+            while self.error is None and written < len(view):
+                written += super().write(view[written:])
         except OSError as error:
             self.error = error
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
+        """Changes the size of the file."""
         try:
             return super().truncate(size)
         except OSError as error:
@@ -78,20 +90,23 @@ class Disk(io.FileIO):
             return size or 0
 
     def check(self) -> None:
+        """Raises the error of the first write that failed."""
         if self.error is not None:
             raise self.error
 
 
 @contextmanager
 def hdf5_written_whole(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
-    """An HDF5 file that takes `path`'s place when it is complete, and a function to call now and then, which raises what went
-    wrong with the disk."""
-    with written_whole(path) as beside, Disk(beside, "w+") as disk:
+    """Yields an HDF5 file that replaces `path` when it is complete, and `Disk.check`.
+
+    Call the latter from time to time, so that a full disk ends the work early.
+    """
+    with written_whole(path) as temporary, Disk(temporary, "w+") as disk:
         try:
             with h5py.File(disk, "w") as file:
                 yield file, disk.check
         finally:
-            disk.check()  # it comes first: what else goes wrong on such a disk follows from it
+            disk.check()  # first: other errors on such a disk follow from this one
 
 
 def _sync(path: Path) -> None:
@@ -104,41 +119,46 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, doing: str = "") -> Iterator[None]:
-    """The one process that writes to `folder`. The lock goes with the process, however that ends; its file is empty unless a
-    process has it, or was killed.
+    """Holds the lock on `folder`, so that one process at a time writes to it.
+
+    The lock ends with the process, however that ends. Its file names the process that holds it,
+    or one that was killed; else it is empty.
 
     Args:
-        doing: what, for others to read.
+        doing: what the process does, for others to read.
+
     Raises:
-        UserError: another process has it, or the folder cannot be written to.
+        UserError: another process has the lock, or the folder cannot be written to.
     """
     try:
         file = (folder / LOCK).open("a+b", buffering=0)
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written to ({error.strerror}). Choose a folder that you may write to"
+            f"{folder} cannot be written to ({error.strerror}). Choose a folder that you may "
+            "write to"
         ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
+            holder = file.read().decode().strip() or "another process"
             raise UserError(
-                f"{folder} is being written to by {file.read().decode().strip() or 'another process'}. Wait until it "
-                "is done, or stop it"
+                f"{folder} is being written to by {holder}. Wait until it is done, or stop it"
             ) from error
         except OSError as error:
-            print(
-                f"{folder} lies on a file system without locks ({error}): see to it that only one process writes to it",
-                flush=True,
+            logger.warning(
+                "%s lies on a file system without locks (%s): make sure that only one process "
+                "writes to it",
+                folder,
+                error,
             )
-        with suppress(
-            OSError
-        ):  # a full disk has room for the lock, if not for the name of who has it
+        name = f"process {os.getpid()} on {socket.gethostname()}"
+        if doing:
+            name += f" ({doing})"
+        with suppress(OSError):  # on a full disk, the lock holds without the name in its file
             file.truncate(0)
-            file.write(
-                f"process {os.getpid()} on {socket.gethostname()}{f' ({doing})' if doing else ''}\n".encode()
-            )
+            file.write(f"{name}\n".encode())
         try:
             yield
         finally:

@@ -1,4 +1,10 @@
-"""Whether one recording's group in a shard holds what was written, fits together, and has the frames of its recording."""
+"""Checks one recording's group in a shard: checksums, structure, and frames against the recording.
+
+The checks come in an order in which each may rely on those before: the datasets have the sizes
+that the manifest states (`_structure`), their values fit together (`_contents`, `_boxes`), they
+have their checksums (`_checksums`), sampled frames decode and are those of the recording
+(`_frames`). The first check with problems ends it.
+"""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -13,7 +19,6 @@ import xxhash
 from evspan.conf.errors import ShardError, UserError
 from evspan.conf.schema.prep import FrameConfig, FrameMode, frame_config
 from evspan.data_prep.frames.histogram import each_window, whole_frame
-from evspan.data_prep.frames.rvt import RvtEnds
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.recordings.sources import Source
 from evspan.data_prep.shards.atomic import file_xxh3
@@ -23,13 +28,14 @@ from evspan.data_prep.shards.format import (
     CONFIG,
     ENTRY,
     FRAME_SHAPE,
+    BoxArray,
     RecordingEntry,
     group_digests,
     read_frames,
 )
 from numpy.typing import NDArray
 
-# All that h5py says of damage, and json of an attribute.
+# What h5py raises for damaged files, and json for a damaged attribute.
 UNREADABLE = (
     OSError,
     RuntimeError,
@@ -41,16 +47,23 @@ UNREADABLE = (
     MemoryError,
     ShardError,
 )
-NOT_OF_CONTENT = (
-    "source",
-    "source_mtime_ns",
-    "shard",
-)  # of a file that was moved or touched, only the manifest learns
+# Fields of an entry that may differ from the shard: of a moved or touched recording, only the
+# manifest is updated.
+NOT_OF_CONTENT = ("source", "source_mtime_ns", "shard")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One recording to verify. source: where it is known; absent: why it is not. sample: frames to compare, None: all."""
+    """One recording to check.
+
+    Attributes:
+        root: of the prepared dataset.
+        config: of the manifest.
+        source: the recording, where it is known.
+        absent: why it is not.
+        sample: number of frames to compare with the recording; None: all.
+        seed: selects the frames.
+    """
 
     root: Path
     entry: RecordingEntry
@@ -62,11 +75,18 @@ class Task:
 
     @property
     def key(self) -> str:
+        """split/recording."""
         return f"{self.entry.split}/{self.entry.name}"
 
 
 class Verified(NamedTuple):
-    """problems: what is wrong, empty where all is right. compared: frames recomputed from the recording. not_compared: why."""
+    """The result of checking a recording.
+
+    Attributes:
+        problems: empty where it is intact.
+        compared: number of frames that were recomputed from the recording.
+        not_compared: why none were.
+    """
 
     problems: list[str]
     compared: int = 0
@@ -74,11 +94,12 @@ class Verified(NamedTuple):
 
 
 def verify_recording(task: Task) -> Verified:
-    """Everything about one recording; damage of any kind is told, not raised."""
+    """Checks all of one recording. Damage of any kind is in the result; it raises nothing."""
+    shard = task.entry.shard
     try:
-        with h5py.File(task.root / task.entry.shard, "r") as file:
+        with h5py.File(task.root / shard, "r") as file:
             if task.entry.group not in file:
-                return Verified([f"{task.entry.shard} does not hold it"])
+                return Verified([f"{shard} does not hold it"])
             group = file[task.entry.group]
             problems = (
                 _structure(group, task.entry, task.config)
@@ -87,14 +108,14 @@ def verify_recording(task: Task) -> Verified:
             )
             return Verified(problems) if problems else _frames(group, task)
     except FileNotFoundError:
-        return Verified([f"{task.entry.shard} is not there"])
+        return Verified([f"{shard} is not there"])
     except UNREADABLE as error:
-        return Verified([f"{task.entry.shard} cannot be read: {_line(error)}"])
+        return Verified([f"{shard} cannot be read: {_line(error)}"])
 
 
 def _structure(group: h5py.Group, entry: RecordingEntry, config: dict[str, Any]) -> list[str]:
-    """Columns of other sizes than the manifest tells, before anything of these sizes is read."""
-    n, shape = entry.frames, (frame_config(config["frames"]).channels, entry.height, entry.width)
+    """Datasets that are missing, or have another type or size than the manifest states."""
+    n = entry.frames
     times = np.dtype(np.int64)
     expected = {
         "frame_start": ((n + 1,), times),
@@ -104,47 +125,51 @@ def _structure(group: h5py.Group, entry: RecordingEntry, config: dict[str, Any])
         "labelled": ((n,), np.dtype(bool)),
     }
     assert expected.keys() == set(COLUMNS)
-    if missing := [
+    missing = [
         name for name in ("frames", *COLUMNS) if not isinstance(group.get(name), h5py.Dataset)
-    ]:
+    ]
+    if missing:
         return [f"{', '.join(missing)} missing"]
-    problems = [
-        f"{name} is {group[name].dtype} of shape {group[name].shape} instead of {kind} of shape {wanted}"
-        for name, (wanted, kind) in expected.items()
-        if (group[name].shape, group[name].dtype) != (wanted, kind)
-    ]
-    # What HDF5 reads all the same, but does not copy: prep could not bring it into a new shard.
-    problems += [
-        f"{name} has a stored size of {group[name].id.get_storage_size()} bytes instead of {group[name].nbytes}"
-        for name in expected
-        if not group[name].chunks and group[name].id.get_storage_size() != group[name].nbytes
-    ]
-    if tuple(np.atleast_1d(group.attrs[FRAME_SHAPE]).tolist()) != shape:
-        problems.append(
-            f"frames have the shape {tuple(np.atleast_1d(group.attrs[FRAME_SHAPE]).tolist())} instead of {shape}"
-        )
+    problems: list[str] = []
+    for name, (shape, kind) in expected.items():
+        if (group[name].shape, group[name].dtype) != (shape, kind):
+            problems.append(
+                f"{name} is {group[name].dtype} of shape {group[name].shape} instead of {kind} of "
+                f"shape {shape}"
+            )
+    for name in expected:
+        # HDF5 reads such a dataset, but does not copy it: prep could not bring it to a new shard.
+        stored_bytes = group[name].id.get_storage_size()
+        if not group[name].chunks and stored_bytes != group[name].nbytes:
+            problems.append(
+                f"{name} has a stored size of {stored_bytes} bytes instead of {group[name].nbytes}"
+            )
+    frame_shape = (frame_config(config["frames"]).channels, entry.height, entry.width)
+    stored_shape = tuple(np.atleast_1d(group.attrs[FRAME_SHAPE]).tolist())
+    if stored_shape != frame_shape:
+        problems.append(f"frames have the shape {stored_shape} instead of {frame_shape}")
     return problems
 
 
 def _contents(group: h5py.Group, entry: RecordingEntry, config: dict[str, Any]) -> list[str]:
-    """Columns that do not fit together, the manifest, or the config."""
-    told, made_with = (
-        asdict(RecordingEntry(**json.loads(group.attrs[ENTRY]))),
-        json.loads(group.attrs[CONFIG]),
-    )
+    """Values that do not fit together, or not to the manifest or the config."""
+    problems: list[str] = []
+    stored_entry = asdict(RecordingEntry(**json.loads(group.attrs[ENTRY])))
     differing = [
         name
         for name, value in asdict(entry).items()
-        if name not in NOT_OF_CONTENT and told[name] != value
+        if name not in NOT_OF_CONTENT and stored_entry[name] != value
     ]
-    end_us, boxes, labelled = group["end_us"][:], group["boxes"][:], group["labelled"][:]
-    frame_start, box_start = group["frame_start"][:], group["box_start"][:]
-    problems = [f"the shard and the manifest differ in {', '.join(differing)}"] if differing else []
-    problems += (
-        ["it was made with another config than the manifest tells"] if made_with != config else []
-    )
+    if differing:
+        problems.append(f"the shard and the manifest differ in {', '.join(differing)}")
+    if json.loads(group.attrs[CONFIG]) != config:
+        problems.append("it was made with another config than the manifest states")
+    boxes = group["boxes"][:]
+    box_start = group["box_start"][:]
+    end_us = group["end_us"][:]
+    labelled = group["labelled"][:]
     for name, start, size in (
-        ("frame_start", frame_start, len(group["frames"])),
+        ("frame_start", group["frame_start"][:], len(group["frames"])),
         ("box_start", box_start, boxes.size),
     ):
         if start[0] != 0 or start[-1] != size or (np.diff(start) < 0).any():
@@ -157,37 +182,49 @@ def _contents(group: h5py.Group, entry: RecordingEntry, config: dict[str, Any]) 
 
 
 def _boxes(
-    boxes: NDArray,
+    boxes: BoxArray,
     per_frame: NDArray[np.int64],
     end_us: NDArray[np.int64],
     labelled: NDArray[np.bool_],
     entry: RecordingEntry,
     config: dict[str, Any],
 ) -> list[str]:
-    """Boxes that no frame, class or place can have."""
-    classes, downsample = config["dataset"]["classes"], config["frames"]["downsample"]
-    corners = np.stack([boxes[side].astype(np.float64) for side in "xywh"], 1)
-    wrong = {
-        "lie on frames that are not labelled": int(per_frame[~labelled].sum()),
-        "have another time than the end of their frame": int(
-            (boxes["t_us"] != np.repeat(end_us, per_frame)).sum()
+    """Boxes with a frame, class or place that none can have.
+
+    Args:
+        boxes: (M,) BOX.
+        per_frame: (N,) number of boxes of each frame.
+        end_us: (N,) end of each frame.
+        labelled: (N,) whether the frame is annotated.
+    """
+    classes = config["dataset"]["classes"]
+    sides = np.stack([boxes[side].astype(np.float64) for side in "xywh"], 1)
+    class_id = boxes["class_id"]
+    wrong: dict[str, NDArray[np.bool_]] = {
+        "lie on frames that are not labelled": np.repeat(~labelled, per_frame),
+        "have another time than the end of their frame": (
+            boxes["t_us"] != np.repeat(end_us, per_frame)
         ),
-        "have a class that the dataset lacks": int(
-            ((boxes["class_id"] < 0) | (boxes["class_id"] >= len(classes))).sum()
-        ),
-        "are not finite": int((~np.isfinite(corners)).any(1).sum()),
+        "have a class that the dataset lacks": (class_id < 0) | (class_id >= len(classes)),
+        "are not finite": ~np.isfinite(sides).all(1),
     }
     if config["dataset"]["labels"]["crop"]:
-        size = np.array([entry.sensor_width, entry.sensor_height]) / downsample
-        outside = (
-            (corners[:, :2] < 0) | (corners[:, 2:] <= 0) | (corners[:, :2] + corners[:, 2:] > size)
-        )
-        wrong["lie outside the frame"] = int(outside.any(1).sum())
-    problems = [f"{n} of {boxes.size} boxes {what}" for what, n in wrong.items() if n]
-    per_class = {name: int((boxes["class_id"] == i).sum()) for i, name in enumerate(classes)}
-    if not problems and per_class != entry.boxes_per_class:
-        problems.append(f"boxes per class are {per_class} instead of {entry.boxes_per_class}")
-    return problems
+        sensor_wh = np.array([entry.sensor_width, entry.sensor_height])
+        frame_wh = sensor_wh / config["frames"]["downsample"]
+        corner, size = sides[:, :2], sides[:, 2:]
+        outside = (corner < 0) | (size <= 0) | (corner + size > frame_wh)
+        wrong["lie outside the frame"] = outside.any(1)
+    problems = [
+        f"{np.count_nonzero(mask)} of {boxes.size} boxes {what}"
+        for what, mask in wrong.items()
+        if mask.any()
+    ]
+    if problems:
+        return problems
+    per_class = {name: int(np.count_nonzero(class_id == i)) for i, name in enumerate(classes)}
+    if per_class != entry.boxes_per_class:
+        return [f"boxes per class are {per_class} instead of {entry.boxes_per_class}"]
+    return []
 
 
 def _checksums(group: h5py.Group, entry: RecordingEntry) -> list[str]:
@@ -200,81 +237,101 @@ def _checksums(group: h5py.Group, entry: RecordingEntry) -> list[str]:
 
 
 def _frames(group: h5py.Group, task: Task) -> Verified:
-    """Decode the sampled frames, and compare them with the recording's where it is there."""
-    entry, source, config = task.entry, task.source, frame_config(task.config["frames"])
-    wanted = sampled_frames(task)
-    if source is None:
-        over = [i for i in wanted if read_frames(group, i, i + 1).max(initial=0) > config.cutoff]
-        return Verified(
-            [f"frame {over[0]} counts beyond the cutoff of {config.cutoff}"] if over else [],
-            0,
-            task.absent,
-        )
+    """Decodes the sampled frames, and compares them with those of the recording if it is there."""
+    sampled = sampled_frames(task)
+    if task.source is None:
+        return _check_counts(group, sampled, task)
     try:
-        if (
-            source.path.stat().st_size != entry.source_bytes
-            or file_xxh3(source.path) != entry.source_xxh3
-        ):
-            return Verified([f"the recording {source.path} has changed since"])
-        if (file_xxh3(source.boxes) if source.boxes else "") != entry.boxes_xxh3:
-            return Verified(
-                [f"the box file {source.boxes or f'of {source.path}'} has changed since"]
-            )
-        compared, differing = 0, list[int]()
-        for i, frame in _recomputed(source.path, group["end_us"][:].tolist(), wanted, config):
-            compared += 1
-            if i >= entry.frames or not np.array_equal(frame, read_frames(group, i, i + 1)[0]):
-                differing.append(i)
+        problem = _changed_files(task.entry, task.source)
+        if problem:
+            return Verified([problem])
+        return _compare_frames(group, sampled, task.source.path, task)
     except ShardError:
         raise
-    except (UserError, OSError) as error:
+    except (UserError, OSError) as error:  # the recording cannot be read
         return Verified([], 0, _line(error))
+
+
+def _check_counts(group: h5py.Group, sampled: list[int], task: Task) -> Verified:
+    """Without a recording: no count exceeds the cutoff."""
+    cutoff = frame_config(task.config["frames"]).cutoff
+    for i in sampled:
+        if read_frames(group, i, i + 1).max(initial=0) > cutoff:
+            return Verified([f"frame {i} counts beyond the cutoff of {cutoff}"], 0, task.absent)
+    return Verified([], 0, task.absent)
+
+
+def _changed_files(entry: RecordingEntry, source: Source) -> str:
+    """Whether the recording or its box file has changed since it was prepared; empty if not."""
+    size = source.path.stat().st_size
+    if size != entry.source_bytes or file_xxh3(source.path) != entry.source_xxh3:
+        return f"the recording {source.path} has changed since"
+    boxes_xxh3 = file_xxh3(source.boxes) if source.boxes else ""
+    if boxes_xxh3 != entry.boxes_xxh3:
+        box_file = source.boxes or f"of {source.path}"
+        return f"the box file {box_file} has changed since"
+    return ""
+
+
+def _compare_frames(group: h5py.Group, sampled: list[int], path: Path, task: Task) -> Verified:
+    compared = 0
+    differing: list[int] = []
+    config = frame_config(task.config["frames"])
+    for i, frame in _recomputed(path, group["end_us"][:].tolist(), sampled, config):
+        compared += 1
+        beyond = i >= task.entry.frames
+        if beyond or not np.array_equal(frame, read_frames(group, i, i + 1)[0]):
+            differing.append(i)
     if differing:
         return Verified(
             [
-                f"{len(differing)} of {compared} compared frames differ from the recording's, first {differing[0]}"
+                f"{len(differing)} of {compared} compared frames differ from the recording's, "
+                f"first {differing[0]}"
             ]
         )
-    if compared != len(wanted):
-        return Verified([f"the recording gives {compared} of {len(wanted)} compared frames"])
+    if compared != len(sampled):
+        return Verified([f"the recording gives {compared} of {len(sampled)} compared frames"])
     return Verified([], compared)
 
 
 def sampled_frames(task: Task) -> list[int]:
+    """Indices of the frames to compare, increasing; a function of seed and recording."""
     n = task.entry.frames
     if task.sample is None or task.sample >= n:
         return list(range(n))
     rng = np.random.default_rng((task.seed, xxhash.xxh3_64_intdigest(task.key.encode())))
-    return sorted(rng.choice(n, task.sample, replace=False).tolist())
-
-
-class _StoredEnds(RvtEnds):
-    """The windows that are stored, rather than those that labels give."""
-
-    def __init__(self, end_us: list[int]) -> None:
-        self.end_us = end_us
+    sampled: list[int] = sorted(rng.choice(n, task.sample, replace=False).tolist())
+    return sampled
 
 
 def _recomputed(
-    path: Path, end_us: list[int], wanted: list[int], config: FrameConfig
+    path: Path, end_us: list[int], sampled: list[int], config: FrameConfig
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(index, frame) of the wanted windows, in one pass up to the last of them; the others are counted, but not copied."""
-    if not wanted:
+    """Yields (index, frame) of the sampled windows, in one pass over the recording.
+
+    Frames that are not sampled are counted, but not copied. When all frames are compared, a frame
+    beyond the stored ones is yielded, too: it is a difference.
+
+    Args:
+        end_us: ends of the stored windows.
+    """
+    if not sampled:
         return
-    last = wanted[-1] + (
-        len(wanted) == len(end_us)
-    )  # where all are compared, one beyond them is a difference, too
-    index, kept = count(), {*wanted, last}
-    ends: Iterable[int] = _StoredEnds(end_us)
-    if config.mode is FrameMode.exact:
-        ends = chain(end_us, count(end_us[-1] + config.window_us, config.window_us))
+    last = sampled[-1]
+    if len(sampled) == len(end_us):
+        last += 1
+    copied = {*sampled, last}
+    index = count()
 
     def finish(counts: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
-        return whole_frame(counts) if next(index) in kept else None
+        return whole_frame(counts) if next(index) in copied else None
 
-    for i, (_, frame) in enumerate(
-        each_window(open_recording(path), lambda first_us: ends, config, finish)
-    ):
+    def ends(first_us: int) -> Iterable[int]:
+        if config.mode is FrameMode.exact:  # the windows go on to the last event
+            return chain(end_us, count(end_us[-1] + config.window_us, config.window_us))
+        return end_us
+
+    for i, (_, frame) in enumerate(each_window(open_recording(path), ends, config, finish)):
         if frame is not None:
             yield i, frame
         if i == last:

@@ -1,25 +1,26 @@
 """The shard contract: what a prepared dataset looks like on disk, and how it is read.
 
-    ROOT/manifest.json          what was made, from what, with which config; see `Manifest`
+    ROOT/manifest.json          the recordings, their sources and the config; see `Manifest`
     ROOT/train/00000.h5 ...     several recordings per file, a group each:
-        <recording>/frames      (M,) uint8: the N frames, coded one after the other; data_prep/frames/codec.py tells how, in numpy
-        <recording>/frame_start (N+1,) int64: the code of frame i is frames[frame_start[i]:frame_start[i+1]]
-        <recording>/end_us      (N,) int64, end of each window, in the recording's own clock
+        <recording>/frames      (M,) uint8: the codes of the N frames, one after the other;
+                                data_prep/frames/codec.py defines the code, in numpy
+        <recording>/frame_start (N+1,) int64: frame i is frames[frame_start[i]:frame_start[i+1]]
+        <recording>/end_us      (N,) int64: end of each window, in the recording's own clock
         <recording>/boxes       (M,) BOX: sorted by frame; pixels of the stored resolution
-        <recording>/box_start   (N+1,) int64: boxes of frame i are boxes[box_start[i]:box_start[i+1]]
+        <recording>/box_start   (N+1,) int64: frame i has boxes[box_start[i]:box_start[i+1]]
         <recording>/labelled    (N,) bool: the frame was annotated, possibly with zero boxes
         <recording> attributes  frame_shape: (2*bins, H, W) of a frame, uint8
-                                entry, config: JSON, its `RecordingEntry` and the config that it was made with
+                                entry, config: JSON of its `RecordingEntry` and its config
 
-A shard tells by itself what it holds; the manifest is the summary, and can be written again from the shards.
-Checksums are xxh3-64 in hex: `frames_xxh3` of the bytes of frames, `group_xxh3` of frames_xxh3 (16 ASCII characters), then the
-bytes of frame_start, end_us, boxes, box_start and labelled.
+A shard is complete without the manifest, which can be written again from the shards.
+Checksums are xxh3-64 in hex: `frames_xxh3` of the bytes of frames; `group_xxh3` of frames_xxh3
+(16 ASCII characters), then the bytes of frame_start, end_us, boxes, box_start and labelled.
 """
 
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import h5py
 import hdf5plugin  # noqa: F401  registers the filter of the codec `small`
@@ -31,9 +32,13 @@ from numpy.typing import NDArray
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-ENTRY, CONFIG, FRAME_SHAPE = "entry", "config", "frame_shape"  # attributes of a recording's group
+# Attributes of a recording's group:
+ENTRY = "entry"
+CONFIG = "config"
+FRAME_SHAPE = "frame_shape"
 COLUMNS = ("frame_start", "end_us", "boxes", "box_start", "labelled")  # of a group, beside `frames`
 BLOCK = 1 << 24  # bytes of frames that are read at once for a checksum
+BoxArray: TypeAlias = NDArray[np.void]  # (M,) structured, dtype BOX
 SPLITS = ("train", "val", "test")
 BOX = np.dtype(
     [
@@ -50,7 +55,7 @@ BOX = np.dtype(
 
 @dataclass(kw_only=True)
 class RecordingEntry:
-    """One prepared recording, as the manifest tells it."""
+    """One prepared recording."""
 
     name: str
     split: str
@@ -69,10 +74,10 @@ class RecordingEntry:
     boxes_per_class: dict[str, int] = field(default_factory=dict)
     dropped_events: dict[str, int] = field(
         default_factory=dict
-    )  # reason -> how many were left out, or mended
+    )  # reason -> number of events that were left out or corrected
     dropped_boxes: dict[str, int] = field(
         default_factory=dict
-    )  # filter -> how many; with `boxes` they are all of the box file
+    )  # filter -> number; with `boxes` they are all boxes of the box file
     source: str = ""  # path below the source folder
     source_bytes: int = 0
     source_mtime_ns: int = 0  # with source_bytes: unchanged without reading it
@@ -84,7 +89,12 @@ class RecordingEntry:
 
 @dataclass(kw_only=True)
 class Manifest:
-    """manifest.json. `config` is the resolved prep config without paths and processes; `config_hash` its xxh3."""
+    """manifest.json.
+
+    Attributes:
+        config: the part of the prep config that determines frames and boxes.
+        config_hash: its xxh3-64, of the JSON with sorted keys.
+    """
 
     software: str
     config: dict[str, Any]
@@ -94,18 +104,25 @@ class Manifest:
     schema: int = SCHEMA_VERSION
 
     def split(self, name: str) -> list[RecordingEntry]:
+        """The recordings of a split."""
         return [r for r in self.recordings if r.split == name]
 
     @property
     def channels(self) -> int:
+        """Channels of a frame."""
         return 2 * int(self.config["frames"]["bins"])
 
     def to_json(self) -> str:
+        """The text of manifest.json."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
 
 def load_manifest(root: str | Path) -> Manifest:
-    """Raises ShardError when `root` is no prepared dataset, or one of another schema."""
+    """Reads the manifest of a prepared dataset.
+
+    Raises:
+        ShardError: `root` is no prepared dataset, or one of another schema.
+    """
     path = Path(root) / MANIFEST
     if not path.is_file():
         raise ShardError(
@@ -123,8 +140,8 @@ def load_manifest(root: str | Path) -> Manifest:
             f"{path} is damaged ({error}). Delete it and run the same evspan prep again"
         ) from error
     raise ShardError(
-        f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}. Prepare the dataset again "
-        "into a new folder"
+        f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}. Prepare the dataset "
+        "again into a new folder"
     )
 
 
@@ -135,16 +152,19 @@ def open_group(root: str | Path, entry: RecordingEntry) -> h5py.Group:
         return h5py.File(path, "r")[entry.group]
     except (OSError, KeyError) as error:
         raise ShardError(
-            f"{path} cannot give recording {entry.group!r} ({error}). Run the same evspan prep again: "
-            "it redoes what is missing"
+            f"{path} cannot give recording {entry.group!r} ({error}). Run the same evspan prep "
+            "again: it prepares what is missing"
         ) from error
 
 
 def read_frames(group: h5py.Group, first: int, last: int) -> NDArray[np.uint8]:
-    """(last - first, 2 * bins, H, W) uint8: frames `first` to `last` of a recording.
+    """Reads and decodes the frames first, ..., last - 1 of a recording.
+
+    Returns:
+        (last - first, 2 * bins, H, W) uint8.
 
     Raises:
-        ShardError: what is stored is damaged.
+        ShardError: the stored frames are damaged.
     """
     try:
         start = group["frame_start"][first : last + 1]
@@ -152,23 +172,27 @@ def read_frames(group: h5py.Group, first: int, last: int) -> NDArray[np.uint8]:
         return decode_frames(code, start - start[0], tuple(group.attrs[FRAME_SHAPE].tolist()))
     except (OSError, KeyError, ValueError, IndexError) as error:
         raise ShardError(
-            f"{group.file.filename}: frames {first} to {last} of {group.name} are damaged ({error}). Run "
-            "evspan prep verify, then the same evspan prep again"
+            f"{group.file.filename}: frames {first} to {last} of {group.name} are damaged "
+            f"({error}). Run evspan prep verify, then the same evspan prep again"
         ) from error
 
 
 def group_digests(group: h5py.Group) -> tuple[str, str]:
-    """(frames_xxh3, group_xxh3) of what is stored."""
-    digest, frames = xxhash.xxh3_64(), group["frames"]
+    """(frames_xxh3, group_xxh3) of the stored data."""
+    digest = xxhash.xxh3_64()
+    frames = group["frames"]
     for i in range(0, len(frames), BLOCK):
         digest.update(frames[i : i + BLOCK])
-    return digest.hexdigest(), columns_digest(
-        digest.hexdigest(), [group[name][:] for name in COLUMNS]
-    )
+    frames_xxh3 = digest.hexdigest()
+    return frames_xxh3, columns_digest(frames_xxh3, [group[name][:] for name in COLUMNS])
 
 
-def columns_digest(frames_xxh3: str, columns: list[NDArray]) -> str:
-    """group_xxh3; columns: in the order of COLUMNS."""
+def columns_digest(frames_xxh3: str, columns: list[NDArray[Any]]) -> str:
+    """group_xxh3 of a recording.
+
+    Args:
+        columns: the datasets of COLUMNS, in this order.
+    """
     digest = xxhash.xxh3_64(frames_xxh3.encode())
     for column in columns:
         digest.update(np.ascontiguousarray(column).tobytes())

@@ -1,4 +1,4 @@
-"""Recordings that `evspan prep verify` found damaged, in a file beside the manifest: the next `evspan prep` redoes them alone."""
+"""Marks of damaged recordings, written by `evspan prep verify`; the next `evspan prep` redoes them."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,12 @@ MARKS = ".damaged"
 
 
 def read_marks(output: Path) -> dict[str, str]:
-    """split/recording -> what is wrong with it."""
+    """What is wrong, by split/recording."""
     path = output / MARKS
     if not path.exists():
         return {}
     try:
-        return {str(key): str(why) for key, why in json.loads(path.read_text()).items()}
+        return {str(key): str(reason) for key, reason in json.loads(path.read_text()).items()}
     except (ValueError, AttributeError) as error:
         raise ShardError(
             f"{path} is damaged ({error}). Delete it and run evspan prep verify {output} again"
@@ -23,9 +23,10 @@ def read_marks(output: Path) -> dict[str, str]:
 
 
 def write_marks(output: Path, marks: dict[str, str]) -> None:
+    """Replaces the marks; without any, the file is removed."""
     path = output / MARKS
     if not marks:
         path.unlink(missing_ok=True)
         return
-    with written_whole(path) as beside:
-        beside.write_text(json.dumps(marks, indent=1, sort_keys=True) + "\n")
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(marks, indent=1, sort_keys=True) + "\n")

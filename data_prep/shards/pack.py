@@ -1,4 +1,4 @@
-"""Part files, one a recording -> shards of several recordings each, one after the other, each whole or not at all."""
+"""Gathers part files, one per recording, into shards of several recordings."""
 
 import json
 import re
@@ -18,58 +18,71 @@ SHARD_NAME = re.compile(r"\d{5,}\.h5")
 
 
 def part_of(output: Path, key: str) -> Path:
+    """The part file of a recording, split/recording."""
     return output / PARTS / f"{key}.h5"
 
 
 def is_shard(path: Path) -> bool:
-    """By its name alone."""
+    """Whether the file has the name of a shard."""
     return path.parent.name in SPLITS and SHARD_NAME.fullmatch(path.name) is not None
 
 
 def shard_files(output: Path) -> list[Path]:
-    return sorted(p for split in SPLITS for p in (output / split).glob("*.h5") if is_shard(p))
+    """The shards of all splits, sorted by path."""
+    paths: list[Path] = []
+    for split in SPLITS:
+        paths += filter(is_shard, (output / split).glob("*.h5"))
+    return sorted(paths)
 
 
 def stored_groups(output: Path, config: dict[str, Any]) -> dict[str, Stored]:
-    """What the shards hold, by split/recording. Of a recording that is in two, as an interrupted run can leave it, the one
-    made with `config`."""
-    found: dict[str, Stored] = {}
+    """The groups of all shards, by split/recording.
+
+    An interrupted run can leave a recording in two shards; the one prepared with `config` counts.
+    """
+    groups: dict[str, Stored] = {}
     for path in shard_files(output):
         shard = f"{path.parent.name}/{path.name}"
         for key, stored in stored_in(path).items():
             if stored.entry.split != path.parent.name:
-                continue  # a file that was put into another split's folder
-            if key not in found or found[key].config != config:
-                found[key] = stored._replace(entry=replace(stored.entry, shard=shard))
-    return found
+                continue  # the file was moved to another split's folder
+            if key not in groups or groups[key].config != config:
+                groups[key] = stored._replace(entry=replace(stored.entry, shard=shard))
+    return groups
 
 
 def gather(
     output: Path,
     kept: dict[str, Stored],
     fresh: dict[str, RecordingEntry],
-    homes: dict[str, str],
-    touched: set[str],
+    shards: dict[str, str],
+    shards_left: set[str],
     shard_bytes: int,
 ) -> dict[str, RecordingEntry]:
-    """Write the shards that change, and delete each one's part files.
+    """Writes the shards that change, and deletes the part files of each.
 
     Args:
-        kept: recordings that stay as they are. fresh: those in part files. homes: the shards of those of them that take
-            their old place; the others fill new shards, in order of name, up to `shard_bytes`.
-        touched: more shards to write, since recordings leave them.
+        kept: recordings that stay as they are.
+        fresh: recordings in part files.
+        shards: the shards of those of `fresh` that have a place; the others fill new shards, in
+            the order of their names, up to `shard_bytes`.
+        shards_left: more shards to write, because recordings leave them.
+
     Returns:
         All recordings, by split/recording, with their shards.
     """
     placed = {key: stored.entry for key, stored in kept.items()}
-    placed |= {
-        key: replace(entry, shard=homes[key]) for key, entry in fresh.items() if key in homes
-    }
-    placed |= _fill(placed, {k: e for k, e in fresh.items() if k not in homes}, output, shard_bytes)
-    for shard in sorted(touched | {placed[key].shard for key in fresh}):
+    new: dict[str, RecordingEntry] = {}
+    for key, entry in fresh.items():
+        if key in shards:
+            placed[key] = replace(entry, shard=shards[key])
+        else:
+            new[key] = entry
+    placed |= _fill(placed, new, output, shard_bytes)
+    for shard in sorted(shards_left | {placed[key].shard for key in fresh}):
         members = {key: entry for key, entry in sorted(placed.items()) if entry.shard == shard}
         if not members:
-            continue  # nobody is left in it: `clean` takes it
+            continue  # it is empty now, and `clean` deletes it
         with hdf5_written_whole(output / shard) as (file, check_disk):
             for key, entry in members.items():
                 _copy(part_of(output, key) if key in fresh else kept[key].file, entry.group, file)
@@ -83,11 +96,11 @@ def gather(
 def _copy(path: Path, group: str, file: h5py.File) -> None:
     try:
         with h5py.File(path, "r") as old:
-            old.copy(group, file)  # chunks are copied as they are stored
+            old.copy(group, file)  # copies the chunks without decoding them
     except (OSError, RuntimeError, KeyError) as error:
         raise ShardError(
-            f"{path} is damaged: recording {group} cannot be read ({error}). Delete the file and run the same "
-            "again"
+            f"{path} is damaged: recording {group} cannot be read ({error}). Delete the file and "
+            "run the same again"
         ) from error
 
 
@@ -97,26 +110,26 @@ def _fill(
     output: Path,
     shard_bytes: int,
 ) -> dict[str, RecordingEntry]:
-    out: dict[str, RecordingEntry] = {}
+    """Gives each new recording a shard with a number above those in use."""
+    filled: dict[str, RecordingEntry] = {}
     for split in SPLITS:
-        number = (
-            max((int(Path(r.shard).stem) for r in placed.values() if r.split == split), default=-1)
-            + 1
-        )
+        used = [int(Path(r.shard).stem) for r in placed.values() if r.split == split]
+        number = max(used, default=-1) + 1
         size = 0
         for key, entry in sorted(new.items()):
             if entry.split != split:
                 continue
             bytes_ = part_of(output, key).stat().st_size
             if size and size + bytes_ > shard_bytes:
-                number, size = number + 1, 0
+                number += 1
+                size = 0
             size += bytes_
-            out[key] = replace(entry, shard=f"{split}/{number:05d}.h5")
-    return out
+            filled[key] = replace(entry, shard=f"{split}/{number:05d}.h5")
+    return filled
 
 
 def clean(output: Path, recordings: list[RecordingEntry]) -> None:
-    """Delete shards that nothing names any more, and the folders of parts."""
+    """Deletes shards without recordings, and the folder of part files."""
     named = {r.shard for r in recordings}
     for path in shard_files(output):
         if f"{path.parent.name}/{path.name}" not in named:
@@ -125,7 +138,10 @@ def clean(output: Path, recordings: list[RecordingEntry]) -> None:
 
 
 def clean_unfinished(output: Path) -> None:
-    """What a killed run was writing at; only for the one who has the folder's lock."""
-    for folder in (output, *(output / s for s in SPLITS), *(output / PARTS / s for s in SPLITS)):
+    """Deletes temporary files of a killed run. The caller holds the folder's lock."""
+    folders = [output]
+    for split in SPLITS:
+        folders += [output / split, output / PARTS / split]
+    for folder in folders:
         for path in folder.glob(UNFINISHED):
             path.unlink()

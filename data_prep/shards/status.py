@@ -1,278 +1,238 @@
-"""`evspan prep status`: what a prepared folder holds, what is missing, and who is at work on it. It changes nothing."""
+"""What a prepared folder holds, what is missing, and which process works on it. Changes nothing."""
 
-import argparse
 import re
 import socket
-import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 from evspan.conf.errors import ShardError
 from evspan.data_prep.recordings.sources import Source, find_sources
 from evspan.data_prep.shards.atomic import LOCK, UNFINISHED
-from evspan.data_prep.shards.format import MANIFEST, SPLITS, load_manifest
+from evspan.data_prep.shards.format import MANIFEST, SPLITS, Manifest, load_manifest
 from evspan.data_prep.shards.marks import read_marks
 from evspan.data_prep.shards.pack import PARTS, shard_files, stored_groups
 from evspan.data_prep.shards.write import Stored
-from evspan.launch.cli.command import Parser
 
-INCOMPLETE_EXIT_CODE = 3
-LOCKS = Path("/proc/locks")  # of this machine
-NAMED = 5  # recordings of a kind; of more, their number
-KINDS = {
-    "done": "done",
-    "part": "in parts",
-    "missing": "missing",
-    "changed": "changed",
-    "damaged": "damaged",
-    "extra": "not in source",
-}
+LOCKS = Path("/proc/locks")  # the kernel's list of file locks of this machine
 
-DESCRIPTION = """What a folder that evspan prep writes holds, split by split, what is missing, and who is at work on it. It takes
-no lock and changes nothing.
 
-  done       in a shard            in parts   prepared, and not yet in a shard: a run is at work, or was ended
-  missing    in no file            damaged    marked by evspan prep verify
-  changed    the recording has another size or time than it had (with --source)
+class State(str, Enum):
+    """State of a recording."""
 
-Exit code 0: complete, and nobody at work; 3: not complete; 2: no such folder."""
-EXAMPLES = """examples:
-  evspan prep status shards
-  evspan prep status shards --source raw      also recordings that no run has begun with, and changed ones"""
+    done = "done"  # in a shard
+    part = "part"  # in a part file
+    missing = "missing"  # in no file
+    changed = "changed"  # the recording has another size or time than it had
+    damaged = "damaged"  # marked by `evspan prep verify`
+    extra = "extra"  # the source does not have it
+
+
+class WrittenFile(NamedTuple):
+    """A file of the output and its time of modification, in seconds since the epoch."""
+
+    path: Path
+    time: float
+
+
+@dataclass
+class Lock:
+    """Who holds the lock on the folder, as written in the lock file. Each text may be empty.
+
+    Attributes:
+        at_work: a process of this machine, and since when it has the lock.
+        remote: a process of another machine, which may have been killed.
+        killed: a process of this machine that no longer runs.
+        writing: files that are being written: recordings by split/recording, shards by path.
+    """
+
+    at_work: str = ""
+    remote: str = ""
+    killed: str = ""
+    writing: list[str] = field(default_factory=list)
+
+    @property
+    def taken(self) -> bool:
+        """Whether a process works on the folder, or has been killed while it did."""
+        return bool(self.at_work or self.remote or self.killed)
 
 
 @dataclass
 class Status:
-    """state: split/recording -> a key of KINDS. bytes_: of shards and parts, per split. last: the newest of these.
+    """The state of a prepared folder.
 
-    at_work: the process that has the lock. elsewhere: one that has it on another machine, or was killed there. ended: one that
-    was killed. begun: files that are being written just now.
+    Attributes:
+        state: by split/recording.
+        stored: groups in shards, by split/recording.
+        marks: what `evspan prep verify` found, by split/recording.
+        has_manifest: whether there is a manifest; it is written last.
+        bytes_per_split: size of shards and part files.
+        last_written: the newest of these files.
     """
 
-    state: dict[str, str]
+    state: dict[str, State]
     stored: dict[str, Stored]
     marks: dict[str, str]
-    manifest: bool
-    bytes_: dict[str, int]
-    last: tuple[Path, float] | None  # and its time
-    at_work: str = ""
-    elsewhere: str = ""
-    ended: str = ""
-    begun: list[str] = field(default_factory=list)
+    has_manifest: bool
+    bytes_per_split: dict[str, int]
+    last_written: WrittenFile | None
+    lock: Lock
 
-    def of(self, kind: str, split: str = "") -> list[str]:
-        return [key for key, state in self.state.items() if state == kind and key.startswith(split)]
+    def with_state(self, state: State, prefix: str = "") -> list[str]:
+        """Recordings in this state whose split/recording begins with `prefix`."""
+        return [k for k, value in self.state.items() if value is state and k.startswith(prefix)]
 
     @property
     def complete(self) -> bool:
-        return (
-            self.manifest
-            and set(self.state.values()) <= {"done"}
-            and not (self.at_work or self.elsewhere or self.ended)
-        )
+        """Whether all recordings are done, and no process is at work."""
+        done = all(state is State.done for state in self.state.values())
+        return self.has_manifest and done and not self.lock.taken
 
 
 def status(output: Path, source: Path | None = None) -> Status:
-    """
+    """Reads the state of a folder that `evspan prep` writes.
+
+    Args:
+        source: compare with these recordings, too: find those that are new, changed or removed.
+
     Raises:
-        ShardError: `output` is no folder that `evspan prep` writes. RecordingError: the source cannot be read.
+        ShardError: `output` is no folder that `evspan prep` writes.
+        RecordingError: the source cannot be read.
     """
     if not any((output / name).exists() for name in (MANIFEST, LOCK, PARTS)):
         raise ShardError(
-            f"{output} holds nothing of evspan prep. Name the folder that was its output, or make one: evspan prep "
-            f"source={source or 'RAW'} output={output}"
+            f"{output} holds nothing of evspan prep. Name the folder that was its output, or make "
+            f"one: evspan prep source={source or 'RAW'} output={output}"
         )
     sources = {s.key: s for s in find_sources(source)} if source else None
     manifest = load_manifest(output) if (output / MANIFEST).is_file() else None
-    stored, marks = stored_groups(output, manifest.config if manifest else {}), read_marks(output)
-    part_files = [
-        p
-        for split in SPLITS
-        for p in (output / PARTS / split).glob("*.h5")
-        if not p.name.startswith(".")
-    ]
-    parts = {f"{p.parent.name}/{p.stem}" for p in part_files}
-    listed = (
-        {f"{r.split}/{r.name}": r.source_mtime_ns for r in manifest.recordings} if manifest else {}
-    )
+    stored = stored_groups(output, manifest.config if manifest else {})
+    marks = read_marks(output)
+    part_files = _part_files(output)
+    parts = {f"{path.parent.name}/{path.stem}" for path in part_files}
+    mtimes = _listed_mtimes(manifest)
 
-    def state(key: str) -> str:
+    def state(key: str) -> State:
         if sources is not None and key not in sources:
-            return "extra"
+            return State.extra
         if key in parts:
-            return "part"
+            return State.part
         if key in marks:
-            return "damaged"
+            return State.damaged
         if key not in stored:
-            return "missing"
-        return (
-            "changed"
-            if sources and _changed(sources[key], stored[key], listed.get(key))
-            else "done"
-        )
+            return State.missing
+        if sources and _changed(sources[key], stored[key], mtimes.get(key)):
+            return State.changed
+        return State.done
 
-    keys = stored.keys() | parts | listed.keys() | marks.keys() | (sources or {}).keys()
-    files = {p: about for p in (*shard_files(output), *part_files) if (about := _about(p))}
-    newest = max(files, key=lambda p: files[p][1], default=None)
-    result = Status(
-        {key: state(key) for key in sorted(keys, key=_order)},
-        stored,
-        marks,
-        manifest is not None,
-        {s: sum(size for p, (size, _) in files.items() if p.parent.name == s) for s in SPLITS},
-        (newest, files[newest][1]) if newest else None,
+    keys = stored.keys() | parts | mtimes.keys() | marks.keys() | (sources or {}).keys()
+    bytes_per_split, last_written = _written([*shard_files(output), *part_files])
+    return Status(
+        state={key: state(key) for key in sorted(keys, key=_order)},
+        stored=stored,
+        marks=marks,
+        has_manifest=manifest is not None,
+        bytes_per_split=bytes_per_split,
+        last_written=last_written,
+        lock=_read_lock(output),
     )
-    _who(output, result)
-    return result
+
+
+def _part_files(output: Path) -> list[Path]:
+    paths: list[Path] = []
+    for split in SPLITS:
+        paths += (output / PARTS / split).glob("*.h5")
+    return [path for path in paths if not path.name.startswith(".")]
+
+
+def _listed_mtimes(manifest: Manifest | None) -> dict[str, int]:
+    """Modification times of the recordings of the manifest, by split/recording."""
+    if manifest is None:
+        return {}
+    return {f"{r.split}/{r.name}": r.source_mtime_ns for r in manifest.recordings}
 
 
 def _order(key: str) -> tuple[int, str]:
     return SPLITS.index(key.split("/")[0]), key
 
 
-def _changed(source: Source, stored: Stored, mtime_ns: int | None) -> bool:
-    about, entry = source.path.stat(), stored.entry
-    return (about.st_size, about.st_mtime_ns) != (
-        entry.source_bytes,
-        mtime_ns or entry.source_mtime_ns,
-    )
+def _changed(source: Source, stored: Stored, listed_mtime_ns: int | None) -> bool:
+    current = source.path.stat()
+    entry = stored.entry
+    mtime_ns = listed_mtime_ns or entry.source_mtime_ns
+    return (current.st_size, current.st_mtime_ns) != (entry.source_bytes, mtime_ns)
 
 
-def _about(path: Path) -> tuple[int, float] | None:
-    """(size, time); None for a file that is gone by now."""
-    with suppress(OSError):
-        about = path.stat()
-        return about.st_size, about.st_mtime
-    return None
+def _written(paths: Iterable[Path]) -> tuple[dict[str, int], WrittenFile | None]:
+    """(bytes per split, the newest file). Files that are gone by now do not count."""
+    bytes_per_split = dict.fromkeys(SPLITS, 0)
+    newest: WrittenFile | None = None
+    for path in paths:
+        with suppress(OSError):
+            about = path.stat()
+            bytes_per_split[path.parent.name] += about.st_size
+            if newest is None or about.st_mtime > newest.time:
+                newest = WrittenFile(path, about.st_mtime)
+    return bytes_per_split, newest
 
 
-def _who(output: Path, result: Status) -> None:
-    """Who has the lock: told by its file, which is emptied at the end, and checked in the kernel's list of locks."""
+def _read_lock(output: Path) -> Lock:
+    """The lock file names its process, and is emptied at its end; the kernel knows if it lives."""
+    lock = Lock()
     with suppress(OSError):
         path = output / LOCK
         text = path.read_text().strip()
-        about = re.match(r"process (\d+) on (\S+)", text)
-        if about is None:
-            return
-        if about[2] != socket.gethostname() or not LOCKS.exists():
-            result.elsewhere = text
-        elif _has_lock(int(about[1]), path):
-            result.at_work = f"{text}, since {_ago(path.stat().st_mtime)}"
+        process = re.match(r"process (\d+) on (\S+)", text)
+        if process is None:
+            return lock
+        if process[2] != socket.gethostname() or not LOCKS.exists():
+            lock.remote = text
+        elif _has_lock(int(process[1]), path):
+            lock.at_work = f"{text}, since {age(path.stat().st_mtime)}"
         else:
-            result.ended = text
-            return
-        folders = [output, *(output / s for s in SPLITS), *(output / PARTS / s for s in SPLITS)]
-        result.begun = sorted(
-            _written(p, output) for folder in folders for p in folder.glob(UNFINISHED)
-        )
+            lock.killed = text
+            return lock
+        lock.writing = _unfinished(output)
+    return lock
 
 
-def _written(beside: Path, output: Path) -> str:
-    """The file that it is going to be, a part told by its recording: .parts/train/.NAME.PID.writing.h5 -> train/NAME."""
-    path = beside.relative_to(output).with_name(
-        re.sub(r"^\.(.*)\.\d+\.writing", r"\1", beside.name)
-    )
-    return str(path.relative_to(PARTS).with_suffix("")) if path.parts[0] == PARTS else str(path)
+def _unfinished(output: Path) -> list[str]:
+    folders = [output]
+    for split in SPLITS:
+        folders += [output / split, output / PARTS / split]
+    names: list[str] = []
+    for folder in folders:
+        names += [_final_name(path, output) for path in folder.glob(UNFINISHED)]
+    return sorted(names)
+
+
+def _final_name(temporary: Path, output: Path) -> str:
+    """The file that it will be; of a part, .parts/train/.NAME.PID.writing.h5, train/NAME."""
+    name = re.sub(r"^\.(.*)\.\d+\.writing", r"\1", temporary.name)
+    path = temporary.relative_to(output).with_name(name)
+    if path.parts[0] == PARTS:
+        path = path.relative_to(PARTS).with_suffix("")
+    return str(path)
 
 
 def _has_lock(pid: int, path: Path) -> bool:
     inode = path.stat().st_ino
-    locks = (line.split() for line in LOCKS.read_text().splitlines())
-    return any(
-        "FLOCK" in words and str(pid) in words and any(w.endswith(f":{inode}") for w in words)
-        for words in locks
-    )
+    for line in LOCKS.read_text().splitlines():
+        words = line.split()
+        of_file = any(word.endswith(f":{inode}") for word in words)
+        if of_file and "FLOCK" in words and str(pid) in words:
+            return True
+    return False
 
 
-def _tell(output: Path, result: Status, source: Path | None) -> None:
-    kinds = [k for k in KINDS if k in ("done", "part", "missing") or k in result.state.values()]
-    rows = [["", "recordings", *(KINDS[k] for k in kinds), "frames", "boxes", "size"]]
-    splits = [s for s in SPLITS if any(key.startswith(f"{s}/") for key in result.state)]
-    for name, prefix in [
-        *((s, f"{s}/") for s in splits),
-        *([("all", "")] if len(splits) > 1 else []),
-    ]:
-        entries = [stored.entry for key, stored in result.stored.items() if key.startswith(prefix)]
-        size = sum(n for s, n in result.bytes_.items() if name in (s, "all"))
-        rows.append(
-            [
-                name,
-                str(len([k for k in result.state if k.startswith(prefix)])),
-                *(str(len(result.of(k, prefix))) for k in kinds),
-                str(sum(e.frames for e in entries)),
-                str(sum(e.boxes for e in entries)),
-                _size(size),
-            ]
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    print(output)
-    for row in rows:
-        print(
-            "  ".join(
-                [
-                    row[0].ljust(widths[0]),
-                    *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-                ]
-            )
-        )
-    if result.last:
-        print(f"last written: {result.last[0].relative_to(output)}, {_ago(result.last[1])} ago")
-    for kind in kinds:
-        if kind != "done" and (keys := result.of(kind)):
-            print(
-                f"{KINDS[kind]}: {_first(f'{k} ({result.marks[k]})' if kind == 'damaged' else k for k in keys)}"
-            )
-    now = f"; writing {_first(result.begun)}" if result.begun else ""
-    if result.at_work:
-        print(f"at work: {result.at_work}{now}")
-    if result.elsewhere:
-        print(f"at work, or killed there: {result.elsewhere}{now}")
-    if result.ended:
-        print(f"was killed: {result.ended}")
-    if not result.manifest:
-        print(f"there is no {MANIFEST}: it is written last")
-    if result.complete:
-        print(
-            f"complete{'' if source else '; whether the source has more recordings, --source RAW tells'}"
-        )
-    else:
-        print(f"not complete: {'wait' if result.at_work else 'run the same evspan prep again'}")
-
-
-def _first(names: Iterable[str]) -> str:
-    told = list(names)
-    return ", ".join(told[:NAMED]) + (f" and {len(told) - NAMED} more" if len(told) > NAMED else "")
-
-
-def _ago(then: float) -> str:
-    seconds = max(0, int(time.time() - then))
+def age(time_s: float) -> str:
+    """Time since `time_s`, in seconds since the epoch: '42 s', '3 min', '5 h', '2 days'."""
+    seconds = max(0, int(time.time() - time_s))
     for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds // length} {unit}"
     return f"{seconds} s"
-
-
-def _size(number: int) -> str:
-    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= length:
-            return f"{number / length:.1f} {unit}"
-    return f"{number} B"
-
-
-def main(argv: list[str]) -> None:
-    parser = Parser(
-        "evspan prep status",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("output", type=Path, help="what prep was given as output")
-    parser.add_argument("--source", type=Path, help="what prep was given as source")
-    given = parser.parse_args(argv)
-    result = status(given.output, given.source)
-    _tell(given.output, result, given.source)
-    if not result.complete:
-        sys.exit(INCOMPLETE_EXIT_CODE)

@@ -1,9 +1,8 @@
-"""`evspan prep verify`: whether shards still hold what was written, and the frames that their recordings give."""
+"""Verifies a prepared dataset, and marks damaged recordings for the next `evspan prep`."""
 
-import argparse
 import os
-import sys
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from evspan.conf.errors import RecordingError
@@ -12,20 +11,24 @@ from evspan.data_prep.shards.atomic import locked
 from evspan.data_prep.shards.check import Task, Verified, verify_recording
 from evspan.data_prep.shards.format import load_manifest
 from evspan.data_prep.shards.marks import read_marks, write_marks
-from evspan.data_prep.workers import results_of
-from evspan.launch.cli.command import Parser
-from tqdm import tqdm
+from evspan.data_prep.workers import Progress, map_unordered
 
-DAMAGED_EXIT_CODE = 1
+EARLIER = "marked earlier: "
 
-DESCRIPTION = """Recomputes all checksums, checks that boxes, times and offsets fit together, and compares frames with those that
-recordings give, where --source has them. Exit code 0: all is sound, 1: something is damaged, 2: it could not be verified."""
-EXAMPLES = """What is damaged is marked in SHARDS/.damaged; the same evspan prep again redoes it alone.
 
-examples:
-  evspan prep verify shards                            checksums and structure
-  evspan prep verify shards --source raw               and a few frames of each recording
-  evspan prep verify shards --source list.txt --all    and every frame"""
+@dataclass(frozen=True)
+class VerifyReport:
+    """The result of a verification.
+
+    Attributes:
+        results: of each recording, by split/recording.
+        damaged: what is wrong, by split/recording; includes those that were marked earlier.
+        marked: whether the damage is marked; False where the folder may not be written to.
+    """
+
+    results: dict[str, Verified]
+    damaged: dict[str, str]
+    marked: bool
 
 
 def verify(
@@ -35,128 +38,68 @@ def verify(
     sample: int | None = 3,
     seed: int = 0,
     processes: int = 0,
-) -> dict[str, str]:
-    """What is damaged, by split/recording; it is marked, so that the next `evspan prep` redoes it alone.
+) -> VerifyReport:
+    """Checks all recordings of a prepared dataset.
 
     Args:
-        source: the recordings' folder, or their list; without it, no frames are recomputed. sample: how many of each
-            recording, None: all. processes: 0: one per core.
+        source: folder or list of the recordings; None: no frames are recomputed.
+        sample: frames to recompute per recording; None: all.
+        seed: selects the frames.
+        processes: 0: one per core.
+
     Raises:
-        ShardError: `root` is no prepared dataset. RecordingError: the source is not there, or that of something else.
-        UserError: another process writes to it.
+        ShardError: `root` is no prepared dataset.
+        RecordingError: the source is not there, or has none of the recordings.
+        UserError: another process writes to `root`.
     """
     sources = {s.key: s for s in find_sources(source)} if source else {}
-    load_manifest(root)  # who names another folder should not find a lock in it
+    load_manifest(root)  # raises before a lock file is left in a folder that is no dataset
     writable = os.access(root, os.W_OK)
     with locked(root, "evspan prep verify") if writable else nullcontext():
         manifest = load_manifest(root)
-        listed = {f"{r.split}/{r.name}": r for r in manifest.recordings}
-        if sources and not sources.keys() & listed.keys():
+        entries = {f"{r.split}/{r.name}": r for r in manifest.recordings}
+        if sources and not sources.keys() & entries.keys():
             raise RecordingError(
-                f"source {source} has none of the recordings of {root} ({min(sources)}, ...). Give what evspan "
-                "prep was given as source"
+                f"source {source} has none of the recordings of {root} ({min(sources)}, ...). Give "
+                "the source of evspan prep"
             )
         absent = f"{source} does not have it" if source else ""
         tasks = [
-            Task(root, r, manifest.config, sources.get(key), absent, sample, seed)
-            for key, r in listed.items()
+            Task(root, entry, manifest.config, sources.get(key), absent, sample, seed)
+            for key, entry in entries.items()
         ]
         results = _run(tasks, processes)
-        damaged = {
-            key: f"marked earlier: {why.removeprefix('marked earlier: ')}"
-            for key, why in read_marks(root).items()
-        }
-        damaged |= {key: "; ".join(r.problems) for key, r in results.items() if r.problems}
+        damaged: dict[str, str] = {}
+        for key, reason in read_marks(root).items():
+            damaged[key] = EARLIER + reason.removeprefix(EARLIER)
+        for key, result in results.items():
+            if result.problems:
+                damaged[key] = "; ".join(result.problems)
         if writable:
             write_marks(root, damaged)
-    _tell(root, source, results, damaged, writable)
-    return damaged
+    return VerifyReport(results, damaged, marked=writable)
 
 
 def _run(tasks: list[Task], processes: int) -> dict[str, Verified]:
-    """A bar on a terminal, a line per recording otherwise."""
     results: dict[str, Verified] = {}
     with (
-        closing(results_of(tasks, verify_recording, processes)) as verified,
-        tqdm(total=len(tasks), desc="verifying", unit="recording", disable=None) as bar,
+        closing(map_unordered(verify_recording, tasks, processes)) as outcomes,
+        Progress("verifying", len(tasks)) as progress,
     ):
-        for number, (task, result) in enumerate(verified, 1):
-            done = results[task.key] = result()
-            line = f"[{number}/{len(tasks)}] {task.key}: {_told(done)}"
-            if bar.disable:
-                print(line, flush=True)
-            elif done.problems or done.not_compared:
-                bar.write(line)
-            bar.update()
+        for outcome in outcomes:
+            key = outcome.task.key
+            result = outcome.get()
+            results[key] = result
+            important = bool(result.problems or result.not_compared)
+            progress.advance(f"{key}: {_summary(result)}", important=important)
     return results
 
 
-def _told(result: Verified) -> str:
+def _summary(result: Verified) -> str:
     if result.problems:
         return f"damaged: {'; '.join(result.problems)}"
     if result.not_compared:
         return f"sound, but not compared with its recording: {result.not_compared}"
-    return f"sound{f', {result.compared} frames as its recording gives them' if result.compared else ''}"
-
-
-def _tell(
-    root: Path,
-    source: Path | None,
-    results: dict[str, Verified],
-    damaged: dict[str, str],
-    writable: bool,
-) -> None:
-    for key in sorted(damaged.keys() - {k for k, r in results.items() if r.problems}):
-        print(f"{key}: damaged: {damaged[key]}")
-    sound = [r for key, r in results.items() if key not in damaged]
-    compared = [r.compared for r in sound if r.compared]
-    print(
-        f"{root}: {len(sound)} of {len(results)} recordings are sound; {sum(compared)} frames of {len(compared)} "
-        f"compared with the recordings{'' if source else ' (--source RAW compares a few of each)'}"
-    )
-    if damaged and writable:
-        print(
-            f"{root}: {len(damaged)} damaged, and marked: run the same evspan prep again, which redoes no others"
-        )
-    elif damaged:
-        print(
-            f"{root}: {len(damaged)} damaged, and not marked, since you may not write to it: let who may run the same, then "
-            "evspan prep"
-        )
-
-
-def _not_negative(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def main(argv: list[str]) -> None:
-    parser = Parser(
-        "evspan prep verify",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("shards", type=Path)
-    parser.add_argument("--source", type=Path, help="what prep was given as source")
-    frames = parser.add_mutually_exclusive_group()
-    frames.add_argument(
-        "--sample",
-        type=_not_negative,
-        default=3,
-        metavar="N",
-        help="frames to compare per recording, 3",
-    )
-    frames.add_argument("--all", action="store_true", help="compare every frame")
-    parser.add_argument("--seed", type=_not_negative, default=0, help="other frames are sampled, 0")
-    parser.add_argument("--processes", type=_not_negative, default=0, help="0: one per core")
-    given = parser.parse_args(argv)
-    if verify(
-        given.shards,
-        given.source,
-        sample=None if given.all else given.sample,
-        seed=given.seed,
-        processes=given.processes,
-    ):
-        sys.exit(DAMAGED_EXIT_CODE)
+    if result.compared:
+        return f"sound, {result.compared} frames as its recording gives them"
+    return "sound"

@@ -1,18 +1,33 @@
-"""`evspan prep`: recordings -> shards, and small tools around recordings."""
+"""`evspan prep`: recordings -> shards of frames, and tools for recordings and shards."""
 
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import hydra
-import numpy as np
 from evspan.conf.schema.cluster import Scheduler
 from evspan.conf.schema.prep import PrepConfig
-from evspan.launch.cli.command import Parser, hydra_task, run_command, run_hydra
+from evspan.conf.text import plural
+from evspan.launch.cli.command import hydra_task, run_command, run_hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+if TYPE_CHECKING:  # not imported for --help
+    from evspan.data_prep.prepare import Report
+    from evspan.data_prep.workers import Runner
+
 ConfigStore.instance().store(name="prep_schema", node=PrepConfig)
+TOOLS = {  # evspan prep TOOL: its module, which is imported when it is called
+    "decode": "evspan.launch.cli.prep_decode",
+    "info": "evspan.launch.cli.prep_info",
+    "preview": "evspan.launch.cli.prep_preview",
+    "export-rvt": "evspan.launch.cli.prep_export_rvt",
+    "report": "evspan.launch.cli.prep_report",
+    "status": "evspan.launch.cli.prep_status",
+    "verify": "evspan.launch.cli.prep_verify",
+}
 
 HELP = """evspan prep: recordings -> shards of histogram frames
 
@@ -61,160 +76,72 @@ HELP = """evspan prep: recordings -> shards of histogram frames
 """
 
 
-def _prep(config: PrepConfig) -> None:
+def prep(config: PrepConfig) -> None:
+    """Prepares the recordings and prints what was done."""
     from evspan.data_prep.prepare import prepare
-    from evspan.launch.slurm.prep_array import on_slurm
+    from evspan.data_prep.workers import DryRun
 
-    began = time.perf_counter()
-    report = prepare(config, on_slurm if config.cluster.scheduler is Scheduler.slurm else None)
-    recordings, frames = (
-        report.manifest.recordings,
-        sum(r.frames for r in report.manifest.recordings),
-    )
-    for name, why in sorted(report.prepared.items()):
-        if why != "new":
-            print(f"prepared again: {name} ({why})")
+    start = time.perf_counter()
+    try:
+        report = prepare(config, runner_of(config))
+    except DryRun as description:
+        print(description)
+        return
+    print_report(config.output, report, time.perf_counter() - start)
+
+
+def runner_of(config: PrepConfig) -> "Runner":
+    """The runner that `cluster` selects."""
+    if config.cluster.scheduler is Scheduler.local:
+        from evspan.data_prep.workers import LocalRunner
+
+        return LocalRunner()
+    from evspan.launch.slurm.prep_array import SlurmRunner  # imports Submitit
+
+    return SlurmRunner()
+
+
+def print_report(output: str, report: "Report", seconds: float) -> None:
+    """Prints which recordings were prepared again or removed, and totals."""
+    from evspan.data_prep.update_plan import NEW
+
+    recordings = report.manifest.recordings
+    frames = sum(r.frames for r in recordings)
+    for name, reason in sorted(report.prepared.items()):
+        if reason != NEW:
+            print(f"prepared again: {name} ({reason})")
     for name in report.removed:
         print(f"removed: {name} (no longer in the source)")
+    total = plural(len(recordings), "recording")
     if not report.prepared and not report.removed:
-        print(
-            f"{config.output}: nothing to do, {_count(len(recordings), 'recording')} with {frames} frames as they should be"
-        )
+        print(f"{output}: nothing to do, {total} with {frames} frames as they should be")
         return
-    classes = {
+    boxes = {
         name: sum(r.boxes_per_class[name] for r in recordings) for name in report.manifest.classes
     }
+    per_class = ", ".join(f"{count} {name}" for name, count in boxes.items())
+    labelled = sum(r.labelled_frames for r in recordings)
+    events = sum(r.events for r in recordings)
     print(
-        f"{config.output}: {len(report.prepared)} of {_count(len(recordings), 'recording')} prepared in "
-        f"{time.perf_counter() - began:.1f} s; {frames} frames, {sum(r.labelled_frames for r in recordings)} of them labelled, "
-        f"{sum(classes.values())} boxes ({', '.join(f'{n} {name}' for name, n in classes.items())}), "
-        f"{sum(r.events for r in recordings) / 1e6:.1f} M events"
+        f"{output}: {len(report.prepared)} of {total} prepared in {seconds:.1f} s; {frames} "
+        f"frames, {labelled} of them labelled, {sum(boxes.values())} boxes ({per_class}), "
+        f"{events / 1e6:.1f} M events"
     )
-
-
-def decode(argv: list[str]) -> None:
-    parser = Parser(
-        "evspan prep decode",
-        description="Any recording to HDF5 with events/{t,x,y,p} and height, width.",
-        epilog="example: evspan prep decode drive_td.dat drive_td.h5",
-    )
-    parser.add_argument("recording", type=Path)
-    parser.add_argument("out", type=Path, help="a file ending in .h5")
-    given = parser.parse_args(argv)
-    from evspan.conf.errors import UserError
-    from evspan.data_prep.recordings.open import open_recording, open_writer
-    from evspan.data_prep.shards.atomic import written_whole
-
-    if given.out.suffix != ".h5":
-        raise UserError(
-            f"{given.out} does not end in .h5; decode writes HDF5: evspan prep decode {given.recording} "
-            f"{given.recording.with_suffix('.h5')}"
-        )
-    recording = open_recording(given.recording)
-    if given.out.exists() and given.out.samefile(given.recording):
-        raise UserError(f"{given.out} is the recording itself; name another file")
-    with (
-        written_whole(given.out) as beside,
-        open_writer(beside, recording.height, recording.width) as writer,
-    ):
-        for events in recording.chunks():
-            writer.write(events)
-    print(f"{given.out}: {recording.events} events{_dropped(recording.dropped)}")
-
-
-def info(argv: list[str]) -> None:
-    parser = Parser(
-        "evspan prep info",
-        description="What a recording holds.",
-        epilog="example: evspan prep info drive.raw",
-    )
-    parser.add_argument("recording", type=Path)
-    given = parser.parse_args(argv)
-    from evspan.data_prep.labels.box_files import find_boxes, read_boxes
-    from evspan.data_prep.recordings.open import open_recording
-
-    recording, brighter = open_recording(given.recording), 0
-    per_slice: dict[int, int] = {}
-    for events in recording.chunks():
-        brighter += int(events.p.sum(dtype=np.int64))
-        for slice_, n in zip(*np.unique(events.t // 10_000, return_counts=True), strict=True):
-            per_slice[int(slice_)] = per_slice.get(int(slice_), 0) + int(n)
-    span = (recording.last_us - recording.first_us) / 1e6
-    print(
-        f"file      {given.recording} ({given.recording.stat().st_size / 1e6:.1f} MB)\nformat    {recording.format}\n"
-        f"sensor    {recording.width} x {recording.height}"
-    )
-    print(f"events    {recording.events}{_dropped(recording.dropped)}")
-    if recording.events:
-        print(f"time      {recording.first_us} to {recording.last_us} us, {span:.3f} s")
-        print(
-            f"rate      {recording.events / max(span, 1e-6) / 1e6:.2f} M events/s on average, "
-            f"{max(per_slice.values()) / 1e4:.2f} in the busiest 10 ms"
-        )
-        print(f"brighter  {brighter / recording.events:.1%}")
-    boxes = find_boxes(given.recording)
-    print(f"boxes     {f'{read_boxes(boxes).size} in {boxes.name}' if boxes else 'none beside it'}")
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' if number != 1 else ''}"
-
-
-def _dropped(dropped: dict[str, int]) -> str:
-    told = [f"{n} {reason.replace('_', ' ')}" for reason, n in dropped.items() if n]
-    return f" ({', '.join(told)})" if told else ""
-
-
-def preview(argv: list[str]) -> None:
-    from evspan.launch.cli.prep_preview import main
-
-    main(argv)
-
-
-def report(argv: list[str]) -> None:
-    from evspan.launch.cli.prep_report import main
-
-    main(argv)
-
-
-def export_rvt(argv: list[str]) -> None:
-    from evspan.data_prep.shards.export_rvt import main
-
-    main(argv)
-
-
-def status(argv: list[str]) -> None:
-    from evspan.data_prep.shards.status import main
-
-    main(argv)
-
-
-def verify(argv: list[str]) -> None:
-    from evspan.data_prep.shards.verify import main
-
-    main(argv)
-
-
-TOOLS = {
-    "decode": decode,
-    "info": info,
-    "preview": preview,
-    "export-rvt": export_rvt,
-    "report": report,
-    "status": status,
-    "verify": verify,
-}
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the command, or one of its tools."""
+
     @hydra.main(version_base="1.3", config_path="pkg://evspan.conf", config_name="prep")
     @hydra_task
     def task(raw: DictConfig) -> None:
-        _prep(OmegaConf.to_object(raw))  # type: ignore[arg-type]  # __post_init__ checks run here
+        prep(OmegaConf.to_object(raw))  # type: ignore[arg-type]  # __post_init__ checks run here
 
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in TOOLS:
-        run_command(lambda: TOOLS[argv[0]](argv[1:]))
+        tool: Callable[[list[str]], None] = import_module(TOOLS[argv[0]]).main
+        tool_argv = argv[1:]
+        run_command(lambda: tool(tool_argv))
     else:
         run_hydra(task, argv or ["--help"], prog="evspan prep", help=HELP)
 

@@ -1,6 +1,7 @@
-"""`evspan prep`, with recordings prepared by a SLURM job array where cluster=slurm asks for it."""
+"""Prepares recordings in a SLURM job array: `SlurmRunner`, the runner of `evspan prep cluster=slurm`."""
 
 import hashlib
+import logging
 import os
 import re
 import shlex
@@ -9,179 +10,224 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import current_thread, main_thread
-from typing import Any, NoReturn
+from typing import NoReturn
 
+import psutil
 from evspan.conf.errors import ConfigError, UserError
 from evspan.conf.schema.cluster import PrepClusterConfig
-from evspan.launch.slurm.prep_task import Group, Results, Run, balanced, number_of_tasks
+from evspan.conf.schema.prep import PrepConfig
+from evspan.data_prep.workers import DryRun, PrepJob, PrepOutcomes, log_above_bar
+from evspan.launch.slurm import client
+from evspan.launch.slurm.parameters import sbatch_parameters, setup_lines
+from evspan.launch.slurm.prep_task import PrepTask, balanced, number_of_tasks
+from evspan.launch.slurm.prep_wait import GRACE_S, ArrayTask, ArrayWatch
 
-FOLDER = "slurm"  # beside the part files, and removed with them when all is done
+logger = logging.getLogger(__name__)
+FOLDER = "slurm"  # beside the part files, removed with them when all is done
+OUTCOMES = "outcomes"
+END_S = 150.0  # a cancelled task ignores SIGTERM (Submitit); SIGKILL follows after KillWait
 REMEDY = (
     "Correct cluster.partition, account, qos, constraint, timeout_min, cpus_per_task or mem_gb; "
     "cluster.dry_run=true shows the script, sinfo the partitions"
 )
-END_S = 150.0  # for a cancelled task: Submitit's leave SIGTERM unheard, SIGKILL comes after SLURM's KillWait
 
 
-def on_slurm(
-    jobs: list[Any], run: Run, config: PrepClusterConfig, here: Callable[..., Results]
-) -> Results:
-    """Each job (of evspan.data_prep.workers) with a function that gives or raises what became of it, as SLURM's tasks tell.
+@dataclass(frozen=True)
+class PrepArray:
+    """The job array of one output folder.
 
-    Args:
-        run: what a task does with a job. here: does it with several, side by side.
-    Raises:
-        ConfigError: SLURM is not there or refuses the array. UserError: another process has an array for the same output.
-        SystemExit: the batch script is printed (cluster.dry_run).
-    Left before its end, for whatever reason, it cancels the array.
+    Attributes:
+        name: SLURM's name of the job, the same for every run into this output.
+        comment: process and machine that wait for it, shown by squeue.
+        folder: gets Submitit's scripts, pickles and logs, and the outcome files.
+        dealt: for each task, the indices of its jobs.
     """
-    if not jobs:
-        return
-    from evspan.launch.slurm import client as slurm
-    from evspan.launch.slurm.prep_wait import Watch, say  # Submitit takes a moment to import
 
-    parts = jobs[0].part.absolute().parents[1]
-    folder, told = parts / FOLDER, parts / FOLDER / "told"
-    name = f"evspan-prep-{hashlib.sha256(os.fsencode(parts.resolve())).hexdigest()[:8]}"
-    comment = f"process {os.getpid()} on {socket.gethostname()}"
-    sizes = [job.source.path.stat().st_size for job in jobs]
-    dealt = balanced(sizes, number_of_tasks(sizes, config))
-    if config.dry_run:
-        _print_and_leave(
-            slurm.script_of(_executor(name, comment, folder, config), len(dealt)),
-            jobs,
-            sizes,
-            dealt,
+    name: str
+    comment: str
+    folder: Path
+    jobs: Sequence[PrepJob]
+    dealt: list[list[int]]
+
+    @staticmethod
+    def plan(jobs: Sequence[PrepJob], cluster: PrepClusterConfig) -> "PrepArray":
+        """Deals the jobs to tasks."""
+        parts = jobs[0].part.absolute().parents[1]
+        digest = hashlib.sha256(os.fsencode(parts.resolve())).hexdigest()[:8]
+        sizes = [_bytes(job) for job in jobs]
+        return PrepArray(
+            name=f"evspan-prep-{digest}",
+            comment=f"process {os.getpid()} on {socket.gethostname()}",
+            folder=parts / FOLDER,
+            jobs=jobs,
+            dealt=balanced(sizes, number_of_tasks(sizes, cluster)),
         )
-    slurm.require_commands()
-    _end_orphans(name)
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
-    told.mkdir(parents=True)
-    groups = [
-        Group({i: jobs[i] for i in indices}, run, here, config.cpus_per_task, told)
-        for indices in dealt
-    ]
-    with _left_on_signals():
-        try:
-            array = slurm.submit_array(_executor(name, comment, folder, config), groups, REMEDY)
-            ids = [task.job_id for task in array]
-            say(
-                f"SLURM job {ids[0].split('_')[0]}: {len(jobs)} to prepare in {len(groups)} tasks; logs in {folder}"
-            )
-            watch = Watch(
-                name, told, dict(enumerate(jobs)), ids, dealt, [task.paths.stderr for task in array]
-            )
-            yield from watch.results()
-            _let_end([task.paths.result_pickle for task in array if task.job_id not in watch.ended])
-        except ConfigError:  # there is no job
-            raise
-        except BaseException:
-            _cancel(name)
-            raise
+
+    @property
+    def outcomes(self) -> Path:
+        """Folder of the outcome files."""
+        return self.folder / OUTCOMES
+
+    def executor(self, cluster: PrepClusterConfig) -> client.Executor:
+        """Submitit's executor with the parameters of the config."""
+        python = shlex.quote(cluster.python or sys.executable)
+        executor = client.Executor(
+            self.folder, max_num_timeout=cluster.max_num_timeout, python=python
+        )
+        executor.update_parameters(
+            job_name=self.name,
+            comment=self.comment,
+            ntasks_per_node=1,
+            setup=[*setup_lines(cluster), *client.python_path_lines()],
+            **sbatch_parameters(cluster),
+        )
+        return executor
+
+    def script(self, cluster: PrepClusterConfig) -> str:
+        """The batch script, followed by a comment for each task that lists its recordings."""
+        lines = [client.script_of(self.executor(cluster), len(self.dealt))]
+        for number, indices in enumerate(self.dealt):
+            gigabytes = sum(_bytes(self.jobs[i]) for i in indices) / 1e9
+            keys = ", ".join(self.jobs[i].key for i in indices)
+            lines.append(f"# task {number}, {gigabytes:.2f} GB: {keys}")
+        return "\n".join(lines)
+
+    def submit(self, config: PrepConfig) -> list[ArrayTask]:
+        """Submits the array."""
+        tasks = [
+            PrepTask({i: self.jobs[i] for i in indices}, config, self.outcomes)
+            for indices in self.dealt
+        ]
+        submitted = client.submit_array(self.executor(config.cluster), tasks, REMEDY)
+        return [
+            ArrayTask(job.job_id, indices, job.paths.stderr, job.paths.result_pickle)
+            for job, indices in zip(submitted, self.dealt, strict=True)
+        ]
 
 
-def _executor(name: str, comment: str, folder: Path, config: PrepClusterConfig) -> Any:
-    from evspan.launch.slurm.client import Executor, python_path_lines
-    from evspan.launch.slurm.parameters import sbatch_parameters, setup_lines
+def _bytes(job: PrepJob) -> int:
+    return job.source.path.stat().st_size
 
-    python = shlex.quote(config.python or sys.executable)
-    executor = Executor(folder, max_num_timeout=config.max_num_timeout, python=python)
-    executor.update_parameters(
-        job_name=name,
-        comment=comment,
-        ntasks_per_node=1,
-        setup=[*setup_lines(config), *python_path_lines()],
-        **sbatch_parameters(config),
+
+class SlurmRunner:
+    """Prepares recordings in a job array, and waits for it."""
+
+    def run(self, jobs: Sequence[PrepJob], config: PrepConfig) -> PrepOutcomes:
+        """Yields each job when its task has prepared it. Closed before its end, it cancels the array.
+
+        Raises:
+            ConfigError: SLURM is not there, or refuses the array.
+            UserError: another process has an array for the same output.
+            DryRun: cluster.dry_run is set; the message is the batch script.
+        """
+        if not jobs:
+            return
+        array = PrepArray.plan(jobs, config.cluster)
+        if config.cluster.dry_run:
+            raise DryRun(array.script(config.cluster))
+        client.require_commands()
+        _cancel_orphans(array.name)
+        shutil.rmtree(array.folder, ignore_errors=True)  # of an earlier run
+        array.outcomes.mkdir(parents=True)
+        with _exit_on_signals():
+            try:
+                yield from _submit_and_wait(array, config)
+            except ConfigError:  # SLURM has refused the array
+                raise
+            except BaseException:
+                _cancel(array.name)
+                raise
+
+
+def _submit_and_wait(array: PrepArray, config: PrepConfig) -> PrepOutcomes:
+    tasks = array.submit(config)
+    job_id = tasks[0].id.split("_")[0]
+    log_above_bar(
+        logger,
+        f"SLURM job {job_id}: {len(array.jobs)} to prepare in {len(tasks)} tasks; logs in "
+        f"{array.folder}",
     )
-    return executor
+    watch = ArrayWatch(array.name, array.outcomes, dict(enumerate(array.jobs)), tasks)
+    yield from watch.results()
+    _wait_for_files([task.result for task in tasks if task.id not in watch.ended])
 
 
-def _print_and_leave(
-    script: str, jobs: list[Any], sizes: list[int], dealt: list[list[int]]
-) -> NoReturn:
-    print(script)
-    for number, indices in enumerate(dealt):
-        print(
-            f"# task {number}, {sum(sizes[i] for i in indices) / 1e9:.2f} GB: {', '.join(jobs[i].source.key for i in indices)}"
-        )
-    sys.stdout.flush()
-    sys.exit(0)
-
-
-def _end_orphans(name: str) -> None:
-    """Cancel what a killed run has left in SLURM's queue: two tasks would write the same parts.
+def _cancel_orphans(name: str) -> None:
+    """Cancels the array of a run that was killed: two tasks would write the same parts.
 
     Raises:
-        UserError: it may not be an orphan. (The lock on the output tells two runs apart only where its file system does.)
+        UserError: its process may still be alive. (The lock on the output separates two runs only
+            where the file system supports locks.)
     """
-    from evspan.launch.slurm.client import cancel, queue, wait_until_gone
-    from evspan.launch.slurm.prep_wait import say
-
-    alive = [task for task in queue(name) if task.alive]
+    alive = [task for task in client.queue(name) if task.alive]
     for task in alive:
         process = re.fullmatch(r"process (\d+) on (\S+)", task.comment)
-        if process and (process[2] != socket.gethostname() or _runs(int(process[1]))):
+        if process and (process[2] != socket.gethostname() or _is_alive(int(process[1]))):
             raise UserError(
-                f"SLURM job {task.job} prepares into the same output for {task.comment}. Wait until it is done; if "
-                f"that process is gone, run scancel {task.job} and then the same again"
+                f"SLURM job {task.job} prepares into the same output for {task.comment}. Wait "
+                f"until it is done; if that process is gone, run scancel {task.job} and then the "
+                "same again"
             )
-    if alive:
-        say(
-            f"cancelling SLURM job {alive[0].job}, left by a run that was killed; what it has done is kept"
+    if not alive:
+        return
+    job = alive[0].job
+    log_above_bar(
+        logger,
+        f"cancelling SLURM job {job}, left by a run that was killed; finished parts are kept",
+    )
+    client.cancel(name)
+    if not client.wait_until_gone(name, END_S):
+        raise UserError(
+            f"SLURM job {job} was cancelled {END_S:.0f} s ago and has not ended. Run the same "
+            f"again when squeue --name={name} lists nothing"
         )
-        cancel(name)
-        if not wait_until_gone(name, END_S):
-            raise UserError(
-                f"SLURM job {alive[0].job} was cancelled {END_S:.0f} s ago and has not ended. Run the same again "
-                f"when squeue --name={name} lists nothing"
-            )
 
 
-def _runs(pid: int) -> bool:
-    return pid != os.getpid() and Path(f"/proc/{pid}").exists()
+def _is_alive(pid: int) -> bool:
+    return pid != os.getpid() and psutil.pid_exists(pid)
 
 
-def _let_end(results: list[Path]) -> None:
-    """Tasks that have told everything write Submitit's result yet, into a folder that is about to be removed."""
-    from evspan.launch.slurm.prep_wait import GRACE_S
-
+def _wait_for_files(paths: list[Path]) -> None:
+    """Waits for Submitit's results: tasks write them last, into a folder that will be removed."""
     end = time.monotonic() + GRACE_S
-    while time.monotonic() < end and not all(path.exists() for path in results):
+    while time.monotonic() < end and not all(path.exists() for path in paths):
         time.sleep(0.1)
 
 
 def _cancel(name: str) -> None:
-    from evspan.launch.slurm.client import cancel
-    from evspan.launch.slurm.prep_wait import say
-
     try:
-        cancel(name)
+        client.cancel(name)
     except UserError as error:
-        say(f"{error}. The SLURM job may go on; to end it: scancel --name={name}")
+        log_above_bar(logger, f"{error}. The SLURM job may go on; to end it: scancel --name={name}")
     else:
-        say("cancelled the SLURM job; what is done is kept for the next run")
+        log_above_bar(logger, "cancelled the SLURM job; finished parts are kept for the next run")
 
 
 @contextmanager
-def _left_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP, of a terminal that goes away, leave by an exception as Ctrl-C does. What nohup ignores stays so."""
+def _exit_on_signals() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a closed terminal, raise SystemExit, so that the array is cancelled.
+
+    Signals that are ignored, as under nohup, stay ignored.
+    """
 
     def leave(number: int, _: object) -> NoReturn:
         sys.exit(128 + number)
 
-    if current_thread() is not main_thread():  # where Python lets nobody set handlers
+    if current_thread() is not main_thread():  # Python sets handlers in the main thread only
         yield
         return
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
-    changed = {s: handler for s, handler in before.items() if handler is signal.SIG_DFL}
-    for s in changed:
-        signal.signal(s, leave)
+    changed: list[signal.Signals] = []
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, leave)
+            changed.append(number)
     try:
         yield
     finally:
-        for s, handler in changed.items():
-            signal.signal(s, handler)
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)

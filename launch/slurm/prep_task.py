@@ -1,4 +1,8 @@
-"""How recordings are dealt to the tasks of a SLURM array, and what a task does with its group of them."""
+"""A task of the job array of `evspan prep`: deals recordings to tasks, and prepares those of one.
+
+Tasks write the outcome of each recording to a file NUMBER.pkl in a folder that all nodes see.
+`evspan.launch.slurm.prep_wait` reads these files.
+"""
 
 import heapq
 import logging
@@ -7,126 +11,136 @@ import os
 import pickle
 import signal
 import socket
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]  # as the pools carry them
+from functools import partial
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]  # not in its stubs; keeps a traceback through pickle
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 from evspan.conf.schema.cluster import PrepClusterConfig
+from evspan.conf.schema.prep import PrepConfig
+from evspan.data_prep.shards.format import RecordingEntry
+from evspan.data_prep.workers import Outcome, PrepJob, map_unordered
 from evspan.launch.logging_config import configure_logging
+from submitit.helpers import DelayedSubmission
 
 logger = logging.getLogger(__name__)
-BYTES_PER_TASK, MOST_TASKS = 16 << 30, 64
-SENT = (
-    signal.SIGTERM,
-    signal.SIGCONT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # by SLURM, to all processes of a task
-
-Run = Callable[[Any], Any]
-Results = Generator[tuple[Any, Callable[[], Any]], None, None]
+BYTES_PER_TASK = 16 << 30
+MOST_TASKS = 64
+# SLURM sends these to all processes of a task.
+SLURM_SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def number_of_tasks(sizes: Sequence[int], cluster: PrepClusterConfig) -> int:
-    return min(
-        len(sizes),
-        cluster.array_size or min(MOST_TASKS, max(1, math.ceil(sum(sizes) / BYTES_PER_TASK))),
-    )
+    """Tasks in the array: `cluster.array_size`, or one per 16 GiB of recordings, at most 64.
+
+    Args:
+        sizes: of the recordings, in bytes. There are never more tasks than recordings.
+    """
+    tasks = cluster.array_size
+    if not tasks:
+        tasks = min(MOST_TASKS, max(1, math.ceil(sum(sizes) / BYTES_PER_TASK)))
+    return min(len(sizes), tasks)
 
 
 def balanced(sizes: Sequence[int], groups: int) -> list[list[int]]:
-    """Deal the indices of `sizes` into groups of about the same sum: the largest first, each to the group that has least.
+    """Deals the indices of `sizes` into groups of about the same sum.
 
-    The heaviest group is at most 4/3 as heavy as in the best deal (Graham 1969). No group is empty.
+    The largest comes first, each to the group with the smallest sum. The largest sum is at most
+    4/3 of that of the best deal (Graham 1969). No group is empty.
     """
     dealt: list[list[int]] = [[] for _ in range(min(groups, len(sizes)))]
-    heap = [(0, 0, group) for group in range(len(dealt))]  # sum, how many (sizes may be 0), group
+    heap = [(0, 0, group) for group in range(len(dealt))]  # (sum, count as sizes may be 0, group)
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        total, number, group = heapq.heappop(heap)
+        total, count, group = heapq.heappop(heap)
         dealt[group].append(index)
-        heapq.heappush(heap, (total + sizes[index], number + 1, group))
+        heapq.heappush(heap, (total + sizes[index], count + 1, group))
     return dealt
 
 
 @dataclass
-class Group:
-    """A task. Run again after a requeue, it does what it has not told of yet.
+class PrepTask:
+    """Prepares a group of recordings. After a requeue it skips those that have an outcome file.
 
-    jobs: recordings, by the number under which the task tells what became of each: a file in the folder `told`.
-    run: what to do with a job. here: does it with several, `processes` side by side (evspan.data_prep.workers.results_of).
+    Attributes:
+        jobs: the recordings, by the number of their outcome file.
+        outcomes: folder of the outcome files.
     """
 
-    jobs: dict[int, Any]
-    run: Run
-    here: Callable[[list[Any], Run, int], Results]
-    processes: int
-    told: Path
+    jobs: dict[int, PrepJob]
+    config: PrepConfig
+    outcomes: Path
 
     def __call__(self) -> None:
-        # Not in the main thread, which Submitit's handler of signals leaves by an exception: HDF5 would take that for an error
-        # of its own, and the recording for a bad one.
-        failed: list[BaseException] = []
+        """Called by Submitit on the node."""
+        run_in_thread(self._prepare)
 
-        def work() -> None:
-            signal.pthread_sigmask(
-                signal.SIG_BLOCK, SENT
-            )  # processes that this thread starts inherit it; they have no handlers
-            try:
-                self._prepare()
-            except BaseException as error:
-                failed.append(error)
-
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        thread.join()
-        if failed:
-            raise failed[0]
-
-    def checkpoint(self) -> Any:
-        """What Submitit requeues."""
-        from submitit.helpers import DelayedSubmission
-
+    def checkpoint(self) -> DelayedSubmission:
+        """What Submitit requeues at the time limit."""
         return DelayedSubmission(self)
 
     def _prepare(self) -> None:
         configure_logging(log_file=True)
-        numbers = {job.source.key: number for number, job in self.jobs.items()}
+        numbers = {job.key: number for number, job in self.jobs.items()}
         missing = [
-            job for number, job in self.jobs.items() if not told_by(self.told, number).exists()
+            job
+            for number, job in self.jobs.items()
+            if not outcome_file(self.outcomes, number).exists()
         ]
-        for job, result in self.here(missing, self.run, self.processes):
-            entry, failure = None, None
-            try:
-                entry = result()
-            except Exception as error:
-                failure = error
-            _tell(self.told, numbers[job.source.key], entry, failure)
-            if failure is None:
-                logger.info("%s: done", job.source.key)
+        function = partial(PrepJob.run, config=self.config)
+        for outcome in map_unordered(function, missing, self.config.cluster.cpus_per_task):
+            key = outcome.task.key
+            _write_outcome(self.outcomes, numbers[key], outcome)
+            if outcome.error is None:
+                logger.info("%s: done", key)
             else:
-                logger.error("%s: failed: %s", job.source.key, failure)
+                logger.error("%s: failed: %s", key, outcome.error)
 
 
-def told_by(folder: Path, number: int) -> Path:
+def run_in_thread(function: Callable[[], None]) -> None:
+    """Runs the function in a thread that receives no signals, and raises what it raises.
+
+    Submitit's signal handlers leave the main thread by an exception. Inside a call of HDF5, that
+    exception would look like an error of the file, and the recording like a bad one.
+    """
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        # Processes that this thread starts inherit the mask; they have no handlers.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SLURM_SIGNALS)
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
+def outcome_file(folder: Path, number: int) -> Path:
+    """The file with the outcome of job `number`."""
     return folder / f"{number}.pkl"
 
 
-def _tell(folder: Path, number: int, entry: Any, failure: Exception | None) -> None:
-    """Whole or not at all."""
-    carried = ExceptionWithTraceback(failure, failure.__traceback__) if failure else None
-    beside = folder / f".{number}.{socket.gethostname()}.{os.getpid()}"
-    beside.write_bytes(pickle.dumps((entry, carried)))
-    os.replace(beside, told_by(folder, number))
+def _write_outcome(folder: Path, number: int, outcome: Outcome[PrepJob, RecordingEntry]) -> None:
+    """Writes (entry, error); the file appears whole or not at all."""
+    error = outcome.error
+    carried = ExceptionWithTraceback(error, error.__traceback__) if error else None
+    temporary = folder / f".{number}.{socket.gethostname()}.{os.getpid()}"
+    temporary.write_bytes(pickle.dumps((outcome.value, carried)))
+    os.replace(temporary, outcome_file(folder, number))
 
 
-def arrived(folder: Path) -> set[int]:
-    """Numbers of the jobs that tasks have told of."""
+def finished_jobs(folder: Path) -> set[int]:
+    """Numbers of the jobs that have an outcome file."""
     return {int(path.stem) for path in folder.glob("[0-9]*.pkl")}
 
 
-def read_told(folder: Path, number: int) -> tuple[Any, Exception | None]:
-    """(result, None) or (None, what went wrong)."""
-    return pickle.loads(told_by(folder, number).read_bytes())
+def read_outcome(folder: Path, number: int, job: PrepJob) -> Outcome[PrepJob, RecordingEntry]:
+    """Reads what a task wrote about the job."""
+    entry, error = pickle.loads(outcome_file(folder, number).read_bytes())
+    return Outcome(job, entry, error)

@@ -1,121 +1,142 @@
-"""Waiting for the tasks of an array: what they tell, and which of them ended without telling."""
+"""Waits for the tasks of a prep array: reads outcome files, and finds tasks that ended without."""
 
+import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
 
 from evspan.conf.errors import RecordingError, UserError
+from evspan.data_prep.workers import Outcome, PrepJob, PrepOutcomes, log_above_bar
 from evspan.launch.slurm.client import Queued, queue
-from evspan.launch.slurm.prep_task import Results, arrived, read_told
-from tqdm import tqdm
+from evspan.launch.slurm.prep_task import finished_jobs, read_outcome
 
-POLL_S = 1.0  # between looks at what the tasks have told
-QUEUE_S = 10.0  # between questions to SLURM's controller, which all users share
-GRACE_S = 10.0  # a shared file system may show so late what a task told at its end
+logger = logging.getLogger(__name__)
+POLL_S = 1.0  # between looks at the outcome files
+QUEUE_S = 10.0  # between queries to SLURM's controller, which all users share
+GRACE_S = 10.0  # a shared file system may show a task's last files this late
 
 
-def say(line: str) -> None:
-    """Beside a progress bar, too."""
-    tqdm.write(line)
+@dataclass(frozen=True)
+class ArrayTask:
+    """A submitted task of the array.
+
+    Attributes:
+        id: SLURM's id, JOB_INDEX.
+        jobs: numbers of the jobs that it has.
+        log: its standard error.
+        result: the file that Submitit writes at its end.
+    """
+
+    id: str
+    jobs: list[int]
+    log: Path
+    result: Path
 
 
 @dataclass
-class Watch:
-    """`sacct` is not asked: many clusters have no accounting, and without it Submitit waits for killed tasks for ever.
+class ArrayWatch:
+    """Yields the outcomes of an array's jobs.
 
-    name: of the job. missing: what is not told of yet, by number. tasks: SLURM's ids. groups: the numbers that each task has.
+    It does not use `sacct`: many clusters have no accounting, and without it Submitit waits for
+    killed tasks forever.
+
+    Attributes:
+        name: of the SLURM job.
+        outcomes: folder of the outcome files.
+        missing: jobs without an outcome so far, by number.
+        ended: task id -> monotonic time since which SLURM reports it as ended.
     """
 
     name: str
-    told: Path
-    missing: dict[int, Any]
-    tasks: list[str]
-    groups: list[list[int]]
-    logs: list[Path]
-    ended: dict[str, float] = field(default_factory=dict)  # task -> since when SLURM says so
-    said: str = ""
+    outcomes: Path
+    missing: dict[int, PrepJob]
+    tasks: list[ArrayTask]
+    ended: dict[str, float] = field(default_factory=dict)
+    last_status: str = ""
 
-    def results(self) -> Results:
-        """As they come: each job with a function that gives or raises what became of it."""
-        asked = -math.inf
+    def results(self) -> PrepOutcomes:
+        """Yields each job when it has ended, or its task is lost."""
+        last_query = -math.inf
         while True:
-            yield from self._told()
+            yield from self._finished()
             if not self.missing:
                 return
-            if time.monotonic() - asked >= QUEUE_S:
+            if time.monotonic() - last_query >= QUEUE_S:
                 yield from self._lost()
-                asked = time.monotonic()
+                last_query = time.monotonic()
             time.sleep(POLL_S)
 
-    def _told(self) -> Results:
-        for number in sorted(arrived(self.told) & self.missing.keys()):
-            entry, failure = read_told(self.told, number)
-            yield self.missing.pop(number), _giver(entry) if failure is None else _raiser(failure)
+    def _finished(self) -> PrepOutcomes:
+        """Jobs that have an outcome file."""
+        for number in sorted(finished_jobs(self.outcomes) & self.missing.keys()):
+            yield read_outcome(self.outcomes, number, self.missing.pop(number))
 
-    def _lost(self) -> Results:
-        """Jobs of tasks that ended without telling of them."""
+    def _lost(self) -> PrepOutcomes:
+        """Jobs of tasks that ended without writing their outcomes."""
         try:
             known = {task.id: task for task in queue(self.name)}
-        except UserError as error:  # it will answer again
-            self._say(f"{error}; still waiting")
+        except UserError as error:  # the controller may answer again
+            self._log_status(f"{error}; still waiting")
             return
-        self._say(_summary([known[id_] for id_ in self.tasks if id_ in known]))
-        now = time.monotonic()
-        for id_, numbers, log in zip(self.tasks, self.groups, self.logs, strict=True):
-            task = known.get(id_)
-            if (task and task.alive) or not self.missing.keys() & set(numbers):
-                self.ended.pop(id_, None)
-            elif now - self.ended.setdefault(id_, now) >= GRACE_S:
-                os.utime(self.told)  # has NFS read the folder anew
-                yield from self._told()
-                how = f"ended as {task.state}" if task else "is no longer known to SLURM"
-                for number in [n for n in numbers if n in self.missing]:
-                    yield (
-                        self.missing.pop(number),
-                        _raiser(
-                            RecordingError(
-                                f"SLURM task {id_} {how} before it was done; its log is {log}{_last_line(log)}"
-                            )
-                        ),
+        self._log_status(_summary([known[task.id] for task in self.tasks if task.id in known]))
+        for task in self._ended_tasks(known):
+            os.utime(self.outcomes)  # makes NFS read the folder again
+            yield from self._finished()
+            state = (
+                f"ended as {known[task.id].state}"
+                if task.id in known
+                else "is no longer known to SLURM"
+            )
+            for number in task.jobs:
+                if number in self.missing:
+                    message = (
+                        f"SLURM task {task.id} {state} before it was done; its log is "
+                        f"{task.log}{_last_line(task.log)}"
                     )
+                    yield Outcome(self.missing.pop(number), error=RecordingError(message))
 
-    def _say(self, line: str) -> None:
-        if line and line != self.said:
-            say(line)
-        self.said = line
+    def _ended_tasks(self, known: dict[str, Queued]) -> Iterator[ArrayTask]:
+        """Tasks with missing jobs that ended at least GRACE_S ago."""
+        now = time.monotonic()
+        for task in self.tasks:
+            alive = task.id in known and known[task.id].alive
+            if alive or not self.missing.keys() & set(task.jobs):
+                self.ended.pop(task.id, None)
+            elif now - self.ended.setdefault(task.id, now) >= GRACE_S:
+                yield task
+
+    def _log_status(self, line: str) -> None:
+        """Logs a line that differs from the last one."""
+        if line and line != self.last_status:
+            log_above_bar(logger, line)
+        self.last_status = line
 
 
 def _summary(tasks: list[Queued]) -> str:
-    """'SLURM: 2 running, 3 pending (Priority)'; nothing when all have ended."""
-    counts: dict[str, int] = {}
+    """'SLURM: 2 running, 3 pending (Priority)'; empty when all have ended."""
+    counts: Counter[str] = Counter()
     for task in tasks:
         if task.alive:
-            why = f" {task.reason}" if task.state == "PENDING" and task.reason != "(None)" else ""
-            what = f"{task.state.lower()}{why}"
-            counts[what] = counts.get(what, 0) + 1
-    return (
-        f"SLURM: {', '.join(f'{n} {what}' for what, n in sorted(counts.items()))}" if counts else ""
-    )
+            state = task.state.lower()
+            if task.state == "PENDING" and task.reason != "(None)":
+                state += f" {task.reason}"
+            counts[state] += 1
+    if not counts:
+        return ""
+    return "SLURM: " + ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
 
 
 def _last_line(log: Path) -> str:
+    """' and ends with: LINE'; empty without a log."""
     try:
         lines = log.read_text(errors="replace").split("\n")
-    except OSError:  # it never began
+    except OSError:  # the task never started
         return ""
-    return next((f" and ends with: {line.strip()}" for line in reversed(lines) if line.strip()), "")
-
-
-def _giver(value: Any) -> Callable[[], Any]:
-    return lambda: value
-
-
-def _raiser(error: Exception) -> Callable[[], NoReturn]:
-    def fail() -> NoReturn:
-        raise error
-
-    return fail
+    for line in reversed(lines):
+        if line.strip():
+            return f" and ends with: {line.strip()}"
+    return ""

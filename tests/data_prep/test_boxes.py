@@ -136,7 +136,7 @@ def test_fractions_of_a_microsecond_are_rounded(tmp_path):
         ({"w": None, "class_id": None}, ["lacks the fields w, class_id"]),
         (
             {"w": [1, np.nan, np.inf]},
-            ["2 of 3 boxes have a w", "first nan in row 1", "finite", "Remove or mend"],
+            ["2 of 3 boxes have a w", "first nan in row 1", "finite", "Remove or correct"],
         ),
         ({"x": [0, 0, -np.inf]}, ["1 of 3 boxes have a x", "first -inf in row 2"]),
         ({"h": [1e39, 0, 0]}, ["have a h", "first inf in row 0"]),

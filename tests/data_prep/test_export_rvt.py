@@ -72,7 +72,7 @@ def test_run_again_only_what_is_missing_is_written(exported, shards, fixture, tm
     before = {name: (out / name).stat().st_mtime_ns for name in files(out)}
     report = export_rvt(shards, out)
     assert report.written == [KEYS[1]]
-    assert sorted(report.there) == sorted([KEYS[0], KEYS[2]])
+    assert sorted(report.existing) == sorted([KEYS[0], KEYS[2]])
     assert all((out / name).stat().st_mtime_ns == then for name, then in before.items())
     assert_same_tree(out, fixture / "output")
 
@@ -163,7 +163,7 @@ def test_another_tree_in_the_place_is_refused_and_left_alone(shards, exported, t
     )
     np.save(times, np.load(times) + 1)
     before = {name: (out / name).read_bytes() for name in files(out)}
-    with pytest.raises(ShardError, match=f"{KEYS[0]} is there already"):
+    with pytest.raises(ShardError, match=f"{KEYS[0]} exists already"):
         export_rvt(shards, out)
     assert {name: (out / name).read_bytes() for name in files(out)} == before
 
@@ -174,7 +174,7 @@ def test_a_changed_frame_is_noticed(shards, exported, tmp_path):
     with h5py.File(path, "r+") as file:
         middle = len(file["data"]) // 2
         file["data"][middle] = file["data"][middle] ^ 1
-    with pytest.raises(ShardError, match=f"{KEYS[1]} is there already"):
+    with pytest.raises(ShardError, match=f"{KEYS[1]} exists already"):
         export_rvt(shards, out)
 
 

@@ -93,7 +93,7 @@ def test_a_complete_dataset(source, prepared, told):
     assert times_of(prepared) == before
     code, lines = told(prepared)
     assert code == 0
-    assert lines[-1] == "complete; whether the source has more recordings, --source RAW tells"
+    assert lines[-1] == "complete; --source RAW also shows whether the source has more recordings"
 
 
 def test_recordings_that_are_new_changed_or_gone(mine, told):
@@ -238,7 +238,7 @@ def test_status_keeps_nobody_from_the_lock_and_nobody_keeps_status_from_its_work
     source, output = mine
     with locked(output, "evspan prep verify"):
         result = status(output, source)
-        assert result.at_work.startswith(
+        assert result.lock.at_work.startswith(
             f"process {os.getpid()} on {socket.gethostname()} (evspan prep verify), since "
         )
         assert not result.complete

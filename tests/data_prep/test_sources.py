@@ -166,7 +166,7 @@ def test_a_file_that_is_no_list(folder, content, told):
 
 # -- the whole way -----------------------------------------------------------------------------------------------
 @pytest.mark.timeout(100)
-def test_a_listed_source_is_prepared_and_verified_as_a_folder_is(tmp_path, capsys):
+def test_a_listed_source_is_prepared_and_verified_as_a_folder_is(tmp_path):
     raw = tmp_path / "raw"
     simulate(raw / "train" / "a_td.raw", seconds=0.4, seed=0, config=SCENE)
     simulate(raw / "val" / "b_td.dat", seconds=0.3, seed=1, config=SCENE)
@@ -184,9 +184,10 @@ def test_a_listed_source_is_prepared_and_verified_as_a_folder_is(tmp_path, capsy
         f"{raw}/val/b_td.dat",
     ]
     assert len(contents(output)["train/a"]["boxes"]) > 0
-    assert verify(output, tmp_path / "list.csv", sample=None, processes=1) == {}
-    frames = sum(e["frames"] for e in entries(output).values())
-    assert f"; {frames} frames of 2 compared with the recordings" in capsys.readouterr().out
+    report = verify(output, tmp_path / "list.csv", sample=None, processes=1)
+    assert report.damaged == {}
+    frames = {key: entry["frames"] for key, entry in entries(output).items()}
+    assert {key: result.compared for key, result in report.results.items()} == frames
     assert prepare(config).prepared == {}
 
     boxes = read_boxes(elsewhere / "boxes of a.npy")

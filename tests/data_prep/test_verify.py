@@ -21,9 +21,10 @@ from evspan.data_prep.prepare import prepare
 from evspan.data_prep.shards.atomic import locked
 from evspan.data_prep.shards.check import Task, sampled_frames
 from evspan.data_prep.shards.format import RecordingEntry
-from evspan.data_prep.shards.verify import verify
+from evspan.data_prep.shards.verify import verify as verify_shards
 from evspan.data_prep.simulator import simulate
 from evspan.launch.cli.prep import main
+from evspan.launch.cli.prep_verify import print_report
 from support.prepared import (
     COLUMNS,
     KEYS,
@@ -39,6 +40,13 @@ from support.prepared import (
 )
 
 REDONE = "evspan prep verify found it damaged"
+
+
+def verify(root, source=None, **options) -> dict[str, str]:
+    """What is damaged; prints what the command prints."""
+    report = verify_shards(root, source, **options)
+    print_report(root, report, has_source=source is not None)
+    return report.damaged
 
 
 @pytest.fixture(scope="module")
@@ -617,7 +625,7 @@ def test_exit_codes_and_what_is_said(mine, capsys):
     assert [line.split(": ")[1] for line in lines if "train/b: " in line] == ["damaged"]
     assert (
         lines[-1]
-        == f"{output}: 1 damaged, and marked: run the same evspan prep again, which redoes no others"
+        == f"{output}: 1 damaged, and marked: run the same evspan prep again, which prepares only them"
     )
     assert typed("verify", source) == 2
     assert "holds no manifest.json, so it is no prepared dataset" in capsys.readouterr().err

@@ -106,20 +106,20 @@ def task_of(output: Path) -> int | None:
     return None
 
 
-def told(output: Path) -> dict[str, int]:
+def outcomes(output: Path) -> dict[str, int]:
     return {
         p.name: p.stat().st_mtime_ns
-        for p in (output / ".parts" / "slurm" / "told").glob("[0-9]*.pkl")
+        for p in (output / ".parts" / "slurm" / "outcomes").glob("[0-9]*.pkl")
     }
 
 
 def stopped_at_work(output: Path) -> tuple[int, dict[str, int]]:
-    """The one task of an array, stopped when it had done some recordings, and what it had told of."""
-    wait_until(lambda: told(output))
+    """The one task of an array, stopped when it had done some recordings, and the outcomes it had written."""
+    wait_until(lambda: outcomes(output))
     pid = task_of(output)
     assert pid
     os.kill(pid, signal.SIGSTOP)
-    done = told(output)
+    done = outcomes(output)
     assert 0 < len(done) < COPIES
     return pid, done
 
@@ -303,7 +303,7 @@ def test_a_partition_that_is_not_there_is_one_line(slurm, source, tmp_path):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    ("how", "cpus"), [("requeued", 1), ("told of its end", 1), ("preempted", 2)]
+    ("how", "cpus"), [("requeued", 1), ("at its time limit", 1), ("preempted", 2)]
 )
 def test_a_task_that_comes_back_goes_on_and_a_bad_recording_is_named(
     slurm, many, tmp_path, how, cpus
@@ -339,7 +339,7 @@ def test_a_task_that_comes_back_goes_on_and_a_bad_recording_is_named(
     assert "train/bad: " in err
     assert "bad_td.dat" in err
     assert len(err.splitlines()) == 1
-    after = told(output)
+    after = outcomes(output)
     assert len(after) == COPIES + 1
     assert {k: after[k] for k in before} == before
     (source / "train" / "bad_td.dat").unlink()
@@ -356,7 +356,7 @@ def test_a_task_that_dies_is_noticed_and_the_same_command_completes(slurm, many,
     code, out, err = finished(process)
     assert code == 2
     assert len(err.splitlines()) == 1
-    done = len(told(output))
+    done = len(outcomes(output))
     assert err.startswith(
         f"error: {COPIES - done} of {COPIES} recordings cannot be prepared; {done} are done and kept"
     )
@@ -423,5 +423,5 @@ def test_interrupted_it_cancels_the_array(slurm, many, tmp_path, number, expecte
     process.send_signal(number)
     code, out, err = finished(process)
     assert (code, err) == (expected, "")
-    assert "cancelled the SLURM job; what is done is kept" in out
+    assert "cancelled the SLURM job; finished parts are kept" in out
     wait_until(lambda: slurm.jobs()[job] == "CANCELLED", 15)

@@ -222,7 +222,7 @@ def test_a_killed_worker_ends_in_one_line_that_says_what_to_do(source, prepared,
     code, _out, err = finished(process)
     assert code == 2
     assert len(err.splitlines()) == 1
-    assert err.startswith("error: one of 2 processes was killed, perhaps since memory ran out")
+    assert err.startswith("error: one of 2 processes was killed, perhaps because memory ran out")
     assert "processes=1" in err
     prepare(prep_config(source, output))
     assert_same(output, prepared)

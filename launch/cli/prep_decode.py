@@ -1,0 +1,50 @@
+"""`evspan prep decode`: any recording to HDF5 with events/{t,x,y,p}."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evspan.conf.errors import UserError
+from evspan.data_prep.recordings.open import open_recording, open_writer
+from evspan.data_prep.shards.atomic import written_whole
+from evspan.launch.cli.command import Parser
+from evspan.launch.cli.prep_info import dropped_summary
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command."""
+
+    recording: Path
+    out: Path
+
+
+def _parse(argv: Sequence[str]) -> Options:
+    parser = Parser(
+        "evspan prep decode",
+        description="Any recording to HDF5 with events/{t,x,y,p} and height, width.",
+        epilog="example: evspan prep decode drive_td.dat drive_td.h5",
+    )
+    parser.add_argument("recording", type=Path)
+    parser.add_argument("out", type=Path, help="a file ending in .h5")
+    return Options(**vars(parser.parse_args(argv)))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    options = _parse(argv)
+    if options.out.suffix != ".h5":
+        raise UserError(
+            f"{options.out} does not end in .h5; decode writes HDF5: evspan prep decode "
+            f"{options.recording} {options.recording.with_suffix('.h5')}"
+        )
+    recording = open_recording(options.recording)
+    if options.out.exists() and options.out.samefile(options.recording):
+        raise UserError(f"{options.out} is the recording itself; name another file")
+    with (
+        written_whole(options.out) as temporary,
+        open_writer(temporary, recording.height, recording.width) as writer,
+    ):
+        for events in recording.chunks():
+            writer.write(events)
+    print(f"{options.out}: {recording.events} events{dropped_summary(recording.dropped)}")
