@@ -1,267 +1,237 @@
-"""`evspan smoke`: this machine trains a few steps under every layout of its ranks, and all must give what one rank gives."""
+"""Checks that every layout of this machine's ranks computes what one rank computes."""
 
-import argparse
-import io
 import json
+import logging
+import math
 import os
+import subprocess
 import sys
 import time
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from evspan.conf.errors import UserError
-from evspan.launch.cli.command import Parser, run_command
+from evspan.conf.text import plural
 from evspan.launch.local.ranks import run_ranks
-from evspan.launch.local.run import under_launcher
+from evspan.pipeline.engine.layouts import DeviceInfo, LayoutResult
 
-LOSS = GRADIENT = (
-    1e-5  # relative, what layouts may differ by; or so many times what rounding alone does on one rank:
-)
-ROUNDING = 5
-TOO_MUCH = 1e-3  # for rounding alone
-MOST_RANKS = 64
+LEAST_TOLERANCE = 1e-5  # relative difference between layouts
+ROUNDING_FACTOR = 5  # the tolerance is at least this many times the effect of rounding
+LARGEST_ROUNDING = 1e-3  # a larger effect is not rounding
+MAX_RANKS = 64
+MAX_STEPS = 100
 
-DESCRIPTION = """Trains a few steps of a micro detector, on recordings that it makes, with this machine's ranks cut into
-data x sequence in every way, under both exchanges and different ZeRO stages; resumes each from its own
-checkpoint and from another layout's. Exit code 0 only if all give the losses and gradients of one rank.
-Runs on the GPUs if there are any, else on the CPU."""
-EXAMPLES = """examples:
-  evspan smoke --ranks 2                      # minutes on 2 cores
-  evspan smoke --ranks 4 --keep smoke         # data, runs, curves and the ranks' log stay in smoke/
-  CUDA_VISIBLE_DEVICES= evspan smoke          # on the CPU of a machine that has GPUs"""
+logger = logging.getLogger(__name__)
 
 
-class Bounds(NamedTuple):
-    """What losses and gradients may differ by, relative, and how much of it rounding alone does."""
+@dataclass(frozen=True)
+class SmokeOptions:
+    """What to train.
+
+    Attributes:
+        ranks: number of processes, with a GPU each if there are any.
+        steps: optimizer steps per layout.
+    """
+
+    ranks: int = 2
+    steps: int = 3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.ranks <= MAX_RANKS:
+            raise UserError(f"--ranks is {self.ranks}; give 1 to {MAX_RANKS}")
+        if not 2 <= self.steps <= MAX_STEPS:
+            raise UserError(
+                f"--steps is {self.steps}; give 2 to {MAX_STEPS}: runs are resumed half way"
+            )
+
+
+@dataclass(frozen=True)
+class SmokeResult:
+    """The result of `run_smoke`.
+
+    Attributes:
+        exit_code: of the ranks; 0 if all ended well.
+        device: None if the ranks ended before they reported it.
+        layouts: the reference, the same with other rounding, then the layouts of all ranks.
+        seconds: duration of the whole test.
+    """
+
+    exit_code: int
+    device: DeviceInfo | None
+    layouts: list[LayoutResult]
+    seconds: float
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is something to compare."""
+        return self.device is not None and len(self.layouts) > 1
+
+    @property
+    def exact_resume(self) -> bool:
+        """Whether resuming must give the same bits, as it does on CPUs."""
+        return self.device is not None and not self.device.gpus
+
+    def tolerances(self) -> "Tolerances":
+        """The differences that the layouts may have."""
+        return tolerances(self.layouts[1])
+
+    def verdicts(self) -> list["Verdict"]:
+        """A verdict per layout; empty if there is nothing to compare."""
+        if not self.is_complete:
+            return []
+        allowed = self.tolerances()
+        return [judge(layout, allowed, exact=self.exact_resume) for layout in self.layouts]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all layouts were trained and compute what one rank computes."""
+        verdicts = self.verdicts()
+        return not self.exit_code and bool(verdicts) and all(v.passed for v in verdicts)
+
+
+class Tolerances(NamedTuple):
+    """Relative differences of losses and gradients: allowed ones, and the effect of rounding."""
 
     loss: float
-    gradient: float
-    rounding: tuple[float, float]
+    gradients: float
+    loss_rounding: float
+    gradients_rounding: float
 
 
-def bounds(rounding: dict[str, Any]) -> Bounds:
-    """Of float32: summing in another order changes gradients by some 1e-5, which Adam hands on to the losses of later steps. How
-    much that is here, one rank shows that takes its frames one by one instead of all at once."""
+def tolerances(rounding: LayoutResult) -> Tolerances:
+    """The allowed differences, from the effect of rounding on this machine.
 
-    def allowed(least: float, noise: float) -> float:
-        return max(least, ROUNDING * min(noise, TOO_MUCH)) if noise == noise else least
+    In float32, another order of summation changes gradients by about 1e-5, and through Adam the
+    losses of later steps.
 
-    noise = rounding["loss"], rounding["gradients"]
-    return Bounds(allowed(LOSS, noise[0]), allowed(GRADIENT, noise[1]), noise)
-
-
-def verdicts(row: dict[str, Any], allowed: Bounds, *, exact: bool) -> dict[str, bool]:
-    """Column -> whether the layout is as one rank there. exact: resuming must be so to the last bit (not so on GPUs)."""
-    return {
-        "loss": row["loss"] <= allowed.loss and not row["skipped"],  # nan is not
-        "gradients": row["gradients"] <= allowed.gradient,
-        "resumed": row["resumed"] <= (0.0 if exact else allowed.loss),
-        "resumed_other": row.get("resumed_other", 0.0) <= allowed.loss,
-    }
-
-
-def table(rows: list[dict[str, Any]], allowed: Bounds, *, exact: bool) -> tuple[list[str], bool]:
-    """Lines, and whether every row passes."""
-    lines, passed = (
-        [
-            (
-                "layout",
-                "ZeRO",
-                "loss",
-                "gradients",
-                "resumed",
-                "resumed from",
-                "frames/s",
-                "peak MB",
-                "",
-            )
-        ],
-        True,
+    Args:
+        rounding: one rank that takes its frames one by one instead of all at once.
+    """
+    return Tolerances(
+        loss=_tolerance(rounding.loss),
+        gradients=_tolerance(rounding.gradients),
+        loss_rounding=rounding.loss,
+        gradients_rounding=rounding.gradients,
     )
-    for row in rows:
-        good = verdicts(row, allowed, exact=exact)
-        passed = passed and all(good.values())
 
-        def cell(name: str, row: dict[str, Any] = row, good: dict[str, bool] = good) -> str:
-            return (
-                f"{'equal' if good[name] else 'DIFFERS'} {row[name]:.0e}" if row[name] else "equal"
-            )
 
-        other = f"{row['other']}: {cell('resumed_other')}" if "other" in row else "-"
-        alone = row is rows[0]
-        lines.append(
-            (
-                f"{row['layout']}{' (reference)' if alone else ''}",
-                str(row["stage"]),
-                "-" if alone else cell("loss"),
-                "-" if alone else cell("gradients"),
-                cell("resumed"),
-                other,
-                f"{row['speed']:.1f}",
-                f"{row['peak'] / 1e6:.0f}",
-                "pass" if all(good.values()) else "FAIL",
-            )
+def _tolerance(rounding: float) -> float:
+    if math.isnan(rounding):
+        return LEAST_TOLERANCE
+    return max(LEAST_TOLERANCE, ROUNDING_FACTOR * min(rounding, LARGEST_ROUNDING))
+
+
+class Verdict(NamedTuple):
+    """Whether a layout computes what one rank computes, in each of four comparisons."""
+
+    loss: bool
+    gradients: bool
+    resumed: bool
+    resumed_other: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether it does in all of them."""
+        return all(self)
+
+
+def judge(result: LayoutResult, allowed: Tolerances, *, exact: bool) -> Verdict:
+    """Compares a layout's differences with the allowed ones; NaN fails.
+
+    Args:
+        exact: whether resuming on the same layout must give the same bits.
+    """
+    return Verdict(
+        loss=result.loss <= allowed.loss and not result.skipped,
+        gradients=result.gradients <= allowed.gradients,
+        resumed=result.resumed <= (0.0 if exact else allowed.loss),
+        resumed_other=result.resumed_other <= allowed.loss,
+    )
+
+
+def run_smoke(options: SmokeOptions, folder: Path) -> SmokeResult:
+    """Makes recordings and shards, then trains one rank and all layouts of `options.ranks` ranks.
+
+    Args:
+        folder: empty; gets the data, the runs and the results.
+
+    Raises:
+        UserError: there are fewer GPUs than ranks, or the data could not be made.
+    """
+    started = time.perf_counter()
+    logger.info("making recordings and frames in %s", folder)
+    make_data(folder, options.ranks)
+    device: DeviceInfo | None = None
+    layouts: list[LayoutResult] = []
+    exit_code = 0
+    for world_size in sorted({1, options.ranks}):
+        logger.info("training on %s", plural(world_size, "rank"))
+        exit_code = _train(options, folder, world_size)
+        reported_device, results = read_results(results_file(folder, world_size))
+        device = device or reported_device
+        layouts += results
+        if exit_code:
+            break
+        if device is not None:
+            _check_gpus(device, options.ranks)
+    return SmokeResult(exit_code, device, layouts, time.perf_counter() - started)
+
+
+def _train(options: SmokeOptions, folder: Path, world_size: int) -> int:
+    """Runs the ranks of a world; returns their exit code."""
+    threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
+    command = [sys.executable, "-m", "evspan.launch.smoke_rank", str(folder)]
+    command += [str(options.ranks), str(options.steps), str(threads)]
+    return run_ranks(command, world_size, threads=threads)
+
+
+def _check_gpus(device: DeviceInfo, ranks: int) -> None:
+    if 0 < device.gpus < ranks:
+        raise UserError(
+            f"--ranks is {ranks}, but this machine has {plural(device.gpus, 'GPU')}; give --ranks "
+            f"{device.gpus}, or test the CPU: CUDA_VISIBLE_DEVICES= evspan smoke"
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return [
-        "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines
-    ], passed
 
 
 def make_data(folder: Path, ranks: int) -> None:
-    """FOLDER/shards, from recordings of a small sensor."""
-    import evspan.launch.cli.prep
-    import evspan.launch.cli.simulate
+    """Makes FOLDER/shards from simulated recordings of a small sensor.
 
-    with redirect_stdout(said := io.StringIO()):
-        try:
-            evspan.launch.cli.simulate.main(
-                [
-                    str(folder / "raw"),
-                    "--recordings",
-                    f"train={ranks + 2},val=1",
-                    "--seconds",
-                    "2",
-                    "--width",
-                    "256",
-                    "--height",
-                    "192",
-                    "--objects",
-                    "2,4",
-                    "--processes",
-                    "1",
-                ]
-            )
-            evspan.launch.cli.prep.main(
-                [
-                    f"source={folder / 'raw'}",
-                    f"output={folder / 'shards'}",
-                    "frames.downsample=2",
-                    "processes=1",
-                ]
-            )
-        except SystemExit:
-            print(said.getvalue(), file=sys.stderr)
-            raise
+    Raises:
+        UserError: a command failed.
+    """
+    raw = folder / "raw"
+    simulate = ["simulate", str(raw), "--recordings", f"train={ranks + 2},val=1"]
+    simulate += ["--seconds", "2", "--width", "256", "--height", "192"]
+    simulate += ["--objects", "2,4", "--processes", "1"]
+    prep = ["prep", f"source={raw}", f"output={folder / 'shards'}"]
+    prep += ["frames.downsample=2", "processes=1"]
+    for arguments in (simulate, prep):
+        _run_evspan(arguments)
 
 
-def smoke(ranks: int, steps: int, folder: Path) -> int:
-    """Run it in an empty folder, tell the table; the exit code."""
-    began = time.perf_counter()
-    print(f"making recordings and frames in {folder}", flush=True)
-    make_data(folder, ranks)
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    command = [
-        sys.executable,
-        "-m",
-        "evspan.launch.smoke_rank",
-        str(folder),
-        str(ranks),
-        str(steps),
-        str(threads),
-    ]
-    about: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
-    for world in sorted({1, ranks}):
-        print(f"training on {world} rank{'s' * (world > 1)}", flush=True)
-        code = run_ranks(command, world, threads=threads)
-        told = folder / f"told-{world}.jsonl"
-        lines = (
-            [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
-        )
-        about, rows = about or (lines[0] if lines else {}), rows + lines[1:]
-        if code:
-            break
-        if 0 < about["gpus"] < ranks:
-            raise UserError(
-                f"--ranks is {ranks}, but there {'is' if about['gpus'] == 1 else 'are'} {about['gpus']} GPU"
-                f"{'s' * (about['gpus'] > 1)}; give --ranks {about['gpus']}, or try the CPU: "
-                "CUDA_VISIBLE_DEVICES= evspan smoke"
-            )
-    passed = _tell(rows, about, steps) if len(rows) > 1 else False
-    verdict = f"exit code {code}, see above" if code else "pass" if passed else "FAIL"
-    print(f"smoke: {verdict}, {len(rows)} layouts, {time.perf_counter() - began:.0f} s", flush=True)
-    return code or int(not passed)
+def _run_evspan(arguments: Sequence[str]) -> None:
+    command = [sys.executable, "-m", "evspan.launch", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        lines = (result.stderr or result.stdout).strip().splitlines()
+        reason = lines[-1] if lines else f"exit code {result.returncode}"
+        raise UserError(f"evspan {arguments[0]} failed: {reason.removeprefix('error: ')}")
 
 
-def _tell(rows: list[dict[str, Any]], about: dict[str, Any], steps: int) -> bool:
-    allowed, exact = bounds(rows[1]), not about["gpus"]
-    lines, passed = table(rows, allowed, exact=exact)
-    print(f"\n{about['device']}; {steps} steps in float32, resumed after {steps // 2}\n")
-    print("\n".join(lines))
-    noise = f"{allowed.rounding[0]:.0e} and {allowed.rounding[1]:.0e}"
-    print(
-        f"\nequal: losses of all steps within {allowed.loss:.0e}, gradients of the first within {allowed.gradient:.0e}, "
-        f"relative;\nthat is {LOSS:.0e}, or {ROUNDING} times what rounding alone changes (one rank, frame by frame: {noise}).\n"
-        f"resumed, on the same layout: equal {'to the last bit' if exact else 'as losses are'}. peak: the rank that used most"
-    )
-    return passed
+# -- results of the ranks --------------------------------------------------------------------------
+def results_file(folder: Path, world_size: int) -> Path:
+    """The file that rank 0 of a world writes: a DeviceInfo, then a LayoutResult a line, as JSON."""
+    return folder / f"results-{world_size}.jsonl"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "evspan smoke",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--ranks",
-        type=int,
-        default=2,
-        metavar="N",
-        help="processes, a GPU each if there are any (default: 2)",
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=3,
-        metavar="N",
-        help="optimizer updates per layout (default: 3)",
-    )
-    parser.add_argument(
-        "--keep", type=Path, metavar="DIR", help="leave everything there; a new or empty folder"
-    )
-    return parser
-
-
-def check(given: argparse.Namespace) -> None:
-    if not 1 <= given.ranks <= MOST_RANKS:
-        raise UserError(f"--ranks is {given.ranks}; give 1 to {MOST_RANKS}")
-    if not 2 <= given.steps <= 100:
-        raise UserError(
-            f"--steps is {given.steps}; give 2 to 100: a checkpoint is resumed half way"
-        )
-    if (
-        given.keep
-        and given.keep.exists()
-        and (not given.keep.is_dir() or any(given.keep.iterdir()))
-    ):
-        raise UserError(f"--keep {given.keep} is there and not empty; name a new folder")
-    if under_launcher():
-        raise UserError(
-            "evspan smoke starts its ranks itself; run it without torchrun, and under srun as one task (-n1)"
-        )
-
-
-def main(argv: list[str] | None = None) -> None:
-    given, code = _parser().parse_args(argv), 0
-
-    def run() -> None:
-        nonlocal code
-        check(given)
-        with ExitStack() as stack:
-            folder = given.keep or Path(
-                stack.enter_context(TemporaryDirectory(prefix="evspan-smoke-"))
-            )
-            folder.mkdir(parents=True, exist_ok=True)
-            code = smoke(given.ranks, given.steps, folder.absolute())
-
-    run_command(run)
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()
+def read_results(path: Path) -> tuple[DeviceInfo | None, list[LayoutResult]]:
+    """The contents of a results file, which may be missing or end early."""
+    if not path.exists():
+        return None, []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    if not lines:
+        return None, []
+    device, *layouts = lines
+    return DeviceInfo(**device), [LayoutResult(**layout) for layout in layouts]

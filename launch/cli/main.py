@@ -62,7 +62,7 @@ COMMANDS = {
         "a trained detector and a recording -> detections and a video",
     ),
     "smoke": Command(
-        "evspan.launch.smoke:main",
+        "evspan.launch.cli.smoke:main",
         "does this machine train? every layout of its ranks against one rank, in minutes",
     ),
     "convert": Command(

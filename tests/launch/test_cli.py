@@ -96,7 +96,7 @@ def test_every_help_shows_an_example_and_needs_no_torch(command):
         "evspan.launch.cli.infer",
         "evspan.launch.cli.export",
         "evspan.launch.cli.convert",
-        "evspan.launch.smoke",
+        "evspan.launch.cli.smoke",
     ],
 )
 def test_commands_are_modules_too(module):

@@ -7,27 +7,30 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from evspan.conf.schema.layout import ExchangeKind
-from evspan.launch.smoke import Bounds, bounds, table, verdicts
-from evspan.launch.smoke_rank import config, layouts
+from evspan.launch.cli.smoke import layout_table
+from evspan.launch.smoke import Tolerances, judge, tolerances
+from evspan.pipeline.engine.layout_comparison import ComparisonConfig, train_config
+from evspan.pipeline.engine.layouts import LayoutResult, layouts_of
 
 ROOT = Path(__file__).parents[2]
-ALIKE = {
-    "layout": "2x1",
-    "stage": 1,
-    "skipped": 0,
-    "peak": 7e8,
-    "speed": 40.0,
-    "loss": 3e-7,
-    "gradients": 2e-5,
-    "resumed": 0.0,
-    "other": "1x1",
-    "resumed_other": 1e-6,
-}
-ALLOWED = Bounds(1e-5, 1e-4, (2e-6, 2e-5))
+ALIKE = LayoutResult(
+    layout="2x1",
+    stage=1,
+    skipped=0,
+    peak_bytes=700_000_000,
+    frames_per_s=40.0,
+    loss=3e-7,
+    gradients=2e-5,
+    resumed=0.0,
+    other="1x1",
+    resumed_other=1e-6,
+)
+ALLOWED = Tolerances(1e-5, 1e-4, 2e-6, 2e-5)
 
 
 def run(*arguments, cwd=ROOT, timeout=240):
@@ -57,20 +60,21 @@ def test_two_ranks_train_as_one(tmp_path):
     assert "CPU" in done.stdout
     assert "smoke: pass, 5 layouts" in done.stdout
     assert not done.stderr
-    told = [
+    results = [
         json.loads(line)
-        for line in (tmp_path / "smoke" / "told-2.jsonl").read_text().splitlines()[1:]
+        for line in (tmp_path / "smoke" / "results-2.jsonl").read_text().splitlines()[1:]
     ]
-    for row in told:  # they did compute apart: something differs, by rounding
+    assert len(results) == 3
+    for row in results:  # they did compute apart: something differs, by rounding
         assert 0 < row["gradients"] < 1e-3
         assert 0 < row["resumed_other"] < 1e-4
         assert row["resumed"] == 0
-        assert 1e8 < row["peak"] < 1e10
-        assert row["speed"] > 0
+        assert 1e8 < row["peak_bytes"] < 1e10
+        assert row["frames_per_s"] > 0
     again = run("--keep", str(tmp_path / "smoke"))
     assert again.returncode == 2
     assert again.stderr.count("\n") == 1
-    assert "is there and not empty" in again.stderr
+    assert "exists and is not empty" in again.stderr
 
 
 @pytest.mark.soak
@@ -107,39 +111,44 @@ def test_a_mistake_in_the_code_is_found(tmp_path, file, right, wrong):
     ],
 )
 def test_what_differs_fails(column, value):
-    row = {**ALIKE, column: value}
-    assert verdicts(row, ALLOWED, exact=True) == {
+    result = replace(ALIKE, **{column: value})
+    verdict = judge(result, ALLOWED, exact=True)
+    assert verdict._asdict() == {
         name: name != column for name in ("loss", "gradients", "resumed", "resumed_other")
     }
-    lines, passed = table([ALIKE, row], ALLOWED, exact=True)
-    assert not passed
+    alike = judge(ALIKE, ALLOWED, exact=True)
+    assert alike.passed
+    assert not verdict.passed
+    lines = layout_table([ALIKE, result], [alike, verdict])
     assert lines[1].endswith("pass")
     assert lines[2].endswith("FAIL")
-    assert "DIFFERS" in lines[2] or column == "resumed"
+    assert "DIFFERS" in lines[2]
 
 
 def test_what_is_alike_passes():
-    assert table([ALIKE, ALIKE], ALLOWED, exact=True)[1]
-    assert table([ALIKE, {**ALIKE, "resumed": 1e-9}], ALLOWED, exact=False)[1]
-    assert not table([ALIKE, {**ALIKE, "skipped": 1}], ALLOWED, exact=False)[1]
+    assert judge(ALIKE, ALLOWED, exact=True).passed
+    assert judge(replace(ALIKE, resumed=1e-9), ALLOWED, exact=False).passed
+    assert not judge(replace(ALIKE, skipped=1), ALLOWED, exact=False).passed
 
 
 def test_bounds_follow_rounding_but_not_everywhere():
-    assert bounds({"loss": 1e-7, "gradients": 1e-8})[:2] == (1e-5, 1e-5)
-    assert bounds({"loss": 4e-6, "gradients": 3e-5})[:2] == pytest.approx((2e-5, 1.5e-4))
-    assert bounds({"loss": 0.5, "gradients": math.nan})[:2] == pytest.approx((5e-3, 1e-5))
+    def allowed(loss, gradients):
+        return tolerances(replace(ALIKE, loss=loss, gradients=gradients))[:2]
+
+    assert allowed(1e-7, 1e-8) == (1e-5, 1e-5)
+    assert allowed(4e-6, 3e-5) == pytest.approx((2e-5, 1.5e-4))
+    assert allowed(0.5, math.nan) == pytest.approx((5e-3, 1e-5))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
 def test_layouts_are_all_that_the_ranks_make_and_fit(tmp_path, ranks):
-    made = layouts(ranks)
-    for layout in made:
-        config(
-            layout, tmp_path, tmp_path / "run", ranks=ranks, steps=3, threads=1
-        )  # which refuses what does not divide
-    cuts = {(layout.ranks // layout.sequence, layout.sequence) for layout in made}
+    layouts = layouts_of(ranks)
+    comparison = ComparisonConfig(tmp_path, ranks=ranks, steps=3, threads=1)
+    for layout in layouts:
+        train_config(layout, comparison, tmp_path / "run")  # refuses what does not divide
+    cuts = {(layout.ranks // layout.sequence, layout.sequence) for layout in layouts}
     assert cuts == {(ranks // s, s) for s in range(1, ranks + 1) if ranks % s == 0}
-    shared = {(layout.sequence, layout.exchange) for layout in made if layout.sequence > 1}
+    shared = {(layout.sequence, layout.exchange) for layout in layouts if layout.sequence > 1}
     assert shared == {
         (s, kind)
         for s in range(2, ranks + 1)

@@ -49,8 +49,6 @@ OWNED = {  # third-party name -> the only places that may import it
 PENDING: set[str] = {
     "conf.compose",
     "launch.demo",
-    "launch.smoke",
-    "launch.smoke_rank",
     "launch.sweep.submit",
     "pipeline.evaluation.compare",
     "pipeline.infer_config",
