@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from benchmarks.frame_by_frame import FrameByFrame
 from evspan.conf.schema.training import BackboneConfig, HeadConfig, ModelConfig
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
+from frame_by_frame import FrameByFrame
 
 CHANNELS, H, W, STEPS, LANES = 4, 60, 120, 5, 2  # padded to 64 x 128
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from benchmarks import rvt_way
+import rvt_way
 from support.rvt_tree import assert_same_tree
 
 
