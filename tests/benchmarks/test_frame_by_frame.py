@@ -41,6 +41,7 @@ def some_boxes(counts, most):
     return boxes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(4, 0, 1, 7), (0, 0, 0, 0)], ids=["some boxes", "no boxes"])
 def test_same_loss_gradients_and_statistics(counts):
     ours, theirs = both_sides()
@@ -76,6 +77,7 @@ def test_same_predictions_frame_by_frame_with_the_state_carried():
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_published_numbers(parity_dir):
     given = {p.stem: dict(np.load(p)) for p in (parity_dir / "parity_small").glob("*.npz")}
     theirs = FrameByFrame(ModelConfig(backbone=BackboneConfig(embed_dim=16, dim_head=8)), 20)

@@ -51,6 +51,7 @@ def run_study(folder: Path, *words: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_quick_trains_two_variants_reports_them_and_continues(tmp_path):
     words = [
@@ -102,6 +103,7 @@ def test_quick_trains_two_variants_reports_them_and_continues(tmp_path):
 
 
 # -- the set -----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_set_is_made_once_and_refused_when_it_is_not_what_was_made(tmp_path, capfd):
     (tmp_path / "a" / ".set.writing" / "raw").mkdir(
@@ -261,6 +263,7 @@ CHANGES = {  # variant -> how its model differs from the baseline's
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", plans.VARIANTS)
 def test_a_variant_changes_what_it_says_and_nothing_else(variant):
     def flat(name):

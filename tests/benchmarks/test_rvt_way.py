@@ -9,11 +9,13 @@ import rvt_way
 from support.rvt_tree import assert_same_tree
 
 
+@pytest.mark.slow
 def test_gives_the_published_output(tmp_path, parity_dir):
     rvt_way.prepare(parity_dir / "prep_fixture" / "input", tmp_path / "out")
     assert_same_tree(tmp_path / "out", parity_dir / "prep_fixture" / "output")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_processes_give_the_same(tmp_path, parity_dir):
     source = parity_dir / "prep_fixture" / "input"

@@ -62,6 +62,7 @@ def exported(tmp_path_factory, shards) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_every_array_is_rvts_own(exported, fixture):
     assert_same_tree(exported, fixture / "output")
 
@@ -84,6 +85,7 @@ def test_one_split(shards, fixture, tmp_path, split):
     assert_same_tree(tmp_path / "out" / split, fixture / "output" / split)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_the_tree_opens_as_the_shards_do(shards, exported, split):
     ours = open_dataset(DatasetConfig(root=str(shards), classes=CLASSES), split)
@@ -114,6 +116,7 @@ def test_the_tree_opens_as_the_shards_do(shards, exported, split):
         )
 
 
+@pytest.mark.slow
 def test_full_resolution_keeps_boxes_and_names_its_file_so(fixture, tmp_path):
     source = tmp_path / "raw" / "test"
     source.mkdir(parents=True)
@@ -201,6 +204,7 @@ def command(*arguments) -> list[str]:
     return [sys.executable, "-m", "evspan.launch", "prep", "export-rvt", *map(str, arguments)]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_command_and_its_mistakes(shards, fixture, tmp_path):
     done = subprocess.run(
@@ -226,6 +230,7 @@ def test_the_command_and_its_mistakes(shards, fixture, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_killed_at_any_moment_each_recording_is_whole_or_absent(shards, fixture, tmp_path):
     out = tmp_path / "out"

@@ -753,6 +753,7 @@ def test_what_was_asked_for_is_no_warning(tmp_path):
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_as_typed_it_writes_beside_the_folder(shards):
     done = subprocess.run(

@@ -311,6 +311,7 @@ def contents_boxes(source, key):
     return read_boxes(find_boxes(file_of(source, key)))
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_same_bytes_as_one(source, prepared, tmp_path):
     prepare(prep_config(source, tmp_path / "out", processes=3))
     assert_same(tmp_path / "out", prepared)
@@ -546,6 +547,7 @@ def test_a_manifest_of_another_schema_is_told(mine):
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_one_bad_recording_is_named_and_the_work_on_the_others_is_kept(
     source, prepared, tmp_path, processes, capsys

@@ -26,6 +26,7 @@ from support.slow_frames import GivenRecording
 RVT_LABELS = LabelConfig(class_map={0: 0, 1: 1, 2: 2}, min_side=5, max_width_fraction=0.9)
 
 
+@pytest.mark.slow
 def test_prep_equals_the_published_preprocessing_to_the_last_bit(parity_dir, tmp_path):
     fixture = parity_dir / "prep_fixture"
     dataset = DatasetConfig(

@@ -315,6 +315,7 @@ def test_a_failure_leaves_nothing(tmp_path):
 COMMAND = ["--recordings", "train=2,val=1", "--seconds", "0.2", "--width", "320", "--height", "240"]
 
 
+@pytest.mark.slow
 def test_command_writes_the_same_bytes_with_any_number_of_processes_and_keeps_what_is_there(
     tmp_path, capsys
 ):

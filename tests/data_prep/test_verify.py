@@ -436,6 +436,7 @@ def test_an_only_shard_that_is_of_other_recordings_is_redone(source, tmp_path, o
     assert verify(output, flat, processes=1) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_several_damages_at_once_by_several_processes(mine, prepared):
     source, output = mine
@@ -447,6 +448,7 @@ def test_several_damages_at_once_by_several_processes(mine, prepared):
     assert_mended(source, output, prepared, list(damaged), before)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_any_byte_of_a_shard(mine, prepared):
     """Wherever the damage is, it is told, or nothing that is read has changed; and prep mends what is marked."""

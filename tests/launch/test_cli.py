@@ -137,6 +137,7 @@ def test_help_names_every_choice(module, groups):
             assert re.search(rf"\b{path.stem}\b", module.HELP), path
 
 
+@pytest.mark.slow
 def test_cfg_shows_the_config_and_runs_nothing(capfd):
     code, out, err = evspan(capfd, "train", "--cfg", "job", "training.max_steps=7")
     assert code == 0
@@ -256,6 +257,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "remedy"), MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_a_mistake_ends_in_one_line(capfd, tmp_path, arguments, remedy):
     code, out, err = evspan(capfd, *arguments.split())
@@ -267,6 +269,7 @@ def test_a_mistake_ends_in_one_line(capfd, tmp_path, arguments, remedy):
     assert not [p for p in tmp_path.iterdir() if p.name != "multirun"]
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(capfd, monkeypatch):
     done = python("-m", "evspan.launch", "train", "training.max_steps=0", EVSPAN_DEBUG="1")
     assert done.returncode == 1

@@ -94,6 +94,7 @@ def no_trace(runs: Path):
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_machine_without_slurm(tmp_path):
     done = doctor("--folder", tmp_path, environment=ABSENT)
@@ -116,6 +117,7 @@ def test_a_machine_without_slurm(tmp_path):
     no_trace(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
     done = doctor(
@@ -178,6 +180,7 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
     no_trace(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_folder_that_the_nodes_do_not_see(slurm_of, tmp_path):
     told = rows(
@@ -203,6 +206,7 @@ def test_a_folder_that_the_nodes_do_not_see(slurm_of, tmp_path):
     assert told["in a job", "all-reduce"]["found"].startswith("not tried")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_wrong_names_fail_with_their_remedies_and_start_no_job(slurm_of, tmp_path):
     before = slurm_of.jobs()
@@ -233,6 +237,7 @@ def test_wrong_names_fail_with_their_remedies_and_start_no_job(slurm_of, tmp_pat
     assert told["here", "all-reduce"]["grade"] == PASS  # the rest was checked
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_ending_it_ends_its_job(slurm_of, tmp_path):
     process = subprocess.Popen(
@@ -788,6 +793,7 @@ def probes(ranks, size, *arguments) -> list[subprocess.Popen]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_ranks_that_meet_and_one_that_is_alone():
     met, (alone,) = probes(range(2), 2), probes([0], 2, "2")

@@ -70,6 +70,7 @@ def refused(result) -> str:
 
 
 # -- prep --------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_first_run_second_run(source, tmp_path):
     output = tmp_path / "shards"
@@ -94,6 +95,7 @@ def test_first_run_second_run(source, tmp_path):
     assert (again.returncode, again.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_what_is_done_again_is_told(source, shards, tmp_path, evspan_prep):
     mine, output = copied(source, tmp_path / "source"), copied(shards, tmp_path / "out")
     (mine / "val" / "d_bbox.npy").unlink()
@@ -155,6 +157,7 @@ def test_dataset_configs_and_overrides_reach_the_manifest(source, tmp_path, evsp
     assert entries(tmp_path / "out")["test/d"]["dropped_boxes"]["boxes_under_min_diagonal"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
     ours, theirs = pty.openpty()
@@ -247,6 +250,7 @@ def test_mistakes_end_in_one_line_and_make_nothing(source, tmp_path, evspan_prep
     assert not (source / "shards").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_bad_recording_ends_in_one_line_that_names_it(source, tmp_path):
     bad = copied(source, tmp_path / "source")
@@ -405,6 +409,7 @@ def test_a_decode_that_fails_leaves_no_file(source, tmp_path, evspan_prep):
 
 
 # -- the whole way, on a real recording --------------------------------------------------------------------------
+@pytest.mark.slow
 def test_frames_of_a_real_recording_add_up_to_its_events(samples_dir, tmp_path, evspan_prep):
     golden = json.loads((samples_dir / "golden.json").read_text())["gen4_evt3_triggers.raw"]
     code, _out, err = evspan_prep(

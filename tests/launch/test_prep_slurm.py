@@ -18,6 +18,8 @@ from evspan.launch.slurm.prep_task import BYTES_PER_TASK, MOST_TASKS, balanced, 
 from support.prepared import assert_same, prep_config
 from support.slurm_cluster import Cluster
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 KEYS = [
     "dataset=simulated",

@@ -17,6 +17,8 @@ from evspan.launch.smoke import Tolerances, judge, tolerances
 from evspan.pipeline.engine.layout_comparison import ComparisonConfig, train_config
 from evspan.pipeline.engine.layouts import LayoutResult, layouts_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ALIKE = LayoutResult(
     layout="2x1",

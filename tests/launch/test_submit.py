@@ -22,6 +22,8 @@ from evspan.pipeline.history import (
 )
 from support.refusals import refused_by
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SHARD_FRAMES = {"train": [24, 20], "val": [12]}
 HOSTILE = [

@@ -16,6 +16,8 @@ from support.slurm_cluster import Cluster
 from support.slurm_runs import START_S, STEPS, events, evspan, job_of, keys, time_out, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+pytestmark = pytest.mark.slow
+
 SHARD_FRAMES = {"train": [60, 44, 52], "val": [12]}
 
 

@@ -214,6 +214,7 @@ def test_parts_and_recomputation_change_nothing(frames_per_call, recompute):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_stage_gives_the_same():
     def output_and_gradients(execution):
         backbone, frames = a_backbone(execution)

@@ -15,7 +15,10 @@ from support import checkpoint_ranks as stretches
 from support.small_shards import write_small_shards
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.timeout(600)  # of a launch that runs many stretches, on a busy machine
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+]  # of a launch that runs many stretches, on a busy machine
 
 
 def train(folder: Path, ranks: int, *names: str) -> None:

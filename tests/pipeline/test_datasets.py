@@ -71,6 +71,7 @@ def test_rvt_tree_labels_become_pixels_of_the_stored_frames(tmp_path):
     assert len(recording.boxes(0)) == len(recording.boxes(3)) == 0
 
 
+@pytest.mark.slow
 def test_rvt_tree_of_the_published_preprocessing(parity_dir):
     root = parity_dir / "prep_fixture" / "output"
     data = opened(root, kind=DatasetKind.rvt_tree, classes=CLASSES)

@@ -284,6 +284,7 @@ def test_experiments_build_on_the_meta_device(experiment):
             assert sum(p.numel() for p in Detector(config, 20).parameters()) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiments_take_a_training_step_at_reduced_size(experiment):
     torch.manual_seed(0)

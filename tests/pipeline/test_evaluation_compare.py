@@ -177,6 +177,7 @@ def test_a_draw_without_such_boxes_does_not_count(truth):
 
 
 # -- the comparison ----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_better_one_is_better_beyond_chance(evaluations):
     a, b = map(open_evaluation, evaluations)
     told = compare(a, b, resamples=100, seed=0, confidence=0.95)
@@ -281,6 +282,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_command_tells_a_table_or_json(evaluations):
     shown = command(*evaluations, "--resamples", 50)

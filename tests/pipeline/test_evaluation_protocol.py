@@ -244,6 +244,7 @@ def evaluated(weights, shards, output, *overrides):
     return json.loads((output / "metrics.json").read_text()), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_ranks_score_as_one_does(weights_and_shards, tmp_path):
     """Three ranks for two recordings: one has nothing to do."""

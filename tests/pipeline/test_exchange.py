@@ -14,9 +14,10 @@ from evspan.pipeline.parallel.mesh import Mesh
 from evspan.pipeline.parallel.rank_env import check_address, first_host, place
 from support import exchange_ranks as cases
 
-pytestmark = pytest.mark.timeout(
-    300
-)  # of a launch that runs all cases of a world, on a busy machine
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+]  # of a launch that runs all cases of a world, on a busy machine
 ROOT = Path(__file__).parents[2]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 LAYOUTS = list(cases.DETECTORS)  # (world, ranks per sequence)

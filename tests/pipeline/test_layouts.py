@@ -17,7 +17,10 @@ from evspan.launch.local.ranks import run_ranks
 from support.layout_ranks import Case
 from support.small_shards import write_small_shards
 
-pytestmark = pytest.mark.timeout(900)  # of the first one, which starts all ranks, on a busy machine
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]  # of the first one, which starts all ranks, on a busy machine
 ROOT = Path(__file__).parents[2]
 CLOSE, NOISE = 1e-5, 3
 # bfloat16 keeps 8 bits, and rounding even changes which cells answer for a box: 3 % of the loss, and gradients together no more

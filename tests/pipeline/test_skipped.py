@@ -8,6 +8,8 @@ import torch
 from evspan.launch.local.ranks import run_ranks
 from support.skip_ranks import PATTERNS, STAGES
 
+pytestmark = pytest.mark.slow
+
 ROOT, RANKS = Path(__file__).parents[2], 2
 
 

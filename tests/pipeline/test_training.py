@@ -20,7 +20,7 @@ from support.rvt_tree import write_rvt_tree
 from support.small_shards import BINS
 from support.training_runs import LOSSES, ROOT, scalars, train, train_command
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 SHARD_FRAMES = {"train": [23, 12, 9], "val": [12, 7, 5]}
 
 

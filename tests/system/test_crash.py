@@ -25,7 +25,7 @@ from support.checkpoint_ranks import Case, config
 from support.crash_ranks import be_rank
 from support.training_runs import LOSSES, scalars
 
-pytestmark = pytest.mark.timeout(300)  # on a busy machine
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # on a busy machine
 STEPS, EVERY, KEEP, EVALUATE = 10, 2, 2, 4
 SHARD_FRAMES = {"train": [23, 12, 9], "val": [12]}
 PRELOADED = [

@@ -10,6 +10,8 @@ from evspan.launch import demo
 from evspan.launch.cli.grammar import evaluate_overrides
 from support.composed_configs import composed
 
+pytestmark = pytest.mark.slow
+
 METRICS = {"ap": 0.41249, "ap50": 0.7125, "ap_small": 0.2, "ap_medium": 0.55, "ap_large": None}
 TIMES = {"simulate": 30.06, "prep": 20.0, "train": 200.5, "evaluate": 9.0, "infer": 12.0}
 

@@ -18,7 +18,7 @@ from support.processes import alive, all_ready, eventually, pids
 from support.slurm_cluster import free_ports
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 SHARD_FRAMES = {"train": [23, 22], "val": [4]}
 TIMEOUT_S = 4
 

@@ -28,6 +28,8 @@ from support.prepared import (
 )
 from support.slow_frames import random_events
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 KEYS = ["dataset=simulated", "dataset.labels.label_every_ms=100", "frames.bins=3", "processes=2"]
 
