@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch '$@'
 
 demo: setup ## simulate, prepare, train, evaluate and infer in minutes; results in demo/
-	@$(RUN) evspan.launch.demo
+	@$(RUN) evspan.launch.cli.demo
 
 test: lint ## style, types, and all tests but the campaigns (PYTEST_ARGS, WORKERS, TEST_TIMEOUT)
 	@$(PYTEST) $(PYTEST_ARGS)
@@ -51,7 +51,7 @@ lint: setup ## style and types: ruff format, ruff check, mypy
 
 soak: setup ## long campaigns, then the demo; write the results into tests/benchmarks/LOG.md
 	@$(RUN) pytest -m soak --timeout 0 -s $(PYTEST_ARGS)
-	@$(RUN) evspan.launch.demo
+	@$(RUN) evspan.launch.cli.demo
 
 bench-learn: setup ## the learning study, hours on 2 cores (BENCH_ARGS=--quick)
 	@$(VENV)/bin/python tests/benchmarks/learn.py $(BENCH_ARGS)

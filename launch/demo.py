@@ -1,139 +1,173 @@
-"""`make demo`: the whole way on simulated recordings, by the commands that a user would give, timed, in one table."""
+"""The demo: simulate, prepare, train, evaluate and infer, by the commands that users give."""
 
-import argparse
 import json
+import logging
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from evspan.conf.errors import UserError
-from evspan.launch.cli.command import run_command
 
-TRAIN, HELD_OUT, SECONDS = 10, 2, 10  # recordings, and the length of each
-ENOUGH = 0.5  # AP50 on the held-out recordings; less, and something is wrong
-ROWS = {
-    "ap": "AP 0.50:0.95",
-    "ap50": "AP50",
-    "ap_small": "AP small",
-    "ap_medium": "AP medium",
-    "ap_large": "AP large",
-}
-TIMES = "times.json"  # part -> seconds; also the sign that the folder is a demo's
+TRAIN_RECORDINGS = 10
+VAL_RECORDINGS = 2  # not seen in training
+SECONDS = 10  # of each recording
+REQUIRED_AP50 = 0.5  # on the recordings of val; a lower one means that something is wrong
+METRICS = ("ap", "ap50", "ap_small", "ap_medium", "ap_large")  # keys of metrics.json
+TIMES = "times.json"  # seconds per part; a folder without this file is not a demo's
+MODULE = "evspan.launch.cli.demo"
 
-DESCRIPTION = f"""Simulates {TRAIN} + {HELD_OUT} recordings, prepares them, trains on {TRAIN}, scores the {HELD_OUT} held-out ones
-and draws detections over one of them. Starts from nothing: what an earlier demo left in the folder is removed."""
+logger = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
+    """A command of the demo. output: removed before the part runs."""
+
     name: str
     arguments: list[str]  # of `evspan`
-    makes: Path  # removed before the part runs
+    output: Path
 
     def __str__(self) -> str:
         return shlex.join(["evspan", *self.arguments])
 
 
-def parts(folder: Path) -> list[Part]:
-    raw, shards, run, evaluation, detections = (
-        folder / n for n in ("raw", "shards", "run", "evaluation", "detections")
-    )
+class PartFailedError(Exception):
+    """A command of the demo failed. exit_code: for the demo itself."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo achieved.
+
+    Attributes:
+        metrics: METRICS on the recordings of val, 0 to 1; None where there are no such boxes.
+        times: seconds per part.
+    """
+
+    folder: Path
+    metrics: dict[str, float | None]
+    times: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the detector has learnt enough."""
+        return (self.metrics["ap50"] or 0) >= REQUIRED_AP50
+
+
+def demo_parts(folder: Path) -> list[Part]:
+    """The commands of the demo in their order."""
+    raw = folder / "raw"
+    shards = folder / "shards"
+    run = folder / "run"
+    evaluation = folder / "evaluation"
+    detections = folder / "detections"
+
+    simulate = ["simulate", str(raw)]
+    simulate += ["--recordings", f"train={TRAIN_RECORDINGS},val={VAL_RECORDINGS}"]
+    simulate += ["--seconds", str(SECONDS)]
+    prep = ["prep", f"source={raw}", f"output={shards}", "dataset=simulated"]
+    prep += ["frames.downsample=4"]
+    train = ["train", "experiment=demo", f"dataset.root={shards}", f"run_dir={run}"]
+    evaluate = ["evaluate", str(run), "dataset=simulated", f"dataset.root={shards}"]
+    evaluate += ["evaluation.split=val", "parallel.ranks=2", f"output={evaluation}"]
+    infer = ["infer", str(run), str(raw / "val" / "val_000_td.raw")]
+    infer += ["--output", str(detections)]
     return [
-        Part(
-            "simulate",
-            [
-                "simulate",
-                str(raw),
-                "--recordings",
-                f"train={TRAIN},val={HELD_OUT}",
-                "--seconds",
-                str(SECONDS),
-            ],
-            raw,
-        ),
-        Part(
-            "prep",
-            [
-                "prep",
-                f"source={raw}",
-                f"output={shards}",
-                "dataset=simulated",
-                "frames.downsample=4",
-            ],
-            shards,
-        ),
-        Part(
-            "train", ["train", "experiment=demo", f"dataset.root={shards}", f"run_dir={run}"], run
-        ),
-        Part(
-            "evaluate",
-            [
-                "evaluate",
-                str(run),
-                "dataset=simulated",
-                f"dataset.root={shards}",
-                "evaluation.split=val",
-                "parallel.ranks=2",
-                f"output={evaluation}",
-            ],
-            evaluation,
-        ),
-        Part(
-            "infer",
-            [
-                "infer",
-                str(run),
-                str(raw / "val" / "val_000_td.raw"),
-                "--output",
-                str(detections),
-            ],
-            detections,
-        ),
+        Part("simulate", simulate, raw),
+        Part("prep", prep, shards),
+        Part("train", train, run),
+        Part("evaluate", evaluate, evaluation),
+        Part("infer", infer, detections),
     ]
 
 
-def run_parts(todo: list[Part], folder: Path, keep: bool) -> dict[str, float]:
-    """Seconds per part. One that has ended well counts as done, with the time it took; any other runs from nothing."""
-    times = _times(folder) if keep else {}
-    for part in todo:
-        if part.name not in times:
-            shutil.rmtree(part.makes, ignore_errors=True)
-            for later in todo[todo.index(part) :]:  # they were made from what is made anew now
-                times.pop(later.name, None)
-            _write_times(folder, times)
-            print(f"\n== {part.name}: {part}", flush=True)
-            began = time.perf_counter()
-            code = subprocess.run(
-                [sys.executable, "-m", "evspan.launch", *part.arguments]
-            ).returncode
-            if code:
-                _failed(part, code, folder)
-            times[part.name] = time.perf_counter() - began
-            _write_times(folder, times)
+def run_demo(folder: Path, keep: bool) -> DemoResult:
+    """Runs the demo in `folder`.
+
+    Args:
+        keep: use the parts that an earlier demo has completed there.
+
+    Raises:
+        UserError: the folder contains files that are not a demo's.
+        PartFailedError: a command failed.
+    """
+    parts = demo_parts(folder)
+    if not (folder / TIMES).exists():
+        _refuse_foreign_files(folder, parts)
+    times = run_parts(parts, folder, keep)
+    return DemoResult(folder, read_metrics(folder), times)
+
+
+def _refuse_foreign_files(folder: Path, parts: Sequence[Part]) -> None:
+    for part in parts:
+        if part.output.exists():
+            raise UserError(
+                f"{part.output} exists, but it is not a demo's ({folder / TIMES} is missing). Move "
+                f"it away, or name another folder: python -m {MODULE} FOLDER"
+            )
+
+
+def run_parts(parts: Sequence[Part], folder: Path, keep: bool) -> dict[str, float]:
+    """Runs the parts; returns the seconds that each took.
+
+    Args:
+        keep: do not repeat the parts that an earlier demo has completed, with the times they took.
+
+    Raises:
+        PartFailedError: a command failed.
+    """
+    times = _read_times(folder) if keep else {}
+    for number, part in enumerate(parts):
+        if part.name in times:
+            continue
+        shutil.rmtree(part.output, ignore_errors=True)
+        for later in parts[number:]:  # they used the output that is made again
+            times.pop(later.name, None)
+        _write_times(folder, times)
+        times[part.name] = _run_part(part, folder)
+        _write_times(folder, times)
     return times
 
 
-def _failed(part: Part, code: int, folder: Path) -> NoReturn:
+def _run_part(part: Part, folder: Path) -> float:
+    """Runs a part; returns its seconds."""
+    logger.info("\n== %s: %s", part.name, part)
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "evspan.launch", *part.arguments]
+    code = subprocess.run(command).returncode
+    if code:
+        raise _part_failed(part, code, folder)
+    return time.perf_counter() - started
+
+
+def _part_failed(part: Part, code: int, folder: Path) -> PartFailedError:
+    """code: return code of the process; negative if a signal killed it."""
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    go_on = [os.path.relpath(sys.executable), "-m", "evspan.launch.demo", str(folder), "--continue"]
-    print(
-        f"error: the demo's part {part.name} {how}; what it said is above. Repeat it alone: {part}\n"
-        f"or go on with the demo from there: {shlex.join(go_on)}",
-        file=sys.stderr,
-        flush=True,
+    python = os.path.relpath(sys.executable)
+    resume = shlex.join([python, "-m", MODULE, str(folder), "--continue"])
+    message = (
+        f"the demo's part {part.name} {how}; its messages are above. Repeat it alone: {part}\n"
+        f"or continue the demo from there: {resume}"
     )
-    sys.exit(code if code > 0 else 128 - code)
+    return PartFailedError(message, code if code > 0 else 128 - code)
 
 
-def _times(folder: Path) -> dict[str, float]:
+def _read_times(folder: Path) -> dict[str, float]:
     try:
-        return json.loads((folder / TIMES).read_text())
+        times: dict[str, float] = json.loads((folder / TIMES).read_text())
     except FileNotFoundError:
         return {}
+    return times
 
 
 def _write_times(folder: Path, times: dict[str, float]) -> None:
@@ -142,88 +176,6 @@ def _write_times(folder: Path, times: dict[str, float]) -> None:
 
 
 def read_metrics(folder: Path) -> dict[str, float | None]:
-    """Shares from 0 to 1 of ROWS; None where there are no such boxes."""
-    raw: dict[str, Any] = json.loads((folder / "evaluation" / "metrics.json").read_text())
-    return {name: raw[name] for name in ROWS}
-
-
-def table(metrics: dict[str, float | None], times: dict[str, float], folder: Path) -> str:
-    """What the demo reached, how long each part took, and where to look."""
-    lines = [
-        f"{HELD_OUT} held-out recordings of {SECONDS} s, detector trained on {TRAIN} others",
-        "",
-    ]
-    shares = {words: metrics[name] for name, words in ROWS.items()}
-    lines += [
-        f"  {words:14}{'-' if share is None else format(share, '.3f'):>8}"
-        for words, share in shares.items()
-    ]
-    lines += ["", *(f"  {name:14}{seconds:>8.1f} s" for name, seconds in times.items())]
-    lines += [f"  {'together':14}{sum(times.values()):>8.1f} s", ""]
-    overlays = sorted((folder / "detections").glob("*_overlay.*"))
-    logs, board = folder / "run" / "tensorboard", Path(sys.executable).with_name("tensorboard")
-    watch = [os.path.relpath(board) if board.exists() else "tensorboard", "--logdir", str(logs)]
-    lines += [
-        f"  {'overlay':14}{overlays[0] if overlays else '-'}",
-        f"  {'TensorBoard':14}{logs}",
-        f"  {'to watch it':14}{shlex.join(watch)}",
-    ]
-    return "\n".join(lines)
-
-
-def last_line(metrics: dict[str, float | None], times: dict[str, float]) -> str:
-    return f"demo: ap={metrics['ap'] or 0:.3f} ap50={metrics['ap50'] or 0:.3f} seconds={sum(times.values()):.0f}"
-
-
-def demo(folder: Path, keep: bool) -> int:
-    """Run what is to be run, print the table; the exit code.
-
-    Raises:
-        UserError: the folder holds something that no demo made.
-    """
-    todo = parts(folder)
-    foreign = [p.makes for p in todo if p.makes.exists()] if not (folder / TIMES).exists() else []
-    if foreign:
-        raise UserError(
-            f"{foreign[0]} is there, but not from a demo ({folder / TIMES} is missing). Move it away, or name "
-            "another folder: python -m evspan.launch.demo FOLDER"
-        )
-    times = run_parts(todo, folder, keep)
-    metrics = read_metrics(folder)
-    print(f"\n{table(metrics, times, folder)}\n", flush=True)
-    enough = (metrics["ap50"] or 0) >= ENOUGH
-    if not enough:
-        print(
-            f"error: AP50 is {metrics['ap50'] or 0:.3f}, below {ENOUGH:.2f}: the detector has not learnt enough. Look at "
-            "loss/total in TensorBoard, and at the overlay",
-            file=sys.stderr,
-            flush=True,
-        )
-    print(last_line(metrics, times), flush=True)
-    return 0 if enough else 1
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m evspan.launch.demo", description=DESCRIPTION)
-    parser.add_argument(
-        "folder", nargs="?", type=Path, default=Path("demo"), metavar="FOLDER", help="default: demo"
-    )
-    parser.add_argument(
-        "--continue",
-        dest="keep",
-        action="store_true",
-        help="use the parts that an earlier demo finished, with the times they took",
-    )
-    given = parser.parse_args(argv)
-    code = 0
-
-    def run() -> None:
-        nonlocal code
-        code = demo(given.folder, given.keep)
-
-    run_command(run)
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()
+    """METRICS of the demo's evaluation, 0 to 1; None where there are no such boxes."""
+    contents: dict[str, Any] = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    return {name: contents[name] for name in METRICS}

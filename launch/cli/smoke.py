@@ -22,14 +22,14 @@ from evspan.launch.smoke import (
 )
 from evspan.pipeline.engine.layouts import LayoutResult
 
-DESCRIPTION = """Trains a few steps of a micro detector, on simulated recordings, with this machine's
-ranks in every data x sequence layout, with both exchanges and different ZeRO stages. Each layout is
-resumed from its own checkpoint and from that of another layout. The exit code is 0 only if all give
-the losses and gradients of one rank. Uses the GPUs if there are any, else the CPU."""
+DESCRIPTION = """Trains a few steps of a micro detector, on simulated recordings, with this
+machine's ranks in every data x sequence layout, with both exchanges and different ZeRO stages. Each
+layout is resumed from its own checkpoint and from that of another layout. The exit code is 0 only
+if all give the losses and gradients of one rank. Uses the GPUs if there are any, else the CPU."""
 EXAMPLES = """examples:
-  evspan smoke --ranks 2                      # minutes on 2 cores
-  evspan smoke --ranks 4 --keep smoke        # keep data, runs, curves and training log in smoke/
-  CUDA_VISIBLE_DEVICES= evspan smoke          # on the CPU of a machine that has GPUs"""
+  evspan smoke --ranks 2                  # minutes on 2 cores
+  evspan smoke --ranks 4 --keep smoke     # keep data, runs, curves and training log in smoke/
+  CUDA_VISIBLE_DEVICES= evspan smoke      # on the CPU of a machine that has GPUs"""
 HEADINGS = [
     "layout",
     "ZeRO",

@@ -2,11 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import evspan.launch.cli.infer
 import evspan.launch.cli.simulate
 import pytest
 from evspan.launch import demo
+from evspan.launch.cli import demo as cli
 from evspan.launch.cli.grammar import evaluate_overrides
 from support.composed_configs import composed
 
@@ -48,7 +50,7 @@ def small_parts(folder):
 
 
 def test_commands_are_accepted(tmp_path):
-    simulate, prep, train, evaluate, infer = demo.parts(tmp_path)
+    simulate, prep, train, evaluate, infer = demo.demo_parts(tmp_path)
     given = evspan.launch.cli.simulate._parser().parse_args(simulate.arguments[1:])
     assert given.recordings["train"] >= 8
     assert given.recordings["val"] >= 2
@@ -73,13 +75,13 @@ def test_commands_are_accepted(tmp_path):
 
 
 @pytest.mark.timeout(120)
-def test_a_failed_part_is_named_and_the_demo_goes_on_from_there(tmp_path, capfd):
+def test_a_failed_part_is_named_and_the_demo_goes_on_from_there(tmp_path):
     folder = tmp_path / "demo"
     todo = small_parts(folder)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(demo.PartFailedError) as failed:
         demo.run_parts(todo, folder, keep=False)
-    said = capfd.readouterr().err
-    assert stopped.value.code == 2
+    said = str(failed.value)
+    assert failed.value.exit_code == 2
     assert "part evaluate" in said
     assert str(todo[2]) in said
     assert "--continue" in said
@@ -108,7 +110,7 @@ def test_a_part_that_runs_again_makes_later_ones_run_again(tmp_path):
 def test_folders_of_others_stay(tmp_path):
     (tmp_path / "raw").mkdir()
     with pytest.raises(SystemExit) as stopped:
-        demo.main([str(tmp_path)])
+        cli.main([str(tmp_path)])
     assert stopped.value.code == 2
     assert (tmp_path / "raw").is_dir()
 
@@ -116,35 +118,36 @@ def test_folders_of_others_stay(tmp_path):
 def test_table(tmp_path):
     (tmp_path / "detections").mkdir()
     (tmp_path / "detections" / "val_000_overlay.gif").touch()
-    told = demo.table(METRICS, TIMES, tmp_path)
+    told = "\n".join(cli.result_lines(demo.DemoResult(tmp_path, METRICS, TIMES)))
     rows = dict(re.findall(r"^  (\S.*?)\s{2,}(\S.*)$", told, re.MULTILINE))
     assert rows["AP 0.50:0.95"] == "0.412"
     assert rows["AP50"] == "0.713"
     assert rows["AP large"] == "-"
     assert rows["train"] == "200.5 s"
-    assert rows["together"] == "271.6 s"
+    assert rows["total"] == "271.6 s"
     assert rows["overlay"].endswith("val_000_overlay.gif")
     assert rows["TensorBoard"] == str(tmp_path / "run" / "tensorboard")
-    assert rows["to watch it"].endswith(f"--logdir {tmp_path / 'run' / 'tensorboard'}")
+    assert rows["to open it"].endswith(f"--logdir {tmp_path / 'run' / 'tensorboard'}")
 
 
 def test_closing_line():
-    assert demo.last_line(METRICS, TIMES) == "demo: ap=0.412 ap50=0.713 seconds=272"
-    assert (
-        demo.last_line(dict(METRICS, ap=None, ap50=None), TIMES)
-        == "demo: ap=0.000 ap50=0.000 seconds=272"
-    )
+    def line(metrics):
+        return cli.last_line(demo.DemoResult(Path("demo"), metrics, TIMES))
+
+    assert line(METRICS) == "demo: ap=0.412 ap50=0.713 seconds=272"
+    assert line(dict(METRICS, ap=None, ap50=None)) == "demo: ap=0.000 ap50=0.000 seconds=272"
 
 
 @pytest.mark.parametrize(("ap50", "code"), [(0.62, 0), (0.49, 1), (None, 1)])
 def test_too_low_an_ap_fails(tmp_path, capsys, ap50, code):
-    for part in demo.parts(tmp_path):
-        part.makes.mkdir(parents=True)
+    for part in demo.demo_parts(tmp_path):
+        part.output.mkdir(parents=True)
     (tmp_path / demo.TIMES).write_text(json.dumps(TIMES))
     (tmp_path / "evaluation" / "metrics.json").write_text(json.dumps(dict(METRICS, ap50=ap50)))
     with pytest.raises(SystemExit) as ended:
-        demo.main([str(tmp_path), "--continue"])
+        cli.main([str(tmp_path), "--continue"])
     said = capsys.readouterr()
     assert ended.value.code == code
     assert ("below 0.50" in said.err) == bool(code)
-    assert said.out.splitlines()[-1] == demo.last_line(dict(METRICS, ap50=ap50), TIMES)
+    result = demo.DemoResult(tmp_path, dict(METRICS, ap50=ap50), TIMES)
+    assert said.out.splitlines()[-1] == cli.last_line(result)
