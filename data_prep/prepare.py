@@ -1,4 +1,4 @@
-"""Prepares a folder of recordings as a dataset. A second run does only what is missing or changed."""
+"""Prepares a folder of recordings as a dataset; run again, it does what is missing or changed."""
 
 import json
 import logging

@@ -77,8 +77,8 @@ class Runner(Protocol):
         ...
 
 
-class DryRun(Exception):
-    """A runner raises it where it only shows what it would do; its message is the description."""
+class DryRun(BaseException):  # no error: `except Exception` must not catch it
+    """Raised by a runner that only shows what it would do; its message is the description."""
 
 
 class LocalRunner:
@@ -246,7 +246,10 @@ def _kill(workers: Sequence[BaseProcess]) -> None:
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Processes that start inside ignore Ctrl-C, which a terminal sends to all; their parent ends them."""
+    """Processes that start inside ignore Ctrl-C, which a terminal sends to all of them.
+
+    Their parent ends them.
+    """
     if current_thread() is not main_thread():  # Python sets handlers in the main thread only
         yield
         return
@@ -258,7 +261,10 @@ def _interrupts_ignored() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when its parent ends, even by SIGKILL; the pool's processes would wait forever."""
+    """Ends this process when its parent ends, even by SIGKILL.
+
+    The processes of a pool would wait for work forever.
+    """
     parent = parent_process()
     assert parent is not None
 

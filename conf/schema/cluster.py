@@ -13,11 +13,15 @@ from evspan.conf.errors import ConfigError, require
 
 
 class Scheduler(Enum):
+    """What starts the work."""
+
     local = "local"  # this machine
     slurm = "slurm"
 
 
 class Container(Enum):
+    """How ranks run in a container."""
+
     none = "none"
     apptainer = "apptainer"  # image: a .sif file, or an address that apptainer can pull
     pyxis = "pyxis"  # image: a .sqsh file, or a name that enroot imports

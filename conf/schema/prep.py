@@ -9,21 +9,29 @@ from evspan.conf.schema.cluster import PrepClusterConfig, Scheduler
 
 
 class FrameMode(Enum):
+    """How events are counted."""
+
     exact = "exact"  # half-open windows that tile the recording, saturating counts
     rvt = "rvt"  # bit for bit the output of RVT's preprocess_dataset.py
 
 
 class DownsampleBy(Enum):
+    """How a block of pixels becomes one."""
+
     sum = "sum"  # add the pixels of a block, then saturate
     nearest = "nearest"  # keep one pixel of a block: the lower right one of its four centre pixels
 
 
 class Codec(Enum):
+    """How frames are stored."""
+
     fast = "fast"  # one byte per counted event, see evspan.data_prep.frames.codec
     small = "small"  # the same, compressed with zstd: smaller, slower to read
 
 
 class DatasetKind(Enum):
+    """Format of a prepared dataset."""
+
     shards = "shards"  # written by `evspan prep`
     rvt_tree = "rvt_tree"  # RVT's preprocessed folders, read directly
 

@@ -1,16 +1,18 @@
-"""How frames are stored: the few cells that counted anything, a byte each, in the order of the frame's memory.
+"""How frames are stored: one byte per counted event, in the order of the frame's memory.
 
-Of a code's bytes, 0 to 253 mean: leave so many cells out, then count one event in the next; 254: one more event in the same
-cell; 255: leave 254 cells out. So a byte stands for an event (of those that saturated counts keep), and in numpy a frame is
+A frame has C * H * W cells, most of them 0. A byte of its code means: 0 to 253, skip this many
+cells, then count one event in the next; 254, count one more event in the same cell; 255, skip 254
+cells. In numpy a frame is
 
-    step = np.append(np.arange(1, 255), [0, 254])           # how far each byte moves on
+    step = np.append(np.arange(1, 255), [0, 254])           # cells that each byte advances
     cell = np.cumsum(step[code]) - 1
     frame = np.bincount(cell[code != 255], minlength=C * H * W).astype(np.uint8).reshape(C, H, W)
 
-A general compressor spends its time on moving and comparing zeros: see tests/benchmarks/storage.py.
+A general compressor spends its time on moving and comparing zeros: tests/benchmarks/storage.py.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from llvmlite.ir import Constant, IntType
@@ -18,41 +20,49 @@ from numba import njit, uint64
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-AGAIN, SKIP = 254, 255
-STEP = 254  # cells that SKIP leaves out
-BLOCK = 1024  # words looked through at a time
+AGAIN = 254  # code: one more event in the same cell
+SKIP = 255  # code: skip STEP cells
+STEP = 254
+BLOCK = 1024  # words that are searched at a time
 
 
 @intrinsic
-def trailing_zeros(
-    typing_context, word
-):  # of a word that is not zero: one instruction, which numba has no function for
-    def instruction(context, builder, signature, arguments):
+def trailing_zeros(typing_context: Any, word: Any) -> Any:
+    """Number of trailing zero bits of a uint64 word that is not 0; one instruction of the CPU."""
+
+    def instruction(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], Constant(IntType(1), 1))
 
     return uint64(uint64), instruction
 
 
 @njit(cache=True, nogil=True)
-def _encode(words, tail, out):
-    """Code of the cells `words` (uint64, eight cells each) and `tail` (uint64, a cell each) into `out`; its length, or -1: too
-    small."""
-    n, after = 0, 0  # bytes written, first cell after the last one counted
+def _encode(words: NDArray[np.uint64], tail: NDArray[np.uint64], out: NDArray[np.uint8]) -> int:
+    """Writes the code of a frame into `out`.
+
+    Args:
+        words: (W,) the first cells, eight per word, little-endian.
+        tail: (K,) the cells that fill no word, one each.
+
+    Returns:
+        Bytes of code; -1 where `out` is too small.
+    """
+    n = 0  # bytes written
+    after = 0  # first cell after the last one that was counted
     busy = np.empty(BLOCK, np.int64)
     for part, width in ((words, 8), (tail, 1)):
         for block in range(0, part.size, BLOCK):
-            # First which words are not zero, without a branch: which ones are is what no processor foresees.
-            found = 0
+            # Lists the words that are not 0, without a branch, which a CPU would mispredict.
+            num_busy = 0
             for w in range(block, min(block + BLOCK, part.size)):
-                busy[found] = w
-                found += part[w] != 0
-            for k in range(found):
+                busy[num_busy] = w
+                num_busy += part[w] != 0
+            for k in range(num_busy):
                 word = part[busy[k]]
                 base = busy[k] * width + (0 if width == 8 else 8 * words.size)
                 while word != 0:
-                    shift = trailing_zeros(word) & np.uint64(
-                        0x38
-                    )  # to the first byte that is not zero
+                    # Bits below the first byte that is not 0; numba passes the typing context.
+                    shift = trailing_zeros(word) & np.uint64(0x38)  # type: ignore[call-arg]
                     count = np.int64((word >> shift) & np.uint64(0xFF))
                     word &= ~(np.uint64(0xFF) << shift)
                     cell = base + (np.int64(shift) >> 3)
@@ -73,8 +83,16 @@ def _encode(words, tail, out):
 
 
 @njit(cache=True, nogil=True)
-def _decode(code, cells):
-    """Add the code's counts to `cells` (uint8, zeros). False: it leads past them, so it is no code of such a frame."""
+def _decode(code: NDArray[np.uint8], cells: NDArray[np.uint8]) -> bool:
+    """Decodes a frame into `cells`.
+
+    Args:
+        code: (n,)
+        cells: (C * H * W,) zeros.
+
+    Returns:
+        False where the code leads past the last cell: it is no code of such a frame.
+    """
     cell = -1
     for i in range(code.size):
         byte = code[i]
@@ -93,17 +111,32 @@ def _decode(code, cells):
 
 
 @njit(cache=True, nogil=True)
-def _gather(words, per_word, rows, first, last, out):
-    """Cell (rows[y], column) of each plane, `per_word` cells a word, to row y of `out`, from first[column] to last[column]."""
+def _gather(
+    words: NDArray[np.uint64],
+    per_word: int,
+    rows: NDArray[np.int64],
+    first: NDArray[np.int64],
+    last: NDArray[np.int64],
+    out: NDArray[np.uint8],
+) -> None:
+    """Copies the cells of a frame that are not 0; see `gather_cells`.
+
+    Args:
+        words: (C, H, W / per_word) the frame, `per_word` cells per word.
+        rows: (H,) source row of each row of `out`, or -1.
+        first, last: (W,) a source column goes to the columns first, ..., last - 1 of `out`.
+        out: (C, H, W) zeros.
+    """
     for plane in range(words.shape[0]):
         for y in range(rows.size):
             if rows[y] < 0:
                 continue
-            source, target = words[plane, rows[y]], out[plane, y]
+            source = words[plane, rows[y]]
+            target = out[plane, y]
             for w in range(source.size):
                 word = source[w]
                 while word != 0:
-                    shift = trailing_zeros(word) & np.uint64(0x38)
+                    shift = trailing_zeros(word) & np.uint64(0x38)  # type: ignore[call-arg]
                     count = np.uint8((word >> shift) & np.uint64(0xFF))
                     word &= ~(np.uint64(0xFF) << shift)
                     column = per_word * w + (np.int64(shift) >> 3)
@@ -112,30 +145,44 @@ def _gather(words, per_word, rows, first, last, out):
 
 
 class FrameEncoder:
-    """Frames -> codes; it keeps a buffer, which grows as needed."""
+    """Encodes frames. Its buffer grows as needed."""
 
     def __init__(self) -> None:
         self.out = np.empty(1 << 20, np.uint8)
 
     def __call__(self, counts: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """counts: uint8, C-contiguous, of any shape -> (n,) uint8, which the next call overwrites."""
+        """Encodes a frame.
+
+        Args:
+            counts: uint8 of any shape, C-contiguous.
+
+        Returns:
+            (n,) uint8; the next call overwrites it.
+        """
         cells = counts.reshape(-1)
         whole = cells.size // 8 * 8
-        while (
-            n := _encode(cells[:whole].view("<u8"), cells[whole:].astype(np.uint64), self.out)
-        ) < 0:
+        words = cells[:whole].view("<u8")
+        tail = cells[whole:].astype(np.uint64)
+        n = _encode(words, tail, self.out)
+        while n < 0:
             self.out = np.empty(2 * self.out.size, np.uint8)
+            n = _encode(words, tail, self.out)
         return self.out[:n]
 
 
 def decode_frames(
     code: NDArray[np.uint8], start: NDArray[np.int64], shape: tuple[int, ...]
 ) -> NDArray[np.uint8]:
-    """
+    """Decodes consecutive frames.
+
     Args:
-        code: of n frames, one after the other. start: (n + 1,) where each begins, and the end. shape: of a frame.
+        code: (M,) codes of n frames, one after the other.
+        start: (n + 1,) index of the first byte of each frame, and the end.
+        shape: of a frame.
+
     Returns:
-        (n, *shape) uint8
+        (n, *shape) uint8.
+
     Raises:
         ValueError: the bytes are no code of such frames.
     """
@@ -153,23 +200,21 @@ def gather_cells(
     columns: NDArray[np.int64],
     out: NDArray[np.uint8],
 ) -> None:
-    """out[:, y, x] = frame[:, rows[y], columns[x]], of the cells that are not zero: in a frame those are few.
+    """out[:, y, x] = frame[:, rows[y], columns[x]], fast for frames with few cells that are not 0.
 
     Args:
-        frame, out: (C, H, W), C-contiguous; `out` zeros. rows: (H,), columns: (W,); -1: nothing is shown there. Columns that are
-            not -1 neighbour each other, and only rise or only fall.
+        frame: (C, H, W) C-contiguous.
+        rows: (H,) source row of each row of `out`; -1: the row stays 0.
+        columns: (W,) the same for columns. Those that are not -1 are adjacent, and only rise or
+            only fall.
+        out: (C, H, W) C-contiguous, zeros.
     """
     width = frame.shape[2]
-    per_word = 1 if width % 8 else 8
     shown = np.flatnonzero(columns >= 0)
-    last = np.bincount(columns[shown], minlength=width)
+    copies = np.bincount(columns[shown], minlength=width)
     first = np.zeros(width, np.int64)
     first[columns[shown[::-1]]] = shown[::-1]
-    _gather(
-        frame.view("<u8") if per_word == 8 else frame.astype("<u8"),
-        per_word,
-        rows,
-        first,
-        first + last,
-        out,
-    )
+    if width % 8:
+        _gather(frame.astype("<u8"), 1, rows, first, first + copies, out)
+    else:
+        _gather(frame.view("<u8"), 8, rows, first, first + copies, out)

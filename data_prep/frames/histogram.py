@@ -1,4 +1,4 @@
-"""Events -> stacked histogram frames, streamed: (2 * bins, H, W) uint8, channel = polarity * bins + bin, oldest bin first."""
+"""Counts events into frames (2 * bins, H, W) uint8; channel = polarity * bins + bin, oldest first."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -11,47 +11,75 @@ from evspan.data_prep.recordings.base import Recording
 from numba import njit
 from numpy.typing import NDArray
 
-LONGEST_SILENCE_US = 3_600_000_000  # a sensor's noise alone fires more often; a damaged timestamp must not make endless frames
+# Noise alone causes events more often. A damaged timestamp must not cause endless frames.
+LONGEST_SILENCE_US = 3_600_000_000
+US_PER_HOUR = 3.6e9
 
 
 @njit(cache=True, nogil=True)
-def accumulate(counts, t, x, y, p, first, start, end, cutoff, shift, keep):
-    """Count events from index `first` on, as long as they lie before `end`; returns the index of the next event.
+def accumulate(
+    counts: NDArray[np.uint8],
+    t: NDArray[np.int64],
+    x: NDArray[np.uint16],
+    y: NDArray[np.uint16],
+    p: NDArray[np.uint8],
+    first: int,
+    start: int,
+    end: int,
+    cutoff: int,
+    shift: int,
+    keep: int,
+) -> int:
+    """Counts the events from index `first` on that lie in [start, end).
 
-    counts: (2, bins, H >> shift, W >> shift) uint8, saturating at `cutoff`. Bins tile [start, end) in integers. keep: -1 adds all
-    pixels of a block up, else only those whose low `shift` bits of x and y are `keep`. t: sorted.
+    Args:
+        counts: (2, bins, H >> shift, W >> shift), changed in place, saturating at `cutoff`.
+        t: (N,) microseconds, sorted.
+        x, y, p: (N,) columns of the events.
+        start, end: of the window in microseconds; bins tile it in integers.
+        shift: log2 of the downsampling.
+        keep: -1: all pixels of a block add up; else only those whose low `shift` bits of x and of
+            y are `keep`.
+
+    Returns:
+        Index of the next event.
     """
-    # No division and no foreseeable branch per event: a bin's events lie between two indices, and what is not kept adds 0.
-    # Unsigned throughout: numba tests signed indices for being negative.
-    bins, height, width = (
-        np.uint64(counts.shape[1]),
-        np.uint64(counts.shape[2]),
-        np.uint64(counts.shape[3]),
-    )
-    flat, shift, mask = counts.reshape(-1), np.uint64(shift), np.uint64((1 << shift) - 1)
-    all_, kept, top, span = keep < 0, np.uint64(max(keep, 0)), np.uint8(cutoff), end - start
+    # No division and no unpredictable branch per event: the events of a bin lie between two
+    # indices, and an event that is not kept adds 0. Indices are unsigned, because numba tests
+    # whether signed ones are negative.
+    bins = np.uint64(counts.shape[1])
+    height = np.uint64(counts.shape[2])
+    width = np.uint64(counts.shape[3])
+    flat = counts.reshape(-1)
+    low_bits = np.uint64((1 << shift) - 1)
+    bits = np.uint64(shift)
+    keep_all = keep < 0
+    kept = np.uint64(max(keep, 0))
+    top = np.uint8(cutoff)
+    span = end - start
     i = first + np.searchsorted(t[first:], start)
     for b in range(counts.shape[1]):
         stop = i + np.searchsorted(
             t[i:], start + ((b + 1) * span + counts.shape[1] - 1) // counts.shape[1]
         )
         for j in range(i, stop):
-            row, column = np.uint64(y[j]) >> shift, np.uint64(x[j]) >> shift
+            row = np.uint64(y[j]) >> bits
+            column = np.uint64(x[j]) >> bits
             if row < height and column < width:
                 cell = ((np.uint64(p[j]) * bins + np.uint64(b)) * height + row) * width + column
-                wanted = all_ | (((x[j] & mask) == kept) & ((y[j] & mask) == kept))
-                flat[cell] += np.uint8(wanted & (flat[cell] < top))
+                counted = keep_all | (((x[j] & low_bits) == kept) & ((y[j] & low_bits) == kept))
+                flat[cell] += np.uint8(counted & (flat[cell] < top))
         i = stop
-    return i
+    return int(i)
 
 
 def frame_size(config: FrameConfig, height: int, width: int) -> tuple[int, int]:
-    """(H, W) of the frames of a sensor; rows and columns that fill no whole block are left out."""
+    """(H, W) of the frames of a sensor, in pixels; rows and columns that fill no block are cut."""
     return height // config.downsample, width // config.downsample
 
 
 def whole_frame(counts: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(2, bins, H, W) -> (2 * bins, H, W), a copy."""
+    """Copies counts (2, bins, H, W) as a frame (2 * bins, H, W)."""
     return counts.reshape(-1, *counts.shape[2:]).copy()
 
 
@@ -61,7 +89,7 @@ Finished = TypeVar("Finished")
 def frames_of(
     recording: Recording, ends: Callable[[int], Iterable[int]], config: FrameConfig
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(end_us, frame (2 * bins, H, W)) of every window; see `each_window`."""
+    """Yields (end_us, frame) of every window, frames (2 * bins, H, W); see `each_window`."""
     return each_window(recording, ends, config, whole_frame)
 
 
@@ -71,30 +99,35 @@ def each_window(
     config: FrameConfig,
     finish: Callable[[NDArray[np.uint8]], Finished],
 ) -> Iterator[tuple[int, Finished]]:
-    """(end_us, what `finish` makes) of every window until the last event is in; one pass over the recording, one frame in
-    memory.
+    """Counts the events of every window up to the last event.
+
+    One pass over the recording, with one frame in memory.
 
     Args:
-        ends: given the first event's time, the ends of the windows, increasing and without end. A window is
-            [end before, end), and the first is `config.window_us` long; in mode rvt each is [end - window, end], and they
-            may come to an end.
-        finish: makes what is yielded of the counts (2, bins, H, W) of a window, which are zeroed after it.
+        ends: returns the ends of the windows in microseconds, increasing, for the time of the
+            first event. They are infinite. A window is [previous end, end), the first one is
+            `config.window_us` long. In mode rvt a window is [end - window, end], and ends that
+            have a length (`Sized`) are finite: all of them get a frame.
+        finish: converts the counts (2, bins, H, W) of a window, which are then zeroed.
+
+    Yields:
+        (end_us, result of `finish`).
+
     Raises:
-        RecordingError: an hour or more without events.
+        RecordingError: there are no events for an hour or more.
     """
-    counts = np.zeros(
-        (2, config.bins, *frame_size(config, recording.height, recording.width)), np.uint8
-    )
+    height, width = frame_size(config, recording.height, recording.width)
+    counts = np.zeros((2, config.bins, height, width), np.uint8)
     if config.mode is FrameMode.rvt:
         yield from rvt_frames(recording, ends, config, counts, finish)
         return
-    shift, keep = config.downsample.bit_length() - 1, kept_pixel(config)
-    upcoming: Iterator[int] = iter(())
+    shift = config.downsample.bit_length() - 1
+    keep = kept_pixel(config)
+    upcoming: Iterator[int] | None = None
     start = end = 0
-    began = False
     for events in recording.chunks():
-        if not began:
-            upcoming, began = iter(ends(int(events.t[0]))), True
+        if upcoming is None:
+            upcoming = iter(ends(int(events.t[0])))
             end = next(upcoming)
             start = end - config.window_us
         i = 0
@@ -104,22 +137,25 @@ def each_window(
                 _refuse_silence(recording, end, int(events.t[i]))
                 yield end, finish(counts)
                 counts[:] = 0
-                start, end = end, next(upcoming)
-    if began:
+                start = end
+                end = next(upcoming)
+    if upcoming is not None:
         yield end, finish(counts)
 
 
 def kept_pixel(config: FrameConfig) -> int:
-    """Row and column, within its block, of the one pixel that is kept; -1: all are added up.
+    """Row and column, within its block, of the one pixel that is kept; -1: all are added.
 
-    As RVT's `nearest-exact` half resolution has it: 2i + 1; 4i + 2 of four.
+    The pixels of RVT's `nearest-exact`: 2i + 1 at half resolution, 4i + 2 at a quarter.
     """
     return config.downsample // 2 if config.downsample_by is DownsampleBy.nearest else -1
 
 
 def _refuse_silence(recording: Recording, end_us: int, next_us: int) -> None:
-    if next_us - end_us >= LONGEST_SILENCE_US:
+    silence_us = next_us - end_us
+    if silence_us >= LONGEST_SILENCE_US:
         raise RecordingError(
-            f"{recording.path}: no events for {(next_us - end_us) / 3.6e9:.1f} hours, up to {next_us} us. Its "
-            "timestamps are damaged, or it holds several recordings: cut it there"
+            f"{recording.path}: no events for {silence_us / US_PER_HOUR:.1f} hours, up to "
+            f"{next_us} us. Its timestamps are damaged, or it holds several recordings: cut it "
+            "there"
         )

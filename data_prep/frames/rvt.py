@@ -1,48 +1,65 @@
-"""RVT's frames, bit for bit: where its preprocess_dataset.py ends windows, and how it counts (Gehrig & Scaramuzza 2023).
+"""RVT's frames, bit for bit: window ends and counting of its preprocess_dataset.py.
 
-Windows are closed at both ends, so an event on a seam counts twice; bins stretch from the window's first event to its last;
-counts wrap at 256 before they are cut at `cutoff`; frames end with the last label. For comparison with its published numbers.
+Windows are closed at both ends, so an event at a seam counts twice; bins stretch from the first
+event of a window to its last; counts wrap at 256 before they are cut at `cutoff`; frames end with
+the last label. For comparison with RVT's published numbers (Gehrig & Scaramuzza, CVPR 2023).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import pairwise
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from evspan.conf.errors import BoxesError
 from evspan.conf.schema.prep import FrameConfig
 from evspan.data_prep.frames.windows import FIRST_LABEL_US, TOLERANCE_US
 from evspan.data_prep.recordings.base import Recording
-from evspan.data_prep.recordings.events import no_events
+from evspan.data_prep.recordings.events import Events, no_events
 from numba import njit
 from numpy.typing import NDArray
 
-PERIODS = {60: 6, 30: 3}  # labels a second -> labels between two that are taken, about 100 ms
+PERIODS = {60: 6, 30: 3}  # labels per second -> periods of the labels in about 100 ms
 Finished = TypeVar("Finished")
 
 
-class RvtEnds:
-    """The windows of a recording with these labels; the last one ends with a label. Iterated, their ends.
+class TakenLabel(NamedTuple):
+    """A label that ends a frame.
 
-    labelled_us: (L,) int64, increasing: the labels that are taken, each of which ends a window.
+    Attributes:
+        time_us: in the recording's clock.
+        periods: distance from the taken label before, in units of about 100 ms.
+    """
+
+    time_us: int
+    periods: int
+
+
+class RvtEnds:
+    """Ends of the windows of a recording, in microseconds. Finite: the last one is a label.
+
+    Args:
+        label_times_us: (L,) times of annotations, in any order, with repetitions.
+
+    Attributes:
+        labelled_us: (K,) int64, increasing: the labels that are taken; each ends a window.
+        end_us: all ends.
+
     Raises:
         BoxesError: labels come neither 30 nor 60 times a second.
     """
 
     def __init__(self, label_times_us: NDArray[np.int64], window_us: int) -> None:
         taken = _taken(np.unique(label_times_us))
-        self.labelled_us = np.array([time for time, _ in taken], np.int64)
+        self.labelled_us = np.array([label.time_us for label in taken], np.int64)
         self.end_us: list[int] = []
         if taken:
-            first = taken[0][0]
             # As many whole windows as fit between 0 and the first label, without the earliest.
-            self.end_us = [
-                first - window_us * k for k in range((first - 1) // window_us - 1, -1, -1)
-            ]
-        for (time, _), (following, periods) in pairwise(taken):
-            self.end_us += (
-                np.linspace(time, following, 2 * periods + 1)[1:].astype(np.int64).tolist()
-            )
+            first = taken[0].time_us
+            for k in range((first - 1) // window_us - 1, -1, -1):
+                self.end_us.append(first - window_us * k)
+        for label, following in pairwise(taken):
+            steps = np.linspace(label.time_us, following.time_us, 2 * following.periods + 1)
+            self.end_us += steps[1:].astype(np.int64).tolist()
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.end_us)
@@ -51,34 +68,42 @@ class RvtEnds:
         return len(self.end_us)
 
 
-def _taken(times: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """(time, label distances of about 100 ms since the one before) of the labels that end a frame."""
+def _taken(times: NDArray[np.int64]) -> list[TakenLabel]:
+    """The labels that end a frame. times: (L,) increasing."""
     late = times[times >= FIRST_LABEL_US]
     if not late.size:
         return []
+    taken = [TakenLabel(int(late[0]), 0)]
     if times.size == 1:
-        return [(int(late[0]), 0)]
-    median = float(np.median(np.diff(times)))
-    hertz = int(np.rint(1e6 / median))
+        return taken
+    period = float(np.median(np.diff(times)))
+    hertz = int(np.rint(1e6 / period))
     if hertz not in PERIODS:
         raise BoxesError(
             f"labels come at {hertz} Hz; RVT's preparation knows 30 and 60 Hz. "
             "Use frames.mode=exact, which takes any"
         )
-    base = int(PERIODS[hertz] * median)
-    taken = [(int(late[0]), 0)]
+    base = int(PERIODS[hertz] * period)
     for time in late[1:].tolist():
-        distance = time - taken[-1][0]
+        distance = time - taken[-1].time_us
         periods = round(distance / base)
         if periods and abs(distance - periods * base) <= TOLERANCE_US:
-            taken.append((time, periods))
+            taken.append(TakenLabel(time, periods))
     return taken
 
 
 @njit(cache=True, nogil=True)
-def _bin_begins(t, span, bins, b):
-    """Index of the first event whose bin, in RVT's float32, is `b` or later; it grows with t."""
-    low, high = 0, t.size
+def _bin_begins(t: NDArray[np.int64], span: np.float32, bins: int, b: int) -> int:
+    """Index of the first event whose bin is `b` or later, by bisection.
+
+    The bin of an event grows with t; it is computed in float32, as RVT does.
+
+    Args:
+        t: (N,) microseconds, sorted.
+        span: from the first event to the last.
+    """
+    low = 0
+    high = t.size
     while low < high:
         middle = (low + high) // 2
         if np.floor(np.float32(t[middle] - t[0]) / span * np.float32(bins)) < b:
@@ -89,30 +114,43 @@ def _bin_begins(t, span, bins, b):
 
 
 @njit(cache=True, nogil=True)
-def _count(counts, t, x, y, p, cutoff, shift, keep):
-    """Count all events into counts (2, bins, H >> shift, W >> shift) uint8, zeros; only pixels whose low bits are `keep`."""
-    bins, height, width = (
-        np.uint64(counts.shape[1]),
-        np.uint64(counts.shape[2]),
-        np.uint64(counts.shape[3]),
-    )
-    flat, shift, mask, kept = (
-        counts.reshape(-1),
-        np.uint64(shift),
-        np.uint64((1 << shift) - 1),
-        np.uint64(keep),
-    )
+def _count(
+    counts: NDArray[np.uint8],
+    t: NDArray[np.int64],
+    x: NDArray[np.uint16],
+    y: NDArray[np.uint16],
+    p: NDArray[np.uint8],
+    cutoff: int,
+    shift: int,
+    keep: int,
+) -> None:
+    """Counts all events of a window.
+
+    Args:
+        counts: (2, bins, H >> shift, W >> shift) zeros, changed in place.
+        t: (N,) microseconds, sorted; N > 0.
+        x, y, p: (N,) columns of the events.
+        shift: log2 of the downsampling.
+        keep: only pixels whose low `shift` bits of x and of y are this value count.
+    """
+    bins = np.uint64(counts.shape[1])
+    height = np.uint64(counts.shape[2])
+    width = np.uint64(counts.shape[3])
+    flat = counts.reshape(-1)
+    bits = np.uint64(shift)
+    low_bits = np.uint64((1 << shift) - 1)
+    kept = np.uint64(keep)
     span = np.float32(max(t[t.size - 1] - t[0], 1))
     i = 0
     for b in range(counts.shape[1]):
         stop = t.size if b == counts.shape[1] - 1 else _bin_begins(t, span, counts.shape[1], b + 1)
         for j in range(i, stop):
-            row, column = np.uint64(y[j]) >> shift, np.uint64(x[j]) >> shift
-            if (
-                row < height and column < width
-            ):  # what is not kept adds 0: no branch that one event in four takes
+            row = np.uint64(y[j]) >> bits
+            column = np.uint64(x[j]) >> bits
+            if row < height and column < width:
+                # An event that is not kept adds 0: a branch would be mispredicted. Counts wrap.
                 cell = ((np.uint64(p[j]) * bins + np.uint64(b)) * height + row) * width + column
-                flat[cell] += np.uint8(((x[j] & mask) == kept) & ((y[j] & mask) == kept))  # wraps
+                flat[cell] += np.uint8(((x[j] & low_bits) == kept) & ((y[j] & low_bits) == kept))
         i = stop
     for i in range(flat.size):
         flat[i] = min(flat[i], np.uint8(cutoff))
@@ -125,39 +163,43 @@ def rvt_frames(
     counts: NDArray[np.uint8],
     finish: Callable[[NDArray[np.uint8]], Finished],
 ) -> Iterator[tuple[int, Finished]]:
-    """`evspan.data_prep.frames.histogram.each_window` in mode rvt; the events of a window and a chunk are in memory."""
-    shift, keep = config.downsample.bit_length() - 1, config.downsample // 2
-    waiting = no_events()
-    upcoming: Iterator[int] = iter(())
-    finite, began, end = False, False, None
+    """`evspan.data_prep.frames.histogram.each_window` in mode rvt.
 
-    def frame(end_us: int) -> tuple[int, Finished]:
-        inside = waiting.take(
-            slice(
-                int(np.searchsorted(waiting.t, end_us - config.window_us)),
-                int(np.searchsorted(waiting.t, end_us, side="right")),
-            )
-        )
+    The events of one window and one chunk are in memory.
+
+    Args:
+        counts: (2, bins, H, W) buffer for the counts of a window.
+    """
+    shift = config.downsample.bit_length() - 1
+    keep = config.downsample // 2
+    waiting = no_events()  # events that belong to this window or later ones
+    upcoming: Iterator[int] | None = None
+    finite = False
+    end: int | None = None  # of the current window; None: there are no more
+
+    def frame(end_us: int, waiting: Events) -> tuple[int, Finished]:
+        first = int(np.searchsorted(waiting.t, end_us - config.window_us))
+        last = int(np.searchsorted(waiting.t, end_us, side="right"))
         counts[:] = 0
-        if inside.t.size:
-            _count(counts, *inside, config.cutoff, shift, keep)
+        if first < last:
+            _count(counts, *waiting.take(slice(first, last)), config.cutoff, shift, keep)
         return end_us, finish(counts)
 
     for events in recording.chunks():
-        if not began:
-            all_ends = ends(int(events.t[0]))
-            upcoming, finite, began = iter(all_ends), isinstance(all_ends, Sized), True
+        if upcoming is None:
+            window_ends = ends(int(events.t[0]))
+            finite = isinstance(window_ends, Sized)
+            upcoming = iter(window_ends)
             end = next(upcoming, None)
         waiting = waiting.followed_by(events) if waiting.t.size else events
         while end is not None and waiting.t[-1] > end:
-            yield frame(end)
+            yield frame(end, waiting)
             end = next(upcoming, None)
-        first = (
-            waiting.t.size
-            if end is None
-            else int(np.searchsorted(waiting.t, end - config.window_us))
-        )
-        waiting = waiting.take(slice(first, None))
+        if end is None:
+            waiting = no_events()
+        else:
+            first = int(np.searchsorted(waiting.t, end - config.window_us))
+            waiting = waiting.take(slice(first, None))
     while end is not None and (finite or end - config.window_us <= recording.last_us):
-        yield frame(end)
-        end = next(upcoming, None)
+        yield frame(end, waiting)
+        end = next(upcoming, None) if upcoming else None

@@ -202,16 +202,19 @@ def _boxes(
     class_id = boxes["class_id"]
     wrong: dict[str, NDArray[np.bool_]] = {
         "lie on frames that are not labelled": np.repeat(~labelled, per_frame),
-        "have another time than the end of their frame": (
-            boxes["t_us"] != np.repeat(end_us, per_frame)
+        "have another time than the end of their frame": np.not_equal(
+            boxes["t_us"], np.repeat(end_us, per_frame)
         ),
-        "have a class that the dataset lacks": (class_id < 0) | (class_id >= len(classes)),
+        "have a class that the dataset lacks": np.logical_or(
+            class_id < 0, class_id >= len(classes)
+        ),
         "are not finite": ~np.isfinite(sides).all(1),
     }
     if config["dataset"]["labels"]["crop"]:
         sensor_wh = np.array([entry.sensor_width, entry.sensor_height])
         frame_wh = sensor_wh / config["frames"]["downsample"]
-        corner, size = sides[:, :2], sides[:, 2:]
+        corner = sides[:, :2]
+        size = sides[:, 2:]
         outside = (corner < 0) | (size <= 0) | (corner + size > frame_wh)
         wrong["lie outside the frame"] = outside.any(1)
     problems = [

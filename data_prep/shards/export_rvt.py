@@ -79,7 +79,7 @@ def export_rvt(root: Path, out: Path, splits: tuple[str, ...] = SPLITS) -> Repor
         raise ShardError(
             f"output {out} lies inside the shards {root}; choose a folder outside them"
         )
-    entries = [entry for split in splits for entry in manifest.split(split)]
+    entries = [entry for entry in manifest.recordings if entry.split in splits]
     if not entries:
         raise ShardError(f"{root} has no recordings in {', '.join(splits)}. Choose another split")
     report = Report()

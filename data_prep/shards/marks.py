@@ -1,4 +1,4 @@
-"""Marks of damaged recordings, written by `evspan prep verify`; the next `evspan prep` redoes them."""
+"""Marks of damaged recordings: `evspan prep verify` writes them, `evspan prep` redoes these."""
 
 import json
 from pathlib import Path

@@ -403,4 +403,5 @@ def _distance_to_nearest(times: NDArray[np.int64], ends: NDArray[np.int64]) -> N
     after = np.searchsorted(ends, times)
     next_end = ends[np.minimum(after, ends.size - 1)]
     previous_end = ends[np.maximum(after - 1, 0)]
-    return np.minimum(abs(times - previous_end), abs(times - next_end))
+    nearest: NDArray[np.int64] = np.minimum(abs(times - previous_end), abs(times - next_end))
+    return nearest

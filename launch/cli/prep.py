@@ -32,47 +32,53 @@ TOOLS = {  # evspan prep TOOL: its module, which is imported when it is called
 HELP = """evspan prep: recordings -> shards of histogram frames
 
   evspan prep source=RAW output=SHARDS [dataset=NAME] [key=value ...]
-      RAW has train/ val/ test/ with recordings (.raw, .dat, .h5, .hdf5) and their boxes side by side: X_td.dat and X_bbox.npy.
-      One file or a flat folder counts as test; LIST.txt or .csv names a recording a line: split path [boxes.npy].
+      RAW has train/ val/ test/ with recordings (.raw, .dat, .h5, .hdf5), and their boxes beside
+      them: X_td.dat and X_bbox.npy. One file or a flat folder counts as test. LIST.txt or .csv
+      names one recording per line: split path [boxes.npy].
       Run again, it does only what is missing or has changed.
 
   tools
       evspan prep info RECORDING                   format, sensor, time span, counts, rate
       evspan prep decode RECORDING OUT.h5          any format to HDF5 with events/{t,x,y,p}
       evspan prep preview INPUT OUT.png|gif|mp4    frames with boxes, of a recording or of shards
-      evspan prep status SHARDS [--source RAW]     what is done, what is missing, who is at work on it
-      evspan prep verify SHARDS [--source RAW]     checksums, structure, frames recomputed; prep redoes what is damaged
-      evspan prep report SHARDS [OUT.html]         counts, sizes, rates, drops and pictures on one page, odd things first
-      evspan prep export-rvt SHARDS OUT            shards of frames.mode=rvt to the folders that RVT reads
+      evspan prep status SHARDS [--source RAW]     what is done, what is missing, who works on it
+      evspan prep verify SHARDS [--source RAW]     checks checksums, structure and frames, and
+                                                   marks damage for the next evspan prep
+      evspan prep report SHARDS [OUT.html]         counts, sizes, rates, drops and images on one
+                                                   page, warnings first
+      evspan prep export-rvt SHARDS OUT            shards of frames.mode=rvt to RVT's folders
 
   examples
       evspan prep source=raw output=shards
       evspan prep source=/data/gen4 output=/scratch/gen4 dataset=gen4 processes=8
       evspan prep source=drive.raw output=drive frames.downsample=1
-      evspan prep source=/data/gen4 output=/scratch/gen4 dataset=gen4 cluster=slurm cluster.partition=cpu
+      evspan prep source=/data/gen4 output=/scratch/gen4 dataset=gen4 cluster=slurm \\
+          cluster.partition=cpu
 
   choices (each a file in conf/GROUP/)
       dataset=simulated          simulated | gen4 | etram | etram3 | gen4_rvt
-      cluster=local              local: processes on this machine | slurm: a job array; cluster.dry_run=true shows what it
-                                 would submit, --cfg job all keys (partition, account, timeout_min, cpus_per_task, ...)
+      cluster=local              local: processes on this machine | slurm: a job array;
+                                 cluster.dry_run=true shows what it would submit, --cfg job all
+                                 keys (partition, account, timeout_min, cpus_per_task, ...)
 
   keys
       frames.mode=exact          exact | rvt: RVT's frames to the last bit, with dataset=gen4_rvt
       frames.downsample=2        1 | 2 | 4: full, half or quarter resolution
       frames.downsample_by=sum   sum | nearest
-      frames.window_ms=50        time that a frame spans
+      frames.window_ms=50        time span of a frame
       frames.bins=10             time bins per frame and polarity
-      frames.cutoff=10           counts saturate here, 1 to 255
-      dataset.classes=[a,b]      names of class 0, 1, ... of your own boxes, with dataset.labels.class_map={0:0,3:1}
-      dataset.labels.label_every_ms=100    50: a label on every frame, where they are dense enough
+      frames.cutoff=10           counts saturate at this value, 1 to 255
+      dataset.classes=[a,b]      names of class 0, 1, ... of your own boxes, with
+                                 dataset.labels.class_map={0:0,3:1}
+      dataset.labels.label_every_ms=100    50: a label on every frame, for dense labels
       dataset.labels.min_side=0  drop smaller boxes; more filters: data_prep/README.md
       processes=0                with cluster=local; 0: one per core
-      codec=fast                 fast | small: through zstd, smaller and slower to read
+      codec=fast                 fast | small: with zstd, smaller and slower to read
       shard_mib=2048             several recordings share a file up to this size
-      max_invalid_fraction=0.01     refuse a recording with a larger share of events outside the sensor
+      max_invalid_fraction=0.01  refuse a recording with more events outside the sensor
 
-  evspan prep --cfg job ...        shows the config that these arguments make; conf/schema/prep.py explains every key
-  evspan prep --hydra-help         how overrides work
+  evspan prep --cfg job ...      shows the composed config; conf/schema/prep.py explains every key
+  evspan prep --hydra-help       how overrides work
 """
 
 
@@ -116,9 +122,10 @@ def print_report(output: str, report: "Report", seconds: float) -> None:
     if not report.prepared and not report.removed:
         print(f"{output}: nothing to do, {total} with {frames} frames as they should be")
         return
-    boxes = {
-        name: sum(r.boxes_per_class[name] for r in recordings) for name in report.manifest.classes
-    }
+    boxes = dict.fromkeys(report.manifest.classes, 0)
+    for recording in recordings:
+        for name, count in recording.boxes_per_class.items():
+            boxes[name] += count
     per_class = ", ".join(f"{count} {name}" for name, count in boxes.items())
     labelled = sum(r.labelled_frames for r in recordings)
     events = sum(r.events for r in recordings)

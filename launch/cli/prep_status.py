@@ -64,12 +64,13 @@ def _table(result: Status) -> list[str]:
     states = _shown_states(result)
     titles = [TITLES[state] for state in states]
     rows = [["", "recordings", *titles, "frames", "boxes", "size"]]
-    splits = [split for split in SPLITS if any(k.startswith(f"{split}/") for k in result.state)]
+    present = {key.split("/")[0] for key in result.state}
+    splits = [split for split in SPLITS if split in present]
     for split in splits:
         rows.append(_row(result, states, split, f"{split}/", result.bytes_per_split[split]))
     if len(splits) > 1:
         rows.append(_row(result, states, "all", "", sum(result.bytes_per_split.values())))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines: list[str] = []
     for name, *cells in rows:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]

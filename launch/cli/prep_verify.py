@@ -1,4 +1,4 @@
-"""`evspan prep verify`: checks that shards hold what was written, and the frames of their recordings."""
+"""`evspan prep verify`: checks shards, and compares them with their recordings."""
 
 import argparse
 import sys
@@ -15,7 +15,8 @@ DESCRIPTION = """\
 Recomputes all checksums, checks that boxes, times and offsets fit together, and compares frames
 with those of the recordings, where --source has them. Exit code 0: all is sound, 1: something is
 damaged, 2: it could not be verified."""
-EXAMPLES = """Damaged recordings are marked in SHARDS/.damaged; the same evspan prep prepares only them again.
+EXAMPLES = """\
+Damaged recordings are marked in SHARDS/.damaged; the same evspan prep prepares only them again.
 
 examples:
   evspan prep verify shards                            checksums and structure

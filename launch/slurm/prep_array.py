@@ -1,4 +1,4 @@
-"""Prepares recordings in a SLURM job array: `SlurmRunner`, the runner of `evspan prep cluster=slurm`."""
+"""Prepares recordings in a SLURM job array: the runner of `evspan prep cluster=slurm`."""
 
 import hashlib
 import logging
@@ -99,10 +99,10 @@ class PrepArray:
 
     def submit(self, config: PrepConfig) -> list[ArrayTask]:
         """Submits the array."""
-        tasks = [
-            PrepTask({i: self.jobs[i] for i in indices}, config, self.outcomes)
-            for indices in self.dealt
-        ]
+        tasks: list[PrepTask] = []
+        for indices in self.dealt:
+            jobs = {i: self.jobs[i] for i in indices}
+            tasks.append(PrepTask(jobs, config, self.outcomes))
         submitted = client.submit_array(self.executor(config.cluster), tasks, REMEDY)
         return [
             ArrayTask(job.job_id, indices, job.paths.stderr, job.paths.result_pickle)
@@ -118,7 +118,7 @@ class SlurmRunner:
     """Prepares recordings in a job array, and waits for it."""
 
     def run(self, jobs: Sequence[PrepJob], config: PrepConfig) -> PrepOutcomes:
-        """Yields each job when its task has prepared it. Closed before its end, it cancels the array.
+        """Yields each job when its task has ended it. Closing the generator cancels the array.
 
         Raises:
             ConfigError: SLURM is not there, or refuses the array.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from evspan.conf.schema.prep import FrameConfig
 from evspan.data_prep.frames.histogram import frames_of
-from evspan.data_prep.frames.windows import window_ends
+from evspan.data_prep.frames.windows import LabelRule, window_ends
 from evspan.data_prep.labels.box_files import read_boxes
 from evspan.data_prep.recordings.open import open_recording
 from support.slow_frames import GivenRecording, random_events
@@ -245,3 +245,12 @@ def test_the_published_preprocessing_labels_the_same_frames(parity_dir):
         )  # before it, each counts back in its own way
         checked += 1
     assert checked == 3
+
+
+def test_the_worked_example_of_the_module():
+    ends, labelled = ends_until(900_000, [100_000, 133_000, 201_000, 340_000, 860_000], 12_000)
+    assert labelled == [100_000, 201_000, 860_000]
+    assert ends[:6] == [50_000, 100_000, 150_500, 201_000, 251_692, 302_384]
+    assert ends[-3:] == [809_307, 860_000, 910_000]
+    rule = LabelRule(window_us=50_000, label_every_us=100_000, step_us=100_000)
+    assert rule.taken([33_000, 101_000, 240_000, 760_000]) == [101_000, 760_000]
