@@ -1,78 +1,217 @@
-"""The config of a run from the words of a command line, without starting it: Hydra's grammar, and its errors."""
+"""Composes a command's arguments into a typed config, and stores composed configs in files.
 
-from collections.abc import Sequence
+A config is composed once, by the command. Ranks and requeued jobs load the resolved config from
+the file that `save_config` wrote.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from evspan.conf.hydra_errors import refuse_unknown_keys
-from evspan.conf.schema.training import TrainConfig
-from evspan.launch.cli.command import fail
-from hydra import compose, initialize_config_module
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from evspan.conf import hydra_adapter
+from evspan.conf.errors import ConfigError
+from evspan.conf.hydra_adapter import Expansion
+from evspan.conf.hydra_errors import explain, is_composition_error, refuse_unknown_keys
+from evspan.conf.schema.prep import PrepConfig
+from evspan.conf.schema.training import EvaluateConfig, TrainConfig
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.main import get_args_parser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+
+T = TypeVar("T")
+
+CONFIG_FILE = "config.yaml"  # the resolved config, in a run folder
+CONFIG_DIR_OPTION = "--config-dir"
+PRIMARY_CONFIGS: dict[type, str] = {  # schema -> file of the tree that a command starts from
+    PrepConfig: "prep",
+    TrainConfig: "train",
+    EvaluateConfig: "evaluate",
+}
+for _schema, _name in PRIMARY_CONFIGS.items():
+    ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
 
 
-def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(options for Hydra, of which only --config-dir makes sense here, with an absolute folder; overrides)."""
-    parser = get_args_parser()
-    parser.error = lambda message: fail(f"{message}; --help shows how")  # type: ignore[method-assign]
-    given, unknown = parser.parse_known_intermixed_args(list(argv))
-    if unknown:
-        fail(
-            f"{unknown[0]} is no option; keys have no dashes: {unknown[0].lstrip('-')}; --help shows how"
-        )
-    for name in ("cfg", "info", "config_name", "config_path", "package", "shell_completion"):
-        if getattr(given, name, None):
-            fail(
-                f"--{name.replace('_', '-')} is for evspan train, where the same keys show the config; here "
-                "cluster.dry_run=true shows the batch script"
-            )
-    options = ["--config-dir", str(Path(given.config_dir).absolute())] if given.config_dir else []
-    return options, list(given.overrides)
+class _Arguments(NamedTuple):
+    overrides: list[str]
+    config_dir: Path | None
 
 
-def expanded(
-    options: Sequence[str], overrides: Sequence[str]
-) -> tuple[list[list[str]], dict[str, bool]]:
-    """(the overrides of each combination of values; whether a key has several)."""
-    parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
-    combinations = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
-    return combinations, {
-        override.get_key_element(): override.is_sweep_override() for override in parsed
-    }
+def compose(schema: type[T], argv: Sequence[str]) -> T:
+    """The config of a command as an object of its dataclass, checked by `__post_init__`.
+
+    Args:
+        schema: PrepConfig, TrainConfig or EvaluateConfig.
+        argv: overrides `key=value`, and optionally `--config-dir FOLDER`, a further config tree.
+
+    Raises:
+        ConfigError: the arguments cannot be composed, or a value cannot work. One line.
+    """
+    with _config_errors():
+        return _to_object(schema, _compose_tree(schema, argv))
 
 
-def compose_train(options: Sequence[str], overrides: Sequence[str]) -> TrainConfig:
-    """Raises ConfigError, or what Hydra raises, where it cannot be composed."""
-    import evspan.launch.cli.train  # noqa: F401  which registers the schema
+def composed_yaml(schema: type, argv: Sequence[str]) -> str:
+    """The composed config as YAML, with unresolved interpolations. Values are not checked.
 
-    searched = [f"hydra.searchpath=[file://{options[1]}]"] if options else []
-    with initialize_config_module("evspan.conf", version_base="1.3"):
-        raw = compose("train", overrides=[*overrides, *searched])
+    Raises:
+        ConfigError: the arguments cannot be composed.
+    """
+    with _config_errors():
+        raw = _compose_tree(schema, argv)
+        refuse_unknown_keys(raw)
+        return OmegaConf.to_yaml(raw)
+
+
+# -- files ---------------------------------------------------------------------------------------
+def save_config(config: PrepConfig | TrainConfig | EvaluateConfig, path: Path) -> None:
+    """Write a config as YAML. The file is replaced as a whole, so that a reader sees one version."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(OmegaConf.to_yaml(_plain(asdict(config))))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_config(schema: type[T], path: Path) -> T:
+    """The config that `save_config` wrote, as the same typed object.
+
+    Raises:
+        ConfigError: the file is missing, or does not fit the schema of this version.
+    """
+    try:
+        with _config_errors():
+            stored = OmegaConf.load(path)
+            return _to_object(schema, OmegaConf.merge(OmegaConf.structured(schema), stored))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path} is missing: the config of the run, written at its start"
+        ) from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+# -- sweeps --------------------------------------------------------------------------------------
+def expand_sweep(argv: Sequence[str]) -> Expansion:
+    """Every combination of the values given with commas. `--config-dir` is part of none.
+
+    Raises:
+        ConfigError: an override cannot be parsed.
+    """
+    with _config_errors():
+        return hydra_adapter.expand_overrides(_split_arguments(argv).overrides)
+
+
+def config_dir_options(argv: Sequence[str]) -> list[str]:
+    """`--config-dir FOLDER` with an absolute path where `argv` has it, else nothing."""
+    return _config_dir_options(_split_arguments(argv).config_dir)
+
+
+def replace_override(overrides: Sequence[str], key: str, value: str) -> list[str]:
+    """`overrides` with `key=value` in place of any other value; quoted for Hydra's grammar."""
+    kept = [override for override in overrides if override_key(override) != key]
+    return [*kept, f"{key}={quote(value)}"]
+
+
+def override_key(override: str) -> str:
+    """'+a.b=1' -> 'a.b'."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def quote(text: str) -> str:
+    """A string in Hydra's grammar of overrides."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+# -- Hydra's --multirun --------------------------------------------------------------------------
+def multirun(schema: type[T], argv: Sequence[str], task: Callable[[T, int], object]) -> None:
+    """Let Hydra's sweeper and launcher run a job for each combination of values.
+
+    Args:
+        task: called with the config and the number of each job that runs in this process.
+
+    Raises:
+        ConfigError: the arguments cannot be composed.
+    """
+
+    def job(raw: DictConfig) -> None:
+        with _config_errors():
+            config = _to_object(schema, raw)
+        task(config, HydraConfig.get().job.num)
+
+    arguments = _split_arguments(argv)
+    name = PRIMARY_CONFIGS[schema]
+    with _config_errors():
+        hydra_adapter.run_multirun(name, arguments.overrides, arguments.config_dir, job)
+
+
+def multirun_config_dir(hydra_config: DictConfig) -> list[str]:
+    """`--config-dir FOLDER` of the command that composed `hydra_config`, the node `hydra`."""
+    return _config_dir_options(hydra_adapter.config_dir_of(hydra_config))
+
+
+# -- private -------------------------------------------------------------------------------------
+def _compose_tree(schema: type, argv: Sequence[str]) -> DictConfig:
+    arguments = _split_arguments(argv)
+    name = PRIMARY_CONFIGS[schema]
+    return hydra_adapter.compose_tree(name, arguments.overrides, arguments.config_dir)
+
+
+def _to_object(schema: type[T], raw: Any) -> T:
     refuse_unknown_keys(raw)
-    return OmegaConf.to_object(raw)  # type: ignore[return-value]  # __post_init__ checks run here
+    config = OmegaConf.to_object(raw)  # runs __post_init__
+    if not isinstance(config, schema):
+        raise TypeError(f"composed {type(config).__name__} instead of {schema.__name__}")
+    return config
 
 
-def replaced(overrides: Sequence[str], key: str, value: str) -> list[str]:
-    """With key=value instead of what was said of it; quoted for Hydra's grammar."""
-    kept = [override for override in overrides if override.partition("=")[0].lstrip("+") != key]
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return [*kept, f"{key}='{escaped}'"]
+def _plain(value: Any) -> Any:
+    """Enums by name, and strings so that OmegaConf does not resolve interpolations in them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, str):
+        # A backslash escapes ${; those in front of it must be escaped too.
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
 
 
-def config_dir(hydra: Any) -> list[str]:
-    """--config-dir as a command line that composed `hydra` had it."""
-    folders = [
-        source.path for source in hydra.runtime.config_sources if source.provider == "command-line"
-    ]
-    return ["--config-dir", str(Path(folders[0]).absolute())] if folders else []
+def _split_arguments(argv: Sequence[str]) -> _Arguments:
+    overrides = []
+    config_dir = None
+    remaining = iter(argv)
+    for argument in remaining:
+        if argument == CONFIG_DIR_OPTION:
+            config_dir = next(remaining, "")
+        else:
+            overrides.append(argument)
+    if config_dir == "":
+        raise ConfigError(f"{CONFIG_DIR_OPTION} needs a folder")
+    return _Arguments(overrides, None if config_dir is None else Path(config_dir))
 
 
-def this_of_many(config: TrainConfig) -> list[str]:
-    """One run of Hydra's --multirun: gives it a folder of its own, below run_dir, and returns its arguments."""
-    hydra = HydraConfig.get()
-    config.run_dir = str(Path(config.run_dir, str(hydra.job.num)))
-    return [*config_dir(hydra), *replaced(hydra.overrides.task, "run_dir", config.run_dir)]
+def _config_dir_options(config_dir: Path | None) -> list[str]:
+    if config_dir is None:
+        return []
+    return [CONFIG_DIR_OPTION, str(config_dir.absolute())]
+
+
+@contextmanager
+def _config_errors() -> Iterator[None]:
+    """Raises the errors of Hydra and OmegaConf as ConfigError."""
+    try:
+        yield
+    except Exception as error:
+        if not is_composition_error(error):
+            raise
+        raise ConfigError(explain(error)) from error

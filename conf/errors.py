@@ -3,10 +3,23 @@
 A command prints a UserError as one line and exits with code 2 (`evspan.launch.cli.command`).
 """
 
+import errno
+
 USER_ERROR_EXIT_CODE = 2  # also argparse's
 LOST_EXIT_CODE = 69  # EX_UNAVAILABLE: another rank of the same run is gone, stuck or failed
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on a stop signal; the same command continues
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT
+USER_ERRNOS = (  # of an OSError that the user can correct
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+)
 
 
 class UserError(Exception):
@@ -37,3 +50,17 @@ class ShardError(UserError):
 
 class LostRanksError(Exception):
     """Other ranks of the same run are gone, stuck or failed; the message names them."""
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether the user can correct it: a UserError, or an OSError such as a missing file."""
+    if isinstance(error, OSError) and error.errno in USER_ERRNOS:
+        return True
+    return isinstance(error, UserError)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,17 +1,22 @@
-"""Errors of Hydra and OmegaConf as one line that says what to do; neither is imported unless it raised one."""
+"""Explains errors of Hydra and OmegaConf in one line that says what to do."""
 
 import re
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import SequenceMatcher
 from enum import Enum
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, NamedTuple, get_origin
 
-from evspan.conf.errors import ConfigError
+from evspan.conf.errors import ConfigError, UserError
+from evspan.conf.omegaconf_adapter import root_of
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
 
-NOISE = (
+LIBRARIES = ("hydra", "omegaconf", "antlr4")  # that composition errors come from
+NOISE = (  # starts of lines that a user does not need
     "full_key:",
     "object_type=",
     "reference_type=",
@@ -19,8 +24,9 @@ NOISE = (
     "Config search path",
     "provider=",
 )
-SIMILAR = 0.6  # of difflib's ratio: below it a suggestion would puzzle
-KINDS = {
+MIN_SIMILARITY = 0.6  # difflib ratio below which a suggestion would confuse
+MAX_SUGGESTIONS = 3
+TYPE_NAMES: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -30,151 +36,199 @@ KINDS = {
 }
 
 
+def is_composition_error(error: Exception) -> bool:
+    """Whether Hydra or OmegaConf raised the error, and not the code of a config or a task."""
+    if isinstance(error, UserError):
+        return False
+    # Some bad overrides end in a plain ValueError inside the library.
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
+    modules = (type(error).__module__, raised_in)
+    return any(module.split(".")[0] in LIBRARIES for module in modules)
+
+
 def explain(error: Exception) -> str:
     """What is wrong with a config that could not be composed, and what to do."""
-    text, cause = str(error), error.__cause__ if error.__cause__ is not None else error
+    text = str(error)
+    cause: Any = error.__cause__ if error.__cause__ is not None else error
     kind = type(error).__name__
     if kind == "OverrideParseException":
-        return _unreadable(getattr(error, "override", ""))
+        return _explain_grammar(getattr(error, "override", ""))
     if kind == "MissingConfigException" and "Could not find" in text:
-        return _missing_option(error)
-    if (key := re.match(r"Could not override '([^']*)'", text)) and hasattr(cause, "parent_node"):
-        return _unknown_key(key[1], cause.parent_node)
-    if unread := re.match(r"In '([^']*)/([^'/]*)': .*Key '([^']*)' not in '", text, re.DOTALL):
-        group, option, key = unread.groups()
-        return (
-            f"{group}={option} sets {key}, which this command does not read; choose another option "
-            f"of {group} for it (a copy of conf/{group}/{option}.yaml without {key})"
-        )
-    if argument := re.match(r"Ambiguous value for argument '(.*)'\n", text):
-        name = argument[1].split("=")[0]
-        return f"{argument[1]}: a list needs brackets, {name}=[a,b], and text with a comma quotes, '{name}=\"a,b\"'"
-    if type(cause).__name__ == "ValidationError" and (told := _wrong_value(cause)):
-        return told
-    told = _plain(text)
-    if cause is not error and _plain(str(cause)) not in told:
-        told = f"{told}: {_plain(str(cause))}"
-    place = getattr(cause, "full_key", None)
-    return f"{told}{f' ({place})' if place and place not in told else ''}; --cfg job shows the config that is composed"
+        return _explain_missing_option(error)
+    unknown = re.match(r"Could not override '([^']*)'", text)
+    if unknown and hasattr(cause, "parent_node"):
+        return _explain_unknown_key(unknown[1], cause.parent_node)
+    unread = re.match(r"In '([^']*)/([^'/]*)': .*Key '([^']*)' not in '", text, re.DOTALL)
+    if unread:
+        return _explain_unread_key(*unread.groups())
+    ambiguous = re.match(r"Ambiguous value for argument '(.*)'\n", text)
+    if ambiguous:
+        return _explain_ambiguous_value(ambiguous[1])
+    if isinstance(cause, ValidationError):
+        expected = _explain_wrong_value(cause)
+        if expected:
+            return expected
+    return _explain_other(text, cause)
 
 
-def refuse_unknown_keys(raw: Any) -> None:
-    """`+key=value` would add a key that nothing reads.
+def refuse_unknown_keys(raw: DictConfig) -> None:
+    """Refuse keys that no dataclass has, which `+key=value` adds and nothing reads.
 
-    raw: the composed config, a DictConfig.
     Raises:
-        ConfigError: a config holds a key that its dataclass does not have.
+        ConfigError: names the key, and the most similar known one.
     """
-    for path, node in _groups(raw):
-        type_ = node._metadata.object_type
-        if is_dataclass(type_) and (
-            added := sorted(set(map(str, node)) - {f.name for f in fields(type_)})
-        ):
-            raise ConfigError(_unknown_key(f"{path}{added[0]}", raw, leave_out=f"{path}{added[0]}"))
+    for group in _groups(raw):
+        type_ = OmegaConf.get_type(group.node)
+        if not is_dataclass(type_):
+            continue
+        known = {field.name for field in fields(type_)}
+        added = sorted({str(key) for key in group.node} - known)
+        if added:
+            key = f"{group.prefix}{added[0]}"
+            raise ConfigError(_explain_unknown_key(key, raw, exclude=key))
 
 
-def _plain(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith(NOISE)).rstrip(".")
-
-
-def _unreadable(override: str) -> str:
+def _explain_grammar(override: str) -> str:
     if "=" not in override:
         return f"{override!r} is not of the form key=value"
     name, value = override.split("=", 1)
     quoted = value.strip("'\"").replace('"', "")
-    return f"{override} cannot be read; a value with special characters needs quotes, for the shell too: '{name}=\"{quoted}\"'"
-
-
-# -- keys --------------------------------------------------------------------------------------------------------
-def _groups(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every mapping in a DictConfig, with its path (ending in a dot). Nothing is resolved: interpolations may not."""
-    yield path, node
-    for key in node:
-        child = node._get_node(key)
-        if (
-            hasattr(child, "keys")
-            and not child._is_none()
-            and not child._is_missing()
-            and not child._is_interpolation()
-        ):
-            yield from _groups(child, f"{path}{key}.")
-
-
-def _unknown_key(key: str, node: Any, leave_out: str = "") -> str:
-    root = node
-    while root._get_parent() is not None:
-        root = root._get_parent()
-    keys = [
-        f"{path}{name}"
-        for path, group in _groups(root)
-        for name in group
-        if f"{path}{name}" != leave_out
-    ]
-    if not key.startswith("hydra"):
-        keys = [k for k in keys if k.split(".")[0] != "hydra"] + [
-            p.name for p in _config_tree().iterdir() if p.is_dir()
-        ]
-    if "." in key:  # a group would be no help
-        keys = [k for k in keys if "." in k]
-    return f"there is no key {key!r}{_did_you_mean(key, keys) or '; --cfg job lists the keys that there are'}"
-
-
-def _did_you_mean(wanted: str, known: list[str], form: str = "{}") -> str:
-    """'; did you mean ...?' with the nearest of `known`, or nothing. The last part counts most: people leave out its group."""
-
-    def likeness(name: str) -> float:
-        (group, _, last), (known_group, _, known_last) = (
-            n.replace("/", ".").rpartition(".") for n in (wanted, name)
-        )
-        place = (
-            0.8 if known_group and not group else SequenceMatcher(None, group, known_group).ratio()
-        )
-        return SequenceMatcher(None, last, known_last).ratio() * (0.7 + 0.3 * place)
-
-    ranked = sorted(
-        ((likeness(name), name) for name in set(known)), key=lambda pair: (-pair[0], pair[1])
+    return (
+        f"{override} cannot be read; a value with special characters needs quotes, for the shell "
+        f"too: '{name}=\"{quoted}\"'"
     )
-    best = [name for value, name in ranked if value >= max(SIMILAR, ranked[0][0] - 0.01)][:3]
-    return f"; did you mean {' or '.join(form.format(name) for name in best)}?" if best else ""
 
 
-# -- group options -----------------------------------------------------------------------------------------------
+def _explain_unread_key(group: str, option: str, key: str) -> str:
+    return (
+        f"{group}={option} sets {key}, which this command does not read; choose another option "
+        f"of {group} for it (a copy of conf/{group}/{option}.yaml without {key})"
+    )
+
+
+def _explain_ambiguous_value(override: str) -> str:
+    name = override.split("=")[0]
+    return (
+        f"{override}: a list needs brackets, {name}=[a,b]; text with a comma needs quotes, "
+        f"'{name}=\"a,b\"'; evspan sweep starts a training run for each value"
+    )
+
+
+def _explain_other(text: str, cause: Any) -> str:
+    message = _without_noise(text)
+    cause_message = _without_noise(str(cause))
+    if cause_message not in message:
+        message = f"{message}: {cause_message}"
+    key = getattr(cause, "full_key", None)
+    if key and key not in message:
+        message = f"{message} ({key})"
+    return f"{message}; --cfg job shows the config that is composed"
+
+
+def _without_noise(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(NOISE)).rstrip(".")
+
+
+# -- keys ----------------------------------------------------------------------------------------
+class _Group(NamedTuple):
+    """A mapping inside a config. prefix: its path with a dot at the end; empty for the root."""
+
+    prefix: str
+    node: DictConfig
+
+
+def _groups(node: DictConfig, prefix: str = "") -> Iterator[_Group]:
+    """Every mapping in a config. Interpolations are not resolved, because they may be wrong."""
+    yield _Group(prefix, node)
+    for key in node:
+        if not isinstance(key, str):  # a class map, whose values are numbers
+            continue
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        child = node[key]
+        if isinstance(child, DictConfig):
+            yield from _groups(child, f"{prefix}{key}.")
+
+
+def _explain_unknown_key(key: str, node: Any, exclude: str = "") -> str:
+    known = [name for name in _known_keys(root_of(node)) if name != exclude]
+    if not key.startswith("hydra"):
+        known = [name for name in known if name.split(".")[0] != "hydra"]
+        known += [path.name for path in _config_tree().iterdir() if path.is_dir()]
+    if "." in key:  # the name of a group alone is no help then
+        known = [name for name in known if "." in name]
+    suggestion = _suggestion(key, known) or "; --cfg job lists the keys that there are"
+    return f"there is no key {key!r}{suggestion}"
+
+
+def _known_keys(root: Any) -> list[str]:
+    names = []
+    for group in _groups(root):
+        names += [f"{group.prefix}{key!s}" for key in group.node]
+    return names
+
+
+def _suggestion(name: str, known: Sequence[str], form: str = "{}") -> str:
+    """'; did you mean ...?' with the most similar of `known`, or an empty string."""
+    similarities = {other: _similarity(name, other) for other in known}
+    if not similarities:
+        return ""
+    threshold = max(MIN_SIMILARITY, max(similarities.values()) - 0.01)
+    best = sorted(other for other, value in similarities.items() if value >= threshold)
+    if not best:
+        return ""
+    options = " or ".join(form.format(other) for other in best[:MAX_SUGGESTIONS])
+    return f"; did you mean {options}?"
+
+
+def _similarity(name: str, known: str) -> float:
+    """0 to 1. The last part of a dotted name counts most, because people leave out its group."""
+    group, _, last = name.replace("/", ".").rpartition(".")
+    known_group, _, known_last = known.replace("/", ".").rpartition(".")
+    group_similarity = SequenceMatcher(None, group, known_group).ratio()
+    if known_group and not group:
+        group_similarity = 0.8
+    return SequenceMatcher(None, last, known_last).ratio() * (0.7 + 0.3 * group_similarity)
+
+
+# -- group options -------------------------------------------------------------------------------
 def _config_tree() -> Path:
     return Path(str(resources.files("evspan.conf")))
 
 
-def _missing_option(error: Any) -> str:
+def _explain_missing_option(error: Any) -> str:
     missing = str(error.missing_cfg_file)
     listed = re.search(r"Available options in '([^']*)'", str(error))
     group = listed[1] if listed else missing.split("/")[0]
     name = missing.removeprefix(f"{group}/")
-    shipped = _config_tree() / group
-    options = sorted(
-        {
-            *(error.options or ()),
-            *(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml")),
-        }
-    )
-    return f"{group} has no option {name!r}{_did_you_mean(name, options, f'{group}={{}}') or '.'} There are: {', '.join(options)}"
+    folder = _config_tree() / group
+    shipped = [str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")]
+    options = sorted({*(error.options or ()), *shipped})
+    suggestion = _suggestion(name, options, f"{group}={{}}") or "."
+    return f"{group} has no option {name!r}{suggestion} There are: {', '.join(options)}"
 
 
-# -- values ------------------------------------------------------------------------------------------------------
-def _wrong_value(error: Any) -> str | None:
-    """'training.max_steps is 'abc'; give a whole number', where the key's dataclass tells what it takes."""
+# -- values --------------------------------------------------------------------------------------
+def _explain_wrong_value(error: Any) -> str:
+    """'training.max_steps is 'abc'; give a whole number', or an empty string for no known field."""
     known = fields(error.object_type) if is_dataclass(error.object_type) else ()
-    field_ = next((f for f in known if f.name == error.key), None)
-    if field_ is None or not error.full_key:
-        return None
+    matching = [field for field in known if field.name == error.key]
+    if not matching or not error.full_key:
+        return ""
     value = "null" if error.value is None else repr(error.value)
-    return f"{error.full_key} is {value}; give {_wanted(field_, error.full_key)}"
+    return f"{error.full_key} is {value}; give {_expected_value(matching[0], error.full_key)}"
 
 
-def _wanted(field_: Field, key: str) -> str:
-    type_ = get_origin(field_.type) or field_.type
+def _expected_value(field: Field[Any], key: str) -> str:
+    type_: Any = get_origin(field.type) or field.type
     if isinstance(type_, type) and issubclass(type_, Enum):
         return f"one of {', '.join(member.name for member in type_)}"
     if is_dataclass(type_):
-        return f"its keys one by one: {', '.join(f'{key}.{f.name}' for f in fields(type_))}"
-    default = "" if field_.default in (MISSING, "") else f" (default: {field_.default})"
-    return f"{KINDS.get(type_, str(field_.type))}{default}"  # type: ignore[arg-type]
+        keys = ", ".join(f"{key}.{child.name}" for child in fields(type_))
+        return f"its keys one by one: {keys}"
+    description = TYPE_NAMES.get(type_, str(field.type))
+    if field.default in (MISSING, ""):
+        return description
+    return f"{description} (default: {field.default})"

@@ -33,13 +33,13 @@ COMMANDS = {
         "evspan.launch.cli.prep:main",
         "recordings -> shards of frames; decode, look at and draw recordings",
     ),
-    "train": Command("evspan.launch.local.run:train", "shards -> a trained detector"),
+    "train": Command("evspan.launch.cli.train:main", "shards -> a trained detector"),
     "submit": Command(
-        "evspan.launch.sweep.submit:submit",
+        "evspan.launch.cli.submit:main",
         "train as a SLURM job that comes back after preemption, over any number of nodes",
     ),
     "sweep": Command(
-        "evspan.launch.sweep.submit:sweep",
+        "evspan.launch.cli.sweep:main",
         "a run for each combination of values, as an array of jobs",
     ),
     "status": Command(
@@ -56,7 +56,7 @@ COMMANDS = {
         "evspan.launch.cli.doctor:main",
         "does this cluster fit? checks here and in a job, each with its remedy",
     ),
-    "evaluate": Command("evspan.launch.local.run:evaluate", "a trained detector and shards -> AP"),
+    "evaluate": Command("evspan.launch.cli.evaluate:main", "a trained detector and shards -> AP"),
     "infer": Command(
         "evspan.launch.cli.infer:main",
         "a trained detector and a recording -> detections and a video",

@@ -6,19 +6,17 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-import hydra
+from evspan.conf.errors import require
 from evspan.conf.schema.cluster import Scheduler
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.text import plural
-from evspan.launch.cli.command import hydra_task, run_command, run_hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from evspan.launch.cli.command import run_command
+from evspan.launch.cli.config_arguments import config_information, parse_config_arguments
 
 if TYPE_CHECKING:  # not imported for --help
     from evspan.data_prep.prepare import Report
     from evspan.data_prep.workers import Runner
 
-ConfigStore.instance().store(name="prep_schema", node=PrepConfig)
 TOOLS = {  # evspan prep TOOL: its module, which is imported when it is called
     "decode": "evspan.launch.cli.prep_decode",
     "info": "evspan.launch.cli.prep_info",
@@ -138,19 +136,27 @@ def print_report(output: str, report: "Report", seconds: float) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command, or one of its tools."""
-
-    @hydra.main(version_base="1.3", config_path="pkg://evspan.conf", config_name="prep")
-    @hydra_task
-    def task(raw: DictConfig) -> None:
-        prep(OmegaConf.to_object(raw))  # type: ignore[arg-type]  # __post_init__ checks run here
-
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in TOOLS:
         tool: Callable[[list[str]], None] = import_module(TOOLS[argv[0]]).main
         tool_argv = argv[1:]
         run_command(lambda: tool(tool_argv))
     else:
-        run_hydra(task, argv or ["--help"], prog="evspan prep", help=HELP)
+        prep_argv = argv or ["--help"]
+        run_command(lambda: compose_and_prepare(prep_argv))
+
+
+def compose_and_prepare(argv: list[str]) -> None:
+    """Prepares the recordings with the config that the arguments make."""
+    arguments = parse_config_arguments(argv, prog="evspan prep")
+    information = config_information(arguments, PrepConfig, HELP)
+    if information is not None:
+        print(information)
+        return
+    from evspan.conf.compose import compose
+
+    require(not arguments.multirun, "--multirun is for evspan train; prepare each by a command")
+    prep(compose(PrepConfig, arguments.argv))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Several ranks on this machine: starts them, hands signals on, and ends all of them when one dies."""
+"""Several ranks on this machine: starts them, forwards signals, and ends all when one fails."""
 
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 from types import FrameType
+from typing import NamedTuple
 
 from evspan.conf.errors import (
     INTERRUPTED_EXIT_CODE,
@@ -23,47 +25,67 @@ from evspan.conf.errors import (
     USER_ERROR_EXIT_CODE,
 )
 from evspan.conf.failure_notes import FAILURE_FILE, read_failure_note
+from evspan.launch.logging_config import ensure_logging
 
+logger = logging.getLogger(__name__)
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-GRACE_S = 5.0  # for the other ranks to fail by themselves once one has died; a collective may never tell them
+# Time for the other ranks to fail by themselves once one has died; a collective may wait for ever.
+GRACE_S = 5.0
 POLL_S = 0.05
-TAIL_LINES = 200  # of what a rank other than the first said, told when it fails
+JOIN_S = 1.0  # for a rank's output to end; a process that the rank left behind may hold it open
+TAIL_LINES = 200  # of the output of a rank other than rank 0, printed when the rank fails
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+OUT_OF_MEMORY_HINT = (
+    "Linux does that when memory runs out: see dmesg, and lower training.batch_size or "
+    "parallel.ranks. "
+)
 
 
 @dataclass(eq=False)
 class Rank:
+    """A rank's process.
+
+    failure: file of the rank's failure note. tail: end of its output, except for rank 0.
+    """
+
     number: int
-    process: subprocess.Popen
-    failure: Path  # written by `run_command` when the rank fails: when that was, and which ranks it was left by
+    process: "subprocess.Popen[str]"
+    failure: Path
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
     reader: Thread | None = None
     ended_by_us: bool = False
 
     @property
     def code(self) -> int:
-        if (
-            self.ended_by_us
-            and self.process.returncode == -signal.SIGKILL
-            and self.failure.exists()
-        ):
-            return 1  # it had failed and was slow to go
-        return self.process.returncode
-
-    @property
-    def failed(self) -> bool:
-        return not self.orderly and not (self.ended_by_us and self.code == -signal.SIGKILL)
+        """The exit code; -n for signal n. Of an ended process only."""
+        code = self.process.returncode
+        if self.ended_by_us and code == -signal.SIGKILL and self.failure.exists():
+            return 1  # it had failed, and was slow to exit
+        return code
 
     @property
     def orderly(self) -> bool:
+        """Whether the rank completed, or saved on a stop signal."""
         return self.code in (0, STOPPED_EXIT_CODE)
 
-    def how(self) -> str:
-        return (
-            f"was killed by {signal.Signals(-self.code).name}"
-            if self.code < 0
-            else f"ended with exit code {self.code}"
-        )
+    @property
+    def failed(self) -> bool:
+        """Whether the rank failed by itself, and was not killed because another one failed."""
+        killed_by_us = self.ended_by_us and self.code == -signal.SIGKILL
+        return not self.orderly and not killed_by_us
+
+    def describe_end(self) -> str:
+        """'was killed by SIGKILL' or 'ended with exit code 1'."""
+        if self.code < 0:
+            return f"was killed by {signal.Signals(-self.code).name}"
+        return f"ended with exit code {self.code}"
+
+
+class _End(NamedTuple):
+    """ranks: in the order in which they ended. stops: signals that were forwarded to them."""
+
+    ranks: list[Rank]
+    stops: list[int]
 
 
 def run_ranks(
@@ -71,62 +93,57 @@ def run_ranks(
     ranks: int,
     *,
     threads: int = 0,
-    after: str = "",
+    remedy: str = "",
     grace_s: float = GRACE_S,
 ) -> int:
-    """Run `command` as `ranks` processes with torchrun's variables, and return their exit code.
+    """Run `command` as `ranks` processes with torchrun's variables, until all have ended.
 
-    Rank 0 keeps this process's output; what others say is told when they fail. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are
-    handed on to all. When a rank dies, the others have `grace_s` to follow, then they are killed: SIGTERM asks a rank to save
-    at its next step, which one that waits for a dead rank never reaches. Call it from the main thread.
+    Rank 0 writes to this process's output; the output of another rank is printed if it fails.
+    SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are forwarded to all. When a rank dies, the others have
+    `grace_s` seconds to end, and are killed then: SIGTERM makes a rank save at its next step, which
+    one that waits for a dead rank never reaches. Call this from the main thread.
 
     Args:
-        threads: OMP_NUM_THREADS of a rank, unless that is set; 0: the cores divided by the ranks.
-        after: what to do when a rank has died; ends the message.
+        threads: OMP_NUM_THREADS of a rank, unless that is set. 0: the cores divided by the ranks.
+        remedy: what to do when a rank has died; the last sentence of the message.
+
     Returns:
-        0, or 75 when all saved on a stop signal; 2 when a rank told a user's error, which is told once; 130 after SIGINT; 69 when
-        a rank was stuck; else that of the rank that died first (128 + n for signal n).
+        The exit code: 0; 75 when all saved on a stop signal; 2 for a user's error in a rank; 130
+        after SIGINT; 69 when a rank was stuck; else that of the rank that failed first, 128 + n
+        for signal n.
     """
+    ensure_logging()
     with (
-        _listening() as received,
-        _held_port() as port,
+        _signals_received() as received,
+        _reserved_port() as port,
         TemporaryDirectory(prefix="evspan-") as notes,
     ):
         started: list[Rank] = []
         try:
             for number in range(ranks):
-                failure = Path(notes) / f"rank-{number}"
-                environment = {
-                    **rank_environment(number, ranks, port, threads),
-                    FAILURE_FILE: str(failure),
-                }
-                started.append(
-                    Rank(number, _spawn(command, environment, quiet=number > 0), failure)
-                )
-            for rank in started[
-                1:
-            ]:  # after the last fork: a thread could hold a lock that the child then waits for
-                rank.reader = Thread(target=_read, args=(rank,), daemon=True)
+                failure = Path(notes, f"rank-{number}")
+                environment = rank_environment(number, ranks, port, threads)
+                environment[FAILURE_FILE] = str(failure)
+                process = _start_process(command, environment, quiet=number > 0)
+                started.append(Rank(number, process, failure))
+            # After the last fork: a thread could hold a lock that a child then waits for.
+            for rank in started[1:]:
+                rank.reader = Thread(target=_read_output, args=(rank,), daemon=True)
                 rank.reader.start()
-            ended, stops = _watch(started, received, grace_s)
+            end = _wait_for_all(started, received, grace_s)
         finally:
-            for rank in started:
-                if rank.process.poll() is None:
-                    rank.process.kill()
-                    rank.process.wait()
+            _kill_all(started)
         for rank in started[1:]:
             if rank.reader:
-                rank.reader.join(
-                    timeout=1
-                )  # a process that the rank left behind may hold its output open
-        return _conclude(ended, stops, after)
+                rank.reader.join(timeout=JOIN_S)
+        return _report_end(end, remedy)
 
 
 def rank_environment(number: int, ranks: int, port: int, threads: int = 0) -> dict[str, str]:
-    """This process's variables and those of rank `number`."""
-    per_rank = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+    """The environment of rank `number`: this process's, and torchrun's variables."""
+    threads_per_rank = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
     return {
-        "OMP_NUM_THREADS": str(per_rank),
+        "OMP_NUM_THREADS": str(threads_per_rank),
         **os.environ,
         "RANK": str(number),
         "WORLD_SIZE": str(ranks),
@@ -134,142 +151,149 @@ def rank_environment(number: int, ranks: int, port: int, threads: int = 0) -> di
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "PYTHONUNBUFFERED": "1",  # what a killed rank said last must not be lost
+        "PYTHONUNBUFFERED": "1",  # the last output of a killed rank must not be lost
         "PYTHONSAFEPATH": "1",  # `python -m` must not find modules in the working directory
     }
 
 
-# -- starting ----------------------------------------------------------------------------------------------------
+# -- starting ------------------------------------------------------------------------------------
 @contextmanager
-def _listening() -> Iterator[list[int]]:
-    """The signals that came, oldest first; the watching loop takes them out."""
+def _signals_received() -> Iterator[list[int]]:
+    """Collects signals, oldest first. The loop that waits for the ranks takes them out."""
     received: list[int] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, handler) for number in FORWARDED}
+    previous = {number: signal.signal(number, handler) for number in FORWARDED}
     try:
         yield received
     finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
 
 
 @contextmanager
-def _held_port() -> Iterator[int]:
-    """A free port that stays ours: bound here but never listened on, so that no other program is given it, while rank 0,
-    which like us binds with SO_REUSEADDR (torch does), can listen."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("", 0))
-        yield held.getsockname()[1]
+def _reserved_port() -> Iterator[int]:
+    """A free port that no other program gets meanwhile.
+
+    It is bound here but never listened on. Rank 0 can still listen on it, because torch binds with
+    SO_REUSEADDR, as this does.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("", 0))
+        port: int = reserved.getsockname()[1]
+        yield port
 
 
-def _spawn(
+def _start_process(
     command: Sequence[str], environment: Mapping[str, str], *, quiet: bool
-) -> subprocess.Popen:
-    output = (
-        dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-        if quiet
-        else {}
-    )
+) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         command,
         env=environment,
         stdin=subprocess.DEVNULL,
-        preexec_fn=_tied_to(os.getpid()),
-        **output,
-    )  # type: ignore[call-overload]
+        stdout=subprocess.PIPE if quiet else None,
+        stderr=subprocess.STDOUT if quiet else None,
+        text=True,
+        errors="replace",
+        preexec_fn=_die_with_parent(os.getpid()),
+    )
 
 
-def _tied_to(parent: int) -> Callable[[], None]:
+def _die_with_parent(parent: int) -> Callable[[], None]:
+    """A function for the child to call first: ties its life to its parent's.
+
+    The child gets a process group of its own, so that Ctrl-C reaches it only through its parent.
+    """
     libc = ctypes.CDLL(None)
 
     def tie() -> None:
-        """In the child: dies with its parent, even when that is killed; Ctrl-C reaches it through the parent alone."""
         os.setpgid(0, 0)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before prctl
+        if os.getppid() != parent:  # the parent died before prctl
             os._exit(1)
 
     return tie
 
 
-def _read(rank: Rank) -> None:
+def _read_output(rank: Rank) -> None:
     assert rank.process.stdout is not None
     for line in rank.process.stdout:
         rank.tail.append(line.rstrip("\n"))
 
 
-# -- watching ----------------------------------------------------------------------------------------------------
-def _watch(
-    ranks: Sequence[Rank], received: list[int], grace_s: float
-) -> tuple[list[Rank], list[int]]:
-    """Until all have ended: the ranks in the order they did, and the signals handed on."""
-    ended: list[Rank] = []
-    stops: list[int] = []
+# -- waiting -------------------------------------------------------------------------------------
+def _wait_for_all(ranks: Sequence[Rank], received: list[int], grace_s: float) -> _End:
+    """Forward signals until all ranks have ended; kill them `grace_s` after the first failure."""
+    end = _End([], [])
     deadline = float("inf")
-    while len(ended) < len(ranks):
+    while len(end.ranks) < len(ranks):
         while received:
-            stops.append(number := received.pop(0))
+            number = received.pop(0)
+            end.stops.append(number)
             for rank in ranks:
                 rank.process.send_signal(number)
-            if number == signal.SIGINT:  # a second one does not wait
-                deadline = min(
-                    deadline, time.monotonic() + (grace_s if stops.count(signal.SIGINT) == 1 else 0)
-                )
-        for rank in ranks:
-            if rank not in ended and rank.process.poll() is not None:
-                ended.append(rank)
-                if not rank.orderly:
-                    deadline = min(deadline, time.monotonic() + grace_s)
+            if number == signal.SIGINT:
+                second = end.stops.count(signal.SIGINT) > 1
+                deadline = min(deadline, time.monotonic() + (0 if second else grace_s))
+        for rank in _newly_ended(ranks, end.ranks):
+            end.ranks.append(rank)
+            if not rank.orderly:
+                deadline = min(deadline, time.monotonic() + grace_s)
         if time.monotonic() > deadline:
-            for rank in ranks:
-                if rank not in ended and rank.process.poll() is None:
-                    rank.ended_by_us = True
-                    rank.process.kill()
+            _kill_remaining(ranks, end.ranks)
         time.sleep(POLL_S)
-    return ended, stops
+    return end
 
 
-def _conclude(ended: Sequence[Rank], stops: Sequence[int], after: str) -> int:
-    """The exit code; tells what went wrong."""
-    if all(rank.orderly for rank in ended):
-        return max(rank.code for rank in ended)
-    if signal.SIGINT in stops:
+def _newly_ended(ranks: Sequence[Rank], ended: Sequence[Rank]) -> list[Rank]:
+    return [rank for rank in ranks if rank not in ended and rank.process.poll() is not None]
+
+
+def _kill_remaining(ranks: Sequence[Rank], ended: Sequence[Rank]) -> None:
+    for rank in ranks:
+        if rank not in ended and rank.process.poll() is None:
+            rank.ended_by_us = True
+            rank.process.kill()
+
+
+def _kill_all(ranks: Sequence[Rank]) -> None:
+    for rank in ranks:
+        if rank.process.poll() is None:
+            rank.process.kill()
+            rank.process.wait()
+
+
+# -- reporting -----------------------------------------------------------------------------------
+def _report_end(end: _End, remedy: str) -> int:
+    """Report a failure once, and return the exit code for all ranks."""
+    if all(rank.orderly for rank in end.ranks):
+        return max(rank.code for rank in end.ranks)
+    if signal.SIGINT in end.stops:
         return INTERRUPTED_EXIT_CODE
-    failed = [rank for rank in ended if rank.failed]
-    if stops and all(
-        rank.code == -stops[0] for rank in failed
-    ):  # they had not begun, or had nothing to save
-        _tell(f"error: ended by {signal.Signals(stops[0]).name}; nothing was saved. {after}")
-        return 128 + stops[0]
-    culprit = min(failed, key=_precedence)
-    first = next((rank for rank in failed if rank.number == 0), None)
-    if culprit.code == USER_ERROR_EXIT_CODE:
-        if first is None or first.code != USER_ERROR_EXIT_CODE:  # else rank 0 has told it
-            errors = [line for line in culprit.tail if line.startswith("error: ")]
-            _tell("\n".join(errors or culprit.tail))
-        return USER_ERROR_EXIT_CODE
-    if culprit.code == LOST_EXIT_CODE:
-        stuck = [f"rank {rank.number}" for rank in ended if rank.ended_by_us]
-        killed = f"; {', '.join(stuck)} had to be killed" if stuck else ""
-        _tell(f"error: {read_failure_note(culprit.failure).message}{killed}. {after}")
-        return LOST_EXIT_CODE
-    if culprit.number and culprit.tail:
-        _tell("\n".join(f"[rank {culprit.number}] {line}" for line in culprit.tail))
-    memory = "Linux does that when memory runs out: see dmesg, and lower training.batch_size or parallel.ranks. "
-    _tell(
-        f"error: rank {culprit.number} of {len(ended)} {culprit.how()}, so the others were ended"
-        f"{'; what it said is above' if culprit.code > 0 else ''}. {memory if culprit.code == -signal.SIGKILL else ''}{after}"
-    )
-    return culprit.code if culprit.code > 0 else 128 - culprit.code
+    failed = [rank for rank in end.ranks if rank.failed]
+    if end.stops and all(rank.code == -end.stops[0] for rank in failed):
+        # The ranks had not started to train, or had nothing to save.
+        name = signal.Signals(end.stops[0]).name
+        logger.error("ended by %s; nothing was saved. %s", name, remedy)
+        return 128 + end.stops[0]
+    first = min(failed, key=_precedence)
+    if first.code == USER_ERROR_EXIT_CODE:
+        return _report_user_error(first, failed)
+    if first.code == LOST_EXIT_CODE:
+        return _report_lost(first, end.ranks, remedy)
+    return _report_failure(first, len(end.ranks), remedy)
 
 
 def _precedence(rank: Rank) -> tuple[bool, bool, bool, float]:
-    """Lowest for the rank that failed first. One that fails takes the others down through their collectives, and may take
-    longer to exit than they do. Those it takes down are neither killed (other than by NCCL, which aborts) nor know a mistake."""
+    """Sort key: lowest for the rank that failed first.
+
+    A rank that fails makes the others fail through their collectives, and may take longer to exit
+    than they do. Those others are not killed (except by NCCL, which aborts), and report no user's
+    error.
+    """
     killed = rank.code < 0 and rank.code != -signal.SIGABRT
     return (
         not killed,
@@ -279,5 +303,38 @@ def _precedence(rank: Rank) -> tuple[bool, bool, bool, float]:
     )
 
 
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def _report_user_error(first: Rank, failed: Sequence[Rank]) -> int:
+    """Print a user's error of another rank, unless rank 0 has printed one itself."""
+    reported = any(rank.number == 0 and rank.code == USER_ERROR_EXIT_CODE for rank in failed)
+    if not reported:
+        errors = [line for line in first.tail if line.startswith("error: ")]
+        _print_output(errors or first.tail)
+    return USER_ERROR_EXIT_CODE
+
+
+def _report_lost(first: Rank, ranks: Sequence[Rank], remedy: str) -> int:
+    """Report ranks that a rank has lost, and those that were stuck and had to be killed."""
+    message = read_failure_note(first.failure).message
+    stuck = [f"rank {rank.number}" for rank in ranks if rank.ended_by_us]
+    if stuck:
+        message += f"; {', '.join(stuck)} had to be killed"
+    logger.error("%s. %s", message, remedy)
+    return LOST_EXIT_CODE
+
+
+def _report_failure(first: Rank, ranks: int, remedy: str) -> int:
+    """Print the output of the rank that failed first, and name it."""
+    if first.number:
+        _print_output([f"[rank {first.number}] {line}" for line in first.tail])
+    message = f"rank {first.number} of {ranks} {first.describe_end()}, so the others were ended"
+    if first.code > 0:
+        message += "; its output is above"
+    hint = OUT_OF_MEMORY_HINT if first.code == -signal.SIGKILL else ""
+    logger.error("%s. %s%s", message, hint, remedy)
+    return first.code if first.code > 0 else 128 - first.code
+
+
+def _print_output(lines: Sequence[str] | deque[str]) -> None:
+    """Copy output of a rank to standard error as it is."""
+    if lines:
+        print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,89 +1,128 @@
-"""`evspan train` and `evspan evaluate`: in this process, or in as many ranks on this machine as the config asks for."""
+"""Trains or evaluates in this process, or in as many ranks on this machine as the config has.
+
+python -m evspan.launch.local.run CONFIG     trains with the config of a file
+
+The config is resolved before a rank starts, and written to a file that the ranks read. Under
+torchrun or in a SLURM step of several tasks, this process is itself one of the ranks.
+"""
 
 import os
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from evspan.conf.errors import UserError
-from evspan.conf.schema.training import EvaluateConfig, TrainConfig
+from evspan.conf.compose import CONFIG_FILE, load_config, save_config
+from evspan.conf.errors import require
+from evspan.conf.schema.training import EvaluateConfig, ParallelConfig, TrainConfig
+from evspan.launch.cli.command import run_command
+from evspan.launch.local.rank import evaluate_rank, train_rank
 from evspan.launch.local.ranks import run_ranks
 
-Config = TypeVar("Config", TrainConfig, EvaluateConfig)
 
+def run_training(config: TrainConfig, *, own_process: bool = False) -> int:
+    """Train to the end or to a stop signal.
 
-def train(argv: list[str]) -> None:
-    from evspan.launch.cli.train import check, main, train_here
+    Args:
+        own_process: start a process for a single rank too: DeepSpeed starts only once in a process.
 
-    many = bool({"-m", "--multirun"} & set(argv))
-    if many and any(word.startswith("hydra/launcher=") for word in argv):
-        from evspan.launch.slurm.hydra_plugin import register
+    Returns:
+        The exit code.
 
-        register()
-
-    def run(config: TrainConfig) -> None:
-        from evspan.conf.compose import this_of_many
-
-        _start(
-            "evspan.launch.cli.train",
-            this_of_many(config) if many else argv,
-            config,
-            check,
-            train_here,
-            one_of_many=many,
-            after=f"The same command continues from the newest checkpoint in {config.run_dir}, if there is one",
-        )
-
-    main(argv, run)
-
-
-def evaluate(argv: list[str]) -> None:
-    from evspan.launch.cli.evaluate import check, evaluate_here, main
-
-    main(
-        argv,
-        lambda config: _start(
-            "evspan.launch.cli.evaluate",
-            argv,
-            config,
-            check,
-            evaluate_here,
-            after="Run the same command again",
-        ),
+    Raises:
+        UserError: something that is known before any rank starts.
+    """
+    if under_launcher():
+        train_rank(config)
+        return 0
+    check_training(config)
+    path = Path(config.run_dir, CONFIG_FILE)
+    save_config(config, path)
+    if config.parallel.ranks == 1 and not own_process:
+        train_rank(config)
+        return 0
+    remedy = (
+        "The same command continues from the newest checkpoint in "
+        f"{config.run_dir}, if there is one"
     )
+    return _run_ranks("train", path, config.parallel, remedy)
+
+
+def run_evaluation(config: EvaluateConfig) -> int:
+    """Evaluate a checkpoint. Returns the exit code.
+
+    Raises:
+        UserError: something that is known before any rank starts.
+    """
+    if under_launcher():
+        evaluate_rank(config)
+        return 0
+    check_evaluation(config)
+    if config.parallel.ranks == 1:
+        evaluate_rank(config)
+        return 0
+    with TemporaryDirectory(prefix="evspan-") as folder:
+        path = Path(folder, CONFIG_FILE)
+        save_config(config, path)
+        return _run_ranks("evaluate", path, config.parallel, "Run the same command again")
 
 
 def under_launcher() -> bool:
-    """torchrun, or a SLURM step of several tasks, has started the ranks; this process is one of them."""
+    """Whether torchrun or a SLURM step of several tasks has started this process as a rank."""
     env = os.environ
-    # A batch script has a number of tasks, too, but is not a step: what it starts is no rank.
-    return {"RANK", "WORLD_SIZE"} <= env.keys() or (
-        "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1
+    if {"RANK", "WORLD_SIZE"} <= env.keys():
+        return True
+    # A batch script has a number of tasks too, but it is not a step: it starts no ranks.
+    return "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1
+
+
+def check_training(config: TrainConfig) -> None:
+    """Check what can be known before any rank starts.
+
+    Raises:
+        UserError: run_dir, init_from or the dataset cannot be used.
+    """
+    from evspan.pipeline.data.datasets import open_dataset
+
+    run_dir = Path(config.run_dir)
+    init_from = config.checkpoint.init_from
+    require(
+        not run_dir.exists() or run_dir.is_dir(),
+        f"run_dir is {run_dir}, which is a file; name a folder: run_dir=runs/NAME",
     )
+    require(
+        not init_from or Path(init_from).exists(),
+        f"checkpoint.init_from is {init_from}, where there is nothing; name a run folder, "
+        "a checkpoint or a weights file",
+    )
+    open_dataset(config.dataset, "train")
+    # It is read when training is done, which may be days later.
+    open_dataset(config.dataset, config.evaluation.split)
 
 
-def _start(
-    module: str,
-    argv: list[str],
-    config: Config,
-    check: Callable[[Config], None],
-    here: Callable[[Config], None],
-    *,
-    after: str,
-    one_of_many: bool = False,
-) -> None:
-    if under_launcher():
-        here(config)
-        return
-    ranks = config.parallel.ranks
-    if ranks > 1 and {"-m", "--multirun"} & set(argv):
-        raise UserError(
-            f"--multirun cannot evaluate by several ranks (parallel.ranks={ranks}); give each a command of its own"
-        )
-    check(config)
-    if ranks == 1 and not one_of_many:  # DeepSpeed begins only once in a process
-        here(config)
-    elif code := run_ranks(
-        [sys.executable, "-m", module, *argv], ranks, threads=config.parallel.threads, after=after
-    ):
-        sys.exit(code)
+def check_evaluation(config: EvaluateConfig) -> None:
+    """Check what can be known before any rank starts.
+
+    Raises:
+        UserError: the checkpoint or the dataset cannot be used.
+    """
+    from evspan.pipeline.data.datasets import open_dataset
+
+    remedy = "name a run folder, a checkpoint or a .safetensors file: evspan evaluate runs/NAME ..."
+    require(bool(config.checkpoint), f"the checkpoint is missing; {remedy}")
+    require(
+        Path(config.checkpoint).exists(), f"there is no checkpoint {config.checkpoint}; {remedy}"
+    )
+    open_dataset(config.dataset, config.evaluation.split)
+
+
+def _run_ranks(kind: str, path: Path, parallel: ParallelConfig, remedy: str) -> int:
+    command = [sys.executable, "-m", "evspan.launch.local.rank", kind, str(path)]
+    return run_ranks(command, parallel.ranks, threads=parallel.threads, remedy=remedy)
+
+
+def _train_from_file(path: Path) -> None:
+    sys.exit(run_training(load_config(TrainConfig, path)))
+
+
+if __name__ == "__main__":
+    run_command(lambda: _train_from_file(Path(sys.argv[1])))

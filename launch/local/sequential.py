@@ -1,62 +1,92 @@
-"""Runs on this machine, one after the other, as `evspan train` does each."""
+"""Runs on this machine, one after the other, each as `evspan train` does it."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
+from evspan.conf.compose import CONFIG_FILE, save_config
 from evspan.conf.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE
+from evspan.launch.sweep.plan import PlannedRun
 from evspan.pipeline.history import append, read
 
-if TYPE_CHECKING:
-    from evspan.launch.sweep.submit import Planned
-
-STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+logger = logging.getLogger(__name__)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def run_here(plans: Sequence["Planned"]) -> int:
-    """0 when all are done; 75 when one was stopped and saved, which ends the others' turn; else 1."""
-    failed = 0
-    for plan in plans:
-        if (events := read(plan.run)) and events[-1]["event"] == "done":
-            print(f"{plan.run}: done already")
+class Outcome(NamedTuple):
+    """How a run ended. error: its message; may be empty."""
+
+    code: int
+    error: str
+
+
+def run_sequentially(runs: Sequence[PlannedRun], *, dry_run: bool = False) -> int:
+    """Train the runs that are not done. A run that fails does not stop the others.
+
+    Returns:
+        0 when all are done; 75, 130 or a signal's number when one was stopped, which ends the
+        sequence; else 1.
+    """
+    failed = False
+    for run in runs:
+        events = read(run.folder)
+        if events and events[-1]["event"] == "done":
+            logger.info("%s: done already", run.folder)
             continue
-        print(f"{plan.run}: {' '.join(plan.overrides)}", flush=True)
-        if plan.config is not None and plan.config.cluster.dry_run:
+        logger.info("%s: %s", run.folder, " ".join(run.overrides))
+        if dry_run:
             continue
-        code, told = _train(plan.argv)
-        if code in (STOPPED_EXIT_CODE, INTERRUPTED_EXIT_CODE) or code < 0:
-            print(f"{plan.run}: stopped; the same command goes on")
-            return abs(code)
-        if code:
-            failed += 1
-            append(plan.run, "failed", step=0, message=told or f"exit code {code}", code=code)
-    return int(failed > 0)
+        outcome = _train(run)
+        if outcome.code in (STOPPED_EXIT_CODE, INTERRUPTED_EXIT_CODE) or outcome.code < 0:
+            logger.info("%s: stopped; the same command continues", run.folder)
+            return abs(outcome.code)
+        if outcome.code:
+            failed = True
+            message = outcome.error or f"exit code {outcome.code}"
+            append(run.folder, "failed", step=0, message=message, code=outcome.code)
+    return int(failed)
 
 
-def _train(argv: Sequence[str]) -> tuple[int, str]:
-    """(exit code, its error in one line). What it says is passed on as it comes; so are signals."""
+def _train(run: PlannedRun) -> Outcome:
+    """Train in a process of its own: DeepSpeed starts only once in a process.
+
+    Its output is passed on as it comes, and signals reach it.
+    """
+    path = run.folder / CONFIG_FILE
+    save_config(run.config, path)
     child = subprocess.Popen(
-        [sys.executable, "-m", "evspan.launch", "train", *argv],
+        [sys.executable, "-m", "evspan.launch.local.run", str(path)],
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
-    before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in STOPS}
-    told = ""
+    previous = {
+        number: signal.signal(number, lambda received, _: child.send_signal(received))
+        for number in STOP_SIGNALS
+    }
+    error = ""
     try:
-        assert child.stderr is not None
-        for line in child.stderr:
-            print(line, end="", file=sys.stderr, flush=True)
-            if line.startswith("error: "):
-                told = line.removeprefix("error: ").strip()
-        return child.wait(), told
-    except KeyboardInterrupt:  # the terminal has told the child, too
+        error = _pass_on_errors(child)
+        return Outcome(child.wait(), error)
+    except KeyboardInterrupt:  # the terminal sends it to the child too
         child.wait()
-        return INTERRUPTED_EXIT_CODE, told
+        return Outcome(INTERRUPTED_EXIT_CODE, error)
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _pass_on_errors(child: "subprocess.Popen[str]") -> str:
+    """Copy the child's standard error to ours. Returns the last error message."""
+    assert child.stderr is not None
+    error = ""
+    for line in child.stderr:
+        print(line, end="", file=sys.stderr, flush=True)
+        if line.startswith("error: "):
+            error = line.removeprefix("error: ").strip()
+    return error

@@ -163,22 +163,6 @@ def submit_array(
         raise ConfigError(f"SLURM refuses the job: {sentence(str(error))}. {remedy}") from error
 
 
-def script_of(executor: SlurmExecutor, tasks: int) -> str:
-    """The sbatch script that the executor would submit for an array of `tasks` tasks."""
-    if tasks > 1:
-        executor.parameters["map_count"] = tasks  # as Submitit does for an array
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
-
-
-class Executor(SlurmExecutor):
-    """Submitit's executor, but it can be created where srun is not installed, to see its script."""
-
-    @classmethod
-    def affinity(cls) -> int:
-        """Submitit's rating of an executor for this machine; it creates none if it is negative."""
-        return 2
-
-
 def python_path_lines() -> list[str]:
     """Shell lines that prepend this process's PYTHONPATH, as absolute paths, to that of a node."""
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)

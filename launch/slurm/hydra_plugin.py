@@ -1,74 +1,92 @@
-"""Hydra's way to SLURM: `evspan train --multirun hydra/launcher=slurm key=a,b` does what `evspan sweep key=a,b` does."""
+"""Hydra's launcher `slurm`: `evspan train --multirun hydra/launcher=slurm key=a,b`.
+
+It does what `evspan sweep key=a,b` does. Verified against hydra-submitit-launcher 1.2.0.
+"""
 
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 
-SAME = {
+VERIFIED_VERSION = "1.2.0"
+PLUGIN_MODULE = "hydra_plugins.evspan"  # Hydra instantiates launchers of hydra_plugins only
+CLUSTER_KEYS = {  # key of hydra-submitit-launcher -> key of our `cluster`
     "timeout_min": "timeout_min",
     "cpus_per_task": "cpus_per_task",
     "array_parallelism": "array_parallelism",
     "additional_parameters": "sbatch_args",
-}  # hydra-submitit-launcher's words for keys of `cluster`
-ALIKE = ("partition", "account", "qos", "constraint", "exclude", "signal_delay_s", "setup")
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "exclude": "exclude",
+    "signal_delay_s": "signal_delay_s",
+    "setup": "setup",
+}
 
 
 class Launcher(SlurmLauncher):
-    """hydra-submitit-launcher with what it lacks: ranks that find each other, requeues that continue in the same folder, runs
-    that fail alone, containers, no waiting where cluster.detach asks for none."""
+    """Submits the runs of a sweep as `evspan sweep` does.
+
+    hydra-submitit-launcher lacks ranks that find each other, requeues that continue in the same
+    folder, runs that fail alone, containers, and `cluster.detach`.
+    """
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from evspan.conf.compose import config_dir
-        from evspan.launch.sweep.submit import place_sweep
+        """Submit all jobs, and end this process with their exit code.
+
+        Results are in the folders of the runs, not in this process.
+        """
+        from evspan.conf.compose import Expansion, multirun_config_dir
+        from evspan.launch.sweep.submit import submit_sweep
 
         assert self.config is not None
-        if further := self.params.get("additional_parameters"):
-            self.params["additional_parameters"] = [
-                f"{key}={value}" for key, value in further.items()
-            ]
-        given = [
-            f"cluster.{ours}={_as_override(self.params[theirs])}"
-            for theirs, ours in {**SAME, **{key: key for key in ALIKE}}.items()
-            if self.params.get(theirs)
-        ]
-        several = [
-            key
-            for key in _keys(job_overrides[0])
-            if len({_value(o, key) for o in job_overrides}) > 1
-        ]
-        options = config_dir(self.config.hydra)
-        GlobalHydra.instance().clear()  # each run is composed anew, by itself
-        code = place_sweep(options, [[*overrides, *given] for overrides in job_overrides], several)
-        sys.exit(code)  # what became of each run is in its folder, not in this process
+        cluster = cluster_overrides(self.params)
+        combinations = [[*overrides, *cluster] for overrides in job_overrides]
+        expansion = Expansion(combinations, _swept_keys(job_overrides))
+        sys.exit(submit_sweep(expansion, multirun_config_dir(self.config.hydra)))
 
 
 def register() -> None:
-    """Hydra makes launchers of the package hydra_plugins alone, which this room is not part of."""
-    name = Launcher.__module__ = "hydra_plugins.evspan"
-    sys.modules[name] = sys.modules[__name__]
+    """Make Hydra find the launcher under the name that conf/hydra/launcher/slurm.yaml has."""
+    Launcher.__module__ = PLUGIN_MODULE
+    sys.modules[PLUGIN_MODULE] = sys.modules[__name__]
     Plugins.instance().register(Launcher)
 
 
-def _keys(overrides: Sequence[str]) -> list[str]:
-    return [override.partition("=")[0] for override in overrides]
+def cluster_overrides(parameters: dict[str, Any]) -> list[str]:
+    """Overrides of `cluster` from the parameters of hydra-submitit-launcher."""
+    overrides = []
+    for name, key in CLUSTER_KEYS.items():
+        value = parameters.get(name)
+        if name == "additional_parameters" and value:
+            value = [f"{option}={setting}" for option, setting in value.items()]
+        if value:
+            overrides.append(f"cluster.{key}={_as_override(value)}")
+    return overrides
 
 
-def _value(overrides: Sequence[str], key: str) -> str:
-    return next((o.partition("=")[2] for o in overrides if o.partition("=")[0] == key), "")
+def _swept_keys(job_overrides: Sequence[Sequence[str]]) -> list[str]:
+    """Keys whose values differ between the jobs."""
+    values: dict[str, set[str]] = {}
+    for overrides in job_overrides:
+        for override in overrides:
+            key, _, value = override.partition("=")
+            values.setdefault(key, set()).add(value)
+    return [key for key, different in values.items() if len(different) > 1]
 
 
 def _as_override(value: Any) -> str:
-    """In Hydra's grammar."""
+    """A value in Hydra's grammar."""
+    from evspan.conf.compose import quote
+
     if isinstance(value, list):
-        return "[" + ",".join(map(_as_override, value)) + "]"
+        return f"[{','.join(_as_override(item) for item in value)}]"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
+        return quote(value)
     return str(value)

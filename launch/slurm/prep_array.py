@@ -26,6 +26,7 @@ from evspan.launch.slurm import client
 from evspan.launch.slurm.parameters import sbatch_parameters, setup_lines
 from evspan.launch.slurm.prep_task import PrepTask, balanced, number_of_tasks
 from evspan.launch.slurm.prep_wait import GRACE_S, ArrayTask, ArrayWatch
+from evspan.launch.slurm.submitit_adapter import Executor, script_of
 
 logger = logging.getLogger(__name__)
 FOLDER = "slurm"  # beside the part files, removed with them when all is done
@@ -73,12 +74,10 @@ class PrepArray:
         """Folder of the outcome files."""
         return self.folder / OUTCOMES
 
-    def executor(self, cluster: PrepClusterConfig) -> client.Executor:
+    def executor(self, cluster: PrepClusterConfig) -> Executor:
         """Submitit's executor with the parameters of the config."""
         python = shlex.quote(cluster.python or sys.executable)
-        executor = client.Executor(
-            self.folder, max_num_timeout=cluster.max_num_timeout, python=python
-        )
+        executor = Executor(self.folder, max_num_timeout=cluster.max_num_timeout, python=python)
         executor.update_parameters(
             job_name=self.name,
             comment=self.comment,
@@ -90,7 +89,7 @@ class PrepArray:
 
     def script(self, cluster: PrepClusterConfig) -> str:
         """The batch script, followed by a comment for each task that lists its recordings."""
-        lines = [client.script_of(self.executor(cluster), len(self.dealt))]
+        lines = [script_of(self.executor(cluster), len(self.dealt))]
         for number, indices in enumerate(self.dealt):
             gigabytes = sum(_bytes(self.jobs[i]) for i in indices) / 1e9
             keys = ", ".join(self.jobs[i].key for i in indices)

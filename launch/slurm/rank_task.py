@@ -1,4 +1,4 @@
-"""One rank of a run, as a task of a SLURM job: what Submitit calls on the node."""
+"""One rank of a run, as a task of a SLURM job: the callable that Submitit pickles and calls."""
 
 import json
 import os
@@ -6,74 +6,106 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NamedTuple, NoReturn
 
 from evspan.conf.errors import STOPPED_EXIT_CODE
 from evspan.conf.failure_notes import FAILURE_FILE, read_failure_note
 from evspan.launch.logging_config import configure_logging
 
-SENT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-NOTES = "attempts"  # below the run's folder: what each rank of an attempt that failed said
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+NOTES = "attempts"  # below a run's folder: the notes of ranks that failed, by attempt
+
+
+class RankNote(NamedTuple):
+    """How a rank ended that did not end well. `evspan.launch.slurm.requeue` reads it.
+
+    rank: 'rank-00'. message: the error in one line; may be empty. host: name of the node.
+    """
+
+    rank: str
+    code: int
+    message: str
+    host: str
 
 
 @dataclass
-class Attempt:
-    """Trains with these arguments of `evspan train`, from the newest checkpoint on. Requeued, it is called anew.
+class RankTask:
+    """Trains with the resolved config in the folder `run`, from the newest checkpoint on.
 
-    A rank that fails leaves a note, from which `evspan.launch.slurm.requeue` decides, when all ranks have ended.
+    SLURM starts it in every task of the job, and again after a requeue. A rank that fails leaves a
+    RankNote.
     """
 
     run: str
-    argv: list[str]
 
     def __call__(self) -> None:
+        """Train as one rank. Ends the process with the rank's exit code unless that is 0."""
         rank = int(os.environ.get("SLURM_PROCID", 0))
-        for number in SENT:  # until the trainer listens, there is nothing to save
+        # Until the trainer handles stop signals, there is nothing to save.
+        for number in STOP_SIGNALS:
             signal.signal(number, _leave)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
-        write_to(Path(self.run, "logs", f"rank-{rank:02d}.log"))
+        redirect_output(Path(self.run, "logs", f"rank-{rank:02d}.log"))
         configure_logging(rank, log_file=True)
-        note = notes_of(self.run, os.environ) / f"rank-{rank:02d}.json"
-        note.parent.mkdir(parents=True, exist_ok=True)
-        os.environ[FAILURE_FILE] = failure = str(note.with_suffix(".txt"))
+        folder = notes_folder(self.run, os.environ)
+        folder.mkdir(parents=True, exist_ok=True)
+        failure = folder / f"rank-{rank:02d}.txt"
+        os.environ[FAILURE_FILE] = str(failure)
         _find_first_rank()
-        code, told = 1, ""
+        exit_code, message = self._train()
+        sys.stdout.flush()
+        if exit_code == 0:
+            return
+        message = read_failure_note(failure).message or message
+        note = RankNote(f"rank-{rank:02d}", exit_code, message, socket.gethostname())
+        write_note(folder, note)
+        sys.exit(exit_code)
+
+    def _train(self) -> tuple[int, str]:
+        """The exit code, and the message of an error that no command reports."""
         try:
-            from evspan.launch.cli.train import main
+            from evspan.conf.compose import CONFIG_FILE
+            from evspan.launch.cli.command import run_command
+            from evspan.launch.local.rank import run_rank
 
-            main(self.argv)
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code if isinstance(leaving.code, int) else 1
-            raise
+            run_command(lambda: run_rank("train", Path(self.run, CONFIG_FILE)))
+        except SystemExit as end:
+            if isinstance(end.code, int):
+                return end.code, ""
+            return 1 if end.code else 0, str(end.code or "")
         except BaseException as error:
-            told = f"{type(error).__name__}: {error}"
-            traceback.print_exc()  # into the rank's log; Submitit's goes elsewhere
-            sys.exit(1)
-        finally:
-            sys.stdout.flush()
-            if code:
-                note.write_text(
-                    json.dumps(
-                        {
-                            "code": code,
-                            "message": read_failure_note(Path(failure)).message or told,
-                            "host": socket.gethostname(),
-                        }
-                    )
-                )
+            traceback.print_exc()  # into the rank's log; Submitit's output goes elsewhere
+            return 1, f"{type(error).__name__}: {error}"
+        return 0, ""
 
 
-def notes_of(run: str | Path, env: Any) -> Path:
-    """The folder of the notes of this attempt: a requeued job keeps its id."""
-    return Path(run, NOTES, f"{env.get('SLURM_JOB_ID', 0)}.{env.get('SLURM_RESTART_COUNT', 0)}")
+def notes_folder(run: str | Path, env: Mapping[str, str]) -> Path:
+    """The folder for the notes of this attempt. A requeued job keeps its id."""
+    attempt = f"{env.get('SLURM_JOB_ID', 0)}.{env.get('SLURM_RESTART_COUNT', 0)}"
+    return Path(run, NOTES, attempt)
 
 
-def write_to(log: Path) -> None:
-    """All that this process and its libraries say, from now on; attempts follow one another in one file."""
+def write_note(folder: Path, note: RankNote) -> None:
+    """Write the note of a rank."""
+    values = {"code": note.code, "message": note.message, "host": note.host}
+    (folder / f"{note.rank}.json").write_text(json.dumps(values))
+
+
+def read_notes(folder: Path) -> list[RankNote]:
+    """The notes of an attempt, in the order of ranks."""
+    notes = []
+    for path in sorted(folder.glob("rank-*.json")):
+        values = json.loads(path.read_text())
+        notes.append(RankNote(path.stem, values["code"], values["message"], values["host"]))
+    return notes
+
+
+def redirect_output(log: Path) -> None:
+    """Append all output of this process and its libraries to `log`, which all attempts share."""
     log.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
@@ -86,7 +118,10 @@ def _leave(number: int, _: FrameType | None) -> NoReturn:
 
 
 def _find_first_rank() -> None:
-    """Some clusters' node names mean nothing to the nodes; the address of the node that runs the batch script always does."""
+    """Set MASTER_ADDR where the nodes cannot resolve the name of the first node.
+
+    The address of the node that runs the batch script, which is the first, always works.
+    """
     from evspan.pipeline.parallel.rank_env import first_host
 
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")

@@ -1,135 +1,168 @@
-"""What the batch script asks when the ranks of a run have ended: shall SLURM run it again?
+"""Decides whether SLURM shall run a run again, when its ranks have ended.
 
-python -m evspan.launch.slurm.requeue RUNS INDEX CODE STATE
+python -m evspan.launch.slurm.requeue RULES INDEX CODE STATE
 
-RUNS is the file that `evspan.launch.slurm.sbatch` wrote, INDEX the place in the array, CODE that of srun, STATE what SLURM says of the job.
-Exit code 0: requeue. It runs on the first node, outside of any container, or by srun within one; nothing but Python is needed.
+RULES is the file that `evspan.launch.slurm.sbatch` wrote, INDEX the place in the array, CODE the
+exit code of srun, STATE the state of the job in SLURM. Exit code 0: requeue. The batch script calls
+it on the first node, outside of any container, or by srun inside one; it needs nothing but Python.
 """
 
 import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from evspan.conf.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE, USER_ERROR_EXIT_CODE
-from evspan.launch.slurm.rank_task import notes_of
+from evspan.launch.slurm.rank_task import RankNote, notes_folder, read_notes
 from evspan.pipeline.history import append, faults_in_a_row, read, slurm_job
 
-
-class Note(NamedTuple):
-    rank: str
-    code: int
-    message: str
-    host: str
+CAN_REQUEUE = ("RUNNING", "PREEMPTED")  # in other states the job is cancelled or already requeued
 
 
-def main(argv: list[str]) -> int:
-    runs, index, code, state = Path(argv[0]), int(argv[1]), int(argv[2]), argv[3]
-    about = json.loads(runs.read_text())[index]
-    run, log = Path(about["run"]), about["log"].replace("%j", slurm_job())
-    logs = [Path(log.replace("%t", str(rank))) for rank in range(about["ranks"])]
-    again, line = decide(
-        run,
-        notes_in(notes_of(run, os.environ)),
-        code,
-        state,
-        most=about["max_retries"],
-        retry=about["requeue_after_fault"],
-        logs=logs,
-    )
-    print(f"evspan: {line}", flush=True)
-    return 0 if again else 1
+@dataclass(frozen=True)
+class RequeueRule:
+    """What the decision needs of a run.
 
-
-def decide(
-    run: Path,
-    notes: list[Note],
-    code: int,
-    state: str,
-    *,
-    most: int,
-    retry: bool,
-    logs: Sequence[Path],
-) -> tuple[bool, str]:
-    """Whether to run again, and what to say; writes it into the run's history.
-
-    most: so many faults in a row at one step are enough. logs: what SLURM has kept of each rank, for those without a note.
+    run: its folder. log: output of a rank as SLURM keeps it, with %j for the job and %t for the
+    rank. max_retries: faults in a row at the same step after which the run has failed.
     """
-    if code == 0:
-        return False, f"{run}: done"
-    if state and state not in (
-        "RUNNING",
-        "PREEMPTED",
-    ):  # cancelled, or already on its way back to the queue
-        return False, f"{run}: SLURM has ended the job ({state})"
+
+    run: str
+    log: str
+    ranks: int
+    max_retries: int
+    requeue_after_fault: bool
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """How the ranks of an attempt ended.
+
+    notes: of ranks that failed. code: exit code of srun. state: of the job in SLURM; may be empty.
+    logs: output of each rank, for those without a note.
+    """
+
+    notes: Sequence[RankNote]
+    code: int
+    state: str
+    logs: Sequence[Path] = ()
+
+
+class Decision(NamedTuple):
+    """Whether to requeue, and why in one line."""
+
+    requeue: bool
+    reason: str
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the decision. Returns 0 for a requeue, else 1."""
+    rules, index, code, state = argv
+    rule = RequeueRule(**json.loads(Path(rules).read_text())[int(index)])
+    log = rule.log.replace("%j", slurm_job())
+    end = JobEnd(
+        notes=read_notes(notes_folder(rule.run, os.environ)),
+        code=int(code),
+        state=state,
+        logs=[Path(log.replace("%t", str(rank))) for rank in range(rule.ranks)],
+    )
+    decision = decide(rule, end)
+    print(f"evspan: {decision.reason}", flush=True)
+    return 0 if decision.requeue else 1
+
+
+def decide(rule: RequeueRule, end: JobEnd) -> Decision:
+    """Whether to run again. Writes the decision into the run's history.
+
+    | the ranks ended                          | decision                                  |
+    |------------------------------------------|-------------------------------------------|
+    | with exit code 0                         | done                                      |
+    | and SLURM has ended or requeued the job  | nothing; SLURM decides                    |
+    | with a user's error in any rank          | failed: it would happen again             |
+    | saved on a stop signal                   | requeue                                   |
+    | otherwise: a fault                       | requeue, until max_retries at one step    |
+    """
+    run = Path(rule.run)
+    if end.code == 0:
+        return Decision(False, f"{run}: done")
+    if end.state and end.state not in CAN_REQUEUE:
+        return Decision(False, f"{run}: SLURM has ended the job ({end.state})")
     step = newest_step(run)
-    if mistake := next((note for note in notes if note.code == USER_ERROR_EXIT_CODE), None):
-        append(run, "failed", step=step, message=mistake.message, code=mistake.code)
-        return False, f"{run}: {mistake.message}"
-    if code == STOPPED_EXIT_CODE:
+    for note in end.notes:
+        if note.code == USER_ERROR_EXIT_CODE:
+            append(run, "failed", step=step, message=note.message, code=note.code)
+            return Decision(False, f"{run}: {note.message}")
+    if end.code == STOPPED_EXIT_CODE:
         append(run, "requeued", step=step)
-        return True, f"{run}: saved at step {step} and requeued"
-    message = _fault(notes, code, logs)
-    append(run, "fault", step=step, message=message, code=code)
-    faults = faults_in_a_row(read(run))
-    if not retry or faults >= most:
-        why = f"failed {faults} times in a row at step {step}: {message}" if retry else message
-        append(run, "failed", step=step, message=why, code=code)
-        return False, f"{run}: {why}"
-    append(run, "requeued", step=step)
-    return True, f"{run}: fault {faults} of {most} at step {step}: {message}; requeued"
-
-
-def notes_in(folder: Path) -> list[Note]:
-    notes = []
-    for path in sorted(folder.glob("rank-*.json")):
-        told: dict[str, Any] = json.loads(path.read_text())
-        notes.append(Note(path.stem, told["code"], told["message"], told["host"]))
-    return notes
+        return Decision(True, f"{run}: saved at step {step} and requeued")
+    return _decide_fault(rule, end, step)
 
 
 def newest_step(run: Path) -> int:
-    """Of the checkpoint that the next attempt will begin with; 0 if there is none."""
+    """Step of the checkpoint from which the next attempt continues; 0 without one."""
     try:
-        return int((run / "checkpoints" / "latest").read_text().strip().rpartition("-")[2])
+        name = (run / "checkpoints" / "latest").read_text().strip()
+        return int(name.rpartition("-")[2])
     except (OSError, ValueError):
         return 0
 
 
-def _fault(notes: list[Note], code: int, logs: Sequence[Path]) -> str:
-    """Of the rank that failed by itself, else what the others say of it, else what SLURM has kept of those that say nothing."""
-    others = [note.message for note in notes if note.code == LOST_EXIT_CODE and note.message]
+def _decide_fault(rule: RequeueRule, end: JobEnd, step: int) -> Decision:
+    run = Path(rule.run)
+    message = _fault_message(end)
+    append(run, "fault", step=step, message=message, code=end.code)
+    faults = faults_in_a_row(read(run))
+    if rule.requeue_after_fault and faults < rule.max_retries:
+        append(run, "requeued", step=step)
+        count = f"fault {faults} of {rule.max_retries} at step {step}"
+        return Decision(True, f"{run}: {count}: {message}; requeued")
+    if rule.requeue_after_fault:
+        message = f"failed {faults} times in a row at step {step}: {message}"
+    append(run, "failed", step=step, message=message, code=end.code)
+    return Decision(False, f"{run}: {message}")
+
+
+def _fault_message(end: JobEnd) -> str:
+    """Names the rank that failed by itself.
+
+    Without one: what the other ranks report of it; else the output of a rank that left no note.
+    """
     own = [
         f"{note.rank} on {note.host}: {note.message or f'exit code {note.code}'}"
-        for note in notes
+        for note in end.notes
         if note.code not in (LOST_EXIT_CODE, STOPPED_EXIT_CODE)
     ]
-    told = {note.rank for note in notes}
-    silent = [
-        f"rank-{rank:02d} ended without a word; {log} ends with: {_last_line(log)}"
-        for rank, log in enumerate(logs)
-        if f"rank-{rank:02d}" not in told
-    ]
-    said = own[:1] or others[:1]
-    if silent and not others:
-        said.append(silent[0])
-    how = (
-        f"srun ended with exit code {code}"
-        if code <= 128
-        else f"a rank was killed by signal {code - 128}"
-    )
-    return "; ".join(said or [how])
+    reported = [note.message for note in end.notes if note.code == LOST_EXIT_CODE and note.message]
+    messages = own[:1] or reported[:1]
+    if not reported:
+        messages += _ranks_without_note(end)[:1]
+    if messages:
+        return "; ".join(messages)
+    if end.code > 128:
+        return f"a rank was killed by signal {end.code - 128}"
+    return f"srun ended with exit code {end.code}"
+
+
+def _ranks_without_note(end: JobEnd) -> list[str]:
+    """A sentence for each rank that left no note."""
+    with_note = {note.rank for note in end.notes}
+    sentences = []
+    for number, log in enumerate(end.logs):
+        rank = f"rank-{number:02d}"
+        if rank not in with_note:
+            sentences.append(f"{rank} left no note; {log} ends with: {_last_line(log)}")
+    return sentences
 
 
 def _last_line(log: Path) -> str:
     try:
-        lines = [
-            line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()
-        ]
+        text = log.read_text(errors="replace")
     except OSError:
         return "nothing"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "nothing"
 
 

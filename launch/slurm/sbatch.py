@@ -1,4 +1,8 @@
-"""A batch script whose tasks are the ranks of a run, and which asks SLURM to run it again where that helps."""
+"""Submits arrays of runs: a batch script whose tasks are ranks, and which requeues a run.
+
+Values go into the script through `shlex.quote`; what no quoting can make safe, such as a line
+break in an #SBATCH line, is refused by `evspan.conf.schema.cluster`.
+"""
 
 import json
 import os
@@ -6,146 +10,174 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from evspan.conf.schema.cluster import ClusterConfig, Container
-from evspan.launch.slurm.client import Executor, python_path_lines, script_of, submit_array
+from evspan.launch.slurm.client import python_path_lines, submit_array
 from evspan.launch.slurm.parameters import sbatch_parameters, setup_lines
-from evspan.launch.slurm.rank_task import Attempt
-from submitit import SlurmExecutor
+from evspan.launch.slurm.rank_task import RankTask
+from evspan.launch.slurm.requeue import RequeueRule
+from evspan.launch.slurm.submitit_adapter import Executor, script_of
+from evspan.launch.sweep.plan import PlannedRun
 
-RUNS = "runs.json"  # beside Submitit's pickles: what `evspan.launch.slurm.requeue` must know of each run of the array
-# SLURM's id of this job, as it asks for an element of an array.
+RULES = "runs.json"  # next to Submitit's pickles: a RequeueRule for each run of the array
+# SLURM's id of this job, in the form that it expects for an element of an array.
 ID = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
+REMEDY = (
+    "Correct cluster.partition, account, qos, constraint, timeout_min, cpus_per_task, mem_gb or "
+    "gpus_per_node; cluster.dry_run=true shows the script, sinfo the partitions, evspan doctor "
+    "the cluster"
+)
 
 
-class Task(NamedTuple):
-    """A run that is to be submitted. folders: what a container must see of this machine."""
+@dataclass(frozen=True)
+class JobArray:
+    """Runs that need the same number of nodes and ranks: an element of the array for each run.
 
-    run: Path
-    argv: list[str]
-    folders: list[Path]
+    folder: gets the scripts, pickles and output of the jobs. name: of the job, in squeue.
+    """
+
+    runs: Sequence[PlannedRun]
+    cluster: ClusterConfig
+    nodes: int
+    ranks_per_node: int
+    folder: Path
+    name: str
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of one run."""
+        return self.nodes * self.ranks_per_node
 
 
-def submit(
-    tasks: Sequence[Task], cluster: ClusterConfig, *, nodes: int, each: int, folder: Path, name: str
-) -> list[str]:
-    """SLURM's ids of the runs (JOB, or JOB_INDEX of an array), each of nodes x each ranks; scripts and pickles in `folder`.
+class _Container(NamedTuple):
+    """How a batch script reaches Python inside a container, or on the node itself.
+
+    python: a shell command. srun_args: further options of srun.
+    """
+
+    python: str
+    srun_args: list[str]
+
+
+def submit_job_array(array: JobArray) -> list[str]:
+    """Submit the runs.
+
+    Returns:
+        SLURM's id of each run: JOB, or JOB_INDEX in an array of several.
 
     Raises:
         ConfigError: SLURM refuses them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    log = str(folder / "%j_%t_log.out")
-    (folder / RUNS).write_text(
-        json.dumps(
-            [
-                {
-                    "run": str(task.run),
-                    "log": log,
-                    "ranks": nodes * each,
-                    "max_retries": cluster.max_retries,
-                    "requeue_after_fault": cluster.requeue_after_fault,
-                }
-                for task in tasks
-            ]
+    array.folder.mkdir(parents=True, exist_ok=True)
+    rules = [
+        RequeueRule(
+            run=str(run.folder.absolute()),
+            log=str(array.folder / "%j_%t_log.out"),
+            ranks=array.ranks,
+            max_retries=array.cluster.max_retries,
+            requeue_after_fault=array.cluster.requeue_after_fault,
         )
-    )
-    jobs = submit_array(
-        _executor(tasks, cluster, nodes, each, folder, name),
-        [Attempt(str(t.run), t.argv) for t in tasks],
-        "Correct cluster.partition, account, qos, constraint, timeout_min, cpus_per_task, mem_gb or gpus_per_node; "
-        "cluster.dry_run=true shows the script, sinfo the partitions, evspan doctor the cluster",
-    )
-    return [job.job_id for job in jobs]
+        for run in array.runs
+    ]
+    (array.folder / RULES).write_text(json.dumps([asdict(rule) for rule in rules]))
+    tasks = [RankTask(rule.run) for rule in rules]
+    return [job.job_id for job in submit_array(_executor(array), tasks, REMEDY)]
 
 
-def script(
-    tasks: Sequence[Task], cluster: ClusterConfig, *, nodes: int, each: int, folder: Path, name: str
-) -> str:
-    """What sbatch would be given. SLURM need not be there."""
-    return script_of(_executor(tasks, cluster, nodes, each, folder, name), len(tasks))
+def script(array: JobArray) -> str:
+    """The script that sbatch would get. Works without SLURM."""
+    return script_of(_executor(array), len(array.runs))
 
 
-def _executor(
-    tasks: Sequence[Task], cluster: ClusterConfig, nodes: int, each: int, folder: Path, name: str
-) -> SlurmExecutor:
-    inside, of_srun = _contained(
-        cluster, sorted({folder for task in tasks for folder in task.folders})
-    )
-    python = inside or shlex.quote(cluster.python or sys.executable)
-    executor = Executor(folder, python=python)
-    parameters = sbatch_parameters(cluster)
-    if cluster.gpus_per_node:
-        parameters["gpus_per_node"] = each
-    # Ranks name a dead one before a minute has passed.
-    parameters["srun_args"] += ["--wait=60", *of_srun]
+def job_name(run: Path) -> str:
+    """A name for squeue, which handles no spaces or quotes."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", run.name)[:40]
+    return f"evspan-{name or 'run'}"
+
+
+def _executor(array: JobArray) -> Executor:
+    container = _container(array)
+    executor = Executor(array.folder, python=container.python)
+    parameters = sbatch_parameters(array.cluster)
+    if array.cluster.gpus_per_node:
+        parameters["gpus_per_node"] = array.ranks_per_node
+    # When a rank dies, the others have a minute to name it before srun ends them.
+    parameters["srun_args"] += ["--wait=60", *container.srun_args]
     executor.update_parameters(
-        job_name=name,
-        nodes=nodes,
-        ntasks_per_node=each,
+        job_name=array.name,
+        nodes=array.nodes,
+        ntasks_per_node=array.ranks_per_node,
         stderr_to_stdout=True,
-        setup=_before(cluster),
-        teardown=_after(folder, python, of_srun),
+        setup=_lines_before(array.cluster),
+        teardown=_lines_after(array.folder, container),
         **parameters,
     )
     return executor
 
 
-def _before(cluster: ClusterConfig) -> list[str]:
-    paths = [] if cluster.container is not Container.none else python_path_lines()
-    # The script must outlive the ranks, which save on these signals; bash would end at once.
-    # The working folder may hold another Evspan, or modules of the same names, which python -m would take first.
-    return [
-        *setup_lines(cluster),
-        *paths,
-        "trap : TERM USR1 USR2",
-        "export PYTHONSAFEPATH=1",
-        f"export OMP_NUM_THREADS={cluster.cpus_per_task}",
-    ]
+def _lines_before(cluster: ClusterConfig) -> list[str]:
+    lines = setup_lines(cluster)
+    if cluster.container is Container.none:
+        lines += python_path_lines()
+    # Without a trap, bash would end at a signal on which the ranks save.
+    lines.append("trap : TERM USR1 USR2")
+    # `python -m` must not find modules of the same name in the working folder.
+    lines.append("export PYTHONSAFEPATH=1")
+    lines.append(f"export OMP_NUM_THREADS={cluster.cpus_per_task}")
+    return lines
 
 
-def _after(folder: Path, python: str, of_srun: list[str]) -> list[str]:
-    again = f"{python} -m evspan.launch.slurm.requeue {shlex.quote(str(folder / RUNS))}"
-    if of_srun:
-        again = f"srun --ntasks=1 --nodes=1 {' '.join(map(shlex.quote, of_srun))} {again}"
+def _lines_after(folder: Path, container: _Container) -> list[str]:
+    """Lines that ask `evspan.launch.slurm.requeue` whether to run again, and tell SLURM."""
+    requeue = (
+        f"{container.python} -m evspan.launch.slurm.requeue {shlex.quote(str(folder / RULES))}"
+    )
+    if container.srun_args:
+        srun = shlex.join(["srun", "--ntasks=1", "--nodes=1", *container.srun_args])
+        requeue = f"{srun} {requeue}"
     return [
         "code=$?",
         f"id={ID}",
         "id=${id:-$SLURM_JOB_ID}",
-        "state=$(scontrol show job --oneliner \"$id\" 2>/dev/null | grep -o 'JobState=[A-Z_]*' | head -n 1)",
-        f'{again} "${{SLURM_ARRAY_TASK_ID:-0}}" "$code" "${{state#JobState=}}" && scontrol requeue "$id"',
+        'state=$(scontrol show job --oneliner "$id" 2>/dev/null '
+        "| grep -o 'JobState=[A-Z_]*' | head -n 1)",
+        f'{requeue} "${{SLURM_ARRAY_TASK_ID:-0}}" "$code" "${{state#JobState=}}" '
+        '&& scontrol requeue "$id"',
         'exit "$code"',
     ]
 
 
-def _contained(cluster: ClusterConfig, folders: Sequence[Path]) -> tuple[str, list[str]]:
-    """(Python's command in a container, what srun is told of it)."""
+def _container(array: JobArray) -> _Container:
+    cluster = array.cluster
     if cluster.container is Container.none:
-        return "", []
-    python, here = shlex.quote(cluster.python or "python"), os.getcwd()
-    seen = list(dict.fromkeys([here, *map(str, folders), *cluster.mounts]))
+        return _Container(shlex.quote(cluster.python or sys.executable), [])
+    python = shlex.quote(cluster.python or "python")
+    working_folder = os.getcwd()
+    mounts = list(dict.fromkeys([working_folder, *_folders_of(array.runs), *cluster.mounts]))
     if cluster.container is Container.pyxis:
-        mounts = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in seen)
-        return python, [
+        pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
+        srun_args = [
             f"--container-image={cluster.image}",
-            f"--container-mounts={mounts}",
-            f"--container-workdir={here}",
+            f"--container-mounts={pairs}",
+            f"--container-workdir={working_folder}",
         ]
-    nv = ["--nv"] if cluster.gpus_per_node else []
-    command = [
-        "apptainer",
-        "exec",
-        *nv,
-        *(part for mount in seen for part in ("--bind", mount)),
-        "--pwd",
-        here,
-        cluster.image,
-    ]
-    return f"{shlex.join(command)} {python}", []
+        return _Container(python, srun_args)
+    command = ["apptainer", "exec"]
+    if cluster.gpus_per_node:
+        command.append("--nv")
+    for mount in mounts:
+        command += ["--bind", mount]
+    command += ["--pwd", working_folder, cluster.image]
+    return _Container(f"{shlex.join(command)} {python}", [])
 
 
-def job_name(run: Path) -> str:
-    """What squeue shows: SLURM's names take no spaces or quotes without trouble."""
-    return f"evspan-{re.sub(r'[^A-Za-z0-9_.-]+', '-', run.name)[:40] or 'run'}"
+def _folders_of(runs: Sequence[PlannedRun]) -> list[str]:
+    """Folders that a container must mount: where the runs write, and what they read."""
+    folders = set()
+    for run in runs:
+        paths = [str(run.folder), run.config.dataset.root, run.config.checkpoint.init_from]
+        folders |= {str(Path(path).absolute()) for path in paths if path}
+    return sorted(folders)

@@ -1,150 +1,167 @@
-"""Runs as SLURM jobs: which of them to submit, in arrays of one shape, and what comes of them."""
+"""Submits planned runs to SLURM, in job arrays of one shape, and waits for them."""
 
 import json
+import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from evspan.conf.compose import CONFIG_FILE, save_config
 from evspan.conf.errors import UserError
 from evspan.conf.schema.cluster import ClusterConfig
-from evspan.launch.slurm import sbatch as batch
+from evspan.conf.schema.training import TrainConfig
+from evspan.conf.text import plural
 from evspan.launch.slurm.client import require_commands
-from evspan.launch.sweep.registry import SUBMITTED, Run, State, describe, jobs_alive, read_runs
+from evspan.launch.slurm.sbatch import JobArray, job_name, script, submit_job_array
+from evspan.launch.sweep.plan import PlannedRun
+from evspan.launch.sweep.registry import (
+    SUBMITTED,
+    Run,
+    State,
+    describe,
+    jobs_alive,
+    read_runs,
+)
 from evspan.pipeline.history import append
 
-if TYPE_CHECKING:
-    from evspan.launch.sweep.submit import Planned
-
+logger = logging.getLogger(__name__)
 POLL_S = 5.0
-SUBMITIT = ".submitit"  # Submitit's scripts and pickles, and what batch scripts say
-GRACE = 3  # looks after which a job that SLURM no longer has, and whose run has not told its end, is given up
+SUBMITIT = ".submitit"  # below the run or sweep: scripts, pickles, and output of batch scripts
+# Polls after which a run is given up whose job SLURM no longer lists, and whose history has no end.
+MAX_POLLS_WITHOUT_JOB = 3
 
 
-def submit_runs(plans: Sequence["Planned"], cluster: ClusterConfig, folder: Path, name: str) -> int:
-    """One array for all runs of as many nodes and ranks; 0 when all are done, or when they are not waited for.
+def submit_runs(runs: Sequence[PlannedRun], cluster: ClusterConfig, folder: Path) -> int:
+    """Submit the runs: one array for each number of nodes and ranks.
+
+    Args:
+        folder: of the sweep, or of the single run.
+
+    Returns:
+        The exit code: 0 when all runs are done, or are not waited for.
 
     Raises:
-        ConfigError: SLURM is not there or refuses them. UserError: a run is in its queue already.
+        ConfigError: SLURM is missing, or refuses them.
+        UserError: a run is in SLURM's queue already.
     """
-    shapes: dict[tuple[int, int], list[Planned]] = {}
-    for plan in plans:
-        assert plan.config is not None
-        shapes.setdefault(cluster.nodes(plan.config.parallel.ranks), []).append(plan)
+    arrays = plan_arrays(runs, cluster, folder)
     if cluster.dry_run:
-        for (nodes, each), alike in shapes.items():
-            print(
-                batch.script(
-                    _tasks(alike, cluster),
-                    cluster,
-                    nodes=nodes,
-                    each=each,
-                    folder=folder.absolute() / SUBMITIT,
-                    name=batch.job_name(folder),
-                )
-            )
-            for plan in alike:
-                print(f"# {plan.run}: {' '.join(plan.overrides)}")
+        for array in arrays:
+            logger.info("%s", script(array))
+            for run in array.runs:
+                logger.info("# %s: %s", run.folder, " ".join(run.overrides))
         return 0
     require_commands()
-    _refuse_queued(plans)
-    for number, ((nodes, each), alike) in enumerate(shapes.items()):
-        beside = folder.absolute() / SUBMITIT / f"{int(time.time())}-{number}"
-        _submit(alike, cluster, nodes, each, beside, batch.job_name(folder))
+    _refuse_queued(runs)
+    for array in arrays:
+        _submit(array)
     if cluster.detach:
-        print(f"watch: evspan status {folder}")
+        logger.info("watch: evspan status %s", folder)
         return 0
-    return _wait([plan.run for plan in plans], folder)
+    return _wait([run.folder for run in runs], folder)
 
 
-def _tasks(plans: Sequence["Planned"], cluster: ClusterConfig) -> list[batch.Task]:
-    return [
-        batch.Task(plan.run.absolute(), [*plan.argv, *_threads(plan, cluster)], _seen(plan))
-        for plan in plans
-    ]
+def plan_arrays(runs: Sequence[PlannedRun], cluster: ClusterConfig, folder: Path) -> list[JobArray]:
+    """One array for each number of nodes and ranks that the runs need."""
+    shapes: dict[tuple[int, int], list[PlannedRun]] = {}
+    for run in runs:
+        shapes.setdefault(cluster.nodes(run.config.parallel.ranks), []).append(run)
+    arrays = []
+    for number, ((nodes, ranks_per_node), same_shape) in enumerate(shapes.items()):
+        scripts = folder.absolute() / SUBMITIT / f"{int(time.time())}-{number}"
+        array = JobArray(same_shape, cluster, nodes, ranks_per_node, scripts, job_name(folder))
+        arrays.append(array)
+    return arrays
 
 
-def _threads(plan: "Planned", cluster: ClusterConfig) -> list[str]:
-    """A rank would count the node's cores, of which it has its share."""
-    assert plan.config is not None
-    return [] if plan.config.parallel.threads else [f"parallel.threads={cluster.cpus_per_task}"]
-
-
-def _seen(plan: "Planned") -> list[Path]:
-    """Folders that a container must be given: where the run writes, and what it reads."""
-    assert plan.config is not None
-    root, start = plan.config.dataset.root, plan.config.checkpoint.init_from
-    return [plan.run.absolute(), *(Path(path).absolute() for path in (root, start) if path)]
-
-
-def _submit(
-    plans: Sequence["Planned"],
-    cluster: ClusterConfig,
-    nodes: int,
-    each: int,
-    folder: Path,
-    name: str,
-) -> None:
-    for plan in plans:
-        plan.run.mkdir(parents=True, exist_ok=True)  # a container can be given only what is there
-    tasks = _tasks(plans, cluster)
-    jobs = batch.submit(tasks, cluster, nodes=nodes, each=each, folder=folder, name=name)
-    for plan, job in zip(plans, jobs, strict=True):
-        about = {
+def _submit(array: JobArray) -> None:
+    for run in array.runs:
+        # It creates the folder, too: a container can mount only what exists.
+        save_config(_config_on_nodes(run, array.cluster), run.folder / CONFIG_FILE)
+    jobs = submit_job_array(array)
+    for run, job in zip(array.runs, jobs, strict=True):
+        submission = {
             "job": job,
-            "overrides": plan.overrides,
-            "nodes": nodes,
-            "ranks": nodes * each,
+            "overrides": run.overrides,
+            "nodes": array.nodes,
+            "ranks": array.ranks,
             "time": round(time.time(), 3),
         }
-        (plan.run / SUBMITTED).write_text(json.dumps(about, indent=1) + "\n")
-        append(plan.run, "submitted", job=job)
-    where = f"{nodes} node{'s' if nodes > 1 else ''} x {each} rank{'s' if each > 1 else ''}"
-    print(
-        f"SLURM job {jobs[0].split('_')[0]}: {len(plans)} run{'s' if len(plans) > 1 else ''} of {where}",
-        flush=True,
+        (run.folder / SUBMITTED).write_text(json.dumps(submission, indent=1) + "\n")
+        append(run.folder, "submitted", job=job)
+    logger.info(
+        "SLURM job %s: %s of %s x %s",
+        jobs[0].split("_")[0],
+        plural(len(array.runs), "run"),
+        plural(array.nodes, "node"),
+        plural(array.ranks_per_node, "rank"),
     )
 
 
-def _refuse_queued(plans: Sequence["Planned"]) -> None:
-    """Two jobs would write one folder."""
+def _config_on_nodes(run: PlannedRun, cluster: ClusterConfig) -> TrainConfig:
+    """The run's config with its threads. Ranks would divide all cores of a node among them."""
+    config = deepcopy(run.config)
+    if not config.parallel.threads:
+        config.parallel.threads = cluster.cpus_per_task
+    return config
+
+
+def _refuse_queued(runs: Sequence[PlannedRun]) -> None:
+    """Refuse runs that SLURM has already: two jobs would write one folder."""
     jobs = {}
-    for plan in plans:
+    for run in runs:
         try:
-            jobs[plan.run] = json.loads((plan.run / SUBMITTED).read_text())["job"]
+            jobs[run.folder] = json.loads((run.folder / SUBMITTED).read_text())["job"]
         except (FileNotFoundError, ValueError, KeyError):
             continue
     alive = jobs_alive(jobs.values()) if jobs else set()
-    if queued := [f"{run} (job {job})" for run, job in jobs.items() if job in alive]:
+    queued = [folder for folder, job in jobs.items() if job in alive]
+    if queued:
+        names = ", ".join(f"{folder} (job {jobs[folder]})" for folder in queued)
         raise UserError(
-            f"SLURM already has {', '.join(queued)}. Watch it by evspan status, or end it first by evspan cancel "
-            f"{next(run for run, job in jobs.items() if job in alive)}"
+            f"SLURM already has {names}. Watch it by evspan status, or end it first by "
+            f"evspan cancel {queued[0]}"
         )
 
 
+# -- waiting -------------------------------------------------------------------------------------
 def _wait(folders: Sequence[Path], folder: Path) -> int:
-    """Tells what changes, until no run can go on; Ctrl-C leaves the jobs alone."""
-    said: dict[Path, str] = {}
-    gone: dict[Path, int] = {}
+    """Log each change of state until no run can continue. Ctrl-C leaves the jobs alone."""
+    shown: dict[Path, str] = {}
+    polls_without_job: Counter[Path] = Counter()
     try:
         while True:
             runs = [run for run in read_runs(folder).runs if run.folder in folders]
             for run in runs:
-                if said.get(run.folder) != (line := f"{run.state.value} {run.reason}"):
-                    print(f"{run.folder}: {describe(run)}", flush=True)
-                    said[run.folder] = line
-                gone[run.folder] = (
-                    gone.get(run.folder, 0) + 1
-                    if run.state in (State.lost, State.saved) and not run.alive
-                    else 0
-                )
-            if not any(_goes_on(run, gone[run.folder]) for run in runs):
+                _log_change(run, shown)
+                _count_missing(run, polls_without_job)
+            if not any(_can_continue(run, polls_without_job[run.folder]) for run in runs):
                 return int(any(run.state is not State.done for run in runs))
             time.sleep(POLL_S)
     except KeyboardInterrupt:
-        print(f"the jobs go on; watch: evspan status {folder}; end them: evspan cancel {folder}")
+        logger.info(
+            "the jobs continue; watch: evspan status %s; end them: evspan cancel %s", folder, folder
+        )
         return 0
 
 
-def _goes_on(run: Run, gone: int) -> bool:
-    return run.alive or run.state.unfinished or 0 < gone < GRACE
+def _log_change(run: Run, shown: dict[Path, str]) -> None:
+    state = f"{run.state.value} {run.reason}"
+    if shown.get(run.folder) != state:
+        shown[run.folder] = state
+        logger.info("%s: %s", run.folder, describe(run))
+
+
+def _count_missing(run: Run, polls_without_job: Counter[Path]) -> None:
+    if run.state in (State.lost, State.saved) and not run.alive:
+        polls_without_job[run.folder] += 1
+    else:
+        polls_without_job[run.folder] = 0
+
+
+def _can_continue(run: Run, polls_without_job: int) -> bool:
+    if run.alive or run.state.unfinished:
+        return True
+    return 0 < polls_without_job < MAX_POLLS_WITHOUT_JOB

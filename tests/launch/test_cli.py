@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from evspan.conf.compose import compose
 from evspan.conf.errors import ConfigError, UserError
+from evspan.conf.schema.training import EvaluateConfig, TrainConfig
 from evspan.launch.cli import evaluate, train
 from evspan.launch.cli.command import run_command
 from evspan.launch.cli.main import COMMANDS, main
@@ -23,7 +25,6 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.fixture(autouse=True)
 def undone(monkeypatch, tmp_path):
     """Commands run in this process: what they set for a process of their own is put back. They run in an empty folder."""
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # as a user might have it
     for name in ("EVSPAN_DEBUG", "RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
@@ -55,13 +56,6 @@ def python(*argv, **environment) -> subprocess.CompletedProcess:
         text=True,
         timeout=50,
     )
-
-
-def composed(module, *overrides):
-    """The config that a command works with."""
-    seen: list = []
-    module.main(list(overrides), run=seen.append)
-    return seen[0]
 
 
 # -- help --------------------------------------------------------------------------------------------------------
@@ -111,11 +105,11 @@ def test_no_argument_is_help_and_version_is_the_distributions(capfd):
     assert evspan(capfd, "--version") == (0, f"evspan {importlib.metadata.version('evspan')}\n", "")
 
 
-@pytest.mark.parametrize("module", [train, evaluate])
-def test_help_tells_the_defaults_that_hold(module):
+@pytest.mark.parametrize(("module", "schema"), [(train, TrainConfig), (evaluate, EvaluateConfig)])
+def test_help_tells_the_defaults_that_hold(module, schema):
     section = module.HELP.split("\n  keys\n")[1].split("\n\n")[0]
     told = dict(re.findall(r"^ +([\w.]+)=(\S*)", section, re.MULTILINE))
-    config = OmegaConf.structured(composed(module))
+    config = OmegaConf.structured(compose(schema, []))
     assert len(told) > 5
     assert all(word == "simulated" for key, word in told.items() if key == "dataset")
     for key, default in told.items():
@@ -284,24 +278,32 @@ def test_debug_shows_the_traceback(capfd, monkeypatch):
 
 
 # -- what a task raises ------------------------------------------------------------------------------------------
-def raising(error: BaseException):
-    def run(config):
-        raise error
+@pytest.fixture
+def failing(monkeypatch):
+    """A function that makes training and evaluation raise an error."""
 
-    return run
+    def fail_with(error: BaseException) -> None:
+        def run(config: object) -> int:
+            raise error
+
+        monkeypatch.setattr("evspan.launch.local.run.run_training", run)
+        monkeypatch.setattr("evspan.launch.local.run.run_evaluation", run)
+
+    return fail_with
 
 
-def test_a_users_error_in_the_task_is_told_and_a_defect_is_raised(capfd):
+def test_a_users_error_in_the_task_is_told_and_a_defect_is_raised(capfd, failing):
+    failing(UserError("the disk is full;\n  delete something"))
     with pytest.raises(SystemExit) as end:
-        train.main([], run=raising(UserError("the disk is full;\n  delete something")))
+        train.main([])
     assert end.value.code == 2
+    failing(FileNotFoundError(2, "No such file or directory", "shards/00000.h5"))
     with pytest.raises(SystemExit) as end:
-        train.main(
-            [], run=raising(FileNotFoundError(2, "No such file or directory", "shards/00000.h5"))
-        )
+        train.main([])
     assert end.value.code == 2
+    failing(ZeroDivisionError("a defect"))
     with pytest.raises(ZeroDivisionError):
-        evaluate.main([], run=raising(ZeroDivisionError("a defect")))
+        evaluate.main([])
     assert capfd.readouterr().err == (
         "error: the disk is full; delete something\n"
         "error: shards/00000.h5: No such file or directory\n"
@@ -309,9 +311,10 @@ def test_a_users_error_in_the_task_is_told_and_a_defect_is_raised(capfd):
 
 
 @pytest.mark.parametrize(("raised", "code"), [(SystemExit(75), 75), (KeyboardInterrupt(), 130)])
-def test_a_task_chooses_its_exit_code(raised, code):
+def test_a_task_chooses_its_exit_code(failing, raised, code):
+    failing(raised)
     with pytest.raises(SystemExit) as end:
-        train.main([], run=raising(raised))
+        train.main([])
     assert end.value.code == code
 
 
@@ -325,10 +328,10 @@ def test_a_failing_command_notes_when(tmp_path, monkeypatch):
 
 
 def test_hydra_leaves_no_trace(tmp_path):
-    config = composed(train, "experiment=demo", "run_dir=runs/x")
+    config = compose(TrainConfig, ["experiment=demo", "run_dir=runs/x"])
     assert config.run_dir == "runs/x"
     assert config.parallel.ranks == 2
-    composed(evaluate, "x")
+    compose(EvaluateConfig, ["checkpoint=x"])
     assert Path.cwd() == tmp_path
     assert not list(tmp_path.iterdir())
     assert logging.getLogger().level == logging.WARNING  # libraries' chatter stays off the console

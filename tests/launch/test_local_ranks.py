@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(60)
 LAUNCHER = """
 import sys
 from evspan.launch.local.ranks import run_ranks
-sys.exit(run_ranks([sys.executable, *sys.argv[3:]], int(sys.argv[1]), after="Do it again", grace_s=float(sys.argv[2])))
+sys.exit(run_ranks([sys.executable, *sys.argv[3:]], int(sys.argv[1]), remedy="Do it again", grace_s=float(sys.argv[2])))
 """
 # What every rank program begins with; `here` is the test's folder.
 PRELUDE = """

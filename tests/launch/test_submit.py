@@ -7,11 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from evspan.conf.compose import compose_train, expanded, replaced, split_options
+from evspan.conf.compose import (
+    compose,
+    config_dir_options,
+    expand_sweep,
+    replace_override,
+)
 from evspan.conf.schema.cluster import ClusterConfig, Container, Scheduler
-from evspan.launch.slurm.requeue import Note, decide, main, newest_step
-from evspan.launch.slurm.sbatch import Task, job_name, script
-from evspan.launch.sweep.submit import Planned, numbered, submit, sweep
+from evspan.conf.schema.training import TrainConfig
+from evspan.launch.cli import submit, sweep
+from evspan.launch.slurm.rank_task import RankNote
+from evspan.launch.slurm.requeue import JobEnd, RequeueRule, decide, main, newest_step
+from evspan.launch.slurm.sbatch import JobArray, job_name, script
+from evspan.launch.sweep.plan import PlannedRun, assign_folders
 from evspan.pipeline.history import (
     append,
     attempts,
@@ -94,10 +102,14 @@ def test_faults_are_counted_where_no_step_was_won(tmp_path, events, faults):
 
 # -- run again? --------------------------------------------------------------------------------------------------
 MISTAKE, LOST = (
-    Note("rank-01", 2, "training.x is wrong; set it right", "n2"),
-    Note("rank-00", 69, "rank 1 is gone", "n1"),
+    RankNote("rank-01", 2, "training.x is wrong; set it right", "n2"),
+    RankNote("rank-00", 69, "rank 1 is gone", "n1"),
 )
-SAVED, DEFECT = Note("rank-00", 75, "", "n1"), Note("rank-01", 1, "ValueError: no", "n2")
+SAVED, DEFECT = RankNote("rank-00", 75, "", "n1"), RankNote("rank-01", 1, "ValueError: no", "n2")
+
+
+def rule(run: Path, *, max_retries: int = 3, requeue_after_fault: bool = True) -> RequeueRule:
+    return RequeueRule(str(run), str(run / "%j.%t"), 2, max_retries, requeue_after_fault)
 
 
 @pytest.mark.parametrize(
@@ -112,16 +124,16 @@ SAVED, DEFECT = Note("rank-00", 75, "", "n1"), Note("rank-01", 1, "ValueError: n
         ([LOST, DEFECT], 69, "RUNNING", True, "requeued", "rank-01 on n2: ValueError: no"),
         ([LOST, MISTAKE], 69, "RUNNING", False, "failed", "set it right"),
         ([], 127, "RUNNING", True, "requeued", "python: not found"),
-        ([DEFECT], 1, "RUNNING", True, "requeued", "rank-00 ended without a word"),
+        ([DEFECT], 1, "RUNNING", True, "requeued", "rank-00 left no note"),
         ([SAVED, LOST], 137, "RUNNING", True, "requeued", "rank 1 is gone"),
     ],
 )
 def test_what_is_tried_again(tmp_path, notes, code, state, again, last, says):
     log = tmp_path / "log"
     log.write_text("slurm says\npython: not found\n\n")
-    asked, line = decide(tmp_path, notes, code, state, most=3, retry=True, logs=[log, log])
-    assert asked is again
-    assert says in line
+    decision = decide(rule(tmp_path), JobEnd(notes, code, state, [log, log]))
+    assert decision.requeue is again
+    assert says in decision.reason
     assert (read(tmp_path)[-1]["event"] if read(tmp_path) else None) == last
 
 
@@ -131,12 +143,13 @@ def test_three_faults_at_one_step_are_enough(tmp_path):
     assert newest_step(tmp_path) == 40
     for number in (1, 2, 3):
         append(tmp_path, "start", step=40)
-        again, line = decide(tmp_path, [DEFECT], 1, "RUNNING", most=3, retry=True, logs=[])
-        assert again is (number < 3)
-    assert "3 times in a row at step 40" in line
+        decision = decide(rule(tmp_path), JobEnd([DEFECT], 1, "RUNNING"))
+        assert decision.requeue is (number < 3)
+    assert "3 times in a row at step 40" in decision.reason
     assert read(tmp_path)[-1]["event"] == "failed"
     append(tmp_path, "start", step=40)
-    assert decide(tmp_path, [DEFECT], 1, "RUNNING", most=9, retry=False, logs=[])[0] is False
+    never = rule(tmp_path, max_retries=9, requeue_after_fault=False)
+    assert decide(never, JobEnd([DEFECT], 1, "RUNNING")).requeue is False
 
 
 def test_the_question_of_the_batch_script(tmp_path, monkeypatch, capsys):
@@ -176,14 +189,8 @@ def test_nodes_follow_from_ranks():
 
 def written(marker: Path, tmp_path: Path, **given) -> str:
     config = ClusterConfig(scheduler=Scheduler.slurm, **given)
-    return script(
-        [Task(tmp_path / "run", ["run_dir=x"], [tmp_path])],
-        config,
-        nodes=2,
-        each=4,
-        folder=tmp_path / "folder",
-        name="evspan-x",
-    )
+    run = PlannedRun(tmp_path / "run", [], TrainConfig())
+    return script(JobArray([run], config, 2, 4, tmp_path / "folder", "evspan-x"))
 
 
 def test_values_cannot_inject(tmp_path):
@@ -286,15 +293,16 @@ def test_a_container_is_one_key(tmp_path, container, image):
         tmp_path, tmp_path, container=container, image=image, mounts=["/data:/in"], gpus_per_node=4
     )
     subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=20)
+    run = tmp_path / "run"
     ranks = next(line for line in text.splitlines() if line.startswith("srun"))
     if container is Container.apptainer:
         assert "apptainer exec --nv" in ranks
         assert "--bind /data:/in" in ranks
         assert "'my image.sif' python -u -m submitit" in ranks
-        assert f"--bind {tmp_path}" in ranks
+        assert f"--bind {run}" in ranks
     else:
         assert "'--container-image=my image.sqsh'" in ranks
-        assert f"{tmp_path}:{tmp_path},/data:/in" in ranks
+        assert f"{run}:{run},/data:/in" in ranks
         assert "srun --ntasks=1" in text.split("# teardown")[1]  # the question is asked inside, too
 
 
@@ -304,17 +312,14 @@ def test_a_job_has_a_name_that_slurm_takes():
 
 # -- the words of the command ------------------------------------------------------------------------------------
 def test_combinations_and_quoting(tmp_path, shards):
-    options, overrides = split_options(["a=1,2", "--config-dir", str(tmp_path), "b='x,y'", "c=3"])
-    combinations, several = expanded(options, overrides)
-    assert options == ["--config-dir", str(tmp_path)]
-    assert several == {
-        "a": True,
-        "b": False,
-        "c": False,
-    }
-    assert combinations == [["a=1", "b='x,y'", "c=3"], ["a=2", "b='x,y'", "c=3"]]
+    argv = ["a=1,2", "--config-dir", str(tmp_path), "b='x,y'", "c=3"]
+    expansion = expand_sweep(argv)
+    assert config_dir_options(argv) == ["--config-dir", str(tmp_path)]
+    assert expansion.swept_keys == ["a"]
+    assert expansion.combinations == [["a=1", "b='x,y'", "c=3"], ["a=2", "b='x,y'", "c=3"]]
     name = tmp_path / "it's a, folder=(1)"
-    config = compose_train([], replaced(tiny(shards, tmp_path / "x"), "run_dir", str(name)))
+    overrides = replace_override(tiny(shards, tmp_path / "x"), "run_dir", str(name))
+    config = compose(TrainConfig, overrides)
     assert config.run_dir == str(name)
 
 
@@ -323,21 +328,15 @@ def test_a_folder_of_configs_of_ones_own(tmp_path, shards):
     (tmp_path / "cluster" / "mine.yaml").write_text(
         "scheduler: slurm\npartition: fast\nranks_per_node: 2\n"
     )
-    config = compose_train(
-        ["--config-dir", str(tmp_path)], tiny(shards, tmp_path, "cluster=mine", "parallel.ranks=2")
-    )
+    overrides = tiny(shards, tmp_path, "cluster=mine", "parallel.ranks=2")
+    config = compose(TrainConfig, ["--config-dir", str(tmp_path), *overrides])
     assert config.cluster.partition == "fast"
     assert config.cluster.nodes(2) == (1, 2)
 
 
 def test_the_same_overrides_keep_their_folder(tmp_path):
-    def plans(*values: str) -> list[Planned]:
-        return [Planned(Path(), [], [f"a={v}"], None) for v in values]
-
-    numbered(tmp_path, plans("1", "2"))
-    again = plans("2", "3", "1")
-    numbered(tmp_path, again)
-    assert [p.run.name for p in again] == ["1", "2", "0"]
+    assert assign_folders(tmp_path, [["a=1"], ["a=2"]]) == ["0", "1"]
+    assert assign_folders(tmp_path, [["a=2"], ["a=3"], ["a=1"]]) == ["1", "2", "0"]
     assert [r["overrides"] for r in json.loads((tmp_path / "sweep.json").read_text())["runs"]] == [
         ["a=1"],
         ["a=2"],
@@ -348,13 +347,13 @@ def test_the_same_overrides_keep_their_folder(tmp_path):
 @pytest.mark.parametrize(
     ("command", "more", "says"),
     [
-        (submit, ["optimizer.lr=1e-3,2e-3"], "evspan sweep"),
-        (submit, ["cluster.partiton=x"], "cluster.partition"),
-        (submit, ["cluster=nowhere"], "gpu_nodes"),
-        (submit, ["--partition=x"], "no option"),
-        (submit, ["--cfg", "job"], "cluster.dry_run=true"),
-        (submit, ["parallel.ranks=3", "cluster.ranks_per_node=2"], "parallel.ranks=2 or 4"),
-        (sweep, ["optimizer.lr=a,b"], "none of the 2 runs"),
+        (submit.main, ["optimizer.lr=1e-3,2e-3"], "evspan sweep"),
+        (submit.main, ["cluster.partiton=x"], "cluster.partition"),
+        (submit.main, ["cluster=nowhere"], "gpu_nodes"),
+        (submit.main, ["--partition=x"], "no option"),
+        (submit.main, ["--cfg", "job"], "cluster.dry_run=true"),
+        (submit.main, ["parallel.ranks=3", "cluster.ranks_per_node=2"], "parallel.ranks=2 or 4"),
+        (sweep.main, ["optimizer.lr=a,b"], "none of the 2 runs"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, shards, capsys, command, more, says):

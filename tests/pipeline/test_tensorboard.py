@@ -5,7 +5,6 @@ import re
 import subprocess
 import time
 
-import evspan.launch.cli.train  # noqa: F401  registers the schema
 import numpy as np
 import pytest
 import torch

@@ -1,19 +1,17 @@
-"""Composes configs through Hydra as the commands do."""
+"""Composes configs as the commands do."""
 
-import evspan.launch.cli.evaluate
-import evspan.launch.cli.prep
-import evspan.launch.cli.train  # noqa: F401  registers the schemas
-from evspan.conf.hydra_errors import refuse_unknown_keys
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from typing import Any
+
+from evspan.conf.compose import PRIMARY_CONFIGS, compose
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+
+SCHEMAS = {name: schema for schema, name in PRIMARY_CONFIGS.items()}
 
 
-def composed(name: str, *overrides: str):
-    """(typed config, group -> option taken)."""
+def composed(name: str, *overrides: str) -> tuple[Any, dict[str, str]]:
+    """(typed config, group -> option taken, as Hydra's own compose reports it)."""
+    config = compose(SCHEMAS[name], overrides)
     with initialize_config_module("evspan.conf", version_base="1.3"):
-        raw = compose(name, list(overrides), return_hydra_config=True)
-    choices = dict(raw.hydra.runtime.choices)
-    OmegaConf.set_struct(raw, False)
-    del raw["hydra"]
-    refuse_unknown_keys(raw)  # as the commands do
-    return OmegaConf.to_object(raw), choices
+        raw = hydra_compose(name, list(overrides), return_hydra_config=True)
+    return config, dict(raw.hydra.runtime.choices)

@@ -9,7 +9,7 @@ from evspan.conf.schema.training import TrainConfig
 def be_rank(rank: int, port: int, config: TrainConfig, log: Path) -> None:
     """Train as rank `rank`; what it says goes to `log`."""
     from evspan.launch.cli.command import run_command
-    from evspan.launch.cli.train import train_here
+    from evspan.launch.local.rank import train_rank
 
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
@@ -22,4 +22,4 @@ def be_rank(rank: int, port: int, config: TrainConfig, log: Path) -> None:
         LOCAL_WORLD_SIZE=str(config.parallel.ranks),
         MASTER_PORT=str(port),
     )
-    run_command(lambda: train_here(config))
+    run_command(lambda: train_rank(config))

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # on a busy machine
 STEPS, EVERY, KEEP, EVALUATE = 10, 2, 2, 4
 SHARD_FRAMES = {"train": [23, 12, 9], "val": [12]}
 PRELOADED = [
-    "evspan.launch.cli.train",
+    "evspan.launch.local.rank",
     "evspan.pipeline.engine.trainer",
     "deepspeed.runtime.zero.muon.muon_optimizer",
 ]  # the last takes seconds

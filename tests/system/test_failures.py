@@ -157,7 +157,7 @@ def test_stuck_ranks_are_ended_by_who_started_them_and_named(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM + "\nrun_command(work)\n")
     launcher = (
         "import sys; from evspan.launch.local.ranks import run_ranks; "
-        "sys.exit(run_ranks([sys.executable, *sys.argv[1:]], 2, threads=1, after='Do it again', grace_s=1))"
+        "sys.exit(run_ranks([sys.executable, *sys.argv[1:]], 2, threads=1, remedy='Do it again', grace_s=1))"
     )
     process = subprocess.Popen(
         [

@@ -117,16 +117,16 @@ def run_study(options: Options) -> int:
 
 def _train(plan: Plan, recordings: RecordingSet) -> int:
     """Trains every run that is not finished, on the cluster that the overrides choose."""
-    from evspan.conf.compose import replaced
-    from evspan.launch.sweep.submit import place_sweep
+    from evspan.conf.compose import Expansion, replace_override
+    from evspan.launch.sweep.submit import submit_sweep
 
     common = ["cluster=local"]
     if any(override.startswith("cluster=") for override in plan.extra):
         common = []
-    common = replaced(common, "dataset.root", str(recordings.shards))
-    common = replaced(common, "run_dir", str(plan.folder / RUNS))
+    common = replace_override(common, "dataset.root", str(recordings.shards))
+    common = replace_override(common, "run_dir", str(plan.folder / RUNS))
     combinations = [[*overrides, *common] for overrides in plan.all_runs()]
-    return place_sweep(["--config-dir", str(CONF)], combinations, plan.keys())
+    return submit_sweep(Expansion(combinations, plan.keys()), ["--config-dir", str(CONF)])
 
 
 def _evaluate_still_objects(plan: Plan, recordings: RecordingSet, runs: Sequence[Run]) -> None:

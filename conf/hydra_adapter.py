@@ -1,0 +1,95 @@
+"""What Hydra offers only by private names. Verified against hydra-core 1.3.8.
+
+Hydra's public `compose` reports a value such as `a,b` without the argument, and `hydra.main` reads
+sys.argv with a parser that fails on Python 3.14. Both use the class Hydra, as this module does.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evspan.conf.errors import ConfigError
+from hydra import version
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+
+VERIFIED_VERSION = "1.3.8"
+CONFIG_TREE = "pkg://evspan.conf"
+COMMAND_LINE = "command-line"  # Hydra's name for the source of --config-dir
+
+
+class Expansion(NamedTuple):
+    """The runs of a sweep.
+
+    combinations: the overrides of each run. swept_keys: keys that have several values.
+    """
+
+    combinations: list[list[str]]
+    swept_keys: list[str]
+
+
+def compose_tree(name: str, overrides: Sequence[str], config_dir: Path | None) -> DictConfig:
+    """Compose the primary config `name` of the tree, without starting a Hydra job."""
+    with _opened_hydra(config_dir) as hydra:
+        config = hydra.compose_config(
+            config_name=name,
+            overrides=list(overrides),
+            run_mode=RunMode.RUN,
+            with_log_configuration=False,
+        )
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def run_multirun(
+    name: str,
+    overrides: Sequence[str],
+    config_dir: Path | None,
+    task: Callable[[DictConfig], object],
+) -> None:
+    """Run Hydra's sweeper and launcher, which call `task` with the config of each job."""
+    with _opened_hydra(config_dir) as hydra:
+        hydra.multirun(config_name=name, task_function=task, overrides=list(overrides))
+
+
+def expand_overrides(overrides: Sequence[str]) -> Expansion:
+    """Every combination of the values in overrides such as `key=a,b`."""
+    parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
+    combinations = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+    swept = [override.get_key_element() for override in parsed if override.is_sweep_override()]
+    return Expansion(combinations, swept)
+
+
+def config_dir_of(hydra_config: DictConfig) -> Path | None:
+    """The folder of --config-dir, from the node `hydra` of a composed config."""
+    for source in hydra_config.runtime.config_sources:
+        if source.provider == COMMAND_LINE:
+            return Path(source.path)
+    return None
+
+
+@contextmanager
+def _opened_hydra(config_dir: Path | None) -> Iterator[Hydra]:
+    """Hydra with our config tree, and `config_dir` searched after it. May be nested."""
+    search_path = create_config_search_path(CONFIG_TREE)
+    if config_dir is not None:
+        if not config_dir.is_dir():
+            raise ConfigError(f"--config-dir is {config_dir}, which is not a folder")
+        schema = SearchPathQuery(provider="schema")
+        search_path.prepend(COMMAND_LINE, f"file://{config_dir.absolute()}", anchor=schema)
+    backup: Any = get_gh_backup()
+    GlobalHydra.instance().clear()
+    version.setbase("1.3")
+    try:
+        yield Hydra.create_main_hydra2("evspan", search_path)
+    finally:
+        restore_gh_from_backup(backup)

@@ -1,0 +1,80 @@
+"""One rank of a training or an evaluation.
+
+python -m evspan.launch.local.rank train|evaluate CONFIG
+
+CONFIG is the file that the launcher wrote with `evspan.conf.compose.save_config`.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from evspan.conf.compose import load_config
+from evspan.conf.schema.training import EvaluateConfig, TrainConfig
+from evspan.launch.cli.command import run_command
+
+logger = logging.getLogger(__name__)
+
+
+def train_rank(config: TrainConfig) -> None:
+    """Train as the rank that this process is."""
+    from evspan.pipeline.engine.trainer import train  # DeepSpeed takes seconds to import
+    from evspan.pipeline.parallel.world import open_world
+
+    with open_world(config.parallel) as world:
+        train(config, world)
+
+
+def evaluate_rank(config: EvaluateConfig) -> None:
+    """Evaluate as the rank that this process is. Rank 0 writes and prints the results."""
+    from evspan.pipeline.engine.evaluator import described, evaluate_weights, write_results
+    from evspan.pipeline.evaluation.breakdown import breakdown
+    from evspan.pipeline.inference.streaming import labelled
+    from evspan.pipeline.parallel.world import open_world
+    from evspan.pipeline.weights import load_weights
+
+    with open_world(config.parallel) as world:
+        weights = load_weights(config.checkpoint)
+        metrics, results, data = evaluate_weights(weights, config.dataset, config.evaluation, world)
+        if not world.is_main:
+            return
+        parts = breakdown(labelled(results, data), data.classes, config.evaluation)
+        summary = described(config.checkpoint, weights, config.dataset, config.evaluation)
+        summary["breakdown"] = parts.to_json()
+        output = evaluation_output(config)
+        write_results(output, metrics, results, data, config.evaluation, summary)
+        logger.info(
+            "%s (step %s) on %s %s\n%s\n\n%s\n\nwritten to %s",
+            config.checkpoint,
+            weights.step,
+            config.dataset.root,
+            config.evaluation.split,
+            metrics.table(),
+            parts.table(),
+            output,
+        )
+
+
+def evaluation_output(config: EvaluateConfig) -> Path:
+    """The folder of the results: `output`, or next to the checkpoint."""
+    if config.output:
+        return Path(config.output)
+    checkpoint = Path(config.checkpoint)
+    folder = checkpoint.parent if checkpoint.is_file() else checkpoint
+    return folder / f"evaluation-{config.evaluation.split}"
+
+
+def run_rank(kind: str, path: Path) -> None:
+    """Train or evaluate as this rank, with the config in the file `path`.
+
+    Args:
+        kind: 'train' or 'evaluate'.
+    """
+    if kind == "train":
+        train_rank(load_config(TrainConfig, path))
+    else:
+        evaluate_rank(load_config(EvaluateConfig, path))
+
+
+if __name__ == "__main__":
+    run_command(lambda: run_rank(sys.argv[1], Path(sys.argv[2])))
