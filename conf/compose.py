@@ -69,7 +69,7 @@ def composed_yaml(schema: type, argv: Sequence[str]) -> str:
 
 # -- files ---------------------------------------------------------------------------------------
 def save_config(config: PrepConfig | TrainConfig | EvaluateConfig, path: Path) -> None:
-    """Write a config as YAML. The file is replaced as a whole, so that a reader sees one version."""
+    """Write a config as YAML. The file is replaced as a whole: readers see one version."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -19,14 +19,16 @@ OVERRIDES_HELP = """Overrides of a config, in Hydra's grammar
 
   key=value                  sets a key; nested keys have dots: training.max_steps=1000
   group=option               chooses a file of a config group: size=small, experiment=gen4/tiny
-  'key="a, b"'               text with spaces, commas or special characters; quotes for the shell too
+  'key="a, b"'               text with spaces, commas or special characters (the outer quotes are
+                             for the shell)
   key=[1,2]                  a list
   'key={0: 0, 3: 1}'         a mapping
   key=null                   no value, where the key allows it
   key=${other.key}           the value of another key; quote it for the shell
 
   --cfg job                  prints the config that the arguments make, and starts nothing
-  --config-dir FOLDER        searches FOLDER for group options too, such as FOLDER/experiment/mine.yaml
+  --config-dir FOLDER        searches FOLDER for group options too, such as
+                             FOLDER/experiment/mine.yaml
 
   Later overrides win. Unknown keys are refused. evspan sweep key=a,b starts a run for each value.
   https://hydra.cc/docs/advanced/override_grammar/basic/ describes the whole grammar."""

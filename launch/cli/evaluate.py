@@ -8,20 +8,21 @@ from evspan.launch.cli.command import exit_unless_zero, run_command
 from evspan.launch.cli.config_arguments import config_information, parse_config_arguments
 from evspan.launch.cli.grammar import evaluate_overrides
 
-HELP = """evspan evaluate: a checkpoint and a prepared split -> COCO AP (Prophesee's protocol) and detections
+HELP = """evspan evaluate: a checkpoint and a split -> COCO AP (Prophesee's protocol) and detections
 
-  evspan evaluate compare A B      compares two evaluations, with confidence intervals; see compare --help
+  evspan evaluate compare A B      compares two evaluations, with confidence intervals
 
   evspan evaluate RUN dataset.root=SHARDS [dataset=NAME] [key=value ...]
-      RUN is a run folder (its newest checkpoint), one of its checkpoints, or a .safetensors file. It contains the model config.
-      RUN/checkpoints/best is the checkpoint that had the highest AP while it trained.
-      metrics.json, one <recording>_bbox.npy per recording, and frames.npz, which compare reads, go to RUN/evaluation-SPLIT.
-      AP is reported per class, size, recording, time since the start, and by speed and rest of the object, which shows
-      whether the memory holds it.
+      RUN is a run folder (its newest checkpoint), one of its checkpoints, or a .safetensors file.
+      It contains the model config. RUN/checkpoints/best is the checkpoint with the highest AP
+      during training. RUN/evaluation-SPLIT gets metrics.json, a <recording>_bbox.npy for each
+      recording, and frames.npz, which compare reads.
+      AP is reported per class, size, recording, time since the start, and by speed and rest of
+      the object, which shows whether the memory holds it.
 
   examples
       evspan evaluate runs/demo dataset.root=shards
-      evspan evaluate runs/tiny dataset=gen4 dataset.root=/data/gen4 evaluation.split=test parallel.ranks=4
+      evspan evaluate runs/tiny dataset=gen4 dataset.root=/data/gen4 evaluation.split=test
       evspan evaluate compare runs/demo/evaluation-val runs/other/evaluation-val
 
   keys
@@ -30,18 +31,20 @@ HELP = """evspan evaluate: a checkpoint and a prepared split -> COCO AP (Prophes
       evaluation.split=val       train | val | test
       evaluation.confidence_threshold=0.001
       evaluation.nms_threshold=0.45
-      evaluation.skip_first_ms=500   ignore the start of each recording, where the detector has no memory yet
-      evaluation.min_side=0      ignore smaller boxes and detections, in pixels of the stored frames
+      evaluation.skip_first_ms=500   ignore the start of each recording: there is no memory yet
+      evaluation.min_side=0      ignore smaller boxes and detections; pixels of the stored frames
       evaluation.min_diagonal=0
-      evaluation.confusion_threshold=0.3  score from which detections are in the confusion matrix
-      evaluation.still_speed=5   pixels of the stored frames per second: an object that is slower ...
+      evaluation.confusion_threshold=0.3  lowest score of detections in the confusion matrix
+      evaluation.still_speed=5   pixels of the stored frames per second: a slower object ...
       evaluation.still_s=0.5     ... for this long is still
       evaluation.time_bins_s=[1,2,5,10,20,60]   likewise speed_bins, rest_bins_s
       evaluation.batch_size=4    recordings in parallel, per rank
       evaluation.write_detections=true
-      parallel.ranks=1           processes, one per GPU (or several on CPU cores); torchrun and srun start their own
+      parallel.ranks=1           processes, one per GPU (or several on CPU cores); torchrun and srun
+                                 start their own
 
-  evspan evaluate --cfg job ...    shows the resulting config; conf/schema/training.py explains every key
+  evspan evaluate --cfg job ...    shows the resulting config; conf/schema/training.py explains
+                                   every key
   evspan evaluate --hydra-help     how overrides work
 """
 

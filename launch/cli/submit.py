@@ -14,30 +14,37 @@ from evspan.launch.cli.config_arguments import (
 
 HELP = """evspan submit: one run as a SLURM job, over as many nodes as parallel.ranks needs
 
-  evspan submit KEY=VALUE ...     the keys of `evspan train` (evspan train --help), and the cluster: cluster=NAME, cluster.KEY=VALUE
+  evspan submit KEY=VALUE ...
+      the keys of `evspan train` (evspan train --help), and cluster=NAME, cluster.KEY=VALUE
 
   examples
-      evspan submit experiment=gen4/3scale_baseline dataset.root=/data/gen4 run_dir=runs/tiny parallel.ranks=16 cluster=gpu_nodes
-      evspan submit ... cluster.partition=gpu cluster.account=lab cluster.timeout_min=720 cluster.detach=true
+      evspan submit experiment=gen4/3scale_baseline dataset.root=/data/gen4 run_dir=runs/tiny \\
+          parallel.ranks=16 cluster=gpu_nodes
+      evspan submit ... cluster.partition=gpu cluster.account=lab cluster.detach=true
       evspan submit ... cluster.dry_run=true          prints the batch script, submits nothing
       evspan submit ... cluster=local                 the same on this machine
 
-  A run that reaches its time limit, is preempted, or loses its node or a rank is requeued and continues from its newest
-  checkpoint. The command waits for the end and prints each change of state; Ctrl-C leaves the job alone. cluster.detach=true
-  returns at once. RUN/config.yaml has the resolved config, which every attempt reads.
+  A run that reaches its time limit, is preempted, or loses its node or a rank is requeued and
+  continues from its newest checkpoint. RUN/config.yaml has the resolved config, which every attempt
+  reads. The command waits for the end and prints each change of state; Ctrl-C leaves the job alone.
+  cluster.detach=true returns at once.
 
   afterwards
       evspan status RUN | evspan logs RUN --follow | evspan cancel RUN | evspan report RUN
 
   keys: conf/schema/cluster.py explains them all
-      cluster=slurm                  slurm | gpu_nodes | local, or a file of yours in FOLDER/cluster with --config-dir FOLDER
-      cluster.partition, account, qos, constraint, exclude      left to the cluster's defaults when empty
-      cluster.gpus_per_node=0        a rank each;  cluster.ranks_per_node=0: one per GPU, or 1
-      cluster.cpus_per_task=1  cluster.mem_gb=0 (per node)  cluster.timeout_min=240  cluster.signal_delay_s=120
-      cluster.setup=["module load cuda"]  'cluster.environment=["NCCL_DEBUG=INFO"]'  'cluster.sbatch_args=["mail-type=END"]'
+      cluster=slurm                  slurm | gpu_nodes | local, or your own
+                                     FOLDER/cluster/NAME.yaml with --config-dir FOLDER
+      cluster.partition, account, qos, constraint, exclude    empty: the cluster's defaults
+      cluster.gpus_per_node=0        a rank for each GPU
+      cluster.ranks_per_node=0       0: one per GPU, or 1
+      cluster.cpus_per_task=1        cluster.mem_gb=0 (per node)
+      cluster.timeout_min=240        cluster.signal_delay_s=120
+      cluster.setup=["module load cuda"]
+      'cluster.environment=["NCCL_DEBUG=INFO"]'  'cluster.sbatch_args=["mail-type=END"]'
       cluster.container=none         apptainer | pyxis, with cluster.image=FILE
-      cluster.array_parallelism=16        runs of a sweep at once
-      cluster.max_retries=3           a run that fails this often in a row at the same step has failed
+      cluster.array_parallelism=16   runs of a sweep at the same time
+      cluster.max_retries=3          failures in a row at the same step after which a run has failed
 """
 
 

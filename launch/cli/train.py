@@ -10,22 +10,23 @@ from evspan.launch.cli.config_arguments import config_information, parse_config_
 HELP = """evspan train: shards -> a trained detector, its checkpoints and TensorBoard curves
 
   evspan train dataset.root=SHARDS run_dir=RUN [experiment=NAME] [key=value ...]
-      SHARDS is what `evspan prep` wrote. Run again, the same command continues from the newest checkpoint in RUN;
-      the number of ranks, parallel.sequence and deepspeed.stage may be others then.
+      SHARDS is what `evspan prep` wrote. Run again, the same command continues from the newest
+      checkpoint in RUN; the number of ranks, parallel.sequence and deepspeed.stage may change.
       SIGTERM, SIGUSR1 and SIGUSR2 save at the next step and end with exit code 75.
       RUN/config.yaml has the resolved config, which the ranks read.
 
-  evspan train --multirun KEY=A,B ...     Hydra's sweeper and launcher, one run after the other: RUN/0, RUN/1, ...
+  evspan train --multirun KEY=A,B ...
+      Hydra's sweeper and launcher, one run after the other: RUN/0, RUN/1, ...
 
   examples
       evspan train experiment=demo dataset.root=shards run_dir=runs/demo
-      evspan train experiment=gen4/3scale_baseline dataset.root=/data/gen4 run_dir=runs/tiny parallel.ranks=4 training.batch_size=24
+      evspan train experiment=gen4/3scale_baseline dataset.root=/data/gen4 parallel.ranks=4
 
   choices (each a file in conf/GROUP/)
       experiment=null            demo | gen4/{small,base} | gen4/{3scale_baseline,3scale_sizeaware,
                                  3scale_sizeaware_attention,4scale_sizeaware_attention} |
-                                 {gen4,etram}/{rvt_tiny,rvt_small,rvt_base}, RVT's published values, which were not
-                                 run here; rvt: the same for another dataset or size
+                                 {gen4,etram}/{rvt_tiny,rvt_small,rvt_base}: RVT's published
+                                 values, not run here; rvt: the same for another dataset or size
       model=maxvit_yolox/default     also maxvit_yolox/size_aware, maxvit_yolox/size_aware_attention
       size=tiny                  micro | tiny | small | base
       dataset=simulated          simulated | gen4 | etram | etram3 | gen4_rvt | rvt_tree
@@ -43,11 +44,13 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
       optimizer.lr=0.001         at the peak of the schedule
       checkpoint.every=1000      steps
       checkpoint.resume=true     false: start at step 0
-      checkpoint.init_from=      weights to start from: a run folder, a checkpoint or a .safetensors file
-      parallel.ranks=1           processes, one per GPU (or several on CPU cores); torchrun and srun start their own
+      checkpoint.init_from=      weights to start from: a run, a checkpoint or a .safetensors file
+      parallel.ranks=1           processes, one per GPU (or several on CPU cores); torchrun and srun
+                                 start their own
       seed=0
 
-  evspan train --cfg job ...       shows the resulting config; conf/schema/training.py explains every key
+  evspan train --cfg job ...       shows the resulting config; conf/schema/training.py explains
+                                   every key
   evspan train --hydra-help        how overrides work
 """
 

@@ -28,7 +28,7 @@ CLUSTER_KEYS = {  # key of hydra-submitit-launcher -> key of our `cluster`
 }
 
 
-class Launcher(SlurmLauncher):
+class Launcher(SlurmLauncher):  # type: ignore[misc, unused-ignore]  # it has no types
     """Submits the runs of a sweep as `evspan sweep` does.
 
     hydra-submitit-launcher lacks ranks that find each other, requeues that continue in the same
@@ -42,7 +42,8 @@ class Launcher(SlurmLauncher):
 
         Results are in the folders of the runs, not in this process.
         """
-        from evspan.conf.compose import Expansion, multirun_config_dir
+        from evspan.conf.compose import multirun_config_dir
+        from evspan.conf.hydra_adapter import Expansion
         from evspan.launch.sweep.submit import submit_sweep
 
         assert self.config is not None

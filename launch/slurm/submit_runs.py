@@ -16,14 +16,8 @@ from evspan.conf.text import plural
 from evspan.launch.slurm.client import require_commands
 from evspan.launch.slurm.sbatch import JobArray, job_name, script, submit_job_array
 from evspan.launch.sweep.plan import PlannedRun
-from evspan.launch.sweep.registry import (
-    SUBMITTED,
-    Run,
-    State,
-    describe,
-    jobs_alive,
-    read_runs,
-)
+from evspan.launch.sweep.registry import SUBMITTED, Run, describe, jobs_alive, read_runs
+from evspan.launch.sweep.state import State
 from evspan.pipeline.history import append
 
 logger = logging.getLogger(__name__)

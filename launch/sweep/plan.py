@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evspan.conf.compose import Expansion, compose, override_key, replace_override
+from evspan.conf.compose import compose, override_key, replace_override
 from evspan.conf.errors import ConfigError, is_user_error, one_line
+from evspan.conf.hydra_adapter import Expansion
 from evspan.conf.schema.cluster import ClusterConfig
 from evspan.conf.schema.training import TrainConfig
 from evspan.launch.local.run import check_training

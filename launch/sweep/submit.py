@@ -4,8 +4,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from evspan.conf.compose import Expansion
 from evspan.conf.errors import USER_ERROR_EXIT_CODE
+from evspan.conf.hydra_adapter import Expansion
 from evspan.conf.schema.cluster import ClusterConfig, Scheduler
 from evspan.launch.sweep.plan import PlannedRun, plan_sweep
 from evspan.pipeline.history import append, read

@@ -117,7 +117,8 @@ def run_study(options: Options) -> int:
 
 def _train(plan: Plan, recordings: RecordingSet) -> int:
     """Trains every run that is not finished, on the cluster that the overrides choose."""
-    from evspan.conf.compose import Expansion, replace_override
+    from evspan.conf.compose import replace_override
+    from evspan.conf.hydra_adapter import Expansion
     from evspan.launch.sweep.submit import submit_sweep
 
     common = ["cluster=local"]
