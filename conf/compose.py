@@ -85,14 +85,12 @@ def load_config(schema: type[T], path: Path) -> T:
     Raises:
         ConfigError: the file is missing, or does not fit the schema of this version.
     """
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: the resolved config, written when the run started")
     try:
         with _config_errors():
             stored = OmegaConf.load(path)
             return _to_object(schema, OmegaConf.merge(OmegaConf.structured(schema), stored))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path} is missing: the config of the run, written at its start"
-        ) from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

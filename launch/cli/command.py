@@ -69,7 +69,7 @@ def report_error(message: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake as one `error:` line that names the help. All commands with options use it."""
+    """Reports a mistake as one `error:` line. All commands with options use it."""
 
     def error(self, message: str) -> NoReturn:
         """Exits with code 2."""

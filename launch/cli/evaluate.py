@@ -26,7 +26,7 @@ HELP = """evspan evaluate: a checkpoint and a split -> COCO AP (Prophesee's prot
       evspan evaluate compare runs/demo/evaluation-val runs/other/evaluation-val
 
   keys
-      dataset=simulated          simulated | gen4 | etram | etram3 | gen4_rvt | rvt_tree: files in conf/dataset/
+      dataset=simulated          simulated | gen4 | etram | etram3 | gen4_rvt | rvt_tree
       output=                    another folder for the results
       evaluation.split=val       train | val | test
       evaluation.confidence_threshold=0.001

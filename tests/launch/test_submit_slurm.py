@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evspan.conf.compose import CONFIG_FILE, load_config, save_config
+from evspan.conf.schema.training import TrainConfig
 from evspan.pipeline.history import read, read_progress
 from safetensors.numpy import load_file
 from support.slurm_cluster import Cluster
@@ -256,7 +258,7 @@ def test_a_fault_that_stays_is_given_up(slurm, shards, tmp_path):
     assert code == 1, f"{out}{err}"
     message = events(run, "failed")[0]["message"]
     assert "2 times in a row at step 0" in message
-    assert "rank-01 ended without a word" in message
+    assert "rank-01 left no note" in message
     assert "SystemExit: broken" in message
     assert "2 times in a row" in out
 
@@ -278,6 +280,27 @@ def test_a_cancelled_run_stays_away(slurm, shards, tmp_path):
     assert slurm.jobs()[job_of(run)] == "CANCELLED"
     code, out, err = finished(evspan(slurm, "status", str(run)), 60)
     assert "cancelled" in out
+
+
+@pytest.mark.timeout(300)
+def test_a_requeue_reads_the_resolved_config_of_the_run(slurm, shards, tmp_path):
+    """What is changed in RUN/config.yaml after the start holds from the next attempt on."""
+    run = tmp_path / "run"
+    submitted = evspan(slurm, "submit", *keys(shards, run, "training.max_steps=40"))
+    try:
+        wait_for(lambda: read_progress(run).get("step", 0) >= 2)
+        assert json.loads((run / "config.json").read_text())["checkpoint"]["keep"] == 2
+        config = load_config(TrainConfig, run / CONFIG_FILE)
+        assert config.parallel.threads == 1
+        config.checkpoint.keep = 4
+        save_config(config, run / CONFIG_FILE)
+        disturb(slurm, run, time_out, at=3)
+        code, out, err = finished(submitted, 120)
+    finally:
+        submitted.kill()
+    assert code == 0, f"{out}{err}{read(run)}"
+    assert json.loads((run / "config.json").read_text())["checkpoint"]["keep"] == 4
+    assert len(events(run, "start")) == 2
 
 
 @pytest.mark.timeout(200)
