@@ -1,5 +1,6 @@
 """`evspan submit` and `evspan sweep` on a throw-away SLURM: ranks on several nodes, and runs that come back."""
 
+import json
 import os
 import random
 import signal
