@@ -11,7 +11,6 @@ from pathlib import Path
 from evspan.conf.compose import CONFIG_FILE, save_config
 from evspan.conf.errors import UserError
 from evspan.conf.schema.cluster import ClusterConfig
-from evspan.conf.schema.training import TrainConfig
 from evspan.conf.text import plural
 from evspan.launch.slurm.client import require_commands
 from evspan.launch.slurm.sbatch import JobArray, job_name, script, submit_job_array
@@ -50,7 +49,8 @@ def submit_runs(runs: Sequence[PlannedRun], cluster: ClusterConfig, folder: Path
     require_commands()
     _refuse_queued(runs)
     for array in arrays:
-        _submit(array)
+        _save_configs(array)
+        _record_submission(array, submit_job_array(array))
     if cluster.detach:
         logger.info("watch: evspan status %s", folder)
         return 0
@@ -70,11 +70,21 @@ def plan_arrays(runs: Sequence[PlannedRun], cluster: ClusterConfig, folder: Path
     return arrays
 
 
-def _submit(array: JobArray) -> None:
+def _save_configs(array: JobArray) -> None:
+    """Write the resolved configs, which ranks read. It creates the folders, for containers."""
     for run in array.runs:
-        # It creates the folder, too: a container can mount only what exists.
-        save_config(_config_on_nodes(run, array.cluster), run.folder / CONFIG_FILE)
-    jobs = submit_job_array(array)
+        config = deepcopy(run.config)
+        if not config.parallel.threads:
+            # By default, the ranks of a machine would divide all its cores among them.
+            config.parallel.threads = array.cluster.cpus_per_task
+        save_config(config, run.folder / CONFIG_FILE)
+
+
+def _record_submission(array: JobArray, jobs: Sequence[str]) -> None:
+    """Write the job of each run into its folder.
+
+    jobs: SLURM's id of each run.
+    """
     for run, job in zip(array.runs, jobs, strict=True):
         submission = {
             "job": job,
@@ -92,14 +102,6 @@ def _submit(array: JobArray) -> None:
         plural(array.nodes, "node"),
         plural(array.ranks_per_node, "rank"),
     )
-
-
-def _config_on_nodes(run: PlannedRun, cluster: ClusterConfig) -> TrainConfig:
-    """The run's config with its threads. Ranks would divide all cores of a node among them."""
-    config = deepcopy(run.config)
-    if not config.parallel.threads:
-        config.parallel.threads = cluster.cpus_per_task
-    return config
 
 
 def _refuse_queued(runs: Sequence[PlannedRun]) -> None:
