@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from evspan.launch.cli.command import Parser
 from evspan.launch.cli.config_keys import COMMANDS as CONFIG_COMMANDS
 from evspan.launch.cli.config_keys import choices_of, keys_of, values_of
-from evspan.launch.cli.grammar import HYDRA_FLAGS, HYDRA_OPTIONS, SUBCOMMANDS
+from evspan.launch.cli.grammar import CONFIG_FLAGS, CONFIG_VALUE_OPTIONS, SUBCOMMANDS
 from evspan.launch.cli.main import COMMANDS, options_of
 
 DESCRIPTION = """Prints a script that completes commands, options, config keys and choices
@@ -165,7 +165,7 @@ def _words() -> Iterator[tuple[str, str, str, Sequence[str]]]:
 def _config_words(command: str) -> Iterator[tuple[str, str, str, Sequence[str]]]:
     keys = keys_of(command)
     groups = choices_of(command)
-    yield "options", command, "", sorted(HYDRA_FLAGS | HYDRA_OPTIONS)
+    yield "options", command, "", sorted(CONFIG_FLAGS | CONFIG_VALUE_OPTIONS)
     yield "keys", command, "", [f"{name}=" for name in sorted({*keys, *groups})]
     for key, type_ in keys.items():
         values = values_of(type_)

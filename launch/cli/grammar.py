@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import NamedTuple
 
+from evspan.launch.cli.config_arguments import CFG_OPTIONS, CONFIG_DIR_OPTIONS, FLAGS
 from evspan.launch.cli.config_keys import COMMANDS as CONFIG_COMMANDS
 from evspan.launch.cli.config_keys import choices_of, is_list, keys_of
 
@@ -33,15 +34,9 @@ POSITIONAL_KEYS = {
 PREFERRED_GROUPS = ("", "training", "evaluation", "frames", "optimizer", "parallel", "checkpoint")
 TAKE_CHECKPOINT = {"infer": "checkpoint", "export": "checkpoint", "convert": "source"}
 RECORDING_SUFFIXES = (".raw", ".dat", ".h5", ".hdf5")
-# Hydra's own options, which the commands with a config keep.
-HYDRA_FLAGS = {
-    "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun",
-    "-sc", "--shell-completion", "-i", "--info",
-}  # fmt: skip
-HYDRA_OPTIONS = {
-    "-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name",
-    "-cd", "--config-dir", "--experimental-rerun",
-}  # fmt: skip
+# Options of the commands with a config.
+CONFIG_FLAGS = set(FLAGS)
+CONFIG_VALUE_OPTIONS = {*CFG_OPTIONS, *CONFIG_DIR_OPTIONS}
 MULTIRUN = {"-m", "--multirun"}
 
 
@@ -134,9 +129,9 @@ def _is_positional(word: str) -> bool:
 
 
 def _with_option_values(words: Sequence[str]) -> list[tuple[str, bool]]:
-    """Each word, and whether it is the value of the option of Hydra before it."""
+    """Each word, and whether it is the value of the option before it."""
     before = ["", *words]
-    return [(word, option in HYDRA_OPTIONS) for option, word in zip(before, words)]
+    return [(word, option in CONFIG_VALUE_OPTIONS) for option, word in zip(before, words)]
 
 
 # -- commands with a config ----------------------------------------------------------------------
@@ -158,9 +153,9 @@ class _ConfigCommand:
         rest = list(words)
         while rest:
             word = rest.pop(0)
-            if word in HYDRA_OPTIONS and rest:
+            if word in CONFIG_VALUE_OPTIONS and rest:
                 self.result += [word, rest.pop(0)]
-            elif word in HYDRA_FLAGS or word in HYDRA_OPTIONS:
+            elif word in CONFIG_FLAGS or word in CONFIG_VALUE_OPTIONS:
                 self.result.append(word)
             elif word.startswith("--"):
                 self._option(word, rest)

@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 from evspan.launch.cli import grammar, prep
+from evspan.launch.cli.config_arguments import parse_config_arguments
 from evspan.launch.cli.config_keys import choices_of, keys_of
 from evspan.launch.cli.grammar import Options, correct, evaluate_overrides, has_several_values
 from evspan.launch.cli.main import COMMANDS, main, options_of
@@ -198,13 +199,12 @@ def test_keys_and_choices_are_those_of_the_config():
     assert set(choices_of("evaluate")) == {"dataset"}
 
 
-def test_hydra_has_the_options_that_the_grammar_lets_pass():
-    from hydra.main import get_args_parser
-
-    names = set()
-    for action in get_args_parser()._actions:
-        names |= set(action.option_strings)
-    assert names == grammar.HYDRA_FLAGS | grammar.HYDRA_OPTIONS
+def test_commands_with_a_config_take_the_options_that_the_grammar_lets_pass():
+    values = {"--cfg": "job", "-c": "job"}
+    for option in grammar.CONFIG_FLAGS:
+        parse_config_arguments([option], "evspan train")
+    for option in grammar.CONFIG_VALUE_OPTIONS:
+        parse_config_arguments([option, values.get(option, "folder")], "evspan train")
 
 
 def test_options_come_from_the_parser_of_a_command():
