@@ -38,7 +38,7 @@ TYPE_NAMES: dict[Any, str] = {
 
 def is_composition_error(error: Exception) -> bool:
     """Whether Hydra or OmegaConf raised the error, and not the code of a config or a task."""
-    if isinstance(error, (UserError, OSError)):
+    if isinstance(error, UserError):
         return False
     # Some bad overrides end in a plain ValueError inside the library.
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
