@@ -44,17 +44,17 @@ COMMANDS = {
     ),
     "status": Command(
         "evspan.launch.cli.status:main",
-        "what the runs of a sweep do: state, step, AP, time left, node, requeues",
+        "the runs of a sweep: state, step, AP, time left, node, requeues",
     ),
-    "logs": Command("evspan.launch.cli.logs:main", "what a run's ranks say"),
-    "cancel": Command("evspan.launch.cli.cancel:main", "end a run's job, or those of a sweep"),
+    "logs": Command("evspan.launch.cli.logs:main", "print the logs of a run's ranks"),
+    "cancel": Command("evspan.launch.cli.cancel:main", "cancel a run's job, or those of a sweep"),
     "report": Command(
         "evspan.launch.cli.report:main",
         "a sweep's runs by AP, with curves, as text and HTML; TensorBoard's HParams",
     ),
     "doctor": Command(
         "evspan.launch.cli.doctor:main",
-        "does this cluster fit? checks here and in a job, each with its remedy",
+        "check this machine and, in a job, the cluster; each finding has its remedy",
     ),
     "evaluate": Command("evspan.launch.cli.evaluate:main", "a trained detector and shards -> AP"),
     "infer": Command(
@@ -63,7 +63,7 @@ COMMANDS = {
     ),
     "smoke": Command(
         "evspan.launch.cli.smoke:main",
-        "does this machine train? every layout of its ranks against one rank, in minutes",
+        "check that every layout of this machine's ranks computes what one rank computes",
     ),
     "convert": Command(
         "evspan.launch.cli.convert:main", "RVT's published checkpoints <-> weights files"
