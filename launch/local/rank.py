@@ -13,7 +13,7 @@ from evspan.conf.compose import load_config
 from evspan.conf.schema.training import EvaluateConfig, TrainConfig
 from evspan.launch.cli.command import run_command
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("evspan.launch.local.rank")  # __name__ is __main__ in a rank
 
 
 def train_rank(config: TrainConfig) -> None:
