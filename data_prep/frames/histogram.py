@@ -1,4 +1,4 @@
-"""Counts events into frames (2 * bins, H, W) uint8; channel = polarity * bins + bin, oldest first."""
+"""Counts events into frames (2 * bins, H, W) uint8; channel = polarity * bins + bin."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar

@@ -202,13 +202,10 @@ def _boxes(
     class_id = boxes["class_id"]
     wrong: dict[str, NDArray[np.bool_]] = {
         "lie on frames that are not labelled": np.repeat(~labelled, per_frame),
-        "have another time than the end of their frame": np.not_equal(
-            boxes["t_us"], np.repeat(end_us, per_frame)
-        ),
-        "have a class that the dataset lacks": np.logical_or(
-            class_id < 0, class_id >= len(classes)
-        ),
-        "are not finite": ~np.isfinite(sides).all(1),
+        "have another time than the end of their frame": boxes["t_us"]
+        != np.repeat(end_us, per_frame),
+        "have a class that the dataset lacks": (class_id < 0) | (class_id >= len(classes)),
+        "are not finite": np.logical_not(np.isfinite(sides).all(1)),
     }
     if config["dataset"]["labels"]["crop"]:
         sensor_wh = np.array([entry.sensor_width, entry.sensor_height])

@@ -14,7 +14,9 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]  # not in its stubs; keeps a traceback through pickle
+
+# Keeps a traceback through pickle; typeshed does not list it.
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from pathlib import Path
 from threading import Thread
 

@@ -35,14 +35,14 @@ def saved(path: Path, array: np.ndarray, **how) -> Path:
     return path
 
 
-def refused(path: Path, *told: str) -> None:
+def refused(path: Path, *parts: str) -> None:
     with warnings.catch_warnings(), pytest.raises(BoxesError) as caught:
         warnings.simplefilter("error")
         read_boxes(path)
     message = str(caught.value)
     assert str(path) in message
     assert "\n" not in message
-    for words in told:
+    for words in parts:
         assert words in message, message
 
 
@@ -123,7 +123,7 @@ def test_fractions_of_a_microsecond_are_rounded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "parts"),
     [
         (
             {"t": None},
@@ -165,8 +165,8 @@ def test_fractions_of_a_microsecond_are_rounded(tmp_path):
         ({"y": np.zeros((3, 2))}, ["'y' holds float64 of shape (2,)", "number per box"]),
     ],
 )
-def test_values_that_are_no_boxes_are_refused_and_never_wrap_around(tmp_path, columns, told):
-    refused(saved(tmp_path / "a_bbox.npy", table(**columns)), *told)
+def test_values_that_are_no_boxes_are_refused_and_never_wrap_around(tmp_path, columns, parts):
+    refused(saved(tmp_path / "a_bbox.npy", table(**columns)), *parts)
 
 
 def test_the_largest_values_that_fit(tmp_path):
@@ -178,7 +178,7 @@ def test_the_largest_values_that_fit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("array", "told"),
+    ("array", "parts"),
     [
         (np.zeros((4, 8)), ["float64 of shape (4, 8)", "structured array"]),
         (np.zeros((2, 2), RAW_BOX), ["of shape (2, 2)"]),
@@ -186,8 +186,8 @@ def test_the_largest_values_that_fit(tmp_path):
         (np.array([b"boxes"]), ["|S5 of shape (1,)"]),
     ],
 )
-def test_arrays_of_another_form(tmp_path, array, told):
-    refused(saved(tmp_path / "a_bbox.npy", array), *told)
+def test_arrays_of_another_form(tmp_path, array, parts):
+    refused(saved(tmp_path / "a_bbox.npy", array), *parts)
 
 
 class Bomb:

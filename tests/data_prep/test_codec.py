@@ -1,4 +1,4 @@
-"""Stored frames: decoded as the documented numpy does it, whatever is in them; damage is told."""
+"""Stored frames: decoded as the documented numpy does it, whatever is in them; damage is reported."""
 
 import h5py
 import numpy as np
@@ -63,18 +63,18 @@ def test_the_buffer_grows(monkeypatch):
     np.testing.assert_array_equal(decode_frames(code, np.array([0, 900]), (100,))[0], cells)
 
 
-def test_bytes_that_are_no_code_are_told_and_touch_nothing():
+def test_bytes_that_are_no_code_are_refused_and_write_nothing():
     rng = np.random.default_rng(0)
-    told = 0
+    refused = 0
     for n in range(300):
         code = rng.choice([0, 1, 100, 253, 254, 255], rng.integers(0, 60)).astype(np.uint8)
         try:
             frames = decode_frames(code, np.array([0, code.size]), (8, 60))
             assert frames.sum() == (code != codec.SKIP).sum(), n
         except ValueError as error:
-            told += 1
+            refused += 1
             assert "does not decode to (8, 60)" in str(error)
-    assert 20 < told < 290
+    assert 20 < refused < 290
     for start in ([0, 5], [-1, 2], [3, 1]):
         with pytest.raises(ValueError, match="does not decode"):
             decode_frames(np.zeros(4, np.uint8), np.array(start), (8, 60))

@@ -254,7 +254,7 @@ def test_two_at_once_one_refuses(shards, tmp_path):
 
 
 @pytest.mark.timeout(60)
-def test_a_full_disk_is_told_and_more_room_is_all_it_takes(shards, fixture, tmp_path):
+def test_a_full_disk_is_reported_and_the_next_run_completes(shards, fixture, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(

@@ -207,7 +207,7 @@ def test_frames_are_copies():
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "name"),
     [
         ({"window_ms": 0}, "window_ms"),
         ({"bins": 0}, "bins"),
@@ -217,6 +217,6 @@ def test_frames_are_copies():
         ({"downsample": 3}, "downsample"),
     ],
 )
-def test_impossible_frames_are_refused(values, told):
-    with pytest.raises(ConfigError, match=f"frames.{told} is {values[told]}.*; .*"):
+def test_impossible_frames_are_refused(values, name):
+    with pytest.raises(ConfigError, match=f"frames.{name} is {values[name]}.*; .*"):
         FrameConfig(**values)

@@ -179,13 +179,13 @@ def test_what_is_wrong_with_the_config_is_said():
         ConfigError, match=r"class_map names class \[3\] but dataset.classes has 2 entries"
     ):
         DatasetConfig(classes=["a", "b"], labels=LabelConfig(class_map={0: 0, 1: 3}))
-    for values, told in (
+    for values, part in (
         ({"label_every_ms": 0}, "label_every_ms"),
         ({"min_side": -1}, "min_side"),
         ({"max_width_fraction": 1.5}, "max_width_fraction"),
         ({"max_width_fraction": 0}, "max_width_fraction"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=part):
             LabelConfig(**values)
 
 

@@ -39,7 +39,7 @@ def mine(source, prepared, tmp_path):
 
 
 @pytest.fixture
-def told(capsys):
+def status_command(capsys):
     """(exit code, lines) of the command."""
 
     def call(*arguments):
@@ -66,9 +66,9 @@ def times_of(folder: Path) -> dict[Path, int]:
 
 
 # -- at rest -----------------------------------------------------------------------------------------------------
-def test_a_complete_dataset(source, prepared, told):
+def test_a_complete_dataset(source, prepared, status_command):
     before, all_entries = times_of(prepared), entries(prepared).values()
-    code, lines = told(prepared, "--source", source)
+    code, lines = status_command(prepared, "--source", source)
     assert code == 0
     assert lines[0] == str(prepared)
     assert lines[-1] == "complete"
@@ -91,17 +91,17 @@ def test_a_complete_dataset(source, prepared, told):
         assert found["size"] == f"{size / 1000:.1f} kB"
     assert re.fullmatch(r"last written: (train|val|test)/00000.h5, \d+ \S+ ago", lines[-2])
     assert times_of(prepared) == before
-    code, lines = told(prepared)
+    code, lines = status_command(prepared)
     assert code == 0
     assert lines[-1] == "complete; --source RAW also shows whether the source has more recordings"
 
 
-def test_recordings_that_are_new_changed_or_gone(mine, told):
+def test_recordings_that_are_new_changed_or_gone(mine, status_command):
     source, output = mine
     simulate(source / "val" / "new_td.raw", seconds=0.2, seed=9, config=SCENE)
     os.utime(source / "train" / "a_td.raw", ns=(1, 2_000_000_000))
     (source / "train" / "c_td.h5").unlink()
-    code, lines = told(output, "--source", source)
+    code, lines = status_command(output, "--source", source)
     assert code == 3
     assert lines[-1] == "not complete: run the same evspan prep again"
     assert [line for line in lines if re.match("missing|changed|not in", line)] == [
@@ -112,26 +112,26 @@ def test_recordings_that_are_new_changed_or_gone(mine, told):
     assert row(lines, "train")["done"] == "1"
     assert row(lines, "val")["missing"] == "1"
     assert row(lines, "all")["recordings"] == "6"
-    assert told(output)[0] == 0  # it does not know
+    assert status_command(output)[0] == 0  # it does not know
     prepare(prep_config(source, output))
-    assert told(output, "--source", source)[0] == 0
+    assert status_command(output, "--source", source)[0] == 0
 
 
-def test_of_many_missing_recordings_the_first_are_named(source, tmp_path, told):
+def test_of_many_missing_recordings_the_first_are_named(source, tmp_path, status_command):
     raw, output = copied(source, tmp_path / "raw"), tmp_path / "out"
     prepare(prep_config(raw, output))
     for i in range(12):
         os.link(raw / "test" / "plain.raw", raw / "test" / f"r{i:02d}.raw")
-    lines = told(output, "--source", raw)[1]
+    lines = status_command(output, "--source", raw)[1]
     assert "missing: test/r00, test/r01, test/r02, test/r03, test/r04 and 7 more" in lines
     assert row(lines, "test")["missing"] == row(lines, "all")["missing"] == "12"
 
 
-def test_lost_shards_marks_and_a_lost_manifest(mine, told):
+def test_lost_shards_marks_and_a_lost_manifest(mine, status_command):
     source, output = mine
     (output / "val" / "00000.h5").unlink()
     (output / ".damaged").write_text('{"train/b": "the frames have another checksum"}')
-    code, lines = told(output)
+    code, lines = status_command(output)
     assert code == 3
     assert "missing: val/d" in lines
     assert "damaged: train/b (the frames have another checksum)" in lines
@@ -139,33 +139,33 @@ def test_lost_shards_marks_and_a_lost_manifest(mine, told):
     assert row(lines, "all")["done"] == "3"
     prepare(prep_config(source, output))
     (output / "manifest.json").unlink()
-    code, lines = told(output)
+    code, lines = status_command(output)
     assert code == 3
     assert "there is no manifest.json: it is written last" in lines
     assert row(lines, "all")["done"] == "5"
 
 
-def test_parts_that_wait_for_a_bad_recording(source, tmp_path, told):
+def test_parts_that_wait_for_a_bad_recording(source, tmp_path, status_command):
     raw, output = copied(source, tmp_path / "raw"), tmp_path / "out"
     good = (raw / "train" / "b_td.dat").read_bytes()
     (raw / "train" / "b_td.dat").write_bytes(good[:-3])
     with pytest.raises(RecordingError):
         prepare(prep_config(raw, output))
-    code, lines = told(output, "--source", raw)
+    code, lines = status_command(output, "--source", raw)
     assert code == 3
     assert "missing: train/b" in lines
     assert "in parts: train/a, train/c, val/d, test/plain" in lines
     assert (row(lines, "train")["in parts"], row(lines, "all")["done"]) == ("2", "0")
     assert not [line for line in lines if line.startswith(("at work", "was killed"))]
-    code, lines = told(output)
+    code, lines = status_command(output)
     assert code == 3
     assert row(lines, "all")["recordings"] == "4"
 
 
 @pytest.mark.parametrize("name", ["gone", "source"])
-def test_a_folder_of_something_else(source, tmp_path, told, name):
+def test_a_folder_of_something_else(source, tmp_path, status_command, name):
     folder = {"gone": tmp_path / "gone", "source": source}[name]
-    code, (line,) = told(folder)
+    code, (line,) = status_command(folder)
     assert code == 2
     assert line.startswith(
         f"error: {folder} holds nothing of evspan prep. Name the folder that was its output"
@@ -202,7 +202,7 @@ def wait_until(condition, seconds: float = 40) -> None:
 
 
 @pytest.mark.timeout(100)
-def test_a_preparation_at_work_and_after_it_was_killed(source, tmp_path, told):
+def test_a_preparation_at_work_and_after_it_was_killed(source, tmp_path, status_command):
     raw, output = copied(source, tmp_path / "raw"), tmp_path / "out"
     (raw / "val" / "d_td.raw").unlink()
     process = subprocess.Popen(
@@ -210,7 +210,7 @@ def test_a_preparation_at_work_and_after_it_was_killed(source, tmp_path, told):
     )
     try:
         wait_until(lambda: list((output / ".parts" / "train").glob(".b.*.writing.h5")))
-        code, lines = told(output, "--source", raw)
+        code, lines = status_command(output, "--source", raw)
         assert code == 3
         assert lines[-1] == "not complete: wait"
         (line,) = [line for line in lines if line.startswith("at work")]
@@ -224,12 +224,12 @@ def test_a_preparation_at_work_and_after_it_was_killed(source, tmp_path, told):
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(20)
-    code, lines = told(output, "--source", raw)
+    code, lines = status_command(output, "--source", raw)
     assert code == 3
     assert f"was killed: process {process.pid} on {socket.gethostname()}" in lines
     assert lines[-1] == "not complete: run the same evspan prep again"
     prepare(prep_config(raw, output))
-    code, lines = told(output, "--source", raw)
+    code, lines = status_command(output, "--source", raw)
     assert code == 0
     assert "was killed" not in " ".join(lines)
 
@@ -247,19 +247,19 @@ def test_status_keeps_nobody_from_the_lock_and_nobody_keeps_status_from_its_work
     assert prepare(prep_config(source, output)).prepared == {}
 
 
-def test_a_process_on_another_machine_cannot_be_asked(mine, told):
+def test_a_process_on_another_machine_cannot_be_asked(mine, status_command):
     source, output = mine
     (output / ".lock").write_text("process 4242 on node7\n")
-    code, lines = told(output)
+    code, lines = status_command(output)
     assert code == 3
     assert "at work, or killed there: process 4242 on node7" in lines
     (output / ".lock").write_text(f"process 4242424 on {socket.gethostname()}\n")
-    code, lines = told(output)
+    code, lines = status_command(output)
     assert code == 3
     assert f"was killed: process 4242424 on {socket.gethostname()}" in lines
     prepare(prep_config(source, output))
-    assert told(output)[0] == 0
+    assert status_command(output)[0] == 0
 
 
-def test_state_is_told_in_the_order_of_splits(source, prepared):
+def test_state_is_in_the_order_of_splits(source, prepared):
     assert list(status(prepared, source).state) == KEYS

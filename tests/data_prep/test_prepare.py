@@ -134,11 +134,11 @@ def test_the_layout_is_that_of_the_contract(prepared):
 
 
 def test_the_manifest_tells_what_is_stored(source, prepared):
-    told, stored = manifest(prepared), contents(prepared)
-    assert told["schema"] == 2
-    assert told["software"].startswith("evspan")
-    assert told["classes"] == ["ball", "box", "bar"]
-    assert told["config"]["frames"] == {
+    written, stored = manifest(prepared), contents(prepared)
+    assert written["schema"] == 2
+    assert written["software"].startswith("evspan")
+    assert written["classes"] == ["ball", "box", "bar"]
+    assert written["config"]["frames"] == {
         "mode": "exact",
         "window_ms": 50,
         "bins": 3,
@@ -146,8 +146,8 @@ def test_the_manifest_tells_what_is_stored(source, prepared):
         "downsample": 2,
         "downsample_by": "sum",
     }
-    assert told["config"]["dataset"]["labels"]["class_map"] == {"0": 0, "1": 1, "2": 2}
-    assert [f"{r['split']}/{r['name']}" for r in told["recordings"]] == KEYS
+    assert written["config"]["dataset"]["labels"]["class_map"] == {"0": 0, "1": 1, "2": 2}
+    assert [f"{r['split']}/{r['name']}" for r in written["recordings"]] == KEYS
     for key, entry in entries(prepared).items():
         columns, path = stored[key], file_of(source, key)
         boxes, events = find_boxes(path), together(open_recording(path).chunks())
@@ -166,7 +166,7 @@ def test_the_manifest_tells_what_is_stored(source, prepared):
         )
         ids = columns["boxes"]["class_id"].tolist()
         assert entry["boxes_per_class"] == {
-            name: ids.count(i) for i, name in enumerate(told["classes"])
+            name: ids.count(i) for i, name in enumerate(written["classes"])
         }
         assert entry["source"] == str(path.relative_to(source))
         assert entry["source_bytes"] == path.stat().st_size
@@ -388,8 +388,8 @@ def test_a_changed_recording_is_done_again_alone(mine, prepared, tmp_path):
         same = all(np.array_equal(old[key][c], new[key][c]) for c in COLUMNS)
         assert same == (key != "train/b")
     assert_sound(output)
-    prepare(prep_config(source, tmp_path / "anew"))
-    assert_same(output, tmp_path / "anew")
+    prepare(prep_config(source, tmp_path / "again"))
+    assert_same(output, tmp_path / "again")
 
 
 def test_changed_boxes_are_done_again_alone_and_the_frames_stay(mine, no_decoding):
@@ -414,8 +414,8 @@ def test_boxes_at_other_times_move_the_windows(mine, tmp_path):
     boxes["t"] += 3_000
     write_boxes(box_file, boxes)
     assert prepare(prep_config(source, output)).prepared == {"val/d": "the box file has changed"}
-    prepare(prep_config(source, tmp_path / "anew"))
-    assert_same(output, tmp_path / "anew")
+    prepare(prep_config(source, tmp_path / "again"))
+    assert_same(output, tmp_path / "again")
 
 
 def test_boxes_that_appear_or_go_are_noticed(mine, tmp_path):
@@ -425,15 +425,15 @@ def test_boxes_that_appear_or_go_are_noticed(mine, tmp_path):
     assert prepare(prep_config(source, output)).prepared == dict.fromkeys(
         ("val/d", "test/plain"), "the box file has changed"
     )
-    told = entries(output)
+    recordings = entries(output)
     assert (
-        told["val/d"]["boxes"]
-        == told["val/d"]["labelled_frames"]
+        recordings["val/d"]["boxes"]
+        == recordings["val/d"]["labelled_frames"]
         == 0
-        < told["test/plain"]["boxes"]
+        < recordings["test/plain"]["boxes"]
     )
-    prepare(prep_config(source, tmp_path / "anew"))
-    assert_same(output, tmp_path / "anew")
+    prepare(prep_config(source, tmp_path / "again"))
+    assert_same(output, tmp_path / "again")
 
 
 def test_other_filters_make_new_boxes_and_leave_the_frames(mine, no_decoding, capsys):
@@ -450,14 +450,14 @@ def test_other_filters_make_new_boxes_and_leave_the_frames(mine, no_decoding, ca
     assert prepare(prep_config(source, output, labels={"min_side": 25.0})).prepared == {}
 
 
-def test_other_frames_are_all_made_anew(mine, tmp_path, capsys):
+def test_other_frames_are_all_prepared_again(mine, tmp_path, capsys):
     source, output = mine
     config = {"frames": {"downsample": 4, "cutoff": 7}}
     report = prepare(prep_config(source, output, **config))
     assert report.prepared == dict.fromkeys(KEYS, "the config has changed")
     assert "frames.cutoff: 10 -> 7, frames.downsample: 2 -> 4" in capsys.readouterr().out
-    prepare(prep_config(source, tmp_path / "anew", **config))
-    assert_same(output, tmp_path / "anew")
+    prepare(prep_config(source, tmp_path / "again", **config))
+    assert_same(output, tmp_path / "again")
 
 
 def test_a_removed_recording_goes(mine, tmp_path, no_decoding):
@@ -511,7 +511,7 @@ def lose_column(path):
         (lose_column, "a"),
     ],
 )
-def test_a_damaged_shard_is_made_anew_alone(mine, prepared, damage, lost):
+def test_only_a_damaged_shard_is_prepared_again(mine, prepared, damage, lost):
     source, output = mine
     damage(output / "train" / "00000.h5")
     before = times_of(output)
@@ -529,7 +529,7 @@ def test_a_lost_manifest_is_written_again_from_the_shards(mine, prepared, no_dec
     assert_same(output, prepared)
 
 
-def test_a_damaged_manifest_is_told(mine):
+def test_a_damaged_manifest_is_refused(mine):
     source, output = mine
     (output / "manifest.json").write_text("{")
     with pytest.raises(
@@ -538,7 +538,7 @@ def test_a_damaged_manifest_is_told(mine):
         prepare(prep_config(source, output))
 
 
-def test_a_manifest_of_another_schema_is_told(mine):
+def test_a_manifest_of_another_schema_is_refused(mine):
     source, output = mine
     text = (output / "manifest.json").read_text()
     (output / "manifest.json").write_text(text.replace('"schema": 2', '"schema": 7'))
@@ -559,11 +559,11 @@ def test_one_bad_recording_is_named_and_the_work_on_the_others_is_kept(
     for _ in range(2):
         with pytest.raises(RecordingError) as error:
             prepare(prep_config(bad, tmp_path / "out", processes=processes))
-        told = str(error.value)
-        assert told.startswith("2 of ")
-        assert "train/b: " in told
-        assert "b_td.dat is cut off" in told
-        assert "d_bbox.npy" in told
+        message = str(error.value)
+        assert message.startswith("2 of ")
+        assert "train/b: " in message
+        assert "b_td.dat is cut off" in message
+        assert "d_bbox.npy" in message
         assert not (tmp_path / "out" / "manifest.json").exists()
     lines = capsys.readouterr().out.splitlines()
     assert [line[:5] for line in lines] == [f"[{i}/5]" for i in range(1, 6)] + ["[1/2]", "[2/2]"]
@@ -707,7 +707,7 @@ def test_a_users_own_files_beside_shards_stay(mine):
     assert own.read_bytes() == b"mine"
 
 
-def test_what_is_in_no_split_is_told_and_hidden_files_are_none(source, tmp_path, capsys):
+def test_recordings_in_no_split_are_named_and_hidden_files_are_ignored(source, tmp_path, capsys):
     tree = copied(source, tmp_path / "source")
     (tree / "val").rename(tree / "validation")
     (tree / "train" / "._a_td.raw").write_bytes(b"resource fork")

@@ -152,7 +152,7 @@ def test_ends_are_labels_about_100_ms_apart_and_windows_between(hertz, first):
     assert (abs(np.diff(every) - 50_000) <= 1000).all()
 
 
-def test_what_rvt_does_not_know_is_told(tmp_path):
+def test_labels_that_rvt_cannot_take_are_refused(tmp_path):
     with pytest.raises(
         BoxesError, match="labels come at 10 Hz; RVT's preparation knows 30 and 60 Hz"
     ):
@@ -171,7 +171,7 @@ def test_what_rvt_does_not_know_is_told(tmp_path):
         )
 
 
-def test_other_labels_move_windows_and_a_recording_without_any_is_told(tmp_path):
+def test_other_labels_move_windows_and_a_recording_without_any_is_refused(tmp_path):
     source, path = tmp_path / "raw", tmp_path / "raw" / "train" / "a_td.raw"
     simulate(
         path,

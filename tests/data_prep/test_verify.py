@@ -1,4 +1,4 @@
-"""Damage to shards: each kind is found, told, marked, and redone alone by the next preparation."""
+"""Damage to shards: each kind is found, reported, marked, and redone alone by the next preparation."""
 
 import io
 import json
@@ -302,9 +302,9 @@ def test_frames_of_rvt_are_compared_as_rvt_makes_them(source, tmp_path):
     assert verify(tmp_path / "out", labelled, sample=None, processes=1) == {}
     with h5py.File(shard(tmp_path / "out"), "r+") as file:
         rewrite(file["a"], frame=1)
-    told = verify(tmp_path / "out", labelled, sample=None, processes=1)
-    assert list(told) == ["train/a"]
-    assert "frames differ from the recording's, first 1" in told["train/a"]
+    damaged = verify(tmp_path / "out", labelled, sample=None, processes=1)
+    assert list(damaged) == ["train/a"]
+    assert "frames differ from the recording's, first 1" in damaged["train/a"]
     assert prepare(config).prepared == {"train/a": REDONE}
     assert verify(tmp_path / "out", labelled, sample=None, processes=1) == {}
 
@@ -323,13 +323,13 @@ def test_a_moved_recording_and_a_renamed_shard_are_no_damage(mine):
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_found_and_redone_alone(mine, prepared, name):
     source, output = mine
-    damage, hit, told = DAMAGES[name]
+    damage, hit, pattern = DAMAGES[name]
     before = raw_groups(output)
     damage(output)
     damaged = verify(output, processes=1)
     assert list(damaged) == [f"train/{n}" for n in hit]
     for why in damaged.values():
-        assert re.search(told, why), why
+        assert re.search(pattern, why), why
     assert_mended(source, output, prepared, list(damaged), before)
 
 
@@ -358,11 +358,11 @@ def seal(group: h5py.Group) -> None:
     entry["frames_xxh3"], entry["group_xxh3"] = checksum(columns)
     group.attrs["entry"] = json.dumps(entry)
     manifest_path = Path(group.file.filename).parent.parent / "manifest.json"
-    told = json.loads(manifest_path.read_text())
-    for recording in told["recordings"]:
+    manifest_content = json.loads(manifest_path.read_text())
+    for recording in manifest_content["recordings"]:
         if (recording["split"], recording["name"]) == (entry["split"], entry["name"]):
             recording |= {k: entry[k] for k in ("frames_xxh3", "group_xxh3")}
-    manifest_path.write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
+    manifest_path.write_text(json.dumps(manifest_content, indent=1, sort_keys=True) + "\n")
 
 
 def test_frames_that_the_recording_does_not_give_are_found_by_recomputing(mine, prepared, capsys):
@@ -451,7 +451,7 @@ def test_several_damages_at_once_by_several_processes(mine, prepared):
 @pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_any_byte_of_a_shard(mine, prepared):
-    """Wherever the damage is, it is told, or nothing that is read has changed; and prep mends what is marked."""
+    """Wherever the damage is, it is reported, or nothing that is read has changed; and prep mends what is marked."""
     source, output = mine
     good, stored, rng = shard(output).read_bytes(), contents(output), np.random.default_rng(0)
     found = 0
@@ -489,8 +489,8 @@ def test_a_recording_that_has_changed_since(mine, tmp_path):
     assert prepare(prep_config(source, output)).prepared == {"train/b": REDONE}
     assert all(raw_groups(output)[key] == before[key] for key in KEYS if key != "train/b")
     assert verify(output, source, sample=None, processes=1) == {}
-    prepare(prep_config(source, tmp_path / "anew"))
-    assert_same(output, tmp_path / "anew")
+    prepare(prep_config(source, tmp_path / "again"))
+    assert_same(output, tmp_path / "again")
 
 
 def test_a_longer_recording_other_boxes_and_one_that_is_gone(mine, capsys):
@@ -542,7 +542,7 @@ def test_marks_last_until_prep_has_redone_what_they_name(mine, prepared, monkeyp
     assert not (output / ".damaged").exists()
 
 
-def test_a_marked_recording_is_made_of_its_source_not_of_its_frames(mine, prepared):
+def test_a_marked_recording_is_prepared_from_its_source_not_its_frames(mine, prepared):
     source, output = mine
     before = raw_groups(output)
     with h5py.File(shard(output), "r+") as file:
@@ -553,7 +553,7 @@ def test_a_marked_recording_is_made_of_its_source_not_of_its_frames(mine, prepar
     assert_mended(source, output, prepared, ["train/a"], before)
 
 
-def test_damaged_marks_are_told(mine):
+def test_damaged_marks_are_refused(mine):
     source, output = mine
     (output / ".damaged").write_text("[")
     for call in (lambda: verify(output, processes=1), lambda: prepare(prep_config(source, output))):
@@ -567,8 +567,8 @@ def test_prep_and_verify_keep_out_of_each_others_way(mine):
     source, output = mine
     with locked(output), pytest.raises(UserError, match="is being written to by process"):
         verify(output, processes=1)
-    told = r"written to by process \d+ on \S+ \(evspan prep verify\)\."
-    with locked(output, "evspan prep verify"), pytest.raises(UserError, match=told):
+    holder = r"written to by process \d+ on \S+ \(evspan prep verify\)\."
+    with locked(output, "evspan prep verify"), pytest.raises(UserError, match=holder):
         prepare(prep_config(source, output))
 
 

@@ -79,12 +79,12 @@ def test_first_run_second_run(source, tmp_path):
     lines = first.stdout.splitlines()
     assert sorted(line.split("] ")[1].split(":")[0] for line in lines[:5]) == sorted(KEYS)
     assert [line.split("]")[0] for line in lines[:5]] == [f"[{i}/5" for i in range(1, 6)]
-    told = manifest(output)["recordings"]
-    frames, boxes = (sum(r[k] for r in told) for k in ("frames", "boxes"))
+    recordings = manifest(output)["recordings"]
+    frames, boxes = (sum(r[k] for r in recordings) for k in ("frames", "boxes"))
     assert len(lines) == 6
     assert lines[5].startswith(f"{output}: 5 of 5 recordings prepared in ")
     assert (
-        f"; {frames} frames, {sum(r['labelled_frames'] for r in told)} of them labelled, {boxes} boxes ("
+        f"; {frames} frames, {sum(r['labelled_frames'] for r in recordings)} of them labelled, {boxes} boxes ("
         in lines[5]
     )
     again = typed(f"source={source}", f"output={output}", "frames.bins=3")
@@ -96,7 +96,7 @@ def test_first_run_second_run(source, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_done_again_is_told(source, shards, tmp_path, evspan_prep):
+def test_recordings_that_are_prepared_again_are_named(source, shards, tmp_path, evspan_prep):
     mine, output = copied(source, tmp_path / "source"), copied(shards, tmp_path / "out")
     (mine / "val" / "d_bbox.npy").unlink()
     (mine / "train" / "c_td.h5").unlink()
@@ -136,9 +136,9 @@ def test_dataset_configs_and_overrides_reach_the_manifest(source, tmp_path, evsp
         "dataset.labels.label_every_ms=50",
     )
     assert (code, err) == (0, "")
-    told = manifest(tmp_path / "out")
-    assert told["classes"] == ["pedestrian", "two_wheeler", "car"]
-    assert told["config"]["frames"] == {
+    written = manifest(tmp_path / "out")
+    assert written["classes"] == ["pedestrian", "two_wheeler", "car"]
+    assert written["config"]["frames"] == {
         "mode": "exact",
         "window_ms": 50,
         "bins": 10,
@@ -146,7 +146,7 @@ def test_dataset_configs_and_overrides_reach_the_manifest(source, tmp_path, evsp
         "downsample": 4,
         "downsample_by": "nearest",
     }
-    assert told["config"]["dataset"]["labels"] == {
+    assert written["config"]["dataset"]["labels"] == {
         "class_map": {"0": 0, "1": 1, "2": 2},
         "crop": True,
         "label_every_ms": 50,
@@ -187,7 +187,7 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
             ["source=/nowhere/at/all", "output=OUT"],
@@ -236,7 +236,9 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
         ),
     ],
 )
-def test_mistakes_end_in_one_line_and_make_nothing(source, tmp_path, evspan_prep, arguments, told):
+def test_mistakes_end_in_one_line_and_make_nothing(
+    source, tmp_path, evspan_prep, arguments, message
+):
     (tmp_path / "empty").mkdir()
     names = {"SOURCE": str(source), "OUT": str(tmp_path / "out"), "EMPTY": str(tmp_path / "empty")}
 
@@ -245,7 +247,7 @@ def test_mistakes_end_in_one_line_and_make_nothing(source, tmp_path, evspan_prep
             text = text.replace(name, path)
         return text
 
-    assert filled(told) in refused(evspan_prep(*map(filled, arguments)))
+    assert filled(message) in refused(evspan_prep(*map(filled, arguments)))
     assert not (tmp_path / "out").exists()
     assert not (source / "shards").exists()
 
@@ -308,24 +310,24 @@ def test_cfg_shows_the_config_and_prepares_nothing(tmp_path, evspan_prep):
 def test_info_of_a_real_recording(samples_dir, evspan_prep):
     code, out, err = evspan_prep("info", samples_dir / "gen4_evt3_triggers.raw")
     assert (code, err) == (0, "")
-    told = dict(line.split(None, 1) for line in out.splitlines())
-    assert told == {
+    values = dict(line.split(None, 1) for line in out.splitlines())
+    assert values == {
         "file": f"{samples_dir / 'gen4_evt3_triggers.raw'} (0.8 MB)",
         "format": "evt3",
         "sensor": "1280 x 720",
         "events": "82469",
         "time": "14224870 to 15476187 us, 1.251 s",
-        "rate": told["rate"],
+        "rate": values["rate"],
         "brighter": "50.2%",
         "boxes": "none beside it",
     }
     golden = json.loads((samples_dir / "golden.json").read_text())["gen4_evt3_triggers.raw"]
-    assert told["brighter"] == f"{golden['p_sum'] / golden['events']:.1%}"
+    assert values["brighter"] == f"{golden['p_sum'] / golden['events']:.1%}"
     events = np.concatenate(
         [e.t for e in open_recording(samples_dir / "gen4_evt3_triggers.raw").chunks()]
     )
     busiest = np.bincount(events // 10_000 - events[0] // 10_000).max()
-    assert told["rate"] == f"0.07 M events/s on average, {busiest / 1e4:.2f} in the busiest 10 ms"
+    assert values["rate"] == f"0.07 M events/s on average, {busiest / 1e4:.2f} in the busiest 10 ms"
 
 
 def test_info_of_a_simulated_one_tells_its_boxes(source, evspan_prep):

@@ -194,7 +194,7 @@ def test_the_number_of_tasks_follows_the_size(sizes, tasks, expected):
         ),
     ],
 )
-def test_impossible_wishes_are_refused(values, part):
+def test_impossible_values_are_refused(values, part):
     with pytest.raises(ConfigError, match=re.escape(part)):
         PrepClusterConfig(scheduler=Scheduler.slurm, **values)
 
@@ -214,7 +214,7 @@ def test_keys_that_do_nothing_are_refused(source, tmp_path):
 # -- the script --------------------------------------------------------------------------------------------------
 @pytest.mark.timeout(60)
 def test_a_dry_run_prints_the_script_and_needs_no_slurm(source, tmp_path):
-    wishes = {
+    values = {
         "partition": "cpu",
         "account": "lab",
         "qos": "long",
@@ -236,7 +236,7 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(source, tmp_path):
             None,
             source,
             tmp_path / "out",
-            *(f"cluster.{k}={v}" for k, v in wishes.items()),
+            *(f"cluster.{k}={v}" for k, v in values.items()),
             "cluster.dry_run=true",
             environment={"PATH": "/nowhere"},
         )

@@ -318,13 +318,13 @@ def test_a_full_disk_ends_in_one_line_and_more_room_is_all_it_takes(source, prep
     assert_same(output, prepared)
 
 
-def prepare_as_nobody(config, told) -> None:
+def prepare_as_nobody(config, send_pipe) -> None:
     if os.geteuid() == 0:  # whom no permission stops
         os.seteuid(65534)
     try:
         prepare(config)
     except Exception as error:
-        told.send((type(error), str(error)))
+        send_pipe.send((type(error), str(error)))
 
 
 @pytest.mark.timeout(120)
@@ -363,8 +363,8 @@ def test_a_folder_that_may_not_be_written_to(source, processes):
             )
             child.start()
             assert receive.poll(30)
-            kind, told = receive.recv()
+            kind, message = receive.recv()
             child.join(20)
             assert issubclass(kind, UserError)
-            assert told.startswith(f"{name} cannot be ")
-            assert told.endswith("(Permission denied). Choose a folder that you may write to")
+            assert message.startswith(f"{name} cannot be ")
+            assert message.endswith("(Permission denied). Choose a folder that you may write to")
