@@ -1,7 +1,8 @@
 """Our decoders against independent libraries, on real and on simulated recordings.
 
-They are compared on what cameras send. Where they differ among themselves (TIME_HIGH without TIME_LOW, a counter that falls by
-half its range) `test_formats.py` holds ours to the vendor's decoder.
+They are compared on streams that cameras send. Where the libraries differ among themselves
+(TIME_HIGH without TIME_LOW, a counter that falls by half its range) `test_formats.py` compares ours
+with the vendor's decoder.
 """
 
 from pathlib import Path
@@ -20,22 +21,18 @@ def library(name: str) -> ModuleType:
 
 def by_evt3(path: Path) -> Events:
     events = library("evt3").decode_file(str(path))
-    return Events(
-        *(
-            np.asarray(c).astype(np.int64)
-            for c in (events.timestamp, events.x, events.y, events.polarity)
-        )
-    )
+    columns = (events.timestamp, events.x, events.y, events.polarity)
+    return Events(*(np.asarray(column).astype(np.int64) for column in columns))
 
 
 def by_eventcv(path: Path) -> Events:
-    x, y, t, p = (
-        library("eventcv").load(str(path), sensor_size=(1280, 720)).numpy().astype(np.int64).T
-    )
+    events = library("eventcv").load(str(path), sensor_size=(1280, 720))
+    x, y, t, p = events.numpy().astype(np.int64).T
     return Events(t, x, y, p)
 
 
-def agree(path: Path, other: Events) -> int:
+def require_equal(path: Path, other: Events) -> int:
+    """Compares our events with another decoder's; returns how many they are."""
     events, recording = read_by(path)
     assert recording.events == other.t.size
     assert not any(recording.dropped.values())
@@ -56,7 +53,7 @@ def agree(path: Path, other: Events) -> int:
     ],
 )
 def test_real_recordings(samples_dir, name, decoder):
-    assert agree(samples_dir / name, decoder(samples_dir / name)) > 4000
+    assert require_equal(samples_dir / name, decoder(samples_dir / name)) > 4000
 
 
 @pytest.mark.parametrize(
@@ -65,13 +62,18 @@ def test_real_recordings(samples_dir, name, decoder):
 def test_simulated_recordings(tmp_path, suffix, decoder):
     path = tmp_path / f"a_td.{suffix}"
     report = simulate(path, seconds=0.5, seed=3, config=SimulatorConfig(height=240, width=320))
-    assert agree(path, decoder(path)) == report.events > 1000
+    assert require_equal(path, decoder(path)) == report.events > 1000
 
 
 def camera_words(rng: np.random.Generator, n: int) -> list[int]:
-    """EVT3 as a camera sends it: each TIME_HIGH with its TIME_LOW, time runs on and wraps, vectors, triggers, unknown words."""
-    now, words = 4000 << 12, [0x8000 | 4000, 0x6000, 0x0000, 0x3000]
-    shares = {
+    """EVT3 as a camera sends it.
+
+    Each TIME_HIGH has its TIME_LOW, time advances and wraps, and there are vectors, triggers and
+    unknown words.
+    """
+    now = 4000 << 12
+    words = [0x8000 | 4000, 0x6000, 0x0000, 0x3000]
+    percents = {
         0x0: 10,
         0x2: 30,
         0x3: 5,
@@ -85,10 +87,12 @@ def camera_words(rng: np.random.Generator, n: int) -> list[int]:
         0xE: 2,
         0xF: 2,
     }
-    for kind in rng.choice(list(shares), n, p=np.array(list(shares.values())) / 100).tolist():
+    probabilities = np.array(list(percents.values())) / 100
+    for kind in rng.choice(list(percents), n, p=probabilities).tolist():
         value = int(rng.integers(720 if kind == 0x0 else 4096))
         if kind == 0x6:
-            before, now = now, now + int(rng.integers(900))
+            before = now
+            now += int(rng.integers(900))
             value = now % 4096
             if now >> 12 != before >> 12:
                 words.append(0x8000 | (now >> 12) % 4096)
@@ -103,7 +107,7 @@ def test_random_camera_streams(tmp_path, decoder):
             tmp_path / "a.raw", "evt3", camera_words(np.random.default_rng(seed), 5000)
         )
         other = decoder(path)
-        inside = (other.x < 1280) & (other.y < 720)  # the libraries hand on what lies outside
+        inside = (other.x < 1280) & (other.y < 720)  # the libraries do not drop the others
         events, recording = read_by(path)
         assert recording.events > 2000
         assert recording.last_us > 2**24
@@ -120,7 +124,9 @@ def test_random_evt2_streams(tmp_path):
             if kind == 8:
                 words.append(0x8 << 28 | 1000 + len(words) // 50)
             else:
-                low, x, y = len(words) % 50, int(rng.integers(640)), int(rng.integers(480))
+                low = len(words) % 50
+                x = int(rng.integers(640))
+                y = int(rng.integers(480))
                 words.append(int(kind) << 28 | low << 22 | x << 11 | y)
         path = write_raw(tmp_path / "a.raw", "evt2", words)
         other = by_eventcv(path)

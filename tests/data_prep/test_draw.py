@@ -1,4 +1,4 @@
-"""Frames and boxes as pictures: the pixels that are there."""
+"""Drawn frames and boxes: their pixels."""
 
 import os
 import shutil
@@ -20,15 +20,16 @@ from evspan.data_prep.draw import (
 )
 from PIL import Image, ImageSequence
 
-WHITE, GREEN = (255, 255, 255), (0, 150, 0)
+WHITE = (255, 255, 255)
+GREEN = (0, 150, 0)
 
 
 def frame_of(
     counts: dict[tuple[int, int, int], int], bins: int = 2, height: int = 8, width: int = 10
 ) -> np.ndarray:
     frame = np.zeros((2 * bins, height, width), np.uint8)
-    for place, count in counts.items():
-        frame[place] = count
+    for cell, count in counts.items():
+        frame[cell] = count
     return frame
 
 
@@ -36,18 +37,15 @@ def colour_at(rgb, y, x) -> tuple[int, ...]:
     return tuple(rgb[y, x].tolist())
 
 
-# -- frames ------------------------------------------------------------------------------------------------------
+# -- frames ---------------------------------------------------------------------------------------
 def test_darker_is_red_brighter_blue_both_violet_and_nothing_white():
-    rgb = frame_to_rgb(
-        frame_of(
-            {(0, 1, 1): 4, (1, 1, 2): 4, (2, 2, 1): 4, (3, 2, 2): 255, (0, 3, 3): 5, (3, 3, 3): 5}
-        )
-    )
+    darker = {(0, 1, 1): 4, (1, 1, 2): 4}  # channels 0 and 1: polarity 0, both time bins
+    brighter = {(2, 2, 1): 4, (3, 2, 2): 255}
+    both = {(0, 3, 3): 5, (3, 3, 3): 5}
+    rgb = frame_to_rgb(frame_of({**darker, **brighter, **both}))
     assert rgb.shape == (8, 10, 3)
     assert rgb.dtype == np.uint8
-    assert (
-        colour_at(rgb, 1, 1) == colour_at(rgb, 1, 2) == tuple(OFF)
-    )  # channels 0 and 1: polarity 0, both time bins
+    assert colour_at(rgb, 1, 1) == colour_at(rgb, 1, 2) == tuple(OFF)
     assert colour_at(rgb, 2, 1) == colour_at(rgb, 2, 2) == tuple(ON)
     assert colour_at(rgb, 3, 3) == tuple(((ON + OFF) / 2).astype(int))
     assert (rgb.reshape(-1, 3) == WHITE).all(1).sum() == 80 - 5
@@ -62,7 +60,7 @@ def test_more_events_are_stronger_up_to_four_and_one_is_visible():
     assert all(a < b for a, b in pairwise(distance[:5]))
 
 
-# -- boxes -------------------------------------------------------------------------------------------------------
+# -- boxes ----------------------------------------------------------------------------------------
 def outline(left, top, right, bottom) -> set[tuple[int, int]]:
     return {
         (y, x)
@@ -81,25 +79,25 @@ def blank(height=40, width=60) -> np.ndarray:
 
 
 def test_a_box_is_outlined_where_it_is_and_the_input_stays():
-    picture = blank()
-    drawn = draw_boxes(picture, [[5, 10, 25, 30], [30.4, 9.6, 41.6, 20.2]])
+    image = blank()
+    drawn = draw_boxes(image, [[5, 10, 25, 30], [30.4, 9.6, 41.6, 20.2]])
     assert painted(drawn, GREEN) == outline(5, 10, 25, 30) | outline(30, 10, 42, 20)
-    assert (picture == 255).all()
-    assert painted(draw_boxes(picture, [[1, 2, 9, 9]], color=(1, 2, 3)), (1, 2, 3)) == outline(
+    assert (image == 255).all()
+    assert painted(draw_boxes(image, [[1, 2, 9, 9]], color=(1, 2, 3)), (1, 2, 3)) == outline(
         1, 2, 9, 9
     )
 
 
-def test_upscaled_pixels_are_squares_and_boxes_keep_their_place():
-    picture = blank()
-    picture[7, 9] = (1, 2, 3)
-    drawn = draw_boxes(picture, [[5, 10, 25, 30]], upscale=3)
+def test_upscaled_pixels_are_squares_and_boxes_scale_with_them():
+    image = blank()
+    image[7, 9] = (1, 2, 3)
+    drawn = draw_boxes(image, [[5, 10, 25, 30]], upscale=3)
     assert drawn.shape == (120, 180, 3)
     assert painted(drawn, (1, 2, 3)) == {(y, x) for y in range(21, 24) for x in range(27, 30)}
     assert painted(drawn, GREEN) == outline(15, 30, 75, 90)
 
 
-def test_boxes_beyond_the_picture_and_without_extent_do_no_harm():
+def test_boxes_outside_the_image_and_boxes_without_extent():
     drawn = draw_boxes(blank(), [[-20, -20, 10, 10], [50, 30, 90, 90]])
     both = outline(-20, -20, 10, 10) | outline(50, 30, 90, 90)
     assert painted(drawn, GREEN) == {(y, x) for y, x in both if 0 <= y < 40 and 0 <= x < 60}
@@ -107,31 +105,29 @@ def test_boxes_beyond_the_picture_and_without_extent_do_no_harm():
     np.testing.assert_array_equal(draw_boxes(blank(), np.zeros((0, 4))), blank())
 
 
-def test_a_label_stands_above_its_box_or_inside_where_there_is_no_room():
-    above = painted(draw_boxes(blank(100, 200), [[20, 50, 120, 90]], ["car"]), GREEN) - outline(
-        20, 50, 120, 90
-    )
+def test_a_label_is_above_its_box_or_inside_where_there_is_no_space():
+    low = draw_boxes(blank(100, 200), [[20, 50, 120, 90]], ["car"])
+    above = painted(low, GREEN) - outline(20, 50, 120, 90)
     assert above
     assert max(y for y, _ in above) <= 50
     assert min(x for _, x in above) == 20
-    inside = painted(draw_boxes(blank(100, 200), [[20, 2, 120, 90]], ["car"]), GREEN) - outline(
-        20, 2, 120, 90
-    )
+    high = draw_boxes(blank(100, 200), [[20, 2, 120, 90]], ["car"])
+    inside = painted(high, GREEN) - outline(20, 2, 120, 90)
     assert inside
     assert min(y for y, _ in inside) >= 2
     assert max(y for y, _ in inside) < 30
     right = draw_boxes(blank(100, 200), [[195, 50, 199, 90]], ["pedestrian"])
-    assert min(x for _, x in painted(right, GREEN)) < 160  # it is moved into the picture
-    letters = draw_boxes(blank(100, 200), [[20, 50, 120, 90]], ["car"])[30:50, 20:60]
+    assert min(x for _, x in painted(right, GREEN)) < 160  # it is moved into the image
+    letters = low[30:50, 20:60]
     assert (letters == 255).all(2).sum() > 5  # white letters on the label's ground
 
 
 def test_the_number_of_labels_must_be_that_of_the_boxes():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="shorter"):
         draw_boxes(blank(), [[1, 2, 3, 4]], [])
 
 
-def test_a_note_stands_in_the_lower_left_corner():
+def test_a_note_is_in_the_lower_left_corner():
     noted = draw_label(blank(100, 200), "1.25 s")
     ground = painted(noted, (90, 90, 90))
     assert ground
@@ -140,18 +136,19 @@ def test_a_note_stands_in_the_lower_left_corner():
     assert max(x for _, x in ground) < 60
 
 
-# -- sheets ------------------------------------------------------------------------------------------------------
+# -- sheets ---------------------------------------------------------------------------------------
 def plain(colour, height=20, width=30) -> np.ndarray:
     return np.full((height, width, 3), colour, np.uint8)
 
 
-def test_a_strip_has_its_pictures_row_by_row(tmp_path):
+def test_a_sheet_has_its_images_row_by_row(tmp_path):
     colours = [(10 * i, 0, 255 - 10 * i) for i in range(5)]
     write_strip(tmp_path / "new" / "strip.png", [plain(c) for c in colours], columns=3)
     sheet = np.asarray(Image.open(tmp_path / "new" / "strip.png").convert("RGB"))
     assert sheet.shape == (2 * 20 + 2, 3 * 30 + 4, 3)
     for i, colour in enumerate(colours):
-        y, x = i // 3 * 22, i % 3 * 32
+        y = i // 3 * 22
+        x = i % 3 * 32
         assert (sheet[y : y + 20, x : x + 30] == colour).all()
     assert (sheet[20:22] == 90).all()
     assert (sheet[22:, 64:] == 90).all()
@@ -165,60 +162,66 @@ def test_a_sheet_is_about_as_wide_as_high(tmp_path, count, columns):
     assert height == -(-count // columns) * 38 - 2
 
 
-# -- animations --------------------------------------------------------------------------------------------------
+# -- animations -----------------------------------------------------------------------------------
 def moving(count: int, height=31, width=45):
-    """Pictures of odd size that all differ, one of them all white."""
+    """Images of odd size that all differ, one of them all white."""
     for i in range(count):
-        picture = blank(height, width)
+        image = blank(height, width)
         if i != 2:
-            picture[5:15, 2 * i : 2 * i + 6] = (200, 30, 30)
-        yield picture
+            image[5:15, 2 * i : 2 * i + 6] = (200, 30, 30)
+        yield image
 
 
 @pytest.mark.parametrize("fps", [20, 10, 12.5, 30, 60, 7.3])
 def test_a_gif_has_every_frame_and_takes_as_long_as_it_should(tmp_path, fps):
-    pictures = list(moving(15))
+    images = list(moving(15))
     with AnimationWriter(tmp_path / "new" / "a.gif", fps) as animation:
-        for picture in pictures:
-            animation.add(picture)
+        for image in images:
+            animation.add(image)
     gif = Image.open(tmp_path / "new" / "a.gif")
     assert gif.n_frames == 15
     assert gif.size == (45, 31)
     assert gif.info["loop"] == 0
     durations = []
-    for shown, picture in zip(ImageSequence.Iterator(gif), pictures, strict=True):
+    for shown, image in zip(ImageSequence.Iterator(gif), images, strict=True):
         durations.append(shown.info["duration"])
-        np.testing.assert_allclose(np.asarray(shown.convert("RGB")).astype(int), picture, atol=8)
+        np.testing.assert_allclose(np.asarray(shown.convert("RGB")).astype(int), image, atol=8)
     assert sum(durations) == pytest.approx(1000 * 15 / fps, abs=10)
     assert max(durations) - min(durations) <= 10
 
 
-def test_an_animation_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), AnimationWriter(tmp_path / "a.gif", 20) as animation:
-        animation.add(blank())
+def write_animation(path, images):
+    with AnimationWriter(path, 20) as animation:
+        for image in images:
+            animation.add(image)
+
+
+def write_and_fail(path):
+    with AnimationWriter(path, 20) as animation:
+        for image in moving(3):
+            animation.add(image)
         raise ZeroDivisionError
-    with (
-        pytest.raises(
-            ValueError,
-            match=r"frame 1 of .*b.gif has shape \(10, 60, 3\), those before \(40, 60, 3\)",
-        ),
-        AnimationWriter(tmp_path / "b.gif", 20) as animation,
-    ):
-        animation.add(blank())
-        animation.add(blank(10))
+
+
+def test_an_animation_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        write_and_fail(tmp_path / "a.gif")
+    shapes = r"frame 1 of .*b.gif has shape \(10, 60, 3\), those before \(40, 60, 3\)"
+    with pytest.raises(ValueError, match=shapes):
+        write_animation(tmp_path / "b.gif", [blank(), blank(10)])
     with AnimationWriter(tmp_path / "empty.gif", 20):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_other_suffixes_are_refused(tmp_path):
-    with pytest.raises(UserError, match="a.avi is neither .gif nor .mp4"):
+    with pytest.raises(UserError, match=r"a\.avi is neither \.gif nor \.mp4"):
         AnimationWriter(tmp_path / "a.avi", 20)
 
 
 def test_without_ffmpeg_an_mp4_is_refused_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="Install the Debian package ffmpeg, or write a.gif"):
+    with pytest.raises(UserError, match=r"Install the Debian package ffmpeg, or write a\.gif"):
         AnimationWriter(tmp_path / "a.mp4", 20)
     assert not list(tmp_path.iterdir())
 
@@ -231,10 +234,8 @@ ffmpeg = pytest.mark.skipif(
 @ffmpeg
 @pytest.mark.timeout(60)
 def test_an_mp4_has_every_frame_at_its_rate(tmp_path):
-    pictures = list(moving(40))
-    with AnimationWriter(tmp_path / "a.mp4", 20) as animation:
-        for picture in pictures:
-            animation.add(picture)
+    images = list(moving(40))
+    write_animation(tmp_path / "a.mp4", images)
     probed = subprocess.run(
         ["ffmpeg", "-i", str(tmp_path / "a.mp4")], capture_output=True, text=True, timeout=30
     ).stderr
@@ -259,25 +260,18 @@ def test_an_mp4_has_every_frame_at_its_rate(tmp_path):
         timeout=30,
     ).stdout
     shown = np.frombuffer(raw, np.uint8).reshape(40, 32, 46, 3)
-    for got, picture in zip(shown, pictures, strict=True):
-        assert (
-            np.abs(got[:31, :45].astype(int) - picture).mean() < 12
-        )  # colours are halved in resolution
+    for got, image in zip(shown, images, strict=True):
+        # Colours are halved in resolution.
+        assert np.abs(got[:31, :45].astype(int) - image).mean() < 12
     assert os.listdir(tmp_path) == ["a.mp4"]
 
 
 @ffmpeg
 @pytest.mark.timeout(60)
-def test_an_mp4_that_fails_leaves_nothing_and_says_why(tmp_path):
-    with pytest.raises(ZeroDivisionError), AnimationWriter(tmp_path / "a.mp4", 20) as animation:
-        for picture in moving(3):
-            animation.add(picture)
-        raise ZeroDivisionError
+def test_an_mp4_that_fails_leaves_nothing_and_reports_why(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        write_and_fail(tmp_path / "a.mp4")
     (tmp_path / "b.mp4").mkdir()
-    with (
-        pytest.raises(UserError, match="b.mp4: ffmpeg ended with code"),
-        AnimationWriter(tmp_path / "b.mp4", 20) as animation,
-    ):
-        for picture in moving(3):
-            animation.add(picture)
+    with pytest.raises(UserError, match=r"b\.mp4: ffmpeg ended with code"):
+        write_animation(tmp_path / "b.mp4", moving(3))
     assert not (tmp_path / "a.mp4").exists()

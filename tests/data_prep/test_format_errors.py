@@ -1,4 +1,7 @@
-"""Recordings that cannot be read, and events that cannot be written: each says what is wrong, where, how much, what to do."""
+"""Recordings that cannot be read, and events that cannot be written.
+
+Each error contains what is wrong, where, how much of it, and what to do.
+"""
 
 import os
 import shutil
@@ -19,15 +22,15 @@ DAT = b"% Data file containing CD events.\n% Version 2\n% Height 720\n% Width 12
 ROOT = Path(__file__).parents[2]
 
 
-def refused(path: Path, *told: str) -> None:
-    """Opening and reading it ends in one RecordingError, in one line that names the file and tells all of these."""
+def require_refusal(path: Path, *parts: str) -> None:
+    """Reading ends in a RecordingError of one line with the file's name and all `parts`."""
     with pytest.raises(RecordingError) as caught:
         read_by(path)
     message = str(caught.value)
     assert str(path) in message
     assert "\n" not in message
-    for words in told:
-        assert words in message, message
+    for part in parts:
+        assert part in message, message
 
 
 @pytest.mark.parametrize(("kind", "size"), [("evt3", 2), ("evt2", 4), ("evt21", 8)])
@@ -36,7 +39,7 @@ def test_a_file_that_ends_inside_a_word_is_refused_before_any_event(tmp_path, ki
     whole = path.stat().st_size
     for over in range(1, size):
         path.write_bytes(path.read_bytes()[: whole - size] + b"\x01" * over)
-        refused(
+        require_refusal(
             path,
             f"{over} byte",
             f"at byte {whole - size} of {whole - size + over}",
@@ -48,11 +51,11 @@ def test_a_file_that_ends_inside_a_word_is_refused_before_any_event(tmp_path, ki
 
 def test_a_dat_that_ends_inside_an_event(tmp_path):
     (tmp_path / "a_td.dat").write_bytes(DAT + bytes((0x0C, 8)) + bytes(8 * 5 + 3))
-    refused(tmp_path / "a_td.dat", "3 bytes", "a word of 8", f"head -c {len(DAT) + 2 + 40}")
+    require_refusal(tmp_path / "a_td.dat", "3 bytes", "a word of 8", f"head -c {len(DAT) + 2 + 40}")
 
 
 @pytest.mark.parametrize(
-    ("header", "told"),
+    ("header", "parts"),
     [
         (
             "% evt 4.0\n% geometry 1280x720\n% end\n",
@@ -80,9 +83,9 @@ def test_a_dat_that_ends_inside_an_event(tmp_path):
         ),
     ],
 )
-def test_raw_headers(tmp_path, header, told):
+def test_raw_headers(tmp_path, header, parts):
     (tmp_path / "a.raw").write_bytes(header.encode("latin-1"))
-    refused(tmp_path / "a.raw", *told)
+    require_refusal(tmp_path / "a.raw", *parts)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,7 @@ def test_a_header_may_end_anywhere_in_the_readers_buffer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("two", "told"),
+    ("two", "parts"),
     [
         (bytes((0x0E, 8)), "[14, 8]"),
         (bytes((0x0C, 16)), "[12, 16]"),
@@ -127,9 +130,9 @@ def test_a_header_may_end_anywhere_in_the_readers_buffer(tmp_path):
         (b"% ", "does not end"),
     ],
 )
-def test_dat_of_other_events(tmp_path, two, told):
+def test_dat_of_other_events(tmp_path, two, parts):
     (tmp_path / "a_td.dat").write_bytes(DAT + two)
-    refused(tmp_path / "a_td.dat", told, f"byte {len(DAT)}")
+    require_refusal(tmp_path / "a_td.dat", parts, f"byte {len(DAT)}")
 
 
 def test_dat_without_a_size_is_a_gen4_sensor(tmp_path):
@@ -141,13 +144,13 @@ def test_dat_without_a_size_is_a_gen4_sensor(tmp_path):
 def test_what_is_no_recording(tmp_path):
     (tmp_path / "folder.raw").mkdir()
     for name in ("none.raw", "folder.raw"):
-        refused(tmp_path / name, "is no file", ".raw, .dat, .h5, .hdf5")
+        require_refusal(tmp_path / name, "is no file", ".raw, .dat, .h5, .hdf5")
     for name in ("empty.raw", "empty.dat", "empty.h5", "empty.hdf5"):
         (tmp_path / name).touch()
-        refused(tmp_path / name)
+        require_refusal(tmp_path / name)
     for name in ("a.aedat4", "noending"):
         (tmp_path / name).touch()
-        refused(tmp_path / name, Path(name).suffix or "(none)")
+        require_refusal(tmp_path / name, Path(name).suffix or "(none)")
     with pytest.raises(
         RecordingError, match=r"a\.npz: events are written as one of \.raw, \.dat, \.h5"
     ):
@@ -164,7 +167,7 @@ def h5_file(path: Path, **columns) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "parts"),
     [
         ({"p": None, "x": None}, ["lacks events/x, events/p", "events/t, x, y and p"]),
         ({"y": np.arange(3)}, ["differ in length", "'y': 3", "copy it again"]),
@@ -183,20 +186,20 @@ def h5_file(path: Path, **columns) -> Path:
         ({"width": np.arange(3)}, ["one number each"]),
     ],
 )
-def test_h5_columns(tmp_path, columns, told):
-    refused(h5_file(tmp_path / "a_td.h5", **columns), *told)
+def test_h5_columns(tmp_path, columns, parts):
+    require_refusal(h5_file(tmp_path / "a_td.h5", **columns), *parts)
 
 
 def test_h5_without_events_or_with_a_group_for_a_column(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["images"] = np.zeros(3)
-    refused(tmp_path / "a.h5", "lacks events/t, events/x, events/y, events/p")
+    require_refusal(tmp_path / "a.h5", "lacks events/t, events/x, events/y, events/p")
     with h5py.File(tmp_path / "b.h5", "w") as file:
         file["events"] = np.zeros(3)
-    refused(tmp_path / "b.h5", "lacks events/t")
+    require_refusal(tmp_path / "b.h5", "lacks events/t")
     with h5py.File(h5_file(tmp_path / "c.h5", x=None), "a") as file:
         file.create_group("events/x")
-    refused(tmp_path / "c.h5", "lacks events/x")
+    require_refusal(tmp_path / "c.h5", "lacks events/x")
 
 
 def test_h5_that_was_cut_off_or_never_written_whole(tmp_path):
@@ -208,26 +211,24 @@ def test_h5_that_was_cut_off_or_never_written_whole(tmp_path):
         p=np.zeros(100_000, "u1"),
     )
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    refused(path, "cannot be read as HDF5", "truncated", "copy it again")
+    require_refusal(path, "cannot be read as HDF5", "truncated", "copy it again")
     with h5py.File(h5_file(tmp_path / "b.h5", t=None), "a") as file:
         column = file.create_dataset("events/t", (4,), "i8", chunks=(1,))
         column[0] = 5
-    refused(tmp_path / "b.h5", "lacks 3 of its 4 chunks", "copy it again")
+    require_refusal(tmp_path / "b.h5", "lacks 3 of its 4 chunks", "copy it again")
     with h5py.File(h5_file(tmp_path / "c.h5", t=None), "a") as file:
         file.create_dataset("events/t", (4,), "i8", chunks=(1 << 26,), maxshape=(None,))
-    refused(tmp_path / "c.h5", "chunks of 67108864 entries", "h5repack -l CHUNK=65536")
+    require_refusal(tmp_path / "c.h5", "chunks of 67108864 entries", "h5repack -l CHUNK=65536")
 
 
 def test_blosc_without_its_options_is_refused_before_it_reads_past_them(tmp_path):
     with open_writer(tmp_path / "a.h5", 720, 1280) as writer:
-        writer.write(made([5, 6]))
-    whole, options = (
-        (tmp_path / "a.h5").read_bytes(),
-        struct.pack("<4H", 32001, 8, 1, 7),
-    )  # number, name's length, flags, values
+        writer.write(events_at([5, 6]))
+    whole = (tmp_path / "a.h5").read_bytes()
+    options = struct.pack("<4H", 32001, 8, 1, 7)  # number, length of the name, flags, values
     assert options in whole
     (tmp_path / "a.h5").write_bytes(whole.replace(options, struct.pack("<4H", 32001, 0, 1, 0)))
-    refused(tmp_path / "a.h5", "only 0 of its 4 options are stored", "copy it again")
+    require_refusal(tmp_path / "a.h5", "only 0 of its 4 options are stored", "copy it again")
 
 
 CD = np.dtype(
@@ -240,15 +241,13 @@ CD = np.dtype(
 
 
 def metavision_file(path: Path, events: np.ndarray, filter_id: int, coded: bytes) -> Path:
-    """CD/events in one chunk of a filter, as Metavision writes it: the chunk is coded by the writer, not by HDF5."""
+    """CD/events in one chunk of a filter, as Metavision writes it: HDF5 does not code the chunk."""
     with h5py.File(path, "w") as file:
         layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         layout.set_chunk((events.size,))
         layout.set_filter(filter_id, h5py.h5z.FLAG_OPTIONAL, ())
-        space, kind = (
-            h5py.h5s.create_simple((events.size,), (h5py.h5s.UNLIMITED,)),
-            h5py.h5t.py_create(CD, logical=True),
-        )
+        space = h5py.h5s.create_simple((events.size,), (h5py.h5s.UNLIMITED,))
+        kind = h5py.h5t.py_create(CD, logical=True)
         dataset = h5py.h5d.create(file.create_group("CD").id, b"events", kind, space, layout)
         dataset.write_direct_chunk((0,), coded)
         file.attrs["geometry"] = "1280x720"
@@ -257,29 +256,31 @@ def metavision_file(path: Path, events: np.ndarray, filter_id: int, coded: bytes
 
 def test_codecs_that_are_not_installed_are_named(tmp_path):
     path = metavision_file(tmp_path / "a.hdf5", np.zeros(8, CD), 0x8ECF, b"coded")
-    refused(
+    require_refusal(
         path, "/CD/events", "ECF", "0x8ECF", "HDF5_PLUGIN_PATH", f"metavision_file_to_dat -i {path}"
     )
-    refused(
+    require_refusal(
         metavision_file(tmp_path / "b.hdf5", np.zeros(8, CD), 600, b"coded"),
         "HDF5 filter 600",
         "HDF5_PLUGIN_PATH",
     )
     with h5py.File(tmp_path / "c.hdf5", "w") as file:
         file["CD/events"] = np.zeros(3, [("x", "u2"), ("y", "u2"), ("t", "i8")])
-    refused(tmp_path / "c.hdf5", "lacks CD/events field p")
+    require_refusal(tmp_path / "c.hdf5", "lacks CD/events field p")
     with h5py.File(tmp_path / "d.hdf5", "w") as file:
         file["CD/events"] = np.arange(3)
-    refused(tmp_path / "d.hdf5", "lacks CD/events field t")
+    require_refusal(tmp_path / "d.hdf5", "lacks CD/events field t")
 
 
 PLUGIN = """
 #include <stddef.h>
-static size_t flip(unsigned flags, size_t n, const unsigned values[], size_t size, size_t *room, void **data) {
+static size_t flip(unsigned flags, size_t n, const unsigned values[], size_t size, size_t *space,
+                   void **data) {
     for (size_t i = 0; i < size; i++) ((unsigned char *)*data)[i] ^= 0x5A;
     return size;
 }
-static const struct { int version, id; unsigned encodes, decodes; const char *name; void *can, *local;
+static const struct {
+    int version, id; unsigned encodes, decodes; const char *name; void *can, *local;
     size_t (*filter)(unsigned, size_t, const unsigned[], size_t, size_t *, void **);
 } codec = {1, 0x8ECF, 1, 1, "flip", 0, 0, flip};
 int H5PLget_plugin_type(void) { return 0; }
@@ -289,7 +290,8 @@ READ = """
 import sys
 from evspan.data_prep.recordings.open import open_recording
 recording = open_recording(sys.argv[1])
-print([(int(t), int(x), int(y), int(p)) for c in recording.chunks() for t, x, y, p in zip(*c)], recording.width)
+(events,) = recording.chunks()
+print([(int(t), int(x), int(y), int(p)) for t, x, y, p in zip(*events)], recording.width)
 """
 
 
@@ -298,7 +300,7 @@ print([(int(t), int(x), int(y), int(p)) for c in recording.chunks() for t, x, y,
     not shutil.which("cc"), reason="no C compiler (cc) to build a codec plugin with"
 )
 def test_metavision_hdf5_is_read_where_a_plugin_for_its_codec_is_installed(tmp_path):
-    """A stand-in for ECF under its filter number: what is read must have gone through the plugin."""
+    """A stand-in for ECF under its filter number: the values must have passed the plugin."""
     (tmp_path / "codec.c").write_text(PLUGIN)
     plugin = tmp_path / "plugins" / "libh5codec.so"
     plugin.parent.mkdir()
@@ -309,7 +311,7 @@ def test_metavision_hdf5_is_read_where_a_plugin_for_its_codec_is_installed(tmp_p
     path = metavision_file(
         tmp_path / "a.hdf5", events, 0x8ECF, bytes(b ^ 0x5A for b in events.tobytes())
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", READ, path],
         cwd=ROOT,
         capture_output=True,
@@ -317,54 +319,52 @@ def test_metavision_hdf5_is_read_where_a_plugin_for_its_codec_is_installed(tmp_p
         timeout=60,
         env={**os.environ, "HDF5_PLUGIN_PATH": str(plugin.parent)},
     )
-    assert done.stdout.strip() == "[(30, 1, 2, 1), (31, 1279, 719, 0)] 1280", done.stderr
+    assert result.stdout.strip() == "[(30, 1, 2, 1), (31, 1279, 719, 0)] 1280", result.stderr
 
 
-def made(t, x=0, y=0, p=0) -> Events:
+def events_at(t, x=0, y=0, p=0) -> Events:
     t = np.array(t, np.int64)
-    return Events(
-        t, *(np.full(t.size, value, kind) for value, kind in ((x, "u2"), (y, "u2"), (p, "u1")))
-    )
+    return Events(t, np.full(t.size, x, "u2"), np.full(t.size, y, "u2"), np.full(t.size, p, "u1"))
 
 
 @pytest.mark.parametrize("suffix", ["raw", "dat", "h5"])
 def test_writers_refuse_what_they_would_write_wrong(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     with open_writer(path, 720, 1280) as writer:
-        writer.write(made([]))
-        writer.write(made([5, 6]))
-        for wrong, told in (
-            (made([5]), "from 6 us on"),
-            (made([8, 7]), "order of time"),
-            (made([9], x=1280), "x 1280"),
-            (made([9], y=720), "y 720"),
-            (made([9], p=2), "p 2"),
+        writer.write(events_at([]))
+        writer.write(events_at([5, 6]))
+        for wrong, parts in (
+            (events_at([5]), "from 6 us on"),
+            (events_at([8, 7]), "order of time"),
+            (events_at([9], x=1280), "x 1280"),
+            (events_at([9], y=720), "y 720"),
+            (events_at([9], p=2), "p 2"),
         ):
-            with pytest.raises(RecordingError, match=told):
+            with pytest.raises(RecordingError, match=parts):
                 writer.write(wrong)
-        writer.write(made([6]))
+        writer.write(events_at([6]))
     assert read_by(path)[0].t.tolist() == [5, 6, 6]
     if suffix != "h5":
         with (
             open_writer(path, 720, 1280) as writer,
             pytest.raises(RecordingError, match="from 0 us on"),
         ):
-            writer.write(made([-1]))
+            writer.write(events_at([-1]))
         with (
             open_writer(path, 720, 1280) as writer,
             pytest.raises(RecordingError, match=r"Write \.h5"),
         ):
-            writer.write(made([2**41]))
+            writer.write(events_at([2**41]))
         with pytest.raises(RecordingError, match=r"20000 x 720.*Write \.h5"):
             open_writer(path, 720, 20_000)
 
 
-def test_dat_writer_refuses_gaps_that_its_clock_cannot_tell(tmp_path):
+def test_dat_writer_refuses_gaps_that_its_clock_cannot_represent(tmp_path):
     with open_writer(tmp_path / "a.dat", 720, 1280) as writer:
-        writer.write(made([2**32 - 1, 2**32]))
+        writer.write(events_at([2**32 - 1, 2**32]))
         with pytest.raises(RecordingError, match="35 minutes"):
-            writer.write(made([2**32 + 1, 2**32 + 1 + 2**31]))
+            writer.write(events_at([2**32 + 1, 2**32 + 1 + 2**31]))
         with pytest.raises(RecordingError, match="35 minutes"):
-            writer.write(made([2**32 + 2**31]))
-        writer.write(made([2**32 + 2**31 - 1]))
+            writer.write(events_at([2**32 + 2**31]))
+        writer.write(events_at([2**32 + 2**31 - 1]))
     assert read_by(tmp_path / "a.dat")[0].t.tolist() == [2**32 - 1, 2**32, 2**32 + 2**31 - 1]

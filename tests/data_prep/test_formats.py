@@ -1,3 +1,5 @@
+"""Readers and writers on real recordings, random words, wraps and published HDF5 files."""
+
 import hashlib
 import json
 import tracemalloc
@@ -16,10 +18,10 @@ from support.event_files import (
     SIZES,
     WORDS,
     as_read,
+    concatenated,
     meaning,
     random_words,
     read_by,
-    together,
     write_raw,
 )
 
@@ -30,13 +32,13 @@ def rows(events: Events) -> list[tuple]:
     return list(zip(*(column.tolist() for column in events), strict=True))
 
 
-def made(t, x, y, p) -> Events:
+def events_of(t, x, y, p) -> Events:
     return Events(
         np.array(t, np.int64), np.array(x, np.uint16), np.array(y, np.uint16), np.array(p, np.uint8)
     )
 
 
-def same(a: Events, b: Events) -> None:
+def require_same(a: Events, b: Events) -> None:
     for name, one, other in zip(Events._fields, a, b, strict=True):
         np.testing.assert_array_equal(one, other, err_msg=name)
         assert one.dtype == other.dtype
@@ -57,22 +59,20 @@ def test_real_recordings_give_the_golden_columns(samples_dir, name, words_at_onc
         golden["y_max"],
         golden["p_sum"],
     )
-    for column, kind in zip("txyp", ("<i8", "<u2", "<u2", "u1"), strict=True):
-        assert (
-            hashlib.sha256(getattr(events, column).astype(kind).tobytes()).hexdigest()
-            == golden["sha256"][column]
-        ), column
+    for name, kind in zip("txyp", ("<i8", "<u2", "<u2", "u1"), strict=True):
+        column = getattr(events, name).astype(kind)
+        assert hashlib.sha256(column.tobytes()).hexdigest() == golden["sha256"][name], name
     assert not any(recording.dropped.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(6))
-def test_words_mean_what_the_format_says(tmp_path, kind, seed):
+def test_words_are_decoded_by_the_definition_of_the_format(tmp_path, kind, seed):
     rng = np.random.default_rng(seed)
     top = 8 * np.dtype(WORDS[kind]).itemsize - 4
-    start = (
-        [0x8 << top] if seed % 2 else [0x2 << top | 5, 0x1 << top | 5, 0x6 << top | 9]
-    )  # with a time, or without
+    start = [0x8 << top]
+    if seed % 2 == 0:  # events before the first time
+        start = [0x2 << top | 5, 0x1 << top | 5, 0x6 << top | 9]
     words = start + random_words(kind, rng, 3000)
     path = write_raw(tmp_path / "a.raw", kind, words)
     expected, dropped = as_read(meaning(kind, words), *SIZES[kind])
@@ -99,15 +99,21 @@ def test_evt3_counter_falls_of_half_its_range_are_wraps(tmp_path, fall, wraps):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_dat_records_mean_what_the_format_says(tmp_path, seed):
+def test_dat_records_are_decoded_by_the_definition_of_the_format(tmp_path, seed):
     rng = np.random.default_rng(seed)
-    clock, loops, records, events = 2**32 - 50_000, 0, b"", []
+    clock = 2**32 - 50_000
+    loops = 0
+    records = b""
+    events = []
     for _ in range(2000):
-        after = clock + int(
-            rng.choice([0, 1, 40, -30, -2000, 2**30], p=[0.3, 0.3, 0.3, 0.05, 0.03, 0.02])
-        )
-        loops, clock = (loops + after // 2**32, after % 2**32) if after >= 0 else (loops, clock)
-        x, y, p = int(rng.integers(320)), int(rng.integers(250)), int(rng.integers(4))
+        steps = [0, 1, 40, -30, -2000, 2**30]
+        after = clock + int(rng.choice(steps, p=[0.3, 0.3, 0.3, 0.05, 0.03, 0.02]))
+        if after >= 0:
+            loops += after // 2**32
+            clock = after % 2**32
+        x = int(rng.integers(320))
+        y = int(rng.integers(250))
+        p = int(rng.integers(4))
         records += (clock | x << 32 | y << 46 | p << 60).to_bytes(8, "little")
         events.append((loops * 2**32 + clock, x, y, int(p > 0)))
     (tmp_path / "a_td.dat").write_bytes(b"% Height 240\n% Width 304\n" + bytes((0x0C, 8)) + records)
@@ -128,7 +134,10 @@ def test_vectors_that_run_past_every_sensor_never_come_back_into_it(tmp_path):
 
 
 def test_evt21_layouts_by_the_vendors_example(tmp_path):
-    """0x0102030405060708 is sent as 0807060504030201 by GenX320 (little) and as 0403020108070605 by IMX636 (legacy)."""
+    """0x0102030405060708 is sent in two orders.
+
+    GenX320 (little) sends 0807060504030201, IMX636 (legacy) sends 0403020108070605.
+    """
     words = (0x8 << 60 | 3 << 32, 0x1 << 60 | 5 << 54 | 96 << 43 | 7 << 32 | 0b1001)
 
     def sent(word: int, order: str) -> bytes:
@@ -155,10 +164,10 @@ def test_evt21_layouts_by_the_vendors_example(tmp_path):
 
 
 def test_evt3_counter_wraps_are_unwrapped_as_a_camera_sends_them(tmp_path):
-    words, times = [], []
-    for high in range(
-        4000, 4000 + 3 * 4096
-    ):  # a camera sends TIME_HIGH every 4096 us, events or not
+    words = []
+    times = []
+    # A camera sends TIME_HIGH every 4096 us, events or not.
+    for high in range(4000, 4000 + 3 * 4096):
         words += [0x8000 | high % 4096]
         if high % 1500 < 3:  # and is silent for 6 s at a time
             words += [0x6000 | high % 4096, 0x0001, 0x2002]
@@ -191,44 +200,45 @@ EVENT = st.tuples(GAPS, st.integers(0, 1279), st.integers(0, 719), st.integers(0
 )
 def test_what_is_written_is_read(tmp_path_factory, drawn, suffix, at_once):
     gaps, x, y, p, cuts = zip(*drawn, strict=True) if drawn else ([],) * 5
-    events = made(np.cumsum(gaps, dtype=np.int64) if drawn else [], x, y, p)
+    events = events_of(np.cumsum(gaps, dtype=np.int64) if drawn else [], x, y, p)
     path = tmp_path_factory.mktemp("written") / f"a.{suffix}"
     with open_writer(path, 720, 1280) as writer:
         for part in np.split(np.arange(len(gaps)), np.flatnonzero(cuts)):
             writer.write(events.take(part))
     read, recording = read_by(path, at_once)
-    same(read, events)
+    require_same(read, events)
     assert (recording.height, recording.width, sum(recording.dropped.values())) == (720, 1280, 0)
 
 
 @pytest.mark.parametrize("suffix", ["raw", "dat", "h5"])
 def test_long_recordings_keep_their_time_over_many_wraps(tmp_path, suffix):
     rng = np.random.default_rng(1)
-    t = np.cumsum(
-        rng.choice([0, 1, 40, 5_000, 9_000_000, 600_000_000], 400)
-    )  # 13 hours: 11 wraps of .dat, 2800 of EVT3
+    # 13 hours: 11 wraps of .dat, 2800 of EVT3.
+    t = np.cumsum(rng.choice([0, 1, 40, 5_000, 9_000_000, 600_000_000], 400))
     assert t[-1] > 10 * 2**32
-    events = made(t, rng.integers(0, 1280, 400), rng.integers(0, 720, 400), rng.integers(0, 2, 400))
+    events = events_of(
+        t, rng.integers(0, 1280, 400), rng.integers(0, 720, 400), rng.integers(0, 2, 400)
+    )
     with open_writer(tmp_path / f"a.{suffix}", 720, 1280) as writer:
         for part in np.array_split(np.arange(400), 7):
             writer.write(events.take(part))
     for at_once in (None, 40):
-        same(read_by(tmp_path / f"a.{suffix}", at_once)[0], events)
+        require_same(read_by(tmp_path / f"a.{suffix}", at_once)[0], events)
 
 
 @pytest.mark.parametrize("suffix", ["raw", "dat", "h5"])
 def test_every_border_of_the_sensor(tmp_path, suffix):
     x, y = (a.ravel() for a in np.meshgrid([0, 1, 1278, 1279], [0, 1, 718, 719]))
-    events = made(np.arange(16), x, y, np.arange(16) % 2)
+    events = events_of(np.arange(16), x, y, np.arange(16) % 2)
     with open_writer(tmp_path / f"a.{suffix}", 720, 1280) as writer:
         writer.write(events)
-    same(read_by(tmp_path / f"a.{suffix}")[0], events)
+    require_same(read_by(tmp_path / f"a.{suffix}")[0], events)
 
 
 def test_chunks_are_no_larger_than_asked_for_and_come_again(tmp_path):
     with open_writer(tmp_path / "a.raw", 720, 1280) as writer:
         writer.write(
-            made(
+            events_of(
                 np.arange(5000), np.arange(5000) % 1280, np.arange(5000) % 720, np.arange(5000) % 2
             )
         )
@@ -236,7 +246,7 @@ def test_chunks_are_no_larger_than_asked_for_and_come_again(tmp_path):
     for size in (7, 999, 1_000_000):
         chunks = list(recording.chunks(size))
         assert max(c.t.size for c in chunks) == min(size, 5000)
-        assert together(chunks).t.tolist() == list(range(5000))
+        assert concatenated(chunks).t.tolist() == list(range(5000))
         assert recording.events == 5000
 
 
@@ -252,28 +262,29 @@ def test_memory_does_not_grow_with_the_recording(tmp_path, suffix):
 
     peaks = []
     for million in (2, 8):
-        n, path = million * 1_000_000, tmp_path / f"{million}.{suffix}"
+        n = million * 1_000_000
+        path = tmp_path / f"{million}.{suffix}"
         with open_writer(path, 720, 1280) as writer:
             for i in range(0, n, 500_000):
                 t = np.arange(i, i + 500_000)
-                writer.write(made(t, t % 1280, t // 1000 % 720, t % 2))
+                writer.write(events_of(t, t % 1280, t // 1000 % 720, t % 2))
         peaks.append(peak(path))
     assert peaks[1] < 1.1 * peaks[0] < 100e6
 
 
 def test_chunks_come_before_the_rest_of_the_file_is_read(tmp_path):
     with open_writer(tmp_path / "a.dat", 720, 1280) as writer:
-        writer.write(made([5, 6], [1, 2], [3, 4], [0, 1]))
+        writer.write(events_of([5, 6], [1, 2], [3, 4], [0, 1]))
     with (tmp_path / "a.dat").open("r+b") as file:
         file.truncate(8 * 2**29 + len((tmp_path / "a.dat").read_bytes()))  # a hole of 4 GiB
     first = next(islice(open_recording(tmp_path / "a.dat").chunks(2), 1))
     assert first.t.tolist() == [5, 6]
 
 
-def write_h5(path, columns, height=None, width=None, **how):
+def write_h5(path, columns, height=None, width=None, **options):
     with h5py.File(path, "w") as file:
         for name, column in columns.items():
-            file.create_dataset(f"events/{name}", data=column, **how)
+            file.create_dataset(f"events/{name}", data=column, **options)
         for name, value in (("height", height), ("width", width)):
             if value is not None:
                 file[f"events/{name}"] = value
@@ -283,11 +294,8 @@ def write_h5(path, columns, height=None, width=None, **how):
 @pytest.mark.parametrize("kind", ["i1", "i2", "u2", "<i4", ">i4", "u4", "i8", "u8", ">u2"])
 def test_h5_columns_of_any_integer_type_do_not_wrap_into_the_sensor(tmp_path, kind):
     info = np.iinfo(kind)
-    x = [
-        v
-        for v in (0, 99, 100, 255, -1, 65535, 65536 + 5, 5 - 65536, info.max, info.min, 33014)
-        if info.min <= v <= info.max
-    ]
+    values = (0, 99, 100, 255, -1, 65535, 65536 + 5, 5 - 65536, info.max, info.min, 33014)
+    x = [value for value in values if info.min <= value <= info.max]
     columns = {
         "t": np.arange(len(x)),
         "x": np.array(x, kind),
@@ -306,7 +314,7 @@ def test_h5_columns_of_any_integer_type_do_not_wrap_into_the_sensor(tmp_path, ki
 
 @pytest.mark.parametrize("kind", ["i4", "u4", ">i8", "u8", "i8"])
 def test_h5_as_published(tmp_path, kind):
-    """p as -1/+1, times of several types, late ones among them, no sensor size, several compressions, negative p as darker."""
+    """Late times of several types, p as -1/+1, no sensor size, several compressions."""
     t = np.array([3, 7, 5, 5, 9, 8, 10], kind)
     columns = {
         "t": t,
@@ -314,37 +322,23 @@ def test_h5_as_published(tmp_path, kind):
         "y": np.full(7, 719, "u2"),
         "p": np.array([-1, 1, -1, 1, 1, -1, 1], "i1"),
     }
-    for how in ({}, {"compression": "gzip"}, hdf5plugin.Blosc(cname="zstd"), {"chunks": (2,)}):
+    darker_is_0 = [0, 1, 0, 1, 1, 0, 1]
+    for options in ({}, {"compression": "gzip"}, hdf5plugin.Blosc(cname="zstd"), {"chunks": (2,)}):
         for at_once in (None, 3):
             events, recording = read_by(
-                write_h5(tmp_path / "a_td.h5", columns, **dict(how)), at_once
+                write_h5(tmp_path / "a_td.h5", columns, **dict(options)), at_once
             )
             assert (recording.height, recording.width, recording.format) == (720, 1280, "h5")
             assert events.t.tolist() == [3, 7, 7, 7, 9, 9, 10]
-            assert events.p.tolist() == [
-                0,
-                1,
-                0,
-                1,
-                1,
-                0,
-                1,
-            ]
+            assert events.p.tolist() == darker_is_0
             assert recording.dropped == {
                 "outside_sensor": 0,
                 "before_first_time": 0,
                 "late_timestamps_raised": 3,
             }
     columns["p"] = columns["p"] > 0  # bool
-    assert read_by(write_h5(tmp_path / "b_td.h5", columns, 800, 1300))[0].p.tolist() == [
-        0,
-        1,
-        0,
-        1,
-        1,
-        0,
-        1,
-    ]
+    events, _ = read_by(write_h5(tmp_path / "b_td.h5", columns, 800, 1300))
+    assert events.p.tolist() == darker_is_0
 
 
 def test_metavision_hdf5_without_its_codec(tmp_path):
@@ -356,17 +350,17 @@ def test_metavision_hdf5_without_its_codec(tmp_path):
         }
     )
     data = np.array([(1, 2, 0, 10), (639, 479, 1, 11), (640, 1, 1, 12), (5, 6, 1, 9)], kind)
-    for how, attributes, size in (
+    for options, attributes, size in (
         ({}, {"geometry": "640x480"}, (480, 640)),
         ({"compression": "gzip"}, {}, (720, 1280)),
         ({"chunks": (1,)}, {"format": np.bytes_("EVT3;height=480;width=640")}, (480, 640)),
     ):
         with h5py.File(tmp_path / "a.hdf5", "w") as file:
-            file.create_dataset("CD/events", data=data, **how)
+            file.create_dataset("CD/events", data=data, **options)
             file.attrs.update(attributes)
         events, recording = read_by(tmp_path / "a.hdf5", 3)
         assert (recording.height, recording.width) == size
-        assert rows(events) == [
-            r for r in [(10, 1, 2, 0), (11, 639, 479, 1), (12, 640, 1, 1)] if r[1] < size[1]
-        ] + [(events.t[-1], 5, 6, 1)]
+        in_order = [(10, 1, 2, 0), (11, 639, 479, 1), (12, 640, 1, 1)]
+        inside = [row for row in in_order if row[1] < size[1]]
+        assert rows(events) == [*inside, (events.t[-1], 5, 6, 1)]
         assert recording.dropped["late_timestamps_raised"] == 1

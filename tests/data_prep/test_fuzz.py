@@ -1,11 +1,13 @@
-"""Damaged sensor and box files: whatever the bytes, reading ends soon, in a result that adds up or in a UserError.
+"""Damaged sensor and box files: reading ends soon, in a consistent result or in a UserError.
 
-Cases run in a process of their own, so that a crash, a hang or a flood of memory is seen: python tests/data_prep/test_fuzz.py KIND FIRST N
-(what `make soak` repeats; the same seeds give the same bytes).
+Cases run in a process of their own, so that a crash, a hang or too much memory is noticed:
+python tests/data_prep/test_fuzz.py KIND FIRST N, with tests/ on PYTHONPATH. `make soak` repeats it
+with more seeds; the same seed gives the same bytes.
 """
 
 import faulthandler
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -70,11 +72,13 @@ def whole_h5(path: Path) -> None:
         file.create_dataset(
             "events/p", data=events.p.astype("i1") * 2 - 1, chunks=(600,), compression="lzf"
         )
-        file["events/height"], file["events/width"] = 720, 1280
+        file["events/height"] = 720
+        file["events/width"] = 1280
 
 
 def whole_metavision(path: Path) -> None:
-    events, kind = some_events(600), [("x", "<u2"), ("y", "<u2"), ("p", "<i2"), ("t", "<i8")]
+    events = some_events(600)
+    kind = [("x", "<u2"), ("y", "<u2"), ("p", "<i2"), ("t", "<i8")]
     with h5py.File(path, "w", libver="latest") as file:
         file["CD/events"] = np.rec.fromarrays(
             [events.x, events.y, events.p, events.t], np.dtype(kind)
@@ -84,12 +88,10 @@ def whole_metavision(path: Path) -> None:
 
 def whole_boxes(path: Path) -> None:
     boxes = np.zeros(60, RAW_BOX)
-    boxes["t"], boxes["w"], boxes["h"], boxes["class_id"] = (
-        np.arange(60) * 16_666,
-        30,
-        20,
-        np.arange(60) % 3,
-    )
+    boxes["t"] = np.arange(60) * 16_666
+    boxes["w"] = 30
+    boxes["h"] = 20
+    boxes["class_id"] = np.arange(60) % 3
     np.save(path, boxes)
 
 
@@ -103,51 +105,64 @@ FILES: dict[str, tuple[str, Callable[[Path], None]]] = {
 }
 
 
+NUMBERS = [0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1]
+BYTES = [0, 0xFF, 0x7F, 0x80, 0x25]
+HEADER_LETTERS = list(b"0123456789-.eE;= x\n%")
+
+
 def damaged(data: bytes, header: int, rng: np.random.Generator) -> bytes:
-    """One to four strokes: bits, bytes, numbers, slices, the end; half of them in the first `header` bytes."""
+    """The data after one to four changes: bits, bytes, numbers, slices, the end.
+
+    Half of the changes are in the first `header` bytes.
+    """
     out = bytearray(data)
     for _ in range(int(rng.integers(1, 5))):
-        end = min(len(out), header) if rng.random() < 0.5 else len(out)
-        at, span = int(rng.integers(end + 1)), int(rng.integers(1, 1 + min(64, len(out) + 1)))
-        way = int(rng.integers(9))
-        if way == 0 and at < len(out):
-            out[at] ^= 1 << int(rng.integers(8))
-        elif way == 1:
-            out[at : at + span] = rng.bytes(len(out[at : at + span]))
-        elif way == 2:
-            out[at : at + span] = bytes([int(rng.choice([0, 0xFF, 0x7F, 0x80, 0x25]))]) * len(
-                out[at : at + span]
-            )
-        elif way == 3:
-            number = int(
-                rng.choice(
-                    [0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1]
-                )
-            )
-            out[at : at + 8] = number.to_bytes(8, "little")[: int(rng.choice([1, 2, 4, 8]))]
-        elif way == 4:
-            del out[at : at + span * int(rng.choice([1, 1, 100]))]
-        elif way == 5:
-            out[at:at] = rng.bytes(span)
-        elif way == 6:
-            out[at:at] = out[int(rng.integers(len(out) + 1)) :][: span * 8]
-        elif way == 7:
-            digits = [i for i, byte in enumerate(out[:header]) if 0x30 <= byte <= 0x39]
-            for i in digits[: int(rng.integers(len(digits) + 1))][-3:]:
-                out[i] = int(rng.choice(list(b"0123456789-.eE;= x\n%")))
-        else:
-            del out[at:]
+        damage(out, header, rng)
     if rng.random() < 0.6:  # whole words, so that more of the damage is read
         del out[len(out) - (len(out) - len(data)) % 8 :]
     return bytes(out)
 
 
-def bits(words: np.ndarray) -> int:
+def damage(out: bytearray, header: int, rng: np.random.Generator) -> None:
+    """Makes one change."""
+    end = min(len(out), header) if rng.random() < 0.5 else len(out)
+    at = int(rng.integers(end + 1))
+    span = int(rng.integers(1, 1 + min(64, len(out) + 1)))
+    change = int(rng.integers(9))
+    if change == 0 and at < len(out):
+        out[at] ^= 1 << int(rng.integers(8))
+    elif change == 1:
+        out[at : at + span] = rng.bytes(len(out[at : at + span]))
+    elif change == 2:
+        out[at : at + span] = bytes([int(rng.choice(BYTES))]) * len(out[at : at + span])
+    elif change == 3:
+        number = int(rng.choice(NUMBERS))
+        out[at : at + 8] = number.to_bytes(8, "little")[: int(rng.choice([1, 2, 4, 8]))]
+    elif change == 4:
+        del out[at : at + span * int(rng.choice([1, 1, 100]))]
+    elif change == 5:
+        out[at:at] = rng.bytes(span)
+    elif change == 6:
+        out[at:at] = out[int(rng.integers(len(out) + 1)) :][: span * 8]
+    elif change == 7:
+        change_digits(out, header, rng)
+    else:
+        del out[at:]
+
+
+def change_digits(out: bytearray, header: int, rng: np.random.Generator) -> None:
+    """Replaces up to three digits of the header."""
+    digits = [i for i, byte in enumerate(out[:header]) if 0x30 <= byte <= 0x39]
+    for i in digits[: int(rng.integers(len(digits) + 1))][-3:]:
+        out[i] = int(rng.choice(HEADER_LETTERS))
+
+
+def number_of_bits(words: np.ndarray) -> int:
     return int(np.unpackbits(words.view(np.uint8)).sum())
 
 
 def events_in(path: Path, recording: Recording) -> int:
-    """How many events the file's bytes make, counted on all words at once."""
+    """The number of events in the file, counted on all words at once."""
     if recording.format == "h5":
         return recording.size
     data = path.read_bytes()[recording.start :]
@@ -158,21 +173,23 @@ def events_in(path: Path, recording: Recording) -> int:
         return int((words >> 28 <= 1).sum())
     if recording.format == "evt21":
         halves = words.view("<u4").reshape(-1, 2)
-        upper, pixels = (
-            (halves[:, 0], halves[:, 1]) if recording.upper_first else (halves[:, 1], halves[:, 0])
-        )
-        return bits(pixels[upper >> 28 <= 1])
+        upper_column = 0 if recording.upper_first else 1
+        upper = halves[:, upper_column]
+        pixels = halves[:, 1 - upper_column]
+        return number_of_bits(pixels[upper >> 28 <= 1])
     kinds = words >> 12
-    return (
-        int((kinds == 2).sum()) + bits(words[kinds == 4] & 0xFFF) + bits(words[kinds == 5] & 0xFF)
-    )
+    single = int((kinds == 2).sum())
+    of_12 = number_of_bits(words[kinds == 4] & 0xFFF)
+    of_8 = number_of_bits(words[kinds == 5] & 0xFF)
+    return single + of_12 + of_8
 
 
 def check_recording(path: Path) -> None:
     recording = open_recording(path)
     assert 1 <= recording.height <= 8192
     assert 1 <= recording.width <= 8192
-    events, latest = 0, None
+    events = 0
+    latest = None
     for t, x, y, p in recording.chunks(CHUNK):
         assert t.dtype == np.int64
         assert x.dtype == y.dtype == np.uint16
@@ -184,7 +201,8 @@ def check_recording(path: Path) -> None:
         assert p.max() <= 1
         assert (np.diff(t) >= 0).all()
         assert latest is None or t[0] >= latest
-        events, latest = events + t.size, t[-1]
+        events += t.size
+        latest = t[-1]
     lost = recording.dropped["outside_sensor"] + recording.dropped["before_first_time"]
     assert recording.events == events
     assert events + lost == events_in(path, recording)
@@ -199,12 +217,25 @@ def check_boxes(path: Path) -> None:
     assert all(np.isfinite(boxes[k]).all() for k in ("x", "y", "w", "h", "class_confidence"))
 
 
+def is_read(path: Path, check: Callable[[Path], None]) -> bool:
+    """Whether the file is read; otherwise it is refused with an error that names it."""
+    try:
+        check(path)
+    except UserError as error:
+        message = str(error)
+    else:
+        return True
+    assert str(path) in message
+    return False
+
+
 def run_cases(kind: str, first: int, n: int) -> None:
-    """Seeds first .. first + n - 1; prints how many were read and how many refused."""
+    """Runs seeds first .. first + n - 1; prints how many files were read and how many refused."""
     name, make = FILES[kind]
     warnings.simplefilter("error")  # of numpy: a value that did not fit
     with tempfile.TemporaryDirectory() as folder:
-        path, refused = Path(folder) / name, 0
+        path = Path(folder) / name
+        refused = 0
         make(path)
         whole = path.read_bytes()
         check = check_boxes if kind == "boxes" else check_recording
@@ -215,11 +246,7 @@ def run_cases(kind: str, first: int, n: int) -> None:
             path.write_bytes(damaged(whole, header, np.random.default_rng([seed, *kind.encode()])))
             faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
             print(f"case {seed}", file=sys.stderr, flush=True)
-            try:
-                check(path)
-            except UserError as error:
-                assert str(path) in str(error)
-                refused += 1
+            refused += not is_read(path, check)
             faulthandler.cancel_dump_traceback_later()
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
             assert grown < MOST_BYTES, f"{grown} bytes of memory"
@@ -237,41 +264,46 @@ def in_a_process(kind: str, first: int, n: int, timeout: int) -> subprocess.Comp
     )
 
 
-def failure(done: subprocess.CompletedProcess[str]) -> str:
-    """The number of the case that ended the process, and what it said."""
-    return done.stderr.rsplit("case ", 1)[-1]
+def failure(result: subprocess.CompletedProcess[str]) -> str:
+    """The number of the case that ended the process, and its output."""
+    return result.stderr.rsplit("case ", 1)[-1]
 
 
 @pytest.mark.timeout(180)
 def test_damaged_files_are_read_or_refused():
-    done = in_a_process("all", 0, 150, timeout=150)
-    assert done.returncode == 0, f"{done.stdout} and then case {failure(done)}"
-    counts = {
-        line.split(":")[0]: [int(w) for w in line.split() if w.isdigit()]
-        for line in done.stdout.splitlines()
-    }
-    assert counts.keys() == FILES.keys()
-    for kind, (read, refused) in counts.items():  # both ways out are taken
-        assert read + refused == 150 and min(read, refused) > 5, kind
+    result = in_a_process("all", 0, 150, timeout=150)
+    assert result.returncode == 0, f"{result.stdout} and then case {failure(result)}"
+    lines = [
+        re.fullmatch(r"(\w+): (\d+) read, (\d+) refused", s) for s in result.stdout.splitlines()
+    ]
+    assert {line[1] for line in lines} == FILES.keys()
+    for line in lines:
+        read = int(line[2])
+        refused = int(line[3])
+        assert read + refused == 150, line[0]
+        assert min(read, refused) > 5, line[0]  # both outcomes occur
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3 * 3600)
 @pytest.mark.parametrize("kind", FILES)
 def test_many_damaged_files_are_read_or_refused(kind):
-    first, end = 1000, 1000 + int(os.environ.get("EVSPAN_FUZZ_CASES", 100_000)) // len(FILES)
+    num_cases = int(os.environ.get("EVSPAN_FUZZ_CASES", 100_000)) // len(FILES)
+    first = 1000
+    end = first + num_cases
     hung: list[int] = []
-    while (done := in_a_process(kind, first, end - first, timeout=3 * 3600)).returncode:
-        # HDF5 2.0 itself never returns from a variable-length attribute whose heap is overwritten with zeros.
-        assert (
-            kind == "metavision" and "Timeout" in done.stderr and "h5py/_hl/attrs.py" in done.stderr
-        ), f"{kind} {failure(done)}"
-        hung.append(int(failure(done).split()[0]))
+    result = in_a_process(kind, first, num_cases, timeout=3 * 3600)
+    while result.returncode:
+        # HDF5 2.0 never returns from a variable-length attribute whose heap is overwritten with
+        # zeros.
+        assert kind == "metavision", f"{kind} {failure(result)}"
+        assert "Timeout" in result.stderr, failure(result)
+        assert "h5py/_hl/attrs.py" in result.stderr, failure(result)
+        hung.append(int(failure(result).split()[0]))
         first = hung[-1] + 1
+        result = in_a_process(kind, first, end - first, timeout=3 * 3600)
     assert len(hung) <= 5, hung
-    print(
-        f"{kind}: {end - 1000} cases, hung in HDF5: {hung}; since the last of these {done.stdout.strip()}"
-    )
+    print(f"{kind}: {num_cases} cases, hung in HDF5: {hung}; after them {result.stdout.strip()}")
 
 
 if __name__ == "__main__":

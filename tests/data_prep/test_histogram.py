@@ -8,7 +8,8 @@ from evspan.conf.errors import ConfigError, RecordingError
 from evspan.conf.schema.prep import DownsampleBy, FrameConfig
 from evspan.data_prep.frames.histogram import frame_size, frames_of
 from evspan.data_prep.recordings.events import Events
-from support.slow_frames import GivenRecording, random_events, slow_frame, together
+from support.event_files import concatenated
+from support.slow_frames import GivenRecording, random_events, slow_frame
 
 H, W = 22, 35  # neither divides by 4
 
@@ -145,8 +146,8 @@ def test_readers_that_cut_chunks_small_give_the_same_frames(tmp_path):
     with open_writer(tmp_path / "a.raw", H, W) as writer:
         writer.write(events)
     recording = open_recording(tmp_path / "a.raw")
-    whole = [f for _, f in all_frames(together(recording.chunks()), FrameConfig())]
-    small = GivenRecording(together(recording.chunks(chunk_events=777)), H, W)
+    whole = [f for _, f in all_frames(concatenated(recording.chunks()), FrameConfig())]
+    small = GivenRecording(concatenated(recording.chunks(chunk_events=777)), H, W)
     again = [
         f for _, f in frames_of(small, lambda first: count(first + 50_000, 50_000), FrameConfig())
     ]

@@ -1,17 +1,21 @@
-"""`evspan prep report`: the numbers on the page against plain counts, and what keeps the page whole, safe and quick."""
+"""`evspan prep report`: its numbers against plain counts.
+
+The page is complete in itself, safe against markup in names, and written quickly.
+"""
 
 import base64
 import io
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
 import h5py
 import numpy as np
 import pytest
+from evspan.conf.text import plural
 from evspan.data_prep.draw import draw_boxes, draw_label, frame_to_rgb
 from evspan.data_prep.frames.codec import FrameEncoder
 from evspan.data_prep.prepare import prepare
@@ -22,14 +26,15 @@ from evspan.data_prep.report.survey import survey
 from evspan.data_prep.shards.format import BOX, FRAME_SHAPE, MANIFEST, Manifest, RecordingEntry
 from evspan.launch.cli.prep_report import main
 from PIL import Image
-from support.prepared import entries, make_source, prep_config
+from support.prepared import entries, prep_config
+from support.report_page import Page
 
 HEIGHT, WIDTH, BINS, CUTOFF = 40, 60, 2, 5
 SVG = 'xmlns="http://www.w3.org/2000/svg"'
 CLASSES = ["car", "bar"]
 
 
-# -- datasets, written straight to the contract --------------------------------------------------------------------
+# -- datasets, written straight to the contract ---------------------------------------------------
 def counted(seed=0, n=20, mean=0.02):
     return (
         np.random.default_rng(seed)
@@ -44,26 +49,28 @@ def box(frame, class_id=0, x=5, y=6, w=20, h=10):
 
 
 def write_dataset(root: Path, recordings: dict[str, dict], classes=CLASSES) -> Path:
-    """recordings: split/name -> frames, boxes [(frame, row)], labelled [frame, ...], and values of its entry."""
+    """Writes a dataset by the definition of its format.
+
+    Args:
+        recordings: by split/name: frames, boxes [(frame, row)], labelled [frame, ...], and values
+            of its entry.
+    """
     listed = []
     for number, (key, values) in enumerate(recordings.items()):
         split, name = key.split("/", 1)
-        frames, boxes, labelled = (
-            values.pop("frames", counted(number)),
-            values.pop("boxes", []),
-            values.pop("labelled", []),
-        )
-        n, encode = len(frames), FrameEncoder()
+        frames = values.pop("frames", counted(number))
+        boxes = values.pop("boxes", [])
+        labelled = values.pop("labelled", [])
+        n = len(frames)
+        encode = FrameEncoder()
         codes = [encode(frame).copy() for frame in frames]
         (root / split).mkdir(parents=True, exist_ok=True)
         shard = f"{split}/{number:05d}.h5"
         with h5py.File(root / shard, "w") as file:
             group = file.create_group(f"group{number}")
             group["frames"] = np.concatenate([*codes, np.zeros(0, np.uint8)])
-            group["frame_start"], group["end_us"] = (
-                np.cumsum([0, *map(len, codes)]),
-                50_000 * np.arange(1, n + 1),
-            )
+            group["frame_start"] = np.cumsum([0, *map(len, codes)])
+            group["end_us"] = 50_000 * np.arange(1, n + 1)
             group["boxes"] = np.array([row for _, row in sorted(boxes)], BOX)
             group["box_start"] = np.searchsorted(sorted(f for f, _ in boxes), np.arange(n + 1))
             group["labelled"] = np.isin(np.arange(n), labelled)
@@ -121,75 +128,6 @@ def usual() -> dict[str, dict]:
     }
 
 
-# -- reading the page ----------------------------------------------------------------------------------------------
-class Page(HTMLParser):
-    """tables: id -> head, rows and foot, each a list of (text, data-value); images: (alt, src); all text; tags in order."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.tables: dict[str, list[list[tuple[str, str | None]]]] = {}
-        self.images, self.tags, self.text, self.section, self.titles = [], [], "", "", {}
-        self.table, self.cell, self.title, self.open = "", None, None, []
-        self.feed(self.source)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        self.tags.append((tag, given))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-        if tag == "section":
-            self.section = given["id"]
-        elif tag == "table":
-            self.table = given["id"]
-            self.tables[self.table] = []
-        elif tag == "tr":
-            self.tables[self.table].append([])
-        elif tag in ("td", "th"):
-            self.cell = ["", given.get("data-value")]
-        elif tag == "title":
-            self.title = ""
-        elif tag == "img":
-            self.images.append((given["alt"], given["src"]))
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag in ("td", "th"):
-            self.tables[self.table][-1].append(tuple(self.cell))
-            self.cell = None
-        elif tag == "title":
-            self.titles.setdefault(self.section, []).append(self.title)
-            self.title = None
-
-    def handle_data(self, data):
-        if self.title is not None:
-            self.title += data
-        elif self.cell is not None:
-            self.cell[0] += data
-        self.text += data
-
-    def rows(self, table: str) -> dict[str, dict[str, str]]:
-        """By its first cell, each row as head -> data-value, or the text of a cell without."""
-        head, *rows = self.tables[table]
-        return {
-            row[0][0]: {
-                name: text if value is None else value
-                for (name, _), (text, value) in zip(head, row, strict=True)
-            }
-            for row in rows
-        }
-
-    def charts(self) -> list[ElementTree.Element]:
-        return [
-            ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", self.source, re.S)
-        ]
-
-
 @pytest.fixture
 def report(tmp_path, capsys):
     def call(root, *options):
@@ -202,40 +140,19 @@ def report(tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    source, output = (
-        make_source(tmp_path_factory.mktemp("source")),
-        tmp_path_factory.mktemp("shards"),
-    )
+def shards(source, tmp_path_factory):
+    output = tmp_path_factory.mktemp("shards")
     prepare(prep_config(source, output, labels={"min_side": 14, "label_every_ms": 50}))
     return output
 
 
-# -- numbers -------------------------------------------------------------------------------------------------------
-def plain(stored, told, keys):
-    """What the tables should say of the recordings `keys`, counted frame by frame."""
-    out = dict.fromkeys(
-        (
-            "seconds",
-            "frames",
-            "labelled",
-            "without boxes",
-            "boxes",
-            "boxes dropped",
-            "events",
-            "events dropped",
-            "empty",
-            "bytes",
-            "saturated",
-            "counting",
-            "ball",
-            "box",
-            "bar",
-        ),
-        0,
-    )
+# -- numbers --------------------------------------------------------------------------------------
+def plain(stored, manifest_entries, keys):
+    """The expected numbers of the tables for the recordings `keys`, counted frame by frame."""
+    out = Counter()
     for key in keys:
-        columns, entry = stored[key], told[key]
+        columns = stored[key]
+        entry = manifest_entries[key]
         out["seconds"] += (entry["last_us"] - entry["first_us"]) / 1e6
         out["events"] += entry["events"]
         out["boxes dropped"] += sum(entry["dropped_boxes"].values())
@@ -265,7 +182,7 @@ def stored_columns(output):
     return found
 
 
-def agrees(row, expected):
+def require_agreement(row, expected):
     for name in (
         "frames",
         "labelled",
@@ -289,26 +206,30 @@ def agrees(row, expected):
 
 def test_tables_agree_with_plain_counts_over_the_shards(shards, report):
     page, _ = report(shards)
-    stored, told = stored_columns(shards), entries(shards)
+    stored = stored_columns(shards)
+    listed = entries(shards)
     rows = page.rows("recording-table")
     assert set(rows) == {key.split("/")[1] for key in stored} | {"total"}
     assert len(stored) == 5
     for key in stored:
-        row, expected = rows[key.split("/")[1]], plain(stored, told, [key])
-        agrees(row, expected)
+        row = rows[key.split("/")[1]]
+        expected = plain(stored, listed, [key])
+        require_agreement(row, expected)
         assert row["split"] == key.split("/")[0]
         assert [int(row[c]) for c in ("ball", "box", "bar")] == [
             expected[c] for c in ("ball", "box", "bar")
         ]
-    everything = plain(stored, told, stored)
+    everything = plain(stored, listed, stored)
     assert everything["boxes"] > 10
     assert everything["boxes dropped"] > 0
-    agrees(rows["total"], everything)
+    require_agreement(rows["total"], everything)
     splits = page.rows("split-table")
     assert list(splits) == ["train", "val", "test", "total"]
     for split in ("train", "val", "test"):
-        agrees(splits[split], plain(stored, told, [k for k in stored if k.startswith(split)]))
-    agrees(splits["total"], everything)
+        require_agreement(
+            splits[split], plain(stored, listed, [k for k in stored if k.startswith(split)])
+        )
+    require_agreement(splits["total"], everything)
     classes = page.rows("class-table")
     for name in ("ball", "box", "bar"):
         assert (
@@ -318,10 +239,14 @@ def test_tables_agree_with_plain_counts_over_the_shards(shards, report):
         )
         assert (
             int(classes[name]["train"])
-            == plain(stored, told, [k for k in stored if k.startswith("train")])[name]
+            == plain(stored, listed, [k for k in stored if k.startswith("train")])[name]
         )
     for split in ("train", "val", "test"):
         assert classes["total"][split] == splits[split]["boxes"]
+
+
+def nearest(values, value):
+    return min(values, key=lambda candidate: abs(candidate - value))
 
 
 def test_sizes_of_boxes_agree_with_plain_counts(tmp_path, report):
@@ -349,20 +274,17 @@ def test_sizes_of_boxes_agree_with_plain_counts(tmp_path, report):
     exact = [2 ** (k / 4) for k in range(45)]
     assert sum(int(n) for *_, n in bars) == len(boxes)
     for low, high, number in bars:
-        low, high = (min(exact, key=lambda e, v=v: abs(e - float(v))) for v in (low, high))
-        low, high = 0 if low == 1 else low, np.inf if high == 2048 else high
-        assert int(number) == sum(low <= a**0.5 < high for a in area)
-    sizes = [
-        [
-            sum(
-                1
-                for (_, row), a in zip(boxes, area, strict=True)
-                if row[5] == k and low <= a < high
-            )
-            for low, high in ((0, 1024), (1024, 9216), (9216, np.inf))
-        ]
-        for k in range(2)
-    ]
+        first = nearest(exact, float(low))
+        last = nearest(exact, float(high))
+        if first == 1:
+            first = 0
+        if last == 2048:
+            last = np.inf
+        assert int(number) == sum(first <= a**0.5 < last for a in area)
+    sizes = [[0, 0, 0], [0, 0, 0]]
+    for (_, row), a in zip(boxes, area, strict=True):
+        size = int(a >= 1024) + int(a >= 9216)
+        sizes[row[5]][size] += 1
     rows = page.rows("class-table")
     assert [[int(rows[c][s]) for s in ("small", "medium", "large")] for c in CLASSES] == sizes
     assert min(map(min, sizes)) > 5
@@ -374,9 +296,9 @@ def test_counts_of_decoded_frames_agree_with_plain_counts(tmp_path, report):
         write_dataset(tmp_path / "d", {"test/a": {"frames": frames}}), "--frames-per-recording", "4"
     )
     cells = frames[[2, 7, 12, 17]].reshape(-1)
-    told = [re.match(r"([\d\u202f]+) cells count (\d+)", t).groups() for t in page.titles["counts"]]
-    told = [(int(n.replace("\u202f", "")), int(v)) for n, v in told]
-    assert told == [(int((cells == v).sum()), v) for v in range(1, CUTOFF + 1)]
+    tips = [re.match(r"([\d\u202f]+) cells count (\d+)", t) for t in page.titles["counts"]]
+    counts = {int(tip[2]): int(tip[1].replace("\u202f", "")) for tip in tips}
+    assert counts == {value: int((cells == value).sum()) for value in range(1, CUTOFF + 1)}
     row = page.rows("recording-table")["a"]
     assert float(row["at cutoff"]) == pytest.approx((cells == CUTOFF).sum() / (cells > 0).sum())
     assert "4 decoded frames, up to 4 of each recording" in page.text
@@ -415,7 +337,7 @@ def test_frames_that_cover_half_of_a_recording_get_half_of_its_events(tmp_path):
     assert survey(root).recordings[0].curve.events.sum() == pytest.approx(500)
 
 
-def test_drops_are_told_by_reason_with_their_setting(tmp_path, report):
+def test_drops_are_listed_by_reason_with_their_setting(tmp_path, report):
     page, _ = report(
         write_dataset(
             tmp_path / "d",
@@ -430,7 +352,8 @@ def test_drops_are_told_by_reason_with_their_setting(tmp_path, report):
             },
         )
     )
-    boxes, events = page.rows("box-drops"), page.rows("event-drops")
+    boxes = page.rows("box-drops")
+    events = page.rows("event-drops")
     assert {k: (v["number"], float(v["fraction"])) for k, v in boxes.items()} == {
         "kept": ("1", 0.1),
         "under min side min_side = 20": ("3", 0.3),
@@ -444,7 +367,12 @@ def test_drops_are_told_by_reason_with_their_setting(tmp_path, report):
     assert page.rows("recording-table")["a"]["events dropped"] == "100"
 
 
-# -- pictures ------------------------------------------------------------------------------------------------------
+# -- images -------------------------------------------------------------------------------------
+def image_of(data_uri: str) -> np.ndarray:
+    png = base64.b64decode(data_uri.removeprefix("data:image/png;base64,"))
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
 def test_the_sheet_shows_frames_with_their_boxes(tmp_path, report):
     frames = counted(5, 20, mean=0.01)
     page, _ = report(
@@ -463,17 +391,12 @@ def test_the_sheet_shows_frames_with_their_boxes(tmp_path, report):
     (about, source), (other, _) = page.images
     assert about == "train/a, 0.40 s, 2 boxes"
     assert other == "val/b, 0.60 s, 0 boxes"
-    picture = np.asarray(
-        Image.open(
-            io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))
-        ).convert("RGB")
-    )
-    expected = draw_label(
-        draw_boxes(frame_to_rgb(frames[7]), [[5, 6, 25, 16], [30, 20, 50, 30]], CLASSES, upscale=2),
-        "0.40 s",
-    )
-    assert picture.shape == expected.shape
-    assert abs(picture.astype(int) - expected).mean() < 4
+    image = image_of(source)
+    corners = [[5, 6, 25, 16], [30, 20, 50, 30]]
+    expected = draw_boxes(frame_to_rgb(frames[7]), corners, CLASSES, upscale=2)
+    expected = draw_label(expected, "0.40 s")
+    assert image.shape == expected.shape
+    assert abs(image.astype(int) - expected).mean() < 4
     assert abs(255 - expected.astype(int)).mean() > 15
 
 
@@ -492,20 +415,14 @@ def test_wide_frames_are_drawn_smaller_and_keep_lone_events(tmp_path, report):
             },
         )
     )
-    picture = np.asarray(
-        Image.open(io.BytesIO(base64.b64decode(page.images[0][1].split(",")[1]))).convert("RGB")
-    ).astype(int)
-    assert picture.shape == (33, 500, 3)
-    assert picture[16, 300, 0] - picture[16, 300, 1] > 60  # red
-    assert picture[25, 100, 1] - picture[25, 100, 0] > 100
-    assert picture[25, 110].tolist() == [
-        255,
-        255,
-        255,
-    ]
+    image = image_of(page.images[0][1]).astype(int)
+    assert image.shape == (33, 500, 3)
+    assert image[16, 300, 0] - image[16, 300, 1] > 60  # red
+    assert image[25, 100, 1] - image[25, 100, 0] > 100
+    assert image[25, 110].tolist() == [255, 255, 255]
 
 
-# -- the page itself -----------------------------------------------------------------------------------------------
+# -- the page itself ------------------------------------------------------------------------------
 def test_the_page_is_whole_and_needs_nothing_else(shards, report):
     page, _ = report(shards)
     assert page.source.startswith("<!DOCTYPE html>")
@@ -537,7 +454,8 @@ def test_charts_are_sound_svg_with_axes_and_tooltips(shards, report):
 
 
 def test_names_cannot_inject(tmp_path, report):
-    name, broken = '<script>alert("1")</script>', "\x1b]0;pwned\udcff\n"
+    name = '<script>alert("1")</script>'
+    broken = "\x1b]0;pwned\udcff\n"
     root = write_dataset(
         tmp_path / "<b>d&amp;",
         {
@@ -599,15 +517,16 @@ def test_many_recordings_get_a_row_each_and_few_charts_and_pictures(tmp_path, re
     assert "12 of 60 recordings are shown" in page.text
 
 
-def test_only_the_frames_that_it_tells_are_decoded(tmp_path, report, capsys):
-    """All others are damaged: whoever decodes them fails."""
+def test_only_the_sampled_and_drawn_frames_are_decoded(tmp_path, report, capsys):
+    """All others are damaged: to decode one of them is an error."""
     root = write_dataset(tmp_path / "d", {"test/a": {"frames": counted(0, 100)}})
-    decoded = {int((i + 0.5) * 100 / 8) for i in range(8)} | {
-        int((i + 0.5) * 100 / 6) for i in range(6)
-    }  # and the pictures
+    sampled = {int((i + 0.5) * 100 / 8) for i in range(8)}
+    drawn = {int((i + 0.5) * 100 / 6) for i in range(6)}
+    decoded = sampled | drawn
     with h5py.File(root / "test" / "00000.h5", "r+") as file:
         group = file["group0"]
-        start, code = group["frame_start"][:], group["frames"][:]
+        start = group["frame_start"][:]
+        code = group["frames"][:]
         for i in set(range(100)) - decoded:
             code[start[i]] = 254  # one more event in the cell before the first
         group["frames"][:] = code
@@ -629,7 +548,7 @@ def test_split_and_recording_choose(tmp_path, report):
     assert "recording b only" in page.text
 
 
-# -- warnings ------------------------------------------------------------------------------------------------------
+# -- warnings -------------------------------------------------------------------------------------
 def test_nothing_stands_out_of_a_sound_dataset(tmp_path, report):
     page, out = report(
         write_dataset(
@@ -658,7 +577,8 @@ MANY_BOXES = [box(i % 20) for i in range(150)]
         ),
         (
             {"train/e": {"frames": counted(1)[:, :, :20], **usual()["train/b"]}},
-            "Frames are of 2 sizes (60 x 40: train/a, train/b and 1 more; 60 x 20: train/e); a model is trained on one.",
+            "Frames are of 2 sizes (60 x 40: train/a, train/b and 1 more; 60 x 20: train/e); "
+            "a model is trained on one.",
         ),
         ({"train/b": {}}, "1 recording of 2 in train without labels: b."),
         (
@@ -732,17 +652,17 @@ MANY_BOXES = [box(i % 20) for i in range(150)]
 )
 def test_warnings_in_words(tmp_path, changes, expected):
     recordings = {**usual(), **changes}
-    found = findings(
+    sentences = findings(
         survey(
             write_dataset(
                 tmp_path / "d", {k: dict(v) for k, v in recordings.items() if v is not None}
             )
         )
     )
-    assert len([f for f in found if expected in f]) == 1, found
+    assert len([s for s in sentences if expected in s]) == 1, sentences
 
 
-def test_what_was_asked_for_is_no_warning(tmp_path):
+def test_intended_drops_are_no_warning(tmp_path):
     """Thinned labels, and classes that were left out."""
     drops = {"boxes_between_labelled_frames": 1000, "boxes_of_other_classes": 7}
     recordings = usual()
@@ -752,11 +672,11 @@ def test_what_was_asked_for_is_no_warning(tmp_path):
     ]
 
 
-# -- the command ---------------------------------------------------------------------------------------------------
+# -- the command ----------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_as_typed_it_writes_beside_the_folder(shards):
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "evspan.launch", "prep", "report", str(shards)],
         capture_output=True,
         text=True,
@@ -764,11 +684,9 @@ def test_as_typed_it_writes_beside_the_folder(shards):
         cwd=Path(__file__).parents[2],
     )
     out = shards.with_name(f"{shards.name}_report.html")
-    assert (done.returncode, done.stderr) == (0, "")
-    first, *warnings = done.stdout.splitlines()
-    assert (
-        first == f"{out}: 5 recordings, {len(warnings)} warning{'s' if len(warnings) != 1 else ''}"
-    )
+    assert (result.returncode, result.stderr) == (0, "")
+    first, *warnings = result.stdout.splitlines()
+    assert first == f"{out}: 5 recordings, {plural(len(warnings), 'warning')}"
     assert warnings
     assert all(w.strip() in Page(out).text for w in warnings)
 
@@ -801,23 +719,24 @@ def lose_shard(root):
 
 @pytest.mark.parametrize("damage", [damage_columns, damage_boxes, cut, lose_column, lose_shard])
 def test_a_damaged_shard_ends_in_one_line_and_leaves_the_page_as_it_was(tmp_path, damage, capsys):
-    root, out = write_dataset(tmp_path / "d", usual()), tmp_path / "out" / "page.html"
+    root = write_dataset(tmp_path / "d", usual())
+    out = tmp_path / "out" / "page.html"
     out.parent.mkdir()
     out.write_text("before")
     damage(root)
     with pytest.raises(SystemExit) as exit_:
         main([str(root), str(out)])
-    told = capsys.readouterr()
+    err = capsys.readouterr().err
     assert exit_.value.code == 2
-    assert told.err.startswith("error: ")
-    assert len(told.err.splitlines()) == 1
-    assert "00000.h5" in told.err
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    assert "00000.h5" in err
     assert out.read_text() == "before"
     assert list(out.parent.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("nowhere",), "nowhere holds no manifest.json, so it is no prepared dataset"),
         (("d", "page.pdf"), "page.pdf does not end in .html"),
@@ -832,7 +751,7 @@ def test_a_damaged_shard_ends_in_one_line_and_leaves_the_page_as_it_was(tmp_path
         ((), "required: SHARDS"),
     ],
 )
-def test_mistakes_end_in_one_line(tmp_path, monkeypatch, arguments, told, capsys):
+def test_mistakes_end_in_one_line(tmp_path, monkeypatch, arguments, message, capsys):
     write_dataset(tmp_path / "d", usual())
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
@@ -841,12 +760,12 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, arguments, told, capsys
     assert exit_.value.code == 2
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
-    assert told in err
+    assert message in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d"]
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "text"),
     [
         (0, "0"),
         (7, "7"),
@@ -858,12 +777,12 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, arguments, told, capsys
         (0.25, "0.25"),
     ],
 )
-def test_short_numbers(value, told):
-    assert short(value) == told
+def test_short_numbers(value, text):
+    assert short(value) == text
 
 
 @pytest.mark.parametrize(
-    ("share", "told"),
+    ("fraction", "text"),
     [
         (0, "0 %"),
         (1e-6, "under 0.001 %"),
@@ -875,8 +794,8 @@ def test_short_numbers(value, told):
         (1, "100 %"),
     ],
 )
-def test_percent(share, told):
-    assert percent(share) == told
+def test_percent(fraction, text):
+    assert percent(fraction) == text
 
 
 @pytest.mark.parametrize("high", [0.003, 1, 7, 10, 99, 100, 101, 2.5e6, 1e12])

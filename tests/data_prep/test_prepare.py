@@ -22,6 +22,7 @@ from evspan.data_prep.shards.format import (
     read_frames,
 )
 from evspan.data_prep.simulator import simulate
+from support.event_files import concatenated
 from support.prepared import (
     COLUMNS,
     HEIGHT,
@@ -40,7 +41,7 @@ from support.prepared import (
     manifest,
     prep_config,
 )
-from support.slow_frames import random_events, slow_frame, together
+from support.slow_frames import random_events, slow_frame
 
 ENTRY_FIELDS = {
     "name",
@@ -150,7 +151,7 @@ def test_the_manifest_tells_what_is_stored(source, prepared):
     assert [f"{r['split']}/{r['name']}" for r in written["recordings"]] == KEYS
     for key, entry in entries(prepared).items():
         columns, path = stored[key], file_of(source, key)
-        boxes, events = find_boxes(path), together(open_recording(path).chunks())
+        boxes, events = find_boxes(path), concatenated(open_recording(path).chunks())
         assert set(entry) == ENTRY_FIELDS
         assert (entry["frames"], entry["boxes"], entry["labelled_frames"]) == (
             len(columns["frames"]),
@@ -214,7 +215,7 @@ def assert_frames_by_definition(events, columns, **how):
 
 def test_frames_are_those_of_the_definition(source, prepared):
     for key, columns in contents(prepared).items():
-        events = together(open_recording(file_of(source, key)).chunks())
+        events = concatenated(open_recording(file_of(source, key)).chunks())
         assert_frames_by_definition(events, columns, bins=3, cutoff=10, downsample=2, by="sum")
 
 
@@ -225,7 +226,7 @@ def test_other_frames_are_too(source, tmp_path, downsample, by):
     frames = {"bins": 5, "cutoff": 255, "downsample": downsample, "downsample_by": DownsampleBy[by]}
     prepare(prep_config(source / "val", tmp_path / "out", frames=frames))
     columns = contents(tmp_path / "out")["test/d"]  # a flat folder counts as test
-    events = together(open_recording(source / "val" / "d_td.raw").chunks())
+    events = concatenated(open_recording(source / "val" / "d_td.raw").chunks())
     assert_frames_by_definition(events, columns, bins=5, cutoff=255, downsample=downsample, by=by)
     if by == "sum":
         assert int(columns["frames"].sum(dtype=np.int64)) == events.t.size

@@ -1,4 +1,4 @@
-"""`evspan prep preview`: what it draws, of recordings and of shards."""
+"""`evspan prep preview`: its images of recordings and of shards."""
 
 import shutil
 
@@ -7,26 +7,14 @@ import pytest
 from evspan.conf.schema.prep import FrameConfig
 from evspan.data_prep.draw import draw_boxes, draw_label, frame_to_rgb
 from evspan.data_prep.labels.box_files import read_boxes
-from evspan.data_prep.prepare import prepare
 from evspan.data_prep.preview import recording_frames, sample_evenly, shard_frames
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.shards.format import load_manifest
 from evspan.launch.cli.prep_preview import main
 from PIL import Image
-from support.prepared import WIDTH, contents, entries, make_source, prep_config
-from support.slow_frames import slow_frame, together
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return make_source(tmp_path_factory.mktemp("source"))
-
-
-@pytest.fixture(scope="module")
-def shards(source, tmp_path_factory):
-    output = tmp_path_factory.mktemp("shards")
-    prepare(prep_config(source, output))
-    return output
+from support.event_files import concatenated
+from support.prepared import WIDTH, contents, entries
+from support.slow_frames import slow_frame
 
 
 @pytest.fixture
@@ -44,76 +32,73 @@ def preview(capsys):
 
 
 def tiles(path, height, width, columns):
-    """The pictures of a sheet, row by row."""
+    """The images of a sheet, row by row."""
     sheet = np.asarray(Image.open(path).convert("RGB"))
     rows = (sheet.shape[0] + 2) // (height + 2)
-    return [
-        sheet[y * (height + 2) :, x * (width + 2) :][:height, :width]
-        for y in range(rows)
-        for x in range(columns)
-    ]
+    images = []
+    for i in range(rows * columns):
+        y = i // columns * (height + 2)
+        x = i % columns * (width + 2)
+        images.append(sheet[y : y + height, x : x + width])
+    return images
 
 
 def drawn(frame, boxes, labels, end_us):
-    corners = np.array(
-        [[b["x"], b["y"], b["x"] + b["w"], b["y"] + b["h"]] for b in boxes], np.float64
-    ).reshape(-1, 4)
-    return draw_label(
-        draw_boxes(frame_to_rgb(frame), corners, labels, upscale=2), f"{end_us / 1e6:.2f} s"
-    )
+    corners = np.zeros((len(boxes), 4))
+    for row, box in zip(corners, boxes, strict=True):
+        row[:] = (box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"])
+    image = draw_boxes(frame_to_rgb(frame), corners, labels, upscale=2)
+    return draw_label(image, f"{end_us / 1e6:.2f} s")
 
 
-# -- what is shown -----------------------------------------------------------------------------------------------
+# -- what is shown --------------------------------------------------------------------------------
 def test_frames_of_a_recording_come_with_the_boxes_at_their_ends(source):
     path = source / "train" / "a_td.raw"
-    events, boxes = (
-        together(open_recording(path).chunks()),
-        read_boxes(source / "train" / "a_bbox.npy"),
-    )
-    shots = list(recording_frames(path, FrameConfig(bins=2), ["ball", "box"], 0.0))
-    start, first, seen = None, int(events.t[0]), 0
-    for shot in shots:
-        end = shot.end_us + first
-        start = end - 50_000 if start is None else start
-        np.testing.assert_array_equal(
-            shot.frame,
-            slow_frame(
-                events.take((events.t >= start) & (events.t < end)),
-                start,
-                end,
-                height=160,
-                width=WIDTH,
-                bins=2,
-                cutoff=10,
-                downsample=2,
-                by="sum",
-            ),
+    events = concatenated(open_recording(path).chunks())
+    boxes = read_boxes(source / "train" / "a_bbox.npy")
+    frames = list(recording_frames(path, FrameConfig(bins=2), ["ball", "box"], 0.0))
+    first = int(events.t[0])
+    start = frames[0].end_us + first - 50_000
+    num_boxes = 0
+    for frame in frames:
+        end = frame.end_us + first
+        expected = slow_frame(
+            events.take((events.t >= start) & (events.t < end)),
+            start,
+            end,
+            height=160,
+            width=WIDTH,
+            bins=2,
+            cutoff=10,
+            downsample=2,
+            by="sum",
         )
+        np.testing.assert_array_equal(frame.frame, expected)
         at_end = boxes[boxes["t"] == end]
-        np.testing.assert_array_equal(
-            shot.boxes,
-            np.stack(
-                [at_end["x"], at_end["y"], at_end["x"] + at_end["w"], at_end["y"] + at_end["h"]], 1
-            ).astype(np.float64)
-            / 2,
-        )
-        assert shot.labels == [("ball", "box", "class 2")[k] for k in at_end["class_id"]]
-        start, seen = end, seen + len(at_end)
-    assert len(shots) == 11
-    assert seen > 0
+        right = at_end["x"] + at_end["w"]
+        bottom = at_end["y"] + at_end["h"]
+        corners = np.stack([at_end["x"], at_end["y"], right, bottom], 1).astype(np.float64)
+        np.testing.assert_array_equal(frame.boxes, corners / 2)
+        assert frame.labels == [("ball", "box", "class 2")[k] for k in at_end["class_id"]]
+        start = end
+        num_boxes += len(at_end)
+    assert len(frames) == 11
+    assert num_boxes > 0
 
 
-def test_frames_of_a_shard_are_what_is_stored(shards):
-    entry = next(r for r in load_manifest(shards).recordings if r.name == "b")
-    stored = contents(shards)["train/b"]
-    shots = list(shard_frames(shards, entry, ["ball", "box", "bar"], [5, 1, 6]))
-    for shot, i in zip(shots, (5, 1, 6), strict=True):
+def test_frames_of_a_shard_are_what_is_stored(prepared):
+    entry = next(r for r in load_manifest(prepared).recordings if r.name == "b")
+    stored = contents(prepared)["train/b"]
+    frames = list(shard_frames(prepared, entry, ["ball", "box", "bar"], [5, 1, 6]))
+    for frame, i in zip(frames, (5, 1, 6), strict=True):
         boxes = stored["boxes"][stored["box_start"][i] : stored["box_start"][i + 1]]
-        assert shot.end_us == stored["end_us"][i] - entry.first_us
-        np.testing.assert_array_equal(shot.frame, stored["frames"][i])
-        np.testing.assert_allclose(shot.boxes[:, :2], np.stack((boxes["x"], boxes["y"]), 1))
+        assert frame.end_us == stored["end_us"][i] - entry.first_us
+        np.testing.assert_array_equal(frame.frame, stored["frames"][i])
+        np.testing.assert_allclose(frame.boxes[:, :2], np.stack((boxes["x"], boxes["y"]), 1))
         np.testing.assert_allclose(
-            shot.boxes[:, 2:] - shot.boxes[:, :2], np.stack((boxes["w"], boxes["h"]), 1), atol=1e-4
+            frame.boxes[:, 2:] - frame.boxes[:, :2],
+            np.stack((boxes["w"], boxes["h"]), 1),
+            atol=1e-4,
         )
 
 
@@ -131,52 +116,45 @@ def test_sampling_takes_evenly_from_a_stream_of_unknown_length(length, count):
         assert gaps.max() <= 1.3 * gaps.min() + 1
 
 
-# -- sheets ------------------------------------------------------------------------------------------------------
-def test_a_sheet_of_a_shard_shows_its_frames(shards, tmp_path, preview):
-    code, out, err = preview(shards, tmp_path / "sheet.png", "--split", "val")
-    stored, entry = contents(shards)["val/d"], entries(shards)["val/d"]
+# -- sheets ---------------------------------------------------------------------------------------
+def test_a_sheet_of_a_shard_shows_its_frames(prepared, tmp_path, preview):
+    code, out, err = preview(prepared, tmp_path / "sheet.png", "--split", "val")
+    stored = contents(prepared)["val/d"]
+    entry = entries(prepared)["val/d"]
     n = entry["frames"]
-    assert (code, err) == (
-        0,
-        "",
-    )
+    assert (code, err) == (0, "")
     assert out == f"{tmp_path / 'sheet.png'}: {n} frames of val/d with {entry['boxes']} boxes\n"
     assert n == 7
-    pictures = tiles(tmp_path / "sheet.png", 160, 200, 2)
-    for i in range(n):  # columns: about as wide as high
+    images = tiles(tmp_path / "sheet.png", 160, 200, columns=2)  # about as wide as high
+    for i in range(n):
         boxes = stored["boxes"][stored["box_start"][i] : stored["box_start"][i + 1]]
-        expected = drawn(
-            stored["frames"][i],
-            boxes,
-            [("ball", "box", "bar")[b["class_id"]] for b in boxes],
-            stored["end_us"][i] - entry["first_us"],
-        )
-        np.testing.assert_array_equal(pictures[i], expected)
+        labels = [("ball", "box", "bar")[box["class_id"]] for box in boxes]
+        end_us = stored["end_us"][i] - entry["first_us"]
+        expected = drawn(stored["frames"][i], boxes, labels, end_us)
+        np.testing.assert_array_equal(images[i], expected)
 
 
-def test_a_recording_and_its_shard_show_the_same_pixels(source, shards, tmp_path, preview):
+def test_a_recording_and_its_shard_show_the_same_pixels(source, prepared, tmp_path, preview):
     assert preview(source / "test" / "plain.raw", tmp_path / "recording.png")[0] == 0
-    assert preview(shards / "test" / "00000.h5", tmp_path / "shard.png")[0] == 0
-    recording, shard = (
-        np.asarray(Image.open(tmp_path / f"{n}.png")) != 255 for n in ("recording", "shard")
-    )
-    np.testing.assert_array_equal(
-        recording.any(2), shard.any(2)
-    )  # hot pixels saturate per bin in shards
+    assert preview(prepared / "test" / "00000.h5", tmp_path / "shard.png")[0] == 0
+    recording = np.asarray(Image.open(tmp_path / "recording.png"))
+    shard = np.asarray(Image.open(tmp_path / "shard.png"))
+    # Colours may differ: hot pixels saturate per bin in shards.
+    np.testing.assert_array_equal((recording != 255).any(2), (shard != 255).any(2))
 
 
-def test_frames_and_from_choose(source, shards, tmp_path, preview):
-    for given, there in ((source / "train" / "a_td.raw", 11), (shards, 11)):
-        code, out, _ = preview(given, tmp_path / "a.png", "--frames", "3")
+def test_frames_and_from_choose(source, prepared, tmp_path, preview):
+    for path, num_frames in ((source / "train" / "a_td.raw", 11), (prepared, 11)):
+        code, out, _ = preview(path, tmp_path / "a.png", "--frames", "3")
         assert code == 0
         assert ": 3 frames of " in out
-        code, out, _ = preview(given, tmp_path / "a.gif", "--from", "0.25")
+        code, out, _ = preview(path, tmp_path / "a.gif", "--from", "0.25")
         assert code == 0
-        assert f": {there - 5} frames of " in out
-        code, out, _ = preview(given, tmp_path / "a.gif", "--frames", "4", "--from", "0.1")
+        assert f": {num_frames - 5} frames of " in out
+        code, out, _ = preview(path, tmp_path / "a.gif", "--frames", "4", "--from", "0.1")
         assert code == 0
         assert Image.open(tmp_path / "a.gif").n_frames == 4
-        code, _, err = preview(given, tmp_path / "b.png", "--from", "7")
+        code, _, err = preview(path, tmp_path / "b.png", "--from", "7")
         assert code == 2
         assert "has no frames from 7 s on; give an earlier --from" in err
 
@@ -185,36 +163,27 @@ def test_downsample_and_window_are_those_asked_for(source, tmp_path, preview):
     recording = source / "val" / "d_td.raw"
     assert preview(recording, tmp_path / "a.png", "--frames", "1", "--downsample", "4")[0] == 0
     assert Image.open(tmp_path / "a.png").size == (100, 80)  # drawn at twice its size
-    assert (
-        preview(
-            recording,
-            tmp_path / "b.png",
-            "--frames",
-            "1",
-            "--downsample",
-            "1",
-            "--window-ms",
-            "400",
-        )[0]
-        == 0
-    )
+    options = ["--frames", "1", "--downsample", "1", "--window-ms", "400"]
+    assert preview(recording, tmp_path / "b.png", *options)[0] == 0
     assert Image.open(tmp_path / "b.png").size == (400, 320)
-    coloured = [
-        (np.asarray(Image.open(tmp_path / f"{n}.png").convert("RGB")) != 255).any(2).mean()
-        for n in "ab"
-    ]
-    assert coloured[1] > 0.02
+    rgb = np.asarray(Image.open(tmp_path / "b.png").convert("RGB"))
+    assert (rgb != 255).any(2).mean() > 0.02
 
 
-# -- animations --------------------------------------------------------------------------------------------------
-def test_a_gif_plays_all_frames_in_real_time(source, shards, tmp_path, preview):
-    for given, n in ((source / "train" / "a_td.raw", 11), (shards / "train" / "00000.h5", 11)):
-        assert preview(given, tmp_path / "a.gif")[0] == 0
+# -- animations -----------------------------------------------------------------------------------
+def test_a_gif_plays_all_frames_in_real_time(source, prepared, tmp_path, preview):
+    for path in (source / "train" / "a_td.raw", prepared / "train" / "00000.h5"):
+        assert preview(path, tmp_path / "a.gif")[0] == 0
         gif = Image.open(tmp_path / "a.gif")
-        assert gif.n_frames == n
+        assert gif.n_frames == 11
         assert gif.size == (200, 160)
-        assert sum((gif.seek(i), gif.info["duration"])[1] for i in range(n)) == 50 * n
-        shown = (gif.seek(5), np.asarray(gif.convert("RGB")).astype(int))[1]
+        duration_ms = 0
+        for i in range(11):
+            gif.seek(i)
+            duration_ms += gif.info["duration"]
+        assert duration_ms == 50 * 11
+        gif.seek(5)
+        shown = np.asarray(gif.convert("RGB")).astype(int)
         redder = shown[..., 0] - shown[..., 2]
         assert (redder > 80).any()
         assert (redder < -80).any()
@@ -231,9 +200,9 @@ def test_an_mp4_is_written(source, tmp_path, preview):
     assert (tmp_path / "a.mp4").stat().st_size > 1000
 
 
-# -- mistakes ----------------------------------------------------------------------------------------------------
+# -- mistakes -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["RECORDING", "OUT.jpg"], "ends in none of .png, .gif, .mp4"),
         (["RECORDING", "OUT.png", "--frames", "0"], "give 1 frame or more"),
@@ -266,12 +235,12 @@ def test_an_mp4_is_written(source, tmp_path, preview):
     ],
 )
 def test_mistakes_end_in_one_line_and_write_nothing(
-    source, shards, tmp_path, preview, arguments, told
+    source, prepared, tmp_path, preview, arguments, message
 ):
     (tmp_path / "empty").mkdir()
     names = {
         "RECORDING": source / "val" / "d_td.raw",
-        "SHARDS": shards,
+        "SHARDS": prepared,
         "OUT": tmp_path / "out",
         "NOWHERE": tmp_path / "nowhere",
         "EMPTY": tmp_path / "empty",
@@ -287,7 +256,7 @@ def test_mistakes_end_in_one_line_and_write_nothing(
     assert out == ""
     assert len(err.splitlines()) == 1
     assert err.startswith("error: ")
-    assert filled(told) in err
+    assert filled(message) in err
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
@@ -308,15 +277,15 @@ def test_help_shows_examples(preview):
 
 
 def test_a_real_street_is_drawn(samples_dir, tmp_path, preview):
-    """The dense sample: 8.8 ms of a drive, so one frame; its sky is empty and its road is not."""
+    """The dense sample: 8.8 ms of a drive, which is one frame."""
     code, out, _ = preview(samples_dir / "gen4_evt3_dense.raw", tmp_path / "street.png")
     assert code == 0
     assert ": 1 frame of gen4_evt3_dense.raw with 0 boxes" in out
-    picture = np.asarray(Image.open(tmp_path / "street.png").convert("RGB"))
-    assert picture.shape == (360, 640, 3)
-    coloured = (picture != 255).any(2)
-    events = together(open_recording(samples_dir / "gen4_evt3_dense.raw").chunks())
-    seen = np.zeros((360, 640), bool)
-    seen[events.y // 2, events.x // 2] = True
-    seen[340:, :60] = coloured[340:, :60]  # the time is written there
-    np.testing.assert_array_equal(coloured, seen)
+    image = np.asarray(Image.open(tmp_path / "street.png").convert("RGB"))
+    assert image.shape == (360, 640, 3)
+    coloured = (image != 255).any(2)
+    events = concatenated(open_recording(samples_dir / "gen4_evt3_dense.raw").chunks())
+    expected = np.zeros((360, 640), bool)
+    expected[events.y // 2, events.x // 2] = True
+    expected[340:, :60] = coloured[340:, :60]  # the time is written there
+    np.testing.assert_array_equal(coloured, expected)

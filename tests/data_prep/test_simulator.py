@@ -1,4 +1,4 @@
-"""The simulator: what it promises of events, boxes and files."""
+"""The simulator: its events, boxes and files against their definitions."""
 
 import json
 from itertools import islice
@@ -19,27 +19,19 @@ from evspan.data_prep.simulator import (
 from evspan.data_prep.simulator.scene import BAR, SHAPE_COLUMNS, make_scene, shapes_and_centres
 from evspan.data_prep.simulator.sensor import Sensor, render
 from evspan.launch.cli.simulate import main
+from support.event_files import concatenated
 
 SMALL = SimulatorConfig(height=240, width=320)
 
 
-def together(blocks) -> Events:
-    return Events(*(np.concatenate(c) for c in zip(*blocks, strict=True)))
-
-
 def disc(radius, *, swing=0.0, mean=1.0):
-    row = dict(
-        zip(
-            SHAPE_COLUMNS,
-            (0, radius, radius, 1, 0, radius, radius, 10, 0, mean, swing),
-            strict=True,
-        )
-    )
-    return np.array([list(row.values())], np.float32)
+    row = (0, radius, radius, 1, 0, radius, radius, 10, 0, mean, swing)
+    assert len(row) == len(SHAPE_COLUMNS)
+    return np.array([row], np.float32)
 
 
 def test_same_seed_same_events_another_seed_others():
-    first, again, other = (together(simulated_events(0.3, seed, SMALL)) for seed in (3, 3, 4))
+    first, again, other = (concatenated(simulated_events(0.3, seed, SMALL)) for seed in (3, 3, 4))
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
     assert first.t.size != other.t.size or (first.x != other.x).any()
@@ -47,7 +39,7 @@ def test_same_seed_same_events_another_seed_others():
 
 
 def test_events_are_sorted_and_inside():
-    events = together(simulated_events(0.21, 0, SMALL))  # not a whole number of blocks
+    events = concatenated(simulated_events(0.21, 0, SMALL))  # not a whole number of blocks
     assert events.t.size > 1000
     assert (np.diff(events.t) >= 0).all()
     assert events.t[0] >= 0
@@ -64,7 +56,7 @@ def test_gen4_rate_is_two_to_five_million_a_second():
 
 def test_no_pixel_fires_within_its_refractory_period():
     config = SimulatorConfig(height=200, width=200, refractory_us=1500, noise_hz=20)
-    events = together(simulated_events(0.4, 1, config))
+    events = concatenated(simulated_events(0.4, 1, config))
     order = np.lexsort((events.t, events.x, events.y))
     same = (np.diff(events.x[order].astype(int)) == 0) & (np.diff(events.y[order].astype(int)) == 0)
     gaps = np.diff(events.t[order])[same]
@@ -76,7 +68,7 @@ def test_noise_alone_is_poisson_in_space_and_time():
     config = SimulatorConfig(
         height=200, width=300, min_objects=0, max_objects=0, noise_hz=5, refractory_us=0
     )
-    events = together(simulated_events(2.0, 5, config))
+    events = concatenated(simulated_events(2.0, 5, config))
     mean = 5 * 200 * 300 * 2
     assert abs(events.t.size - mean) < 5 * mean**0.5
     assert abs(events.p.mean() - 0.5) < 0.01
@@ -89,14 +81,14 @@ def test_noise_alone_is_poisson_in_space_and_time():
 
 
 def test_a_pixel_counts_thresholds_and_interpolates_times():
-    """A bright disc runs over single pixels: events by the slow definition, in number, polarity and time."""
+    """A bright disc moves over single pixels: number, polarity and time of events by definition."""
     config = SimulatorConfig(
         height=200, width=200, threshold_mismatch=0, noise_hz=0, refractory_us=0, step_us=500
     )
-    shapes, times = disc(20), np.arange(0, 400_001, 500)
-    centres = np.stack([-22 + 100e-6 * times, np.full(times.size, 100)], 1)[:, None].astype(
-        np.float32
-    )  # 100 px/s
+    shapes = disc(20)
+    times = np.arange(0, 400_001, 500)
+    centres = np.stack([-22 + 100e-6 * times, np.full(times.size, 100)], 1)  # 100 px/s
+    centres = centres[:, None].astype(np.float32)
     sensor = Sensor(
         np.zeros((200, 200), np.float32), shapes, centres[0], np.random.default_rng(0), config
     )
@@ -108,12 +100,15 @@ def test_a_pixel_counts_thresholds_and_interpolates_times():
         for cx, cy in centres[:, 0].astype(float):
             alpha = min(1.0, max(0.0, 20.5 - np.hypot(x + 0.5 - cx, y + 0.5 - cy)))
             levels.append(alpha * 1.0)
-        expected, level = [], float(reference[y, x])
+        expected = []
+        level = float(reference[y, x])
         for i in range(1, len(levels)):
-            old, new = levels[i - 1], levels[i]
+            old = levels[i - 1]
+            new = levels[i]
             while abs(new - level) >= 0.2 and (new - level) * (new - old) > 0:
                 level += 0.2 * np.sign(new - old)
-                expected.append((times[i - 1] + (level - old) / (new - old) * 500, int(new > old)))
+                time = times[i - 1] + (level - old) / (new - old) * 500
+                expected.append((time, int(new > old)))
         assert [p for _, p in expected] == events.p[mine].tolist()
         assert len(expected) >= 4
         np.testing.assert_allclose(events.t[mine], [t for t, _ in expected], atol=3)
@@ -121,10 +116,10 @@ def test_a_pixel_counts_thresholds_and_interpolates_times():
 
 def test_a_still_scene_is_silent_and_a_block_boundary_does_not_matter():
     config = SimulatorConfig(height=200, width=200, noise_hz=0)
-    shapes, times = disc(30, swing=0.5), np.arange(0, 200_001, 2000)
-    path = np.stack([50 + 100e-6 * np.minimum(times, 100_000), np.full(times.size, 90)], 1)[
-        :, None
-    ].astype(np.float32)
+    shapes = disc(30, swing=0.5)
+    times = np.arange(0, 200_001, 2000)
+    x = 50 + 100e-6 * np.minimum(times, 100_000)
+    path = np.stack([x, np.full(times.size, 90)], 1)[:, None].astype(np.float32)
 
     def sensor():
         return Sensor(
@@ -135,7 +130,7 @@ def test_a_still_scene_is_silent_and_a_block_boundary_does_not_matter():
     assert whole.t.size > 1000
     assert whole.t.max() < 100_000
     parts = sensor()
-    pieces = together(
+    pieces = concatenated(
         [
             parts.events(times[a : b + 1], shapes, path[a : b + 1])
             for a, b in ((0, 7), (7, 40), (40, 100))
@@ -150,22 +145,18 @@ def mask_of(track, t, height, width):
     shape = dict(zip(SHAPE_COLUMNS, track.shape.astype(float), strict=True))
     cx, cy = track.centre(np.array([t]))[0].astype(float)
     dy, dx = np.mgrid[:height, :width] + 0.5 - np.array([cy, cx])[:, None, None]
-    u, v = shape["cos"] * dx + shape["sin"] * dy, shape["cos"] * dy - shape["sin"] * dx
+    u = shape["cos"] * dx + shape["sin"] * dy
+    v = shape["cos"] * dy - shape["sin"] * dx
     if track.class_id == 0:
         return u**2 + v**2 <= shape["half_u"] ** 2
     return (abs(u) <= shape["half_u"]) & (abs(v) <= shape["half_v"])
 
 
 def test_boxes_are_the_extents_of_what_is_visible():
-    config, seconds, seed = (
-        SimulatorConfig(height=300, width=400, min_objects=4, max_objects=8),
-        3.0,
-        2,
-    )
-    scene = make_scene(
-        int(1e6 * seconds), np.random.default_rng(np.random.SeedSequence(seed).spawn(2)[0]), config
-    )
-    boxes = simulated_boxes(seconds, seed, config)
+    config = SimulatorConfig(height=300, width=400, min_objects=4, max_objects=8)
+    scene_rng = np.random.default_rng(np.random.SeedSequence(2).spawn(2)[0])
+    scene = make_scene(3_000_000, scene_rng, config)
+    boxes = simulated_boxes(3.0, 2, config)
     cropped = hidden = 0
     for t in np.unique(boxes["t"])[::9].tolist():
         expected = {}
@@ -177,7 +168,8 @@ def test_boxes_are_the_extents_of_what_is_visible():
             if visible.sum() < 0.3 * track.area:
                 cropped += masks[i].any()
                 continue
-            rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
+            rows = np.flatnonzero(visible.any(1))
+            columns = np.flatnonzero(visible.any(0))
             expected[track.track_id] = (
                 columns[0],
                 rows[0],
@@ -185,27 +177,20 @@ def test_boxes_are_the_extents_of_what_is_visible():
                 np.ptp(rows) + 1,
                 track.class_id,
             )
-        got = {
-            int(b["track_id"]): tuple(int(b[k]) for k in ("x", "y", "w", "h", "class_id"))
-            for b in boxes[boxes["t"] == t]
-        }
-        assert got.keys() == expected.keys()
-        for (
-            track_id,
-            box,
-        ) in (
-            got.items()
-        ):  # float32 against float64: a centre on the very outline may fall either way
-            np.testing.assert_allclose(box, expected[track_id], atol=1)
+        at_t = boxes[boxes["t"] == t]
+        assert set(at_t["track_id"]) == expected.keys()
+        # float32 against float64: a centre exactly on the outline may fall either way.
+        for box in at_t:
+            values = [int(box[k]) for k in ("x", "y", "w", "h", "class_id")]
+            np.testing.assert_allclose(values, expected[int(box["track_id"])], atol=1)
     assert cropped
     assert hidden
 
 
-def test_boxes_are_where_the_picture_differs_from_the_background():
+def test_boxes_are_where_the_rendering_differs_from_the_background():
     config = SimulatorConfig(height=300, width=400, min_objects=1, max_objects=1, stop_fraction=0)
-    scene = make_scene(
-        4_000_000, np.random.default_rng(np.random.SeedSequence(8).spawn(2)[0]), config
-    )
+    scene_rng = np.random.default_rng(np.random.SeedSequence(8).spawn(2)[0])
+    scene = make_scene(4_000_000, scene_rng, config)
     boxes = simulated_boxes(4.0, 8, config)
     checked = 0
     for box in boxes[::20]:
@@ -215,9 +200,8 @@ def test_boxes_are_where_the_picture_differs_from_the_background():
         render(canvas, scene.background, shapes, centres[0], 0, 300, 0, 400)
         rows, columns = np.nonzero(abs(canvas - scene.background) > 1e-3)
         edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-        np.testing.assert_allclose(
-            edges, [box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"]], atol=1.01
-        )
+        expected = [box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"]]
+        np.testing.assert_allclose(edges, expected, atol=1.01)
         checked += 1
     assert checked >= 3
 
@@ -228,13 +212,11 @@ def test_gen4_boxes_have_all_classes_sizes_and_stops():
     longest = np.maximum(boxes["w"], boxes["h"])
     assert set(np.unique(boxes["class_id"])) == set(range(len(CLASSES)))
     assert 0.15 < (longest <= 44).mean() < 0.6
-    for class_id, (low, high) in enumerate(
-        ((19, 45), (39, 125), (69, 165))
-    ):  # each class has sizes and a shape of its own
+    # Each class has its own sizes and shape.
+    for class_id, (low, high) in enumerate(((19, 45), (39, 125), (69, 165))):
         mine = boxes[boxes["class_id"] == class_id]
-        sides = np.quantile(
-            np.maximum(mine["w"], mine["h"]), (0.2, 1)
-        )  # the lowest are cut by the border or another object
+        # The smallest are cropped by the border or hidden by another object.
+        sides = np.quantile(np.maximum(mine["w"], mine["h"]), (0.2, 1))
         assert low < sides[0]
         assert sides[1] <= high
     bars = boxes[boxes["class_id"] == BAR]
@@ -247,20 +229,20 @@ def test_gen4_boxes_have_all_classes_sizes_and_stops():
     assert at_once.max() <= 8
     assert 3 < at_once.mean() < 7
     assert set(np.unique(np.diff(np.unique(boxes["t"])))) <= {16_666, 16_667}
-    still, lifetimes = 0, 0
+    still = 0
+    lifetimes = 0
     for key in np.unique(np.stack((recording, boxes["track_id"])), axis=1).T:
         track = boxes[(recording == key[0]) & (boxes["track_id"] == key[1])]
-        moved = (
-            np.abs(np.diff(track["x"])) + np.abs(np.diff(track["y"])) + np.abs(np.diff(track["w"]))
-            > 0
-        )
+        moved = np.zeros(track.size - 1, bool)
+        for name in ("x", "y", "w"):
+            moved |= np.diff(track[name]) != 0
         runs = np.diff(np.flatnonzero(np.concatenate(([True], moved, [True]))))
         still += sum(run for run in runs.tolist() if run >= 55)  # about a second
         lifetimes += track.size
     assert 0.02 < still / lifetimes < 0.25
 
 
-def test_a_stop_is_at_rest_for_its_time_and_speeds_are_as_said():
+def test_a_stop_is_at_rest_for_its_time_and_speeds_are_in_their_range():
     scene = make_scene(60_000_000, np.random.default_rng(0), SimulatorConfig())
     stops = [t for t in scene.tracks if t.stopped_us]
     assert 0.15 < len(stops) / len(scene.tracks) < 0.4
@@ -278,14 +260,15 @@ def test_a_stop_is_at_rest_for_its_time_and_speeds_are_as_said():
 
 
 @pytest.mark.parametrize("suffix", ["raw", "dat", "h5"])
-def test_reading_back_gives_the_events_that_were_made(tmp_path, suffix):
+def test_reading_back_gives_the_simulated_events(tmp_path, suffix):
     path = tmp_path / f"a_td.{suffix}"
     report = simulate(path, seconds=0.3, seed=6, config=SMALL)
     recording = open_recording(path)
     assert (recording.height, recording.width) == (240, 320)
-    made, read = together(simulated_events(0.3, 6, SMALL)), together(recording.chunks())
-    assert report.events == made.t.size > 1000
-    for name, a, b in zip(Events._fields, made, read, strict=True):
+    simulated = concatenated(simulated_events(0.3, 6, SMALL))
+    read = concatenated(recording.chunks())
+    assert report.events == simulated.t.size > 1000
+    for name, a, b in zip(Events._fields, simulated, read, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
     boxes = read_boxes(find_boxes(path))
     assert boxes.size == report.boxes > 0
@@ -294,10 +277,8 @@ def test_reading_back_gives_the_events_that_were_made(tmp_path, suffix):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a_bbox.npy", f"a_td.{suffix}"]
 
 
-def test_memory_is_bounded_blocks_are():
-    sizes = [
-        e.t.size for e in islice(simulated_events(1000.0, 0, SMALL), 5)
-    ]  # begins at once, whatever the length
+def test_a_long_recording_comes_in_blocks_of_bounded_size():
+    sizes = [events.t.size for events in islice(simulated_events(1000.0, 0, SMALL), 5)]
     assert len(sizes) == 5
     assert max(sizes) < 1e6
 
@@ -337,7 +318,7 @@ def test_command_writes_the_same_bytes_with_any_number_of_processes_and_keeps_wh
     assert (tmp_path / "a/train/train_000_td.raw").stat().st_mtime_ns == before
 
 
-def test_command_refuses_what_was_made_otherwise_and_overwrites_it_when_told(tmp_path, capsys):
+def test_command_refuses_other_parameters_and_replaces_with_overwrite(tmp_path, capsys):
     one = [
         str(tmp_path),
         "--recordings",
@@ -353,10 +334,10 @@ def test_command_refuses_what_was_made_otherwise_and_overwrites_it_when_told(tmp
     with pytest.raises(SystemExit) as exit_:
         main([*one, "--seed", "9"])
     assert exit_.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert "--overwrite" in told
-    assert len(told.splitlines()) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert "--overwrite" in err
+    assert len(err.splitlines()) == 1
     main([*one, "--noise-hz", "3", "--format", "dat", "--overwrite", "--processes", "1"])
     names = sorted(p.name for p in (tmp_path / "val").iterdir())
     assert names == ["val_000_bbox.npy", "val_000_simulation.json", "val_000_td.dat"]

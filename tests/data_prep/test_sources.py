@@ -1,4 +1,4 @@
-"""Which recordings a source has: folders by the published naming, and explicit lists."""
+"""The recordings of a source: folders by the published naming, and explicit lists."""
 
 import os
 
@@ -16,7 +16,7 @@ from support.prepared import SCENE, contents, entries, prep_config
 
 @pytest.fixture
 def folder(tmp_path):
-    """Files of every published name, in places of their own; empty, since only names matter here."""
+    """Empty files of every published name, in several folders."""
     for name in (
         "day1/a_td.dat",
         "day1/a_bbox.npy",
@@ -41,7 +41,7 @@ def listed(folder, text: str, name: str = "list.txt"):
     return [(s.key, s.path, s.boxes, s.relative) for s in find_sources(folder / name)]
 
 
-# -- folders -----------------------------------------------------------------------------------------------------
+# -- folders --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("ending", ["_td.dat", "_td.h5", "_td.dat.h5", "_td.raw"])
 def test_a_recording_and_its_boxes_are_paired_by_the_published_naming(tmp_path, ending):
     for split in ("train", "val"):
@@ -69,7 +69,7 @@ def test_one_file_and_a_flat_folder_count_as_test(folder):
     ]
 
 
-# -- lists -------------------------------------------------------------------------------------------------------
+# -- lists ----------------------------------------------------------------------------------------
 def test_a_list_names_recordings_anywhere_and_boxes_of_any_name(folder):
     text = f"""# split path boxes
     train  day1/a_td.dat
@@ -101,7 +101,7 @@ def test_a_table_with_a_heading_as_other_programs_write_it(folder):
     ]
 
 
-def test_names_that_collide_are_mended_by_a_link(folder):
+def test_names_that_collide_are_corrected_by_a_link(folder):
     (folder / "other").mkdir()
     (folder / "other" / "a.raw").touch()
     (folder / "list.txt").write_text("train day1/a_td.dat\n\ntrain other/a.raw\n")
@@ -122,7 +122,7 @@ def test_names_that_collide_are_mended_by_a_link(folder):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         (
             "training plain.raw",
@@ -130,7 +130,8 @@ def test_names_that_collide_are_mended_by_a_link(folder):
         ),
         (
             "train gone.raw",
-            r"recording .*/gone\.raw is not there\. Correct the line: paths are absolute, or start at .* folder /",
+            r"recording .*/gone\.raw is not there\. Correct the line: "
+            r"paths are absolute, or start at .* folder /",
         ),
         ("train day1", r"recording .*/day1 is a folder\. Correct the line"),
         ("train plain.raw gone.npy", r"box file .*/gone\.npy is not there\. Correct the line"),
@@ -143,14 +144,14 @@ def test_names_that_collide_are_mended_by_a_link(folder):
         ),
     ],
 )
-def test_mistakes_name_the_line_and_the_remedy(folder, line, told):
+def test_mistakes_name_the_line_and_the_remedy(folder, line, message):
     (folder / "list.txt").write_text(f"# a comment\nval d_td.raw\n{line}\n")
-    with pytest.raises(RecordingError, match=rf"^{folder}/list\.txt, line 3: .*{told}"):
+    with pytest.raises(RecordingError, match=rf"^{folder}/list\.txt, line 3: .*{message}"):
         find_sources(folder / "list.txt")
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "lists no recordings"),
         (b"# nothing\n\n", "lists no recordings"),
@@ -158,13 +159,13 @@ def test_mistakes_name_the_line_and_the_remedy(folder, line, told):
         (b"train," + b"x" * 200_000, "line 1: field larger than field limit"),
     ],
 )
-def test_a_file_that_is_no_list(folder, content, told):
+def test_a_file_that_is_no_list(folder, content, message):
     (folder / "list.csv").write_bytes(content)
-    with pytest.raises(RecordingError, match=told):
+    with pytest.raises(RecordingError, match=message):
         find_sources(folder / "list.csv")
 
 
-# -- the whole way -----------------------------------------------------------------------------------------------
+# -- the whole way --------------------------------------------------------------------------------
 @pytest.mark.timeout(100)
 def test_a_listed_source_is_prepared_and_verified_as_a_folder_is(tmp_path):
     raw = tmp_path / "raw"
@@ -177,7 +178,8 @@ def test_a_listed_source_is_prepared_and_verified_as_a_folder_is(tmp_path):
     (tmp_path / "list.csv").write_text(
         f"train,raw/train/a_td.raw,elsewhere/boxes of a.npy\nval,{raw}/val/b_td.dat\n"
     )
-    output, config = tmp_path / "out", prep_config(tmp_path / "list.csv", tmp_path / "out")
+    output = tmp_path / "out"
+    config = prep_config(tmp_path / "list.csv", output)
     assert prepare(config).prepared == dict.fromkeys(("train/a", "val/b"), "new")
     assert [e["source"] for e in entries(output).values()] == [
         "raw/train/a_td.raw",
@@ -201,9 +203,8 @@ def test_a_listed_source_is_prepared_and_verified_as_a_folder_is(tmp_path):
     assert not contents(output)["train/a"]["labelled"].any()
 
     boxes["track_id"] -= 7
-    write_boxes(
-        raw / "train" / "a_bbox.npy", boxes
-    )  # the folder is what it was, and takes over what the list made
+    # The folder is complete again, and reuses the shards that were prepared from the list.
+    write_boxes(raw / "train" / "a_bbox.npy", boxes)
     assert find_boxes(raw / "train" / "a_td.raw") is not None
     assert prepare(prep_config(raw, output)).prepared == {"train/a": "the box file has changed"}
     for key, columns in contents(tmp_path / "reference").items():

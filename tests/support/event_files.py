@@ -1,8 +1,11 @@
-"""Sensor files for tests: words of every format, and what they mean, word by word in plain Python."""
+"""Sensor files for tests: random words of every format, and a slow reference decoder."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from evspan.data_prep.recordings.base import Recording
 from evspan.data_prep.recordings.events import Events
 from evspan.data_prep.recordings.open import open_recording
 
@@ -16,55 +19,74 @@ SIZES = {"evt3": (720, 1280), "evt2": (480, 640), "evt21": (720, 1280), "evt21_l
 WORDS = {"evt3": "<u2", "evt2": "<u4", "evt21": "<u8", "evt21_legacy": "<u8"}
 
 
+Event = tuple[int, int, int, int]  # t, x, y, p
+DecodedEvent = tuple[int | None, int, int, int]  # t is None before the first time word
+
+
 def write_raw(path: Path, kind: str, words: list[int], header: str | None = None) -> Path:
+    """Writes words with a header of their format, or the one that is given."""
     data = np.array(words, WORDS[kind])
     if kind == "evt21_legacy":  # each word's upper half comes first
         data = data.view("<u4").reshape(-1, 2)[:, ::-1].copy()
-    path.write_bytes((HEADERS[kind] if header is None else header).encode() + data.tobytes())
+    text = HEADERS[kind] if header is None else header
+    path.write_bytes(text.encode() + data.tobytes())
     return path
 
 
-def together(chunks) -> Events:
-    chunks = list(chunks)
+def concatenated(chunks: Iterable[Events]) -> Events:
+    """All events of the chunks; none give columns of length 0."""
+    columns: dict[str, list[Any]] = {"t": [], "x": [], "y": [], "p": []}
+    for chunk in chunks:
+        for name, column in chunk._asdict().items():
+            columns[name].append(column)
     return Events(
-        *(
-            np.concatenate([np.zeros(0, kind), *(getattr(c, name) for c in chunks)])
-            for name, kind in zip(Events._fields, ("i8", "u2", "u2", "u1"), strict=True)
-        )
+        np.concatenate([np.zeros(0, np.int64), *columns["t"]]),
+        np.concatenate([np.zeros(0, np.uint16), *columns["x"]]),
+        np.concatenate([np.zeros(0, np.uint16), *columns["y"]]),
+        np.concatenate([np.zeros(0, np.uint8), *columns["p"]]),
     )
 
 
-def read_by(path: Path, at_once: int | None = None, **how):
-    """(all events, the recording), read in blocks of `at_once` bytes (events, of HDF5)."""
+def read_by(path: Path, at_once: int | None = None, **options: int) -> tuple[Events, Recording]:
+    """All events and the recording, read in blocks of `at_once` bytes (events, of HDF5)."""
     recording = open_recording(path)
     if at_once:
-        recording = type(recording)(path, at_once)
-    return together(recording.chunks(**how)), recording
+        recording = type(recording)(path, at_once)  # type: ignore[call-arg]  # not of the base class
+    return concatenated(recording.chunks(**options)), recording
 
 
 def random_words(kind: str, rng: np.random.Generator, n: int) -> list[int]:
-    """Words of all types, unknown ones too; time runs on, stands, jumps, falls a little and wraps."""
-    return _random_evt3(rng, n) if kind == "evt3" else _random_evt2(rng, n, vectors=kind != "evt2")
+    """Words of all types, unknown ones too.
+
+    Time advances, stands still, jumps, falls a little and wraps.
+    """
+    if kind == "evt3":
+        return _random_evt3(rng, n)
+    return _random_evt2(rng, n, vectors=kind != "evt2")
 
 
 def _next_high(high: int, most: int, rng: np.random.Generator) -> int:
-    way = rng.random()
-    if way < 0.25:
+    choice = rng.random()
+    if choice < 0.25:
         return high
-    if way < 0.9:
+    if choice < 0.9:
         return (high + int(rng.integers(1, most // 64 + 2))) % most
-    if way < 0.97:
+    if choice < 0.97:
         return max(0, high - int(rng.integers(1, 5)))
-    return int(rng.integers(most)) if way < 0.98 else (most - 1) * int(rng.integers(2))
+    if choice < 0.98:
+        return int(rng.integers(most))
+    return (most - 1) * int(rng.integers(2))
 
 
 def _random_evt3(rng: np.random.Generator, n: int) -> list[int]:
-    shares = np.array([8, 1, 20, 6, 10, 6, 15, 1, 15, 1, 2, 1, 1, 1, 2, 10])
-    high, words = 4090, []
-    for kind in rng.choice(16, n, p=shares / shares.sum()).tolist():
+    weights = np.array([8, 1, 20, 6, 10, 6, 15, 1, 15, 1, 2, 1, 1, 1, 2, 10])
+    high = 4090
+    words = []
+    for kind in rng.choice(16, n, p=weights / weights.sum()).tolist():
         value = int(rng.integers(4096))
         if kind == 0x8:
-            value = high = _next_high(high, 4096, rng)
+            high = _next_high(high, 4096, rng)
+            value = high
         if kind == 0x0 and rng.random() < 0.9:
             value = int(rng.integers(720))
         words.append(kind << 12 | value)
@@ -72,46 +94,52 @@ def _random_evt3(rng: np.random.Generator, n: int) -> list[int]:
 
 
 def _random_evt2(rng: np.random.Generator, n: int, vectors: bool) -> list[int]:
-    shares = np.array([30, 30, 1, 1, 1, 1, 1, 1, 20, 1, 5, 1, 1, 1, 3, 2])
-    high, words = (1 << 28) - 3, []
-    for kind in rng.choice(16, n, p=shares / shares.sum()).tolist():
+    weights = np.array([30, 30, 1, 1, 1, 1, 1, 1, 20, 1, 5, 1, 1, 1, 3, 2])
+    high = (1 << 28) - 3
+    words = []
+    for kind in rng.choice(16, n, p=weights / weights.sum()).tolist():
         value = int(rng.integers(1 << 28))
         if kind == 0x8:
-            value = high = _next_high(high, 1 << 28, rng)
+            high = _next_high(high, 1 << 28, rng)
+            value = high
         if kind <= 1 and rng.random() < 0.9:
-            value = (
-                int(rng.integers(64)) << 22 | int(rng.integers(620)) << 11 | int(rng.integers(480))
-            )
+            low_time = int(rng.integers(64))
+            x = int(rng.integers(620))
+            y = int(rng.integers(480))
+            value = low_time << 22 | x << 11 | y
         word = kind << 28 | value
-        words.append(
-            word << 32 | int(rng.integers(1 << 32)) & int(rng.integers(1 << 32))
-            if vectors
-            else word
-        )
+        if vectors:
+            pixels = int(rng.integers(1 << 32)) & int(rng.integers(1 << 32))
+            word = word << 32 | pixels
+        words.append(word)
     return words
 
 
-def meaning(kind: str, words: list[int]) -> list[tuple]:
-    """(t, x, y, p) of every event, by the format's definition; t is None as long as no time is known."""
-    return (
-        _meaning_of_evt3(words)
-        if kind == "evt3"
-        else _meaning_of_evt2(words, vectors=kind != "evt2")
-    )
+def meaning(kind: str, words: list[int]) -> list[DecodedEvent]:
+    """(t, x, y, p) of every event, by the definition of the format."""
+    if kind == "evt3":
+        return _meaning_of_evt3(words)
+    return _meaning_of_evt2(words, vectors=kind != "evt2")
 
 
-def _meaning_of_evt3(words: list[int]) -> list[tuple]:
-    events: list[tuple] = []
-    high, low, loops, y, base, polarity = None, 0, 0, 0, 0, 0
+def _meaning_of_evt3(words: list[int]) -> list[DecodedEvent]:
+    events: list[DecodedEvent] = []
+    high: int | None = None
+    low = 0
+    wraps = 0
+    y = 0
+    base = 0
+    polarity = 0
     for word in words:
         kind, value = divmod(word, 4096)
-        t = None if high is None else loops * 2**24 + high * 4096 + low
+        t = None if high is None else wraps * 2**24 + high * 4096 + low
         if kind == 0:
             y = value % 2048
         elif kind == 2:
             events.append((t, value % 2048, y, value // 2048))
         elif kind == 3:
-            base, polarity = value % 2048, value // 2048
+            base = value % 2048
+            polarity = value // 2048
         elif kind in (4, 5):
             pixels = 12 if kind == 4 else 8
             events += [(t, base + k, y, polarity) for k in range(pixels) if value & 2**k]
@@ -120,41 +148,46 @@ def _meaning_of_evt3(words: list[int]) -> list[tuple]:
             low = value
         elif kind == 8:
             if high is not None and high - value >= 2048:
-                loops += 1
-            if value != high:
-                low = 0
+                wraps += 1
+            low = low if value == high else 0
             high = value
     return events
 
 
-def _meaning_of_evt2(words: list[int], vectors: bool) -> list[tuple]:
-    events: list[tuple] = []
-    high, loops = None, 0
+def _meaning_of_evt2(words: list[int], vectors: bool) -> list[DecodedEvent]:
+    events: list[DecodedEvent] = []
+    high: int | None = None
+    wraps = 0
     for word in words:
-        pixels = [k for k in range(32) if word & 2**k] if vectors else [0]
-        kind, value = divmod(word // 2**32 if vectors else word, 2**28)
+        upper = word // 2**32 if vectors else word
+        pixels = [0]
+        if vectors:
+            pixels = [k for k in range(32) if word & 2**k]
+        kind, value = divmod(upper, 2**28)
         if kind in (0, 1):
-            t = None if high is None else loops * 2**34 + high * 64 + value // 2**22
+            t = None if high is None else wraps * 2**34 + high * 64 + value // 2**22
             events += [(t, value // 2**11 % 2048 + k, value % 2048, kind) for k in pixels]
         elif kind == 8:
             if high is not None and high - value > 2**27:
-                loops += 1
+                wraps += 1
             high = value
     return events
 
 
-def as_read(events: list[tuple], height: int, width: int) -> tuple[list[tuple], dict[str, int]]:
-    """What a reader should hand on of these, and what it should say that it left out or mended."""
+def as_read(
+    events: list[DecodedEvent], height: int, width: int
+) -> tuple[list[Event], dict[str, int]]:
+    """The events that a reader must return of these, and the counts of those dropped or raised."""
     dropped = {"outside_sensor": 0, "before_first_time": 0, "late_timestamps_raised": 0}
-    out: list[tuple] = []
+    kept: list[Event] = []
     for t, x, y, p in events:
         if t is None:
             dropped["before_first_time"] += 1
         elif x >= width or y >= height:
             dropped["outside_sensor"] += 1
+        elif kept and t < kept[-1][0]:
+            dropped["late_timestamps_raised"] += 1
+            kept.append((kept[-1][0], x, y, p))
         else:
-            if out and t < out[-1][0]:
-                t = out[-1][0]
-                dropped["late_timestamps_raised"] += 1
-            out.append((t, x, y, p))
-    return out, dropped
+            kept.append((t, x, y, p))
+    return kept, dropped

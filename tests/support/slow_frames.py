@@ -1,7 +1,8 @@
-"""Frames by their definition, one event at a time, and recordings made of given events."""
+"""Frames by their definition, one event at a time, and recordings of events in memory."""
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,13 @@ from evspan.data_prep.recordings.base import Recording
 from evspan.data_prep.recordings.events import Events
 from numpy.typing import NDArray
 
+Cell = tuple[int, int, int]  # channel, row, column
+
 
 def random_events(
     rng: np.random.Generator, n: int, *, first: int, last: int, height: int, width: int
 ) -> Events:
+    """N events with times from `first` to `last`, sorted."""
     t = np.sort(rng.integers(first, last + 1, n))
     return Events(
         t,
@@ -22,12 +26,8 @@ def random_events(
     )
 
 
-def together(blocks) -> Events:
-    return Events(*(np.concatenate(c) for c in zip(*blocks, strict=True)))
-
-
 class GivenRecording(Recording):
-    """Events cut into chunks at the given indices."""
+    """Events in memory, cut into chunks at the given indices."""
 
     format = "given"
 
@@ -35,11 +35,12 @@ class GivenRecording(Recording):
         self, events: Events, height: int, width: int, cuts: list[int] | None = None
     ) -> None:
         super().__init__(Path("given.raw"), height, width)
-        self.given, self.cuts = events, [0, *(cuts or []), events.t.size]
+        self.columns = events
+        self.cuts = [0, *(cuts or []), events.t.size]
 
     def _decoded(self) -> Iterator[Events]:
-        for first, last in zip(self.cuts[:-1], self.cuts[1:], strict=True):
-            yield self.given.take(slice(first, last))
+        for first, last in pairwise(self.cuts):
+            yield self.columns.take(slice(first, last))
 
 
 def slow_frame(
@@ -54,20 +55,24 @@ def slow_frame(
     downsample: int,
     by: str,
 ) -> NDArray[np.uint8]:
-    """(2 * bins, H // downsample, W // downsample) of the half-open window [start, end)."""
-    pixels: Counter[tuple[int, int, int]] = (
-        Counter()
-    )  # (channel, y, x) at full resolution, without end
+    """The frame of the half-open window [start, end).
+
+    Returns:
+        (2 * bins, height // downsample, width // downsample).
+    """
+    pixels: Counter[Cell] = Counter()  # at full resolution, unbounded
     for t, x, y, p in zip(*(column.tolist() for column in events), strict=True):
         if start <= t < end:
-            pixels[p * bins + (t - start) * bins // (end - start), y, x] += 1
-    blocks: Counter[tuple[int, int, int]] = Counter()
-    centre = (
-        downsample // 2
-    )  # of a block's pixels 0, 1, ... the nearest to its middle, the later one of two
+            channel = p * bins + (t - start) * bins // (end - start)
+            pixels[channel, y, x] += 1
+    blocks: Counter[Cell] = Counter()
+    # Of the pixels 0, 1, ... of a block the nearest to its middle; of two the later one.
+    centre = downsample // 2
     for (channel, y, x), count in pixels.items():
-        row, column = y // downsample, x // downsample
-        if by == "sum" or (y, x) == (row * downsample + centre, column * downsample + centre):
+        row = y // downsample
+        column = x // downsample
+        is_centre = (y, x) == (row * downsample + centre, column * downsample + centre)
+        if by == "sum" or is_centre:
             blocks[channel, row, column] += count
     frame = np.zeros((2 * bins, height // downsample, width // downsample), np.uint8)
     for (channel, row, column), count in blocks.items():
