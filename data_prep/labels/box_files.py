@@ -1,4 +1,4 @@
-"""Box files: `X_bbox.npy` beside the recording `X_td.*`, in Prophesee's layout."""
+"""Box files: `X_bbox.npy` next to the recording `X_td.*`, in Prophesee's layout."""
 
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -46,7 +46,7 @@ def recording_name(path: Path) -> str:
 
 
 def find_boxes(recording: Path) -> Path | None:
-    """The box file beside a recording; None where there is none."""
+    """The box file next to a recording; None where there is none."""
     path = recording.with_name(f"{recording_name(recording)}_bbox.npy")
     return path if path.is_file() else None
 
