@@ -136,6 +136,7 @@ def by_torch(path: Path, frames: torch.Tensor) -> tuple[list[torch.Tensor], list
     return out, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_the_written_step_is_the_detector(exported, name):
     path, (fpn, _, batch, height, width) = exported(name), KINDS[name]
@@ -183,6 +184,7 @@ def test_an_onnx_file_tells_what_it_is(exported):
     ]
 
 
+@pytest.mark.slow
 def test_a_pt2_file_tells_what_it_is(exported):
     told = {"evspan": ""}
     torch.export.load(exported("plain.pt2"), extra_files=told)
@@ -207,6 +209,7 @@ def test_files_keep_to_themselves(exported, name):
     assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "part"),
     [
@@ -238,6 +241,7 @@ def test_the_check_finds_what_is_off(exported, name, part):
 refused = partial(refused_by, main)
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_is_not_kept(exported, tmp_path, capsys):
     weights = load_weights(exported("plain.pt2").with_suffix(".safetensors"))
     weights.tensors["yolox_head.obj_preds.0.bias"][0] = float("nan")

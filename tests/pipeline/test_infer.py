@@ -184,6 +184,7 @@ def run(
 refused = partial(refused_by, main)
 
 
+@pytest.mark.slow
 def test_detections_are_those_of_a_plain_loop_however_many_frames_a_call(here, tmp_path):
     wanted = frame_by_frame(here / "a_td.raw", here / "weights2.safetensors")
     ends = np.unique(wanted["t"])
@@ -247,6 +248,7 @@ def test_other_resolutions_and_sensors(here, tmp_path, downsample):
     assert (got["y"] + got["h"]).max() <= height
 
 
+@pytest.mark.slow
 def test_a_real_recording(samples_dir, here, tmp_path, capsys):
     path = samples_dir / "gen4_evt3_triggers.raw"
     got = run(here, tmp_path, "--no-video", recording=path, weights=4)
@@ -619,6 +621,7 @@ def test_csv_and_json_tell_what_the_npy_tells(here, tmp_path, capsys):
     assert "latency of a frame" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".raw", ".dat"])
 def test_a_file_that_grows_gives_what_the_whole_one_gives(here, tmp_path, suffix):
     """Written in pieces that end within words, while it is read; frames come before the file is whole."""

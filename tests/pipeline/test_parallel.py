@@ -69,6 +69,7 @@ def rank_main(rank, folder):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_global_batch_norm_and_agreements(tmp_path, monkeypatch):
     with socket.socket() as s:
