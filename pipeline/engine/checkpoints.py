@@ -1,14 +1,14 @@
-"""Checkpoints that appear whole or not at all, in a form that any layout can continue.
+"""Saves and loads checkpoints that are complete or absent, and that any layout can continue.
 
     RUN/checkpoints/step-00001000/
         meta.json                        step, the optimizer's counters, the run's resolved config
         weights.safetensors              consolidated weights
         moments.safetensors              Adam's averages by parameter name
-        lanes-0000-0003.safetensors      recurrent carry of lanes 0, 1 and 2, as one rank would hold it
+        lanes-0000-0003.safetensors      recurrent state of lanes 0, 1 and 2, as of one rank
         rank-0000.safetensors            a rank's generator states
-        metrics.json                     AP, once it was evaluated
+        metrics.json                     AP, after an evaluation
 
-Nothing but the generator states knows how many ranks there were, or how the optimizer lay over them.
+Only the generator states depend on the number of ranks; nothing depends on the ZeRO stage.
 """
 
 import json
@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from evspan.conf.errors import UserError
@@ -38,16 +38,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-MOMENTS, METRICS = "moments.safetensors", "metrics.json"
-FORM = 2  # of a checkpoint's folder; in the first, DeepSpeed's shards stood in the place of moments and lanes
+MOMENTS = "moments.safetensors"
+METRICS = "metrics.json"
+FORM = 2  # version of a checkpoint's folder; 1 had DeepSpeed's shards instead of moments and lanes
+CONTINUES = {  # config values that must be equal in a run and in the checkpoint that it continues
+    "training": (
+        "batch_size",
+        "sequence_length",
+        "gradient_accumulation_steps",
+        "sampling",
+        "max_steps",
+        "precision",
+    ),
+    "model": ("backbone", "fpn", "head"),
+}
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds. `weights` and `moments` count on rank 0 only.
+    """The content of a checkpoint, as one rank passes it to `Checkpoints.save`.
 
-    lanes, carry: those that this rank writes, and their canonical state, tensor by tensor; None: another rank of its
-    sequence does.
+    weights, moments: read on rank 0 only.
+    lanes: of this rank.
+    carry: the canonical state of these lanes, one tensor after the other; None if another rank of
+        the sequence group saves it.
     """
 
     meta: dict[str, Any]
@@ -61,143 +75,144 @@ class Checkpoints:
     """Saves and finds the checkpoints of one run.
 
     Args:
-        keep: so many of the newest, and the best.
-        ignore_best: the run does not continue what is in its folder; the best there is not its best.
+        keep: how many of the newest ones to keep, in addition to the best.
+        ignore_best: the run does not continue what is in its folder, so the first save discards the
+            best checkpoint of the run before it.
     """
 
     def __init__(self, run: Path, *, rank: int, keep: int, ignore_best: bool = False) -> None:
-        self.folder, self.run, self.rank, self.keep, self.ignore_best = (
-            run / FOLDER,
-            run,
-            rank,
-            keep,
-            ignore_best,
-        )
+        self.folder = run / FOLDER
+        self.run = run
+        self.rank = rank
+        self.keep = keep
+        self.ignore_best = ignore_best
 
     def save(self, step: int, snapshot: Snapshot) -> Path:
-        """Written beside, synced and renamed once all ranks are through; `latest` last. All ranks call it together.
+        """Writes a checkpoint. A collective.
+
+        The files are written to a temporary folder and synced, and the folder is renamed after all
+        ranks have finished. `latest` is updated last.
 
         Raises:
-            UserError: on every rank, when one could not write. The checkpoints before stand.
+            UserError: on every rank, if one of them could not write. Earlier checkpoints stay.
         """
         name = f"step-{step:08d}"
-        beside, final = self.folder / f".writing-{name}", self.folder / name
+        temporary = self.folder / f".writing-{name}"
+        final = self.folder / name
         try:
-            self._together(lambda: self._begin(beside), on=self.rank == 0)
-            self._together(lambda: self._write(beside, step, snapshot))
-            self._together(lambda: self._commit(beside, final), on=self.rank == 0)
+            self._on_all_ranks(lambda: self._begin(temporary), run=self.rank == 0)
+            self._on_all_ranks(lambda: self._write(temporary, step, snapshot))
+            self._on_all_ranks(lambda: self._commit(temporary, final), run=self.rank == 0)
         except UserError:
             if self.rank == 0:
-                shutil.rmtree(beside, ignore_errors=True)  # room for whoever wants to mend it
+                shutil.rmtree(temporary, ignore_errors=True)  # frees space on a full disk
             raise
         return final
 
-    def _together(self, work: Callable[[], None], *, on: bool = True) -> None:
-        """A barrier that also tells all ranks what went wrong on one, so that none waits for it."""
+    def _on_all_ranks(self, work: Callable[[], None], *, run: bool = True) -> None:
+        """Runs `work` where `run`, then waits for all ranks. Raises on all if one fails."""
         problem = ""
         try:
-            if on:
+            if run:
                 work()
         except OSError as error:
             problem = f"{error.filename or self.folder}: {error.strerror or error}"
-        if problems := [told for told in gather_objects(problem) if told]:
+        problems = [text for text in gather_objects(problem) if text]
+        if problems:
             raise UserError(
-                f"the checkpoint could not be saved: {problems[0]}. Those before stand in {self.folder}; mend that "
-                "(room, rights) and run the same command again"
+                f"the checkpoint could not be saved: {problems[0]}. Earlier checkpoints are still "
+                f"in {self.folder}; free space or correct the permissions, then run the same "
+                "command again"
             )
 
-    def _begin(self, beside: Path) -> None:
-        for left in (
-            *self.folder.glob(".deleting-*"),
-            *self.folder.glob(".writing-*"),
-        ):  # of a run that was killed
-            shutil.rmtree(left)
-        beside.mkdir(parents=True)
+    def _begin(self, temporary: Path) -> None:
+        for pattern in (".deleting-*", ".writing-*"):  # of a run that was killed
+            for leftover in self.folder.glob(pattern):
+                shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
 
-    def _write(self, beside: Path, step: int, snapshot: Snapshot) -> None:
+    def _write(self, folder: Path, step: int, snapshot: Snapshot) -> None:
+        written = []
         if self.rank == 0:
-            save_weights(beside / WEIGHTS, snapshot.weights)
-            save_tensors(beside / MOMENTS, snapshot.moments)
-            (beside / META).write_text(
-                json.dumps(dict(snapshot.meta, form=FORM, step=step), indent=1) + "\n"
-            )
+            save_weights(folder / WEIGHTS, snapshot.weights)
+            save_tensors(folder / MOMENTS, snapshot.moments)
+            meta = dict(snapshot.meta, form=FORM, step=step)
+            (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
+            written += [WEIGHTS, MOMENTS, META]
         if snapshot.carry is not None:
+            lanes_file = _lanes_file(snapshot.lanes)
             save_tensors(
-                beside / _lanes_file(snapshot.lanes),
-                {f"{i:04d}": t for i, t in enumerate(snapshot.carry)},
+                folder / lanes_file,
+                {f"{i:04d}": tensor for i, tensor in enumerate(snapshot.carry)},
             )
-        save_tensors(beside / _generators_file(self.rank), generator_states())
-        for name in (
-            WEIGHTS,
-            MOMENTS,
-            META,
-            _lanes_file(snapshot.lanes),
-            _generators_file(self.rank),
-        ):
-            if (beside / name).exists():
-                _fsync(beside / name)  # on the machine that wrote it
+            written.append(lanes_file)
+        save_tensors(folder / _generators_file(self.rank), generator_states())
+        written.append(_generators_file(self.rank))
+        for name in written:
+            _fsync(folder / name)  # on the machine that wrote it
 
-    def _commit(self, beside: Path, final: Path) -> None:
-        _fsync(beside)
+    def _commit(self, temporary: Path, final: Path) -> None:
+        _fsync(temporary)
         if final.exists():  # the same step again, after a resume from an older checkpoint
             _remove(final)
         if self.ignore_best:
             (self.folder / BEST).unlink(missing_ok=True)
             self.ignore_best = False
-        os.replace(beside, final)
+        os.replace(temporary, final)
         _fsync(self.folder)
-        _write_whole(self.folder / LATEST, final.name + "\n")
-        self._retain(final.name)
+        _write_pointer(self.folder / LATEST, final.name + "\n")
+        self._remove_old(final.name)
 
-    def _retain(self, newest: str) -> None:
+    def _remove_old(self, newest: str) -> None:
         complete = sorted(p for p in self.folder.glob("step-*") if p.name <= newest)
         for path in complete[: -self.keep]:
             if path.name != self.best():
                 _remove(path)
 
     def find(self) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to resume from, and its meta.json. A collective: file systems may show ranks different things."""
-        newest = newest_checkpoint(self.run) if self.rank == 0 else None
-        return broadcast_object(newest and (newest, json.loads((newest / META).read_text())))
+        """The checkpoint to resume from, with its meta.json. A collective.
 
-    # -- AP, rank 0 only -----------------------------------------------------------------------------------------
+        Rank 0 decides, since a file system may show different files to different machines.
+        """
+        newest = None
+        if self.rank == 0:
+            folder = newest_checkpoint(self.run)
+            newest = folder and (folder, json.loads((folder / META).read_text()))
+        return cast("tuple[Path, dict[str, Any]] | None", broadcast_object(newest))
+
+    # -- AP, rank 0 only -----------------------------------------------------------------------
     def evaluated(self, step: int) -> bool:
+        """Whether the checkpoint of `step` has metrics."""
         return (self.folder / f"step-{step:08d}" / METRICS).exists()
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
-        """Keep what the checkpoint of `step` reached, and point `best` to it where no other has a higher AP."""
+        """Writes metrics.json of a checkpoint; updates `best` if no other one has a higher AP.
+
+        Args:
+            metrics: JSON values; `ap` is a number or None.
+        """
         name = f"step-{step:08d}"
-        _write_whole(self.folder / name / METRICS, json.dumps(metrics, indent=1) + "\n")
+        _write_pointer(self.folder / name / METRICS, json.dumps(metrics, indent=1) + "\n")
         if metrics["ap"] is not None and metrics["ap"] > self._best_ap():
-            _write_whole(self.folder / BEST, name + "\n")
+            _write_pointer(self.folder / BEST, name + "\n")
 
     def best(self) -> str | None:
+        """The name of the checkpoint with the highest AP."""
         pointer = self.folder / BEST
         return pointer.read_text().strip() if pointer.is_file() else None
 
     def _best_ap(self) -> float:
-        told = self.folder / (self.best() or "none") / METRICS
-        return json.loads(told.read_text())["ap"] if told.is_file() else -1.0
+        """-1 before the first evaluation."""
+        metrics = self.folder / (self.best() or "none") / METRICS
+        return float(json.loads(metrics.read_text())["ap"]) if metrics.is_file() else -1.0
 
 
-CONTINUES = {  # config values that a run must have in common with the checkpoint that it continues
-    "training": (
-        "batch_size",
-        "sequence_length",
-        "gradient_accumulation_steps",
-        "sampling",
-        "max_steps",
-        "precision",
-    ),
-    "model": ("backbone", "fpn", "head"),
-}
-
-
+# -- loading -----------------------------------------------------------------------------------
 def check_continues(folder: Path, meta: dict[str, Any], config: dict[str, Any]) -> None:
     """Checks that a run may continue from a checkpoint.
 
     Args:
-        meta: of the checkpoint in `folder`. config: the run's, as JSON values.
+        meta: of the checkpoint in `folder`. config: of the run, as JSON values.
 
     Raises:
         UserError: another form, batch or model.
@@ -218,9 +233,12 @@ def check_continues(folder: Path, meta: dict[str, Any], config: dict[str, Any]) 
                 )
 
 
-# -- reading back ------------------------------------------------------------------------------------------------
-class Loaded(NamedTuple):
-    """weights, moments: by name. carry: canonical, tensor by tensor. generators: None where there was no such rank."""
+class LoadedSnapshot(NamedTuple):
+    """The part of a checkpoint that one rank continues from.
+
+    weights, moments: by name. carry: the canonical state of the rank's lanes, one tensor after the
+    other. generators: None if the checkpoint was saved with fewer ranks.
+    """
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
@@ -228,19 +246,19 @@ class Loaded(NamedTuple):
     generators: dict[str, Tensor] | None
 
 
-def load_snapshot(folder: Path, lanes: range, rank: int) -> Loaded:
-    """What `rank`, which works on `lanes`, needs of a checkpoint to continue from it.
+def load_snapshot(folder: Path, lanes: range, rank: int) -> LoadedSnapshot:
+    """Loads what a rank with these lanes needs from a checkpoint.
 
     Raises:
         UserError: a file is missing or damaged.
     """
+    generators_file = folder / _generators_file(rank)
     try:
-        own = folder / _generators_file(rank)
-        return Loaded(
+        return LoadedSnapshot(
             load_file(folder / WEIGHTS),
             load_file(folder / MOMENTS),
             _load_carry(folder, lanes),
-            load_file(own) if own.exists() else None,
+            load_file(generators_file) if generators_file.exists() else None,
         )
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
@@ -250,23 +268,21 @@ def load_snapshot(folder: Path, lanes: range, rank: int) -> Loaded:
 
 
 def _load_carry(folder: Path, lanes: range) -> list[Tensor]:
+    """Collects `lanes` from the files of all ranks that saved them."""
     parts: list[list[Tensor]] = []
     for file in sorted(folder.glob("lanes-*.safetensors")):
         first, stop = map(int, file.stem.split("-")[1:])
-        here = range(max(first, lanes.start), min(stop, lanes.stop))
-        if here:
-            parts.append(
-                [
-                    t.narrow(-4, here.start - first, len(here))
-                    for _, t in sorted(load_file(file).items())
-                ]
-            )
-    carry = [torch.cat(of_all, -4) for of_all in zip(*parts, strict=True)]
+        common = range(max(first, lanes.start), min(stop, lanes.stop))
+        if common:
+            tensors = [tensor for _, tensor in sorted(load_file(file).items())]
+            parts.append([t.narrow(-4, common.start - first, len(common)) for t in tensors])
+    carry = [torch.cat(pieces, -4) for pieces in zip(*parts, strict=True)]
     if not carry or any(t.shape[-4] != len(lanes) for t in carry):
-        raise ValueError(f"no carry of lanes {lanes.start} to {lanes.stop - 1}")
+        raise ValueError(f"no state of lanes {lanes.start} to {lanes.stop - 1}")
     return carry
 
 
+# -- files -------------------------------------------------------------------------------------
 def _lanes_file(lanes: range) -> str:
     return f"lanes-{lanes.start:04d}-{lanes.stop:04d}.safetensors"
 
@@ -283,17 +299,18 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(text)
-    _fsync(beside)
-    os.replace(beside, path)
+def _write_pointer(path: Path, text: str) -> None:
+    """Replaces a small file as a whole."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text)
+    _fsync(temporary)
+    os.replace(temporary, path)
     _fsync(path.parent)
 
 
 def _remove(path: Path) -> None:
-    """Rename first: a checkpoint that is half deleted must not look complete."""
-    gone = path.with_name(f".deleting-{path.name}")
-    shutil.rmtree(gone, ignore_errors=True)
-    os.replace(path, gone)
-    shutil.rmtree(gone)
+    """Renames first: a checkpoint that is half deleted must not look complete."""
+    renamed = path.with_name(f".deleting-{path.name}")
+    shutil.rmtree(renamed, ignore_errors=True)
+    os.replace(path, renamed)
+    shutil.rmtree(renamed)

@@ -31,7 +31,7 @@ OWNED = {  # third-party name -> the only places that may import it
     "torch": {"pipeline"},
     "torch.distributed": {"pipeline.parallel", "pipeline.engine.checkpoints"},
     "torch.utils.tensorboard": {"pipeline.tensorboard"},
-    "deepspeed": {"pipeline.engine"},
+    "deepspeed": {"pipeline.engine.deepspeed_adapter"},
     "hydra": {"conf.compose", "conf.hydra_adapter", "launch.slurm.hydra_plugin"},
     "omegaconf": {"conf.compose", "conf.hydra_adapter", "conf.hydra_errors"},
     "hydra_plugins": {"launch.slurm.hydra_plugin"},
@@ -271,7 +271,7 @@ def test_the_check_finds(module, source, part):
     [
         ("launch.cli.main", "import sys, argparse\nprint(sys.argv)"),
         ("launch.slurm.requeue", "import sys\nif __name__ == '__main__':\n    print(sys.argv)"),
-        ("pipeline.engine.deepspeed_engine", "import deepspeed, torch"),
+        ("pipeline.engine.deepspeed_adapter", "import deepspeed, torch"),
         ("pipeline.parallel.world", "import torch.distributed\nimport evspan.pipeline.model.state"),
         ("launch.demo", "import evspan.pipeline.weights\nimport evspan.data_prep.draw"),
     ],

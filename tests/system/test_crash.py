@@ -276,7 +276,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(al
     try:
         with pytest.raises(
             UserError,
-            match=f"could not be saved: .*File too large. Those before stand in {checkpoints.folder}",
+            match=f"could not be saved: .*File too large. Earlier checkpoints are still in {checkpoints.folder}",
         ):
             checkpoints.save(2, snapshot(2, 100_000))
     finally:

@@ -1,0 +1,181 @@
+"""Everything that uses DeepSpeed's API, public and private.
+
+Verified with deepspeed 0.19.8 by tests/pipeline/test_deepspeed_adapter.py. These names are private
+and may change with any release:
+
+    ops.__compatible_ops__                               which compiled operators are available
+    engine.micro_steps                                   counts micro-batches
+    optimizer.fp32_partitioned_groups_flat (stage 3)     the tensors that Adam updates
+    optimizer._lazy_init_hp_params_optimizer_state (1, 2)
+    optimizer.loss_scaler, optimizer.loss_scale_config and their counters
+    parameter.ds_tensor, parameter.ds_shape (stage 3)    this rank's part, and the whole shape
+    parameter._hp_mapping (stages 1, 2)                  where this rank's part is in the parameter
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# DeepSpeed chooses its accelerator when it is imported, and logs then.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+import deepspeed  # noqa: E402
+
+VERIFIED_VERSION = "0.19.8"
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _silence() -> None:
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.ERROR)
+    for handler in logger.handlers:
+        handler.setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore",
+        message=".*(all_gather_into|reduce_scatter)_tensor.*",
+        category=FutureWarning,
+    )
+
+
+_silence()
+
+
+def initialize(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    config: dict[str, Any],
+    device: torch.device,
+) -> Any:
+    """DeepSpeed's engine for plain data parallelism over all ranks. A collective.
+
+    Args:
+        config: DeepSpeed's own, as in its JSON files.
+    """
+    # Only inference uses this operator. It is compiled at the first start, for half a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model.to(device),
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        config=config,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def count_micro_batch(engine: Any) -> None:
+    """Counts a micro-batch of an accumulation that has no gradients."""
+    engine.micro_steps += 1
+
+
+def whole_parameters(
+    parameters: Iterable[nn.Parameter], *, stage: int, write: bool = False
+) -> AbstractContextManager[Any]:
+    """While open, every rank holds whole parameters. A collective in stage 3, else nothing.
+
+    Args:
+        write: whether rank 0 changes them, and the others receive its values.
+    """
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        list(parameters), modifier_rank=0 if write else None, enabled=stage == 3
+    )
+    return context
+
+
+def full_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """Averaged over ranks, in the parameter's shape; None without one. A collective."""
+    gradient: Tensor | None = deepspeed.utils.safe_get_full_grad(parameter)
+    return gradient
+
+
+def adam_parameters(engine: Any, adam: torch.optim.Adam, *, stage: int) -> list[Tensor]:
+    """The tensors that `adam` updates on this rank: its own, or DeepSpeed's in their place."""
+    if stage == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [p for group in adam.param_groups for p in group["params"]]
+
+
+def link_adam_state(engine: Any, *, stage: int) -> None:
+    """Lets the functions below find Adam's state, which DeepSpeed links after its first step."""
+    if stage in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def loss_scaler(engine: Any) -> Any:
+    """The object that has the LOSS_SCALER_FIELDS; None where nothing is scaled."""
+    optimizer = engine.optimizer
+    scaler = getattr(optimizer, "loss_scaler", None)
+    return scaler or getattr(optimizer, "loss_scale_config", None)
+
+
+# -- parts of a parameter ----------------------------------------------------------------------
+# `key` is None for the float32 parameter itself, or the name of one of Adam's states.
+
+
+class Part(NamedTuple):
+    """This rank's part of a flattened tensor: values (n,) from element `start` on."""
+
+    start: int
+    values: Tensor
+
+
+def whole_shape(parameter: Any, *, stage: int) -> torch.Size:
+    """The parameter's shape without partitioning."""
+    shape: torch.Size = parameter.ds_shape if stage == 3 else parameter.shape
+    return shape
+
+
+def padded_numel(parameter: Any, *, stage: int, ranks: int) -> int:
+    """Elements of all ranks' parts. In stage 3 they are equal, so the last one is padded."""
+    if stage == 3:
+        return int(parameter.ds_tensor.numel()) * ranks
+    return int(parameter.numel())
+
+
+def read_part(parameter: Any, key: str | None, *, stage: int, rank: int) -> Part:
+    """This rank's part of a parameter in stages 1 to 3, float32; empty if it has none."""
+    if stage == 3:
+        if key is None:
+            values = deepspeed.utils.safe_get_local_fp32_param(parameter)
+        else:
+            values = deepspeed.utils.safe_get_local_optimizer_state(parameter, key)
+        return Part(rank * parameter.ds_tensor.numel(), values.flatten())
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return Part(0, torch.empty(0))
+    return Part(mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).flatten())
+
+
+def write_whole(parameter: Any, key: str | None, whole: Tensor, *, stage: int, rank: int) -> None:
+    """Sets this rank's part of a parameter in stages 1 to 3. whole: of `whole_shape`."""
+    if stage == 3:
+        _write_stage_3(parameter, key, whole, rank)
+    elif key is None:
+        deepspeed.utils.safe_set_full_fp32_param(parameter, whole)
+    else:
+        deepspeed.utils.safe_set_full_optimizer_state(parameter, whole, key)
+
+
+def _write_stage_3(parameter: Any, key: str | None, whole: Tensor, rank: int) -> None:
+    """DeepSpeed's setters of whole tensors fail if the ranks do not divide them."""
+    size = parameter.ds_tensor.numel()
+    part = torch.zeros(size)
+    values = whole.flatten()[rank * size :][:size]
+    part[: values.numel()] = values
+    if key is None:
+        deepspeed.utils.safe_set_local_fp32_param(parameter, part)
+    else:
+        deepspeed.utils.safe_set_local_optimizer_state(parameter, part, key)

@@ -1,0 +1,149 @@
+"""Adam's moments, the schedule and the loss scale, by parameter name, for any ZeRO stage."""
+
+import math
+from typing import Any, cast
+
+import torch
+from evspan.pipeline.engine import deepspeed_adapter as adapter
+from evspan.pipeline.parallel.reductions import sum_over_ranks
+from evspan.pipeline.parallel.world import World
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class OptimizerState:
+    """What the optimizer remembers between steps, in a form without ranks or stages.
+
+    Args:
+        engine: DeepSpeed's.
+        trained: the parameters that `adam` was made for, in its order. DeepSpeed replaces them.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        adam: torch.optim.AdamW,
+        schedule: torch.optim.lr_scheduler.LambdaLR,
+        trained: list[nn.Parameter],
+        stage: int,
+        world: World,
+    ) -> None:
+        self.engine = engine
+        self.adam = adam
+        self.schedule = schedule
+        self.stage = stage
+        self.world = world
+        module: nn.Module = engine.module
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        updated = adapter.adam_parameters(engine, adam, stage=stage)
+        # In stage 0, the float32 tensor that Adam updates for each parameter of the module.
+        self.masters = dict(zip(trained, updated, strict=True)) if stage == 0 else {}
+        self.states = [adam.state[p] for p in updated]
+        self._allocate(updated)
+        adapter.link_adam_state(engine, stage=stage)
+
+    def _allocate(self, updated: list[Tensor]) -> None:
+        """Adam allocates its state in its first step. Now, it can be loaded before that, and too
+        little memory ends the run at its start."""
+        for parameter, state in zip(updated, self.states, strict=True):
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(parameter.data)
+                state["exp_avg_sq"] = torch.zeros_like(parameter.data)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The float32 weights by parameter name, on the CPU of every rank. A collective."""
+        return self._gather(None)
+
+    def moments(self, *, keep: bool) -> dict[str, Tensor]:
+        """exp_avg/NAME and exp_avg_sq/NAME, float32 in the parameter's shape. A collective.
+
+        Args:
+            keep: whether this rank needs them; {} otherwise.
+        """
+        moments: dict[str, Tensor] = {}
+        for key in MOMENTS:
+            tensors = self._gather(key)
+            if keep:
+                moments |= {f"{key}/{name}": tensor for name, tensor in tensors.items()}
+        return moments
+
+    def counters(self) -> dict[str, Any]:
+        """Steps and loss scale, as JSON values.
+
+        Adam's count may be one more than the schedule's: in bf16, stage 0 starts with an empty
+        step.
+        """
+        scaler = adapter.loss_scaler(self.engine)
+        fields = [name for name in adapter.LOSS_SCALER_FIELDS if hasattr(scaler, name)]
+        return {
+            "updates": self.schedule.last_epoch,
+            "adam_steps": int(max(state["step"] for state in self.states)),
+            "loss_scale": {name: getattr(scaler, name) for name in fields},
+        }
+
+    def restore(
+        self, weights: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, Any]
+    ) -> None:
+        """The inverse of `weights`, `moments` and `counters`, of any ranks and ZeRO stage."""
+        for name, parameter in self.parameters.items():
+            self._set(parameter, None, weights[name])
+            for key in MOMENTS:
+                self._set(parameter, key, moments[f"{key}/{name}"])
+        for state in self.states:
+            state["step"].fill_(counters["adam_steps"])
+        updates = counters["updates"]
+        self.schedule.last_epoch = updates
+        for group, peak, factor in zip(
+            self.adam.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = peak * factor(updates)
+        scaler = adapter.loss_scaler(self.engine)
+        for name, value in counters["loss_scale"].items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
+
+    @torch.no_grad()
+    def _gather(self, key: str | None) -> dict[str, Tensor]:
+        """Adam's state `key` of all parameters, or the float32 parameters, on the CPU.
+
+        One collective for all of them: one per parameter took a second over gloo.
+        """
+        if self.stage == 0:
+            return {
+                name: self._stage_0_tensor(parameter, key).detach().float().cpu().clone()
+                for name, parameter in self.parameters.items()
+            }
+        sizes = [
+            adapter.padded_numel(p, stage=self.stage, ranks=self.world.size)
+            for p in self.parameters.values()
+        ]
+        # Each rank fills in its own parts, so that the sum over ranks is the whole.
+        flat = torch.zeros(sum(sizes), device=self.world.device)
+        for parameter, target in zip(self.parameters.values(), _split(flat, sizes), strict=True):
+            part = adapter.read_part(parameter, key, stage=self.stage, rank=self.world.rank)
+            target[part.start : part.start + part.values.numel()] = part.values.to(target)
+        flat = sum_over_ranks(flat).cpu()
+        gathered = {}
+        for (name, parameter), padded in zip(
+            self.parameters.items(), _split(flat, sizes), strict=True
+        ):
+            shape = adapter.whole_shape(parameter, stage=self.stage)
+            gathered[name] = padded[: math.prod(shape)].view(tuple(shape)).clone()
+        return gathered
+
+    def _stage_0_tensor(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        master = self.masters[parameter]
+        return master if key is None else cast(Tensor, self.adam.state[master][key])
+
+    def _set(self, parameter: nn.Parameter, key: str | None, whole: Tensor) -> None:
+        if self.stage == 0:
+            self._stage_0_tensor(parameter, key).data.copy_(whole)
+        else:
+            adapter.write_whole(parameter, key, whole, stage=self.stage, rank=self.world.rank)
+
+
+def _split(flat: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """(n,) -> one part per size. Tensor.split has no type annotations."""
+    return torch.split(flat, sizes)

@@ -1,0 +1,181 @@
+"""The private parts of DeepSpeed behave as the adapter expects; verified with deepspeed 0.19.8."""
+
+from importlib.metadata import requires, version
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from evspan.pipeline.engine import deepspeed_adapter as adapter
+from packaging.requirements import Requirement
+from torch import nn
+
+LR = 0.1
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """This process as the only rank, with the variables that DeepSpeed reads.
+
+    One process group for all tests: DeepSpeed keeps the first one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+            patch.setenv(name, value)
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        yield
+        dist.destroy_process_group()
+
+
+class Setup:
+    """A linear layer of 3 x 2 weights under DeepSpeed, with two micro-batches per update."""
+
+    def __init__(self, stage, precision="fp32"):
+        torch.manual_seed(0)
+        self.stage = stage
+        self.model = nn.Linear(2, 3)
+        self.initial = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.adam = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, lambda step: 1.0)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 2,
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 9},
+            "bf16": {"enabled": precision == "bf16"},
+            "fp16": {"enabled": precision == "fp16"},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        device = torch.device("cpu")
+        self.engine = adapter.initialize(self.model, self.adam, schedule, config, device)
+        self.updated = adapter.adam_parameters(self.engine, self.adam, stage=stage)
+        for parameter in self.updated:
+            self.adam.state[parameter].update(
+                step=torch.tensor(0.0),
+                exp_avg=torch.zeros_like(parameter.data),
+                exp_avg_sq=torch.zeros_like(parameter.data),
+            )
+        adapter.link_adam_state(self.engine, stage=stage)
+
+    def whole(self, name, key=None):
+        parameter = self.parameter(name)
+        part = adapter.read_part(parameter, key, stage=self.stage, rank=0)
+        shape = adapter.whole_shape(parameter, stage=self.stage)
+        assert part.start == 0
+        size = adapter.padded_numel(parameter, stage=self.stage, ranks=1)
+        assert part.values.numel() == size >= shape.numel()
+        return part.values[: shape.numel()].view(shape)
+
+    def parameter(self, name):
+        return dict(self.engine.module.named_parameters())[name]
+
+
+@pytest.fixture
+def setup(one_rank):
+    made = []
+
+    def build(*args, **kwargs):
+        made.append(Setup(*args, **kwargs))
+        return made[-1]
+
+    yield build
+    for each in made:
+        each.engine.destroy()
+
+
+def test_the_verified_version_and_the_installed_one_are_in_the_declared_range():
+    declared = [Requirement(line) for line in requires("evspan")]
+    (requirement,) = [each for each in declared if each.name == "deepspeed"]
+    assert requirement.specifier.contains(adapter.VERIFIED_VERSION)
+    assert requirement.specifier.contains(version("deepspeed"))
+
+
+def test_the_operator_of_inference_is_not_compiled(setup):
+    setup(0)
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_parts_are_the_float32_weights_and_what_is_written_is_read(setup, stage):
+    setup = setup(stage)
+    for name, initial in setup.initial.items():
+        assert torch.equal(setup.whole(name), initial)
+        assert not setup.whole(name, "exp_avg").any()
+        for number, key in enumerate((None, "exp_avg", "exp_avg_sq")):
+            values = torch.arange(initial.numel()).view(initial.shape) + 10.0 * number
+            adapter.write_whole(setup.parameter(name), key, values, stage=stage, rank=0)
+            assert torch.equal(setup.whole(name, key), values)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_adam_updates_the_parameters_that_the_adapter_names(setup, stage):
+    setup = setup(stage)
+    before = [parameter.detach().clone() for parameter in setup.updated]
+    for _ in range(2):
+        setup.engine.backward(setup.engine(torch.ones(1, 2)).sum())
+        setup.engine.step()
+    assert sum(parameter.numel() for parameter in setup.updated) >= 9
+    for parameter, old in zip(setup.updated, before, strict=True):
+        # Adam's first step is the learning rate against the sign of the gradient, here ones.
+        moved = (old - parameter.detach()).flatten()[:3]
+        torch.testing.assert_close(moved, torch.full_like(moved, LR))
+        assert int(setup.adam.state[parameter]["step"]) == 1
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_counted_micro_batch_is_one_of_the_accumulation(setup, stage):
+    engine = setup(stage).engine
+    assert not engine.is_gradient_accumulation_boundary()
+    adapter.count_micro_batch(engine)
+    assert engine.is_gradient_accumulation_boundary()
+    adapter.count_micro_batch(engine)
+    assert not engine.is_gradient_accumulation_boundary()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_full_gradients_are_those_of_the_loss(setup, stage):
+    setup = setup(stage)
+    adapter.count_micro_batch(setup.engine)
+    setup.engine.backward(setup.engine(torch.tensor([[3.0, 5.0]])).sum())
+    gradient = adapter.full_gradient(setup.parameter("weight"))
+    expected = torch.tensor([[3.0, 5.0]] * 3) / 2  # averaged over the accumulation
+    torch.testing.assert_close(gradient.float(), expected)
+
+
+@pytest.mark.parametrize(("stage", "write"), [(3, False), (3, True), (1, True)])
+def test_whole_parameters_are_whole(setup, stage, write):
+    setup = setup(stage)
+    parameter = setup.parameter("weight")
+    with adapter.whole_parameters([parameter], stage=stage, write=write):
+        assert parameter.shape == (3, 2)
+        if write:
+            parameter.data.fill_(7.0)
+    with adapter.whole_parameters([parameter], stage=stage):
+        assert bool((parameter == 7.0).all()) == write
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_loss_scaler_is_there_where_one_is_expected(setup, stage):
+    scaler = adapter.loss_scaler(setup(stage).engine)
+    assert (scaler is None) == (stage == 0)  # float32: from stage 1 on, one that does nothing
+    assert stage == 0 or scaler.cur_scale == 1
+
+
+def test_the_loss_scale_of_fp16_has_counters(setup):
+    """DeepSpeed has no fp16 on CPUs, so its scaler is built directly."""
+    setup(0)  # the scaler asks DeepSpeed for the rank
+    dynamic = DynamicLossScaler(
+        init_scale=2.0**8,
+        scale_window=9,
+        min_scale=1.0,
+        delayed_shift=2,
+        consecutive_hysteresis=False,
+    )
+    for name in adapter.LOSS_SCALER_FIELDS:
+        assert isinstance(getattr(dynamic, name), (int, float)), name
+    dynamic.update_scale(overflow=False)
+    assert dynamic.cur_iter == 1
+    dynamic.update_scale(overflow=True)
+    assert dynamic.last_overflow_iter == 1
+    assert dynamic.cur_hysteresis == 1
