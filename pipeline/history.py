@@ -1,8 +1,8 @@
 """Reads and writes the history of a run: RUN/history.jsonl and RUN/progress.json.
 
-history.jsonl has one line of JSON per event, appended by ranks and launchers. An attempt is one life
-of a run, from its start to its exit. Every event has `event`, `time` (seconds since 1970) and mostly
-`step`, by default the step of the newest checkpoint:
+history.jsonl has one line of JSON per event, appended by ranks and launchers. An attempt is one
+life of a run, from its start to its exit. Every event has `event`, `time` (seconds since 1970) and
+mostly `step`, by default the step of the newest checkpoint:
 
     start      attempt, of (the last step), host, pid, job
     running    seconds from the start of the process to the end of its first step

@@ -1,9 +1,9 @@
-"""Evaluation over all ranks: recordings are dealt out, streamed with carry, gathered, and scored once."""
+"""Evaluates a checkpoint on all ranks: each runs some of the recordings, rank 0 scores them."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 from evspan.conf.errors import ConfigError
@@ -19,37 +19,59 @@ from evspan.pipeline.parallel.reductions import broadcast_object, deal, gather_o
 from evspan.pipeline.parallel.world import World
 from evspan.pipeline.weights import Weights, describe, plain
 
+# These do not change the numbers, or only by rounding.
+NOT_IN_PROTOCOL = ("sequence_length", "batch_size", "write_detections")
+
+
+class Evaluation(NamedTuple):
+    """Metrics of a split, with the results of its recordings sorted by name."""
+
+    metrics: Metrics
+    results: list[RecordingResult]
+    data: Dataset
+
 
 def evaluate_weights(
     weights: Weights, dataset: DatasetConfig, config: EvaluationConfig, world: World
-) -> tuple[Metrics, list[RecordingResult], Dataset]:
-    """Metrics on every rank; the results of all recordings (for files and pictures) too.
+) -> Evaluation:
+    """Evaluates on all ranks. A collective; returns the same on every rank.
 
-    A detector of its own evaluates, built from consolidated weights: training's module, its BatchNorm statistics and
-    its carry stay as they are, and ranks may have different numbers of frames at every ZeRO stage.
+    It builds a detector from the consolidated weights. So the model that is trained keeps its
+    BatchNorm statistics and its state, and ranks may have different numbers of frames at every ZeRO
+    stage.
+
+    Raises:
+        ConfigError: the dataset has other frames or classes than the weights.
     """
     data = open_dataset(dataset, config.split)
     check_fit(weights, data)
     detector = detector_from(weights, device=world.device)
-    mine = deal(data.recordings, world.rank, world.size, weight=[r.frames for r in data.recordings])
-    parts = gather_objects(
-        evaluate_split(detector, data, config, device=world.device, recordings=mine)
+    recordings = deal(
+        data.recordings, world.rank, world.size, weight=[r.frames for r in data.recordings]
     )
-    results = sorted((r for part in parts for r in part), key=lambda r: r.name)
+    own_results = evaluate_split(detector, data, config, device=world.device, recordings=recordings)
+    results: list[RecordingResult] = []
+    for part in gather_objects(own_results):
+        results += part
+    results.sort(key=lambda result: result.name)
     metrics = broadcast_object(score(results, data, config) if world.is_main else None)
-    return metrics, results, data
+    return Evaluation(metrics, results, data)
 
 
 def check_fit(weights: Weights, data: Dataset) -> None:
-    """Raises ConfigError when the frames or classes are not those that the weights were trained on."""
+    """Checks that a dataset has the frames and classes that the weights were trained on.
+
+    Raises:
+        ConfigError: it has others.
+    """
     if weights.frames.channels != data.channels:
         raise ConfigError(
-            f"the weights were trained on frames of {weights.frames.channels} channels, the dataset has "
-            f"{data.channels}. Prepare it with frames.bins={weights.frames.bins}"
+            f"the weights were trained on frames of {weights.frames.channels} channels, the "
+            f"dataset has {data.channels}. Prepare it with frames.bins={weights.frames.bins}"
         )
     if weights.classes != data.classes:
         raise ConfigError(
-            f"the weights know the classes {weights.classes}, the dataset has {data.classes}. "
+            f"the weights have the classes {weights.classes}, the dataset has {data.classes}. "
             "Choose the dataset config that they were trained with"
         )
 
@@ -57,7 +79,11 @@ def check_fit(weights: Weights, data: Dataset) -> None:
 def described(
     checkpoint: str, weights: Weights, dataset: DatasetConfig, config: EvaluationConfig
 ) -> dict[str, Any]:
-    """What metrics.json names beside the protocol. Equal hashes: the same model, frames, dataset and rules, whatever weights."""
+    """What metrics.json says about an evaluation, besides its protocol.
+
+    Two evaluations with the same `config_hash` have the same model, frames, dataset and protocol;
+    only the weights may differ.
+    """
     settings = {
         **describe(weights),
         "step": None,
@@ -76,12 +102,8 @@ def described(
 
 
 def protocol(config: EvaluationConfig) -> dict[str, Any]:
-    """What the numbers depend on: thresholds, filters, bins."""
-    return {
-        k: v
-        for k, v in asdict(config).items()
-        if k not in ("sequence_length", "batch_size", "write_detections")
-    }
+    """The settings that the numbers depend on: thresholds, filters, bins."""
+    return {key: value for key, value in asdict(config).items() if key not in NOT_IN_PROTOCOL}
 
 
 def write_results(
@@ -92,13 +114,19 @@ def write_results(
     config: EvaluationConfig,
     about: dict[str, Any],
 ) -> None:
-    """metrics.json (protocol, thresholds and checkpoint named), and where asked, what was detected: a `_bbox.npy` per recording,
-    and all labelled frames for `evspan evaluate compare`."""
+    """Writes metrics.json and, with `config.write_detections`, the detections.
+
+    Those are a `NAME_bbox.npy` per recording, and all labelled frames for
+    `evspan evaluate compare`.
+
+    Args:
+        about: from `described`.
+    """
     output.mkdir(parents=True, exist_ok=True)
     (output / FRAMES).unlink(missing_ok=True)  # of an older evaluation
     if config.write_detections:
         for result in results:
             write_boxes(output / f"{result.name}_bbox.npy", result.as_raw_boxes(data))
         save_frames(output / FRAMES, labelled(results, data))
-    told = {**metrics.to_json(), **about, "protocol": protocol(config)}
-    (output / "metrics.json").write_text(json.dumps(told, indent=1) + "\n")
+    summary = {**metrics.to_json(), **about, "protocol": protocol(config)}
+    (output / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")

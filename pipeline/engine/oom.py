@@ -1,15 +1,18 @@
-"""When memory runs out: how much was short, and which knob to turn by how much."""
+"""Turns an out-of-memory error into a message that names the options which lower the memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from evspan.conf.errors import UserError
 from evspan.conf.schema.training import TrainConfig
+from evspan.conf.text import plural
+from evspan.pipeline.engine.resources import peak_bytes
 from evspan.pipeline.parallel.world import World
 
-MARKS = (
+# Texts of errors from torch, NumPy, CUDA libraries, HDF5, C++, Python and oneDNN.
+OUT_OF_MEMORY_TEXTS = (
     "DefaultCPUAllocator",
     "not enough memory",
     "out of memory",
@@ -20,18 +23,21 @@ MARKS = (
     "can't start new thread",
     "could not create a primitive",
 )
+MAX_REASON = 200  # characters of the original error in the message
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """As torch, NumPy, CUDA's libraries, HDF5, oneDNN (which names no reason) and Python tell it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError | OSError) and any(mark in str(error) for mark in MARKS)
-    )
+    """Whether an error of any library means that memory is exhausted."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, RuntimeError | OSError):
+        return any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
+    return False
 
 
 @contextmanager
 def explain_out_of_memory(config: TrainConfig, world: World) -> Iterator[None]:
-    """While open, an error for want of memory becomes a UserError that says what to change."""
+    """While open, an out-of-memory error becomes a UserError that says what to change."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
@@ -40,78 +46,114 @@ def explain_out_of_memory(config: TrainConfig, world: World) -> Iterator[None]:
         raise UserError(_message(error, config, world)) from error
 
 
-def _message(error: BaseException, config: TrainConfig, world: World) -> str:
-    training, sequence = config.training, config.parallel.sequence
-    lanes = training.batch_size * sequence // world.size
-    frames = training.sequence_length // sequence
-    where = f"the GPU of rank {world.rank}" if world.device.type == "cuda" else f"rank {world.rank}"
-    said = " ".join((str(error).splitlines() or [""])[0].split()) or type(error).__name__
-    return (
-        f"{where} ran out of memory with {lanes} lane{'s' * (lanes > 1)} x {frames} frames a micro-batch, having used "
-        f"{_peak(world.device) / 2**30:.1f} GiB ({said[-200:]}). Try, in this order: {'; '.join(knobs(config, world))}"
-    )
+class _Chunk(NamedTuple):
+    """What a rank computes in a micro-batch, and how the world is cut."""
 
+    lanes: int
+    frames: int
+    sequence: int  # ranks per sequence
+    groups: int  # data groups
 
-def knobs(config: TrainConfig, world: World) -> list[str]:
-    """What lowers a rank's memory from where it stands now, that which costs least first; each as overrides of the command."""
-    training, sequence = config.training, config.parallel.sequence
-    lanes, frames = (
-        training.batch_size * sequence // world.size,
-        training.sequence_length // sequence,
-    )
-    at_once = training.frames_per_call or lanes * frames
-    fewer_at_once = lanes if at_once > lanes else max(1, at_once // 2)
-    some = []
-    if not training.activation_checkpointing:
-        some.append(
-            f"training.activation_checkpointing=true training.frames_per_call={fewer_at_once} (backward computes the "
-            "backbone anew: a third more time)"
-        )
-    elif at_once > 1:
-        some.append(f"training.frames_per_call={fewer_at_once} instead of {at_once}")
-    if training.precision.name == "fp32" and world.device.type == "cuda":
-        some.append("training.precision=bf16 (half of it)")
-    if world.size > 1 and config.deepspeed.stage < 3:
-        some.append(
-            f"deepspeed.stage={config.deepspeed.stage + 1} (the optimizer's share, over {world.size} ranks)"
-        )
-    if (
-        world.device.type == "cuda"
-        and config.deepspeed.stage
-        and not config.deepspeed.offload_optimizer
-    ):
-        some.append("deepspeed.offload_optimizer=true (to the CPU's memory)")
-    if frames > 1:
-        more = _next_divisor(training.sequence_length, sequence)
-        some.append(
-            f"parallel.sequence={more} parallel.ranks={world.size // sequence * more} "
-            f"({training.sequence_length // more} frames a rank instead of {frames})"
-        )
-    if lanes > 1:
+    @classmethod
+    def of(cls, config: TrainConfig, world: World) -> "_Chunk":
+        sequence = config.parallel.sequence
         groups = world.size // sequence
-        fewer = _next_divisor(lanes, 1)
-        some.append(
-            f"training.batch_size={groups * lanes // fewer} training.gradient_accumulation_steps={training.gradient_accumulation_steps * fewer} "
-            f"(as many lanes a step, {lanes // fewer} instead of {lanes} at once; needs a run_dir of its own)"
+        return cls(
+            lanes=config.training.batch_size * sequence // world.size,
+            frames=config.training.sequence_length // sequence,
+            sequence=sequence,
+            groups=groups,
         )
-    if frames > 1:
-        some.append(
-            f"training.sequence_length={training.sequence_length // _next_divisor(frames, 1)} (gradients reach less far "
-            "back; needs a run_dir of its own)"
-        )
-    return some or [
-        "a smaller model (size=tiny, or micro), or frames of lower resolution (evspan prep frames.downsample=4)"
+
+
+def _message(error: BaseException, config: TrainConfig, world: World) -> str:
+    chunk = _Chunk.of(config, world)
+    place = f"the GPU of rank {world.rank}" if _on_gpu(world) else f"rank {world.rank}"
+    size = f"{plural(chunk.lanes, 'lane')} x {chunk.frames} frames"
+    first_line = (str(error).splitlines() or [""])[0]
+    reason = " ".join(first_line.split()) or type(error).__name__
+    peak_gib = peak_bytes(world.device) / 2**30
+    options = "; ".join(memory_options(config, world))
+    return (
+        f"{place} ran out of memory with {size} in a micro-batch, after using {peak_gib:.1f} GiB "
+        f"({reason[-MAX_REASON:]}). Try, in this order: {options}"
+    )
+
+
+def memory_options(config: TrainConfig, world: World) -> list[str]:
+    """What lowers a rank's memory, the cheapest first; each as overrides of the command."""
+    chunk = _Chunk.of(config, world)
+    options = [
+        *_compute_options(config, chunk),
+        *_precision_and_sharding_options(config, world),
+        *_batch_options(config, chunk),
+    ]
+    return options or [
+        "a smaller model (size=tiny, or micro), or frames of lower resolution "
+        "(evspan prep frames.downsample=4)"
     ]
 
 
-def _next_divisor(total: int, above: int) -> int:
-    """The next multiple of `above` that divides `total`."""
-    return next(n for n in range(2 * above, total + 1, above) if total % n == 0)
+def _compute_options(config: TrainConfig, chunk: _Chunk) -> list[str]:
+    training = config.training
+    per_call = training.frames_per_call or chunk.lanes * chunk.frames
+    fewer = chunk.lanes if per_call > chunk.lanes else max(1, per_call // 2)
+    if not training.activation_checkpointing:
+        return [
+            f"training.activation_checkpointing=true training.frames_per_call={fewer} "
+            "(backward computes the backbone again: a third more time)"
+        ]
+    if per_call > 1:
+        return [f"training.frames_per_call={fewer} instead of {per_call}"]
+    return []
 
 
-def _peak(device: torch.device) -> int:
-    """Bytes, of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) << 10
+def _precision_and_sharding_options(config: TrainConfig, world: World) -> list[str]:
+    options = []
+    stage = config.deepspeed.stage
+    if _on_gpu(world) and config.training.precision.name == "fp32":
+        options.append("training.precision=bf16 (half of it)")
+    if world.size > 1 and stage < 3:
+        options.append(
+            f"deepspeed.stage={stage + 1} (the optimizer state, divided over {world.size} ranks)"
+        )
+    if _on_gpu(world) and stage and not config.deepspeed.offload_optimizer:
+        options.append("deepspeed.offload_optimizer=true (to the CPU's memory)")
+    return options
+
+
+def _batch_options(config: TrainConfig, chunk: _Chunk) -> list[str]:
+    options = []
+    training = config.training
+    length = training.sequence_length
+    if chunk.frames > 1:
+        sequence = _next_divisor(length, chunk.sequence)
+        options.append(
+            f"parallel.sequence={sequence} parallel.ranks={chunk.groups * sequence} "
+            f"({length // sequence} frames a rank instead of {chunk.frames})"
+        )
+    if chunk.lanes > 1:
+        factor = _next_divisor(chunk.lanes, 1)
+        lanes = chunk.lanes // factor
+        accumulation = training.gradient_accumulation_steps * factor
+        options.append(
+            f"training.batch_size={chunk.groups * lanes} "
+            f"training.gradient_accumulation_steps={accumulation} "
+            f"(as many lanes a step, {lanes} instead of {chunk.lanes} at once; needs a new run_dir)"
+        )
+    if chunk.frames > 1:
+        shorter = length // _next_divisor(chunk.frames, 1)
+        options.append(
+            f"training.sequence_length={shorter} "
+            "(gradients reach fewer frames back; needs a new run_dir)"
+        )
+    return options
+
+
+def _next_divisor(total: int, start: int) -> int:
+    """The smallest multiple of `start` above it that divides `total`."""
+    return next(n for n in range(2 * start, total + 1, start) if total % n == 0)
+
+
+def _on_gpu(world: World) -> bool:
+    return world.device.type == "cuda"

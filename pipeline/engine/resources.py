@@ -1,60 +1,78 @@
-"""What a rank takes of its machine, and what all of them take together."""
+"""Memory and GPU utilization of a rank, and of all ranks together."""
 
 import math
 import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from evspan.pipeline.parallel.reductions import gather_over_ranks
 
-OF_THE_MEAN_RANK = {
-    "speed/exchange_fraction",
-    "speed/gpu_busy_fraction",
-}  # ranks wait for each other at different places
+# Averaged over ranks, which wait for each other at different places. The others are maxima.
+MEAN_METRICS = {"speed/exchange_fraction", "speed/gpu_busy_fraction"}
 
 
 class Resources:
-    """What this process holds, and how busy its GPU is."""
+    """Reads what this process uses."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.busy_is_known = device, True
+        self.device = device
+        self.has_utilization = True
 
     def read(self) -> dict[str, float]:
-        """NaN: not known."""
-        told = {"memory/resident_gib": resident_bytes() / 2**30}
+        """TensorBoard tag -> GiB or fraction. NaN: not known."""
+        metrics = {"memory/resident_gib": resident_bytes() / 2**30}
         if self.device.type == "cuda":
-            told["memory/gpu_gib"] = torch.cuda.memory_reserved(self.device) / 2**30
-            told["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-            told["speed/gpu_busy_fraction"] = self._busy()
-        return told
+            metrics["memory/gpu_gib"] = torch.cuda.memory_reserved(self.device) / 2**30
+            metrics["memory/gpu_peak_gib"] = peak_bytes(self.device) / 2**30
+            metrics["speed/gpu_busy_fraction"] = self._utilization()
+        return metrics
 
-    def _busy(self) -> float:
-        if self.busy_is_known:
+    def _utilization(self) -> float:
+        if self.has_utilization:
             try:
                 return torch.cuda.utilization(self.device) / 100
-            except Exception:  # the driver's library or its Python package is not there: a curve less is no reason to stop
-                self.busy_is_known = False
+            except Exception:
+                # NVML or its Python package is missing. The curve is then missing too.
+                self.has_utilization = False
         return math.nan
 
 
-def over_ranks(told: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Of the rank that has most, or of the mean rank; what no rank knows is left out. All ranks call it, with the same names."""
-    parts = gather_over_ranks(
-        torch.tensor([*told.values()], dtype=torch.float64, device=device)
-    ).cpu()
-    out = {}
-    for name, values in zip(told, parts.T, strict=True):
+def over_ranks(metrics: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The maximum over ranks, or the mean of MEAN_METRICS. A collective.
+
+    Args:
+        metrics: with the same keys on all ranks. NaN values are ignored.
+
+    Returns:
+        The same on every rank, without metrics that no rank knows.
+    """
+    local = torch.tensor([*metrics.values()], dtype=torch.float64, device=device)
+    by_rank = gather_over_ranks(local).cpu()
+    combined = {}
+    for name, values in zip(metrics, by_rank.T, strict=True):
         known = values[~values.isnan()]
         if len(known):
-            out[name] = float(known.mean() if name in OF_THE_MEAN_RANK else known.max())
-    return out
+            reduced = known.mean() if name in MEAN_METRICS else known.max()
+            combined[name] = float(reduced)
+    return combined
 
 
 def resident_bytes() -> int:
-    """Of this process: now on Linux, at most so far elsewhere."""
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has used on a device; on a CPU, resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        # psutil has no peak on Linux, and ru_maxrss includes the process that started this one.
+        status = Path("/proc/self/status").read_text()
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak << 10
+        return peak if sys.platform == "darwin" else peak << 10  # bytes on macOS, else KiB
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return int(fields["VmHWM"].split()[0]) << 10

@@ -128,7 +128,8 @@ def _confident(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def upscale_of(frame: NDArray[np.uint8]) -> int:
     """The whole number by which a frame (2 * bins, H, W) is enlarged."""
-    return max(1, round(MIN_WIDTH / frame.shape[-1]))
+    width: int = frame.shape[-1]
+    return max(1, round(MIN_WIDTH / width))
 
 
 def heat_map(values: NDArray[np.float32], stride: int, frame: NDArray[np.uint8]) -> RGB:
@@ -149,7 +150,8 @@ def heat_map(values: NDArray[np.float32], stride: int, frame: NDArray[np.uint8])
     channels = [np.interp(pixels, positions, HEAT_COLORS[:, k]) for k in range(3)]
     colour = np.stack(channels, axis=2)
     lightening = np.where(frame.any(0), 0.3, 0.0)[..., None]
-    return (colour + lightening * (255 - colour)).astype(np.uint8)
+    lighter: RGB = (colour + lightening * (255 - colour)).astype(np.uint8)
+    return lighter
 
 
 def _tiled(tiles: list[RGB]) -> RGB | None:

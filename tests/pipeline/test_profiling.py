@@ -7,7 +7,7 @@ import pytest
 import torch
 from evspan.conf.errors import ConfigError
 from evspan.conf.schema.training import TrainingConfig
-from evspan.pipeline.engine.profiling import ON_REQUEST, Profiler
+from evspan.pipeline.engine.profiling import REQUESTED_STEPS, Profiler
 from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from torch import nn
 
@@ -89,7 +89,7 @@ def test_what_there_is_of_them_is_traced(tmp_path, first, steps, asked, there):
 def test_a_running_run_is_asked_by_a_file(tmp_path):
     train(tmp_path, 12, request_at=3)
     ((name, events),) = traces(tmp_path).items()  # seen at the log line of step 4; step 5 warms up
-    assert ON_REQUEST == 3
+    assert REQUESTED_STEPS == 3
     assert name == "steps-6-8-rank-0.json.gz"
     assert regions(events, "training step") == [f"training step {n}" for n in (6, 7, 8)]
     assert not (tmp_path / "profile.request").exists()

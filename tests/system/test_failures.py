@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from evspan.conf.schema.training import ParallelConfig, Precision, TrainConfig, TrainingConfig
-from evspan.pipeline.engine.oom import knobs, out_of_memory
+from evspan.pipeline.engine.oom import memory_options, out_of_memory
 from evspan.pipeline.parallel.world import World
 from support.processes import alive, all_ready, eventually, pids
 from support.slurm_cluster import free_ports
@@ -227,11 +227,11 @@ def trained_in_little_memory(shards, run_dir, *overrides):
     return told(process, 100)
 
 
-def test_too_little_memory_says_which_knob_and_turning_it_helps(shards, tmp_path):
+def test_too_little_memory_names_options_that_help(shards, tmp_path):
     code, err = trained_in_little_memory(shards, tmp_path / "run", "training.batch_size=16")
     assert code == 2 and err.count("\n") == 1, err
     assert err.startswith(
-        "error: rank 0 ran out of memory with 16 lanes x 20 frames a micro-batch, having used "
+        "error: rank 0 ran out of memory with 16 lanes x 20 frames in a micro-batch, after using "
     )
     assert "can't allocate memory" in err
     assert "training.activation_checkpointing=true training.frames_per_call=16" in err
@@ -289,8 +289,8 @@ def world(size, device="cpu"):
     return World(0, size, 0, size, torch.device(device))
 
 
-def test_knobs_start_from_where_they_stand():
-    told = knobs(
+def test_memory_options_start_from_the_config():
+    told = memory_options(
         config(
             ranks=4,
             sequence=2,
@@ -310,17 +310,19 @@ def test_knobs_start_from_where_they_stand():
         "training.sequence_length=6",
     ]
     assert "1 instead of 3 at once" in told[3]
-    told = knobs(config(sequence_length=1, batch_size=1, activation_checkpointing=True), world(1))
+    told = memory_options(
+        config(sequence_length=1, batch_size=1, activation_checkpointing=True), world(1)
+    )
     assert len(told) == 1
     assert "smaller model" in told[0]
 
 
-def test_gpus_have_more_knobs():
-    told = " ".join(knobs(config(ranks=2, batch_size=2), world(2, "cuda")))
+def test_gpus_have_more_memory_options():
+    told = " ".join(memory_options(config(ranks=2, batch_size=2), world(2, "cuda")))
     assert "training.precision=bf16" in told
     assert "deepspeed.offload_optimizer=true" in told
     assert "bf16" not in " ".join(
-        knobs(config(ranks=2, batch_size=2, precision=Precision.bf16), world(2, "cuda"))
+        memory_options(config(ranks=2, batch_size=2, precision=Precision.bf16), world(2, "cuda"))
     )
 
 
@@ -328,9 +330,9 @@ def test_gpus_have_more_knobs():
     ("ranks", "sequence", "length", "lanes"),
     [(1, 1, 5, 8), (2, 2, 8, 3), (6, 3, 9, 4), (4, 1, 7, 12)],
 )
-def test_every_knob_makes_a_config_that_stands(ranks, sequence, length, lanes):
+def test_every_memory_option_makes_a_valid_config(ranks, sequence, length, lanes):
     """Overrides as told, taken one after the other."""
-    lines = knobs(
+    lines = memory_options(
         config(ranks=ranks, sequence=sequence, sequence_length=length, batch_size=lanes),
         world(ranks),
     )
