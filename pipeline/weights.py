@@ -1,9 +1,9 @@
-"""A run's checkpoints as files that anyone reads: where they lie, and the weights file that goes out into the world.
+"""Reads and writes weights files, and finds the checkpoints of a run.
 
 RUN/checkpoints/latest               the name of the newest complete checkpoint
-RUN/checkpoints/best                 the name of the one with the highest AP of those that were evaluated
+RUN/checkpoints/best                 the name of the one with the highest AP
 RUN/checkpoints/step-00001000/       see evspan.pipeline.engine.checkpoints
-    weights.safetensors              consolidated weights; its header holds model, frames and classes
+    weights.safetensors              consolidated weights; its header has model, frames, classes
 """
 
 import json
@@ -29,13 +29,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-FOLDER, LATEST, BEST = "checkpoints", "latest", "best"
-META, WEIGHTS = "meta.json", "weights.safetensors"
+FOLDER = "checkpoints"
+LATEST = "latest"
+BEST = "best"
+META = "meta.json"
+WEIGHTS = "weights.safetensors"
+HEADER_KEY = "evspan"  # of the description in the header of a weights file
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a detector needs to run: tensors by parameter name, and what they were made for."""
+    """What a detector needs to run: tensors by parameter name, and what they were trained for."""
 
     tensors: dict[str, Tensor]
     model: ModelConfig
@@ -45,16 +49,17 @@ class Weights:
 
 
 def plain(config: Any) -> Any:
-    """A config as JSON values: enums by name."""
+    """A config as JSON values; enums by name."""
     if isinstance(config, Enum):
         return config.name
     if isinstance(config, dict):
-        return {k: plain(v) for k, v in config.items()}
+        return {key: plain(value) for key, value in config.items()}
     if isinstance(config, list | tuple):
-        return [plain(v) for v in config]
+        return [plain(value) for value in config]
     return config
 
 
+# -- weights files -----------------------------------------------------------------------------
 def describe(weights: Weights) -> dict[str, Any]:
     """All but the tensors, as JSON values."""
     return {
@@ -65,55 +70,83 @@ def describe(weights: Weights) -> dict[str, Any]:
     }
 
 
-def described(tensors: dict[str, Tensor], about: str, file: Path) -> Weights:
-    """The inverse of `describe`, of its JSON text. Raises UserError where `file` tells something else there."""
+def described(tensors: dict[str, Tensor], description: str, file: Path) -> Weights:
+    """The inverse of `describe`.
+
+    Args:
+        description: as JSON. file: where it is from, for the error.
+
+    Raises:
+        UserError: it is not such a description.
+    """
     try:
-        told = json.loads(about)
+        values = json.loads(description)
         return Weights(
             tensors,
-            model_config(told["model"]),
-            frame_config(told["frames"]),
-            [str(name) for name in told["classes"]],
-            int(told["step"]),
+            model_config(values["model"]),
+            frame_config(values["frames"]),
+            [str(name) for name in values["classes"]],
+            int(values["step"]),
         )
     except (KeyError, ValueError, TypeError) as error:
-        raise _unreadable(file, error) from error
+        raise _not_a_weights_file(file, error) from error
 
 
-def save_weights(path: Path, weights: Weights) -> None:
-    save_tensors(path, weights.tensors, {"evspan": json.dumps(describe(weights))})
-
-
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None
-) -> None:
-    # Cloned: one storage per tensor is what the format wants. By way of memory: `save_file` makes files that only their owner
-    # may read, and a full disk is then an OSError as anywhere.
-    path.write_bytes(
-        save({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, metadata=about)
+def model_config(values: dict[str, Any]) -> ModelConfig:
+    """A model config from its JSON values."""
+    head = dict(values["head"])
+    head["size_aware_mode"] = SizeWeighting[head["size_aware_mode"]]
+    return ModelConfig(
+        backbone=BackboneConfig(**values["backbone"]),
+        fpn=FpnConfig(**values["fpn"]),
+        head=HeadConfig(**head),
+        postprocess=PostprocessConfig(**values["postprocess"]),
     )
 
 
+def save_weights(path: Path, weights: Weights) -> None:
+    """Writes a weights file."""
+    save_tensors(path, weights.tensors, {HEADER_KEY: json.dumps(describe(weights))})
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], header: dict[str, str] | None = None
+) -> None:
+    """Writes a .safetensors file.
+
+    It is composed in memory: safetensors' own `save_file` makes files that only their owner may
+    read, and does not raise OSError on a full disk.
+    """
+    # Cloned, since the format requires a storage of its own for each tensor.
+    copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    path.write_bytes(save(copies, metadata=header))
+
+
 def load_weights(path: str | Path) -> Weights:
-    """Weights of a .safetensors file, a checkpoint folder, or a run folder (its newest complete checkpoint).
+    """Reads a weights file.
+
+    Args:
+        path: a .safetensors file, a checkpoint folder, a run folder (its newest complete
+            checkpoint), or RUN/checkpoints/best.
 
     Raises:
-        UserError: nothing there, or a file that this program did not write.
+        UserError: there is none, or another program wrote it.
     """
     file = _weights_file(Path(path))
     try:
         with safe_open(file, "pt") as opened:
-            about = (opened.metadata() or {})["evspan"]
+            description = (opened.metadata() or {})[HEADER_KEY]
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
     except (SafetensorError, KeyError) as error:
-        raise _unreadable(file, error) from error
-    return described(tensors, about, file)
+        raise _not_a_weights_file(file, error) from error
+    return described(tensors, description, file)
 
 
-def _unreadable(file: Path, error: Exception) -> UserError:
+def _not_a_weights_file(file: Path, error: Exception) -> UserError:
     return UserError(
-        f"{file} is no weights file of evspan ({type(error).__name__}: {error}). Name a run folder, a checkpoint "
-        "folder, or a .safetensors file of evspan train or of evspan convert, which reads RVT's published .ckpt"
+        f"{file} is no weights file of evspan ({type(error).__name__}: {error}). Name a run "
+        "folder, a checkpoint folder, or a .safetensors file of evspan train or of evspan convert, "
+        "which reads RVT's published .ckpt"
     )
 
 
@@ -124,39 +157,30 @@ def _weights_file(path: Path) -> Path:
         return path
     if (path / WEIGHTS).is_file():
         return path / WEIGHTS
-    if (newest := newest_checkpoint(path)) is not None:
+    newest = newest_checkpoint(path)
+    if newest is not None:
         return newest / WEIGHTS
     raise UserError(
-        f"{path} holds no checkpoint. Name a run folder (it has {FOLDER}/{LATEST}), one of its checkpoints, "
-        "or a .safetensors file"
-    )
-
-
-def model_config(raw: dict[str, Any]) -> ModelConfig:
-    head = dict(raw["head"], size_aware_mode=SizeWeighting[raw["head"]["size_aware_mode"]])
-    return ModelConfig(
-        backbone=BackboneConfig(**raw["backbone"]),
-        fpn=FpnConfig(**raw["fpn"]),
-        head=HeadConfig(**head),
-        postprocess=PostprocessConfig(**raw["postprocess"]),
+        f"{path} holds no checkpoint. Name a run folder (it has {FOLDER}/{LATEST}), one of its "
+        "checkpoints, or a .safetensors file"
     )
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint that `latest` names; where that is gone, the newest complete one."""
+    """The checkpoint that `latest` names; without that file, the newest complete one."""
     folder = run / FOLDER
     pointer = folder / LATEST
-    if (
-        pointer.is_file()
-        and (named := folder / pointer.read_text().strip())
-        and (named / META).is_file()
-    ):
-        return named
+    if pointer.is_file():
+        name = pointer.read_text().strip()
+        if name and (folder / name / META).is_file():
+            return folder / name
     complete = sorted(p for p in folder.glob("step-*") if (p / META).is_file())
     return complete[-1] if complete else None
 
 
+# -- generators --------------------------------------------------------------------------------
 def generator_states() -> dict[str, Tensor]:
+    """The states of torch's generators, of the CPU and the current GPU."""
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -164,11 +188,13 @@ def generator_states() -> dict[str, Tensor]:
 
 
 def restore_generators(states: dict[str, Tensor]) -> None:
+    """The inverse of `generator_states`."""
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 
 
 def seed_everything(seed: int) -> None:
+    """Seeds the generators of torch and NumPy."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)

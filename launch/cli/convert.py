@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evspan.conf.errors import UserError
+from evspan.conf.presets import size_names, size_of
 from evspan.conf.schema.prep import FrameMode
 from evspan.data_prep.shards.atomic import written_whole
 from evspan.launch.cli.command import Parser, run_command
-from evspan.pipeline.infer_config import size_name, sizes
 
 if TYPE_CHECKING:
     from evspan.pipeline.weights import Weights
@@ -39,12 +39,12 @@ def convert(given: argparse.Namespace) -> None:
             f"--window-ms {given.window_ms} needs --mode exact: RVT's frames span 50 ms"
         )
     from evspan.pipeline.inference.trained_detector import check_fit
-    from evspan.pipeline.rvt_checkpoint import Told, open_weights, save_published
+    from evspan.pipeline.rvt_checkpoint import KnownFacts, open_weights, save_published
     from evspan.pipeline.weights import save_weights
 
     weights = open_weights(
         given.source,
-        Told(
+        KnownFacts(
             size=given.model,
             dim_head=given.dim_head,
             dataset=given.dataset,
@@ -78,7 +78,7 @@ def _told(weights: "Weights") -> str:
     model, frames = weights.model, weights.frames
     scales = "/".join(str(2 ** (stage + 1)) for stage in model.fpn.in_stages)
     return (
-        f"{size_name(model)} (embed_dim {model.backbone.embed_dim}, dim_head {model.backbone.dim_head}, "
+        f"{size_of(model)} (embed_dim {model.backbone.embed_dim}, dim_head {model.backbone.dim_head}, "
         f"{sum(t.numel() for t in weights.tensors.values()) / 1e6:.1f} M values), strides {scales}"
         f"{', small-object attention' if model.fpn.enable_small_object_attention else ''}, "
         f"{model.head.num_classes} classes ({', '.join(weights.classes)}), step {weights.step}\n"
@@ -128,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     as_rvt = parser.add_argument_group(
         "the network; with any of these, what a file of ours tells of itself is left aside"
     )
-    as_rvt.add_argument("--model", choices=sizes(), help="the size, instead of the one recognised")
+    as_rvt.add_argument(
+        "--model", choices=size_names(), help="the size, instead of the one recognised"
+    )
     as_rvt.add_argument(
         "--dim-head",
         type=int,

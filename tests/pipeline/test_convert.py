@@ -235,8 +235,9 @@ def test_a_width_of_no_size_needs_its_dim_head(tmp_path, capfd):
         backbone=BackboneConfig(embed_dim=24, dim_head=12), fpn=FpnConfig(depth=0.67)
     )
     source, out = publish(tmp_path / "x.ckpt", random_tensors(model)), tmp_path / "x.safetensors"
-    assert "embed_dim is 24, that of no file in conf/size (base, micro, small, tiny)" in refused(
-        capfd, source, out
+    assert (
+        "embed_dim is 24, which no preset in conf/size has (base, micro, small, tiny)"
+        in refused(capfd, source, out)
     )
     main([str(source), str(out), "--dim-head", "12"])
     assert load_weights(out).model == model
@@ -296,7 +297,9 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch, capfd):
 
 
 def test_import_pipeline_loads_no_torch():
-    probe = "import sys, pipeline; assert callable(pipeline.load_detector); print(*sys.modules)"
+    probe = (
+        "import sys, evspan.pipeline as p; assert callable(p.load_detector); print(*sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=50
     )
