@@ -1,4 +1,4 @@
-"""A stream of frames -> a stream of detections: state carried, a few frames in memory."""
+"""Runs a detector over a stream of frames: carries the state, holds a few frames in memory."""
 
 import queue
 import threading
@@ -14,6 +14,7 @@ import torch
 from evspan.pipeline.inference.streaming import raw_boxes
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.postprocess import detections
+from evspan.pipeline.model.state import DetectorState
 from numpy.typing import NDArray
 
 T = TypeVar("T")
@@ -21,49 +22,58 @@ Frame = tuple[int, NDArray[np.uint8]]  # end of its window in us, (2 * bins, H, 
 
 
 class Detected(NamedTuple):
-    """A frame (2 * bins, H, W) whose window ends at `end_us`, and its detections in RAW_BOX, the surest first.
+    """A frame with its detections.
 
-    latency_ms: from when the frame was there to its detections, other frames of its call included.
+    end_us: end of its window, in microseconds. frame: (2 * bins, H, W). boxes: (k,) RAW_BOX, the
+    most confident first. latency_ms: from the time at which the frame was ready until its
+    detections were, including the other frames of the same call.
     """
 
     end_us: int
     frame: NDArray[np.uint8]
-    boxes: NDArray
+    boxes: NDArray[np.void]
     latency_ms: float
 
 
 class Clock:
-    """Seconds by part, waiting for other parts left out. A part belongs to one thread."""
+    """Seconds of work by part, without the time spent waiting for other parts.
+
+    A part belongs to one thread.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        began = time.perf_counter()
+        """While open, time counts as `part`."""
+        started = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[part] += time.perf_counter() - began
+            self.seconds[part] += time.perf_counter() - started
 
     def each(self, part: str, items: Iterable[T]) -> Iterator[T]:
-        """The same items; making each counts as `part`."""
+        """The same items; the time to produce each counts as `part`."""
         source = iter(items)
         while True:
             with self(part):
-                item = next(source, self)
-            if item is self:
-                return
-            yield item  # type: ignore[misc]  # the clock stands for the end and never comes out
+                try:
+                    item = next(source)
+                except StopIteration:
+                    return
+            yield item
 
 
 def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """The same items, made in a thread of their own while the caller works; at most `depth` of them wait.
+    """The same items, produced by a thread while the caller works.
 
-    An error there is raised here, after the items before it. Closing the generator ends the thread.
+    At most `depth` items wait. An error of the thread is raised here, after the items before it.
+    Closing the generator ends the thread.
     """
     waiting: queue.Queue[Any] = queue.Queue(depth)
-    stop, end = threading.Event(), object()
+    stop = threading.Event()
+    end = object()
 
     def work() -> None:
         last: tuple[object, BaseException | None] = (end, None)
@@ -72,7 +82,7 @@ def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
                 waiting.put((item, None))
                 if stop.is_set():
                     return
-        except BaseException as error:  # handed over, whatever it is: nobody else would see it
+        except BaseException as error:  # raised by the caller's thread
             last = (end, error)
         if not stop.is_set():
             waiting.put(last)
@@ -89,11 +99,16 @@ def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
             yield item
     finally:
         stop.set()
-        while (
-            not waiting.empty()
-        ):  # a `put` that waits for room goes through, and the thread sees `stop`
+        # If the thread waits in `put`, it continues, and then sees `stop`.
+        while not waiting.empty():
             waiting.get_nowait()
         thread.join()
+
+
+class _TimedFrame(NamedTuple):
+    end_us: int
+    frame: NDArray[np.uint8]
+    ready: float  # time.perf_counter()
 
 
 def detect(
@@ -107,48 +122,79 @@ def detect(
     sensor: tuple[int, int],
     clock: Clock,
 ) -> Iterator[Detected]:
-    """The detections of every frame of one recording, in order. Reads `frames_per_call` frames at a time.
+    """Detects on every frame of one recording, in order.
 
     Args:
-        frames: the recording's, from where the state begins at zero. sensor: its (height, width) in pixels, which boxes are
-            scaled to (times `downsample`) and cut at. confidence: the smallest objectness * class score.
+        frames: all of the same size. The state is zero before the first one.
+        confidence: lowest objectness * class score.
+        nms: IoU threshold of the suppression.
+        frames_per_call: how many frames are read, and passed to the network together.
+        downsample: pixels of the sensor per pixel of a frame; boxes are scaled by it.
+        sensor: (height, width) in pixels; boxes are cut at its border.
     """
-    device, source = next(detector.parameters()).device, iter(frames)
-    state, starts = None, torch.zeros(1, dtype=torch.bool, device=device)
-    while batch := [(*frame, time.perf_counter()) for frame in islice(source, frames_per_call)]:
-        height, width = batch[0][1].shape[1:]
+    source = iter(frames)
+    state = None
+    while True:
+        batch = [
+            _TimedFrame(end_us, frame, time.perf_counter())
+            for end_us, frame in islice(source, frames_per_call)
+        ]
+        if not batch:
+            return
         with clock("network"), torch.inference_mode():
-            if state is None:
-                state = detector.initial_state(1, height, width, device=device)
-            stacked = torch.from_numpy(np.stack([frame for _, frame, _ in batch]))[:, None].to(
-                device
-            )
-            all_ = torch.ones(len(batch), 1, dtype=torch.bool, device=device)
-            raw, state = detector(stacked, state, starts=starts, labelled=all_)
-            found = detections(
-                detector.decode(raw, height, width),
-                confidence_threshold=confidence,
-                nms_threshold=nms,
-            )
-            rows = [r.cpu().numpy() for r in found]
-        done = time.perf_counter()
-        for (end, frame, came), k in zip(batch, rows, strict=True):
-            yield Detected(
-                end, frame, cut(raw_boxes([end], [k], downsample), sensor), 1000 * (done - came)
-            )
+            stacked = np.stack([item.frame for item in batch])
+            rows_by_frame, state = _run(detector, stacked, state, confidence=confidence, nms=nms)
+        finished = time.perf_counter()
+        for item, rows in zip(batch, rows_by_frame, strict=True):
+            boxes = cut(raw_boxes([item.end_us], [rows], downsample), sensor)
+            yield Detected(item.end_us, item.frame, boxes, 1000 * (finished - item.ready))
 
 
-def cut(boxes: NDArray, sensor: tuple[int, int]) -> NDArray:
-    """RAW_BOX cut at the border of the sensor (height, width); those wholly outside, on the frames' padding, are left out."""
-    right, bottom = (
-        np.minimum(boxes["x"] + boxes["w"], sensor[1]),
-        np.minimum(boxes["y"] + boxes["h"], sensor[0]),
+def _run(
+    detector: Detector,
+    frames: NDArray[np.uint8],
+    state: DetectorState | None,
+    *,
+    confidence: float,
+    nms: float,
+) -> tuple[list[NDArray[np.float32]], DetectorState]:
+    """Frames (T, 2 * bins, H, W) -> detections (k, 7) of each, and the next state."""
+    device = next(detector.parameters()).device
+    height, width = frames.shape[2:]
+    if state is None:
+        state = detector.initial_state(1, height, width, device=device)
+    raw, state = detector(
+        torch.from_numpy(frames)[:, None].to(device),
+        state,
+        starts=torch.zeros(1, dtype=torch.bool, device=device),
+        labelled=torch.ones(len(frames), 1, dtype=torch.bool, device=device),
     )
-    out = boxes.copy()
-    out["x"], out["y"] = np.maximum(boxes["x"], 0), np.maximum(boxes["y"], 0)
-    out["w"], out["h"] = right - out["x"], bottom - out["y"]
-    return out[(out["w"] > 0) & (out["h"] > 0)]
+    by_frame = detections(
+        detector.decode(raw, height, width), confidence_threshold=confidence, nms_threshold=nms
+    )
+    return [rows.cpu().numpy() for rows in by_frame], state
+
+
+def cut(boxes: NDArray[np.void], sensor: tuple[int, int]) -> NDArray[np.void]:
+    """Cuts boxes at the border of the sensor.
+
+    Args:
+        boxes: (N,) RAW_BOX, in pixels. sensor: (height, width) in pixels.
+
+    Returns:
+        (M,) RAW_BOX, without the boxes outside, which are in the padding of the frames.
+    """
+    height, width = sensor
+    right = np.minimum(boxes["x"] + boxes["w"], width)
+    bottom = np.minimum(boxes["y"] + boxes["h"], height)
+    inside = boxes.copy()
+    inside["x"] = np.maximum(boxes["x"], 0)
+    inside["y"] = np.maximum(boxes["y"], 0)
+    inside["w"] = right - inside["x"]
+    inside["h"] = bottom - inside["y"]
+    return inside[(inside["w"] > 0) & (inside["h"] > 0)]
 
 
 def class_name(classes: list[str], index: int) -> str:
+    """The name of a class id; a head may have more classes than there are names."""
     return classes[index] if index < len(classes) else f"class {index}"

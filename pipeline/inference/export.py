@@ -37,7 +37,7 @@ def export_detector(options: ExportOptions) -> ExportSummary:
         frames=shape,
         num_states=len(about["inputs"]) - 1,
         checked_frames=exported_step.STEPS,
-        differences=exported_step.told(differences),
+        differences=exported_step.summarize(differences),
     )
 
 

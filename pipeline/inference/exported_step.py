@@ -1,4 +1,4 @@
-"""The streaming step as a file that needs none of this code: torch.export's .pt2 or ONNX, checked against the detector."""
+"""Exports the streaming step to a file that runs without evspan: torch.export's .pt2, or ONNX."""
 
 import json
 import logging
@@ -17,30 +17,39 @@ from evspan.pipeline.weights import Weights, plain
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-ABOUT = "evspan"  # the file's metadata under this name: JSON, as in a weights file
-STEPS = 4  # frames of the check: what it wrote into the state is read again three times
+METADATA_KEY = "evspan"  # of JSON in the file's metadata
+STEPS = 4  # frames of the check: the state that the first one writes is read three times
 
-# What the file and the detector may differ by: a hundred times float noise, far below what a wrong operator does.
-TOLERANCE = 1e-4  # of scores and states (relative to a tensor's largest value above 1); of a box, as a share of its smaller side
-PIXELS = 1e-2  # but not less for a box: float32 itself tells no finer than 1e-4 px at 1280 px, and a stride multiplies noise
+# Tolerances of the check: a hundred times float noise, and far below what a wrong operator causes.
+# Scores: absolute. States: relative to max(1, largest value). Boxes: relative to the smaller side.
+TOLERANCE = 1e-4
+MIN_BOX_TOLERANCE = 1e-2  # pixels: float32 resolves 1e-4 px at 1280 px, and strides amplify noise
 
-Run = Callable[[list[Tensor]], list[Tensor]]  # frames and state -> decoded and next state
+# Frames and state tensors -> decoded predictions and next state tensors.
+Run = Callable[[list[Tensor]], list[Tensor]]
+# Metadata of node objects that contain paths and lines of this machine.
+DEBUG_METADATA = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 class StreamingStep(nn.Module):
-    """`Detector.step` on plain tensors: frames and `state_tensors` in, decoded and the next `state_tensors` out."""
+    """`Detector.step` on plain tensors instead of a DetectorState."""
 
     def __init__(self, detector: Detector, like: DetectorState) -> None:
         super().__init__()
-        self.detector, self.like = detector, like
+        self.detector = detector
+        self.like = like
 
     def forward(self, frames: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """Frames (B, 2 * bins, H, W) uint8 and `state_tensors` -> decoded, next `state_tensors`."""
         decoded, after = self.detector.step(frames, state_from_tensors(list(state), self.like))
         return decoded, *state_tensors(after)
 
 
 class Differences(NamedTuple):
-    """Largest ones, file against detector: boxes in pixels, scores and states as they are; and the worst in tolerances."""
+    """The largest differences between the file and the detector.
+
+    boxes: in pixels. scores, states: absolute. worst: the largest, in units of its tolerance.
+    """
 
     boxes: float
     scores: float
@@ -49,19 +58,21 @@ class Differences(NamedTuple):
 
 
 def input_names(state: DetectorState) -> list[str]:
-    """In the order that the step takes them. The outputs are decoded, then next_ and the state's names."""
-    stages = [
-        f"stage{i}_{part}" for i in range(1, len(state.stages) + 1) for part in ("hidden", "cell")
-    ]
-    return ["frames", *stages, *(f"previous{i}" for i in range(len(state.previous)))]
+    """The names of the step's inputs, in their order."""
+    names = ["frames"]
+    for number in range(1, len(state.stages) + 1):
+        names += [f"stage{number}_hidden", f"stage{number}_cell"]
+    names += [f"previous{i}" for i in range(len(state.previous))]
+    return names
 
 
 def output_names(state: DetectorState) -> list[str]:
+    """The names of the step's outputs, in their order."""
     return ["decoded", *(f"next_{name}" for name in input_names(state)[1:])]
 
 
 def about(weights: Weights, state: DetectorState) -> dict[str, Any]:
-    """What a file's user has to know, as JSON values."""
+    """What a user of the file needs, as JSON values."""
     return {
         "model": "rnndet",  # the only detector there is
         "step": weights.step,
@@ -74,59 +85,59 @@ def about(weights: Weights, state: DetectorState) -> dict[str, Any]:
 
 
 def trace(detector: Detector, frames: tuple[int, int, int, int]) -> ExportedProgram:
-    """The step of a detector in eval mode for frames (B, 2 * bins, H, W); every size is fixed."""
+    """Traces the step of a detector in eval mode.
+
+    Args:
+        frames: the shape (B, 2 * bins, H, W), which is fixed in the program.
+    """
     state = detector.initial_state(frames[0], *frames[2:])
-    given = (torch.zeros(frames, dtype=torch.uint8), *state_tensors(state))
-    with _quiet(), torch.no_grad():
-        program = torch.export.export(StreamingStep(detector, state), given, strict=False)
-    program.example_inputs = None  # else they are stored, larger than the weights
+    inputs = (torch.zeros(frames, dtype=torch.uint8), *state_tensors(state))
+    with _without_warnings(), torch.no_grad():
+        program = torch.export.export(StreamingStep(detector, state), inputs, strict=False)
+    program.example_inputs = None  # else they are stored, and are larger than the weights
     for node in program.graph.nodes:
-        for key in (
-            "stack_trace",
-            "nn_module_stack",
-            "source_fn_stack",
-        ):  # this machine's paths and lines
+        for key in DEBUG_METADATA:
             node.meta.pop(key, None)
     return program
 
 
 def write_pt2(program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    with _quiet():
-        torch.export.save(program, path, extra_files={ABOUT: json.dumps(about)})
+    """Writes torch.export's format, with `about` as an extra file."""
+    with _without_warnings():
+        torch.export.save(program, path, extra_files={METADATA_KEY: json.dumps(about)})
 
 
 def write_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    with _quiet():
-        written = torch.onnx.export(
+    """Writes ONNX, with `about` in its metadata."""
+    with _without_warnings():
+        onnx = torch.onnx.export(
             program,
             dynamo=True,
             verbose=False,
             input_names=about["inputs"],
             output_names=about["outputs"],
         )
-        assert written is not None
-        graph = written.model.graph
-        for part in (
-            graph,
-            *graph,
-            *graph.inputs,
-            *(value for node in graph for value in node.outputs),
-        ):
-            part.metadata_props.clear()  # this machine's paths and lines
-        written.model.metadata_props.clear()
-        written.model.metadata_props[ABOUT] = json.dumps(about)
-        written.save(path)
+        assert onnx is not None
+        graph = onnx.model.graph
+        parts: list[Any] = [graph, *graph, *graph.inputs]
+        for node in graph:
+            parts += node.outputs
+        for part in parts:
+            part.metadata_props.clear()  # paths and lines of this machine
+        onnx.model.metadata_props.clear()
+        onnx.model.metadata_props[METADATA_KEY] = json.dumps(about)
+        onnx.save(path)
 
 
 def run_pt2(path: Path) -> Run:
-    """The written file as torch runs it."""
-    with _quiet():
+    """Loads a .pt2 file to run in torch."""
+    with _without_warnings():
         step = torch.export.load(path).module()
-    return lambda given: list(step(*given))
+    return lambda inputs: list(step(*inputs))
 
 
 def run_onnx(path: Path) -> Run:
-    """The written file as onnxruntime runs it, on the CPU."""
+    """Loads an .onnx file to run in onnxruntime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -134,9 +145,9 @@ def run_onnx(path: Path) -> Run:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in session.get_inputs()]
 
-    def run(given: list[Tensor]) -> list[Tensor]:
-        fed = {name: t.numpy() for name, t in zip(names, given, strict=True)}
-        return [torch.from_numpy(t) for t in session.run(None, fed)]
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        arrays = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(array) for array in session.run(None, arrays)]
 
     return run
 
@@ -145,62 +156,73 @@ def run_onnx(path: Path) -> Run:
 def check(
     run: Run, detector: Detector, frames: tuple[int, int, int, int], *, cutoff: int
 ) -> Differences:
-    """A few steps of random frames (B, 2 * bins, H, W), each side fed its own state.
+    """Compares a file with the detector on STEPS random frames, each with its own state.
+
+    Args:
+        run: the file. frames: the shape (B, 2 * bins, H, W). cutoff: the largest count of a frame.
 
     Raises:
         UserError: they differ by more than the tolerance, or are not finite.
     """
     generator = torch.Generator().manual_seed(0)
     state = detector.initial_state(frames[0], *frames[2:])
-    carried, found = state_tensors(state), []
+    exported_state = state_tensors(state)
+    differences = []
     for _ in range(STEPS):
         # Most pixels of a real frame have no event.
-        counts = (
-            torch.poisson(torch.full(frames, 0.3), generator=generator)
-            .clamp(max=cutoff)
-            .to(torch.uint8)
-        )
-        wanted, state = detector.step(counts, state)
-        decoded, *carried = run([counts, *carried])
-        found.append(_differences(decoded, wanted, carried, state_tensors(state)))
-    most = Differences(*torch.tensor(found).amax(0).tolist())
-    if not most.worst <= 1:  # nan too
+        counts = torch.poisson(torch.full(frames, 0.3), generator=generator)
+        counts = counts.clamp(max=cutoff).to(torch.uint8)
+        expected, state = detector.step(counts, state)
+        decoded, *exported_state = run([counts, *exported_state])
+        differences.append(_differences(decoded, expected, exported_state, state_tensors(state)))
+    largest = Differences(*torch.tensor(differences).amax(0).tolist())
+    if not largest.worst <= 1:  # also for NaN
         raise UserError(
-            f"the exported step differs from the detector over {STEPS} frames: {told(most)}, {most.worst:.3g} times "
-            "the tolerance; nothing is written. Export weights whose values are all finite; if they are, try the "
-            "other format, or another release of torch"
+            f"the exported step differs from the detector over {STEPS} frames: "
+            f"{summarize(largest)}, {largest.worst:.3g} times the tolerance; nothing is written. "
+            "Export weights whose values are all finite; if they are, try the other format, or "
+            "another release of torch"
         )
-    return most
+    return largest
 
 
-def told(most: Differences) -> str:
-    return f"boxes {most.boxes:.1e} px, scores {most.scores:.1e}, states {most.states:.1e}"
+def summarize(differences: Differences) -> str:
+    """The differences as text."""
+    return (
+        f"boxes {differences.boxes:.1e} px, scores {differences.scores:.1e}, "
+        f"states {differences.states:.1e}"
+    )
 
 
 def _differences(
-    decoded: Tensor, wanted: Tensor, carried: list[Tensor], after: list[Tensor]
+    decoded: Tensor,
+    expected: Tensor,
+    exported_state: list[Tensor],
+    expected_state: list[Tensor],
 ) -> Differences:
-    off = (decoded - wanted).abs()
-    size = wanted[..., 2:4].amin(-1, keepdim=True)
-    worst = [
-        (off[..., :4] / (TOLERANCE * size).clamp(min=PIXELS)).max(),
-        off[..., 4:].max() / TOLERANCE,
-    ]
-    states = [(a - b).abs().max() for a, b in zip(carried, after, strict=True)]
-    worst += [
-        o / (TOLERANCE * b.abs().max().clamp(min=1)) for o, b in zip(states, after, strict=True)
-    ]
+    """Of one step. decoded, expected: (B, cells, 5 + classes)."""
+    difference = (decoded - expected).abs()
+    boxes = difference[..., :4]
+    scores = difference[..., 4:]
+    smaller_side = expected[..., 2:4].amin(-1, keepdim=True)
+    box_tolerance = (TOLERANCE * smaller_side).clamp(min=MIN_BOX_TOLERANCE)
+    in_tolerances = [(boxes / box_tolerance).max(), scores.max() / TOLERANCE]
+    states = []
+    for actual, expected_tensor in zip(exported_state, expected_state, strict=True):
+        largest = (actual - expected_tensor).abs().max()
+        states.append(largest)
+        in_tolerances.append(largest / (TOLERANCE * expected_tensor.abs().max().clamp(min=1)))
     return Differences(
-        *(
-            torch.stack(v).max().item()
-            for v in ([off[..., :4].max()], [off[..., 4:].max()], states, worst)
-        )
+        boxes=float(boxes.max()),
+        scores=float(scores.max()),
+        states=float(torch.stack(states).max()),
+        worst=float(torch.stack(in_tolerances).max()),
     )
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' warnings about themselves."""
+def _without_warnings() -> Iterator[None]:
+    """Hides the exporters' warnings about themselves."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

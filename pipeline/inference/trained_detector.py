@@ -1,4 +1,4 @@
-"""Detectors from configs and from weights files."""
+"""Builds detectors from weights."""
 
 from collections.abc import Mapping
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 
 class TrainedDetector(Detector):
-    """A detector that knows what it was trained on.
+    """A detector with what it was trained on.
 
-    classes: names, in the order of class ids; a head may have more. frames: how events became the frames that it takes.
+    classes: names by class id; the head may have more classes. frames: how events became the frames
+    that it takes.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -31,8 +32,9 @@ class TrainedDetector(Detector):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> DetectorState:
-        """Zeros for `batch` lanes of frames (height, width), on the detector's device unless told otherwise."""
-        device = next(self.parameters()).device if device is None else device
+        """Zeros for `batch` lanes of frames (height, width), by default on its own device."""
+        if device is None:
+            device = next(self.parameters()).device
         return super().initial_state(batch, height, width, device=device, dtype=dtype)
 
 
@@ -40,7 +42,7 @@ def detector_from(weights: Weights, *, device: torch.device | str = "cpu") -> Tr
     """A detector in eval mode with these weights.
 
     Raises:
-        UserError: the tensors are not those of the model that the file names; lists what is missing and unexpected.
+        UserError: the tensors do not fit the model config; lists missing and unexpected ones.
     """
     check_fit(weights)
     detector = TrainedDetector(weights)
@@ -49,35 +51,48 @@ def detector_from(weights: Weights, *, device: torch.device | str = "cpu") -> Tr
 
 
 def check_fit(weights: Weights) -> None:
-    """Raises UserError as `detector_from` does; nothing is allocated."""
+    """Checks that the tensors fit the model config. Allocates nothing.
+
+    Raises:
+        UserError: they do not; lists missing and unexpected ones.
+    """
     with torch.device("meta"):
-        wanted = Detector(weights.model, weights.frames.channels).state_dict()
-    _refuse_misfits(wanted, weights.tensors)
+        expected = Detector(weights.model, weights.frames.channels).state_dict()
+    _check_names_and_shapes(expected, weights.tensors)
 
 
 def load_tensors(detector: torch.nn.Module, weights: Weights) -> None:
-    _refuse_misfits(detector.state_dict(), weights.tensors)
+    """Copies weights into a detector, of which every tensor must be there.
+
+    Raises:
+        UserError: they do not fit it; lists missing and unexpected ones.
+    """
+    _check_names_and_shapes(detector.state_dict(), weights.tensors)
     detector.load_state_dict(weights.tensors)
 
 
-def _refuse_misfits(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    def told(name: str, tensors: Mapping[str, Tensor]) -> str:
-        return f"{name} {tuple(tensors[name].shape)}"
-
-    found = {
-        "missing": [told(k, wanted) for k in sorted(wanted.keys() - given.keys())],
-        "unexpected": [told(k, given) for k in sorted(given.keys() - wanted.keys())],
-        "of another shape": [
-            f"{told(k, given)} for {tuple(v.shape)}"
-            for k, v in wanted.items()
-            if k in given and given[k].shape != v.shape
-        ],
+def _check_names_and_shapes(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> None:
+    missing = sorted(expected.keys() - actual.keys())
+    unexpected = sorted(actual.keys() - expected.keys())
+    other_shape = [
+        f"{_with_shape(name, actual)} for {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in actual and actual[name].shape != tensor.shape
+    ]
+    problems = {
+        "missing": [_with_shape(name, expected) for name in missing],
+        "unexpected": [_with_shape(name, actual) for name in unexpected],
+        "of another shape": other_shape,
     }
-    if any(found.values()):
-        lists = "; ".join(
-            f"{len(names)} {what}: {', '.join(names)}" for what, names in found.items() if names
-        )
+    lists = [
+        f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names
+    ]
+    if lists:
         raise UserError(
-            f"the weights do not fit the model. Use the model config that they were trained with, or another file. "
-            f"Of {len(wanted)} tensors: {lists}"
+            "the weights do not fit the model. Use the model config that they were trained with, "
+            f"or another file. Of {len(expected)} tensors: {'; '.join(lists)}"
         )
+
+
+def _with_shape(name: str, tensors: Mapping[str, Tensor]) -> str:
+    return f"{name} {tuple(tensors[name].shape)}"

@@ -1,4 +1,4 @@
-"""Detections to files as they come, so that none are held: Prophesee's .npy, CSV, lines of JSON."""
+"""Writes detections to files frame by frame: Prophesee's .npy, CSV, lines of JSON."""
 
 import csv
 import json
@@ -11,31 +11,34 @@ from evspan.pipeline.inference.detect import Detected, class_name
 from numpy.typing import NDArray
 
 COLUMNS = ("t_us", "x", "y", "w", "h", "class_id", "class", "confidence")
+STANDARD_OUTPUT = "-"
 
 
 class DetectionsFile:
-    """RAW_BOX rows of a .npy; its header, which tells how many, is renewed at the end."""
+    """RAW_BOX rows of a .npy file. Its header has the number of rows; `close` rewrites it."""
 
     def __init__(self, path: Path) -> None:
-        self.file, self.rows = path.open("wb"), 0
+        self.file = path.open("wb")
+        self.rows = 0
         self._write_header()
         self.start = self.file.tell()
 
     def _write_header(self) -> None:
-        about = {
+        header = {
             "descr": np.lib.format.dtype_to_descr(RAW_BOX),
             "fortran_order": False,
             "shape": (self.rows,),
         }
-        np.lib.format.write_array_header_1_0(
-            self.file, about
-        )  # leaves room for the row count to grow
+        # NumPy leaves space in the header for the row count to grow.
+        np.lib.format.write_array_header_1_0(self.file, header)
 
-    def add(self, boxes: NDArray) -> None:
+    def add(self, boxes: NDArray[np.void]) -> None:
+        """Appends (k,) RAW_BOX."""
         self.file.write(boxes.tobytes())
         self.rows += boxes.size
 
     def close(self) -> None:
+        """Completes the file."""
         self.file.seek(0)
         self._write_header()
         assert self.file.tell() == self.start
@@ -43,48 +46,62 @@ class DetectionsFile:
 
 
 class CsvFile:
-    """A line per detection, with COLUMNS: pixels of the sensor, times of the windows' ends."""
+    """A line per detection: COLUMNS, in pixels of the sensor and times of the windows' ends."""
 
     def __init__(self, path: Path, classes: list[str]) -> None:
-        self.file, self.classes = path.open("w", newline=""), classes
+        self.file = path.open("w", newline="")
+        self.classes = classes
         self.rows = csv.writer(self.file)
         self.rows.writerow(COLUMNS)
 
     def add(self, item: Detected) -> None:
+        """Appends the detections of a frame."""
         for box in _readable(item.boxes, self.classes):
             self.rows.writerow([item.end_us, *box.values()])
 
     def close(self) -> None:
+        """Completes the file."""
         self.file.close()
 
 
 class JsonLines:
-    """A line per frame, of {end_us, latency_ms, detections}, there as soon as the frame is done; path "-": on standard output."""
+    """A line per frame: {end_us, latency_ms, detections}. Each is flushed at once.
+
+    Args:
+        path: "-" for standard output.
+    """
 
     def __init__(self, path: Path, classes: list[str]) -> None:
         self.classes = classes
-        if str(path) != "-":
+        if str(path) == STANDARD_OUTPUT:
+            self.file = sys.stdout
+        else:
             path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = sys.stdout if str(path) == "-" else path.open("w")
+            self.file = path.open("w")
 
     def add(self, item: Detected) -> None:
-        found = _readable(item.boxes, self.classes)
+        """Writes the detections of a frame."""
         frame = {
             "end_us": item.end_us,
             "latency_ms": round(item.latency_ms, 3),
-            "detections": found,
+            "detections": _readable(item.boxes, self.classes),
         }
         print(json.dumps(frame), file=self.file, flush=True)
 
     def close(self) -> None:
+        """Completes the file."""
         if self.file is not sys.stdout:
             self.file.close()
 
 
-def _readable(boxes: NDArray, classes: list[str]) -> list[dict[str, float | int | str]]:
+def _readable(boxes: NDArray[np.void], classes: list[str]) -> list[dict[str, float | int | str]]:
+    """(k,) RAW_BOX -> JSON values: pixels to 2 digits, confidence to 4."""
     return [
         {
-            **{k: round(float(box[k]), 2) for k in "xywh"},
+            "x": round(float(box["x"]), 2),
+            "y": round(float(box["y"]), 2),
+            "w": round(float(box["w"]), 2),
+            "h": round(float(box["h"]), 2),
             "class_id": int(box["class_id"]),
             "class": class_name(classes, int(box["class_id"])),
             "confidence": round(float(box["class_confidence"]), 4),
