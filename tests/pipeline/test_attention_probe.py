@@ -1,4 +1,4 @@
-"""What hooks tell of attention against its formulas restated; watched frames; where boxes and maps lie in the picture."""
+"""Recorded attention against its formulas; the choice of probe frames; positions in the image."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def model(**fpn):
 
 
 def weights_of(config, opened=0.5):
-    """Random ones, gates open, and scores far from each other, so that the same boxes survive whatever is rounded."""
+    """Random weights with open gates, and scores so far apart that rounding changes no box."""
     torch.manual_seed(0)
     detector = Detector(config, 4)
     for layer in (*detector.yolox_head.obj_preds, *detector.yolox_head.cls_preds):
@@ -59,7 +59,7 @@ def data(tmp_path_factory):
     return open_dataset(DatasetConfig(root=str(root)), "val")
 
 
-def test_hooks_tell_what_features_are_multiplied_with():
+def test_hooks_record_what_features_are_multiplied_with():
     config = model(enable_small_object_attention=True)
     detector = Detector(config, 4).eval()
     detector.load_state_dict(weights_of(config).tensors)
@@ -126,7 +126,7 @@ def test_hooks_tell_what_features_are_multiplied_with():
     assert len(multipliers) == 2 * 4 + 1
 
 
-def test_watched_frames_are_labelled_ones_with_boxes_spread_over_recordings(data):
+def test_probe_frames_are_labelled_ones_with_boxes_spread_over_recordings(data):
     chosen = choose_frames(data, EVERYTHING)
     assert chosen == choose_frames(data, EVERYTHING)
     assert len(chosen) == 4
@@ -138,7 +138,7 @@ def test_watched_frames_are_labelled_ones_with_boxes_spread_over_recordings(data
     assert choose_frames(data, EvaluationConfig(skip_first_ms=5000)) == []
 
 
-def test_a_look_finds_what_evaluation_finds_and_leaves_no_trace(data):
+def test_the_probe_detects_what_evaluation_detects_and_leaves_no_trace(data):
     weights = weights_of(model(enable_small_object_attention=True))
     before = torch.get_rng_state()
     config = EvaluationConfig(
@@ -209,7 +209,7 @@ def test_a_look_finds_what_evaluation_finds_and_leaves_no_trace(data):
         ),
     ],
 )
-def test_every_kind_of_neck_can_be_looked_at(data, fpn, maps, gates):
+def test_every_kind_of_neck_can_be_probed(data, fpn, maps, gates):
     seen = probe(weights_of(model(**fpn)), data, EVERYTHING, CPU)
     assert all(set(frame.maps) == maps for frame in seen.frames)
     assert len(seen.gates) == gates

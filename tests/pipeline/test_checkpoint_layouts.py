@@ -1,4 +1,4 @@
-"""What a checkpoint gives back: on the layout that saved it to the last bit, on any other the same curve."""
+"""A checkpoint continues bit for bit on the layout that saved it; on others, the same curve."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def train(folder: Path, ranks: int, *names: str) -> None:
     assert run_ranks([sys.executable, script, str(folder), *names], ranks, threads=1) == 0
 
 
-def told(folder: Path, name: str) -> dict[str, list[float]]:
+def losses_of(folder: Path, name: str) -> dict[str, list[float]]:
     return json.loads((folder / f"{name}.json").read_text())
 
 
@@ -44,7 +44,8 @@ def folder(tmp_path_factory):
 
 def assert_same(folder: Path, name: str) -> None:
     """The run that was cut against the one that was not."""
-    whole, resumed = told(folder, name), told(folder, f"{name}, resumed")
+    whole = losses_of(folder, name)
+    resumed = losses_of(folder, f"{name}, resumed")
     assert sorted(resumed) == [str(step) for step in range(stretches.CUT + 1, stretches.STEPS + 1)]
     assert resumed == {step: whole[step] for step in resumed}
     one, other = (
@@ -78,9 +79,10 @@ def test_other_layouts_continue_to_the_last_bit(tmp_path, name):
 
 @pytest.mark.parametrize("walk", [stretches.WALK, stretches.BACK], ids=["walk", "back"])
 def test_another_layout_continues_the_curve(folder, walk):
-    whole, step = told(folder, "whole"), 0
+    whole = losses_of(folder, "whole")
+    step = 0
     for name, _, until in walk:
-        got = told(folder, name)
+        got = losses_of(folder, name)
         assert list(got) == [str(step) for step in range(step + 1, until + 1)]
         for number, losses in got.items():
             assert losses == pytest.approx(whole[number], rel=1e-4), (name, number)
@@ -104,7 +106,7 @@ def test_the_carry_is_that_of_one_rank(folder):
             assert torch.equal(part, whole.narrow(-4, lanes.start, len(lanes)))
 
 
-def test_what_is_missing_or_damaged_is_told(folder, tmp_path):
+def test_missing_and_damaged_files_are_reported(folder, tmp_path):
     complete = folder / "walk 2x1" / "checkpoints" / "step-00000002"
     damaged = tmp_path / "step"
 

@@ -1,4 +1,4 @@
-"""`evspan convert` and `load_detector`: recognition, round trips to the last bit, refusals, files that would run something."""
+"""`evspan convert` and `load_detector`: inferred models, exact round trips, errors, hostile files."""
 
 import collections
 import os
@@ -53,7 +53,7 @@ def rvt_reads(path: Path) -> dict[str, torch.Tensor]:
     }
 
 
-# -- there and back ----------------------------------------------------------------------------------------------
+# -- there and back ------------------------------------------------------------
 @pytest.mark.parametrize("size", SIZES)
 def test_a_published_checkpoint_is_recognised_and_comes_back_bit_for_bit(size, tmp_path, capfd):
     model = model_of(size)
@@ -197,12 +197,12 @@ def test_two_classes_are_gen1(tmp_path):
     assert weights.model.backbone.partition_split_32 == 2
 
 
-def test_options_tell_what_weights_do_not(tmp_path):
+def test_options_give_what_weights_do_not_show(tmp_path):
     model = model_of("micro", 5)
     source, out = publish(tmp_path / "x.ckpt", random_tensors(model)), tmp_path / "x.safetensors"
     main([str(source), str(out)])
     assert load_weights(out).classes == [f"class_{i}" for i in range(5)]
-    told = [
+    options = [
         "--classes",
         "a,b,c,d,e",
         "--downsample",
@@ -214,7 +214,7 @@ def test_options_tell_what_weights_do_not(tmp_path):
         "--dim-head",
         "16",
     ]
-    main([str(source), str(out), "--overwrite", *told])
+    main([str(source), str(out), "--overwrite", *options])
     weights = load_weights(out)
     assert weights.classes == list("abcde")
     assert weights.model.backbone.dim_head == 16
@@ -243,7 +243,7 @@ def test_a_width_of_no_size_needs_its_dim_head(tmp_path, capfd):
     assert load_weights(out).model == model
 
 
-# -- numbers -----------------------------------------------------------------------------------------------------
+# -- numbers ------------------------------------------------------------
 @pytest.mark.parametrize("direct", [False, True], ids=["converted", "as published"])
 def test_load_detector_gives_the_published_numbers(parity_dir, tmp_path, direct):
     folder = parity_dir / "parity_small"
@@ -307,7 +307,7 @@ def test_import_pipeline_loads_no_torch():
     assert not {"torch", "numpy", "omegaconf", "safetensors"} & set(done.stdout.split())
 
 
-# -- what else a file holds --------------------------------------------------------------------------------------
+# -- what else a file holds ------------------------------------------------------------
 class Runs:
     """Pickles as a call."""
 
@@ -409,7 +409,7 @@ def test_nothing_in_a_file_runs(tmp_path, capfd, function, place):
     assert trap.exists()
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------
 def test_a_wrong_file_is_refused_with_every_name(tmp_path, capfd):
     tensors = random_tensors(model_of("micro"))
     head = {k: t for k, t in tensors.items() if k.startswith("yolox_head.stems")}
@@ -453,7 +453,7 @@ def test_model_overrides_what_is_recognised(tmp_path, capfd):
 
 
 def test_files_that_are_no_checkpoint(tmp_path, capfd):
-    def told(content) -> str:
+    def error_of(content) -> str:
         source = tmp_path / "x.ckpt"
         if isinstance(content, bytes):
             source.write_bytes(content)
@@ -462,24 +462,26 @@ def test_files_that_are_no_checkpoint(tmp_path, capfd):
         return refused(capfd, source, tmp_path / "x.safetensors")
 
     for content in (b"", b"hello"):
-        assert "cannot be read as a checkpoint (File is not a zip file). Name a .ckpt" in told(
+        assert "cannot be read as a checkpoint (File is not a zip file). Name a .ckpt" in error_of(
             content
         )
     assert (
         "has no tensors under 'state_dict', as Lightning writes them; it has: model, epoch"
-        in told({"model": 1, "epoch": 2})
+        in error_of({"model": 1, "epoch": 2})
     )
-    assert "it has: list" in told([1])
-    assert "1 of 2 entries under 'state_dict' are no plain tensors: b." in told(
+    assert "it has: list" in error_of([1])
+    assert "1 of 2 entries under 'state_dict' are no plain tensors: b." in error_of(
         {"state_dict": {"a": torch.ones(1), "b": 3}}
     )
-    assert "is no weights file of evspan" in told(
+    assert "is no weights file of evspan" in error_of(
         {"state_dict": {"a": torch.ones(1)}, "evspan": "{}"}
     )
     whole = publish(tmp_path / "whole", random_tensors(model_of("micro"))).read_bytes()
-    assert "cannot be read" in told(whole[: len(whole) // 2])
+    assert "cannot be read" in error_of(whole[: len(whole) // 2])
     middle = len(whole) // 2  # in some tensor
-    assert "is damaged: " in told(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    assert "is damaged: " in error_of(
+        whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    )
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".safetensors"] == []
 
 

@@ -186,9 +186,9 @@ def test_an_onnx_file_tells_what_it_is(exported):
 
 @pytest.mark.slow
 def test_a_pt2_file_tells_what_it_is(exported):
-    told = {"evspan": ""}
-    torch.export.load(exported("plain.pt2"), extra_files=told)
-    about = json.loads(told["evspan"])
+    metadata = {"evspan": ""}
+    torch.export.load(exported("plain.pt2"), extra_files=metadata)
+    about = json.loads(metadata["evspan"])
     assert about["classes"] == CLASSES
     assert about["inputs"][:3] == [
         "frames",
@@ -247,11 +247,11 @@ def test_a_file_that_differs_is_not_kept(exported, tmp_path, capsys):
     weights.tensors["yolox_head.obj_preds.0.bias"][0] = float("nan")
     save_weights(tmp_path / "nan.safetensors", weights)
     (tmp_path / "out.pt2").write_text("the one before")
-    told = refused(
+    message = refused(
         capsys, tmp_path / "nan.safetensors", tmp_path / "out.pt2", "--height", 64, "--width", 64
     )
-    assert "scores nan" in told
-    assert "Export weights whose values are all finite" in told
+    assert "scores nan" in message
+    assert "Export weights whose values are all finite" in message
     assert (tmp_path / "out.pt2").read_text() == "the one before"
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -276,9 +276,10 @@ def test_mistakes(exported, tmp_path, monkeypatch, capsys, arguments, part):
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
 def test_a_missing_package_is_named_before_anything_else(monkeypatch, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)
-    told = refused(capsys, "gone", "out.onnx")
+    message = refused(capsys, "gone", "out.onnx")
     assert (
-        f"needs the package {package}, which is not installed: pip install 'evspan[export]'" in told
+        f"needs the package {package}, which is not installed: pip install 'evspan[export]'"
+        in message
     )
 
 

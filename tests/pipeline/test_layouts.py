@@ -64,7 +64,7 @@ KNOBS = replace(
     precision="bf16",
     gradient_accumulation_steps=2,
     steps=2,
-    knobs=True,
+    save_memory=True,
 )
 
 WORLDS = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 2), (4, 4)]
@@ -185,7 +185,7 @@ def test_ranks_without_a_labelled_frame_took_part(quick):
         assert not any(g.any() for g in rank["gradients"].values())
 
 
-def test_all_memory_knobs_together(quick):
+def test_all_memory_options_together(quick):
     """ZeRO-3 with parameters and optimizer in CPU memory, bf16, activation checkpointing, few frames a call, accumulation."""
     assert_as_one_rank(KNOBS, quick)
 

@@ -1,4 +1,4 @@
-"""A micro-batch whose loss is not finite gives no gradients; the rest of its accumulation makes the update, as in plain torch."""
+"""A skipped micro-batch has no gradients; the rest of its accumulation updates as in torch."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ def weights(tmp_path_factory):
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage is not None])
-def test_an_update_is_made_of_what_was_not_skipped(weights, stage, pattern):
+def test_an_update_uses_what_was_not_skipped(weights, stage, pattern):
     for of_rank in weights:
         for name, wanted in of_rank[None, pattern].items():
             torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""What a real run wrote for TensorBoard, read back by TensorBoard's own reader; and what telling costs."""
+"""The TensorBoard file of a real run, read by TensorBoard's own reader; the cost of logging."""
 
 import io
 import re
@@ -34,9 +34,9 @@ ALL = {"tensors": 0, "images": 0, "scalars": 0, "histograms": 0}
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def logged_run(tmp_path_factory):
     """(reader, config, output) of a run of four steps."""
-    folder = tmp_path_factory.mktemp("told")
+    folder = tmp_path_factory.mktemp("logged_run")
     shards = write_small_shards(folder / "shards", {"train": [23, 12, 9], "val": [12, 7, 5]})
     output = train(
         shards,
@@ -63,15 +63,15 @@ def text_of(reader, tag):
     return tensor_util.make_ndarray(event.tensor_proto).item().decode()
 
 
-def pictures(reader, tag):
+def images(reader, tag):
     return {
         e.step: np.asarray(Image.open(io.BytesIO(e.encoded_image_string)).convert("RGB"))
         for e in reader.Images(tag)
     }
 
 
-def test_the_config_it_tells_is_the_one_that_it_ran(told):
-    reader, config, _ = told
+def test_the_logged_config_is_that_of_the_run(logged_run):
+    reader, config, _ = logged_run
     assert isinstance(config, TrainConfig)
     assert config.training.max_steps == 4
     assert config.training.profile == [2, 2]
@@ -81,9 +81,10 @@ def test_the_config_it_tells_is_the_one_that_it_ran(told):
     assert f"```\n{config_lines(config)}\n```" == text_of(reader, "run/config")
 
 
-def test_the_environment_names_code_and_ranks(told):
+def test_the_environment_names_code_and_ranks(logged_run):
     table = dict(
-        row.strip("| ").split(" | ") for row in text_of(told[0], "run/environment").splitlines()[2:]
+        row.strip("| ").split(" | ")
+        for row in text_of(logged_run[0], "run/environment").splitlines()[2:]
     )
     assert {"code", "ranks", "torch", "deepspeed", "Python", "CUDA", "system"} <= table.keys()
     assert table["code"] == (code_commit() or "not in a git checkout")
@@ -113,8 +114,8 @@ def test_the_commit_is_that_of_the_checkout_that_tracks_the_code(tmp_path):
     assert code_commit(code) == git("rev-parse", "HEAD") + "-dirty"
 
 
-def test_the_layout_has_a_chart_for_every_curve_that_belongs_somewhere(told):
-    reader, *_ = told
+def test_the_layout_has_a_chart_for_every_curve_that_belongs_somewhere(logged_run):
+    reader, *_ = logged_run
     (event,) = reader.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(event.tensor_proto).item())
     scalars = reader.Tags()["scalars"]
@@ -156,8 +157,8 @@ def test_the_layout_has_a_chart_for_every_curve_that_belongs_somewhere(told):
     }  # none is forgotten
 
 
-def test_scalars_are_in_their_units(told):
-    reader, config, _ = told
+def test_scalars_are_in_their_units(logged_run):
+    reader, config, _ = logged_run
     speed, step = (
         {e.step: e.value for e in reader.Scalars(f"speed/{k}")} for k in ("frames_per_s", "step_ms")
     )
@@ -168,9 +169,9 @@ def test_scalars_are_in_their_units(told):
     assert all(0 <= e.value < 1 for e in reader.Scalars("speed/data_wait_fraction"))
 
 
-def test_pictures_of_the_watched_frames_show_their_boxes(told):
-    reader, config, _ = told
-    shown = pictures(reader, "evaluation/watched_frames")
+def test_images_of_the_probe_frames_show_their_boxes(logged_run):
+    reader, config, _ = logged_run
+    shown = images(reader, "evaluation/watched_frames")
     assert [*shown] == [3, 4]  # every third, and the last
     data = open_dataset(config.dataset, "val")
     there = [(r, int(f)) for r in data.recordings for f in np.flatnonzero(r.labelled)]
@@ -193,11 +194,11 @@ def test_pictures_of_the_watched_frames_show_their_boxes(told):
     assert not np.array_equal(
         shown[3][:, 2 * width :], shown[4][:, 2 * width :]
     )  # attention learns
-    assert [*pictures(reader, "training/boxes")] == [3, 4]
+    assert [*images(reader, "training/boxes")] == [3, 4]
 
 
-def test_histograms_of_gates_and_of_what_they_multiply(told):
-    reader, *_ = told
+def test_histograms_of_gates_and_of_what_they_multiply(logged_run):
+    reader, *_ = logged_run
     assert set(reader.Tags()["histograms"]) == {
         "attention/gates",
         *(f"attention/scale_{i}/channel" for i in range(3)),
@@ -223,8 +224,8 @@ def test_histograms_of_gates_and_of_what_they_multiply(told):
     )
 
 
-def test_pr_curves_are_those_of_the_evaluation(told):
-    reader, config, _ = told
+def test_pr_curves_are_those_of_the_evaluation(logged_run):
+    reader, config, _ = logged_run
     data = open_dataset(config.dataset, "val")
     results = evaluate_split(
         detector_from(load_weights(config.run_dir)),
@@ -249,15 +250,15 @@ def test_pr_curves_are_those_of_the_evaluation(told):
         assert right[0] + missed[0] > 0
 
 
-def test_the_profile_asked_for_is_there_and_told_of(told):
-    reader, _, output = told
+def test_the_requested_profile_is_written_and_logged(logged_run):
+    reader, _, output = logged_run
     text = text_of(reader, "run/profile")
     assert "steps-2-2-rank-0.json.gz" in text
     assert "aten::" in text
     assert "profile of steps 2 to 2:" in output
 
 
-def test_ranks_that_share_sequences_and_weights_tell_together(tmp_path):
+def test_ranks_that_share_sequences_and_weights_log_together(tmp_path):
     """ZeRO 3: no rank has all weights. A trace is asked for by a file, of both ranks."""
     shards = write_small_shards(tmp_path / "shards", {"train": [23, 12], "val": [7]})
     (tmp_path / "run").mkdir()
@@ -275,7 +276,7 @@ def test_ranks_that_share_sequences_and_weights_tell_together(tmp_path):
     assert sorted(p.name for p in (tmp_path / "run" / "profile").iterdir()) == [
         f"steps-3-5-rank-{r}.json.gz" for r in (0, 1)
     ]
-    assert [*pictures(reader, "evaluation/watched_frames")] == [5]
+    assert [*images(reader, "evaluation/watched_frames")] == [5]
     assert len(reader.Histograms("attention/gates")) == 1
     assert all(0 < e.value < 1 for e in reader.Scalars("speed/exchange_fraction"))
     (event,) = reader.Tensors("custom_scalars__config__")
@@ -285,9 +286,9 @@ def test_ranks_that_share_sequences_and_weights_tell_together(tmp_path):
     assert "ranks | 2 on " in text_of(reader, "run/environment")
 
 
-def test_telling_nothing_costs_less_than_a_hundredth_of_a_step(told, tmp_path):
-    """What a step pays while nobody asks for a picture or a trace."""
-    reader, *_ = told
+def test_logging_nothing_costs_less_than_a_hundredth_of_a_step(logged_run, tmp_path):
+    """The cost of a step without images and traces."""
+    reader, *_ = logged_run
     step_s = min(e.value for e in reader.Scalars("speed/step_ms")) / 1000
     profiler = Profiler(
         tmp_path, 0, TensorBoardWriter(tmp_path, enabled=False), torch.nn.Linear(1, 1), []
@@ -311,7 +312,7 @@ def test_resident_memory_grows_with_what_is_held():
     assert 0.9 * len(held) < resident_bytes() - before < 3 * len(held)
 
 
-def test_what_is_told_after_the_end_opens_no_other_file(tmp_path):
+def test_what_is_written_after_close_opens_no_other_file(tmp_path):
     writer = TensorBoardWriter(tmp_path, enabled=True, resume_step=5)
     writer.write_scalars({"a": 1.0}, 6)
     writer.close()

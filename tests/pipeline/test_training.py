@@ -1,4 +1,4 @@
-"""Training over real ranks (gloo): resume against the uninterrupted run, two ranks against one, stop signals."""
+"""Training over real ranks (gloo): resume, two ranks against one, stop signals."""
 
 import json
 import os

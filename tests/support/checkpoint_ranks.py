@@ -1,8 +1,9 @@
-"""What ranks run for tests/pipeline/test_checkpoint_layouts.py: stretches of runs, each from a checkpoint that another may have saved.
+"""The ranks of tests/pipeline/test_checkpoint_layouts.py: parts of runs, from any checkpoint.
 
     python tests/support/checkpoint_ranks.py FOLDER NAME...
 
-with torchrun's variables. Stretch NAME trains in FOLDER/NAME and writes {step: losses} to FOLDER/NAME.json.
+with torchrun's variables. Stretch NAME trains in FOLDER/NAME and writes {step: losses} to
+FOLDER/NAME.json.
 """
 
 import json
@@ -100,7 +101,7 @@ def stretches() -> dict[str, Stretch]:
 
 
 def config(case: Case, folder: Path, run_dir: Path) -> TrainConfig:
-    """A micro detector whose carry and attention matter, and learning rates that move it, and attention's gates, visibly."""
+    """A micro detector whose state and attention matter; learning rates that move its gates."""
     return TrainConfig(
         run_dir=str(run_dir),
         seed=5,

@@ -1,4 +1,4 @@
-"""A rank as a process that begins within milliseconds, with everything imported: for tests that kill it."""
+"""A rank as a process that starts within milliseconds, for tests that kill it."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from evspan.conf.schema.training import TrainConfig
 
 
 def be_rank(rank: int, port: int, config: TrainConfig, log: Path) -> None:
-    """Train as rank `rank`; what it says goes to `log`."""
+    """Trains as rank `rank`; its output goes to `log`."""
     from evspan.launch.cli.command import run_command
     from evspan.launch.local.rank import train_rank
 

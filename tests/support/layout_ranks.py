@@ -1,6 +1,8 @@
-"""What ranks run for tests/pipeline/test_layouts.py: training under many layouts, one launch for all of a world's.
+"""The ranks of tests/pipeline/test_layouts.py: training in many layouts of one world.
 
-python -m layout_ranks FOLDER    with torchrun's variables; reads FOLDER/cases.pt, writes FOLDER/<rank>.pt: what each told
+python -m layout_ranks FOLDER    with torchrun's variables
+
+Reads FOLDER/cases.pt, writes FOLDER/RANK.pt: the results of each case.
 """
 
 import os
@@ -50,7 +52,7 @@ class Case:
     steps: int = 5
     shards: str = "dense"
     sampling: str = "mixed"
-    knobs: bool = False  # activation checkpointing, few frames a call, CPU offload
+    save_memory: bool = False  # activation checkpointing, few frames a call, CPU offload
 
     def alone(self, engine: str, **changes) -> "Case":
         """The same training on one rank of this engine, without anything that may not matter."""
@@ -62,13 +64,13 @@ class Case:
             engine=engine,
             stage=0,
             precision="fp32",
-            knobs=False,
+            save_memory=False,
         )
         return replace(plain, **{"steps": 5, **changes})
 
 
 def config(case: Case, shards: str, run_dir: str) -> TrainConfig:
-    """A micro detector in which every part matters: LayerScale at 0.5, attention in the published form, which scales at once."""
+    """A micro detector in which every part matters: LayerScale 0.5, published attention."""
     return TrainConfig(
         run_dir=run_dir,
         seed=5,
@@ -92,14 +94,14 @@ def config(case: Case, shards: str, run_dir: str) -> TrainConfig:
             sampling=Sampling[case.sampling],
             precision=Precision[case.precision],
             num_workers=1,
-            activation_checkpointing=case.knobs,
-            frames_per_call=3 if case.knobs else 0,
+            activation_checkpointing=case.save_memory,
+            frames_per_call=3 if case.save_memory else 0,
         ),
         optimizer=OptimizerConfig(lr=1e-3, warmup_fraction=0.2),
         deepspeed=DeepSpeedConfig(
             stage=case.stage,
-            offload_optimizer=case.knobs and case.stage > 0,
-            offload_parameters=case.knobs and case.stage == 3,
+            offload_optimizer=case.save_memory and case.stage > 0,
+            offload_parameters=case.save_memory and case.stage == 3,
         ),
         parallel=ParallelConfig(
             ranks=case.ranks, sequence=case.sequence, exchange=ExchangeKind[case.exchange]
@@ -108,7 +110,12 @@ def config(case: Case, shards: str, run_dir: str) -> TrainConfig:
 
 
 def run(case: Case, shards: str, world) -> dict:
-    """Losses (steps * accumulation, 5) over all ranks, the first step's gradients, and labelled frames of this rank by step."""
+    """Trains a case.
+
+    Returns:
+        losses (steps * accumulation, 5) over all ranks, gradients of the first step, number of
+        labelled frames of this rank by micro-batch.
+    """
     with TemporaryDirectory() as run_dir:
         trainer = Trainer(config(case, shards, run_dir), world, ENGINES[case.engine])
         losses, gradients, labelled = [], {}, []

@@ -1,4 +1,4 @@
-"""What DeepSpeedEngine must equal: AdamW, its schedule and clipping in plain torch, every rank with the whole model, no DeepSpeed."""
+"""The oracle of DeepSpeedEngine: AdamW, schedule and clipping in plain torch, a model per rank."""
 
 import torch
 from evspan.pipeline.engine.deepspeed_engine import learning_rate_factor, parameter_groups
@@ -7,7 +7,7 @@ from torch.nn.utils import clip_grad_norm_
 
 
 class PlainEngine:
-    """In the same calls. On one rank it is the oracle; on several it tells what the mesh and the exchanges alone do."""
+    """Has the same methods. On several ranks, it tests the mesh and the exchanges alone."""
 
     dtype = torch.float32
 
@@ -55,6 +55,6 @@ class PlainEngine:
 
 
 class ExactEngine(PlainEngine):
-    """In float64, where ranks and one rank agree to the last few digits if they compute the same thing."""
+    """In float64, where several ranks agree with one rank to the last few digits."""
 
     dtype = torch.float64

@@ -1,6 +1,8 @@
-"""A rank that steps a small network while some micro-batches are skipped, under DeepSpeed and in plain torch.
+"""A rank that steps a small network and skips some micro-batches, in DeepSpeed and in torch.
 
-python -m skip_ranks FOLDER    with torchrun's variables; writes RANK.pt: (stage, pattern) -> weights
+python -m skip_ranks FOLDER    with torchrun's variables
+
+Writes RANK.pt: (stage, pattern) -> weights.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Training that is killed at any moment, or finds no room to save: the newest complete checkpoint continues as if nothing was."""
+"""Training that is killed at any moment, or cannot save: the newest checkpoint continues it."""
 
 import json
 import multiprocessing
@@ -69,7 +69,7 @@ class Run:
         for log in logs:
             log.write_text(
                 ""
-            )  # a rank killed before it opens its own must not be told by what the one before it wrote
+            )  # else a rank that is killed early would show the log of the one before
         for rank in self.ranks:
             rank.start()
 
@@ -146,7 +146,7 @@ def assert_as_undisturbed(run: Run, reference: Run) -> None:
 def campaign(
     run: Run, moments: list[str], whole: float, reference: Run, seed: int
 ) -> dict[str, int]:
-    """Kill at each of `moments`, every time continuing from what the kill before left; then let it finish."""
+    """Kills at each of `moments`, each time continuing from what is left; then lets it finish."""
     rng, done = random.Random(seed), dict.fromkeys(moments, 0)
     moments = list(moments)
     while moments:
@@ -203,7 +203,7 @@ def test_killed_at_forty_moments(undisturbed, processes, shards, tmp_path):
     print(campaign(run, ["saving", "anywhere"] * 20, whole, reference, seed=2))
 
 
-# -- one rank's folder: what is kept, what is told -----------------------------------------------------------------
+# -- the folder of one rank: what is kept, what is reported ----------------------------
 @pytest.fixture
 def alone():
     """This process as the only rank."""
@@ -267,7 +267,7 @@ def test_a_run_that_starts_again_in_its_folder_has_its_own_best(alone, tmp_path)
     assert load_weights(tmp_path).step == load_weights(again.folder / "best").step == 1
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(alone, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_is_reported_and_the_one_before_stays(alone, tmp_path):
     """Past a limit on the size of files, as past the end of a disk, writing fails."""
     checkpoints = Checkpoints(tmp_path, rank=0, keep=1)
     checkpoints.save(1, snapshot(1))
@@ -276,7 +276,8 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(al
     try:
         with pytest.raises(
             UserError,
-            match=f"could not be saved: .*File too large. Earlier checkpoints are still in {checkpoints.folder}",
+            match="could not be saved: .*File too large. "
+            f"Earlier checkpoints are still in {checkpoints.folder}",
         ):
             checkpoints.save(2, snapshot(2, 100_000))
     finally:
