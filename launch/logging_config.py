@@ -8,9 +8,14 @@ print warnings only (Python's default).
 import logging
 import os
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 LOGGER = "evspan"
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    _StreamHandler = logging.StreamHandler  # Python 3.10 cannot subscript it
+
 FILE_FORMAT = "%(asctime)s %(levelname)s rank %(rank)d: %(message)s"
 
 
@@ -73,7 +78,7 @@ def _below_warning(record: logging.LogRecord) -> bool:
     return record.levelno < logging.WARNING
 
 
-class _StandardStream(logging.StreamHandler[TextIO]):
+class _StandardStream(_StreamHandler):
     """Writes to sys.stdout or sys.stderr as they are when a record comes: they may be replaced."""
 
     def __init__(self, name: str) -> None:
