@@ -1,4 +1,4 @@
-"""`evspan doctor`: what it finds on this machine, in SLURM's settings and in jobs of a throw-away SLURM; what it fails for."""
+"""`evspan doctor` on this machine, with SLURM's settings, and in jobs of a throw-away SLURM."""
 
 import ctypes
 import json
@@ -58,21 +58,21 @@ def doctor(*arguments, environment=None, before=(), **more) -> subprocess.Comple
     )
 
 
-def rows(done: subprocess.CompletedProcess) -> dict[tuple[str, str], dict]:
-    """What --json tells, by where and which check; and that the exit code says the same."""
-    told = json.loads(done.stdout)
+def rows(process: subprocess.CompletedProcess) -> dict[tuple[str, str], dict]:
+    """The checks that --json prints, by place and name; the exit code must agree with them."""
+    results = json.loads(process.stdout)
     assert (
-        done.returncode
-        == int(not told["passed"])
-        == int(any(row["grade"] == FAIL for row in told["checks"]))
-    ), done.stderr
-    for row in told["checks"]:
+        process.returncode
+        == int(not results["passed"])
+        == int(any(row["grade"] == FAIL for row in results["checks"]))
+    ), process.stderr
+    for row in results["checks"]:
         assert row["found"] and (row["grade"] == PASS) == (not row["remedy"]), row
-    return {(row["where"], row["check"]): row for row in told["checks"]}
+    return {(row["where"], row["check"]): row for row in results["checks"]}
 
 
 def mounted(where: Path) -> list[str]:
-    """Before a command: it and what it starts see another folder there, of 1 MB."""
+    """A command prefix: the command sees an empty file system of 1 MB at `where`."""
     words = [
         "unshare",
         "--mount",
@@ -97,22 +97,25 @@ def no_trace(runs: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_machine_without_slurm(tmp_path):
-    done = doctor("--folder", tmp_path, environment=ABSENT)
-    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    process = doctor("--folder", tmp_path, environment=ABSENT)
+    assert process.returncode == 0 and not process.stderr, process.stdout + process.stderr
     grades = dict(
-        re.findall(r"^  (?:pass|warn)  ([\w-][\w -]*?) {2,}(.*)$", done.stdout, re.MULTILINE)
+        re.findall(r"^  (?:pass|warn)  ([\w-][\w -]*?) {2,}(.*)$", process.stdout, re.MULTILINE)
     )
-    assert f"here, on {socket.gethostname()}" in done.stdout
-    assert re.search(r"^  warn  SLURM .*\n +-> ", done.stdout, re.MULTILINE)
+    assert f"here, on {socket.gethostname()}" in process.stdout
+    assert re.search(r"^  warn  SLURM .*\n +-> ", process.stdout, re.MULTILINE)
     assert str(tmp_path) in grades["folder"]
     assert "all whole, fsync works" in grades["rename"]
     assert version("torch") in grades["torch"]
     assert grades["DeepSpeed"] == version("deepspeed")
     assert grades["all-reduce"] == "gloo works with itself"
     passed, warned = (
-        len(re.findall(rf"^  {grade}  ", done.stdout, re.MULTILINE)) for grade in ("pass", "warn")
+        len(re.findall(rf"^  {grade}  ", process.stdout, re.MULTILINE))
+        for grade in ("pass", "warn")
     )
-    assert done.stdout.splitlines()[-1] == f"doctor: 0 failed, {warned} to look at, {passed} passed"
+    assert (
+        process.stdout.splitlines()[-1] == f"doctor: 0 failed, {warned} to look at, {passed} passed"
+    )
     assert passed >= 11
     no_trace(tmp_path)
 
@@ -120,7 +123,7 @@ def test_a_machine_without_slurm(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
-    done = doctor(
+    process = doctor(
         "--folder",
         tmp_path,
         "--partition",
@@ -132,13 +135,13 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
         "--json",
         environment=slurm_of.environment,
     )
-    told = rows(done)
+    results = rows(process)
     failed = {
-        key: row for key, row in told.items() if row["grade"] == FAIL and key[1] != "versions"
+        key: row for key, row in results.items() if row["grade"] == FAIL and key[1] != "versions"
     }  # the code may be at work
-    assert failed == {} and done.stderr.count("\n") <= 2, (failed, done.stderr)
+    assert failed == {} and process.stderr.count("\n") <= 2, (failed, process.stderr)
     assert "COMPLETED" in slurm_of.jobs().values()
-    inside = {check: row for (where, check), row in told.items() if where == "in a job"}
+    inside = {check: row for (where, check), row in results.items() if where == "in a job"}
     assert inside["tasks"]["found"] == "4 on n1, n2"
     assert inside["shared folder"]["found"] == "the token and the files of all 4 tasks can be read"
     reduced = re.fullmatch(
@@ -152,7 +155,7 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
     assert re.search(
         "reads of a file while task 0 replaced it: (all )?whole", inside["rename"]["found"]
     )
-    first = inside["MASTER_ADDR"]  # virtual nodes' names lead nowhere, and ranks met all the same
+    first = inside["MASTER_ADDR"]  # names of virtual nodes cannot be resolved, but ranks connect
     if (
         shutil.which("getent")
         and subprocess.run(["getent", "hosts", "n1"], capture_output=True).returncode
@@ -172,7 +175,7 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
         "clock",
     ):
         assert check in inside
-    here = {check: row["found"] for (where, check), row in told.items() if where == "here"}
+    here = {check: row["found"] for (where, check), row in results.items() if where == "here"}
     assert here["partition"] == "high: 2 of 2 nodes run"
     assert "not preempted" in here["preemption"]
     assert "KillWait 2 s" in here["requeue"]
@@ -183,7 +186,7 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_folder_that_the_nodes_do_not_see(slurm_of, tmp_path):
-    told = rows(
+    results = rows(
         doctor(
             "--folder",
             tmp_path,
@@ -194,23 +197,23 @@ def test_a_folder_that_the_nodes_do_not_see(slurm_of, tmp_path):
             before=mounted(tmp_path),
         )
     )
-    assert told["here", "folder"]["grade"] == PASS
-    assert "tmpfs" in told["here", "folder"]["found"]
-    inside = told["in a job", "shared folder"]
+    assert results["here", "folder"]["grade"] == PASS
+    assert "tmpfs" in results["here", "folder"]["found"]
+    inside = results["in a job", "shared folder"]
     assert inside["grade"] == FAIL
     assert "token: No such file" in inside["found"]
     assert "all nodes see" in inside["remedy"]
-    assert told["in a job", "tasks"]["grade"] == PASS  # each told all the same
-    assert ("in a job", "rename") not in told
-    assert ("in a job", "file descriptors") in told
-    assert told["in a job", "all-reduce"]["found"].startswith("not tried")
+    assert results["in a job", "tasks"]["grade"] == PASS  # each reported all the same
+    assert ("in a job", "rename") not in results
+    assert ("in a job", "file descriptors") in results
+    assert results["in a job", "all-reduce"]["found"].startswith("not tried")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_wrong_names_fail_with_their_remedies_and_start_no_job(slurm_of, tmp_path):
+def test_bad_options_fail_with_their_remedies_and_start_no_job(slurm_of, tmp_path):
     before = slurm_of.jobs()
-    told = rows(
+    results = rows(
         doctor(
             "--folder",
             tmp_path / "absent",
@@ -223,23 +226,23 @@ def test_wrong_names_fail_with_their_remedies_and_start_no_job(slurm_of, tmp_pat
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
         )
     )
-    where, what = told["here", "folder"], told["here", "partition"]
+    where, what = results["here", "folder"], results["here", "partition"]
     assert where["found"] == f"{tmp_path / 'absent'} does not exist"
     assert "--folder" in where["remedy"]
     assert what["found"] == "there is no partition 'gpu'"
     assert "low, high" in what["remedy"]
-    few = told["here", "file descriptors"]
+    few = results["here", "file descriptors"]
     assert few["grade"] == FAIL
     assert few["found"] == "256, less than 4096"
     assert "hard limit of 256" in few["remedy"]
-    assert told["in a job", "tasks"]["found"] == "no job was started"
+    assert results["in a job", "tasks"]["found"] == "no job was started"
     assert slurm_of.jobs() == before
-    assert told["here", "all-reduce"]["grade"] == PASS  # the rest was checked
+    assert results["here", "all-reduce"]["grade"] == PASS  # the rest was checked
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_ending_it_ends_its_job(slurm_of, tmp_path):
+def test_sigterm_cancels_its_job(slurm_of, tmp_path):
     process = subprocess.Popen(
         [*COMMAND, "--folder", str(tmp_path), "--nodes", "2", "--", "--begin=now+1hour"],
         cwd=ROOT,
@@ -277,21 +280,21 @@ def test_ending_it_ends_its_job(slurm_of, tmp_path):
         (["--queue=x"], "unrecognized arguments"),
     ],
 )
-def test_options_that_cannot_be(arguments, part, capsys):
+def test_invalid_options(arguments, part, capsys):
     assert part in refused_by(main, capsys, *arguments)
 
 
-def test_it_is_no_rank(monkeypatch, capsys):
+def test_it_refuses_to_be_a_rank(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert "starts its tasks itself" in refused_by(main, capsys)
 
 
-def test_it_answers_at_once():
-    done = subprocess.run(
+def test_it_imports_nothing_slow():
+    process = subprocess.run(
         [*COMMAND, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=20
     )
-    assert done.returncode == 0
-    assert "--partition" in done.stdout
+    assert process.returncode == 0
+    assert "--partition" in process.stdout
     slow = "import sys, evspan.launch.doctor.checks; print({'torch', 'hydra', 'deepspeed', 'numpy', 'submitit'} & sys.modules.keys())"
     assert (
         subprocess.run(
@@ -305,20 +308,20 @@ def test_it_answers_at_once():
 def run_job(tmp_path, *options) -> list[Finding]:
     _, work = folder.open_folder(tmp_path)
     assert work
-    said: list[str] = []
+    lines: list[str] = []
     findings = job.run_job(
         job.Job(2, 1, options),
         work,
         (work / folder.TOKEN).read_text(),
         machine.software(),
-        said.append,
+        lines.append,
     )
-    assert said
+    assert lines
     return findings
 
 
 @pytest.mark.timeout(60)
-def test_what_srun_refuses_is_told(slurm_of, tmp_path):
+def test_what_srun_refuses_is_reported(slurm_of, tmp_path):
     (finding,) = run_job(tmp_path, "--constraint=quantum")
     assert (finding.check, finding.grade) == ("tasks", FAIL)
     assert finding.message.startswith("2 of 2 reported nothing. srun: ")
@@ -327,7 +330,7 @@ def test_what_srun_refuses_is_told(slurm_of, tmp_path):
 
 
 @pytest.mark.timeout(60)
-def test_a_task_that_dies_is_told(slurm_of, tmp_path):
+def test_a_task_that_dies_is_reported(slurm_of, tmp_path):
     """Node n2's Python finds no library: as where an installation is not shared."""
     prolog = tmp_path / "prolog"
     prolog.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] || echo export PYTHONHOME=/nowhere\n')
@@ -363,9 +366,9 @@ def test_a_task_that_dies_is_told(slurm_of, tmp_path):
         ),
     ],
 )
-def test_where_rank_0_is(env, address, grade, variables):
-    finding, found = job.check_master_address(env, address)
-    assert (finding.grade, found) == (grade, variables)
+def test_the_address_of_rank_0(env, address, grade, variables):
+    finding, actual = job.check_master_address(env, address)
+    assert (finding.grade, actual) == (grade, variables)
     assert (
         env.get("MASTER_ADDR", env["SLURM_STEP_NODELIST"].replace("[07-09]", "07").split(",")[0])
         in finding.message
@@ -378,17 +381,17 @@ def settings(partition="", nodes=0) -> dict[str, Finding]:
 
 
 def test_settings_of_a_cluster(slurm_of):
-    found = settings("low", 2)
-    assert {check: f.grade for check, f in found.items()} == dict.fromkeys(
+    findings = settings("low", 2)
+    assert {check: f.grade for check, f in findings.items()} == dict.fromkeys(
         ["SLURM", "partition", "time limit", "preemption", "requeue", "job records", "accounting"],
         PASS,
     )
-    assert found["preemption"].message.startswith(
+    assert findings["preemption"].message.startswith(
         "by high: mode REQUEUE, GraceTime 10 s; its own signal"
     )
-    assert found["SLURM"].message.endswith(" of evspan answers")
-    assert found["time limit"].message.startswith("none in low")
-    assert settings()["partition"].message == found["partition"].message  # the default one
+    assert findings["SLURM"].message.endswith(" of evspan answers")
+    assert findings["time limit"].message.startswith("none in low")
+    assert settings()["partition"].message == findings["partition"].message  # the default one
     many = settings("low", 9)["partition"]
     assert many.grade == FAIL
     assert "fewer than the 9 asked for" in many.message
@@ -399,27 +402,27 @@ def test_settings_that_change(slurm_of):
     change = ("scontrol", "update", "PartitionName=low")
     try:
         slurm_of.ask(*change, "MaxTime=2", "GraceTime=0", "MaxNodes=1")
-        found = settings("low", 2)
-        assert found["time limit"].grade == FAIL
-        assert found["time limit"].message.startswith("2 min in low")
-        assert found["preemption"].grade == WARN
-        assert "GraceTime 0 s" in found["preemption"].message
-        assert found["partition"].grade == FAIL
-        assert "may have 1 nodes, not 2" in found["partition"].message
+        findings = settings("low", 2)
+        assert findings["time limit"].grade == FAIL
+        assert findings["time limit"].message.startswith("2 min in low")
+        assert findings["preemption"].grade == WARN
+        assert "GraceTime 0 s" in findings["preemption"].message
+        assert findings["partition"].grade == FAIL
+        assert "may have 1 nodes, not 2" in findings["partition"].message
         slurm_of.ask(*change, "MaxTime=1-00:30:00", "State=DOWN")
-        found = settings("low")
-        assert found["time limit"].grade == PASS
-        assert found["time limit"].message.startswith("1470 min in low")
-        assert found["partition"].grade == FAIL
-        assert found["partition"].message == "low is DOWN"
+        findings = settings("low")
+        assert findings["time limit"].grade == PASS
+        assert findings["time limit"].message.startswith("1470 min in low")
+        assert findings["partition"].grade == FAIL
+        assert findings["partition"].message == "low is DOWN"
         slurm_of.ask(*change, "MaxTime=60", "State=UP", "MaxNodes=UNLIMITED")
-        found = settings("low")["time limit"]
-        assert found.grade == WARN
-        assert "set cluster.timeout_min=60 or less" in found.remedy
+        findings = settings("low")["time limit"]
+        assert findings.grade == WARN
+        assert "set cluster.timeout_min=60 or less" in findings.remedy
         slurm_of.ask("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
-        found = settings("low", 2)["partition"]
-        assert found.grade == FAIL
-        assert found.message == "low: 1 of 2 nodes run, fewer than the 2 asked for"
+        findings = settings("low", 2)["partition"]
+        assert findings.grade == FAIL
+        assert findings.message == "low: 1 of 2 nodes run, fewer than the 2 asked for"
     finally:
         slurm_of.ask(*change, "MaxTime=INFINITE", "GraceTime=10", "MaxNodes=UNLIMITED", "State=UP")
         slurm_of.ask("scontrol", "update", "NodeName=n2", "State=RESUME")
@@ -430,18 +433,18 @@ def test_no_controller_and_no_commands(monkeypatch, tmp_path):
         conf, (port,) = tmp_path / "slurm.conf", free_ports(1)
         monkeypatch.setenv("SLURM_CONF", str(conf))
         for part in ("which does not exist", "the controller does not answer: "):
-            found = settings()
-            assert list(found) == ["SLURM"]
-            assert found["SLURM"].grade == FAIL
-            assert part in found["SLURM"].message
+            findings = settings()
+            assert list(findings) == ["SLURM"]
+            assert findings["SLURM"].grade == FAIL
+            assert part in findings["SLURM"].message
             conf.write_text(
                 f"ClusterName=x\nSlurmctldHost=localhost\nSlurmctldPort={port}\nNodeName=n1\nMessageTimeout=2\n"
             )
     (tmp_path / "sbatch").touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = settings()
+    findings = settings()
     assert slurm.is_installed()
-    assert found["SLURM"].message.startswith(
+    assert findings["SLURM"].message.startswith(
         "srun, squeue, scancel, scontrol, sinfo not on the PATH"
     )
 
@@ -459,7 +462,7 @@ def test_no_controller_and_no_commands(monkeypatch, tmp_path):
         ("7-00:00:00", 604800),
     ],
 )
-def test_times_of_slurm(text, seconds):
+def test_durations_of_slurm(text, seconds):
     assert slurm.parse_seconds(text) == seconds
 
 
@@ -515,7 +518,7 @@ def test_time_limits(minutes, delay, most, grade):
     assert slurm.check_time_limit({"PartitionName": "p", "MaxTime": most}, config).grade == grade
 
 
-def test_records_that_are_kept_for_a_moment():
+def test_short_lived_job_records():
     assert slurm.check_job_records({"MinJobAge": "10 sec"}).grade == WARN
     assert (
         slurm.check_job_records({"MinJobAge": "300 sec"}).grade
@@ -539,7 +542,7 @@ def into_nothing(path: Path, data: bytes) -> None:
     raise OSError(5, "Input/output error")
 
 
-def test_renames_are_whole(tmp_path):
+def test_replacement_is_atomic(tmp_path):
     finding = folder.atomic_replacement(tmp_path / "file")
     assert finding.grade == PASS
     assert int(finding.message.split()[0]) > 10
@@ -553,7 +556,7 @@ def test_renames_are_whole(tmp_path):
         (into_nothing, "cannot be replaced: [Errno 5]"),
     ],
 )
-def test_replacing_that_is_not_whole_is_seen(tmp_path, put, part):
+def test_non_atomic_replacement_is_detected(tmp_path, put, part):
     finding = folder.atomic_replacement(tmp_path / "file", replace=put)
     assert finding.grade == FAIL
     assert part in finding.message
@@ -576,7 +579,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
             )  # does nothing for those who have none
 
     code = "import sys; from evspan.launch.doctor.folder import *; print(open_folder(Path(sys.argv[1]))[0].message)"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, str(runs)],
         cwd=ROOT,
         capture_output=True,
@@ -584,7 +587,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         timeout=20,
         preexec_fn=without_privilege,
     )
-    assert done.stdout == f"{runs} cannot be written: Permission denied\n", done.stderr
+    assert process.stdout == f"{runs} cannot be written: Permission denied\n", process.stderr
 
 
 def test_a_folder_that_is_a_file(tmp_path):
@@ -597,14 +600,14 @@ def test_a_folder_that_is_a_file(tmp_path):
 
 def test_a_full_folder(tmp_path):
     code = "import sys; from evspan.launch.doctor.folder import *; f = free_space(Path(sys.argv[1])); print(f.check, f.grade, f.message)"
-    done = subprocess.run(
+    process = subprocess.run(
         [*mounted(tmp_path), sys.executable, "-c", code, str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=20,
     )
-    assert done.stdout.startswith("free space fail 0.0 GB, less than 20")
+    assert process.stdout.startswith("free space fail 0.0 GB, less than 20")
 
 
 def test_clocks_that_differ_from_the_file_servers(tmp_path, monkeypatch):
@@ -622,7 +625,7 @@ def test_clocks_that_differ_from_the_file_servers(tmp_path, monkeypatch):
         ), finding
 
 
-def test_tasks_that_meet(tmp_path, monkeypatch):
+def test_tasks_exchange_notes(tmp_path, monkeypatch):
     finding, work = folder.open_folder(tmp_path)
     assert finding.grade == PASS
     assert work
@@ -658,7 +661,7 @@ def test_tasks_that_meet(tmp_path, monkeypatch):
 )
 def test_file_descriptors(soft, hard, grade, part):
     code = "from evspan.launch.doctor.machine import file_descriptors as f; print(f().grade, f().remedy)"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
         capture_output=True,
@@ -666,7 +669,7 @@ def test_file_descriptors(soft, hard, grade, part):
         timeout=20,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
     )
-    assert done.stdout.startswith(grade) and part in done.stdout, done.stderr
+    assert process.stdout.startswith(grade) and part in process.stdout, process.stderr
 
 
 def test_shared_memory(tmp_path):
@@ -677,20 +680,20 @@ def test_shared_memory(tmp_path):
 def test_interfaces_are_those_of_ip():
     if shutil.which("ip") is None:
         pytest.skip("there is no `ip` to compare with")
-    told = json.loads(
+    results = json.loads(
         subprocess.run(
             ["ip", "-json", "address"], capture_output=True, check=True, timeout=10
         ).stdout
     )
     expected = {
         one["ifname"]: {a["local"] for a in one["addr_info"] if a["scope"] == "global"}
-        for one in told
+        for one in results
     }
-    found = {name: set(addresses) for name, addresses in machine.interfaces().items()}
-    assert set(found) == {
+    findings = {name: set(addresses) for name, addresses in machine.interfaces().items()}
+    assert set(findings) == {
         name for name, addresses in expected.items() if addresses and name != "lo"
     }
-    assert all(found[name] <= expected[name] for name in found)
+    assert all(findings[name] <= expected[name] for name in findings)
 
 
 @pytest.mark.parametrize(
@@ -738,7 +741,7 @@ NIC Legend:
 
 
 def nvidia_smi(tmp_path, monkeypatch, *lines: str):
-    """One in its place, for machines without a GPU."""
+    """A substitute, for machines without a GPU."""
     (tmp_path / "nvidia-smi").write_text("\n".join(["#!/bin/sh", *lines, ""]))
     (tmp_path / "nvidia-smi").chmod(0o755)
     (tmp_path / "topology").write_text(TOPOLOGY)
@@ -795,7 +798,7 @@ def probes(ranks, size, *arguments) -> list[subprocess.Popen]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
-def test_ranks_that_meet_and_one_that_is_alone():
+def test_ranks_that_connect_and_one_that_is_alone():
     met, (alone,) = probes(range(2), 2), probes([0], 2, "2")
     for process in met:
         torch_, reduced = machine.torch_and_all_reduce(process, 0, 2)
@@ -830,18 +833,18 @@ def test_torch_and_the_gpus(torch_, seen, ranks, grade, part):
     assert bool(finding.remedy) == (grade == FAIL)
 
 
-def test_a_process_that_fails_is_told_by_its_last_line():
+def test_a_failed_process_is_reported_by_its_last_line():
     command = [sys.executable, "-c", "import deepspeed_of_another_name"]
     finding = machine.deepspeed_import(machine.start_process(command, os.environ))
     assert finding.grade == FAIL
     assert "No module named 'deepspeed_of_another_name'" in finding.message
 
 
-# -- what all say together -----------------------------------------------------------------------------------------
+# -- the tasks compared -----------------------------------------------------------------------------------------
 HERE = Finding("versions", PASS, "", "", {"Python": "3.11.7", "torch": "2.9"})
 
 
-def tell(
+def task_findings(
     rank: int,
     node: str,
     *,
@@ -883,18 +886,19 @@ def tell(
     ]
 
 
-def judged(*told: list[TaskFinding], size=2, complaints="", unseen=0) -> dict[str, Finding]:
+def judged(*results: list[TaskFinding], size=2, complaints="", unseen=0) -> dict[str, Finding]:
     return {
-        f.check: f for f in judge([t for one in told for t in one], size, HERE, complaints, unseen)
+        f.check: f
+        for f in judge([t for one in results for t in one], size, HERE, complaints, unseen)
     }
 
 
-def test_two_alike_pass():
-    found = judged(tell(0, "n1"), tell(1, "n2", gb_per_s=0.5))
-    assert {f.grade for f in found.values()} == {PASS}
-    assert found["tasks"].message == "2 on n1, n2"
-    assert found["all-reduce"].message == "gloo over 2 ranks: 0.50 GB/s, 100 us"
-    assert found["versions"].message == "the same on all nodes and here"
+def test_equal_tasks_pass():
+    findings = judged(task_findings(0, "n1"), task_findings(1, "n2", gb_per_s=0.5))
+    assert {f.grade for f in findings.values()} == {PASS}
+    assert findings["tasks"].message == "2 on n1, n2"
+    assert findings["all-reduce"].message == "gloo over 2 ranks: 0.50 GB/s, 100 us"
+    assert findings["versions"].message == "the same on all nodes and here"
 
 
 @pytest.mark.parametrize(
@@ -916,37 +920,42 @@ def test_two_alike_pass():
         ({"first": WARN}, {WARN}, "MASTER_ADDR", "n2: n1"),
     ],
 )
-def test_one_that_differs(second, grades, check, part):
-    found = judged(tell(0, "n1"), tell(1, "n2", **second))
-    assert {found[check].grade} == grades
-    assert part in found[check].message
-    others = {f.grade for name, f in found.items() if name != check}
+def test_one_task_that_differs(second, grades, check, part):
+    findings = judged(task_findings(0, "n1"), task_findings(1, "n2", **second))
+    assert {findings[check].grade} == grades
+    assert part in findings[check].message
+    others = {f.grade for name, f in findings.items() if name != check}
     assert others <= {PASS} or second == {"first": WARN, "reduced": FAIL}
 
 
-def test_versions_that_differ_from_here_alone_are_no_failure():
+def test_versions_that_differ_only_from_this_machine_are_a_warning():
     other = {"Python": "3.11.9", "torch": "2.9"}
-    found = judged(tell(0, "n1", versions=other), tell(1, "n2", versions=other))["versions"]
-    assert found.grade == WARN
-    assert found.message == "Python 3.11.9 on n1, n2, 3.11.7 here"
+    findings = judged(
+        task_findings(0, "n1", versions=other), task_findings(1, "n2", versions=other)
+    )["versions"]
+    assert findings.grade == WARN
+    assert findings.message == "Python 3.11.9 on n1, n2, 3.11.7 here"
 
 
 def test_tasks_that_end_early_are_named():
-    found = judged(tell(0, "n1"), tell(1, "n2")[:2], size=3, complaints="task 2 launch failed")[
-        "tasks"
-    ]
-    assert found.grade == FAIL
+    findings = judged(
+        task_findings(0, "n1"),
+        task_findings(1, "n2")[:2],
+        size=3,
+        complaints="task 2 launch failed",
+    )["tasks"]
+    assert findings.grade == FAIL
     assert (
-        found.message
+        findings.message
         == "1 of 3 reported nothing; task 1 on n2 ended after 'network'. srun: task 2 launch failed"
     )
     assert judged(size=3)["tasks"].message == "3 of 3 reported nothing"
 
 
-def test_notes_that_do_not_come_back():
+def test_notes_that_cannot_be_read_here():
     assert (
         "the files of 1 of 2 tasks cannot be read here"
-        in judged(tell(0, "n1"), tell(1, "n2"), unseen=1)["shared folder"].message
+        in judged(task_findings(0, "n1"), task_findings(1, "n2"), unseen=1)["shared folder"].message
     )
 
 

@@ -1,4 +1,4 @@
-"""What `evspan status`, `logs` and `cancel` make of runs' files and of SLURM's queue."""
+"""`evspan status`, `logs` and `cancel`, with runs' files and SLURM's queue."""
 
 import json
 import os
@@ -42,8 +42,8 @@ def make_run(
     if job:
         about = {"job": job, "overrides": list(overrides), "nodes": 1, "ranks": 1, "time": began}
         (folder / "submitted.json").write_text(json.dumps(about))
-    for i, told in enumerate(events):
-        event, _, step = told.partition(" ")
+    for i, text in enumerate(events):
+        event, _, step = text.partition(" ")
         values: dict = {
             "start": {"of": 1000, "host": "n1", "job": job or "", "attempt": 1, "pid": os.getpid()},
             "fault": {"message": "rank-01 on n2: killed", "code": 137},
@@ -61,7 +61,7 @@ def make_run(
 
 
 def make_sweep(folder: Path) -> Path:
-    """A finished run, one at work, one that is misspelt."""
+    """A finished run, one that is running, one with a misspelt key."""
     make_run(folder / "0", "submitted", "start", "running 1", "done 1000", job="17_0", ap=0.412)
     make_run(
         folder / "1",
@@ -95,7 +95,7 @@ def no_slurm(monkeypatch):
 
 
 @pytest.fixture
-def told(capsys):
+def run_cli(capsys):
     """(exit code, lines) of a command."""
 
     def call(command, *arguments):
@@ -112,7 +112,7 @@ def told(capsys):
 
 
 def row(lines: list[str], name: str) -> dict[str, str]:
-    """The cells of a line of a table, by their column's place: empty cells are there, too."""
+    """Heading -> cell of a line of a table, by the position of the columns; cells may be empty."""
     heading = next(line for line in lines if line.startswith("run "))
     line = next(line for line in lines if re.match(rf"{re.escape(name)}(\s|$)", line))
     words = [(m.group(), m.start(), m.end()) for m in re.finditer(r"\S+( \S+)*", heading)]
@@ -148,7 +148,7 @@ def task(state: str, reason: str = "(None)") -> Queued:
             "start submitted running",
             task("RUNNING", "n1"),
             ("running", ""),
-        ),  # it began before sbatch's caller had told
+        ),  # it started before sbatch's caller had recorded it
         ("start running", task("SUSPENDED", "n1"), ("running", "suspended")),
         ("start running", task("COMPLETING", "n1"), ("running", "completing")),
         ("start running saved", task("RUNNING", "n1"), ("saved", "ending")),
@@ -158,7 +158,7 @@ def task(state: str, reason: str = "(None)") -> Queued:
             "start running",
             task("PENDING", "(BeginTime)"),
             ("requeued", "BeginTime"),
-        ),  # a node has died: nobody told
+        ),  # a node has died without a record
         (
             "start running fault requeued",
             task("REQUEUE_HOLD", "(JobHoldMaxRequeue)"),
@@ -184,7 +184,7 @@ def task(state: str, reason: str = "(None)") -> Queued:
             "start running cancelled",
             task("RUNNING", "n1"),
             ("running", "starting"),
-        ),  # SLURM has not done it
+        ),  # SLURM has not carried it out
         ("start running", task("CANCELLED"), ("cancelled", "by scancel")),
         ("start running", task("OUT_OF_MEMORY"), ("lost", "SLURM ended it: OUT_OF_MEMORY")),
         ("start running", None, ("lost", "not in SLURM's queue")),
@@ -249,7 +249,7 @@ def test_a_process_of_this_machine_that_is_gone_is_lost():
     )
 
 
-def test_what_came_before_a_submission_is_another_story():
+def test_events_before_a_submission_do_not_count():
     events = [{"event": "start", "job": "7", "time": 1.0}, {"event": "failed", "time": 2.0}]
     assert events_of_submission(events, {"job": "8", "time": 3.0}) == []
     assert events_of_submission(events, {"job": "7", "time": 3.0}) == events  # clocks differ
@@ -264,11 +264,11 @@ def test_what_came_before_a_submission_is_another_story():
     assert events_of_submission(events, {}) == events
 
 
-def test_started_here_after_a_job_it_is_no_job(tmp_path, no_slurm):
+def test_a_run_started_on_this_machine_after_a_job_is_no_job(tmp_path, no_slurm):
     run = make_run(tmp_path / "run", "submitted", "start", "failed")
     append(run, "start", step=0, of=10, attempt=2, host="elsewhere", job="", pid=1)
-    (found,), note = read_runs(run)
-    assert (found.job, found.state, found.requeues, note) == ("", State.running, 1, "")
+    (observed,), note = read_runs(run)
+    assert (observed.job, observed.state, observed.requeues, note) == ("", State.running, 1, "")
 
 
 # -- finding -----------------------------------------------------------------------------------------------------
@@ -281,9 +281,9 @@ def test_started_here_after_a_job_it_is_no_job(tmp_path, no_slurm):
     ],
 )
 @pytest.mark.parametrize("command", [status, logs, cancel])
-def test_a_folder_that_is_no_run_is_one_line(tmp_path, told, command, make, part):
+def test_a_folder_without_a_run_gives_one_line(tmp_path, run_cli, command, make, part):
     make(tmp_path / "x")
-    code, lines = told(command, tmp_path / "x")
+    code, lines = run_cli(command, tmp_path / "x")
     assert code == 2
     assert len(lines) == 1
     assert lines[0].startswith(f"error: {tmp_path / 'x'} ")
@@ -321,7 +321,7 @@ def test_overrides_that_differ(tmp_path, no_slurm):
         "sweep.json",
     ],
 )
-def test_half_written_files_are_survived(tmp_path, no_slurm, name):
+def test_half_written_files_are_tolerated(tmp_path, no_slurm, name):
     sweep = make_sweep(tmp_path / "sweep")
     path = sweep / name
     whole = path.read_bytes()
@@ -348,9 +348,9 @@ def test_a_run_that_has_only_its_config_is_unknown(tmp_path, no_slurm):
 
 
 # -- status ------------------------------------------------------------------------------------------------------
-def test_the_table(tmp_path, no_slurm, told):
+def test_the_table(tmp_path, no_slurm, run_cli):
     sweep = make_sweep(tmp_path / "sweep")
-    code, lines = told(status, sweep)
+    code, lines = run_cli(status, sweep)
     assert code == 0
     first, second, third = (row(lines, name) for name in "012")
     assert (first["lr"], first["state"], first["step"], first["AP"]) == (
@@ -378,14 +378,14 @@ def test_the_table(tmp_path, no_slurm, told):
     ]
 
 
-def test_status_as_json(tmp_path, no_slurm, told):
-    code, lines = told(status, make_sweep(tmp_path / "sweep"), "--json")
-    told_ = json.loads("\n".join(lines))
+def test_status_as_json(tmp_path, no_slurm, run_cli):
+    code, lines = run_cli(status, make_sweep(tmp_path / "sweep"), "--json")
+    contents = json.loads("\n".join(lines))
     assert code == 0
-    assert [run["state"] for run in told_["runs"]] == ["done", "running", "failed"]
-    assert told_["runs"][1]["overrides"] == {"optimizer.lr": "0.0001", "seed": "1"}
-    assert told_["runs"][1]["eta_s"] == pytest.approx(1920, abs=60)
-    assert told_["note"] == "squeue is not on the PATH"
+    assert [run["state"] for run in contents["runs"]] == ["done", "running", "failed"]
+    assert contents["runs"][1]["overrides"] == {"optimizer.lr": "0.0001", "seed": "1"}
+    assert contents["runs"][1]["eta_s"] == pytest.approx(1920, abs=60)
+    assert contents["note"] == "squeue is not on the PATH"
 
 
 @pytest.mark.parametrize(
@@ -395,17 +395,17 @@ def test_status_as_json(tmp_path, no_slurm, told):
         (["--json", "--watch"], "not allowed with"),
     ],
 )
-def test_status_refuses(tmp_path, told, arguments, part):
-    code, (line,) = told(status, make_run(tmp_path / "run", "done"), *arguments)
+def test_status_refuses(tmp_path, run_cli, arguments, part):
+    code, (line,) = run_cli(status, make_run(tmp_path / "run", "done"), *arguments)
     assert code == 2
     assert part in line
 
 
 @pytest.mark.timeout(40)
-def test_watch_ends_with_the_run(tmp_path, no_slurm, told):
+def test_watch_ends_with_the_run(tmp_path, no_slurm, run_cli):
     run = make_run(tmp_path / "run", "start", "running 1", job="")
     with ending(run):
-        code, lines = told(status, run, "--watch", "--every", "1")
+        code, lines = run_cli(status, run, "--watch", "--every", "1")
     states = [
         re.split("  +", line)[1]
         for line in lines
@@ -417,21 +417,21 @@ def test_watch_ends_with_the_run(tmp_path, no_slurm, told):
     assert states.count("done") == 1
 
 
-def test_the_newest_word_tells_the_step(tmp_path, no_slurm):
+def test_the_newest_record_decides_the_step(tmp_path, no_slurm):
     run = make_run(
         tmp_path / "run", "start", "running 1", "requeued 50", "start 50", "running 51", job=""
     )
     write_progress(
         run, {"step": 90, "of": 1000, "time": NOW - 250, "seconds_per_step": 1.0}
     )  # of the first attempt
-    (found,), _ = read_runs(run)
-    assert (found.step, found.max_steps, found.requeues) == (51, 1000, 1)
-    assert found.eta_s == 949
+    (observed,), _ = read_runs(run)
+    assert (observed.step, observed.max_steps, observed.requeues) == (51, 1000, 1)
+    assert observed.eta_s == 949
     write_progress(run, {"step": 60, "of": 1000, "time": NOW, "seconds_per_step": None})
     assert (read_runs(run)[0][0].step, read_runs(run)[0][0].eta_s) == (60, None)
 
 
-def test_a_silent_run_is_told(tmp_path, no_slurm):
+def test_a_silent_run_is_reported(tmp_path, no_slurm):
     (tmp_path / "run").mkdir()
     append(
         tmp_path / "run", "start", step=0, of=10, host="elsewhere", job="", time=time.time() - 6010
@@ -443,10 +443,10 @@ def test_a_silent_run_is_told(tmp_path, no_slurm):
     assert read_runs(tmp_path / "run")[0][0].reason == ""
 
 
-def test_errors_of_others_are_harmless_to_a_terminal(tmp_path, no_slurm, told):
+def test_errors_of_others_are_harmless_to_a_terminal(tmp_path, no_slurm, run_cli):
     run = make_run(tmp_path / "run", job="", overrides=())
     append(run, "failed", step=3, message="bad\n\033[2Jnews\x07", code=2)
-    code, lines = told(status, run)
+    code, lines = run_cli(status, run)
     assert code == 0
     assert len(lines) == 2
     assert lines[1].endswith("bad �[2Jnews�")
@@ -475,14 +475,14 @@ def test_the_commands_load_no_torch(tmp_path):
         "import sys; from evspan.launch.cli import cancel, logs, report, status; p = sys.argv[1:]; status.main(p); cancel.main(p); "
         "report.main(p); assert not {'torch', 'hydra', 'deepspeed'} & set(sys.modules)"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script, str(run)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=25,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 # -- logs --------------------------------------------------------------------------------------------------------
@@ -497,17 +497,17 @@ def logged(tmp_path):
     return run
 
 
-def test_logs_of_a_rank_and_of_all(logged, told):
+def test_logs_of_a_rank_and_of_all(logged, run_cli):
     whole = [f"0: line {i}" for i in range(30)] + ["end"]
-    assert told(logs, logged) == (0, whole)
-    assert told(logs, logged, "--lines", 2) == (0, whole[-2:])
-    assert told(logs, logged, "--lines", 0) == (0, [])
-    assert told(logs, logged, "--rank", 10, "-n", 2) == (0, ["10: line 29", "end"])
-    assert told(logs, logged, "--all", "--lines", 1) == (
+    assert run_cli(logs, logged) == (0, whole)
+    assert run_cli(logs, logged, "--lines", 2) == (0, whole[-2:])
+    assert run_cli(logs, logged, "--lines", 0) == (0, [])
+    assert run_cli(logs, logged, "--rank", 10, "-n", 2) == (0, ["10: line 29", "end"])
+    assert run_cli(logs, logged, "--all", "--lines", 1) == (
         0,
         ["[rank 0] end", "[rank 1] end", "[rank 10] end"],
     )
-    assert told(logs, logged, "--follow", "-n", 1) == (
+    assert run_cli(logs, logged, "--follow", "-n", 1) == (
         0,
         ["end", f"{logged}: done at step 1000 of 1000"],
     )
@@ -522,26 +522,26 @@ def test_logs_of_a_rank_and_of_all(logged, told):
         (["--rank", 1, "--all"], "not allowed with"),
     ],
 )
-def test_logs_that_are_not_there(logged, told, arguments, part):
-    code, (line,) = told(logs, logged, *arguments)
+def test_missing_logs_and_bad_options(logged, run_cli, arguments, part):
+    code, (line,) = run_cli(logs, logged, *arguments)
     assert code == 2
     assert part in line
 
 
-def test_logs_of_a_sweep_or_of_no_log(logged, tmp_path, no_slurm, told):
-    code, (line,) = told(logs, logged.parent)
+def test_logs_of_a_sweep_or_of_no_log(logged, tmp_path, no_slurm, run_cli):
+    code, (line,) = run_cli(logs, logged.parent)
     assert code == 2
     assert f"is a sweep of 1 run; name one: {logged}" in line
-    code, (line,) = told(logs, make_run(tmp_path / "waits", "submitted"))
+    code, (line,) = run_cli(logs, make_run(tmp_path / "waits", "submitted"))
     assert code == 2
     assert line.endswith("has no logs: it is waiting at step 0; --follow waits for them")
-    code, (line,) = told(logs, make_run(tmp_path / "here", "start", job=""))
+    code, (line,) = run_cli(logs, make_run(tmp_path / "here", "start", job=""))
     assert code == 2
     assert "writes to its terminal only" in line
 
 
 @pytest.mark.timeout(30)
-def test_a_reader_that_has_enough_ends_it_quietly(logged):
+def test_a_closed_pipe_ends_logs_quietly(logged):
     (logged / "logs" / "rank-00.log").write_text("line\n" * 100_000)
     command = [
         sys.executable,
@@ -561,7 +561,7 @@ def test_a_reader_that_has_enough_ends_it_quietly(logged):
 
 @contextmanager
 def ending(run: Path, seconds: float = 1.5):
-    """The run ends by another process, some time from now."""
+    """Another process ends the run after some seconds."""
     script = f"import time; time.sleep({seconds}); from evspan.pipeline.history import append; append({str(run)!r}, 'done', step=1000)"
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     try:
@@ -571,7 +571,7 @@ def ending(run: Path, seconds: float = 1.5):
 
 
 @pytest.mark.timeout(40)
-def test_follow_waits_for_a_log_and_ends_with_the_run(tmp_path, monkeypatch, told, no_slurm):
+def test_follow_waits_for_a_log_and_ends_with_the_run(tmp_path, monkeypatch, run_cli, no_slurm):
     monkeypatch.setattr(sweep_logs, "STATE_S", 0.5)
     run = make_run(tmp_path / "run", "start", job="17")
     script = f"""
@@ -586,7 +586,7 @@ for rank in (0, 1):
     writer = subprocess.Popen([sys.executable, "-c", script])
     try:
         with ending(run, 3.5):
-            code, lines = told(logs, run, "--follow", "--all")
+            code, lines = run_cli(logs, run, "--follow", "--all")
     finally:
         writer.wait(20)
     assert code == 0
@@ -597,17 +597,17 @@ for rank in (0, 1):
 
 
 # -- cancel ------------------------------------------------------------------------------------------------------
-def test_nothing_to_cancel_is_no_error(tmp_path, no_slurm, told):
+def test_nothing_to_cancel_is_no_error(tmp_path, no_slurm, run_cli):
     run = make_run(tmp_path / "run", "start", "done 1000")
-    assert told(cancel, run) == (0, [f"nothing to cancel: {run} is done at step 1000 of 1000"])
+    assert run_cli(cancel, run) == (0, [f"nothing to cancel: {run} is done at step 1000 of 1000"])
     make_run(tmp_path / "other", "start", "failed 3")
-    assert told(cancel, tmp_path) == (0, ["nothing to cancel: 2 runs: 1 done, 1 failed"])
+    assert run_cli(cancel, tmp_path) == (0, ["nothing to cancel: 2 runs: 1 done, 1 failed"])
     assert [e["event"] for e in read(run)] == ["start", "done"]
 
 
-def test_a_job_cannot_be_cancelled_without_slurm(tmp_path, no_slurm, told):
+def test_a_job_cannot_be_cancelled_without_slurm(tmp_path, no_slurm, run_cli):
     run = make_run(tmp_path / "run", "start")
-    code, (line,) = told(cancel, run)
+    code, (line,) = run_cli(cancel, run)
     assert code == 2
     assert (
         line == "error: squeue is not on the PATH; run it where SLURM's commands reach the cluster"
@@ -615,16 +615,16 @@ def test_a_job_cannot_be_cancelled_without_slurm(tmp_path, no_slurm, told):
     assert [e["event"] for e in read(run)] == ["start"]
 
 
-def test_a_run_of_this_machine_is_told_how(tmp_path, no_slurm, told):
+def test_cancel_explains_how_to_end_a_local_run(tmp_path, no_slurm, run_cli):
     run = make_run(tmp_path / "run", "start", "running 1", job="")
-    code, (line,) = told(cancel, run)
+    code, (line,) = run_cli(cancel, run)
     assert code == 0
     assert line == (
         f"{run}: runs on n1 without SLURM; on that machine, kill -TERM {os.getpid()} saves and ends it, "
         "Ctrl-C ends it at once"
     )
     (tmp_path / "sweep.json").write_text('{"runs": [{"folder": "later", "overrides": []}]}')
-    code, lines = told(cancel, tmp_path)
+    code, lines = run_cli(cancel, tmp_path)
     assert code == 0
     assert f"{tmp_path / 'later'}: is not a SLURM job and has not started" in "\n".join(lines)
 
@@ -661,7 +661,7 @@ def until(condition, seconds: float = 20):
 
 
 @pytest.mark.timeout(90)
-def test_status_and_cancel_of_real_jobs(slurm, tmp_path, told):
+def test_status_and_cancel_of_real_jobs(slurm, tmp_path, run_cli):
     runs, array, waiting = tmp_path / "runs", sbatch(slurm, "--array=0-1"), sbatch(slurm, "--hold")
     first, _, held = (
         submitted(runs / str(i), job) for i, job in enumerate((f"{array}_0", f"{array}_1", waiting))
@@ -672,7 +672,7 @@ def test_status_and_cancel_of_real_jobs(slurm, tmp_path, told):
             == [State.running, State.running, State.waiting]
         )
     )
-    lines = told(status, runs)[1]
+    lines = run_cli(status, runs)[1]
     assert row(lines, "0")["state"] == "running (starting)"
     assert row(lines, "0")["node"] in (
         "n1",
@@ -682,13 +682,13 @@ def test_status_and_cancel_of_real_jobs(slurm, tmp_path, told):
     assert lines[-1] == "3 runs: 1 waiting, 2 running"
     append(first, "start", step=3, of=10, attempt=1, host="n1", job=f"{array}_0")
     append(first, "running", step=4)
-    assert row(told(status, runs)[1], "0")["state"] == "running"
+    assert row(run_cli(status, runs)[1], "0")["state"] == "running"
 
-    assert told(cancel, held) == (
+    assert run_cli(cancel, held) == (
         0,
         [f"{held}: cancelled SLURM job {waiting}, which was waiting (JobHeldUser)"],
     )
-    code, lines = told(cancel, runs)
+    code, lines = run_cli(cancel, runs)
     assert code == 0
     assert len(lines) == 2
     assert lines[0].endswith("which was running at step 4 of 10")
@@ -700,11 +700,11 @@ def test_status_and_cancel_of_real_jobs(slurm, tmp_path, told):
     )
     assert [run.state for run in read_runs(runs)[0]] == [State.cancelled] * 3
     assert [e["event"] for e in read(held)] == ["submitted", "cancelled"]
-    assert told(cancel, runs) == (0, ["nothing to cancel: 3 runs: 3 cancelled"])
+    assert run_cli(cancel, runs) == (0, ["nothing to cancel: 3 runs: 3 cancelled"])
 
 
 @pytest.mark.timeout(60)
-def test_jobs_that_slurm_ended_or_never_knew(slurm, tmp_path):
+def test_jobs_that_slurm_ended_or_does_not_have(slurm, tmp_path):
     job = sbatch(slurm)
     run = submitted(tmp_path / "run", job)
     until(lambda: read_runs(run)[0][0].state is State.running)
@@ -715,18 +715,18 @@ def test_jobs_that_slurm_ended_or_never_knew(slurm, tmp_path):
     assert queued(["4000000"]) == {}
     assert queued([]) == {}
     (run / "submitted.json").write_text(json.dumps({"job": "4000000", "time": NOW - 60}))
-    (found,), note = read_runs(run)
-    assert (found.state, found.reason, note) == (State.lost, "not in SLURM's queue", "")
+    (observed,), note = read_runs(run)
+    assert (observed.state, observed.reason, note) == (State.lost, "not in SLURM's queue", "")
 
 
 @pytest.mark.timeout(60)
-def test_a_controller_that_does_not_answer(slurm, tmp_path, monkeypatch, told):
+def test_a_controller_that_does_not_answer(slurm, tmp_path, monkeypatch, run_cli):
     run, conf = make_run(tmp_path / "tiny", "start", "running 1"), tmp_path / "slurm.conf"
     conf.write_text(
         "Nonsense=1\n"
     )  # one that is down takes squeue 20 s to notice, and ends it the same way
     monkeypatch.setenv("SLURM_CONF", str(conf))
-    code, lines = told(status, run)
+    code, lines = run_cli(status, run)
     assert code == 0
     assert row(lines, "tiny")["state"] == "running"
     assert lines[-1].startswith("note: squeue failed: ")

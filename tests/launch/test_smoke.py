@@ -1,4 +1,4 @@
-"""`evspan smoke`: a run on two ranks, and that its table tells what differs."""
+"""`evspan smoke`: a run on two ranks, and that its table shows differences."""
 
 import json
 import math
@@ -47,10 +47,10 @@ def run(*arguments, cwd=ROOT, timeout=240):
 
 
 @pytest.mark.timeout(300)
-def test_two_ranks_train_as_one(tmp_path):
-    done = run("--keep", str(tmp_path / "smoke"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = re.findall(r"^(1x1|2x1|1x2) *(\S.*?)?  +([0-3])  .* pass$", done.stdout, re.MULTILINE)
+def test_two_ranks_compute_what_one_computes(tmp_path):
+    process = run("--keep", str(tmp_path / "smoke"))
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = re.findall(r"^(1x1|2x1|1x2) *(\S.*?)?  +([0-3])  .* pass$", process.stdout, re.MULTILINE)
     assert rows == [
         ("1x1", "(reference)", "0"),
         ("1x1", "frame by frame", "0"),
@@ -58,16 +58,16 @@ def test_two_ranks_train_as_one(tmp_path):
         ("1x2", "transpose", "2"),
         ("1x2", "relay", "3"),
     ]
-    assert "FAIL" not in done.stdout
-    assert "CPU" in done.stdout
-    assert "smoke: pass, 5 layouts" in done.stdout
-    assert not done.stderr
+    assert "FAIL" not in process.stdout
+    assert "CPU" in process.stdout
+    assert "smoke: pass, 5 layouts" in process.stdout
+    assert not process.stderr
     results = [
         json.loads(line)
         for line in (tmp_path / "smoke" / "results-2.jsonl").read_text().splitlines()[1:]
     ]
     assert len(results) == 3
-    for row in results:  # they did compute apart: something differs, by rounding
+    for row in results:  # the layouts compute differently: rounding differs
         assert 0 < row["gradients"] < 1e-3
         assert 0 < row["resumed_other"] < 1e-4
         assert row["resumed"] == 0
@@ -90,14 +90,14 @@ def test_two_ranks_train_as_one(tmp_path):
     ],
 )
 def test_a_mistake_in_the_code_is_found(tmp_path, file, right, wrong):
-    for room in ("conf", "data_prep", "launch", "pipeline"):
-        shutil.copytree(ROOT / room, tmp_path / room)
+    for package in ("conf", "data_prep", "launch", "pipeline"):
+        shutil.copytree(ROOT / package, tmp_path / package)
     source = (tmp_path / file).read_text()
     assert right in source
     (tmp_path / file).write_text(source.replace(right, wrong))
-    done = run(cwd=tmp_path)
-    assert done.returncode == 1 and "FAIL" in done.stdout and "DIFFERS" in done.stdout, (
-        done.stdout + done.stderr
+    process = run(cwd=tmp_path)
+    assert process.returncode == 1 and "FAIL" in process.stdout and "DIFFERS" in process.stdout, (
+        process.stdout + process.stderr
     )
 
 
@@ -112,7 +112,7 @@ def test_a_mistake_in_the_code_is_found(tmp_path, file, right, wrong):
         ("resumed_other", 2e-5),
     ],
 )
-def test_what_differs_fails(column, value):
+def test_a_difference_fails(column, value):
     result = replace(ALIKE, **{column: value})
     verdict = judge(result, ALLOWED, exact=True)
     assert verdict._asdict() == {
@@ -127,13 +127,13 @@ def test_what_differs_fails(column, value):
     assert "DIFFERS" in lines[2]
 
 
-def test_what_is_alike_passes():
+def test_equal_results_pass():
     assert judge(ALIKE, ALLOWED, exact=True).passed
     assert judge(replace(ALIKE, resumed=1e-9), ALLOWED, exact=False).passed
     assert not judge(replace(ALIKE, skipped=1), ALLOWED, exact=False).passed
 
 
-def test_bounds_follow_rounding_but_not_everywhere():
+def test_tolerances_follow_rounding_within_limits():
     def allowed(loss, gradients):
         return tolerances(replace(ALIKE, loss=loss, gradients=gradients))[:2]
 
@@ -143,7 +143,7 @@ def test_bounds_follow_rounding_but_not_everywhere():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
-def test_layouts_are_all_that_the_ranks_make_and_fit(tmp_path, ranks):
+def test_layouts_are_complete_and_valid(tmp_path, ranks):
     layouts = layouts_of(ranks)
     comparison = ComparisonConfig(tmp_path, ranks=ranks, steps=3, threads=1)
     for layout in layouts:

@@ -1,4 +1,4 @@
-"""What `evspan report` makes of a sweep: curves, order, costs, the page, and TensorBoard's HParams."""
+"""`evspan report`: curves, order, costs, the page, and TensorBoard's HParams."""
 
 import json
 import os
@@ -34,9 +34,9 @@ EVIL = "</title><script>alert('x')</script>&\"\n\033[2J"
 
 
 def train(
-    run: Path, *attempts: range, ap: float, end: str = "done", picture: bool = False, **said
+    run: Path, *attempts: range, ap: float, end: str = "done", picture: bool = False, **end_values
 ) -> Path:
-    """A run with losses 10 / step and one evaluation; an attempt begins where its range does, 1000 s after the one before."""
+    """A run with losses 10 / step and one evaluation; an attempt starts at the start of its range, 1000 s after the previous one."""
     for number, steps in enumerate(attempts, 1):
         began = NOW - 10_000 + 1000 * number
         append(
@@ -68,7 +68,7 @@ def train(
         writer.close()
         if number < len(attempts):
             append(run, "requeued", step=attempts[number].start, time=began + 900)
-    append(run, end, step=attempts[-1].stop, time=NOW, **said)
+    append(run, end, step=attempts[-1].stop, time=NOW, **end_values)
     (run / "evaluation").mkdir()
     (run / "evaluation" / "metrics.json").write_text(
         json.dumps({"ap": ap, "ap50": ap + 0.1, "ap_small": None})
@@ -78,7 +78,7 @@ def train(
 
 @pytest.fixture
 def sweep(tmp_path):
-    """0: worse. 1: interrupted twice, best. 2: misspelt. 3: has only begun. 4: hostile, failed late."""
+    """0: worse. 1: interrupted twice, best. 2: misspelt key. 3: just started. 4: hostile text, failed."""
     folder = tmp_path / "lr & co"
     train(folder / "0", range(0, 100), ap=0.25)
     train(folder / "1", range(0, 60), range(40, 80), range(80, 100), ap=0.5, picture=True)
@@ -146,7 +146,7 @@ class Page(HTMLParser):
 
 
 # -- curves ------------------------------------------------------------------------------------------------------
-def test_curves_are_what_tensorboards_reader_reads(sweep):
+def test_curves_equal_those_of_tensorboards_reader(sweep):
     for name in "014":
         oracle = EventAccumulator(
             str(sweep / name / "tensorboard"), size_guidance={"scalars": 0, "images": 1}
@@ -165,7 +165,7 @@ def test_curves_are_what_tensorboards_reader_reads(sweep):
     assert len(curves["loss/total"].all_points) == 120
 
 
-def test_cut_and_damaged_event_files_give_what_is_whole(sweep):
+def test_truncated_and_damaged_event_files_give_their_whole_records(sweep):
     (path,) = (sweep / "0" / "tensorboard").glob("*tfevents*")
     whole = path.read_bytes()
     before = 100
@@ -196,13 +196,13 @@ def test_thinned_curves_keep_the_mean():
 
 
 # -- order and costs ---------------------------------------------------------------------------------------------
-def test_rows_are_in_the_order_of_ap(sweep):
-    told = rows(sweep)
-    assert [row.run.name for row in told] == ["1", "0", "4", "2", "3"]
-    assert told[0].metrics() == {"ap": 0.5, "ap50": 0.6, "final_loss": pytest.approx(0.1)}
-    assert told[0].best == (0.5, 100)
-    assert told[4].best is None
-    assert told[4].metrics() == {}
+def test_results_are_in_the_order_of_ap(sweep):
+    results = rows(sweep)
+    assert [row.run.name for row in results] == ["1", "0", "4", "2", "3"]
+    assert results[0].metrics() == {"ap": 0.5, "ap50": 0.6, "final_loss": pytest.approx(0.1)}
+    assert results[0].best == (0.5, 100)
+    assert results[4].best is None
+    assert results[4].metrics() == {}
 
 
 def test_the_best_of_a_curve_may_be_earlier(sweep):
@@ -296,13 +296,13 @@ def test_values_for_tensorboard(text, value):
     assert (got, type(got)) == (value, type(value))
 
 
-def test_an_address_that_is_none_is_refused(sweep):
+def test_a_bad_tensorboard_address_is_refused(sweep):
     with pytest.raises(UserError, match="--tensorboard is 'javascript:x'"):
         write_report(sweep, "javascript:x")
 
 
 # -- the page ----------------------------------------------------------------------------------------------------
-def test_the_page_stands_alone_and_holds_everything(sweep, capsys):
+def test_the_page_is_self_contained_and_complete(sweep, capsys):
     report.main([str(sweep), "--tensorboard", "http://login1:6006"])
     text = (sweep / "report.html").read_text()
     page = Page(text)
@@ -338,7 +338,7 @@ def test_the_page_stands_alone_and_holds_everything(sweep, capsys):
     assert "http://login1:6006/#hparams" in hrefs
 
 
-def test_the_curves_lie_where_the_numbers_say(sweep, capsys):
+def test_the_curves_are_drawn_at_their_values(sweep, capsys):
     report.main([str(sweep)])
     lines = [
         (a["points"], a["style"])
@@ -374,7 +374,7 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path, capsys):
     assert "best:" not in capsys.readouterr().out
 
 
-def test_a_folder_that_is_no_run(tmp_path, capsys):
+def test_a_folder_without_a_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as leaving:
         report.main([str(tmp_path)])
     err = capsys.readouterr().err
@@ -413,7 +413,7 @@ def hparams(logdir: Path) -> dict[str, tuple[dict, dict]]:
 
 
 @pytest.mark.timeout(60)
-def test_tensorboard_shows_the_sweep_once_however_often_it_is_told(sweep, capsys):
+def test_tensorboard_shows_the_sweep_once_after_several_reports(sweep, capsys):
     for _ in range(2):
         report.main([str(sweep)])
         assert [len(list((sweep / name / "hparams").iterdir())) for name in "01234"] == [1] * 5

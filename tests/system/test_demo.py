@@ -1,4 +1,4 @@
-"""The demo's bookkeeping, table and closing line, and that its commands are ones that the programs take."""
+"""The demo's records, table and last line, and that its commands are valid."""
 
 import json
 import re
@@ -51,13 +51,13 @@ def small_parts(folder):
 
 def test_commands_are_accepted(tmp_path):
     simulate, prep, train, evaluate, infer = demo.demo_parts(tmp_path)
-    given = evspan.launch.cli.simulate._parser().parse_args(simulate.arguments[1:])
-    assert given.recordings["train"] >= 8
-    assert given.recordings["val"] >= 2
-    assert given.format == "raw"
+    simulate_args = evspan.launch.cli.simulate._parser().parse_args(simulate.arguments[1:])
+    assert simulate_args.recordings["train"] >= 8
+    assert simulate_args.recordings["val"] >= 2
+    assert simulate_args.format == "raw"
     config, _ = composed("prep", *prep.arguments[1:])
     assert config.frames.downsample == 4
-    assert config.source == str(given.out)
+    assert config.source == str(simulate_args.out)
     config, choices = composed("train", *train.arguments[1:])
     assert choices["experiment"] == "demo"
     assert choices["size"] == "micro"
@@ -69,32 +69,32 @@ def test_commands_are_accepted(tmp_path):
     assert scored.evaluation.split == "val"
     assert scored.dataset.root == config.dataset.root
     assert scored.dataset.classes == config.dataset.classes
-    wanted = evspan.launch.cli.infer._parser().parse_args(infer.arguments[1:])
-    assert [path.parent for path in wanted.recording] == [given.out / "val"]
-    assert str(wanted.checkpoint) == config.run_dir
+    infer_args = evspan.launch.cli.infer._parser().parse_args(infer.arguments[1:])
+    assert [path.parent for path in infer_args.recording] == [simulate_args.out / "val"]
+    assert str(infer_args.checkpoint) == config.run_dir
 
 
 @pytest.mark.timeout(120)
-def test_a_failed_part_is_named_and_the_demo_goes_on_from_there(tmp_path):
+def test_a_failed_part_is_named_and_the_demo_continues_from_there(tmp_path):
     folder = tmp_path / "demo"
-    todo = small_parts(folder)
+    parts = small_parts(folder)
     with pytest.raises(demo.PartFailedError) as failed:
-        demo.run_parts(todo, folder, keep=False)
-    said = str(failed.value)
+        demo.run_parts(parts, folder, keep=False)
+    output = str(failed.value)
     assert failed.value.exit_code == 2
-    assert "part evaluate" in said
-    assert str(todo[2]) in said
-    assert "--continue" in said
+    assert "part evaluate" in output
+    assert str(parts[2]) in output
+    assert "--continue" in output
     recording = folder / "raw" / "val" / "val_000_td.raw"
     written, times = recording.stat().st_mtime_ns, json.loads((folder / demo.TIMES).read_text())
     assert times.keys() == {"simulate", "prep"}
     assert all(seconds > 0 for seconds in times.values())
 
     assert (
-        demo.run_parts(todo[:2], folder, keep=True) == times
-    )  # nothing ran, and the times are those of then
+        demo.run_parts(parts[:2], folder, keep=True) == times
+    )  # nothing ran, and the times are the recorded ones
     assert recording.stat().st_mtime_ns == written
-    again = demo.run_parts(todo[:1], folder, keep=False)
+    again = demo.run_parts(parts[:1], folder, keep=False)
     assert again.keys() == {"simulate"}
     assert recording.stat().st_mtime_ns > written
 
@@ -107,7 +107,7 @@ def test_a_part_that_runs_again_makes_later_ones_run_again(tmp_path):
     assert times["prep"] != 1.0
 
 
-def test_folders_of_others_stay(tmp_path):
+def test_foreign_folders_are_kept(tmp_path):
     (tmp_path / "raw").mkdir()
     with pytest.raises(SystemExit) as stopped:
         cli.main([str(tmp_path)])
@@ -118,8 +118,8 @@ def test_folders_of_others_stay(tmp_path):
 def test_table(tmp_path):
     (tmp_path / "detections").mkdir()
     (tmp_path / "detections" / "val_000_overlay.gif").touch()
-    told = "\n".join(cli.result_lines(demo.DemoResult(tmp_path, METRICS, TIMES)))
-    rows = dict(re.findall(r"^  (\S.*?)\s{2,}(\S.*)$", told, re.MULTILINE))
+    text = "\n".join(cli.result_lines(demo.DemoResult(tmp_path, METRICS, TIMES)))
+    rows = dict(re.findall(r"^  (\S.*?)\s{2,}(\S.*)$", text, re.MULTILINE))
     assert rows["AP 0.50:0.95"] == "0.412"
     assert rows["AP50"] == "0.713"
     assert rows["AP large"] == "-"
@@ -146,8 +146,8 @@ def test_too_low_an_ap_fails(tmp_path, capsys, ap50, code):
     (tmp_path / "evaluation" / "metrics.json").write_text(json.dumps(dict(METRICS, ap50=ap50)))
     with pytest.raises(SystemExit) as ended:
         cli.main([str(tmp_path), "--continue"])
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert ended.value.code == code
-    assert ("below 0.50" in said.err) == bool(code)
+    assert ("below 0.50" in output.err) == bool(code)
     result = demo.DemoResult(tmp_path, dict(METRICS, ap50=ap50), TIMES)
-    assert said.out.splitlines()[-1] == cli.last_line(result)
+    assert output.out.splitlines()[-1] == cli.last_line(result)
