@@ -19,8 +19,8 @@ outputs    decoded (B, cells, 5 + classes): cx cy w h in pixels of the frames, o
            scores; then next_stage1_hidden, ...: the state to pass with the next frame, in the
            order of the inputs.
 Sizes are fixed. The confidence threshold and non-maximum suppression are not in the file: the
-number of boxes that they leave depends on the data, and runtimes have their own. The file's metadata
-`evspan` (JSON) contains classes, frames and the usual thresholds.
+number of boxes that they leave depends on the data, and runtimes have their own. The file's
+metadata `evspan` (JSON) contains classes, frames and the usual thresholds.
 
 The written file is run for a few frames against the detector; where they differ by more than float
 noise, it is not kept."""

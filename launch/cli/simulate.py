@@ -16,9 +16,9 @@ from evspan.data_prep.simulator.recording_set import (
 )
 from evspan.launch.cli.command import Parser, run_command
 
-DESCRIPTION = """Recordings of moving textured balls, boxes and bars, with boxes at 60 Hz; the same for a
-seed: OUT/train/train_000_td.raw, train_000_bbox.npy and train_000_simulation.json (the parameters),
-and so on. Run again, it simulates only what is missing."""
+DESCRIPTION = """Recordings of moving textured balls, boxes and bars, with boxes at 60 Hz. OUT/train
+has train_000_td.raw, train_000_bbox.npy and train_000_simulation.json (the parameters), and so on.
+The same seed gives the same recordings. Run again, it simulates only what is missing."""
 EXAMPLES = """examples:
   evspan simulate raw --recordings train=8,val=2 --seconds 10
   evspan simulate raw --recordings val=1 --format h5 --seed 7 --noise-hz 1 --objects 1,3
