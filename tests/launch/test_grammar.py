@@ -1,10 +1,13 @@
 """One command-line grammar: input in another form ends in an error with the corrected command line."""
 
+import re
 import shlex
 
 import pytest
 from evspan.launch.cli import grammar, prep
+from evspan.launch.cli.command import parser_of
 from evspan.launch.cli.config_arguments import parse_config_arguments
+from evspan.launch.cli.config_keys import COMMANDS as CONFIG_COMMANDS
 from evspan.launch.cli.config_keys import choices_of, keys_of
 from evspan.launch.cli.grammar import Options, correct, evaluate_overrides, has_several_values
 from evspan.launch.cli.main import COMMANDS, main, options_of
@@ -215,3 +218,47 @@ def test_options_come_from_the_parser_of_a_command():
     assert options.options["--seed"] == []
     assert "--overwrite" in options.flags
     assert options_of(["prep", "status"]).positionals
+
+
+# -- examples in the helps -----------------------------------------------------------------------
+def examples(text: str) -> list[list[str]]:
+    """The arguments of `evspan` in the examples of a help text."""
+    found = []
+    section = text.partition("\nexample")[2].partition("\n\n")[0]
+    for line in re.sub(r" *\\\n *", " ", section).splitlines():
+        command = re.sub(r"\s+#.*| {3,}.*| \| .*| > .*", "", line.strip())
+        command = command.removeprefix("CUDA_VISIBLE_DEVICES= ")
+        if command.startswith("evspan "):
+            found.append([word for word in shlex.split(command)[1:] if word != "..."])
+    return found
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_examples_of_the_help_are_accepted(command, capsys):
+    try:
+        main([command, "--help"] if command else ["--help"])
+    except SystemExit as end:
+        assert end.code == 0
+    lines = examples(capsys.readouterr().out.replace("\n  example", "\nexample"))
+    assert lines
+    for words in lines:
+        assert correct(words, options_of) is None, words
+        if words[0] in CONFIG_COMMANDS and words[1] not in grammar.SUBCOMMANDS.get(words[0], ()):
+            check_overrides(words[0], words[1:])
+        else:
+            subcommand = words[1:2] if words[0] in CONFIG_COMMANDS else []
+            parser = parser_of(COMMANDS[words[0]].load(), subcommand)
+            parser.parse_args(words[1 + len(subcommand) :])
+
+
+def check_overrides(command: str, words: list[str]) -> None:
+    """Every key exists, and every choice of a group."""
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            assert command == "evaluate" or word.startswith("-"), word
+            continue
+        choices = choices_of(command)
+        assert key in keys_of(command) or key in choices, word
+        for option in value.split(","):
+            assert key not in choices or option in choices[key], word
