@@ -23,7 +23,7 @@ from evspan.launch.cli.command import run_command
 from evspan.launch.smoke import results_file
 from evspan.pipeline.engine.layout_comparison import ComparisonConfig, LayoutComparison
 from evspan.pipeline.engine.layouts import SINGLE_RANK, DeviceInfo, Layout, LayoutResult, layouts_of
-from evspan.pipeline.parallel.rank_env import place
+from evspan.pipeline.parallel.rank_env import rank_info
 from evspan.pipeline.parallel.world import open_world
 
 TRAINING_LOG = "training.log"
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     """Trains the layouts of this world and writes their results."""
     folder, ranks, steps, threads = argv
     config = ComparisonConfig(Path(folder), int(ranks), int(steps), int(threads))
-    size = place(os.environ).size
+    size = rank_info(os.environ).size
     parallel = ParallelConfig(ranks=size, timeout_s=comparison.TIMEOUT_S, threads=config.threads)
     with (
         open_world(parallel) as world,

@@ -27,7 +27,7 @@ from evspan.launch.doctor.finding import (
     shorten,
 )
 from evspan.launch.doctor.verdict import LAST_CHECK, TaskFinding, judge
-from evspan.pipeline.parallel.rank_env import first_host, place
+from evspan.pipeline.parallel.rank_env import first_host, rank_info
 
 LINE_PREFIX = "evspan-doctor "  # marks a task's findings on its standard output
 ANY_PORT = 9  # nothing is sent to it
@@ -62,21 +62,19 @@ def main(argv: Sequence[str]) -> None:
 
 def check_task(work: Path, token: str, env: Mapping[str, str]) -> Iterator[Finding]:
     """The checks of one task, in step with the others."""
-    rank_info = place(env)
+    info = rank_info(env)
     gpus = 0
     for finding in run_checks(machine.CHECKS):
         yield finding
         gpus = finding.values.get("gpus", gpus)
     own_address = _address_towards(env.get("SLURM_LAUNCH_NODE_IPADDR", ""))
-    shared_folder, addresses = folder.exchange_notes(
-        work, token, rank_info.rank, rank_info.size, own_address
-    )
+    shared_folder, addresses = folder.exchange_notes(work, token, info.rank, info.size, own_address)
     yield shared_folder
     if shared_folder.grade != PASS:
         message = "not tried: the tasks do not see each other's files in the shared folder"
         yield Finding(LAST_CHECK, FAIL, message, "correct the shared folder first")
         return
-    is_writer = rank_info.rank == 0
+    is_writer = info.rank == 0
     yield from run_checks(
         {
             "rename": lambda: folder.atomic_replacement(work / "renamed", write=is_writer),
@@ -86,9 +84,9 @@ def check_task(work: Path, token: str, env: Mapping[str, str]) -> Iterator[Findi
     master_address, variables = check_master_address(env, addresses[0])
     yield master_address
     probe = machine.start_process(machine.PROBE, {**env, **variables})
-    if rank_info.local == 0:  # once per node
+    if info.local == 0:  # once per node
         yield machine.deepspeed_import(machine.start_process(machine.IMPORT_DEEPSPEED, env))
-    yield from machine.torch_and_all_reduce(probe, gpus, rank_info.local_size)
+    yield from machine.torch_and_all_reduce(probe, gpus, info.local_size)
 
 
 def _address_towards(launcher: str) -> str:

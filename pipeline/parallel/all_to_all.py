@@ -1,4 +1,4 @@
-"""TransposeExchange: my frames of all cells <-> all frames of my cells."""
+"""TransposeExchange: turns "my frames of all cells" into "all frames of my cells" and back."""
 
 import torch
 import torch.distributed as dist
@@ -10,56 +10,66 @@ from torch import Tensor
 
 
 class TransposeExchange(SequenceExchange):
-    """Two all-to-alls around a scan of the whole chunk: no rank waits for another's frames, and the carry never moves.
+    """Two all-to-alls around a scan of the whole chunk.
 
-    For recurrences that treat every feature cell by itself. A rank's part of a state is that of its own cells,
-    (B, C, 1, n): n = cells / ranks, rounded up; the last ranks' may be padding, which nothing reads.
+    No rank waits for another one's scan, and the carry stays where it is. For recurrences that
+    treat every feature cell by itself. A rank's part of a state is that of its own cells, (B, C, 1,
+    n), with n = cells / ranks, rounded up; the last ranks' cells may be padding, which nothing
+    reads.
     """
 
     def scan(
         self, recurrence: Recurrence, x: Tensor, state: StageState
     ) -> tuple[Tensor, StageState]:
+        """See `Exchange.scan`.
+
+        Args:
+            x: (T, B, h, w, C), this rank's frames.
+            state: this rank's part, hidden and cell (B, C, 1, n).
+        """
         self._check(x)
         frames, lanes, height, width, dim = x.shape
-        cells, mine = height * width, self._mine(height * width)
-        if state.hidden.shape != (lanes, dim, 1, mine):
+        cells = height * width
+        mine = self._cells_per_rank(cells)
+        expected = (lanes, dim, 1, mine)
+        if state.hidden.shape != expected:
             raise ValueError(
                 f"a state of shape {tuple(state.hidden.shape)} where this rank's cells have "
-                f"{(lanes, dim, 1, mine)}; make it with TransposeExchange.scatter"
+                f"{expected}; make it with TransposeExchange.scatter"
             )
-        blocks = _padded(x.flatten(2, 3), self.ranks * mine, dim=2).view(
-            frames, lanes, self.ranks, mine, dim
-        )
-        own = all_to_all(blocks.permute(2, 0, 1, 3, 4), self.group, self.clock)
-        y, state = recurrence(own.reshape(self.ranks * frames, lanes, 1, mine, dim), state)
-        back = all_to_all(
-            y.reshape(self.ranks, frames, lanes, mine, dim), self.group, self.clock
-        ).permute(1, 2, 0, 3, 4)
-        return back.flatten(2, 3)[:, :, :cells].unflatten(2, (height, width)), state
+        padded = _padded(x.flatten(2, 3), self.ranks * mine, dim=2)
+        blocks = padded.view(frames, lanes, self.ranks, mine, dim).permute(2, 0, 1, 3, 4)
+        own = all_to_all(blocks, self.group, self.clock)
+        own = own.reshape(self.ranks * frames, lanes, 1, mine, dim)
+        y, state = recurrence(own, state)
+        y = y.reshape(self.ranks, frames, lanes, mine, dim)
+        back = all_to_all(y, self.group, self.clock).permute(1, 2, 0, 3, 4)
+        out = back.flatten(2, 3)[:, :, :cells]
+        return torch.unflatten(out, 2, (height, width)), state
 
-    def _mine(self, cells: int) -> int:
+    def _cells_per_rank(self, cells: int) -> int:
         return -(-cells // self.ranks)
 
     def _part(self, whole: Tensor) -> Tensor:
         cells = whole.flatten(2)
-        mine = self._mine(cells.shape[2])
+        mine = self._cells_per_rank(cells.shape[2])
         padded = _padded(cells, self.ranks * mine, dim=2)
-        return padded[:, :, None, self.place * mine : (self.place + 1) * mine].clone(
-            memory_format=torch.contiguous_format
-        )
+        own = padded[:, :, None, self.position * mine : (self.position + 1) * mine]
+        return own.clone(memory_format=torch.contiguous_format)
 
     def _whole(self, part: Tensor, shape: torch.Size) -> Tensor:
         parts = [part]
         if self.group is not None:
-            parts = [
-                torch.empty_like(part, memory_format=torch.contiguous_format)
-                for _ in range(self.ranks)
-            ]
+            contiguous = torch.contiguous_format
+            parts = [torch.empty_like(part, memory_format=contiguous) for _ in range(self.ranks)]
             dist.all_gather(parts, part.contiguous(), group=self.group)
         return torch.cat(parts, dim=3)[..., : shape[2] * shape[3]].reshape(shape)
 
 
 def _padded(t: Tensor, size: int, *, dim: int) -> Tensor:
-    """`t` with zeros behind it along `dim`."""
+    """`t` with zeros appended along `dim` up to `size`."""
     missing = size - t.shape[dim]
-    return F.pad(t, (0, 0) * (t.dim() - 1 - dim) + (0, missing)) if missing else t
+    if not missing:
+        return t
+    dims_after = t.dim() - 1 - dim
+    return F.pad(t, (0, 0) * dims_after + (0, missing))

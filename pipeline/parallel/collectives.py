@@ -1,8 +1,8 @@
-"""Collectives that gradients flow back through.
+"""Collectives and point-to-point messages that gradients flow back through.
 
-Autograd runs a rank's backward nodes in the reverse of the order in which its forward made them, whatever else lies between,
-so ranks that call these in one order forward also meet in one order backward. A node that the loss does not reach never runs,
-and the others wait for it: see `touch`.
+Autograd runs a rank's backward nodes in the reverse of the order in which its forward created them.
+Ranks that call these functions in one order in forward therefore also meet in one order in
+backward. A node that the loss does not depend on never runs, and the other ranks wait for it.
 """
 
 import time
@@ -12,39 +12,47 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from evspan.pipeline.model.autograd import run_function
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Form = tuple[torch.Size, torch.dtype]  # of a tensor to receive
+TensorForm = tuple[torch.Size, torch.dtype]  # of a tensor to receive
 
 
 class Clock:
-    """Time that collectives of a sequence take here, forward and backward; waiting for the other ranks is part of it."""
+    """Time that this rank spends in a sequence's collectives, forward and backward.
+
+    Waiting for the other ranks is included.
+    """
 
     def __init__(self) -> None:
-        self.spent, self.events = 0.0, list[tuple[torch.cuda.Event, torch.cuda.Event]]()
+        self.spent = 0.0  # seconds
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
-        if device.type == "cuda":  # the host only queues them: events tell when they ran
-            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record()
+        """Measures the collectives issued inside."""
+        if device.type == "cuda":  # the host only queues them, so the device takes the times
+            begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's
+            begin.record()
             yield
-            events[1].record()
-            self.events.append(events)
+            end.record()
+            self.events.append((begin, end))
         else:
-            began = time.perf_counter()
+            start = time.perf_counter()
             yield
-            self.spent += time.perf_counter() - began
+            self.spent += time.perf_counter() - start
 
     def read(self) -> float:
-        """Seconds since it was read last. On a GPU it waits until all of them have run."""
+        """Seconds since the last call. On a GPU it waits until all collectives have run."""
         if self.events:
             torch.cuda.synchronize()
-        spent = self.spent + sum(begin.elapsed_time(end) for begin, end in self.events) / 1000
+        on_device: float = sum(begin.elapsed_time(end) for begin, end in self.events) / 1000
+        seconds = self.spent + on_device
         self.spent = 0.0
         self.events.clear()
-        return spent
+        return seconds
 
 
 def all_to_all(
@@ -55,12 +63,21 @@ def all_to_all(
     send: Sequence[int] | None = None,
     receive: Sequence[int] | None = None,
 ) -> Tensor:
-    """Row blocks of x, one for each rank of `group`, to those ranks; theirs for this one come back, in rank order.
+    """Sends blocks of rows to each rank of `group`, and returns the rows received, in rank order.
 
     Args:
-        send, receive: rows for and from each rank; None: equal blocks. group: None when the rank is alone.
+        x: (n, ...) rows, those for rank 0 first.
+        group: None when the rank is alone; x is then returned as it is.
+        clock: measures the collective, forward and backward.
+        send, receive: number of rows for and from each rank; None: equal blocks.
+
+    Returns:
+        (sum(receive), ...), or the shape of x for equal blocks.
     """
-    return x if group is None else _AllToAll.apply(x, group, clock, send, receive)
+    if group is None:
+        return x
+    out: Tensor = run_function(_AllToAll, x, group, clock, send, receive)
+    return out
 
 
 class _AllToAll(torch.autograd.Function):
@@ -73,19 +90,17 @@ class _AllToAll(torch.autograd.Function):
         send: list[int] | None,
         receive: list[int] | None,
     ) -> Tensor:
-        ctx.group, ctx.clock, ctx.send, ctx.receive = group, clock, send, receive
+        ctx.group = group
+        ctx.clock = clock
+        ctx.send = send
+        ctx.receive = receive
         return _exchange_rows(x, group, clock, send, receive)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            _exchange_rows(gradient, ctx.group, ctx.clock, ctx.receive, ctx.send),
-            None,
-            None,
-            None,
-            None,
-        )
+        dx = _exchange_rows(gradient, ctx.group, ctx.clock, ctx.receive, ctx.send)
+        return dx, None, None, None, None
 
 
 def _exchange_rows(
@@ -95,54 +110,43 @@ def _exchange_rows(
     send: list[int] | None,
     receive: list[int] | None,
 ) -> Tensor:
-    out, x = (
-        x.new_empty(x.shape if receive is None else (sum(receive), *x.shape[1:])),
-        x.contiguous(),
-    )
+    shape = x.shape if receive is None else (sum(receive), *x.shape[1:])
+    out = x.new_empty(shape)
+    x = x.contiguous()
     with clock.running(x.device):
         dist.all_to_all_single(out, x, receive, send, group=group)
     return out
 
 
-def touch(loss: Tensor, *others: Tensor) -> Tensor:
-    """`loss`, whose backward also runs through `others`, with zero gradients.
-
-    A rank whose loss does not depend on what it sent or received still has to take part in backward. Nothing is multiplied:
-    0 * inf would be nan.
-    """
-    return _Touch.apply(loss, *(t for t in others if t.requires_grad))
-
-
-class _Touch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, *others: Tensor) -> Tensor:
-        ctx.like = [(t.shape, t.new_zeros(())) for t in others]
-        return loss.view_as(loss)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return gradient, *(zero.expand(shape) for shape, zero in ctx.like)
-
-
-class Mail:
-    """Messages between two ranks of a group: sent without waiting, received in the order they were sent."""
+class P2PChannel:
+    """Messages between ranks: sent without blocking, received in the order of sending."""
 
     def __init__(self, group: dist.ProcessGroup | None, clock: Clock) -> None:
-        self.group, self.clock = group, clock
-        self.under_way: list[tuple[dist.Work, Tensor]] = []
+        self.group = group
+        self.clock = clock
+        self.pending: list[tuple[dist.Work, Tensor]] = []
 
     def send(self, message: Sequence[Tensor], to: int) -> None:
-        """`to`: a rank of the world."""
+        """Starts sending tensors of any shapes.
+
+        Args:
+            to: rank of the world.
+        """
         for part in message:
             part = part.detach().contiguous()
             work = dist.isend(part, to, group=self.group)
             assert work is not None
-            self.under_way.append((work, part))  # kept until it is gone
+            self.pending.append((work, part))  # the tensor must live until it is sent
 
     def receive(
-        self, forms: Sequence[Form], sender: int, device: torch.device
+        self, forms: Sequence[TensorForm], sender: int, device: torch.device
     ) -> tuple[Tensor, ...]:
+        """Waits for a message.
+
+        Args:
+            forms: shape and dtype of each tensor.
+            sender: rank of the world.
+        """
         parts = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in forms)
         with self.clock.running(device):
             works = [dist.irecv(part, sender, group=self.group) for part in parts]
@@ -151,48 +155,73 @@ class Mail:
                 work.wait()
         return parts
 
-    def settle(self) -> None:
-        """Wait for all that is under way."""
-        for work, _ in self.under_way:
+    def wait(self) -> None:
+        """Waits until all messages are sent."""
+        for work, _ in self.pending:
             work.wait()
-        self.under_way.clear()
+        self.pending.clear()
 
 
-def send_along(ride: Tensor, message: Sequence[Tensor], mail: Mail, to: int) -> Tensor:
-    """Send `message`. Returns `ride`, whose backward waits for the message's gradients: no loss here depends on what is sent."""
-    return _Send.apply(mail, to, ride, *message)
+def send_along(carrier: Tensor, message: Sequence[Tensor], channel: P2PChannel, to: int) -> Tensor:
+    """Sends `message`.
+
+    Args:
+        carrier: a tensor that this rank's loss depends on.
+        to: rank of the world.
+
+    Returns:
+        `carrier`, whose backward receives the message's gradients: no loss of this rank depends on
+        what is sent, so without it that node would not run.
+    """
+    out: Tensor = run_function(_Send, channel, to, carrier, *message)
+    return out
 
 
 def receive_along(
-    ride: Tensor, forms: Sequence[Form], mail: Mail, sender: int
+    carrier: Tensor, forms: Sequence[TensorForm], channel: P2PChannel, sender: int
 ) -> tuple[Tensor, ...]:
-    """`ride`, and a message of these forms, whose gradients go back to its sender. `ride` must require gradients if it may."""
-    return _Receive.apply(mail, sender, forms, ride)
+    """Receives a message, whose gradients are sent back to its sender in backward.
+
+    Args:
+        carrier: any tensor; it must require gradients where the message's should flow.
+        forms: shape and dtype of each tensor of the message.
+        sender: rank of the world.
+
+    Returns:
+        `carrier`, then the message's tensors.
+    """
+    out: tuple[Tensor, ...] = run_function(_Receive, channel, sender, forms, carrier)
+    return out
 
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mail: Mail, to: int, ride: Tensor, *message: Tensor) -> Tensor:
-        ctx.mail, ctx.to, ctx.forms = mail, to, [(t.shape, t.dtype) for t in message]
-        mail.send(message, to)
-        return ride.view_as(ride)
+    def forward(
+        ctx: Any, channel: P2PChannel, to: int, carrier: Tensor, *message: Tensor
+    ) -> Tensor:
+        ctx.channel = channel
+        ctx.to = to
+        ctx.forms = [(t.shape, t.dtype) for t in message]
+        channel.send(message, to)
+        return carrier.view_as(carrier)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, gradient, *ctx.mail.receive(ctx.forms, ctx.to, gradient.device)
+        return None, None, gradient, *ctx.channel.receive(ctx.forms, ctx.to, gradient.device)
 
 
 class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, mail: Mail, sender: int, forms: Sequence[Form], ride: Tensor
+        ctx: Any, channel: P2PChannel, sender: int, forms: Sequence[TensorForm], carrier: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.mail, ctx.sender = mail, sender
-        return ride.view_as(ride), *mail.receive(forms, sender, ride.device)
+        ctx.channel = channel
+        ctx.sender = sender
+        return carrier.view_as(carrier), *channel.receive(forms, sender, carrier.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *message: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.mail.send(message, ctx.sender)
+        ctx.channel.send(message, ctx.sender)
         return None, None, None, gradient

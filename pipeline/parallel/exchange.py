@@ -1,4 +1,4 @@
-"""Which exchange a run has."""
+"""Creates the exchange of a run."""
 
 from evspan.conf.schema.layout import ExchangeKind, chosen_exchange
 from evspan.pipeline.parallel.all_to_all import TransposeExchange
@@ -10,11 +10,14 @@ from evspan.pipeline.parallel.sequence import SequenceExchange
 def open_exchange(
     kind: ExchangeKind, mesh: Mesh, *, sequence_length: int, dws_conv: bool
 ) -> SequenceExchange:
-    """
+    """Creates this rank's exchange.
+
     Args:
-        sequence_length: frames of a chunk, over all ranks of the sequence. dws_conv: the backbone's.
+        sequence_length: frames of a chunk, over all ranks of the sequence.
+        dws_conv: the backbone's.
+
     Raises:
-        ConfigError: cells look at their neighbours (dws_conv) and cannot be dealt out.
+        ConfigError: transpose with dws_conv, which couples neighbouring cells.
     """
     frames = len(mesh.frames(sequence_length))
     if chosen_exchange(kind, dws_conv=dws_conv) is ExchangeKind.relay:

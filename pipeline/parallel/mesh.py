@@ -1,6 +1,6 @@
 """The world as data x sequence: which lanes and which of their frames a rank works on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -9,12 +9,20 @@ from evspan.conf.schema.layout import check_layout
 from evspan.pipeline.parallel.world import World
 
 
+def _cpu() -> torch.device:
+    return torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Mesh:
-    """Rank `sequence` of the `sequence_size` that share the sequences of data group `data` of `data_size`.
+    """This rank's position among the data and sequence groups.
 
-    ranks: the world ranks of this sequence group, that with the first frames first. group: their process group; None when
-    this rank is alone in it. device: where its collectives take tensors.
+    Attributes:
+        data, data_size: index and number of the data groups.
+        sequence, sequence_size: index of this rank in its sequence group, and the group's size.
+        ranks: the world ranks of the sequence group, the one with the first frames first.
+        group: their process group; None when this rank is alone in it.
+        device: where its collectives take tensors.
     """
 
     data: int
@@ -23,46 +31,56 @@ class Mesh:
     sequence_size: int
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=_cpu)
 
     def lanes(self, batch_size: int) -> range:
-        """This rank's of the world's `batch_size` lanes: those of its data group."""
-        return _share(batch_size, self.data, self.data_size)
+        """This rank's lanes, those of its data group, of the world's `batch_size`."""
+        return _equal_part(batch_size, self.data, self.data_size)
 
     def frames(self, sequence_length: int) -> range:
-        """This rank's of a chunk's `sequence_length` frames."""
-        return _share(sequence_length, self.sequence, self.sequence_size)
+        """This rank's frames of a chunk's `sequence_length`."""
+        return _equal_part(sequence_length, self.sequence, self.sequence_size)
 
 
-def _share(total: int, index: int, parts: int) -> range:
+def _equal_part(total: int, index: int, parts: int) -> range:
     if total % parts:
-        raise ValueError(f"{total} do not divide over {parts}; check_layout tells it in time")
-    each = total // parts
-    return range(index * each, (index + 1) * each)
+        raise ValueError(f"{total} do not divide over {parts}; check_layout refuses this earlier")
+    length = total // parts
+    return range(index * length, (index + 1) * length)
 
 
 def open_mesh(world: World, *, sequence: int, timeout_s: int) -> Mesh:
-    """Cut the world into groups of `sequence` ranks. Call it on every rank, once, inside `open_world`.
+    """Cuts the world into sequence groups. Call it on every rank, once, inside `open_world`.
 
-    Consecutive ranks share a sequence: launchers number the ranks node by node, so a group lies on one node where it fits.
+    Consecutive ranks share a sequence: launchers number the ranks node by node, so a group is on
+    one node where it fits.
 
     Args:
+        sequence: ranks per sequence.
         timeout_s: a collective of the group that waits longer ends the run.
+
     Raises:
-        ConfigError: the world is no multiple of `sequence`.
+        ConfigError: the world's size is not a multiple of `sequence`.
     """
     check_layout(
         ranks=world.size, sequence=sequence, sequence_length=sequence, batch_size=world.size
     )
-    data, place = divmod(world.rank, sequence)
-    mine: dist.ProcessGroup | None = None
+    group: dist.ProcessGroup | None = None
     members: tuple[int, ...] = (world.rank,)
     if sequence > 1:
-        for first in range(
-            0, world.size, sequence
-        ):  # all ranks make all groups, in one order: new_group is a collective
+        # All ranks create all groups in one order: new_group is a collective.
+        for first in range(0, world.size, sequence):
             ranks = tuple(range(first, first + sequence))
-            group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
+            created = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
             if world.rank in ranks:
-                mine, members = group, ranks
-    return Mesh(data, world.size // sequence, place, sequence, members, mine, world.device)
+                group = created
+                members = ranks
+    return Mesh(
+        data=world.rank // sequence,
+        data_size=world.size // sequence,
+        sequence=world.rank % sequence,
+        sequence_size=sequence,
+        ranks=members,
+        group=group,
+        device=world.device,
+    )

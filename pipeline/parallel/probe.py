@@ -1,4 +1,4 @@
-"""Do these ranks reach each other as those of a training would, how fast, and do their clocks agree?
+"""Measures the connection between ranks as training uses it, and the difference of their clocks.
 
 `evspan.launch.doctor.probe_rank` is the command.
 """
@@ -11,23 +11,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from evspan.conf.schema.training import ParallelConfig
-from evspan.pipeline.parallel.rank_env import place
+from evspan.pipeline.parallel.rank_env import rank_info
 from evspan.pipeline.parallel.world import World, open_world
 
-SMALL, LARGE = 1, 1 << 22  # float32 numbers of an all-reduce
+# Sizes of the all-reduces (float32 numbers), and how often each is repeated.
+SMALL = 1
+LARGE = 1 << 22
 ROUNDS = {SMALL: 50, LARGE: 5}
 CLOCK_ROUNDS = 5
 
 
 def probe(timeout_s: int) -> dict[str, Any]:
-    """What torch is here, and of all ranks: seconds of an all-reduce of few and many bytes, and this rank's clock.
+    """Joins the ranks and measures them.
 
-    timeout_s: ranks that do not come for so long are given up. clock_s: seconds ahead of rank 0's.
+    Args:
+        timeout_s: ranks that do not arrive within this time are given up.
+
+    Returns:
+        JSON values. torch, cuda, gpus, backend: of this rank. ranks: number. latency_us: of a small
+        all-reduce. gb_per_s: of a large one. clock_s: seconds that this rank's clock is ahead of
+        rank 0's.
 
     Raises:
-        ConfigError: rank 0's machine has no address. LostRanksError: others are gone. RuntimeError: a wrong sum, or torch's own.
+        ConfigError: the name of rank 0's machine cannot be resolved.
+        LostRanksError: other ranks are gone.
+        RuntimeError: a wrong sum, or an error of torch.
     """
-    with open_world(ParallelConfig(ranks=place(os.environ).size, timeout_s=timeout_s)) as world:
+    ranks = rank_info(os.environ).size
+    with open_world(ParallelConfig(ranks=ranks, timeout_s=timeout_s)) as world:
         _check_sum(world)
         seconds = {size: _all_reduce_s(world, size) for size in (SMALL, LARGE)}
         return {
@@ -46,39 +57,43 @@ def _check_sum(world: World) -> None:
     x = torch.full((LARGE,), world.rank + 1.0, device=world.device)
     dist.all_reduce(x)
     expected = world.size * (world.size + 1) / 2
-    if wrong := int((x != expected).sum()):
+    wrong = int((x != expected).sum())
+    if wrong:
         raise RuntimeError(
-            f"an all-reduce over {world.size} ranks gave {wrong} of {LARGE} sums other than {expected}"
+            f"an all-reduce over {world.size} ranks gave {wrong} of {LARGE} sums other than "
+            f"{expected}"
         )
 
 
 def _all_reduce_s(world: World, size: int) -> float:
+    """Seconds of an all-reduce of `size` float32 numbers."""
     x = torch.zeros(size, device=world.device)
-    _meet(world)
-    began = time.perf_counter()
+    _barrier(world)
+    start = time.perf_counter()
     for _ in range(ROUNDS[size]):
         dist.all_reduce(x)
-    _finish(world)
-    return (time.perf_counter() - began) / ROUNDS[size]
+    _synchronize(world)
+    return (time.perf_counter() - start) / ROUNDS[size]
 
 
 def _clock_s(world: World) -> float:
-    """As exact as ranks leave a barrier together."""
-    ahead = []
+    """Seconds ahead of rank 0's clock; as exact as ranks leave a barrier together."""
+    differences = []
     for _ in range(CLOCK_ROUNDS):
-        _meet(world)
+        _barrier(world)
         now = torch.tensor([time.time()], dtype=torch.float64, device=world.device)
-        all_ = [torch.empty_like(now) for _ in range(world.size)]
-        dist.all_gather(all_, now)
-        ahead.append(float(now) - float(all_[0]))
-    return median(ahead)
+        times = [torch.empty_like(now) for _ in range(world.size)]
+        dist.all_gather(times, now)
+        differences.append(float(now) - float(times[0]))
+    return median(differences)
 
 
-def _meet(world: World) -> None:
+def _barrier(world: World) -> None:
     dist.barrier()
-    _finish(world)
+    _synchronize(world)
 
 
-def _finish(world: World) -> None:
-    if world.device.type == "cuda":  # the host only queues it
+def _synchronize(world: World) -> None:
+    """Waits for the device, to which the host only queues collectives."""
+    if world.device.type == "cuda":
         torch.cuda.synchronize()

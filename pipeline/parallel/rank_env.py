@@ -1,4 +1,7 @@
-"""Who this process is, in the words of whatever started it: torchrun (and `evspan train`), SLURM (and Submitit), or nothing."""
+"""This process's rank from the environment of its launcher.
+
+torchrun (and `evspan train`), SLURM (and Submitit), or none.
+"""
 
 import re
 import socket
@@ -7,11 +10,16 @@ from typing import NamedTuple
 
 from evspan.conf.errors import ConfigError
 
-FIRST_PORT, PORTS = 10_000, 20_000  # below the ports that Linux gives to anybody who asks
+# Below the range from which Linux assigns free ports.
+FIRST_PORT = 10_000
+PORTS = 20_000
 
 
-class Place(NamedTuple):
-    """Rank `rank` of `size`, the `local`-th of `local_size` on its machine; rank 0 listens at address:port."""
+class RankInfo(NamedTuple):
+    """Rank `rank` of `size`, number `local` of `local_size` on its machine.
+
+    Rank 0 listens at address:port.
+    """
 
     rank: int
     size: int
@@ -21,38 +29,44 @@ class Place(NamedTuple):
     port: int
 
 
-def place(env: Mapping[str, str]) -> Place:
-    """torchrun's variables, else those of a SLURM step of several tasks, else alone. MASTER_ADDR and MASTER_PORT win."""
-    address, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", 0))
+def rank_info(env: Mapping[str, str]) -> RankInfo:
+    """Reads torchrun's variables, else those of a SLURM step of several tasks, else a single rank.
+
+    MASTER_ADDR and MASTER_PORT have priority in all cases.
+    """
+    address = env.get("MASTER_ADDR", "127.0.0.1")
+    port = int(env.get("MASTER_PORT", 0))
     if "RANK" in env and "WORLD_SIZE" in env:
-        return Place(
-            int(env["RANK"]),
-            int(env["WORLD_SIZE"]),
-            int(env.get("LOCAL_RANK", 0)),
-            int(env.get("LOCAL_WORLD_SIZE", 1)),
-            address,
-            port,
+        return RankInfo(
+            rank=int(env["RANK"]),
+            size=int(env["WORLD_SIZE"]),
+            local=int(env.get("LOCAL_RANK", 0)),
+            local_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
+            address=address,
+            port=port,
         )
-    if (
-        "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1
-    ):  # not in a batch script, which is no task
-        if "MASTER_ADDR" not in env and (
-            nodes := env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
-        ):
+    # A batch script has a number of tasks too, but it is not a step.
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+        if "MASTER_ADDR" not in env and nodes:
             address = first_host(nodes)
-        return Place(
-            int(env["SLURM_PROCID"]),
-            int(env["SLURM_NTASKS"]),
-            int(env["SLURM_LOCALID"]),
-            _tasks_here(env),
-            address,
-            port or _port_of_step(env),
+        return RankInfo(
+            rank=int(env["SLURM_PROCID"]),
+            size=int(env["SLURM_NTASKS"]),
+            local=int(env["SLURM_LOCALID"]),
+            local_size=_tasks_on_node(env),
+            address=address,
+            port=port or _port_of_step(env),
         )
-    return Place(0, 1, 0, 1, address, port)
+    return RankInfo(rank=0, size=1, local=0, local_size=1, address=address, port=port)
 
 
 def check_address(address: str) -> None:
-    """Raises ConfigError where the name means nothing here: joining a process group would only wait for it."""
+    """Checks that the name can be resolved; joining a process group would wait for its timeout.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     try:
         socket.getaddrinfo(address, None)
     except OSError as error:
@@ -64,29 +78,30 @@ def check_address(address: str) -> None:
 
 
 def first_host(nodes: str) -> str:
-    """node[07-09,12],other -> node07"""
+    """The first name of SLURM's list of nodes: node[07-09,12],other -> node07."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)  # up to a comma outside brackets
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group() if first else nodes)
 
 
-def _tasks_here(env: Mapping[str, str]) -> int:
-    """SLURM_STEP_TASKS_PER_NODE, say 4(x2),1: this node's."""
+def _tasks_on_node(env: Mapping[str, str]) -> int:
+    """This node's number of tasks from SLURM_STEP_TASKS_PER_NODE, for example 4(x2),1."""
+    text = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", ""))
     counts: list[int] = []
-    for part in env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "")).split(
-        ","
-    ):
-        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match:
             counts += [int(match[1])] * int(match[2] or 1)
     node = int(env.get("SLURM_NODEID", 0))
-    return (
-        counts[node]
-        if node < len(counts)
-        else int(env.get("SLURM_NTASKS_PER_NODE", env["SLURM_NTASKS"]))
-    )
+    if node < len(counts):
+        return counts[node]
+    return int(env.get("SLURM_NTASKS_PER_NODE", env["SLURM_NTASKS"]))
 
 
 def _port_of_step(env: Mapping[str, str]) -> int:
-    """All ranks of a step get the same without asking each other; steps side by side on one node, a requeued job, get others."""
+    """A port that all ranks of a step compute without communication.
+
+    Concurrent steps on a node and a requeued job get other ports.
+    """
     step = (
         31 * int(env.get("SLURM_JOB_ID", 0))
         + 7 * int(env.get("SLURM_RESTART_COUNT", 0))

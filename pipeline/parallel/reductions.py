@@ -1,15 +1,16 @@
-"""Sums and agreements over all ranks."""
+"""Sums, gathers and broadcasts over all ranks, without gradients."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
+
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum over ranks, on every rank; carries no gradient. All ranks must call it in one order."""
+    """The sum over ranks, on every rank; shape and dtype of x. All ranks call it in one order."""
     if dist.get_world_size() == 1:
         return x.detach()
     total = x.detach().clone()
@@ -18,7 +19,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def gather_over_ranks(x: Tensor) -> Tensor:
-    """(n,) -> (ranks, n), the parts of all ranks, on every rank; carries no gradient."""
+    """(n,) -> (ranks, n), the parts of all ranks, on every rank."""
     if dist.get_world_size() == 1:
         return x.detach()[None]
     parts = x.new_empty(dist.get_world_size(), *x.shape)
@@ -26,41 +27,38 @@ def gather_over_ranks(x: Tensor) -> Tensor:
     return parts
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on all ranks where it is true on one."""
-    value = torch.tensor([int(flag)], device=device)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
-
-
-def gather_objects(part: Any) -> list[Any]:
-    """The parts of all ranks, in rank order, on every rank."""
+def gather_objects(part: T) -> list[T]:
+    """The (pickled) parts of all ranks, in rank order, on every rank."""
     if dist.get_world_size() == 1:
         return [part]
-    parts: list[Any] = [None] * dist.get_world_size()
+    parts = [part] * dist.get_world_size()
     dist.all_gather_object(parts, part)
     return parts
 
 
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    box: list[Any] = [value]
+def broadcast_object(value: T) -> T:
+    """Rank 0's (pickled) value, on every rank."""
+    values = [value]
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def barrier() -> None:
+    """Waits for all ranks."""
     if dist.get_world_size() > 1:
         dist.barrier()
 
 
-def deal(items: Sequence[Any], rank: int, size: int, *, weight: Sequence[int]) -> list[Any]:
-    """This rank's share of `items`: heaviest first, each to the rank that has least; the same answer on all ranks."""
-    loads, shares = [0] * size, [[] for _ in range(size)]  # type: ignore[var-annotated]
+def deal(items: Sequence[T], rank: int, size: int, *, weight: Sequence[int]) -> list[T]:
+    """This rank's part of `items`; every rank computes the same distribution.
+
+    Heaviest first, each item goes to the rank with the smallest sum of weights.
+    """
+    loads = [0] * size
+    parts: list[list[T]] = [[] for _ in range(size)]
     for i in sorted(range(len(items)), key=lambda i: (-weight[i], i)):
         target = loads.index(min(loads))
         loads[target] += weight[i]
-        shares[target].append(items[i])
-    return shares[rank]
+        parts[target].append(items[i])
+    return parts[rank]

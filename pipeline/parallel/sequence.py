@@ -1,146 +1,175 @@
-"""A sequence over the ranks of a group, exactly: what the model's exchanges have in common, and the choice of one.
+"""A sequence over the ranks of a group: what the two exchanges have in common. Results are exact.
 
-Rank s of S holds frames [s * T/S, (s+1) * T/S) of every chunk of T. A canonical state is that of `Detector.initial_state`, as
-one rank would hold it; between chunks a rank keeps only its part of it.
+Rank s of S holds frames [s * T / S, (s + 1) * T / S) of every chunk of T frames. A canonical state
+is that of `Detector.initial_state`, as one rank would hold it; between chunks a rank holds only its
+part of it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from evspan.pipeline.model.sequence_protocol import Recurrence
 from evspan.pipeline.model.state import DetectorState, StageState, map_state
 from evspan.pipeline.parallel.collectives import Clock, all_to_all
 from evspan.pipeline.parallel.mesh import Mesh
 from torch import Tensor
 
-Recurrence = Callable[[Tensor, StageState], tuple[Tensor, StageState]]
+__all__ = ["Recurrence", "SequenceExchange"]
 
 
 class SequenceExchange(ABC):
-    """What the detector calls (evspan.pipeline.model.sequence_protocol says what each call means), and its state between chunks.
+    """What the detector calls (`evspan.pipeline.model.sequence_protocol.Exchange`), and its state.
 
     All ranks of the group make the same calls in one order. Gradients flow through all of them.
 
     Args:
+        mesh: this rank's position.
         frames: of a chunk, on every rank.
     """
 
     def __init__(self, mesh: Mesh, *, frames: int) -> None:
-        self.ranks, self.place, self.members, self.group = (
-            mesh.sequence_size,
-            mesh.sequence,
-            mesh.ranks,
-            mesh.group,
-        )
-        self.device, self.frames, self.clock = mesh.device, frames, Clock()
+        self.ranks = mesh.sequence_size
+        self.position = mesh.sequence  # of this rank in the sequence
+        self.members = mesh.ranks
+        self.group = mesh.group
+        self.device = mesh.device
+        self.frames = frames
+        self.clock = Clock()
 
     @property
     def first(self) -> bool:
-        return self.place == 0
+        """Whether this rank holds the chunk's first frames."""
+        return self.position == 0
 
     @property
     def last(self) -> bool:
-        return self.place == self.ranks - 1
+        """Whether this rank holds the chunk's last frames."""
+        return self.position == self.ranks - 1
 
-    # -- what the model calls ------------------------------------------------------------------------------------
+    # -- called by the model -----------------------------------------------------------------------
     @abstractmethod
     def scan(
         self, recurrence: Recurrence, x: Tensor, state: StageState
-    ) -> tuple[Tensor, StageState]: ...
+    ) -> tuple[Tensor, StageState]:
+        """See `Exchange.scan`; `state` is this rank's part."""
 
     def previous(self, tail: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
-        """Only the first rank's carry means anything. A rank may hold fewer frames than are looked back at: they then come
-        from several ranks, or from the carry."""
-        back = len(tail)
-        mine = range(self.place * self.frames, (self.place + 1) * self.frames)[-back:]
-        held, rows = [*range(-back, 0), *mine] if self.first else [*mine], tail[back - len(mine) :]
-        if self.first:
-            rows = torch.cat((carry, rows))
-        wanted = [self._wanted(rank, back) for rank in range(self.ranks)]
-        sends = [
-            [held.index(p) for p in frames if self._holder(p) == self.place] for frames in wanted
-        ]
-        comes = [
-            sum(self._holder(p) == rank for p in wanted[self.place]) for rank in range(self.ranks)
-        ]
-        each = rows.unbind(0)
-        packed = torch.stack([each[row] for to in sends for row in to])
-        got = all_to_all(
-            packed, self.group, self.clock, send=[len(to) for to in sends], receive=comes
-        )
-        return got[:back], got[back:] if self.first else carry
+        """See `Exchange.previous`. Only the first rank's carry has a meaning.
 
-    def _wanted(self, rank: int, back: int) -> list[int]:
-        """Places in the chunk, the carry's frames being -back .. -1: those before the rank's first frame; then the next carry,
-        which the first rank keeps. Their holders' order is theirs, so they arrive in it."""
-        start, end = rank * self.frames, self.ranks * self.frames
-        return [*range(start - back, start), *(range(end - back, end) if rank == 0 else ())]
-
-    def _holder(self, place: int) -> int:
-        return max(place, 0) // self.frames
-
-    def following(self, labelled: Tensor, frames: int) -> Tensor:
-        """Which of the `frames` frames after this rank's last one predictions are wanted of; of the next chunk's, maybe all.
+        A rank may hold fewer frames than attention reads: they then come from several ranks, or
+        from the carry.
 
         Args:
-            labelled: (T, B) bool, this rank's.
+            tail: (looks_back, B, C, h, w), this rank's last frames.
+            carry: the same shape.
+        """
+        frames_back = len(tail)
+        start = self.position * self.frames
+        own = range(start, start + self.frames)[-frames_back:]
+        held = [*own]
+        rows = tail[frames_back - len(own) :]
+        if self.first:
+            held = [*range(-frames_back, 0), *own]
+            rows = torch.cat((carry, rows))
+        expected = [self._expected_frames(rank, frames_back) for rank in range(self.ranks)]
+        sent_rows: list[int] = []
+        num_sent = []
+        for frames in expected:
+            to_rank = [held.index(f) for f in frames if self._holder(f) == self.position]
+            sent_rows += to_rank
+            num_sent.append(len(to_rank))
+        holders = [self._holder(f) for f in expected[self.position]]
+        num_received = [holders.count(rank) for rank in range(self.ranks)]
+        row_list = rows.unbind(0)
+        packed = torch.stack([row_list[row] for row in sent_rows])
+        received = all_to_all(packed, self.group, self.clock, send=num_sent, receive=num_received)
+        next_carry = received[frames_back:] if self.first else carry
+        return received[:frames_back], next_carry
+
+    def _expected_frames(self, rank: int, frames_back: int) -> list[int]:
+        """Frames that `rank` receives, counted from the chunk's first one; -1 is the carry's last.
+
+        Those before the rank's first frame; then, on the first rank, the next carry. Their holders
+        are in the same order, so they arrive in it.
+        """
+        start = rank * self.frames
+        end = self.ranks * self.frames
+        frames = [*range(start - frames_back, start)]
+        if rank == 0:
+            frames += range(end - frames_back, end)
+        return frames
+
+    def _holder(self, frame: int) -> int:
+        """The rank that holds a frame of the chunk, or of the carry (negative)."""
+        return max(frame, 0) // self.frames
+
+    def following(self, labelled: Tensor, frames: int) -> Tensor:
+        """See `Exchange.following`.
+
+        Args:
+            labelled: (T, B) bool, this rank's frames.
+            frames: number of frames.
+
         Returns:
             (frames, B) bool.
         """
-        whole = [labelled]
+        of_ranks = [labelled]
         if self.group is not None:
-            mine = labelled.to(self.device).contiguous()
-            whole = [torch.empty_like(mine) for _ in range(self.ranks)]
-            dist.all_gather(whole, mine, group=self.group)
-        later = [part.to(labelled.device) for part in whole[self.place + 1 :]]
+            own = labelled.to(self.device).contiguous()
+            of_ranks = [torch.empty_like(own) for _ in range(self.ranks)]
+            dist.all_gather(of_ranks, own, group=self.group)
+        later = [part.to(labelled.device) for part in of_ranks[self.position + 1 :]]
         after = torch.cat((*later, labelled.new_ones(frames, labelled.shape[1])))
         return after[:frames]
 
-    # -- the state between chunks --------------------------------------------------------------------------------
+    # -- the state between chunks ------------------------------------------------------------------
     def scatter(self, state: DetectorState) -> DetectorState:
         """This rank's part of a canonical state. Not a collective: every rank has the whole."""
         stages = tuple(StageState(self._part(s.hidden), self._part(s.cell)) for s in state.stages)
-        return DetectorState(
-            stages, tuple(t.clone() if self.first else torch.zeros_like(t) for t in state.previous)
-        )
+        if self.first:
+            previous = tuple(t.clone() for t in state.previous)
+        else:
+            previous = tuple(torch.zeros_like(t) for t in state.previous)
+        return DetectorState(stages, previous)
 
     def gather(self, state: DetectorState, like: DetectorState) -> DetectorState:
         """The canonical state, on every rank of the group; carries no gradient. A collective.
 
         Args:
-            state: this rank's part. like: a canonical state; only its shapes count (it may lie on the meta device).
+            state: this rank's part.
+            like: a canonical state; only its shapes are read (it may be on the meta device).
         """
         state = map_state(Tensor.detach, state)
-        stages = tuple(
-            StageState(
-                self._whole(s.hidden, shape.hidden.shape), self._whole(s.cell, shape.cell.shape)
-            )
-            for s, shape in zip(state.stages, like.stages, strict=True)
-        )
-        return DetectorState(stages, tuple(self._from(0, t, t.shape) for t in state.previous))
+        stages = []
+        for part, shape in zip(state.stages, like.stages, strict=True):
+            hidden = self._whole(part.hidden, shape.hidden.shape)
+            cell = self._whole(part.cell, shape.cell.shape)
+            stages.append(StageState(hidden, cell))
+        previous = tuple(self._broadcast(0, t, t.shape) for t in state.previous)
+        return DetectorState(tuple(stages), previous)
 
     @abstractmethod
     def _part(self, whole: Tensor) -> Tensor:
-        """Of a stage's hidden or cell (B, C, h, w)."""
+        """This rank's part of a stage's hidden or cell (B, C, h, w)."""
 
     @abstractmethod
     def _whole(self, part: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `_part`."""
+        """The inverse of `_part`; `shape` is the whole's."""
 
-    def _from(self, place: int, t: Tensor, shape: torch.Size) -> Tensor:
-        """t of the group's rank `place`."""
-        t = (
-            t.clone(memory_format=torch.contiguous_format)
-            if self.place == place
-            else t.new_empty(shape)
-        )
+    def _broadcast(self, position: int, t: Tensor, shape: torch.Size) -> Tensor:
+        """`t` of the rank at `position` of the sequence."""
+        if self.position == position:
+            t = t.clone(memory_format=torch.contiguous_format)
+        else:
+            t = t.new_empty(shape)
         if self.group is not None:
-            dist.broadcast(t, self.members[place], group=self.group)
+            dist.broadcast(t, self.members[position], group=self.group)
         return t
 
     def _check(self, x: Tensor) -> None:
         if len(x) != self.frames:
             raise ValueError(
-                f"this rank was handed {len(x)} frames, but every rank of its sequence holds {self.frames}"
+                f"this rank received {len(x)} frames, but every rank of its sequence holds "
+                f"{self.frames}"
             )

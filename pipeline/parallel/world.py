@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, and the process group that joins them."""
+"""This process's place among the ranks, and the process group that joins them."""
 
 import ctypes
 import os
@@ -11,13 +11,16 @@ import torch
 import torch.distributed as dist
 from evspan.conf.errors import ConfigError
 from evspan.conf.schema.training import ParallelConfig
-from evspan.pipeline.parallel.heartbeat import named_peers
-from evspan.pipeline.parallel.rank_env import check_address, place
+from evspan.pipeline.parallel.heartbeat import heartbeat
+from evspan.pipeline.parallel.rank_env import RankInfo, check_address, rank_info
 
 
 @dataclass(frozen=True)
 class World:
-    """Rank `rank` of `size`; the `local`-th on its machine. Which lanes and frames it works on is the mesh's affair."""
+    """Rank `rank` of `size`, number `local` of `local_size` on its machine.
+
+    The mesh decides which lanes and frames it works on.
+    """
 
     rank: int
     size: int
@@ -27,70 +30,81 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next step: touching pages anew took a tenth of it.
+    """Makes the C library keep what a step frees for the next step.
 
-    Blocks above 32 MB go back all the same, the library has no higher limit.
+    Mapping pages again took a tenth of a step. Blocks above 32 MB, the library's highest threshold,
+    are returned in any case.
     """
-    if (
-        mallopt := getattr(ctypes.CDLL(None), "mallopt", None)
-    ) is not None:  # glibc has it, others do not
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc has it, other C libraries do not
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
 
 
 @contextmanager
 def open_world(config: ParallelConfig) -> Iterator[World]:
-    """Join the process group (NCCL on GPUs, gloo otherwise) and leave it on every way out.
+    """Joins the process group (NCCL on GPUs, gloo otherwise) and leaves it in any case.
 
     Raises:
-        ConfigError: the launcher started another number of ranks than the config asks for, or rank 0's machine has no address.
+        ConfigError: the launcher started another number of ranks than the config has, or the name
+            of rank 0's machine cannot be resolved.
+        LostRanksError: other ranks are gone, stuck or failed.
     """
-    rank, size, local, local_size, address, port = place(os.environ)
-    if size != config.ranks:
+    info = rank_info(os.environ)
+    if info.size != config.ranks:
+        processes = "1 process was" if info.size == 1 else f"{info.size} processes were"
         raise ConfigError(
-            f"parallel.ranks is {config.ranks} but {size} process{'es were' if size > 1 else ' was'} started; "
-            "use `evspan train`, which starts them, or set parallel.ranks to what the launcher starts"
+            f"parallel.ranks is {config.ranks} but {processes} started; use `evspan train`, which "
+            "starts them, or set parallel.ranks to what the launcher starts"
         )
-    if size > 1:
-        check_address(address)
-    cuda = torch.cuda.is_available()
-    device = (
-        torch.device("cuda", local % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    )
-    if cuda:
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
+    if info.size > 1:
+        check_address(info.address)
+    device = _device(info)
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.threads or max(1, cores // local_size))
-    told = {
-        "RANK": rank,
-        "WORLD_SIZE": size,
-        "LOCAL_RANK": local,
-        "MASTER_ADDR": address,
-        "MASTER_PORT": port or None,
-    }
-    for name, value in told.items():
-        if value is not None:
-            os.environ.setdefault(name, str(value))  # DeepSpeed reads them, with one rank too
-    if size == 1:
-        store: dist.Store | None = dist.HashStore()  # alone: no port to collide with another run's
-    else:
-        store = None
+    torch.set_num_threads(config.threads or max(1, cores // info.local_size))
+    _set_launcher_variables(info)
+    store = None
+    if info.size == 1:  # no port that another run could use
+        store = dist.HashStore()  # type: ignore[attr-defined]  # not in torch's stubs
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        rank=rank,
-        world_size=size,
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=info.rank,
+        world_size=info.size,
         store=store,
         init_method=None if store else "env://",
         timeout=timedelta(seconds=config.timeout_s),
     )
     try:
-        with named_peers(rank, size, address, port, timeout_s=config.timeout_s):
-            yield World(rank, size, local, local_size, device)
+        with heartbeat(info.rank, info.size, info.address, info.port, timeout_s=config.timeout_s):
+            yield World(info.rank, info.size, info.local, info.local_size, device)
     finally:
         dist.destroy_process_group()
+
+
+def _device(info: RankInfo) -> torch.device:
+    """This rank's GPU, selected as the current one; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+        return torch.device("cpu")
+    device = torch.device("cuda", info.local % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _set_launcher_variables(info: RankInfo) -> None:
+    """Sets torchrun's variables where they are missing: DeepSpeed reads them, with one rank too."""
+    variables = {
+        "RANK": info.rank,
+        "WORLD_SIZE": info.size,
+        "LOCAL_RANK": info.local,
+        "MASTER_ADDR": info.address,
+    }
+    if info.port:
+        variables["MASTER_PORT"] = info.port
+    for name, value in variables.items():
+        os.environ.setdefault(name, str(value))

@@ -23,7 +23,7 @@ from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.norm import RankReductions, global_batch_norms
 from evspan.pipeline.model.sequence_protocol import LocalExchange
-from evspan.pipeline.parallel.collectives import Mail
+from evspan.pipeline.parallel.collectives import P2PChannel
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import Mesh, open_mesh
 from evspan.pipeline.parallel.reductions import (
@@ -195,9 +195,9 @@ class Wire:
         return call
 
     def message(self, function: Callable, sent: Callable[..., float]) -> Callable:
-        def call(mail: Mail, *args: Any) -> Any:
+        def call(channel: P2PChannel, *args: Any) -> Any:
             began = time.perf_counter()
-            out = function(mail, *args)
+            out = function(channel, *args)
             self._count("exchange", sent(*args), time.perf_counter() - began, 0.0)
             return out
 
@@ -246,11 +246,11 @@ class Wire:
                 self.collective("reductions", dist.all_gather, lambda _, x: x.nbytes * others),
             ),
             patch.object(
-                Mail,
+                P2PChannel,
                 "send",
-                self.message(Mail.send, lambda message, _: sum(t.nbytes for t in message)),
+                self.message(P2PChannel.send, lambda message, _: sum(t.nbytes for t in message)),
             ),
-            patch.object(Mail, "receive", self.message(Mail.receive, lambda *_: 0.0)),
+            patch.object(P2PChannel, "receive", self.message(P2PChannel.receive, lambda *_: 0.0)),
         ):
             yield
 

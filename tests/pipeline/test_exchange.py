@@ -8,11 +8,11 @@ import torch
 from evspan.conf.errors import ConfigError
 from evspan.conf.schema.layout import ExchangeKind, check_layout
 from evspan.launch.local.ranks import run_ranks
-from evspan.pipeline.parallel.collectives import touch
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import Mesh
-from evspan.pipeline.parallel.rank_env import check_address, first_host, place
+from evspan.pipeline.parallel.rank_env import check_address, first_host, rank_info
 from support import exchange_ranks as cases
+from support.anchor_grad import anchor_grad
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,8 +34,11 @@ def launched(tmp_path_factory):
             assert (
                 run_ranks(
                     [
+                        "env",
+                        f"PYTHONPATH={ROOT / 'tests'}",
                         sys.executable,
-                        str(ROOT / "tests" / "support" / "exchange_ranks.py"),
+                        "-m",
+                        "support.exchange_ranks",
                         str(folder),
                     ],
                     ranks,
@@ -185,12 +188,12 @@ def distance(got, wanted):
     return float(sum((got[name] - w).double().square().sum() for name, w in wanted.items()).sqrt())
 
 
-def test_touch_reaches_without_multiplying():
+def test_anchored_gradients_are_not_multiplied():
     x, other = (
         torch.tensor(2.0, requires_grad=True),
         torch.tensor([float("inf"), 3.0], requires_grad=True),
     )
-    touch(x * x, other * 1, torch.ones(3)).backward()
+    anchor_grad(x * x, other * 1, torch.ones(3)).backward()
     assert x.grad == 4
     assert other.grad.tolist() == [0, 0]
 
@@ -287,18 +290,22 @@ TORCHRUN = {
 
 
 def test_every_launcher_is_understood():
-    assert place({}) == (0, 1, 0, 1, "127.0.0.1", 0)
-    assert place(TORCHRUN) == (3, 4, 1, 2, "head", 77)
-    assert place(SLURM | TORCHRUN) == (3, 4, 1, 2, "head", 77)  # torchrun inside a SLURM step
-    rank, size, local, local_size, address, port = place(SLURM)
+    assert rank_info({}) == (0, 1, 0, 1, "127.0.0.1", 0)
+    assert rank_info(TORCHRUN) == (3, 4, 1, 2, "head", 77)
+    assert rank_info(SLURM | TORCHRUN) == (3, 4, 1, 2, "head", 77)  # torchrun inside a SLURM step
+    rank, size, local, local_size, address, port = rank_info(SLURM)
     assert (rank, size, local, local_size, address) == (5, 7, 1, 3, "gpu07")
     assert (
-        port == place(SLURM | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}).port
+        port
+        == rank_info(SLURM | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}).port
     )
-    assert port != place(SLURM | {"SLURM_STEP_ID": "1"}).port
+    assert port != rank_info(SLURM | {"SLURM_STEP_ID": "1"}).port
     assert 10_000 <= port < 32_768
-    assert place(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"})[4:] == ("10.0.0.1", 99)
-    assert place({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"})[:2] == (0, 1)
+    assert rank_info(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"})[4:] == (
+        "10.0.0.1",
+        99,
+    )
+    assert rank_info({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"})[:2] == (0, 1)
 
 
 @pytest.mark.parametrize(

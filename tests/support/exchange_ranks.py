@@ -1,6 +1,6 @@
 """What ranks run for tests/pipeline/test_exchange.py: every case under every layout that the world allows, one launch for all of them.
 
-python tests/support/exchange_ranks.py FOLDER    with torchrun's variables; writes FOLDER/<rank>.pt: {case: what came out}
+python -m support.exchange_ranks FOLDER    with torchrun's variables; writes FOLDER/<rank>.pt: {case: what came out}
 """
 
 import os
@@ -29,11 +29,11 @@ from evspan.pipeline.model.state import (
     map_state,
     state_tensors,
 )
-from evspan.pipeline.parallel.collectives import touch
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import open_mesh
 from evspan.pipeline.parallel.reductions import gather_over_ranks, sum_over_ranks
 from evspan.pipeline.parallel.world import open_world
+from support.anchor_grad import anchor_grad
 
 TIMEOUT_S = 60
 CHUNKS = 3
@@ -124,7 +124,7 @@ def scan(case, exchange, mine, ranks):
         ys.append(y)
         state = DetectorState((stage,), ())
     if case.only_last and mine.stop < case.frames:
-        loss = touch(torch.zeros((), dtype=case.dtype, requires_grad=True) * 1, *ys)
+        loss = anchor_grad(torch.zeros((), dtype=case.dtype, requires_grad=True) * 1, *ys)
     else:
         loss = sum(
             (y * w[mine.start : mine.stop]).sum() for y, (_, w) in zip(ys, chunks, strict=True)

@@ -29,10 +29,10 @@ here, size = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 def work():
     import torch
     from evspan.conf.schema.training import ParallelConfig
-    from evspan.pipeline.parallel.reductions import any_rank, sum_over_ranks
+    from evspan.pipeline.parallel.reductions import sum_over_ranks
     from evspan.pipeline.parallel.world import open_world
     with open_world(ParallelConfig(ranks=size, timeout_s=int(sys.argv[3]), threads=1)) as world:
-        while not any_rank((here / "enough").exists(), world.device):
+        while not sum_over_ranks(torch.tensor((here / "enough").exists()).float()):
             sum_over_ranks(torch.ones(1000))
             (here / f"pid-{world.rank}").write_text(str(os.getpid()))
             misbehave(world.rank)
