@@ -8,12 +8,15 @@ from evspan.data_prep.frames.codec import gather_cells
 from evspan.pipeline.data.plan import Chunk, generator
 from numpy.typing import NDArray
 
-MIN_VISIBLE = 1.0  # pixels a side; less of a box than this is no label
+MIN_VISIBLE = 1.0  # pixels per side; a box of which less is visible is dropped
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Output pixel (y, x) shows input pixel ((y - top) / zoom, (x - left) / zoom), mirrored first where flipped."""
+    """Output pixel (y, x) shows input pixel ((y - top) / zoom, (x - left) / zoom).
+
+    With `flip` the input is mirrored first. top, left: in pixels.
+    """
 
     flip: bool = False
     zoom: float = 1.0
@@ -24,7 +27,15 @@ class Augmentation:
 def draw_augmentation(
     config: AugmentationConfig, chunk: Chunk, *, seed: int, height: int, width: int
 ) -> Augmentation:
-    """Streamed lanes only zoom out: a window moved in would lose objects that the carried state has seen."""
+    """Draws the augmentation of a chunk's sequence.
+
+    Streamed lanes only zoom out: zooming in would lose objects that the carried state has seen.
+
+    Args:
+        chunk: names the sequence; all chunks of a sequence give the same augmentation.
+        seed: of the run.
+        height, width: of the frames, in pixels.
+    """
     rng = generator(seed, 2, int(chunk.streamed), *chunk.draw)
     flip, zooms, inwards, amount, v, u = rng.random(6)
     zoom = 1.0
@@ -40,37 +51,55 @@ def draw_augmentation(
     )
 
 
-def augment_frames(frames: NDArray[np.uint8], how: Augmentation, out: NDArray[np.uint8]) -> None:
-    """(T, C, H, W) into `out`, zeros of the same shape; nearest pixel, zero outside. A frame of each lies in one piece."""
-    if how == Augmentation():
+def augment_frames(
+    frames: NDArray[np.uint8], augmentation: Augmentation, out: NDArray[np.uint8]
+) -> None:
+    """Writes the augmented frames: nearest pixel, zero outside.
+
+    Args:
+        frames: (T, C, H, W).
+        out: the same shape, zeros. Each frame of both is contiguous.
+    """
+    if augmentation == Augmentation():
         out[:] = frames
         return
     height, width = frames.shape[2:]
-    rows, columns = _source(height, how.top, how.zoom), _source(width, how.left, how.zoom)
-    if how.flip:
+    rows = _source_pixels(height, augmentation.top, augmentation.zoom)
+    columns = _source_pixels(width, augmentation.left, augmentation.zoom)
+    if augmentation.flip:
         columns = np.where(columns < 0, -1, width - 1 - columns)
     for frame, augmented in zip(frames, out, strict=True):
         gather_cells(frame, rows, columns, augmented)
 
 
-def _source(size: int, offset: float, zoom: float) -> NDArray[np.int64]:
-    """For every output pixel the input pixel that it shows; -1: none."""
+def _source_pixels(size: int, offset: float, zoom: float) -> NDArray[np.int64]:
+    """(size,) the input pixel that each output pixel shows; -1: none."""
     source = np.floor((np.arange(size) + 0.5 - offset) / zoom).astype(np.int64)
     return np.where((source >= 0) & (source < size), source, -1)
 
 
 def augment_boxes(
-    boxes: NDArray[np.float32], how: Augmentation, *, height: int, width: int
+    boxes: NDArray[np.float32], augmentation: Augmentation, *, height: int, width: int
 ) -> NDArray[np.float32]:
-    """(n, 5) class, cx, cy, w, h in pixels -> (m <= n, 5), cut at the frame's border."""
-    if how == Augmentation() or not len(boxes):
+    """Augments boxes and cuts them at the frame's border.
+
+    Args:
+        boxes: (n, 5) class, cx, cy, w, h in pixels.
+        height, width: of the frames, in pixels.
+
+    Returns:
+        (m, 5), without boxes of which less than MIN_VISIBLE pixels per side are left.
+    """
+    if augmentation == Augmentation() or not len(boxes):
         return boxes
-    kind, x, y, w, h = boxes.T
-    if how.flip:
+    class_id, x, y, w, h = boxes.T
+    if augmentation.flip:
         x = width - x
-    x0, x1 = (np.clip((x + s * w / 2) * how.zoom + how.left, 0, width) for s in (-1, 1))
-    y0, y1 = (np.clip((y + s * h / 2) * how.zoom + how.top, 0, height) for s in (-1, 1))
-    out = np.stack((kind, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0), axis=1).astype(
-        np.float32
-    )
+    zoom = augmentation.zoom
+    x0 = np.clip((x - w / 2) * zoom + augmentation.left, 0, width)
+    x1 = np.clip((x + w / 2) * zoom + augmentation.left, 0, width)
+    y0 = np.clip((y - h / 2) * zoom + augmentation.top, 0, height)
+    y1 = np.clip((y + h / 2) * zoom + augmentation.top, 0, height)
+    columns = (class_id, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0)
+    out = np.stack(columns, axis=1).astype(np.float32)
     return out[(out[:, 3] >= MIN_VISIBLE) & (out[:, 4] >= MIN_VISIBLE)]

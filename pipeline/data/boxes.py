@@ -1,11 +1,13 @@
-"""Stored boxes in the form that the loss takes."""
+"""Converts stored boxes into the arrays that losses and metrics take."""
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-def to_center(boxes: NDArray) -> NDArray[np.float32]:
-    """(n,) shards.BOX -> (n, 5) float32 class, cx, cy, w, h in pixels."""
+def to_center(boxes: NDArray[Any]) -> NDArray[np.float32]:
+    """(n,) structured boxes (`shards.format.BOX`) -> (n, 5) class, cx, cy, w, h in pixels."""
     columns = (
         boxes["class_id"],
         boxes["x"] + boxes["w"] / 2,
@@ -16,7 +18,7 @@ def to_center(boxes: NDArray) -> NDArray[np.float32]:
     return np.stack(columns, axis=-1).astype(np.float32).reshape(-1, 5)
 
 
-def to_corners(boxes: NDArray) -> NDArray[np.float32]:
-    """(n,) shards.BOX -> (n, 4) float32 x1, y1, x2, y2 in pixels."""
+def to_corners(boxes: NDArray[Any]) -> NDArray[np.float32]:
+    """(n,) structured boxes (`shards.format.BOX`) -> (n, 4) x1, y1, x2, y2 in pixels."""
     columns = (boxes["x"], boxes["y"], boxes["x"] + boxes["w"], boxes["y"] + boxes["h"])
     return np.stack(columns, axis=-1).astype(np.float32).reshape(-1, 4)

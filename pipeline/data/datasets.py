@@ -1,4 +1,4 @@
-"""One split of a prepared dataset: our shards, or the tree that RVT's preprocessing writes, behind one interface."""
+"""One split of a prepared dataset: our shards, or RVT's tree, as one interface."""
 
 import re
 from collections import OrderedDict
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import h5py
 import hdf5plugin  # noqa: F401  registers the filters that frames are stored with
@@ -23,31 +24,39 @@ from evspan.data_prep.frames.codec import decode_frames
 from evspan.data_prep.shards.format import BOX, RecordingEntry, load_manifest
 from numpy.typing import NDArray
 
-OPEN_FILES = 128  # at once; RVT's tree has a file per recording
+ALL_ROWS = slice(None)
+OPEN_FILES = 128  # at a time; RVT's tree has a file per recording
 RVT_NAME = re.compile(r"stacked_histogram_dt=(\d+)_nbins=(\d+)")
 
 
-class _Files:
-    """HDF5 files, the last used kept open. HDF5 lets one thread in at a time anyway, so one lock covers look-up and read."""
+class _OpenFiles:
+    """HDF5 files, the last used ones kept open.
+
+    HDF5 admits one thread at a time in any case, so one lock covers look-up and read.
+    """
 
     def __init__(self) -> None:
-        self.lock, self.opened = Lock(), OrderedDict[Path, h5py.File]()
+        self.lock = Lock()
+        self.opened: OrderedDict[Path, h5py.File] = OrderedDict()
 
-    def read(self, path: Path, dataset: str, which: slice) -> NDArray:
+    def read(self, path: Path, dataset: str, rows: slice) -> NDArray[Any]:
+        """Rows of a dataset of a file."""
         with self.lock:
             try:
-                return self._file(path)[dataset][which]
+                values: NDArray[Any] = self._file(path)[dataset][rows]
             except (OSError, KeyError) as error:
                 raise ShardError(
-                    f"{path} cannot give {dataset}[{which.start}:{which.stop}] ({error}). The file is damaged or "
-                    "gone: prepare it again (evspan prep redoes what is missing)"
+                    f"{path} cannot give {dataset}[{rows.start}:{rows.stop}] ({error}). The file "
+                    "is damaged or gone: prepare it again (evspan prep redoes what is missing)"
                 ) from error
+        return values
 
     def _file(self, path: Path) -> h5py.File:
         file = self.opened.pop(path, None) or h5py.File(path, "r")
         self.opened[path] = file
         if len(self.opened) > OPEN_FILES:
-            self.opened.popitem(last=False)[1].close()
+            _, oldest = self.opened.popitem(last=False)
+            oldest.close()
         return file
 
 
@@ -55,43 +64,59 @@ class _Files:
 class RecordingData:
     """One recording of N frames.
 
-    end_us: (N,) int64, since the recording's first event. labelled: (N,) bool. box_start: (N+1,) int64.
+    Attributes:
+        name: of the recording.
+        clock_us: the sensor's clock at time 0.
+        end_us: (N,) int64 end of each frame's window, since the recording's first event.
+        labelled: (N,) bool.
+        box_start: (N + 1,) int64, boxes of frame i are rows box_start[i] to box_start[i + 1].
+        read_frames: rows -> (n, 2 * bins, H, W) uint8.
+        read_boxes: rows -> (m,) structured boxes (`shards.format.BOX`).
     """
 
     name: str
-    clock_us: int  # the sensor's clock at time 0
+    clock_us: int
     end_us: NDArray[np.int64]
     labelled: NDArray[np.bool_]
     box_start: NDArray[np.int64]
     read_frames: Callable[[slice], NDArray[np.uint8]]
-    read_boxes: Callable[[slice], NDArray]
+    read_boxes: Callable[[slice], NDArray[Any]]
 
     @property
     def frames(self) -> int:
+        """Number of frames."""
         return len(self.labelled)
 
     def read(self, first: int, last: int) -> NDArray[np.uint8]:
-        """(last - first, 2 * bins, H, W)."""
+        """(last - first, 2 * bins, H, W) frames from `first` to before `last`."""
         return self.read_frames(slice(first, last))
 
-    def boxes(self, frame: int) -> NDArray:
-        """(n,) shards.BOX of one frame, in pixels of the stored frames."""
+    def boxes(self, frame: int) -> NDArray[Any]:
+        """(n,) structured boxes of one frame, in pixels of the stored frames."""
         return self.boxes_of(frame, frame + 1)[0]
 
-    def boxes_of(self, first: int, last: int) -> list[NDArray]:
-        """The same of each frame from `first` to before `last`, in one read: finding the column takes most of its time."""
+    def boxes_of(self, first: int, last: int) -> list[NDArray[Any]]:
+        """`boxes` of each frame from `first` to before `last`.
+
+        One read for all of them: finding the column takes most of the time of a read.
+        """
         start = self.box_start[first : last + 1]
-        rows = (
-            self.read_boxes(slice(int(start[0]), int(start[-1])))
-            if start[-1] > start[0]
-            else np.zeros(0, BOX)
-        )
+        rows: NDArray[Any] = np.zeros(0, BOX)
+        if start[-1] > start[0]:
+            rows = self.read_boxes(slice(int(start[0]), int(start[-1])))
         return np.split(rows, start[1:-1] - start[0])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """All recordings of a split; frames of one size, (2 * bins, height, width)."""
+    """All recordings of a split.
+
+    Attributes:
+        recordings: in the order of the manifest, or by name.
+        frames: how the frames were made.
+        height, width: of a frame, in pixels.
+        classes: names of class 0, 1, ...
+    """
 
     recordings: list[RecordingData]
     frames: FrameConfig
@@ -101,139 +126,145 @@ class Dataset:
 
     @property
     def channels(self) -> int:
+        """Channels of a frame, 2 * bins."""
         return self.frames.channels
 
 
 def open_dataset(config: DatasetConfig, split: str) -> Dataset:
-    """
+    """Opens a split.
+
     Raises:
-        ConfigError: no root given, or classes other than the dataset's. ShardError: nothing there, or not as it should be.
+        ConfigError: no root, or other classes than the dataset's.
+        ShardError: no dataset there, or a damaged one.
     """
     if not config.root:
         raise ConfigError(
             "dataset.root is empty. Name the folder that evspan prep wrote: dataset.root=SHARDS"
         )
-    if not Path(config.root).is_dir():
+    root = Path(config.root)
+    if not root.is_dir():
         raise ShardError(
-            f"dataset.root={config.root} is no folder. Make one: evspan prep source=RAW output={config.root}"
+            f"dataset.root={root} is no folder. Make one: evspan prep source=RAW output={root}"
         )
-    opened = (_open_shards if config.kind is DatasetKind.shards else _open_rvt_tree)(
-        Path(config.root), config, split
-    )
-    if not opened.recordings:
+    open_kind = _open_shards if config.kind is DatasetKind.shards else _open_rvt_tree
+    dataset = open_kind(root, config, split)
+    if not dataset.recordings:
         raise ShardError(
-            f"{config.root} has no recordings in split {split!r}. Choose another split, or prepare recordings into "
-            f"{split}/"
+            f"{root} has no recordings in split {split!r}. Choose another split, or prepare "
+            f"recordings into {split}/"
         )
-    return opened
+    return dataset
 
 
-# -- our shards --------------------------------------------------------------------------------------------------
+# -- our shards ------------------------------------------------------------------------------------
 def _open_shards(root: Path, config: DatasetConfig, split: str) -> Dataset:
-    manifest, files = load_manifest(root), _Files()
+    manifest = load_manifest(root)
     if config.classes and config.classes != manifest.classes:
         raise ConfigError(
-            f"{root} was prepared with the classes {manifest.classes}, dataset.classes are {config.classes}. "
-            "Choose the dataset config that it was prepared with: dataset=..."
+            f"{root} was prepared with the classes {manifest.classes}, dataset.classes are "
+            f"{config.classes}. Choose the dataset config that it was prepared with: dataset=..."
         )
     entries = manifest.split(split)
-    if len(sizes := {(r.height, r.width) for r in entries}) > 1:
+    sizes = {(entry.height, entry.width) for entry in entries}
+    if len(sizes) > 1:
         raise ShardError(
-            f"{root}, split {split}: frames of several sizes {sorted(sizes)}. Prepare recordings of one sensor size "
-            "into a folder of their own"
+            f"{root}, split {split}: frames of several sizes {sorted(sizes)}. Prepare recordings "
+            "of one sensor size into a folder of their own"
         )
     height, width = sizes.pop() if sizes else (0, 0)
     frames = frame_config(manifest.config["frames"])
-    return Dataset(
-        [_shard_recording(root, r, frames.bins, files) for r in entries],
-        frames,
-        height,
-        width,
-        manifest.classes,
-    )
+    files = _OpenFiles()
+    recordings = [_shard_recording(root, entry, frames.bins, files) for entry in entries]
+    return Dataset(recordings, frames, height, width, manifest.classes)
 
 
-def _shard_recording(root: Path, entry: RecordingEntry, bins: int, files: _Files) -> RecordingData:
-    path, group = root / entry.shard, entry.group
+def _shard_recording(
+    root: Path, entry: RecordingEntry, bins: int, files: _OpenFiles
+) -> RecordingData:
+    path = root / entry.shard
 
-    def column(name: str, which: slice = slice(None)) -> NDArray:
-        return files.read(path, f"{group}/{name}", which)
+    def column(name: str, rows: slice = ALL_ROWS) -> NDArray[Any]:
+        return files.read(path, f"{entry.group}/{name}", rows)
 
-    start, shape = column("frame_start"), (2 * bins, entry.height, entry.width)
+    frame_start = column("frame_start")
+    shape = (2 * bins, entry.height, entry.width)
 
-    def frames(which: slice) -> NDArray[np.uint8]:
-        place = start[which.start : which.stop + 1]
-        code = column("frames", slice(int(place[0]), int(place[-1])))
+    def read_frames(rows: slice) -> NDArray[np.uint8]:
+        start = frame_start[rows.start : rows.stop + 1]
+        code = column("frames", slice(int(start[0]), int(start[-1])))
         try:
-            return decode_frames(
-                code, place - place[0], shape
-            )  # outside the files' lock: threads decode side by side
+            # Without the files' lock: threads decode concurrently.
+            return decode_frames(code, start - start[0], shape)
         except ValueError as error:
             raise ShardError(
-                f"{path}, recording {group}: {error}. Run evspan prep verify, then the same evspan prep "
-                "again"
+                f"{path}, recording {entry.group}: {error}. Run evspan prep verify, then the same "
+                "evspan prep again"
             ) from error
 
     return RecordingData(
-        entry.name,
-        entry.first_us,
-        column("end_us") - entry.first_us,
-        column("labelled"),
-        column("box_start"),
-        frames,
-        lambda which: column("boxes", which),
+        name=entry.name,
+        clock_us=entry.first_us,
+        end_us=column("end_us") - entry.first_us,
+        labelled=column("labelled"),
+        box_start=column("box_start"),
+        read_frames=read_frames,
+        read_boxes=lambda rows: column("boxes", rows),
     )
 
 
-# -- RVT's tree --------------------------------------------------------------------------------------------------
+# -- RVT's tree ------------------------------------------------------------------------------------
 def _open_rvt_tree(root: Path, config: DatasetConfig, split: str) -> Dataset:
-    """`<split>/<recording>/{labels_v2, event_representations_v2/<name>}` as RVT's preprocess_dataset.py writes them."""
+    """Opens what RVT's preprocess_dataset.py writes.
+
+    `<split>/<recording>/{labels_v2, event_representations_v2/<name>}`.
+    """
     folders = sorted(p for p in (root / split).glob("*") if (p / "labels_v2").is_dir())
     if not config.classes:
         raise ConfigError(
-            "dataset.classes is empty; RVT's tree does not tell its classes: dataset.classes=[pedestrian,...]"
+            "dataset.classes is empty; RVT's tree does not contain class names: "
+            "dataset.classes=[pedestrian,...]"
         )
-    files, frames, size = _Files(), FrameConfig(mode=FrameMode.rvt), (0, 0)
+    files = _OpenFiles()
+    frames = FrameConfig(mode=FrameMode.rvt)
     recordings = []
     for folder in folders:
         path, frames = _rvt_representation(folder)
         recordings.append(_rvt_recording(folder, path, frames.downsample, files))
+    height, width = (0, 0)
     if recordings:
-        size = recordings[0].read(0, 1).shape[2:]
-    return Dataset(recordings, frames, *size, list(config.classes))
+        height, width = recordings[0].read(0, 1).shape[2:]
+    return Dataset(recordings, frames, height, width, list(config.classes))
 
 
 def _rvt_representation(folder: Path) -> tuple[Path, FrameConfig]:
-    """The frames' file, and what its folder and name tell about them."""
-    found = [
-        p
-        for p in sorted((folder / "event_representations_v2").glob("*/event_representations*.h5"))
-        if RVT_NAME.fullmatch(p.parent.name)
-    ]
-    if len(found) != 1:
+    """The file of the frames, and their config from the names of folder and file."""
+    pattern = "*/event_representations*.h5"
+    paths = sorted((folder / "event_representations_v2").glob(pattern))
+    matches = [(path, RVT_NAME.fullmatch(path.parent.name)) for path in paths]
+    histograms = [(path, match) for path, match in matches if match is not None]
+    if len(histograms) != 1:
+        names = [str(path) for path, _ in histograms]
         raise ShardError(
-            f"{folder}/event_representations_v2 has {len(found)} stacked histograms ({[str(p) for p in found]}), "
-            "not one. Keep one folder stacked_histogram_dt=..._nbins=... with one event_representations*.h5"
+            f"{folder}/event_representations_v2 has {len(histograms)} stacked histograms "
+            f"({names}), not one. Keep one folder stacked_histogram_dt=..._nbins=... with one "
+            "event_representations*.h5"
         )
-    told = RVT_NAME.fullmatch(found[0].parent.name)
-    assert told is not None
-    downsample = 2 if "ds2" in found[0].stem else 1
-    return found[0], FrameConfig(
+    path, match = histograms[0]
+    config = FrameConfig(
         mode=FrameMode.rvt,
-        window_ms=int(told[1]),
-        bins=int(told[2]),
-        downsample=downsample,
+        window_ms=int(match[1]),
+        bins=int(match[2]),
+        downsample=2 if "ds2" in path.stem else 1,
         downsample_by=DownsampleBy.nearest,
     )
+    return path, config
 
 
-def _rvt_recording(folder: Path, frames: Path, downsample: int, files: _Files) -> RecordingData:
+def _rvt_recording(folder: Path, frames: Path, downsample: int, files: _OpenFiles) -> RecordingData:
     try:
         with np.load(folder / "labels_v2" / "labels.npz") as stored:
-            labels, first_label = (
-                stored["labels"],
-                stored["objframe_idx_2_label_idx"].astype(np.int64),
-            )
+            labels = stored["labels"]
+            first_label = stored["objframe_idx_2_label_idx"].astype(np.int64)
         end_us = np.load(frames.with_name("timestamps_us.npy")).astype(np.int64)
         labelled_frames = np.load(frames.with_name("objframe_idx_2_repr_idx.npy")).astype(np.int64)
     except (OSError, KeyError, ValueError) as error:
@@ -242,22 +273,20 @@ def _rvt_recording(folder: Path, frames: Path, downsample: int, files: _Files) -
         ) from error
     labelled = np.zeros(len(end_us), bool)
     labelled[labelled_frames] = True
-    per_frame = np.zeros(len(end_us), np.int64)
-    per_frame[labelled_frames] = np.diff(np.append(first_label, len(labels)))
+    boxes_per_frame = np.zeros(len(end_us), np.int64)
+    boxes_per_frame[labelled_frames] = np.diff(np.append(first_label, len(labels)))
     boxes = np.zeros(len(labels), BOX)
-    boxes["t_us"], boxes["class_id"], boxes["track_id"] = (
-        labels["t"],
-        labels["class_id"],
-        labels["track_id"],
-    )
+    boxes["t_us"] = labels["t"]
+    boxes["class_id"] = labels["class_id"]
+    boxes["track_id"] = labels["track_id"]
     for side in "xywh":
-        boxes[side] = labels[side] / downsample  # RVT keeps labels in pixels of the sensor
+        boxes[side] = labels[side] / downsample  # RVT stores labels in pixels of the sensor
     return RecordingData(
-        folder.name,
-        0,
-        end_us,
-        labelled,
-        np.concatenate(([0], np.cumsum(per_frame))),
-        lambda which: files.read(frames, "data", which),
-        lambda which: boxes[which],
+        name=folder.name,
+        clock_us=0,
+        end_us=end_us,
+        labelled=labelled,
+        box_start=np.concatenate(([0], np.cumsum(boxes_per_frame))),
+        read_frames=lambda rows: files.read(frames, "data", rows),
+        read_boxes=lambda rows: boxes[rows],
     )

@@ -1,4 +1,4 @@
-"""Shards -> batches of one rank's lanes and frames, read ahead by threads."""
+"""Batches of one rank's lanes and frames from shards, read ahead by threads."""
 
 from collections import deque
 from collections.abc import Generator
@@ -12,14 +12,18 @@ from evspan.pipeline.data.augment import augment_boxes, augment_frames, draw_aug
 from evspan.pipeline.data.boxes import to_center
 from evspan.pipeline.data.datasets import Dataset
 from evspan.pipeline.data.plan import SamplingPlan
+from numpy.typing import NDArray
 from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """One micro-batch of B lanes and T frames, those of one rank; n of its frames are labelled.
+    """One micro-batch of one rank: B lanes, T frames, of which n are labelled.
 
-    frames: (T, B, C, H, W) uint8. starts: (B,) bool. labelled: (T, B) bool. boxes: (n, most, 5) float32 class, cx, cy,
-    w, h in pixels, for the labelled frames in (t, b) order, rows beyond `counts` (n,) int64 zero.
+    frames: (T, B, C, H, W) uint8.
+    starts: (B,) bool, lanes whose state is reset to zero before the first frame.
+    labelled: (T, B) bool.
+    boxes: (n, G, 5) float32 class, cx, cy, w, h in pixels, of the labelled frames in (t, b) order.
+    counts: (n,) int64 number of boxes of each labelled frame; rows of `boxes` after them are zero.
     """
 
     frames: Tensor
@@ -29,14 +33,20 @@ class Batch(NamedTuple):
     counts: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """On `device`, but for `labelled`, which the detector reads on the CPU."""
-        return Batch(*(t.to(device, non_blocking=True) for t in self))._replace(
-            labelled=self.labelled
-        )
+        """A copy on `device`, except `labelled`, which the detector reads on the CPU."""
+        moved = Batch(*(t.to(device, non_blocking=True) for t in self))
+        return moved._replace(labelled=self.labelled)
 
 
-def pad_boxes(boxes: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """n arrays (k, 5) -> (n, most, 5) float32 and counts (n,); at least one row, so that shapes stay sane."""
+def pad_boxes(boxes: list[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
+    """Pads boxes to one length, at least one row.
+
+    Args:
+        boxes: n arrays (k, 5).
+
+    Returns:
+        (n, G, 5) float32 and the numbers of valid rows (n,) int64.
+    """
     counts = [len(b) for b in boxes]
     padded = torch.zeros(len(boxes), max(counts, default=0) or 1, 5)
     for i, rows in enumerate(boxes):
@@ -44,11 +54,29 @@ def pad_boxes(boxes: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     return padded, torch.tensor(counts, dtype=torch.int64)
 
 
-class Loader:
-    """Batches of the lanes `lanes` (of the world's) and the frames `frames` (of each chunk's), without end.
+class _LaneLabels(NamedTuple):
+    """Of one lane. boxes: per frame (k, 5) class, cx, cy, w, h in pixels. labelled: (T,) bool.
 
-    Which batch comes when is the plan's business; `config.num_workers` threads only decide how far ahead it is read. Ranks
-    that share a sequence read different frames of the same chunks, all with the lane's one draw of the augmentation.
+    start: the lane's state is reset to zero.
+    """
+
+    boxes: list[NDArray[np.float32]]
+    labelled: NDArray[np.bool_]
+    start: bool
+
+
+class Loader:
+    """Batches without end.
+
+    The plan determines the batches; `config.num_workers` only determines how far ahead they are
+    read. Ranks that share a sequence read different frames of the same chunks, with the lane's one
+    augmentation.
+
+    Args:
+        lanes: this rank's, of the world's lanes.
+        frames: this rank's, of each chunk's frames.
+        config: augmentation and num_workers.
+        seed: of the run.
     """
 
     def __init__(
@@ -61,54 +89,57 @@ class Loader:
         *,
         seed: int,
     ) -> None:
-        self.dataset, self.plan, self.lanes, self.frames, self.config, self.seed = (
-            dataset,
-            plan,
-            lanes,
-            frames,
-            config,
-            seed,
-        )
+        self.dataset = dataset
+        self.plan = plan
+        self.lanes = lanes
+        self.frames = frames
+        self.config = config
+        self.seed = seed
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index` of the whole run."""
         data = self.dataset
-        frames = np.zeros(
-            (len(self.frames), len(self.lanes), data.channels, data.height, data.width), np.uint8
+        shape = (len(self.frames), len(self.lanes), data.channels, data.height, data.width)
+        frames = np.zeros(shape, np.uint8)
+        lanes = [self._lane(lane, index, frames[:, b]) for b, lane in enumerate(self.lanes)]
+        labelled = np.stack([lane.labelled for lane in lanes], axis=1)
+        boxes = [lanes[b].boxes[t] for t, b in zip(*np.nonzero(labelled), strict=True)]
+        padded, counts = pad_boxes(boxes)
+        return Batch(
+            frames=torch.from_numpy(frames),
+            starts=torch.tensor([lane.start for lane in lanes]),
+            labelled=torch.from_numpy(labelled),
+            boxes=padded,
+            counts=counts,
         )
-        columns = [self._lane(lane, index, frames[:, b]) for b, lane in enumerate(self.lanes)]
-        labelled = np.stack([c[1] for c in columns], axis=1)
-        boxes, counts = pad_boxes(
-            [columns[b][0][t] for t, b in zip(*np.nonzero(labelled), strict=True)]
-        )
-        starts = torch.tensor([c[2] for c in columns])
-        return Batch(torch.from_numpy(frames), starts, torch.from_numpy(labelled), boxes, counts)
 
-    def _lane(
-        self, lane: int, index: int, out: np.ndarray
-    ) -> tuple[list[np.ndarray], np.ndarray, bool]:
-        """Its frames into `out`, zeros; their boxes, which are labelled, and whether the state begins at zero."""
+    def _lane(self, lane: int, index: int, out: NDArray[np.uint8]) -> _LaneLabels:
+        """Writes the lane's frames into `out` (T, C, H, W), zeros."""
         chunk = self.plan.chunk(lane, index)
         recording = self.dataset.recordings[chunk.recording]
-        height, width, length = self.dataset.height, self.dataset.width, len(self.frames)
-        how = draw_augmentation(
+        height = self.dataset.height
+        width = self.dataset.width
+        augmentation = draw_augmentation(
             self.config.augmentation, chunk, seed=self.seed, height=height, width=width
         )
-        first, there = (
-            chunk.first + self.frames.start,
-            min(length, max(0, chunk.frames - self.frames.start)),
-        )
-        for t in range(
-            there
-        ):  # after a recording's end nothing happens; a frame at a time stays in the cache
-            augment_frames(recording.read(first + t, first + t + 1), how, out[t : t + 1])
+        length = len(self.frames)
+        first = chunk.first + self.frames.start
+        # After a recording's end the frames stay zero.
+        existing = min(length, max(0, chunk.frames - self.frames.start))
+        for t in range(existing):  # a frame at a time stays in the cache
+            frame = recording.read(first + t, first + t + 1)
+            augment_frames(frame, augmentation, out[t : t + 1])
         labelled = np.zeros(length, bool)
-        labelled[:there] = recording.labelled[first : first + there]
-        stored = recording.boxes_of(first, first + there) if there else []
-        boxes = [augment_boxes(to_center(rows), how, height=height, width=width) for rows in stored]
-        return boxes, labelled, chunk.start
+        labelled[:existing] = recording.labelled[first : first + existing]
+        stored = recording.boxes_of(first, first + existing) if existing else []
+        boxes = [
+            augment_boxes(to_center(rows), augmentation, height=height, width=width)
+            for rows in stored
+        ]
+        return _LaneLabels(boxes, labelled, chunk.start)
 
     def batches(self, start: int) -> Generator[Batch, None, None]:
+        """Micro-batches from index `start` on, read ahead by `config.num_workers` threads."""
         workers = self.config.num_workers
         if not workers:
             index = start
@@ -116,9 +147,9 @@ class Loader:
                 yield self.batch(index)
                 index += 1
         pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
-        ahead: deque[Future[Batch]] = deque(
-            pool.submit(self.batch, start + i) for i in range(workers + 1)
-        )
+        ahead: deque[Future[Batch]] = deque()
+        for i in range(workers + 1):
+            ahead.append(pool.submit(self.batch, start + i))
         try:
             index = start + workers + 1
             while True:

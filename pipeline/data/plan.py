@@ -1,4 +1,7 @@
-"""Which frames each lane reads when: a pure function of (seed, micro-batch), so any worker count and any resume agree."""
+"""Which frames each lane reads when: a pure function of (seed, micro-batch).
+
+Any number of workers and any resume therefore give the same batches.
+"""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -14,29 +17,43 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one lane reads for one micro-batch: `frames` frames from `first` on, zero frames after them."""
+    """What one lane reads for one micro-batch: `frames` frames from `first` on, zeros after them.
+
+    Attributes:
+        recording: index of the recording.
+        start: the lane's state is reset to zero before it.
+        streamed: the lane follows recordings.
+        draw: identifies the lane's current sequence; the augmentation is drawn from it.
+    """
 
     recording: int
     first: int
     frames: int
-    start: bool  # the lane's state begins at zero here
+    start: bool
     streamed: bool
-    draw: tuple[int, ...]  # names the lane's current sequence; augmentation draws from it
+    draw: tuple[int, ...]
 
 
 def generator(seed: int, *name: int) -> np.random.Generator:
-    """An independent generator for every name: counter-based, so nothing has to be replayed to get there."""
+    """An independent generator for every name; counter-based, so nothing has to be replayed."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, *name))))
 
 
 class SamplingPlan:
-    """Lanes 0 .. lanes-1 of the whole world.
+    """The chunks of lanes 0 .. lanes - 1 of the whole world.
 
-    A streaming lane walks through its own permutation of all recordings, epoch after epoch, chunk by chunk. A random
-    lane reads, each time, a chunk that ends at a labelled frame drawn from all recordings, with its state from zero.
+    A streaming lane walks through its own permutation of all recordings, epoch after epoch, chunk
+    by chunk. A random lane reads, each time, a chunk that ends at a labelled frame drawn from all
+    recordings, with its state from zero.
 
     Args:
-        frames: frames of each recording. labelled: (frames,) bool of each.
+        frames: number of frames of each recording.
+        labelled: (frames,) bool of each recording.
+        lanes: number of lanes, over all ranks.
+        sequence_length: frames per chunk.
+        sampling: which lanes stream.
+        seed: of the run.
+
     Raises:
         ShardError: there is no frame at all.
     """
@@ -53,19 +70,24 @@ class SamplingPlan:
     ) -> None:
         if not sum(frames):
             raise ShardError(
-                "the split has no frames, so there is nothing to train on. Prepare recordings first: evspan prep"
+                "the split has no frames, so there is nothing to train on. Prepare recordings "
+                "first: evspan prep"
             )
-        self.frames, self.sequence_length, self.seed = list(frames), sequence_length, seed
-        self.streaming_lanes = {
+        self.frames = list(frames)
+        self.sequence_length = sequence_length
+        self.seed = seed
+        streaming_lanes = {
             Sampling.stream: lanes,
             Sampling.random: 0,
             Sampling.mixed: (lanes + 1) // 2,
-        }[sampling]
+        }
+        self.streaming_lanes = streaming_lanes[sampling]
         self.chunks = [-(-n // sequence_length) for n in frames]
         self.chunks_per_epoch = sum(self.chunks)
         ends = [np.flatnonzero(mask) for mask in labelled]
         if not any(e.size for e in ends):  # nothing is labelled: any frame may end a chunk
             ends = [np.arange(n) for n in frames]
+        # (labelled frames, 2): recording and frame.
         self.random_ends = np.concatenate(
             [np.stack((np.full(e.size, i), e), 1) for i, e in enumerate(ends)]
         )
@@ -77,26 +99,27 @@ class SamplingPlan:
             return self._random_chunk(lane, index)
         epoch, offset = divmod(index, self.chunks_per_epoch)
         order, ends = self._epoch(lane, epoch)
-        place = bisect_right(ends, offset)
-        recording = int(order[place])
-        first = (offset - (ends[place - 1] if place else 0)) * self.sequence_length
+        position = bisect_right(ends, offset)
+        recording = int(order[position])
+        start_of_recording = ends[position - 1] if position else 0
+        first = (offset - start_of_recording) * self.sequence_length
         return Chunk(
             recording=recording,
             first=first,
             frames=min(self.sequence_length, self.frames[recording] - first),
             start=first == 0,
             streamed=True,
-            draw=(lane, epoch, place),
+            draw=(lane, epoch, position),
         )
 
     def _draw_epoch(self, lane: int, epoch: int) -> tuple[NDArray[np.int64], list[int]]:
+        """The order of the recordings, and the cumulative number of chunks up to each one's end."""
         order = generator(self.seed, 0, lane, epoch).permutation(len(self.frames))
         return order, list(accumulate(self.chunks[i] for i in order))
 
     def _random_chunk(self, lane: int, index: int) -> Chunk:
-        recording, end = self.random_ends[
-            generator(self.seed, 1, lane, index).integers(len(self.random_ends))
-        ].tolist()
+        rng = generator(self.seed, 1, lane, index)
+        recording, end = self.random_ends[rng.integers(len(self.random_ends))].tolist()
         first = max(0, end + 1 - self.sequence_length)
         return Chunk(
             recording=recording,
