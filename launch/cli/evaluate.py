@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate with the config that the arguments make; sys.argv for None."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["compare"]:
-        from evspan.pipeline.evaluation import compare
+        from evspan.launch.cli import evaluate_compare
 
-        compare.main(arguments[1:])
+        evaluate_compare.main(arguments[1:])
         return
     run_command(lambda: _evaluate(arguments))
 

@@ -1,9 +1,9 @@
-"""AP of frames drawn anew, recording by recording: matched once, summed up for every draw."""
+"""AP of bootstrap samples of recordings; detections are matched once for all samples."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from evspan.conf.schema.training import EvaluationConfig
@@ -12,9 +12,10 @@ from evspan.pipeline.evaluation.frames import LabelledFrames, scored
 from evspan.pipeline.evaluation.motion import motion
 from numpy.typing import NDArray
 
-RECALLS, THRESHOLDS = np.linspace(0.0, 1.0, 101), 10
-AT_ONCE = 2000  # frames that are matched, which takes Python objects for each
-BLOCK = 1 << 22  # numbers in memory at once
+RECALLS = np.linspace(0.0, 1.0, 101)
+THRESHOLDS = 10  # IoU 0.50, 0.55, ..., 0.95
+AT_ONCE = 2000  # frames matched per call; each takes Python objects
+BLOCK = 1 << 22  # numbers in memory at a time
 MEASURES = {
     "ap": "AP 0.50:0.95",
     "ap50": "AP50",
@@ -27,20 +28,31 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """The detections of one class in R recordings, by falling score, and what they were matched to at the IoU thresholds."""
+class MatchedDetections:
+    """The D detections of one class in R recordings, by falling score, at each IoU threshold.
 
-    recording: NDArray[np.int64]  # (D,)
-    matched: NDArray[np.bool_]  # (thresholds, D)
+    Attributes:
+        recording: (D,) index.
+        matched: (thresholds, D) whether the detection found a box.
+        ignored: (thresholds, D) whether it does not count.
+        boxes: (R,) number of boxes that count.
+    """
+
+    recording: NDArray[np.int64]
+    matched: NDArray[np.bool_]
     ignored: NDArray[np.bool_]
-    boxes: NDArray[np.float64]  # (R,) boxes that count
+    boxes: NDArray[np.float64]
 
 
 def draws(recordings: int, resamples: int, seed: int) -> NDArray[np.float64]:
-    """(1 + resamples, R) how often each recording is drawn: once each in the first row, then R times with replacement."""
-    drawn = np.random.default_rng(seed).multinomial(
-        recordings, np.full(recordings, 1 / recordings), size=resamples
-    )
+    """How often each recording is in each sample.
+
+    Returns:
+        (1 + resamples, R): once each in the first row, then R drawn with replacement per row.
+    """
+    rng = np.random.default_rng(seed)
+    probabilities = np.full(recordings, 1 / recordings)
+    drawn = rng.multinomial(recordings, probabilities, size=resamples)
     return np.concatenate((np.ones((1, recordings)), drawn))
 
 
@@ -50,136 +62,194 @@ def measures(
     config: EvaluationConfig,
     weights: NDArray[np.float64],
 ) -> dict[str, NDArray[np.float64]]:
-    """Of MEASURES, (S,) for the S rows of `draws`; nan where a draw has no such boxes."""
-    weights, same = np.unique(
-        weights, axis=0, return_inverse=True
-    )  # of few recordings there are few draws
+    """The measures of every sample.
+
+    Args:
+        frames: all labelled frames.
+        classes: names of class 0, 1, ...
+        config: filters of the protocol.
+        weights: (S, R) of `draws`.
+
+    Returns:
+        For each name in MEASURES (S,); nan where a sample has no such boxes.
+    """
+    # With few recordings there are few different samples.
+    weights, sample = np.unique(weights, axis=0, return_inverse=True)
     moved = motion(frames, config.still_speed)
     chosen, kept = scored(frames, config)
-    every, small = found(chosen, classes, None, [EVERY, SMALL])
-    (still,), (moving,) = (
-        found(chosen, classes, group[kept], [EVERY])
-        for group in (moved.still(config.still_s), moved.moving(config.still_s))
-    )
+    every, small = match_detections(chosen, classes, None, [EVERY, SMALL])
+    is_still = moved.still(config.still_s)[kept]
+    is_moving = moved.moving(config.still_s)[kept]
+    (still,) = match_detections(chosen, classes, is_still, [EVERY])
+    (moving,) = match_detections(chosen, classes, is_moving, [EVERY])
     ap, _ = _curve_values(every, weights)
+    ap_small, _ = _curve_values(small, weights)
     ap_still, recall_still = _curve_values(still, weights)
     ap_moving, recall_moving = _curve_values(moving, weights)
-    out = {
+    values = {
         "ap": ap.mean(1),
         "ap50": ap[:, IOU50],
-        "ap_small": _curve_values(small, weights)[0].mean(1),
+        "ap_small": ap_small.mean(1),
         "ap_still": ap_still.mean(1),
         "ap_moving": ap_moving.mean(1),
         "recall_still": recall_still.mean(1),
         "recall_moving": recall_moving.mean(1),
     }
-    return {name: out[name][same.reshape(-1)] for name in MEASURES}
+    return {name: values[name][sample.reshape(-1)] for name in MEASURES}
 
 
-def found(
+class _FrameMatches(NamedTuple):
+    """Some frames' matches of one class.
+
+    frame_recording, frame_boxes: (F,) recording of each frame, and number of its boxes that count.
+    recording, scores: (D,) of each detection. matched, ignored: (thresholds, D).
+    """
+
+    frame_recording: NDArray[np.int64]
+    frame_boxes: NDArray[np.int64]
+    recording: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    matched: NDArray[np.bool_]
+    ignored: NDArray[np.bool_]
+
+
+def match_detections(
     frames: LabelledFrames,
     classes: Sequence[str],
     group: NDArray[np.bool_] | None,
     areas: Sequence[tuple[float, float]],
-) -> list[list[Found]]:
-    """Per area range, per class. group: (M,) boxes that count, see `Scorer.matched`."""
-    parts: dict[tuple[Any, int], list[tuple]] = defaultdict(list)
+) -> list[list[MatchedDetections]]:
+    """Matches detections to boxes as COCO does.
+
+    Args:
+        group: (M,) boxes that count, see `Scorer.matched`; None: all.
+        areas: ranges in square pixels.
+
+    Returns:
+        Per area range, per class.
+    """
+    parts: dict[tuple[Any, int], list[_FrameMatches]] = defaultdict(list)
     number = np.arange(len(frames))
     for first in range(0, len(frames), AT_ONCE):
         inside = (number >= first) & (number < first + AT_ONCE)
         boxes = inside[frames.box_frame]
         part = frames.only(inside, boxes, inside[frames.detection_frame])
-        ones = defaultdict(list)  # of a frame each
-        for one in (
-            Scorer(part, classes).matched(None if group is None else group[boxes], areas).eval_imgs
-        ):
-            if one is not None:
-                ones[tuple(one["aRng"]), one["category_id"] - 1].append(one)
-        for key, of_frames in ones.items():
-            parts[key].append(_arrays(sorted(of_frames, key=lambda one: one["image_id"]), part))
-    return [
-        [_joined(parts[area, k], len(frames.names)) for k in range(len(classes))] for area in areas
-    ]
+        group_part = None if group is None else group[boxes]
+        images: dict[tuple[Any, int], list[dict[str, Any]]] = defaultdict(list)
+        for image in Scorer(part, classes).matched(group_part, areas).eval_imgs:
+            if image is not None:
+                images[tuple(image["aRng"]), image["category_id"] - 1].append(image)
+        for key, of_key in images.items():
+            of_key.sort(key=lambda image: image["image_id"])
+            parts[key].append(_frame_matches(of_key, part))
+    num_recordings = len(frames.names)
+    result = []
+    for area in areas:
+        by_class = [_joined(parts[area, k], num_recordings) for k in range(len(classes))]
+        result.append(by_class)
+    return result
 
 
-def _arrays(ones: list[dict[str, Any]], frames: LabelledFrames) -> tuple[NDArray, ...]:
-    """recording of each frame, its boxes that count; recording of each detection, its score, matched, ignored."""
-    recording, count = (
-        frames.recording[[one["image_id"] - 1 for one in ones]],
-        [len(one["dtScores"]) for one in ones],
+def _frame_matches(images: list[dict[str, Any]], frames: LabelledFrames) -> _FrameMatches:
+    """images: COCO's results of one class and area range, by frame."""
+    recording = frames.recording[[image["image_id"] - 1 for image in images]]
+    num_detections = [len(image["dtScores"]) for image in images]
+    num_boxes = [len(image["gtIgnore"]) - sum(image["gtIgnore"]) for image in images]
+    scores = [np.array(image["dtScores"], np.float64) for image in images]
+    matched = [np.array(image["dtMatched"], bool).reshape(THRESHOLDS, -1) for image in images]
+    ignored = [np.array(image["dtIgnore"], bool).reshape(THRESHOLDS, -1) for image in images]
+    return _FrameMatches(
+        frame_recording=recording,
+        frame_boxes=np.array(num_boxes),
+        recording=np.repeat(recording, num_detections),
+        scores=np.concatenate(scores),
+        matched=np.concatenate(matched, 1),
+        ignored=np.concatenate(ignored, 1),
     )
-    matched, ignored = (
-        np.concatenate([np.array(one[k], bool).reshape(THRESHOLDS, -1) for one in ones], 1)
-        for k in ("dtMatched", "dtIgnore")
-    )
-    return (
-        recording,
-        np.array([len(one["gtIgnore"]) - sum(one["gtIgnore"]) for one in ones]),
-        np.repeat(recording, count),
-        np.concatenate([np.array(one["dtScores"], np.float64) for one in ones]),
-        matched,
-        ignored,
-    )
 
 
-def _joined(parts: list[tuple[NDArray, ...]], recordings: int) -> Found:
+def _joined(parts: list[_FrameMatches], recordings: int) -> MatchedDetections:
     boxes = np.zeros(recordings)
     if not parts:
         none = np.zeros((THRESHOLDS, 0), bool)
-        return Found(np.zeros(0, np.int64), none, none, boxes)
-    frame_recording, count, recording, scores, matched, ignored = (
-        np.concatenate(p, -1) for p in zip(*parts, strict=True)
+        return MatchedDetections(np.zeros(0, np.int64), none, none, boxes)
+    whole = _FrameMatches(*(np.concatenate(p, -1) for p in zip(*parts, strict=True)))
+    np.add.at(boxes, whole.frame_recording, whole.frame_boxes)
+    # Stable: frames in turn where scores are equal, as in COCO.
+    order = np.argsort(-whole.scores, kind="stable")
+    return MatchedDetections(
+        recording=whole.recording[order],
+        matched=whole.matched[:, order],
+        ignored=whole.ignored[:, order],
+        boxes=boxes,
     )
-    np.add.at(boxes, frame_recording, count)
-    order = np.argsort(
-        -scores, kind="stable"
-    )  # frames in turn where scores are equal, as COCO has it
-    return Found(recording[order], matched[:, order], ignored[:, order], boxes)
 
 
-def _curve_values(by_class: list[Found], weights: NDArray) -> tuple[NDArray, NDArray]:
-    """AP and recall, (S, thresholds): means over those classes that a draw has boxes of."""
-    ap, recall, there = (np.zeros((len(weights), n)) for n in (THRESHOLDS, THRESHOLDS, 1))
-    for one in by_class:
-        boxes = weights @ one.boxes
-        there += boxes[:, None] > 0
+def _curve_values(
+    by_class: list[MatchedDetections], weights: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """AP and recall, both (S, thresholds): means over the classes that a sample has boxes of.
+
+    Args:
+        weights: (S, R) how often each recording is in each sample.
+    """
+    num_samples, num_recordings = weights.shape
+    ap = np.zeros((num_samples, THRESHOLDS))
+    recall = np.zeros((num_samples, THRESHOLDS))
+    num_classes = np.zeros((num_samples, 1))
+    for detections in by_class:
+        boxes = weights @ detections.boxes
+        num_classes += boxes[:, None] > 0
         for i in range(THRESHOLDS):
-            hit, counts = one.matched[i] & ~one.ignored[i], ~one.ignored[i]
-            recall[:, i] += (
-                weights
-                @ np.bincount(one.recording[hit], minlength=weights.shape[1])
-                / np.maximum(boxes, 1)
-            )
-            ap[:, i] += _average_precision(one.recording, hit, counts, boxes, weights)
+            counts = ~detections.ignored[i]
+            hit = detections.matched[i] & counts
+            hits = np.bincount(detections.recording[hit], minlength=num_recordings)
+            recall[:, i] += weights @ hits / np.maximum(boxes, 1)
+            ap[:, i] += _average_precision(detections.recording, hit, counts, boxes, weights)
     with np.errstate(invalid="ignore"):
-        return ap / there, recall / there
+        return ap / num_classes, recall / num_classes
 
 
 def _average_precision(
-    recording: NDArray, hit: NDArray, counts: NDArray, boxes: NDArray, weights: NDArray
-) -> NDArray:
-    """(S,) of each draw: the mean over 101 recalls of the best precision from there on, as COCO has it.
+    recording: NDArray[np.int64],
+    hit: NDArray[np.bool_],
+    counts: NDArray[np.bool_],
+    boxes: NDArray[np.float64],
+    weights: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """COCO's AP of each sample: the mean over 101 recalls of the best precision from there on.
 
-    Only the P places of boxes found matter, between them precision falls. A recording that is drawn m times counts m times at
-    once: over detections of one score precision rises or falls all the way, so it is the same.
+    Only the P positions of hits matter; between them precision falls. A recording that is drawn m
+    times
+    counts m times in place: over detections of one score precision rises or falls monotonically, so
+    the result is the same.
 
     Args:
-        recording, hit, counts: (D,) of each detection by falling score: whose it is, whether it found a box, or counts at all.
-        boxes: (S,) how many each draw has.
+        recording, hit, counts: (D,) of each detection by falling score: its recording, whether it
+            found a box, and whether it counts.
+        boxes: (S,) number of boxes in each sample.
+        weights: (S, R).
+
+    Returns:
+        (S,).
     """
-    places, out = np.flatnonzero(hit), np.zeros(len(weights))
-    if not places.size:
-        return out
-    so_far = np.stack(
-        [np.cumsum((recording == r) & counts)[places] for r in range(weights.shape[1])]
-    ).astype(np.float64)
-    step = max(1, BLOCK // places.size)
+    positions = np.flatnonzero(hit)
+    result = np.zeros(len(weights))
+    if not positions.size:
+        return result
+    # (R, P): detections of each recording up to each hit.
+    so_far = []
+    for r in range(weights.shape[1]):
+        so_far.append(np.cumsum((recording == r) & counts)[positions])
+    detections_so_far = np.stack(so_far).astype(np.float64)
+    step = max(1, BLOCK // positions.size)
     for first in range(0, len(weights), step):
         drawn = weights[first : first + step]
-        hits = np.cumsum(drawn[:, recording[places]], axis=1)
-        precision = hits / np.maximum(drawn @ so_far, 1)  # none so far: none found either
+        hits = np.cumsum(drawn[:, recording[positions]], axis=1)
+        precision = hits / np.maximum(drawn @ detections_so_far, 1)  # none so far: no hits either
         best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        for i, row in enumerate(hits / np.maximum(boxes[first : first + step, None], 1)):
+        recalls = hits / np.maximum(boxes[first : first + step, None], 1)
+        for i, row in enumerate(recalls):
             at = np.searchsorted(row, RECALLS, side="left")
-            out[first + i] = best[i, at[at < places.size]].sum() / len(RECALLS)
-    return out
+            result[first + i] = best[i, at[at < positions.size]].sum() / len(RECALLS)
+    return result

@@ -1,8 +1,8 @@
-"""Where a detector is good: by recording, by time since the start, by speed and rest of the object, and what it confuses."""
+"""AP and recall by recording, time, and motion of the object; and the confusion matrix."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -26,34 +26,44 @@ HEADINGS = {
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Shares from 0 to 1, None where there are no boxes. A bin has `from` (included) and `to` (None: no end).
+    """Fractions from 0 to 1, None where there are no boxes.
 
-    Of groups of boxes (stillness, speed, rest), boxes of the others, and detections of them, are ignored; a detection of
-    nothing counts against each group, so AP is lower the fewer boxes a group has, while recall can be compared between groups.
+    A bin has `from` (included) and `to` (None: no end). For groups of boxes (stillness, speed,
+    rest), boxes of the other groups, and detections of them, are ignored. A detection without a box
+    counts against every group, so AP is lower the fewer boxes a group has, while recall can be
+    compared between groups.
+
+    Attributes:
+        by_time: bins in seconds since the recording's first event.
+        stillness: by "still" and "moving".
+        by_speed: bins in pixels of the stored frames per second.
+        by_rest: bins in seconds at rest by now; objects that move are in none.
+        ranked_by_class_score: AP with detections ranked without objectness, as RVT ranks them.
+        confusion: matrix, its labels and thresholds.
     """
 
     per_recording: dict[str, Values]
-    by_time: list[Values]  # s since the recording's first event
-    stillness: dict[str, Values]  # still, moving
-    by_speed: list[Values]  # pixels of the stored frames per second
-    by_rest: list[Values]  # s at rest by now; objects that move are in none
-    ranked_by_class_score: Values  # AP with detections ranked as RVT ranks them, without objectness
+    by_time: list[Values]
+    stillness: dict[str, Values]
+    by_speed: list[Values]
+    by_rest: list[Values]
+    ranked_by_class_score: Values
     confusion: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
+        """The attributes as JSON values."""
         return asdict(self)
 
     def table(self) -> str:
+        """The breakdown as tables of text."""
+        times = {_span(v, "s"): v for v in self.by_time}
+        objects = dict(self.stillness)
+        objects |= {_span(v, "px/s"): v for v in self.by_speed}
+        objects |= {f"at rest {_span(v, 's')}": v for v in self.by_rest}
         blocks = [
             _table("recording", self.per_recording, "no boxes"),
-            _table("since start", {_span(v, "s"): v for v in self.by_time}, "no boxes"),
-            _table(
-                "object",
-                self.stillness
-                | {_span(v, "px/s"): v for v in self.by_speed}
-                | {f"at rest {_span(v, 's')}": v for v in self.by_rest},
-                "no boxes whose tracks tell how they move",
-            ),
+            _table("since start", times, "no boxes"),
+            _table("object", objects, "no boxes whose tracks show how they move"),
             _confusion_table(self.confusion),
         ]
         return "\n\n".join(blocks)
@@ -62,7 +72,13 @@ class Breakdown:
 def breakdown(
     frames: LabelledFrames, classes: Sequence[str], config: EvaluationConfig
 ) -> Breakdown:
-    """frames: all labelled ones, since those that are not scored tell of motion, too."""
+    """Breaks the metrics down.
+
+    Args:
+        frames: all labelled frames; those that are not scored show motion, too.
+        classes: names of class 0, 1, ...
+        config: filters of the protocol, and the edges of the bins.
+    """
     moved = motion(frames, config.still_speed)
     chosen, kept = scored(frames, config)
     speed = moved.speed[kept]
@@ -71,10 +87,15 @@ def breakdown(
     names = {name: chosen.recording == i for i, name in enumerate(chosen.names)}
     times = _bins(chosen.end_us / 1e6, config.time_bins_s, 0.0)
     by_time = scorer.of_frames({str(i): inside for i, (_, inside) in enumerate(times)})
-    by_class_score = Scorer(
-        chosen, classes, scores=chosen.detections[:, 5].astype(np.float64)
-    ).metrics()
+    class_scores = chosen.detections[:, 5].astype(np.float64)
+    by_class_score = Scorer(chosen, classes, scores=class_scores).metrics()
     matrix = scorer.confusion(CONFUSION_IOU, config.confusion_threshold)
+    by_speed = []
+    for edges, inside in _bins(speed, config.speed_bins, 0.0):
+        by_speed.append(edges | scorer.of_group(inside))
+    by_rest = []
+    for edges, inside in _bins(rest, config.rest_bins_s, 0.0):
+        by_rest.append(edges | scorer.of_group(inside))
     return Breakdown(
         per_recording=scorer.of_frames(names),
         by_time=[edges | by_time[str(i)] for i, (edges, _) in enumerate(times)],
@@ -82,14 +103,8 @@ def breakdown(
             "still": scorer.of_group(moved.still(config.still_s)[kept]),
             "moving": scorer.of_group(moved.moving(config.still_s)[kept]),
         },
-        by_speed=[
-            edges | scorer.of_group(inside)
-            for edges, inside in _bins(speed, config.speed_bins, 0.0)
-        ],
-        by_rest=[
-            edges | scorer.of_group(inside)
-            for edges, inside in _bins(rest, config.rest_bins_s, 0.0)
-        ],
+        by_speed=by_speed,
+        by_rest=by_rest,
         ranked_by_class_score={k: getattr(by_class_score, k) for k in WORDS if k.startswith("ap")},
         confusion={
             "iou": CONFUSION_IOU,
@@ -103,55 +118,58 @@ def breakdown(
 
 
 def _bins(
-    values: NDArray, edges: Sequence[float], first: float
+    values: NDArray[np.float64], edges: Sequence[float], first: float
 ) -> list[tuple[Values, NDArray[np.bool_]]]:
-    """Half-open bins from `first` over the edges to no end; nan is in none."""
-    bounds = [first, *edges, np.inf]
-    return [
-        ({"from": low, "to": None if high == np.inf else high}, (values >= low) & (values < high))
-        for low, high in pairwise(bounds)
-    ]
+    """Half-open bins from `first` over the edges to infinity; nan is in none.
+
+    Args:
+        values: (n,).
+
+    Returns:
+        Per bin its `from` and `to`, and the values (n,) inside.
+    """
+    bins: list[tuple[Values, NDArray[np.bool_]]] = []
+    for low, high in pairwise([first, *edges, np.inf]):
+        span: Values = {"from": low, "to": None if high == np.inf else high}
+        bins.append((span, (values >= low) & (values < high)))
+    return bins
 
 
 def _span(value: Values, unit: str) -> str:
-    return (
-        f"{value['from']:g}+ {unit}"
-        if value["to"] is None
-        else f"{value['from']:g}-{value['to']:g} {unit}"
-    )
+    if value["to"] is None:
+        return f"{value['from']:g}+ {unit}"
+    return f"{value['from']:g}-{value['to']:g} {unit}"
 
 
 def _table(title: str, rows: dict[str, Values], nothing: str) -> str:
-    """Rows without boxes are left out."""
+    """Rows without boxes are left out; nothing: what is written where none is left."""
     rows = {name: values for name, values in rows.items() if values["boxes"]}
     if not rows:
         return f"  {title}: {nothing}"
-    names = [k for k in HEADINGS if any(k in values for values in rows.values())]
+    present = set(chain.from_iterable(rows.values()))
+    names = [key for key in HEADINGS if key in present]
     width = max(map(len, [title, *rows]))
     lines = [f"  {title:<{width}}" + "".join(f"{HEADINGS[k]:>10}" for k in names)]
     for name, values in rows.items():
-        cells = [
-            "-"
-            if values[k] is None
-            else str(values[k])
-            if k == "boxes"
-            else format(values[k], ".3f")
-            for k in names
-        ]
+        cells = [_cell(k, values[k]) for k in names]
         lines.append(f"  {name:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
 
 
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if key == "boxes" else format(value, ".3f")
+
+
 def _confusion_table(confusion: dict[str, Any]) -> str:
-    labels, width = confusion["labels"], max(10, *(len(name) + 2 for name in confusion["labels"]))
+    labels = confusion["labels"]
+    width = max(10, *(len(name) + 2 for name in labels))
     lines = [
-        f"  boxes (rows) and the detections they got, from score {confusion['score_threshold']:g}, IoU {confusion['iou']:g}",
+        "  boxes (rows) and the detections they got, from score "
+        f"{confusion['score_threshold']:g}, IoU {confusion['iou']:g}",
         "  " + " " * width + "".join(f"{name:>{width}}" for name in labels),
     ]
-    return "\n".join(
-        lines
-        + [
-            f"  {name:<{width}}" + "".join(f"{n:>{width}}" for n in row)
-            for name, row in zip(labels, confusion["matrix"], strict=True)
-        ]
-    )
+    for name, row in zip(labels, confusion["matrix"], strict=True):
+        lines.append(f"  {name:<{width}}" + "".join(f"{n:>{width}}" for n in row))
+    return "\n".join(lines)

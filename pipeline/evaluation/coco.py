@@ -1,4 +1,4 @@
-"""COCO average precision over frames (Lin et al. 2014; Prophesee's protocol for event cameras scores labelled frames so)."""
+"""COCO average precision over labelled frames (Lin et al. 2014), as in Prophesee's protocol."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -9,12 +9,15 @@ from evspan.pipeline.evaluation.frames import LabelledFrames
 from hotcoco import COCO, COCOeval
 from numpy.typing import NDArray
 
-AREAS, ALL_AREAS = (
-    ("all", "small", "medium", "large"),
-    0,
-)  # in the order of COCO's area ranges; limits 32^2 and 96^2 pixels
-EVERY, SMALL = (0.0, 1e10), (0.0, 32.0**2)  # square pixels, both ends included
-IOU50, IOU75 = 0, 5  # rows of the thresholds 0.50, 0.55, ..., 0.95
+# In the order of COCO's area ranges; their limits are 32^2 and 96^2 pixels.
+AREAS = ("all", "small", "medium", "large")
+ALL_AREAS = 0
+# Area ranges in square pixels, both ends included.
+EVERY = (0.0, 1e10)
+SMALL = (0.0, 32.0**2)
+# Rows of the IoU thresholds 0.50, 0.55, ..., 0.95.
+IOU50 = 0
+IOU75 = 5
 MOST_DETECTIONS = (1, 10, 100)  # per frame and class
 WORDS = {
     "ap": "AP 0.50:0.95",
@@ -44,7 +47,13 @@ Values = dict[str, float | int | None]
 
 @dataclass(frozen=True)
 class Metrics:
-    """Shares from 0 to 1; None where there are no such boxes. `frames` were scored, with `boxes` and `detections` in them."""
+    """Fractions from 0 to 1; None where there are no such boxes.
+
+    ap: 0.50:0.95; ap50, ap75: at one IoU threshold; ap_small, ...: of boxes of one size. ar1, ar10,
+    ar100: recall with that number of detections per frame and class; ar_small, ...: with 100.
+        per_class: AP 0.50:0.95. frames,
+    boxes, detections: how many were scored.
+    """
 
     ap: float | None
     ap50: float | None
@@ -55,65 +64,72 @@ class Metrics:
     ar1: float | None
     ar10: float | None
     ar100: float | None
-    ar_small: float | None  # of 100 a frame, as the other two
+    ar_small: float | None
     ar_medium: float | None
     ar_large: float | None
-    per_class: dict[str, float | None]  # AP 0.50:0.95
+    per_class: dict[str, float | None]
     frames: int
     boxes: int
     detections: int
 
     def scalars(self) -> dict[str, float]:
-        """What there is a number of, by name, for curves."""
+        """All values that are not None, by name, for curves."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name.startswith("a")}
         values |= {f"ap_class/{name}": value for name, value in self.per_class.items()}
         return {k: v for k, v in values.items() if v is not None}
 
     def to_json(self) -> dict[str, Any]:
+        """The attributes as JSON values."""
         return asdict(self)
 
     def table(self) -> str:
+        """The metrics as lines of text."""
         rows = [(words, getattr(self, name)) for name, words in WORDS.items()]
         rows += [(f"AP {name}", value) for name, value in self.per_class.items()]
-        lines = [
-            f"  {words:<16} {'-' if value is None else format(value, '.3f'):>6}"
-            for words, value in rows
-        ]
-        return "\n".join(
-            [*lines, f"  {self.frames} frames, {self.boxes} boxes, {self.detections} detections"]
-        )
+        lines = []
+        for words, value in rows:
+            text = "-" if value is None else format(value, ".3f")
+            lines.append(f"  {words:<16} {text:>6}")
+        lines.append(f"  {self.frames} frames, {self.boxes} boxes, {self.detections} detections")
+        return "\n".join(lines)
 
 
 class Scorer:
-    """Scores frames as COCO does, again and again: all boxes, those of a group, those of some frames."""
+    """Scores frames as COCO does: all boxes, those of a group, or those of some frames.
+
+    Args:
+        frames: what is scored.
+        classes: names of class 0, 1, ...
+        scores: (K,) to rank detections by; None: objectness x class score.
+    """
 
     def __init__(
-        self, frames: LabelledFrames, classes: Sequence[str], scores: NDArray | None = None
+        self,
+        frames: LabelledFrames,
+        classes: Sequence[str],
+        scores: NDArray[np.float64] | None = None,
     ) -> None:
-        """scores: (K,) to rank detections by, instead of theirs."""
-        self.frames, self.classes = frames, list(classes)
-        # Frames are images 1, 2, ...: no times, so no tolerance to trip over.
+        self.frames = frames
+        self.classes = list(classes)
+        # Frames are images 1, 2, ...: without times, so without a time tolerance.
         self._images = [{"id": i + 1} for i in range(len(frames))]
         self._categories = [{"id": k + 1, "name": name} for k, name in enumerate(classes)]
         self._boxes = np.stack([frames.boxes[k] for k in "xywh"], 1).astype(np.float64)
         self._truth = self._with_areas(None)
         rows = frames.detections.astype(np.float64)
-        self._found = self._truth.load_res(
-            np.stack(
-                (
-                    frames.detection_frame + 1.0,
-                    rows[:, 0],
-                    rows[:, 1],
-                    rows[:, 2] - rows[:, 0],
-                    rows[:, 3] - rows[:, 1],
-                    frames.scores if scores is None else scores,
-                    rows[:, 6] + 1,
-                ),
-                1,
-            )
+        columns = (
+            frames.detection_frame + 1.0,
+            rows[:, 0],
+            rows[:, 1],
+            rows[:, 2] - rows[:, 0],
+            rows[:, 3] - rows[:, 1],
+            frames.scores if scores is None else scores,
+            rows[:, 6] + 1,
         )
+        self._detections = self._truth.load_res(np.stack(columns, 1))
 
-    def _with_areas(self, areas: NDArray | None) -> COCO:
+    def _with_areas(self, areas: NDArray[np.float64] | None) -> COCO:
+        """The boxes; areas: (M,) square pixels, None: their own."""
         boxes = self.frames.boxes
         return COCO.from_arrays(
             self._images,
@@ -129,35 +145,37 @@ class Scorer:
         group: NDArray[np.bool_] | None = None,
         areas: Sequence[tuple[float, float]] | None = None,
     ) -> COCOeval:
-        """
+        """Matches detections to boxes.
+
         Args:
-            group: (M,) boxes that count. The others, and detections of them, are ignored as COCO ignores other sizes.
-            areas: ranges instead of COCO's four; by default EVERY with a group.
+            group: (M,) boxes that count. The others, and detections of them, are ignored as COCO
+                ignores other sizes.
+            areas: ranges in square pixels; None: COCO's four, or EVERY with a group.
         """
-        # COCO counts boxes by their `area`, and unmatched detections by theirs: -1 lies outside every range of sizes.
-        truth = (
-            self._truth
-            if group is None
-            else self._with_areas(np.where(group, self._boxes[:, 2] * self._boxes[:, 3], -1.0))
-        )
-        evaluation = COCOeval(truth, self._found, "bbox")
+        truth = self._truth
+        if group is not None:
+            # COCO counts boxes by their `area`, and unmatched detections by theirs: -1 is outside
+            # every range.
+            own_areas = self._boxes[:, 2] * self._boxes[:, 3]
+            truth = self._with_areas(np.where(group, own_areas, -1.0))
+        evaluation = COCOeval(truth, self._detections, "bbox")
         if areas is not None or group is not None:
-            evaluation.params.area_rng = [list(a) for a in areas or [EVERY]]
-            evaluation.params.area_rng_lbl = [AREAS[i] for i in range(len(areas or [EVERY]))]
+            ranges = areas or [EVERY]
+            evaluation.params.area_rng = [list(area) for area in ranges]
+            evaluation.params.area_rng_lbl = list(AREAS[: len(ranges)])
             evaluation.params.max_dets = [MOST_DETECTIONS[-1]]
         evaluation.evaluate()
         return evaluation
 
     def metrics(self) -> Metrics:
-        count, shape = (
-            len(self.frames.boxes),
-            (10, 101, len(self.classes), len(AREAS), len(MOST_DETECTIONS)),
-        )
-        precision, recall = (
-            _curves(self.matched())
-            if count
-            else (np.full(shape, -1.0), np.full((10, *shape[2:]), -1.0))
-        )
+        """COCO's metrics of all boxes."""
+        count = len(self.frames.boxes)
+        if count:
+            precision, recall = _curves(self.matched())
+        else:
+            shape = (len(self.classes), len(AREAS), len(MOST_DETECTIONS))
+            precision = np.full((10, 101, *shape), -1.0)
+            recall = np.full((10, *shape), -1.0)
         most = len(MOST_DETECTIONS) - 1
         ap = {area: precision[:, :, :, i, most] for i, area in enumerate(AREAS)}
         ar = {area: recall[:, :, i, most] for i, area in enumerate(AREAS)}
@@ -181,7 +199,7 @@ class Scorer:
         )
 
     def of_group(self, group: NDArray[np.bool_]) -> Values:
-        """AP and recall of these boxes (M,) alone; None where there are none."""
+        """AP and recall of a group of boxes (M,); None where there are none."""
         if not group.any():
             return {"ap": None, "ap50": None, "recall": None, "recall50": None, "boxes": 0}
         precision, recall = _curves(self.matched(group))
@@ -194,47 +212,62 @@ class Scorer:
         }
 
     def of_frames(self, parts: Mapping[str, NDArray[np.bool_]]) -> dict[str, Values]:
-        """By name, what the frames (F,) of each part score."""
+        """AP and recall of parts of the frames.
+
+        Args:
+            parts: by name, the frames (F,) of each part.
+
+        Returns:
+            By name; None where a part has no boxes.
+        """
         images = {name: (np.flatnonzero(part) + 1).tolist() for name, part in parts.items()}
-        sliced = (
-            self.matched().slice_by({k: v for k, v in images.items() if v})
-            if len(self.frames.boxes)
-            else {}
-        )
-        out: dict[str, Values] = {}
+        sliced = {}
+        if len(self.frames.boxes):
+            sliced = self.matched().slice_by({name: ids for name, ids in images.items() if ids})
+        results: dict[str, Values] = {}
         for name, part in parts.items():
-            values = {
-                k: sliced[name][theirs] if name in sliced else -1.0 for k, theirs in SLICED.items()
-            }
-            out[name] = {k: None if v < 0 else float(v) for k, v in values.items()}
-            out[name] |= {
-                "frames": len(images[name]),
-                "boxes": int(np.count_nonzero(part[self.frames.box_frame])),
-                "detections": int(np.count_nonzero(part[self.frames.detection_frame])),
-            }
-        return out
+            values: Values = {}
+            for key, hotcoco_key in SLICED.items():
+                value = float(sliced[name][hotcoco_key]) if name in sliced else -1.0
+                values[key] = None if value < 0 else value
+            values["frames"] = len(images[name])
+            values["boxes"] = int(np.count_nonzero(part[self.frames.box_frame]))
+            values["detections"] = int(np.count_nonzero(part[self.frames.detection_frame]))
+            results[name] = values
+        return results
 
     def confusion(self, iou: float, threshold: float) -> NDArray[np.int64]:
-        """(classes + 1, classes + 1) counts: row the box's class, column that of the detection it was given; last: nothing.
+        """Confusion matrix. All classes compete for the boxes.
 
-        All classes compete: detections that score `threshold` or more, the surest first, take the box of the highest IoU of
-        those left, if it is `iou` or more.
+        Each detection, the highest score first, takes the box of the highest IoU of those left.
+
+        Args:
+            iou: lowest IoU of a match.
+            threshold: lowest score.
+
+        Returns:
+            (classes + 1, classes + 1) counts: the row is the box's class, the column the
+            detection's; the last of both is "nothing".
         """
         if not len(self.frames):
             return np.zeros((len(self.classes) + 1,) * 2, np.int64)
-        told = COCOeval(self._truth, self._found, "bbox").confusion_matrix(
-            iou, MOST_DETECTIONS[-1], threshold
-        )
-        return told["matrix"].astype(np.int64)
+        evaluation = COCOeval(self._truth, self._detections, "bbox")
+        result = evaluation.confusion_matrix(iou, MOST_DETECTIONS[-1], threshold)
+        matrix: NDArray[np.int64] = result["matrix"].astype(np.int64)
+        return matrix
 
 
 def coco_metrics(frames: LabelledFrames, classes: Sequence[str]) -> Metrics:
-    """classes: names of class 0, 1, ..."""
+    """COCO's metrics; classes: names of class 0, 1, ..."""
     return Scorer(frames, classes).metrics()
 
 
 def _curves(evaluation: COCOeval) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """precision (IoU, recall, class, area, most) and recall (IoU, class, area, most); -1 where there are no boxes."""
+    """Precision and recall; -1 where there are no boxes.
+
+    Returns:
+        precision (IoU, recall, class, area, most) and recall (IoU, class, area, most).
+    """
     evaluation.accumulate()
     curves = evaluation.eval
     assert curves is not None
@@ -242,5 +275,5 @@ def _curves(evaluation: COCOeval) -> tuple[NDArray[np.float64], NDArray[np.float
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
-    there = values[values > -1]
-    return float(there.mean()) if there.size else None
+    valid = values[values > -1]
+    return float(valid.mean()) if valid.size else None

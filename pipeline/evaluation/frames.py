@@ -1,7 +1,8 @@
-"""What is scored: labelled frames of recordings with their boxes and detections, in flat arrays; as a file for `compare`."""
+"""What is scored: labelled frames with their boxes and detections, in flat arrays and as a file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -11,38 +12,56 @@ from evspan.conf.errors import UserError
 from evspan.conf.schema.training import EvaluationConfig
 from numpy.typing import NDArray
 
-FRAMES = "frames.npz"  # beside metrics.json
+FRAMES = "frames.npz"  # next to metrics.json
+BOX_FIELDS = ("x", "y", "w", "h", "class_id", "track_id")
 
 
 @dataclass(frozen=True)
 class LabelledFrames:
-    """F labelled frames, recording after recording, in order of time; M boxes and K detections in the order of their frames."""
+    """F labelled frames with M boxes and K detections.
 
-    names: list[str]  # of the recordings
-    recording: NDArray[np.int64]  # (F,) which of them
-    end_us: NDArray[np.int64]  # (F,) end of the frame since the recording's first event
-    boxes: NDArray  # (M,) x, y, w, h in pixels of the stored frames (x, y: top left corner), class_id, track_id
-    box_frame: NDArray[np.int64]  # (M,)
-    detections: NDArray[np.float32]  # (K, 7) x1, y1, x2, y2, objectness, class score, class id
-    detection_frame: NDArray[np.int64]  # (K,)
+    Frames are sorted by recording, then by time; boxes and detections are in the order of their
+    frames.
+
+    Attributes:
+        names: of the recordings.
+        recording: (F,) index of the frame's recording.
+        end_us: (F,) end of the frame, since the recording's first event.
+        boxes: (M,) structured; x, y (top left corner), w, h in pixels of the stored frames,
+            class_id, track_id.
+        box_frame: (M,) index of the box's frame.
+        detections: (K, 7) x1, y1, x2, y2 in pixels, objectness, class score, class id.
+        detection_frame: (K,) index of the detection's frame.
+    """
+
+    names: list[str]
+    recording: NDArray[np.int64]
+    end_us: NDArray[np.int64]
+    boxes: NDArray[Any]
+    box_frame: NDArray[np.int64]
+    detections: NDArray[np.float32]
+    detection_frame: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.recording)
 
     @property
     def scores(self) -> NDArray[np.float64]:
-        """(K,) what detections are ranked by: objectness x class score."""
+        """(K,) objectness x class score, by which detections are ranked."""
         return self.detections[:, 4].astype(np.float64) * self.detections[:, 5]
 
     def only(
         self, frames: NDArray[np.bool_], boxes: NDArray[np.bool_], detections: NDArray[np.bool_]
     ) -> "LabelledFrames":
-        """These frames, and of what is in them these boxes and detections."""
+        """A subset.
+
+        Args:
+            frames: (F,) the frames to keep.
+            boxes: (M,), detections: (K,) those to keep of what is in these frames.
+        """
         number = np.cumsum(frames) - 1
-        boxes, detections = (
-            boxes & frames[self.box_frame],
-            detections & frames[self.detection_frame],
-        )
+        boxes = boxes & frames[self.box_frame]
+        detections = detections & frames[self.detection_frame]
         return replace(
             self,
             recording=self.recording[frames],
@@ -57,30 +76,43 @@ class LabelledFrames:
 def labelled_frames(
     names: Sequence[str],
     end_us: Sequence[NDArray[np.int64]],
-    boxes: Sequence[Sequence[NDArray]],
-    detections: Sequence[Sequence[NDArray]],
+    boxes: Sequence[Sequence[NDArray[Any]]],
+    detections: Sequence[Sequence[NDArray[np.float32]]],
 ) -> LabelledFrames:
-    """From a list per recording, with an entry per labelled frame: boxes (n,) structured, detections (k, 7)."""
+    """Flattens a list per recording.
+
+    Args:
+        names: of the recordings.
+        end_us: per recording (n,), of its labelled frames.
+        boxes: per recording and labelled frame (k,) structured.
+        detections: per recording and labelled frame (k, 7).
+    """
     counts = [len(ends) for ends in end_us]
-    truth, found = [b for part in boxes for b in part], [d for part in detections for d in part]
-    assert len(truth) == len(found) == sum(counts)
+    boxes_of_frames = list(chain.from_iterable(boxes))
+    detections_of_frames = list(chain.from_iterable(detections))
+    assert len(boxes_of_frames) == len(detections_of_frames) == sum(counts)
+    indices = np.arange(sum(counts))
+    no_boxes: NDArray[Any] = np.zeros(0, [(name, "f4") for name in BOX_FIELDS])
+    no_detections = np.zeros((0, 7), np.float32)
     return LabelledFrames(
-        list(names),
-        np.repeat(np.arange(len(counts)), counts),
-        np.concatenate([np.zeros(0, np.int64), *end_us]),
-        np.concatenate(truth)
-        if truth
-        else np.zeros(0, [(k, "f4") for k in ("x", "y", "w", "h", "class_id", "track_id")]),
-        np.repeat(np.arange(len(truth)), [len(b) for b in truth]),
-        np.concatenate(found) if found else np.zeros((0, 7), np.float32),
-        np.repeat(np.arange(len(found)), [len(d) for d in found]),
+        names=list(names),
+        recording=np.repeat(np.arange(len(counts)), counts),
+        end_us=np.concatenate([np.zeros(0, np.int64), *end_us]),
+        boxes=np.concatenate(boxes_of_frames) if boxes_of_frames else no_boxes,
+        box_frame=np.repeat(indices, [len(b) for b in boxes_of_frames]),
+        detections=np.concatenate(detections_of_frames) if boxes_of_frames else no_detections,
+        detection_frame=np.repeat(indices, [len(d) for d in detections_of_frames]),
     )
 
 
 def scored(
     frames: LabelledFrames, config: EvaluationConfig
 ) -> tuple[LabelledFrames, NDArray[np.bool_]]:
-    """What the protocol scores, and which boxes (M,) are in it. Boxes and detections pass the same filters."""
+    """Applies the filters of the protocol, the same to boxes and detections.
+
+    Returns:
+        The frames that are scored, and which boxes (M,) are among them.
+    """
     rows = frames.detections
     boxes = _large_enough(frames.boxes["w"], frames.boxes["h"], config)
     detections = _large_enough(rows[:, 2] - rows[:, 0], rows[:, 3] - rows[:, 1], config)
@@ -90,16 +122,26 @@ def scored(
     return frames.only(late, boxes, detections), boxes & late[frames.box_frame]
 
 
-def _large_enough(w: NDArray, h: NDArray, config: EvaluationConfig) -> NDArray[np.bool_]:
-    return (np.minimum(w, h) >= config.min_side) & (np.hypot(w, h) >= config.min_diagonal)
+def _large_enough(w: NDArray[Any], h: NDArray[Any], config: EvaluationConfig) -> NDArray[np.bool_]:
+    """(n,) for widths and heights (n,) in pixels."""
+    long_sides = np.minimum(w, h) >= config.min_side
+    long_diagonal = np.hypot(w, h) >= config.min_diagonal
+    result: NDArray[np.bool_] = long_sides & long_diagonal
+    return result
 
 
 def save_frames(path: Path, frames: LabelledFrames) -> None:
-    np.savez(path, **{f.name: np.asarray(getattr(frames, f.name)) for f in fields(frames)})  # type: ignore[arg-type]
+    """Writes an .npz file with an array per attribute."""
+    arrays: dict[str, Any] = {f.name: np.asarray(getattr(frames, f.name)) for f in fields(frames)}
+    np.savez(path, **arrays)
 
 
 def load_frames(path: Path) -> LabelledFrames:
-    """Raises UserError where there is no such file, or another one."""
+    """Reads what `save_frames` wrote.
+
+    Raises:
+        UserError: there is no such file, or it is another one.
+    """
     try:
         with np.load(path) as stored:  # nothing is unpickled
             values: dict[str, Any] = {f.name: stored[f.name] for f in fields(LabelledFrames)}
@@ -112,4 +154,5 @@ def load_frames(path: Path) -> LabelledFrames:
         raise UserError(
             f"{path} holds no frames of an evaluation ({error}). Evaluate again"
         ) from error
-    return LabelledFrames(**values | {"names": values["names"].tolist()})
+    values["names"] = values["names"].tolist()
+    return LabelledFrames(**values)

@@ -14,7 +14,7 @@ from evspan.conf.schema.training import EvaluationConfig
 from evspan.pipeline.data.datasets import Dataset, RecordingData
 from evspan.pipeline.engine.evaluator import write_results
 from evspan.pipeline.evaluation.bootstrap import MEASURES, draws, measures
-from evspan.pipeline.evaluation.compare import compare, open_evaluation, table
+from evspan.pipeline.evaluation.compare import CompareOptions, compare, open_evaluation, table
 from evspan.pipeline.evaluation.frames import FRAMES, load_frames
 from evspan.pipeline.inference.streaming import RecordingResult, labelled, score
 from support.evaluated_frames import as_detections, by_pycocotools, some_boxes
@@ -180,7 +180,7 @@ def test_a_draw_without_such_boxes_does_not_count(truth):
 @pytest.mark.slow
 def test_the_better_one_is_better_beyond_chance(evaluations):
     a, b = map(open_evaluation, evaluations)
-    told = compare(a, b, resamples=100, seed=0, confidence=0.95)
+    told = compare(a, b, CompareOptions(resamples=100, seed=0, confidence=0.95))
     for name, one in told["measures"].items():
         for side in ("a", "b", "difference"):
             assert one[side]["low"] <= one[side]["high"], name
@@ -198,9 +198,11 @@ def test_the_better_one_is_better_beyond_chance(evaluations):
     assert ap["difference"]["high"] - ap["difference"]["low"] < sum(
         ap[s]["high"] - ap[s]["low"] for s in "ab"
     )
-    again = compare(a, b, resamples=100, seed=0, confidence=0.95)
-    assert again == told != compare(a, b, resamples=100, seed=1, confidence=0.95)
-    narrow = compare(a, b, resamples=100, seed=0, confidence=0.5)["measures"]["ap"]["a"]
+    again = compare(a, b, CompareOptions(resamples=100, seed=0, confidence=0.95))
+    assert again == told != compare(a, b, CompareOptions(resamples=100, seed=1, confidence=0.95))
+    narrow = compare(a, b, CompareOptions(resamples=100, seed=0, confidence=0.5))["measures"]["ap"][
+        "a"
+    ]
     assert ap["a"]["low"] < narrow["low"] <= narrow["high"] < ap["a"]["high"]
     lines = table(told, a, b).splitlines()
     assert lines[0].startswith("A  ")
@@ -211,7 +213,7 @@ def test_the_better_one_is_better_beyond_chance(evaluations):
 
 def test_one_against_itself_differs_in_nothing(evaluations):
     a = open_evaluation(evaluations[0] / "metrics.json")
-    told = compare(a, a, resamples=50, seed=0, confidence=0.95)
+    told = compare(a, a, CompareOptions(resamples=50, seed=0, confidence=0.95))
     assert all(
         one["difference"] == {"value": 0, "low": 0, "high": 0} for one in told["measures"].values()
     )
@@ -221,7 +223,9 @@ def test_one_against_itself_differs_in_nothing(evaluations):
 def test_few_recordings_are_told_of(tmp_path, truth):
     few = write(tmp_path / "few", truth[:2], results(truth[:2], 1, 0.06))
     a = open_evaluation(few)
-    assert "so few recordings" in table(compare(a, a, resamples=10, seed=0, confidence=0.95), a, a)
+    assert "so few recordings" in table(
+        compare(a, a, CompareOptions(resamples=10, seed=0, confidence=0.95)), a, a
+    )
 
 
 def some(folder, truth, **config):
@@ -264,9 +268,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, evaluations, truth, change
         compare(
             open_evaluation(evaluations[0]),
             open_evaluation(tmp_path / "b"),
-            resamples=5,
-            seed=0,
-            confidence=0.95,
+            CompareOptions(resamples=5, seed=0, confidence=0.95),
         )
     assert part in str(told.value)
 
