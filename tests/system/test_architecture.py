@@ -23,7 +23,11 @@ LAYERS = ("conf", "data_prep", "pipeline", "launch")  # each imports only from t
 NARROWER = {
     "pipeline.model": set(),
     "pipeline.data": {"data_prep.shards", "data_prep.labels", "data_prep.frames"},
-    "pipeline.parallel": {"pipeline.model.state", "pipeline.model.sequence_protocol"},
+    "pipeline.parallel": {
+        "pipeline.model.autograd",
+        "pipeline.model.state",
+        "pipeline.model.sequence_protocol",
+    },
     "pipeline.evaluation": {"data_prep.labels", "pipeline.data"},
     "pipeline.history": set(),
 }
