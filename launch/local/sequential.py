@@ -51,15 +51,20 @@ def run_sequentially(runs: Sequence[PlannedRun], *, dry_run: bool = False) -> in
     return int(failed)
 
 
+def train_command(run: PlannedRun) -> list[str]:
+    """The command that trains `run`, whose config is in its folder. Studies may replace it."""
+    path = run.folder / CONFIG_FILE
+    return [sys.executable, "-m", "evspan.launch.local.run", str(path)]
+
+
 def _train(run: PlannedRun) -> Outcome:
     """Train in a process of its own: DeepSpeed starts only once in a process.
 
     Its output is passed on as it comes, and signals reach it.
     """
-    path = run.folder / CONFIG_FILE
-    save_config(run.config, path)
+    save_config(run.config, run.folder / CONFIG_FILE)
     child = subprocess.Popen(
-        [sys.executable, "-m", "evspan.launch.local.run", str(path)],
+        train_command(run),
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",

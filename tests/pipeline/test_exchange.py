@@ -264,7 +264,9 @@ def test_exchanges_that_do_not_fit_are_told():
     with pytest.raises(ConfigError, match="parallel.exchange=relay"):
         open_exchange(ExchangeKind.transpose, mesh, sequence_length=4, dws_conv=True)
     exchange = open_exchange(ExchangeKind.auto, mesh, sequence_length=4, dws_conv=False)
-    with pytest.raises(ValueError, match="received 4 frames, but every rank of its sequence holds 2"):
+    with pytest.raises(
+        ValueError, match="received 4 frames, but every rank of its sequence holds 2"
+    ):
         exchange.scan(None, torch.zeros(4, 1, 2, 2, 3), None)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from evspan.conf.errors import UserError
 from evspan.launch.cli.command import Parser, run_command
 from evspan.launch.sweep.registry import SWEEP, Run, read_runs
+from learning import mixed_lanes
 from learning.plan import CONF, DEFAULT_VARIANTS, LENGTHS, RUNS, VARIANTS, Plan
 from learning.recordings import FULL, QUICK, Recordings, RecordingSet, recordings_in
 from learning.report import COMPARED, finished_runs, measured, write_report
@@ -27,8 +28,8 @@ examples:
   python tests/benchmarks/learn.py --folder bench --seeds 3         # hours on 2 cores
   python tests/benchmarks/learn.py --variants baseline,attention --lengths none --bptt none --steps 400
   python tests/benchmarks/learn.py --report                         # reports what is finished, starts nothing
-  python tests/benchmarks/learn.py --seeds 5 cluster=gpu_nodes cluster.partition=gpu     # a SLURM array; KEY=VALUE is
-                                                                    # passed to every run"""
+  python tests/benchmarks/learn.py --variants baseline,attention cluster=gpu_nodes cluster.partition=gpu     # a SLURM
+                                                                    # array; KEY=VALUE is passed to every run"""
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,19 @@ def _train(plan: Plan, recordings: RecordingSet) -> int:
     """Trains every run that is not finished, on the cluster that the overrides choose."""
     from evspan.conf.compose import replace_override
     from evspan.conf.hydra_adapter import Expansion
+    from evspan.launch.local import sequential
     from evspan.launch.sweep.submit import submit_sweep
 
-    common = ["cluster=local"]
-    if any(override.startswith("cluster=") for override in plan.extra):
-        common = []
+    clusters = [override for override in plan.extra if override.startswith("cluster=")]
+    common = [] if clusters else ["cluster=local"]
     common = replace_override(common, "dataset.root", str(recordings.shards))
     common = replace_override(common, "run_dir", str(plan.folder / RUNS))
+    if clusters not in ([], ["cluster=local"]) and any(map(mixed_lanes.is_mixed, plan.variants)):
+        raise UserError(
+            f"{clusters[0]}: variants that mix lanes run on this machine only. Choose others with "
+            "--variants, or leave out cluster="
+        )
+    sequential.train_command = mixed_lanes.train_command
     combinations = [[*overrides, *common] for overrides in plan.all_runs()]
     return submit_sweep(Expansion(combinations, plan.keys()), ["--config-dir", str(CONF)])
 
@@ -140,6 +147,8 @@ def _evaluate_still_objects(plan: Plan, recordings: RecordingSet, runs: Sequence
         if set(COMPARED) <= measured(run).keys():
             continue
         command = [sys.executable, "-m", "evspan.launch", "evaluate", str(run.folder)]
+        if mixed_lanes.is_mixed(run.overrides["experiment"]):
+            command = [sys.executable, mixed_lanes.__file__, "evaluate", str(run.folder)]
         code = subprocess.run([*command, *overrides], stdout=subprocess.DEVNULL).returncode
         if code:
             print(
