@@ -17,7 +17,7 @@ from evspan.pipeline.model.attention import (
     MultiScaleSpatialAttention,
     ScaleAwareChannelAttention,
 )
-from evspan.pipeline.tensorboard.attention_probe import MAPS, attention_of, gate_names
+from evspan.pipeline.tensorboard.attention_probe import MAPS, gate_names, record_attention
 from evspan.pipeline.weights import load_weights
 
 CHUNK, STILL = 20, 0.25  # frames; pixels a frame
@@ -45,7 +45,7 @@ def main(run: str, shards: str, split: str = "val") -> None:
         state = detector.initial_state(1, data.height, data.width)
         for first in range(0, recording.frames, CHUNK):
             last = min(first + CHUNK, recording.frames)
-            with torch.inference_mode(), attention_of(detector) as told:
+            with torch.inference_mode(), record_attention(detector) as told:
                 _, state = detector(torch.from_numpy(recording.read(first, last)[:, None]), state)
             for name in (n for n in told if n.endswith(MAPS)):
                 stride = detector.strides[int(name.partition("/")[0].removeprefix("scale_"))]

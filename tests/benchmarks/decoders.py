@@ -35,7 +35,7 @@ def by_us(path: Path) -> int:
             room *= 2
             columns = [np.concatenate((c[:n], np.empty(room - n, c.dtype))) for c in columns]
         for column, new in zip(columns, events, strict=True):
-            column[n : n + new.size] = new
+            column[n : n + new.size] = new  # type: ignore[attr-defined]
         n += events.t.size
     return Events(*(c[:n] for c in columns)).t.size
 

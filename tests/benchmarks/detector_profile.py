@@ -96,8 +96,9 @@ def wrap_ours(profile: Profile, side: Ours) -> None:
     model.exchange.scan = profile.part("scan", model.exchange.scan)
     model.fpn.forward = profile.part("neck", model.fpn.forward)
     model.yolox_head.forward = profile.part("head", model.yolox_head.forward)
-    evspan.pipeline.model.loss.assign = profile.part(
-        "assignment", evspan.pipeline.model.loss.assign
+    evspan.pipeline.model.loss.assign = profile.part(  # type: ignore[attr-defined]
+        "assignment",
+        evspan.pipeline.model.loss.assign,  # type: ignore[attr-defined]
     )
     side.detection_loss = profile.part("loss", side.detection_loss)
 

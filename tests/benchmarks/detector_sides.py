@@ -222,7 +222,7 @@ class PathOfGpu(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return (
-            False if function == torch.Tensor.is_cpu.__get__ else function(*args, **(kwargs or {}))
+            False if function == torch.Tensor.is_cpu.__get__ else function(*args, **(kwargs or {}))  # type: ignore[attr-defined]
         )
 
 

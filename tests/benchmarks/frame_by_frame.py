@@ -293,7 +293,7 @@ class Head(nn.Module):
                 self.reg_preds[i](boxes),
                 self.obj_preds[i](boxes),
             )
-            grid = self._grid(*x.shape[-2:], x)
+            grid = self._grid(*x.shape[-2:], x)  # type: ignore[call-arg]
             if self.training:
                 trained.append(
                     _flat_decoded(torch.cat((box, objectness, classes), 1), grid, stride)

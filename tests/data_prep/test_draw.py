@@ -179,7 +179,7 @@ def test_a_gif_has_every_frame_and_takes_as_long_as_it_should(tmp_path, fps):
         for image in images:
             animation.add(image)
     gif = Image.open(tmp_path / "new" / "a.gif")
-    assert gif.n_frames == 15
+    assert gif.n_frames == 15  # type: ignore[attr-defined]
     assert gif.size == (45, 31)
     assert gif.info["loop"] == 0
     durations = []

@@ -41,7 +41,7 @@ def events_of(t, x, y, p) -> Events:
 def require_same(a: Events, b: Events) -> None:
     for name, one, other in zip(Events._fields, a, b, strict=True):
         np.testing.assert_array_equal(one, other, err_msg=name)
-        assert one.dtype == other.dtype
+        assert one.dtype == other.dtype  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("words_at_once", [None, 31, 1009])
@@ -50,7 +50,7 @@ def require_same(a: Events, b: Events) -> None:
 )
 def test_real_recordings_give_the_golden_columns(samples_dir, name, words_at_once):
     golden = json.loads((samples_dir / "golden.json").read_text())[name]
-    word = open_recording(samples_dir / name).word.itemsize
+    word = open_recording(samples_dir / name).word.itemsize  # type: ignore[attr-defined]
     events, recording = read_by(samples_dir / name, words_at_once and words_at_once * word)
     assert recording.events == events.t.size == golden["events"]
     assert (recording.first_us, recording.last_us) == (golden["t_first"], golden["t_last"])

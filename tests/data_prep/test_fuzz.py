@@ -164,16 +164,16 @@ def number_of_bits(words: np.ndarray) -> int:
 def events_in(path: Path, recording: Recording) -> int:
     """The number of events in the file, counted on all words at once."""
     if recording.format == "h5":
-        return recording.size
-    data = path.read_bytes()[recording.start :]
+        return recording.size  # type: ignore[attr-defined]
+    data = path.read_bytes()[recording.start :]  # type: ignore[attr-defined]
     if recording.format == "dat":
         return len(data) // 8
-    words = np.frombuffer(data, recording.word)
+    words = np.frombuffer(data, recording.word)  # type: ignore[attr-defined]
     if recording.format == "evt2":
         return int((words >> 28 <= 1).sum())
     if recording.format == "evt21":
         halves = words.view("<u4").reshape(-1, 2)
-        upper_column = 0 if recording.upper_first else 1
+        upper_column = 0 if recording.upper_first else 1  # type: ignore[attr-defined]
         upper = halves[:, upper_column]
         pixels = halves[:, 1 - upper_column]
         return number_of_bits(pixels[upper >> 28 <= 1])

@@ -153,7 +153,7 @@ def test_frames_and_from_choose(source, prepared, tmp_path, preview):
         assert f": {num_frames - 5} frames of " in out
         code, out, _ = preview(path, tmp_path / "a.gif", "--frames", "4", "--from", "0.1")
         assert code == 0
-        assert Image.open(tmp_path / "a.gif").n_frames == 4
+        assert Image.open(tmp_path / "a.gif").n_frames == 4  # type: ignore[attr-defined]
         code, _, err = preview(path, tmp_path / "b.png", "--from", "7")
         assert code == 2
         assert "has no frames from 7 s on; give an earlier --from" in err
@@ -175,7 +175,7 @@ def test_a_gif_plays_all_frames_in_real_time(source, prepared, tmp_path, preview
     for path in (source / "train" / "a_td.raw", prepared / "train" / "00000.h5"):
         assert preview(path, tmp_path / "a.gif")[0] == 0
         gif = Image.open(tmp_path / "a.gif")
-        assert gif.n_frames == 11
+        assert gif.n_frames == 11  # type: ignore[attr-defined]
         assert gif.size == (200, 160)
         duration_ms = 0
         for i in range(11):

@@ -63,9 +63,9 @@ def test_options_compose(name, group, option):
     assert type(config) is PRIMARY[name]
     assert choices[group] == option
     if group == "dataset":
-        assert config.dataset.name == option
+        assert config.dataset.name == option  # type: ignore[attr-defined]
     if group == "deepspeed":
-        assert config.deepspeed.stage == int(option.removeprefix("zero"))
+        assert config.deepspeed.stage == int(option.removeprefix("zero"))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("option", options("experiment"))

@@ -293,7 +293,7 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch, capfd):
     assert printed
     assert all(re.match(r"(pedestrian|two_wheeler|car) 0\.\d+ \(", line) for line in printed)
     assert isinstance(names["detector"], Detector)
-    assert names["state"].stages[0].hidden.abs().sum() > 0
+    assert names["state"].stages[0].hidden.abs().sum() > 0  # type: ignore[attr-defined]
 
 
 def test_import_pipeline_loads_no_torch():
@@ -341,7 +341,7 @@ def test_what_lightning_leaves_beside_the_tensors_is_passed_over(tmp_path):
         "a": 1
     }  # as custom resolvers leave it: a defaultdict that is not empty
     opaque = Opaque()
-    opaque.value = 3
+    opaque.value = 3  # type: ignore[attr-defined]
     tensors = random_tensors(model_of("micro"))
     source = publish(
         tmp_path / "x.ckpt",

@@ -180,7 +180,7 @@ def test_boxes_far_outside_are_nobodys():
     ],
 )
 def test_assignment_under_other_options(options):
-    assert assert_assigned_alike(*some_batch(6, 9, seed=5), HeadConfig(**options)) > 15
+    assert assert_assigned_alike(*some_batch(6, 9, seed=5), HeadConfig(**options)) > 15  # type: ignore[call-arg]
 
 
 def test_a_frame_is_assigned_alike_whatever_is_beside_it():

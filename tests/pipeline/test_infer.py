@@ -264,7 +264,7 @@ def test_the_gif_plays_all_frames_at_the_cameras_pace_and_the_command_says_what_
     got = run(here, tmp_path / "out", "--video", tmp_path / "o.gif", "--seconds", 0.4)
     with Image.open(tmp_path / "o.gif") as gif:
         durations = []
-        for i in range(gif.n_frames):
+        for i in range(gif.n_frames):  # type: ignore[attr-defined]
             gif.seek(i)
             durations.append(gif.info["duration"])
         assert gif.size == (640, 480)

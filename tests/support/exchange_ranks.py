@@ -347,7 +347,7 @@ def every_case(world):
                 ExchangeKind[kind],
                 mesh,
                 sequence_length=frames,
-                dws_conv=MODELS[model].get("dws_conv", False),
+                dws_conv=MODELS[model].get("dws_conv", False),  # type: ignore[attr-defined]
             )
             out["detect", sequence, model, kind, labels, dtype] = detect(
                 model,
