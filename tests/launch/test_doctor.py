@@ -416,13 +416,13 @@ def test_settings_that_change(slurm_of):
         assert findings["partition"].grade == FAIL
         assert findings["partition"].message == "low is DOWN"
         slurm_of.ask(*change, "MaxTime=60", "State=UP", "MaxNodes=UNLIMITED")
-        findings = settings("low")["time limit"]
-        assert findings.grade == WARN
-        assert "set cluster.timeout_min=60 or less" in findings.remedy
+        time_limit = settings("low")["time limit"]
+        assert time_limit.grade == WARN
+        assert "set cluster.timeout_min=60 or less" in time_limit.remedy
         slurm_of.ask("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
-        findings = settings("low", 2)["partition"]
-        assert findings.grade == FAIL
-        assert findings.message == "low: 1 of 2 nodes run, fewer than the 2 asked for"
+        partition = settings("low", 2)["partition"]
+        assert partition.grade == FAIL
+        assert partition.message == "low: 1 of 2 nodes run, fewer than the 2 asked for"
     finally:
         slurm_of.ask(*change, "MaxTime=INFINITE", "GraceTime=10", "MaxNodes=UNLIMITED", "State=UP")
         slurm_of.ask("scontrol", "update", "NodeName=n2", "State=RESUME")
