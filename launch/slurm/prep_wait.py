@@ -86,11 +86,9 @@ class ArrayWatch:
         for task in self._ended_tasks(known):
             os.utime(self.outcomes)  # makes NFS read the folder again
             yield from self._finished()
-            state = (
-                f"ended as {known[task.id].state}"
-                if task.id in known
-                else "is no longer known to SLURM"
-            )
+            state = "is no longer known to SLURM"
+            if task.id in known:
+                state = f"ended as {known[task.id].state}"
             for number in task.jobs:
                 if number in self.missing:
                     message = (
