@@ -1,11 +1,11 @@
 """One rank of a run, as a task of a SLURM job: the callable that Submitit pickles and calls."""
 
 import json
+import logging
 import os
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import NamedTuple, NoReturn
 from evspan.conf.errors import STOPPED_EXIT_CODE
 from evspan.conf.failure_notes import FAILURE_FILE, read_failure_note
 from evspan.launch.logging_config import configure_logging
+
+logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 NOTES = "attempts"  # below a run's folder: the notes of ranks that failed, by attempt
@@ -78,7 +80,7 @@ class RankTask:
                 return end.code, ""
             return 1 if end.code else 0, str(end.code or "")
         except BaseException as error:
-            traceback.print_exc()  # into the rank's log; Submitit's output goes elsewhere
+            logger.exception("the rank failed")
             return 1, f"{type(error).__name__}: {error}"
         return 0, ""
 

@@ -1,7 +1,10 @@
 """The terminal shows plain lines; log files have timestamp, level and rank on every line."""
 
 import logging
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from evspan.launch.logging_config import configure_logging, ensure_logging
@@ -111,3 +114,23 @@ def test_a_warning_with_a_traceback_has_it_in_the_log_file(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].endswith("WARNING rank 2: ValueError: odd")
     assert all(" WARNING rank 2: " in line for line in lines)
+
+
+def test_every_line_of_a_ranks_log_has_timestamp_level_and_rank(tmp_path):
+    """A rank on a node, whose run folder has no config: the error goes to the log only."""
+    probe = (
+        "import sys\nfrom evspan.launch.slurm.rank_task import RankTask\nRankTask(sys.argv[1])()"
+    )
+    environment = {**os.environ, "SLURM_PROCID": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", probe, tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert result.returncode == 2
+    assert result.stdout == result.stderr == ""
+    lines = (tmp_path / "logs" / "rank-01.log").read_text().splitlines()
+    assert len(lines) == 1
+    assert re.fullmatch(r"[\d-]+ [\d:,]+ ERROR rank 1: .*config.yaml.*", lines[0])
