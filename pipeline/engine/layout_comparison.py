@@ -25,6 +25,7 @@ from evspan.conf.schema.training import (
 )
 from evspan.conf.text import plural
 from evspan.pipeline.engine.layouts import DeviceInfo, Layout, LayoutResult
+from evspan.pipeline.engine.resources import peak_bytes
 from evspan.pipeline.engine.signals import StopFlag
 from evspan.pipeline.engine.step_report import LossSummary, StepReport
 from evspan.pipeline.engine.trainer import Trainer
@@ -303,7 +304,7 @@ class LayoutComparison:
 
 # -- device ----------------------------------------------------------------------------------------
 def reset_peak_bytes(device: torch.device) -> None:
-    """Restarts the measurement of `peak_bytes`."""
+    """Restarts the measurement of `resources.peak_bytes`."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -315,17 +316,6 @@ def reset_peak_bytes(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     except OSError:
         pass  # the peak is then that of all layouts so far
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory since `reset_peak_bytes`: on the GPU, or else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # psutil has no peak on Linux, and ru_maxrss cannot be reset.
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) << 10
-    raise OSError("/proc/self/status has no line VmHWM")
 
 
 def device_info(world: World, threads: int) -> DeviceInfo:
