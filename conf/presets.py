@@ -48,5 +48,6 @@ def _conf_path(path: str) -> Path:
 
 
 def _read(path: str) -> dict[str, Any]:
-    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(_conf_path(path)))  # type: ignore[assignment]  # a mapping
-    return values
+    values = OmegaConf.to_container(OmegaConf.load(_conf_path(path)))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}

@@ -18,9 +18,11 @@ LR = 0.1
 def one_rank():
     """This process as the only rank, with the variables that DeepSpeed reads.
 
-    One process group for all tests: DeepSpeed keeps the first one.
+    One process group for all tests: DeepSpeed keeps the first one. Its stage 3 replaces
+    torch.nn.functional.linear, which other tests must not see.
     """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
             patch.setenv(name, value)
         dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from evspan.conf.compose import compose
 from evspan.conf.schema.training import TrainConfig, TrainingConfig
 from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.engine.profiling import Profiler
@@ -20,8 +21,6 @@ from evspan.pipeline.tensorboard.images import GREEN
 from evspan.pipeline.tensorboard.run_info import code_commit, config_lines
 from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from evspan.pipeline.weights import load_weights
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 from PIL import Image
 from support.small_shards import CLASSES, HEIGHT, WIDTH, write_small_shards
 from support.training_runs import train
@@ -52,10 +51,8 @@ def logged_run(tmp_path_factory):
     )
     reader = EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance=ALL)
     reader.Reload()
-    with initialize_config_module("evspan.conf", version_base="1.3"):
-        text = text_of(reader, "run/config")
-        config = OmegaConf.to_object(compose("train", text.strip("`\n").splitlines()))
-    return reader, config, output
+    lines = text_of(reader, "run/config").strip("`\n").splitlines()
+    return reader, compose(TrainConfig, lines), output
 
 
 def text_of(reader, tag):
