@@ -256,7 +256,7 @@ def test_a_breakdown_of_nothing():
         told = breakdown(none, CLASSES, config)
         assert told.per_recording["a"]["ap"] is None
         assert told.stillness["still"]["boxes"] == 0
-        assert "object: no boxes whose tracks tell" in told.table()
+        assert "object: no boxes whose tracks show" in told.table()
 
 
 @pytest.mark.parametrize(
