@@ -37,7 +37,7 @@ def undone(monkeypatch, tmp_path):
 
 
 def evspan(capfd, *argv) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `evspan ARGV`. From the file descriptors: what a child process says counts too."""
+    """Exit code, stdout and stderr of `evspan ARGV`. From the file descriptors: the output of child processes counts too."""
     code = 0
     try:
         main(list(argv))
@@ -108,11 +108,11 @@ def test_no_argument_is_help_and_version_is_the_distributions(capfd):
 @pytest.mark.parametrize(("module", "schema"), [(train, TrainConfig), (evaluate, EvaluateConfig)])
 def test_help_tells_the_defaults_that_hold(module, schema):
     section = module.HELP.split("\n  keys\n")[1].split("\n\n")[0]
-    told = dict(re.findall(r"^ +([\w.]+)=(\S*)", section, re.MULTILINE))
+    defaults = dict(re.findall(r"^ +([\w.]+)=(\S*)", section, re.MULTILINE))
     config = OmegaConf.structured(compose(schema, []))
-    assert len(told) > 5
-    assert all(word == "simulated" for key, word in told.items() if key == "dataset")
-    for key, default in told.items():
+    assert len(defaults) > 5
+    assert all(word == "simulated" for key, word in defaults.items() if key == "dataset")
+    for key, default in defaults.items():
         if key != "dataset":
             value = OmegaConf.select(config, key)
             assert (

@@ -1,4 +1,4 @@
-"""Ranks on this machine, with small programs as ranks: what they are told, how they end, and that none is left behind."""
+"""Ranks on this machine, with small programs as ranks: their environment, how they end, and that none is left behind."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def finished(folder: Path, program: str, ranks: int = 2) -> tuple[int, str, str]
     return started.returncode, out, err
 
 
-# -- what a rank is told -----------------------------------------------------------------------------------------
+# -- the environment of a rank -----------------------------------------------------------------------------------------
 def test_ranks_know_their_place_and_meet_at_the_port(tmp_path):
     program = """
 import json
@@ -84,12 +84,12 @@ else:
     started = launched(tmp_path, program, ranks=3)
     out, err = started.communicate(timeout=40)
     assert (started.returncode, out, err) == (0, "rank 0 met rank [1, 2]\n", "")
-    told = [json.loads((tmp_path / f"env-{rank}").read_text()) for rank in range(3)]
-    for rank, environment in enumerate(told):
+    environments = [json.loads((tmp_path / f"env-{rank}").read_text()) for rank in range(3)]
+    for rank, environment in enumerate(environments):
         assert environment["RANK"] == environment["LOCAL_RANK"] == str(rank)
         assert environment["WORLD_SIZE"] == environment["LOCAL_WORLD_SIZE"] == "3"
         assert environment["MASTER_ADDR"] == "127.0.0.1"
-        assert environment["MASTER_PORT"] == told[0]["MASTER_PORT"]
+        assert environment["MASTER_PORT"] == environments[0]["MASTER_PORT"]
         assert environment["parent"] == started.pid
         assert environment["stdin"] == ""
         if "OMP_NUM_THREADS" not in os.environ:

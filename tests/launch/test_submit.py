@@ -113,7 +113,7 @@ def rule(run: Path, *, max_retries: int = 3, requeue_after_fault: bool = True) -
 
 
 @pytest.mark.parametrize(
-    ("notes", "code", "state", "again", "last", "says"),
+    ("notes", "code", "state", "requeue", "last_event", "reason"),
     [
         ([], 0, "RUNNING", False, None, "done"),
         ([SAVED], 75, "RUNNING", True, "requeued", "saved"),
@@ -128,13 +128,13 @@ def rule(run: Path, *, max_retries: int = 3, requeue_after_fault: bool = True) -
         ([SAVED, LOST], 137, "RUNNING", True, "requeued", "rank 1 is gone"),
     ],
 )
-def test_what_is_tried_again(tmp_path, notes, code, state, again, last, says):
+def test_what_is_tried_again(tmp_path, notes, code, state, requeue, last_event, reason):
     log = tmp_path / "log"
     log.write_text("slurm says\npython: not found\n\n")
     decision = decide(rule(tmp_path), JobEnd(notes, code, state, [log, log]))
-    assert decision.requeue is again
-    assert says in decision.reason
-    assert (read(tmp_path)[-1]["event"] if read(tmp_path) else None) == last
+    assert decision.requeue is requeue
+    assert reason in decision.reason
+    assert (read(tmp_path)[-1]["event"] if read(tmp_path) else None) == last_event
 
 
 def test_three_faults_at_one_step_are_enough(tmp_path):
@@ -187,8 +187,8 @@ def test_nodes_follow_from_ranks():
         config.nodes(12)
 
 
-def written(marker: Path, tmp_path: Path, **given) -> str:
-    config = ClusterConfig(scheduler=Scheduler.slurm, **given)
+def written(marker: Path, tmp_path: Path, **keys) -> str:
+    config = ClusterConfig(scheduler=Scheduler.slurm, **keys)
     run = PlannedRun(tmp_path / "run", [], TrainConfig())
     return script(JobArray([run], config, 2, 4, tmp_path / "folder", "evspan-x"))
 
@@ -200,7 +200,7 @@ def test_values_cannot_inject(tmp_path):
     one_line = [text.format(marker=marker) for text in HOSTILE if "\n" not in text]
     bin_ = tmp_path / "bin"
     bin_.mkdir()
-    (bin_ / "srun").write_text('#!/bin/sh\nenv -0 > "$TOLD"\nexit 0\n')
+    (bin_ / "srun").write_text('#!/bin/sh\nenv -0 > "$OUTPUT"\nexit 0\n')
     (bin_ / "scontrol").write_text("#!/bin/sh\necho JobState=RUNNING\n")
     for program in ("srun", "scontrol"):
         (bin_ / program).chmod(0o755)
@@ -216,16 +216,16 @@ def test_values_cannot_inject(tmp_path):
             sbatch_args=[f"mail-user={value}"],
             python=value,
         )
-        told = tmp_path / "told"
+        output = tmp_path / "environment"
         environment = {
             "PATH": f"{bin_}:{os.environ['PATH']}",
-            "TOLD": str(told),
+            "OUTPUT": str(output),
             "SLURM_JOB_ID": "1",
         }
         subprocess.run(
             ["bash"], input=text, text=True, env=environment, timeout=20, capture_output=True
         )
-        got = dict(entry.split("=", 1) for entry in told.read_text().split("\0") if "=" in entry)
+        got = dict(entry.split("=", 1) for entry in output.read_text().split("\0") if "=" in entry)
         assert {key: got[key] for key in values} == values
         assert not marker.exists()
         header = [line for line in text.splitlines() if line.startswith("#SBATCH")]
@@ -233,7 +233,7 @@ def test_values_cannot_inject(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("keys", "message"),
     [
         ({"partition": "a\n#SBATCH --uid=0"}, "cluster.partition"),
         ({"sbatch_args": ["x\ny=1"]}, "cluster.sbatch_args"),
@@ -245,9 +245,9 @@ def test_values_cannot_inject(tmp_path):
         ({"max_retries": 0}, "1 or more"),
     ],
 )
-def test_what_no_quoting_can_mend_is_refused(given, says):
-    with pytest.raises(Exception, match=says):
-        ClusterConfig(**given)
+def test_what_no_quoting_can_correct_is_refused(keys, message):
+    with pytest.raises(Exception, match=message):
+        ClusterConfig(**keys)
 
 
 def test_the_script_says_what_the_config_says(tmp_path):
@@ -345,7 +345,7 @@ def test_the_same_overrides_keep_their_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "more", "says"),
+    ("command", "more", "message"),
     [
         (submit.main, ["optimizer.lr=1e-3,2e-3"], "evspan sweep"),
         (submit.main, ["cluster.partiton=x"], "cluster.partition"),
@@ -356,9 +356,9 @@ def test_the_same_overrides_keep_their_folder(tmp_path):
         (sweep.main, ["optimizer.lr=a,b"], "none of the 2 runs"),
     ],
 )
-def test_mistakes_end_in_one_line(tmp_path, shards, capsys, command, more, says):
+def test_mistakes_end_in_one_line(tmp_path, shards, capsys, command, more, message):
     words = tiny(shards, tmp_path / "run", "training.batch_size=6", *more)
-    assert says in refused_by(command, capsys, *words)
+    assert message in refused_by(command, capsys, *words)
     assert not (tmp_path / "run").exists()
 
 

@@ -40,7 +40,7 @@ def finished(process: subprocess.Popen, seconds: float) -> tuple[int, str, str]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """As TensorBoard shows them: of each step, what was told last."""
+    """As TensorBoard shows them: the last value of each step."""
     reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     reader.Reload()
     return {event.step: event.value for event in reader.Scalars("loss/total")}
@@ -63,12 +63,13 @@ def weights(run: Path) -> dict[str, np.ndarray]:
 
 def assert_same_run(run: Path, undisturbed: Path, steps: int = STEPS) -> None:
     """The same weights and losses, nothing half written, no step twice."""
-    for name, wanted in weights(undisturbed).items():
-        np.testing.assert_allclose(weights(run)[name], wanted, rtol=1e-6, atol=1e-8, err_msg=name)
-    told, wanted_losses = losses(run), losses(undisturbed)
-    assert told.keys() == wanted_losses.keys() == set(range(1, steps + 1))
-    assert max(abs(told[step] - wanted_losses[step]) for step in told) <= 1e-6 * max(
-        wanted_losses.values()
+    for name, expected in weights(undisturbed).items():
+        np.testing.assert_allclose(weights(run)[name], expected, rtol=1e-6, atol=1e-8, err_msg=name)
+    run_losses = losses(run)
+    expected_losses = losses(undisturbed)
+    assert run_losses.keys() == expected_losses.keys() == set(range(1, steps + 1))
+    assert max(abs(run_losses[step] - expected_losses[step]) for step in run_losses) <= 1e-6 * max(
+        expected_losses.values()
     )
     assert not [path for path in run.rglob(".*") if ".submitit" not in path.parts]
 
@@ -171,7 +172,7 @@ def test_a_run_over_two_nodes_comes_back(slurm, shards, undisturbed, tmp_path):
 @pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_ten_disturbances_at_random_moments(slurm, shards, tmp_path):
-    """While it starts, trains or saves; the moments' seed is told."""
+    """While it starts, trains or saves; the seed of the moments is printed."""
     seed, steps = int(time.time()), 150
     print(f"seed {seed}")
     draw = random.Random(seed)
@@ -219,14 +220,14 @@ def test_a_sweep_over_two_nodes(slurm, shards, tmp_path):
     ]
     code, out, err = finished(evspan(slurm, "sweep", *keys(shards, folder, *values)), 300)
     assert code == 1, f"{out}{err}"
-    told = {run.name: read(run)[-1] for run in folder.iterdir() if run.name.isdigit()}
-    assert {name: event["event"] for name, event in told.items()} == {
+    last_events = {run.name: read(run)[-1] for run in folder.iterdir() if run.name.isdigit()}
+    assert {name: event["event"] for name, event in last_events.items()} == {
         "0": "done",
         "1": "done",
         "2": "done",
         "3": "failed",
     }
-    assert "optimizer.lr" in told["3"]["message"]
+    assert "optimizer.lr" in last_events["3"]["message"]
     assert len({job_of(folder / name).split("_")[0] for name in "012"}) == 1  # one array
     code, out, err = finished(evspan(slurm, "report", str(folder)), 60)
     assert code == 0 and "optimizer.lr" in out and (folder / "report.html").exists(), err

@@ -69,7 +69,7 @@ def started(folder, misbehaviour="", size=3, timeout_s=TIMEOUT_S):
     ]
 
 
-def told(process, seconds):
+def end_of(process, seconds):
     """Its exit code and stderr, of a process that ends within so many seconds."""
     try:
         _, err = process.communicate(timeout=seconds)
@@ -86,7 +86,7 @@ def test_survivors_end_in_time_and_name_the_rank(tmp_path, number, victim):
     ranks[victim].send_signal(getattr(signal, number))
     began = time.monotonic()
     for rank in set(range(3)) - {victim}:
-        code, err = told(ranks[rank], TIMEOUT_S + 25)
+        code, err = end_of(ranks[rank], TIMEOUT_S + 25)
         assert code == 69 and err.startswith("error: ") and err.count("\n") == 1, err
         assert re.search(
             rf"^error: rank {victim} \(process {ranks[victim].pid} on \S+\).* is gone or stuck", err
@@ -107,12 +107,12 @@ def misbehave(rank):
 """,
     )
     for rank in (0, 2):
-        code, err = told(ranks[rank], 60)
+        code, err = end_of(ranks[rank], 60)
         assert code == 69 and err.count("\n") == 1, err
         assert err.startswith(f"error: rank 1 (process {ranks[1].pid} on "), err
         assert "lives, but did not come to a collective within parallel.timeout_s=4" in err
-    told_by_sleeper = ranks[1].poll()
-    assert told_by_sleeper in (None, 69)
+    code_of_sleeper = ranks[1].poll()
+    assert code_of_sleeper in (None, 69)
     ranks[1].kill()
     ranks[1].communicate()
 
@@ -127,13 +127,13 @@ def misbehave(rank):
 """,
     )
     for rank in (0, 1):
-        code, err = told(ranks[rank], 60)
+        code, err = end_of(ranks[rank], 60)
         assert code == 69 and err.count("\n") == 1, err
         assert re.match(
             rf"error: rank 2 \(process {ranks[2].pid} on \S+\) failed \(ValueError: of all things\)",
             err,
         ), err
-    code, err = told(ranks[2], 30)
+    code, err = end_of(ranks[2], 30)
     assert code == 1
     assert err.rstrip().endswith("ValueError: of all things")
 
@@ -149,11 +149,11 @@ def misbehave(rank):
 """,
     )
     for process in ranks:
-        assert told(process, 60) == (0, "")
+        assert end_of(process, 60) == (0, "")
 
 
 def test_stuck_ranks_are_ended_by_who_started_them_and_named(tmp_path):
-    """`evspan train` with a rank that stands still: told once."""
+    """`evspan train` with a rank that stands still: reported once."""
     (tmp_path / "program.py").write_text(PROGRAM + "\nrun_command(work)\n")
     launcher = (
         "import sys; from evspan.launch.local.ranks import run_ranks; "
@@ -177,7 +177,7 @@ def test_stuck_ranks_are_ended_by_who_started_them_and_named(tmp_path):
     ranks = all_ready(tmp_path)
     time.sleep(1.5)
     os.kill(ranks[1], signal.SIGSTOP)
-    code, err = told(process, TIMEOUT_S + 25)
+    code, err = end_of(process, TIMEOUT_S + 25)
     assert code == 69 and err.count("\n") == 1, err
     assert err.startswith(f"error: rank 1 (process {ranks[1]} on ")
     assert err.endswith("; rank 1 had to be killed. Do it again\n")
@@ -224,7 +224,7 @@ def trained_in_little_memory(shards, run_dir, *overrides):
             resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
         if line.startswith("step      1"):
             process.send_signal(signal.SIGTERM)
-    return told(process, 100)
+    return end_of(process, 100)
 
 
 def test_too_little_memory_names_options_that_help(shards, tmp_path):
@@ -331,7 +331,7 @@ def test_gpus_have_more_memory_options():
     [(1, 1, 5, 8), (2, 2, 8, 3), (6, 3, 9, 4), (4, 1, 7, 12)],
 )
 def test_every_memory_option_makes_a_valid_config(ranks, sequence, length, lanes):
-    """Overrides as told, taken one after the other."""
+    """Overrides as suggested, taken one after the other."""
     lines = memory_options(
         config(ranks=ranks, sequence=sequence, sequence_length=length, batch_size=lanes),
         world(ranks),
