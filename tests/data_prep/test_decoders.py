@@ -21,8 +21,12 @@ def library(name: str) -> ModuleType:
 
 def by_evt3(path: Path) -> Events:
     events = library("evt3").decode_file(str(path))
-    columns = (events.timestamp, events.x, events.y, events.polarity)
-    return Events(*(np.asarray(column).astype(np.int64) for column in columns))
+    return Events(
+        np.asarray(events.timestamp).astype(np.int64),
+        np.asarray(events.x).astype(np.uint16),
+        np.asarray(events.y).astype(np.uint16),
+        np.asarray(events.polarity).astype(np.uint8),
+    )
 
 
 def by_eventcv(path: Path) -> Events:

@@ -19,6 +19,7 @@ from evspan.data_prep.draw import (
     write_strip,
 )
 from PIL import Image, ImageSequence
+from PIL.GifImagePlugin import GifImageFile
 
 WHITE = (255, 255, 255)
 GREEN = (0, 150, 0)
@@ -80,7 +81,7 @@ def blank(height=40, width=60) -> np.ndarray:
 
 def test_a_box_is_outlined_where_it_is_and_the_input_stays():
     image = blank()
-    drawn = draw_boxes(image, [[5, 10, 25, 30], [30.4, 9.6, 41.6, 20.2]])
+    drawn = draw_boxes(image, np.array([[5, 10, 25, 30], [30.4, 9.6, 41.6, 20.2]]))
     assert painted(drawn, GREEN) == outline(5, 10, 25, 30) | outline(30, 10, 42, 20)
     assert (image == 255).all()
     assert painted(draw_boxes(image, [[1, 2, 9, 9]], color=(1, 2, 3)), (1, 2, 3)) == outline(
@@ -179,7 +180,8 @@ def test_a_gif_has_every_frame_and_takes_as_long_as_it_should(tmp_path, fps):
         for image in images:
             animation.add(image)
     gif = Image.open(tmp_path / "new" / "a.gif")
-    assert gif.n_frames == 15  # type: ignore[attr-defined]
+    assert isinstance(gif, GifImageFile)
+    assert gif.n_frames == 15
     assert gif.size == (45, 31)
     assert gif.info["loop"] == 0
     durations = []

@@ -12,6 +12,7 @@ from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.shards.format import load_manifest
 from evspan.launch.cli.prep_preview import main
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 from support.event_files import concatenated
 from support.prepared import WIDTH, contents, entries
 from support.slow_frames import slow_frame
@@ -21,7 +22,7 @@ from support.slow_frames import slow_frame
 def preview(capsys):
     def call(*arguments):
         capsys.readouterr()
-        code = 0
+        code: int | str | None = 0
         try:
             main([str(a) for a in arguments])
         except SystemExit as exit_:
@@ -41,6 +42,12 @@ def tiles(path, height, width, columns):
         x = i % columns * (width + 2)
         images.append(sheet[y : y + height, x : x + width])
     return images
+
+
+def open_gif(path):
+    gif = Image.open(path)
+    assert isinstance(gif, GifImageFile)
+    return gif
 
 
 def drawn(frame, boxes, labels, end_us):
@@ -153,7 +160,7 @@ def test_frames_and_from_choose(source, prepared, tmp_path, preview):
         assert f": {num_frames - 5} frames of " in out
         code, out, _ = preview(path, tmp_path / "a.gif", "--frames", "4", "--from", "0.1")
         assert code == 0
-        assert Image.open(tmp_path / "a.gif").n_frames == 4  # type: ignore[attr-defined]
+        assert open_gif(tmp_path / "a.gif").n_frames == 4
         code, _, err = preview(path, tmp_path / "b.png", "--from", "7")
         assert code == 2
         assert "has no frames from 7 s on; give an earlier --from" in err
@@ -174,8 +181,8 @@ def test_downsample_and_window_are_those_asked_for(source, tmp_path, preview):
 def test_a_gif_plays_all_frames_in_real_time(source, prepared, tmp_path, preview):
     for path in (source / "train" / "a_td.raw", prepared / "train" / "00000.h5"):
         assert preview(path, tmp_path / "a.gif")[0] == 0
-        gif = Image.open(tmp_path / "a.gif")
-        assert gif.n_frames == 11  # type: ignore[attr-defined]
+        gif = open_gif(tmp_path / "a.gif")
+        assert gif.n_frames == 11
         assert gif.size == (200, 160)
         duration_ms = 0
         for i in range(11):

@@ -170,13 +170,13 @@ def test_boxes_are_the_extents_of_what_is_visible():
                 continue
             rows = np.flatnonzero(visible.any(1))
             columns = np.flatnonzero(visible.any(0))
-            expected[track.track_id] = (
-                columns[0],
-                rows[0],
-                np.ptp(columns) + 1,
-                np.ptp(rows) + 1,
+            expected[track.track_id] = [
+                int(columns[0]),
+                int(rows[0]),
+                int(np.ptp(columns)) + 1,
+                int(np.ptp(rows)) + 1,
                 track.class_id,
-            )
+            ]
         at_t = boxes[boxes["t"] == t]
         assert set(at_t["track_id"]) == expected.keys()
         # float32 against float64: a centre exactly on the outline may fall either way.
@@ -251,7 +251,7 @@ def test_a_stop_is_at_rest_for_its_time_and_speeds_are_in_their_range():
         way = track.centre(times)
         speed = np.hypot(*np.diff(way, axis=0).T) / 0.005
         assert speed.max() < 1600
-        inside = ((way >= 0) & (way < (1280, 720))).all(1)
+        inside = np.all((way >= 0) & (way < np.array((1280, 720))), axis=1)
         assert inside.any()
         assert not inside[0]
         assert not inside[-1]
@@ -270,7 +270,9 @@ def test_reading_back_gives_the_simulated_events(tmp_path, suffix):
     assert report.events == simulated.t.size > 1000
     for name, a, b in zip(Events._fields, simulated, read, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
-    boxes = read_boxes(find_boxes(path))
+    boxes_path = find_boxes(path)
+    assert boxes_path is not None
+    boxes = read_boxes(boxes_path)
     assert boxes.size == report.boxes > 0
     assert (boxes["class_confidence"] == 1).all()
     np.testing.assert_array_equal(boxes, simulated_boxes(0.3, 6, SMALL))

@@ -1,6 +1,6 @@
 """Sensor files for tests: random words of every format, and a slow reference decoder."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ def _meaning_of_evt2(words: list[int], vectors: bool) -> list[DecodedEvent]:
 
 
 def as_read(
-    events: list[DecodedEvent], height: int, width: int
+    events: Sequence[DecodedEvent], height: int, width: int
 ) -> tuple[list[Event], dict[str, int]]:
     """The events that a reader must return of these, and the counts of those dropped or raised."""
     dropped = {"outside_sensor": 0, "before_first_time": 0, "late_timestamps_raised": 0}

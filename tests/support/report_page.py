@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-Attributes = dict[str, str | None]
+Attributes = dict[str, str]
 
 
 class Cell(NamedTuple):
@@ -14,6 +14,11 @@ class Cell(NamedTuple):
 
     text: str
     value: str | None
+
+
+def _values(attrs: list[tuple[str, str | None]]) -> Attributes:
+    """Attributes by name; those without a value are empty."""
+    return {name: value or "" for name, value in attrs}
 
 
 class Page(HTMLParser):
@@ -45,7 +50,7 @@ class Page(HTMLParser):
         assert self._open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
+        values = _values(attrs)
         self.tags.append((tag, values))
         if tag not in ("meta", "img"):
             self._open.append(tag)
@@ -64,14 +69,16 @@ class Page(HTMLParser):
             self.images.append((values["alt"], values["src"]))
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
+        self.tags.append((tag, _values(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
         if tag in ("td", "th"):
+            assert self._cell is not None
             self.tables[self._table][-1].append(self._cell)
             self._cell = None
         elif tag == "title":
+            assert self._title is not None
             self.titles.setdefault(self._section, []).append(self._title)
             self._title = None
 
