@@ -290,7 +290,7 @@ def world(size, device="cpu"):
 
 
 def test_memory_options_start_from_the_config():
-    told = memory_options(
+    options = memory_options(
         config(
             ranks=4,
             sequence=2,
@@ -302,25 +302,25 @@ def test_memory_options_start_from_the_config():
         ),
         world(4),
     )
-    assert [line.split(" (")[0] for line in told] == [
+    assert [line.split(" (")[0] for line in options] == [
         "training.frames_per_call=3 instead of 9",
         "deepspeed.stage=2",
         "parallel.sequence=4 parallel.ranks=8",
         "training.batch_size=2 training.gradient_accumulation_steps=6",
         "training.sequence_length=6",
     ]
-    assert "1 instead of 3 at once" in told[3]
-    told = memory_options(
+    assert "1 instead of 3 at once" in options[3]
+    options = memory_options(
         config(sequence_length=1, batch_size=1, activation_checkpointing=True), world(1)
     )
-    assert len(told) == 1
-    assert "smaller model" in told[0]
+    assert len(options) == 1
+    assert "smaller model" in options[0]
 
 
 def test_gpus_have_more_memory_options():
-    told = " ".join(memory_options(config(ranks=2, batch_size=2), world(2, "cuda")))
-    assert "training.precision=bf16" in told
-    assert "deepspeed.offload_optimizer=true" in told
+    options = " ".join(memory_options(config(ranks=2, batch_size=2), world(2, "cuda")))
+    assert "training.precision=bf16" in options
+    assert "deepspeed.offload_optimizer=true" in options
     assert "bf16" not in " ".join(
         memory_options(config(ranks=2, batch_size=2, precision=Precision.bf16), world(2, "cuda"))
     )
