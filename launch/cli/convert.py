@@ -16,23 +16,25 @@ if TYPE_CHECKING:
 SUFFIXES = (".safetensors", ".ckpt")
 DESCRIPTION = """Weights between RVT's form and ours, to the last bit.
 
-SOURCE is a published Lightning checkpoint (.ckpt: tensors under state_dict, named mdl.*), a run folder (its newest
-checkpoint), a checkpoint folder, or a .safetensors file. Nothing that a .ckpt holds is run, whatever it is.
+SOURCE is a published Lightning checkpoint (.ckpt: tensors under state_dict, named mdl.*), a run
+folder (its newest checkpoint), a checkpoint folder, or a .safetensors file. No code in a .ckpt runs.
 
 OUT.safetensors    for evaluate, infer, checkpoint.init_from and pipeline.load_detector
 OUT.ckpt           for RVT's own code: torch.load(OUT)['state_dict'], load_from_checkpoint
 
-Width, depth, blocks, scales, attention, classes and input channels are recognised from names and shapes; dim_head comes
-from the size (conf/size) of the same width. What no weights tell is taken as RVT has it, unless an option says otherwise:
-gen4's frames at half resolution, or gen1's at full, where there are two classes."""
+Width, depth, blocks, scales, attention, classes and input channels are inferred from names and
+shapes; dim_head comes from the size (conf/size) of the same width. What weights do not determine has
+RVT's value, unless an option gives another: gen4's frames at half resolution, or gen1's at full
+resolution where there are two classes."""
 EXAMPLES = """examples:
   evspan convert rvt-t.ckpt rvt-t.safetensors
   evspan convert runs/tiny tiny.ckpt
   evspan convert etram.ckpt etram.safetensors --classes pedestrian,vehicle,micro_mobility
-  evspan convert mine.ckpt mine.safetensors --dataset gen4 --classes left,right     # 2 classes, but not gen1's"""
+  evspan convert mine.ckpt mine.safetensors --dataset gen4 --classes left,right   # 2 classes"""
 
 
 def convert(given: argparse.Namespace) -> None:
+    """Reads weights in either form and writes them in the form that the suffix of `out` names."""
     check_out(given.out, given.overwrite)
     if given.window_ms not in (None, 50) and given.mode != "exact":
         raise UserError(
@@ -64,6 +66,7 @@ def convert(given: argparse.Namespace) -> None:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
+    """Raises UserError where `out` has another suffix, or exists and is not to be replaced."""
     if out.suffix not in SUFFIXES:
         raise UserError(
             f"{out} ends in none of {', '.join(SUFFIXES)}, which say what to write; name it so"
@@ -78,11 +81,13 @@ def _told(weights: "Weights") -> str:
     model, frames = weights.model, weights.frames
     scales = "/".join(str(2 ** (stage + 1)) for stage in model.fpn.in_stages)
     return (
-        f"{size_of(model)} (embed_dim {model.backbone.embed_dim}, dim_head {model.backbone.dim_head}, "
+        f"{size_of(model)} (embed_dim {model.backbone.embed_dim}, "
+        f"dim_head {model.backbone.dim_head}, "
         f"{sum(t.numel() for t in weights.tensors.values()) / 1e6:.1f} M values), strides {scales}"
         f"{', small-object attention' if model.fpn.enable_small_object_attention else ''}, "
         f"{model.head.num_classes} classes ({', '.join(weights.classes)}), step {weights.step}\n"
-        f"  frames: {frames.mode.name}, {frames.window_ms} ms in {frames.bins} bins, 1/{frames.downsample} of the sensor's "
+        f"  frames: {frames.mode.name}, {frames.window_ms} ms in {frames.bins} bins, "
+        f"1/{frames.downsample} of the sensor's "
         f"resolution; partition_split_32 {model.backbone.partition_split_32}"
     )
 
@@ -140,12 +145,14 @@ def _parser() -> argparse.ArgumentParser:
     as_rvt.add_argument(
         "--dataset",
         choices=["gen4", "gen1"],
-        help="as RVT trained on it: classes, downsample and partition_split_32 (gen4: 2, 2; gen1: 1, 1)",
+        help="as RVT trained on it: classes, downsample and partition_split_32 "
+        "(gen4: 2, 2; gen1: 1, 1)",
     )
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs `evspan convert`."""
     given = _parser().parse_args(argv)
     run_command(lambda: convert(given))
 

@@ -55,6 +55,7 @@ def evaluate_weights(
         results += part
     results.sort(key=lambda result: result.name)
     metrics = broadcast_object(score(results, data, config) if world.is_main else None)
+    assert metrics is not None  # rank 0's
     return Evaluation(metrics, results, data)
 
 

@@ -108,14 +108,14 @@ class _Peers:
         """Ends where the store is gone, and blocks where it is stuck; `_watch` notices both."""
         try:
             # A connection of its own: the process group's may be waiting.
-            connection = dist.TCPStore(  # type: ignore[attr-defined]  # not in torch's stubs
+            connection = dist.TCPStore(
                 self.address,
                 self.port,
                 is_master=False,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=self.timeout_s),
             )
-            store = dist.PrefixStore("evspan/peers", connection)  # type: ignore[attr-defined]  # the same
+            store = dist.PrefixStore("evspan/peers", connection)
             keys = [str(rank) for rank in range(self.size)]
             host = socket.gethostname()
             beats = 0

@@ -70,7 +70,7 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
     _set_launcher_variables(info)
     store = None
     if info.size == 1:  # no port that another run could use
-        store = dist.HashStore()  # type: ignore[attr-defined]  # not in torch's stubs
+        store = dist.HashStore()
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         rank=info.rank,
