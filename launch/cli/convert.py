@@ -17,14 +17,14 @@ SUFFIXES = (".safetensors", ".ckpt")
 DESCRIPTION = """Weights between RVT's form and ours, to the last bit.
 
 SOURCE is a published Lightning checkpoint (.ckpt: tensors under state_dict, named mdl.*), a run
-folder (its newest checkpoint), a checkpoint folder, or a .safetensors file. No code in a .ckpt runs.
+folder (its newest checkpoint), a checkpoint folder, or a .safetensors file. No code of it runs.
 
 OUT.safetensors    for evaluate, infer, checkpoint.init_from and pipeline.load_detector
 OUT.ckpt           for RVT's own code: torch.load(OUT)['state_dict'], load_from_checkpoint
 
 Width, depth, blocks, scales, attention, classes and input channels are inferred from names and
-shapes; dim_head comes from the size (conf/size) of the same width. What weights do not determine has
-RVT's value, unless an option gives another: gen4's frames at half resolution, or gen1's at full
+shapes; dim_head comes from the size (conf/size) of the same width. Values that weights do not fix
+are RVT's, unless an option gives another: gen4's frames at half resolution, or gen1's at full
 resolution where there are two classes."""
 EXAMPLES = """examples:
   evspan convert rvt-t.ckpt rvt-t.safetensors
