@@ -166,15 +166,46 @@ def read_frames(group: h5py.Group, first: int, last: int) -> NDArray[np.uint8]:
     Raises:
         ShardError: the stored frames are damaged.
     """
+    place = f"{group.file.filename}: frames {first} to {last} of {group.name}"
     try:
-        start = group["frame_start"][first : last + 1]
-        code = group["frames"][start[0] : start[-1]]
-        return decode_frames(code, start - start[0], tuple(group.attrs[FRAME_SHAPE].tolist()))
-    except (OSError, KeyError, ValueError, IndexError) as error:
-        raise ShardError(
-            f"{group.file.filename}: frames {first} to {last} of {group.name} are damaged "
-            f"({error}). Run evspan prep verify, then the same evspan prep again"
-        ) from error
+        frame_start = group["frame_start"][first : last + 1]
+        codes = group["frames"][frame_start[0] : frame_start[-1]]
+        shape = tuple(group.attrs[FRAME_SHAPE].tolist())
+    except (OSError, KeyError, IndexError) as error:
+        raise _damaged(place, error) from error
+    return decode_stored(codes, frame_start, shape, place)
+
+
+def decode_stored(
+    codes: NDArray[np.uint8],
+    frame_start: NDArray[np.int64],
+    shape: tuple[int, int, int],
+    place: str,
+) -> NDArray[np.uint8]:
+    """Decodes stored frames. Everything that reads the column `frames` ends here.
+
+    Args:
+        codes: (K,) the bytes of n consecutive frames.
+        frame_start: (n + 1,) the rows of the column `frame_start` that belong to them.
+        shape: (2 * bins, H, W).
+        place: file, frames and recording, for the error.
+
+    Returns:
+        (n, 2 * bins, H, W) uint8.
+
+    Raises:
+        ShardError: the stored frames are damaged.
+    """
+    try:
+        return decode_frames(codes, frame_start - frame_start[0], shape)
+    except ValueError as error:
+        raise _damaged(place, error) from error
+
+
+def _damaged(place: str, error: Exception) -> ShardError:
+    return ShardError(
+        f"{place} are damaged ({error}). Run evspan prep verify, then the same evspan prep again"
+    )
 
 
 def group_digests(group: h5py.Group) -> tuple[str, str]:

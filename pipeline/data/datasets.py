@@ -20,8 +20,7 @@ from evspan.conf.schema.prep import (
     FrameMode,
     frame_config,
 )
-from evspan.data_prep.frames.codec import decode_frames
-from evspan.data_prep.shards.format import BOX, RecordingEntry, load_manifest
+from evspan.data_prep.shards.format import BOX, RecordingEntry, decode_stored, load_manifest
 from numpy.typing import NDArray
 
 ALL_ROWS = slice(None)
@@ -191,15 +190,10 @@ def _shard_recording(
 
     def read_frames(rows: slice) -> NDArray[np.uint8]:
         start = frame_start[rows.start : rows.stop + 1]
-        code = column("frames", slice(int(start[0]), int(start[-1])))
-        try:
-            # Without the files' lock: threads decode concurrently.
-            return decode_frames(code, start - start[0], shape)
-        except ValueError as error:
-            raise ShardError(
-                f"{path}, recording {entry.group}: {error}. Run evspan prep verify, then the same "
-                "evspan prep again"
-            ) from error
+        codes = column("frames", slice(int(start[0]), int(start[-1])))
+        # Without the files' lock: threads decode concurrently.
+        place = f"{path}: frames {rows.start} to {rows.stop} of {entry.group}"
+        return decode_stored(codes, start, shape, place)
 
     return RecordingData(
         name=entry.name,
