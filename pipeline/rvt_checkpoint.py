@@ -20,6 +20,7 @@ from evspan.conf.errors import UserError
 from evspan.conf.presets import dataset_classes
 from evspan.conf.schema.prep import FrameConfig, FrameMode
 from evspan.pipeline.infer_config import infer_model
+from evspan.pipeline.known_facts import NOTHING_KNOWN, KnownFacts
 from evspan.pipeline.weights import HEADER_KEY, Weights, describe, described, load_weights
 from torch import Tensor
 
@@ -40,28 +41,6 @@ DATASETS = {
     "gen4": RvtTraining(downsample=2, partition_split_32=2),
     "gen1": RvtTraining(downsample=1, partition_split_32=1),
 }
-
-
-class KnownFacts(NamedTuple):
-    """What the user states about weights.
-
-    None: the value in the file or the one that its tensors show, else RVT's.
-
-    size (of conf/size), dim_head and dataset (of DATASETS; None: gen1 with two classes, else gen4):
-    if any of them is given, the description in a file of ours is ignored. The others each replace
-    one value.
-    """
-
-    size: str | None = None
-    dim_head: int | None = None
-    dataset: str | None = None
-    classes: list[str] | None = None
-    mode: FrameMode | None = None
-    downsample: int | None = None
-    window_ms: int | None = None
-
-
-NOTHING_KNOWN = KnownFacts()
 
 
 def open_weights(path: str | Path, facts: KnownFacts = NOTHING_KNOWN) -> Weights:

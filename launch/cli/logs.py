@@ -1,8 +1,6 @@
 """`evspan logs`: prints the logs of a run's ranks."""
 
 import argparse
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,13 +67,7 @@ def logs(options: LogsOptions) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs `evspan logs`."""
-    try:
-        run_command(lambda: logs(parse_options(argv)))
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has ended
-        # Python flushes stdout at exit; what is left in the buffer must not raise again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
+    run_command(lambda: logs(parse_options(argv)))
 
 
 if __name__ == "__main__":

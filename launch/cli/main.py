@@ -1,10 +1,13 @@
-"""The `evspan` command. Imports the module of a command only when that is called."""
+"""The `evspan` command. Imports the module of a command only when that command runs."""
 
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
+from evspan.conf.errors import CLOSED_OUTPUT_EXIT_CODE
 from evspan.launch.cli.command import fail
 from evspan.launch.logging_config import configure_logging
 
@@ -107,9 +110,27 @@ EVSPAN_DEBUG=1 shows the traceback of an error."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The entry point: finds the command, checks the grammar of its arguments and calls it."""
+    """The entry point: runs the command that the arguments name; sys.argv for None.
+
+    Where the reader of standard output has closed it (`evspan ... | head -1`), the process ends
+    without a message, with the exit code of SIGPIPE.
+    """
     configure_logging()
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            dispatch(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():  # another pipe broke, such as that of a child process
+            raise
+        # Python flushes standard output once more at exit, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(CLOSED_OUTPUT_EXIT_CODE)
+
+
+def dispatch(argv: list[str]) -> None:
+    """Prints the help or the version, or runs a command; `argv` is what follows `evspan`."""
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         print(HELP)
@@ -130,7 +151,7 @@ def show_help(words: list[str]) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Runs a command with its arguments; argv[0] is its name."""
+    """Checks the grammar of a command's arguments and runs it; argv[0] is its name."""
     name = argv[0]
     if name not in COMMANDS:
         fail(_unknown_command(name))
@@ -158,6 +179,13 @@ def options_of(words: Sequence[str]) -> "Options":
         else:
             options.options.update(dict.fromkeys(action.option_strings, choices))
     return options
+
+
+def _output_is_closed() -> bool:
+    """Whether standard output is a pipe or a socket that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _unknown_command(name: str) -> str:

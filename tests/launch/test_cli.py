@@ -1,5 +1,6 @@
 """The command line: helps that tell the truth, and mistakes that end in one line with the remedy."""
 
+import errno
 import importlib.metadata
 import logging
 import os
@@ -98,6 +99,31 @@ def test_commands_are_modules_too(module):
     assert done.returncode == 0
     assert "evspan" in done.stdout
     assert not done.stderr
+
+
+@pytest.mark.parametrize("arguments", ["--help", "train --help", "infer --help", "train --cfg job"])
+def test_a_closed_output_ends_the_command_without_a_traceback(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", "evspan.launch", *arguments.split()],
+        cwd=ROOT,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=50,
+    )
+    os.close(writer)
+    assert result.stderr == b""
+    assert result.returncode in (0, 141)  # 0: argparse ignores that its help is not written
+
+
+def test_another_broken_pipe_is_raised(monkeypatch):
+    def show_help(words):
+        raise BrokenPipeError(errno.EPIPE, "of a child process")
+
+    monkeypatch.setattr("evspan.launch.cli.main.show_help", show_help)
+    with pytest.raises(BrokenPipeError, match="of a child process"):
+        main(["help"])
 
 
 def test_no_argument_is_help_and_version_is_the_distributions(capfd):

@@ -507,7 +507,7 @@ def test_outputs_that_cannot_be(tmp_path, capfd, monkeypatch):
         raise OSError(28, "No space left on device")
 
     out.write_bytes(b"what was there")
-    monkeypatch.setattr("evspan.pipeline.weights.save_weights", full)
+    monkeypatch.setattr("evspan.pipeline.convert.save_weights", full)
     assert "no space left" in refused(capfd, source, out, "--overwrite")
     assert out.read_bytes() == b"what was there"
     assert {p.suffix for p in tmp_path.iterdir()} == {
