@@ -4,7 +4,7 @@ It does what `evspan sweep key=a,b` does. Verified against hydra-submitit-launch
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.plugins import Plugins
@@ -66,10 +66,22 @@ def cluster_overrides(parameters: dict[str, Any]) -> list[str]:
     for name, key in CLUSTER_KEYS.items():
         value = parameters.get(name)
         if name == "additional_parameters" and value:
-            value = [f"{option}={setting}" for option, setting in value.items()]
+            value = _sbatch_args(value)
         if value:
             overrides.append(f"cluster.{key}={_as_override(value)}")
     return overrides
+
+
+def _sbatch_args(parameters: Mapping[str, Any]) -> list[str]:
+    """Arguments of sbatch as Submitit writes them: the bare name of a flag, else name=value."""
+    args = []
+    for name, value in parameters.items():
+        option = name.replace("_", "-")
+        if value is True:
+            args.append(option)
+        elif value is not None and value is not False:
+            args.append(f"{option}={value}")
+    return args
 
 
 def _swept_keys(job_overrides: Sequence[Sequence[str]]) -> list[str]:

@@ -16,6 +16,7 @@ from evspan.conf.compose import (
 from evspan.conf.schema.cluster import ClusterConfig, Container, Scheduler
 from evspan.conf.schema.training import TrainConfig
 from evspan.launch.cli import submit, sweep
+from evspan.launch.slurm.hydra_plugin import cluster_overrides
 from evspan.launch.slurm.rank_task import RankNote
 from evspan.launch.slurm.requeue import JobEnd, RequeueRule, decide, main, newest_step
 from evspan.launch.slurm.sbatch import JobArray, job_name, script
@@ -392,6 +393,13 @@ def test_a_sweep_on_this_machine(tmp_path, shards):
 
 
 @pytest.mark.timeout(300)
+def test_flags_of_hydras_launcher_are_bare_names():
+    parameters = {"exclusive": True, "mail_type": "END", "contiguous": False, "comment": None}
+    overrides = cluster_overrides({"additional_parameters": parameters})
+    cluster = compose(TrainConfig, ["cluster=slurm", *overrides]).cluster
+    assert cluster.sbatch_args == ["exclusive", "mail-type=END"]
+
+
 def test_hydras_multirun_gives_each_run_a_folder(tmp_path, shards):
     words = [
         "train",
