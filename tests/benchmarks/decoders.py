@@ -1,21 +1,24 @@
-"""Whole files to arrays, against the libraries that can be installed: evt3 and eventcv, in the same run, on one core.
+"""Decodes whole files to arrays, compared with evt3 and eventcv in the same run, on one core.
 
-    .venv/bin/python tests/benchmarks/decoders.py [--events 40000000] [--repeats 3] [--folder /scratch]
+    .venv/bin/python tests/benchmarks/decoders.py [--events 40000000] [--repeats 3] [--folder DIR]
 
-The events are the dense recording of `prep_speed.py`, written as EVT3 (single events, no vectors), EVT2 and `.dat`; `vectors` is
-a real Gen4 burst, its words repeated, as cameras send dense scenes. All count the same events, or the run ends.
+The events are those of the dense recording of `prep_speed.py`, written as EVT3 (single events, no
+vectors), EVT2 and `.dat`. `vectors` is a real Gen4 burst with its words repeated, as cameras encode
+dense scenes. The run fails if two decoders count different numbers of events.
 """
 
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import eventcv
 import evt3
 import numpy as np
-from common import HEIGHT, WIDTH, Table, cores, machine, piece, race
+from common import HEIGHT, WIDTH, Table, cores, piece, print_machine, race
 from evspan.data_prep.recordings.events import Events
 from evspan.data_prep.recordings.header import read_header
 from evspan.data_prep.recordings.open import open_recording, open_writer
@@ -24,39 +27,40 @@ SAMPLES = Path(os.environ.get("EVSPAN_SAMPLES", Path(__file__).parents[3] / "sha
 
 
 def by_us(path: Path) -> int:
-    """To four arrays, as the libraries give them: room for an event a word, more where vectors need it."""
-    recording, n = open_recording(path), 0
-    room = path.stat().st_size // (
-        8 if path.suffix == ".dat" else 4 if recording.format == "evt2" else 2
-    )
-    columns = [np.empty(room, kind) for kind in ("i8", "u2", "u2", "u1")]
+    """Decodes to four arrays, as the libraries do. Returns the number of events."""
+    recording = open_recording(path)
+    bytes_per_event = {"dat": 8, "evt2": 4}.get(recording.format, 2)  # without vectors
+    capacity = path.stat().st_size // bytes_per_event
+    columns = [np.empty(capacity, dtype) for dtype in ("i8", "u2", "u2", "u1")]
+    n = 0
     for events in recording.chunks():
-        if n + events.t.size > room:
-            room *= 2
-            columns = [np.concatenate((c[:n], np.empty(room - n, c.dtype))) for c in columns]
-        for column, new in zip(columns, events, strict=True):
-            column[n : n + new.size] = new  # type: ignore[attr-defined]
-        n += events.t.size
-    return Events(*(c[:n] for c in columns)).t.size
+        size = events.t.size
+        if n + size > capacity:
+            capacity *= 2
+            columns = [np.concatenate((c[:n], np.empty(capacity - n, c.dtype))) for c in columns]
+        for column, values in zip(columns, events, strict=True):
+            column[n : n + size] = values  # type: ignore[attr-defined]
+        n += size
+    return Events(*(column[:n] for column in columns)).t.size
 
 
 def by_evt3(path: Path) -> int:
+    """Decodes by evt3."""
     return len(evt3.decode_file(str(path)).timestamp)
 
 
 def by_eventcv(path: Path) -> int:
-    return len(
-        eventcv.load(str(path), sensor_size=(WIDTH, HEIGHT)).numpy()
-    )  # (N, 4) uint64, the only arrays that it gives
+    """Decodes by eventcv to (N, 4) uint64, the only array type that it offers."""
+    return len(eventcv.load(str(path), sensor_size=(WIDTH, HEIGHT)).numpy())
 
 
 def eventcv_loads(path: Path) -> int:
-    """To its own structure, which Python cannot look into."""
+    """Decodes by eventcv to its own structure, which is opaque to Python."""
     return len(eventcv.load(str(path), sensor_size=(WIDTH, HEIGHT)))
 
 
 def evt2_words(events: Events) -> np.ndarray:
-    """Every event's word, and a TIME_HIGH wherever the 64 us change."""
+    """One word per event, and a TIME_HIGH word where the upper bits of the time change."""
     words = (
         (events.p.astype(np.uint32) << 28)
         | ((events.t & 63).astype(np.uint32) << 22)
@@ -64,16 +68,16 @@ def evt2_words(events: Events) -> np.ndarray:
         | events.y
     )
     high = events.t >> 6
-    new = np.flatnonzero(np.diff(high, prepend=-1))
-    return np.insert(words, new, 0x8 << 28 | (high[new] & 0xFFFFFFF).astype(np.uint32)).astype(
-        "<u4"
-    )
+    changes = np.flatnonzero(np.diff(high, prepend=-1))
+    time_words = 0x8 << 28 | (high[changes] & 0xFFFFFFF).astype(np.uint32)
+    return np.insert(words, changes, time_words).astype("<u4")
 
 
-def write_files(folder: Path, most: int) -> dict[str, Path]:
+def write_files(folder: Path, num_events: int) -> dict[str, Path]:
+    """Writes about `num_events` events in each format. Returns the path by name of the format."""
     paths = {"EVT3": folder / "a.raw", "EVT2": folder / "b.raw", ".dat": folder / "c.dat"}
     dense = piece(dense=True)
-    seconds = most / dense.events.t.size * dense.period_us / 1e6
+    seconds = num_events / dense.events.t.size * dense.period_us / 1e6
     header = f"% evt 2.0\n% format EVT2;height={HEIGHT};width={WIDTH}\n% end\n".encode()
     with (
         open_writer(paths["EVT3"], HEIGHT, WIDTH) as raw,
@@ -86,27 +90,73 @@ def write_files(folder: Path, most: int) -> dict[str, Path]:
             raw.write(events)
             dat.write(events)
             evt2.write(evt2_words(events).tobytes())
-    if (sample := SAMPLES / "gen4_evt3_dense.raw").is_file():
+    sample = SAMPLES / "gen4_evt3_dense.raw"
+    if sample.is_file():
         paths["EVT3, vectors"] = folder / "d.raw"
-        write_bursts(paths["EVT3, vectors"], sample, most)
+        write_bursts(paths["EVT3, vectors"], sample, num_events)
     return paths
 
 
-def write_bursts(path: Path, sample: Path, most: int) -> None:
-    """The sample's words again and again, its TIME_HIGH running on."""
-    start, content = read_header(sample)[1], sample.read_bytes()
-    words, recording = np.frombuffer(content[start:], "<u2").copy(), open_recording(sample)
+def write_bursts(path: Path, sample: Path, num_events: int) -> None:
+    """Repeats the words of the sample with TIME_HIGH words that continue."""
+    start = read_header(sample)[1]
+    content = sample.read_bytes()
+    words = np.frombuffer(content[start:], "<u2").copy()
+    recording = open_recording(sample)
     count = sum(events.t.size for events in recording.chunks())
     high = np.flatnonzero(words >> 12 == 8)
     step = ((recording.last_us - recording.first_us) >> 12) + 1
     with path.open("wb") as file:
         file.write(content[:start])
-        for _ in range(max(1, most // count)):
+        for _ in range(max(1, num_events // count)):
             file.write(words.tobytes())
             words[high] = 0x8000 | (words[high] + step) & 0xFFF
 
 
+class Other(NamedTuple):
+    """Another library's decoder. least_ratio: target of our speed / its speed; 0: none."""
+
+    decode: Callable[[Path], int]
+    least_ratio: float
+
+
+EVT3_LIBRARIES = {"evt3": Other(by_evt3, 1.5), "eventcv": Other(by_eventcv, 0)}
+OTHER_LIBRARIES = {"eventcv": Other(by_eventcv, 4), "eventcv.load": Other(eventcv_loads, 0)}
+LIBRARIES = {
+    "EVT3": EVT3_LIBRARIES,
+    "EVT3, vectors": EVT3_LIBRARIES,
+    "EVT2": OTHER_LIBRARIES,
+    ".dat": OTHER_LIBRARIES,
+}
+
+
+def compare(table: Table, name: str, path: Path, repeats: int) -> None:
+    """Adds a row for each library that reads the format."""
+    libraries = LIBRARIES[name]
+    n = by_us(path)
+    decoders = {"ours": by_us}
+    for library, other in libraries.items():
+        decoders[library] = other.decode
+        count = other.decode(path)
+        if count != n:
+            raise SystemExit(f"error: {name}: {library} counts {count} events, we {n}")
+    contenders = {key: partial(decode, path) for key, decode in decoders.items()}
+    seconds = race(repeats, **contenders)
+    copy = np.empty(13 * n, np.uint8)
+    bound = race(2, move=lambda: (np.fromfile(path, np.uint8), copy.fill(1)))["move"]
+    for library, other in libraries.items():
+        table.row(
+            f"{name} against {library}, {path.stat().st_size / n:.1f} bytes an event",
+            n / seconds["ours"] / 1e6,
+            n / seconds[library] / 1e6,
+            unit=" Mev/s",
+            least_ratio=other.least_ratio,
+            limit=f"reading the bytes and filling 13 an event {n / bound / 1e6:.0f}",
+        )
+
+
 def main() -> None:
+    """Writes the files, prints the table; exit code 1 if a target is not reached."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -115,46 +165,15 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="for 1 GB of files (default: the system's temporary folder)"
     )
-    given = parser.parse_args()
-    of_eventcv = {"eventcv": (by_eventcv, 4), "eventcv.load": (eventcv_loads, 0)}
-    of_evt3 = {"evt3": (by_evt3, 1.5), "eventcv": (by_eventcv, 0)}
-    others: dict[str, dict[str, tuple[Callable[[Path], int], float]]] = {
-        "EVT3": of_evt3,
-        "EVT3, vectors": of_evt3,
-        "EVT2": of_eventcv,
-        ".dat": of_eventcv,
-    }
+    args = parser.parse_args()
     table = Table()
-    with TemporaryDirectory(dir=given.folder) as folder, cores(1):
-        machine()
-        paths = write_files(Path(folder), given.events)
+    with TemporaryDirectory(dir=args.folder) as folder, cores(1):
+        print_machine()
+        paths = write_files(Path(folder), args.events)
         table.head()
-        for kind, path in ((kind, paths[kind]) for kind in others if kind in paths):
-            n, size = by_us(path), path.stat().st_size
-            decoders = {
-                "ours": by_us,
-                **{name: decoder for name, (decoder, _) in others[kind].items()},
-            }
-            for name, decoder in decoders.items():
-                if (theirs := decoder(path)) != n:
-                    raise SystemExit(f"error: {kind}: {name} counts {theirs} events, we {n}")
-            took = race(
-                given.repeats,
-                **{name: lambda d=d, path=path: d(path) for name, d in decoders.items()},
-            )
-            copy = np.empty(13 * n, np.uint8)
-            bound = race(
-                2, move=lambda copy=copy, path=path: (np.fromfile(path, np.uint8), copy.fill(1))
-            )["move"]
-            for name, (_, least) in others[kind].items():
-                table.row(
-                    f"{kind} against {name}, {size / n:.1f} bytes an event",
-                    n / took["ours"] / 1e6,
-                    n / took[name] / 1e6,
-                    unit=" Mev/s",
-                    least_ratio=least,
-                    limit=f"reading the bytes and filling 13 an event {n / bound / 1e6:.0f}",
-                )
+        for name in LIBRARIES:
+            if name in paths:
+                compare(table, name, paths[name], args.repeats)
     raise SystemExit(table.missed > 0)
 
 

@@ -1,4 +1,7 @@
-"""The learning study: does attention pay, and do long sequences? python tests/benchmarks/learn.py --help"""
+"""Runs the learning study of attention and long sequences.
+
+python tests/benchmarks/learn.py --help
+"""
 
 import sys
 

@@ -1,13 +1,14 @@
-"""Frames a second that training's loader gives, and how long a training step waits for them.
+"""Measures the frame rate of training's loader, and how long a training step waits for it.
 
-    .venv/bin/python tests/benchmarks/loader_speed.py [--rows streaming random wait] [--folder /scratch]
+    .venv/bin/python tests/benchmarks/loader_speed.py [--rows streaming random wait] [--folder DIR]
 
-Recordings are simulated at 1280 x 720 and prepared at half resolution, 360 x 640, 20 channels; then read from the page cache in
-chunks of 5 frames, augmented as in training, by one thread, while this one takes batch after batch and does nothing with them.
-Every round reads other batches; a row is the median round. The published loader gave 87 frames/s streaming and 68 at random (one
-worker, other recordings, another day): its numbers are told, not measured here.
+Recordings are simulated at 1280 x 720 and prepared at half resolution, 360 x 640, 20 channels. One
+loader thread reads them from the page cache in chunks of 5 frames and augments them as in training;
+the main thread takes the batches and drops them. Every round reads other batches; a row is the
+median round. The published loader's 87 frames/s streaming and 68 at random (one worker, other
+recordings, another day) are quoted, not measured.
 
-wait: `evspan train` of one rank as users start it, 2 loader threads beside as many threads of computing as there are cores.
+wait: `evspan train` on one rank, with 2 loader threads and as many compute threads as cores.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from common import machine
+from common import print_machine, yes_or_no
 from evspan.conf.schema.prep import DatasetConfig
 from evspan.conf.schema.training import AugmentationConfig, Sampling, TrainingConfig
 from evspan.data_prep.shards.format import load_manifest
@@ -31,33 +32,45 @@ from evspan.pipeline.data.plan import SamplingPlan
 from evspan.pipeline.parallel.world import keep_freed_memory
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-LENGTH = 5
+LENGTH = 5  # frames of a chunk
 PUBLISHED = {"stream": 87, "random": 68}  # frames/s
-WANTED = 350
-MAX_WAIT = 0.05
-NOTHING = AugmentationConfig(hflip_prob=0, zoom_prob=0)
+LEAST_FRAMES_PER_S = 350
+MOST_WAIT = 0.05  # of a step
+AUGMENTATIONS = {
+    "augmented": AugmentationConfig(),
+    "as stored": AugmentationConfig(hflip_prob=0, zoom_prob=0),
+}
+SAMPLINGS = {"streaming": Sampling.stream, "random": Sampling.random}
+ROWS = (*SAMPLINGS, "wait")
 
 
-def prepared(folder: Path, seconds: float) -> Path:
-    """Shards of simulated recordings; what is there already stays."""
-    raw, shards = folder / "raw", folder / "shards"
+def prepare_shards(folder: Path, seconds: float) -> Path:
+    """Makes shards of simulated recordings, and keeps those of an earlier call."""
+    raw = folder / "raw"
+    shards = folder / "shards"
     for command in (
         ["simulate", str(raw), "--recordings", "train=4", "--seconds", f"{seconds:g}"],
         ["simulate", str(raw), "--recordings", "val=1", "--seconds", "0.5"],
         ["prep", f"source={raw}", f"output={shards}", "dataset=simulated"],
     ):
-        subprocess.run(
-            [sys.executable, "-m", "evspan.launch", *command],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            timeout=600,
-        )
+        run_evspan(command, timeout=600)
     return shards
 
 
-def loader(
+def run_evspan(words: list[str], timeout: float) -> None:
+    """Runs an evspan command without its output."""
+    subprocess.run(
+        [sys.executable, "-m", "evspan.launch", *words],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        timeout=timeout,
+    )
+
+
+def make_loader(
     data: Dataset, sampling: Sampling, lanes: int, augmentation: AugmentationConfig
 ) -> Loader:
+    """A loader with one worker for all lanes."""
     config = TrainingConfig(
         batch_size=lanes,
         sequence_length=LENGTH,
@@ -76,137 +89,133 @@ def loader(
     return Loader(data, plan, range(lanes), range(LENGTH), config, seed=0)
 
 
-def rate(source: Loader, batches: int, repeats: int) -> float:
-    """Frames a second, from when the first batches are there."""
-    took = []
+def frames_per_s(loader: Loader, num_batches: int, repeats: int) -> float:
+    """Median frame rate of the rounds, after two batches each."""
+    seconds = []
     for i in range(repeats):
-        given = source.batches(i * batches)
-        list(islice(given, 2))
-        began = time.perf_counter()
-        list(map(len, islice(given, batches)))  # a batch is let go before the next one
-        took.append(time.perf_counter() - began)
-        given.close()  # type: ignore[attr-defined]
-    return batches * len(source.lanes) * LENGTH / median(took)
+        batches = loader.batches(i * num_batches)
+        list(islice(batches, 2))
+        start = time.perf_counter()
+        list(map(len, islice(batches, num_batches)))  # frees each batch before the next one
+        seconds.append(time.perf_counter() - start)
+        batches.close()  # type: ignore[attr-defined]  # it is a generator
+    return num_batches * len(loader.lanes) * LENGTH / median(seconds)
 
 
-def reading(data: Dataset, sampling: Sampling, given: argparse.Namespace) -> bool:
-    reached = True
-    for lanes in given.lanes:
-        for name, how in (("augmented", AugmentationConfig()), ("as stored", NOTHING)):
-            batches = max(1, given.frames // (lanes * LENGTH))
-            told = rate(loader(data, sampling, lanes, how), batches, given.repeats)
-            row(
+def measure_loader(data: Dataset, sampling: Sampling, args: argparse.Namespace) -> bool:
+    """Prints rows of frame rates. Returns whether all reach the target."""
+    all_reached = True
+    for lanes in args.lanes:
+        for name, augmentation in AUGMENTATIONS.items():
+            num_batches = max(1, args.frames // (lanes * LENGTH))
+            loader = make_loader(data, sampling, lanes, augmentation)
+            rate = frames_per_s(loader, num_batches, args.repeats)
+            reached = rate >= LEAST_FRAMES_PER_S
+            print_row(
                 f"{sampling.name}, lanes: {lanes}, {name}",
-                f"{told:.0f} frames/s",
+                f"{rate:.0f} frames/s",
                 str(PUBLISHED[sampling.name]),
-                f">= {WANTED}",
-                told >= WANTED,
+                f">= {LEAST_FRAMES_PER_S}",
+                reached,
             )
-            reached &= told >= WANTED
-    return reached
+            all_reached &= reached
+    return all_reached
 
 
-def waiting(shards: Path, given: argparse.Namespace) -> bool:
-    """Shares that the run itself logs, after a first stretch of warming up."""
-    with TemporaryDirectory(prefix="evspan-") as run:
+def measure_wait(shards: Path, args: argparse.Namespace) -> bool:
+    """Trains and prints the row of its wait. Returns whether it reaches the target."""
+    with TemporaryDirectory(prefix="evspan-") as run_dir:
         settings = {
             "dataset.root": shards,
-            "run_dir": run,
-            "size": given.size,
+            "run_dir": run_dir,
+            "size": args.size,
             "training.batch_size": 2,
             "training.sequence_length": LENGTH,
             "training.num_workers": 2,
-            "training.max_steps": 5 * given.steps,
-            "training.log_every": given.steps,
+            "training.max_steps": 5 * args.steps,
+            "training.log_every": args.steps,
             "training.evaluate_every": 0,
             "evaluation.write_detections": "false",
         }
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "evspan.launch",
-                "train",
-                *(f"{k}={v}" for k, v in settings.items()),
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            timeout=900,
-        )
-        events = EventAccumulator(run + "/tensorboard")
+        overrides = [f"{key}={value}" for key, value in settings.items()]
+        run_evspan(["train", *overrides], timeout=900)
+        events = EventAccumulator(run_dir + "/tensorboard")
         events.Reload()
-        shares, speeds = (
-            [e.value for e in events.Scalars(f"speed/{name}")][1:]
-            for name in ("data_wait_fraction", "frames_per_s")
-        )
-    row(
-        f"a training step's wait for data, {given.size}, 2 lanes, 2 workers ({median(speeds):.1f} frames/s)",
-        f"{median(shares):.1%}",
+        wait = median_scalar(events, "speed/data_wait_fraction")
+        rate = median_scalar(events, "speed/frames_per_s")
+    reached = wait < MOST_WAIT
+    print_row(
+        f"a training step's wait for data, {args.size}, 2 lanes, 2 workers ({rate:.1f} frames/s)",
+        f"{wait:.1%}",
         "",
-        f"< {MAX_WAIT:.0%}",
-        median(shares) < MAX_WAIT,
+        f"< {MOST_WAIT:.0%}",
+        reached,
     )
-    return median(shares) < MAX_WAIT
+    return reached
 
 
-def row(what: str, ours: str, published: str, goal: str, reached: bool | None) -> None:
-    print(
-        f"| {what} | {ours} | {published} | {goal} | {'' if reached is None else 'yes' if reached else 'NO'} |",
-        flush=True,
-    )
+def median_scalar(events: EventAccumulator, tag: str) -> float:
+    """Median of a logged value; the first one, of the warm-up, is left out."""
+    return median(event.value for event in events.Scalars(tag)[1:])
 
 
-def tell(shards: Path) -> None:
+def print_row(what: str, ours: str, published: str, target: str, reached: bool) -> None:
+    """Prints a row of the table."""
+    print(f"| {what} | {ours} | {published} | {target} | {yes_or_no(reached)} |", flush=True)
+
+
+def print_head(shards: Path) -> None:
+    """Prints what the shards contain, and the table's head."""
     entries = load_manifest(shards).split("train")
-    frames, events = sum(r.frames for r in entries), sum(r.events for r in entries)
-    size = sum((shards / path).stat().st_size for path in {r.shard for r in entries})
+    frames = sum(entry.frames for entry in entries)
+    events = sum(entry.events for entry in entries)
+    paths = {entry.shard for entry in entries}
+    size = sum((shards / path).stat().st_size for path in paths)
     print(
-        f"{frames} frames of {len(entries)} recordings, {events / frames / 1e3:.0f} k events and {size / frames / 1e3:.0f} kB "
-        "each\n"
+        f"{frames} frames of {len(entries)} recordings, {events / frames / 1e3:.0f} k events and "
+        f"{size / frames / 1e3:.0f} kB each\n"
     )
-    print("| what | ours | published | to reach | reached |\n|---|---|---|---|---|")
+    print("| what | ours | published | target | reached |\n|---|---|---|---|---|")
 
 
 @contextmanager
-def place(folder: Path | None) -> Iterator[Path]:
+def working_folder(folder: Path | None) -> Iterator[Path]:
+    """The folder, or a temporary one."""
     if folder:
         yield folder
         return
-    with TemporaryDirectory(prefix="evspan-") as made:
-        yield Path(made)
-
-
-ROWS = ("streaming", "random", "wait")
+    with TemporaryDirectory(prefix="evspan-") as temporary:
+        yield Path(temporary)
 
 
 def main() -> None:
+    """Prints the table; exit code 1 if a target is not reached."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--lanes", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--frames", type=int, default=500, help="of a round")
-    parser.add_argument("--seconds", type=float, default=6, help="of a recording")
+    parser.add_argument("--frames", type=int, default=500, help="frames per round")
+    parser.add_argument("--seconds", type=float, default=6, help="length of a recording")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--size", default="tiny", help="of the network in wait")
+    parser.add_argument("--size", default="tiny", help="size of the network in row `wait`")
     parser.add_argument(
-        "--steps", type=int, default=4, help="of a stretch that wait logs; five are run"
+        "--steps", type=int, default=4, help="steps per logged value in row `wait`; five are logged"
     )
     parser.add_argument(
-        "--folder", type=Path, help="where recordings and shards are kept for the next time"
+        "--folder", type=Path, help="keeps recordings and shards here for the next call"
     )
-    given = parser.parse_args()
-    machine()
+    args = parser.parse_args()
+    print_machine()
     keep_freed_memory()  # as every rank does
-    with place(given.folder) as folder:
-        shards = prepared(folder, given.seconds)
+    reached = []
+    with working_folder(args.folder) as folder:
+        shards = prepare_shards(folder, args.seconds)
         data = open_dataset(DatasetConfig(root=str(shards)), "train")
-        tell(shards)
-        reached = [
-            reading(data, kind, given)
-            for name, kind in (("streaming", Sampling.stream), ("random", Sampling.random))
-            if name in given.rows
-        ]
-        if "wait" in given.rows:
-            reached.append(waiting(shards, given))
+        print_head(shards)
+        for name, sampling in SAMPLINGS.items():
+            if name in args.rows:
+                reached.append(measure_loader(data, sampling, args))
+        if "wait" in args.rows:
+            reached.append(measure_wait(shards, args))
     sys.exit(0 if all(reached) else 1)
 
 

@@ -1,6 +1,7 @@
-"""What a network that has learned nothing scores: python tests/benchmarks/untrained.py demo/run demo/shards [val]
+"""Scores an untrained network: python tests/benchmarks/untrained.py demo/run demo/shards [val]
 
-Takes the model and frames of a run, draws fresh weights (seed 0), and evaluates them as `evspan evaluate` does.
+Takes the model config of a run, draws random weights (seed 0), and evaluates them as
+`evspan evaluate` does.
 """
 
 import sys
@@ -15,10 +16,12 @@ from evspan.pipeline.weights import load_weights
 
 
 def main(run: str, shards: str, split: str = "val") -> None:
-    weights, config = load_weights(run), EvaluationConfig(split=split, confidence_threshold=0.0)
+    """Prints the metrics of random weights on a split of the shards."""
+    model = load_weights(run).model
+    config = EvaluationConfig(split=split, confidence_threshold=0.0)
     data = open_dataset(DatasetConfig(root=shards), split)
     torch.manual_seed(0)
-    detector = Detector(weights.model, data.channels).eval()
+    detector = Detector(model, data.channels).eval()
     results = evaluate_split(
         detector, data, config, device=torch.device("cpu"), recordings=data.recordings
     )
