@@ -1,10 +1,12 @@
-"""How much of a training step on GPUs its exchange would take: bytes by formula, everything else by the assumptions below.
+"""Models the fraction of a training step on GPUs that the exchange takes.
 
-    .venv/bin/python tests/benchmarks/exchange_model.py [--plot pipeline/parallel/exchange_fraction.svg]
+    .venv/bin/python tests/benchmarks/exchange_model.py [--plot FILE.svg]
 
-`sequence_speed.py --rows share` holds the formulas to the bytes that real ranks send. No GPU was measured. What is left out makes
-the share smaller than it will be (nothing overlaps here, but kernels' launches and the T steps of a scan add to the step) or is
-there without sequence ranks, too (gradients over all ranks, statistics of BatchNorm over all ranks).
+pipeline/parallel/exchange_fraction.svg is its plot. Bytes follow from formulas, everything else
+from the assumptions below. `sequence_speed.py --rows exchange` compares the formulas with the bytes
+that real ranks send. No GPU was measured. What is left out makes the modelled fraction larger than
+the real one (nothing overlaps here, but kernel launches and the T steps of a scan add to the step),
+or exists without sequence ranks too (gradients and statistics of BatchNorm over all ranks).
 """
 
 import argparse
@@ -15,20 +17,41 @@ from typing import NamedTuple
 
 from evspan.pipeline.parallel.relay import SLICES_PER_RANK
 
-HEIGHT, WIDTH, STRIDES = 384, 640, (4, 8, 16, 32)
+HEIGHT = 384
+WIDTH = 640
+STRIDES = (4, 8, 16, 32)
 EMBED_DIM = {"micro": 16, "tiny": 32, "small": 48, "base": 64}
-# Of a frame: backbone; neck and head (detector_speed.py --rows floor).
-FORWARD_GFLOP = {"tiny": (5.9, 2.3), "small": (12.1, 5.3), "base": (20.6, 10.6)}
-LABELLED = 0.5  # of the frames, which neck and head see
+LABELLED = 0.5  # fraction of the frames, which neck and head process
 BF16 = 2  # bytes
-PEAK = 989e12  # H100 SXM, dense bfloat16 products a second
-UTILISATION = 0.1  # of it, by this network: small channels. Assumed
-NODE = 8  # GPUs that NVLink joins
+PEAK = 989e12  # H100 SXM, dense bfloat16 FLOP/s
+UTILISATION = 0.1  # of the peak, by this network with few channels. Assumed
+NODE = 8  # GPUs that NVLink connects
+RANKS = (2, 4, 8, 16, 32, 64)
+
+
+class ForwardGflop(NamedTuple):
+    """Forward GFLOP of a frame (detector_speed.py --rows floor)."""
+
+    backbone: float
+    neck_and_head: float
+
+
+FORWARD_GFLOP = {
+    "tiny": ForwardGflop(5.9, 2.3),
+    "small": ForwardGflop(12.1, 5.3),
+    "base": ForwardGflop(20.6, 10.6),
+}
 
 
 class Network(NamedTuple):
-    """rate: bytes a second that a rank sends (and at once receives) in large messages, below the line's rate.
-    latency, per_peer: seconds of a collective of nothing, and more of it for every other rank. Assumed."""
+    """A network between ranks. The latencies are assumed.
+
+    Attributes:
+        rate: bytes per second that a rank sends (and receives at the same time) in large messages,
+            below the line's rate.
+        latency: seconds of an empty collective.
+        per_peer: additional seconds for every other rank.
+    """
 
     name: str
     rate: float
@@ -36,19 +59,30 @@ class Network(NamedTuple):
     per_peer: float
 
     def seconds(self, sent: float, collectives: int, ranks: int) -> float:
+        """Time to send `sent` bytes in so many collectives."""
         return sent / self.rate + collectives * (self.latency + self.per_peer * (ranks - 1))
 
 
-NVLINK = Network(
-    "NVLink 450 GB/s", 0.82 * 450e9, 15e-6, 0.5e-6
-)  # NCCL reaches about 370 GB/s of the 450
+# NCCL reaches about 370 GB/s of the 450.
+NVLINK = Network("NVLink 450 GB/s", 0.82 * 450e9, 15e-6, 0.5e-6)
 INFINIBAND = Network("InfiniBand 200 Gb/s", 0.9 * 25e9, 25e-6, 1e-6)
 
 
-# -- bytes ---------------------------------------------------------------------------------------------------------
-def maps(size: str, height: int = HEIGHT, width: int = WIDTH) -> list[tuple[int, int]]:
-    """(cells, channels) of every stage."""
-    return [(height // s * (width // s), EMBED_DIM[size] * 2**k) for k, s in enumerate(STRIDES)]
+# -- bytes -----------------------------------------------------------------------------------------
+class FeatureMap(NamedTuple):
+    """The size of a stage's output."""
+
+    cells: int
+    channels: int
+
+
+def feature_maps(size: str, height: int = HEIGHT, width: int = WIDTH) -> list[FeatureMap]:
+    """The feature map of every stage."""
+    maps = []
+    for k, stride in enumerate(STRIDES):
+        cells = height // stride * (width // stride)
+        maps.append(FeatureMap(cells, EMBED_DIM[size] * 2**k))
+    return maps
 
 
 def transpose_bytes(
@@ -61,89 +95,90 @@ def transpose_bytes(
     height: int = HEIGHT,
     width: int = WIDTH,
 ) -> int:
-    """That a rank with `frames` frames sends in a step: per stage there and back, forward and backward, all but its own cells."""
-    return (
-        4
-        * frames
-        * lanes
-        * itemsize
-        * sum(
-            (ranks - 1) * math.ceil(cells / ranks) * channels
-            for cells, channels in maps(size, height, width)
-        )
-    )
+    """Bytes that a rank with `frames` frames sends in a step of the Transpose exchange.
+
+    Each stage sends all but the rank's own cells, there and back, forward and backward.
+    """
+    values = 0
+    for cells, channels in feature_maps(size, height, width):
+        values += (ranks - 1) * math.ceil(cells / ranks) * channels
+    return 4 * frames * lanes * itemsize * values
 
 
 def transpose_collectives() -> int:
+    """Number of all-to-alls in a step."""
     return 4 * len(STRIDES)
 
 
 def relay_bytes(
     size: str, itemsize: int, *, lanes: int = 1, height: int = HEIGHT, width: int = WIDTH
 ) -> int:
-    """That a rank in the middle sends: hidden and cell of every stage to the next, their gradients to the one before."""
-    return (
-        4
-        * lanes
-        * itemsize
-        * sum(cells * channels for cells, channels in maps(size, height, width))
-    )
+    """Bytes that a rank in the middle sends in a step of the Relay exchange.
+
+    Hidden and cell state of every stage to the next rank, their gradients to the previous one.
+    """
+    values = sum(cells * channels for cells, channels in feature_maps(size, height, width))
+    return 4 * lanes * itemsize * values
 
 
-# -- seconds -------------------------------------------------------------------------------------------------------
+# -- seconds ---------------------------------------------------------------------------------------
 def training_flop(size: str) -> float:
-    """Of a frame, forward and backward."""
-    backbone, rest = FORWARD_GFLOP[size]
-    return 3e9 * (backbone + LABELLED * rest)
+    """FLOP of a frame, forward and backward."""
+    forward = FORWARD_GFLOP[size]
+    return 3e9 * (forward.backbone + LABELLED * forward.neck_and_head)
 
 
 def scan_fraction(size: str) -> float:
-    """Of those, the LSTMs': 4 gates of [x, h] per cell."""
-    return (
-        3
-        * sum(2 * cells * 2 * channels * 4 * channels for cells, channels in maps(size))
-        / training_flop(size)
-    )
+    """Fraction of the training FLOP in the LSTMs: 4 gates of [x, h] per cell."""
+    forward = 0
+    for cells, channels in feature_maps(size):
+        forward += 2 * cells * 2 * channels * 4 * channels
+    return 3 * forward / training_flop(size)
 
 
 def compute_seconds(size: str, frames: int, utilisation: float = UTILISATION) -> float:
+    """Time that a rank computes for its frames."""
     return frames * training_flop(size) / (utilisation * PEAK)
 
 
-Way = Callable[
-    [str, int, int, float], float
-]  # size, frames a rank, ranks, seconds that a rank computes -> those of its exchange
+# (size, frames per rank, ranks, seconds that a rank computes) -> seconds of the exchange
+ExchangeTime = Callable[[str, int, int, float], float]
 
 
-def on_one_network(network: Network) -> Way:
+def on_one_network(network: Network) -> ExchangeTime:
+    """Transpose over one network."""
+
     def seconds(size: str, frames: int, ranks: int, _: float) -> float:
-        return network.seconds(
-            transpose_bytes(size, frames, ranks, BF16), transpose_collectives(), ranks
-        )
+        sent = transpose_bytes(size, frames, ranks, BF16)
+        return network.seconds(sent, transpose_collectives(), ranks)
 
     return seconds
 
 
 def on_nodes(size: str, frames: int, ranks: int, _: float) -> float:
-    """Nodes of 8: what goes to the same node and what goes to others go at the same time."""
-    sent, inside = transpose_bytes(size, frames, ranks, BF16), min(ranks, NODE)
-    far = (ranks - inside) / (ranks - 1)
-    calls = transpose_collectives()
-    near = NVLINK.seconds(sent * (1 - far), calls, inside)
-    return max(near, INFINIBAND.seconds(sent * far, calls, ranks)) if far else near
+    """Transpose over nodes of 8 GPUs. Traffic inside and between nodes overlaps."""
+    sent = transpose_bytes(size, frames, ranks, BF16)
+    ranks_per_node = min(ranks, NODE)
+    far = (ranks - ranks_per_node) / (ranks - 1)
+    collectives = transpose_collectives()
+    near_seconds = NVLINK.seconds(sent * (1 - far), collectives, ranks_per_node)
+    if not far:
+        return near_seconds
+    return max(near_seconds, INFINIBAND.seconds(sent * far, collectives, ranks))
 
 
 def relay(size: str, frames: int, ranks: int, compute: float) -> float:
-    """Over InfiniBand: the states that are handed on, and the time in which the wavefront has not reached a rank. A scan's last
-    rank ends slices + ranks - 1 hand-overs after the first began."""
+    """Relay over InfiniBand: its messages, and the idle time before the wavefront reaches a rank.
+
+    The last rank of a scan ends slices + ranks - 1 messages after the first one began.
+    """
     slices = SLICES_PER_RANK * ranks
     idle = compute * scan_fraction(size) * (ranks - 1) / slices
-    return idle + INFINIBAND.seconds(
-        relay_bytes(size, BF16), 2 * len(STRIDES) * (slices + ranks - 1), 1
-    )
+    messages = 2 * len(STRIDES) * (slices + ranks - 1)
+    return idle + INFINIBAND.seconds(relay_bytes(size, BF16), messages, 1)
 
 
-WAYS: dict[str, Way] = {
+EXCHANGES: dict[str, ExchangeTime] = {
     NVLINK.name: on_one_network(NVLINK),
     "nodes of 8: NVLink, InfiniBand between": on_nodes,
     INFINIBAND.name: on_one_network(INFINIBAND),
@@ -151,111 +186,128 @@ WAYS: dict[str, Way] = {
 }
 
 
-def share_of_step(exchange: float, compute: float) -> float:
+def fraction_of_step(exchange: float, compute: float) -> float:
+    """Fraction of a step without overlap that the exchange takes."""
     return exchange / (exchange + compute)
 
 
-# -- table and plot ------------------------------------------------------------------------------------------------
-RANKS = (2, 4, 8, 16, 32, 64)
-
-
-def table(size: str, frames: int, utilisation: float) -> None:
+# -- table and plot --------------------------------------------------------------------------------
+def print_table(size: str, frames: int, utilisation: float) -> None:
+    """Prints the fractions of one size by exchange and number of ranks."""
     compute = compute_seconds(size, frames, utilisation)
     sent = transpose_bytes(size, frames, 64, BF16) / 1e6
     print(
-        f"\n{size}, {frames} frames a rank, bfloat16, {utilisation:.0%} of an H100's peak: {compute * 1e3:.1f} ms of "
-        f"computing; {sent:.0f} MB sent at 64 ranks\n"
+        f"\n{size}, {frames} frames a rank, bfloat16, {utilisation:.0%} of an H100's peak: "
+        f"{compute * 1e3:.1f} ms of computing; {sent:.0f} MB sent at 64 ranks\n"
     )
-    print(
-        f"| share of the step | {' | '.join(f'{n} ranks' for n in RANKS)} |\n|---|{'---|' * len(RANKS)}"
-    )
-    for name, way in WAYS.items():
-        shares = [share_of_step(way(size, frames, n, compute), compute) for n in RANKS]
-        print(f"| {name} | {' | '.join(f'{s:.0%}' for s in shares)} |")
+    print(f"| fraction of the step | {' | '.join(f'{n} ranks' for n in RANKS)} |")
+    print(f"|---|{'---|' * len(RANKS)}")
+    for name, exchange_time in EXCHANGES.items():
+        cells = []
+        for ranks in RANKS:
+            exchange = exchange_time(size, frames, ranks, compute)
+            cells.append(f"{fraction_of_step(exchange, compute):.0%}")
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 COLOURS = ("#1b7f4b", "#2a6fdb", "#d1495b", "#8a6d00")
-LEFT, TOP, WIDE, HIGH, GAP, MOST = 48, 40, 300, 220, 56, 1.0
+LEFT = 48
+TOP = 40
+PANEL_WIDTH = 300
+PANEL_HEIGHT = 220
+GAP = 56
+PANELS: list[tuple[str, Callable[[int], int]]] = [  # title, ranks -> frames per rank
+    ("base, 16 frames a rank: T grows with the ranks", lambda ranks: 16),
+    ("base, 128 frames in all: 64 a rank, ..., 2 a rank", lambda ranks: 128 // ranks),
+]
 
 
 def plot(path: Path) -> None:
-    panels = [
-        ("base, 16 frames a rank: T grows with the ranks", lambda ranks: 16),
-        ("base, 128 frames in all: 64 a rank, ..., 2 a rank", lambda ranks: 128 // ranks),
-    ]
-    width, height = LEFT + 2 * WIDE + GAP + 16, TOP + HIGH + 100
+    """Draws the fractions of `base` over the number of ranks."""
+    width = LEFT + 2 * PANEL_WIDTH + GAP + 16
+    height = TOP + PANEL_HEIGHT + 100
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
-    for i, (title, frames) in enumerate(panels):
-        out += _panel(LEFT + i * (WIDE + GAP), title, frames)
-    for i, name in enumerate(WAYS):
-        x, y = LEFT + (i % 2) * (WIDE + GAP), TOP + HIGH + 52 + 20 * (i // 2)
+    for i, (title, frames) in enumerate(PANELS):
+        out += _panel(LEFT + i * (PANEL_WIDTH + GAP), title, frames)
+    for i, name in enumerate(EXCHANGES):
+        x = LEFT + (i % 2) * (PANEL_WIDTH + GAP)
+        y = TOP + PANEL_HEIGHT + 52 + 20 * (i // 2)
         out += [
             f'<line x1="{x}" x2="{x + 24}" y1="{y - 4}" y2="{y - 4}" {_stroke(i)}/>',
             f'<text x="{x + 30}" y="{y}">{name}</text>',
         ]
     out.append(
-        f'<text x="{LEFT}" y="{height - 8}" fill="#555">Modelled: bfloat16, {UTILISATION:.0%} of an H100\'s dense peak, '
-        "nothing overlapped</text></svg>"
+        f'<text x="{LEFT}" y="{height - 8}" fill="#555">Modelled: bfloat16, {UTILISATION:.0%} of '
+        "an H100's dense peak, nothing overlapped</text></svg>"
     )
     path.write_text("\n".join(out) + "\n")
 
 
 def _stroke(i: int) -> str:
-    return f'fill="none" stroke="{COLOURS[i]}" stroke-width="2"' + (
-        ' stroke-dasharray="5 4"' if i == 3 else ""
-    )
+    stroke = f'fill="none" stroke="{COLOURS[i]}" stroke-width="2"'
+    if i == 3:
+        stroke += ' stroke-dasharray="5 4"'
+    return stroke
 
 
 def _panel(left: float, title: str, frames: Callable[[int], int]) -> list[str]:
-    def at(ranks: int, share: float) -> tuple[float, float]:
-        return left + WIDE * (math.log2(ranks) - 1) / 5, TOP + HIGH * (1 - share / MOST)
+    def column(ranks: int) -> float:
+        return left + PANEL_WIDTH * (math.log2(ranks) - 1) / 5
+
+    def row(fraction: float) -> float:
+        return TOP + PANEL_HEIGHT * (1 - fraction)
 
     out = [f'<text x="{left}" y="{TOP - 14}">{title}</text>']
-    for percent in range(0, round(100 * MOST) + 1, 20):
-        y = at(2, percent / 100)[1]
+    right = left + PANEL_WIDTH
+    for percent in range(0, 101, 20):
+        y = row(percent / 100)
         out += [
-            f'<line x1="{left}" x2="{left + WIDE}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>',
+            f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>',
             f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{percent}%</text>',
         ]
-    out += [
-        f'<text x="{at(n, 0)[0]:.1f}" y="{TOP + HIGH + 16}" text-anchor="middle">{n}</text>'
-        for n in RANKS
-    ]
-    out.append(
-        f'<text x="{left + WIDE / 2}" y="{TOP + HIGH + 32}" text-anchor="middle">ranks that share a sequence</text>'
-    )
-    for i, way in enumerate(WAYS.values()):
-        computing = {n: compute_seconds("base", frames(n)) for n in RANKS}
-        points = [
-            at(n, share_of_step(way("base", frames(n), n, computing[n]), computing[n]))
-            for n in RANKS
-        ]
+    label_y = TOP + PANEL_HEIGHT + 16
+    for ranks in RANKS:
         out.append(
-            f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" {_stroke(i)}/>'
+            f'<text x="{column(ranks):.1f}" y="{label_y}" text-anchor="middle">{ranks}</text>'
         )
+    middle = left + PANEL_WIDTH / 2
+    out.append(
+        f'<text x="{middle}" y="{label_y + 16}" text-anchor="middle">'
+        "ranks that share a sequence</text>"
+    )
+    for i, exchange_time in enumerate(EXCHANGES.values()):
+        points = []
+        for ranks in RANKS:
+            compute = compute_seconds("base", frames(ranks))
+            exchange = exchange_time("base", frames(ranks), ranks, compute)
+            fraction = fraction_of_step(exchange, compute)
+            points.append(f"{column(ranks):.1f},{row(fraction):.1f}")
+        out.append(f'<polyline points="{" ".join(points)}" {_stroke(i)}/>')
     return out
 
 
 def main() -> None:
+    """Prints the tables and draws the plot."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=FORWARD_GFLOP, default=list(FORWARD_GFLOP))
     parser.add_argument(
-        "--frames", nargs="+", type=int, default=[2, 16], help="of a rank, all lanes together"
+        "--frames", nargs="+", type=int, default=[2, 16], help="frames per rank, of all lanes"
     )
     parser.add_argument(
         "--utilisation", nargs="+", type=float, default=[UTILISATION, 3 * UTILISATION]
     )
     parser.add_argument("--plot", type=Path)
-    given = parser.parse_args()
-    for size in given.sizes:
-        for frames in given.frames:
-            for utilisation in given.utilisation:
-                table(size, frames, utilisation)
-    if given.plot:
-        plot(given.plot)
+    args = parser.parse_args()
+    for size in args.sizes:
+        for frames in args.frames:
+            for utilisation in args.utilisation:
+                print_table(size, frames, utilisation)
+    if args.plot:
+        plot(args.plot)
 
 
 if __name__ == "__main__":
