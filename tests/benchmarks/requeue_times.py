@@ -16,12 +16,13 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-TESTS = Path(__file__).parent.parent
-sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from support.slurm_cluster import Cluster
 from support.slurm_runs import events, evspan, keys, time_out, wait_for
 from support.small_shards import write_small_shards
+
+CLUSTER_PROGRAM = Path(__file__).parent.parent / "support" / "slurm_cluster.py"
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     keeper = subprocess.Popen(
-        [sys.executable, str(TESTS / "support" / "slurm_cluster.py")],
+        [sys.executable, str(CLUSTER_PROGRAM)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
