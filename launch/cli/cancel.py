@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.sweep.cancel import cancel_runs, describe_cancellation
 
 DESCRIPTION = """Cancels the SLURM jobs of a run, or of all runs of a sweep that wait or run. The
@@ -46,7 +46,8 @@ def cancel(options: CancelOptions) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs `evspan cancel`."""
-    run_command(lambda: cancel(parse_options(argv)))
+    with reported_errors():
+        cancel(parse_options(argv))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import contextvars
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from evspan.conf.errors import (
@@ -24,8 +25,9 @@ def debugging() -> bool:
     return os.environ.get("EVSPAN_DEBUG", "") not in ("", "0")
 
 
-def run_command(main: Callable[[], object]) -> None:
-    """Call `main`; log the user's mistakes as `error: ...` and exit with code 2.
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Log the user's mistakes as `error: ...` and exit with code 2.
 
     EVSPAN_DEBUG=1 shows their traceback. Defects of the program itself always show theirs.
     """
@@ -33,7 +35,7 @@ def run_command(main: Callable[[], object]) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     ensure_logging()
     try:
-        main()
+        yield
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED_EXIT_CODE)
     except LostRanksError as error:
@@ -48,6 +50,12 @@ def run_command(main: Callable[[], object]) -> None:
         if debugging():
             raise
         fail(one_line(error))
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Call `main` with `reported_errors`."""
+    with reported_errors():
+        main()
 
 
 def fail(message: str) -> NoReturn:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from evspan.conf.errors import UserError
 from evspan.conf.presets import size_names, size_of
 from evspan.conf.schema.prep import FrameMode
-from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.cli.command import Parser, reported_errors
 from evspan.pipeline.known_facts import KnownFacts
 
 if TYPE_CHECKING:
@@ -196,7 +196,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs `evspan convert`."""
-    run_command(lambda: convert(parse_options(argv)))
+    with reported_errors():
+        convert(parse_options(argv))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from evspan.launch.cli.command import Parser, report_error, run_command
+from evspan.launch.cli.command import Parser, report_error, reported_errors
 from evspan.launch.demo import (
     MODULE,
     REQUIRED_AP50,
@@ -118,7 +118,8 @@ def last_line(result: DemoResult) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the demo."""
-    run_command(lambda: sys.exit(demo(parse_options(argv))))
+    with reported_errors():
+        sys.exit(demo(parse_options(argv)))
 
 
 if __name__ == "__main__":

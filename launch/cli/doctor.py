@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.doctor.checks import DoctorOptions, Section, run_doctor
 from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding
 
@@ -188,7 +188,8 @@ def print_json(rows: list[Row]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs `evspan doctor`."""
-    run_command(lambda: sys.exit(doctor(parse_options(argv))))
+    with reported_errors():
+        sys.exit(doctor(parse_options(argv)))
 
 
 if __name__ == "__main__":

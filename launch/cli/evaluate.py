@@ -4,7 +4,7 @@ import sys
 
 from evspan.conf.errors import UserError
 from evspan.conf.schema.training import EvaluateConfig
-from evspan.launch.cli.command import exit_unless_zero, run_command
+from evspan.launch.cli.command import exit_unless_zero, reported_errors, run_command
 from evspan.launch.cli.config_arguments import config_information, parse_config_arguments
 from evspan.launch.cli.grammar import evaluate_overrides
 
@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
 
         evaluate_compare.main(arguments[1:])
         return
-    run_command(lambda: _evaluate(arguments))
+    with reported_errors():
+        _evaluate(arguments)
 
 
 def _evaluate(argv: list[str]) -> None:

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.cli.command import Parser, reported_errors
 
 DESCRIPTION = """Two evaluations of the same frames side by side, with intervals. Bootstrap samples
 of the recordings are drawn, the same ones for both, and scored. A difference is more than chance
@@ -86,4 +86,5 @@ def main(argv: list[str]) -> None:
             f"--resamples {options.resamples} must be 1 or more, --seed {options.seed} 0 or more, "
             f"and --confidence {options.confidence} between 0 and 1"
         )
-    run_command(lambda: run(options))
+    with reported_errors():
+        run(options)

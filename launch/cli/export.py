@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from evspan.conf.errors import UserError
-from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.cli.command import Parser, reported_errors
 from evspan.pipeline.inference.options import ExportOptions
 
 DESCRIPTION = """The detector's step for one frame, state in and state out, for use without Evspan.
@@ -110,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     options = ExportOptions(**vars(_parser().parse_args(argv)))
-    run_command(lambda: export(options))
+    with reported_errors():
+        export(options)
 
 
 if __name__ == "__main__":

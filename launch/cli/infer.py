@@ -12,7 +12,7 @@ from evspan.conf.errors import UserError
 from evspan.conf.text import plural
 from evspan.data_prep.draw import ANIMATION_SUFFIXES
 from evspan.data_prep.labels.box_files import recording_name
-from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.cli.command import Parser, reported_errors
 from evspan.pipeline.inference.options import InferOptions, RecordingFiles, RecordingSummary
 
 DESCRIPTION = """Detections of recordings, straight from the sensor's files.
@@ -322,7 +322,8 @@ def _add_detection(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = _parser().parse_args(argv)
-    run_command(lambda: infer(args))
+    with reported_errors():
+        infer(args)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.sweep.logs import LogSelection, read_logs
 
 DESCRIPTION = """Prints the log of a rank, attempt after attempt (RUN/logs/rank-00.log). Rank 0
@@ -67,7 +67,8 @@ def logs(options: LogsOptions) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs `evspan logs`."""
-    run_command(lambda: logs(parse_options(argv)))
+    with reported_errors():
+        logs(parse_options(argv))
 
 
 if __name__ == "__main__":

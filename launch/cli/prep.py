@@ -10,7 +10,7 @@ from evspan.conf.errors import require
 from evspan.conf.schema.cluster import Scheduler
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.text import plural
-from evspan.launch.cli.command import run_command
+from evspan.launch.cli.command import reported_errors
 from evspan.launch.cli.config_arguments import config_information, parse_config_arguments
 
 if TYPE_CHECKING:  # not imported for --help
@@ -140,10 +140,12 @@ def main(argv: list[str] | None = None) -> None:
     if argv and argv[0] in TOOLS:
         tool: Callable[[list[str]], None] = import_module(TOOLS[argv[0]]).main
         tool_argv = argv[1:]
-        run_command(lambda: tool(tool_argv))
+        with reported_errors():
+            tool(tool_argv)
     else:
         prep_argv = argv or ["--help"]
-        run_command(lambda: compose_and_prepare(prep_argv))
+        with reported_errors():
+            compose_and_prepare(prep_argv)
 
 
 def compose_and_prepare(argv: list[str]) -> None:

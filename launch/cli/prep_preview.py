@@ -13,7 +13,7 @@ from evspan.data_prep.preview import (
     write_preview,
 )
 from evspan.data_prep.shards.format import SPLITS
-from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.cli.command import Parser, reported_errors
 
 DESCRIPTION = """\
 Draws frames with their boxes. A .png is a sheet of frames, evenly spaced over the time span; a .gif
@@ -94,7 +94,8 @@ def preview(options: PreviewOptions) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     options = PreviewOptions(**vars(_parser().parse_args(argv)))
-    run_command(lambda: preview(options))
+    with reported_errors():
+        preview(options)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from evspan.data_prep.report.build import ReportOptions, write_report
 from evspan.data_prep.report.markup import printable
 from evspan.data_prep.report.survey import FRAMES_PER_RECORDING
 from evspan.data_prep.shards.format import SPLITS
-from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.cli.command import Parser, reported_errors
 
 DESCRIPTION = """\
 Writes a page with the splits, labels, classes, box sizes, events over time, dropped events and
@@ -64,7 +64,8 @@ def report(options: ReportOptions) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     options = ReportOptions(**vars(_parser().parse_args(argv)))
-    run_command(lambda: report(options))
+    with reported_errors():
+        report(options)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.cli.status import states_note
 from evspan.launch.cli.table import format_table
 from evspan.launch.sweep.report.summary import SweepReport, highlights, result_rows, write_report
@@ -76,7 +76,8 @@ def report_lines(sweep_report: SweepReport) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs `evspan report`."""
-    run_command(lambda: report(parse_options(argv)))
+    with reported_errors():
+        report(parse_options(argv))
 
 
 if __name__ == "__main__":

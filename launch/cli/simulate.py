@@ -14,7 +14,7 @@ from evspan.data_prep.simulator.recording_set import (
     is_complete,
     write_recordings,
 )
-from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.cli.command import Parser, reported_errors
 
 DESCRIPTION = """Recordings of moving textured balls, boxes and bars, with boxes at 60 Hz. OUT/train
 has train_000_td.raw, train_000_bbox.npy and train_000_simulation.json (the parameters), and so on.
@@ -198,7 +198,8 @@ def _add_scene(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = _parser().parse_args(argv)
-    run_command(lambda: simulate_all(options_from(args)))
+    with reported_errors():
+        simulate_all(options_from(args))
 
 
 if __name__ == "__main__":

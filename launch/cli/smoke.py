@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from evspan.conf.errors import UserError
-from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.cli.table import format_table
 from evspan.launch.local.run import under_launcher
 from evspan.launch.smoke import (
@@ -186,7 +186,8 @@ def print_verdict(result: SmokeResult) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs `evspan smoke`."""
-    run_command(lambda: sys.exit(smoke(parse_options(argv))))
+    with reported_errors():
+        sys.exit(smoke(parse_options(argv)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evspan.conf.errors import UserError
-from evspan.launch.cli.command import Parser, run_command
+from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.cli.table import format_table
 from evspan.launch.sweep.registry import RunList, describe_all, read_runs
 from evspan.launch.sweep.status import NUMBERS, as_json, status_rows, watch_runs
@@ -115,7 +115,8 @@ def states_note(note: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs `evspan status`."""
-    run_command(lambda: status(parse_options(argv)))
+    with reported_errors():
+        status(parse_options(argv))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from evspan.conf.errors import UserError
 from evspan.conf.schema.training import TrainConfig
-from evspan.launch.cli.command import exit_unless_zero, run_command
+from evspan.launch.cli.command import exit_unless_zero, reported_errors
 from evspan.launch.cli.config_arguments import (
     ConfigArguments,
     config_information,
@@ -51,7 +51,8 @@ HELP = """evspan submit: one run as a SLURM job, over as many nodes as parallel.
 def main(argv: list[str] | None = None) -> None:
     """Submit the run that the arguments make; sys.argv for None."""
     arguments = sys.argv[1:] if argv is None else argv
-    run_command(lambda: _submit(arguments))
+    with reported_errors():
+        _submit(arguments)
 
 
 def _submit(argv: list[str]) -> None:

@@ -3,7 +3,7 @@
 import sys
 
 from evspan.conf.schema.training import TrainConfig
-from evspan.launch.cli.command import exit_unless_zero, run_command
+from evspan.launch.cli.command import exit_unless_zero, reported_errors
 from evspan.launch.cli.config_arguments import config_information, parse_config_arguments
 from evspan.launch.cli.submit import refuse_train_options
 
@@ -27,7 +27,8 @@ HELP = """evspan sweep: a run for each combination of the values given with comm
 def main(argv: list[str] | None = None) -> None:
     """Submit a run for each combination of values; sys.argv for None."""
     arguments = sys.argv[1:] if argv is None else argv
-    run_command(lambda: _sweep(arguments))
+    with reported_errors():
+        _sweep(arguments)
 
 
 def _sweep(argv: list[str]) -> None:

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from evspan.conf.schema.training import TrainConfig
-from evspan.launch.cli.command import exit_unless_zero, run_command
+from evspan.launch.cli.command import exit_unless_zero, reported_errors, run_command
 from evspan.launch.cli.config_arguments import config_information, parse_config_arguments
 
 HELP = """evspan train: shards -> a trained detector, its checkpoints and TensorBoard curves
@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     torchrun --nproc-per-node 2 -m evspan.launch.cli.train parallel.ranks=2 dataset.root=SHARDS
     """
     arguments = sys.argv[1:] if argv is None else argv
-    run_command(lambda: _train(arguments))
+    with reported_errors():
+        _train(arguments)
 
 
 def _train(argv: list[str]) -> None:
