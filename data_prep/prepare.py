@@ -12,7 +12,7 @@ import xxhash
 from evspan.conf.errors import ConfigError, ShardError
 from evspan.conf.schema.prep import PrepConfig
 from evspan.data_prep.recordings.sources import Source, find_sources, in_no_split
-from evspan.data_prep.shards.atomic import LOCK, UNFINISHED, file_xxh3, locked, written_whole
+from evspan.data_prep.shards.atomic import LOCK, UNFINISHED, atomic_write, file_xxh3, locked
 from evspan.data_prep.shards.format import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest
 from evspan.data_prep.shards.marks import MARKS, read_marks, write_marks
 from evspan.data_prep.shards.pack import (
@@ -39,7 +39,7 @@ NAMED = 3  # files that an error message names
 
 
 @dataclass(frozen=True)
-class Report:
+class PrepReport:
     """What a run did.
 
     Attributes:
@@ -52,7 +52,7 @@ class Report:
     removed: list[str]
 
 
-def prepare(config: PrepConfig, runner: Runner | None = None) -> Report:
+def prepare(config: PrepConfig, runner: Runner | None = None) -> PrepReport:
     """Prepares `config.source` into `config.output`.
 
     Each recording goes to a part file, the parts are gathered into shards, and manifest.json is
@@ -80,7 +80,7 @@ def prepare(config: PrepConfig, runner: Runner | None = None) -> Report:
             manifest = _apply(plan, sources, output, target, config, runner or LocalRunner())
         finally:
             clean_unfinished(output)  # of workers that were killed
-    return Report(manifest, {key: redo.reason for key, redo in plan.redo.items()}, plan.removed)
+    return PrepReport(manifest, {key: redo.reason for key, redo in plan.redo.items()}, plan.removed)
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -286,5 +286,5 @@ def _write_manifest(output: Path, manifest: Manifest) -> None:
     path = output / MANIFEST
     text = manifest.to_json()
     if not path.is_file() or path.read_text() != text:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text)

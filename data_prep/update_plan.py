@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evspan.data_prep.shards.format import RecordingEntry
-from evspan.data_prep.shards.write import Stored, acceptable
+from evspan.data_prep.shards.write import Stored, is_acceptable
 
 NEW = "new"
 MISSING = "its shard is missing or damaged"
@@ -40,7 +40,7 @@ class RecordingState:
 
 @dataclass(frozen=True)
 class Target:
-    """What the folder has to hold after the update.
+    """What the folder contains after the update.
 
     Attributes:
         config: the resolved config (`evspan.data_prep.shards.write.resolved_config`).
@@ -88,14 +88,14 @@ class UpdatePlan:
 def plan_update(
     states: Mapping[str, RecordingState], target: Target, listed_frames: dict[str, Any]
 ) -> UpdatePlan:
-    """Compares what is there with what has to be there.
+    """Compares the stored recordings with those of the source and the target config.
+
+    A recording that is prepared again returns to its shard, unless the frame config has changed:
+    frames then have another size, and all shards are filled again.
 
     Args:
         states: all recordings of the source, the shards and the manifest, by split/recording.
         listed_frames: the frame config of the manifest; empty without a manifest.
-
-    A recording that is prepared again returns to its shard, unless the frame config has changed:
-    frames then have another size, and all shards are filled again.
     """
     plan = UpdatePlan()
     frames = target.config["frames"]
@@ -139,6 +139,6 @@ def reason_to_redo(state: RecordingState, target: Target) -> str:
         return BOXES_CHANGED
     if state.stored.config != target.config:
         return CONFIG_CHANGED
-    if not acceptable(state.stored.entry, target.max_invalid_fraction):
+    if not is_acceptable(state.stored.entry, target.max_invalid_fraction):
         return REFUSED
     return ""

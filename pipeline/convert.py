@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from evspan.conf.errors import UserError
-from evspan.data_prep.shards.atomic import written_whole
+from evspan.data_prep.shards.atomic import atomic_write
 from evspan.pipeline.inference.trained_detector import check_fit
 from evspan.pipeline.known_facts import NOTHING_KNOWN, KnownFacts
 from evspan.pipeline.rvt_checkpoint import SUFFIX, open_weights, save_published
@@ -28,6 +28,6 @@ def convert_weights(source: Path, output: Path, facts: KnownFacts = NOTHING_KNOW
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     save = save_published if output.suffix == SUFFIX else save_weights
-    with written_whole(output) as temporary:
+    with atomic_write(output) as temporary:
         save(temporary, weights)
     return weights

@@ -35,7 +35,7 @@ def append(run: str | Path, event: str, **values: Any) -> None:
         if _last_line_is_cut(handle):
             line = "\n" + line
         os.write(handle, line.encode())
-        os.fsync(handle)  # other machines decide by it
+        os.fsync(handle)  # launchers on other machines read it
     finally:
         os.close(handle)
 
@@ -122,12 +122,12 @@ def record_start(run: Path, step: int, max_steps: int) -> AttemptStart:
     """Appends a `start` event. step: of the checkpoint that the attempt continues from."""
     events = read(run)
     progress = read_progress(run)
-    seen = [e["time"] for e in events if e["event"] not in ("requeued", "submitted")]
+    event_times = [e["time"] for e in events if e["event"] not in ("requeued", "submitted")]
     steps = [event.get("step", 0) for event in events]
     attempt = AttemptStart(
         number=attempts(events) + 1,
         step=step,
-        last_seen=max([*seen, progress.get("time", 0.0)]),
+        last_seen=max([*event_times, progress.get("time", 0.0)]),
         step_reached=max([*steps, progress.get("step", 0)]) if step else 0,
     )
     append(

@@ -21,7 +21,7 @@ from evspan.conf.presets import dataset_classes
 from evspan.conf.schema.prep import FrameConfig, FrameMode
 from evspan.pipeline.infer_config import infer_model
 from evspan.pipeline.known_facts import NOTHING_KNOWN, KnownFacts
-from evspan.pipeline.weights import HEADER_KEY, Weights, describe, described, load_weights
+from evspan.pipeline.weights import HEADER_KEY, Weights, describe, load_weights, parse_description
 from torch import Tensor
 
 PREFIX = "mdl."  # RVT's Lightning module has the network in its attribute `mdl`
@@ -145,8 +145,8 @@ def _load(path: Path) -> Any:
         reason = re.split(r"\s(?:Please|Check the doc|In PyTorch)|\n", text)[0]
         raise UserError(
             f"{path} cannot be read as a checkpoint ({reason or type(error).__name__}). Name a "
-            f"{SUFFIX} as RVT and Lightning write it. If you trust its source, save its tensors "
-            "alone, where it was made: "
+            f"{SUFFIX} as RVT and Lightning write it. If you trust its source, save only its "
+            "tensors, where its libraries are installed: "
             f"torch.save({{'state_dict': checkpoint['state_dict']}}, NAME{SUFFIX})"
         ) from error
 
@@ -167,7 +167,7 @@ def _read(path: Path, facts: KnownFacts) -> Weights:
     tensors = {name.removeprefix(PREFIX): t.detach() for name, t in state_dict.items()}
     description = content.get(HEADER_KEY)
     if isinstance(description, str):
-        return described(tensors, description, path)
+        return parse_description(tensors, description, path)
     step = content.get("global_step")
     return _as_published(tensors, step if isinstance(step, int) else 0, facts)
 

@@ -70,7 +70,7 @@ def describe(weights: Weights) -> dict[str, Any]:
     }
 
 
-def described(tensors: dict[str, Tensor], description: str, file: Path) -> Weights:
+def parse_description(tensors: dict[str, Tensor], description: str, file: Path) -> Weights:
     """The inverse of `describe`.
 
     Args:
@@ -139,7 +139,7 @@ def load_weights(path: str | Path) -> Weights:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
     except (SafetensorError, KeyError) as error:
         raise _not_a_weights_file(file, error) from error
-    return described(tensors, description, file)
+    return parse_description(tensors, description, file)
 
 
 def _not_a_weights_file(file: Path, error: Exception) -> UserError:

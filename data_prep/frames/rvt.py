@@ -80,8 +80,8 @@ def _taken(times: NDArray[np.int64]) -> list[TakenLabel]:
     hertz = int(np.rint(1e6 / period))
     if hertz not in PERIODS:
         raise BoxesError(
-            f"labels come at {hertz} Hz; RVT's preparation knows 30 and 60 Hz. "
-            "Use frames.mode=exact, which takes any"
+            f"labels come at {hertz} Hz; RVT's preparation supports 30 and 60 Hz. "
+            "Use frames.mode=exact, which supports any rate"
         )
     base = int(PERIODS[hertz] * period)
     for time in late[1:].tolist():

@@ -7,7 +7,7 @@ from evspan.conf.errors import UserError
 from evspan.data_prep.report.findings import findings
 from evspan.data_prep.report.page import page
 from evspan.data_prep.report.survey import FRAMES_PER_RECORDING, survey
-from evspan.data_prep.shards.atomic import written_whole
+from evspan.data_prep.shards.atomic import atomic_write
 
 SUFFIXES = (".html", ".htm")
 
@@ -62,6 +62,6 @@ def write_report(options: ReportOptions) -> ReportSummary:
         frames_per_recording=options.frames_per_recording,
     )
     warnings = findings(surveyed)
-    with written_whole(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_write(out) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(page(surveyed, warnings))
     return ReportSummary(out, len(surveyed.recordings), warnings)

@@ -266,10 +266,10 @@ def band_over_time(
     y_ticks = round_ticks(float(high.max()), 4)
     half = float(times_s[1] - times_s[0]) / 2 if times_s.size > 1 else 0.5
     axes = Axes(0.0, float(times_s[-1]) + half, y_ticks[-1], width=1140, height=230)
-    there = _points(axes, times_s, low)
-    back = _points(axes, times_s[::-1], high[::-1])
+    lower = _points(axes, times_s, low)
+    upper = _points(axes, times_s[::-1], high[::-1])
     content = [
-        f'<polygon class="area" points="{there} {back}"/>',
+        f'<polygon class="area" points="{lower} {upper}"/>',
         f'<polyline class="line" points="{_points(axes, times_s, middle)}"/>',
     ]
     for time, tip in zip(times_s.tolist(), tips, strict=True):

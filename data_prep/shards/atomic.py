@@ -35,7 +35,7 @@ def file_xxh3(path: Path) -> str:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to.
 
     On success the file is synced and replaces `path`; on failure it is deleted.
@@ -96,12 +96,12 @@ class Disk(io.FileIO):
 
 
 @contextmanager
-def hdf5_written_whole(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+def atomic_hdf5(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
     """Yields an HDF5 file that replaces `path` when it is complete, and `Disk.check`.
 
     Call the latter from time to time, so that a full disk ends the work early.
     """
-    with written_whole(path) as temporary, Disk(temporary, "w+") as disk:
+    with atomic_write(path) as temporary, Disk(temporary, "w+") as disk:
         try:
             with h5py.File(disk, "w") as file:
                 yield file, disk.check
@@ -121,8 +121,8 @@ def _sync(path: Path) -> None:
 def locked(folder: Path, doing: str = "") -> Iterator[None]:
     """Holds the lock on `folder`, so that one process at a time writes to it.
 
-    The lock ends with the process, however that ends. Its file names the process that holds it,
-    or one that was killed; else it is empty.
+    The lock is released when the process ends, even by SIGKILL. The lock file names the process
+    that has the lock, or one that was killed; otherwise it is empty.
 
     Args:
         doing: what the process does, for others to read.

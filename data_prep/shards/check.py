@@ -138,7 +138,7 @@ def _structure(group: h5py.Group, entry: RecordingEntry, config: dict[str, Any])
                 f"shape {shape}"
             )
     for name in expected:
-        # HDF5 reads such a dataset, but does not copy it: prep could not bring it to a new shard.
+        # HDF5 reads such a dataset but cannot copy it, as prep does to fill a new shard.
         stored_bytes = group[name].id.get_storage_size()
         if not group[name].chunks and stored_bytes != group[name].nbytes:
             problems.append(

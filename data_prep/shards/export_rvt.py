@@ -23,7 +23,7 @@ import numpy as np
 from evspan.conf.errors import ShardError, require
 from evspan.conf.schema.prep import FrameConfig, FrameMode, frame_config
 from evspan.data_prep.labels.box_files import RAW_BOX, BoxArray
-from evspan.data_prep.shards.atomic import hdf5_written_whole, locked, written_whole
+from evspan.data_prep.shards.atomic import atomic_hdf5, atomic_write, locked
 from evspan.data_prep.shards.format import (
     SPLITS,
     Manifest,
@@ -41,7 +41,7 @@ FRAMES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class Report:
+class ExportReport:
     """Recordings by what was done, as split/recording.
 
     Attributes:
@@ -65,7 +65,7 @@ class _Columns:
     first_label: NDArray[np.int64]  # (F,) index of the first label of each labelled frame
 
 
-def export_rvt(root: Path, out: Path, splits: tuple[str, ...] = SPLITS) -> Report:
+def export_rvt(root: Path, out: Path, splits: tuple[str, ...] = SPLITS) -> ExportReport:
     """Writes the recordings that are missing in `out`; each appears whole or not at all.
 
     Raises:
@@ -82,7 +82,7 @@ def export_rvt(root: Path, out: Path, splits: tuple[str, ...] = SPLITS) -> Repor
     entries = [entry for entry in manifest.recordings if entry.split in splits]
     if not entries:
         raise ShardError(f"{root} has no recordings in {', '.join(splits)}. Choose another split")
-    report = Report()
+    report = ExportReport()
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         shutil.rmtree(out / STAGING, ignore_errors=True)  # of a run that was killed
@@ -112,7 +112,7 @@ def _rvt_config(root: Path, manifest: Manifest) -> FrameConfig:
 
 
 def _export_recording(
-    root: Path, out: Path, entry: RecordingEntry, config: FrameConfig, report: Report
+    root: Path, out: Path, entry: RecordingEntry, config: FrameConfig, report: ExportReport
 ) -> None:
     key = f"{entry.split}/{entry.name}"
     group = open_group(root, entry)
@@ -159,17 +159,17 @@ def _frames_file(config: FrameConfig) -> Path:
 def _write(folder: Path, group: h5py.Group, columns: _Columns, config: FrameConfig) -> None:
     labels = folder / "labels_v2"
     frames = folder / _frames_file(config)
-    with written_whole(labels / "labels.npz") as temporary:
+    with atomic_write(labels / "labels.npz") as temporary:
         np.savez(temporary, labels=columns.labels, objframe_idx_2_label_idx=columns.first_label)
     for path, array in (
         (labels / "timestamps_us.npy", columns.frame_ends[columns.labelled_frames]),
         (frames.with_name("timestamps_us.npy"), columns.frame_ends),
         (frames.with_name("objframe_idx_2_repr_idx.npy"), columns.labelled_frames),
     ):
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             np.save(temporary, array)
     count = len(columns.frame_ends)
-    with hdf5_written_whole(frames) as (file, check_disk):
+    with atomic_hdf5(frames) as (file, check_disk):
         shape = read_frames(group, 0, 1).shape[1:]
         data = file.create_dataset(
             "data", (count, *shape), np.uint8, chunks=(1, *shape), maxshape=(None, *shape), **ZSTD

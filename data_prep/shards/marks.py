@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from evspan.conf.errors import ShardError
-from evspan.data_prep.shards.atomic import written_whole
+from evspan.data_prep.shards.atomic import atomic_write
 
 MARKS = ".damaged"
 
@@ -28,5 +28,5 @@ def write_marks(output: Path, marks: dict[str, str]) -> None:
     if not marks:
         path.unlink(missing_ok=True)
         return
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(marks, indent=1, sort_keys=True) + "\n")

@@ -9,7 +9,7 @@ from typing import Any
 
 import h5py
 from evspan.conf.errors import ShardError
-from evspan.data_prep.shards.atomic import UNFINISHED, hdf5_written_whole
+from evspan.data_prep.shards.atomic import UNFINISHED, atomic_hdf5
 from evspan.data_prep.shards.format import ENTRY, SPLITS, RecordingEntry
 from evspan.data_prep.shards.write import Stored, stored_in
 
@@ -83,7 +83,7 @@ def gather(
         members = {key: entry for key, entry in sorted(placed.items()) if entry.shard == shard}
         if not members:
             continue  # it is empty now, and `clean` deletes it
-        with hdf5_written_whole(output / shard) as (file, check_disk):
+        with atomic_hdf5(output / shard) as (file, check_disk):
             for key, entry in members.items():
                 _copy(part_of(output, key) if key in fresh else kept[key].file, entry.group, file)
                 file[entry.group].attrs[ENTRY] = json.dumps(asdict(entry))

@@ -173,15 +173,15 @@ def _written(paths: Iterable[Path]) -> tuple[dict[str, int], WrittenFile | None]
     newest: WrittenFile | None = None
     for path in paths:
         with suppress(OSError):
-            about = path.stat()
-            bytes_per_split[path.parent.name] += about.st_size
-            if newest is None or about.st_mtime > newest.time:
-                newest = WrittenFile(path, about.st_mtime)
+            info = path.stat()
+            bytes_per_split[path.parent.name] += info.st_size
+            if newest is None or info.st_mtime > newest.time:
+                newest = WrittenFile(path, info.st_mtime)
     return bytes_per_split, newest
 
 
 def _read_lock(output: Path) -> Lock:
-    """The lock file names its process, and is emptied at its end; the kernel knows if it lives."""
+    """Reads the lock file, which names its process until that ends, and whether it still runs."""
     lock = Lock()
     with suppress(OSError):
         path = output / LOCK

@@ -101,5 +101,5 @@ def _summary(result: Verified) -> str:
     if result.not_compared:
         return f"sound, but not compared with its recording: {result.not_compared}"
     if result.compared:
-        return f"sound, {result.compared} frames as its recording gives them"
+        return f"sound, {result.compared} frames equal those of its recording"
     return "sound"

@@ -23,7 +23,7 @@ from evspan.data_prep.labels.box_files import BoxArray, empty_boxes, read_boxes
 from evspan.data_prep.labels.filters import filter_boxes
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.recordings.sources import Source
-from evspan.data_prep.shards.atomic import file_xxh3, hdf5_written_whole
+from evspan.data_prep.shards.atomic import atomic_hdf5, file_xxh3
 from evspan.data_prep.shards.format import (
     BOX,
     COLUMNS,
@@ -100,7 +100,7 @@ def prepare_recording(
     """
     before = source.path.stat()
     labels = _Labels.read(source.boxes)
-    with hdf5_written_whole(part) as (file, check_disk):
+    with atomic_hdf5(part) as (file, check_disk):
         group = file.create_group(source.name)
         entry = _copy_frames(group, reuse, labels, config) if reuse else None
         if entry is None:
@@ -150,7 +150,7 @@ class _Labels:
         if self.file is None:
             raise BoxesError(
                 "it has no box file, and RVT's frames (frames.mode=rvt) end at labels. Add "
-                "X_bbox.npy beside it, or use frames.mode=exact"
+                "X_bbox.npy next to it, or use frames.mode=exact"
             )
         # RVT filters first: a label of which no box is left ends no frame.
         height, width = sensor_hw
@@ -279,15 +279,15 @@ def _copy_frames(
     return replace(entry, shard="")
 
 
-def acceptable(entry: RecordingEntry, max_fraction: float) -> bool:
+def is_acceptable(entry: RecordingEntry, max_fraction: float) -> bool:
     """Whether the recording has events, and no larger fraction outside the sensor than allowed."""
     outside = entry.dropped_events.get("outside_sensor", 0)
     return entry.events > 0 and outside <= max_fraction * (outside + entry.events)
 
 
 def refuse_invalid(path: Path, entry: RecordingEntry, max_fraction: float) -> None:
-    """Raises RecordingError where the recording is not `acceptable`."""
-    if acceptable(entry, max_fraction):
+    """Raises RecordingError where the recording is not `is_acceptable`."""
+    if is_acceptable(entry, max_fraction):
         return
     outside = entry.dropped_events.get("outside_sensor", 0)
     total = outside + entry.events

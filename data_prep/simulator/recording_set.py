@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from evspan.conf.errors import UserError
-from evspan.data_prep.shards.atomic import written_whole
+from evspan.data_prep.shards.atomic import atomic_write
 from evspan.data_prep.shards.format import SPLITS
 from evspan.data_prep.simulator.config import SimulatorConfig
 from evspan.data_prep.simulator.recording import SimulationReport, simulate
@@ -111,8 +111,8 @@ def is_complete(planned: PlannedRecording, *, overwrite: bool = False) -> bool:
         if overwrite:
             return False
         raise UserError(
-            f"{existing[0]} exists, but {planned.parameters_path.name} does not say how it was "
-            "made. Give another folder, or --overwrite to replace it"
+            f"{existing[0]} exists, but {planned.parameters_path.name} does not contain its "
+            "parameters. Give another folder, or --overwrite to replace it"
         ) from None
     # Files of older versions lack the parameters that were added since: these had the defaults.
     stored = dataclasses.asdict(SimulatorConfig()) | stored
@@ -145,7 +145,7 @@ def write_recording(planned: PlannedRecording) -> SimulatedRecording:
         "events": report.events,
         "boxes": report.boxes,
     }
-    with written_whole(planned.parameters_path) as temporary:
+    with atomic_write(planned.parameters_path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     return SimulatedRecording(planned, report, time.perf_counter() - began)
 

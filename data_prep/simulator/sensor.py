@@ -262,7 +262,7 @@ def visible_extents(owner: NDArray[np.int16], shapes: Floats, centres: Floats) -
 
 
 class Sensor:
-    """The pixels and what they remember from call to call."""
+    """The pixels and their state between calls."""
 
     def __init__(
         self,

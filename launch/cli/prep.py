@@ -14,7 +14,7 @@ from evspan.launch.cli.command import reported_errors
 from evspan.launch.cli.config_arguments import config_information, parse_config_arguments
 
 if TYPE_CHECKING:  # not imported for --help
-    from evspan.data_prep.prepare import Report
+    from evspan.data_prep.prepare import PrepReport
     from evspan.data_prep.workers import Runner
 
 TOOLS = {  # evspan prep TOOL: its module, which is imported when it is called
@@ -105,7 +105,7 @@ def runner_of(config: PrepConfig) -> "Runner":
     return SlurmRunner()
 
 
-def print_report(output: str, report: "Report", seconds: float) -> None:
+def print_report(output: str, report: "PrepReport", seconds: float) -> None:
     """Prints which recordings were prepared again or removed, and totals."""
     from evspan.data_prep.update_plan import NEW
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from evspan.conf.errors import UserError
 from evspan.data_prep.recordings.open import open_recording, open_writer
-from evspan.data_prep.shards.atomic import written_whole
+from evspan.data_prep.shards.atomic import atomic_write
 from evspan.launch.cli.command import Parser
 from evspan.launch.cli.prep_info import dropped_summary
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     if options.out.exists() and options.out.samefile(options.recording):
         raise UserError(f"{options.out} is the recording itself; name another file")
     with (
-        written_whole(options.out) as temporary,
+        atomic_write(options.out) as temporary,
         open_writer(temporary, recording.height, recording.width) as writer,
     ):
         for events in recording.chunks():

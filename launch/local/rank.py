@@ -27,7 +27,11 @@ def train_rank(config: TrainConfig) -> None:
 
 def evaluate_rank(config: EvaluateConfig) -> None:
     """Evaluate as the rank that this process is. Rank 0 writes and prints the results."""
-    from evspan.pipeline.engine.evaluator import described, evaluate_weights, write_results
+    from evspan.pipeline.engine.evaluator import (
+        describe_evaluation,
+        evaluate_weights,
+        write_results,
+    )
     from evspan.pipeline.evaluation.breakdown import breakdown
     from evspan.pipeline.inference.streaming import labelled
     from evspan.pipeline.parallel.world import open_world
@@ -39,7 +43,7 @@ def evaluate_rank(config: EvaluateConfig) -> None:
         if not world.is_main:
             return
         parts = breakdown(labelled(results, data), data.classes, config.evaluation)
-        summary = described(config.checkpoint, weights, config.dataset, config.evaluation)
+        summary = describe_evaluation(config.checkpoint, weights, config.dataset, config.evaluation)
         summary["breakdown"] = parts.to_json()
         output = evaluation_output(config)
         write_results(output, metrics, results, data, config.evaluation, summary)

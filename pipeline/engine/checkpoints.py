@@ -40,7 +40,7 @@ from torch import Tensor
 
 MOMENTS = "moments.safetensors"
 METRICS = "metrics.json"
-FORM = 2  # version of a checkpoint's folder; 1 had DeepSpeed's shards instead of moments and lanes
+FORMAT_VERSION = 2  # 1 had DeepSpeed's shards instead of moments and lanes
 CONTINUES = {  # config values that must be equal in a run and in the checkpoint that it continues
     "training": (
         "batch_size",
@@ -136,7 +136,7 @@ class Checkpoints:
         if self.rank == 0:
             save_weights(folder / WEIGHTS, snapshot.weights)
             save_tensors(folder / MOMENTS, snapshot.moments)
-            meta = dict(snapshot.meta, form=FORM, step=step)
+            meta = dict(snapshot.meta, form=FORMAT_VERSION, step=step)
             (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
             written += [WEIGHTS, MOMENTS, META]
         if snapshot.carry is not None:
@@ -215,11 +215,11 @@ def check_continues(folder: Path, meta: dict[str, Any], config: dict[str, Any]) 
         meta: of the checkpoint in `folder`. config: of the run, as JSON values.
 
     Raises:
-        UserError: another form, batch or model.
+        UserError: another format, batch or model.
     """
-    if meta.get("form") != FORM:
+    if meta.get("form") != FORMAT_VERSION:
         raise UserError(
-            f"{folder} was saved by another version of evspan, in a form that this one cannot "
+            f"{folder} was saved by another version of evspan, in a format that this one cannot "
             f"continue. Start from its weights: run_dir=NEW checkpoint.init_from={folder}"
         )
     saved = meta["config"]

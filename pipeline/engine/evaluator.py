@@ -44,7 +44,7 @@ def evaluate_weights(
         ConfigError: the dataset has other frames or classes than the weights.
     """
     data = open_dataset(dataset, config.split)
-    check_fit(weights, data)
+    check_dataset(weights, data)
     detector = detector_from(weights, device=world.device)
     recordings = deal(
         data.recordings, world.rank, world.size, weight=[r.frames for r in data.recordings]
@@ -59,7 +59,7 @@ def evaluate_weights(
     return Evaluation(metrics, results, data)
 
 
-def check_fit(weights: Weights, data: Dataset) -> None:
+def check_dataset(weights: Weights, data: Dataset) -> None:
     """Checks that a dataset has the frames and classes that the weights were trained on.
 
     Raises:
@@ -77,10 +77,10 @@ def check_fit(weights: Weights, data: Dataset) -> None:
         )
 
 
-def described(
+def describe_evaluation(
     checkpoint: str, weights: Weights, dataset: DatasetConfig, config: EvaluationConfig
 ) -> dict[str, Any]:
-    """What metrics.json says about an evaluation, besides its protocol.
+    """The part of metrics.json that describes an evaluation, without its protocol.
 
     Two evaluations with the same `config_hash` have the same model, frames, dataset and protocol;
     only the weights may differ.
@@ -113,7 +113,7 @@ def write_results(
     results: list[RecordingResult],
     data: Dataset,
     config: EvaluationConfig,
-    about: dict[str, Any],
+    description: dict[str, Any],
 ) -> None:
     """Writes metrics.json and, with `config.write_detections`, the detections.
 
@@ -121,7 +121,7 @@ def write_results(
     `evspan evaluate compare`.
 
     Args:
-        about: from `described`.
+        description: from `describe_evaluation`.
     """
     output.mkdir(parents=True, exist_ok=True)
     (output / FRAMES).unlink(missing_ok=True)  # of an older evaluation
@@ -129,5 +129,5 @@ def write_results(
         for result in results:
             write_boxes(output / f"{result.name}_bbox.npy", result.as_raw_boxes(data))
         save_frames(output / FRAMES, labelled(results, data))
-    summary = {**metrics.to_json(), **about, "protocol": protocol(config)}
+    summary = {**metrics.to_json(), **description, "protocol": protocol(config)}
     (output / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -33,7 +33,7 @@ from evspan.pipeline.parallel.reductions import barrier, gather_objects
 from evspan.pipeline.parallel.world import World
 from torch import Tensor
 
-TIMEOUT_S = 120  # a collective among the ranks of one machine that takes longer never ends
+TIMEOUT_S = 120  # a collective on one machine that takes longer is stuck
 REFERENCE_FILE = "reference.pt"
 LEAST_LOSS = 1e-3  # differences of smaller losses are relative to this
 LEAST_GRADIENT_FRACTION = 1e-4  # of the largest gradient; the same for smaller gradients
@@ -323,7 +323,7 @@ def device_info(world: World, threads: int) -> DeviceInfo:
     gpus = torch.cuda.device_count()
     if world.device.type == "cuda":
         return DeviceInfo(f"{torch.cuda.get_device_name(world.device)}, NCCL", gpus)
-    return DeviceInfo(f"CPU ({_cpu_model()}), {plural(threads, 'thread')} a rank, gloo", gpus)
+    return DeviceInfo(f"CPU ({_cpu_model()}), {plural(threads, 'thread')} per rank, gloo", gpus)
 
 
 def _cpu_model() -> str:

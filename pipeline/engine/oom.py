@@ -37,7 +37,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_out_of_memory(config: TrainConfig, world: World) -> Iterator[None]:
-    """While open, an out-of-memory error becomes a UserError that says what to change."""
+    """While open, an out-of-memory error becomes a UserError that names the options to change."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:

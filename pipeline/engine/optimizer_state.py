@@ -13,7 +13,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class OptimizerState:
-    """What the optimizer remembers between steps, in a form without ranks or stages.
+    """The state of the optimizer between steps, independent of ranks and ZeRO stages.
 
     Args:
         engine: DeepSpeed's.
@@ -44,8 +44,10 @@ class OptimizerState:
         adapter.link_adam_state(engine, stage=stage)
 
     def _allocate(self, updated: list[Tensor]) -> None:
-        """Adam allocates its state in its first step. Now, it can be loaded before that, and too
-        little memory ends the run at its start."""
+        """Allocates Adam's state, which Adam itself would allocate in its first step.
+
+        So it can be loaded before that step, and too little memory ends the run at its start.
+        """
         for parameter, state in zip(updated, self.states, strict=True):
             if not state:
                 state["step"] = torch.tensor(0.0)

@@ -21,7 +21,7 @@ class Resources:
         self.has_utilization = True
 
     def read(self) -> dict[str, float]:
-        """TensorBoard tag -> GiB or fraction. NaN: not known."""
+        """TensorBoard tag -> GiB or fraction. NaN: not available."""
         metrics = {"memory/resident_gib": resident_bytes() / 2**30}
         if self.device.type == "cuda":
             metrics["memory/gpu_gib"] = torch.cuda.memory_reserved(self.device) / 2**30
@@ -46,7 +46,7 @@ def over_ranks(metrics: dict[str, float], device: torch.device) -> dict[str, flo
         metrics: with the same keys on all ranks. NaN values are ignored.
 
     Returns:
-        The same on every rank, without metrics that no rank knows.
+        The same on every rank, without metrics that are NaN on all ranks.
     """
     local = torch.tensor([*metrics.values()], dtype=torch.float64, device=device)
     by_rank = gather_over_ranks(local).cpu()

@@ -21,7 +21,7 @@ from evspan.pipeline.engine.checkpoints import (
     load_snapshot,
 )
 from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
-from evspan.pipeline.engine.evaluator import described, evaluate_weights, write_results
+from evspan.pipeline.engine.evaluator import describe_evaluation, evaluate_weights, write_results
 from evspan.pipeline.engine.oom import explain_out_of_memory
 from evspan.pipeline.engine.profiling import Profiler
 from evspan.pipeline.engine.resources import Resources, over_ranks
@@ -158,7 +158,7 @@ class Trainer:
         self.probe_dataset: Dataset | None = None  # the evaluated split, for TensorBoard images
 
     def close(self) -> None:
-        """Writes what the profiler and TensorBoard still hold."""
+        """Writes the trace that is running, and closes the TensorBoard event file."""
         self.profiler.close()
         self.writer.close()
 
@@ -186,7 +186,7 @@ class Trainer:
         batches.close()
         if self.world.is_main:
             append(self.run_dir, "done", step=self.step)
-        # SLURM and the other ranks take a rank that exits long before the others for failed.
+        # SLURM and the other ranks treat a rank that exits long before them as failed.
         barrier()
         return metrics
 
@@ -201,7 +201,7 @@ class Trainer:
 
     @property
     def _checkpoint_is_due(self) -> bool:
-        """An evaluation is one of a checkpoint, which is saved before."""
+        """An evaluated step always has a checkpoint."""
         return self.step % self.config.checkpoint.every == 0 or self._evaluation_is_due
 
     @property
@@ -521,13 +521,18 @@ class Trainer:
             write_evaluation(self.writer, results, data, self.config, self.step)
             seconds = time.perf_counter() - started
             self._log(f"evaluation at step {self.step} ({seconds:.0f} s)\n{metrics.table()}")
-            about = described(
+            description = describe_evaluation(
                 str(self.run_dir), weights, self.config.dataset, self.config.evaluation
             )
             write_results(
-                self.run_dir / "evaluation", metrics, results, data, self.config.evaluation, about
+                self.run_dir / "evaluation",
+                metrics,
+                results,
+                data,
+                self.config.evaluation,
+                description,
             )
-            self.checkpoints.record(self.step, {**metrics.to_json(), **about})
+            self.checkpoints.record(self.step, {**metrics.to_json(), **description})
         return metrics
 
 

@@ -220,9 +220,8 @@ def _average_precision(
     """COCO's AP of each sample: the mean over 101 recalls of the best precision from there on.
 
     Only the P positions of hits matter; between them precision falls. A recording that is drawn m
-    times
-    counts m times in place: over detections of one score precision rises or falls monotonically, so
-    the result is the same.
+    times counts m times in place: over detections of one score precision rises or falls
+    monotonically, so the result is the same.
 
     Args:
         recording, hit, counts: (D,) of each detection by falling score: its recording, whether it

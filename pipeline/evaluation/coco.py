@@ -49,10 +49,14 @@ Values = dict[str, float | int | None]
 class Metrics:
     """Fractions from 0 to 1; None where there are no such boxes.
 
-    ap: 0.50:0.95; ap50, ap75: at one IoU threshold; ap_small, ...: of boxes of one size. ar1, ar10,
-    ar100: recall with that number of detections per frame and class; ar_small, ...: with 100.
-        per_class: AP 0.50:0.95. frames,
-    boxes, detections: how many were scored.
+    Attributes:
+        ap: over IoU 0.50:0.95.
+        ap50, ap75: at one IoU threshold.
+        ap_small, ap_medium, ap_large: of boxes of one size.
+        ar1, ar10, ar100: recall with that number of detections per frame and class.
+        ar_small, ar_medium, ar_large: recall of boxes of one size, with 100 detections.
+        per_class: AP over IoU 0.50:0.95.
+        frames, boxes, detections: how many were scored.
     """
 
     ap: float | None

@@ -191,8 +191,7 @@ def table(summary: dict[str, Any], a: Evaluation, b: Evaluation) -> str:
     )
     if summary["recordings"] < FEW_RECORDINGS:
         lines.append(
-            "so few recordings say little about others: evaluate on "
-            f"{FEW_RECORDINGS} or more before you trust an interval"
+            f"so few recordings make the intervals unreliable: evaluate on {FEW_RECORDINGS} or more"
         )
     lines += ["", f"  {'':<15}{'A':<23}{'B':<23}{'B - A':<24}".rstrip()]
     for name, words in MEASURES.items():

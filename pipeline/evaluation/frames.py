@@ -124,9 +124,9 @@ def scored(
 
 def _large_enough(w: NDArray[Any], h: NDArray[Any], config: EvaluationConfig) -> NDArray[np.bool_]:
     """(n,) for widths and heights (n,) in pixels."""
-    long_sides = np.minimum(w, h) >= config.min_side
-    long_diagonal = np.hypot(w, h) >= config.min_diagonal
-    result: NDArray[np.bool_] = long_sides & long_diagonal
+    is_side_long = np.minimum(w, h) >= config.min_side
+    is_diagonal_long = np.hypot(w, h) >= config.min_diagonal
+    result: NDArray[np.bool_] = is_side_long & is_diagonal_long
     return result
 
 

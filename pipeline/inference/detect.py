@@ -35,7 +35,7 @@ class Detected(NamedTuple):
     latency_ms: float
 
 
-class Clock:
+class WorkTimer:
     """Seconds of work by part, without the time spent waiting for other parts.
 
     A part belongs to one thread.
@@ -65,7 +65,7 @@ class Clock:
             yield item
 
 
-def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
+def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     """The same items, produced by a thread while the caller works.
 
     At most `depth` items wait. An error of the thread is raised here, after the items before it.
@@ -120,7 +120,7 @@ def detect(
     frames_per_call: int,
     downsample: int,
     sensor: tuple[int, int],
-    clock: Clock,
+    clock: WorkTimer,
 ) -> Iterator[Detected]:
     """Detects on every frame of one recording, in order.
 
@@ -146,7 +146,7 @@ def detect(
             rows_by_frame, state = _run(detector, stacked, state, confidence=confidence, nms=nms)
         finished = time.perf_counter()
         for item, rows in zip(batch, rows_by_frame, strict=True):
-            boxes = cut(raw_boxes([item.end_us], [rows], downsample), sensor)
+            boxes = clip_boxes(raw_boxes([item.end_us], [rows], downsample), sensor)
             yield Detected(item.end_us, item.frame, boxes, 1000 * (finished - item.ready))
 
 
@@ -175,7 +175,7 @@ def _run(
     return [rows.cpu().numpy() for rows in by_frame], state
 
 
-def cut(boxes: NDArray[np.void], sensor: tuple[int, int]) -> NDArray[np.void]:
+def clip_boxes(boxes: NDArray[np.void], sensor: tuple[int, int]) -> NDArray[np.void]:
     """Cuts boxes at the border of the sensor.
 
     Args:

@@ -1,7 +1,7 @@
 """Exports the streaming step of a trained detector, and runs the written file against it."""
 
 from evspan.conf.schema.prep import FrameConfig
-from evspan.data_prep.shards.atomic import written_whole
+from evspan.data_prep.shards.atomic import atomic_write
 from evspan.pipeline.inference import exported_step
 from evspan.pipeline.inference.options import ExportOptions, ExportSummary
 from evspan.pipeline.inference.trained_detector import detector_from
@@ -22,20 +22,20 @@ def export_detector(options: ExportOptions) -> ExportSummary:
     shape = frame_shape(options, weights.frames)
     batch, _, height, width = shape
     detector = detector_from(weights)
-    about = exported_step.about(weights, detector.initial_state(batch, height, width))
+    metadata = exported_step.file_metadata(weights, detector.initial_state(batch, height, width))
     program = exported_step.trace(detector, shape)
-    with written_whole(options.output) as path:
+    with atomic_write(options.output) as path:
         if options.output.suffix == ".onnx":
-            exported_step.write_onnx(program, path, about)
+            exported_step.write_onnx(program, path, metadata)
             run = exported_step.run_onnx(path)
         else:
-            exported_step.write_pt2(program, path, about)
+            exported_step.write_pt2(program, path, metadata)
             run = exported_step.run_pt2(path)
         differences = exported_step.check(run, detector, shape, cutoff=weights.frames.cutoff)
     return ExportSummary(
         step=weights.step,
         frames=shape,
-        num_states=len(about["inputs"]) - 1,
+        num_states=len(metadata["inputs"]) - 1,
         checked_frames=exported_step.STEPS,
         differences=exported_step.summarize(differences),
     )

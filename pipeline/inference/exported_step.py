@@ -71,7 +71,7 @@ def output_names(state: DetectorState) -> list[str]:
     return ["decoded", *(f"next_{name}" for name in input_names(state)[1:])]
 
 
-def about(weights: Weights, state: DetectorState) -> dict[str, Any]:
+def file_metadata(weights: Weights, state: DetectorState) -> dict[str, Any]:
     """What a user of the file needs, as JSON values."""
     return {
         "model": "rnndet",  # the only detector there is
@@ -101,21 +101,21 @@ def trace(detector: Detector, frames: tuple[int, int, int, int]) -> ExportedProg
     return program
 
 
-def write_pt2(program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    """Writes torch.export's format, with `about` as an extra file."""
+def write_pt2(program: ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
+    """Writes torch.export's format, with `metadata` as JSON in an extra file."""
     with _without_warnings():
-        torch.export.save(program, path, extra_files={METADATA_KEY: json.dumps(about)})
+        torch.export.save(program, path, extra_files={METADATA_KEY: json.dumps(metadata)})
 
 
-def write_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    """Writes ONNX, with `about` in its metadata."""
+def write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
+    """Writes ONNX, with `metadata` as JSON in its metadata_props."""
     with _without_warnings():
         onnx = torch.onnx.export(
             program,
             dynamo=True,
             verbose=False,
-            input_names=about["inputs"],
-            output_names=about["outputs"],
+            input_names=metadata["inputs"],
+            output_names=metadata["outputs"],
         )
         assert onnx is not None
         graph = onnx.model.graph
@@ -125,7 +125,7 @@ def write_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> N
         for part in parts:
             part.metadata_props.clear()  # paths and lines of this machine
         onnx.model.metadata_props.clear()
-        onnx.model.metadata_props[METADATA_KEY] = json.dumps(about)
+        onnx.model.metadata_props[METADATA_KEY] = json.dumps(metadata)
         onnx.save(path)
 
 

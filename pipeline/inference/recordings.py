@@ -16,8 +16,15 @@ from evspan.data_prep.frames.histogram import frame_size, frames_of
 from evspan.data_prep.labels.box_files import RAW_BOX, find_boxes, read_boxes
 from evspan.data_prep.recordings.base import Recording, WordReader
 from evspan.data_prep.recordings.open import open_recording
-from evspan.data_prep.shards.atomic import written_whole
-from evspan.pipeline.inference.detect import Clock, Detected, Frame, ahead, class_name, detect
+from evspan.data_prep.shards.atomic import atomic_write
+from evspan.pipeline.inference.detect import (
+    Detected,
+    Frame,
+    WorkTimer,
+    class_name,
+    detect,
+    prefetch,
+)
 from evspan.pipeline.inference.options import InferOptions, RecordingFiles, RecordingSummary
 from evspan.pipeline.inference.overlay import Overlay
 from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
@@ -147,7 +154,7 @@ def _infer(
     config = weights.frames
     limits = weights.model.postprocess
     confidence = limits.confidence_threshold if options.confidence is None else options.confidence
-    clock = Clock()
+    clock = WorkTimer()
     per_class = np.zeros(weights.model.head.num_classes, np.int64)
     latencies_ms: list[float] = []
     began = time.perf_counter()
@@ -159,7 +166,7 @@ def _infer(
             skip=_num_windows(options.start_s, config),
             limit=None if options.seconds is None else _num_windows(options.seconds, config),
         )
-        decoded = ahead(clock.each("decoding", frames), options.frames_per_call)
+        decoded = prefetch(clock.each("decoding", frames), options.frames_per_call)
         detected = detect(
             detector,
             stack.enter_context(closing(decoded)),
@@ -170,7 +177,7 @@ def _infer(
             sensor=(recording.height, recording.width),
             clock=clock,
         )
-        results = stack.enter_context(closing(ahead(detected, options.frames_per_call)))
+        results = stack.enter_context(closing(prefetch(detected, options.frames_per_call)))
         for item in _with_progress_bar(results):
             per_class += np.bincount(item.boxes["class_id"], minlength=per_class.size)
             latencies_ms.append(item.latency_ms)
@@ -208,16 +215,16 @@ class _Writers:
         files: RecordingFiles,
         weights: Weights,
         side_by_side: bool,
-        clock: Clock,
+        clock: WorkTimer,
         stack: ExitStack,
     ) -> None:
         self.clock = clock
         enter = stack.enter_context
-        self.detections = enter(closing(DetectionsFile(enter(written_whole(files.detections)))))
+        self.detections = enter(closing(DetectionsFile(enter(atomic_write(files.detections)))))
         self.tables: list[CsvFile | JsonLines] = []
         if files.csv:
             self.tables.append(
-                enter(closing(CsvFile(enter(written_whole(files.csv)), weights.classes)))
+                enter(closing(CsvFile(enter(atomic_write(files.csv)), weights.classes)))
             )
         if files.json:
             self.tables.append(enter(closing(JsonLines(files.json, weights.classes))))
@@ -229,7 +236,7 @@ class _Writers:
                 weights.frames, weights.classes, labels, side_by_side=side_by_side
             )
             self.animation = enter(
-                AnimationWriter(enter(written_whole(files.video)), frames_per_second)
+                AnimationWriter(enter(atomic_write(files.video)), frames_per_second)
             )
 
     def add(self, item: Detected) -> None:

@@ -62,7 +62,7 @@ def check_fit(weights: Weights) -> None:
 
 
 def load_tensors(detector: torch.nn.Module, weights: Weights) -> None:
-    """Copies weights into a detector, of which every tensor must be there.
+    """Copies weights into a detector. Every tensor of the detector must be among them.
 
     Raises:
         UserError: they do not fit it; lists missing and unexpected ones.

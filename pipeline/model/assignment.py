@@ -63,8 +63,8 @@ def _assign(
     centre = boxes[..., 1:3].masked_fill(padding[..., None], torch.inf).transpose(1, 2)[..., None]
     size = boxes[..., 3:].transpose(1, 2)[..., None]
     num_candidates = _most_candidates(boxes, geometry, config)
-    cell, barred = _candidates(centre, geometry, config, num_candidates)  # (n, K)
-    everywhere = raw.shape[:2]
+    cell, excluded = _candidates(centre, geometry, config, num_candidates)  # (n, K)
+    all_cells = raw.shape[:2]
     at = cells(geometry, raw.device)[cell]  # (n, K, 5)
     raw = raw.gather(1, cell[..., None].expand(-1, -1, raw.shape[2])).float()
 
@@ -76,10 +76,10 @@ def _assign(
         predicted_centre.transpose(1, 2)[:, :, None],
         predicted_size.transpose(1, 2)[:, :, None],
     )
-    iou = iou.masked_fill_(barred[:, None], 0.0)
+    iou = iou.masked_fill_(excluded[:, None], 0.0)
     class_cost = _class_cost(raw, boxes[..., 0].long())
     cost = torch.sub(class_cost, (iou + 1e-8).log_(), alpha=3).clamp_(min=0)
-    cost.masked_fill_(barred[:, None], torch.inf)
+    cost.masked_fill_(excluded[:, None], torch.inf)
     distance = (at[..., 3:].transpose(1, 2)[:, :, None] - centre).abs_().amax(1)
     far = distance >= config.center_radius * at[:, None, :, 2]
 
@@ -91,9 +91,9 @@ def _assign(
     rivals = matching.sum(1)
     cheapest_box = cost.masked_fill_(far, torch.inf).argmin(1)  # every candidate is near a box
     box = torch.where(rivals > 1, cheapest_box, matching.view(torch.uint8).argmax(1))
-    foreground = (rivals > 0).masked_fill_(barred, False)
+    foreground = (rivals > 0).masked_fill_(excluded, False)
     parts = (foreground, box, iou.gather(1, box[:, None])[:, 0])
-    return Assignment(*(t.new_zeros(everywhere).scatter_(1, cell, t) for t in parts))
+    return Assignment(*(t.new_zeros(all_cells).scatter_(1, cell, t) for t in parts))
 
 
 def pairwise_iou(
@@ -194,8 +194,8 @@ def _candidates(
         count: number of cells to return per frame; where fewer are near, others follow.
 
     Returns:
-        cell: (n, count) int64, all different, near ones first, ascending. barred: (n, count) bool,
-        the cells that are not near.
+        cell: (n, count) int64, all different, near ones first, ascending.
+        excluded: (n, count) bool, the cells that are not near.
     """
     lines = _lines(geometry, centre.device)
     distance = (centre[:, lines.axis, :, 0] - lines.middle[:, None]).abs_()

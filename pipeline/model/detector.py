@@ -1,6 +1,6 @@
 """The detector: recurrent backbone, neck, head.
 
-It reads as single-device code. How a sequence is spread over ranks is up to the exchange.
+Single-device code: the exchange spreads a sequence over ranks.
 """
 
 from collections.abc import Sequence
@@ -254,10 +254,10 @@ class Detector(nn.Module):
         if nms_threshold is None:
             nms_threshold = self.config.postprocess.nms_threshold
         decoded, state = self.step(frames, state)
-        found = detections(
+        results = detections(
             decoded, confidence_threshold=confidence_threshold, nms_threshold=nms_threshold
         )
-        return found, state
+        return results, state
 
     def decode(self, raw: Tensor, height: int, width: int) -> Tensor:
         """Decodes raw predictions of frames of (height, width) pixels.
@@ -273,7 +273,7 @@ class Detector(nn.Module):
 
 
 class _History(LookBack):
-    """Gives the neck the frames before each frame, and collects the next carry of each scale."""
+    """Provides the neck with the frames before each frame, and collects the next carry."""
 
     def __init__(self, carried: Sequence[Tensor], exchange: Exchange) -> None:
         self.carried = carried

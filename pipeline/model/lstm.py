@@ -77,8 +77,8 @@ def _cell_lstm(
     weight: Tensor, bias: Tensor, depthwise: Depthwise | None, x: Tensor, state: StageState
 ) -> tuple[Tensor, StageState]:
     """`CellLSTM.forward`. weight: (4 * C, 2 * C), bias: (4 * C,) of the gates on [x, hidden]."""
-    # Always one memory layout, whatever a checkpoint or a collective left the state in: the same
-    # bits come out.
+    # One memory layout, whatever layout a checkpoint or a collective left the state in: results are
+    # bit-identical.
     hidden = state.hidden.permute(0, 2, 3, 1).contiguous()
     cell = state.cell.permute(0, 2, 3, 1).contiguous()
     if depthwise is not None or torch.compiler.is_compiling():

@@ -127,7 +127,7 @@ class YOLOPAFPN(nn.Module):
 
         Args:
             features: (N, C, h, w) per scale, finest first, of all needed frames.
-            look_back: selects the labelled frames and gives those before them.
+            look_back: selects the labelled frames and returns those before them.
 
         Returns:
             (n, C, h, w) per scale, of the labelled frames.

@@ -110,8 +110,8 @@ class _GlobalBatchNorms(torch.autograd.Function):
             The outputs, then mean (C,), unbiased variance (C,) and sample count () of every norm.
         """
         groups = [inputs[i : i + 3] for i in range(0, len(inputs), 3)]
-        moments_here = torch.cat([_local_moments(_wide(x)) for x, _, _ in groups])
-        moments_of_ranks = ranks.gather(moments_here)
+        local_moments = torch.cat([_local_moments(_wide(x)) for x, _, _ in groups])
+        moments_of_ranks = ranks.gather(local_moments)
         outputs = []
         moments = []
         saved = []

@@ -80,7 +80,7 @@ def forget_lanes(state: DetectorState, starts: Tensor) -> DetectorState:
     mask = starts.view(-1, 1, 1, 1)
 
     def forget(t: Tensor) -> Tensor:
-        # where, not a product: 0 * nan is nan, and one bad recording would spoil its lane for good.
+        # where, not a product: 0 * nan is nan, which would stay in the lane after a bad recording.
         return torch.where(mask, torch.zeros((), dtype=t.dtype, device=t.device), t)
 
     return map_state(forget, state)

@@ -30,21 +30,21 @@ class TransposeExchange(SequenceExchange):
         self._check(x)
         frames, lanes, height, width, dim = x.shape
         cells = height * width
-        mine = self._cells_per_rank(cells)
-        expected = (lanes, dim, 1, mine)
+        own_cells = self._cells_per_rank(cells)
+        expected = (lanes, dim, 1, own_cells)
         if state.hidden.shape != expected:
             raise ValueError(
                 f"a state of shape {tuple(state.hidden.shape)} where this rank's cells have "
                 f"{expected}; make it with TransposeExchange.scatter"
             )
-        padded = _padded(x.flatten(2, 3), self.ranks * mine, dim=2)
-        blocks = padded.view(frames, lanes, self.ranks, mine, dim).permute(2, 0, 1, 3, 4)
+        padded = _padded(x.flatten(2, 3), self.ranks * own_cells, dim=2)
+        blocks = padded.view(frames, lanes, self.ranks, own_cells, dim).permute(2, 0, 1, 3, 4)
         own = all_to_all(blocks, self.group, self.clock)
-        own = own.reshape(self.ranks * frames, lanes, 1, mine, dim)
+        own = own.reshape(self.ranks * frames, lanes, 1, own_cells, dim)
         y, state = recurrence(own, state)
-        y = y.reshape(self.ranks, frames, lanes, mine, dim)
-        back = all_to_all(y, self.group, self.clock).permute(1, 2, 0, 3, 4)
-        out = back.flatten(2, 3)[:, :, :cells]
+        y = y.reshape(self.ranks, frames, lanes, own_cells, dim)
+        returned = all_to_all(y, self.group, self.clock).permute(1, 2, 0, 3, 4)
+        out = returned.flatten(2, 3)[:, :, :cells]
         return torch.unflatten(out, 2, (height, width)), state
 
     def _cells_per_rank(self, cells: int) -> int:
@@ -52,9 +52,9 @@ class TransposeExchange(SequenceExchange):
 
     def _part(self, whole: Tensor) -> Tensor:
         cells = whole.flatten(2)
-        mine = self._cells_per_rank(cells.shape[2])
-        padded = _padded(cells, self.ranks * mine, dim=2)
-        own = padded[:, :, None, self.position * mine : (self.position + 1) * mine]
+        own_cells = self._cells_per_rank(cells.shape[2])
+        padded = _padded(cells, self.ranks * own_cells, dim=2)
+        own = padded[:, :, None, self.position * own_cells : (self.position + 1) * own_cells]
         return own.clone(memory_format=torch.contiguous_format)
 
     def _whole(self, part: Tensor, shape: torch.Size) -> Tensor:

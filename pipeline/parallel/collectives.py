@@ -16,7 +16,7 @@ from evspan.pipeline.model.autograd import run_function
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TensorForm = tuple[torch.Size, torch.dtype]  # of a tensor to receive
+TensorSpec = tuple[torch.Size, torch.dtype]  # of a tensor to receive
 
 
 class Clock:
@@ -139,15 +139,15 @@ class P2PChannel:
             self.pending.append((work, part))  # the tensor must live until it is sent
 
     def receive(
-        self, forms: Sequence[TensorForm], sender: int, device: torch.device
+        self, specs: Sequence[TensorSpec], sender: int, device: torch.device
     ) -> tuple[Tensor, ...]:
         """Waits for a message.
 
         Args:
-            forms: shape and dtype of each tensor.
+            specs: shape and dtype of each tensor.
             sender: rank of the world.
         """
-        parts = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in forms)
+        parts = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in specs)
         with self.clock.running(device):
             works = [dist.irecv(part, sender, group=self.group) for part in parts]
             for work in works:
@@ -178,19 +178,19 @@ def send_along(carrier: Tensor, message: Sequence[Tensor], channel: P2PChannel, 
 
 
 def receive_along(
-    carrier: Tensor, forms: Sequence[TensorForm], channel: P2PChannel, sender: int
+    carrier: Tensor, specs: Sequence[TensorSpec], channel: P2PChannel, sender: int
 ) -> tuple[Tensor, ...]:
     """Receives a message, whose gradients are sent back to its sender in backward.
 
     Args:
         carrier: any tensor; it must require gradients where the message's should flow.
-        forms: shape and dtype of each tensor of the message.
+        specs: shape and dtype of each tensor of the message.
         sender: rank of the world.
 
     Returns:
         `carrier`, then the message's tensors.
     """
-    out: tuple[Tensor, ...] = run_function(_Receive, channel, sender, forms, carrier)
+    out: tuple[Tensor, ...] = run_function(_Receive, channel, sender, specs, carrier)
     return out
 
 
@@ -201,24 +201,24 @@ class _Send(torch.autograd.Function):
     ) -> Tensor:
         ctx.channel = channel
         ctx.to = to
-        ctx.forms = [(t.shape, t.dtype) for t in message]
+        ctx.specs = [(t.shape, t.dtype) for t in message]
         channel.send(message, to)
         return carrier.view_as(carrier)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, gradient, *ctx.channel.receive(ctx.forms, ctx.to, gradient.device)
+        return None, None, gradient, *ctx.channel.receive(ctx.specs, ctx.to, gradient.device)
 
 
 class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, channel: P2PChannel, sender: int, forms: Sequence[TensorForm], carrier: Tensor
+        ctx: Any, channel: P2PChannel, sender: int, specs: Sequence[TensorSpec], carrier: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.channel = channel
         ctx.sender = sender
-        return carrier.view_as(carrier), *channel.receive(forms, sender, carrier.device)
+        return carrier.view_as(carrier), *channel.receive(specs, sender, carrier.device)
 
     @staticmethod
     @once_differentiable

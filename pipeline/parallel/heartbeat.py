@@ -1,8 +1,8 @@
 """Heartbeats between ranks, so that the others can name a rank that is gone or stuck.
 
 Every rank has a thread that writes a count into rank 0's store once per interval and reads the
-others'. A rank that is killed or stopped misses its beats. Ranks that no launcher watches (SLURM's
-tasks) end this way too.
+others'. A rank that is killed or stopped misses its beats, and the others end. This also ends ranks
+that no launcher supervises (SLURM's tasks).
 """
 
 import json
@@ -63,17 +63,17 @@ def heartbeat(rank: int, size: int, address: str, port: int, *, timeout_s: float
     if size == 1:
         yield
         return
-    peers = _Peers(rank, size, address, port, timeout_s)
+    heartbeats = _Heartbeats(rank, size, address, port, timeout_s)
     try:
         yield
         dist.barrier()  # rank 0 hosts the store and must not leave before the others are done
     except Exception as error:
         if is_connection_error(error):
-            raise LostRanksError(peers.explain(error)) from error
-        peers.publish(" ".join(f"{type(error).__name__}: {error}".split())[:500])
+            raise LostRanksError(heartbeats.explain(error)) from error
+        heartbeats.publish(" ".join(f"{type(error).__name__}: {error}".split())[:500])
         raise
     finally:
-        peers.close()
+        heartbeats.close()
 
 
 def is_connection_error(error: BaseException) -> bool:
@@ -84,7 +84,7 @@ def is_connection_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(part in text for part in CONNECTION_ERRORS)
 
 
-class _Peers:
+class _Heartbeats:
     """The heartbeats of all ranks, and the two threads that send and check them."""
 
     def __init__(self, rank: int, size: int, address: str, port: int, timeout_s: float) -> None:
@@ -101,7 +101,7 @@ class _Peers:
         self.closed = Event()
         self.wake = Event()
         for target in (self._beat, self._watch):
-            Thread(target=target, name=f"peers{target.__name__}", daemon=True).start()
+            Thread(target=target, name=f"heartbeat{target.__name__}", daemon=True).start()
 
     # -- threads -----------------------------------------------------------------------------------
     def _beat(self) -> None:
@@ -115,7 +115,7 @@ class _Peers:
                 wait_for_workers=False,
                 timeout=timedelta(seconds=self.timeout_s),
             )
-            store = dist.PrefixStore("evspan/peers", connection)
+            store = dist.PrefixStore("evspan/heartbeats", connection)
             keys = [str(rank) for rank in range(self.size)]
             host = socket.gethostname()
             beats = 0
@@ -149,7 +149,7 @@ class _Peers:
             if silent_s > self.timeout_s and not self.closed.is_set():
                 sys.stdout.flush()
                 message = self._message(int(self.timeout_s / BEAT_S))
-                # The main thread may be waiting in C code for good.
+                # The main thread may be waiting in C code forever.
                 os._exit(report_lost_ranks(message))
 
     # -- main thread -------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class _Peers:
         return [rank for rank, status in enumerate(statuses) if status not in (RUNNING, LOST)]
 
     def _message(self, beats: int, torch_error: str = "") -> str:
-        """Which ranks are to blame. beats: number of missed ones after which a rank is silent."""
+        """Which ranks caused the failure. beats: missed ones from which on a rank is silent."""
         message = f"{self._cause(beats)}. So rank {self.rank} ends"
         if torch_error:
             message += f" (torch: {torch_error})"
@@ -207,17 +207,17 @@ class _Peers:
             names = ", ".join(map(self._name, silent))
             verb = "is" if len(silent) == 1 else "are"
             seconds = max(self.missed) * BEAT_S
-            return f"{names} {verb} gone or stuck: not heard of for {seconds:.0f} s"
+            return f"{names} {verb} gone or stuck: no heartbeat for {seconds:.0f} s"
         others = [rank for rank in range(self.size) if rank != self.rank]
         waiting = [rank for rank in others if self.latest[rank].status == RUNNING]
         if waiting:
             names = ", ".join(map(self._name, waiting))
-            verb = "lives" if len(waiting) == 1 else "live"
+            verb = "is" if len(waiting) == 1 else "are"
             return (
-                f"{names} {verb}, but did not come to a collective within "
+                f"{names} {verb} alive, but did not reach a collective within "
                 f"parallel.timeout_s={self.timeout_s:g}"
             )
-        return "all ranks live, but lost the connections between them"
+        return "all ranks are alive, but lost the connections between them"
 
     def _name(self, rank: int) -> str:
         beat = self.latest[rank]

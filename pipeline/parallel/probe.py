@@ -25,7 +25,7 @@ def probe(timeout_s: int) -> dict[str, Any]:
     """Joins the ranks and measures them.
 
     Args:
-        timeout_s: ranks that do not arrive within this time are given up.
+        timeout_s: the probe fails if ranks have not joined within this time.
 
     Returns:
         JSON values. torch, cuda, gpus, backend: of this rank. ranks: number. latency_us: of a small

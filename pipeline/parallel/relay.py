@@ -4,7 +4,7 @@ import torch
 from evspan.pipeline.model.state import StageState
 from evspan.pipeline.parallel.collectives import (
     P2PChannel,
-    TensorForm,
+    TensorSpec,
     receive_along,
     send_along,
 )
@@ -22,9 +22,9 @@ class RelayExchange(SequenceExchange):
     """A scan of a rank's own frames, slice by slice.
 
     For each slice a rank receives the state from the previous rank, scans, and sends the state on.
-    Only states are sent. A slice is some of the cells; with `whole_maps`, for recurrences that read
-    neighbouring
-    cells, some of the lanes: with one lane, ranks then wait for each other's whole scan.
+    Only states are sent. A slice is some of the cells. With `whole_maps`, for recurrences that read
+    neighbouring cells, it is some of the lanes; with one lane, ranks then wait for each other's
+    whole scan.
 
     Between chunks the last rank holds the state; on the others it has no cells, (B, C, 0, 0). It
     moves when the next chunk begins, when nobody has to wait for it.
@@ -69,8 +69,8 @@ class RelayExchange(SequenceExchange):
                 start = first_states[i]
             else:
                 previous = self.members[self.position - 1]
-                forms = _state_forms(part, dtypes)
-                part, hidden, cell = receive_along(part, forms, self.channel, previous)
+                specs = _state_specs(part, dtypes)
+                part, hidden, cell = receive_along(part, specs, self.channel, previous)
                 start = StageState(hidden, cell)
             y, end = recurrence(part, start)
             if self.last:
@@ -86,7 +86,7 @@ class RelayExchange(SequenceExchange):
 
         Its gradients go back if it has any, on all ranks or on none.
         """
-        forms = _state_forms(x, (state.hidden.dtype, state.cell.dtype))
+        specs = _state_specs(x, (state.hidden.dtype, state.cell.dtype))
         with_gradients = state.hidden.requires_grad
         first, last = self.members[0], self.members[-1]
         if self.last:
@@ -96,9 +96,9 @@ class RelayExchange(SequenceExchange):
                 self.channel.send(state, first)
         elif self.first:
             if with_gradients:
-                x, hidden, cell = receive_along(x, forms, self.channel, last)
+                x, hidden, cell = receive_along(x, specs, self.channel, last)
             else:
-                hidden, cell = self.channel.receive(forms, last, x.device)
+                hidden, cell = self.channel.receive(specs, last, x.device)
             state = StageState(hidden, cell)
         return x, state
 
@@ -158,7 +158,7 @@ class RelayExchange(SequenceExchange):
         return self._broadcast(self.ranks - 1, part, shape)
 
 
-def _state_forms(x: Tensor, dtypes: StateDtypes) -> list[TensorForm]:
+def _state_specs(x: Tensor, dtypes: StateDtypes) -> list[TensorSpec]:
     """Shape and dtype of hidden and cell that belong to x (T, B, h, w, C)."""
     _, lanes, height, width, dim = x.shape
     return [(torch.Size((lanes, dim, height, width)), dtype) for dtype in dtypes]

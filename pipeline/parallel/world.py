@@ -1,4 +1,4 @@
-"""This process's place among the ranks, and the process group that joins them."""
+"""This process's rank, and the process group of all ranks."""
 
 import ctypes
 import os

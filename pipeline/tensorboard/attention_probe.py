@@ -30,7 +30,7 @@ MAPS = ("spatial", "motion")  # the multipliers that have a value per cell
 
 @dataclass(frozen=True)
 class ProbeFrame:
-    """One labelled frame, with what the detector finds in it.
+    """One labelled frame with its detections and attention maps.
 
     frame: (2 * bins, H, W) uint8. end_us: end of its window, in microseconds. boxes: shards.BOX.
     detections: (k, 7) float32 x1, y1, x2, y2 (pixels of the frame), objectness, class score, class
@@ -49,7 +49,7 @@ class ProbeFrame:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the detector makes of the probe frames.
+    """The detector's output on the probe frames.
 
     multipliers: "scale_0/spatial" -> (n,) values from 0 to 1, of all frames.
     gates: "scale_0/spatial" -> the gate that scales these multipliers.

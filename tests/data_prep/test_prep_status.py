@@ -185,7 +185,7 @@ from evspan.data_prep.prepare import prepare
 
 def slow(source, part, *more):
     if source.name == "b":
-        with store.hdf5_written_whole(part):
+        with store.atomic_hdf5(part):
             time.sleep(60)
     return store.prepare_recording(source, part, *more)
 

@@ -154,7 +154,7 @@ def test_ends_are_labels_about_100_ms_apart_and_windows_between(hertz, first):
 
 def test_labels_that_rvt_cannot_take_are_refused(tmp_path):
     with pytest.raises(
-        BoxesError, match="labels come at 10 Hz; RVT's preparation knows 30 and 60 Hz"
+        BoxesError, match="labels come at 10 Hz; RVT's preparation supports 30 and 60 Hz"
     ):
         RvtEnds(np.arange(1, 20) * 100_000, 50_000)
     assert (

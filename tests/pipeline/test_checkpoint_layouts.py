@@ -149,4 +149,4 @@ def test_a_checkpoint_of_another_form_is_refused_in_one_line(folder, tmp_path):
     assert len(errors) == 1
     assert "Traceback" not in done.stderr
     assert f"checkpoint.init_from={older}" in errors[0]
-    assert "in a form that this one cannot continue" in errors[0]
+    assert "in a format that this one cannot continue" in errors[0]

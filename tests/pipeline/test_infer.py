@@ -20,7 +20,7 @@ from evspan.data_prep.labels.box_files import RAW_BOX, read_boxes
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.simulator import SimulatorConfig, simulate
 from evspan.launch.cli.infer import main
-from evspan.pipeline.inference.detect import Clock, Detected, ahead, cut, detect
+from evspan.pipeline.inference.detect import Detected, WorkTimer, clip_boxes, detect, prefetch
 from evspan.pipeline.inference.overlay import DETECTION_COLOR, LABEL_COLOR, Overlay
 from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.inference.writers import DetectionsFile
@@ -381,7 +381,7 @@ def test_boxes_are_cut_at_the_sensor():
     ):
         boxes[name] = values
     boxes["class_id"] = 1, 0, 2, 2
-    got = cut(boxes, (50, 100))
+    got = clip_boxes(boxes, (50, 100))
     assert [got[k].tolist() for k in "xywh"] == [[0, 90], [0, 40], [15, 10], [14, 10]]
     assert got["class_id"].tolist() == [1, 0]
 
@@ -399,7 +399,7 @@ def test_memory_does_not_grow_only_a_few_frames_are_alive(here):
             most, read = max(most, len(alive)), read + 1
             yield 50_000 * (i + 1), frame
 
-    source = ahead(frames(), 4)
+    source = prefetch(frames(), 4)
     found = detect(
         detector,
         source,
@@ -408,9 +408,9 @@ def test_memory_does_not_grow_only_a_few_frames_are_alive(here):
         frames_per_call=4,
         downsample=2,
         sensor=(128, 128),
-        clock=Clock(),
+        clock=WorkTimer(),
     )
-    stream = ahead(found, 4)
+    stream = prefetch(found, 4)
     ends = [item.end_us for item in islice(stream, 100)]
     stream.close()
     source.close()
@@ -426,14 +426,14 @@ def test_ahead_hands_on_items_and_errors_and_ends_its_thread():
 
     got, before = [], threading.active_count()
     with pytest.raises(KeyError, match="five"):
-        for item in ahead(items(), 2):
+        for item in prefetch(items(), 2):
             got.append(item)
     assert got == [0, 1, 2, 3, 4]
-    assert list(ahead(iter(()), 1)) == []
-    assert list(ahead(range(3), 9)) == [0, 1, 2]
+    assert list(prefetch(iter(()), 1)) == []
+    assert list(prefetch(range(3), 9)) == [0, 1, 2]
     for depth in (1, 3):
         made = []
-        numbers = ahead((made.append(i) or i for i in count()), depth)
+        numbers = prefetch((made.append(i) or i for i in count()), depth)
         assert next(numbers) == 0
         time.sleep(0.05)
         assert (

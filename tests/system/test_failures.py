@@ -110,7 +110,7 @@ def misbehave(rank):
         code, err = end_of(ranks[rank], 60)
         assert code == 69 and err.count("\n") == 1, err
         assert err.startswith(f"error: rank 1 (process {ranks[1].pid} on "), err
-        assert "lives, but did not come to a collective within parallel.timeout_s=4" in err
+        assert "is alive, but did not reach a collective within parallel.timeout_s=4" in err
     code_of_sleeper = ranks[1].poll()
     assert code_of_sleeper in (None, 69)
     ranks[1].kill()

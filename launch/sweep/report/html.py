@@ -13,7 +13,7 @@ from evspan.data_prep.report.markup import safe
 from evspan.data_prep.report.number_format import tick
 from evspan.data_prep.report.plots import Axes, round_ticks
 from evspan.data_prep.report.templating import Column, KeyFigure, report_environment
-from evspan.data_prep.shards.atomic import written_whole
+from evspan.data_prep.shards.atomic import atomic_write
 from evspan.launch.sweep.registry import Run, describe_all, short_names, span
 from evspan.launch.sweep.report.curves import Point
 from evspan.launch.sweep.report.results import METRIC_NAMES, RunResult
@@ -101,7 +101,7 @@ def write_page(
         tensorboard_url=tensorboard_url,
         span=span,
     )
-    with written_whole(path / PAGE) as temporary:
+    with atomic_write(path / PAGE) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path / PAGE
 
