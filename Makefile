@@ -15,7 +15,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 PYTEST = $(RUN) pytest --timeout $(TEST_TIMEOUT) -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 space := $(subst ,, )
-# Named after the folder: a copied or moved checkout installs anew, instead of running the code of the old place.
+# Named after the folder: a copied or moved checkout is installed again, and does not run the code of the old folder.
 STAMP := $(VENV)/.installed$(subst $(space),_,$(subst /,.,$(CURDIR)))
 
 .PHONY: help setup demo test check lint soak bench-learn container constraints clean

@@ -19,6 +19,7 @@ from evspan.conf.hydra_adapter import Expansion
 from evspan.conf.hydra_errors import explain, is_composition_error, refuse_unknown_keys
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.schema.training import EvaluateConfig, TrainConfig
+from evspan.conf.text import quote_override
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -97,7 +98,7 @@ def load_config(schema: type[T], path: Path) -> T:
 
 # -- sweeps --------------------------------------------------------------------------------------
 def expand_sweep(argv: Sequence[str]) -> Expansion:
-    """Every combination of the values given with commas. `--config-dir` is part of none.
+    """Every combination of comma-separated values, without `--config-dir`.
 
     Raises:
         ConfigError: an override cannot be parsed.
@@ -114,18 +115,12 @@ def config_dir_options(argv: Sequence[str]) -> list[str]:
 def replace_override(overrides: Sequence[str], key: str, value: str) -> list[str]:
     """`overrides` with `key=value` in place of any other value; quoted for Hydra's grammar."""
     kept = [override for override in overrides if override_key(override) != key]
-    return [*kept, f"{key}={quote(value)}"]
+    return [*kept, f"{key}={quote_override(value)}"]
 
 
 def override_key(override: str) -> str:
     """'+a.b=1' -> 'a.b'."""
     return override.partition("=")[0].lstrip("+~")
-
-
-def quote(text: str) -> str:
-    """A string in Hydra's grammar of overrides."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 # -- Hydra's --multirun --------------------------------------------------------------------------

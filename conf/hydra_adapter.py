@@ -1,4 +1,4 @@
-"""What Hydra offers only by private names. Verified against hydra-core 1.3.8.
+"""The only module that uses private names of Hydra. Verified against hydra-core 1.3.8.
 
 Hydra's public `compose` reports a value such as `a,b` without the argument, and `hydra.main` reads
 sys.argv with a parser that fails on Python 3.14. Both use the class Hydra, as this module does.

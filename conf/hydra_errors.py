@@ -1,4 +1,4 @@
-"""Explains errors of Hydra and OmegaConf in one line that says what to do."""
+"""Explains errors of Hydra and OmegaConf in one line, with the remedy."""
 
 import re
 import traceback

@@ -1,4 +1,4 @@
-"""What OmegaConf offers only by private names. Verified against omegaconf 2.3.1."""
+"""The only module that uses private names of OmegaConf. Verified against omegaconf 2.3.1."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The demo: simulate, prepare, train, evaluate and infer, by the commands that users give."""
+"""The demo: simulate, prepare, train, evaluate and infer, with the commands of a user."""
 
 import json
 import logging
@@ -131,7 +131,7 @@ def run_parts(parts: Sequence[Part], folder: Path, keep: bool) -> dict[str, floa
         if part.name in times:
             continue
         shutil.rmtree(part.output, ignore_errors=True)
-        for later in parts[number:]:  # they used the output that is made again
+        for later in parts[number:]:  # they used the output that is replaced
             times.pop(later.name, None)
         _write_times(folder, times)
         times[part.name] = _run_part(part, folder)

@@ -152,13 +152,13 @@ def judge(result: LayoutResult, allowed: Tolerances, *, exact: bool) -> Verdict:
 
 
 def run_smoke(options: SmokeOptions, folder: Path) -> SmokeResult:
-    """Makes recordings and shards, then trains one rank and all layouts of `options.ranks` ranks.
+    """Prepares simulated data, trains one rank, then all layouts of `options.ranks` ranks.
 
     Args:
         folder: empty; gets the data, the runs and the results.
 
     Raises:
-        UserError: there are fewer GPUs than ranks, or the data could not be made.
+        UserError: there are fewer GPUs than ranks, or the data could not be simulated.
     """
     started = time.perf_counter()
     logger.info("making recordings and frames in %s", folder)
@@ -196,7 +196,7 @@ def _check_gpus(device: DeviceInfo, ranks: int) -> None:
 
 
 def make_data(folder: Path, ranks: int) -> None:
-    """Makes FOLDER/shards from simulated recordings of a small sensor.
+    """Writes FOLDER/shards from simulated recordings of a small sensor.
 
     Raises:
         UserError: a command failed.

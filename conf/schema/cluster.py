@@ -39,18 +39,15 @@ class SlurmConfig:
     exclude: str = ""  # nodes
     cpus_per_task: int = 1
     mem_gb: float = 0.0  # memory per node in GiB; 0: the cluster's default
-    timeout_min: int = (
-        240  # time limit of one attempt, in minutes; a job that reaches it is requeued
-    )
+    # Time limit of one attempt, in minutes. A job that reaches it is requeued.
+    timeout_min: int = 240
     signal_delay_s: int = 120  # SLURM sends a signal this many seconds before the time limit
     array_parallelism: int = 16  # tasks of a job array that run at the same time
-    setup: list[str] = field(
-        default_factory=list
-    )  # shell lines at the start of the batch script, such as 'module load cuda'
+    # Shell lines at the start of the batch script, such as 'module load cuda'.
+    setup: list[str] = field(default_factory=list)
     environment: list[str] = field(default_factory=list)  # NAME=VALUE
-    sbatch_args: list[str] = field(
-        default_factory=list
-    )  # more options of sbatch: mail-type=END, exclusive
+    # More options of sbatch: mail-type=END, exclusive.
+    sbatch_args: list[str] = field(default_factory=list)
     python: str = ""  # Python on the nodes; empty: the one that runs this command
     dry_run: bool = False  # print the batch script, submit nothing
 
@@ -99,13 +96,12 @@ class ClusterConfig(SlurmConfig):
 
     gpus_per_node: int = 0  # GPUs that a node has; each rank gets one
     ranks_per_node: int = 0  # at most; 0: one per GPU, or one where there are none
-    max_retries: int = 3  # consecutive failures at the same step before a run is given up
+    max_retries: int = 3  # consecutive failures at the same step after which a run has failed
     requeue_after_fault: bool = True
     container: Container = Container.none
     image: str = ""
-    mounts: list[str] = field(
-        default_factory=list
-    )  # PATH or PATH:INSIDE; the working folder is always mounted
+    # PATH or PATH:INSIDE; the working folder is always mounted.
+    mounts: list[str] = field(default_factory=list)
     detach: bool = False  # return when SLURM has accepted the runs, do not wait for their end
 
     def __post_init__(self) -> None:
@@ -181,6 +177,6 @@ def _require_printable(name: str, value: str) -> None:
     """Raises ConfigError where the value of cluster.NAME would break a line of a batch script."""
     require(
         value.isprintable(),
-        f"cluster.{name} holds a line break or another control character: {value!r}; "
+        f"cluster.{name} contains a line break or another control character: {value!r}; "
         "give it on one line",
     )

@@ -1,4 +1,4 @@
-"""Checks which ranks can share lanes and frames, and by which exchange, before any rank starts."""
+"""Checks, before any rank starts, that ranks can divide lanes and frames, and by which exchange."""
 
 from enum import Enum
 

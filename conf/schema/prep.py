@@ -90,16 +90,14 @@ def frame_config(raw: dict[str, Any]) -> FrameConfig:
 class LabelConfig:
     """Which boxes are kept, and with which class. Sizes in pixels of the full sensor resolution."""
 
-    class_map: dict[int, int] = field(
-        default_factory=dict
-    )  # class_id in the box file -> index in `classes`
+    # class_id in the box file -> index in `classes`.
+    class_map: dict[int, int] = field(default_factory=dict)
     label_every_ms: int = 100  # thin labels to one per 100 ms, or 50 for one per window
     crop: bool = True  # cut boxes at the sensor's border, drop those wholly outside
     min_side: float = 0.0
     min_diagonal: float = 0.0
-    max_width_fraction: float | None = (
-        None  # drop boxes wider than this fraction of the sensor; train split only
-    )
+    # Drop boxes wider than this fraction of the sensor; train split only.
+    max_width_fraction: float | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -126,9 +124,8 @@ class DatasetConfig:
     kind: DatasetKind = DatasetKind.shards
     root: str = ""  # folder of the prepared shards (or RVT's tree) for training and evaluation
     classes: list[str] = field(default_factory=list)  # in the order of their stored ids
-    labels: LabelConfig = field(
-        default_factory=LabelConfig
-    )  # how `evspan prep` filters the boxes of the box files
+    # How `evspan prep` filters the boxes of the box files.
+    labels: LabelConfig = field(default_factory=LabelConfig)
 
     def __post_init__(self) -> None:
         self.classes = list(self.classes)
@@ -153,9 +150,8 @@ class PrepConfig:
     processes: int = 0  # with cluster=local; 0: one per core that this process may use
     cluster: PrepClusterConfig = field(default_factory=PrepClusterConfig)
     shard_mib: int = 2048  # several recordings share a file up to this size
-    max_invalid_fraction: float = (
-        0.01  # refuse a recording with a larger fraction of events outside the sensor
-    )
+    # Refuse a recording with a larger fraction of events outside the sensor.
+    max_invalid_fraction: float = 0.01
     codec: Codec = Codec.fast  # of new frames; frames that are stored already keep theirs
 
     def __post_init__(self) -> None:

@@ -177,7 +177,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class AugmentationConfig:
-    """Drawn once per lane and sequence, alike for all its frames."""
+    """Drawn once per lane and sequence, the same for all its frames."""
 
     hflip_prob: float = 0.5
     zoom_prob: float = 0.8  # zoom in or out; streamed lanes zoom out only
@@ -311,7 +311,7 @@ class DeepSpeedConfig:
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """World = data x sequence. Without a launcher, the command starts `ranks` processes here."""
+    """World size = data x sequence ranks. Without torchrun or srun, the command starts them."""
 
     ranks: int = 1
     sequence: int = 1  # ranks per sequence, each with some of its frames; evaluation ignores it
@@ -377,7 +377,7 @@ class EvaluationConfig:
             setattr(self, name, edges)
             require(
                 all(low < high for low, high in pairwise([0.0, *edges])),
-                f"evaluation.{name} is {edges}; give edges above 0, the lowest first",
+                f"evaluation.{name} is {edges}; give edges above 0 in ascending order",
             )
         require(
             0 <= self.confusion_threshold < 1,

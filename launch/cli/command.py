@@ -4,12 +4,14 @@ import argparse
 import contextvars
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from evspan.conf.errors import (
+    CLOSED_OUTPUT_EXIT_CODE,
     INTERRUPTED_EXIT_CODE,
     USER_ERROR_EXIT_CODE,
     LostRanksError,
@@ -35,7 +37,8 @@ def reported_errors() -> Iterator[None]:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     ensure_logging()
     try:
-        yield
+        with quiet_closed_output():
+            yield
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED_EXIT_CODE)
     except LostRanksError as error:
@@ -56,6 +59,33 @@ def run_command(main: Callable[[], object]) -> None:
     """Call `main` with `reported_errors`."""
     with reported_errors():
         main()
+
+
+@contextmanager
+def quiet_closed_output() -> Iterator[None]:
+    """Ends the process quietly where the reader of standard output has closed it.
+
+    `evspan ... | head -1` then has the exit code of SIGPIPE and no traceback.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout:  # None where the process was started without one
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():  # another pipe broke, such as that of a child process
+            raise
+        # Python flushes standard output once more at exit, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(CLOSED_OUTPUT_EXIT_CODE)
+
+
+def _output_is_closed() -> bool:
+    """Whether standard output is a pipe or a socket whose reader has closed it."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def fail(message: str) -> NoReturn:

@@ -7,6 +7,7 @@ that a key press starts no Python.
 import argparse
 import shlex
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from evspan.launch.cli.command import Parser
 from evspan.launch.cli.config_keys import COMMANDS as CONFIG_COMMANDS
@@ -129,6 +130,18 @@ fi
 """
 
 
+class Completion(NamedTuple):
+    """The words that may follow at one place of a command line.
+
+    kind: commands, subcommands, options, values or keys. name: of the option or key with values.
+    """
+
+    kind: str
+    command: str
+    name: str
+    words: Sequence[str]
+
+
 def script(shell: str) -> str:
     """The completion script for `bash` or `zsh`."""
     lines = ["#compdef evspan"] if shell == "zsh" else ["# Completion of evspan in bash"]
@@ -136,59 +149,59 @@ def script(shell: str) -> str:
         "# Prints words, one a line: _evspan_words KIND [COMMAND [NAME]]",
         "_evspan_words() {",
         '    case "$1:${2-}:${3-}" in',
-        *(_branch(*entry) for entry in _words()),
+        *(_branch(completion) for completion in _completions()),
         "    esac",
         "}",
     ]
     return "\n".join(lines) + (ZSH if shell == "zsh" else BASH)
 
 
-def _branch(kind: str, command: str, name: str, words: Sequence[str]) -> str:
-    pattern = shlex.quote(f"{kind}:{command}:{name}")
-    return f"    {pattern}) printf '%s\\n' {shlex.join(words)} ;;"
+def _branch(completion: Completion) -> str:
+    """A branch of the script's `case`."""
+    pattern = shlex.quote(f"{completion.kind}:{completion.command}:{completion.name}")
+    return f"    {pattern}) printf '%s\\n' {shlex.join(completion.words)} ;;"
 
 
-def _words() -> Iterator[tuple[str, str, str, Sequence[str]]]:
-    """(kind, command, name, words) of every question that the script asks."""
-    yield "commands", "", "", [*COMMANDS, "help"]
+def _completions() -> Iterator[Completion]:
+    yield Completion("commands", "", "", [*COMMANDS, "help"])
     for command in COMMANDS:
         if command in CONFIG_COMMANDS:
-            yield from _config_words(command)
+            yield from _config_completions(command)
         else:
-            yield from _option_words(command)
+            yield from _option_completions(command)
     for command, subcommands in SUBCOMMANDS.items():
-        yield "subcommands", command, "", subcommands
+        yield Completion("subcommands", command, "", subcommands)
         for subcommand in subcommands:
-            yield from _option_words(command, subcommand)
+            yield from _option_completions(command, subcommand)
 
 
-def _config_words(command: str) -> Iterator[tuple[str, str, str, Sequence[str]]]:
+def _config_completions(command: str) -> Iterator[Completion]:
     keys = keys_of(command)
     groups = choices_of(command)
-    yield "options", command, "", sorted(CONFIG_FLAGS | CONFIG_VALUE_OPTIONS)
-    yield "keys", command, "", [f"{name}=" for name in sorted({*keys, *groups})]
+    yield Completion("options", command, "", sorted(CONFIG_FLAGS | CONFIG_VALUE_OPTIONS))
+    yield Completion("keys", command, "", [f"{name}=" for name in sorted({*keys, *groups})])
     for key, type_ in keys.items():
         values = values_of(type_)
         if values:
-            yield "values", command, key, values
+            yield Completion("values", command, key, values)
     for group, options in groups.items():
-        yield "values", command, group, options
+        yield Completion("values", command, group, options)
 
 
-def _option_words(*command: str) -> Iterator[tuple[str, str, str, Sequence[str]]]:
+def _option_completions(*command: str) -> Iterator[Completion]:
     known = options_of(command)
     name = " ".join(command)
-    yield "options", name, "", sorted([*known.options, *known.flags])
+    yield Completion("options", name, "", sorted([*known.options, *known.flags]))
     for choices in list(known.positionals.values())[:1]:
         if choices:
-            yield "subcommands", name, "", choices
+            yield Completion("subcommands", name, "", choices)
     for option, choices in known.options.items():
         if choices:
-            yield "values", name, option, choices
+            yield Completion("values", name, option, choices)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the script."""
+    """Runs `evspan completion`."""
     parser = Parser(
         "evspan completion",
         description=DESCRIPTION,

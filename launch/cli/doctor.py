@@ -33,7 +33,7 @@ class CommandOptions:
 
 
 class Row(NamedTuple):
-    """A finding and where it was made: here, or in a job."""
+    """A finding and where the check ran: here, or in a job."""
 
     where: str
     finding: Finding

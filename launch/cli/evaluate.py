@@ -18,7 +18,7 @@ HELP = """evspan evaluate: a checkpoint and a split -> COCO AP (Prophesee's prot
       during training. RUN/evaluation-SPLIT gets metrics.json, a <recording>_bbox.npy for each
       recording, and frames.npz, which compare reads.
       AP is reported per class, size, recording, time since the start, and by speed and rest of
-      the object, which shows whether the memory holds it.
+      the object: the state must remember an object at rest, which causes no events.
 
   examples
       evspan evaluate runs/demo dataset.root=shards
@@ -31,7 +31,7 @@ HELP = """evspan evaluate: a checkpoint and a split -> COCO AP (Prophesee's prot
       evaluation.split=val       train | val | test
       evaluation.confidence_threshold=0.001
       evaluation.nms_threshold=0.45
-      evaluation.skip_first_ms=500   ignore the start of each recording: there is no memory yet
+      evaluation.skip_first_ms=500   ignore the start of each recording, when the state is empty
       evaluation.min_side=0      ignore smaller boxes and detections; pixels of the stored frames
       evaluation.min_diagonal=0
       evaluation.confusion_threshold=0.3  lowest score of detections in the confusion matrix

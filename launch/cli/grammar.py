@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import NamedTuple
 
+from evspan.conf.text import quote_override
 from evspan.launch.cli.config_arguments import CFG_OPTIONS, CONFIG_DIR_OPTIONS, FLAGS
 from evspan.launch.cli.config_keys import COMMANDS as CONFIG_COMMANDS
 from evspan.launch.cli.config_keys import choices_of, is_list, keys_of
@@ -41,7 +42,7 @@ MULTIRUN = {"-m", "--multirun"}
 
 
 class Correction(NamedTuple):
-    """What is wrong with a command line, and the arguments of `evspan` that are right."""
+    """What is wrong with a command line, and the correct arguments of `evspan`."""
 
     problem: str
     argv: list[str]
@@ -53,7 +54,7 @@ class Correction(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the parser of a command takes."""
+    """The arguments that the parser of a command accepts."""
 
     positionals: dict[str, list[str]]  # name -> the choices, empty for any value
     options: dict[str, list[str]]  # with a value: `--format` -> the choices, empty for any value
@@ -90,11 +91,11 @@ def evaluate_overrides(argv: Sequence[str]) -> list[str]:
     """The arguments of `evspan evaluate` for Hydra: its positional word is `checkpoint=...`."""
     overrides = []
     several = bool(MULTIRUN & set(argv))
-    found = False
+    has_checkpoint = False
     for word, is_value in _with_option_values(argv):
-        if not found and not is_value and _is_positional(word):
-            found = True
-            word = f"checkpoint={word}" if several else f"checkpoint={_quoted(word)}"
+        if not has_checkpoint and not is_value and _is_positional(word):
+            has_checkpoint = True
+            word = f"checkpoint={word}" if several else f"checkpoint={quote_override(word)}"
         overrides.append(word)
     return overrides
 
@@ -117,11 +118,6 @@ def has_several_values(value: str) -> bool:
         elif char == "," and depth == 0:
             return True
     return False
-
-
-def _quoted(value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _is_positional(word: str) -> bool:
@@ -319,7 +315,7 @@ def _checkpoint_first(command: str, words: list[str], problems: list[str]) -> li
 
 
 def _first_folder(words: list[str]) -> int:
-    """The place of the first word before any option that is not named as a recording; 0: none."""
+    """Index of the first word, before any option, that has no recording's suffix; 0: none."""
     for index, word in enumerate(words):
         if word.startswith("-"):
             break

@@ -1,14 +1,11 @@
 """The `evspan` command. Imports the module of a command only when that command runs."""
 
-import os
-import select
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
-from evspan.conf.errors import CLOSED_OUTPUT_EXIT_CODE
-from evspan.launch.cli.command import fail
+from evspan.launch.cli.command import fail, quiet_closed_output
 from evspan.launch.logging_config import configure_logging
 
 if TYPE_CHECKING:
@@ -29,9 +26,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "simulate": Command(
-        "evspan.launch.cli.simulate:main", "make recordings with boxes, to try everything on"
-    ),
+    "simulate": Command("evspan.launch.cli.simulate:main", "simulated recordings with boxes"),
     "prep": Command(
         "evspan.launch.cli.prep:main",
         "recordings -> shards of frames; decode, look at and draw recordings",
@@ -39,7 +34,7 @@ COMMANDS = {
     "train": Command("evspan.launch.cli.train:main", "shards -> a trained detector"),
     "submit": Command(
         "evspan.launch.cli.submit:main",
-        "train as a SLURM job that comes back after preemption, over any number of nodes",
+        "train as a SLURM job on any number of nodes, requeued after preemption",
     ),
     "sweep": Command(
         "evspan.launch.cli.sweep:main",
@@ -110,23 +105,10 @@ EVSPAN_DEBUG=1 shows the traceback of an error."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The entry point: runs the command that the arguments name; sys.argv for None.
-
-    Where the reader of standard output has closed it (`evspan ... | head -1`), the process ends
-    without a message, with the exit code of SIGPIPE.
-    """
+    """The entry point: runs the command that the arguments name; sys.argv for None."""
     configure_logging()
-    try:
-        try:
-            dispatch(sys.argv[1:] if argv is None else argv)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        if not _output_is_closed():  # another pipe broke, such as that of a child process
-            raise
-        # Python flushes standard output once more at exit, which would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(CLOSED_OUTPUT_EXIT_CODE)
+    with quiet_closed_output():
+        dispatch(sys.argv[1:] if argv is None else argv)
 
 
 def dispatch(argv: list[str]) -> None:
@@ -179,13 +161,6 @@ def options_of(words: Sequence[str]) -> "Options":
         else:
             options.options.update(dict.fromkeys(action.option_strings, choices))
     return options
-
-
-def _output_is_closed() -> bool:
-    """Whether standard output is a pipe or a socket that nobody reads any more."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _unknown_command(name: str) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # not imported for --help
     from evspan.data_prep.prepare import PrepReport
     from evspan.data_prep.workers import Runner
 
-TOOLS = {  # evspan prep TOOL: its module, which is imported when it is called
+TOOLS = {  # evspan prep TOOL: its module, imported when the tool runs
     "decode": "evspan.launch.cli.prep_decode",
     "info": "evspan.launch.cli.prep_info",
     "preview": "evspan.launch.cli.prep_preview",
@@ -30,16 +30,16 @@ TOOLS = {  # evspan prep TOOL: its module, which is imported when it is called
 HELP = """evspan prep: recordings -> shards of histogram frames
 
   evspan prep source=RAW output=SHARDS [dataset=NAME] [key=value ...]
-      RAW has train/ val/ test/ with recordings (.raw, .dat, .h5, .hdf5), and their boxes beside
-      them: X_td.dat and X_bbox.npy. One file or a flat folder counts as test. LIST.txt or .csv
-      names one recording per line: split path [boxes.npy].
+      RAW has train/ val/ test/ with recordings (.raw, .dat, .h5, .hdf5), each with its boxes
+      next to it: X_td.dat and X_bbox.npy. One file or a flat folder counts as test. LIST.txt or
+      .csv names one recording per line: split path [boxes.npy].
       Run again, it does only what is missing or has changed.
 
   tools
       evspan prep info RECORDING                   format, sensor, time span, counts, rate
       evspan prep decode RECORDING OUT.h5          any format to HDF5 with events/{t,x,y,p}
       evspan prep preview INPUT OUT.png|gif|mp4    frames with boxes, of a recording or of shards
-      evspan prep status SHARDS [--source RAW]     what is done, what is missing, who works on it
+      evspan prep status SHARDS [--source RAW]     what is done and missing, which process works
       evspan prep verify SHARDS [--source RAW]     checks checksums, structure and frames, and
                                                    marks damage for the next evspan prep
       evspan prep report SHARDS [OUT.html]         counts, sizes, rates, drops and images on one
@@ -118,7 +118,7 @@ def print_report(output: str, report: "PrepReport", seconds: float) -> None:
         print(f"removed: {name} (no longer in the source)")
     total = plural(len(recordings), "recording")
     if not report.prepared and not report.removed:
-        print(f"{output}: nothing to do, {total} with {frames} frames as they should be")
+        print(f"{output}: nothing to do, {total} with {frames} frames up to date")
         return
     boxes = dict.fromkeys(report.manifest.classes, 0)
     for recording in recordings:

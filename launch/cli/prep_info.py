@@ -49,7 +49,7 @@ def _parse(argv: Sequence[str]) -> Path:
     """The recording."""
     parser = Parser(
         "evspan prep info",
-        description="What a recording holds.",
+        description="Prints what a recording contains.",
         epilog="example: evspan prep info drive.raw",
     )
     parser.add_argument("recording", type=Path)
@@ -79,4 +79,4 @@ def main(argv: Sequence[str]) -> None:
     if boxes:
         print(f"boxes     {read_boxes(boxes).size} in {boxes.name}")
     else:
-        print("boxes     none beside it")
+        print("boxes     none next to it")

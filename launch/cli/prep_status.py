@@ -1,4 +1,4 @@
-"""`evspan prep status`: what a prepared folder holds, what is missing, and who works on it."""
+"""`evspan prep status`: what a prepared folder contains, what is missing, who writes to it."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from pathlib import Path
 from evspan.data_prep.shards.format import MANIFEST, SPLITS
 from evspan.data_prep.shards.status import State, Status, age, status
 from evspan.launch.cli.command import Parser
+from evspan.launch.cli.table import format_table
 
 INCOMPLETE_EXIT_CODE = 3
 NAMED = 5  # recordings of a state that are named; of the others, their number
@@ -24,8 +25,8 @@ ALWAYS_SHOWN = (State.done, State.part, State.missing)
 UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 DESCRIPTION = """\
-What a folder that evspan prep writes holds, split by split, what is missing, and which process
-works on it. It takes no lock and changes nothing.
+Shows what a folder that evspan prep writes contains, split by split, what is missing, and which
+process works on it. It takes no lock and changes nothing.
 
   done       in a shard
   in parts   prepared, and not yet in a shard: a run is at work, or was ended
@@ -33,7 +34,7 @@ works on it. It takes no lock and changes nothing.
   damaged    marked by evspan prep verify
   changed    the recording has another size or time than it had (with --source)
 
-Exit code 0: complete, and nobody at work; 3: not complete; 2: no such folder."""
+Exit code 0: complete, and no process at work; 3: not complete; 2: no such folder."""
 EXAMPLES = """examples:
   evspan prep status shards
   evspan prep status shards --source raw      also recordings that are new, changed or removed"""
@@ -70,12 +71,7 @@ def _table(result: Status) -> list[str]:
         rows.append(_row(result, states, split, f"{split}/", result.bytes_per_split[split]))
     if len(splits) > 1:
         rows.append(_row(result, states, "all", "", sum(result.bytes_per_split.values())))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines: list[str] = []
-    for name, *cells in rows:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]))
-    return lines
+    return format_table(rows, right_aligned=range(1, len(rows[0])))
 
 
 def _row(

@@ -92,7 +92,7 @@ def smoke(options: CommandOptions) -> int:
 
     Raises:
         UserError: this process is one of several ranks, there are fewer GPUs than ranks, or the
-            data could not be made.
+            data could not be simulated.
     """
     refuse_ranks()
     with ExitStack() as stack:

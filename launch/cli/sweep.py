@@ -7,7 +7,7 @@ from evspan.launch.cli.command import exit_unless_zero, reported_errors
 from evspan.launch.cli.config_arguments import config_information, parse_config_arguments
 from evspan.launch.cli.submit import refuse_train_options
 
-HELP = """evspan sweep: a run for each combination of the values given with commas
+HELP = """evspan sweep: a run for each combination of comma-separated values
 
   evspan sweep run_dir=SWEEP KEY=A,B KEY=C,D KEY=VALUE ...
       runs SWEEP/0, SWEEP/1, ..., as an array of SLURM jobs
@@ -16,7 +16,7 @@ HELP = """evspan sweep: a run for each combination of the values given with comm
       evspan sweep run_dir=sweeps/lr dataset.root=/data/gen4 experiment=gen4/3scale_baseline \\
           optimizer.lr=1e-4,3e-4,1e-3 cluster=gpu_nodes
       evspan sweep run_dir=sweeps/lr ... cluster.array_parallelism=4 cluster.detach=true
-      evspan sweep run_dir=sweeps/lr ... cluster=local      one after the other on this machine
+      evspan sweep run_dir=sweeps/lr ... cluster=local      sequentially on this machine
 
   A run whose overrides are wrong fails alone. The same command continues the runs that are not
   done; further values add runs. evspan status SWEEP and evspan report SWEEP show them all.

@@ -1,4 +1,4 @@
-"""Several ranks on this machine: starts them, forwards signals, and ends all when one fails."""
+"""Runs several ranks on this machine: starts them, forwards signals, ends all if one fails."""
 
 import ctypes
 import logging

@@ -1,4 +1,4 @@
-"""Runs on this machine, one after the other, each as `evspan train` does it."""
+"""Trains planned runs sequentially on this machine, each as `evspan train` does."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from evspan.conf.compose import CONFIG_FILE, save_config
 from evspan.conf.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE
 from evspan.launch.sweep.plan import PlannedRun
-from evspan.pipeline.history import append, read
+from evspan.pipeline.history import append
 
 logger = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -33,8 +33,7 @@ def run_sequentially(runs: Sequence[PlannedRun], *, dry_run: bool = False) -> in
     """
     failed = False
     for run in runs:
-        events = read(run.folder)
-        if events and events[-1]["event"] == "done":
+        if run.is_done():
             logger.info("%s: done already", run.folder)
             continue
         logger.info("%s: %s", run.folder, " ".join(run.overrides))

@@ -31,7 +31,7 @@ ENDED = frozenset(
     }
 )
 TIMEOUT_S = 60  # an overloaded controller may take this long to answer
-CLUSTER_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")  # say how to reach the cluster
+CLUSTER_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")  # the cluster to contact
 JOB_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")  # variables that describe a job
 
 

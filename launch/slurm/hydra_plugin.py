@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evspan.conf.text import quote_override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
@@ -96,10 +97,8 @@ def _swept_keys(job_overrides: Sequence[Sequence[str]]) -> list[str]:
 
 def _as_override(value: Any) -> str:
     """A value in Hydra's grammar."""
-    from evspan.conf.compose import quote
-
     if isinstance(value, list):
         return f"[{','.join(_as_override(item) for item in value)}]"
     if isinstance(value, str):
-        return quote(value)
+        return quote_override(value)
     return str(value)

@@ -29,7 +29,7 @@ from evspan.launch.slurm.prep_wait import GRACE_S, ArrayTask, ArrayWatch
 from evspan.launch.slurm.submitit_adapter import Executor, script_of
 
 logger = logging.getLogger(__name__)
-FOLDER = "slurm"  # beside the part files, removed with them when all is done
+FOLDER = "slurm"  # next to the part files, removed with them at the end
 OUTCOMES = "outcomes"
 END_S = 150.0  # a cancelled task ignores SIGTERM (Submitit); SIGKILL follows after KillWait
 REMEDY = (
@@ -46,18 +46,18 @@ class PrepArray:
         name: SLURM's name of the job, the same for every run into this output.
         comment: process and machine that wait for it, shown by squeue.
         folder: gets Submitit's scripts, pickles and logs, and the outcome files.
-        dealt: for each task, the indices of its jobs.
+        job_indices: for each task, the indices of its jobs.
     """
 
     name: str
     comment: str
     folder: Path
     jobs: Sequence[PrepJob]
-    dealt: list[list[int]]
+    job_indices: list[list[int]]
 
     @staticmethod
     def plan(jobs: Sequence[PrepJob], cluster: PrepClusterConfig) -> "PrepArray":
-        """Deals the jobs to tasks."""
+        """Assigns the jobs to tasks."""
         parts = jobs[0].part.absolute().parents[1]
         digest = hashlib.sha256(os.fsencode(parts.resolve())).hexdigest()[:8]
         sizes = [_bytes(job) for job in jobs]
@@ -66,7 +66,7 @@ class PrepArray:
             comment=f"process {os.getpid()} on {socket.gethostname()}",
             folder=parts / FOLDER,
             jobs=jobs,
-            dealt=balanced(sizes, number_of_tasks(sizes, cluster)),
+            job_indices=balanced(sizes, number_of_tasks(sizes, cluster)),
         )
 
     @property
@@ -89,8 +89,8 @@ class PrepArray:
 
     def script(self, cluster: PrepClusterConfig) -> str:
         """The batch script, followed by a comment for each task that lists its recordings."""
-        lines = [script_of(self.executor(cluster), len(self.dealt))]
-        for number, indices in enumerate(self.dealt):
+        lines = [script_of(self.executor(cluster), len(self.job_indices))]
+        for number, indices in enumerate(self.job_indices):
             gigabytes = sum(_bytes(self.jobs[i]) for i in indices) / 1e9
             keys = ", ".join(self.jobs[i].key for i in indices)
             lines.append(f"# task {number}, {gigabytes:.2f} GB: {keys}")
@@ -99,13 +99,13 @@ class PrepArray:
     def submit(self, config: PrepConfig) -> list[ArrayTask]:
         """Submits the array."""
         tasks: list[PrepTask] = []
-        for indices in self.dealt:
+        for indices in self.job_indices:
             jobs = {i: self.jobs[i] for i in indices}
             tasks.append(PrepTask(jobs, config, self.outcomes))
         submitted = client.submit_array(self.executor(config.cluster), tasks, REMEDY)
         return [
             ArrayTask(job.job_id, indices, job.paths.stderr, job.paths.result_pickle)
-            for job, indices in zip(submitted, self.dealt, strict=True)
+            for job, indices in zip(submitted, self.job_indices, strict=True)
         ]
 
 
@@ -120,7 +120,7 @@ class SlurmRunner:
         """Yields each job when its task has ended it. Closing the generator cancels the array.
 
         Raises:
-            ConfigError: SLURM is not there, or refuses the array.
+            ConfigError: SLURM is not installed, or refuses the array.
             UserError: another process has an array for the same output.
             DryRun: cluster.dry_run is set; the message is the batch script.
         """

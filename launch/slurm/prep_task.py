@@ -1,4 +1,4 @@
-"""A task of the job array of `evspan prep`: deals recordings to tasks, and prepares those of one.
+"""A task of the job array of `evspan prep`: assigns recordings to tasks, and prepares those of one.
 
 Tasks write the outcome of each recording to a file NUMBER.pkl in a folder that all nodes see.
 `evspan.launch.slurm.prep_wait` reads these files.
@@ -47,18 +47,18 @@ def number_of_tasks(sizes: Sequence[int], cluster: PrepClusterConfig) -> int:
 
 
 def balanced(sizes: Sequence[int], groups: int) -> list[list[int]]:
-    """Deals the indices of `sizes` into groups of about the same sum.
+    """Divides the indices of `sizes` into groups of about the same sum.
 
     The largest comes first, each to the group with the smallest sum. The largest sum is at most
-    4/3 of that of the best deal (Graham 1969). No group is empty.
+    4/3 of that of the best division (Graham 1969). No group is empty.
     """
-    dealt: list[list[int]] = [[] for _ in range(min(groups, len(sizes)))]
-    heap = [(0, 0, group) for group in range(len(dealt))]  # (sum, count as sizes may be 0, group)
+    members: list[list[int]] = [[] for _ in range(min(groups, len(sizes)))]
+    heap = [(0, 0, group) for group in range(len(members))]  # (sum, count as sizes may be 0, group)
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         total, count, group = heapq.heappop(heap)
-        dealt[group].append(index)
+        members[group].append(index)
         heapq.heappush(heap, (total + sizes[index], count + 1, group))
-    return dealt
+    return members
 
 
 @dataclass

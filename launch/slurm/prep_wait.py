@@ -1,4 +1,4 @@
-"""Waits for the tasks of a prep array: reads outcome files, and finds tasks that ended without."""
+"""Waits for the tasks of a prep array: reads outcome files, detects tasks that left none."""
 
 import logging
 import math

@@ -1,8 +1,8 @@
-"""Decides whether SLURM shall run a run again, when its ranks have ended.
+"""Decides whether SLURM requeues a job after its ranks have ended.
 
 python -m evspan.launch.slurm.requeue RULES INDEX CODE STATE
 
-RULES is the file that `evspan.launch.slurm.sbatch` wrote, INDEX the place in the array, CODE the
+RULES is the file that `evspan.launch.slurm.sbatch` wrote, INDEX the run's index in it, CODE the
 exit code of srun, STATE the state of the job in SLURM. Exit code 0: requeue. The batch script calls
 it on the first node, outside of any container, or by srun inside one; it needs nothing but Python.
 """

@@ -1,4 +1,4 @@
-"""Submits arrays of runs: a batch script whose tasks are ranks, and which requeues a run.
+"""Submits arrays of runs: a batch script whose tasks are ranks, and which requeues itself.
 
 Values go into the script through `shlex.quote`; what no quoting can make safe, such as a line
 break in an #SBATCH line, is refused by `evspan.conf.schema.cluster`.
@@ -111,14 +111,14 @@ def _executor(array: JobArray) -> Executor:
         nodes=array.nodes,
         ntasks_per_node=array.ranks_per_node,
         stderr_to_stdout=True,
-        setup=_lines_before(array.cluster),
-        teardown=_lines_after(array.folder, container),
+        setup=_all_setup_lines(array.cluster),
+        teardown=_teardown_lines(array.folder, container),
         **parameters,
     )
     return executor
 
 
-def _lines_before(cluster: ClusterConfig) -> list[str]:
+def _all_setup_lines(cluster: ClusterConfig) -> list[str]:
     lines = setup_lines(cluster)
     if cluster.container is Container.none:
         lines += python_path_lines()
@@ -130,8 +130,8 @@ def _lines_before(cluster: ClusterConfig) -> list[str]:
     return lines
 
 
-def _lines_after(folder: Path, container: _Container) -> list[str]:
-    """Lines that ask `evspan.launch.slurm.requeue` whether to run again, and tell SLURM."""
+def _teardown_lines(folder: Path, container: _Container) -> list[str]:
+    """Lines that requeue the job if `evspan.launch.slurm.requeue` exits with 0."""
     requeue = (
         f"{container.python} -m evspan.launch.slurm.requeue {shlex.quote(str(folder / RULES))}"
     )

@@ -22,7 +22,7 @@ from evspan.pipeline.history import append
 logger = logging.getLogger(__name__)
 POLL_S = 5.0
 SUBMITIT = ".submitit"  # below the run or sweep: scripts, pickles, and output of batch scripts
-# Polls after which a run is given up whose job SLURM no longer lists, and whose history has no end.
+# A run is lost after this many polls without a job in SLURM's queue or an end in its history.
 MAX_POLLS_WITHOUT_JOB = 3
 
 

@@ -1,4 +1,4 @@
-"""What Submitit offers only by private names. Verified against submitit 1.5.4."""
+"""The only module that uses private names of Submitit. Verified against submitit 1.5.4."""
 
 from submitit import SlurmExecutor
 
@@ -6,11 +6,11 @@ VERIFIED_VERSION = "1.5.4"
 
 
 class Executor(SlurmExecutor):
-    """Submitit's executor, but it can be created where srun is not installed, to see its script."""
+    """Submitit's executor. It can be created without srun, to show its script."""
 
     @classmethod
     def affinity(cls) -> int:
-        """Submitit's rating of an executor for this machine; it creates none if it is negative."""
+        """Submitit's rating of this executor; it creates none whose rating is negative."""
         return 2
 
 

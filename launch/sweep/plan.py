@@ -13,6 +13,7 @@ from evspan.conf.schema.cluster import ClusterConfig
 from evspan.conf.schema.training import TrainConfig
 from evspan.launch.local.run import check_training
 from evspan.launch.sweep.registry import SWEEP
+from evspan.pipeline.history import read
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class PlannedRun:
     folder: Path
     overrides: list[str]
     config: TrainConfig
+
+    def is_done(self) -> bool:
+        """Whether the history in the run's folder ends with `done`."""
+        events = read(self.folder)
+        return bool(events) and bool(events[-1]["event"] == "done")
 
 
 @dataclass(frozen=True)

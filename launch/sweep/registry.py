@@ -160,7 +160,7 @@ def _entries_of_sweep(path: Path) -> dict[str, RunEntry]:
 
 
 def jobs_alive(ids: Iterable[str]) -> set[str]:
-    """The SLURM job ids, of those given, that wait or run.
+    """Those of the SLURM job ids whose jobs wait or run.
 
     Raises:
         UserError: SLURM does not answer.
@@ -170,7 +170,7 @@ def jobs_alive(ids: Iterable[str]) -> set[str]:
     return {id_ for id_, task in queued(ids).items() if task.alive}
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
+def differing_keys(runs: Sequence[Run]) -> list[str]:
     """The override keys whose values differ between the runs; for a single run all its keys."""
     keys: dict[str, None] = {}
     for run in runs:
@@ -316,7 +316,7 @@ def _read_run(entry: RunEntry, queue: "Mapping[str, Queued] | None") -> Run:
     state, reason = files.state(entry, queue)
     silent_s = files.seconds_since_last_record()
     if state is State.running and not reason and silent_s > SILENT_S:
-        reason = f"silent for {span(silent_s)}"
+        reason = f"silent for {format_duration(silent_s)}"
     task = None if queue is None else queue.get(files.job)
     node = str(last_start(files.recent).get("host", ""))
     if task is not None and task.state == "RUNNING":
@@ -384,7 +384,7 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
-def span(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration in the largest unit that gives at least 2: '119 s', '2 min', '2.3 days'."""
     if seconds >= 2 * 86_400:
         return f"{seconds / 86_400:.1f} days"

@@ -5,7 +5,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evspan.launch.sweep.registry import Run, RunList, differing, read_runs, short_names, span
+from evspan.launch.sweep.registry import (
+    Run,
+    RunList,
+    differing_keys,
+    format_duration,
+    read_runs,
+    short_names,
+)
 
 NUMBERS = ("step", "AP", "ETA", "requeues")  # columns of numbers
 
@@ -26,7 +33,7 @@ def watch_runs(path: Path, interval_s: float) -> Iterator[RunList]:
 
 def status_rows(runs: Sequence[Run]) -> list[list[str]]:
     """The headings and a row per run, without the columns that are empty for all runs."""
-    keys = differing(runs)
+    keys = differing_keys(runs)
     headings = [
         "run",
         *short_names(keys),
@@ -57,7 +64,7 @@ def _status_row(run: Run, keys: Sequence[str]) -> list[str]:
         state,
         step,
         "" if run.ap is None else f"{run.ap:.3f}",
-        "" if run.eta_s is None else span(run.eta_s),
+        "" if run.eta_s is None else format_duration(run.eta_s),
         run.node,
         str(run.requeues),
         run.error,

@@ -8,7 +8,7 @@ from evspan.conf.errors import USER_ERROR_EXIT_CODE
 from evspan.conf.hydra_adapter import Expansion
 from evspan.conf.schema.cluster import ClusterConfig, Scheduler
 from evspan.launch.sweep.plan import PlannedRun, plan_sweep
-from evspan.pipeline.history import append, read
+from evspan.pipeline.history import append
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def submit_sweep(expansion: Expansion, config_dir: Sequence[str]) -> int:
 
 
 def submit_planned(runs: Sequence[PlannedRun], cluster: ClusterConfig, folder: Path) -> int:
-    """Start the runs that are not done, where the cluster config says.
+    """Start the runs that are not done: on this machine or on SLURM, as `cluster` selects.
 
     Args:
         folder: of the sweep, or of the single run.
@@ -51,13 +51,10 @@ def submit_planned(runs: Sequence[PlannedRun], cluster: ClusterConfig, folder: P
         return run_sequentially(runs, dry_run=cluster.dry_run)
     from evspan.launch.slurm.submit_runs import submit_runs
 
-    return submit_runs([run for run in runs if not is_done(run)], cluster, folder)
-
-
-def is_done(run: PlannedRun) -> bool:
-    """Whether the history of the run ends with `done`."""
-    events = read(run.folder)
-    done = bool(events) and events[-1]["event"] == "done"
-    if done:
-        logger.info("%s: done already", run.folder)
-    return done
+    remaining = []
+    for run in runs:
+        if run.is_done():
+            logger.info("%s: done already", run.folder)
+        else:
+            remaining.append(run)
+    return submit_runs(remaining, cluster, folder)

@@ -1,4 +1,4 @@
-"""The command line: helps that tell the truth, and mistakes that end in one line with the remedy."""
+"""The command line: help texts that match the config, mistakes that end in one line with the remedy."""
 
 import errno
 import importlib.metadata
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(autouse=True)
-def undone(monkeypatch, tmp_path):
-    """Commands run in this process: what they set for a process of their own is put back. They run in an empty folder."""
+def restored_state(monkeypatch, tmp_path):
+    """Commands run in this process and in an empty folder; the settings that they change are restored."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # as a user might have it
     for name in ("EVSPAN_DEBUG", "RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
@@ -132,7 +132,7 @@ def test_no_argument_is_help_and_version_is_the_distributions(capfd):
 
 
 @pytest.mark.parametrize(("module", "schema"), [(train, TrainConfig), (evaluate, EvaluateConfig)])
-def test_help_tells_the_defaults_that_hold(module, schema):
+def test_help_has_the_defaults_of_the_schema(module, schema):
     section = module.HELP.split("\n  keys\n")[1].split("\n\n")[0]
     defaults = dict(re.findall(r"^ +([\w.]+)=(\S*)", section, re.MULTILINE))
     config = OmegaConf.structured(compose(schema, []))
@@ -318,7 +318,7 @@ def failing(monkeypatch):
     return fail_with
 
 
-def test_a_users_error_in_the_task_is_told_and_a_defect_is_raised(capfd, failing):
+def test_a_users_error_in_the_task_is_reported_and_a_defect_is_raised(capfd, failing):
     failing(UserError("the disk is full;\n  delete something"))
     with pytest.raises(SystemExit) as end:
         train.main([])

@@ -98,8 +98,8 @@ def test_bash_answers_a_key_press_at_once(scripts):
     assert time.perf_counter() - began < 0.3
 
 
-def typed(command: list[str], text: str, wanted: str) -> str:
-    """The screen of an interactive shell after `text`, until it shows `wanted` or 10 s have passed."""
+def typed(command: list[str], text: str, expected: str) -> str:
+    """The screen of an interactive shell after `text`, until it shows `expected` or 10 s have passed."""
     child, terminal = pty.fork()
     if child == 0:
         os.environ.update(TERM="dumb", PS1="$ ", HISTFILE="")
@@ -107,7 +107,7 @@ def typed(command: list[str], text: str, wanted: str) -> str:
     os.write(terminal, text.encode())
     screen = ""
     end = time.monotonic() + 10
-    while wanted not in screen and time.monotonic() < end:
+    while expected not in screen and time.monotonic() < end:
         if select.select([terminal], [], [], 0.1)[0]:
             screen += os.read(terminal, 4096).decode(errors="replace")
     os.close(terminal)

@@ -56,10 +56,10 @@ def test_commands_compose(name):
     ],
 )
 def test_options_compose(name, group, option):
-    room = (
+    num_classes = (
         ["model.head.num_classes=8"] if (name, option) == ("train", "etram") else []
     )  # a head of 3 classes is the default
-    config, choices = composed(name, f"{group}={option}", *room)
+    config, choices = composed(name, f"{group}={option}", *num_classes)
     assert type(config) is PRIMARY[name]
     assert choices[group] == option
     if group == "dataset":

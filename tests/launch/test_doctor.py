@@ -85,7 +85,7 @@ def mounted(where: Path) -> list[str]:
         not shutil.which("unshare")
         or subprocess.run([*words, "true"], capture_output=True, timeout=20).returncode
     ):
-        pytest.skip("this machine lets nobody mount a folder of their own")
+        pytest.skip("users may not mount folders on this machine")
     return words
 
 

@@ -104,7 +104,10 @@ def test_the_port_is_given_to_nobody_else_meanwhile(tmp_path):
     )
     all_ready(tmp_path, ranks=1)
     port = (tmp_path / "port").read_text()
-    for family in (socket.AF_INET, socket.AF_INET6):  # nobody listens yet, and still it is taken
+    for family in (
+        socket.AF_INET,
+        socket.AF_INET6,
+    ):  # it is reserved, although no process listens on it
         with socket.socket(family) as other, pytest.raises(OSError, match="Address already in use"):
             other.bind(("", int(port)))
     (tmp_path / "go").touch()

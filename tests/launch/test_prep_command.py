@@ -89,8 +89,7 @@ def test_first_run_second_run(source, tmp_path):
     )
     again = typed(f"source={source}", f"output={output}", "frames.bins=3")
     assert (
-        again.stdout
-        == f"{output}: nothing to do, 5 recordings with {frames} frames as they should be\n"
+        again.stdout == f"{output}: nothing to do, 5 recordings with {frames} frames up to date\n"
     )
     assert (again.returncode, again.stderr) == (0, "")
 
@@ -319,7 +318,7 @@ def test_info_of_a_real_recording(samples_dir, evspan_prep):
         "time": "14224870 to 15476187 us, 1.251 s",
         "rate": values["rate"],
         "brighter": "50.2%",
-        "boxes": "none beside it",
+        "boxes": "none next to it",
     }
     golden = json.loads((samples_dir / "golden.json").read_text())["gen4_evt3_triggers.raw"]
     assert values["brighter"] == f"{golden['p_sum'] / golden['events']:.1%}"
@@ -377,8 +376,10 @@ def test_decode_of_every_format_can_be_decoded_again(source, tmp_path, evspan_pr
     assert evspan_prep("decode", source / name, tmp_path / "one.h5")[0] == 0
     assert evspan_prep("decode", tmp_path / "one.h5", tmp_path / "two.h5")[0] == 0
     first, second = columns_of(tmp_path / "one.h5"), columns_of(tmp_path / "two.h5")
-    made = [np.concatenate(c) for c in zip(*open_recording(source / name).chunks(), strict=True)]
-    for column, values in zip("txyp", made, strict=True):
+    expected = [
+        np.concatenate(c) for c in zip(*open_recording(source / name).chunks(), strict=True)
+    ]
+    for column, values in zip("txyp", expected, strict=True):
         np.testing.assert_array_equal(first[column], values)
         np.testing.assert_array_equal(second[column], values)
 

@@ -18,11 +18,11 @@ from evspan.launch.sweep import logs as sweep_logs
 from evspan.launch.sweep.cancel import cancel_runs
 from evspan.launch.sweep.registry import (
     describe,
-    differing,
+    differing_keys,
     find_runs,
+    format_duration,
     read_runs,
     short_names,
-    span,
 )
 from evspan.launch.sweep.state import State, events_of_submission, infer_state
 from evspan.launch.sweep.status import status_rows
@@ -301,8 +301,8 @@ def test_runs_come_in_the_order_of_their_numbers(tmp_path):
 
 def test_overrides_that_differ(tmp_path, no_slurm):
     runs, _ = read_runs(make_sweep(tmp_path / "sweep"))
-    assert differing(runs) == ["optimizer.lr", "optimizer.learn"]
-    assert differing(runs[:1]) == ["optimizer.lr", "seed"]
+    assert differing_keys(runs) == ["optimizer.lr", "optimizer.learn"]
+    assert differing_keys(runs[:1]) == ["optimizer.lr", "seed"]
     assert short_names(["optimizer.lr", "model.fpn.depth", "seed", "x.lr"]) == [
         "optimizer.lr",
         "depth",
@@ -465,7 +465,7 @@ def test_errors_of_others_are_harmless_to_a_terminal(tmp_path, no_slurm, run_cli
     ],
 )
 def test_spans(seconds, words):
-    assert span(seconds) == words
+    assert format_duration(seconds) == words
 
 
 @pytest.mark.timeout(30)
@@ -554,7 +554,7 @@ def test_a_closed_pipe_ends_logs_quietly(logged):
         assert process.stdout.readline() == b"line\n"
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(20) == 1
+        assert process.wait(20) == 141
     finally:
         process.kill()
 

@@ -195,7 +195,7 @@ def written(marker: Path, tmp_path: Path, **keys) -> str:
 
 
 def test_values_cannot_inject(tmp_path):
-    """The script runs, with an srun of ours: values arrive as they are, and nothing that they say is done."""
+    """The script runs, with an srun of ours: values arrive unchanged, and are not executed."""
     marker = tmp_path / "injected"
     values = {f"V{i}": text.format(marker=marker) for i, text in enumerate(HOSTILE)}
     one_line = [text.format(marker=marker) for text in HOSTILE if "\n" not in text]

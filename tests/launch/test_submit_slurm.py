@@ -148,7 +148,7 @@ def disturb(cluster: Cluster, run: Path, how: Callable[[Cluster, Path], None], *
 # -- tests -------------------------------------------------------------------------------------------------------
 @pytest.mark.timeout(600)
 def test_a_run_over_two_nodes_comes_back(slurm, shards, undisturbed, tmp_path):
-    """Whatever ends it, it ends with the weights of the run that nobody disturbed."""
+    """However it is interrupted, it ends with the weights of the uninterrupted run."""
     run = tmp_path / "run"
     submitted = evspan(slurm, "submit", *keys(shards, run))
     try:

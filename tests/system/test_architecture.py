@@ -54,7 +54,7 @@ OWNED = {  # third-party name -> the only places that may import it
     "onnxruntime": {"launch.cli.export", "pipeline.inference.exported_step"},
     "onnxscript": {"launch.cli.export", "pipeline.inference.exported_step"},
 }
-# Modules that still break a rule, with the reason. Nothing is added here; what is mended is removed.
+# Modules that still break a rule, with the reason. Nothing is added here; a module that is corrected is removed.
 PENDING: set[str] = set()
 
 
@@ -94,7 +94,7 @@ def uses(source: str) -> Iterator[Use]:
 
 
 def under(name: str, *prefixes: str) -> bool:
-    """Whether `name` is one of the prefixes or lies below one."""
+    """Whether `name` is one of the prefixes or below one."""
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 

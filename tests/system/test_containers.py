@@ -1,4 +1,4 @@
-"""The images: what Dockerfile and evspan.def say, what containers/build does, and (soak) an image built and used for real.
+"""The images: Dockerfile and evspan.def, containers/build, and (soak) an image that is built and used.
 
 The soak needs buildah and a base: the image EVSPAN_CONTAINER_BASE, or one that debootstrap makes (root).
 EVSPAN_REQUIRE_CONTAINERS=1 makes skipping a failure.
@@ -101,7 +101,7 @@ def test_builders_see_what_is_copied_and_nothing_else():
 
     def seen(path: str) -> bool:
         kept = True
-        for rule in rules:  # the last one that speaks of a path, or of a folder above it, holds
+        for rule in rules:  # the last one that matches a path, or a folder above it, decides
             pattern = rule.lstrip("!").removeprefix("**/")
             whole = "**/" in rule
             parts = Path(path).parts
@@ -124,11 +124,11 @@ def test_builders_see_what_is_copied_and_nothing_else():
         ".venv/bin/python",
         "runs/a",
     ]:
-        wanted = (
+        expected = (
             any(path == source or path.startswith(f"{source}/") for source in copied())
             and "__pycache__" not in path
         )
-        assert seen(path) == wanted, path
+        assert seen(path) == expected, path
 
 
 def test_both_images_are_made_by_the_same_commands():
@@ -198,11 +198,12 @@ def test_every_installation_is_pinned():
     ]
 
 
-def test_the_build_of_torch_is_told_from_its_metadata():
-    wrong, found = installer().wrong_build, importlib.metadata.metadata("torch").json
+def test_the_build_of_torch_is_read_from_its_metadata():
+    wrong = installer().wrong_build
+    installed_torch = importlib.metadata.metadata("torch").json
     here, other = ("cpu", "cuda") if torch.version.cuda is None else ("cuda", "cpu")
-    assert wrong(found, here) == ""
-    assert f"DEVICE={other} needs a {other.upper()} build" in wrong(found, other)
+    assert wrong(installed_torch, here) == ""
+    assert f"DEVICE={other} needs a {other.upper()} build" in wrong(installed_torch, other)
     elsewhere = {
         "version": "2.13.0",
         "requires_dist": ['nvidia-cublas==13.1; platform_system == "Nowhere"', "sympy"],
@@ -236,14 +237,14 @@ def test_pip_looks_where_the_folder_says(tmp_path, files, expected):
         for key, value in installer().environment(tmp_path).items()
         if not key.startswith("PIP_") or str(tmp_path) in value or key == "PIP_NO_INDEX"
     }
-    told = subprocess.run(
+    listing = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"],
         env=env,
         capture_output=True,
         text=True,
         timeout=30,
     )
-    lines = dict(line.split("=", 1) for line in told.stdout.splitlines())
+    lines = dict(line.split("=", 1) for line in listing.stdout.splitlines())
     keys = (":env:.no-index", ":env:.find-links", "global.retries")
     assert {k: lines[k] for k in keys if k in lines} == {
         k: v.format(tmp_path) for k, v in expected.items()
@@ -270,11 +271,11 @@ def pretend(tools: Path, name: str, works: bool = True) -> None:
 
 
 def build(
-    tools: Path, command: list[str] | None = None, **given: str
+    tools: Path, command: list[str] | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command or [str(HERE / "build")],
-        env={"PATH": str(tools), **given},
+        env={"PATH": str(tools), **variables},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -283,7 +284,7 @@ def build(
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("variables", "message"),
     [
         ({}, "docker is not there; podman is not there; buildah is not there. Install one"),
         ({"BUILDER": "podman"}, "works here: podman is not there. Install"),
@@ -294,13 +295,13 @@ def build(
         ({"WHEELS": "no folder"}, "WHEELS is 'no folder', which is not a folder"),
     ],
 )
-def test_what_cannot_be_built_is_told_in_one_line(tools, given, told):
-    ran = build(tools, **given)
+def test_what_cannot_be_built_ends_in_one_line(tools, variables, message):
+    ran = build(tools, **variables)
     assert ran.returncode == 2
     assert ran.stdout == ""
     assert ran.stderr.startswith("error: ")
     assert ran.stderr.count("\n") == 1
-    assert told in ran.stderr
+    assert message in ran.stderr
 
 
 def test_make_hands_its_variables_on(tools):
@@ -388,15 +389,15 @@ def test_apptainer_and_enroot_are_called_as_their_manuals_say(tools, tmp_path):
     ]
 
 
-def told(command: list[str], timeout: float = 600, **given: Any) -> str:
-    """What a command prints."""
+def output_of(command: list[str], timeout: float = 600, **options: Any) -> str:
+    """The output of a command, which must succeed."""
     ran = subprocess.run(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout,
-        **given,
+        **options,
     )
     assert ran.returncode == 0, f"{command}: exit code {ran.returncode}\n{ran.stdout[-4000:]}"
     return ran.stdout
@@ -410,7 +411,7 @@ class Started:
     """A container of an image, in which commands run."""
 
     def __init__(self, image: str) -> None:
-        self.name = told(["buildah", "from", "--pull-never", image]).strip()
+        self.name = output_of(["buildah", "from", "--pull-never", image]).strip()
 
     def run(
         self, *command: str, user: str = "", mounts: tuple[str, ...] = (), timeout: float = 300
@@ -419,10 +420,10 @@ class Started:
             *(["--user", user] if user else []),
             *(part for mount in mounts for part in ("--volume", mount)),
         ]
-        return told(["buildah", "run", *options, self.name, "--", *command], timeout)
+        return output_of(["buildah", "run", *options, self.name, "--", *command], timeout)
 
     def remove(self) -> None:
-        told(["buildah", "rm", self.name])
+        output_of(["buildah", "rm", self.name])
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +433,7 @@ def store(tmp_path_factory) -> Iterator[None]:
         absent("buildah is not installed (apt-get install buildah)")
     folder, theirs = (
         tmp_path_factory.mktemp("store"),
-        told(["buildah", "info", "--format", "{{.store.GraphRoot}}"]).strip(),
+        output_of(["buildah", "info", "--format", "{{.store.GraphRoot}}"]).strip(),
     )
     (folder / "storage.conf").write_text(
         f'[storage]\ndriver = "{os.environ.get("STORAGE_DRIVER", "overlay")}"\ngraphroot = "{folder}/graph"\n'
@@ -448,14 +449,14 @@ def store(tmp_path_factory) -> Iterator[None]:
     for path in [
         path for path in reversed(mounted) if path.startswith(f"{folder}/")
     ]:  # buildah leaves some
-        told(["umount", path])
+        output_of(["umount", path])
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def base(store, tmp_path_factory) -> str:
-    if given := os.environ.get("EVSPAN_CONTAINER_BASE"):
-        return given
+    if existing := os.environ.get("EVSPAN_CONTAINER_BASE"):
+        return existing
     if not shutil.which("debootstrap") or os.geteuid() != 0:
         absent(
             "EVSPAN_CONTAINER_BASE names no base image, and debootstrap or root, to make one, is not there"
@@ -466,7 +467,7 @@ def base(store, tmp_path_factory) -> str:
         for line in Path("/etc/os-release").read_text().splitlines()
         if "=" in line
     )
-    told(
+    output_of(
         [
             "debootstrap",
             "--variant=minbase",
@@ -477,9 +478,9 @@ def base(store, tmp_path_factory) -> str:
     )
     for fetched in ("var/cache/apt/archives", "var/lib/apt/lists"):
         shutil.rmtree(root / fetched)
-    container = told(["buildah", "from", "scratch"]).strip()
-    told(["buildah", "copy", "--quiet", container, str(root), "/"])
-    told(["buildah", "commit", "--quiet", "--rm", container, image])
+    container = output_of(["buildah", "from", "scratch"]).strip()
+    output_of(["buildah", "copy", "--quiet", container, str(root), "/"])
+    output_of(["buildah", "commit", "--quiet", "--rm", container, image])
     shutil.rmtree(root)
     return image
 
@@ -495,7 +496,7 @@ def wheels(tmp_path_factory) -> Path:
         or r.marker.evaluate({"extra": ""})
         or r.marker.evaluate({"extra": "export"})
     ]
-    told(
+    output_of(
         [
             sys.executable,
             "-m",
@@ -521,7 +522,7 @@ DEVICE = "cpu" if torch.version.cuda is None else "cuda"  # as this machine's pi
 @pytest.fixture(scope="module")
 def image(base, wheels) -> str:
     name, begun = f"localhost/evspan-test:{DEVICE}", time.monotonic()
-    told(
+    output_of(
         [
             "make",
             "container",
@@ -596,19 +597,19 @@ ls out
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    "user", ["", "4321:4321"], ids=["its own user", "a user that it does not know"]
+    "user", ["", "4321:4321"], ids=["its own user", "a user that the image does not have"]
 )
 def test_everything_runs_in_it_without_root(container, user):
     run = partial(container.run, user=user)
     assert run("id", "-u").strip() == (user.partition(":")[0] or "10001")
-    said = run(
+    output = run(
         "sh", "-c", "touch /opt/evspan/x 2>/dev/null || echo refused; touch ~/$(id -u) && echo ~"
     )
-    assert said.split() == ["refused", "/home/evspan"]
-    said = run("bash", "-c", TRY, timeout=900)
-    assert "evspan COMMAND" in said
-    assert "3 of 3 recordings prepared" in said
-    assert "val_000_bbox.npy" in said
+    assert output.split() == ["refused", "/home/evspan"]
+    output = run("bash", "-c", TRY, timeout=900)
+    assert "evspan COMMAND" in output
+    assert "3 of 3 recordings prepared" in output
+    assert "val_000_bbox.npy" in output
     if "doctor" in COMMANDS:
         assert "doctor: 0 failed" in run("evspan", "doctor")
 
@@ -621,7 +622,7 @@ def test_the_commands_of_the_definition_make_the_same(base, wheels, container):
     try:
         for line in definition()["files"]:
             source, target = line.split()
-            told(["buildah", "copy", "--quiet", theirs.name, str(ROOT / source), target])
+            output_of(["buildah", "copy", "--quiet", theirs.name, str(ROOT / source), target])
         post = "\n".join(definition()["post"]).replace("{{ DEVICE }}", DEVICE)
         theirs.run("/bin/sh", "-ex", "-c", post, mounts=(f"{wheels}:/mnt:ro",), timeout=1800)
         export = next(

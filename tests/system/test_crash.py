@@ -93,8 +93,8 @@ class Run:
         assert [rank.exitcode for rank in self.ranks] == [0, 0], self.log(0) + self.log(1)
 
     def resumed_at(self) -> int:
-        found = re.search(r": (?:resumes at step (\d+)|starts) of", self.log(0))
-        return int(found[1] or 0) if found else -1  # -1: killed before it could say
+        match = re.search(r": (?:resumes at step (\d+)|starts) of", self.log(0))
+        return int(match[1] or 0) if match else -1  # -1: killed before it logged a step
 
     def saving(self) -> bool:
         return any(self.checkpoints.glob(".[wd]*-step-*"))
@@ -124,8 +124,8 @@ def undisturbed(processes, shards, tmp_path_factory):
 
 def assert_as_undisturbed(run: Run, reference: Run) -> None:
     for tag in LOSSES:
-        assert sorted(wanted := scalars(reference.folder, tag)) == list(range(1, STEPS + 1))
-        assert scalars(run.folder, tag) == wanted, tag
+        assert sorted(expected := scalars(reference.folder, tag)) == list(range(1, STEPS + 1))
+        assert scalars(run.folder, tag) == expected, tag
     assert scalars(run.folder, "evaluation/ap") == scalars(reference.folder, "evaluation/ap")
     names = sorted(path.name for path in reference.checkpoints.iterdir())
     assert sorted(path.name for path in run.checkpoints.iterdir()) == names
@@ -134,12 +134,12 @@ def assert_as_undisturbed(run: Run, reference: Run) -> None:
             reference.checkpoints / pointer
         ).read_text()
     for file in reference.checkpoints.rglob("*.safetensors"):
-        wanted, got = (
+        expected, got = (
             load_file(file),
             load_file(run.checkpoints / file.relative_to(reference.checkpoints)),
         )
-        assert wanted.keys() == got.keys() and all(
-            torch.equal(wanted[k], got[k]) for k in wanted
+        assert expected.keys() == got.keys() and all(
+            torch.equal(expected[k], got[k]) for k in expected
         ), file
 
 

@@ -1,4 +1,4 @@
-"""Ranks that die, hang, fail or run out of memory: the others end in time, and one line says who it was and what to do."""
+"""Ranks that die, hang, fail or run out of memory: the others end in time, and one line names it and the remedy."""
 
 import os
 import re

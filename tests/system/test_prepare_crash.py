@@ -1,4 +1,4 @@
-"""Preparation that is killed, runs twice at once, or finds no room: nothing is damaged, and the next run completes it."""
+"""Preparation that is killed, runs twice at once, or fills the disk: nothing is damaged, and the next run completes it."""
 
 import multiprocessing
 import os
@@ -283,7 +283,7 @@ def test_the_second_refuses_and_says_who_is_at_work_and_a_lock_goes_with_its_pro
         pass
 
 
-# -- no room, no permission --------------------------------------------------------------------------------------
+# -- full disk, no permission ------------------------------------------------------------------------------------
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 120 KiB; skips where none can be mounted."""

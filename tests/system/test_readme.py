@@ -24,7 +24,7 @@ PAGES = (
     "pipeline/README.md",
 )
 SENSOR = SimulatorConfig(height=240, width=320, min_objects=1, max_objects=3)
-# Folders of a reader -> what stands for them here.
+# Folders in the README -> folders of this test.
 STAND_INS = {
     "source=/data/gen4": "source=recordings",
     "dataset.root=/data/gen4": "dataset.root=gen4_shards",

@@ -14,7 +14,7 @@ from evspan.data_prep.report.number_format import tick
 from evspan.data_prep.report.plots import Axes, round_ticks
 from evspan.data_prep.report.templating import Column, KeyFigure, report_environment
 from evspan.data_prep.shards.atomic import atomic_write
-from evspan.launch.sweep.registry import Run, describe_all, short_names, span
+from evspan.launch.sweep.registry import Run, describe_all, format_duration, short_names
 from evspan.launch.sweep.report.curves import Point
 from evspan.launch.sweep.report.results import METRIC_NAMES, RunResult
 from evspan.launch.sweep.state import State, number
@@ -99,7 +99,7 @@ def write_page(
         interruption_columns=INTERRUPTION_COLUMNS,
         logdir=shlex.quote(str(path)),
         tensorboard_url=tensorboard_url,
-        span=span,
+        duration=format_duration,
     )
     with atomic_write(path / PAGE) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evspan.conf.errors import UserError
-from evspan.launch.sweep.registry import Run, differing, read_runs, short_names, span
+from evspan.launch.sweep.registry import (
+    Run,
+    differing_keys,
+    format_duration,
+    read_runs,
+    short_names,
+)
 from evspan.launch.sweep.report.hparams import write_sweep_hparams
 from evspan.launch.sweep.report.html import write_page
 from evspan.launch.sweep.report.results import METRIC_NAMES, RunResult, read_results
@@ -45,7 +51,7 @@ def write_report(path: Path, tensorboard_url: str) -> SweepReport:
         )
     runs, note = read_runs(path)
     results = read_results(runs)
-    keys = differing(runs)
+    keys = differing_keys(runs)
     write_sweep_hparams(results, keys)
     page = write_page(path, results, keys, tensorboard_url)
     return SweepReport(results, keys, note, page)
@@ -98,7 +104,7 @@ def highlights(results: Sequence[RunResult], keys: Sequence[str]) -> list[str]:
         if run.requeues:
             lines.append(
                 f"{run.folder}: requeued {run.requeues} times, which took "
-                f"{span(result.cost.seconds)} and {result.cost.steps} steps done twice"
+                f"{format_duration(result.cost.seconds)} and {result.cost.steps} steps done twice"
             )
     return lines
 
