@@ -136,16 +136,13 @@ def print_report(output: str, report: "PrepReport", seconds: float) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command, or one of its tools."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in TOOLS:
-        tool: Callable[[list[str]], None] = import_module(TOOLS[argv[0]]).main
-        tool_argv = argv[1:]
-        with reported_errors():
-            tool(tool_argv)
-    else:
-        prep_argv = argv or ["--help"]
-        with reported_errors():
-            compose_and_prepare(prep_argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    with reported_errors():
+        if arguments and arguments[0] in TOOLS:
+            tool: Callable[[list[str]], None] = import_module(TOOLS[arguments[0]]).main
+            tool(arguments[1:])
+        else:
+            compose_and_prepare(arguments or ["--help"])
 
 
 def compose_and_prepare(argv: list[str]) -> None:
