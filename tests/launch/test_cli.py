@@ -60,7 +60,7 @@ def python(*argv, **environment) -> subprocess.CompletedProcess:
 
 
 # -- help --------------------------------------------------------------------------------------------------------
-def test_evspan_answers_at_once():
+def test_the_help_of_evspan_imports_nothing_slow():
     probe = "import sys; from evspan.launch.cli.main import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
     done = python("-c", probe)
     assert all(name in done.stdout for name in COMMANDS)
@@ -126,7 +126,7 @@ def test_another_broken_pipe_is_raised(monkeypatch):
         main(["help"])
 
 
-def test_no_argument_is_help_and_version_is_the_distributions(capfd):
+def test_without_arguments_it_prints_help_and_version_is_the_distributions(capfd):
     assert evspan(capfd) == evspan(capfd, "--help")
     assert evspan(capfd, "--version") == (0, f"evspan {importlib.metadata.version('evspan')}\n", "")
 
@@ -360,7 +360,9 @@ def test_hydra_leaves_no_trace(tmp_path):
     compose(EvaluateConfig, ["checkpoint=x"])
     assert Path.cwd() == tmp_path
     assert not list(tmp_path.iterdir())
-    assert logging.getLogger().level == logging.WARNING  # libraries' chatter stays off the console
+    assert (
+        logging.getLogger().level == logging.WARNING
+    )  # messages of libraries stay off the console
 
 
 @pytest.mark.parametrize(

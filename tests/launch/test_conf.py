@@ -56,9 +56,8 @@ def test_commands_compose(name):
     ],
 )
 def test_options_compose(name, group, option):
-    num_classes = (
-        ["model.head.num_classes=8"] if (name, option) == ("train", "etram") else []
-    )  # a head of 3 classes is the default
+    # The default head has 3 classes.
+    num_classes = ["model.head.num_classes=8"] if (name, option) == ("train", "etram") else []
     config, choices = composed(name, f"{group}={option}", *num_classes)
     assert type(config) is PRIMARY[name]
     assert choices[group] == option

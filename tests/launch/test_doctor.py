@@ -203,7 +203,7 @@ def test_a_folder_that_the_nodes_do_not_see(slurm_of, tmp_path):
     assert inside["grade"] == FAIL
     assert "token: No such file" in inside["found"]
     assert "all nodes see" in inside["remedy"]
-    assert results["in a job", "tasks"]["grade"] == PASS  # each reported all the same
+    assert results["in a job", "tasks"]["grade"] == PASS  # each reported nevertheless
     assert ("in a job", "rename") not in results
     assert ("in a job", "file descriptors") in results
     assert results["in a job", "all-reduce"]["found"].startswith("not tried")
@@ -304,7 +304,7 @@ def test_it_imports_nothing_slow():
     )
 
 
-# -- jobs that do not come about -----------------------------------------------------------------------------------
+# -- jobs that do not start ----------------------------------------------------------------------------------------
 def run_job(tmp_path, *options) -> list[Finding]:
     _, work = folder.open_folder(tmp_path)
     assert work
@@ -331,7 +331,7 @@ def test_what_srun_refuses_is_reported(slurm_of, tmp_path):
 
 @pytest.mark.timeout(60)
 def test_a_task_that_dies_is_reported(slurm_of, tmp_path):
-    """Node n2's Python finds no library: as where an installation is not shared."""
+    """Python on node n2 cannot import its libraries, as if the installation were not shared."""
     prolog = tmp_path / "prolog"
     prolog.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] || echo export PYTHONHOME=/nowhere\n')
     prolog.chmod(0o755)

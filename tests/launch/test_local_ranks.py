@@ -1,4 +1,4 @@
-"""Ranks on this machine, with small programs as ranks: their environment, how they end, and that none is left behind."""
+"""Ranks on this machine, with small programs as ranks: their environment and how they end. None is left running."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def finished(folder: Path, program: str, ranks: int = 2) -> tuple[int, str, str]
 
 
 # -- the environment of a rank -----------------------------------------------------------------------------------------
-def test_ranks_know_their_place_and_meet_at_the_port(tmp_path):
+def test_ranks_get_torchruns_variables_and_connect_at_the_port(tmp_path):
     program = """
 import json
 (here / f"env-{rank}").write_text(json.dumps(dict(os.environ, parent=os.getppid(), stdin=sys.stdin.read())))
@@ -96,7 +96,7 @@ else:
             assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 3)
 
 
-def test_the_port_is_given_to_nobody_else_meanwhile(tmp_path):
+def test_the_port_is_reserved_meanwhile(tmp_path):
     started = launched(
         tmp_path,
         "(here / 'port').write_text(os.environ['MASTER_PORT'])\nready()\nwait_for('go')",
@@ -104,10 +104,8 @@ def test_the_port_is_given_to_nobody_else_meanwhile(tmp_path):
     )
     all_ready(tmp_path, ranks=1)
     port = (tmp_path / "port").read_text()
-    for family in (
-        socket.AF_INET,
-        socket.AF_INET6,
-    ):  # it is reserved, although no process listens on it
+    # It is reserved, although no process listens on it.
+    for family in (socket.AF_INET, socket.AF_INET6):
         with socket.socket(family) as other, pytest.raises(OSError, match="Address already in use"):
             other.bind(("", int(port)))
     (tmp_path / "go").touch()
@@ -168,7 +166,7 @@ def test_a_ranks_traceback_is_shown(tmp_path):
 
 @pytest.mark.parametrize("takes_s", [0.1, 30], ids=["within the grace", "until it is killed"])
 def test_the_rank_that_failed_first_is_named_though_it_exits_last(tmp_path, takes_s):
-    """As where one rank's exception closes its connections, and the others fail for that and are gone sooner."""
+    """One rank's exception closes its connections; the others fail because of that, and exit sooner."""
     program = (
         f"takes_s = {takes_s}"
         + """
@@ -187,7 +185,7 @@ run_command(lambda: fail(RuntimeError("connection closed by peer")))
     assert err.splitlines()[-1].startswith("error: rank 1 of 2 ended with exit code 1")
 
 
-def test_a_users_error_is_told_once(tmp_path):
+def test_a_users_error_is_reported_once(tmp_path):
     code, out, err = finished(
         tmp_path,
         "ready(); run_command(lambda: fail(UserError('no such shard; prepare it')))",
@@ -196,7 +194,7 @@ def test_a_users_error_is_told_once(tmp_path):
     assert (code, out, err) == (2, "", "error: no such shard; prepare it\n")
 
 
-def test_a_users_error_of_one_rank_is_told_too(tmp_path):
+def test_a_users_error_of_one_rank_is_reported(tmp_path):
     program = (
         "if rank == 1: print('hello'); run_command(lambda: fail(UserError('shard 7 is damaged; prepare it')))\n"
         + STUCK
@@ -239,7 +237,7 @@ def test_a_stop_signal_before_there_is_anything_to_save(tmp_path):
     assert err == "error: ended by SIGTERM; nothing was saved. Do it again\n"
 
 
-def test_interrupted_ranks_end_even_when_one_does_not_listen(tmp_path):
+def test_interrupted_ranks_end_even_when_one_ignores_the_signal(tmp_path):
     started = launched(
         tmp_path, "if rank == 0: run_command(lambda: (ready(), time.sleep(60)))\n" + STUCK
     )

@@ -1,4 +1,4 @@
-"""`evspan prep cluster=slurm` on a throw-away SLURM: the array does what one machine's processes do, whatever dies."""
+"""`evspan prep cluster=slurm` on a throw-away SLURM: the array writes what one machine's processes write, whichever process dies."""
 
 import itertools
 import os
@@ -28,7 +28,7 @@ KEYS = [
     "cluster=slurm",
     "cluster.mem_gb=1",
 ]
-COPIES = 150  # of a small recording: work for two seconds
+COPIES = 150  # of a small recording: about two seconds of work
 QUICK = (
     "import evspan.launch.slurm.prep_wait as w; w.QUEUE_S = w.GRACE_S = 1.0; w.POLL_S = 0.2; "  # the cluster is ours, its disk local
     "from evspan.launch.cli.main import main; main()"
@@ -37,7 +37,7 @@ QUICK = (
 
 @pytest.fixture(scope="module")
 def many(source, tmp_path_factory):
-    """A source of many recordings, and what this machine's processes make of it."""
+    """A source of many recordings, and the shards that this machine prepares from it."""
     folder, output = tmp_path_factory.mktemp("many"), tmp_path_factory.mktemp("many_prepared")
     (folder / "train").mkdir()
     for i in range(COPIES):
@@ -60,7 +60,7 @@ def command(
     *more: str,
     environment=None,
 ) -> subprocess.Popen:
-    """From another folder than the code's."""
+    """The command, started in another folder than the code's."""
     environment = {
         **(cluster.environment if cluster else os.environ),
         "PYTHONPATH": str(ROOT),
@@ -131,7 +131,7 @@ def job_of(cluster: Cluster) -> str:
     return max(cluster.jobs(), key=lambda id_: int(id_.split("_")[0]))
 
 
-# -- dealing -----------------------------------------------------------------------------------------------------
+# -- groups ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("sizes", "groups"),
     [
@@ -145,21 +145,21 @@ def job_of(cluster: Cluster) -> str:
     ],
 )
 def test_groups_are_balanced(sizes, groups):
-    dealt = balanced(sizes, groups)
-    assert sorted(itertools.chain(*dealt)) == list(range(len(sizes)))
-    assert len(dealt) == min(groups, len(sizes))
-    assert all(dealt)
+    members = balanced(sizes, groups)
+    assert sorted(itertools.chain(*members)) == list(range(len(sizes)))
+    assert len(members) == min(groups, len(sizes))
+    assert all(members)
     best = min(
-        max(sum(s for s, g in zip(sizes, deal) if g == group) for group in range(groups))
-        for deal in itertools.product(range(groups), repeat=len(sizes))
-    )  # of all ways to deal
+        max(sum(s for s, g in zip(sizes, assignment) if g == group) for group in range(groups))
+        for assignment in itertools.product(range(groups), repeat=len(sizes))
+    )  # of all assignments
     assert (
-        max(sum(sizes[i] for i in group) for group in dealt)
+        max(sum(sizes[i] for i in group) for group in members)
         <= (4 / 3 - 1 / (3 * groups)) * best + 1e-9
     )
 
 
-def test_empty_files_are_dealt_evenly_and_equal_ones_in_order():
+def test_empty_files_are_divided_evenly_and_equal_ones_in_order():
     assert balanced([0] * 7, 3) == [[0, 3, 6], [1, 4], [2, 5]]
     assert balanced([5] * 4, 2) == [[0, 2], [1, 3]]
 
@@ -267,7 +267,7 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(source, tmp_path):
 
 
 @pytest.mark.timeout(60)
-def test_without_slurm_it_says_so_in_one_line(source, tmp_path):
+def test_without_slurm_it_ends_in_one_line(source, tmp_path):
     code, _, err = finished(
         command(None, source, tmp_path / "out", environment={"PATH": "/nowhere"})
     )
@@ -307,9 +307,7 @@ def test_a_partition_that_is_not_there_is_one_line(slurm, source, tmp_path):
 @pytest.mark.parametrize(
     ("how", "cpus"), [("requeued", 1), ("at its time limit", 1), ("preempted", 2)]
 )
-def test_a_task_that_comes_back_goes_on_and_a_bad_recording_is_named(
-    slurm, many, tmp_path, how, cpus
-):
+def test_a_requeued_task_continues_and_a_bad_recording_is_named(slurm, many, tmp_path, how, cpus):
     source, output = (
         Path(shutil.copytree(many[0], tmp_path / "source", copy_function=os.link)),
         tmp_path / "out",
@@ -374,7 +372,7 @@ def test_a_task_that_dies_is_noticed_and_the_same_command_completes(slurm, many,
 
 
 @pytest.mark.timeout(120)
-def test_killed_it_leaves_an_array_which_the_same_command_ends(slurm, many, tmp_path):
+def test_the_array_of_a_killed_command_is_cancelled_by_the_next_one(slurm, many, tmp_path):
     source, output = many[0], tmp_path / "out"
     process = command(slurm, source, output)
     _, before = stopped_at_work(output)

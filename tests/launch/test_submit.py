@@ -1,4 +1,4 @@
-"""Runs as batch jobs, without SLURM: the script that sbatch gets, what is tried again, sweeps, and the same on this machine."""
+"""Runs as batch jobs, without SLURM: the script that sbatch gets, what is requeued, sweeps, and the same on this machine."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def tiny(shards: Path, run: Path, *more: str) -> list[str]:
 
 
 # -- the history -------------------------------------------------------------------------------------------------
-def test_a_line_that_was_left_half_written_is_passed_over(tmp_path):
+def test_a_half_written_line_is_skipped(tmp_path):
     append(tmp_path, "start", step=0, attempt=1)
     with (tmp_path / "history.jsonl").open("a") as file:
         file.write('{"event": "sav')
@@ -93,7 +93,7 @@ def test_a_line_that_was_left_half_written_is_passed_over(tmp_path):
         ("", 0),
     ],
 )
-def test_faults_are_counted_where_no_step_was_won(tmp_path, events, faults):
+def test_faults_are_counted_where_no_step_was_completed(tmp_path, events, faults):
     names = {"s": "start", "f": "fault", "v": "saved"}
     for word in events.split():
         append(tmp_path, names[word[0]], step=int(word[1:]))
@@ -101,7 +101,7 @@ def test_faults_are_counted_where_no_step_was_won(tmp_path, events, faults):
     assert attempts(read(tmp_path)) == events.count("s")
 
 
-# -- run again? --------------------------------------------------------------------------------------------------
+# -- requeue -----------------------------------------------------------------------------------------------------
 MISTAKE, LOST = (
     RankNote("rank-01", 2, "training.x is wrong; set it right", "n2"),
     RankNote("rank-00", 69, "rank 1 is gone", "n1"),
@@ -118,7 +118,7 @@ def rule(run: Path, *, max_retries: int = 3, requeue_after_fault: bool = True) -
     [
         ([], 0, "RUNNING", False, None, "done"),
         ([SAVED], 75, "RUNNING", True, "requeued", "saved"),
-        ([SAVED], 75, "CANCELLED", False, None, "CANCELLED"),  # never back from the dead
+        ([SAVED], 75, "CANCELLED", False, None, "CANCELLED"),  # a cancelled job stays cancelled
         ([SAVED], 75, "COMPLETING", False, None, "ended"),
         ([LOST], 137, "RUNNING", True, "requeued", "rank 1 is gone"),
         ([LOST], 137, "NODE_FAIL", False, None, "NODE_FAIL"),
@@ -129,7 +129,7 @@ def rule(run: Path, *, max_retries: int = 3, requeue_after_fault: bool = True) -
         ([SAVED, LOST], 137, "RUNNING", True, "requeued", "rank 1 is gone"),
     ],
 )
-def test_what_is_tried_again(tmp_path, notes, code, state, requeue, last_event, reason):
+def test_what_is_requeued(tmp_path, notes, code, state, requeue, last_event, reason):
     log = tmp_path / "log"
     log.write_text("slurm says\npython: not found\n\n")
     decision = decide(rule(tmp_path), JobEnd(notes, code, state, [log, log]))
@@ -153,8 +153,8 @@ def test_three_faults_at_one_step_are_enough(tmp_path):
     assert decide(never, JobEnd([DEFECT], 1, "RUNNING")).requeue is False
 
 
-def test_the_question_of_the_batch_script(tmp_path, monkeypatch, capsys):
-    """As the script asks it: the notes of this attempt of this element of the array, no others."""
+def test_the_requeue_command_of_the_batch_script(tmp_path, monkeypatch, capsys):
+    """Only the notes of this attempt and of this array element count."""
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
@@ -251,7 +251,7 @@ def test_what_no_quoting_can_correct_is_refused(keys, message):
         ClusterConfig(**keys)
 
 
-def test_the_script_says_what_the_config_says(tmp_path):
+def test_the_script_has_the_values_of_the_config(tmp_path):
     text = written(
         tmp_path,
         tmp_path,
@@ -304,14 +304,16 @@ def test_a_container_is_one_key(tmp_path, container, image):
     else:
         assert "'--container-image=my image.sqsh'" in ranks
         assert f"{run}:{run},/data:/in" in ranks
-        assert "srun --ntasks=1" in text.split("# teardown")[1]  # the question is asked inside, too
+        assert (
+            "srun --ntasks=1" in text.split("# teardown")[1]
+        )  # the requeue command runs inside, too
 
 
-def test_a_job_has_a_name_that_slurm_takes():
+def test_a_job_name_is_valid_for_slurm():
     assert job_name(Path("runs/my run; $(x)")) == "evspan-my-run-x-"
 
 
-# -- the words of the command ------------------------------------------------------------------------------------
+# -- arguments of the command ------------------------------------------------------------------------------------
 def test_combinations_and_quoting(tmp_path, shards):
     argv = ["a=1,2", "--config-dir", str(tmp_path), "b='x,y'", "c=3"]
     expansion = expand_sweep(argv)
@@ -324,7 +326,7 @@ def test_combinations_and_quoting(tmp_path, shards):
     assert config.run_dir == str(name)
 
 
-def test_a_folder_of_configs_of_ones_own(tmp_path, shards):
+def test_a_config_folder_of_the_user(tmp_path, shards):
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "mine.yaml").write_text(
         "scheduler: slurm\npartition: fast\nranks_per_node: 2\n"

@@ -1,4 +1,4 @@
-"""`evspan submit` and `evspan sweep` on a throw-away SLURM: ranks on several nodes, and runs that come back."""
+"""`evspan submit` and `evspan sweep` on a throw-away SLURM: ranks on several nodes, and runs that are requeued."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def requeue(cluster: Cluster, run: Path) -> None:
 
 
 def preempt(cluster: Cluster, run: Path) -> None:
-    """By a job of a partition that goes first, on both nodes."""
+    """By a job of a partition with a higher priority, on both nodes."""
     cluster.ask(
         "sbatch",
         "--partition=high",
@@ -147,7 +147,7 @@ def disturb(cluster: Cluster, run: Path, how: Callable[[Cluster, Path], None], *
 
 # -- tests -------------------------------------------------------------------------------------------------------
 @pytest.mark.timeout(600)
-def test_a_run_over_two_nodes_comes_back(slurm, shards, undisturbed, tmp_path):
+def test_a_run_over_two_nodes_is_requeued(slurm, shards, undisturbed, tmp_path):
     """However it is interrupted, it ends with the weights of the uninterrupted run."""
     run = tmp_path / "run"
     submitted = evspan(slurm, "submit", *keys(shards, run))
@@ -236,7 +236,7 @@ def test_a_sweep_over_two_nodes(slurm, shards, tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_a_fault_that_stays_is_given_up(slurm, shards, tmp_path):
+def test_a_permanent_fault_ends_the_run(slurm, shards, tmp_path):
     """Its rank dies at each start, in the same place; the third time is the last."""
     run = tmp_path / "run"
     broken = tmp_path / "sitecustomize"
@@ -286,7 +286,7 @@ def test_a_cancelled_run_stays_away(slurm, shards, tmp_path):
 
 @pytest.mark.timeout(300)
 def test_a_requeue_reads_the_resolved_config_of_the_run(slurm, shards, tmp_path):
-    """What is changed in RUN/config.yaml after the start holds from the next attempt on."""
+    """A change of RUN/config.yaml after the start takes effect at the next attempt."""
     run = tmp_path / "run"
     submitted = evspan(slurm, "submit", *keys(shards, run, "training.max_steps=40"))
     try:
@@ -306,7 +306,7 @@ def test_a_requeue_reads_the_resolved_config_of_the_run(slurm, shards, tmp_path)
 
 
 @pytest.mark.timeout(200)
-def test_hydras_multirun_goes_the_same_way(slurm, shards, tmp_path):
+def test_hydras_multirun_submits_the_same_jobs(slurm, shards, tmp_path):
     words = [
         "train",
         "--multirun",

@@ -43,7 +43,7 @@ def processes():
 
 
 class Run:
-    """Two ranks at work in one run folder, started again and again."""
+    """Two ranks that train in one run folder and are started repeatedly."""
 
     def __init__(self, processes, shards: Path, folder: Path) -> None:
         self.processes, self.folder, self.checkpoints = processes, folder, folder / "checkpoints"
@@ -67,9 +67,8 @@ class Run:
             for rank in (0, 1)
         ]
         for log in logs:
-            log.write_text(
-                ""
-            )  # else a rank that is killed early would show the log of the one before
+            # Else a rank that is killed early would show the previous log.
+            log.write_text("")
         for rank in self.ranks:
             rank.start()
 
@@ -77,7 +76,7 @@ class Run:
         return all(rank.is_alive() for rank in self.ranks)
 
     def kill(self, victims: list[int]) -> bool:
-        """Whether they were at work. The others get time to notice, as a launcher gives it."""
+        """Whether they were running. The other ranks get time to notice, as from a launcher."""
         working = self.alive()
         for victim in victims:
             self.ranks[victim].kill()
@@ -100,7 +99,7 @@ class Run:
         return any(self.checkpoints.glob(".[wd]*-step-*"))
 
     def complete(self) -> int:
-        """The step that must be resumed at; what is named is whole."""
+        """The step that must be resumed at. Checks that the named checkpoint is complete."""
         newest = newest_checkpoint(self.folder)
         if newest is None:
             return 0
@@ -146,7 +145,7 @@ def assert_as_undisturbed(run: Run, reference: Run) -> None:
 def campaign(
     run: Run, moments: list[str], whole: float, reference: Run, seed: int
 ) -> dict[str, int]:
-    """Kills at each of `moments`, each time continuing from what is left; then lets it finish."""
+    """Kills at each of `moments`, each time continuing from the newest checkpoint; then lets it finish."""
     rng, done = random.Random(seed), dict.fromkeys(moments, 0)
     moments = list(moments)
     while moments:
@@ -184,12 +183,14 @@ def campaign(
 
 
 def reference_check(run: Run, reference: Run) -> None:
-    run.start()  # an evaluation that was killed is made up for
+    run.start()  # repeats an evaluation that was killed
     run.finish()
     assert_as_undisturbed(run, reference)
 
 
-def test_killed_four_times_it_ends_as_if_nothing_had_been(undisturbed, processes, shards, tmp_path):
+def test_a_run_that_is_killed_four_times_gives_the_same_result(
+    undisturbed, processes, shards, tmp_path
+):
     reference, whole = undisturbed
     run = Run(processes, shards, tmp_path / "run")
     campaign(run, ["saving", "anywhere", "saving", "saving"], whole, reference, seed=1)

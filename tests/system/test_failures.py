@@ -43,7 +43,7 @@ def misbehave(rank):
 
 
 def started(folder, misbehaviour="", size=3, timeout_s=TIMEOUT_S):
-    """Ranks that nothing watches over, as SLURM starts them."""
+    """Ranks without a parent that watches them, as under SLURM."""
     (folder / "program.py").write_text(f"{PROGRAM}\n{misbehaviour}\nrun_command(work)\n")
     (port,) = free_ports(1)
     return [
@@ -70,7 +70,7 @@ def started(folder, misbehaviour="", size=3, timeout_s=TIMEOUT_S):
 
 
 def end_of(process, seconds):
-    """Its exit code and stderr, of a process that ends within so many seconds."""
+    """Exit code and stderr of a process that must end within `seconds`."""
     try:
         _, err = process.communicate(timeout=seconds)
     finally:
@@ -97,7 +97,7 @@ def test_survivors_end_in_time_and_name_the_rank(tmp_path, number, victim):
     ranks[victim].communicate()
 
 
-def test_a_rank_that_lives_but_does_not_come_is_named(tmp_path):
+def test_a_rank_that_is_alive_but_late_is_named(tmp_path):
     ranks = started(
         tmp_path,
         """
@@ -117,7 +117,7 @@ def misbehave(rank):
     ranks[1].communicate()
 
 
-def test_a_rank_that_fails_is_named_with_why(tmp_path):
+def test_a_rank_that_fails_is_named_with_its_error(tmp_path):
     ranks = started(
         tmp_path,
         """
@@ -138,7 +138,7 @@ def misbehave(rank):
     assert err.rstrip().endswith("ValueError: of all things")
 
 
-def test_ranks_that_are_done_say_nothing(tmp_path):
+def test_ranks_that_are_done_print_nothing(tmp_path):
     ranks = started(
         tmp_path,
         """
@@ -152,8 +152,8 @@ def misbehave(rank):
         assert end_of(process, 60) == (0, "")
 
 
-def test_stuck_ranks_are_ended_by_who_started_them_and_named(tmp_path):
-    """`evspan train` with a rank that stands still: reported once."""
+def test_stuck_ranks_are_ended_by_their_parent_and_named(tmp_path):
+    """`evspan train` with a rank that is stopped: reported once."""
     (tmp_path / "program.py").write_text(PROGRAM + "\nrun_command(work)\n")
     launcher = (
         "import sys; from evspan.launch.local.ranks import run_ranks; "
@@ -185,9 +185,8 @@ def test_stuck_ranks_are_ended_by_who_started_them_and_named(tmp_path):
 
 
 # -- memory ------------------------------------------------------------------------------------------------------
-SPARE = (
-    700 << 20
-)  # bytes of address space that a rank gets when its first step begins, beyond what it has
+# Bytes of address space that a rank gets when its first step begins, beyond what it has.
+SPARE = 700 << 20
 
 
 def trained_in_little_memory(shards, run_dir, *overrides):
@@ -274,7 +273,7 @@ def test_too_little_memory_names_options_that_help(shards, tmp_path):
         (ValueError("out of memory"), False),
     ],
 )
-def test_what_is_want_of_memory(error, is_one):
+def test_errors_that_mean_out_of_memory(error, is_one):
     assert out_of_memory(error) == is_one
 
 

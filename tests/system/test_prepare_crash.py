@@ -67,7 +67,7 @@ def wait_until(condition, seconds: float = 60) -> None:
 
 
 def killed_after(processes, delay: float, config) -> bool:
-    """Whether a preparation was still at work when it was killed."""
+    """Whether a preparation was still running when it was killed."""
     child = processes.Process(target=prepare, args=(config,))
     child.start()
     child.join(delay)
@@ -77,7 +77,7 @@ def killed_after(processes, delay: float, config) -> bool:
 
 
 def assert_whole(output: Path) -> None:
-    """No shard that is there is half a shard, whatever the moment."""
+    """Every shard that exists is complete."""
     for path in output.glob("*/[0-9]*.h5"):
         with h5py.File(path) as file:
             for group in file.values():
@@ -88,7 +88,7 @@ def assert_whole(output: Path) -> None:
 def campaign(
     processes, kills: int, seed: int, output: Path, reference: Path, config, start
 ) -> None:
-    """Kill `kills` preparations at random moments, each going on from what the one before left, then let one finish."""
+    """Kill `kills` preparations at random moments, each continuing from the one before, then let one finish."""
     rng = random.Random(seed)
     start()
     began = time.monotonic()
@@ -115,7 +115,7 @@ def remove(output: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_killed_at_random_moments_and_completed_it_is_as_if_nothing_had_been(
+def test_killed_at_random_moments_and_completed_it_gives_the_same_shards(
     source, prepared, processes, tmp_path
 ):
     output = tmp_path / "out"
@@ -123,7 +123,7 @@ def test_killed_at_random_moments_and_completed_it_is_as_if_nothing_had_been(
 
 
 def changed_source(source: Path, folder: Path) -> Path:
-    """A recording other than it was, one gone, one new."""
+    """One recording changed, one removed, one new."""
     changed = copied(source, folder)
     simulate(changed / "train" / "b_td.dat", seconds=0.4, seed=9, config=SCENE)
     simulate(changed / "val" / "new_td.raw", seconds=0.3, seed=10, config=SCENE)
@@ -201,7 +201,7 @@ def at_work(source: Path, output: Path, **options) -> tuple[subprocess.Popen, li
 
 
 @pytest.mark.timeout(120)
-def test_the_killed_command_takes_its_processes_along_and_the_next_one_completes(
+def test_processes_end_with_the_killed_command_and_the_next_one_completes(
     source, prepared, tmp_path
 ):
     output = tmp_path / "out"
@@ -217,7 +217,7 @@ def test_the_killed_command_takes_its_processes_along_and_the_next_one_completes
 
 
 @pytest.mark.timeout(120)
-def test_a_killed_worker_ends_in_one_line_that_says_what_to_do(source, prepared, tmp_path):
+def test_a_killed_worker_ends_in_one_line_with_the_remedy(source, prepared, tmp_path):
     output = tmp_path / "out"
     process, helpers = at_work(source, output)
     os.kill(helpers[0], signal.SIGKILL)
@@ -261,9 +261,7 @@ def hold(folder: Path) -> None:
         time.sleep(60)
 
 
-def test_the_second_refuses_and_says_who_is_at_work_and_a_lock_goes_with_its_process(
-    processes, tmp_path
-):
+def test_the_second_names_the_first_and_a_lock_ends_with_its_process(processes, tmp_path):
     holder = processes.Process(target=hold, args=(tmp_path,))
     holder.start()
     try:
@@ -301,7 +299,9 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.timeout(120)
-def test_a_full_disk_ends_in_one_line_and_more_room_is_all_it_takes(source, prepared, small_disk):
+def test_a_full_disk_ends_in_one_line_and_more_space_is_enough_to_continue(
+    source, prepared, small_disk
+):
     output = small_disk / "out"
     code, _out, err = finished(command(source, output))
     assert code == 2
@@ -319,7 +319,7 @@ def test_a_full_disk_ends_in_one_line_and_more_room_is_all_it_takes(source, prep
 
 
 def prepare_as_nobody(config, send_pipe) -> None:
-    if os.geteuid() == 0:  # whom no permission stops
+    if os.geteuid() == 0:  # root ignores permissions
         os.seteuid(65534)
     try:
         prepare(config)
