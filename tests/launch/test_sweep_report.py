@@ -274,7 +274,7 @@ def test_the_text(sweep, capsys):
     assert [row[0] for row in cells[1:]] == ["1", "0", "4", "2", "3"]
     assert f"best: {sweep / '1'} (optimizer.lr=3e-4), AP 0.500" in lines
     assert f"{sweep / '2'}: failed: optimizer.learn is no key" in lines
-    assert f"{sweep / '1'}: requeued 2 times, which took 32 min and 20 steps done twice" in lines
+    assert f"{sweep / '1'}: requeued 2 times, which took 32 min and 20 steps repeated" in lines
     assert lines[-1] == f"{sweep / 'report.html'}; HParams: tensorboard --logdir '{sweep}'"
 
 

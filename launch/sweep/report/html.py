@@ -30,9 +30,9 @@ GOLDEN_ANGLE = 137.5  # degrees; hues at this distance differ however many there
 INTERRUPTION_COLUMNS = [
     Column("run", numeric=False),
     Column("requeues"),
-    Column("without a step"),
-    Column("of it to start again"),
-    Column("steps done twice"),
+    Column("time without a step"),
+    Column("of which startup"),
+    Column("steps repeated"),
 ]
 
 
@@ -269,12 +269,12 @@ def _chart(
 
 def _line(axes: Axes, curve: Sequence[tuple[float, float]], colour: str, tip: str) -> str:
     """An SVG polyline; a dot for a single point. tip: escaped."""
-    places = [f"{axes.x(step):.1f},{axes.y(min(value, axes.y1)):.1f}" for step, value in curve]
+    vertices = [f"{axes.x(step):.1f},{axes.y(min(value, axes.y1)):.1f}" for step, value in curve]
     style = "run"
-    if len(places) == 1:
-        places *= 2  # a line from a point to itself is drawn as a dot
+    if len(vertices) == 1:
+        vertices *= 2  # a line from a point to itself is drawn as a dot
         style = "run few"
     return (
-        f'<polyline class="{style}" style="{colour}" points="{" ".join(places)}">'
+        f'<polyline class="{style}" style="{colour}" points="{" ".join(vertices)}">'
         f"<title>{tip}</title></polyline>"
     )

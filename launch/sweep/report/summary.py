@@ -104,7 +104,7 @@ def highlights(results: Sequence[RunResult], keys: Sequence[str]) -> list[str]:
         if run.requeues:
             lines.append(
                 f"{run.folder}: requeued {run.requeues} times, which took "
-                f"{format_duration(result.cost.seconds)} and {result.cost.steps} steps done twice"
+                f"{format_duration(result.cost.seconds)} and {result.cost.steps} steps repeated"
             )
     return lines
 
