@@ -1,4 +1,7 @@
-"""The two sides of `detector_speed.py` on the same weights and inputs, what is counted in a step, and rounds of timing."""
+"""The two sides of `detector_speed.py`, operator counts, and timing.
+
+Both sides have the same weights and inputs.
+"""
 
 import time
 from collections import Counter
@@ -19,25 +22,30 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-HEIGHT, WIDTH, CHANNELS, CLASSES = 360, 640, 20, 3  # padded to 384 x 640
-SIZES = {
+HEIGHT = 360  # padded to 384
+WIDTH = 640
+CHANNELS = 20
+CLASSES = 3
+SIZES = {  # embed_dim, dim_head, depth of the neck
     "tiny": (32, 32, 0.33),
     "small": (48, 24, 0.33),
     "base": (64, 32, 0.67),
-}  # embed_dim, dim_head, depth of the neck
+}
 
 
-# -- inputs ----------------------------------------------------------------------------------------------------------
+# -- inputs ----------------------------------------------------------------------------------------
 class Batch(NamedTuple):
+    """Inputs of a training step, for either side."""
+
     frames: Tensor  # (T, B, 20, 360, 640) uint8, 3 % of it not zero
     starts: Tensor  # (B,) bool
     labelled: Tensor  # (T, B) bool
-    lanes: list[list[int]]  # the same, per frame
+    lanes: list[list[int]]  # per frame, the lanes that are labelled
     boxes: Tensor  # (n, 10, 5), 3 to 10 in a labelled frame
     counts: Tensor  # (n,)
 
 
-def batch(
+def make_batch(
     steps: int,
     device: torch.device,
     *,
@@ -45,38 +53,34 @@ def batch(
     first: int = 0,
     size: tuple[int, int] = (HEIGHT, WIDTH),
 ) -> Batch:
-    """Labels on frames first, first + 2, ..."""
-    g, (height, width) = torch.Generator().manual_seed(steps), size
+    """Draws a batch. Frames first, first + 2, ... are labelled."""
+    g = torch.Generator().manual_seed(steps)
+    height, width = size
     frames = torch.zeros(steps, lanes, CHANNELS, height, width, dtype=torch.uint8)
-    for frame in frames:  # a frame at a time: the whole as float32 would be what takes most memory
+    for frame in frames:  # one at a time: all of them as float32 would set the peak of memory
         frame.copy_((torch.rand(frame.shape, generator=g) * 100 - 96).clamp(min=0).ceil())
     labelled = torch.zeros(steps, lanes, dtype=torch.bool)
     labelled[first::2] = True
     n = int(labelled.sum())
     counts = torch.randint(3, 11, (n,), generator=g)
-    place = torch.rand(n, 10, 4, generator=g)
-    boxes = torch.cat(
-        (
-            torch.randint(0, CLASSES, (n, 10, 1), generator=g),
-            place[..., :2] * torch.tensor([width, height]),
-            10 + place[..., 2:] * 90,
-        ),
-        -1,
-    )
+    position = torch.rand(n, 10, 4, generator=g)
+    class_id = torch.randint(0, CLASSES, (n, 10, 1), generator=g)
+    centre = position[..., :2] * torch.tensor([width, height])
+    boxes = torch.cat((class_id, centre, 10 + position[..., 2:] * 90), -1)
     boxes *= (torch.arange(10) < counts[:, None])[..., None]
-    where = [[lane for lane in range(lanes) if row[lane]] for row in labelled.tolist()]
     return Batch(
         frames.to(device),
         torch.ones(lanes, dtype=torch.bool, device=device),
         labelled.to(device),
-        where,
+        [row.nonzero().flatten().tolist() for row in labelled],
         boxes.to(device),
         counts.to(device),
     )
 
 
-# -- sides -----------------------------------------------------------------------------------------------------------
+# -- sides -----------------------------------------------------------------------------------------
 def model_config(size: str, *, attention: bool = False) -> ModelConfig:
+    """The config of a size with 3 scales."""
     embed_dim, dim_head, depth = SIZES[size]
     return ModelConfig(
         backbone=BackboneConfig(embed_dim=embed_dim, dim_head=dim_head),
@@ -85,13 +89,18 @@ def model_config(size: str, *, attention: bool = False) -> ModelConfig:
 
 
 def weights(size: str) -> dict[str, Tensor]:
-    """Drawn once; LayerScale at 0.1 instead of 1e-5, so that a difference anywhere reaches the loss."""
+    """Random weights. LayerScale is 0.1 instead of 1e-5, so that every difference changes the loss."""
     torch.manual_seed(0)
-    state = Detector(model_config(size), CHANNELS).state_dict()
-    return {k: torch.full_like(v, 0.1) if k.endswith("gamma") else v for k, v in state.items()}
+    tensors = Detector(model_config(size), CHANNELS).state_dict()
+    for name, tensor in tensors.items():
+        if name.endswith("gamma"):
+            tensor.fill_(0.1)
+    return tensors
 
 
 class Ours:
+    """The detector."""
+
     def __init__(
         self,
         size: str,
@@ -112,20 +121,27 @@ class Ours:
         )
         self.model.load_state_dict(weights(size), strict=not attention)
         self.model.to(device, dtype)
-        self.device, self.dtype = device, dtype
+        self.device = device
+        self.dtype = dtype
         self.detection_loss: Callable = detection_loss
 
-    def loss(self, b: Batch) -> Tensor:
-        height, width = b.frames.shape[-2:]
-        state = self.model.initial_state(
-            b.frames.shape[1], height, width, device=self.device, dtype=self.dtype
+    def loss(self, batch: Batch) -> Tensor:
+        """Forward pass and total loss."""
+        lanes = batch.frames.shape[1]
+        height, width = batch.frames.shape[-2:]
+        state = self.model.initial_state(lanes, height, width, device=self.device, dtype=self.dtype)
+        raw, _ = self.model(batch.frames, state, starts=batch.starts, labelled=batch.labelled)
+        losses = self.detection_loss(
+            raw,
+            batch.boxes,
+            batch.counts,
+            self.model.geometry(height, width),
+            self.model.config.head,
         )
-        raw, _ = self.model(b.frames, state, starts=b.starts, labelled=b.labelled)
-        geometry = self.model.geometry(height, width)
-        return self.detection_loss(raw, b.boxes, b.counts, geometry, self.model.config.head).total
+        return losses.total
 
     def stream(self, frame: Tensor) -> Callable[[], None]:
-        """One frame after the other, the state carried."""
+        """A function that processes the frame (B, C, H, W) and carries the state between calls."""
         state = self.model.eval().initial_state(
             len(frame), *frame.shape[-2:], device=self.device, dtype=self.dtype
         )
@@ -139,15 +155,20 @@ class Ours:
 
 
 class Theirs:
+    """The frame-by-frame version."""
+
     def __init__(self, size: str, device: torch.device) -> None:
         self.model = FrameByFrame(model_config(size), CHANNELS)
         self.model.load_state_dict(weights(size))
         self.model.to(device)
 
-    def loss(self, b: Batch) -> Tensor:
-        return self.model.losses(b.frames, None, b.lanes, b.boxes)[0]["loss"]
+    def loss(self, batch: Batch) -> Tensor:
+        """Forward pass and total loss."""
+        losses, _ = self.model.losses(batch.frames, None, batch.lanes, batch.boxes)
+        return losses["loss"]
 
     def stream(self, frame: Tensor) -> Callable[[], None]:
+        """As of Ours."""
         state = None
         self.model.eval()
 
@@ -159,27 +180,34 @@ class Theirs:
         return step
 
 
-def train(side: Ours | Theirs, b: Batch) -> Tensor:
-    """Forward, loss and backward. The loss, still where it was computed."""
+def train(side: Ours | Theirs, batch: Batch) -> Tensor:
+    """Forward, loss and backward. Returns the loss on its device."""
     side.model.zero_grad(set_to_none=True)
-    loss = side.loss(b)
+    loss = side.loss(batch)
     loss.backward()
     return loss.detach()
 
 
-# -- counting --------------------------------------------------------------------------------------------------------
-class Dispatched(TorchDispatchMode):
-    """Counts operators that do work (views, also those that only say so in their name, launch nothing), and those among them that
-    make the host wait for a GPU: a value read, a mask turned into indices."""
+# -- counting --------------------------------------------------------------------------------------
+WAITS = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::equal",
+    "aten::_unique2",
+}
+VIEWS = {"aten::_unsafe_view", "aten::detach", "aten::lift_fresh", "aten::alias"}
+INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
-    WAITS = {
-        "aten::_local_scalar_dense",
-        "aten::nonzero",
-        "aten::masked_select",
-        "aten::equal",
-        "aten::_unique2",
-    }
-    VIEWS = {"aten::_unsafe_view", "aten::detach", "aten::lift_fresh", "aten::alias"}
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts operators by name.
+
+    Attributes:
+        operators: those that do work. Views launch nothing on a GPU.
+        waits: those that make the host wait for a GPU: they read a value, or turn a mask into
+            indices.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,92 +215,104 @@ class Dispatched(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name
-        view = any(
-            out.alias_info is not None and not out.alias_info.is_write
-            for out in function._schema.returns
-        )
-        if not view and name not in self.VIEWS:
-            self.operators[name] += 1
-        masked = name in (
-            "aten::index",
-            "aten::index_put",
-            "aten::index_put_",
-            "aten::_index_put_impl_",
-        ) and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        if masked or name in self.WAITS:
-            self.waits[name] += 1
+        schema = function._schema
+        aliases = [out.alias_info for out in schema.returns if out.alias_info is not None]
+        is_view = any(not alias.is_write for alias in aliases)
+        if not is_view and schema.name not in VIEWS:
+            self.operators[schema.name] += 1
+        if schema.name in WAITS or (schema.name in INDEXING and has_mask(args[1])):
+            self.waits[schema.name] += 1
         return function(*args, **(kwargs or {}))
 
 
-class PathOfGpu(TorchFunctionMode):
-    """Tensors say that they are not on a CPU, and frames are cast as many at a time as on a GPU, so that the code takes the path
-    that it takes there. The kernels are still a CPU's (oneDNN's LSTM for cuDNN's: an operator each)."""
+def has_mask(indices) -> bool:
+    """Whether one of the indices is a mask."""
+    masks = (torch.bool, torch.uint8)
+    return any(index is not None and index.dtype in masks for index in indices)
 
-    def __enter__(self) -> "PathOfGpu":
-        self.at_once = CAST_AT_ONCE["cpu"]
+
+class GpuPath(TorchFunctionMode):
+    """Makes the code take the path of a GPU on a CPU.
+
+    `Tensor.is_cpu` is false, and as many frames are cast at a time as on a GPU. The kernels are a
+    CPU's (oneDNN's LSTM instead of cuDNN's: one operator each).
+    """
+
+    def __enter__(self) -> "GpuPath":
+        self.cast_at_once = CAST_AT_ONCE["cpu"]
         CAST_AT_ONCE["cpu"] = CAST_AT_ONCE["cuda"]
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
-        CAST_AT_ONCE["cpu"] = self.at_once
+        CAST_AT_ONCE["cpu"] = self.cast_at_once
         super().__exit__(*error)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return (
-            False if function == torch.Tensor.is_cpu.__get__ else function(*args, **(kwargs or {}))  # type: ignore[attr-defined]
-        )
+        if function == torch.Tensor.is_cpu.__get__:  # type: ignore[attr-defined]  # a C descriptor
+            return False
+        return function(*args, **(kwargs or {}))
 
 
-def count(side: Ours | Theirs, b: Batch, *, path_of_gpu: bool = False) -> Dispatched:
-    with PathOfGpu() if path_of_gpu else nullcontext(), Dispatched() as counted:
-        train(side, b)
-    return counted
+def count_operators(
+    side: Ours | Theirs, batch: Batch, *, gpu_path: bool = False
+) -> OperatorCounter:
+    """Counts the operators of a training step."""
+    path = GpuPath() if gpu_path else nullcontext()
+    with path, OperatorCounter() as counter:
+        train(side, batch)
+    return counter
 
 
-# -- timing ----------------------------------------------------------------------------------------------------------
+# -- timing ----------------------------------------------------------------------------------------
 class Clock:
-    """Wall time; or the processor's, where other processes take turns on it: true for 1 thread."""
+    """Wall time by default.
+
+    Processor time suits one thread on a machine that other processes use.
+    """
 
     now = staticmethod(time.perf_counter)
 
 
 def rounds(
-    repeats: int, device: torch.device, *, warm: int = 2, **contenders: Callable[[], object]
+    repeats: int, device: torch.device, *, warm_up: int = 2, **contenders: Callable[[], object]
 ) -> dict[str, list[float]]:
-    """Seconds of each in every round, after some to warm up; in turn, forwards and backwards, so that a slow moment meets all."""
-    took: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(-warm, repeats):
+    """Seconds of each contender in every round, after rounds of warm-up.
+
+    They take turns in alternating order, so that load affects all of them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(-warm_up, repeats):
         for name in contenders if i % 2 else reversed(contenders):
-            wait = (
-                partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-            )
-            wait()
-            began = Clock.now()
+            synchronize(device)
+            start = Clock.now()
             contenders[name]()
-            wait()
+            synchronize(device)
             if i >= 0:
-                took[name].append(Clock.now() - began)
-    return took
+                times[name].append(Clock.now() - start)
+    return times
 
 
-def ratio(theirs: list[float], ours: list[float]) -> float:
-    """The median of what each round gave."""
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_ratio(theirs: list[float], ours: list[float]) -> float:
+    """The median of the rounds' ratios theirs / ours."""
     return median(b / a for a, b in zip(ours, theirs, strict=True))
 
 
-class Rates:
-    """Called, measures float32 operations a second of a matrix product that caches hold."""
+class MatmulRate:
+    """A call measures FLOP/s of a float32 matrix product that fits in the caches."""
 
     def __init__(self, device: torch.device) -> None:
         n = 8192 if device.type == "cuda" else 1024
-        self.device, self.measured = device, list[float]()
+        self.device = device
+        self.rates: list[float] = []
         self.a, self.b, self.out = (torch.randn(n, n, device=device) for _ in range(3))
 
     def __call__(self) -> None:
-        took = rounds(5, self.device, product=partial(torch.mm, self.a, self.b, out=self.out))[
-            "product"
-        ]
-        self.measured.append(2 * len(self.a) ** 3 / min(took))
+        product = partial(torch.mm, self.a, self.b, out=self.out)
+        times = rounds(5, self.device, product=product)["product"]
+        self.rates.append(2 * len(self.a) ** 3 / min(times))
