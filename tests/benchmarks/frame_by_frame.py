@@ -1,11 +1,13 @@
 """The detector as the published code runs it: the other side of `detector_speed.py`.
 
-The network of `evspan.pipeline.model.detector` (3 scales, no small-object attention), under the same parameter names, written after
-uzh-rpg/RVT (MIT) and its YOLOX head (Apache-2.0): one frame at a time through the whole backbone, attention in plain products, an
-LSTM that convolves cat(x, h), the labelled frames' features gathered after the loop, one pass of neck and head over them, then
-SimOTA frame by frame with boolean indexing and values read by the host. Like there, maps are channel-last from a stage's
-convolution up to its LSTM, and training decodes its predictions too. Left out: what the published code does when a GPU is out of
-memory, and its `empty_cache` after every labelled frame.
+The network of `evspan.pipeline.model.detector` (3 scales, no small-object attention) under the same
+parameter names, written after uzh-rpg/RVT (MIT) and its YOLOX head (Apache-2.0). It processes one
+frame at a time through the whole backbone, with attention in plain products and an LSTM that
+convolves cat(x, h). It gathers the labelled frames' features after the loop, runs neck and head
+once over them, then SimOTA frame by frame with boolean indexing and values that the host reads. As
+there, maps are channel-last from a stage's convolution to its LSTM, and training decodes its
+predictions too. Left out: what the published code does when a GPU is out of memory, and its
+`empty_cache` after every labelled frame.
 """
 
 import math
@@ -21,17 +23,22 @@ STRIDES = (4, 8, 16, 32)
 State = list[tuple[Tensor, Tensor]]  # per stage hidden and cell, (B, C, h, w)
 
 
-# -- backbone --------------------------------------------------------------------------------------------------------
+# -- backbone --------------------------------------------------------------------------------------
 class LayerScale(nn.Module):
+    """A learnable factor per channel."""
+
     def __init__(self, dim: int, start: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), start))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C)."""
         return x * self.gamma
 
 
 class MLP(nn.Module):
+    """Two linear layers with GELU."""
+
     def __init__(self, dim: int, ratio: int) -> None:
         super().__init__()
         self.net = nn.Sequential(
@@ -41,6 +48,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C)."""
         return self.net(x)
 
 
@@ -49,11 +57,13 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, dim_head: int) -> None:
         super().__init__()
-        self.heads, self.dim_head = dim // dim_head, dim_head
+        self.heads = dim // dim_head
+        self.dim_head = dim_head
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the shape of x."""
         qkv = self.qkv(x).view(len(x), -1, self.heads, 3 * self.dim_head).transpose(1, 2)
         q, k, v = qkv.chunk(3, dim=3)
         weights = ((q @ k.transpose(-2, -1)) * self.dim_head**-0.5).softmax(dim=-1)
@@ -61,6 +71,8 @@ class SelfAttention(nn.Module):
 
 
 class PartitionAttention(nn.Module):
+    """Attention within windows, or over a grid of distant cells, then an MLP."""
+
     def __init__(self, dim: int, config: BackboneConfig, *, grid: bool, first_norm: bool) -> None:
         super().__init__()
         self.grid = grid
@@ -73,32 +85,33 @@ class PartitionAttention(nn.Module):
 
     def forward(self, x: Tensor, partition: tuple[int, int]) -> Tensor:
         """x: (B, h, w, C)."""
-        (b, h, w, c), (rows, columns) = x.shape, partition
-        down, across = h // rows, w // columns
+        b, h, w, c = x.shape
+        rows, columns = partition
+        down = h // rows
+        across = w // columns
         y = self.norm1(x)
         if self.grid:
             y = y.view(b, rows, down, columns, across, c).permute(0, 2, 4, 1, 3, 5)
         else:
             y = y.view(b, down, rows, across, columns, c).permute(0, 1, 3, 2, 4, 5)
-        y = self.self_attn(y.contiguous().view(-1, rows, columns, c)).view(
-            b, down, across, rows, columns, c
-        )
-        y = (
-            y.permute((0, 3, 1, 4, 2, 5) if self.grid else (0, 1, 3, 2, 4, 5))
-            .contiguous()
-            .view(b, h, w, c)
-        )
+        y = self.self_attn(y.contiguous().view(-1, rows, columns, c))
+        y = y.view(b, down, across, rows, columns, c)
+        back = (0, 3, 1, 4, 2, 5) if self.grid else (0, 1, 3, 2, 4, 5)
+        y = y.permute(back).contiguous().view(b, h, w, c)
         x = x + self.ls1(y)
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class AttentionPair(nn.Module):
+    """Window attention, then grid attention."""
+
     def __init__(self, dim: int, config: BackboneConfig, *, first: bool) -> None:
         super().__init__()
         self.att_window = PartitionAttention(dim, config, grid=False, first_norm=not first)
         self.att_grid = PartitionAttention(dim, config, grid=True, first_norm=True)
 
     def forward(self, x: Tensor, partition: tuple[int, int]) -> Tensor:
+        """x: (B, h, w, C)."""
         return self.att_grid(self.att_window(x, partition), partition)
 
 
@@ -112,17 +125,23 @@ class Downsample(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, h, w)."""
         return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
 
 class ConvLSTM(nn.Module):
+    """An LSTM per cell; its gates are a 1x1 convolution of cat(x, h)."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
         self.conv1x1 = nn.Conv2d(2 * dim, 4 * dim, 1)
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        hidden, cell = (torch.zeros_like(x), torch.zeros_like(x)) if state is None else state
+        """x: (B, C, h, w). state: hidden and cell; None is zero. Returns the next state."""
+        if state is None:
+            state = (torch.zeros_like(x), torch.zeros_like(x))
+        hidden, cell = state
         gates, candidate = self.conv1x1(torch.cat((x, hidden), dim=1)).tensor_split(
             [3 * self.dim], dim=1
         )
@@ -132,6 +151,8 @@ class ConvLSTM(nn.Module):
 
 
 class Stage(nn.Module):
+    """Downsampling, attention blocks, LSTM."""
+
     def __init__(
         self, channels: int, dim: int, factor: int, blocks: int, config: BackboneConfig
     ) -> None:
@@ -145,6 +166,7 @@ class Stage(nn.Module):
     def forward(
         self, x: Tensor, state: tuple[Tensor, Tensor] | None, partition: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
+        """x: (B, C, h, w). Returns the next hidden and cell state."""
         x = self.downsample_cf2cl(x)
         for pair in self.att_blocks:
             x = pair(x, partition)
@@ -152,6 +174,8 @@ class Stage(nn.Module):
 
 
 class FrameBackbone(nn.Module):
+    """Four stages."""
+
     def __init__(self, config: BackboneConfig, in_channels: int) -> None:
         super().__init__()
         self.split = 32 * config.partition_split_32
@@ -171,8 +195,10 @@ class FrameBackbone(nn.Module):
         return after
 
 
-# -- neck ------------------------------------------------------------------------------------------------------------
+# -- neck ------------------------------------------------------------------------------------------
 class BaseConv(nn.Module):
+    """Convolution, BatchNorm, SiLU."""
+
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
@@ -180,20 +206,26 @@ class BaseConv(nn.Module):
         self.act = nn.SiLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, h, w)."""
         return self.act(self.bn(self.conv(x)))
 
 
 class Bottleneck(nn.Module):
+    """A 1x1 and a 3x3 convolution."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = BaseConv(channels, channels, 1)
         self.conv2 = BaseConv(channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, h, w)."""
         return self.conv2(self.conv1(x))
 
 
 class CSPLayer(nn.Module):
+    """Bottlenecks on half of the channels."""
+
     def __init__(self, inputs: int, outputs: int, depth: int) -> None:
         super().__init__()
         hidden = outputs // 2
@@ -203,14 +235,19 @@ class CSPLayer(nn.Module):
         self.m = nn.Sequential(*(Bottleneck(hidden) for _ in range(depth)))
 
     def forward(self, x: Tensor) -> Tensor:
-        inner, around = self.conv1(x), self.conv2(x)
-        return self.conv3(torch.cat((self.m(inner), around), dim=1))
+        """x: (B, C, h, w)."""
+        inner = self.conv1(x)
+        shortcut = self.conv2(x)
+        return self.conv3(torch.cat((self.m(inner), shortcut), dim=1))
 
 
 class PAFPN(nn.Module):
+    """The neck of 3 scales."""
+
     def __init__(self, channels: Sequence[int], depth: float) -> None:
         super().__init__()
-        (fine, middle, coarse), blocks = channels, round(3 * depth)
+        fine, middle, coarse = channels
+        blocks = round(3 * depth)
         self.lateral_conv0 = BaseConv(coarse, middle, 1)
         self.C3_p4 = CSPLayer(2 * middle, middle, blocks)
         self.reduce_conv1 = BaseConv(middle, fine, 1)
@@ -221,34 +258,35 @@ class PAFPN(nn.Module):
         self.C3_n4 = CSPLayer(2 * middle, coarse, blocks)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """features: (B, C, h, w) by scale, finest first. Returns the same shapes."""
         fine, middle, coarse = features
         lateral0 = self.lateral_conv0(coarse)
-        x = self.C3_p4(
-            torch.cat((F.interpolate(lateral0, scale_factor=2, mode="nearest-exact"), middle), 1)
-        )
+        x = self.C3_p4(torch.cat((_upsample(lateral0), middle), 1))
         lateral1 = self.reduce_conv1(x)
-        out = [
-            self.C3_p3(
-                torch.cat((F.interpolate(lateral1, scale_factor=2, mode="nearest-exact"), fine), 1)
-            )
-        ]
+        out = [self.C3_p3(torch.cat((_upsample(lateral1), fine), 1))]
         out.append(self.C3_n3(torch.cat((self.bu_conv2(out[-1]), lateral1), 1)))
         out.append(self.C3_n4(torch.cat((self.bu_conv1(out[-1]), lateral0), 1)))
         return out
 
 
-# -- head, assignment, loss ------------------------------------------------------------------------------------------
-class Assigned(NamedTuple):
-    """Of one frame. foreground: (cells,) bool. box, iou, kind: one per foreground cell."""
+def _upsample(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="nearest-exact")
 
-    foreground: Tensor
-    box: Tensor
-    iou: Tensor
-    kind: Tensor
-    count: int
+
+# -- head, assignment, loss ------------------------------------------------------------------------
+class Assigned(NamedTuple):
+    """The assignment of one frame."""
+
+    foreground: Tensor  # (cells,) bool
+    box: Tensor  # index of the box per foreground cell
+    iou: Tensor  # per foreground cell
+    class_id: Tensor  # per foreground cell
+    count: int  # foreground cells
 
 
 class Head(nn.Module):
+    """The decoupled head of YOLOX with SimOTA and the losses."""
+
     strides = STRIDES[1:]
 
     def __init__(self, in_channels: Sequence[int], hidden: int, classes: int) -> None:
@@ -265,39 +303,42 @@ class Head(nn.Module):
             return nn.ModuleList(nn.Conv2d(hidden, outputs, 1) for _ in in_channels)
 
         self.stems = nn.ModuleList(BaseConv(c, hidden, 1) for c in in_channels)
-        self.cls_convs, self.reg_convs = branch(), branch()
-        self.cls_preds, self.reg_preds, self.obj_preds = (
-            prediction(classes),
-            prediction(4),
-            prediction(1),
-        )
+        self.cls_convs = branch()
+        self.reg_convs = branch()
+        self.cls_preds = prediction(classes)
+        self.reg_preds = prediction(4)
+        self.obj_preds = prediction(1)
         for conv in (*self.cls_preds, *self.obj_preds):
             nn.init.constant_(conv.bias, -math.log(99))
-        self.grids: dict[tuple, Tensor] = {}  # made once per size
+        self.grids: dict[tuple, Tensor] = {}  # by size
         self.all_cells: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def forward(
         self, features: Sequence[Tensor], targets: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """targets: (n, G, 5) class, cx, cy, w, h, rows of zeros are padding; wanted in training.
+        """Predicts, and computes the losses in training.
+
+        Args:
+            targets: (n, G, 5) class, cx, cy, w, h; rows of zeros are padding. For training.
 
         Returns:
-            (n, cells, 5 + classes) decoded predictions; in training the losses.
+            (n, cells, 5 + classes) decoded predictions; the losses in training, else None.
         """
-        trained, grids, strides, decoded = [], [], [], []
+        trained = []
+        grids = []
+        strides = []
+        decoded = []
         for i, (x, stride) in enumerate(zip(features, self.strides, strict=True)):
             x = self.stems[i](x)
-            kinds, boxes = self.cls_convs[i](x), self.reg_convs[i](x)
-            classes, box, objectness = (
-                self.cls_preds[i](kinds),
-                self.reg_preds[i](boxes),
-                self.obj_preds[i](boxes),
-            )
-            grid = self._grid(*x.shape[-2:], x)  # type: ignore[call-arg]
+            class_features = self.cls_convs[i](x)
+            box_features = self.reg_convs[i](x)
+            classes = self.cls_preds[i](class_features)
+            box = self.reg_preds[i](box_features)
+            objectness = self.obj_preds[i](box_features)
+            grid = self._grid(x)
             if self.training:
-                trained.append(
-                    _flat_decoded(torch.cat((box, objectness, classes), 1), grid, stride)
-                )
+                raw = torch.cat((box, objectness, classes), 1)
+                trained.append(_flat_decoded(raw, grid, stride))
                 strides.append(torch.zeros(1, grid.shape[1]).fill_(stride).type_as(x))
             grids.append(grid)
             decoded.append(torch.cat((box, objectness.sigmoid(), classes.sigmoid()), 1))
@@ -308,13 +349,14 @@ class Head(nn.Module):
                 torch.cat(grids, 1)[0], torch.cat(strides, 1)[0], targets, torch.cat(trained, 1)
             )
         flat = torch.cat([x.flatten(start_dim=2) for x in decoded], dim=2).permute(0, 2, 1)
-        places, scale = self._all_cells(grids)
-        return torch.cat(
-            ((flat[..., :2] + places) * scale, flat[..., 2:4].exp() * scale, flat[..., 4:]), dim=-1
-        ), losses
+        cells, scale = self._all_cells(grids)
+        centre = (flat[..., :2] + cells) * scale
+        size = flat[..., 2:4].exp() * scale
+        return torch.cat((centre, size, flat[..., 4:]), dim=-1), losses
 
-    def _grid(self, height: int, width: int, like: Tensor) -> Tensor:
-        """(1, cells, 2): column and row."""
+    def _grid(self, like: Tensor) -> Tensor:
+        """(1, cells, 2) column and row of every cell of a map (B, C, h, w)."""
+        height, width = like.shape[-2:]
         key = (height, width, like.dtype, like.device)
         if key not in self.grids:
             rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -331,11 +373,23 @@ class Head(nn.Module):
         return self.all_cells[key]
 
     def losses(
-        self, places: Tensor, strides: Tensor, targets: Tensor, outputs: Tensor
+        self, cells: Tensor, strides: Tensor, targets: Tensor, outputs: Tensor
     ) -> dict[str, Tensor]:
-        boxes, objectness, classes = outputs[..., :4], outputs[..., 4:5], outputs[..., 5:]
+        """The losses by name, divided by the number of positives.
+
+        Args:
+            cells: (cells, 2) column and row. strides: (cells,).
+            targets: as in forward. outputs: (n, cells, 5 + classes), boxes in pixels.
+        """
+        boxes = outputs[..., :4]
+        objectness = outputs[..., 4:5]
+        classes = outputs[..., 5:]
         labels = (targets.sum(dim=2) > 0).sum(dim=1)
-        class_targets, box_targets, object_targets, masks, positives = [], [], [], [], 0
+        class_targets = []
+        box_targets = []
+        object_targets = []
+        masks = []
+        positives = 0
         for i in range(len(outputs)):
             count = int(labels[i])
             if count == 0:
@@ -344,22 +398,23 @@ class Head(nn.Module):
                 object_targets.append(outputs.new_zeros((outputs.shape[1], 1)))
                 masks.append(outputs.new_zeros(outputs.shape[1]).bool())
                 continue
-            kinds, wanted = targets[i, :count, 0], targets[i, :count, 1:5]
-            found = self.assign(wanted, kinds, boxes[i], classes[i], objectness[i], places, strides)
-            positives += found.count
-            class_targets.append(
-                F.one_hot(found.kind.to(torch.int64), self.classes) * found.iou.unsqueeze(-1)
+            class_ids = targets[i, :count, 0]
+            truth = targets[i, :count, 1:5]
+            assigned = self.assign(
+                truth, class_ids, boxes[i], classes[i], objectness[i], cells, strides
             )
-            box_targets.append(wanted[found.box])
-            object_targets.append(found.foreground.unsqueeze(-1).to(outputs.dtype))
-            masks.append(found.foreground)
-        mask, share = torch.cat(masks), max(positives, 1)
-        iou = _iou_loss(boxes.reshape(-1, 4)[mask], torch.cat(box_targets)).sum() / share
-        conf = _cross_entropy(objectness.reshape(-1, 1), torch.cat(object_targets)).sum() / share
-        cls = (
-            _cross_entropy(classes.reshape(-1, self.classes)[mask], torch.cat(class_targets)).sum()
-            / share
-        )
+            positives += assigned.count
+            onehot = F.one_hot(assigned.class_id.to(torch.int64), self.classes)
+            class_targets.append(onehot * assigned.iou.unsqueeze(-1))
+            box_targets.append(truth[assigned.box])
+            object_targets.append(assigned.foreground.unsqueeze(-1).to(outputs.dtype))
+            masks.append(assigned.foreground)
+        mask = torch.cat(masks)
+        divisor = max(positives, 1)
+        iou = _iou_loss(boxes.reshape(-1, 4)[mask], torch.cat(box_targets)).sum() / divisor
+        conf = _cross_entropy(objectness.reshape(-1, 1), torch.cat(object_targets)).sum() / divisor
+        logits = classes.reshape(-1, self.classes)[mask]
+        cls = _cross_entropy(logits, torch.cat(class_targets)).sum() / divisor
         return {
             "loss": 5.0 * iou + conf + cls,
             "iou_loss": 5.0 * iou,
@@ -370,26 +425,26 @@ class Head(nn.Module):
     @torch.no_grad()
     def assign(
         self,
-        wanted: Tensor,
-        kinds: Tensor,
+        truth: Tensor,
+        class_ids: Tensor,
         boxes: Tensor,
         classes: Tensor,
         objectness: Tensor,
-        places: Tensor,
+        cells: Tensor,
         strides: Tensor,
     ) -> Assigned:
-        """SimOTA of one frame: wanted (G, 4), kinds (G,), the rest per cell."""
-        mask, near = _near_centre(wanted, places, strides)
-        iou = _pairwise_iou(wanted, boxes[mask])
+        """SimOTA of one frame. truth: (G, 4), class_ids: (G,), the others per cell."""
+        mask, near = _near_centre(truth, cells, strides)
+        iou = _pairwise_iou(truth, boxes[mask])
         score = (classes[mask].float().sigmoid_() * objectness[mask].float().sigmoid_()).sqrt()
-        onehot = F.one_hot(kinds.to(torch.int64), self.classes).float()
+        onehot = F.one_hot(class_ids.to(torch.int64), self.classes).float()
         class_cost = F.binary_cross_entropy(
-            score.unsqueeze(0).repeat(len(wanted), 1, 1),
+            score.unsqueeze(0).repeat(len(truth), 1, 1),
             onehot.unsqueeze(1).repeat(1, len(score), 1),
             reduction="none",
         ).sum(-1)
         cost = class_cost - 3.0 * torch.log(iou + 1e-8) + 1e6 * (~near)
-        return _match(cost, iou, kinds, mask)
+        return _match(cost, iou, class_ids, mask)
 
 
 def _flat_decoded(output: Tensor, grid: Tensor, stride: int) -> Tensor:
@@ -405,15 +460,15 @@ def _flat_decoded(output: Tensor, grid: Tensor, stride: int) -> Tensor:
     return output
 
 
-def _near_centre(wanted: Tensor, places: Tensor, strides: Tensor) -> tuple[Tensor, Tensor]:
+def _near_centre(truth: Tensor, cells: Tensor, strides: Tensor) -> tuple[Tensor, Tensor]:
     """(cells,) bool: near any box's centre. (G, those cells) bool: near this box's."""
-    x, y = (
-        ((places[:, 0] + 0.5) * strides).unsqueeze(0),
-        ((places[:, 1] + 0.5) * strides).unsqueeze(0),
-    )
-    reach = strides.unsqueeze(0) * 1.5
-    left, right = x - (wanted[:, 0:1] - reach), (wanted[:, 0:1] + reach) - x
-    top, bottom = y - (wanted[:, 1:2] - reach), (wanted[:, 1:2] + reach) - y
+    x = ((cells[:, 0] + 0.5) * strides).unsqueeze(0)
+    y = ((cells[:, 1] + 0.5) * strides).unsqueeze(0)
+    radius = strides.unsqueeze(0) * 1.5
+    left = x - (truth[:, 0:1] - radius)
+    right = (truth[:, 0:1] + radius) - x
+    top = y - (truth[:, 1:2] - radius)
+    bottom = (truth[:, 1:2] + radius) - y
     near = torch.stack((left, top, right, bottom), 2).min(dim=-1).values > 0.0
     mask = near.sum(dim=0) > 0
     return mask, near[:, mask]
@@ -426,38 +481,43 @@ def _pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     return shared / (torch.prod(a[:, 2:], 1)[:, None] + torch.prod(b[:, 2:], 1) - shared)
 
 
-def _match(cost: Tensor, iou: Tensor, kinds: Tensor, mask: Tensor) -> Assigned:
-    """The dynamic k cheapest cells of every box; contested cells go to their cheapest box. `mask` becomes the foreground."""
+def _match(cost: Tensor, iou: Tensor, class_ids: Tensor, mask: Tensor) -> Assigned:
+    """Matches every box with its dynamic k cheapest cells.
+
+    A cell that several boxes match goes to the cheapest one. `mask` becomes the foreground in
+    place.
+    """
     matching = torch.zeros_like(cost, dtype=torch.uint8)
-    wanted = torch.clamp(torch.topk(iou, min(10, iou.size(1)), dim=1).values.sum(1).int(), min=1)
+    best_ious = torch.topk(iou, min(10, iou.size(1)), dim=1).values
+    dynamic_k = torch.clamp(best_ious.sum(1).int(), min=1)
     for i in range(len(cost)):
-        matching[i][torch.topk(cost[i], k=wanted[i], largest=False).indices] = 1
-    owners = matching.sum(0)
-    if owners.max() > 1:
-        contested = owners > 1
+        matching[i][torch.topk(cost[i], k=dynamic_k[i], largest=False).indices] = 1
+    num_boxes = matching.sum(0)
+    if num_boxes.max() > 1:
+        contested = num_boxes > 1
         cheapest = torch.min(cost[:, contested], dim=0).indices
         matching[:, contested] *= 0
         matching[cheapest, contested] = 1
-    inside = owners > 0
+    inside = num_boxes > 0
     count = inside.sum().item()
     mask[mask.clone()] = inside
     box = matching[:, inside].argmax(0)
-    return Assigned(mask, box, (matching * iou).sum(0)[inside], kinds[box], count)
+    return Assigned(mask, box, (matching * iou).sum(0)[inside], class_ids[box], count)
 
 
-def _cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+def _cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
 
 
-def _iou_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
-    low = torch.max(predicted[:, :2] - predicted[:, 2:] / 2, wanted[:, :2] - wanted[:, 2:] / 2)
-    high = torch.min(predicted[:, :2] + predicted[:, 2:] / 2, wanted[:, :2] + wanted[:, 2:] / 2)
+def _iou_loss(predicted: Tensor, truth: Tensor) -> Tensor:
+    low = torch.max(predicted[:, :2] - predicted[:, 2:] / 2, truth[:, :2] - truth[:, 2:] / 2)
+    high = torch.min(predicted[:, :2] + predicted[:, 2:] / 2, truth[:, :2] + truth[:, 2:] / 2)
     shared = torch.prod(high - low, 1) * (low < high).type(low.type()).prod(dim=1)
-    union = torch.prod(predicted[:, 2:], 1) + torch.prod(wanted[:, 2:], 1) - shared
+    union = torch.prod(predicted[:, 2:], 1) + torch.prod(truth[:, 2:], 1) - shared
     return 1 - (shared / (union + 1e-16)) ** 2
 
 
-# -- the whole -------------------------------------------------------------------------------------------------------
+# -- the detector -------------------------------------------------------------------------------------
 class FrameByFrame(nn.Module):
     """`load_state_dict` takes `Detector.state_dict()` of the same configuration."""
 
@@ -466,7 +526,8 @@ class FrameByFrame(nn.Module):
         plain = config.fpn.in_stages == [2, 3, 4] and not config.fpn.enable_small_object_attention
         if not plain or config.backbone.dws_conv or config.head.size_aware_loss:
             raise ValueError(
-                "the frame-by-frame version knows 3 scales without attention, without dws_conv and size_aware_loss"
+                "the frame-by-frame version supports 3 scales without attention, without dws_conv "
+                "and size_aware_loss"
             )
         self.backbone = FrameBackbone(config.backbone, in_channels)
         dims = config.backbone.dims[1:]
@@ -474,8 +535,9 @@ class FrameByFrame(nn.Module):
         self.yolox_head = Head(dims, 2 * config.backbone.embed_dim, config.head.num_classes)
 
     def padded(self, frames: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 -> the weights' kind, with zeros below and on the right up to what windows divide."""
-        split, (height, width) = self.backbone.split, frames.shape[-2:]
+        """(B, C, H, W) uint8 -> the dtype of the weights, padded below and right with zeros."""
+        split = self.backbone.split
+        height, width = frames.shape[-2:]
         return F.pad(
             frames.to(self.fpn.lateral_conv0.conv.weight.dtype),
             (0, -width % split, 0, -height % split),
@@ -488,10 +550,14 @@ class FrameByFrame(nn.Module):
         labelled: Sequence[Sequence[int]],
         targets: Tensor,
     ) -> tuple[dict[str, Tensor], State]:
-        """
+        """Losses of a chunk, and the next state.
+
         Args:
-            frames: (T, B, C, H, W) uint8. state: None begins at zero. labelled: per frame the lanes that have labels.
-            targets: (n, G, 5) of the n labelled frames in (t, b) order; class, cx, cy, w, h; rows of zeros are padding.
+            frames: (T, B, C, H, W) uint8.
+            state: None is zero.
+            labelled: per frame, the lanes that are labelled.
+            targets: (n, G, 5) of the n labelled frames in (t, b) order; class, cx, cy, w, h; rows
+                of zeros are padding.
         """
         selected: list[list[Tensor]] = [[] for _ in STRIDES]
         for x, lanes in zip(frames, labelled, strict=True):

@@ -1,11 +1,12 @@
-"""Preparation against RVT's own way (`rvt_way.py`), row by row with what is to be reached and what the hardware would allow.
+"""Compares preparation with RVT's own way (`rvt_way.py`).
 
-    .venv/bin/python tests/benchmarks/prep_speed.py [--seconds 10] [--repeats 3] [--folder /scratch]
+    .venv/bin/python tests/benchmarks/prep_speed.py [--seconds 10] [--repeats 3] [--folder DIR]
 
-Recordings of 1280 x 720 are the preprocessing fixture repeated (178 k events a window of 50 ms; 38 k in the sparse one), or,
-where that is absent, events at random places; their .h5 are compressed as the fixture's (Blosc zstd 5), or not: `plain`.
-Each row is the best of the repeats, ours and theirs in turn, in one process on one core, inputs in the page cache, the compiled
-parts warm; rows that say `command` are whole commands, their start included.
+Recordings of 1280 x 720 repeat the preprocessing fixture (178 k events per window of 50 ms; 38 k in
+the sparse one), or without it contain events at random pixels. Their .h5 files are compressed as
+the fixture (Blosc zstd 5), or not: `plain`. Each row is the best of the repeats, the sides take
+turns, in one process on one core, with inputs in the page cache and compiled parts warm. Rows with
+`command` are whole commands, start included.
 """
 
 import argparse
@@ -13,11 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count, pairwise
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -29,13 +31,14 @@ from common import (
     WIDTH,
     WINDOW_US,
     ZSTD,
+    Piece,
     Table,
     cores,
     events_in,
     linked,
-    machine,
     peak_mb,
     piece,
+    print_machine,
     race,
     write_h5,
     write_raw,
@@ -62,11 +65,13 @@ LABELS = {
     "label_every_ms": 100,
 }
 CLASSES = ["pedestrian", "two_wheeler", "car"]
-FRAMES_AT_ONCE = 5  # a chunk of training
+CHUNK = 5  # frames per read, as in training
+MODES = ("exact", "rvt")
 
 
-# -- both sides ----------------------------------------------------------------------------------------------------
+# -- both sides ------------------------------------------------------------------------------------
 def config(mode: str, codec: str = "fast") -> PrepConfig:
+    """The config of one process."""
     return PrepConfig(
         processes=1,
         frames=FrameConfig(mode=FrameMode[mode]),
@@ -76,37 +81,52 @@ def config(mode: str, codec: str = "fast") -> PrepConfig:
 
 
 class InMemory(Recording):
-    """Events that are decoded already."""
+    """A recording of decoded events."""
 
     def __init__(self, events: Events) -> None:
         super().__init__(Path("memory"), HEIGHT, WIDTH)
-        self.given = events
+        self.columns = events
 
     def _decoded(self) -> Iterator[Events]:
-        yield self.given
+        yield self.columns
+
+
+class CommandCost(NamedTuple):
+    """Time of a command, and the peak memory of its first process."""
+
+    seconds: float
+    peak_mb: float
 
 
 class Bench:
-    """Inputs, made once, and where outputs go."""
+    """Inputs, created at first use, and the folder of outputs."""
 
     def __init__(self, folder: Path, seconds: float, repeats: int) -> None:
-        self.folder, self.seconds, self.repeats, self.fresh = folder, seconds, repeats, count()
-        self.dense_piece, self.sparse_piece = piece(dense=True), piece(dense=False)
+        self.folder = folder
+        self.seconds = seconds
+        self.repeats = repeats
+        self.numbers = count()
+        self.dense_piece = piece(dense=True)
+        self.sparse_piece = piece(dense=False)
 
     @cached_property
     def dense(self) -> Path:
-        return write_h5(
-            self.folder / "dense" / "train" / "a_td.h5", self.dense_piece, self.seconds, ZSTD
-        )
+        """The dense recording as .h5."""
+        return self.write("dense", self.dense_piece, self.seconds, ZSTD)
 
     @cached_property
     def sparse(self) -> Path:
-        return write_h5(
-            self.folder / "sparse" / "train" / "a_td.h5", self.sparse_piece, self.seconds, ZSTD
-        )
+        """The sparse recording as .h5."""
+        return self.write("sparse", self.sparse_piece, self.seconds, ZSTD)
+
+    def write(self, name: str, content: Piece, seconds: float, filters: dict) -> Path:
+        """Writes a recording into a source folder of its own."""
+        path = self.folder / name / "train" / "a_td.h5"
+        return write_h5(path, content, seconds, filters)
 
     def ours(self, path: Path, mode: str, codec: str = "fast", keep: bool = False) -> Path:
-        part = self.folder / f"part{next(self.fresh)}.h5"
+        """Prepares a recording in this process. Returns the part, which is removed unless kept."""
+        part = self.folder / f"part{next(self.numbers)}.h5"
         (source,) = (s for s in find_sources(path.parent.parent) if s.path == path)
         prepare_recording(source, part, config(mode, codec))
         if not keep:
@@ -114,7 +134,8 @@ class Bench:
         return part
 
     def theirs(self, path: Path, keep: bool = False) -> Path:
-        out = self.folder / f"tree{next(self.fresh)}"
+        """Prepares a recording in RVT's way. Returns the frames' file, removed unless kept."""
+        out = self.folder / f"tree{next(self.numbers)}"
         rvt_way.prepare_recording(path, out)
         if not keep:
             rmtree(out)
@@ -122,43 +143,36 @@ class Bench:
 
     def command(
         self, recordings: int, processes: int, *, theirs: bool = False, path: Path | None = None
-    ) -> tuple[float, float]:
-        """(seconds, peak MB of its first process) of a whole command over so many copies of a recording."""
-        number = next(self.fresh)
+    ) -> CommandCost:
+        """Runs a whole command over so many copies of a recording."""
+        number = next(self.numbers)
         source = linked(self.folder / f"source{number}", path or self.dense, recordings)
         out = self.folder / f"out{number}"
-        ours = [
-            "-m",
-            "evspan.launch",
-            "prep",
-            f"source={source}",
-            f"output={out}",
-            f"processes={processes}",
-            f"dataset.classes=[{','.join(CLASSES)}]",
-        ]
-        arguments = (
-            [str(Path(rvt_way.__file__)), str(source), str(out), "--processes", str(processes)]
-            if theirs
-            else ours
-        )
-        began = time.perf_counter()
+        if theirs:
+            program = str(Path(rvt_way.__file__))
+            words = [program, str(source), str(out), "--processes", str(processes)]
+        else:
+            classes = ",".join(CLASSES)
+            words = ["-m", "evspan.launch", "prep", f"source={source}", f"output={out}"]
+            words += [f"processes={processes}", f"dataset.classes=[{classes}]"]
+        start = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL
+            [sys.executable, *words], cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL
         )
         peak = 0.0
-        while process.poll() is None:  # not its rusage, which begins with what this process has
+        while process.poll() is None:  # ru_maxrss would start at the memory of this process
             peak = max(peak, peak_mb(process.pid))
             time.sleep(0.02)
-        took = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         if process.returncode:
-            raise SystemExit(f"error: {arguments} ended with {process.returncode}")
+            raise SystemExit(f"error: {words} ended with {process.returncode}")
         rmtree(out)
         rmtree(source)
-        return took, peak
+        return CommandCost(seconds, peak)
 
 
 def read_columns(path: Path) -> None:
-    """All that has to be decompressed, block by block, and nothing done with it."""
+    """Decompresses all columns block by block."""
     with h5py.File(path) as file:
         n = len(file["events/t"])
         for i in range(0, n, 1 << 20):
@@ -166,14 +180,22 @@ def read_columns(path: Path) -> None:
                 file["events"][name][i : i + (1 << 20)]
 
 
-# -- rows ----------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
+MEV_PER_S = " Mev/s"
+
+
 def speed(bench: Bench, table: Table) -> None:
-    plain = write_h5(
-        bench.folder / "plain" / "train" / "a_td.h5", bench.dense_piece, bench.seconds, {}
-    )
+    """Speed of preparation in one process."""
+    dense_speed(bench, table)
+    sparse_speed(bench, table)
+
+
+def dense_speed(bench: Bench, table: Table) -> None:
+    """The dense recording as .h5, uncompressed .h5 and .raw."""
+    plain = bench.write("plain", bench.dense_piece, bench.seconds, {})
     raw = write_raw(bench.folder / "raw" / "train" / "a_td.raw", bench.dense)
     n = events_in(bench.dense) / 1e6
-    took = race(
+    seconds = race(
         bench.repeats,
         exact=lambda: bench.ours(bench.dense, "exact"),
         rvt=lambda: bench.ours(bench.dense, "rvt"),
@@ -186,123 +208,128 @@ def speed(bench: Bench, table: Table) -> None:
         theirs_plain=lambda: bench.theirs(plain),
         small=lambda: bench.ours(bench.dense, "exact", "small"),
     )
-    unit = " Mev/s"
-    for mode in ("exact", "rvt"):
+    rates = {name: n / value for name, value in seconds.items()}
+    for mode in MODES:
         table.row(
             f"dense .h5, {mode}, 1 core",
-            n / took[mode],
-            n / took["theirs"],
-            unit=unit,
+            rates[mode],
+            rates["theirs"],
+            unit=MEV_PER_S,
             least=30,
-            limit=f"reading the .h5 alone {n / took['read']:.0f}",
+            limit=f"reading the .h5 alone {rates['read']:.0f}",
         )
         table.row(
             f"dense .h5 plain, {mode}, 1 core",
-            n / took[f"{mode}_plain"],
-            n / took["theirs_plain"],
-            unit=unit,
+            rates[f"{mode}_plain"],
+            rates["theirs_plain"],
+            unit=MEV_PER_S,
             least=30,
         )
         table.row(
             f"dense EVT3 .raw against .h5, {mode}, 1 core",
-            n / took[f"{mode}_raw"],
-            n / took[mode],
-            unit=unit,
+            rates[f"{mode}_raw"],
+            rates[mode],
+            unit=MEV_PER_S,
             least_ratio=0.9,
         )
     table.row(
-        "dense .h5, exact, codec=small, 1 core", n / took["small"], n / took["theirs"], unit=unit
+        "dense .h5, exact, codec=small, 1 core", rates["small"], rates["theirs"], unit=MEV_PER_S
     )
+
+
+def sparse_speed(bench: Bench, table: Table) -> None:
+    """The sparse recording as .h5."""
     n = events_in(bench.sparse) / 1e6
-    took = race(
+    seconds = race(
         bench.repeats,
         exact=lambda: bench.ours(bench.sparse, "exact"),
         rvt=lambda: bench.ours(bench.sparse, "rvt"),
         theirs=lambda: bench.theirs(bench.sparse),
         read=lambda: read_columns(bench.sparse),
     )
-    for mode in ("exact", "rvt"):
+    for mode in MODES:
         table.row(
             f"sparse .h5, {mode}, 1 core",
-            n / took[mode],
-            n / took["theirs"],
-            unit=unit,
+            n / seconds[mode],
+            n / seconds["theirs"],
+            unit=MEV_PER_S,
             least=14,
-            limit=f"reading the .h5 alone {n / took['read']:.0f}",
+            limit=f"reading the .h5 alone {n / seconds['read']:.0f}",
         )
+
+
+def read_part(part: Path) -> int:
+    """Reads all frames of a part of ours in chunks. Returns their number."""
+    with h5py.File(part) as file:
+        (group,) = file.values()
+        n = len(group["end_us"])
+        for i in range(0, n, CHUNK):
+            read_frames(group, i, min(i + CHUNK, n))
+        return n
+
+
+def read_tree(path: Path) -> int:
+    """Reads all frames of RVT's file in chunks. Returns their number."""
+    with h5py.File(path) as file:
+        n = len(file["data"])
+        for i in range(0, n, CHUNK):
+            file["data"][i : i + CHUNK]
+        return n
 
 
 def decoding(bench: Bench, table: Table) -> None:
-    parts = {
-        (kind, codec): bench.ours(path, mode, codec, keep=True)
-        for kind, path, mode in (
-            ("dense", bench.dense, "exact"),
-            ("dense, rvt", bench.dense, "rvt"),
-            ("sparse", bench.sparse, "exact"),
-        )
-        for codec in ("fast", "small")
-    }
+    """Speed of reading frames."""
+    memory = np.empty((64, 20, HEIGHT // 2, WIDTH // 2), np.uint8)  # larger than the caches
+    fill_seconds = race(4, fill=lambda: memory.fill(1))["fill"] / len(memory)
     trees = {path: bench.theirs(path, keep=True) for path in (bench.dense, bench.sparse)}
-
-    def all_of(part: Path) -> int:
-        with h5py.File(part) as file:
-            (group,) = file.values()
-            n = len(group["end_us"])
-            for i in range(0, n, FRAMES_AT_ONCE):
-                read_frames(group, i, min(i + FRAMES_AT_ONCE, n))
-            return n
-
-    def all_of_theirs(path: Path) -> int:
-        with h5py.File(path) as file:
-            for i in range(0, len(file["data"]), FRAMES_AT_ONCE):
-                file["data"][i : i + FRAMES_AT_ONCE]
-            return len(file["data"])
-
-    memory = np.empty((64, 20, HEIGHT // 2, WIDTH // 2), np.uint8)  # more than caches hold
-    zeros = race(4, zeros=lambda: memory.fill(1))["zeros"] / len(memory)
-    for (kind, codec), part in parts.items():
-        tree = trees[bench.sparse if kind == "sparse" else bench.dense]
-        n, other = all_of(part), all_of_theirs(tree)
-        took = race(
-            bench.repeats,
-            ours=lambda part=part: all_of(part),
-            theirs=lambda tree=tree: all_of_theirs(tree),
-        )
-        table.row(
-            f"decode, {kind}, codec={codec}, 1 core",
-            n / took["ours"],
-            other / took["theirs"],
-            unit=" /s",
-            least=800 if codec == "fast" else 0,
-            limit=f"filling a frame's memory {1 / zeros:.0f}",
-        )
+    for name, path, mode in (
+        ("dense", bench.dense, "exact"),
+        ("dense, rvt", bench.dense, "rvt"),
+        ("sparse", bench.sparse, "exact"),
+    ):
+        for codec in ("fast", "small"):
+            part = bench.ours(path, mode, codec, keep=True)
+            num_ours = read_part(part)
+            num_theirs = read_tree(trees[path])
+            seconds = race(
+                bench.repeats,
+                ours=partial(read_part, part),
+                theirs=partial(read_tree, trees[path]),
+            )
+            table.row(
+                f"decode, {name}, codec={codec}, 1 core",
+                num_ours / seconds["ours"],
+                num_theirs / seconds["theirs"],
+                unit=" /s",
+                least=800 if codec == "fast" else 0,
+                limit=f"filling a frame's memory {1 / fill_seconds:.0f}",
+            )
 
 
 def histograms(bench: Bench, table: Table) -> None:
+    """Speed of counting events of ten windows."""
     windows = 10
     events = bench.dense_piece.events
-    events = events.take(
-        slice(0, int(np.searchsorted(np.maximum.accumulate(events.t), windows * WINDOW_US)))
-    )
-    events = events._replace(t=np.maximum.accumulate(events.t))
+    times = np.maximum.accumulate(events.t)
+    last = int(np.searchsorted(times, windows * WINDOW_US))
+    events = events._replace(t=times).take(slice(0, last))
     seams = np.searchsorted(events.t, np.arange(windows + 1) * WINDOW_US)
-    tensors = [
-        [
-            torch.from_numpy(np.asarray(c[a:b], np.int64))
-            for c in (events.x, events.y, events.p, events.t)
-        ]
-        for a, b in pairwise(seams)
-    ]
+    columns = (events.x, events.y, events.p, events.t)
+    tensors = []
+    for first, last in pairwise(seams):
+        tensors.append([torch.from_numpy(np.asarray(c[first:last], np.int64)) for c in columns])
+
+    def ends(first: int) -> Iterator[int]:
+        return count(WINDOW_US, WINDOW_US)
 
     def ours(downsample: int) -> None:
-        ends = lambda first: count(WINDOW_US, WINDOW_US)  # noqa: E731
-        for _ in each_window(
-            InMemory(events), ends, FrameConfig(downsample=downsample), lambda counts: None
-        ):
+        frame_config = FrameConfig(downsample=downsample)
+        for _ in each_window(InMemory(events), ends, frame_config, lambda counts: None):
             pass
 
-    ours(1), ours(2)
-    took = race(
+    ours(1)  # compiles
+    ours(2)
+    seconds = race(
         bench.repeats + 2,
         full=lambda: ours(1),
         half=lambda: ours(2),
@@ -310,155 +337,166 @@ def histograms(bench: Bench, table: Table) -> None:
         put_half=lambda: [rvt_way.half_resolution(rvt_way.histogram(*t)) for t in tensors],
     )
     n = events.t.size / 1e6
-    table.row(
-        "histogram, full resolution, 1 core",
-        n / took["full"],
-        n / took["put"],
-        unit=" Mev/s",
-        least_ratio=5,
-    )
-    table.row(
-        "histogram, half resolution, 1 core",
-        n / took["half"],
-        n / took["put_half"],
-        unit=" Mev/s",
-        least_ratio=5,
-    )
+    for resolution, theirs in (("full", "put"), ("half", "put_half")):
+        table.row(
+            f"histogram, {resolution} resolution, 1 core",
+            n / seconds[resolution],
+            n / seconds[theirs],
+            unit=MEV_PER_S,
+            least_ratio=5,
+        )
 
 
 def sizes(bench: Bench, table: Table) -> None:
-    """Of the fixture's dense recording, as it is."""
+    """Stored size of the fixture's dense recording."""
     if PARITY.is_dir():
         path = PARITY / "input" / "train" / "synth_a_0_1000000_td.h5"
         tree = next((PARITY / "output" / "train").glob("*/event_representations_v2/*/*.h5"))
     else:
-        path = write_h5(bench.folder / "piece" / "train" / "a_td.h5", bench.dense_piece, 1, ZSTD)
+        path = bench.write("piece", bench.dense_piece, 1, ZSTD)
         tree = bench.theirs(path, keep=True)
     with h5py.File(tree) as file:
-        theirs = file["data"].id.get_storage_size() / len(file["data"]) / 1000
+        theirs = stored_bytes(file["data"]) / len(file["data"]) / 1000
     for codec, most in (("fast", 1.3), ("small", 1.0)):
         with h5py.File(bench.ours(path, "rvt", codec, keep=True)) as file:
             (group,) = file.values()
-            stored = (
-                group["frames"].id.get_storage_size() + group["frame_start"].id.get_storage_size()
-            )
+            ours = stored_bytes(group["frames"]) + stored_bytes(group["frame_start"])
             table.row(
                 f"stored size of a frame, rvt, codec={codec}",
-                stored / len(group["end_us"]) / 1000,
+                ours / len(group["end_us"]) / 1000,
                 theirs,
                 unit=" kB",
                 most_ratio=most,
             )
 
 
+def stored_bytes(dataset: h5py.Dataset) -> int:
+    """Bytes of a dataset on disk."""
+    return dataset.id.get_storage_size()
+
+
 def processes(bench: Bench, table: Table, recordings: int) -> None:
-    """Whole commands over few recordings and over many: their difference knows no start."""
-    n, few, more = events_in(bench.dense) / 1e6, 2, 6
-    took = race(
-        max(1, bench.repeats - 1),
-        **{
-            f"{p} {r}": lambda p=p, r=r: bench.command(r, p)
-            for r in (few, recordings)
-            for p in (1, 2)
-        },
-    )
-    theirs = {(p, r): bench.command(r, p, theirs=True)[0] for p in (1, 2) for r in (few, more)}
-    ours = {
-        p: n * (recordings - few) / (took[f"{p} {recordings}"] - took[f"{p} {few}"]) for p in (1, 2)
-    }
-    starts = [took[f"{p} {few}"] - n * few / ours[p] for p in (1, 2)]
+    """Whole commands over few and over many recordings: the difference excludes the start."""
+    n = events_in(bench.dense) / 1e6
+    few = 2
+    more = 6
+    commands = {}
+    for num_recordings in (few, recordings):
+        for p in (1, 2):
+            commands[f"{p} {num_recordings}"] = partial(bench.command, num_recordings, p)
+    seconds = race(max(1, bench.repeats - 1), **commands)
+    rates = {}
+    starts = {}
     for p in (1, 2):
+        few_seconds = seconds[f"{p} {few}"]
+        rates[p] = n * (recordings - few) / (seconds[f"{p} {recordings}"] - few_seconds)
+        starts[p] = few_seconds - n * few / rates[p]
+        their_few = bench.command(few, p, theirs=True).seconds
+        their_more = bench.command(more, p, theirs=True).seconds
         table.row(
-            f"command without start, exact, {p} process{'es' if p > 1 else ''}",
-            ours[p],
-            n * (more - few) / (theirs[p, more] - theirs[p, few]),
-            unit=" Mev/s",
+            f"command without start, exact, processes: {p}",
+            rates[p],
+            n * (more - few) / (their_more - their_few),
+            unit=MEV_PER_S,
         )
     table.row(
         "two processes against one, without start",
-        ours[2],
-        ours[1],
-        unit=" Mev/s",
+        rates[2],
+        rates[1],
+        unit=MEV_PER_S,
         least_ratio=1.85,
         limit="x 2",
     )
     table.row(
         f"two processes against one, {recordings} recordings, whole",
-        n * recordings / took[f"2 {recordings}"],
-        n * recordings / took[f"1 {recordings}"],
-        unit=" Mev/s",
+        n * recordings / seconds[f"2 {recordings}"],
+        n * recordings / seconds[f"1 {recordings}"],
+        unit=MEV_PER_S,
         least_ratio=1.85,
-        limit=f"x 2; starts take {' and '.join(f'{s:.1f}' for s in starts)} s",
+        limit=f"x 2; starts take {starts[1]:.1f} and {starts[2]:.1f} s",
     )
 
 
 def memory(bench: Bench, table: Table, seconds: float) -> None:
-    short = write_h5(bench.folder / "short" / "train" / "a_td.h5", bench.sparse_piece, 10, ZSTD)
-    long = write_h5(bench.folder / "long" / "train" / "a_td.h5", bench.sparse_piece, seconds, ZSTD)
-    peaks = {path: bench.command(1, 1, path=path)[1] for path in (short, long)}
+    """Peak memory of a command on a long and on a short recording."""
+    short = bench.write("short", bench.sparse_piece, 10, ZSTD)
+    long = bench.write("long", bench.sparse_piece, seconds, ZSTD)
     table.row(
         f"peak memory, sparse, {seconds:g} s against 10 s",
-        peaks[long],
-        peaks[short],
+        bench.command(1, 1, path=long).peak_mb,
+        bench.command(1, 1, path=short).peak_mb,
         unit=" MB",
         most_ratio=1.2,
     )
-    theirs = {path: bench.command(1, 1, path=path, theirs=True)[1] for path in (short, long)}
     table.row(
-        f"RVT's peak memory, {seconds:g} s against 10 s", theirs[long], theirs[short], unit=" MB"
+        f"RVT's peak memory, {seconds:g} s against 10 s",
+        bench.command(1, 1, path=long, theirs=True).peak_mb,
+        bench.command(1, 1, path=short, theirs=True).peak_mb,
+        unit=" MB",
     )
+
+
+ONE_CORE_ROWS = {
+    "speed": speed,
+    "decoding": decoding,
+    "histograms": histograms,
+    "sizes": sizes,
+}
+ROWS = (*ONE_CORE_ROWS, "processes", "memory")
+
+
+def warm_up(bench: Bench) -> None:
+    """Compiles, and initializes libraries."""
+    path = bench.write("warm", bench.sparse_piece, 1, ZSTD)
+    for mode in MODES:
+        bench.ours(path, mode)
+    bench.theirs(path)
+
+
+def print_inputs(bench: Bench) -> None:
+    """Prints the sizes of the recordings."""
+    content = "the fixture repeated" if PARITY.is_dir() else "events at random pixels"
+    parts = []
+    for name, path in (("dense", bench.dense), ("sparse", bench.sparse)):
+        megabytes = path.stat().st_size / 1e6
+        parts.append(f"{name}: {events_in(path)} events in {megabytes:.0f} MB")
+    print(f"{'; '.join(parts)}; {content}")
 
 
 def main() -> None:
+    """Prints the table; exit code 1 if a target is not reached."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=10, help="of a recording")
+    parser.add_argument("--seconds", type=float, default=10, help="length of a recording")
     parser.add_argument(
-        "--long", type=float, default=120, help="seconds of the long recording, for memory"
+        "--long", type=float, default=120, help="length of the long recording in row `memory`"
     )
     parser.add_argument(
-        "--recordings", type=int, default=24, help="that the commands prepare, 3 or more"
+        "--recordings", type=int, default=24, help="number in row `processes`, 3 or more"
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--folder", type=Path, help="for 4 GB of files (default: the system's temporary folder)"
     )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        default=["speed", "decoding", "histograms", "sizes", "processes", "memory"],
-    )
-    given = parser.parse_args()
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="rows")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    with TemporaryDirectory(dir=given.folder) as folder:
-        bench, table = Bench(Path(folder), given.seconds, given.repeats), Table()
+    table = Table()
+    with TemporaryDirectory(dir=args.folder) as folder:
+        bench = Bench(Path(folder), args.seconds, args.repeats)
         with cores(1):
-            machine()
-            warm = write_h5(
-                Path(folder) / "warm" / "train" / "a_td.h5", bench.sparse_piece, 1, ZSTD
-            )
-            for mode in ("exact", "rvt"):
-                bench.ours(warm, mode)
-            bench.theirs(warm)
-            print(
-                f"dense: {events_in(bench.dense)} events in {bench.dense.stat().st_size / 1e6:.0f} MB; sparse: "
-                f"{events_in(bench.sparse)} in {bench.sparse.stat().st_size / 1e6:.0f} MB; "
-                f"{'the fixture repeated' if PARITY.is_dir() else 'events at random places'}"
-            )
+            print_machine()
+            warm_up(bench)
+            print_inputs(bench)
             table.head()
-            for name, rows in (
-                ("speed", speed),
-                ("decoding", decoding),
-                ("histograms", histograms),
-                ("sizes", sizes),
-            ):
-                if name in given.only:
+            for name, rows in ONE_CORE_ROWS.items():
+                if name in args.only:
                     rows(bench, table)
-        if "processes" in given.only:
-            processes(bench, table, given.recordings)
-        if "memory" in given.only:
-            memory(bench, table, given.long)
+        if "processes" in args.only:
+            processes(bench, table, args.recordings)
+        if "memory" in args.only:
+            memory(bench, table, args.long)
     print(f"{table.missed} not reached")
     sys.exit(table.missed > 0)
 

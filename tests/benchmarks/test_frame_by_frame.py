@@ -1,4 +1,4 @@
-"""The benchmarks' frame-by-frame detector is the same network as ours and as the published one, so that it is fair to measure."""
+"""The benchmarks' frame-by-frame detector is the same network as ours and the published one."""
 
 import numpy as np
 import pytest
@@ -8,18 +8,22 @@ from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
 from frame_by_frame import FrameByFrame
 
-CHANNELS, H, W, STEPS, LANES = 4, 60, 120, 5, 2  # padded to 64 x 128
+CHANNELS = 4
+H, W = 60, 120  # padded to 64 x 128
+STEPS = 5
+LANES = 2
 
 
-def relative(got, wanted):
-    return ((got - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
+def relative(got, expected):
+    return ((got - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
 def both_sides():
     torch.manual_seed(0)
     backbone = BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5, num_blocks=[1, 2, 1, 1])
     config = ModelConfig(backbone=backbone, head=HeadConfig(num_classes=2))
-    ours, theirs = Detector(config, CHANNELS), FrameByFrame(config, CHANNELS)
+    ours = Detector(config, CHANNELS)
+    theirs = FrameByFrame(config, CHANNELS)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -45,18 +49,21 @@ def some_boxes(counts, most):
 @pytest.mark.parametrize("counts", [(4, 0, 1, 7), (0, 0, 0, 0)], ids=["some boxes", "no boxes"])
 def test_same_loss_gradients_and_statistics(counts):
     ours, theirs = both_sides()
-    lanes, boxes = [[], [0, 1], [], [1], [0]], some_boxes(counts, 7)
+    lanes = [[], [0, 1], [], [1], [0]]
+    boxes = some_boxes(counts, 7)
     labelled = torch.tensor([[lane in frame for lane in range(LANES)] for frame in lanes])
     raw, _ = ours(some_frames(), ours.initial_state(LANES, H, W), labelled=labelled)
-    wanted = detection_loss(raw, boxes, torch.tensor(counts), ours.geometry(H, W), ours.config.head)
-    wanted.total.backward()
+    expected = detection_loss(
+        raw, boxes, torch.tensor(counts), ours.geometry(H, W), ours.config.head
+    )
+    expected.total.backward()
     got, _ = theirs.losses(some_frames(), None, lanes, boxes)
     got["loss"].backward()
     for name, value in (
-        ("loss", wanted.total),
-        ("iou_loss", wanted.iou),
-        ("conf_loss", wanted.objectness),
-        ("cls_loss", wanted.classes),
+        ("loss", expected.total),
+        ("iou_loss", expected.iou),
+        ("conf_loss", expected.objectness),
+        ("cls_loss", expected.classes),
     ):
         assert got[name].item() == pytest.approx(value.item(), rel=1e-4), name
     mine = dict(ours.named_parameters())
@@ -69,25 +76,27 @@ def test_same_loss_gradients_and_statistics(counts):
 
 def test_same_predictions_frame_by_frame_with_the_state_carried():
     ours, theirs = (model.eval() for model in both_sides())
-    state, other = ours.initial_state(LANES, H, W), None
+    state = ours.initial_state(LANES, H, W)
+    other = None
     with torch.inference_mode():
         for frames in some_frames(seed=1):
-            wanted, state = ours.step(frames, state)
+            expected, state = ours.step(frames, state)
             got, other = theirs.step(frames, other)
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
 def test_the_published_numbers(parity_dir):
-    given = {p.stem: dict(np.load(p)) for p in (parity_dir / "parity_small").glob("*.npz")}
+    parity = {p.stem: dict(np.load(p)) for p in (parity_dir / "parity_small").glob("*.npz")}
     theirs = FrameByFrame(ModelConfig(backbone=BackboneConfig(embed_dim=16, dim_head=8)), 20)
-    theirs.load_state_dict({k: torch.from_numpy(v) for k, v in given["weights"].items()})
-    inputs, expected = given["train_input"], given["train_expected"]
-    places = list(
+    theirs.load_state_dict({k: torch.from_numpy(v) for k, v in parity["weights"].items()})
+    inputs = parity["train_input"]
+    expected = parity["train_expected"]
+    positions = list(
         zip(inputs["target_frame_t"].tolist(), inputs["target_sample_b"].tolist(), strict=True)
     )
-    order = sorted(range(len(places)), key=lambda i: places[i])
-    lanes = [[b for t, b in sorted(places) if t == frame] for frame in range(4)]
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    lanes = [[b for t, b in sorted(positions) if t == frame] for frame in range(4)]
     losses, _ = theirs.losses(
         torch.from_numpy(inputs["events_uint8"]),
         None,
@@ -98,10 +107,10 @@ def test_the_published_numbers(parity_dir):
         assert got.item() == pytest.approx(expected[f"loss/{name}"].item(), rel=1e-4), name
     losses["loss"].backward()
     for name, parameter in theirs.named_parameters():
-        assert relative(parameter.grad, torch.from_numpy(given["train_grads"][name])) < 1e-4, name
+        assert relative(parameter.grad, torch.from_numpy(parity["train_grads"][name])) < 1e-4, name
 
 
-def test_what_it_does_not_know_is_refused():
+def test_what_it_does_not_support_is_refused():
     config = ModelConfig()
     config.fpn.enable_small_object_attention = True
     with pytest.raises(ValueError, match="without attention"):

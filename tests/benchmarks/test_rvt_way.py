@@ -1,4 +1,4 @@
-"""The benchmarks' stand-in for RVT's preparation gives what RVT's own script gave, so that it is fair to measure against."""
+"""The benchmarks' version of RVT's preparation gives the output of RVT's own script."""
 
 from pathlib import Path
 
@@ -24,8 +24,9 @@ def test_two_processes_give_the_same(tmp_path, parity_dir):
 
 
 def test_a_hot_pixel_wraps_and_windows_are_closed_at_both_ends(tmp_path):
-    """Its two traps, on events that show them: 257 at one pixel, and one at the seam of two windows."""
-    path, t = tmp_path / "a_td.h5", np.concatenate((np.full(257, 120_000), [150_000], [200_000]))
+    """257 events at one pixel, and one at the seam of two windows."""
+    path = tmp_path / "a_td.h5"
+    t = np.concatenate((np.full(257, 120_000), [150_000], [200_000]))
     with h5py.File(path, "w") as file:
         for name, column in {
             "t": t,
@@ -35,9 +36,8 @@ def test_a_hot_pixel_wraps_and_windows_are_closed_at_both_ends(tmp_path):
         }.items():
             file[f"events/{name}"] = column
     out = Path(tmp_path / "out.h5")
-    assert (
-        rvt_way.write_frames(path, out, np.array([150_000, 200_000])) == 260
-    )  # the one at 150,000 twice
+    ends = np.array([150_000, 200_000])
+    assert rvt_way.write_frames(path, out, ends) == 260  # the event at 150,000 counts twice
     with h5py.File(out) as file:
         frames = file["data"][:]
     assert frames[0].sum() == 1 + 1
