@@ -1,4 +1,4 @@
-"""What torch was asked to run: operators that do work, and those that make the host wait for its device."""
+"""Counts the operators that torch runs, and those that make the host wait for its device."""
 
 from collections import Counter
 
@@ -29,7 +29,12 @@ NO_WORK = {
 
 
 class Dispatched(TorchDispatchMode):
-    """operators: all but views and bare allocations, by name; a GPU pays a launch for each. waits: of the host, by name."""
+    """Counts operators by name.
+
+    Attributes:
+        operators: all but views and allocations. A GPU launches a kernel for each.
+        waits: those that make the host wait.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,11 +45,15 @@ class Dispatched(TorchDispatchMode):
         name = func._schema.name
         if not func.is_view and name not in NO_WORK:
             self.operators[name] += 1
-        masked = (
-            name.startswith(("aten::index", "aten::_index_put"))
-            and isinstance(args[1], list | tuple)
-            and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        )
-        if masked or name in WAITS:
+        is_indexing = name.startswith(("aten::index", "aten::_index_put"))
+        if name in WAITS or (is_indexing and has_mask(args[1])):
             self.waits[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+def has_mask(indices) -> bool:
+    """Whether one of the indices is a mask."""
+    if not isinstance(indices, list | tuple):
+        return False
+    masks = (torch.bool, torch.uint8)
+    return any(i is not None and i.dtype in masks for i in indices)

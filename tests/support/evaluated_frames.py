@@ -7,6 +7,7 @@ from support.coco_reference import coco_evaluation
 
 
 def some_boxes(rng, count):
+    """`count` random boxes of 3 classes."""
     boxes = np.zeros(count, BOX)
     boxes["w"], boxes["h"] = rng.uniform(4, 150, (2, count))
     boxes["x"], boxes["y"] = rng.uniform(0, 400, (2, count))
@@ -25,26 +26,27 @@ def as_detections(rng, boxes, jitter):
 
 
 def some_frames(seed, frames=40):
+    """Boxes and detections of each frame."""
     rng = np.random.default_rng(seed)
     boxes = [some_boxes(rng, rng.integers(0, 12)) for _ in range(frames)]
-    found = []
+    detections = []
     for truth in boxes:
         hits = as_detections(rng, truth[rng.random(len(truth)) < 0.8], rng.choice([0.02, 0.1]))
-        found.append(
-            np.concatenate((hits, as_detections(rng, some_boxes(rng, rng.integers(0, 5)), 0)))
-        )
-    return boxes, found
+        false_alarms = as_detections(rng, some_boxes(rng, rng.integers(0, 5)), 0)
+        detections.append(np.concatenate((hits, false_alarms)))
+    return boxes, detections
 
 
-def flat(boxes, found):
+def flat(boxes, detections):
     """Frames of one recording, 50 ms apart."""
-    return labelled_frames(["a"], [50_000 * np.arange(1, len(boxes) + 1)], [boxes], [found])
+    return labelled_frames(["a"], [50_000 * np.arange(1, len(boxes) + 1)], [boxes], [detections])
 
 
-def by_pycocotools(boxes, found, classes, counts=None):
-    """counts: per frame which boxes count; the others are given a size beyond COCO's largest."""
-    annotations, results = [], []
-    for image, (truth, rows) in enumerate(zip(boxes, found, strict=True), 1):
+def by_pycocotools(boxes, detections, classes, counts=None):
+    """Scores frames. counts: per frame which boxes count; others get an area beyond COCO's."""
+    annotations = []
+    results = []
+    for image, (truth, rows) in enumerate(zip(boxes, detections, strict=True), 1):
         for i, box in enumerate(truth):
             x, y, w, h = (float(box[k]) for k in "xywh")
             annotations.append(
@@ -57,13 +59,13 @@ def by_pycocotools(boxes, found, classes, counts=None):
                     "iscrowd": 0,
                 }
             )
-        for x1, y1, x2, y2, objectness, sure, kind in rows.astype(np.float64).tolist():
+        for x1, y1, x2, y2, objectness, confidence, class_id in rows.astype(np.float64).tolist():
             results.append(
                 {
                     "image_id": image,
-                    "category_id": int(kind) + 1,
+                    "category_id": int(class_id) + 1,
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "score": objectness * sure,
+                    "score": objectness * confidence,
                 }
             )
     return coco_evaluation(len(boxes), annotations, results, classes)

@@ -1,4 +1,4 @@
-"""A small source of simulated recordings, and what a prepared folder holds, read with h5py alone."""
+"""A small source of simulated recordings, and the contents of prepared folders, read by h5py."""
 
 import json
 import shutil
@@ -25,6 +25,7 @@ COLUMNS = ("frame_start", "end_us", "boxes", "box_start", "labelled")
 
 
 def make_source(folder: Path) -> Path:
+    """Simulates the recordings; test/plain has no boxes."""
     for seed, (name, seconds) in enumerate(RECORDINGS.items()):
         simulate(folder / name, seconds=seconds, seed=seed, config=SCENE)
     (folder / "test" / "plain_bbox.npy").unlink()
@@ -40,6 +41,7 @@ def prep_config(
     frames: dict | None = None,
     **values,
 ) -> PrepConfig:
+    """A config of the source. labels, frames: keys of LabelConfig and FrameConfig."""
     dataset = DatasetConfig(
         classes=list(CLASSES),
         labels=LabelConfig(**{"class_map": {0: 0, 1: 1, 2: 2}, **(labels or {})}),
@@ -55,58 +57,61 @@ def prep_config(
 
 
 def copied(source: Path, target: Path) -> Path:
-    return Path(shutil.copytree(source, target))  # with the times of the files
+    """Copies a folder and the times of its files."""
+    return Path(shutil.copytree(source, target))
 
 
 def frames_in(group: h5py.Group) -> np.ndarray:
-    """(N, 2 * bins, H, W): the numpy that data_prep/frames/codec.py gives for reading without it."""
+    """(N, 2 * bins, H, W) uint8, decoded by the numpy lines of data_prep/frames/codec.py."""
     step = np.append(np.arange(1, 255), [0, 254])
-    shape, start, codes = (
-        tuple(group.attrs["frame_shape"]),
-        group["frame_start"][:],
-        group["frames"][:],
-    )
+    shape = tuple(group.attrs["frame_shape"])
+    start = group["frame_start"][:]
+    codes = group["frames"][:]
     frames = np.zeros((len(start) - 1, *shape), np.uint8)
     for frame, first, last in zip(frames, start, start[1:], strict=False):
         code = codes[first:last]
         cell = np.cumsum(step[code]) - 1
-        frame[:] = (
-            np.bincount(cell[code != 255], minlength=frame.size).astype(np.uint8).reshape(shape)
-        )
+        counts = np.bincount(cell[code != 255], minlength=frame.size)
+        frame[:] = counts.astype(np.uint8).reshape(shape)
     return frames
 
 
 def contents(output: Path) -> dict[str, dict[str, np.ndarray]]:
-    """The datasets of every recording that lies in a shard, by split/recording; `frames` decoded, `code` as it is stored."""
-    found: dict[str, dict[str, np.ndarray]] = {}
+    """The datasets of every recording in the shards, by split/recording.
+
+    `frames` are decoded; `code` is the stored form.
+    """
+    result: dict[str, dict[str, np.ndarray]] = {}
     for path in sorted(output.glob("*/[0-9]*.h5")):
         with h5py.File(path, "r") as file:
             for name, group in file.items():
-                found[f"{path.parent.name}/{name}"] = {
+                result[f"{path.parent.name}/{name}"] = {
                     "frames": frames_in(group),
                     "code": group["frames"][:],
                     **{column: group[column][:] for column in COLUMNS},
                 }
-    return found
+    return result
 
 
 def manifest(output: Path) -> dict:
+    """The parsed manifest."""
     return json.loads((output / "manifest.json").read_text())
 
 
 def entries(output: Path) -> dict[str, dict]:
+    """The manifest's entries by split/recording."""
     return {f"{r['split']}/{r['name']}": r for r in manifest(output)["recordings"]}
 
 
 def checksum(columns: dict[str, np.ndarray]) -> tuple[str, str]:
-    """(frames_xxh3, group_xxh3) as data_prep/shards/format.py tells them."""
+    """(frames_xxh3, group_xxh3) as data_prep/shards/format.py defines them."""
     frames = xxhash.xxh3_64_hexdigest(columns["code"].tobytes())
     rest = b"".join(columns[name].tobytes() for name in COLUMNS)
     return frames, xxhash.xxh3_64_hexdigest(frames.encode() + rest)
 
 
 def assert_sound(output: Path) -> None:
-    """Where there is a manifest, everything that it names is there and has its checksum."""
+    """If there is a manifest, all its recordings exist and have its checksums."""
     if (output / "manifest.json").exists():
         stored = contents(output)
         for key, entry in entries(output).items():
@@ -114,17 +119,20 @@ def assert_sound(output: Path) -> None:
 
 
 def assert_same(output: Path, other: Path) -> None:
-    """The same datasets in the same shards, the same manifest apart from the times of the source's files."""
-    mine, theirs = contents(output), contents(other)
+    """The same datasets, shards and manifest, except the times of the source's files."""
+    mine = contents(output)
+    theirs = contents(other)
     assert mine.keys() == theirs.keys()
     for key, columns in mine.items():
         for name, values in columns.items():
             np.testing.assert_array_equal(values, theirs[key][name], err_msg=f"{key}/{name}")
-    told, expected = manifest(output), manifest(other)
-    for recording in (*told["recordings"], *expected["recordings"]):
+    actual = manifest(output)
+    expected = manifest(other)
+    for recording in (*actual["recordings"], *expected["recordings"]):
         del recording["source_mtime_ns"]
-    assert told == expected
-    shards = [
-        sorted(str(p.relative_to(o)) for p in o.rglob("*") if p.is_file()) for o in (output, other)
-    ]
-    assert shards[0] == shards[1]
+    assert actual == expected
+    assert _files(output) == _files(other)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())

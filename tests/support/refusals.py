@@ -1,4 +1,4 @@
-"""A command that refuses its arguments, seen from a test."""
+"""Runs a command that refuses its arguments."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ import pytest
 
 
 def refused_by(main: Callable[[list[str]], object], capture, *arguments: object) -> str:
-    """The one line that `main` ends with, with exit code 2. capture: pytest's capsys."""
+    """The one-line error of `main`, which exits with code 2. capture: pytest's capsys."""
     with pytest.raises(SystemExit) as exit_:
         main([str(a) for a in arguments])
-    told = capture.readouterr().err
+    error = capture.readouterr().err
     assert exit_.value.code == 2
-    assert told.startswith("error: ")
-    assert len(told.splitlines()) == 1
-    return told
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    return error

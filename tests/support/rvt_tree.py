@@ -11,19 +11,16 @@ from evspan.data_prep.labels.box_files import RAW_BOX
 def write_rvt_tree(root, recordings, split="train"):
     """As RVT's preprocess_dataset.py lays it out; frame values are the recording's number."""
     for number, (name, frames) in enumerate(recordings.items(), 1):
-        labels, frame_folder = (
-            root / split / name / "labels_v2",
-            "event_representations_v2/stacked_histogram_dt=50_nbins=10",
-        )
+        labels = root / split / name / "labels_v2"
+        frame_folder = "event_representations_v2/stacked_histogram_dt=50_nbins=10"
         (root / split / name / frame_folder).mkdir(parents=True)
         labels.mkdir()
         rows = np.zeros(3, RAW_BOX)  # two boxes in the first labelled frame, one in the second
-        rows["t"], rows["x"], rows["class_id"] = (
-            [100_000, 100_000, 150_000],
-            [10, 20, 30],
-            [0, 1, 2],
-        )
-        rows["w"], rows["h"] = 40, 50
+        rows["t"] = [100_000, 100_000, 150_000]
+        rows["x"] = [10, 20, 30]
+        rows["class_id"] = [0, 1, 2]
+        rows["w"] = 40
+        rows["h"] = 50
         np.savez(labels / "labels.npz", labels=rows, objframe_idx_2_label_idx=np.array([0, 2]))
         np.save(labels / "timestamps_us.npy", np.array([100_000, 150_000]))
         folder = root / split / name / frame_folder
@@ -40,16 +37,18 @@ def write_rvt_tree(root, recordings, split="train"):
 
 
 def files(folder: Path) -> list[str]:
+    """Relative paths of all files except locks."""
     return sorted(
         str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != ".lock"
     )
 
 
 def assert_same_tree(ours: Path, theirs: Path) -> None:
-    """The same files with the same arrays, dtypes included; the frames' dataset with the same chunks and filters."""
+    """The same files, arrays and dtypes, and the same chunks and filters of the frames."""
     assert files(ours) == files(theirs)
     for name in files(theirs):
-        mine, other = ours / name, theirs / name
+        mine = ours / name
+        other = theirs / name
         if name.endswith(".npz"):
             with np.load(mine) as a, np.load(other) as b:
                 assert a.files == b.files
@@ -65,11 +64,13 @@ def assert_same_tree(ours: Path, theirs: Path) -> None:
 
 
 def assert_same(ours: np.ndarray, theirs: np.ndarray, name: str) -> None:
+    """The same dtype, shape and bytes."""
     assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
     assert ours.tobytes() == theirs.tobytes(), name
 
 
 def layout(data: h5py.Dataset) -> tuple:
+    """Chunks, maximum shape, filters and fill value."""
     created = data.id.get_create_plist()
     filters = [created.get_filter(i)[:3] for i in range(created.get_nfilters())]
     return data.chunks, data.maxshape, filters, data.fillvalue

@@ -36,6 +36,7 @@ STAGES = (None, 0, 1, 2, 3)  # None: plain torch
 
 
 def stepped(stage, pattern, world) -> dict[str, torch.Tensor]:
+    """The weights after the micro-batches of a pattern."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     config = TrainConfig(
@@ -66,17 +67,14 @@ def stepped(stage, pattern, world) -> dict[str, torch.Tensor]:
 
 
 def main(folder: Path) -> None:
-    with open_world(
-        ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=60, threads=1)
-    ) as world:
-        torch.save(
-            {
-                (stage, pattern): stepped(stage, pattern, world)
-                for stage in STAGES
-                for pattern in PATTERNS
-            },
-            folder / f"{world.rank}.pt",
-        )
+    """Runs all stages and patterns."""
+    config = ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=60, threads=1)
+    with open_world(config) as world:
+        weights = {}
+        for stage in STAGES:
+            for pattern in PATTERNS:
+                weights[stage, pattern] = stepped(stage, pattern, world)
+        torch.save(weights, folder / f"{world.rank}.pt")
 
 
 if __name__ == "__main__":

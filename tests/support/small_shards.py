@@ -22,44 +22,42 @@ FRAMES = {
 def recording(rng: np.random.Generator, count: int, every: int = 2):
     """frames (N, 2*bins, H, W), boxes per frame, labelled: every `every`-th frame."""
     frames = rng.poisson(0.05, (count, 2 * BINS, HEIGHT, WIDTH)).astype(np.uint8)
-    tracks = [
-        (
-            rng.uniform(10, 70, 2) * (1, 0.5),
-            rng.uniform(-2, 2, 2),
-            rng.uniform(10, 24, 2),
-            rng.integers(3),
-        )
-        for _ in range(2)
-    ]
+    tracks = []
+    for _ in range(2):
+        corner = rng.uniform(10, 70, 2) * (1, 0.5)
+        speed = rng.uniform(-2, 2, 2)
+        size = rng.uniform(10, 24, 2)
+        tracks.append((corner, speed, size, rng.integers(3)))
     boxes = []
     for t in range(count):
         rows = []
-        for track, (corner, speed, (w, h), kind) in enumerate(tracks):
+        for track, (corner, speed, (w, h), class_id) in enumerate(tracks):
             x, y = np.clip(corner + t * speed, 0, (WIDTH - w, HEIGHT - h))
-            frames[t, kind % (2 * BINS), int(y) : int(y + h), int(x) : int(x + w)] += 5
-            rows.append((50_000 * (t + 1), x, y, w, h, kind, track))
+            frames[t, class_id % (2 * BINS), int(y) : int(y + h), int(x) : int(x + w)] += 5
+            rows.append((50_000 * (t + 1), x, y, w, h, class_id, track))
         boxes.append(np.array(rows, BOX))
     labelled = np.arange(count) % every == every - 1
-    return frames, [b if keep else b[:0] for b, keep in zip(boxes, labelled, strict=True)], labelled
+    kept = [b if keep else b[:0] for b, keep in zip(boxes, labelled, strict=True)]
+    return frames, kept, labelled
 
 
 def write_small_shards(
     root: Path, counts: dict[str, list[int]], seed: int = 0, every: int = 2
 ) -> Path:
-    """counts: split -> frames of each recording. every: one frame of so many is labelled."""
-    rng, entries = np.random.default_rng(seed), []
+    """Writes shards. counts: split -> frames of each recording. every: distance of labels."""
+    rng = np.random.default_rng(seed)
+    entries = []
     for split, lengths in counts.items():
         (root / split).mkdir(parents=True)
         with h5py.File(root / split / "00000.h5", "w") as file:
             for i, count in enumerate(lengths):
                 frames, boxes, labelled = recording(rng, count, every)
-                group = file.create_group(name := f"{split}_{i:03d}")
+                name = f"{split}_{i:03d}"
+                group = file.create_group(name)
                 encode = FrameEncoder()
                 codes = [encode(frame).copy() for frame in frames]
-                group["frames"], group["frame_start"] = (
-                    np.concatenate(codes),
-                    np.cumsum([0, *map(len, codes)]),
-                )
+                group["frames"] = np.concatenate(codes)
+                group["frame_start"] = np.cumsum([0, *map(len, codes)])
                 group.attrs[FRAME_SHAPE] = frames.shape[1:]
                 group["end_us"] = 50_000 * np.arange(1, count + 1)
                 group["boxes"] = np.concatenate(boxes)

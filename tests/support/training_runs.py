@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def train_command(shards, run_dir, *overrides):
+    """The command of a run of 6 steps."""
     return [
         sys.executable,
         "-m",
@@ -31,18 +32,21 @@ def train_command(shards, run_dir, *overrides):
 
 
 def train(shards, run_dir, *overrides, code=0, timeout=200):
-    done = subprocess.run(
+    """Trains and returns the output. code: the expected exit code."""
+    result = subprocess.run(
         train_command(shards, run_dir, *overrides),
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=timeout,
     )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    output = result.stdout + result.stderr
+    assert result.returncode == code, output
+    return output
 
 
 def scalars(run_dir, tag):
+    """step -> value of a TensorBoard scalar."""
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     return {e.step: e.value for e in events.Scalars(tag)}
