@@ -34,11 +34,14 @@ from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.parallel.reductions import barrier
 from evspan.pipeline.parallel.world import open_world
 
-STEPS, CUT = 6, 2  # of a whole run; where it is cut in two
+STEPS = 6  # of a whole run
+CUT = 2  # the step at which a run is cut in two
 
 
 @dataclass(frozen=True)
 class Case:
+    """A layout and its options."""
+
     ranks: int = 1
     sequence: int = 1
     stage: int = 0
@@ -51,9 +54,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Stretch:
+    """A part of a run. after: stretch and step to continue from."""
+
     case: Case
     until: int = STEPS
-    after: tuple[str, int] | None = None  # stretch and step to continue from
+    after: tuple[str, int] | None = None
 
 
 SAME = {  # two ranks that continue as they were, to the last bit
@@ -73,7 +78,7 @@ SAME = {  # two ranks that continue as they were, to the last bit
     },
 }
 QUICK = ("stage 0, bf16",)
-WALK = [  # data x sequence, ZeRO stage, the step that it gets to; each continues the one before
+WALK = [  # data x sequence, ZeRO stage, last step; each continues the previous one
     ("walk 2x1", {"ranks": 2, "stage": 1}, 2),
     ("walk 1x2", {"ranks": 2, "sequence": 2, "stage": 3}, 3),
     ("walk 4x1", {"ranks": 4, "stage": 0}, 5),
@@ -87,7 +92,7 @@ BACK = [
 
 
 def stretches() -> dict[str, Stretch]:
-    """By name, in the order in which they can be run."""
+    """All stretches by name, in an order in which they can run."""
     out = {"whole": Stretch(Case(stage=1, attention=True))}
     for name, form in SAME.items():
         case = Case(**{"ranks": 2, **form})
@@ -138,12 +143,12 @@ def config(case: Case, folder: Path, run_dir: Path) -> TrainConfig:
 
 
 def run(folder: Path, name: str, stretch: Stretch, world) -> None:
-    checkpoints = folder / name / "checkpoints"
+    """Trains a stretch and writes its losses."""
     if stretch.after and world.is_main:
-        shutil.copytree(
-            folder / stretch.after[0] / "checkpoints" / (step := f"step-{stretch.after[1]:08d}"),
-            checkpoints / step,
-        )
+        previous, number = stretch.after
+        step = f"step-{number:08d}"
+        source = folder / previous / "checkpoints" / step
+        shutil.copytree(source, folder / name / "checkpoints" / step)
     barrier()
     losses = {}
     stop_flag = StopFlag()
@@ -168,9 +173,9 @@ def run(folder: Path, name: str, stretch: Stretch, world) -> None:
 
 
 def main(folder: Path, names: list[str]) -> None:
-    with open_world(
-        ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=60, threads=1)
-    ) as world:
+    """Trains the stretches one after the other."""
+    config = ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=60, threads=1)
+    with open_world(config) as world:
         for name in names:
             run(folder, name, stretches()[name], world)
 

@@ -38,6 +38,8 @@ ENGINES = {"deepspeed": DeepSpeedEngine, "plain": PlainEngine, "exact": ExactEng
 
 @dataclass(frozen=True)
 class Case:
+    """A layout and what it trains on."""
+
     ranks: int = 1
     sequence: int = 1
     exchange: str = "auto"
@@ -55,7 +57,7 @@ class Case:
     save_memory: bool = False  # activation checkpointing, few frames a call, CPU offload
 
     def alone(self, engine: str, **changes) -> "Case":
-        """The same training on one rank of this engine, without anything that may not matter."""
+        """The same training on one rank of this engine, without options that must not matter."""
         plain = replace(
             self,
             ranks=1,
@@ -118,7 +120,9 @@ def run(case: Case, shards: str, world) -> dict:
     """
     with TemporaryDirectory() as run_dir:
         trainer = Trainer(config(case, shards, run_dir), world, ENGINES[case.engine])
-        losses, gradients, labelled = [], {}, []
+        losses = []
+        gradients = {}
+        labelled = []
         batches = trainer.loader.batches(0)
         for number in range(1, case.steps * case.gradient_accumulation_steps + 1):
             batch = next(batches)
@@ -141,15 +145,15 @@ def run(case: Case, shards: str, world) -> dict:
 
 
 def main(folder: Path) -> None:
-    with open_world(
-        ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=60, threads=1)
-    ) as world:
+    """Trains all cases."""
+    config = ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=60, threads=1)
+    with open_world(config) as world:
         out = {}
         for case, shards in torch.load(folder / "cases.pt", weights_only=False):
-            began = time.perf_counter()
+            start = time.perf_counter()
             out[case] = run(case, shards, world)
             if world.is_main:
-                print(f"{time.perf_counter() - began:6.1f} s  {case}", flush=True)
+                print(f"{time.perf_counter() - start:6.1f} s  {case}", flush=True)
         torch.save(out, folder / f"{world.rank}.pt")
 
 

@@ -7,17 +7,16 @@ from torch.nn.utils import clip_grad_norm_
 
 
 class PlainEngine:
-    """Has the same methods. On several ranks, it tests the mesh and the exchanges alone."""
+    """Has the methods of DeepSpeedEngine. On several ranks, it tests only mesh and exchanges."""
 
     dtype = torch.float32
 
     def __init__(self, model, config, world, *, lanes):
-        self.module, self.world, self.clip = (
-            model.to(self.dtype),
-            world,
-            config.training.gradient_clipping,
-        )
-        self.gradient_accumulation_steps, self.done = config.training.gradient_accumulation_steps, 0
+        self.module = model.to(self.dtype)
+        self.world = world
+        self.clip = config.training.gradient_clipping
+        self.gradient_accumulation_steps = config.training.gradient_accumulation_steps
+        self.micro_batches = 0
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optimizer), lr=config.optimizer.lr
         )
@@ -28,22 +27,27 @@ class PlainEngine:
         return self.module(*args, **kwargs)
 
     def train(self):
+        """Switches to training mode."""
         self.module.train()
 
     def backward(self, loss):
+        """Adds the gradients of a micro-batch."""
         (loss / self.gradient_accumulation_steps / self.world.size).backward()
 
     def full_gradients(self):
+        """Gradients over all ranks by parameter name."""
         return {name: sum_over_ranks(p.grad.clone()) for name, p in self.module.named_parameters()}
 
     def skip(self):
+        """Counts a micro-batch without gradients."""
         self.step()
 
     def step(self):
-        self.done += 1
-        if self.done % self.gradient_accumulation_steps or all(
-            p.grad is None for p in self.module.parameters()
-        ):
+        """Updates the weights after the last micro-batch of a step, unless all were skipped."""
+        self.micro_batches += 1
+        if self.micro_batches % self.gradient_accumulation_steps:
+            return
+        if all(p.grad is None for p in self.module.parameters()):
             return
         for name, gradient in self.full_gradients().items():
             self.module.get_parameter(name).grad.copy_(gradient)

@@ -1,6 +1,8 @@
 """A throw-away SLURM on this machine: two virtual nodes, no accounting, nothing left when it ends.
 
-python tests/support/slurm_cluster.py    brings one up, says how to reach it, and ends it with its standard input (Ctrl-D)
+    python tests/support/slurm_cluster.py
+
+prints the setting of SLURM_CONF, and ends the cluster when its standard input ends (Ctrl-D).
 """
 
 import ctypes
@@ -15,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +27,10 @@ INSTALL = "apt-get install --no-install-recommends slurm-wlm munge"
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 REQUIRED = "EVSPAN_REQUIRE_SLURM"  # set: a missing cluster fails the tests instead of skipping them
 NODES = 2
-UP_S, DOWN_S = 60, 20
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
+UP_S = 60
+DOWN_S = 20
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+PR_SET_CHILD_SUBREAPER = 36
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 CONF = """\
@@ -57,7 +61,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=1,bf_resolution=1,sched_interval=1,batch_sched_delay=0,sched_min_interval=0
+SchedulerParameters={scheduler}
 KillWait=2
 ReturnToService=2
 JobRequeue=1
@@ -65,59 +69,73 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 {nodes}
-PartitionName=low Nodes=n[1-{count}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
-PartitionName=high Nodes=n[1-{count}] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=low {partition} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
+PartitionName=high {partition} PriorityTier=10 PreemptMode=OFF
 """
+SCHEDULER = {
+    "bf_interval": 1,
+    "bf_resolution": 1,
+    "sched_interval": 1,
+    "batch_sched_delay": 0,
+    "sched_min_interval": 0,
+}
 
 
 @dataclass(frozen=True)
 class Cluster:
+    """A running cluster. conf: its slurm.conf."""
+
     conf: Path
 
     @property
     def environment(self) -> dict[str, str]:
+        """Environment of SLURM's commands."""
         return {**os.environ, "SLURM_CONF": str(self.conf)}
 
     def ask(self, *command: str) -> str:
+        """Runs a SLURM command. Returns its output."""
         return subprocess.run(
             command, env=self.environment, check=True, capture_output=True, text=True, timeout=30
         ).stdout
 
     def jobs(self) -> dict[str, str]:
-        """State by id, of the tasks that SLURM still knows, in the order of submission."""
-        told = self.ask(
+        """State by id of the tasks in SLURM's queue, in the order of submission."""
+        output = self.ask(
             "squeue", "--noheader", "--array", "--states=all", "--sort=i", "--format=%i %T"
-        ).split()
-        return dict(zip(told[::2], told[1::2], strict=True))
+        )
+        return dict(line.split() for line in output.splitlines())
 
     def end_jobs(self) -> None:
+        """Cancels all jobs and waits for their end."""
         self.ask("scancel", "--user=root")
         end = time.monotonic() + DOWN_S
         while self.ask("squeue", "--noheader"):
-            assert time.monotonic() < end, "cancelled jobs go on"
+            assert time.monotonic() < end, "cancelled jobs are still running"
             time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Ends with the tests' process, however that ends: the process that keeps it reads from a pipe."""
-    if missing := unavailable():
-        reason = f"no throw-away SLURM: {missing}"
-        (pytest.fail if os.environ.get(REQUIRED) else pytest.skip)(reason)
+    """Ends with the tests' process in any case: the process that keeps it reads from a pipe."""
+    obstacle = unavailable()
+    if obstacle:
+        refuse = pytest.fail if os.environ.get(REQUIRED) else pytest.skip
+        refuse(f"no throw-away SLURM: {obstacle}")
+    # A session of its own: Ctrl-C reaches the tests alone, and they end the cluster.
     keeper = subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )  # Ctrl-C is for the tests, which then end it
+    )
     assert keeper.stdin
     assert keeper.stdout
     try:
         ready, _, _ = select.select([keeper.stdout], [], [], UP_S)
         line = keeper.stdout.readline().strip() if ready else ""
         if not line.startswith("export SLURM_CONF="):
-            pytest.fail(f"the throw-away SLURM has not come up: {line or 'it says nothing'}")
+            pytest.fail(f"the throw-away SLURM has not come up: {line!r}")
         yield Cluster(Path(line.partition("=")[2]))
     finally:
         keeper.stdin.close()
@@ -128,25 +146,25 @@ def cluster() -> Iterator[Cluster]:
 
 
 def unavailable() -> str:
-    """What keeps this machine from it, and the remedy; nothing if nothing does."""
-    if missing := [c for c in COMMANDS if shutil.which(c, path=PATH) is None]:
+    """Why this machine cannot run it, and the remedy; empty if it can."""
+    missing = [c for c in COMMANDS if shutil.which(c, path=PATH) is None]
+    if missing:
         return f"{', '.join(missing)} not found; as root: {INSTALL}"
     if os.geteuid() != 0:
         return "it needs root"
     return ""
 
 
-# -- the process that keeps it -----------------------------------------------------------------------------------
+# -- the process that keeps it ---------------------------------------------------------------------
 def keep() -> None:
-    """Bring a cluster up, wait for the end of standard input or a signal, take it down."""
+    """Brings a cluster up, waits for the end of standard input or a signal, takes it down."""
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what daemons leave behind is ours, to be ended
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of daemons become children
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
     os.environ["PATH"] = PATH
-    folder = Path(
-        tempfile.mkdtemp(prefix="evspan-slurm-")
-    )  # not below pytest's: munge wants folders that all may enter
+    # Not in pytest's folder: munge requires folders that all users can enter.
+    folder = Path(tempfile.mkdtemp(prefix="evspan-slurm-"))
     try:
         folder.chmod(0o755)
         print(f"export SLURM_CONF={bring_up(folder)}", flush=True)
@@ -159,22 +177,24 @@ def keep() -> None:
 
 
 def bring_up(folder: Path) -> Path:
-    """The path of its slurm.conf, when both nodes wait for work."""
-    host, ports, conf = (
-        socket.gethostname().split(".")[0],
-        free_ports(NODES + 1),
-        folder / "slurm.conf",
+    """Starts the daemons. Returns the path of slurm.conf when both nodes are idle."""
+    host = socket.gethostname().split(".")[0]
+    ports = free_ports(NODES + 1)
+    nodes = []
+    for i in range(1, NODES + 1):
+        address = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i]}"
+        nodes.append(f"NodeName=n{i} {address} CPUs=2 RealMemory=8000")
+    text = CONF.format(
+        first_job=random.randrange(1, 60_000),
+        host=host,
+        ports=ports,
+        folder=folder,
+        nodes="\n".join(nodes),
+        partition=f"Nodes=n[1-{NODES}] MaxTime=INFINITE State=UP",
+        scheduler=",".join(f"{key}={value}" for key, value in SCHEDULER.items()),
     )
-    nodes = "\n".join(
-        f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i]} CPUs=2 RealMemory=8000"
-        for i in range(1, NODES + 1)
-    )
-    first_job = random.randrange(1, 60_000)
-    conf.write_text(
-        CONF.format(
-            first_job=first_job, host=host, ports=ports, folder=folder, nodes=nodes, count=NODES
-        )
-    )
+    conf = folder / "slurm.conf"
+    conf.write_text(text)
     os.environ["SLURM_CONF"] = str(conf)
     munge = folder / "munge"
     munge.mkdir(mode=0o755)
@@ -201,6 +221,7 @@ def bring_up(folder: Path) -> Path:
 
 
 def start(folder: Path, *command: str) -> None:
+    """Starts a daemon that ends with this process."""
     libc = ctypes.CDLL(None)
     with (folder / f"{command[0]}.out").open("a") as out:
         subprocess.Popen(
@@ -213,29 +234,32 @@ def start(folder: Path, *command: str) -> None:
 
 
 def idle() -> int:
-    done = subprocess.run(
+    """Number of idle nodes."""
+    result = subprocess.run(
         ["sinfo", "--noheader", "--partition=low", "--states=idle", "--format=%D"],
         capture_output=True,
         text=True,
         timeout=20,
     )
-    return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
+    if result.returncode:
+        return 0
+    return int(result.stdout.strip() or 0)
 
 
 def wait_until(condition, otherwise: str, folder: Path) -> None:
+    """Waits for a condition; its error contains the ends of all logs."""
     end = time.monotonic() + UP_S - 10
     while not condition():
         if time.monotonic() > end:
-            logs = [
-                line
-                for path in sorted(folder.glob("*.log"))
-                for line in path.read_text(errors="replace").splitlines()[-3:]
-            ]
+            logs = []
+            for path in sorted(folder.glob("*.log")):
+                logs += path.read_text(errors="replace").splitlines()[-3:]
             raise RuntimeError(f"{otherwise}: {' | '.join(logs)}")
         time.sleep(0.1)
 
 
 def free_ports(number: int) -> list[int]:
+    """Different ports that are free now."""
     sockets = [socket.socket() for _ in range(number)]
     try:
         for s in sockets:
@@ -243,18 +267,14 @@ def free_ports(number: int) -> list[int]:
         return [s.getsockname()[1] for s in sockets]
     finally:
         for s in sockets:
-            with closing(s):
-                pass
+            s.close()
 
 
 def end_descendants() -> None:
-    """Again and again: ended ones hand their children to this process."""
+    """Ends all children until none is left: the children of ended ones become children."""
     end = time.monotonic() + DOWN_S
-    while (
-        children := [
-            int(p) for p in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        ]
-    ) and time.monotonic() < end:
+    children = child_pids()
+    while children and time.monotonic() < end:
         for pid in children:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -262,6 +282,13 @@ def end_descendants() -> None:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         time.sleep(0.02)
+        children = child_pids()
+
+
+def child_pids() -> list[int]:
+    """Pids of this process's children."""
+    text = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    return [int(pid) for pid in text.split()]
 
 
 if __name__ == "__main__":

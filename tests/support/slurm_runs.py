@@ -13,16 +13,12 @@ from evspan.pipeline.history import read
 from support.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
-
-
 STEPS = 60
-
-
 START_S = 90.0  # from a requeue to a first step, with both cores busy
 
 
 def keys(shards: Path, run: Path, *more: str) -> list[str]:
-    """A run whose frames are shared by two ranks, one on each node."""
+    """Overrides of a run whose frames are shared by two ranks, one on each node."""
     return [
         f"dataset.root={shards}",
         f"run_dir={run}",
@@ -48,11 +44,9 @@ def keys(shards: Path, run: Path, *more: str) -> list[str]:
 
 
 def evspan(cluster: Cluster | None, *words: str) -> subprocess.Popen:
-    environment = {
-        **(cluster.environment if cluster else os.environ),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
+    """Starts an evspan command that polls SLURM twice a second."""
+    environment = dict(cluster.environment if cluster else os.environ)
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [
             sys.executable,
@@ -70,21 +64,24 @@ def evspan(cluster: Cluster | None, *words: str) -> subprocess.Popen:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = START_S) -> Any:
+    """Waits until a condition holds. Returns its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, "this took too long"
+        assert time.monotonic() < end, f"not true after {seconds:g} s"
         time.sleep(0.05)
     return value
 
 
 def job_of(run: Path) -> str:
+    """The id of a run's job."""
     return json.loads((run / "submitted.json").read_text())["job"]
 
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:
+    """The events of that name in a run's history."""
     return [event for event in read(run) if event["event"] == name]
 
 
 def time_out(cluster: Cluster, run: Path) -> None:
-    """What a run gets before its time limit; SLURM's own limits are whole minutes."""
+    """Sends the signal of a time limit; SLURM's own limits are whole minutes."""
     cluster.ask("scancel", "--signal=USR2", job_of(run))
