@@ -94,6 +94,13 @@ class _StandardStream(_StreamHandler):
     def stream(self, value: TextIO) -> None:
         """The base class assigns its default, which is not used here."""
 
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  named by logging
+        """Raises where the reader closed the output, as `print` does; the command then ends."""
+        error = sys.exc_info()[1]
+        if isinstance(error, BrokenPipeError):
+            raise error
+        super().handleError(record)
+
 
 class _ProblemFormatter(logging.Formatter):
     """`warning: message`, `error: message`."""

@@ -134,3 +134,18 @@ def test_every_line_of_a_ranks_log_has_timestamp_level_and_rank(tmp_path):
     lines = (tmp_path / "logs" / "rank-01.log").read_text().splitlines()
     assert len(lines) == 1
     assert re.fullmatch(r"[\d-]+ [\d:,]+ ERROR rank 1: .*config.yaml.*", lines[0])
+
+
+def test_a_closed_output_ends_the_command_instead_of_printing_logging_errors(monkeypatch, capfd):
+    class ClosedPipe:
+        def write(self, _: str) -> None:
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            pass
+
+    configure_logging(0)
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    with pytest.raises(BrokenPipeError):
+        logging.getLogger("evspan.test").info("step 1")
+    assert "Logging error" not in capfd.readouterr().err
