@@ -11,9 +11,9 @@ from evspan.data_prep.shards.write import CODE_CHUNK, FILTERS, CodeWriter
 from support.prepared import frames_in
 
 
-def frame(rng, shape, share, most):
+def frame(rng, shape, fraction, most):
     counts = rng.integers(1, most + 1, shape)
-    return np.where(rng.random(shape) < share, counts, 0).astype(np.uint8)
+    return np.where(rng.random(shape) < fraction, counts, 0).astype(np.uint8)
 
 
 FRAMES = {

@@ -262,9 +262,9 @@ def test_an_mp4_has_every_frame_at_its_rate(tmp_path):
         timeout=30,
     ).stdout
     shown = np.frombuffer(raw, np.uint8).reshape(40, 32, 46, 3)
-    for got, image in zip(shown, images, strict=True):
+    for actual, image in zip(shown, images, strict=True):
         # Colours are halved in resolution.
-        assert np.abs(got[:31, :45].astype(int) - image).mean() < 12
+        assert np.abs(actual[:31, :45].astype(int) - image).mean() < 12
     assert os.listdir(tmp_path) == ["a.mp4"]
 
 

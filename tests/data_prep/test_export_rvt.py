@@ -135,15 +135,15 @@ def test_full_resolution_keeps_boxes_and_names_its_file_so(fixture, tmp_path):
     half, full = fixture / "output" / KEYS[2], tmp_path / "out" / KEYS[2]
     with (
         np.load(half / "labels_v2" / "labels.npz") as expected,
-        np.load(full / "labels_v2" / "labels.npz") as got,
+        np.load(full / "labels_v2" / "labels.npz") as actual,
     ):
-        assert_same(got["labels"], expected["labels"], "labels")
+        assert_same(actual["labels"], expected["labels"], "labels")
     frames = Path("event_representations_v2") / "stacked_histogram_dt=50_nbins=10"
     with (
         h5py.File(half / frames / "event_representations_ds2_nearest.h5") as expected,
-        h5py.File(full / frames / "event_representations.h5") as got,
+        h5py.File(full / frames / "event_representations.h5") as actual,
     ):
-        np.testing.assert_array_equal(got["data"][:, :, 1::2, 1::2], expected["data"][:])
+        np.testing.assert_array_equal(actual["data"][:, :, 1::2, 1::2], expected["data"][:])
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------
@@ -207,10 +207,12 @@ def command(*arguments) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_command_and_its_mistakes(shards, fixture, tmp_path):
-    done = subprocess.run(
+    completed = subprocess.run(
         command(shards, tmp_path / "out"), capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 0 and "3 recordings written" in done.stdout, done.stderr
+    assert completed.returncode == 0 and "3 recordings written" in completed.stdout, (
+        completed.stderr
+    )
     assert_same_tree(tmp_path / "out", fixture / "output")
     again = subprocess.run(
         command(shards, tmp_path / "out"), capture_output=True, text=True, timeout=60

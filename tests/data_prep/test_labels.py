@@ -63,11 +63,11 @@ def test_all_filters_together_are_those_of_one_box_after_the_other(split):
     out, dropped = filter_boxes(boxes.copy(), GEN4, classes=3, height=H, width=W, split=split)
     expected, counts = [], dict.fromkeys(dropped, 0)
     for box in boxes:
-        reason, mine = by_hand(box, GEN4, split)
+        reason, own = by_hand(box, GEN4, split)
         if reason:
             counts[reason] += 1
         else:
-            expected.append((int(box["t"]), *mine, int(box["track_id"])))
+            expected.append((int(box["t"]), *own, int(box["track_id"])))
     assert dropped == counts
     assert len(out) + sum(dropped.values()) == 3_000
     assert min(counts.values()) > 0
@@ -197,12 +197,12 @@ def test_cropping_is_that_of_the_published_preprocessing(parity_dir):
         split, name = path.parts[-4], path.parts[-3]
         stored = np.load(path)["labels"]
         raw = read_boxes(parity_dir / "prep_fixture" / "input" / split / f"{name}_bbox.npy")
-        mine, _ = filter_boxes(
+        own, _ = filter_boxes(
             raw[np.isin(raw["t"], stored["t"])], config, classes=3, height=H, width=W, split=split
         )
         for field in ("t", "x", "y", "w", "h", "class_id", "track_id"):
-            np.testing.assert_array_equal(mine[field], stored[field], err_msg=field)
-        checked += len(mine)
+            np.testing.assert_array_equal(own[field], stored[field], err_msg=field)
+        checked += len(own)
     assert checked > 90
 
 

@@ -1,4 +1,4 @@
-"""What `evspan prep status` says of a prepared folder, at rest, at work, interrupted and damaged."""
+"""The output of `evspan prep status` for a prepared folder, at rest, at work, interrupted and damaged."""
 
 import os
 import re
@@ -73,8 +73,8 @@ def test_a_complete_dataset(source, prepared, status_command):
     assert lines[0] == str(prepared)
     assert lines[-1] == "complete"
     for name in ("train", "val", "test", "all"):
-        mine = [e for e in all_entries if name in (e["split"], "all")]
-        found, count = row(lines, name), str(len(mine))
+        own = [e for e in all_entries if name in (e["split"], "all")]
+        found, count = row(lines, name), str(len(own))
         assert (found["recordings"], found["done"], found["in parts"], found["missing"]) == (
             count,
             count,
@@ -82,8 +82,8 @@ def test_a_complete_dataset(source, prepared, status_command):
             "0",
         )
         assert (found["frames"], found["boxes"]) == (
-            str(sum(e["frames"] for e in mine)),
-            str(sum(e["boxes"] for e in mine)),
+            str(sum(e["frames"] for e in own)),
+            str(sum(e["boxes"] for e in own)),
         )
         size = sum(
             p.stat().st_size for p in prepared.glob("*/*.h5") if name in (p.parent.name, "all")

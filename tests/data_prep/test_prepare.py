@@ -577,7 +577,7 @@ def test_one_bad_recording_is_named_and_the_work_on_the_others_is_kept(
 
 
 def write_recording(path, *, outside: int, n: int = 2_000):
-    """`outside` of n events lie outside the sensor of 40 x 30 pixels that the file tells."""
+    """`outside` of n events lie outside the sensor of 40 x 30 pixels that the file states."""
     path.parent.mkdir(parents=True, exist_ok=True)
     events = random_events(np.random.default_rng(0), n, first=0, last=120_000, height=30, width=40)
     events.x[:outside] = 33_014
@@ -699,7 +699,7 @@ def test_outputs_that_cannot_be(tmp_path, source, prepared):
     assert_sound(prepared)
 
 
-def test_a_users_own_files_beside_shards_stay(mine):
+def test_a_users_own_files_next_to_shards_stay(mine):
     source, output = mine
     own = output / "train" / "notes.h5"
     own.write_bytes(b"mine")

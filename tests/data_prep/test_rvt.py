@@ -83,8 +83,8 @@ def slow_frame(events, end, *, height, width, cutoff, downsample):
     ]
     counts = np.zeros((2, 10, height, width), int)
     for t, x, y, p in inside:
-        share = np.float32(t - inside[0][0]) / np.float32(max(inside[-1][0] - inside[0][0], 1))
-        counts[p, min(9, math.floor(share * np.float32(10))), y, x] += 1
+        fraction = np.float32(t - inside[0][0]) / np.float32(max(inside[-1][0] - inside[0][0], 1))
+        counts[p, min(9, math.floor(fraction * np.float32(10))), y, x] += 1
     frame = np.minimum(counts % 256, cutoff).astype(np.uint8).reshape(20, height, width)
     middle = downsample // 2
     return frame[:, middle::downsample, middle::downsample]

@@ -95,7 +95,7 @@ def test_a_pixel_counts_thresholds_and_interpolates_times():
     reference = sensor.reference.copy()
     events = sensor.events(times, shapes, centres)
     for y, x in ((100, 10), (95, 3), (81, 12)):
-        mine = (events.x == x) & (events.y == y)
+        own = (events.x == x) & (events.y == y)
         levels = []
         for cx, cy in centres[:, 0].astype(float):
             alpha = min(1.0, max(0.0, 20.5 - np.hypot(x + 0.5 - cx, y + 0.5 - cy)))
@@ -109,9 +109,9 @@ def test_a_pixel_counts_thresholds_and_interpolates_times():
                 level += 0.2 * np.sign(new - old)
                 time = times[i - 1] + (level - old) / (new - old) * 500
                 expected.append((time, int(new > old)))
-        assert [p for _, p in expected] == events.p[mine].tolist()
+        assert [p for _, p in expected] == events.p[own].tolist()
         assert len(expected) >= 4
-        np.testing.assert_allclose(events.t[mine], [t for t, _ in expected], atol=3)
+        np.testing.assert_allclose(events.t[own], [t for t, _ in expected], atol=3)
 
 
 def test_a_still_scene_is_silent_and_a_block_boundary_does_not_matter():
@@ -214,9 +214,9 @@ def test_gen4_boxes_have_all_classes_sizes_and_stops():
     assert 0.15 < (longest <= 44).mean() < 0.6
     # Each class has its own sizes and shape.
     for class_id, (low, high) in enumerate(((19, 45), (39, 125), (69, 165))):
-        mine = boxes[boxes["class_id"] == class_id]
+        own = boxes[boxes["class_id"] == class_id]
         # The smallest are cropped by the border or hidden by another object.
-        sides = np.quantile(np.maximum(mine["w"], mine["h"]), (0.2, 1))
+        sides = np.quantile(np.maximum(own["w"], own["h"]), (0.2, 1))
         assert low < sides[0]
         assert sides[1] <= high
     bars = boxes[boxes["class_id"] == BAR]

@@ -152,7 +152,7 @@ def edit_attribute(group, name, edit):
     return damage
 
 
-DAMAGES = {  # what is done to the shard of train/a, b and c; which of them it hits; what verify says of it
+DAMAGES = {  # what is done to the shard of train/a, b and c; which of them it hits; the message of verify
     "a byte of the frames": (
         lambda o: flip_stored(shard(o), "b/frames", 100),
         "b",
@@ -198,7 +198,7 @@ DAMAGES = {  # what is done to the shard of train/a, b and c; which of them it h
         "c",
         "1 of .* boxes have a class that the dataset lacks",
     ),
-    "a box beside the frame": (
+    "a box outside the frame": (
         change("c/boxes", set_field("x", -4)),
         "c",
         "1 of .* boxes lie outside the frame",

@@ -218,8 +218,8 @@ def test_windows_of_another_length(window):
     assert labelled[0] == labels[0]
     assert set(labelled) <= set(labels)
     assert max(abs(b - a - window) for a, b in pairwise(ends)) <= min(2_000, window / 4) + 1
-    wanted = max(100_000, window)
-    assert np.median(np.diff(labelled)) == pytest.approx(wanted, abs=2_000)
+    expected = max(100_000, window)
+    assert np.median(np.diff(labelled)) == pytest.approx(expected, abs=2_000)
 
 
 def test_the_published_preprocessing_labels_the_same_frames(parity_dir):

@@ -91,7 +91,7 @@ def assert_states_close(a, b):
 # -- lanes and recordings --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("part", "scales"), ATTENDING)
 def test_a_lane_sees_itself_alone(part, scales):
-    """In another order, alone, or beside other lanes, it gives the same."""
+    """A lane gives the same in another order, alone, or with other lanes."""
     detector, frames = micro(part, scales).eval(), some_frames()
     out, state = run(detector, frames)
     order = torch.tensor([2, 0, 1])
@@ -113,8 +113,8 @@ def test_a_start_is_of_one_lane(part, scales):
         run(detector, frames[2:]),
     )
     out, kept, fresh = (by_frame(raw, 2) for raw, _ in results)
-    for lane, wanted in enumerate((kept, fresh, kept)):
-        assert torch.equal(out[:, lane], wanted[:, lane])
+    for lane, expected in enumerate((kept, fresh, kept)):
+        assert torch.equal(out[:, lane], expected[:, lane])
     assert not torch.allclose(out[:, 1], kept[:, 1], atol=1e-3)
 
 
@@ -125,7 +125,7 @@ def test_a_start_is_of_one_lane(part, scales):
 def test_cutting_anywhere_changes_nothing(part, scales, window):
     detector, frames = micro(part, scales, window=window).eval(), some_frames()
     labelled = torch.rand(STEPS, LANES, generator=torch.Generator().manual_seed(1)) < 0.6
-    wanted, end = run(detector, frames, labelled=labelled)
+    expected, end = run(detector, frames, labelled=labelled)
     for cuts in [(t, STEPS - t) for t in range(1, STEPS)] + [(1,) * STEPS, (1, 2, 1, 2)]:
         state, parts = None, []
         for part_frames, part_labelled in zip(
@@ -133,7 +133,7 @@ def test_cutting_anywhere_changes_nothing(part, scales, window):
         ):
             raw, state = run(detector, part_frames, state, labelled=part_labelled)
             parts.append(raw)
-        torch.testing.assert_close(torch.cat(parts), wanted, **EXACT)
+        torch.testing.assert_close(torch.cat(parts), expected, **EXACT)
         assert_states_close(state, end)
 
 
@@ -169,7 +169,7 @@ def test_other_labelled_frames_change_no_prediction(part, scales):
     detector, frames = micro(part, scales).eval(), some_frames()
     every, end = run(detector, frames)
     g = torch.Generator().manual_seed(2)
-    masks = [torch.rand(STEPS, LANES, generator=g) < share for share in (0.1, 0.3, 0.7)] + [
+    masks = [torch.rand(STEPS, LANES, generator=g) < fraction for fraction in (0.1, 0.3, 0.7)] + [
         torch.zeros(STEPS, LANES) > 0
     ]
     for frame in (0, STEPS - 1):
@@ -292,7 +292,7 @@ def test_gradients_reach_the_frames_looked_back_at(part, scales):
 @pytest.mark.parametrize(("part", "scales"), ATTENDING)
 def test_attention_starts_as_the_identity_and_the_published_form_does_not(part, scales):
     plain, frames = micro(None, scales).eval(), some_frames(3, 2)
-    wanted, _ = run(plain, frames)
+    expected, _ = run(plain, frames)
     for attending, alike in (
         (micro(part, scales, gates=0.0), True),
         (micro(part, scales), False),
@@ -301,7 +301,7 @@ def test_attention_starts_as_the_identity_and_the_published_form_does_not(part, 
         missing, unexpected = attending.load_state_dict(plain.state_dict(), strict=False)
         assert missing
         assert not unexpected
-        error = (run(attending.eval(), frames)[0] - wanted).abs().max()
+        error = (run(attending.eval(), frames)[0] - expected).abs().max()
         assert error < 1e-6 if alike else error > 1e-2
         assert (
             not any(name.endswith("gate") for name, _ in attending.named_parameters())
@@ -328,11 +328,11 @@ def test_attention_starts_as_the_identity_and_the_published_form_does_not(part, 
 def test_one_frame_at_a_time_is_the_batched_path(part, scales, dws_conv, lanes):
     detector, frames = micro(part, scales, dws_conv=dws_conv).eval(), some_frames(4, lanes)
     raw, end = run(detector, frames)
-    wanted, state = by_frame(detector.decode(raw, H, W), 4), detector.initial_state(lanes, H, W)
+    expected, state = by_frame(detector.decode(raw, H, W), 4), detector.initial_state(lanes, H, W)
     for t in range(4):
         with torch.no_grad():
             decoded, state = detector.step(frames[t], state)
-        torch.testing.assert_close(decoded, wanted[t], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(decoded, expected[t], rtol=1e-5, atol=1e-5)
     assert_states_close(state, end)
 
 
@@ -349,8 +349,8 @@ def test_detect_is_a_step_then_thresholds_and_suppression(part, scales):
         with torch.no_grad():
             found, after = detector.detect(frames[0], state, **options)
             decoded, wanted_after = detector.step(frames[0], state)
-        for rows, wanted in zip(found, detections(decoded, **limits), strict=True):
-            assert torch.equal(rows, wanted)
+        for rows, expected in zip(found, detections(decoded, **limits), strict=True):
+            assert torch.equal(rows, expected)
         assert all(
             torch.equal(a, b)
             for a, b in zip(state_tensors(after), state_tensors(wanted_after), strict=True)
@@ -371,8 +371,8 @@ def test_gates_learn_at_a_rate_of_their_own():
     decayed, plain, fast = parameter_groups(
         detector, OptimizerConfig(lr=0.1, weight_decay=0.3, gate_lr_multiplier=5)
     )
-    told = [{id(p) for p in group["params"]} for group in (decayed, plain, fast)]
-    assert told == [matrices, everything - matrices - gates, gates]
+    results = [{id(p) for p in group["params"]} for group in (decayed, plain, fast)]
+    assert results == [matrices, everything - matrices - gates, gates]
     assert len(gates) == 9
     assert (decayed["weight_decay"], plain["weight_decay"], fast["weight_decay"], fast["lr"]) == (
         0.3,

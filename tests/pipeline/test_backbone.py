@@ -52,8 +52,8 @@ def test_lstm_agrees_with_one_frame_at_a_time(dws_conv):
             (y * weights).sum() + after.cell.sum(), [x, *lstm.parameters()]
         )
         results.append((y, *after, *gradients))
-    for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dws_conv", [False, True])
@@ -64,17 +64,17 @@ def test_truncated_gradients_are_those_of_chunks_cut_there(dws_conv):
         torch.randn(7, 2, 4, 3, 6, dtype=torch.double, requires_grad=True),
     )
     state = StageState(*torch.randn(2, 2, 6, 4, 3, dtype=torch.double).unbind(0))
-    wanted, cut, whole = [], state, lstm(x, state)
+    expected, cut, whole = [], state, lstm(x, state)
     for piece in x.split(3):
         y, cut = lstm(piece, StageState(*(t.detach() for t in cut)))
-        wanted.append(y)
-    got, after = truncated(lstm.recurrence(), 3)(x, state)
-    torch.testing.assert_close(got, whole[0])
+        expected.append(y)
+    actual, after = truncated(lstm.recurrence(), 3)(x, state)
+    torch.testing.assert_close(actual, whole[0])
     torch.testing.assert_close(after.cell, whole[1].cell)
-    weights = torch.randn_like(got)
+    weights = torch.randn_like(actual)
     gradients = [
         torch.autograd.grad((y * weights).sum(), [x, *lstm.parameters()])
-        for y in (got, torch.cat(wanted), whole[0])
+        for y in (actual, torch.cat(expected), whole[0])
     ]
     for ours, theirs in zip(*gradients[:2], strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -131,12 +131,12 @@ def test_attention_agrees_with_the_definition(small_window, monkeypatch):
     )
     scale = LayerScale(8, 1.0).double()
     nn.init.uniform_(scale.gamma, -1, 1)
-    wanted = attention_one_by_one(attention, x, scale)
-    torch.testing.assert_close(attention(x, scale), wanted, rtol=1e-10, atol=1e-12)
+    expected = attention_one_by_one(attention, x, scale)
+    torch.testing.assert_close(attention(x, scale), expected, rtol=1e-10, atol=1e-12)
     inputs, weights = [x, *attention.parameters(), *scale.parameters()], torch.randn_like(x)
     for a, b in zip(
         torch.autograd.grad((attention(x, scale) * weights).sum(), inputs),
-        torch.autograd.grad((wanted * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -172,13 +172,13 @@ def test_frame_convolution_agrees_with_torch_and_casts_in_parts(padding, monkeyp
     torch.manual_seed(0)
     conv = FrameConv2d(3, 4, 7, stride=4, padding=3, bias=False)
     frames = torch.randint(0, 11, (5, 3, 13, 17), dtype=torch.uint8)
-    wanted = F.conv2d(
+    expected = F.conv2d(
         F.pad(frames.float(), (0, padding[1], 0, padding[0])), conv.weight, stride=4, padding=3
     )
-    got, weights = conv(frames, padding), torch.randn_like(wanted)
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    actual, weights = conv(frames, padding), torch.randn_like(expected)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
-        *(torch.autograd.grad((y * weights).sum(), conv.weight)[0] for y in (got, wanted)),
+        *(torch.autograd.grad((y * weights).sum(), conv.weight)[0] for y in (actual, expected)),
         rtol=1e-4,
         atol=1e-3,
     )
@@ -235,6 +235,6 @@ def test_a_compiled_stage_gives_the_same():
 def test_half_precision_attends_like_full_precision():
     torch.manual_seed(0)
     attention, scale, x = SelfAttention(16, 8), LayerScale(16, 1.0), torch.randn(2, 40, 16)
-    wanted = attention(x, scale)
+    expected = attention(x, scale)
     half = attention.bfloat16()(x.bfloat16(), scale.bfloat16())
-    torch.testing.assert_close(half.float(), wanted, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(half.float(), expected, rtol=0.02, atol=0.02)

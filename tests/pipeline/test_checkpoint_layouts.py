@@ -56,9 +56,9 @@ def assert_same(folder: Path, name: str) -> None:
     assert len(files) >= 5
     assert files == sorted(file.name for file in other.glob("*.safetensors"))
     for file in files:
-        wanted, got = load_file(one / file), load_file(other / file)
-        assert wanted.keys() == got.keys()
-        assert [key for key in wanted if not torch.equal(wanted[key], got[key])] == [], file
+        expected, actual = load_file(one / file), load_file(other / file)
+        assert expected.keys() == actual.keys()
+        assert [key for key in expected if not torch.equal(expected[key], actual[key])] == [], file
     counters = [json.loads((run / "meta.json").read_text())["counters"] for run in (one, other)]
     assert counters[0] == counters[1]
     assert counters[0]["updates"] == stretches.STEPS
@@ -82,9 +82,9 @@ def test_another_layout_continues_the_curve(folder, walk):
     whole = losses_of(folder, "whole")
     step = 0
     for name, _, until in walk:
-        got = losses_of(folder, name)
-        assert list(got) == [str(step) for step in range(step + 1, until + 1)]
-        for number, losses in got.items():
+        actual = losses_of(folder, name)
+        assert list(actual) == [str(step) for step in range(step + 1, until + 1)]
+        for number, losses in actual.items():
             assert losses == pytest.approx(whole[number], rel=1e-4), (name, number)
         step = until
 
@@ -95,9 +95,9 @@ def test_the_carry_is_that_of_one_rank(folder):
     assert (
         len(one.carry) == len(two.carry) == 10
     )  # hidden and cell of 4 stages, the features of 2 scales that attention looks at
-    for wanted, got in zip(one.carry, two.carry, strict=True):
-        assert torch.allclose(wanted, got, atol=1e-3)
-        assert wanted.abs().sum() > 0
+    for expected, actual in zip(one.carry, two.carry, strict=True):
+        assert torch.allclose(expected, actual, atol=1e-3)
+        assert expected.abs().sum() > 0
     for lanes in (range(1), range(1, 3), range(3, 4)):
         for whole, part in zip(
             two.carry,
@@ -143,10 +143,10 @@ def test_a_checkpoint_of_another_form_is_refused_in_one_line(folder, tmp_path):
         f"run_dir={tmp_path / 'run'}",
         f"dataset.root={folder / 'shards'}",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2
+    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    errors = [line for line in completed.stderr.splitlines() if line.startswith("error: ")]
+    assert completed.returncode == 2
     assert len(errors) == 1
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in completed.stderr
     assert f"checkpoint.init_from={older}" in errors[0]
     assert "in a format that this one cannot continue" in errors[0]

@@ -26,12 +26,12 @@ pytestmark = pytest.mark.timeout(60)
 ROOT = Path(__file__).parents[2]
 
 
-def same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
-    return got.keys() == wanted.keys() and all(
-        got[k].dtype == wanted[k].dtype
-        and got[k].shape == wanted[k].shape
-        and got[k].numpy().tobytes() == wanted[k].numpy().tobytes()
-        for k in wanted
+def same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return actual.keys() == expected.keys() and all(
+        actual[k].dtype == expected[k].dtype
+        and actual[k].shape == expected[k].shape
+        and actual[k].numpy().tobytes() == expected[k].numpy().tobytes()
+        for k in expected
     )
 
 
@@ -142,7 +142,7 @@ def test_parts_that_are_on_are_recognised(model, channels, tmp_path):
 
 
 def test_a_run_loses_nothing_on_the_way_to_rvt_and_back(tmp_path):
-    """Of what no tensor tells, too; dim_head 4 is that of no size."""
+    """Also for values that no tensor shows; dim_head 4 is that of no size."""
     model = model_of("micro", 4, fpn={"enable_small_object_attention": True})
     model.backbone.dim_head, model.head.size_aware_loss, model.postprocess.nms_threshold = (
         4,
@@ -223,7 +223,7 @@ def test_options_give_what_weights_do_not_show(tmp_path):
     )
     main(
         [str(out), str(out), "--overwrite", "--classes", "v,w,x,y,z"]
-    )  # the rest is as the file says
+    )  # the rest is as in the file
     again = load_weights(out)
     assert again.classes == list("vwxyz")
     assert again.frames == weights.frames
@@ -300,11 +300,11 @@ def test_import_pipeline_loads_no_torch():
     probe = (
         "import sys, evspan.pipeline as p; assert callable(p.load_detector); print(*sys.modules)"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=50
     )
-    assert done.returncode == 0, done.stderr
-    assert not {"torch", "numpy", "omegaconf", "safetensors"} & set(done.stdout.split())
+    assert completed.returncode == 0, completed.stderr
+    assert not {"torch", "numpy", "omegaconf", "safetensors"} & set(completed.stdout.split())
 
 
 # -- what else a file holds ------------------------------------------------------------
@@ -330,7 +330,7 @@ class Opaque:
     __slots__ = ("value",)
 
 
-def test_what_lightning_leaves_beside_the_tensors_is_passed_over(tmp_path):
+def test_what_lightning_stores_next_to_the_tensors_is_ignored(tmp_path):
     config = OmegaConf.create(
         {
             "model": {"name": "rnndet", "dims": [1, 2, {"of": "${model.name}"}]},

@@ -34,9 +34,9 @@ def output_and_gradients(block, x, partition):
 def assert_agrees(block, x, partition):
     """float32, which the blocks support, against double, which they do not."""
     assert cpu_blocks.is_supported(x)
-    wanted = output_and_gradients(copy.deepcopy(block).double(), x.double(), partition)
-    for got, exact in zip(output_and_gradients(block, x, partition), wanted, strict=True):
-        assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
+    expected = output_and_gradients(copy.deepcopy(block).double(), x.double(), partition)
+    for actual, exact in zip(output_and_gradients(block, x, partition), expected, strict=True):
+        assert (actual - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("grid", [False, True], ids=["windows", "grids"])
@@ -70,8 +70,8 @@ def test_what_a_wide_mlp_stores_is_what_a_narrow_one_recomputes(at_once, monkeyp
     block, x = a_block(), torch.randn(2, 4, 10, 16)
     narrow = output_and_gradients(block, x, (2, 5))
     monkeypatch.setattr(cpu_blocks, "WIDE", 16)
-    for got, wanted in zip(output_and_gradients(block, x, (2, 5)), narrow, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    for actual, expected in zip(output_and_gradients(block, x, (2, 5)), narrow, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     assert_agrees(block, x, (2, 5))
 
 
@@ -105,9 +105,9 @@ def test_backward_twice_and_a_gradient_that_is_not_contiguous():
 
 def test_x_stays_as_it_is_and_no_graph_gives_the_same():
     block, x = a_block(), torch.randn(2, 12, 20, 16)
-    before, wanted = x.clone(), block(x, (ROWS, COLUMNS))
+    before, expected = x.clone(), block(x, (ROWS, COLUMNS))
     with torch.no_grad():
-        assert torch.equal(block(x, (ROWS, COLUMNS)), wanted)
+        assert torch.equal(block(x, (ROWS, COLUMNS)), expected)
         assert torch.equal(x, before)
 
 
@@ -123,10 +123,10 @@ def test_half_precision_and_double_are_not_supported():
 def test_the_definition_by_hand():
     """LayerNorm, MLP and sum with torch's own layers."""
     block, x = a_block(first_norm=False), torch.randn(3, 2, 5, 16)
-    got = cpu_blocks.mlp_block(x, block.norm2, *block.mlp.layers(block.ls2))
-    wanted = (
+    actual = cpu_blocks.mlp_block(x, block.norm2, *block.mlp.layers(block.ls2))
+    expected = (
         x
         + block.mlp.net(F.layer_norm(x, (16,), block.norm2.weight, block.norm2.bias))
         * block.ls2.gamma
     )
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

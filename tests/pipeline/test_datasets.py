@@ -150,10 +150,10 @@ def test_batches_hold_what_the_plan_says(shards):
                     AugmentationConfig(), chunk, seed=3, height=HEIGHT, width=WIDTH
                 )
                 inside = t < chunk.frames
-                wanted = np.zeros((1, 2 * BINS, HEIGHT, WIDTH), np.uint8)
+                expected = np.zeros((1, 2 * BINS, HEIGHT, WIDTH), np.uint8)
                 if inside:
-                    augment_frames(recording.read(at, at + 1), how, wanted)
-                np.testing.assert_array_equal(batch.frames[t, lane], wanted[0])
+                    augment_frames(recording.read(at, at + 1), how, expected)
+                np.testing.assert_array_equal(batch.frames[t, lane], expected[0])
                 assert bool(batch.labelled[t, lane]) == (inside and bool(recording.labelled[at]))
                 assert bool(batch.starts[lane]) == chunk.start
                 if batch.labelled[t, lane]:
@@ -224,5 +224,5 @@ def test_a_rank_reads_only_its_own_frames(shards):
         asked.clear()
         loader.batch(index)
         chunks = [plan.chunk(lane, index) for lane in range(6)]
-        wanted = [c.first + t for c in chunks for t in range(1, min(3, c.frames))]
-        assert [t for which in asked for t in range(which.start, which.stop)] == wanted
+        expected = [c.first + t for c in chunks for t in range(1, min(3, c.frames))]
+        assert [t for which in asked for t in range(which.start, which.stop)] == expected

@@ -75,7 +75,7 @@ def assert_states_close(a, b, **tolerance):
 def test_cutting_a_sequence_changes_nothing(kind, dws_conv):
     detector, frames = micro(kind, dws_conv=dws_conv).eval(), some_frames(6)
     labelled = torch.rand(6, LANES, generator=torch.Generator().manual_seed(1)) < 0.5
-    wanted, end = run(detector, frames, labelled=labelled)
+    expected, end = run(detector, frames, labelled=labelled)
     for cuts in ([1, 5], [2, 4], [3, 3], [1] * 6):
         state, parts, at = None, [], 0
         for steps in cuts:
@@ -84,7 +84,7 @@ def test_cutting_a_sequence_changes_nothing(kind, dws_conv):
             )
             parts.append(part)
             at += steps
-        torch.testing.assert_close(torch.cat(parts), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-4, atol=1e-5)
         assert_states_close(state, end, rtol=1e-4, atol=1e-5)
 
 
@@ -126,8 +126,8 @@ def test_a_start_forgets_its_lane_and_no_other():
     kept, _ = run(detector, frames[2:], state)
     fresh, _ = run(detector, frames[2:])
     out, kept, fresh = (t.unflatten(0, (2, LANES)) for t in (out, kept, fresh))
-    for lane, wanted in ((0, kept), (1, fresh), (2, kept)):
-        assert torch.equal(out[:, lane], wanted[:, lane])
+    for lane, expected in ((0, kept), (1, fresh), (2, kept)):
+        assert torch.equal(out[:, lane], expected[:, lane])
     assert not torch.allclose(out[:, 1], kept[:, 1], atol=1e-4)
 
 
@@ -278,10 +278,10 @@ def test_experiments_build_on_the_meta_device(experiment):
         detector = Detector(config, 20)
     assert all(p.is_meta for p in detector.parameters())
     assert detector.strides == ((4, 8, 16, 32) if "4scale" in experiment else (8, 16, 32))
-    if wanted := EXPERIMENTS[experiment]:
+    if expected := EXPERIMENTS[experiment]:
         config.head.num_classes = 3  # the published numbers are for 3 classes
         with torch.device("meta"):
-            assert sum(p.numel() for p in Detector(config, 20).parameters()) == wanted
+            assert sum(p.numel() for p in Detector(config, 20).parameters()) == expected
 
 
 @pytest.mark.slow

@@ -51,9 +51,9 @@ def test_metrics_agree_with_pycocotools(seed):
     assert metrics.frames == 40
     for k, name in enumerate(CLASSES):
         precision = theirs.eval["precision"][:, :, k, 0, 2]
-        wanted = precision[precision > -1].mean() if (precision > -1).any() else None
+        expected = precision[precision > -1].mean() if (precision > -1).any() else None
         assert metrics.per_class[name] == (
-            None if wanted is None else pytest.approx(wanted, abs=1e-9)
+            None if expected is None else pytest.approx(expected, abs=1e-9)
         )
     assert metrics.per_class["box"] is None or seed != 3
     assert "AP large" in metrics.table()
@@ -64,7 +64,7 @@ def test_boxes_against_themselves_give_100():
     boxes, _ = some_frames(0)
     rng = np.random.default_rng(1)
     metrics = coco_metrics(flat(boxes, [as_detections(rng, b, 0) for b in boxes]), CLASSES)
-    shares = [
+    fractions = [
         metrics.ap,
         metrics.ap50,
         metrics.ap75,
@@ -72,7 +72,7 @@ def test_boxes_against_themselves_give_100():
         metrics.ap_medium,
         metrics.ap_large,
     ]
-    assert shares == pytest.approx([1.0] * 6)
+    assert fractions == pytest.approx([1.0] * 6)
     assert metrics.ar100 == 1
     assert set(metrics.per_class.values()) == {1.0}
 
@@ -136,15 +136,15 @@ def test_parts_score_as_they_do_alone(seed):
     boxes, found = some_frames(seed)
     frames = flat(boxes, found)
     parts = {"early": np.arange(40) < 15, "late": np.arange(40) >= 15, "none": np.zeros(40, bool)}
-    told = Scorer(frames, CLASSES).of_frames(parts)
+    result = Scorer(frames, CLASSES).of_frames(parts)
     for name, part in parts.items():
         alone = coco_metrics(
             flat([b for b, p in zip(boxes, part) if p], [f for f, p in zip(found, part) if p]),
             CLASSES,
         )
-        for key, value in told[name].items():
-            wanted = getattr(alone, key)
-            assert value == (None if wanted is None else pytest.approx(wanted, abs=1e-9)), (
+        for key, value in result[name].items():
+            expected = getattr(alone, key)
+            assert value == (None if expected is None else pytest.approx(expected, abs=1e-9)), (
                 name,
                 key,
             )
@@ -225,10 +225,10 @@ def test_filters_hold_for_boxes_and_detections_alike():
     metrics, _, _ = scored(
         boxes, found, skip_first_ms=500, min_side=20, min_diagonal=60, skip_empty_frames=False
     )
-    wanted = coco_metrics(
+    expected = coco_metrics(
         flat(wide[10:], sure[10:]), CLASSES
     )  # ten windows end within the first 500 ms
-    assert metrics == wanted
+    assert metrics == expected
     assert metrics.frames == 30
     metrics, _, _ = scored(boxes, found, skip_first_ms=500, min_side=20, min_diagonal=60)
     kept = [i for i in range(10, 40) if len(wide[i])]
@@ -289,10 +289,10 @@ def test_streaming_is_one_recording_after_the_other_frame_by_frame(tmp_path, lan
                 )
             if not recording.labelled[i]:
                 continue
-            (wanted,) = detections(
+            (expected,) = detections(
                 detector.decode(raw, HEIGHT, WIDTH), confidence_threshold=0.2, nms_threshold=0.45
             )
-            np.testing.assert_allclose(result.detections[at], wanted, rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(result.detections[at], expected, rtol=1e-3, atol=1e-3)
             np.testing.assert_array_equal(result.boxes[at], recording.boxes(i))
             at += 1
     assert sum(len(d) for r in results for d in r.detections) > 20

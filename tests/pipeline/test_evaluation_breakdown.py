@@ -204,23 +204,23 @@ def test_a_breakdown_scores_each_part():
         two_recordings(),
         EvaluationConfig(time_bins_s=[1.0, 1.5], still_speed=5, min_side=8),
     )
-    told = breakdown(frames, CLASSES, config)
+    result = breakdown(frames, CLASSES, config)
     chosen, kept = scored(frames, config)
     every = np.ones(len(chosen.boxes), bool), np.ones(len(chosen.detections), bool)
     for i, name in enumerate("ab"):
         alone = coco_metrics(chosen.only(chosen.recording == i, *every), CLASSES)
-        of_it = told.per_recording[name]
+        of_it = result.per_recording[name]
         assert (of_it["ap"], of_it["ap_small"]) == pytest.approx((alone.ap, alone.ap_small))
         assert of_it["frames"] == alone.frames == 30
-    assert [(b["from"], b["to"], b["frames"]) for b in told.by_time] == [
+    assert [(b["from"], b["to"], b["frames"]) for b in result.by_time] == [
         (0, 1, 18),
         (1, 1.5, 20),
         (1.5, None, 22),
     ]
     late = coco_metrics(chosen.only(chosen.end_us >= 1_500_000, *every), CLASSES)
-    assert told.by_time[2]["ap50"] == pytest.approx(late.ap50)
+    assert result.by_time[2]["ap50"] == pytest.approx(late.ap50)
 
-    still, moving = told.stillness["still"], told.stillness["moving"]
+    still, moving = result.stillness["still"], result.stillness["moving"]
     stands = frames.boxes["track_id"][kept] >= 100
     late = (
         chosen.end_us[chosen.box_frame] >= 550_000
@@ -229,21 +229,21 @@ def test_a_breakdown_scores_each_part():
     assert still == Scorer(chosen, CLASSES).of_group(stands & late)
     assert still["recall50"] == pytest.approx(0.4, abs=0.08)
     assert moving["recall50"] == pytest.approx(0.9, abs=0.08)
-    assert sum(b["boxes"] for b in told.by_speed) == still["boxes"] + moving["boxes"]
+    assert sum(b["boxes"] for b in result.by_speed) == still["boxes"] + moving["boxes"]
     slow = scored(frames, config)[1] & (motion(frames, 5).speed < 5)
     assert (
-        sum(b["boxes"] for b in told.by_rest)
+        sum(b["boxes"] for b in result.by_rest)
         == slow.sum()
-        == told.by_speed[0]["boxes"]
+        == result.by_speed[0]["boxes"]
         < still["boxes"] + moving["boxes"]
     )
-    assert [b["from"] for b in told.by_rest] == [0, 0.5, 1, 2]
-    assert told.by_rest[1]["boxes"] == 2 * 5 * 10
+    assert [b["from"] for b in result.by_rest] == [0, 0.5, 1, 2]
+    assert result.by_rest[1]["boxes"] == 2 * 5 * 10
     by_class = Scorer(chosen, CLASSES, scores=chosen.detections[:, 5].astype(float)).metrics()
-    assert told.ranked_by_class_score["ap"] == by_class.ap != coco_metrics(chosen, CLASSES).ap
-    assert np.array(told.confusion["matrix"]).shape == (4, 4)
-    assert told.confusion["score_threshold"] == 0.3
-    table = told.table()
+    assert result.ranked_by_class_score["ap"] == by_class.ap != coco_metrics(chosen, CLASSES).ap
+    assert np.array(result.confusion["matrix"]).shape == (4, 4)
+    assert result.confusion["score_threshold"] == 0.3
+    table = result.table()
     assert "still" in table
     assert "1.5+ s" in table
     assert "at rest 0.5-1 s" in table
@@ -253,10 +253,10 @@ def test_a_breakdown_scores_each_part():
 def test_a_breakdown_of_nothing():
     none = labelled_frames(["a"], [np.array([900_000])], [[np.zeros(0, BOX)]], [[NOTHING]])
     for config in (EvaluationConfig(), EvaluationConfig(skip_empty_frames=False)):
-        told = breakdown(none, CLASSES, config)
-        assert told.per_recording["a"]["ap"] is None
-        assert told.stillness["still"]["boxes"] == 0
-        assert "object: no boxes whose tracks show" in told.table()
+        result = breakdown(none, CLASSES, config)
+        assert result.per_recording["a"]["ap"] is None
+        assert result.stillness["still"]["boxes"] == 0
+        assert "object: no boxes whose tracks show" in result.table()
 
 
 @pytest.mark.parametrize(
@@ -269,6 +269,6 @@ def test_a_breakdown_of_nothing():
     ],
 )
 def test_bins_and_thresholds_that_cannot_be(values, part):
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as raised:
         EvaluationConfig(**values)
-    assert part in str(told.value)
+    assert part in str(raised.value)

@@ -1,4 +1,4 @@
-"""`evspan evaluate compare`: drawn recordings against pycocotools on copies of them; what it tells, and what it refuses."""
+"""`evspan evaluate compare`: drawn recordings against pycocotools on copies of them; its results and refusals."""
 
 import json
 import shutil
@@ -180,31 +180,31 @@ def test_a_draw_without_such_boxes_does_not_count(truth):
 @pytest.mark.slow
 def test_the_better_one_is_better_beyond_chance(evaluations):
     a, b = map(open_evaluation, evaluations)
-    told = compare(a, b, CompareOptions(resamples=100, seed=0, confidence=0.95))
-    for name, one in told["measures"].items():
+    result = compare(a, b, CompareOptions(resamples=100, seed=0, confidence=0.95))
+    for name, one in result["measures"].items():
         for side in ("a", "b", "difference"):
             assert one[side]["low"] <= one[side]["high"], name
         assert one["difference"]["value"] == pytest.approx(one["b"]["value"] - one["a"]["value"])
     for name, e in (("a", a), ("b", b)):
-        assert told["measures"]["ap"][name]["value"] == pytest.approx(e.results["ap"], abs=1e-9)
-        assert told["measures"]["ap_small"][name]["value"] == pytest.approx(
+        assert result["measures"]["ap"][name]["value"] == pytest.approx(e.results["ap"], abs=1e-9)
+        assert result["measures"]["ap_small"][name]["value"] == pytest.approx(
             e.results["ap_small"], abs=1e-9
         )
-    gain = told["measures"]["recall_still"]["difference"]
+    gain = result["measures"]["recall_still"]["difference"]
     assert gain["low"] > 0.1
     assert gain["value"] == pytest.approx(0.4 * 0.5, abs=0.25)
     # Paired: the same recordings are drawn for both, so their difference is surer than each of them.
-    ap = told["measures"]["ap"]
+    ap = result["measures"]["ap"]
     assert ap["difference"]["high"] - ap["difference"]["low"] < sum(
         ap[s]["high"] - ap[s]["low"] for s in "ab"
     )
     again = compare(a, b, CompareOptions(resamples=100, seed=0, confidence=0.95))
-    assert again == told != compare(a, b, CompareOptions(resamples=100, seed=1, confidence=0.95))
+    assert again == result != compare(a, b, CompareOptions(resamples=100, seed=1, confidence=0.95))
     narrow = compare(a, b, CompareOptions(resamples=100, seed=0, confidence=0.5))["measures"]["ap"][
         "a"
     ]
     assert ap["a"]["low"] < narrow["low"] <= narrow["high"] < ap["a"]["high"]
-    lines = table(told, a, b).splitlines()
+    lines = table(result, a, b).splitlines()
     assert lines[0].startswith("A  ")
     assert "step 7" in lines[0]
     assert lines[2].startswith("6 recordings, 96 labelled frames; 100 draws")
@@ -213,11 +213,12 @@ def test_the_better_one_is_better_beyond_chance(evaluations):
 
 def test_one_against_itself_differs_in_nothing(evaluations):
     a = open_evaluation(evaluations[0] / "metrics.json")
-    told = compare(a, a, CompareOptions(resamples=50, seed=0, confidence=0.95))
+    result = compare(a, a, CompareOptions(resamples=50, seed=0, confidence=0.95))
     assert all(
-        one["difference"] == {"value": 0, "low": 0, "high": 0} for one in told["measures"].values()
+        one["difference"] == {"value": 0, "low": 0, "high": 0}
+        for one in result["measures"].values()
     )
-    assert "*" not in table(told, a, a)
+    assert "*" not in table(result, a, a)
 
 
 def test_few_recordings_are_told_of(tmp_path, truth):
@@ -264,13 +265,13 @@ def some(folder, truth, **config):
 )
 def test_what_cannot_be_compared_is_refused(tmp_path, evaluations, truth, change, part):
     change(tmp_path / "b", truth)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         compare(
             open_evaluation(evaluations[0]),
             open_evaluation(tmp_path / "b"),
             CompareOptions(resamples=5, seed=0, confidence=0.95),
         )
-    assert part in str(told.value)
+    assert part in str(raised.value)
 
 
 # -- the command -------------------------------------------------------------------------------------------------
@@ -291,9 +292,9 @@ def test_the_command_tells_a_table_or_json(evaluations):
     assert shown.returncode == 0 and "AP 0.50:0.95" in shown.stdout and "B - A" in shown.stdout, (
         shown.stderr
     )
-    told = json.loads(command(*evaluations, "--resamples", 50, "--seed", 3, "--json").stdout)
-    assert (told["seed"], told["resamples"], told["recordings"]) == (3, 50, 6)
-    assert told["measures"].keys() == MEASURES.keys()
+    output = json.loads(command(*evaluations, "--resamples", 50, "--seed", 3, "--json").stdout)
+    assert (output["seed"], output["resamples"], output["recordings"]) == (3, 50, 6)
+    assert output["measures"].keys() == MEASURES.keys()
     wrong = command(evaluations[0], ROOT / "conf")
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1

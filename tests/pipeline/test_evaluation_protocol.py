@@ -95,14 +95,14 @@ def test_boxes_against_themselves_give_100(recording, tmp_path, hertz, mode):
     config = EvaluationConfig()
     results = as_results(data)
     metrics = score(results, data, config)
-    shares = [
+    fractions = [
         metrics.ap,
         metrics.ap50,
         metrics.ap75,
         metrics.ar100,
         *(v for v in metrics.per_class.values() if v is not None),
     ]
-    assert shares == pytest.approx([1.0] * len(shares))
+    assert fractions == pytest.approx([1.0] * len(fractions))
     taken = (
         20 if mode == "exact" and hertz in (20, 60) else 10
     )  # of 30 a second, the third is the next that 50 ms windows reach
@@ -111,13 +111,13 @@ def test_boxes_against_themselves_give_100(recording, tmp_path, hertz, mode):
     # Every label time that is taken is a time of the box file, and its boxes are the file's.
     raw = results[0].as_raw_boxes(data)
     assert np.isin(raw["t"], boxes["t"]).all() if mode == "exact" else len(raw)
-    told = breakdown(labelled(results, data), data.classes, config)
+    result = breakdown(labelled(results, data), data.classes, config)
     every = [
-        *told.per_recording.values(),
-        *told.by_time,
-        *told.by_speed,
-        *told.by_rest,
-        *told.stillness.values(),
+        *result.per_recording.values(),
+        *result.by_time,
+        *result.by_speed,
+        *result.by_rest,
+        *result.stillness.values(),
     ]
     assert {round(v["ap"], 9) for v in every if v["boxes"]} == {1.0}
 
@@ -220,7 +220,7 @@ def weights_and_shards(tmp_path_factory):
 
 
 def evaluated(weights, shards, output, *overrides):
-    done = subprocess.run(
+    completed = subprocess.run(
         [
             sys.executable,
             "-m",
@@ -240,8 +240,8 @@ def evaluated(weights, shards, output, *overrides):
         text=True,
         timeout=200,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((output / "metrics.json").read_text()), done.stdout
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return json.loads((output / "metrics.json").read_text()), completed.stdout
 
 
 @pytest.mark.slow
@@ -249,8 +249,8 @@ def evaluated(weights, shards, output, *overrides):
 def test_ranks_score_as_one_does(weights_and_shards, tmp_path):
     """Three ranks for two recordings: one has nothing to do."""
     alone, shown = evaluated(*weights_and_shards, tmp_path / "one")
-    told, _ = evaluated(*weights_and_shards, tmp_path / "three", "parallel.ranks=3")
-    assert told == alone
+    result, _ = evaluated(*weights_and_shards, tmp_path / "three", "parallel.ranks=3")
+    assert result == alone
     assert alone["detections"] > 100
     assert alone["boxes"] == 2 * (7 + 11)
     assert alone["ar100"] > 0
@@ -265,12 +265,12 @@ def test_ranks_score_as_one_does(weights_and_shards, tmp_path):
     assert "AP 0.50:0.95" in shown
     assert "since start" in shown
     assert "val_001" in shown
-    # metrics.json says what was scored, how, and by what.
-    assert told["checkpoint"] == str(weights_and_shards[0])
-    assert told["step"] == 5
-    assert told["split"] == "val"
-    assert told["protocol"]["confidence_threshold"] == 0.1
-    assert told["protocol"]["still_speed"] == 5.0
-    assert told["breakdown"]["confusion"]["score_threshold"] == 0.3
-    assert len(told["config_hash"]) == 16
-    assert told["breakdown"]["per_recording"]["val_001"]["frames"] == 11
+    # metrics.json contains what was scored, how, and by what.
+    assert result["checkpoint"] == str(weights_and_shards[0])
+    assert result["step"] == 5
+    assert result["split"] == "val"
+    assert result["protocol"]["confidence_threshold"] == 0.1
+    assert result["protocol"]["still_speed"] == 5.0
+    assert result["breakdown"]["confusion"]["score_threshold"] == 0.3
+    assert len(result["config_hash"]) == 16
+    assert result["breakdown"]["per_recording"]["val_001"]["frames"] == 11

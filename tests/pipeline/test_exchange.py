@@ -25,11 +25,11 @@ LAYOUTS = list(cases.DETECTORS)  # (world, ranks per sequence)
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """world -> what each of its ranks told; each world is started once."""
-    told = {}
+    """world -> the results of its ranks; each world is started once."""
+    result = {}
 
     def launch(ranks):
-        if ranks not in told:
+        if ranks not in result:
             folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
             assert (
                 run_ranks(
@@ -46,25 +46,25 @@ def launched(tmp_path_factory):
                 )
                 == 0
             )
-            told[ranks] = [
+            result[ranks] = [
                 torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)
             ]
-        return told[ranks]
+        return result[ranks]
 
     return launch
 
 
-def groups(told, sequence):
-    return [told[i : i + sequence] for i in range(0, len(told), sequence)]
+def groups(result, sequence):
+    return [result[i : i + sequence] for i in range(0, len(result), sequence)]
 
 
-def assert_close(got, wanted, tolerance):
+def assert_close(actual, expected, tolerance):
     """Within `tolerance` of the largest value."""
-    assert got.shape == wanted.shape
-    assert got.dtype == wanted.dtype
-    if wanted.numel():
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    if expected.numel():
         torch.testing.assert_close(
-            got, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()) + 1e-12
+            actual, expected, rtol=0, atol=tolerance * float(expected.abs().max()) + 1e-12
         )
 
 
@@ -73,18 +73,18 @@ def assert_close(got, wanted, tolerance):
 @pytest.mark.parametrize(("world", "sequence"), LAYOUTS)
 def test_scan_is_that_of_one_rank(launched, world, sequence, name):
     case = cases.SCANS[name]
-    wanted = cases.scan(case, cases.Alone(), range(case.frames), sequence)
+    expected = cases.scan(case, cases.Alone(), range(case.frames), sequence)
     close = TOLERANCE[case.dtype]
     for group in groups(launched(world), sequence):
-        told = [rank["scan", sequence, name] for rank in group]
+        results = [rank["scan", sequence, name] for rank in group]
         for key in ("y", "x"):  # (chunk, T, ...)
-            assert_close(torch.cat([t[key] for t in told], dim=1), wanted[key], close)
-        for key in ("state", "first"):  # every rank of a group is told the canonical one
-            for t in told:
-                for got, one in zip(t[key], wanted[key], strict=True):
-                    assert_close(got, one, close)
+            assert_close(torch.cat([t[key] for t in results], dim=1), expected[key], close)
+        for key in ("state", "first"):  # every rank of a group has the canonical one
+            for t in results:
+                for actual, one in zip(t[key], expected[key], strict=True):
+                    assert_close(actual, one, close)
         for parts, one in zip(
-            zip(*(t["weights"] for t in told), strict=True), wanted["weights"], strict=True
+            zip(*(t["weights"] for t in results), strict=True), expected["weights"], strict=True
         ):
             assert_close(sum(parts), one, close)
 
@@ -95,10 +95,10 @@ def test_state_moves_to_another_exchange(launched, world, sequence):
     with torch.no_grad():
         y, stage = lstm(torch.cat(chunks), state.stages[0])
     for group in groups(launched(world), sequence):
-        told = [rank["moved", sequence] for rank in group]
-        got = torch.cat([torch.cat([t["y"][chunk] for t in told]) for chunk in range(2)])
-        torch.testing.assert_close(got, y, rtol=1e-10, atol=1e-12)
-        for t in told:
+        results = [rank["moved", sequence] for rank in group]
+        actual = torch.cat([torch.cat([t["y"][chunk] for t in results]) for chunk in range(2)])
+        torch.testing.assert_close(actual, y, rtol=1e-10, atol=1e-12)
+        for t in results:
             torch.testing.assert_close(t["state"], list(stage), rtol=1e-10, atol=1e-12)
 
 
@@ -119,22 +119,22 @@ def test_previous_frames_are_those_of_the_whole_timeline(launched, world, sequen
         for chunk, at in enumerate(starts[rank])
     ).backward()
     for group in groups(launched(world), sequence):
-        for rank, told in enumerate(r["look", sequence, name] for r in group):
-            wanted = torch.stack([timeline[at : at + back] for at in starts[rank]]).detach()
-            assert torch.equal(told["before"], wanted)
-            assert torch.equal(told["carry"], timeline[-back:].detach())
-            assert_close(told["first"], timeline.grad[:back], 1e-12)
+        for rank, result in enumerate(r["look", sequence, name] for r in group):
+            expected = torch.stack([timeline[at : at + back] for at in starts[rank]]).detach()
+            assert torch.equal(result["before"], expected)
+            assert torch.equal(result["carry"], timeline[-back:].detach())
+            assert_close(result["first"], timeline.grad[:back], 1e-12)
             gradients = torch.stack(
                 [timeline.grad[back + at : back + at + each] for at in starts[rank]]
             )
-            assert_close(told["features"], gradients, 1e-12)
+            assert_close(result["features"], gradients, 1e-12)
             after = torch.cat(
                 (
                     cases.some_labels(frames)[rank * each + each :],
                     torch.ones(back, 2, dtype=torch.bool),
                 )
             )
-            assert torch.equal(told["following"], after[:back])
+            assert torch.equal(result["following"], after[:back])
 
 
 # -- the detector ------------------------------------------------------------------------------------------------
@@ -159,33 +159,37 @@ def test_detector_is_that_of_one_rank(launched, world, sequence, model, kind, la
             lanes=lanes,
         )
 
-    wanted = one_rank(dtype)
-    exact = one_rank(torch.float64)["gradients"] if dtype is torch.float32 else wanted["gradients"]
-    told = [rank["detect", sequence, model, kind, labels, dtype] for rank in launched(world)]
-    for t in told:
-        assert t["loss"] == pytest.approx(wanted["loss"], rel=1e-5, abs=1e-9)
-        for name, statistic in wanted["statistics"].items():
+    expected = one_rank(dtype)
+    exact = (
+        one_rank(torch.float64)["gradients"] if dtype is torch.float32 else expected["gradients"]
+    )
+    results = [rank["detect", sequence, model, kind, labels, dtype] for rank in launched(world)]
+    for t in results:
+        assert t["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-9)
+        for name, statistic in expected["statistics"].items():
             assert_close(t["statistics"][name], statistic, 1e-5)
-        mine = slice(*t["lanes"])
-        for got, one in zip(t["carry"], wanted["carry"], strict=True):
-            assert_close(got, one[..., mine, :, :, :], 1e-5)
-        for got, one, true in zip(t["gradients"], wanted["gradients"], exact, strict=True):
+        own = slice(*t["lanes"])
+        for actual, one in zip(t["carry"], expected["carry"], strict=True):
+            assert_close(actual, one[..., own, :, :, :], 1e-5)
+        for actual, one, true in zip(t["gradients"], expected["gradients"], exact, strict=True):
             if dtype is torch.float64:
-                assert_gradients_close(got, one)
+                assert_gradients_close(actual, one)
             else:  # float32 of one rank is 5e-6 to 3e-5 from float64; ranks may be no further
-                assert distance(got, true) <= 3 * distance(one, true)
+                assert distance(actual, true) <= 3 * distance(one, true)
 
 
-def assert_gradients_close(got, wanted):
+def assert_gradients_close(actual, expected):
     """Each parameter's within 1e-5, but for those that are nothing but rounding."""
-    largest = max(float(w.abs().max()) for w in wanted.values())
-    for name, one in wanted.items():
-        error = float((got[name] - one).abs().max())
+    largest = max(float(w.abs().max()) for w in expected.values())
+    for name, one in expected.items():
+        error = float((actual[name] - one).abs().max())
         assert error <= 1e-5 * float(one.abs().max()) + 1e-8 * largest, name
 
 
-def distance(got, wanted):
-    return float(sum((got[name] - w).double().square().sum() for name, w in wanted.items()).sqrt())
+def distance(actual, expected):
+    return float(
+        sum((actual[name] - w).double().square().sum() for name, w in expected.items()).sqrt()
+    )
 
 
 def test_anchored_gradients_are_not_multiplied():
@@ -202,13 +206,13 @@ def test_anchored_gradients_are_not_multiplied():
 @pytest.mark.parametrize(("world", "sequence"), LAYOUTS)
 def test_consecutive_ranks_share_a_sequence(launched, world, sequence):
     lanes, frames = set(), set()
-    for rank, told in enumerate(launched(world)):
-        mesh = told["mesh", sequence]
+    for rank, result in enumerate(launched(world)):
+        mesh = result["mesh", sequence]
         assert mesh.ranks == tuple(range(rank - rank % sequence, rank - rank % sequence + sequence))
         assert mesh.ranks[mesh.sequence] == rank
-        mine = {(lane, frame) for lane in mesh.lanes(12) for frame in mesh.frames(24)}
-        assert not mine & lanes
-        lanes |= mine
+        own = {(lane, frame) for lane in mesh.lanes(12) for frame in mesh.frames(24)}
+        assert not own & lanes
+        lanes |= own
         frames |= set(mesh.frames(24))
     assert len(lanes) == 12 * 24
     assert frames == set(range(24))
@@ -243,10 +247,10 @@ def test_consecutive_ranks_share_a_sequence(launched, world, sequence):
 )
 def test_layouts_that_do_not_fit_are_told_with_what_fits(layout, parts):
     ranks, sequence, frames, lanes = layout
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as raised:
         check_layout(ranks=ranks, sequence=sequence, sequence_length=frames, batch_size=lanes)
     for part in parts:
-        assert part in str(told.value)
+        assert part in str(raised.value)
 
 
 def test_layouts_that_fit_pass():

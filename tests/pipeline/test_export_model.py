@@ -79,7 +79,7 @@ def make_weights(path: Path, fpn: dict, dws_conv: bool) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """name -> its file, written once by the command; the weights lie beside it."""
+    """name -> its file, written once by the command; the weights are next to it."""
     folder = tmp_path_factory.mktemp("export")
 
     def file(name: str) -> Path:

@@ -100,15 +100,17 @@ def assign_one_by_one(raw, boxes, config):
 def assert_assigned_alike(raw, boxes, counts, config=None):
     """Returns how many positives were compared."""
     config = config or HeadConfig()
-    got, positives = assign(raw, boxes, counts, GEOMETRY, config), 0
+    actual, positives = assign(raw, boxes, counts, GEOMETRY, config), 0
     for i, count in enumerate(counts.tolist()):
-        wanted, slack = assign_one_by_one(raw[i].double(), boxes[i, :count].double(), config)
-        assert slack > 1e-5, "choose other random numbers: float32 cannot tell"
-        chosen = got.foreground[i].nonzero()[:, 0].tolist()
-        assert {c: got.box[i, c].item() for c in chosen} == {c: g for c, (g, _) in wanted.items()}
-        for cell, (_, iou) in wanted.items():
-            assert got.iou[i, cell].item() == pytest.approx(iou, rel=1e-3, abs=1e-6)
-        positives += len(wanted)
+        expected, slack = assign_one_by_one(raw[i].double(), boxes[i, :count].double(), config)
+        assert slack > 1e-5, "choose other random numbers: the difference is below float32"
+        chosen = actual.foreground[i].nonzero()[:, 0].tolist()
+        assert {c: actual.box[i, c].item() for c in chosen} == {
+            c: g for c, (g, _) in expected.items()
+        }
+        for cell, (_, iou) in expected.items():
+            assert actual.iou[i, cell].item() == pytest.approx(iou, rel=1e-3, abs=1e-6)
+        positives += len(expected)
     return positives
 
 
@@ -183,7 +185,7 @@ def test_assignment_under_other_options(options):
     assert assert_assigned_alike(*some_batch(6, 9, seed=5), HeadConfig(**options)) > 15  # type: ignore[call-arg]
 
 
-def test_a_frame_is_assigned_alike_whatever_is_beside_it():
+def test_a_frame_is_assigned_alike_with_any_other_frames():
     raw, boxes, counts = some_batch(5, 30)
     more = torch.cat((boxes, torch.rand(5, 200, 5)), 1)
     whole = assign(raw, more, counts, GEOMETRY, HeadConfig())
@@ -202,7 +204,7 @@ def test_a_frame_is_assigned_alike_whatever_is_beside_it():
 
 
 def test_the_host_never_waits_and_few_operators_run():
-    """Whatever the number of frames and boxes. The limit is what the loss needs today, with little room."""
+    """Whatever the number of frames and boxes. The limit is slightly above what the loss needs today."""
     counted = []
     for frames, most in ((1, 1), (9, 40), (0, 3), (3, 0)):
         raw, boxes, counts = some_batch(frames, max(1, most), seed=2)
@@ -248,9 +250,9 @@ def test_what_is_kept_per_geometry_is_fit_for_training_whoever_asked_first():
         else:
             out = torch.export.export(Decoder(geometry), (torch.zeros(1, 15, 6),)).module()(raw)
         raw.requires_grad_()
-        wanted = decode(raw, geometry)
-        wanted.sum().backward()
-        torch.testing.assert_close(out, wanted.detach())
+        expected = decode(raw, geometry)
+        expected.sum().backward()
+        torch.testing.assert_close(out, expected.detach())
         assert not is_fake(cells(geometry, raw.device))
         assert not cells(geometry, raw.device).is_inference()
 
@@ -292,13 +294,13 @@ def test_losses_and_gradient_agree_with_the_definition(size_aware):
     raw, boxes, counts = some_batch(4, 4)
     raw, wide = raw.requires_grad_(), raw.detach().double().requires_grad_()
     parts, positives = loss_one_by_one(wide, boxes.double(), counts, config)
-    got = detection_loss(raw, boxes, counts, GEOMETRY, config)
-    for mine, wanted in zip((got.iou, got.objectness, got.classes), parts, strict=True):
-        assert mine.item() == pytest.approx(wanted.item() / positives, rel=1e-5)
-    assert (got.positives.item(), got.boxes.item()) == (positives, counts.sum().item())
-    wanted = torch.autograd.grad(sum(parts) / positives, wide)[0]
+    actual = detection_loss(raw, boxes, counts, GEOMETRY, config)
+    for own, expected in zip((actual.iou, actual.objectness, actual.classes), parts, strict=True):
+        assert own.item() == pytest.approx(expected.item() / positives, rel=1e-5)
+    assert (actual.positives.item(), actual.boxes.item()) == (positives, counts.sum().item())
+    expected = torch.autograd.grad(sum(parts) / positives, wide)[0]
     torch.testing.assert_close(
-        torch.autograd.grad(got.total, raw)[0].double(), wanted, rtol=1e-4, atol=1e-6
+        torch.autograd.grad(actual.total, raw)[0].double(), expected, rtol=1e-4, atol=1e-6
     )
 
 
@@ -322,18 +324,18 @@ def test_losses_of_two_ranks_add_up_to_those_of_one():
 @pytest.mark.parametrize(("frames", "most"), [(0, 3), (3, 0), (0, 0)])
 def test_nothing_to_find_still_has_a_gradient(frames, most):
     raw = torch.randn(frames, CELLS, 5 + CLASSES, requires_grad=True)
-    got = detection_loss(
+    actual = detection_loss(
         raw,
         torch.zeros(frames, most, 5),
         torch.zeros(frames, dtype=torch.long),
         GEOMETRY,
         HeadConfig(size_aware_loss=True),
     )
-    got.total.backward()
-    assert got.positives == 0
-    assert got.iou == 0
-    assert got.classes == 0
-    assert got.total.isfinite()
+    actual.total.backward()
+    assert actual.positives == 0
+    assert actual.iou == 0
+    assert actual.classes == 0
+    assert actual.total.isfinite()
     assert raw.grad.isfinite().all()
 
 
@@ -349,17 +351,17 @@ def test_a_background_cell_that_overflows_does_not_reach_the_gradient():
 
 
 @pytest.mark.parametrize(
-    ("mode", "wanted"),
+    ("mode", "expected"),
     [
         ("exponential", [2.0, 1.2130613, 1.0, 1.0]),
         ("step", [2.0, 2.0, 1.5, 1.0]),
         ("linear", [2.0, 2.0, 2.0, 1.0]),
     ],
 )
-def test_size_weights(mode, wanted):
+def test_size_weights(mode, expected):
     config = HeadConfig(size_aware_weight=2.0, size_aware_mode=SizeWeighting(mode))
     areas = torch.tensor([0.0, 512.0, 1500.0, 96.0**2 + 1])
-    torch.testing.assert_close(size_weights(areas, config), torch.tensor(wanted))
+    torch.testing.assert_close(size_weights(areas, config), torch.tensor(expected))
     every = size_weights(torch.linspace(0, 20_000, 500), config)
     assert (every.diff() <= 0).all()
     assert every.min() == 1
@@ -400,9 +402,9 @@ def test_suppression_agrees_with_the_definition(count):
     )
     boxes = torch.cat((corner, corner + size), 1).double()
     scores, kinds = torch.rand(count, generator=g), torch.randint(0, 3, (count,), generator=g)
-    wanted = nms_one_by_one(boxes, scores.tolist(), kinds.tolist(), 0.4)
-    assert nms(boxes, scores, kinds, 0.4).tolist() == wanted
-    assert nms(boxes, scores, kinds, 0.4, limit=7).tolist() == wanted[:7]
+    expected = nms_one_by_one(boxes, scores.tolist(), kinds.tolist(), 0.4)
+    assert nms(boxes, scores, kinds, 0.4).tolist() == expected
+    assert nms(boxes, scores, kinds, 0.4, limit=7).tolist() == expected[:7]
 
 
 def test_detections_are_sorted_thresholded_and_capped():
@@ -420,10 +422,10 @@ def test_detections_are_sorted_thresholded_and_capped():
 def test_global_batch_norm_agrees_with_torch():
     torch.manual_seed(0)
     x = torch.randn(4, 5, 3, 2) * 3 + 100  # far from zero: a sum of squares would cancel
-    mine, theirs = BatchNorm2d(5), torch.nn.BatchNorm2d(5)
-    global_batch_norms(mine, ONE_RANK)
+    own, theirs = BatchNorm2d(5), torch.nn.BatchNorm2d(5)
+    global_batch_norms(own, ONE_RANK)
     results, weights = [], torch.randn_like(x)
-    for norm in (mine, theirs):
+    for norm in (own, theirs):
         leaf = x.clone().requires_grad_()
         y = norm(leaf)
         results.append(
@@ -433,8 +435,8 @@ def test_global_batch_norm_agrees_with_torch():
                 *norm.buffers(),
             )
         )
-    for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_batch_norm_of_no_frames_leaves_its_statistics():

@@ -75,7 +75,7 @@ def make_weights(path: Path, downsample: int) -> Path:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Path:
-    """a_td.raw: 1 s of 320 x 240, boxes beside it. weights1, 2, 4.safetensors by downsample."""
+    """a_td.raw: 1 s of 320 x 240, boxes next to it. weights1, 2, 4.safetensors by downsample."""
     folder = tmp_path_factory.mktemp("infer")
     simulate(
         folder / "a_td.raw", seconds=0.93, seed=4, config=SimulatorConfig(height=240, width=320)
@@ -154,14 +154,18 @@ def frame_by_frame(
     return np.array(out, RAW_BOX)
 
 
-def assert_same(got: np.ndarray, wanted: np.ndarray) -> None:
-    assert got.dtype == RAW_BOX
-    assert got.size == wanted.size
+def assert_same(actual: np.ndarray, expected: np.ndarray) -> None:
+    assert actual.dtype == RAW_BOX
+    assert actual.size == expected.size
     for name in ("t", "class_id", "track_id"):
-        np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
     for name in ("x", "y", "w", "h", "class_confidence"):
         np.testing.assert_allclose(
-            got[name], wanted[name], rtol=1e-4, atol=1e-2 if name in "xywh" else 0, err_msg=name
+            actual[name],
+            expected[name],
+            rtol=1e-4,
+            atol=1e-2 if name in "xywh" else 0,
+            err_msg=name,
         )
 
 
@@ -186,19 +190,19 @@ refused = partial(refused_by, main)
 
 @pytest.mark.slow
 def test_detections_are_those_of_a_plain_loop_however_many_frames_a_call(here, tmp_path):
-    wanted = frame_by_frame(here / "a_td.raw", here / "weights2.safetensors")
-    ends = np.unique(wanted["t"])
+    expected = frame_by_frame(here / "a_td.raw", here / "weights2.safetensors")
+    ends = np.unique(expected["t"])
     assert ends.size == 19
-    assert wanted.size > 100
-    assert len(np.unique(wanted["class_id"])) == 3
+    assert expected.size > 100
+    assert len(np.unique(expected["class_id"])) == 3
     for frames in (1, 4, 7):
         assert_same(
-            run(here, tmp_path / str(frames), "--no-video", "--frames-per-call", frames), wanted
+            run(here, tmp_path / str(frames), "--no-video", "--frames-per-call", frames), expected
         )
     # The state matters: without it another frame would give other detections.
     alone = run(here, tmp_path / "late", "--no-video", "--from", 0.45, "--seconds", 0.05)
     assert np.unique(alone["t"]).tolist() == [ends[9]]
-    with_state = wanted[wanted["t"] == ends[9]]
+    with_state = expected[expected["t"] == ends[9]]
     assert alone.size != with_state.size or not np.allclose(
         alone["class_confidence"], with_state["class_confidence"], rtol=1e-3
     )
@@ -206,7 +210,7 @@ def test_detections_are_those_of_a_plain_loop_however_many_frames_a_call(here, t
 
 def test_a_part_of_the_recording_and_other_thresholds(here, tmp_path):
     path, checkpoint = here / "a_td.raw", here / "weights2.safetensors"
-    got = run(
+    actual = run(
         here,
         tmp_path / "a",
         "--no-video",
@@ -219,7 +223,9 @@ def test_a_part_of_the_recording_and_other_thresholds(here, tmp_path):
         "--nms",
         0.1,
     )
-    assert_same(got, frame_by_frame(path, checkpoint, first=6, last=11, confidence=0.19, nms=0.1))
+    assert_same(
+        actual, frame_by_frame(path, checkpoint, first=6, last=11, confidence=0.19, nms=0.1)
+    )
     none = run(here, tmp_path / "none.npy", "--no-video", "--confidence", 1)
     assert none.dtype == RAW_BOX
     assert none.shape == (0,)
@@ -235,33 +241,33 @@ def test_other_resolutions_and_sensors(here, tmp_path, downsample):
         seed=1,
         config=SimulatorConfig(height=height, width=width),
     )
-    got = run(
+    actual = run(
         here, tmp_path / "out", "--no-video", recording=tmp_path / "b_td.dat", weights=downsample
     )
     assert_same(
-        got, frame_by_frame(tmp_path / "b_td.dat", here / f"weights{downsample}.safetensors")
+        actual, frame_by_frame(tmp_path / "b_td.dat", here / f"weights{downsample}.safetensors")
     )
-    assert got.size > 20
-    assert got["x"].min() >= 0
-    assert got["y"].min() >= 0
-    assert (got["x"] + got["w"]).max() <= width
-    assert (got["y"] + got["h"]).max() <= height
+    assert actual.size > 20
+    assert actual["x"].min() >= 0
+    assert actual["y"].min() >= 0
+    assert (actual["x"] + actual["w"]).max() <= width
+    assert (actual["y"] + actual["h"]).max() <= height
 
 
 @pytest.mark.slow
 def test_a_real_recording(samples_dir, here, tmp_path, capsys):
     path = samples_dir / "gen4_evt3_triggers.raw"
-    got = run(here, tmp_path, "--no-video", recording=path, weights=4)
-    assert_same(got, frame_by_frame(path, here / "weights4.safetensors"))
+    actual = run(here, tmp_path, "--no-video", recording=path, weights=4)
+    assert_same(actual, frame_by_frame(path, here / "weights4.safetensors"))
     frames = len(count_frames(path, FrameConfig(bins=1, downsample=4))[1])
-    assert got.size
+    assert actual.size
     assert f"{frames} frames of 50 ms, 1280 x 720, 0.08 M events read" in capsys.readouterr().out
 
 
 def test_the_gif_plays_all_frames_at_the_cameras_pace_and_the_command_says_what_it_wrote(
     here, tmp_path, capsys
 ):
-    got = run(here, tmp_path / "out", "--video", tmp_path / "o.gif", "--seconds", 0.4)
+    actual = run(here, tmp_path / "out", "--video", tmp_path / "o.gif", "--seconds", 0.4)
     with Image.open(tmp_path / "o.gif") as gif:
         durations = []
         for i in range(gif.n_frames):  # type: ignore[attr-defined]
@@ -270,19 +276,19 @@ def test_the_gif_plays_all_frames_at_the_cameras_pace_and_the_command_says_what_
         assert gif.size == (640, 480)
         assert len(durations) == 8
         assert sum(durations) == 400
-    told = capsys.readouterr().out
-    kinds = [int((got["class_id"] == i).sum()) for i in range(3)]
+    output = capsys.readouterr().out
+    kinds = [int((actual["class_id"] == i).sum()) for i in range(3)]
     for line in (
         "8 frames of 50 ms, 320 x 240",
         "weights2.safetensors, step 7",
         "x camera pace: 0.40 s of recording in ",
-        f"{tmp_path / 'out' / 'a_bbox.npy'}: {got.size} detections",
+        f"{tmp_path / 'out' / 'a_bbox.npy'}: {actual.size} detections",
         f"(0 ball: {kinds[0]}, 1 box: {kinds[1]}, 2 class 2: {kinds[2]})",
         f"{tmp_path / 'o.gif'}: detections orange, boxes of a_bbox.npy green",
     ):
-        assert line in told
-    assert all(f"{part} " in told.splitlines()[-2] for part in ("decoding", "network", "drawing"))
-    assert "latency of a frame" in told.splitlines()[-1]
+        assert line in output
+    assert all(f"{part} " in output.splitlines()[-2] for part in ("decoding", "network", "drawing"))
+    assert "latency of a frame" in output.splitlines()[-1]
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a_bbox.npy", "o.gif", "out"]
 
 
@@ -312,7 +318,7 @@ def test_without_ffmpeg_the_video_is_a_gif_unless_mp4_is_asked_for(
     run(here, tmp_path / "out", "--seconds", 0.1)
     assert "ffmpeg" in capsys.readouterr().out
     assert (tmp_path / "out" / "a_overlay.gif").is_file()
-    told = refused(
+    output = refused(
         capsys,
         here / "weights2.safetensors",
         here / "a_td.raw",
@@ -321,8 +327,8 @@ def test_without_ffmpeg_the_video_is_a_gif_unless_mp4_is_asked_for(
         "--video",
         tmp_path / "o.mp4",
     )
-    assert "Install the Debian package ffmpeg" in told
-    assert "o.gif" in told
+    assert "Install the Debian package ffmpeg" in output
+    assert "o.gif" in output
     assert not (tmp_path / "new").exists()
 
 
@@ -341,7 +347,7 @@ def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
         RAW_BOX,
     )
     overlay = Overlay(FrameConfig(downsample=2), CLASSES, labels)
-    for end, wanted in (
+    for end, expected in (
         (9_999, []),
         (10_000, [8]),
         (49_999, [200]),
@@ -353,7 +359,7 @@ def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
         (169_999, [8]),
         (170_000, []),
     ):
-        assert overlay.labels(end)["x"].tolist() == wanted
+        assert overlay.labels(end)["x"].tolist() == expected
     found = np.array([box(50_000, 240, 120, 2)], RAW_BOX)
     picture = overlay.draw(Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0))
     assert picture.shape == (480, 640, 3)  # four times the frame, twice the sensor
@@ -381,9 +387,9 @@ def test_boxes_are_cut_at_the_sensor():
     ):
         boxes[name] = values
     boxes["class_id"] = 1, 0, 2, 2
-    got = clip_boxes(boxes, (50, 100))
-    assert [got[k].tolist() for k in "xywh"] == [[0, 90], [0, 40], [15, 10], [14, 10]]
-    assert got["class_id"].tolist() == [1, 0]
+    actual = clip_boxes(boxes, (50, 100))
+    assert [actual[k].tolist() for k in "xywh"] == [[0, 90], [0, 40], [15, 10], [14, 10]]
+    assert actual["class_id"].tolist() == [1, 0]
 
 
 def test_memory_does_not_grow_only_a_few_frames_are_alive(here):
@@ -424,11 +430,11 @@ def test_ahead_hands_on_items_and_errors_and_ends_its_thread():
         yield from range(5)
         raise KeyError("five")
 
-    got, before = [], threading.active_count()
+    actual, before = [], threading.active_count()
     with pytest.raises(KeyError, match="five"):
         for item in prefetch(items(), 2):
-            got.append(item)
-    assert got == [0, 1, 2, 3, 4]
+            actual.append(item)
+    assert actual == [0, 1, 2, 3, 4]
     assert list(prefetch(iter(()), 1)) == []
     assert list(prefetch(range(3), 9)) == [0, 1, 2]
     for depth in (1, 3):
@@ -438,7 +444,7 @@ def test_ahead_hands_on_items_and_errors_and_ends_its_thread():
         time.sleep(0.05)
         assert (
             len(made) <= depth + 2
-        )  # those that wait, the one that found no room, the one handed out
+        )  # those that wait, the one that waits for space, the one handed out
         numbers.close()
     assert threading.active_count() == before
 
@@ -468,7 +474,7 @@ def test_a_recording_that_is_cut_off_leaves_nothing_new(here, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         (["--confidence", "1.5"], "--confidence is 1.5"),
         (["--nms", "nan"], "--nms is nan"),
@@ -485,7 +491,7 @@ def test_a_recording_that_is_cut_off_leaves_nothing_new(here, tmp_path, capsys):
         (["--checkpoints", "x"], "--checkpoints"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(here, tmp_path, capsys, wrong, says):
+def test_mistakes_are_one_line_and_exit_code_2(here, tmp_path, capsys, wrong, message):
     arguments = [
         here / "weights2.safetensors",
         here / "a_td.raw",
@@ -493,7 +499,7 @@ def test_mistakes_are_one_line_and_exit_code_2(here, tmp_path, capsys, wrong, sa
         tmp_path / "out",
         *wrong,
     ]
-    assert says in refused(capsys, *arguments)
+    assert message in refused(capsys, *arguments)
     assert not list(tmp_path.rglob("*.*"))
 
 
@@ -507,38 +513,38 @@ def test_recordings_that_cannot_work_are_refused(here, tmp_path, capsys):
     empty, tiny = tmp_path / "empty.raw", tmp_path / "tiny.raw"
     empty.write_text(HEADER.format(240, 320))
     tiny.write_text(HEADER.format(3, 3))
-    for path, says in (
+    for path, message in (
         (empty, "holds no events"),
         (tiny, "3 x 3 pixels: too small"),
         (here / "a_bbox.npy", "suffix .npy"),
         (tmp_path / "missing.raw", "missing.raw is no file"),
     ):
-        told = refused(
+        output = refused(
             capsys,
             here / "weights4.safetensors",
             path,
             "--output",
             tmp_path / "out",
         )
-        assert says in told
-        assert path.name in told
+        assert message in output
+        assert path.name in output
     assert not list(tmp_path.rglob("*.npy"))
 
 
 def test_the_boxes_of_the_recording_are_never_overwritten(here, tmp_path, capsys):
     before = (here / "a_bbox.npy").read_bytes()
     for output in (here, here / "a_bbox.npy", here / "." / ".." / here.name):
-        told = refused(
+        text = refused(
             capsys,
             here / "weights2.safetensors",
             here / "a_td.raw",
             "--output",
             output,
         )
-        assert "would be taken for its boxes" in told
+        assert "would be taken for its boxes" in text
     assert (here / "a_bbox.npy").read_bytes() == before
-    got = run(here, tmp_path / "mine.npy", "--no-video", "--seconds", 0.1)
-    assert got.size
+    actual = run(here, tmp_path / "mine.npy", "--no-video", "--seconds", 0.1)
+    assert actual.size
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.npy"]
 
 
@@ -576,10 +582,10 @@ def test_several_recordings_are_not_written_to_one_file(here, tmp_path, capsys, 
 def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert exit_.value.code == 0
-    assert "evspan infer runs/tiny drive.raw" in told
-    assert "class_confidence" in told
+    assert "evspan infer runs/tiny drive.raw" in output
+    assert "class_confidence" in output
 
 
 # -- other forms, and a file that grows ----------------------------------------------------------------------------
@@ -607,14 +613,14 @@ def test_csv_and_json_tell_what_the_npy_tells(here, tmp_path, capsys):
     assert len(rows) == len(found) == boxes.size > 0
     assert len(frames) == 19
     assert min(frame["latency_ms"] for frame in frames) > 0
-    for box, row, (end, told) in zip(boxes, rows, found, strict=True):
+    for box, row, (end, result) in zip(boxes, rows, found, strict=True):
         assert box["t"] == int(row["t_us"]) == end
-        assert box["class_id"] == int(row["class_id"]) == told["class_id"]
-        assert row["class"] == told["class"] == [*CLASSES, "class 2"][box["class_id"]]
+        assert box["class_id"] == int(row["class_id"]) == result["class_id"]
+        assert row["class"] == result["class"] == [*CLASSES, "class 2"][box["class_id"]]
         for name in "xywh":
-            assert float(row[name]) == told[name] == pytest.approx(float(box[name]), abs=0.01)
+            assert float(row[name]) == result[name] == pytest.approx(float(box[name]), abs=0.01)
         assert (
-            told["confidence"]
+            result["confidence"]
             == float(row["confidence"])
             == pytest.approx(float(box["class_confidence"]), abs=1e-4)
         )
@@ -665,7 +671,7 @@ def test_a_file_that_grows_gives_what_the_whole_one_gives(here, tmp_path, suffix
         ]
     )
     camera.join()
-    assert seen[0] > 0  # frames were told while two thirds were missing
+    assert seen[0] > 0  # frames were reported while two thirds were missing
     assert_same(
         np.load(tmp_path / "grown" / "growing_bbox.npy"),
         np.load(tmp_path / "whole" / "whole_bbox.npy"),
@@ -675,11 +681,11 @@ def test_a_file_that_grows_gives_what_the_whole_one_gives(here, tmp_path, suffix
 def test_what_cannot_be_followed_says_so(here, tmp_path, capsys):
     h5 = tmp_path / "a_td.h5"
     simulate(h5, seconds=0.2, seed=4, config=SimulatorConfig(height=240, width=320))
-    for recording, seconds, told in (
+    for recording, seconds, part in (
         (h5, "1", "record .raw or .dat"),
         (here / "a_td.raw", "0", "--follow is 0"),
     ):
-        said = refused_by(
+        message = refused_by(
             main,
             capsys,
             here / "weights2.safetensors",
@@ -687,4 +693,4 @@ def test_what_cannot_be_followed_says_so(here, tmp_path, capsys):
             "--follow",
             seconds,
         )
-        assert told in said
+        assert part in message

@@ -110,8 +110,8 @@ def size(ranks):
 
 
 def told_by_ranks(cases, folder):
-    """case -> what each of its ranks told; one launch per world. With every case, those that it is compared with."""
-    wanted = dict.fromkeys(
+    """case -> the results of its ranks; one launch per world. With every case, those that it is compared with."""
+    expected = dict.fromkeys(
         [*cases, *(case.alone("exact") for case in cases), *filter(None, map(one_rank, cases))]
     )
     shards = {
@@ -119,11 +119,11 @@ def told_by_ranks(cases, folder):
         for name, (counts, every) in SHARDS.items()
     }
     out = {}
-    for ranks in sorted({case.ranks for case in wanted}):
+    for ranks in sorted({case.ranks for case in expected}):
         here = folder / f"{ranks}-ranks"
         here.mkdir()
-        mine = [case for case in wanted if case.ranks == ranks]
-        torch.save([(case, str(shards[case.shards])) for case in mine], here / "cases.pt")
+        own = [case for case in expected if case.ranks == ranks]
+        torch.save([(case, str(shards[case.shards])) for case in own], here / "cases.pt")
         path = f"PYTHONPATH={ROOT / 'tests'}"
         assert (
             run_ranks(
@@ -133,13 +133,13 @@ def told_by_ranks(cases, folder):
             )
             == 0
         )
-        told = [torch.load(here / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
-        out |= {case: [of_rank[case] for of_rank in told] for case in mine}
+        results = [torch.load(here / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+        out |= {case: [of_rank[case] for of_rank in results] for case in own}
     return out
 
 
 def one_rank(case):
-    """The same in the case's precision, which tells how far rounding alone is from the reference; None: that of float64."""
+    """The same in the case's precision, which shows the effect of rounding alone; None: that of float64."""
     if case.engine == "exact":
         return None
     if case.precision == "fp32":
@@ -172,8 +172,8 @@ def test_training_is_that_of_one_rank(quick, case):
 
 
 def test_ranks_without_a_labelled_frame_took_part(quick):
-    told = [sum(rank["labelled"]) for rank in quick[QUICK[-1]]]
-    assert told[0] == told[2] == 0 < min(told[1], told[3])
+    results = [sum(rank["labelled"]) for rank in quick[QUICK[-1]]]
+    assert results[0] == results[2] == 0 < min(results[1], results[3])
     sparse_steps = torch.tensor(
         [rank["labelled"] for rank in quick[next(c for c in QUICK if c.shards == "sparse")]]
     ).sum(0)
@@ -194,18 +194,18 @@ def test_all_memory_options_together(quick):
 @pytest.mark.timeout(0)
 def test_every_layout(tmp_path):
     cases = list(all_layouts())
-    told, failed = told_by_ranks(cases, tmp_path), []
+    result, failed = told_by_ranks(cases, tmp_path), []
     for case in cases:
         try:
-            assert_as_one_rank(case, told)
+            assert_as_one_rank(case, result)
         except AssertionError as error:
             failed.append(f"{name(case)}: {str(error).splitlines()[0]}")
     print(f"{len(cases)} layouts, {len(failed)} of them not as one rank")
     assert not failed, "\n".join(failed)
 
 
-def assert_as_one_rank(case, told):
-    ranks, (exact,), first = told[case], told[case.alone("exact")], told[case][0]
+def assert_as_one_rank(case, result):
+    ranks, (exact,), first = result[case], result[case.alone("exact")], result[case][0]
     for rank in ranks:
         assert rank["skipped"] == 0
         assert torch.equal(rank["losses"], first["losses"])
@@ -215,9 +215,9 @@ def assert_as_one_rank(case, told):
     loss_error, loss_bound = largest_loss_error(first, exact), CLOSE if full else BF16_LOSS
     error_of, bound = largest_error if full else distance, CLOSE
     if alone:
-        bound = (NOISE if full else BF16_NOISE) * max(error_of(told[alone][0], exact), 1e-6)
+        bound = (NOISE if full else BF16_NOISE) * max(error_of(result[alone][0], exact), 1e-6)
     if alone and full:
-        loss_bound = max(CLOSE, NOISE * largest_loss_error(told[alone][0], exact))
+        loss_bound = max(CLOSE, NOISE * largest_loss_error(result[alone][0], exact))
     assert loss_error < loss_bound, f"losses differ by {loss_error:.1e}, more than {loss_bound:.1e}"
     assert not full or torch.equal(
         first["losses"][:, -1], exact["losses"][: len(first["losses"]), -1]
@@ -226,27 +226,31 @@ def assert_as_one_rank(case, told):
     assert error <= bound, f"gradients differ by {error:.1e}, more than {bound:.1e}"
 
 
-def largest_loss_error(told, exact):
+def largest_loss_error(result, exact):
     """Of any step and part of the loss, of the step's total."""
-    wanted = exact["losses"][: len(told["losses"])]
-    return float(((told["losses"] - wanted)[:, :4].abs() / wanted[:, :1].clamp(min=1e-3)).max())
-
-
-def largest_error(told, exact):
-    """The largest of any parameter, of that parameter's largest gradient; below 1e-4 of all parameters' largest they are rounding
-    of what is zero (a bias before a norm)."""
-    wanted = exact["gradients"]
-    floor = 1e-4 * max(float(w.abs().max()) for w in wanted.values()) or 1.0
-    return max(
-        float((told["gradients"][k].double() - w).abs().max()) / max(float(w.abs().max()), floor)
-        for k, w in wanted.items()
+    expected = exact["losses"][: len(result["losses"])]
+    return float(
+        ((result["losses"] - expected)[:, :4].abs() / expected[:, :1].clamp(min=1e-3)).max()
     )
 
 
-def distance(told, exact):
+def largest_error(result, exact):
+    """The largest of any parameter, of that parameter's largest gradient; below 1e-4 of all parameters' largest they are rounding
+    of what is zero (a bias before a norm)."""
+    expected = exact["gradients"]
+    floor = 1e-4 * max(float(w.abs().max()) for w in expected.values()) or 1.0
+    return max(
+        float((result["gradients"][k].double() - w).abs().max()) / max(float(w.abs().max()), floor)
+        for k, w in expected.items()
+    )
+
+
+def distance(result, exact):
     """Of all gradients together, of their length."""
-    wanted = torch.cat([g.flatten() for g in exact["gradients"].values()])
+    expected = torch.cat([g.flatten() for g in exact["gradients"].values()])
     return float(
-        (torch.cat([told["gradients"][k].flatten() for k in exact["gradients"]]) - wanted).norm()
-        / wanted.norm()
+        (
+            torch.cat([result["gradients"][k].flatten() for k in exact["gradients"]]) - expected
+        ).norm()
+        / expected.norm()
     )

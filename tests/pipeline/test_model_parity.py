@@ -29,8 +29,8 @@ def detector(parity):
     return model
 
 
-def close(got, wanted, tolerance):
-    np.testing.assert_allclose(np.asarray(got.detach()), wanted, rtol=0, atol=tolerance)
+def close(actual, expected, tolerance):
+    np.testing.assert_allclose(np.asarray(actual.detach()), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["all frames at once", "frame by frame"])
@@ -60,10 +60,10 @@ def test_forward(detector, parity, together):
     decoded = detector.decode(raw, 192, 320)
     found = detections(decoded, confidence_threshold=0.1, nms_threshold=0.45, max_detections=10_000)
     for t in range(4):
-        wanted = parity["eval_outputs"][f"t{t}.decoded"][0]
-        close(decoded[t, :, 4:], wanted[:, 4:], 1e-4)
+        expected = parity["eval_outputs"][f"t{t}.decoded"][0]
+        close(decoded[t, :, 4:], expected[:, 4:], 1e-4)
         np.testing.assert_allclose(
-            decoded[t, :, :4], wanted[:, :4], rtol=1e-5, atol=1e-3
+            decoded[t, :, :4], expected[:, :4], rtol=1e-5, atol=1e-3
         )  # pixels; float noise is 4e-4
         np.testing.assert_allclose(
             found[t],
@@ -112,13 +112,13 @@ def test_training_step(detector, parity):
         close(assignment.iou[row, cells], expected[f"assign/{i}/iou"], 1e-5)
 
     losses = detection_loss(raw, boxes, counts, geometry, detector.config.head)
-    for name, got in (
+    for name, actual in (
         ("loss", losses.total),
         ("iou_loss", losses.iou),
         ("conf_loss", losses.objectness),
         ("cls_loss", losses.classes),
     ):
-        assert got.item() == pytest.approx(expected[f"loss/{name}"].item(), rel=1e-4), name
+        assert actual.item() == pytest.approx(expected[f"loss/{name}"].item(), rel=1e-4), name
     losses.total.backward()
     for name, parameter in detector.named_parameters():
         wanted = torch.from_numpy(parity["train_grads"][name])

@@ -99,10 +99,10 @@ def test_channel_weights_of_fine_scales_start_higher():
 def test_module_is_spatial_then_temporal_then_integration(spatial, temporal):
     module = SmallObjectAttentionModule(C, spatial, temporal, identity_init=False)
     x, earlier = torch.randn(N, C, H, W), torch.randn(N, 2, C, H, W)
-    wanted = spatial_published(module.spatial, x) if spatial else x
-    wanted = temporal_published(module.temporal, wanted, earlier) if temporal else wanted
-    wanted = conv(wanted, module.integration) if spatial and temporal else wanted
-    torch.testing.assert_close(module(x, earlier if temporal else None), wanted)
+    expected = spatial_published(module.spatial, x) if spatial else x
+    expected = temporal_published(module.temporal, expected, earlier) if temporal else expected
+    expected = conv(expected, module.integration) if spatial and temporal else expected
+    torch.testing.assert_close(module(x, earlier if temporal else None), expected)
     assert (module.integration is not None) == (spatial and temporal)
 
 

@@ -44,12 +44,12 @@ def rank_main(rank, folder):
     )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ["EVSPAN_TEST_PORT"])
     with open_world(ParallelConfig(ranks=RANKS, timeout_s=60)):
-        mine = slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
-        x = batch()[mine].requires_grad_()
+        own = slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
+        x = batch()[own].requires_grad_()
         norm = BatchNorm2d(5).double()
         global_batch_norms(norm, RankReductions(gather_over_ranks, sum_over_ranks))
         loss = normalised(
-            x, norm, torch.arange(sum(SHARES) * 60.0, dtype=torch.float64).view(-1, 5, 4, 3)[mine]
+            x, norm, torch.arange(sum(SHARES) * 60.0, dtype=torch.float64).view(-1, 5, 4, 3)[own]
         )
         loss.backward()
         torch.save(
@@ -73,7 +73,7 @@ def test_global_batch_norm_and_agreements(tmp_path, monkeypatch):
         s.bind(("127.0.0.1", 0))
         monkeypatch.setenv("EVSPAN_TEST_PORT", str(s.getsockname()[1]))
     mp.spawn(rank_main, args=(str(tmp_path),), nprocs=RANKS)
-    told = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(RANKS)]
+    results = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(RANKS)]
 
     x, norm = batch().requires_grad_(), torch.nn.BatchNorm2d(5, dtype=torch.float64)
     norm.eps = BatchNorm2d(5).eps
@@ -81,10 +81,10 @@ def test_global_batch_norm_and_agreements(tmp_path, monkeypatch):
         x, norm, torch.arange(sum(SHARES) * 60.0, dtype=torch.float64).view(-1, 5, 4, 3)
     )
     loss.backward()
-    torch.testing.assert_close(sum(t["loss"] for t in told), loss.detach())
-    torch.testing.assert_close(torch.cat([t["x"] for t in told]), x.grad)
-    torch.testing.assert_close(sum(t["weight"] for t in told), norm.weight.grad)
-    for t in told:
+    torch.testing.assert_close(sum(t["loss"] for t in results), loss.detach())
+    torch.testing.assert_close(torch.cat([t["x"] for t in results]), x.grad)
+    torch.testing.assert_close(sum(t["weight"] for t in results), norm.weight.grad)
+    for t in results:
         torch.testing.assert_close(t["mean"], norm.running_mean)
         torch.testing.assert_close(t["var"], norm.running_var)
         assert t["gathered"] == [0, 10, 20]
@@ -93,9 +93,9 @@ def test_global_batch_norm_and_agreements(tmp_path, monkeypatch):
 
 def test_deal_gives_every_item_once_and_balances():
     weight = [50, 10, 10, 10, 20, 30]
-    shares = [deal(list("abcdef"), r, 3, weight=weight) for r in range(3)]
-    assert sorted(functools.reduce(operator.iadd, shares, [])) == list("abcdef")
-    assert max(sum(weight["abcdef".index(i)] for i in share) for share in shares) == 50
+    fractions = [deal(list("abcdef"), r, 3, weight=weight) for r in range(3)]
+    assert sorted(functools.reduce(operator.iadd, fractions, [])) == list("abcdef")
+    assert max(sum(weight["abcdef".index(i)] for i in fraction) for fraction in fractions) == 50
 
 
 def test_another_number_of_processes_than_configured_is_told(monkeypatch):

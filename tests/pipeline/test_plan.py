@@ -102,7 +102,7 @@ def augmented(frames, how):
 def test_every_pixel_shows_what_the_definition_says(how, width):
     frames = np.random.default_rng(0).integers(0, 256, (2, 3, 40, width)).astype(np.uint8)
     frames[frames < 100] = 0
-    wanted = np.zeros_like(frames)
+    expected = np.zeros_like(frames)
     for y in range(40):
         for x in range(width):
             row, column = (
@@ -110,8 +110,8 @@ def test_every_pixel_shows_what_the_definition_says(how, width):
                 math.floor((x + 0.5 - how.left) / how.zoom),
             )
             if 0 <= row < 40 and 0 <= column < width:
-                wanted[..., y, x] = frames[..., row, width - 1 - column if how.flip else column]
-    np.testing.assert_array_equal(augmented(frames, how), wanted)
+                expected[..., y, x] = frames[..., row, width - 1 - column if how.flip else column]
+    np.testing.assert_array_equal(augmented(frames, how), expected)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -59,12 +59,14 @@ def random_frames(count, cells, classes, seed, levels=None):
 
 
 def assert_agrees(decoded, **limits):
-    got = detections(decoded, **limits)
-    assert len(got) == len(decoded)
-    for rows, frame in zip(got, decoded.tolist(), strict=True):
-        wanted = torch.tensor(frame_by_definition(frame, **limits), dtype=torch.float64).view(-1, 7)
-        torch.testing.assert_close(rows, wanted, rtol=0, atol=0)
-    return got
+    actual = detections(decoded, **limits)
+    assert len(actual) == len(decoded)
+    for rows, frame in zip(actual, decoded.tolist(), strict=True):
+        expected = torch.tensor(frame_by_definition(frame, **limits), dtype=torch.float64).view(
+            -1, 7
+        )
+        torch.testing.assert_close(rows, expected, rtol=0, atol=0)
+    return actual
 
 
 @pytest.mark.parametrize("levels", [None, 8])
@@ -152,8 +154,8 @@ def test_of_too_many_candidates_the_surest_are_compared_and_of_equal_ones_the_fi
     frame[0, :, 2:4], frame[0, :, 4], frame[0, :, 5] = 10, 1, 0.5
     frame[0, -3:, 5] = 0.75
     (rows,) = detections(frame, confidence_threshold=0.1, nms_threshold=0.45, max_detections=cells)
-    wanted = [*range(cells - 3, cells), *range(CANDIDATES - 3)]
-    assert ((rows[:, 0] + 5) / 100).round().long().tolist() == wanted
+    expected = [*range(cells - 3, cells), *range(CANDIDATES - 3)]
+    assert ((rows[:, 0] + 5) / 100).round().long().tolist() == expected
 
 
 def test_suppression_is_per_class_and_leaves_the_order_of_scores():
@@ -170,6 +172,6 @@ def test_suppression_is_per_class_and_leaves_the_order_of_scores():
     assert nms(boxes, scores, kinds, 0.3, limit=7).tolist() == kept[:7].tolist()
     apart = []
     for kind in range(4):
-        mine = (kinds == kind).nonzero()[:, 0]
-        apart += mine[nms(boxes[mine], scores[mine], kinds[mine], 0.3)].tolist()
+        own = (kinds == kind).nonzero()[:, 0]
+        apart += own[nms(boxes[own], scores[own], kinds[own], 0.3)].tolist()
     assert sorted(apart) == sorted(kept.tolist())

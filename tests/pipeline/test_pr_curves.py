@@ -1,4 +1,4 @@
-"""Precision and recall at each threshold against their definition: only the detections that sure, matched anew."""
+"""Precision and recall at each threshold against their definition: the detections above it, matched again."""
 
 import numpy as np
 import pytest

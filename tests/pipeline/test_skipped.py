@@ -31,10 +31,10 @@ def weights(tmp_path_factory):
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage is not None])
 def test_an_update_uses_what_was_not_skipped(weights, stage, pattern):
     for of_rank in weights:
-        for name, wanted in of_rank[None, pattern].items():
+        for name, expected in of_rank[None, pattern].items():
             torch.testing.assert_close(
                 of_rank[stage, pattern][name],
-                wanted,
+                expected,
                 rtol=1e-5,
                 atol=1e-6,
                 msg=f"{name}, ZeRO {stage}",

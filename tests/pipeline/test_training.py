@@ -118,9 +118,9 @@ def test_a_shared_sequence_gives_the_losses_of_two_lanes(two_ranks, one_sequence
             err_msg=tag,
         )
     assert set(scalars(one_sequence, "evaluation/ap50")) == {6}
-    shares = scalars(one_sequence, "speed/exchange_fraction")
-    assert set(shares) == set(range(1, 7))
-    assert all(0 < share < 1 for share in shares.values())
+    fractions = scalars(one_sequence, "speed/exchange_fraction")
+    assert set(fractions) == set(range(1, 7))
+    assert all(0 < fraction < 1 for fraction in fractions.values())
 
 
 def started_by_torchrun(arguments):
