@@ -62,7 +62,7 @@ class Profile:
         return timed
 
     def own(self, name: str, out: object, since: int) -> None:
-        """Assigns the nodes between a part's inputs and `out` to it, unless inner parts own them."""
+        """Assigns the nodes from a part's inputs to `out` to it, unless inner parts own them."""
         stack = [tensor.grad_fn for tensor in tensors(out) if tensor.grad_fn is not None]
         seen = set()
         while stack:

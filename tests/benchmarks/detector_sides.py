@@ -89,7 +89,7 @@ def model_config(size: str, *, attention: bool = False) -> ModelConfig:
 
 
 def weights(size: str) -> dict[str, Tensor]:
-    """Random weights. LayerScale is 0.1 instead of 1e-5, so that every difference changes the loss."""
+    """Random weights. LayerScale is 0.1, not 1e-5: every difference changes the loss."""
     torch.manual_seed(0)
     tensors = Detector(model_config(size), CHANNELS).state_dict()
     for name, tensor in tensors.items():
@@ -313,6 +313,7 @@ class MatmulRate:
         self.a, self.b, self.out = (torch.randn(n, n, device=device) for _ in range(3))
 
     def __call__(self) -> None:
+        """Measures once."""
         product = partial(torch.mm, self.a, self.b, out=self.out)
         times = rounds(5, self.device, product=product)["product"]
         self.rates.append(2 * len(self.a) ** 3 / min(times))

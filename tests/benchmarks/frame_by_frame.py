@@ -517,7 +517,7 @@ def _iou_loss(predicted: Tensor, truth: Tensor) -> Tensor:
     return 1 - (shared / (union + 1e-16)) ** 2
 
 
-# -- the detector -------------------------------------------------------------------------------------
+# -- the detector ----------------------------------------------------------------------------------
 class FrameByFrame(nn.Module):
     """`load_state_dict` takes `Detector.state_dict()` of the same configuration."""
 
@@ -572,6 +572,6 @@ class FrameByFrame(nn.Module):
         return losses, [(hidden.detach(), cell.detach()) for hidden, cell in state]
 
     def step(self, frames: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """(B, C, H, W) uint8 of one frame -> (B, cells, 5 + classes) decoded, and the next state."""
+        """One frame (B, C, H, W) uint8 -> (B, cells, 5 + classes) decoded, and the next state."""
         state = self.backbone(self.padded(frames), state)
         return self.yolox_head(self.fpn([hidden for hidden, _ in state[1:]]))[0], state

@@ -375,7 +375,7 @@ def peak(task: Task, mesh: Mesh) -> dict[str, Any]:
 
 
 def _status_kb(name: str) -> int:
-    """A memory field of /proc/self/status. Ranks cannot import common.py: it is not on their path."""
+    """A memory field of /proc/self/status. (common.py is not on the path of ranks.)"""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1])

@@ -1,4 +1,4 @@
-"""The learning study: its recordings, equal budgets, what the variants change, statistics, and a small real run."""
+"""The learning study: recordings, equal budgets, changes by variant, statistics, a small run."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def plan_of(*words: str, folder: Path = Path("bench")) -> plans.Plan:
     return study.options_from(args).plan
 
 
-# -- the whole ---------------------------------------------------------------------------------------------------
+# -- the whole -------------------------------------------------------------------------------------
 def run_study(folder: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "tests/benchmarks/learn.py", "--folder", str(folder), *words],
@@ -102,7 +102,7 @@ def test_quick_trains_two_variants_reports_them_and_continues(tmp_path):
     assert "step " not in again.stdout.split("#")[0]
 
 
-# -- the set -----------------------------------------------------------------------------------------------------
+# -- the set ---------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_set_is_made_once_and_refused_when_it_is_not_what_was_made(tmp_path, capfd):
@@ -184,7 +184,7 @@ def test_scales_change_sizes_alone_and_the_default_nothing(tmp_path):
     assert is_complete(planned)
 
 
-# -- plans -------------------------------------------------------------------------------------------------------
+# -- plans -----------------------------------------------------------------------------------------
 def test_every_run_has_the_same_budget_and_every_seed_all_runs():
     plan = plan_of("--seeds", "2", "optimizer.lr=0.001")
     assert plan.variants == plans.DEFAULT_VARIANTS
@@ -286,7 +286,7 @@ def test_a_variant_changes_what_it_says_and_nothing_else(variant):
     )
 
 
-# -- statistics --------------------------------------------------------------------------------------------------
+# -- statistics ------------------------------------------------------------------------------------
 def fraction_below(t: float, freedom: int) -> float:
     """Student's density, summed up in small steps."""
     x = np.linspace(0, t, 20_001)
@@ -332,7 +332,7 @@ def test_differences_are_taken_seed_by_seed():
     assert paired(ours, {5: 0.1}) is None
 
 
-# -- the report --------------------------------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------------------
 def made_up(plan: plans.Plan, ap: dict[str, list[float]], **more: float) -> None:
     """Finished runs of these AP, by variant or length and seed, as the trainer leaves them."""
     table, keys = [], plan.keys()

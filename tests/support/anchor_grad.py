@@ -1,4 +1,4 @@
-"""Backward through tensors that a loss does not depend on, for ranks whose frames have no labels."""
+"""Backward through tensors that a loss does not depend on, for ranks without labelled frames."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 def anchor_grad(loss: Tensor, *others: Tensor) -> Tensor:
     """`loss`, whose backward also runs through `others`, with zero gradients.
 
-    A rank whose loss does not depend on what it sent or received still has to take part in backward.
+    A rank must take part in backward even if its loss does not depend on what it sent or received.
     Nothing is multiplied: 0 * inf would be nan.
     """
     return _AnchorGrad.apply(loss, *(t for t in others if t.requires_grad))

@@ -24,7 +24,7 @@ DecodedEvent = tuple[int | None, int, int, int]  # t is None before the first ti
 
 
 def write_raw(path: Path, kind: str, words: list[int], header: str | None = None) -> Path:
-    """Writes words with a header of their format, or the one that is given."""
+    """Writes words after `header`, by default the header of their format."""
     data = np.array(words, WORDS[kind])
     if kind == "evt21_legacy":  # each word's upper half comes first
         data = data.view("<u4").reshape(-1, 2)[:, ::-1].copy()

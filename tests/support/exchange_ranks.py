@@ -1,6 +1,8 @@
-"""What ranks run for tests/pipeline/test_exchange.py: every case under every layout that the world allows, one launch for all of them.
+"""The ranks of tests/pipeline/test_exchange.py: all cases in all layouts of a world.
 
-python -m support.exchange_ranks FOLDER    with torchrun's variables; writes FOLDER/<rank>.pt: {case: what came out}
+    python -m support.exchange_ranks FOLDER
+
+with torchrun's variables. Writes FOLDER/RANK.pt: {case: results}.
 """
 
 import os
@@ -43,27 +45,32 @@ class Alone(LocalExchange):
     """One rank, which holds the canonical state."""
 
     def scatter(self, state):
+        """The state itself."""
         return state
 
     def gather(self, state, like):
+        """The state without its graph."""
         return map_state(torch.Tensor.detach, state)
 
 
 def normal(generator, *shape, dtype=torch.float64):
+    """Normal values, drawn in float64."""
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-# -- scans -------------------------------------------------------------------------------------------------------
+# -- scans -----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Scan:
+    """A scan over chunks."""
+
     kind: str = "transpose"
     dws_conv: bool = False
     size: tuple[int, int] = (4, 3)
     lanes: int = 3
     frames: int = 12  # of a chunk, over all ranks
     dtype: torch.dtype = torch.float64
-    only_last: bool = False  # the loss sees the last rank's frames only
-    cut: bool = False  # the graph, between chunks
+    only_last: bool = False  # the loss depends only on the last rank's frames
+    cut: bool = False  # detaches the state between chunks
 
     dim = 4
 
@@ -92,31 +99,37 @@ SCANS = {
 
 
 def scan(case, exchange, mine, ranks):
-    """Chunks of an LSTM over the frames `mine` of each, a start inside; a loss that weighs every output and state differently."""
+    """Runs an LSTM over chunks with starts. The loss weighs every output and state differently.
+
+    Args:
+        mine: this rank's frames of each chunk.
+    """
     g = torch.Generator().manual_seed(7)
     torch.manual_seed(3)
     lstm = CellLSTM(case.dim, dws_conv=case.dws_conv).to(case.dtype)
     whole = case.frames, case.lanes, *case.size, case.dim
     shape = case.lanes, case.dim, *case.size
-    chunks = [
-        (normal(g, *whole, dtype=case.dtype), normal(g, *whole, dtype=case.dtype))
-        for _ in range(CHUNKS)
-    ]
+    chunks = []
+    for _ in range(CHUNKS):
+        x = normal(g, *whole, dtype=case.dtype)
+        weights = normal(g, *whole, dtype=case.dtype)
+        chunks.append((x, weights))
     starts = torch.rand(CHUNKS, case.lanes, generator=g) < 0.4
 
     def some_state():
-        return DetectorState(
-            (StageState(normal(g, *shape, dtype=case.dtype), normal(g, *shape, dtype=case.dtype)),),
-            (),
-        )
+        hidden = normal(g, *shape, dtype=case.dtype)
+        cell = normal(g, *shape, dtype=case.dtype)
+        return DetectorState((StageState(hidden, cell),), ())
 
     canonical = some_state()
     first = map_state(torch.Tensor.requires_grad_, exchange.scatter(canonical))
-    state, state_weights = first, exchange.scatter(some_state())
+    state = first
+    state_weights = exchange.scatter(some_state())
     if case.only_last:
         for _, weights in chunks:
             weights[: -case.frames // ranks] = 0
-    xs, ys = [], []
+    xs = []
+    ys = []
     for (x, _), begins in zip(chunks, starts, strict=True):
         xs.append(x[mine.start : mine.stop].clone().requires_grad_())
         state = forget_lanes(detach(state) if case.cut else state, begins)
@@ -146,7 +159,7 @@ def scan(case, exchange, mine, ranks):
 
 
 def moving_case():
-    """An LSTM, two chunks and a state to begin with."""
+    """An LSTM, two chunks and an initial state."""
     g = torch.Generator().manual_seed(5)
     torch.manual_seed(3)
     shape = 2, 4, 5, 3
@@ -160,9 +173,11 @@ def moving_case():
 
 @torch.no_grad()
 def scan_moved(mesh):
-    """The second chunk under another exchange than the first, as after a checkpoint; the state goes by its canonical form."""
+    """Scans two chunks by different exchanges, as after a checkpoint, with the canonical state."""
     lstm, chunks, canonical = moving_case()
-    like, mine, ys = map_state(lambda t: t.to("meta"), canonical), mesh.frames(12), []
+    like = map_state(lambda t: t.to("meta"), canonical)
+    mine = mesh.frames(12)
+    ys = []
     for kind, x in zip(("transpose", "relay"), chunks, strict=True):
         exchange = open_exchange(ExchangeKind[kind], mesh, sequence_length=12, dws_conv=False)
         y, stage = exchange.scan(
@@ -173,42 +188,50 @@ def scan_moved(mesh):
     return {"y": ys, "state": state_tensors(canonical)}
 
 
-# -- looking back ------------------------------------------------------------------------------------------------
-LOOKS = {
-    f"{back} back, {frames} frames a rank": (back, frames)
-    for back in (1, 2, 3, 5)
-    for frames in (1, 2, 4)
-}
+# -- looking back ----------------------------------------------------------------------------------
+LOOKS = {}
+for _back in (1, 2, 3, 5):
+    for _frames in (1, 2, 4):
+        LOOKS[f"{_back} back, {_frames} frames a rank"] = (_back, _frames)
 
 
 def timeline(back, frames):
-    """The frames of the first carry and of all chunks, and what each chunk's rank that begins at a frame weighs its look-back
-    with, (chunk, frame, back, ...)."""
+    """Frames and the weights of their look-backs in the loss.
+
+    Returns:
+        (back + CHUNKS * frames, 2, 3, 2, 2) frames of the first carry and of all chunks.
+        (CHUNKS, frames, back, ...) weights, by chunk and by first frame of a rank.
+    """
     g = torch.Generator().manual_seed(9)
     shape = (2, 3, 2, 2)
-    return normal(g, back + CHUNKS * frames, *shape), normal(g, CHUNKS, frames, back, *shape)
+    whole = normal(g, back + CHUNKS * frames, *shape)
+    weights = normal(g, CHUNKS, frames, back, *shape)
+    return whole, weights
 
 
 def some_labels(frames):
+    """(frames, 2) bool."""
     return torch.rand(frames, 2, generator=torch.Generator().manual_seed(11)) < 0.5
 
 
 def look_back(back, frames, exchange, mine):
-    """Before and next carry over chunks, handed in as the detector does: of a short chunk, the carry's frames come first."""
+    """Looks back over chunks, as the detector does: the carry's frames fill up a short chunk."""
     whole, weights = timeline(back, frames)
     canonical = DetectorState((), (whole[:back],))
     carry = first = exchange.scatter(canonical).previous[0].requires_grad_()
-    told, features, loss = [], [], torch.zeros((), dtype=torch.float64)
+    befores = []
+    features = []
+    loss = torch.zeros((), dtype=torch.float64)
     for index in range(CHUNKS):
         begin = back + index * frames
         features.append(whole[begin + mine.start : begin + mine.stop].clone().requires_grad_())
         before, carry = exchange.previous(torch.cat((carry, features[-1]))[-back:], carry)
         loss = loss + (before * weights[index, mine.start]).sum()
-        told.append(before.detach())
+        befores.append(before.detach())
     loss.backward()
     gradient = torch.zeros_like(first) if first.grad is None else first.grad
     return {
-        "before": torch.stack(told),
+        "before": torch.stack(befores),
         "features": torch.stack([f.grad for f in features]),
         "following": exchange.following(some_labels(frames)[mine.start : mine.stop], back),
         "carry": exchange.gather(DetectorState((), (carry,)), canonical).previous[0],
@@ -216,7 +239,7 @@ def look_back(back, frames, exchange, mine):
     }
 
 
-# -- the detector whole ------------------------------------------------------------------------------------------
+# -- the whole detector ----------------------------------------------------------------------------
 CHANNELS, H, W = 4, 60, 120  # padded to 64 x 128
 MODELS = {
     "plain": {},
@@ -225,8 +248,11 @@ MODELS = {
     "attention, neighbours": {"attention": True, "dws_conv": True},
     "attention over 4 frames": {"attention": True, "window": 4},
 }
-F32, F64 = torch.float32, torch.float64
-DETECTORS = {  # (world, ranks per sequence): model, exchange, labelled frames of chunk 1 (chunk 2 has some), dtype of the weights
+F32 = torch.float32
+F64 = torch.float64
+# (world, ranks per sequence) -> model, exchange, labelled frames of chunk 1 (chunk 2 has some),
+# dtype of the weights
+DETECTORS = {
     (4, 1): [],
     (4, 2): [
         ("attention, neighbours", "auto", "few", F64),
@@ -242,7 +268,7 @@ DETECTORS = {  # (world, ranks per sequence): model, exchange, labelled frames o
 
 
 def micro(*, dws_conv=False, attention=False, window=3):
-    """Small, every part matters: LayerScale at 0.5, attention gates open."""
+    """A small detector whose parts all affect the output: LayerScale 0.5, open attention gates."""
     torch.manual_seed(0)
     detector = Detector(
         ModelConfig(
@@ -264,39 +290,41 @@ def chunk(index, labels, frames, lanes):
     x = torch.randint(0, 11, (frames, lanes, CHANNELS, H, W), dtype=torch.uint8, generator=g)
     labelled = torch.rand(frames, lanes, generator=g) < 0.4
     if index == 0:
-        wanted = {
+        choices = {
             "everywhere": torch.ones_like(labelled),
             "few": labelled,
             "one": torch.zeros_like(labelled),
             "none": torch.zeros_like(labelled),
         }
-        labelled = wanted[labels]
-        labelled[-1, -1] |= labels == "one"  # the last rank's; all others have none
-    boxes = torch.rand(frames, lanes, 2, 5, generator=g) * torch.tensor(
-        [1.0, W, H, 30, 20]
-    ) + torch.tensor([0.0, 0, 0, 8, 8])
+        labelled = choices[labels]
+        labelled[-1, -1] |= labels == "one"  # on the last rank; the others have none
+    scale = torch.tensor([1.0, W, H, 30, 20])
+    offset = torch.tensor([0.0, 0, 0, 8, 8])
+    boxes = torch.rand(frames, lanes, 2, 5, generator=g) * scale + offset
     boxes[..., 0] = (torch.rand(frames, lanes, 2, generator=g) < 0.5).float()
-    return (
-        x,
-        labelled,
-        torch.rand(lanes, generator=g) < 0.3 if index else torch.ones(lanes, dtype=torch.bool),
-        boxes,
-    )
+    starts = torch.ones(lanes, dtype=torch.bool)
+    if index:
+        starts = torch.rand(lanes, generator=g) < 0.3
+    return x, labelled, starts, boxes
 
 
 def detect(model, labels, dtype, exchange, mine, my_lanes, *, frames, lanes, over_ranks=None):
-    """Two chunks in training mode: each one's loss and gradients over all ranks, and the canonical carry of these lanes."""
+    """Trains on two chunks: losses and gradients over all ranks, canonical carry of these lanes."""
     detector = micro(**MODELS[model]).train().to(dtype)
     detector.exchange = exchange
     total = over_ranks or (lambda t: t.detach())
     if over_ranks is not None:
         global_batch_norms(detector, RankReductions(gather_over_ranks, over_ranks))
     canonical = detector.initial_state(len(my_lanes), H, W, dtype=dtype)
-    state, told = exchange.scatter(canonical), {"loss": [], "gradients": []}
-    rows, columns = slice(mine.start, mine.stop), slice(my_lanes.start, my_lanes.stop)
+    state = exchange.scatter(canonical)
+    loss_values = []
+    gradients = []
+    rows = slice(mine.start, mine.stop)
+    columns = slice(my_lanes.start, my_lanes.stop)
     for index in range(2):
         x, labelled, starts, boxes = chunk(index, labels, frames, lanes)
-        labelled, boxes = labelled[rows, columns], boxes[rows, columns]
+        labelled = labelled[rows, columns]
+        boxes = boxes[rows, columns]
         detector.zero_grad(set_to_none=True)
         raw, state = detector(x[rows, columns], state, starts=starts[columns], labelled=labelled)
         counts = torch.full((int(labelled.sum()),), 2)
@@ -310,10 +338,11 @@ def detect(model, labels, dtype, exchange, mine, my_lanes, *, frames, lanes, ove
         )
         losses.total.backward()
         state = detach(state)
-        told["loss"].append(float(total(losses.total)))
-        told["gradients"].append({name: total(p.grad) for name, p in detector.named_parameters()})
+        loss_values.append(float(total(losses.total)))
+        gradients.append({name: total(p.grad) for name, p in detector.named_parameters()})
     return {
-        **told,
+        "loss": loss_values,
+        "gradients": gradients,
         "statistics": {k: v for k, v in detector.state_dict().items() if "running" in k},
         "carry": state_tensors(exchange.gather(state, canonical)),
         "lanes": [my_lanes.start, my_lanes.stop],
@@ -321,12 +350,13 @@ def detect(model, labels, dtype, exchange, mine, my_lanes, *, frames, lanes, ove
 
 
 def detector_size(ranks):
-    """Frames and lanes that every layout of these ranks can share; attention looks back over more than a rank has."""
+    """Frames and lanes for all layouts. Attention looks back past a rank's frames."""
     return ranks, ranks
 
 
-# -- a rank ------------------------------------------------------------------------------------------------------
+# -- a rank ----------------------------------------------------------------------------------------
 def every_case(world):
+    """The results of all cases of this world."""
     out = {}
     for sequence in [s for size, s in DETECTORS if size == world.size]:
         mesh = open_mesh(world, sequence=sequence, timeout_s=TIMEOUT_S)
@@ -366,9 +396,9 @@ def every_case(world):
 
 
 def main(folder):
-    with open_world(
-        ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=TIMEOUT_S, threads=1)
-    ) as world:
+    """Runs all cases."""
+    config = ParallelConfig(ranks=int(os.environ["WORLD_SIZE"]), timeout_s=TIMEOUT_S, threads=1)
+    with open_world(config) as world:
         out = every_case(world)
         torch.save(out, f"{folder}/{world.rank}.pt")
 

@@ -24,6 +24,7 @@ class PlainEngine:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
     def __call__(self, *args, **kwargs):
+        """The forward pass of the module."""
         return self.module(*args, **kwargs)
 
     def train(self):

@@ -50,6 +50,7 @@ class Page(HTMLParser):
         assert self._open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Opens an element."""
         values = _values(attrs)
         self.tags.append((tag, values))
         if tag not in ("meta", "img"):
@@ -69,9 +70,11 @@ class Page(HTMLParser):
             self.images.append((values["alt"], values["src"]))
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Records an element without content."""
         self.tags.append((tag, _values(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
+        """Closes an element."""
         assert self._open.pop() == tag
         if tag in ("td", "th"):
             assert self._cell is not None
@@ -83,6 +86,7 @@ class Page(HTMLParser):
             self._title = None
 
     def handle_data(self, data: str) -> None:
+        """Adds text to the open title or cell."""
         if self._title is not None:
             self._title += data
         elif self._cell is not None:

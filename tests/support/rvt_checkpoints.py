@@ -41,7 +41,7 @@ def random_tensors(model: ModelConfig, channels: int = 20) -> dict[str, torch.Te
 
 
 def publish(path: Path, tensors: dict[str, torch.Tensor], **more: Any) -> Path:
-    """Writes a checkpoint. more: further entries beside the weights."""
+    """Writes a checkpoint. more: further entries of the file."""
     state_dict = {f"mdl.{name}": tensor for name, tensor in tensors.items()}
     torch.save({"state_dict": state_dict, "global_step": 400_000, **more}, path)
     return path

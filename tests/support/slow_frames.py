@@ -27,7 +27,7 @@ def random_events(
 
 
 class GivenRecording(Recording):
-    """Events in memory, cut into chunks at the given indices."""
+    """Events in memory, cut into chunks at the indices `cuts`."""
 
     format = "given"
 
