@@ -105,24 +105,24 @@ def test_quick_trains_two_variants_reports_them_and_continues(tmp_path):
 # -- the set ---------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_set_is_made_once_and_refused_when_it_is_not_what_was_made(tmp_path, capfd):
+def test_a_set_is_created_once_and_refused_when_it_has_changed(tmp_path, capfd):
     (tmp_path / "a" / ".set.writing" / "raw").mkdir(
         parents=True
     )  # of a killed attempt, as this folder without a table is
     (tmp_path / "a" / "set").mkdir()
-    made = recordings_in(tmp_path / "a", TINY)
-    assert not made.original
+    recordings = recordings_in(tmp_path / "a", TINY)
+    assert not recordings.original
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
         "set",
         "set.json",
     ]
     capfd.readouterr()
     assert recordings_in(
-        tmp_path / "a", dataclasses.replace(TINY, digest=made.digest)
-    ) == dataclasses.replace(made, original=True)
+        tmp_path / "a", dataclasses.replace(TINY, digest=recordings.digest)
+    ) == dataclasses.replace(recordings, original=True)
     assert capfd.readouterr().out == ""  # nothing ran
 
-    shard = made.shards / "val" / "00000.h5"
+    shard = recordings.shards / "val" / "00000.h5"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
     with pytest.raises(UserError, match=r"val/00000.h5 was changed or damaged \(1 of"):
@@ -131,7 +131,7 @@ def test_a_set_is_made_once_and_refused_when_it_is_not_what_was_made(tmp_path, c
     with pytest.raises(UserError, match="val/00000.h5 is missing"):
         recordings_in(tmp_path / "a", TINY)
     shard.write_bytes(whole)
-    (made.shards / "val" / "00001.h5").touch()
+    (recordings.shards / "val" / "00001.h5").touch()
     with pytest.raises(UserError, match="val/00001.h5 does not belong there"):
         recordings_in(tmp_path / "a", TINY)
     with pytest.raises(UserError, match="another recipe"):
@@ -333,21 +333,16 @@ def test_differences_are_taken_seed_by_seed():
 
 
 # -- the report ------------------------------------------------------------------------------------
-def made_up(plan: plans.Plan, ap: dict[str, list[float]], **more: float) -> None:
-    """Finished runs of these AP, by variant or length and seed, as the trainer leaves them."""
-    table, keys = [], plan.keys()
+def fake_results(plan: plans.Plan, ap: dict[str, list[float]], **more: float) -> None:
+    """Writes finished runs with these AP, by variant or length and seed, as the trainer does."""
+    table = []
+    keys = plan.keys()
     for number, overrides in enumerate(plan.all_runs()):
         values = dict(o.split("=") for o in overrides)
-        name = (
-            values["experiment"]
-            .removeprefix("bench/")
-            .replace("length", values["training.sequence_length"])
-        )
-        name = (
-            f"{values['training.bptt_frames']} of {name}"
-            if "training.bptt_frames" in values
-            else name
-        )
+        name = values["experiment"].removeprefix("bench/")
+        name = name.replace("length", values["training.sequence_length"])
+        if "training.bptt_frames" in values:
+            name = f"{values['training.bptt_frames']} of {name}"
         run = plan.folder / "runs" / str(number)
         table.append(
             {
@@ -403,7 +398,7 @@ def test_the_report_has_means_intervals_and_paired_differences(tmp_path):
         "100",
         folder=tmp_path,
     )
-    made_up(
+    fake_results(
         plan,
         {
             "baseline": [0.30, 0.20, 0.40],
@@ -456,7 +451,7 @@ def test_still_and_moving_objects_appear_when_an_evaluation_has_them(tmp_path):
         "100",
         folder=tmp_path,
     )
-    made_up(plan, {"2": [0.1, 0.2], "10": [0.3, 0.1]}, ap_still=0.05, ap_moving=0.25)
+    fake_results(plan, {"2": [0.1, 0.2], "10": [0.3, 0.1]}, ap_still=0.05, ap_moving=0.25)
     heads, _, two, _ = report_cells(plan)
     assert heads[4:] == ["AP still", "AP moving", "AP less 2's", "AP still less 2's"]
     assert two[4:6] == ["5.0 ± 0.0", "25.0 ± 0.0"]
@@ -498,7 +493,7 @@ def test_runs_of_another_budget_are_not_mixed_in(tmp_path):
         "100",
         folder=tmp_path,
     )
-    made_up(plan, {"baseline": [0.3]})
+    fake_results(plan, {"baseline": [0.3]})
     assert report_cells(plan)[2][1:3] == ["1", "30.0"]
     assert report_cells(dataclasses.replace(plan, steps=200))[2][1:3] == ["0"]
     assert report_cells(dataclasses.replace(plan, extra=("optimizer.lr=0.1",)))[2][1:3] == ["0"]
