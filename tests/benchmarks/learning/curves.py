@@ -15,16 +15,24 @@ GAP = 24
 LINE_HEIGHT = 20
 MAX_MARKERS = 12  # lines with more points get no circles
 COLOURS = ("#2f6fdb", "#d1495b", "#1b7f4b", "#d9822b", "#7b4fb5", "#0f8b8d", "#8a6d00", "#5d6878")
-STYLE = """text { font: 11px sans-serif; fill: #3c4654; } .end { text-anchor: end; } .middle { text-anchor: middle; }
+STYLE = """text { font: 11px sans-serif; fill: #3c4654; } .end { text-anchor: end; }
+.middle { text-anchor: middle; }
 .grid { stroke: #e3e7ed; } .base { stroke: #5d6878; } .title { font-size: 13px; font-weight: bold; }
-.mean { fill: none; stroke-width: 2; stroke-linejoin: round; } .one { fill: none; stroke-width: 1; stroke-opacity: .35; }"""
+.mean { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.one { fill: none; stroke-width: 1; stroke-opacity: .35; }"""
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Line:
-    """mean: its points. seeds: the curves of single seeds. halves: half widths of the intervals of `mean`."""
+    """A curve.
+
+    Attributes:
+        mean: the points of the mean over seeds.
+        seeds: the curves of single seeds.
+        halves: half widths of the intervals of `mean`.
+    """
 
     name: str
     mean: Sequence[Point]
@@ -77,7 +85,8 @@ def _colours(panels: Sequence[Panel]) -> dict[str, str]:
 def _titled_panel(panel: Panel, colours: Mapping[str, str], left: float, top: float) -> str:
     return (
         f'<text class="title" x="{left + 4}" y="{top + 16:.0f}">{safe(panel.title)}</text>'
-        f'<svg x="{left}" y="{top + 22:.0f}" width="{WIDTH}" height="{HEIGHT}">{_plot(panel, colours)}</svg>'
+        f'<svg x="{left}" y="{top + 22:.0f}" width="{WIDTH}" height="{HEIGHT}">'
+        f"{_plot(panel, colours)}</svg>"
     )
 
 

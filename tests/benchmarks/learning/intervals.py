@@ -1,4 +1,4 @@
-"""Confidence intervals of means over seeds (Student's t), for values and for differences paired by seed."""
+"""Confidence intervals of means over seeds (Student's t): of values, and of paired differences."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -27,7 +27,7 @@ from torch import Tensor
 
 
 def mixed_look_back_rows(labelled: Tensor, following: Tensor, frames: int) -> LookBackRows:
-    """`look_back_rows`, in which the frames before a labelled frame of lane b are those of lane b + 1.
+    """`look_back_rows` with the frames of lane b + 1 before a labelled frame of lane b.
 
     Args:
         labelled: (T, B) bool.
@@ -66,7 +66,7 @@ def mixed_forward(
     starts: Tensor | None = None,
     labelled: Tensor | None = None,
 ) -> tuple[Tensor, DetectorState]:
-    """`Detector.forward` that finds the frames before each frame by `look_back_rows` in any case."""
+    """`Detector.forward` that always finds earlier frames by `look_back_rows`."""
     if labelled is None:
         labelled = torch.ones(frames.shape[:2], dtype=torch.bool)
     return PLAIN_FORWARD(self, frames, state, starts=starts, labelled=labelled)
@@ -85,7 +85,7 @@ def is_mixed(experiment: str) -> bool:
 
 
 def train_command(run: PlannedRun) -> list[str]:
-    """`evspan.launch.local.sequential.train_command`, with lanes mixed where the run's variant says so."""
+    """`local.sequential.train_command`, with mixed lanes where the variant has them."""
     experiments = [override for override in run.overrides if override.startswith("experiment=")]
     if experiments and is_mixed(experiments[0]):
         return [sys.executable, __file__, "train", str(run.folder / CONFIG_FILE)]

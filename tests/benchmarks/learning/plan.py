@@ -1,4 +1,4 @@
-"""The runs of the learning study: variants, sequence lengths and BPTT lengths, with equal budgets, over seeds."""
+"""The runs of the learning study: variants, sequence lengths and BPTT lengths, over seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

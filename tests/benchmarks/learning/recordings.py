@@ -1,4 +1,4 @@
-"""The fixed recordings of the learning study: simulated and prepared once, verified by hash at every use."""
+"""The fixed recordings of the learning study: made once, verified by hash at every use."""
 
 import hashlib
 import json
@@ -26,7 +26,8 @@ PREPARE = ["dataset=simulated", "frames.downsample=2"]
 class Recordings:
     """A version of the set. A version never changes: another recipe gets another name.
 
-    digest: hash of the events and boxes of the original set. Another machine's math library may round differently.
+    digest: hash of the events and boxes of the original set. Another machine's math library may
+        round differently.
     """
 
     name: str
@@ -53,8 +54,10 @@ QUICK = Recordings("learn-v2-quick", 4, 2, 4, "dbaba65f409a40d7")  # for tests a
 class RecordingSet:
     """A set on disk.
 
-    shards: the folder. digest: hash of all its events and boxes. original: whether they are bit-identical to the
-    original set.
+    Attributes:
+        shards: the folder.
+        digest: hash of all its events and boxes.
+        original: whether they are bit-identical to the original set.
     """
 
     shards: Path
@@ -73,8 +76,8 @@ def recordings_in(folder: Path, recordings: Recordings) -> RecordingSet:
     table = _read_table(folder)
     if table.get("recipe") != recordings.recipe():
         raise UserError(
-            f"{folder / SET} was made by another recipe than that of {recordings.name}, so its numbers would not "
-            f"compare. Remove {folder}, or name another --folder"
+            f"{folder / SET} was made by another recipe than that of {recordings.name}, so its "
+            f"numbers would not compare. Remove {folder}, or name another --folder"
         )
     _verify(folder, table["files"])
     return RecordingSet(folder / SET, table["digest"], table["digest"] == recordings.digest)
@@ -94,8 +97,9 @@ def _verify(folder: Path, expected: dict[str, str]) -> None:
     else:
         problem = "was changed or damaged"
     raise UserError(
-        f"{folder / SET / first} {problem} ({len(wrong)} of {len(expected)} files), so runs on this set would not "
-        f"compare. Remove {folder / SET} and {folder / TABLE}; the set is then made again, bit for bit"
+        f"{folder / SET / first} {problem} ({len(wrong)} of {len(expected)} files), so runs on "
+        f"this set would not compare. Remove {folder / SET} and {folder / TABLE}; the set is then "
+        "made again, bit for bit"
     )
 
 
@@ -107,12 +111,13 @@ def _read_table(folder: Path) -> dict[str, Any]:
     except (ValueError, AttributeError):
         pass
     raise UserError(
-        f"{folder / TABLE} is damaged. Remove it and {folder / SET}; the set is then made again, bit for bit"
+        f"{folder / TABLE} is damaged. Remove it and {folder / SET}; the set is then made again, "
+        "bit for bit"
     )
 
 
 def _make(folder: Path, recordings: Recordings) -> None:
-    """Makes the set in a temporary folder and renames it when it is complete. The table is renamed last."""
+    """Makes the set in a temporary folder, and renames it and then the table when complete."""
     temporary = folder / f".{SET}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(folder / SET, ignore_errors=True)  # without a table it is an interrupted attempt
@@ -145,8 +150,8 @@ def _evspan(*arguments: str) -> None:
     code = subprocess.run([sys.executable, "-m", "evspan.launch", *arguments]).returncode
     if code:
         raise UserError(
-            f"evspan {arguments[0]} ended with exit code {code}, so there are no recordings to train on; "
-            "its output is above"
+            f"evspan {arguments[0]} ended with exit code {code}, so there are no recordings to "
+            "train on; its output is above"
         )
 
 

@@ -1,4 +1,4 @@
-"""The report of the learning study: tables with intervals over seeds, the same as JSON, and the curves."""
+"""The report of the learning study: tables with intervals over seeds, as JSON too, and curves."""
 
 import json
 import shlex
@@ -26,9 +26,10 @@ MEASURES = {
 BREAKDOWN = "evaluation-val/metrics.json"  # written by `evspan evaluate` in the run's folder
 COMPARED = ("ap", "ap_small", "ap_still", "recall_still")  # with the first row of a table
 CURVES = {"loss/total": "loss", "evaluation/ap": "AP", "evaluation/ap_small": "AP small"}
-NOTE = f"""Points of 100: the mean over seeds ± half of its {CONFIDENCE:.0%} interval (Student's t over the seeds). The choice of
-held-out recordings adds uncertainty that is not included: all runs are scored on the same ones. Differences are paired by
-seed: a seed draws the same frames and augmentations in every variant. **Bold**: the interval excludes zero."""
+NOTE = f"""Points of 100: the mean over seeds ± half of its {CONFIDENCE:.0%} interval (Student's t over
+the seeds). The choice of held-out recordings adds uncertainty that is not included: all runs are
+scored on the same ones. Differences are paired by seed: a seed draws the same frames and
+augmentations in every variant. **Bold**: the interval excludes zero."""
 
 Seeds = dict[int, Run]
 
@@ -43,7 +44,7 @@ class Results:
 
 
 def write_report(plan: Plan, recordings: RecordingSet, runs: Sequence[Run]) -> str:
-    """Writes report.md, report.json and curves.svg into the plan's folder. Returns the text of report.md."""
+    """Writes report.md, report.json and curves.svg. Returns the text of report.md."""
     results = _collect(plan, runs)
     text = _page(plan, recordings, runs, results)
     (plan.folder / "report.md").write_text(text)
@@ -102,7 +103,7 @@ def finished_runs(plan: Plan, runs: Sequence[Run]) -> list[Run]:
 
 
 def measured(run: Run) -> dict[str, float | None]:
-    """Measure -> fraction from 0 to 1, from the run's last evaluation and the breakdown of its checkpoint."""
+    """Measure -> fraction from 0 to 1: the last evaluation, and the checkpoint's breakdown."""
     metrics = {name: number(run.metrics[name]) for name in MEASURES if name in run.metrics}
     try:
         breakdown = json.loads((run.folder / BREAKDOWN).read_text())
@@ -133,7 +134,7 @@ def available_measures(rows: Mapping[str, Seeds]) -> list[str]:
     ]
 
 
-# -- report.md ---------------------------------------------------------------------------------------------------
+# -- report.md -------------------------------------------------------------------------------------
 def _page(plan: Plan, recordings: RecordingSet, runs: Sequence[Run], results: Results) -> str:
     set_line = f"Set {recordings.digest}"
     if not recordings.original:
@@ -144,21 +145,22 @@ def _page(plan: Plan, recordings: RecordingSet, runs: Sequence[Run], results: Re
     parts = [f"# {plan.folder.name}\n", f"{set_line}. {budget}.\n", NOTE]
     if results.variants:
         parts.append(
-            f"\n## Variants\n\nSequences of {VARIANT_LENGTH} frames; half of the lanes follow recordings.\n"
+            f"\n## Variants\n\nSequences of {VARIANT_LENGTH} frames; half of the lanes follow "
+            "recordings.\n"
         )
         parts += _table(
             {_title(name): seeds for name, seeds in results.variants.items()}, "variant"
         )
     if results.lengths:
         parts.append(
-            "\n## Length of sequences\n\nThe baseline. All lanes follow recordings and carry their state; gradients flow "
-            "through as many frames as the row says. Frames seen and steps are equal.\n"
+            "\n## Length of sequences\n\nThe baseline. All lanes follow recordings and carry their "
+            "state; gradients flow through as many frames as the row says. Frames seen and steps are equal.\n"
         )
         parts += _table(results.lengths, "frames")
     if results.bptt_lengths:
         parts.append(
-            f"\n## BPTT length\n\nThe baseline in sequences of {LENGTHS[-1]} frames. Every run sees the same batches; "
-            "gradients flow back through as many frames as the row says.\n"
+            f"\n## BPTT length\n\nThe baseline in sequences of {LENGTHS[-1]} frames. Every run sees "
+            "the same batches; gradients flow back through as many frames as the row says.\n"
         )
         parts += _table(results.bptt_lengths, "frames")
     unfinished = _unfinished(plan, runs)
@@ -223,7 +225,7 @@ def _unfinished(plan: Plan, runs: Sequence[Run]) -> list[str]:
 
 
 def _as_json(rows: dict[str, Seeds]) -> dict[str, Any]:
-    """Row -> measure -> the value of each seed, their mean, half of the interval (null: one seed)."""
+    """Row -> measure -> values by seed, their mean, half of the interval (null: one seed)."""
     summary: dict[str, Any] = {}
     for title, seeds in rows.items():
         summary[title] = {}
@@ -234,7 +236,7 @@ def _as_json(rows: dict[str, Seeds]) -> dict[str, Any]:
     return summary
 
 
-# -- curves.svg --------------------------------------------------------------------------------------------------
+# -- curves.svg ------------------------------------------------------------------------------------
 def _variant_panels(variants: dict[str, Seeds]) -> list[Panel]:
     """Loss and AP by step."""
     if not variants:

@@ -1,4 +1,4 @@
-"""Runs the learning study: makes the recordings, trains every run of the plan, writes the report."""
+"""Runs the learning study: makes recordings, trains every run of the plan, writes the report."""
 
 import argparse
 import subprocess
@@ -15,21 +15,23 @@ from learning.plan import CONF, DEFAULT_VARIANTS, LENGTHS, RUNS, VARIANTS, Plan
 from learning.recordings import FULL, QUICK, Recordings, RecordingSet, recordings_in
 from learning.report import COMPARED, finished_runs, measured, write_report
 
-DESCRIPTION = f"""Makes a fixed set of simulated recordings with many small, crossing and stopping objects (once; verified by
-hash at every use). Trains variants with equal budgets and seeds on it, the baseline with several sequence lengths at equal
-frames and steps, and the longest sequences with gradients cut after several BPTT lengths. Writes FOLDER/{FULL.name}/report.md
-(AP, AP of small and of still objects, with intervals over seeds), report.json and curves.svg. The same command continues
-with what is not finished; more seeds, variants or lengths add runs."""
+DESCRIPTION = f"""Makes a fixed set of simulated recordings with many small, crossing and stopping objects (once;
+verified by hash at every use). Trains variants with equal budgets and seeds on it, the baseline with
+several sequence lengths at equal frames and steps, and the longest sequences with gradients cut
+after several BPTT lengths. Writes FOLDER/{FULL.name}/report.md (AP, AP of small and of still
+objects, with intervals over seeds), report.json and curves.svg. The same command continues with
+what is not finished; more seeds, variants or lengths add runs."""
 EXAMPLES = """variants:
 {variants}
 
 examples:
-  python tests/benchmarks/learn.py --quick                          # a small version, to see that it works
-  python tests/benchmarks/learn.py --folder bench --seeds 3         # hours on 2 cores
-  python tests/benchmarks/learn.py --variants baseline,attention --lengths none --bptt none --steps 400
-  python tests/benchmarks/learn.py --report                         # reports what is finished, starts nothing
-  python tests/benchmarks/learn.py --variants baseline,attention cluster=gpu_nodes cluster.partition=gpu     # a SLURM
-                                                                    # array; KEY=VALUE is passed to every run"""
+  python tests/benchmarks/learn.py --quick               # a small version
+  python tests/benchmarks/learn.py --folder bench --seeds 3     # hours on 2 cores
+  python tests/benchmarks/learn.py --variants baseline,attention --lengths none --bptt none
+  python tests/benchmarks/learn.py --report              # starts nothing
+  python tests/benchmarks/learn.py --variants baseline,attention cluster=gpu_nodes
+
+KEY=VALUE is passed to every run; cluster=gpu_nodes makes the runs a SLURM array."""
 
 
 @dataclass(frozen=True)
