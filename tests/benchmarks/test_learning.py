@@ -51,7 +51,7 @@ def run_study(folder: Path, *words: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(420)
 def test_quick_trains_two_variants_reports_them_and_continues(tmp_path):
     words = [
