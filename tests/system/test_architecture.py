@@ -4,7 +4,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -209,12 +209,25 @@ def test_every_line_of_the_tables_names_something_that_exists():
     assert sorted(named - modules().keys()) == []
 
 
+def distributions_by_package() -> dict[str, set[str]]:
+    """Top-level package -> names of the distributions that install it.
+
+    `packages_distributions` of Python 3.10 misses those without a file top_level.txt.
+    """
+    mapping: dict[str, set[str]] = {}
+    for distribution in distributions():
+        for path in distribution.files or ():
+            package = path.parts[0].removesuffix(".py")
+            mapping.setdefault(package, set()).add(distribution.metadata["Name"].lower())
+    return mapping
+
+
 def test_third_party_packages_are_declared_dependencies():
     # Of the extras only `export`, whose command names it where a package is missing.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = project["dependencies"] + project["optional-dependencies"]["export"]
     declared = {Requirement(requirement).name.lower() for requirement in requirements}
-    offered_by = packages_distributions()
+    offered_by = distributions_by_package()
     for module, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
