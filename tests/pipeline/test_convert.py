@@ -22,7 +22,7 @@ from evspan.pipeline.weights import Weights, load_weights, save_weights
 from omegaconf import OmegaConf
 from support.rvt_checkpoints import SIZES, model_of, publish, random_tensors
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 ROOT = Path(__file__).parents[2]
 
 

@@ -17,6 +17,8 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from support.dispatched import Dispatched
 
+pytestmark = pytest.mark.slow
+
 CHANNELS, H, W, LANES = 4, 60, 120, 3  # padded to 64 x 128
 KINDS = {
     "plain": {},

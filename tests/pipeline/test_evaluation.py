@@ -251,6 +251,7 @@ def test_detections_in_prophesees_form_are_in_pixels_and_time_of_the_sensor():
 
 # -- streaming ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("lanes", "length"), [(1, 4), (2, 3), (4, 10)])
+@pytest.mark.slow
 def test_streaming_is_one_recording_after_the_other_frame_by_frame(tmp_path, lanes, length):
     root = write_small_shards(tmp_path / "shards", {"val": [7, 12, 1, 5]})
     data = open_dataset(DatasetConfig(root=str(root)), "val")

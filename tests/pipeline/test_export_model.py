@@ -22,7 +22,7 @@ from evspan.pipeline.model.state import state_tensors
 from evspan.pipeline.weights import Weights, load_weights, save_weights
 from support.refusals import refused_by
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 BINS, STEPS, CLASSES = 2, 6, ["ball", "box"]
 ATTENTION = {"enable_small_object_attention": True}
 # name -> (neck, dws_conv, batch, height, width); windows have 36 cells at 192 x 192, where the backbone attends in another way

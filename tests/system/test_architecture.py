@@ -222,6 +222,7 @@ def distributions_by_package() -> dict[str, set[str]]:
     return mapping
 
 
+@pytest.mark.slow
 def test_third_party_packages_are_declared_dependencies():
     # Of the extras only `export`, whose command names it where a package is missing.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
