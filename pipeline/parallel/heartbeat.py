@@ -197,17 +197,20 @@ class _Heartbeats:
             return "; ".join(
                 f"{self._name(rank)} failed ({self.latest[rank].status})" for rank in failed
             )
-        if self.unanswered >= beats:
-            return (
-                f"{self._name(0)}, whose store at {self.address}:{self.port} all ranks share, is "
-                "gone or stuck"
-            )
-        silent = [rank for rank, missed in enumerate(self.missed) if missed >= beats]
+        store_gone = self.unanswered >= beats
+        # Rank 0 also ends, and its store with it, because of a rank that was silent before.
+        needed = min(beats, SILENT_BEATS - 1) if store_gone else beats
+        silent = [rank for rank, missed in enumerate(self.missed) if missed >= needed]
         if silent:
             names = ", ".join(map(self._name, silent))
             verb = "is" if len(silent) == 1 else "are"
             seconds = max(self.missed) * BEAT_S
             return f"{names} {verb} gone or stuck: no heartbeat for {seconds:.0f} s"
+        if store_gone:
+            return (
+                f"{self._name(0)}, whose store at {self.address}:{self.port} all ranks share, is "
+                "gone or stuck"
+            )
         others = [rank for rank in range(self.size) if rank != self.rank]
         waiting = [rank for rank in others if self.latest[rank].status == RUNNING]
         if waiting:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from evspan.conf.schema.training import ParallelConfig, Precision, TrainConfig, TrainingConfig
 from evspan.pipeline.engine.oom import memory_options, out_of_memory
+from evspan.pipeline.parallel.heartbeat import Beat, _Heartbeats
 from evspan.pipeline.parallel.world import World
 from support.processes import alive, all_ready, eventually, pids
 from support.slurm_cluster import free_ports
@@ -95,6 +96,19 @@ def test_survivors_end_in_time_and_name_the_rank(tmp_path, number, victim):
     assert time.monotonic() - began < TIMEOUT_S + 20
     ranks[victim].kill()
     ranks[victim].communicate()
+
+
+@pytest.mark.parametrize(("missed", "named"), [([0, 5, 0], 1), ([0, 3, 0], 1), ([0, 1, 0], 0)])
+def test_a_store_that_ended_with_rank_0_hides_no_rank_that_was_silent_before(missed, named):
+    heartbeats = object.__new__(_Heartbeats)  # without its threads
+    heartbeats.rank, heartbeats.size = 2, 3
+    heartbeats.address, heartbeats.port = "127.0.0.1", 1
+    heartbeats.latest = [Beat("node", 100 + rank, 9) for rank in range(3)]
+    heartbeats.missed = missed
+    heartbeats.unanswered = 6
+    message = heartbeats._message(beats=TIMEOUT_S)
+    assert message.startswith(f"rank {named} (process {100 + named} on node)"), message
+    assert "gone or stuck" in message
 
 
 def test_a_rank_that_is_alive_but_late_is_named(tmp_path):
