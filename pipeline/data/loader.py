@@ -11,7 +11,7 @@ from evspan.conf.schema.training import TrainingConfig
 from evspan.pipeline.data.augment import augment_boxes, augment_frames, draw_augmentation
 from evspan.pipeline.data.boxes import to_center
 from evspan.pipeline.data.datasets import Dataset
-from evspan.pipeline.data.plan import SamplingPlan
+from evspan.pipeline.data.plan import Chunk, SamplingPlan
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,6 +22,8 @@ class Batch(NamedTuple):
     frames: (T, B, C, H, W) uint8.
     starts: (B,) bool, lanes whose state is reset to zero before the first frame.
     labelled: (T, B) bool.
+    following: (looks_back, B) bool, which of the frames after the last one are labelled; True for
+        frames of the next chunk, which may be labelled.
     boxes: (n, G, 5) float32 class, cx, cy, w, h in pixels, of the labelled frames in (t, b) order.
     counts: (n,) int64 number of boxes of each labelled frame; rows of `boxes` after them are zero.
     """
@@ -29,13 +31,14 @@ class Batch(NamedTuple):
     frames: Tensor
     starts: Tensor
     labelled: Tensor
+    following: Tensor
     boxes: Tensor
     counts: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """A copy on `device`, except `labelled`, which the detector reads on the CPU."""
+        """A copy on `device`, except what the detector reads on the CPU: which are labelled."""
         moved = Batch(*(t.to(device, non_blocking=True) for t in self))
-        return moved._replace(labelled=self.labelled)
+        return moved._replace(labelled=self.labelled, following=self.following)
 
 
 def pad_boxes(boxes: list[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
@@ -57,11 +60,12 @@ def pad_boxes(boxes: list[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
 class _LaneLabels(NamedTuple):
     """Of one lane. boxes: per frame (k, 5) class, cx, cy, w, h in pixels. labelled: (T,) bool.
 
-    start: the lane's state is reset to zero.
+    following: (looks_back,) bool. start: the lane's state is reset to zero.
     """
 
     boxes: list[NDArray[np.float32]]
     labelled: NDArray[np.bool_]
+    following: NDArray[np.bool_]
     start: bool
 
 
@@ -77,6 +81,7 @@ class Loader:
         frames: this rank's, of each chunk's frames.
         config: augmentation and num_workers.
         seed: of the run.
+        looks_back: number of earlier frames that the model's temporal attention reads.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class Loader:
         config: TrainingConfig,
         *,
         seed: int,
+        looks_back: int = 0,
     ) -> None:
         self.dataset = dataset
         self.plan = plan
@@ -95,6 +101,7 @@ class Loader:
         self.frames = frames
         self.config = config
         self.seed = seed
+        self.looks_back = looks_back
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index` of the whole run."""
@@ -103,12 +110,14 @@ class Loader:
         frames = np.zeros(shape, np.uint8)
         lanes = [self._lane(lane, index, frames[:, b]) for b, lane in enumerate(self.lanes)]
         labelled = np.stack([lane.labelled for lane in lanes], axis=1)
+        following = np.stack([lane.following for lane in lanes], axis=1)
         boxes = [lanes[b].boxes[t] for t, b in zip(*np.nonzero(labelled), strict=True)]
         padded, counts = pad_boxes(boxes)
         return Batch(
             frames=torch.from_numpy(frames),
             starts=torch.tensor([lane.start for lane in lanes]),
             labelled=torch.from_numpy(labelled),
+            following=torch.from_numpy(following),
             boxes=padded,
             counts=counts,
         )
@@ -136,7 +145,21 @@ class Loader:
             augment_boxes(to_center(rows), augmentation, height=height, width=width)
             for rows in stored
         ]
-        return _LaneLabels(boxes, labelled, chunk.start)
+        return _LaneLabels(boxes, labelled, self._following(chunk), chunk.start)
+
+    def _following(self, chunk: Chunk) -> NDArray[np.bool_]:
+        """Which of the `looks_back` frames after this rank's last one are labelled.
+
+        Known without the other ranks: every rank opens the whole dataset.
+        """
+        following = np.ones(self.looks_back, bool)
+        of_chunk = following[: self.plan.sequence_length - self.frames.stop]
+        labelled = self.dataset.recordings[chunk.recording].labelled
+        existing = labelled[chunk.first + self.frames.stop : chunk.first + chunk.frames]
+        existing = existing[: len(of_chunk)]
+        of_chunk[: len(existing)] = existing
+        of_chunk[len(existing) :] = False  # after the recording's end
+        return following
 
     def batches(self, start: int) -> Generator[Batch, None, None]:
         """Micro-batches from index `start` on, read ahead by `config.num_workers` threads."""

@@ -257,7 +257,11 @@ class Trainer:
         """
         self.engine.train()
         raw, state = self.engine(
-            batch.frames, self.state, starts=batch.starts, labelled=batch.labelled
+            batch.frames,
+            self.state,
+            starts=batch.starts,
+            labelled=batch.labelled,
+            following=batch.following,
         )
         local_losses = detection_loss(
             raw,
@@ -553,6 +557,7 @@ def _build_loader(config: TrainConfig, dataset: Dataset, mesh: Mesh) -> Loader:
         mesh.frames(training.sequence_length),
         training,
         seed=config.seed,
+        looks_back=config.model.fpn.looks_back,
     )
 
 

@@ -183,6 +183,7 @@ class Detector(nn.Module):
         *,
         starts: Tensor | None = None,
         labelled: Tensor | None = None,
+        following: Tensor | None = None,
     ) -> tuple[Tensor, DetectorState]:
         """Runs one chunk.
 
@@ -192,6 +193,10 @@ class Detector(nn.Module):
             starts: (B,) bool, lanes whose state is reset to zero first; None: no lane.
             labelled: (T, B) bool, the frames to predict; all may be False. None: all frames. Keep
                 it on the CPU: its count is needed there, and reading it from a GPU would block.
+            following: (looks_back, B) bool, which of the frames after this rank's last one are
+                labelled; True for frames of the next chunk. On the same device as `labelled`.
+                Without temporal attention it is not read. None: this rank's last frame is the
+                chunk's.
 
         Returns:
             (n, cells, 5 + classes) raw predictions of the n labelled frames in (t, b) order, cells
@@ -205,9 +210,8 @@ class Detector(nn.Module):
         if labelled is None:
             history: _History = _AllFrames(state.previous, self.exchange, frames.shape[1])
         else:
-            following = labelled[:0]
-            if frames_back:
-                following = self.exchange.following(labelled, frames_back)
+            if following is None:
+                following = labelled.new_ones(frames_back, labelled.shape[1])
             rows = self.look_back_rows(labelled, following, frames_back).to(frames.device)
             history = _PackedFrames(state.previous, self.exchange, rows)
             chosen = [feature[rows.needed] for feature in chosen]

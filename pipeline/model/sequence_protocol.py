@@ -43,17 +43,6 @@ class Exchange(Protocol):
             as tail.
         """
 
-    def following(self, labelled: Tensor, frames: int) -> Tensor:
-        """Returns which of the `frames` frames after this rank's last one are labelled.
-
-        Args:
-            labelled: (T, B) bool, this rank's frames.
-            frames: number of frames.
-
-        Returns:
-            (frames, B) bool; True for frames of the next chunk, which may be labelled.
-        """
-
 
 class LocalExchange:
     """The exchange of a sequence on one rank."""
@@ -67,7 +56,3 @@ class LocalExchange:
     def previous(self, tail: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
         """The frames before the chunk are the carry, and its last frames the next one."""
         return carry, tail
-
-    def following(self, labelled: Tensor, frames: int) -> Tensor:
-        """(frames, B) of True: any frame of the next chunk may be labelled."""
-        return labelled.new_ones(frames, labelled.shape[1])

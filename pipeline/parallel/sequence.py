@@ -104,25 +104,6 @@ class SequenceExchange(ABC):
         """The rank that holds a frame of the chunk, or of the carry (negative)."""
         return max(frame, 0) // self.frames
 
-    def following(self, labelled: Tensor, frames: int) -> Tensor:
-        """See `Exchange.following`.
-
-        Args:
-            labelled: (T, B) bool, this rank's frames.
-            frames: number of frames.
-
-        Returns:
-            (frames, B) bool.
-        """
-        of_ranks = [labelled]
-        if self.group is not None:
-            own = labelled.to(self.device).contiguous()
-            of_ranks = [torch.empty_like(own) for _ in range(self.ranks)]
-            dist.all_gather(of_ranks, own, group=self.group)
-        later = [part.to(labelled.device) for part in of_ranks[self.position + 1 :]]
-        after = torch.cat((*later, labelled.new_ones(frames, labelled.shape[1])))
-        return after[:frames]
-
     # -- the state between chunks ------------------------------------------------------------------
     def scatter(self, state: DetectorState) -> DetectorState:
         """This rank's part of a canonical state. Not a collective: every rank has the whole."""

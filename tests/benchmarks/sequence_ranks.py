@@ -152,6 +152,10 @@ class Side:
             self.state = exchange.scatter(self.state)
             mine = mesh.frames(length)
         self.inputs = inputs(mine, height, width)
+        looks_back = self.detector.config.fpn.looks_back
+        after = range(mine.stop, mine.stop + looks_back)
+        following = [[t >= length or t % 2 == 0] for t in after]
+        self.following = torch.tensor(following, dtype=torch.bool).view(looks_back, 1)
         self.loss = 0.0
 
     def train(self) -> None:
@@ -160,7 +164,9 @@ class Side:
         frames, labelled, boxes, counts = self.inputs
         height, width = frames.shape[-2:]
         starts = torch.ones(1, dtype=torch.bool)
-        raw, _ = self.detector(frames, self.state, starts=starts, labelled=labelled)
+        raw, _ = self.detector(
+            frames, self.state, starts=starts, labelled=labelled, following=self.following
+        )
         losses = detection_loss(
             raw,
             boxes,

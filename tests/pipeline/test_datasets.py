@@ -20,6 +20,7 @@ from support.prepared import frames_in
 from support.rvt_tree import write_rvt_tree
 from support.small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
 
+LOOKS_BACK = 3
 SHARD_FRAMES = {"train": [23, 12, 9], "val": [5]}
 
 
@@ -133,7 +134,7 @@ def make_loader(data, lanes, workers=0, frames=range(4)):
         sampling=Sampling.mixed,
         seed=3,
     )
-    return Loader(data, plan, lanes, frames, config, seed=3), plan
+    return Loader(data, plan, lanes, frames, config, seed=3, looks_back=LOOKS_BACK), plan
 
 
 def test_batches_hold_what_the_plan_says(shards):
@@ -196,11 +197,16 @@ def test_any_number_of_workers_and_any_layout_read_the_same(tmp_path, recordings
         ]
         for index in range(2, 9):
             batch, boxes = whole.batch(index), {}
+            next_chunk = torch.ones(LOOKS_BACK, 6, dtype=torch.bool)  # may be labelled
+            ahead = torch.cat((batch.labelled, next_chunk))
+            assert torch.equal(batch.following, next_chunk)
             for (lanes, frames), part in zip(layout, map(next, parts), strict=True):
                 here = slice(frames.start, frames.stop), slice(lanes.start, lanes.stop)
                 assert torch.equal(part.frames, batch.frames[here])
                 assert torch.equal(part.labelled, batch.labelled[here])
                 assert torch.equal(part.starts, batch.starts[here[1]])
+                after = ahead[frames.stop : frames.stop + LOOKS_BACK, here[1]]
+                assert torch.equal(part.following, after)
                 boxes |= {
                     (t + frames.start, lane + lanes.start): rows
                     for (t, lane), rows in by_frame(part).items()

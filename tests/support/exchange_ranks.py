@@ -209,11 +209,6 @@ def timeline(back, frames):
     return whole, weights
 
 
-def some_labels(frames):
-    """(frames, 2) bool."""
-    return torch.rand(frames, 2, generator=torch.Generator().manual_seed(11)) < 0.5
-
-
 def look_back(back, frames, exchange, mine):
     """Looks back over chunks, as the detector does: the carry's frames fill up a short chunk."""
     whole, weights = timeline(back, frames)
@@ -233,7 +228,6 @@ def look_back(back, frames, exchange, mine):
     return {
         "before": torch.stack(befores),
         "features": torch.stack([f.grad for f in features]),
-        "following": exchange.following(some_labels(frames)[mine.start : mine.stop], back),
         "carry": exchange.gather(DetectorState((), (carry,)), canonical).previous[0],
         "first": exchange.gather(DetectorState((), (gradient,)), canonical).previous[0],
     }
@@ -319,14 +313,23 @@ def detect(model, labels, dtype, exchange, mine, my_lanes, *, frames, lanes, ove
     state = exchange.scatter(canonical)
     loss_values = []
     gradients = []
+    looks_back = detector.config.fpn.looks_back
     rows = slice(mine.start, mine.stop)
     columns = slice(my_lanes.start, my_lanes.stop)
     for index in range(2):
         x, labelled, starts, boxes = chunk(index, labels, frames, lanes)
+        ahead = torch.cat((labelled, torch.ones(looks_back, lanes, dtype=torch.bool)))
+        following = ahead[mine.stop : mine.stop + looks_back, columns]
         labelled = labelled[rows, columns]
         boxes = boxes[rows, columns]
         detector.zero_grad(set_to_none=True)
-        raw, state = detector(x[rows, columns], state, starts=starts[columns], labelled=labelled)
+        raw, state = detector(
+            x[rows, columns],
+            state,
+            starts=starts[columns],
+            labelled=labelled,
+            following=following,
+        )
         counts = torch.full((int(labelled.sum()),), 2)
         losses = detection_loss(
             raw,

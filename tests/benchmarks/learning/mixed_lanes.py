@@ -65,11 +65,12 @@ def mixed_forward(
     *,
     starts: Tensor | None = None,
     labelled: Tensor | None = None,
+    following: Tensor | None = None,
 ) -> tuple[Tensor, DetectorState]:
     """`Detector.forward` that always finds earlier frames by `look_back_rows`."""
     if labelled is None:
         labelled = torch.ones(frames.shape[:2], dtype=torch.bool)
-    return PLAIN_FORWARD(self, frames, state, starts=starts, labelled=labelled)
+    return PLAIN_FORWARD(self, frames, state, starts=starts, labelled=labelled, following=following)
 
 
 class MixedLanesDetector(Detector):
