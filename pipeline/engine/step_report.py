@@ -63,29 +63,43 @@ class StepReport(NamedTuple):
     started: float
 
 
-def reduce_over_ranks(losses: Losses, *, stop_requested: bool) -> tuple[LossSummary, bool]:
-    """The losses over all ranks, and whether any rank was asked to stop. A collective.
+class MicroBatchSum:
+    """The one all-reduce of a micro-batch's loss. It also counts the ranks that were asked to stop.
 
-    One small sum carries both, so all ranks decide alike. Reading its result is the one place in a
-    step where the host waits for the device.
+    `detection_loss` calls it, with its counts and sums.
 
     Args:
-        losses: of this rank, 0-dim float tensors.
+        stop_requested: whether this rank was asked to stop.
     """
-    local = torch.stack(
-        [
-            losses.total,
-            losses.iou,
-            losses.objectness,
-            losses.classes,
-            losses.total.new_tensor(float(stop_requested)),
-        ]
-    )
-    summed = sum_over_ranks(local.detach())
-    positives = losses.positives.reshape(1).to(summed)  # over all ranks already
-    values = torch.cat((summed, positives)).tolist()
-    total, iou, objectness, classes, stops, num_positives = values
-    return LossSummary(total, iou, objectness, classes, num_positives), stops > 0
+
+    def __init__(self, *, stop_requested: bool) -> None:
+        self.stop_requested = stop_requested
+        self.stops: Tensor | None = None  # () number of ranks, after the call
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(n,) -> (n,), the sum over ranks. A collective."""
+        # Made on the device: a Python number would be copied there, and the host would wait.
+        flag = torch.full(
+            (1,), float(self.stop_requested), dtype=values.dtype, device=values.device
+        )
+        summed = sum_over_ranks(torch.cat((values, flag)))
+        self.stops = summed[-1]
+        return summed[:-1]
+
+    def read(self, losses: Losses) -> tuple[LossSummary, bool]:
+        """The losses, and whether any rank was asked to stop: the same on every rank.
+
+        This is the one place in a step where the host waits for the device.
+
+        Args:
+            losses: what `detection_loss` returned.
+        """
+        assert self.stops is not None
+        parts = torch.stack((losses.iou, losses.objectness, losses.classes))
+        counts = torch.stack((losses.positives, self.stops))
+        values = torch.cat((parts.sum(0, keepdim=True), parts, counts)).tolist()
+        total, iou, objectness, classes, positives, stops = values
+        return LossSummary(total, iou, objectness, classes, positives), stops > 0
 
 
 class Throughput(NamedTuple):

@@ -29,9 +29,9 @@ from evspan.pipeline.engine.signals import StopFlag, catch_stop_signals
 from evspan.pipeline.engine.step_report import (
     LossSummary,
     MicroBatchReport,
+    MicroBatchSum,
     StepReport,
     ThroughputMeter,
-    reduce_over_ranks,
 )
 from evspan.pipeline.evaluation.coco import Metrics
 from evspan.pipeline.history import append, record_first_step, record_start, write_progress
@@ -263,15 +263,16 @@ class Trainer:
             labelled=batch.labelled,
             following=batch.following,
         )
+        over_ranks = MicroBatchSum(stop_requested=stop_requested)
         local_losses = detection_loss(
             raw,
             batch.boxes,
             batch.counts,
             self._detector.geometry(self.dataset.height, self.dataset.width),
             self.config.model.head,
-            sum_over_ranks=sum_over_ranks,
+            sum_over_ranks=over_ranks,
         )
-        losses, stop = reduce_over_ranks(local_losses, stop_requested=stop_requested)
+        losses, stop = over_ranks.read(local_losses)
         gradients: dict[str, Tensor] = {}
         if losses.is_finite:
             self.engine.backward(local_losses.total * self.world.size)

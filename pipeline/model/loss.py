@@ -14,11 +14,11 @@ IOU_WEIGHT = 5.0
 
 
 class Losses(NamedTuple):
-    """This rank's sums divided by the number of positives of all ranks; all scalars ().
+    """Sums divided by the number of positives of all ranks; all scalars ().
 
-    total: the sum of the three parts.
-    iou: IoU loss, its factor 5 included.
-    objectness, classes: binary cross-entropies.
+    total: of this rank's frames, the sum of the three parts. The only one with a gradient.
+    iou: IoU loss over all ranks, its factor 5 included.
+    objectness, classes: binary cross-entropies over all ranks.
     positives: number of cells assigned to a box, over all ranks.
     boxes: number of ground-truth boxes, over all ranks.
     """
@@ -66,16 +66,13 @@ def detection_loss(
         counts: (n,) number of valid rows of each frame's boxes; the others are padding.
         geometry: per scale (rows, columns, stride).
         config: of the assignment and the size weighting.
-        sum_over_ranks: an all-reduce of the counts, without gradient; None: one rank.
+        sum_over_ranks: (5,) -> (5,), an all-reduce of counts and sums, without gradient; called
+            once. None: one rank.
     """
     if boxes.shape[1] == 0:
         boxes = boxes.new_zeros(len(boxes), 1, 5)
     raw = raw.float()
     foreground, box, iou = assign(raw, boxes, counts, geometry, config)
-    totals = torch.stack((foreground.sum(), counts.sum())).float()
-    if sum_over_ranks is not None:
-        totals = sum_over_ranks(totals)
-    positives, total_boxes = totals
     target = boxes.gather(1, box[..., None].expand(-1, -1, 5))  # (n, cells, 5)
     sizes = [2, 2, 1, raw.shape[-1] - 5]
     raw_xy, raw_wh, objectness, logits = torch.split(raw, sizes, dim=-1)
@@ -97,12 +94,17 @@ def detection_loss(
             ),
         )
     )
-    parts = sums / positives.clamp(min=1)
+    totals = torch.cat((torch.stack((foreground.sum(), counts.sum())).float(), sums.detach()))
+    if sum_over_ranks is not None:
+        totals = sum_over_ranks(totals)
+    positives, total_boxes, *_ = totals.unbind()
+    normalizer = positives.clamp(min=1)
+    iou_part, objectness_part, classes_part = (totals[2:] / normalizer).unbind()
     return Losses(
-        total=parts.sum(),
-        iou=parts[0],
-        objectness=parts[1],
-        classes=parts[2],
+        total=(sums / normalizer).sum(),
+        iou=iou_part,
+        objectness=objectness_part,
+        classes=classes_part,
         positives=positives,
         boxes=total_boxes,
     )

@@ -307,18 +307,27 @@ def test_losses_and_gradient_agree_with_the_definition(size_aware):
 def test_losses_of_two_ranks_add_up_to_those_of_one():
     raw, boxes, counts = some_batch(6, 4)
     whole = detection_loss(raw, boxes, counts, GEOMETRY, HeadConfig())
-    parts = [
-        detection_loss(
-            raw[s],
-            boxes[s],
-            counts[s],
+    ranks = (slice(0, 1), slice(1, 6))
+
+    def losses(rank, reduction):
+        return detection_loss(
+            raw[rank],
+            boxes[rank],
+            counts[rank],
             GEOMETRY,
             HeadConfig(),
-            sum_over_ranks=lambda _: torch.stack((whole.positives, whole.boxes)),
+            sum_over_ranks=reduction,
         )
-        for s in (slice(0, 1), slice(1, 6))
-    ]
+
+    local_values = []
+    for rank in ranks:
+        losses(rank, lambda values: local_values.append(values) or values)
+    assert len(local_values) == len(ranks)  # one reduction each
+    parts = [losses(rank, lambda _: sum(local_values)) for rank in ranks]
     torch.testing.assert_close(parts[0].total + parts[1].total, whole.total)
+    for part in parts:
+        for name in ("iou", "objectness", "classes", "positives", "boxes"):
+            torch.testing.assert_close(getattr(part, name), getattr(whole, name))
 
 
 @pytest.mark.parametrize(("frames", "most"), [(0, 3), (3, 0), (0, 0)])
