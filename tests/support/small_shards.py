@@ -19,9 +19,17 @@ FRAMES = {
 }
 
 
-def recording(rng: np.random.Generator, count: int, every: int = 2):
+def recording(
+    rng: np.random.Generator,
+    count: int,
+    every: int = 2,
+    *,
+    height: int = HEIGHT,
+    width: int = WIDTH,
+    bins: int = BINS,
+):
     """frames (N, 2*bins, H, W), boxes per frame, labelled: every `every`-th frame."""
-    frames = rng.poisson(0.05, (count, 2 * BINS, HEIGHT, WIDTH)).astype(np.uint8)
+    frames = rng.poisson(0.05, (count, 2 * bins, height, width)).astype(np.uint8)
     tracks = []
     for _ in range(2):
         corner = rng.uniform(10, 70, 2) * (1, 0.5)
@@ -32,8 +40,8 @@ def recording(rng: np.random.Generator, count: int, every: int = 2):
     for t in range(count):
         rows = []
         for track, (corner, speed, (w, h), class_id) in enumerate(tracks):
-            x, y = np.clip(corner + t * speed, 0, (WIDTH - w, HEIGHT - h))
-            frames[t, class_id % (2 * BINS), int(y) : int(y + h), int(x) : int(x + w)] += 5
+            x, y = np.clip(corner + t * speed, 0, (width - w, height - h))
+            frames[t, class_id % (2 * bins), int(y) : int(y + h), int(x) : int(x + w)] += 5
             rows.append((50_000 * (t + 1), x, y, w, h, class_id, track))
         boxes.append(np.array(rows, BOX))
     labelled = np.arange(count) % every == every - 1
@@ -42,7 +50,14 @@ def recording(rng: np.random.Generator, count: int, every: int = 2):
 
 
 def write_small_shards(
-    root: Path, counts: dict[str, list[int]], seed: int = 0, every: int = 2
+    root: Path,
+    counts: dict[str, list[int]],
+    seed: int = 0,
+    every: int = 2,
+    *,
+    height: int = HEIGHT,
+    width: int = WIDTH,
+    bins: int = BINS,
 ) -> Path:
     """Writes shards. counts: split -> frames of each recording. every: distance of labels."""
     rng = np.random.default_rng(seed)
@@ -51,7 +66,9 @@ def write_small_shards(
         (root / split).mkdir(parents=True)
         with h5py.File(root / split / "00000.h5", "w") as file:
             for i, count in enumerate(lengths):
-                frames, boxes, labelled = recording(rng, count, every)
+                frames, boxes, labelled = recording(
+                    rng, count, every, height=height, width=width, bins=bins
+                )
                 name = f"{split}_{i:03d}"
                 group = file.create_group(name)
                 encode = FrameEncoder()
@@ -72,10 +89,10 @@ def write_small_shards(
                         frames=count,
                         labelled_frames=int(labelled.sum()),
                         boxes=sum(map(len, boxes)),
-                        height=HEIGHT,
-                        width=WIDTH,
-                        sensor_height=4 * HEIGHT,
-                        sensor_width=4 * WIDTH,
+                        height=height,
+                        width=width,
+                        sensor_height=4 * height,
+                        sensor_width=4 * width,
                         first_us=0,
                         last_us=50_000 * count - 1,
                         events=int(frames.sum()),
@@ -83,7 +100,7 @@ def write_small_shards(
                 )
     manifest = Manifest(
         software="test",
-        config={"frames": FRAMES},
+        config={"frames": {**FRAMES, "bins": bins}},
         config_hash="0",
         classes=CLASSES,
         recordings=entries,

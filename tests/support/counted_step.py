@@ -1,0 +1,180 @@
+"""A training step of the real trainer on an emulated GPU, and what it asks of the device."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from evspan.conf.schema.layout import ExchangeKind
+from evspan.conf.schema.prep import DatasetConfig
+from evspan.conf.schema.training import (
+    BackboneConfig,
+    CheckpointConfig,
+    DeepSpeedConfig,
+    FpnConfig,
+    HeadConfig,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    Sampling,
+    TrainConfig,
+    TrainingConfig,
+)
+from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
+from evspan.pipeline.engine.trainer import Trainer
+from evspan.pipeline.model.norm import BatchNorm2d
+from support.emulated_deepspeed import deepspeed_on_emulated_gpu
+from support.emulated_device import Counts, Emulation, emulated_gpu
+from support.plain_engine import PlainEngine
+from support.small_shards import BINS, HEIGHT, WIDTH, write_small_shards
+
+WARM_UP_STEPS = 2
+RECORDING_FRAMES = 96
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a detector."""
+
+    embed_dim: int
+    dim_head: int
+    depth: float
+
+
+SIZES = {
+    "micro": Size(16, 8, 0.33),
+    "tiny": Size(32, 32, 0.33),
+    "small": Size(48, 24, 0.33),
+    "base": Size(64, 32, 0.67),
+}
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """A layout, a model and a batch.
+
+    Attributes:
+        sequence: ranks per sequence.
+        exchange: auto, transpose or relay; relay takes the depthwise convolution, if `dws_conv`.
+        zero: stage of DeepSpeed; None: the plain engine of the tests.
+        lanes, frames: of one rank.
+        full_frames: 360 x 640 pixels and 10 bins instead of the 60 x 100 and 2 of the tests.
+        values: see `emulated_gpu`.
+    """
+
+    world: int = 1
+    rank: int = 0
+    sequence: int = 1
+    exchange: str = "auto"
+    dws_conv: bool = False
+    attention: bool = False
+    precision: str = "fp32"
+    zero: int | None = 1
+    size: str = "micro"
+    lanes: int = 2
+    frames: int = 4
+    full_frames: bool = False
+    values: bool = True
+
+
+def write_shards(folder: Path, options: StepOptions) -> Path:
+    """A dataset with the frame size of the options."""
+    height, width, bins = (360, 640, 10) if options.full_frames else (HEIGHT, WIDTH, BINS)
+    counts = {"train": [RECORDING_FRAMES] * 2}
+    return write_small_shards(folder, counts, height=height, width=width, bins=bins)
+
+
+def train_config(options: StepOptions, shards: Path, run_dir: Path) -> TrainConfig:
+    """The config of a run with these options."""
+    size = SIZES[options.size]
+    groups = options.world // options.sequence
+    return TrainConfig(
+        run_dir=str(run_dir),
+        model=ModelConfig(
+            backbone=BackboneConfig(
+                embed_dim=size.embed_dim, dim_head=size.dim_head, dws_conv=options.dws_conv
+            ),
+            fpn=FpnConfig(depth=size.depth, enable_small_object_attention=options.attention),
+            head=HeadConfig(num_classes=3),
+        ),
+        dataset=DatasetConfig(root=str(shards)),
+        training=TrainingConfig(
+            max_steps=100,
+            batch_size=options.lanes * groups,
+            sequence_length=options.frames * options.sequence,
+            precision=Precision[options.precision],
+            sampling=Sampling.random,
+            num_workers=0,
+            log_every=50,
+            evaluate_every=0,
+            log_images_every=0,
+        ),
+        deepspeed=DeepSpeedConfig(stage=options.zero or 0),
+        parallel=ParallelConfig(
+            ranks=options.world,
+            sequence=options.sequence,
+            exchange=ExchangeKind[options.exchange],
+        ),
+        checkpoint=CheckpointConfig(resume=False),
+    )
+
+
+class GpuEngine(DeepSpeedEngine):
+    """DeepSpeed's. The parameters of a module that moves to the emulated device are other objects,
+    which the optimizer would not have."""
+
+    def __init__(self, model, config, world, *, lanes):
+        super().__init__(model.to(world.device), config, world, lanes=lanes)
+
+
+class PlainGpuEngine(PlainEngine):
+    """The plain engine in half precision: parameters of that type, statistics in float32."""
+
+    def __init__(self, model, config, world, *, lanes):
+        if config.training.precision is Precision.bf16:
+            type(self).dtype = torch.bfloat16
+        else:
+            type(self).dtype = torch.float32
+        model.to(self.dtype).to(world.device)
+        super().__init__(model, config, world, lanes=lanes)
+        for module in model.modules():
+            if isinstance(module, BatchNorm2d):
+                module.running_mean = module.running_mean.float()
+                module.running_var = module.running_var.float()
+
+
+def _set_launcher_variables(options: StepOptions) -> None:
+    """torchrun's, which DeepSpeed reads."""
+    os.environ["RANK"] = str(options.rank)
+    os.environ["LOCAL_RANK"] = "0"
+    os.environ["WORLD_SIZE"] = str(options.world)
+
+
+@contextmanager
+def open_trainer(
+    options: StepOptions, shards: Path, run_dir: Path
+) -> Iterator[tuple[Emulation, Trainer]]:
+    """The trainer of one rank on an emulated GPU."""
+    _set_launcher_variables(options)
+    emulation = emulated_gpu(world=options.world, rank=options.rank, values=options.values)
+    with emulation as gpu, deepspeed_on_emulated_gpu():
+        config = train_config(options, shards, run_dir)
+        engine = PlainGpuEngine if options.zero is None else GpuEngine
+        trainer = Trainer(config, gpu.world, engine)
+        try:
+            yield gpu, trainer
+        finally:
+            trainer.close()
+
+
+def step_counts(options: StepOptions, shards: Path, run_dir: Path) -> Counts:
+    """Counts the third step of a run: reading its batch, forward, backward and update."""
+    with open_trainer(options, shards, run_dir) as (gpu, trainer):
+        batches = trainer.loader.batches(0)
+        for _ in range(WARM_UP_STEPS):
+            trainer.micro_batch(trainer._next_batch(batches))
+        with gpu.counting() as counts:
+            trainer.micro_batch(trainer._next_batch(batches))
+        return counts

@@ -1,0 +1,67 @@
+"""DeepSpeed on the emulated GPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from deepspeed.accelerator import real_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from support.emulated_device import Event, Stream, current
+
+
+class EmulatedAccelerator(CPU_Accelerator):
+    """Answers as DeepSpeed's CUDA accelerator does, without CUDA's compiled operators."""
+
+    def is_synchronized_device(self) -> bool:
+        return False
+
+    def device_name(self, device_index: int | None = None) -> str:
+        return "cuda" if device_index is None else f"cuda:{device_index}"
+
+    def device(self, device_index: int | None = None) -> Any:
+        return Stream()
+
+    def current_device(self) -> int:
+        return 0
+
+    def current_device_name(self) -> str:
+        return "cuda:0"
+
+    def device_count(self) -> int:
+        return 1
+
+    def synchronize(self, device_index: int | None = None) -> None:
+        current().wait("DeepSpeed's synchronize")
+
+    def Stream(self, *args: Any, **kwargs: Any) -> Stream:  # noqa: N802  DeepSpeed's name
+        return Stream()
+
+    def stream(self, stream: Any) -> Any:
+        return stream
+
+    def current_stream(self, device_index: int | None = None) -> Stream:
+        return Stream()
+
+    def default_stream(self, device_index: int | None = None) -> Stream:
+        return Stream()
+
+    def Event(self, **kwargs: Any) -> Event:  # noqa: N802  DeepSpeed's name
+        return Event()
+
+    def is_fp16_supported(self) -> bool:
+        return True
+
+    def supported_dtypes(self) -> list[torch.dtype]:
+        return [torch.float, torch.half, torch.bfloat16]
+
+    def on_accelerator(self, tensor: torch.Tensor) -> bool:
+        return bool(tensor.is_cuda)
+
+
+@contextmanager
+def deepspeed_on_emulated_gpu() -> Iterator[None]:
+    """While open, DeepSpeed computes on the emulated GPU."""
+    with mock.patch.object(real_accelerator, "ds_accelerator", EmulatedAccelerator()):
+        yield
