@@ -8,6 +8,8 @@ cells. In numpy a frame is
     cell = np.cumsum(step[code]) - 1
     frame = np.bincount(cell[code != 255], minlength=C * H * W).astype(np.uint8).reshape(C, H, W)
 
+The last byte of a code counts an event: nothing is skipped after it.
+
 A general compressor spends its time on moving and comparing zeros: tests/benchmarks/storage.py.
 """
 
@@ -24,6 +26,7 @@ AGAIN = 254  # code: one more event in the same cell
 SKIP = 255  # code: skip STEP cells
 STEP = 254
 BLOCK = 1024  # words that are searched at a time
+MEASURED = 1 << 20  # bytes whose steps are added in 32 bits
 
 
 @intrinsic
@@ -91,8 +94,11 @@ def _decode(code: NDArray[np.uint8], cells: NDArray[np.uint8]) -> bool:
         cells: (C * H * W,) zeros.
 
     Returns:
-        False where the code leads past the last cell: it is no code of such a frame.
+        False where the code leads past the last cell or ends with a skip: it is no code of such a
+        frame.
     """
+    if code.size and code[-1] == SKIP:
+        return False
     cell = -1
     for i in range(code.size):
         byte = code[i]
@@ -108,6 +114,45 @@ def _decode(code: NDArray[np.uint8], cells: NDArray[np.uint8]) -> bool:
         else:
             cells[cell] += 1
     return True
+
+
+@njit(cache=True, nogil=True)
+def _measure(
+    code: NDArray[np.uint8],
+    start: NDArray[np.int64],
+    cells: int,
+    advance: NDArray[np.int64],
+) -> int:
+    """Measures frames without decoding them; see `measure_frames`.
+
+    Returns:
+        The first frame that `_decode` refuses; -1: there is none.
+    """
+    for frame in range(start.size - 1):
+        first = start[frame]
+        last = start[frame + 1]
+        if first < 0 or last < first or last > code.size:
+            return frame
+        if first == last:
+            advance[frame] = 0
+            continue
+        # Without SKIP at the end, cells never fall and the last byte reaches the last cell.
+        if code[first] == AGAIN or code[last - 1] == SKIP:
+            return frame
+        total = 0
+        for block in range(first, last, MEASURED):
+            part = np.int32(0)  # 32 bits, so that the CPU adds eight bytes at once
+            for i in range(block, min(block + MEASURED, last)):
+                byte = np.int32(code[i])
+                step = np.int32(byte + np.int32(1))
+                step = np.int32(0) if byte == AGAIN else step
+                step = np.int32(STEP) if byte == SKIP else step
+                part = np.int32(part + step)
+            total += part
+        if total > cells:
+            return frame
+        advance[frame] = total
+    return -1
 
 
 @njit(cache=True, nogil=True)
@@ -190,8 +235,33 @@ def decode_frames(
     flat = frames.reshape(len(frames), math.prod(shape))
     for i, (first, last) in enumerate(zip(start.tolist(), start[1:].tolist(), strict=False)):
         if not 0 <= first <= last <= code.size or not _decode(code[first:last], flat[i]):
-            raise ValueError(f"frame {i} of {len(frames)} does not decode to {shape}")
+            raise ValueError(_no_code(i, len(frames), shape))
     return frames
+
+
+def measure_frames(
+    code: NDArray[np.uint8], start: NDArray[np.int64], shape: tuple[int, ...]
+) -> NDArray[np.int64]:
+    """Checks the codes of consecutive frames as `decode_frames` does, without decoding them.
+
+    Args:
+        code, start, shape: as in `decode_frames`.
+
+    Returns:
+        (n,) one more than the last cell with an event, in each frame; 0: the frame has none.
+
+    Raises:
+        ValueError: the bytes are no code of such frames.
+    """
+    advance = np.empty(len(start) - 1, np.int64)
+    refused = _measure(code, start, math.prod(shape), advance)
+    if refused >= 0:
+        raise ValueError(_no_code(refused, len(advance), shape))
+    return advance
+
+
+def _no_code(frame: int, num_frames: int, shape: tuple[int, ...]) -> str:
+    return f"frame {frame} of {num_frames} does not decode to {shape}"
 
 
 def gather_cells(

@@ -27,7 +27,7 @@ import hdf5plugin  # noqa: F401  registers the filter of the codec `small`
 import numpy as np
 import xxhash
 from evspan.conf.errors import ShardError
-from evspan.data_prep.frames.codec import decode_frames
+from evspan.data_prep.frames.codec import decode_frames, measure_frames
 from numpy.typing import NDArray
 
 SCHEMA_VERSION = 2
@@ -198,6 +198,26 @@ def decode_stored(
     """
     try:
         return decode_frames(codes, frame_start - frame_start[0], shape)
+    except ValueError as error:
+        raise _damaged(place, error) from error
+
+
+def measure_stored(
+    codes: NDArray[np.uint8],
+    frame_start: NDArray[np.int64],
+    shape: tuple[int, int, int],
+    place: str,
+) -> NDArray[np.int64]:
+    """Checks stored frames as `decode_stored` does, for codes that are decoded elsewhere.
+
+    Returns:
+        (n,) one more than the last cell with an event, in each frame; 0: the frame has none.
+
+    Raises:
+        ShardError: the stored frames are damaged.
+    """
+    try:
+        return measure_frames(codes, frame_start - frame_start[0], shape)
     except ValueError as error:
         raise _damaged(place, error) from error
 

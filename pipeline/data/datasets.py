@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import hdf5plugin  # noqa: F401  registers the filters that frames are stored with
@@ -20,29 +20,39 @@ from evspan.conf.schema.prep import (
     FrameMode,
     frame_config,
 )
-from evspan.data_prep.shards.format import BOX, RecordingEntry, decode_stored, load_manifest
+from evspan.data_prep.frames.codec import FrameEncoder, measure_frames
+from evspan.data_prep.shards.format import (
+    BOX,
+    RecordingEntry,
+    decode_stored,
+    load_manifest,
+    measure_stored,
+)
 from numpy.typing import NDArray
 
 ALL_ROWS = slice(None)
 OPEN_FILES = 128  # at a time; RVT's tree has a file per recording
+OPEN_DATASETS = 128  # at a time
+CHUNK_CACHE = 1 << 18  # bytes per open dataset
 RVT_NAME = re.compile(r"stacked_histogram_dt=(\d+)_nbins=(\d+)")
 
 
 class _OpenFiles:
-    """HDF5 files, the last used ones kept open.
+    """HDF5 files and their datasets, the last used ones kept open: finding a dataset takes 0.1 ms.
 
     HDF5 admits one thread at a time in any case, so one lock covers look-up and read.
     """
 
     def __init__(self) -> None:
         self.lock = Lock()
-        self.opened: OrderedDict[Path, h5py.File] = OrderedDict()
+        self.files: OrderedDict[Path, h5py.File] = OrderedDict()
+        self.datasets: OrderedDict[tuple[Path, str], h5py.Dataset] = OrderedDict()
 
     def read(self, path: Path, dataset: str, rows: slice) -> NDArray[Any]:
         """Rows of a dataset of a file."""
         with self.lock:
             try:
-                values: NDArray[Any] = self._file(path)[dataset][rows]
+                values: NDArray[Any] = self._dataset(path, dataset)[rows]
             except (OSError, KeyError) as error:
                 raise ShardError(
                     f"{path} cannot give {dataset}[{rows.start}:{rows.stop}] ({error}). The file "
@@ -50,13 +60,36 @@ class _OpenFiles:
                 ) from error
         return values
 
+    def _dataset(self, path: Path, name: str) -> h5py.Dataset:
+        file = self._file(path)
+        dataset = self.datasets.pop((path, name), None)
+        if not dataset:  # an h5py object is false once its file is closed
+            dataset = file[name]
+        self.datasets[path, name] = dataset
+        if len(self.datasets) > OPEN_DATASETS:
+            self.datasets.popitem(last=False)
+        return dataset
+
     def _file(self, path: Path) -> h5py.File:
-        file = self.opened.pop(path, None) or h5py.File(path, "r")
-        self.opened[path] = file
-        if len(self.opened) > OPEN_FILES:
-            _, oldest = self.opened.popitem(last=False)
+        file = self.files.pop(path, None) or h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE)
+        self.files[path] = file
+        if len(self.files) > OPEN_FILES:
+            _, oldest = self.files.popitem(last=False)
             oldest.close()
         return file
+
+
+class FrameCodes(NamedTuple):
+    """n consecutive frames, as data_prep/frames/codec.py encodes them; checked.
+
+    code: (K,) uint8, the codes one after the other.
+    start: (n + 1,) int64, index of the first byte of each frame, and the end.
+    advance: (n,) int64, one more than the last cell with an event; 0: the frame has none.
+    """
+
+    code: NDArray[np.uint8]
+    start: NDArray[np.int64]
+    advance: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -71,6 +104,7 @@ class RecordingData:
         box_start: (N + 1,) int64, boxes of frame i are rows box_start[i] to box_start[i + 1].
         read_frames: rows -> (n, 2 * bins, H, W) uint8.
         read_boxes: rows -> (m,) structured boxes (`shards.format.BOX`).
+        read_codes: rows -> the frames as they are stored; None: they are stored otherwise.
     """
 
     name: str
@@ -80,6 +114,7 @@ class RecordingData:
     box_start: NDArray[np.int64]
     read_frames: Callable[[slice], NDArray[np.uint8]]
     read_boxes: Callable[[slice], NDArray[Any]]
+    read_codes: Callable[[slice], FrameCodes] | None = None
 
     @property
     def frames(self) -> int:
@@ -89,6 +124,16 @@ class RecordingData:
     def read(self, first: int, last: int) -> NDArray[np.uint8]:
         """(last - first, 2 * bins, H, W) frames from `first` to before `last`."""
         return self.read_frames(slice(first, last))
+
+    def codes(self, first: int, last: int) -> FrameCodes:
+        """The frames from `first` to before `last`, encoded.
+
+        Raises:
+            ShardError: the stored frames are damaged.
+        """
+        if self.read_codes is not None:
+            return self.read_codes(slice(first, last))
+        return encode_frames(self.read(first, last))
 
     def boxes(self, frame: int) -> NDArray[Any]:
         """(n,) structured boxes of one frame, in pixels of the stored frames."""
@@ -104,6 +149,15 @@ class RecordingData:
         if start[-1] > start[0]:
             rows = self.read_boxes(slice(int(start[0]), int(start[-1])))
         return np.split(rows, start[1:-1] - start[0])
+
+
+def encode_frames(frames: NDArray[np.uint8]) -> FrameCodes:
+    """Encodes frames (n, C, H, W)."""
+    encode = FrameEncoder()
+    codes = [encode(frame).copy() for frame in np.ascontiguousarray(frames)]
+    start = np.cumsum([0, *map(len, codes)])
+    code = np.concatenate([*codes, np.zeros(0, np.uint8)])
+    return FrameCodes(code, start, measure_frames(code, start, frames.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -188,12 +242,21 @@ def _shard_recording(
     frame_start = column("frame_start")
     shape = (2 * bins, entry.height, entry.width)
 
-    def read_frames(rows: slice) -> NDArray[np.uint8]:
+    def stored(rows: slice) -> tuple[NDArray[np.uint8], NDArray[np.int64], str]:
+        """The bytes of frames, their rows of `frame_start`, and their place for an error."""
         start = frame_start[rows.start : rows.stop + 1]
-        codes = column("frames", slice(int(start[0]), int(start[-1])))
-        # Without the files' lock: threads decode concurrently.
-        place = f"{path}: frames {rows.start} to {rows.stop} of {entry.group}"
-        return decode_stored(codes, start, shape, place)
+        code = column("frames", slice(int(start[0]), int(start[-1])))
+        return code, start, f"{path}: frames {rows.start} to {rows.stop} of {entry.group}"
+
+    # Without the files' lock: threads decode and check concurrently.
+    def read_frames(rows: slice) -> NDArray[np.uint8]:
+        code, start, place = stored(rows)
+        return decode_stored(code, start, shape, place)
+
+    def read_codes(rows: slice) -> FrameCodes:
+        code, start, place = stored(rows)
+        advance = measure_stored(code, start, shape, place)
+        return FrameCodes(code, start - start[0], advance)
 
     return RecordingData(
         name=entry.name,
@@ -203,6 +266,7 @@ def _shard_recording(
         box_start=column("box_start"),
         read_frames=read_frames,
         read_boxes=lambda rows: column("boxes", rows),
+        read_codes=read_codes,
     )
 
 

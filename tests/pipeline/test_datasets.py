@@ -114,10 +114,9 @@ def test_wrong_datasets_are_told(tmp_path, shards):
 
 def test_a_damaged_tree_is_told(tmp_path):
     root = write_rvt_tree(tmp_path, {"a": 4})
-    data = opened(root, kind=DatasetKind.rvt_tree, classes=CLASSES)
     next(root.rglob("*.h5")).write_bytes(b"no HDF5")
     with pytest.raises(ShardError, match=r"cannot give data\[0:1\]"):
-        data.recordings[0].read(0, 1)
+        opened(root, kind=DatasetKind.rvt_tree, classes=CLASSES)
     next(root.rglob("labels.npz")).unlink()
     with pytest.raises(ShardError, match="no recording as RVT prepares it"):
         opened(root, kind=DatasetKind.rvt_tree, classes=CLASSES)
