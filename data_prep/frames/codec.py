@@ -139,7 +139,7 @@ def _measure(
         # Without SKIP at the end, cells never fall and the last byte reaches the last cell.
         if code[first] == AGAIN or code[last - 1] == SKIP:
             return frame
-        total = 0
+        total = np.int64(0)
         for block in range(first, last, MEASURED):
             part = np.int32(0)  # 32 bits, so that the CPU adds eight bytes at once
             for i in range(block, min(block + MEASURED, last)):

@@ -63,13 +63,20 @@ def augment_frames(
     if augmentation == Augmentation():
         out[:] = frames
         return
-    height, width = frames.shape[2:]
+    rows, columns = source_maps(augmentation, *frames.shape[2:])
+    for frame, augmented in zip(frames, out, strict=True):
+        gather_cells(frame, rows, columns, augmented)
+
+
+def source_maps(
+    augmentation: Augmentation, height: int, width: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The input row of each output row (H,), and the same for columns (W,); -1: none."""
     rows = _source_pixels(height, augmentation.top, augmentation.zoom)
     columns = _source_pixels(width, augmentation.left, augmentation.zoom)
     if augmentation.flip:
         columns = np.where(columns < 0, -1, width - 1 - columns)
-    for frame, augmented in zip(frames, out, strict=True):
-        gather_cells(frame, rows, columns, augmented)
+    return rows, columns
 
 
 def _source_pixels(size: int, offset: float, zoom: float) -> NDArray[np.int64]:

@@ -1,68 +1,46 @@
 """Batches of one rank's lanes and frames from shards, read ahead by threads."""
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from itertools import count
+from typing import Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
 from evspan.conf.schema.training import TrainingConfig
-from evspan.pipeline.data.augment import augment_boxes, augment_frames, draw_augmentation
+from evspan.pipeline.data.augment import (
+    Augmentation,
+    augment_boxes,
+    augment_frames,
+    draw_augmentation,
+)
+from evspan.pipeline.data.batch import Batch, BatchLabels, pad_boxes
 from evspan.pipeline.data.boxes import to_center
-from evspan.pipeline.data.datasets import Dataset
+from evspan.pipeline.data.datasets import Dataset, RecordingData
+from evspan.pipeline.data.encoded import EncodedBatch, encode_batch
+from evspan.pipeline.data.expand import Shape
 from evspan.pipeline.data.plan import Chunk, SamplingPlan
 from numpy.typing import NDArray
-from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-class Batch(NamedTuple):
-    """One micro-batch of one rank: B lanes, T frames, of which n are labelled.
+class _Lane(NamedTuple):
+    """What a lane contributes to a micro-batch, but its frames.
 
-    frames: (T, B, C, H, W) uint8.
-    starts: (B,) bool, lanes whose state is reset to zero before the first frame.
-    labelled: (T, B) bool.
-    following: (looks_back, B) bool, which of the frames after the last one are labelled; True for
-        frames of the next chunk, which may be labelled.
-    boxes: (n, G, 5) float32 class, cx, cy, w, h in pixels, of the labelled frames in (t, b) order.
-    counts: (n,) int64 number of boxes of each labelled frame; rows of `boxes` after them are zero.
+    recording: whose frames `first`, ..., first + existing - 1 are the lane's first ones; after them
+        it has none.
+    boxes: per frame (k, 5) class, cx, cy, w, h in pixels.
+    labelled: (T,) bool. following: (looks_back,) bool.
+    start: the lane's state is reset to zero.
     """
 
-    frames: Tensor
-    starts: Tensor
-    labelled: Tensor
-    following: Tensor
-    boxes: Tensor
-    counts: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        """A copy on `device`, except what the detector reads on the CPU: which are labelled."""
-        moved = Batch(*(t.to(device, non_blocking=True) for t in self))
-        return moved._replace(labelled=self.labelled, following=self.following)
-
-
-def pad_boxes(boxes: list[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
-    """Pads boxes to one length, at least one row.
-
-    Args:
-        boxes: n arrays (k, 5).
-
-    Returns:
-        (n, G, 5) float32 and the numbers of valid rows (n,) int64.
-    """
-    counts = [len(b) for b in boxes]
-    padded = torch.zeros(len(boxes), max(counts, default=0) or 1, 5)
-    for i, rows in enumerate(boxes):
-        padded[i, : len(rows)] = torch.from_numpy(rows)
-    return padded, torch.tensor(counts, dtype=torch.int64)
-
-
-class _LaneLabels(NamedTuple):
-    """Of one lane. boxes: per frame (k, 5) class, cx, cy, w, h in pixels. labelled: (T,) bool.
-
-    following: (looks_back,) bool. start: the lane's state is reset to zero.
-    """
-
+    recording: RecordingData
+    first: int
+    existing: int
+    augmentation: Augmentation
     boxes: list[NDArray[np.float32]]
     labelled: NDArray[np.bool_]
     following: NDArray[np.bool_]
@@ -104,26 +82,39 @@ class Loader:
         self.looks_back = looks_back
 
     def batch(self, index: int) -> Batch:
-        """Micro-batch `index` of the whole run."""
-        data = self.dataset
-        shape = (len(self.frames), len(self.lanes), data.channels, data.height, data.width)
-        frames = np.zeros(shape, np.uint8)
-        lanes = [self._lane(lane, index, frames[:, b]) for b, lane in enumerate(self.lanes)]
-        labelled = np.stack([lane.labelled for lane in lanes], axis=1)
-        following = np.stack([lane.following for lane in lanes], axis=1)
-        boxes = [lanes[b].boxes[t] for t, b in zip(*np.nonzero(labelled), strict=True)]
-        padded, counts = pad_boxes(boxes)
-        return Batch(
-            frames=torch.from_numpy(frames),
-            starts=torch.tensor([lane.start for lane in lanes]),
-            labelled=torch.from_numpy(labelled),
-            following=torch.from_numpy(following),
-            boxes=padded,
-            counts=counts,
+        """Micro-batch `index` of the whole run, on the CPU."""
+        lanes = [self._lane(lane, index) for lane in self.lanes]
+        frames = np.zeros(self._shape, np.uint8)
+        for b, lane in enumerate(lanes):
+            for t in range(lane.existing):  # a frame at a time stays in the cache
+                frame = lane.recording.read(lane.first + t, lane.first + t + 1)
+                augment_frames(frame, lane.augmentation, frames[t : t + 1, b])
+        return Batch(torch.from_numpy(frames), *_labels(lanes))
+
+    def encoded_batch(self, index: int) -> EncodedBatch:
+        """Micro-batch `index` of the whole run, for another device.
+
+        In page-locked memory where there is a GPU.
+        """
+        lanes = [self._lane(lane, index) for lane in self.lanes]
+        runs = [
+            lane.recording.codes(lane.first, lane.first + lane.existing) if lane.existing else None
+            for lane in lanes
+        ]
+        return encode_batch(
+            runs,
+            [lane.augmentation for lane in lanes],
+            self._shape,
+            _labels(lanes),
+            pinned=torch.cuda.is_available(),
         )
 
-    def _lane(self, lane: int, index: int, out: NDArray[np.uint8]) -> _LaneLabels:
-        """Writes the lane's frames into `out` (T, C, H, W), zeros."""
+    @property
+    def _shape(self) -> Shape:
+        data = self.dataset
+        return len(self.frames), len(self.lanes), data.channels, data.height, data.width
+
+    def _lane(self, lane: int, index: int) -> _Lane:
         chunk = self.plan.chunk(lane, index)
         recording = self.dataset.recordings[chunk.recording]
         height = self.dataset.height
@@ -135,9 +126,6 @@ class Loader:
         first = chunk.first + self.frames.start
         # After a recording's end the frames stay zero.
         existing = min(length, max(0, chunk.frames - self.frames.start))
-        for t in range(existing):  # a frame at a time stays in the cache
-            frame = recording.read(first + t, first + t + 1)
-            augment_frames(frame, augmentation, out[t : t + 1])
         labelled = np.zeros(length, bool)
         labelled[:existing] = recording.labelled[first : first + existing]
         stored = recording.boxes_of(first, first + existing) if existing else []
@@ -145,7 +133,16 @@ class Loader:
             augment_boxes(to_center(rows), augmentation, height=height, width=width)
             for rows in stored
         ]
-        return _LaneLabels(boxes, labelled, self._following(chunk), chunk.start)
+        return _Lane(
+            recording=recording,
+            first=first,
+            existing=existing,
+            augmentation=augmentation,
+            boxes=boxes,
+            labelled=labelled,
+            following=self._following(chunk),
+            start=chunk.start,
+        )
 
     def _following(self, chunk: Chunk) -> NDArray[np.bool_]:
         """Which of the `looks_back` frames after this rank's last one are labelled.
@@ -161,24 +158,63 @@ class Loader:
         of_chunk[len(existing) :] = False  # after the recording's end
         return following
 
-    def batches(self, start: int) -> Generator[Batch, None, None]:
-        """Micro-batches from index `start` on, read ahead by `config.num_workers` threads."""
-        workers = self.config.num_workers
-        if not workers:
-            index = start
-            while True:
-                yield self.batch(index)
-                index += 1
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
-        ahead: deque[Future[Batch]] = deque()
-        for i in range(workers + 1):
-            ahead.append(pool.submit(self.batch, start + i))
-        try:
-            index = start + workers + 1
-            while True:
-                batch = ahead.popleft().result()
-                ahead.append(pool.submit(self.batch, index))
-                index += 1
-                yield batch
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    @overload
+    def batches(
+        self, start: int, *, encoded: Literal[False] = ...
+    ) -> Generator[Batch, None, None]: ...
+
+    @overload
+    def batches(
+        self, start: int, *, encoded: bool
+    ) -> Generator[Batch | EncodedBatch, None, None]: ...
+
+    def batches(
+        self, start: int, *, encoded: bool = False
+    ) -> Generator[Batch | EncodedBatch, None, None]:
+        """Micro-batches from index `start` on, read ahead by `config.num_workers` threads.
+
+        Args:
+            encoded: for another device than the CPU (`device_batches`).
+        """
+        return read_ahead(
+            self.encoded_batch if encoded else self.batch, count(start), self.config.num_workers
+        )
+
+
+def _labels(lanes: Sequence[_Lane]) -> BatchLabels:
+    labelled = np.stack([lane.labelled for lane in lanes], axis=1)
+    following = np.stack([lane.following for lane in lanes], axis=1)
+    boxes = [lanes[b].boxes[t] for t, b in zip(*np.nonzero(labelled), strict=True)]
+    padded, counts = pad_boxes(boxes)
+    return BatchLabels(
+        starts=torch.tensor([lane.start for lane in lanes]),
+        labelled=torch.from_numpy(labelled),
+        following=torch.from_numpy(following),
+        boxes=padded,
+        counts=counts,
+    )
+
+
+def read_ahead(
+    read: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Generator[Result, None, None]:
+    """The results of `read` for all items, in their order.
+
+    Args:
+        workers: threads that read ahead, up to workers + 1 results; 0: the caller's thread reads.
+    """
+    if not workers:
+        for item in items:
+            yield read(item)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+    ahead: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            ahead.append(pool.submit(read, item))
+            if len(ahead) > workers + 1:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -11,8 +11,10 @@ import torch
 from evspan.conf.errors import STOPPED_EXIT_CODE, UserError
 from evspan.conf.schema.layout import chosen_exchange
 from evspan.conf.schema.training import TrainConfig
+from evspan.pipeline.data.batch import Batch
 from evspan.pipeline.data.datasets import Dataset, open_dataset
-from evspan.pipeline.data.loader import Batch, Loader
+from evspan.pipeline.data.device_batches import device_batches, encodes_for
+from evspan.pipeline.data.loader import Loader
 from evspan.pipeline.data.plan import SamplingPlan
 from evspan.pipeline.engine.checkpoints import (
     Checkpoints,
@@ -167,7 +169,9 @@ class Trainer:
         """Trains to `max_steps`; see `train`."""
         self._log_start()
         training = self.config.training
-        batches = self.loader.batches(self.step * training.gradient_accumulation_steps)
+        device = self.world.device
+        first = self.step * training.gradient_accumulation_steps
+        batches = device_batches(self.loader.batches(first, encoded=encodes_for(device)), device)
         self.throughput = ThroughputMeter()
         metrics = self._evaluate_if_missing()
         while self.step < training.max_steps:
@@ -240,7 +244,7 @@ class Trainer:
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         requested = time.perf_counter()
-        batch = next(batches).to(self.world.device)
+        batch = next(batches)
         self.throughput.add_wait(since=requested)
         training = self.config.training
         self.throughput.add_frames(training.batch_size * training.sequence_length)

@@ -2,9 +2,9 @@
 
 import numpy as np
 from evspan.data_prep.draw import RGB, draw_boxes, draw_label, frame_to_rgb
+from evspan.pipeline.data.batch import Batch
 from evspan.pipeline.data.boxes import to_corners
 from evspan.pipeline.data.datasets import Dataset
-from evspan.pipeline.data.loader import Batch
 from evspan.pipeline.inference.streaming import RecordingResult
 from evspan.pipeline.tensorboard.attention_probe import ProbeFrame, ProbeResult
 from numpy.typing import NDArray

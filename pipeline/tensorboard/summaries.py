@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from evspan.conf.schema.training import TrainConfig
+from evspan.pipeline.data.batch import Batch
 from evspan.pipeline.data.datasets import Dataset
-from evspan.pipeline.data.loader import Batch
 from evspan.pipeline.evaluation.frames import scored
 from evspan.pipeline.evaluation.pr_curves import pr_curves
 from evspan.pipeline.inference.streaming import RecordingResult, labelled

@@ -1,0 +1,59 @@
+"""What the detector takes in one micro-batch."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class BatchLabels(NamedTuple):
+    """All of a `Batch` but its frames."""
+
+    starts: Tensor
+    labelled: Tensor
+    following: Tensor
+    boxes: Tensor
+    counts: Tensor
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank: B lanes, T frames, of which n are labelled.
+
+    frames: (T, B, C, H, W) uint8.
+    starts: (B,) bool, lanes whose state is reset to zero before the first frame.
+    labelled: (T, B) bool.
+    following: (looks_back, B) bool, which of the frames after the last one are labelled; True for
+        frames of the next chunk, which may be labelled.
+    boxes: (n, G, 5) float32 class, cx, cy, w, h in pixels, of the labelled frames in (t, b) order.
+    counts: (n,) int64 number of boxes of each labelled frame; rows of `boxes` after them are zero.
+    """
+
+    frames: Tensor
+    starts: Tensor
+    labelled: Tensor
+    following: Tensor
+    boxes: Tensor
+    counts: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """A copy on `device`, except what the detector reads on the CPU: which are labelled."""
+        moved = Batch(*(t.to(device, non_blocking=True) for t in self))
+        return moved._replace(labelled=self.labelled, following=self.following)
+
+
+def pad_boxes(boxes: list[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
+    """Pads boxes to one length, at least one row.
+
+    Args:
+        boxes: n arrays (k, 5).
+
+    Returns:
+        (n, G, 5) float32 and the numbers of valid rows (n,) int64.
+    """
+    counts = [len(b) for b in boxes]
+    padded = torch.zeros(len(boxes), max(counts, default=0) or 1, 5)
+    for i, rows in enumerate(boxes):
+        padded[i, : len(rows)] = torch.from_numpy(rows)
+    return padded, torch.tensor(counts, dtype=torch.int64)
