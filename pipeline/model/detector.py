@@ -11,6 +11,7 @@ from evspan.conf.schema.training import ModelConfig
 from evspan.pipeline.model.backbone import Backbone, Execution
 from evspan.pipeline.model.head import Geometry, YOLOXHead, decode
 from evspan.pipeline.model.neck import ATTENDED_SCALES, YOLOPAFPN, LookBack
+from evspan.pipeline.model.norm import BatchNorm2d, shared_norm_work
 from evspan.pipeline.model.postprocess import detections
 from evspan.pipeline.model.sequence_protocol import Exchange, LocalExchange
 from evspan.pipeline.model.state import DetectorState, StageState, forget_lanes
@@ -134,6 +135,7 @@ class Detector(nn.Module):
             identity_init=fpn.identity_init,
         )
         self.yolox_head = YOLOXHead(dims, 2 * config.backbone.embed_dim, config.head.num_classes)
+        self.norms = [m for m in self.modules() if isinstance(m, BatchNorm2d)]
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -215,7 +217,8 @@ class Detector(nn.Module):
             rows = self.look_back_rows(labelled, following, frames_back).to(frames.device)
             history = _PackedFrames(state.previous, self.exchange, rows)
             chosen = [feature[rows.needed] for feature in chosen]
-        raw: Tensor = self.yolox_head(self.fpn(chosen, history))
+        with shared_norm_work(self.norms, num_samples=len(chosen[0])):
+            raw: Tensor = self.yolox_head(self.fpn(chosen, history))
         return raw, DetectorState(stages, tuple(history.carry))
 
     def step(self, frames: Tensor, state: DetectorState) -> tuple[Tensor, DetectorState]:

@@ -1,9 +1,11 @@
 """BatchNorm whose statistics can be taken over all ranks, and over batches without samples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from evspan.pipeline.model.autograd import run_function
 from torch import Tensor, nn
 
@@ -26,28 +28,50 @@ ONE_RANK = RankReductions(gather=lambda t: t[None], sum=lambda t: t)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """torch's BatchNorm2d; with `ranks` its statistics are those of all ranks' samples."""
+    """torch's BatchNorm2d; with `ranks` its statistics are those of all ranks' samples.
+
+    The maps, the parameters and the statistics may each have their own dtype.
+
+    Attributes:
+        ranks: the reductions; None: this rank alone.
+        shared: inside `shared_norm_work`, which also counts the batch, `scale_and_shift`; else
+            None.
+    """
 
     ranks: RankReductions | None = None
+    shared: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=EPS, momentum=MOMENTUM)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> the same shape and dtype; N may be 0 in training."""
-        return super().forward(x) if self.is_plain(x) else batch_norms((self,), (x,))[0]
+        return self.of_one_rank(x) if self.is_plain else batch_norms((self,), (x,))[0]
 
-    def is_plain(self, x: Tensor) -> bool:
-        """Whether torch's own kernel can run on x (N, C, h, w).
+    @property
+    def is_plain(self) -> bool:
+        """Whether no other rank's samples count: torch's own kernel runs."""
+        return self.ranks is None or not self.training
 
-        In training it needs samples, and statistics (float32 under DeepSpeed) in the weight's
-        dtype.
+    def of_one_rank(self, x: Tensor) -> Tensor:
+        """`forward` with the statistics of x alone, in one kernel."""
+        weight, bias = self.shared or self.scale_and_shift()
+        if self.training and x.numel() == 0:
+            # The gradients of weight and bias are zeros. No sample, no change of the statistics.
+            return (x * _per_channel(weight) + _per_channel(bias)).to(x.dtype)
+        if self.training and not self.shared:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, var, weight, bias, self.training, MOMENTUM, EPS)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias in the dtype of the statistics, as torch's kernels need them.
+
+        DeepSpeed casts the parameters to half precision, and leaves the statistics in float32.
         """
-        assert self.running_mean is not None
-        if not self.training:
-            return True
-        same_dtype = self.weight.dtype == self.running_mean.dtype
-        return self.ranks is None and x.numel() > 0 and same_dtype
+        dtype = _statistics_dtype(self)
+        return self.weight.to(dtype), self.bias.to(dtype)
 
     @torch.no_grad()
     def track(self, mean: Tensor, unbiased: Tensor, any_samples: Tensor) -> None:
@@ -67,6 +91,50 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked += any_samples
 
 
+@contextmanager
+def shared_norm_work(norms: Sequence[BatchNorm2d], *, num_samples: int) -> Iterator[None]:
+    """While open, each of the norms runs once, on `num_samples` frames.
+
+    A training step of one rank casts the parameters of all norms and counts the batch in three
+    operators instead of five per norm.
+    """
+    alone = [norm for norm in norms if norm.training and norm.ranks is None]
+    if not alone:
+        yield
+        return
+    if num_samples:
+        torch._foreach_add_([_counter(norm) for norm in alone], 1)
+    for norm, pair in zip(alone, _scales_and_shifts(alone), strict=True):
+        norm.shared = pair
+    try:
+        yield
+    finally:
+        for norm in alone:
+            norm.shared = None
+
+
+def _counter(norm: BatchNorm2d) -> Tensor:
+    assert norm.num_batches_tracked is not None
+    return norm.num_batches_tracked
+
+
+def _statistics_dtype(norm: BatchNorm2d) -> torch.dtype:
+    assert norm.running_mean is not None
+    return norm.running_mean.dtype
+
+
+def _scales_and_shifts(norms: Sequence[BatchNorm2d]) -> list[tuple[Tensor, Tensor]]:
+    """`scale_and_shift` of every norm, with one cast for all."""
+    parameters: list[Tensor] = []
+    for norm in norms:
+        parameters += [norm.weight, norm.bias]
+    dtype = _statistics_dtype(norms[0])
+    if any(parameter.dtype != dtype for parameter in parameters):
+        sizes = [parameter.numel() for parameter in parameters]
+        parameters = [*torch.cat(parameters).to(dtype).split(sizes)]
+    return list(zip(parameters[::2], parameters[1::2], strict=True))
+
+
 def batch_norms(norms: Sequence[BatchNorm2d], xs: Sequence[Tensor]) -> list[Tensor]:
     """[norm(x), ...] of layers that do not depend on each other.
 
@@ -79,7 +147,7 @@ def batch_norms(norms: Sequence[BatchNorm2d], xs: Sequence[Tensor]) -> list[Tens
         The same shapes and dtypes.
     """
     pairs = list(zip(norms, xs, strict=True))
-    if all(norm.is_plain(x) for norm, x in pairs):
+    if all(norm.is_plain for norm in norms):
         return [norm(x) for norm, x in pairs]
     inputs: list[Tensor] = []
     for norm, x in pairs:

@@ -460,3 +460,30 @@ def test_batch_norm_of_no_frames_leaves_its_statistics():
         assert (norm.running_var == 1).all()
         assert norm.num_batches_tracked == 0
         assert (norm.weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("maps", [torch.bfloat16, torch.float16])
+def test_batch_norm_takes_half_precision_maps_and_parameters(maps, parameters):
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, 4, 3) * 2 + 1
+    weights = torch.randn_like(x)
+    results = []
+    for dtype_of_maps, dtype_of_parameters in ((maps, parameters), (torch.float64, torch.float64)):
+        norm = BatchNorm2d(5)
+        norm.weight.data = torch.linspace(0.5, 2, 5).to(dtype_of_parameters)
+        norm.bias.data = torch.linspace(-1, 1, 5).to(dtype_of_parameters)
+        if dtype_of_maps == torch.float64:
+            norm.double()
+        leaf = x.to(dtype_of_maps).requires_grad_()
+        y = norm(leaf)
+        assert y.dtype == dtype_of_maps
+        norm.eval()
+        assert norm(leaf).dtype == dtype_of_maps
+        gradients = torch.autograd.grad(
+            (y * weights.to(y.dtype)).sum(), [leaf, norm.weight, norm.bias]
+        )
+        assert [g.dtype for g in gradients[1:]] == [dtype_of_parameters] * 2
+        results.append((y, *gradients, norm.running_mean, norm.running_var))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-2, atol=5e-2)
