@@ -1,8 +1,24 @@
-"""Decoded predictions -> detections, against greedy suppression as it is defined: one box after the other."""
+"""Decoded predictions -> detections, against greedy suppression as it is defined: one box after the other.
+
+Both ways are tested: frame by frame, as on a CPU, and `select`, as on a GPU, here on CPU tensors.
+"""
 
 import pytest
 import torch
-from evspan.pipeline.model.postprocess import BLOCK, CANDIDATES, detections, nms
+from evspan.pipeline.model import postprocess
+from evspan.pipeline.model.postprocess import (
+    BLOCK,
+    CANDIDATES,
+    ROUNDS,
+    DetectionLimits,
+    PendingDetections,
+    detections,
+    nms,
+    select,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.dispatched import Dispatched
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -58,9 +74,17 @@ def random_frames(count, cells, classes, seed, levels=None):
     return values
 
 
+def selected(decoded, **limits):
+    """The detections as a GPU selects them."""
+    chosen = DetectionLimits(**limits)
+    return PendingDetections(decoded, chosen, packed=select(decoded, chosen)).read()
+
+
 def assert_agrees(decoded, **limits):
     actual = detections(decoded, **limits)
     assert len(actual) == len(decoded)
+    for rows, other in zip(actual, selected(decoded, **limits), strict=True):
+        torch.testing.assert_close(other, rows, rtol=0, atol=0)
     for rows, frame in zip(actual, decoded.tolist(), strict=True):
         expected = torch.tensor(frame_by_definition(frame, **limits), dtype=torch.float64).view(
             -1, 7
@@ -116,7 +140,9 @@ def test_thresholds_are_inclusive():
 def test_no_frames_no_cells_nothing_sure_enough():
     limits = {"confidence_threshold": 0.1, "nms_threshold": 0.45}
     assert detections(torch.zeros(0, 5, 8), **limits) == []
-    assert [r.shape for r in detections(torch.zeros(2, 7, 8), **limits)] == [(0, 7), (0, 7)]
+    for way in (detections, selected):
+        assert [r.shape for r in way(torch.zeros(2, 7, 8), **limits)] == [(0, 7), (0, 7)]
+        assert [r.shape for r in way(torch.zeros(2, 0, 8), **limits)] == [(0, 7), (0, 7)]
     mixed = random_frames(3, 30, 2, 4)
     mixed[1, :, 4] = 0
     assert [len(r) > 0 for r in assert_agrees(mixed, **limits)] == [True, False, True]
@@ -126,9 +152,14 @@ def test_no_frames_no_cells_nothing_sure_enough():
 def test_values_that_are_not_numbers_are_never_detections():
     frames = random_frames(1, 20, 2, 5)
     frames[0, 3, 4], frames[0, 7, 5:] = float("nan"), float("nan")
-    (rows,) = detections(frames, confidence_threshold=0.0, nms_threshold=1.0)
-    assert len(rows) == 18
-    assert rows.isfinite().all()
+    frames[0, 5, 0] = frames[0, 9, 3] = float("nan")  # a box that overlaps no other
+    for threshold, least in ((1.0, 18), (0.01, 2)):
+        limits = {"confidence_threshold": 0.0, "nms_threshold": threshold}
+        (rows,) = detections(frames, **limits)
+        assert least <= len(rows) <= 18
+        assert rows[:, 4:].isfinite().all()
+        (other,) = selected(frames, **limits)
+        torch.testing.assert_close(other, rows, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("limit", [1, 5, BLOCK, BLOCK + 1])
@@ -153,9 +184,10 @@ def test_of_too_many_candidates_the_surest_are_compared_and_of_equal_ones_the_fi
     frame[0, :, :2] = 100 * torch.arange(cells)[:, None]  # apart
     frame[0, :, 2:4], frame[0, :, 4], frame[0, :, 5] = 10, 1, 0.5
     frame[0, -3:, 5] = 0.75
-    (rows,) = detections(frame, confidence_threshold=0.1, nms_threshold=0.45, max_detections=cells)
     expected = [*range(cells - 3, cells), *range(CANDIDATES - 3)]
-    assert ((rows[:, 0] + 5) / 100).round().long().tolist() == expected
+    for way in (detections, selected):
+        (rows,) = way(frame, confidence_threshold=0.1, nms_threshold=0.45, max_detections=cells)
+        assert ((rows[:, 0] + 5) / 100).round().long().tolist() == expected
 
 
 def test_suppression_is_per_class_and_leaves_the_order_of_scores():
@@ -175,3 +207,65 @@ def test_suppression_is_per_class_and_leaves_the_order_of_scores():
         own = (kinds == kind).nonzero()[:, 0]
         apart += own[nms(boxes[own], scores[own], kinds[own], 0.3)].tolist()
     assert sorted(apart) == sorted(kept.tolist())
+
+
+def chain(length):
+    """Boxes in a row, by falling score; each overlaps the next one by an IoU of 1/3, and no other."""
+    frame = torch.zeros(length, 6, dtype=torch.float64)
+    frame[:, 0] = 4 * torch.arange(length)
+    frame[:, 2:4], frame[:, 5] = 8, 1
+    frame[:, 4] = torch.linspace(1, 0.5, length, dtype=torch.float64)
+    return frame
+
+
+@pytest.mark.parametrize("limit", [300, 5])
+def test_every_other_box_of_a_chain_stays_however_long_it_is(limit):
+    """A candidate depends on all before it, so the rounds of a device do not suffice at first."""
+    limits = {"confidence_threshold": 0.1, "nms_threshold": 0.3, "max_detections": limit}
+    for length in (2, ROUNDS, ROUNDS + 1, BLOCK + 3):
+        frames = torch.stack((chain(length), chain(length).flip(0)))
+        is_final = select(frames, DetectionLimits(**limits))[:, -1, 1]
+        assert bool(is_final.all()) is (length <= ROUNDS)
+        expected = [8 * i - 4 for i in range(min(limit, (length + 1) // 2))]
+        for rows in (*detections(frames, **limits), *selected(frames, **limits)):
+            assert rows[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("matrix_bytes", [1, 3 * 40 * 40 * 4])
+def test_frames_that_are_selected_together_do_not_mix(monkeypatch, matrix_bytes):
+    monkeypatch.setattr(postprocess, "MATRIX_BYTES", matrix_bytes)
+    assert_agrees(
+        random_frames(7, 40, 2, 11, levels=4), confidence_threshold=0.1, nms_threshold=0.3
+    )
+
+
+def test_selection_makes_the_host_wait_for_nothing_and_its_sizes_do_not_depend_on_values():
+    limits = DetectionLimits(0.3, 0.45)
+    shapes, operators = set(), []
+    for frames in (random_frames(2, 50, 3, 1), torch.zeros(2, 50, 8).double()):
+        with Dispatched() as counted:
+            shapes.add(select(frames, limits).shape)
+        assert not counted.waits
+        operators.append(counted.operators)
+    assert shapes == {(2, 51, 7)}
+    assert operators[0] == operators[1]
+    assert operators[0].total() <= 90  # whatever the number of frames
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_frames_agree_with_the_definition(data):
+    """Values from a few levels: equal scores, equal boxes, boxes in boxes, empty frames."""
+    frames = data.draw(st.integers(1, 3))
+    cells = data.draw(st.integers(1, 24))
+    classes = data.draw(st.integers(1, 3))
+    values = [data.draw(st.integers(0, 4)) for _ in range(frames * cells * (5 + classes))]
+    decoded = torch.tensor(values, dtype=torch.float64).view(frames, cells, -1)
+    decoded[..., 2:4] *= 2
+    decoded[..., 4:] /= 4
+    assert_agrees(
+        decoded,
+        confidence_threshold=data.draw(st.sampled_from([0.0, 0.0625, 0.25, 1.0])),
+        nms_threshold=data.draw(st.sampled_from([0.01, 1 / 3, 0.45, 1.0])),
+        max_detections=data.draw(st.sampled_from([1, 3, 300])),
+    )
