@@ -13,9 +13,7 @@ import tempfile
 from dataclasses import fields
 from pathlib import Path
 
-import evspan.pipeline
-
-TESTS = Path(evspan.pipeline.__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[1]
 
 
 def main() -> None:

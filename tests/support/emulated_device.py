@@ -20,6 +20,7 @@ streams run in order, an operator counts once however many kernels it launches, 
 and CUDA graphs are unavailable.
 """
 
+import functools
 import importlib
 import sys
 import threading
@@ -140,25 +141,30 @@ class Counts:
 
 
 def project_line() -> str:
-    """The innermost line of the project (not of its tests) on the stack, and the function.
+    """The innermost line of the project (not of its tests) or of DeepSpeed on the stack.
 
-    Backward runs in a thread of its own, where only custom functions and hooks have a line: the
-    autograd node is named, too.
+    Backward runs in a thread of its own, where only custom functions and hooks have a line.
     """
-    line = ""
     frame = sys._getframe(1)
-    while frame is not None and not line:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PROJECT) and not path.is_relative_to(PROJECT / "tests"):
-            line = f"{path.relative_to(PROJECT)}:{frame.f_lineno} {frame.f_code.co_name}"
-        elif "deepspeed" in path.parts:
-            line = f"deepspeed/{path.name}:{frame.f_lineno} {frame.f_code.co_name}"
+    while frame is not None:
+        file = _file_of_interest(frame.f_code.co_filename)
+        if file:
+            return f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
-    if line:
-        return line
     if threading.current_thread() is threading.main_thread():
         return "outside the project"
     return "backward"
+
+
+@functools.cache
+def _file_of_interest(file: str) -> str:
+    """A short name of a file of the project or of DeepSpeed, empty for others."""
+    path = Path(file)
+    if path.is_relative_to(PROJECT) and not path.is_relative_to(PROJECT / "tests"):
+        return str(path.relative_to(PROJECT))
+    if "deepspeed" in path.parts:
+        return f"deepspeed/{path.name}"
+    return ""
 
 
 # -- the device ------------------------------------------------------------------------------------
