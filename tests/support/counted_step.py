@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from evspan.conf.schema.training import (
     TrainingConfig,
 )
 from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
+from evspan.pipeline.engine.signals import StopFlag
+from evspan.pipeline.engine.step_report import StepReport
 from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.model.norm import BatchNorm2d
 from support.emulated_deepspeed import deepspeed_on_emulated_gpu
@@ -169,12 +171,24 @@ def open_trainer(
             trainer.close()
 
 
+class _CountedError(Exception):
+    """The counted step is over."""
+
+
 def step_counts(options: StepOptions, shards: Path, run_dir: Path) -> Counts:
-    """Counts the third step of a run: reading its batch, forward, backward and update."""
+    """Counts the third step of a run, from the end of the second to its own end."""
     with open_trainer(options, shards, run_dir) as (gpu, trainer):
-        batches = trainer.loader.batches(0)
-        for _ in range(WARM_UP_STEPS):
-            trainer.micro_batch(trainer._next_batch(batches))
-        with gpu.counting() as counts:
-            trainer.micro_batch(trainer._next_batch(batches))
+        counts = Counts()
+
+        def on_step(report: StepReport) -> None:
+            gpu.next_step()
+            if report.step == WARM_UP_STEPS:
+                gpu.counts = counts
+            elif report.step > WARM_UP_STEPS:
+                gpu.counts = None
+                raise _CountedError
+
+        trainer.on_step = on_step
+        with suppress(_CountedError):
+            trainer.run(StopFlag())
         return counts

@@ -12,7 +12,7 @@ that causes it. The peers of a world are fake: an all-reduce returns this rank's
 gather returns them once per rank.
 
 With `values=False` the tensors have shapes but no values (they are on torch's meta device), so a
-step of any size takes seconds; what the host reads of them is 1. An operator whose result's shape
+step of any size takes seconds; what the host reads of them is 0. An operator whose result's shape
 depends on values raises.
 
 The device is torch's PrivateUse1 backend, which is registered for the whole process. Not emulated:
@@ -183,19 +183,22 @@ class Emulation:
         self.world = world
         self.values = values
         self.counts: Counts | None = None
-        self.step = 0  # number of `counting` blocks entered
+        self.step = 0
         self.pinned: set[int] = set()  # addresses of storages
 
     @contextmanager
     def counting(self) -> Iterator[Counts]:
-        """Counts what runs inside. A value of an earlier block may be waited for without a count:
-        it is ready."""
+        """Counts what runs inside, as a step of its own."""
         self.counts = Counts()
-        self.step += 1
+        self.next_step()
         try:
             yield self.counts
         finally:
             self.counts = None
+
+    def next_step(self) -> None:
+        """A step ends. Waiting for an event of an earlier step is not counted: it is over."""
+        self.step += 1
 
     def operator(self, name: str, num_bytes: int = 0, flop: int = 0) -> None:
         """Counts an operator."""
@@ -245,10 +248,10 @@ class Emulation:
         return EmulatedTensor(t.clone() if self.values else t.to("meta"))
 
     def to_host(self, inner: torch.Tensor) -> torch.Tensor:
-        """The values of a device tensor, given what it holds; ones without values."""
+        """The values of a device tensor, given what it holds; zeros without values."""
         if self.values:
             return inner.clone()
-        return torch.ones(inner.shape, dtype=inner.dtype)
+        return torch.zeros(inner.shape, dtype=inner.dtype)
 
 
 _open: list[Emulation] = []
@@ -417,6 +420,8 @@ class _Factories(TorchDispatchMode):
 
 def _on_cpu(emulation: Emulation, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operator of the CPU alone. Pinned allocations need no driver."""
+    if func._schema.name.startswith("c10d::"):
+        return _collective(emulation, func, args, kwargs)
     if not kwargs.get("pin_memory"):
         return func(*args, **kwargs)
     return emulation.pin(func(*args, **{**kwargs, "pin_memory": False}))
@@ -508,14 +513,15 @@ def _collective(emulation: Emulation, func: Any, args: Any, kwargs: Any) -> Any:
     elif name in ("c10d::_allgather_base_", "c10d::alltoall_base_"):
         num_bytes = _size(args[1])
     emulation.collective(name, num_bytes)
-    if emulation.values:
+    on_host = not any(t.is_meta for t in tensors)
+    if on_host:
         host = (args, kwargs)
     else:  # the fake process group takes no meta tensors
         host = tree_map(_placeholder, (args, kwargs))
     result = func(*host[0], **host[1])
     if isinstance(result, tuple):  # (tensors, work)
         result = (args[0], *result[1:])
-    if emulation.values:
+    if on_host:
         _fill(name, args)
     if name == "c10d::allgather_":
         for part in tree_leaves(args[0]):
@@ -710,6 +716,10 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "default_stream", lambda *_: stream),
         (torch.cuda, "synchronize", lambda *_: current().wait("torch.cuda.synchronize")),
         (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "get_device_name", lambda *_: "emulated GPU"),
+        (torch.cuda, "memory_reserved", lambda *_: 0),
+        (torch.cuda, "max_memory_allocated", lambda *_: 0),
+        (torch.cuda, "utilization", lambda *_: 0),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         (torch.cuda, "set_device", lambda *_: None),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
