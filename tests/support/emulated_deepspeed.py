@@ -1,13 +1,15 @@
 """DeepSpeed on the emulated GPU."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from deepspeed.accelerator import real_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.comm import comm
+from deepspeed.utils import groups
 from support.emulated_device import Event, Stream, current
 
 
@@ -62,6 +64,14 @@ class EmulatedAccelerator(CPU_Accelerator):
 
 @contextmanager
 def deepspeed_on_emulated_gpu() -> Iterator[None]:
-    """While open, DeepSpeed computes on the emulated GPU."""
-    with mock.patch.object(real_accelerator, "ds_accelerator", EmulatedAccelerator()):
+    """While open, DeepSpeed computes on the emulated GPU, in the process group that is open."""
+    with ExitStack() as stack:
+        accelerator = EmulatedAccelerator()
+        stack.enter_context(mock.patch.object(real_accelerator, "ds_accelerator", accelerator))
+        # It keeps the process groups that it has used.
+        stack.enter_context(mock.patch.object(comm, "cdb", None))
+        for name, value in list(vars(groups).items()):
+            if name.endswith(("_GROUP", "_GROUP_RANKS")):
+                unused = {} if isinstance(value, dict) else None
+                stack.enter_context(mock.patch.object(groups, name, unused))
         yield
