@@ -15,6 +15,10 @@ from support.small_shards import write_small_shards
 
 ROOT = Path(__file__).parent.parent
 
+# Test processes share the cores. OpenMP's threads spin while they wait, by default, and take the time of those that work: with twice as
+# many threads as cores a training step takes up to forty times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Where the tests run in the background of a script, Ctrl-C is ignored, which every process that a test starts would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
