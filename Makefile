@@ -8,6 +8,7 @@ PYTHON ?= python3
 PYTHONS ?= python3.10 python3.11# of `make constraints`: the oldest supported one, and each from which versions differ
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
 WORKERS ?= 2# test processes at once
 TEST_TIMEOUT ?= 300# seconds that one test may take
 
@@ -18,7 +19,7 @@ space := $(subst ,, )
 # Named after the folder: a copied or moved checkout is installed again, and does not run the code of the old folder.
 STAMP := $(VENV)/.installed$(subst $(space),_,$(subst /,.,$(CURDIR)))
 
-.PHONY: help setup demo test check lint soak bench-learn container constraints clean
+.PHONY: help setup demo test check lint soak gpu bench-learn container constraints clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -52,6 +53,9 @@ lint: setup ## style and types: ruff format, ruff check, mypy
 soak: setup ## long campaigns, then the demo; write the results into tests/benchmarks/LOG.md
 	@$(RUN) pytest -m soak --timeout 0 -s $(PYTEST_ARGS)
 	@$(RUN) evspan.launch.cli.demo
+
+gpu: setup ## check and measure one GPU, in at most 8 minutes (GPU_ARGS; tests/gpu/README.md)
+	@$(VENV)/bin/python tests/gpu/check.py $(GPU_ARGS)
 
 bench-learn: setup ## the learning study, hours on 2 cores (BENCH_ARGS=--quick)
 	@$(VENV)/bin/python tests/benchmarks/learn.py $(BENCH_ARGS)
