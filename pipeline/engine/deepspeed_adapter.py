@@ -4,7 +4,11 @@ Verified with deepspeed 0.19.8 by tests/pipeline/test_deepspeed_adapter.py. Thes
 and may change with any release:
 
     ops.__compatible_ops__                               which compiled operators are available
-    engine.micro_steps                                   counts micro-batches
+    runtime.zero.stage_1_and_2.is_invalid_grad_norm, runtime.zero.stage3.is_invalid_grad_norm
+    optimizer.scaled_global_norm, optimizer.averaged_gradients, optimizer.params_in_partition,
+        optimizer.dp_process_group, optimizer.cpu_offload (stages 1, 2)
+    optimizer._get_norm_groups (stage 3)
+    optimizer.fp16_groups, optimizer.fp32_groups, optimizer.step (stage 0 in bf16)
     optimizer.fp32_partitioned_groups_flat (stage 3)     the tensors that Adam updates
     optimizer._lazy_init_hp_params_optimizer_state (1, 2)
     optimizer.loss_scaler, optimizer.loss_scale_config and their counters
@@ -15,11 +19,12 @@ and may change with any release:
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
+from evspan.pipeline.engine.adam import clip_factor, sum_of_squares
 from torch import Tensor, nn
 
 # DeepSpeed chooses its accelerator when it is imported, and logs then.
@@ -27,6 +32,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 import deepspeed  # noqa: E402
+import deepspeed.comm as deepspeed_comm  # noqa: E402
+from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402
+from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: E402
+
+NormListener = Callable[[Tensor], None]
 
 VERIFIED_VERSION = "0.19.8"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -47,10 +57,21 @@ def _silence() -> None:
 _silence()
 
 
+def _never_invalid(norm: Any) -> bool:
+    """Replaces DeepSpeed's check, which makes the host wait for the norm.
+
+    The optimizer leaves out an update with a gradient that is not finite; see `watch_norm`.
+    """
+    return False
+
+
+stage_1_and_2.is_invalid_grad_norm = _never_invalid
+stage3.is_invalid_grad_norm = _never_invalid
+
+
 def initialize(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
     config: dict[str, Any],
     device: torch.device,
 ) -> Any:
@@ -69,16 +90,90 @@ def initialize(
     engine, *_ = deepspeed.initialize(
         model=model.to(device),
         optimizer=optimizer,
-        lr_scheduler=schedule,
         config=config,
         dist_init_required=False,
     )
     return engine
 
 
-def count_micro_batch(engine: Any) -> None:
-    """Counts a micro-batch of an accumulation that has no gradients."""
-    engine.micro_steps += 1
+# -- the gradient norm, on the device --------------------------------------------------------------
+def watch_norm(engine: Any, listener: NormListener, *, stage: int, clip: float) -> None:
+    """Calls `listener` in every update, before Adam, with the norm of all gradients.
+
+    The norm is (), float32, before clipping, and the same on every rank; it is computed on the
+    device, where DeepSpeed's own code makes the host wait. In float32, stage 0 has no hook: there
+    the caller clips.
+
+    Args:
+        clip: the norm to which gradients are clipped; 0: not at all.
+    """
+    optimizer = engine.optimizer
+    if stage == 3:
+        _watch_stage_3(optimizer, listener)
+    elif stage in (1, 2):
+        _watch_stages_1_and_2(optimizer, listener)
+    elif hasattr(optimizer, "fp32_groups"):
+        optimizer.step = lambda: _step_stage_0(optimizer, listener, clip)
+
+
+def _watch_stages_1_and_2(zero: Any, listener: NormListener) -> None:
+    offloaded_norm = zero.scaled_global_norm
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        if zero.cpu_offload:
+            norm = torch.as_tensor(offloaded_norm(norm_type), dtype=torch.float32)
+        else:
+            norm = _partitioned_norm(zero)
+        listener(norm)
+        return norm
+
+    zero.scaled_global_norm = scaled_global_norm
+
+
+def _partitioned_norm(zero: Any) -> Tensor:
+    """DeepSpeed's norm of all ranks' gradients, with one kernel and one collective for all."""
+    squares = []
+    for group, parameters in enumerate(zero.params_in_partition):
+        gradients = [g for g in zero.averaged_gradients[group] if not hasattr(g, "_zero_padding")]
+        squares.append(sum_of_squares(gradients[: len(parameters)], zero.device))
+    over_ranks = torch.stack(squares)
+    deepspeed_comm.all_reduce(over_ranks, group=zero.dp_process_group)
+    norm: Tensor = torch.linalg.vector_norm(over_ranks.sqrt())
+    return norm
+
+
+def _watch_stage_3(zero: Any, listener: NormListener) -> None:
+    get_norm_groups = zero._get_norm_groups
+
+    def norm_groups() -> Any:
+        norms = get_norm_groups()
+        listener(combine_grad_norm_groups(norms))
+        return norms
+
+    zero._get_norm_groups = norm_groups
+
+
+def _step_stage_0(optimizer: Any, listener: NormListener, clip: float) -> None:
+    """The update of bfloat16 parameters that are not partitioned, from float32 ones.
+
+    Every parameter has a gradient: DeepSpeed fills in zeros when it averages.
+    """
+    parameters = [p for group in optimizer.fp16_groups for p in group]
+    masters = [p for group in optimizer.fp32_groups for p in group]
+    gradients = [torch.empty_like(p) for p in masters]
+    torch._foreach_copy_(gradients, [p.grad for p in parameters])
+    for master, gradient in zip(masters, gradients, strict=True):
+        master.grad = gradient
+    norm = sum_of_squares(gradients, gradients[0].device).sqrt()
+    listener(norm)
+    optimizer._global_grad_norm = norm
+    if clip:
+        torch._foreach_mul_(gradients, clip_factor(norm, clip))
+    optimizer.optimizer.step()
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, masters)
+    for master in masters:
+        master.grad = None
 
 
 def whole_parameters(

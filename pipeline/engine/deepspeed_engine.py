@@ -4,62 +4,23 @@ DeepSpeed averages gradients over the world at every stage, so the loss that `ba
 (local sum / global count) x world size.
 """
 
-import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from evspan.conf.schema.training import OptimizerConfig, Precision, Schedule, TrainConfig
+from evspan.conf.schema.training import Precision, TrainConfig
 from evspan.pipeline.engine import deepspeed_adapter as adapter
+from evspan.pipeline.engine.adam import (
+    LearningRateSchedule,
+    SkippableAdamW,
+    Update,
+    clip_factor,
+    learning_rate_factor,
+    parameter_groups,
+)
+from evspan.pipeline.engine.gradient_gate import GradientGate
 from evspan.pipeline.engine.optimizer_state import OptimizerState
 from evspan.pipeline.parallel.world import World
 from torch import Tensor, nn
-
-
-def learning_rate_factor(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]:
-    """The schedule: step -> fraction of the peak learning rate.
-
-    A linear warm-up, then a linear (OneCycle, as in RVT) or cosine descent.
-    """
-    warmup = max(1, round(config.warmup_fraction * max_steps))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return config.start_factor + (1 - config.start_factor) * step / warmup
-        progress = min(1.0, (step - warmup) / max(1, max_steps - 1 - warmup))
-        if config.schedule is Schedule.cosine:
-            progress = (1 - math.cos(math.pi * progress)) / 2
-        return 1 + (config.end_factor - 1) * progress
-
-    return factor
-
-
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW's parameter groups.
-
-    Matrices and kernels have weight decay; biases, norms, LayerScale and gates have none. Gates are
-    a last group of their own if `gate_lr_multiplier` is not 1.
-    """
-    decayed = []
-    not_decayed = []
-    gates = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.endswith(".gate") and config.gate_lr_multiplier != 1:
-            gates.append(parameter)
-        elif parameter.ndim >= 2:
-            decayed.append(parameter)
-        else:
-            not_decayed.append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": not_decayed, "weight_decay": 0.0},
-    ]
-    if gates:
-        gate_lr = config.lr * config.gate_lr_multiplier
-        groups.append({"params": gates, "weight_decay": 0.0, "lr": gate_lr})
-    return groups
 
 
 def engine_config(config: TrainConfig, lanes: int, parameters: int) -> dict[str, Any]:
@@ -82,9 +43,14 @@ def engine_config(config: TrainConfig, lanes: int, parameters: int) -> dict[str,
     return {
         "train_micro_batch_size_per_gpu": lanes,
         "gradient_accumulation_steps": config.training.gradient_accumulation_steps,
-        "gradient_clipping": config.training.gradient_clipping,
+        # DeepSpeed's clipping without ZeRO makes the host wait. The engine clips there.
+        "gradient_clipping": config.training.gradient_clipping if config.deepspeed.stage else 0.0,
         "zero_optimization": zero,
-        "bf16": {"enabled": config.training.precision is Precision.bf16},
+        # The engine checks the norm instead, which is one value.
+        "bf16": {
+            "enabled": config.training.precision is Precision.bf16,
+            "check_grad_overflow": False,
+        },
         "fp16": {"enabled": config.training.precision is Precision.fp16},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -103,24 +69,28 @@ class DeepSpeedEngine:
 
     def __init__(self, model: nn.Module, config: TrainConfig, world: World, *, lanes: int) -> None:
         self.stage = config.deepspeed.stage
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.optimizer), lr=config.optimizer.lr
+        self.clip = config.training.gradient_clipping
+        model.to(world.device)
+        self.adam = SkippableAdamW(
+            parameter_groups(model, config.optimizer),
+            lr=config.optimizer.lr,
+            fused=world.device.type != "cpu" and not config.deepspeed.offload_optimizer,
         )
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        factor = learning_rate_factor(config.optimizer, config.training.max_steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        trained = [p for group in self.adam.param_groups for p in group["params"]]
         self.engine = adapter.initialize(
             model,
-            optimizer,
-            schedule,
+            self.adam,
             engine_config(config, lanes, sum(p.numel() for p in trained)),
             world.device,
         )
+        adapter.watch_norm(self.engine, self._gate_update, stage=self.stage, clip=self.clip)
+        factor = learning_rate_factor(config.optimizer, config.training.max_steps)
+        self.schedule = LearningRateSchedule(self.adam, factor)
         self.optimizer_state = OptimizerState(
-            self.engine, optimizer, schedule, trained, self.stage, world
+            self.engine, self.adam, self.schedule, trained, self.stage, world
         )
-        self.gradient_norm = 0.0  # of the last update, before clipping
-        self.num_backwards = 0  # since the last update
+        self.gate = GradientGate(trained, config.training.gradient_accumulation_steps)
+        self.update: Update | None = None  # the last one
 
     @property
     def module(self) -> nn.Module:
@@ -135,7 +105,7 @@ class DeepSpeedEngine:
     @property
     def learning_rate(self) -> float:
         """Of the first parameter group, for the next update."""
-        return float(self.engine.optimizer.param_groups[0]["lr"])
+        return self.schedule.learning_rate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
@@ -145,39 +115,55 @@ class DeepSpeedEngine:
         """Sets the model to training mode."""
         self.engine.train()
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of a micro-batch. loss: a scalar."""
-        self.num_backwards += 1
+    @property
+    def updates_next(self) -> bool:
+        """Whether the next `step` is the last one of an accumulation."""
+        return bool(self.engine.is_gradient_accumulation_boundary())
+
+    def backward(self, loss: Tensor, counts: Tensor) -> None:
+        """Adds the gradients of a micro-batch.
+
+        Args:
+            loss: a scalar.
+            counts: () bool, the same on all ranks; False adds nothing, whatever the gradients are.
+        """
+        self.gate.open(counts)
         self.engine.backward(loss)
 
-    def step(self) -> None:
-        """Counts a micro-batch; clips and updates after the last one of an accumulation."""
-        updates = self.engine.is_gradient_accumulation_boundary()
-        if updates and self.stage == 0:  # DeepSpeed computes the norm from stage 1 on
-            norms = [p.grad.norm() for p in self.module.parameters() if p.grad is not None]
-            self.gradient_norm = float(torch.stack(norms).norm()) if norms else 0.0
-        self.engine.step()
-        if updates:
-            self.num_backwards = 0
-            norm = self.engine.get_global_grad_norm()
-            if norm is not None:
-                self.gradient_norm = float(norm)
+    def step(self) -> Update | None:
+        """Counts a micro-batch; clips and updates after the last one of an accumulation.
 
-    def skip(self) -> None:
-        """Counts a micro-batch without gradients.
+        An update is left out if no micro-batch of the accumulation counts, or if the gradients are
+        not finite.
 
-        If it is the last one of an accumulation, the gradients of the others, if any, update the
-        weights.
+        Returns:
+            None before the last micro-batch of an accumulation.
         """
-        updates = self.num_backwards > 0 and self.engine.is_gradient_accumulation_boundary()
-        if not updates:
-            adapter.count_micro_batch(self.engine)
-            return
-        parameters = list(self.module.parameters())
-        # DeepSpeed sums gradients over ranks in a backward, here of a loss that is zero.
-        with adapter.whole_parameters(parameters, stage=self.stage):
-            self.engine.backward(sum((p * 0).sum() for p in parameters))
-        self.step()
+        updates = self.updates_next
+        if updates and self._clips:
+            self._clip_gradients()
+        self.engine.step()
+        return self.update if updates else None
+
+    def advance(self) -> None:
+        """Advances the schedule. The caller knows by then that the last update was applied."""
+        self.schedule.set(self.schedule.updates + 1)
+
+    @property
+    def _clips(self) -> bool:
+        return self.stage == 0 and self.dtype == torch.float32
+
+    def _clip_gradients(self) -> None:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.stack(list(torch._foreach_norm(gradients))).square().sum().sqrt()
+        self._gate_update(norm)
+        if self.clip:
+            torch._foreach_mul_(gradients, clip_factor(norm, self.clip))
+
+    def _gate_update(self, norm: Tensor) -> None:
+        applied = self.gate.close() & torch.isfinite(norm)
+        self.adam.skip = (~applied).float()
+        self.update = Update(norm, applied)
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Gradients since the last update, by parameter name. A collective; after `backward`.

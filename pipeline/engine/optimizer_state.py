@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 from evspan.pipeline.engine import deepspeed_adapter as adapter
+from evspan.pipeline.engine.adam import LearningRateSchedule, SkippableAdamW
 from evspan.pipeline.parallel.reductions import sum_over_ranks
 from evspan.pipeline.parallel.world import World
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ class OptimizerState:
     def __init__(
         self,
         engine: Any,
-        adam: torch.optim.AdamW,
-        schedule: torch.optim.lr_scheduler.LambdaLR,
+        adam: SkippableAdamW,
+        schedule: LearningRateSchedule,
         trained: list[nn.Parameter],
         stage: int,
         world: World,
@@ -50,7 +51,9 @@ class OptimizerState:
         """
         for parameter, state in zip(updated, self.states, strict=True):
             if not state:
-                state["step"] = torch.tensor(0.0)
+                # The fused kernel counts on the device.
+                device = parameter.device if self.adam.is_fused else "cpu"
+                state["step"] = torch.zeros((), device=device)
                 state["exp_avg"] = torch.zeros_like(parameter.data)
                 state["exp_avg_sq"] = torch.zeros_like(parameter.data)
 
@@ -80,7 +83,7 @@ class OptimizerState:
         scaler = adapter.loss_scaler(self.engine)
         fields = [name for name in adapter.LOSS_SCALER_FIELDS if hasattr(scaler, name)]
         return {
-            "updates": self.schedule.last_epoch,
+            "updates": self.schedule.updates,
             "adam_steps": int(max(state["step"] for state in self.states)),
             "loss_scale": {name: getattr(scaler, name) for name in fields},
         }
@@ -95,12 +98,7 @@ class OptimizerState:
                 self._set(parameter, key, moments[f"{key}/{name}"])
         for state in self.states:
             state["step"].fill_(counters["adam_steps"])
-        updates = counters["updates"]
-        self.schedule.last_epoch = updates
-        for group, peak, factor in zip(
-            self.adam.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
-        ):
-            group["lr"] = peak * factor(updates)
+        self.schedule.set(counters["updates"])
         scaler = adapter.loss_scaler(self.engine)
         for name, value in counters["loss_scale"].items():
             if hasattr(scaler, name):

@@ -1,10 +1,15 @@
-"""What one training step did: its losses over all ranks, learning rate, gradient norm and speed."""
+"""What one training step did: its losses over all ranks, learning rate, gradient norm and speed.
+
+The host reads these values one step late, so that it does not wait for the device inside a step.
+"""
 
 import math
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from evspan.pipeline.engine.adam import Update
 from evspan.pipeline.model.loss import Losses
 from evspan.pipeline.parallel.reductions import sum_over_ranks
 from torch import Tensor
@@ -32,12 +37,16 @@ class LossSummary(NamedTuple):
 class MicroBatchReport(NamedTuple):
     """One forward and backward.
 
-    stop: whether any rank was asked to stop. gradients: as in StepReport.
+    metrics: on the device, as of `MicroBatchSum.metrics`. gradients: as in StepReport.
     """
 
-    losses: LossSummary
-    stop: bool
+    metrics: Tensor
     gradients: dict[str, Tensor]
+
+    @property
+    def losses(self) -> LossSummary:
+        """The host waits for the device."""
+        return loss_summary(self.metrics.tolist())
 
 
 class StepReport(NamedTuple):
@@ -46,7 +55,7 @@ class StepReport(NamedTuple):
     step: its number, from 1.
     losses: of its last micro-batch.
     learning_rate: of the first parameter group, after the step.
-    gradient_norm: over all parameters, before clipping.
+    gradient_norm: over all parameters, before clipping; of the last update that was applied.
     gradients: parameter name -> float32 on the CPU, over all ranks, before clipping; only in the
         trainer's `gradient_steps`, else empty.
     stop: whether any rank was asked to stop.
@@ -86,20 +95,79 @@ class MicroBatchSum:
         self.stops = summed[-1]
         return summed[:-1]
 
-    def read(self, losses: Losses) -> tuple[LossSummary, bool]:
-        """The losses, and whether any rank was asked to stop: the same on every rank.
-
-        This is the one place in a step where the host waits for the device.
+    def metrics(self, losses: Losses) -> Tensor:
+        """The same on every rank, and still on the device.
 
         Args:
             losses: what `detection_loss` returned.
+
+        Returns:
+            (6,): total, iou, objectness, classes, positives, number of ranks that were asked to
+            stop.
         """
         assert self.stops is not None
         parts = torch.stack((losses.iou, losses.objectness, losses.classes))
         counts = torch.stack((losses.positives, self.stops))
-        values = torch.cat((parts.sum(0, keepdim=True), parts, counts)).tolist()
-        total, iou, objectness, classes, positives, stops = values
-        return LossSummary(total, iou, objectness, classes, positives), stops > 0
+        return torch.cat((parts.sum(0, keepdim=True), parts, counts))
+
+
+def loss_summary(metrics: Sequence[float]) -> LossSummary:
+    """From the six values of `MicroBatchSum.metrics`."""
+    return LossSummary(*metrics[:5])
+
+
+class StepValues(NamedTuple):
+    """The values of one step that the host needs.
+
+    losses: of every micro-batch. stop: whether any rank was asked to stop. gradient_norm, applied:
+    of the update.
+    """
+
+    losses: list[LossSummary]
+    stop: bool
+    gradient_norm: float
+    applied: bool
+
+
+class PendingValues:
+    """The values of a step on their way to the host.
+
+    Args:
+        metrics: of every micro-batch, as of `MicroBatchSum.metrics`.
+        update: of the step.
+    """
+
+    def __init__(self, metrics: Sequence[Tensor], update: Update) -> None:
+        self.micro_batches = len(metrics)
+        on_device = torch.cat(
+            [
+                *metrics,
+                update.gradient_norm.reshape(1).to(metrics[0]),
+                update.applied.reshape(1).to(metrics[0]),
+            ]
+        )
+        self.copied: torch.cuda.Event | None = None
+        if on_device.device.type == "cpu":
+            self.values = on_device
+        else:
+            self.values = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+            self.values.copy_(on_device, non_blocking=True)
+            self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+            self.copied.record()
+
+    def read(self) -> StepValues:
+        """Waits until the device has computed the values."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        *metrics, gradient_norm, applied = self.values.tolist()
+        size = len(metrics) // self.micro_batches
+        parts = [metrics[i * size : (i + 1) * size] for i in range(self.micro_batches)]
+        return StepValues(
+            [loss_summary(part) for part in parts],
+            any(part[5] > 0 for part in parts),
+            gradient_norm,
+            bool(applied),
+        )
 
 
 class Throughput(NamedTuple):

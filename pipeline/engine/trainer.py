@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Container, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,12 +27,15 @@ from evspan.pipeline.engine.evaluator import describe_evaluation, evaluate_weigh
 from evspan.pipeline.engine.oom import explain_out_of_memory
 from evspan.pipeline.engine.profiling import Profiler
 from evspan.pipeline.engine.resources import Resources, over_ranks
+from evspan.pipeline.engine.running_statistics import RunningStatistics
 from evspan.pipeline.engine.signals import StopFlag, catch_stop_signals
 from evspan.pipeline.engine.step_report import (
     LossSummary,
     MicroBatchReport,
     MicroBatchSum,
+    PendingValues,
     StepReport,
+    StepValues,
     ThroughputMeter,
 )
 from evspan.pipeline.evaluation.coco import Metrics
@@ -43,7 +46,13 @@ from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.norm import RankReductions, global_batch_norms
 from evspan.pipeline.model.sequence_protocol import Exchange
-from evspan.pipeline.model.state import DetectorState, detach, state_from_tensors, state_tensors
+from evspan.pipeline.model.state import (
+    DetectorState,
+    detach,
+    state_from_tensors,
+    state_tensors,
+    zero_unless,
+)
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import Mesh, open_mesh
 from evspan.pipeline.parallel.reductions import (
@@ -73,6 +82,16 @@ PROFILE_REQUEST = "profile"  # the number of steps to trace, among the metrics t
 StepCallback = Callable[[StepReport], None]
 
 
+@dataclass
+class PendingStep:
+    """A step that was queued, and whose values the host has not read."""
+
+    number: int
+    values: PendingValues
+    gradients: dict[str, Tensor]  # as in StepReport
+    started: float  # as in StepReport
+
+
 def train(config: TrainConfig, world: World) -> Metrics | None:
     """Trains to `max_steps`, from the run's newest checkpoint if there is one. A collective.
 
@@ -96,11 +115,17 @@ def train(config: TrainConfig, world: World) -> Metrics | None:
 class Trainer:
     """One rank of a run.
 
+    The host queues the work of a step without waiting for the device. It reads the losses and the
+    stop flag of a step in the next one, after the backward pass is queued, or at the end of the
+    step where something depends on them: a log line, a checkpoint, an evaluation, a callback. What
+    must not wait is decided on the device: a micro-batch whose loss is not finite changes neither
+    weights, moments and counters nor running statistics, and resets the recurrent state.
+
     Args:
         engine: the class that steps the model.
         on_step: is called on every rank after each optimizer step, before the step is logged, saved
-            or evaluated. To end the run after the next step, it requests that of the `StopFlag`
-            which `run` was called with.
+            or evaluated; the host waits for the step then. To end the run after the next step, it
+            requests that of the `StopFlag` which `run` was called with.
         gradient_steps: steps whose report contains the gradients; collecting them costs a
             collective and a copy of all gradients.
     """
@@ -134,6 +159,7 @@ class Trainer:
         self.loader = _build_loader(config, self.dataset, self.mesh)
         detector = _build_detector(config, self.dataset.channels, self.exchange, world)
         self.engine = engine(detector, config, world, lanes=len(self.lanes))
+        self.statistics = RunningStatistics(self.engine.module)
         self.state = self._zero_state()
         self.checkpoints = Checkpoints(
             self.run_dir,
@@ -144,6 +170,10 @@ class Trainer:
         self.step = 0
         self.skipped = 0  # micro-batches, since the run's first step
         self.skipped_in_a_row = 0
+        self.metrics: list[Tensor] = []  # of the micro-batches since the last update
+        self.pending: PendingStep | None = None
+        self.stop = False  # whether a rank was asked to stop, as far as reports were read
+        self.gradient_norm = 0.0  # of the last update that was applied
         if config.checkpoint.resume:
             self._resume()
         if world.is_main:
@@ -152,6 +182,7 @@ class Trainer:
         if world.is_main:
             self.attempt = record_start(self.run_dir, self.step, config.training.max_steps)
         self.first_step_ended = False  # of this process
+        self.step_started = 0.0  # as StepReport.started
         self.profiler = Profiler(
             self.run_dir, world.rank, self.writer, detector, config.training.profile
         )
@@ -176,12 +207,13 @@ class Trainer:
         metrics = self._evaluate_if_missing()
         while self.step < training.max_steps:
             self.profiler.before(self.step + 1)
-            report, batch = self._train_step(batches, stop_flag)
+            batch = self._train_step(batches, stop_flag)
             self.profiler.after()
-            self._after_step(report)
-            if self._checkpoint_is_due or report.stop:
+            if self.stop or self._report_is_due:
+                self._after_step(self._read_report())
+            if self._checkpoint_is_due or self.stop:
                 self._save()
-            if report.stop and not self._is_last_step:
+            if self.stop and not self._is_last_step:
                 self._exit_stopped()
             if self._images_are_due:
                 self._write_images(batch)
@@ -213,34 +245,32 @@ class Trainer:
         every = self.config.training.log_images_every
         return every > 0 and (self.step % every == 0 or self._is_last_step)
 
-    def _train_step(
-        self, batches: Iterator[Batch], stop_flag: StopFlag
-    ) -> tuple[StepReport, Batch]:
-        """All micro-batches of one optimizer step. Returns the last one too."""
+    @property
+    def _log_is_due(self) -> bool:
+        return self.step % self.config.training.log_every == 0 or self._is_last_step
+
+    @property
+    def _report_is_due(self) -> bool:
+        """Whether something at the end of this step depends on its values."""
+        due = self._log_is_due or self._checkpoint_is_due or self._images_are_due
+        return due or self.on_step is not None
+
+    def _train_step(self, batches: Iterator[Batch], stop_flag: StopFlag) -> Batch:
+        """Queues all micro-batches of one optimizer step. Returns the last one."""
         training = self.config.training
         collect = self.step + 1 in self.gradient_steps
-        started: float | None = None
         for number in range(1, training.gradient_accumulation_steps + 1):
             batch = self._next_batch(batches)
-            started = started or time.perf_counter()
+            if number == 1:
+                self.step_started = time.perf_counter()
             is_last = number == training.gradient_accumulation_steps
-            result = self.micro_batch(
+            self.micro_batch(
                 batch,
                 stop_requested=stop_flag.received is not None,
                 collect_gradients=collect and is_last,
             )
-        assert started is not None
         self.step += 1
-        report = StepReport(
-            step=self.step,
-            losses=result.losses,
-            learning_rate=self.engine.learning_rate,
-            gradient_norm=self.engine.gradient_norm,
-            gradients=result.gradients,
-            stop=result.stop,
-            started=started,
-        )
-        return report, batch
+        return batch
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         requested = time.perf_counter()
@@ -260,6 +290,7 @@ class Trainer:
             collect_gradients: only in the last micro-batch of an accumulation.
         """
         self.engine.train()
+        self.statistics.save()
         raw, state = self.engine(
             batch.frames,
             self.state,
@@ -276,42 +307,87 @@ class Trainer:
             self.config.model.head,
             sum_over_ranks=over_ranks,
         )
-        losses, stop = over_ranks.read(local_losses)
-        gradients: dict[str, Tensor] = {}
-        if losses.is_finite:
-            self.engine.backward(local_losses.total * self.world.size)
-            if collect_gradients:
-                gradients = self.engine.full_gradients()
-            self.engine.step()
-            self.state = detach(state)
-            self.skipped_in_a_row = 0
-        else:
-            self._skip()
-        return MicroBatchReport(losses, stop, gradients)
+        metrics = over_ranks.metrics(local_losses)
+        is_finite = torch.isfinite(metrics[0])
+        self.engine.backward(local_losses.total * self.world.size, is_finite)
+        self.statistics.restore_unless(is_finite)
+        gradients = self.engine.full_gradients() if collect_gradients else {}
+        self.state = zero_unless(is_finite, detach(state))
+        self.metrics.append(metrics)
+        if self.engine.updates_next:
+            # The schedule of this update depends on whether the previous one was applied.
+            self._read_pending()
+        update = self.engine.step()
+        if update is not None:
+            values = PendingValues(self.metrics, update)
+            self.pending = PendingStep(self.step + 1, values, gradients, self.step_started)
+            self.metrics = []
+        return MicroBatchReport(metrics, gradients)
 
-    def _skip(self) -> None:
-        """Keeps a non-finite loss out of the weights, and out of the next chunk's state."""
-        self.engine.skip()
-        self.state = self._zero_state()
+    def _read_report(self) -> StepReport:
+        """The values of the step that was queued last."""
+        report = self._read_pending()
+        assert report is not None
+        return report
+
+    def _read_pending(self) -> StepReport | None:
+        """Reads the values of the step that is pending, if one is; the host waits for them."""
+        pending = self.pending
+        if pending is None:
+            return None
+        self.pending = None
+        values = pending.values.read()
+        self._count_skipped(values, pending.number)
+        if values.applied:
+            self.engine.advance()
+            self.gradient_norm = values.gradient_norm
+        self.stop = self.stop or values.stop
+        if not self.first_step_ended:
+            self.first_step_ended = True
+            if self.world.is_main:
+                restarts = record_first_step(self.run_dir, self.attempt)
+                self.writer.write_scalars(restarts, pending.number)
+        last = values.losses[-1]
+        return StepReport(
+            step=pending.number,
+            losses=last,
+            learning_rate=self.engine.learning_rate,
+            gradient_norm=self.gradient_norm,
+            gradients=pending.gradients if last.is_finite else {},
+            stop=values.stop,
+            started=pending.started,
+        )
+
+    def _count_skipped(self, values: StepValues, step: int) -> None:
+        """Counts micro-batches whose loss is not finite, and an update whose gradients are not.
+
+        Raises:
+            UserError: `max_nonfinite` in a row.
+        """
+        for losses in values.losses:
+            if not losses.is_finite:
+                self._count_one_skipped(step)
+            elif values.applied:
+                self.skipped_in_a_row = 0
+        if not values.applied and any(losses.is_finite for losses in values.losses):
+            self._count_one_skipped(step)
+
+    def _count_one_skipped(self, step: int) -> None:
         self.skipped += 1
         self.skipped_in_a_row += 1
         limit = self.config.training.max_nonfinite
         if self.skipped_in_a_row >= limit:
             raise UserError(
-                f"the loss was not finite {limit} times in a row, last in step {self.step}. The "
-                f"last checkpoint is in {self.checkpoints.folder}; lower optimizer.lr, or set "
+                f"the loss or its gradients were not finite {limit} times in a row, last in step "
+                f"{step}. The last checkpoint is in {self.checkpoints.folder}; lower "
+                "optimizer.lr, or set "
                 "training.precision=fp32"
             )
 
     def _after_step(self, report: StepReport) -> None:
-        if not self.first_step_ended:
-            self.first_step_ended = True
-            if self.world.is_main:
-                restarts = record_first_step(self.run_dir, self.attempt)
-                self.writer.write_scalars(restarts, self.step)
         if self.on_step is not None:
             self.on_step(report)
-        if self.step % self.config.training.log_every == 0 or self._is_last_step:
+        if self._log_is_due:
             self._log_step(report)
 
     # -- state, checkpoints --------------------------------------------------------------------

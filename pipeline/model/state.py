@@ -84,3 +84,8 @@ def forget_lanes(state: DetectorState, starts: Tensor) -> DetectorState:
         return torch.where(mask, torch.zeros((), dtype=t.dtype, device=t.device), t)
 
     return map_state(forget, state)
+
+
+def zero_unless(counts: Tensor, state: DetectorState) -> DetectorState:
+    """The state, or zeros. counts: () bool, read on its device."""
+    return map_state(lambda t: torch.where(counts, t, 0.0), state)

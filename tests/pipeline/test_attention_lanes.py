@@ -362,7 +362,7 @@ def test_detect_is_a_step_then_thresholds_and_suppression(part, scales):
 # -- gates -----------------------------------------------------------------------------------------------------------
 def test_gates_learn_at_a_rate_of_their_own():
     """As the engine has it: every parameter once, gates and no others at gate_lr_multiplier times the rate, without weight decay."""
-    from evspan.pipeline.engine.deepspeed_engine import parameter_groups
+    from evspan.pipeline.engine.adam import parameter_groups
 
     detector = micro("all")
     everything = {id(p) for p in detector.parameters()}

@@ -1,7 +1,7 @@
 """The oracle of DeepSpeedEngine: AdamW, schedule and clipping in plain torch, a model per rank."""
 
 import torch
-from evspan.pipeline.engine.deepspeed_engine import learning_rate_factor, parameter_groups
+from evspan.pipeline.engine.adam import Update, learning_rate_factor, parameter_groups
 from evspan.pipeline.parallel.reductions import sum_over_ranks
 from torch.nn.utils import clip_grad_norm_
 
@@ -31,32 +31,43 @@ class PlainEngine:
         """Switches to training mode."""
         self.module.train()
 
-    def backward(self, loss):
-        """Adds the gradients of a micro-batch."""
-        (loss / self.gradient_accumulation_steps / self.world.size).backward()
+    @property
+    def updates_next(self):
+        """Whether the next `step` is the last one of an accumulation."""
+        return (self.micro_batches + 1) % self.gradient_accumulation_steps == 0
+
+    def backward(self, loss, counts):
+        """Adds the gradients of a micro-batch that counts."""
+        if counts:
+            (loss / self.gradient_accumulation_steps / self.world.size).backward()
 
     def full_gradients(self):
         """Gradients over all ranks by parameter name."""
         return {name: sum_over_ranks(p.grad.clone()) for name, p in self.module.named_parameters()}
 
-    def skip(self):
-        """Counts a micro-batch without gradients."""
-        self.step()
-
     def step(self):
-        """Updates the weights after the last micro-batch of a step, unless all were skipped."""
+        """Updates the weights after the last micro-batch of a step, unless none counts."""
+        updates = self.updates_next
         self.micro_batches += 1
-        if self.micro_batches % self.gradient_accumulation_steps:
-            return
+        if not updates:
+            return None
         if all(p.grad is None for p in self.module.parameters()):
-            return
+            return Update(torch.tensor(0.0), torch.tensor(False))
         for name, gradient in self.full_gradients().items():
             self.module.get_parameter(name).grad.copy_(gradient)
-        if self.clip:
-            clip_grad_norm_(self.module.parameters(), self.clip)
+        norm = clip_grad_norm_(self.module.parameters(), self.clip or torch.inf)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return Update(norm, torch.tensor(True))
+
+    def advance(self):
+        """Does nothing: `step` has advanced the schedule."""
+
+    @property
+    def learning_rate(self):
+        """Of the first parameter group."""
+        return self.optimizer.param_groups[0]["lr"]
 
 
 class ExactEngine(PlainEngine):
