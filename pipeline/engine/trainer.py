@@ -56,10 +56,9 @@ from evspan.pipeline.model.state import (
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import Mesh, open_mesh
 from evspan.pipeline.parallel.reductions import (
+    add_over_ranks,
     barrier,
     broadcast_object,
-    gather_over_ranks,
-    sum_over_ranks,
 )
 from evspan.pipeline.parallel.world import World
 from evspan.pipeline.tensorboard.attention_probe import probe
@@ -657,7 +656,7 @@ def _build_detector(
     if config.checkpoint.init_from:
         load_tensors(detector, load_weights(config.checkpoint.init_from))
     if world.size > 1:
-        global_batch_norms(detector, RankReductions(gather_over_ranks, sum_over_ranks))
+        global_batch_norms(detector, RankReductions(add_over_ranks))
     return detector
 
 

@@ -18,6 +18,13 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return total
 
 
+def add_over_ranks(x: Tensor) -> Tensor:
+    """`sum_over_ranks` into x itself."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
 def gather_over_ranks(x: Tensor) -> Tensor:
     """(n,) -> (ranks, n), the parts of all ranks, on every rank."""
     if dist.get_world_size() == 1:

@@ -32,9 +32,9 @@ from evspan.pipeline.parallel.collectives import P2PChannel
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import Mesh, open_mesh
 from evspan.pipeline.parallel.reductions import (
+    add_over_ranks,
     barrier,
     gather_objects,
-    gather_over_ranks,
     sum_over_ranks,
 )
 from evspan.pipeline.parallel.world import open_world
@@ -146,7 +146,7 @@ class Side:
             exchange = open_exchange(
                 ExchangeKind[kind], mesh, sequence_length=length, dws_conv=False
             )
-            global_batch_norms(self.detector, RankReductions(gather_over_ranks, sum_over_ranks))
+            global_batch_norms(self.detector, RankReductions(add_over_ranks))
             self.detector.exchange = exchange
             self.over_ranks = sum_over_ranks
             self.state = exchange.scatter(self.state)

@@ -462,9 +462,10 @@ def test_batch_norm_of_no_frames_leaves_its_statistics():
         assert (norm.weight.grad == 0).all()
 
 
+@pytest.mark.parametrize("ranks", [None, ONE_RANK])
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("maps", [torch.bfloat16, torch.float16])
-def test_batch_norm_takes_half_precision_maps_and_parameters(maps, parameters):
+def test_batch_norm_takes_half_precision_maps_and_parameters(maps, parameters, ranks):
     torch.manual_seed(0)
     x = torch.randn(6, 5, 4, 3) * 2 + 1
     weights = torch.randn_like(x)
@@ -475,6 +476,8 @@ def test_batch_norm_takes_half_precision_maps_and_parameters(maps, parameters):
         norm.bias.data = torch.linspace(-1, 1, 5).to(dtype_of_parameters)
         if dtype_of_maps == torch.float64:
             norm.double()
+        else:
+            global_batch_norms(norm, ranks)
         leaf = x.to(dtype_of_maps).requires_grad_()
         y = norm(leaf)
         assert y.dtype == dtype_of_maps

@@ -13,11 +13,10 @@ from evspan.conf.errors import ConfigError
 from evspan.conf.schema.training import ParallelConfig
 from evspan.pipeline.model.norm import BatchNorm2d, RankReductions, global_batch_norms
 from evspan.pipeline.parallel.reductions import (
+    add_over_ranks,
     broadcast_object,
     deal,
     gather_objects,
-    gather_over_ranks,
-    sum_over_ranks,
 )
 from evspan.pipeline.parallel.world import open_world
 
@@ -47,7 +46,7 @@ def rank_main(rank, folder):
         own = slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
         x = batch()[own].requires_grad_()
         norm = BatchNorm2d(5).double()
-        global_batch_norms(norm, RankReductions(gather_over_ranks, sum_over_ranks))
+        global_batch_norms(norm, RankReductions(add_over_ranks))
         loss = normalised(
             x, norm, torch.arange(sum(SHARES) * 60.0, dtype=torch.float64).view(-1, 5, 4, 3)[own]
         )

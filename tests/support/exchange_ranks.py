@@ -33,7 +33,7 @@ from evspan.pipeline.model.state import (
 )
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import open_mesh
-from evspan.pipeline.parallel.reductions import gather_over_ranks, sum_over_ranks
+from evspan.pipeline.parallel.reductions import add_over_ranks, sum_over_ranks
 from evspan.pipeline.parallel.world import open_world
 from support.anchor_grad import anchor_grad
 
@@ -308,7 +308,7 @@ def detect(model, labels, dtype, exchange, mine, my_lanes, *, frames, lanes, ove
     detector.exchange = exchange
     total = over_ranks or (lambda t: t.detach())
     if over_ranks is not None:
-        global_batch_norms(detector, RankReductions(gather_over_ranks, over_ranks))
+        global_batch_norms(detector, RankReductions(add_over_ranks))
     canonical = detector.initial_state(len(my_lanes), H, W, dtype=dtype)
     state = exchange.scatter(canonical)
     loss_values = []
