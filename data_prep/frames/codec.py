@@ -141,9 +141,11 @@ def _measure(
             return frame
         total = np.int64(0)
         for block in range(first, last, MEASURED):
-            part = np.int32(0)  # 32 bits, so that the CPU adds eight bytes at once
-            for i in range(block, min(block + MEASURED, last)):
-                byte = np.int32(code[i])
+            # A slice from 0 and 32 bits, so that the CPU adds several bytes at once.
+            part = np.int32(0)
+            measured = code[block : min(block + MEASURED, last)]
+            for i in range(measured.size):
+                byte = np.int32(measured[i])
                 step = np.int32(byte + np.int32(1))
                 step = np.int32(0) if byte == AGAIN else step
                 step = np.int32(STEP) if byte == SKIP else step
@@ -189,6 +191,45 @@ def _gather(
                         target[x] = count
 
 
+@njit(cache=True, nogil=True)
+def _decode_moved(
+    code: NDArray[np.uint8],
+    first_row: NDArray[np.int64],
+    last_row: NDArray[np.int64],
+    first_column: NDArray[np.int64],
+    last_column: NDArray[np.int64],
+    out: NDArray[np.uint8],
+) -> None:
+    """Decodes a frame and moves its pixels; see `decode_moved`.
+
+    Args:
+        code: (n,) a code that `_measure` accepts.
+        first_row, last_row: (H,) a source row goes to the rows first, ..., last - 1 of `out`.
+        first_column, last_column: (W,) the same for columns.
+        out: (C, H, W) zeros.
+    """
+    height = first_row.size
+    width = first_column.size
+    plane = 0
+    y = 0
+    x = -1
+    for i in range(code.size):
+        byte = code[i]
+        if byte != AGAIN:
+            x += STEP if byte == SKIP else np.int64(byte) + 1
+            while x >= width:
+                x -= width
+                y += 1
+                if y == height:
+                    y = 0
+                    plane += 1
+            if byte == SKIP:
+                continue
+        for row in range(first_row[y], last_row[y]):
+            for column in range(first_column[x], last_column[x]):
+                out[plane, row, column] += 1
+
+
 class FrameEncoder:
     """Encodes frames. Its buffer grows as needed."""
 
@@ -232,11 +273,21 @@ def decode_frames(
         ValueError: the bytes are no code of such frames.
     """
     frames = np.zeros((len(start) - 1, *shape), np.uint8)
-    flat = frames.reshape(len(frames), math.prod(shape))
-    for i, (first, last) in enumerate(zip(start.tolist(), start[1:].tolist(), strict=False)):
-        if not 0 <= first <= last <= code.size or not _decode(code[first:last], flat[i]):
-            raise ValueError(_no_code(i, len(frames), shape))
+    decode_into(code, start, frames)
     return frames
+
+
+def decode_into(code: NDArray[np.uint8], start: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+    """Decodes consecutive frames as `decode_frames`.
+
+    Args:
+        out: (n, ...) zeros; each frame is C-contiguous.
+    """
+    size = math.prod(out.shape[1:])
+    for i, (first, last) in enumerate(zip(start.tolist(), start[1:].tolist(), strict=False)):
+        inside = 0 <= first <= last <= code.size
+        if not inside or not _decode(code[first:last], out[i].reshape(size)):
+            raise ValueError(_no_code(i, len(out), out.shape[1:]))
 
 
 def measure_frames(
@@ -264,6 +315,26 @@ def _no_code(frame: int, num_frames: int, shape: tuple[int, ...]) -> str:
     return f"frame {frame} of {num_frames} does not decode to {shape}"
 
 
+def decode_moved(
+    code: NDArray[np.uint8],
+    start: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    out: NDArray[np.uint8],
+) -> None:
+    """out[i, :, y, x] = frame i[:, rows[y], columns[x]], without decoding the frames elsewhere.
+
+    Args:
+        code, start: as in `decode_frames`, and checked by `measure_frames`.
+        rows, columns: as in `gather_cells`.
+        out: (n, C, H, W) zeros; each frame is C-contiguous.
+    """
+    first_row, last_row = _targets(rows)
+    first_column, last_column = _targets(columns)
+    for first, last, frame in zip(start[:-1].tolist(), start[1:].tolist(), out, strict=True):
+        _decode_moved(code[first:last], first_row, last_row, first_column, last_column, frame)
+
+
 def gather_cells(
     frame: NDArray[np.uint8],
     rows: NDArray[np.int64],
@@ -274,17 +345,29 @@ def gather_cells(
 
     Args:
         frame: (C, H, W) C-contiguous.
-        rows: (H,) source row of each row of `out`; -1: the row stays 0.
-        columns: (W,) the same for columns. Those that are not -1 are adjacent, and only rise or
-            only fall.
+        rows: (H,) source row of each row of `out`; -1: the row stays 0. Those that are not -1 are
+            adjacent, and only rise or only fall.
+        columns: (W,) the same for columns.
         out: (C, H, W) C-contiguous, zeros.
     """
-    width = frame.shape[2]
-    shown = np.flatnonzero(columns >= 0)
-    copies = np.bincount(columns[shown], minlength=width)
-    first = np.zeros(width, np.int64)
-    first[columns[shown[::-1]]] = shown[::-1]
-    if width % 8:
-        _gather(frame.astype("<u8"), 1, rows, first, first + copies, out)
+    first, last = _targets(columns)
+    if frame.shape[2] % 8:
+        _gather(frame.astype("<u8"), 1, rows, first, last, out)
     else:
-        _gather(frame.view("<u8"), 8, rows, first, first + copies, out)
+        _gather(frame.view("<u8"), 8, rows, first, last, out)
+
+
+def _targets(source: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The pixels that show each source pixel: first, ..., last - 1.
+
+    Args:
+        source: (n,) as `columns` of `gather_cells`.
+
+    Returns:
+        first, last: (n,)
+    """
+    shown = np.flatnonzero(source >= 0)
+    copies = np.bincount(source[shown], minlength=source.size)
+    first = np.zeros(source.size, np.int64)
+    first[source[shown[::-1]]] = shown[::-1]
+    return first, first + copies

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from evspan.conf.schema.training import AugmentationConfig
-from evspan.data_prep.frames.codec import gather_cells
+from evspan.data_prep.frames.codec import decode_into, decode_moved, gather_cells
+from evspan.pipeline.data.datasets import FrameCodes
 from evspan.pipeline.data.plan import Chunk, generator
 from numpy.typing import NDArray
 
@@ -66,6 +67,22 @@ def augment_frames(
     rows, columns = source_maps(augmentation, *frames.shape[2:])
     for frame, augmented in zip(frames, out, strict=True):
         gather_cells(frame, rows, columns, augmented)
+
+
+def decode_augmented(
+    frames: FrameCodes, augmentation: Augmentation, out: NDArray[np.uint8]
+) -> None:
+    """Writes the augmented frames as `augment_frames` does.
+
+    Args:
+        frames: n frames.
+        out: (n, C, H, W) zeros. Each frame is contiguous.
+    """
+    if augmentation == Augmentation():
+        decode_into(frames.code, frames.start, out)
+        return
+    rows, columns = source_maps(augmentation, *out.shape[2:])
+    decode_moved(frames.code, frames.start, rows, columns, out)
 
 
 def source_maps(

@@ -53,7 +53,7 @@ def pad_boxes(boxes: list[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
         (n, G, 5) float32 and the numbers of valid rows (n,) int64.
     """
     counts = [len(b) for b in boxes]
-    padded = torch.zeros(len(boxes), max(counts, default=0) or 1, 5)
+    padded = np.zeros((len(boxes), max(counts, default=0) or 1, 5), np.float32)
     for i, rows in enumerate(boxes):
-        padded[i, : len(rows)] = torch.from_numpy(rows)
-    return padded, torch.tensor(counts, dtype=torch.int64)
+        padded[i, : len(rows)] = rows
+    return torch.from_numpy(padded), torch.tensor(counts, dtype=torch.int64)

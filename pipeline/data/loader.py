@@ -13,6 +13,7 @@ from evspan.pipeline.data.augment import (
     Augmentation,
     augment_boxes,
     augment_frames,
+    decode_augmented,
     draw_augmentation,
 )
 from evspan.pipeline.data.batch import Batch, BatchLabels, pad_boxes
@@ -86,9 +87,8 @@ class Loader:
         lanes = [self._lane(lane, index) for lane in self.lanes]
         frames = np.zeros(self._shape, np.uint8)
         for b, lane in enumerate(lanes):
-            for t in range(lane.existing):  # a frame at a time stays in the cache
-                frame = lane.recording.read(lane.first + t, lane.first + t + 1)
-                augment_frames(frame, lane.augmentation, frames[t : t + 1, b])
+            if lane.existing:
+                _read_frames(lane, frames[: lane.existing, b])
         return Batch(torch.from_numpy(frames), *_labels(lanes))
 
     def encoded_batch(self, index: int) -> EncodedBatch:
@@ -179,6 +179,17 @@ class Loader:
         return read_ahead(
             self.encoded_batch if encoded else self.batch, count(start), self.config.num_workers
         )
+
+
+def _read_frames(lane: _Lane, out: NDArray[np.uint8]) -> None:
+    """Writes the lane's frames, augmented, into `out` (existing, C, H, W), zeros."""
+    if lane.recording.read_codes is not None:
+        codes = lane.recording.codes(lane.first, lane.first + lane.existing)
+        decode_augmented(codes, lane.augmentation, out)
+        return
+    for t in range(lane.existing):  # a frame at a time stays in the cache
+        frame = lane.recording.read(lane.first + t, lane.first + t + 1)
+        augment_frames(frame, lane.augmentation, out[t : t + 1])
 
 
 def _labels(lanes: Sequence[_Lane]) -> BatchLabels:

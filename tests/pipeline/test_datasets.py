@@ -215,19 +215,22 @@ def test_any_number_of_workers_and_any_layout_read_the_same(tmp_path, recordings
             p.close()
 
 
-def test_a_rank_reads_only_its_own_frames(shards):
+@pytest.mark.parametrize("column", ["read_codes", "read_frames"])
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_rank_reads_only_its_own_frames(shards, column, encoded):
+    """read_frames: of datasets that store no codes."""
     data, asked = opened(shards), []
 
     def watched(recording):
-        return replace(
-            recording, read_frames=lambda which: asked.append(which) or recording.read_frames(which)
-        )
+        read = getattr(recording, column)
+        watch = {column: lambda which: asked.append(which) or read(which)}
+        return replace(recording, **{"read_codes": None, **watch})
 
     data = replace(data, recordings=[watched(r) for r in data.recordings])
     loader, plan = make_loader(data, range(6), frames=range(1, 3))
     for index in range(12):
         asked.clear()
-        loader.batch(index)
+        loader.encoded_batch(index) if encoded else loader.batch(index)
         chunks = [plan.chunk(lane, index) for lane in range(6)]
         expected = [c.first + t for c in chunks for t in range(1, min(3, c.frames))]
         assert [t for which in asked for t in range(which.start, which.stop)] == expected

@@ -1,5 +1,6 @@
 """Frames that travel encoded: expanded by torch operators, they equal those of the numpy path."""
 
+import math
 from itertools import chain, islice
 
 import h5py
@@ -11,7 +12,7 @@ from evspan.conf.schema.prep import DatasetConfig, DatasetKind
 from evspan.conf.schema.training import AugmentationConfig, Sampling, TrainingConfig
 from evspan.data_prep.frames import codec
 from evspan.data_prep.frames.codec import decode_frames, measure_frames
-from evspan.pipeline.data.augment import Augmentation, augment_frames
+from evspan.pipeline.data.augment import Augmentation, augment_frames, decode_augmented
 from evspan.pipeline.data.datasets import FrameCodes, encode_frames, open_dataset
 from evspan.pipeline.data.device_batches import device_batches
 from evspan.pipeline.data.encoded import EncodedBatch, encode_lanes, expand, pack
@@ -47,9 +48,28 @@ def expanded(runs, augmentations, shape, device=CPU):
 
 
 def augmented(frames, augmentation):
+    """What both ways of the CPU give: from dense frames, and straight from their codes."""
     out = np.zeros_like(frames)
     augment_frames(frames, augmentation, out)
+    decoded = np.zeros_like(frames)
+    decode_augmented(encode_frames(frames), augmentation, decoded)
+    np.testing.assert_array_equal(decoded, out)
     return out
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_an_augmented_frame_agrees_with_the_definition(name):
+    how = AUGMENTATIONS[name]
+    frame = draw_frames(np.random.default_rng(2), (1, 2, 14, 24), 0.3, 9)
+    result = augmented(frame, how)
+    for y, x in np.ndindex(14, 24):
+        row = math.floor((y + 0.5 - how.top) / how.zoom)
+        column = math.floor((x + 0.5 - how.left) / how.zoom)
+        shown = 0 <= row < 14 and 0 <= column < 24
+        if how.flip:
+            column = 23 - column
+        expected = frame[0, :, row, column] if shown else [0, 0]
+        assert result[0, :, y, x].tolist() == list(expected), (y, x)
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -125,8 +145,13 @@ def test_any_frames_and_any_augmentation(data):
             assert str(refused.value) == str(error)
             runs.append(None)
             continue
-        runs.append(FrameCodes(code, start, measure_frames(code, start, shape[2:])))
-        expected[: len(dense), lane] = augmented(dense, augmentation)
+        run = FrameCodes(code, start, measure_frames(code, start, shape[2:]))
+        runs.append(run)
+        out = expected[: len(dense), lane]
+        augment_frames(dense, augmentation, out)
+        decoded = np.zeros_like(dense)
+        decode_augmented(run, augmentation, decoded)
+        np.testing.assert_array_equal(decoded, out)
     np.testing.assert_array_equal(expanded(runs, augmentations, shape), expected)
 
 
