@@ -20,6 +20,7 @@ from evspan.conf.errors import (
 )
 from evspan.conf.failure_notes import report_lost_ranks, write_failure_note
 from evspan.launch.logging_config import ensure_logging
+from evspan.pipeline.parallel.rank_exit import prompt_exit
 
 
 def debugging() -> bool:
@@ -31,8 +32,16 @@ def debugging() -> bool:
 def reported_errors() -> Iterator[None]:
     """Log the user's mistakes as `error: ...` and exit with code 2.
 
-    EVSPAN_DEBUG=1 shows their traceback. Defects of the program itself always show theirs.
+    EVSPAN_DEBUG=1 shows their traceback. Defects of the program itself always show theirs. A rank
+    that fails while other ranks wait for it ends the process at once.
     """
+    with prompt_exit(), raised_errors():
+        yield
+
+
+@contextmanager
+def raised_errors() -> Iterator[None]:
+    """As `reported_errors`, for a caller that has to do more before it ends the process."""
     # Where another rank is gone, Torch warns with C++ stacks in addition to the exception.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     ensure_logging()

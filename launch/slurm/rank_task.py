@@ -15,6 +15,7 @@ from typing import NamedTuple, NoReturn
 from evspan.conf.errors import STOPPED_EXIT_CODE
 from evspan.conf.failure_notes import FAILURE_FILE, read_failure_note
 from evspan.launch.logging_config import configure_logging
+from evspan.pipeline.parallel.rank_exit import end_process
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +66,17 @@ class RankTask:
         message = read_failure_note(failure).message or message
         note = RankNote(f"rank-{rank:02d}", exit_code, message, socket.gethostname())
         write_note(folder, note)
-        sys.exit(exit_code)
+        end_process(exit_code)
 
     def _train(self) -> tuple[int, str]:
         """The exit code, and the message of an error that no command reports."""
         try:
             from evspan.conf.compose import CONFIG_FILE
-            from evspan.launch.cli.command import run_command
+            from evspan.launch.cli.command import raised_errors
             from evspan.launch.local.rank import run_rank
 
-            run_command(lambda: run_rank("train", Path(self.run, CONFIG_FILE)))
+            with raised_errors():
+                run_rank("train", Path(self.run, CONFIG_FILE))
         except SystemExit as end:
             if isinstance(end.code, int):
                 return end.code, ""

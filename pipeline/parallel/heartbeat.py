@@ -1,14 +1,14 @@
 """Heartbeats between ranks, so that the others can name a rank that is gone or stuck.
 
-Every rank has a thread that writes a count into rank 0's store once per interval and reads the
-others'. A rank that is killed or stopped misses its beats, and the others end. This also ends ranks
-that no launcher supervises (SLURM's tasks).
+Every rank has a thread that writes a count and a status into rank 0's store once per interval and
+reads the others'. A rank that is killed or stopped misses its beats, and a rank that fails writes
+its error; the others end. This also ends ranks that no launcher supervises (SLURM's tasks).
 """
 
+import atexit
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +19,12 @@ from typing import NamedTuple
 import torch.distributed as dist
 from evspan.conf.errors import LostRanksError
 from evspan.conf.failure_notes import report_lost_ranks
+from evspan.pipeline.parallel.rank_exit import exit_now, leave_group_open
 
 BEAT_S = 1.0
 SILENT_BEATS = 4  # missed beats after which a rank counts as gone, once a collective has failed
+# Beats from a failure of another rank until this one ends, so that an error of its own comes first.
+FAILED_BEATS = 3
 # Status of a rank; any other text is the error that it failed with.
 RUNNING = ""
 LOST = "lost"
@@ -48,9 +51,11 @@ class Beat(NamedTuple):
 
 @contextmanager
 def heartbeat(rank: int, size: int, address: str, port: int, *, timeout_s: float) -> Iterator[None]:
-    """While open, inside a process group: a rank that dies or stops ends this one too.
+    """While open, inside a process group: a rank that fails, dies or stops ends this one too.
 
-    If the body ends without an exception, all ranks leave together.
+    If the body ends without an exception, all ranks leave together. If it ends with one, the others
+    read that this rank has failed, and its process group stays open (`rank_exit`): NCCL would wait
+    for collectives of the others.
 
     Args:
         address, port: of rank 0's store.
@@ -67,13 +72,26 @@ def heartbeat(rank: int, size: int, address: str, port: int, *, timeout_s: float
     try:
         yield
         dist.barrier()  # rank 0 hosts the store and must not leave before the others are done
-    except Exception as error:
-        if is_connection_error(error):
-            raise LostRanksError(heartbeats.explain(error)) from error
-        heartbeats.publish(" ".join(f"{type(error).__name__}: {error}".split())[:500])
-        raise
-    finally:
+    except SystemExit:  # all ranks agreed to stop
         heartbeats.close()
+        raise
+    except BaseException as error:
+        leave_group_open(heartbeats.wait_for_others)
+        if isinstance(error, Exception):
+            _report(error, heartbeats)
+        raise
+    heartbeats.close()
+
+
+def _report(error: Exception, heartbeats: "_Heartbeats") -> None:
+    """Publishes an error of this rank, or finds the ranks that have caused it.
+
+    Raises:
+        LostRanksError: other ranks have caused it.
+    """
+    if is_connection_error(error):
+        raise LostRanksError(heartbeats.explain(error)) from error
+    heartbeats.publish(" ".join(f"{type(error).__name__}: {error}".split())[:500])
 
 
 def is_connection_error(error: BaseException) -> bool:
@@ -100,8 +118,13 @@ class _Heartbeats:
         self.status = RUNNING
         self.closed = Event()
         self.wake = Event()
-        for target in (self._beat, self._watch):
-            Thread(target=target, name=f"heartbeat{target.__name__}", daemon=True).start()
+        self.threads = [
+            Thread(target=target, name=f"heartbeat{target.__name__}", daemon=True)
+            for target in (self._beat, self._watch)
+        ]
+        for thread in self.threads:
+            thread.start()
+        atexit.register(self.close)  # a thread in the store's C++ code would abort the interpreter
 
     # -- threads -----------------------------------------------------------------------------------
     def _beat(self) -> None:
@@ -115,7 +138,9 @@ class _Heartbeats:
                 wait_for_workers=False,
                 timeout=timedelta(seconds=self.timeout_s),
             )
-            store = dist.PrefixStore("evspan/heartbeats", connection)
+            # torchrun's store outlives ranks that it starts again.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"evspan/heartbeats/{attempt}", connection)
             keys = [str(rank) for rank in range(self.size)]
             host = socket.gethostname()
             beats = 0
@@ -142,15 +167,18 @@ class _Heartbeats:
     def _watch(self) -> None:
         """Counts in its own beats, not by the clock: a suspended machine has missed none."""
         rounds = 0
+        failed_beats = 0
         while not self.closed.wait(BEAT_S):
             self.unanswered = 0 if self.rounds != rounds else self.unanswered + 1
             rounds = self.rounds
+            failed_beats = failed_beats + 1 if self._failed() else 0
             silent_s = max(*self.missed, self.unanswered) * BEAT_S
-            if silent_s > self.timeout_s and not self.closed.is_set():
-                sys.stdout.flush()
-                message = self._message(int(self.timeout_s / BEAT_S))
-                # The main thread may be waiting in C code forever.
-                os._exit(report_lost_ranks(message))
+            must_end = failed_beats > FAILED_BEATS or silent_s > self.timeout_s
+            # With another status, the main thread is ending the process.
+            if must_end and self.status == RUNNING and not self.closed.is_set():
+                code = report_lost_ranks(self._message(int(self.timeout_s / BEAT_S)))
+                self.publish(LOST)
+                exit_now(code)  # the main thread may be waiting in C code forever
 
     # -- main thread -------------------------------------------------------------------------------
     def publish(self, status: str) -> None:
@@ -164,6 +192,32 @@ class _Heartbeats:
             self.wake.set()
             time.sleep(0.01)
 
+    def wait_for_others(self) -> None:
+        """Returns when the others have read this rank's status, or a few beats later.
+
+        On NCCL it returns when they have ended: NCCL aborts a process whose peers are gone, which
+        would come before the message of its heartbeat.
+        """
+        if self.status == RUNNING:  # interrupted: there is nothing to read
+            return
+        has_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+        beats = FAILED_BEATS + 3 if has_nccl else 2
+        seen = self.latest
+        deadline = time.monotonic() + beats * BEAT_S
+        while time.monotonic() < deadline:
+            if all(self._has_read(rank, seen[rank], ended=has_nccl) for rank in range(self.size)):
+                time.sleep(BEAT_S / 5)  # a rank writes its beat before it reads the others'
+                return
+            self.wake.set()
+            time.sleep(BEAT_S / 10)
+
+    def _has_read(self, rank: int, seen: Beat, *, ended: bool) -> bool:
+        """Whether a rank has read this one's status. seen: its beat when that was published."""
+        latest = self.latest[rank]
+        if rank == self.rank or latest.status != RUNNING:
+            return True
+        return not ended and latest.beats > seen.beats
+
     def explain(self, error: Exception) -> str:
         """Waits for the others' statuses and returns which ranks made a collective fail."""
         self.publish(LOST)
@@ -175,9 +229,12 @@ class _Heartbeats:
         return self._message(SILENT_BEATS - 1, " ".join(reason.split())[-160:])
 
     def close(self) -> None:
-        """Ends both threads."""
+        """Ends both threads, unless they are stuck."""
         self.closed.set()
         self.wake.set()
+        atexit.unregister(self.close)
+        for thread in self.threads:
+            thread.join(BEAT_S / 2)
 
     def _failed(self) -> list[int]:
         """Ranks that ended with an error of their own."""

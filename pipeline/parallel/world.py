@@ -13,6 +13,7 @@ from evspan.conf.errors import ConfigError
 from evspan.conf.schema.training import ParallelConfig
 from evspan.pipeline.parallel.heartbeat import heartbeat
 from evspan.pipeline.parallel.rank_env import RankInfo, check_address, rank_info
+from evspan.pipeline.parallel.rank_exit import group_is_open
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,11 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def open_world(config: ParallelConfig) -> Iterator[World]:
-    """Joins the process group (NCCL on GPUs, gloo otherwise) and leaves it in any case.
+    """Joins the process group (NCCL on GPUs, gloo otherwise), and leaves it when all ranks do.
+
+    After an error the group stays open where there are other ranks: NCCL would wait for their
+    collectives. The process should then end at once (`evspan.pipeline.parallel.rank_exit`), and the
+    others end because of this rank's heartbeat.
 
     Raises:
         ConfigError: the launcher started another number of ranks than the config has, or the name
@@ -83,7 +88,8 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
         with heartbeat(info.rank, info.size, info.address, info.port, timeout_s=config.timeout_s):
             yield World(info.rank, info.size, info.local, info.local_size, device)
     finally:
-        dist.destroy_process_group()
+        if not group_is_open():
+            dist.destroy_process_group()
 
 
 def _device(info: RankInfo) -> torch.device:

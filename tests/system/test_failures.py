@@ -131,25 +131,47 @@ def misbehave(rank):
     ranks[1].communicate()
 
 
-def test_a_rank_that_fails_is_named_with_its_error(tmp_path):
-    ranks = started(
-        tmp_path,
-        """
+# As with NCCL: ranks wait for a failed one for ever, and so does a rank that destroys its process group.
+FAILURE = """
+from evspan.conf.errors import UserError
 def misbehave(rank):
-    if rank == 2:
-        raise ValueError("of all things")
-""",
-    )
-    for rank in (0, 1):
-        code, err = end_of(ranks[rank], 60)
-        assert code == 69 and err.count("\n") == 1, err
+    import torch.distributed
+    torch.distributed.destroy_process_group = lambda: time.sleep(1000)
+    if rank != {victim}:
+        time.sleep(1000)
+    time.sleep(1.5)  # a beat
+    print("the last output", end="")
+    (here / "raised").write_text(str(time.time()))
+    raise {error}
+"""
+
+
+@pytest.mark.parametrize(
+    ("victim", "error", "code", "last_line"),
+    [
+        (2, 'ValueError("of all things")', 1, "ValueError: of all things"),
+        (0, 'UserError("no such shard")', 2, "error: no such shard"),
+    ],
+)
+def test_a_rank_that_fails_ends_at_once_and_is_named(tmp_path, victim, error, code, last_line):
+    ranks = started(tmp_path, FAILURE.format(victim=victim, error=error), timeout_s=60)
+    failed = ranks[victim]
+    first_line = failed.stderr.readline()
+    raised = float((tmp_path / "raised").read_text())
+    assert time.time() - raised < 2
+    err = first_line + failed.stderr.read()
+    assert failed.wait(30) == code
+    assert failed.stdout.read() == "the last output"
+    assert err.rstrip().endswith(last_line)
+    kind = error.split("(")[0]
+    for rank in set(range(3)) - {victim}:
+        code_of_peer, err = end_of(ranks[rank], 30)
+        assert code_of_peer == 69
+        assert err.count("\n") == 1
         assert re.match(
-            rf"error: rank 2 \(process {ranks[2].pid} on \S+\) failed \(ValueError: of all things\)",
-            err,
+            rf"error: rank {victim} \(process {failed.pid} on \S+\) failed \({kind}: .*\)\. So", err
         ), err
-    code, err = end_of(ranks[2], 30)
-    assert code == 1
-    assert err.rstrip().endswith("ValueError: of all things")
+    assert time.time() - raised < 8
 
 
 def test_ranks_that_are_done_print_nothing(tmp_path):
