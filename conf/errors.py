@@ -31,6 +31,10 @@ class ConfigError(UserError, ValueError):
     """A config value that cannot work. Raised before anything is allocated."""
 
 
+class DeviceError(ConfigError):
+    """The GPUs of a machine cannot be used as configured."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raises ConfigError with the message where the condition does not hold."""
     if not condition:

@@ -309,6 +309,14 @@ class DeepSpeedConfig:
         )
 
 
+class DeviceKind(Enum):
+    """What the ranks compute on."""
+
+    auto = "auto"  # a GPU each where the machine has any, else the CPU
+    gpu = "gpu"  # a machine without GPUs is refused
+    cpu = "cpu"  # GPUs are left alone
+
+
 @dataclass(kw_only=True)
 class ParallelConfig:
     """World size = data x sequence ranks. Without torchrun or srun, the command starts them."""
@@ -316,6 +324,7 @@ class ParallelConfig:
     ranks: int = 1
     sequence: int = 1  # ranks per sequence, each with some of its frames; evaluation ignores it
     exchange: ExchangeKind = ExchangeKind.auto
+    device: DeviceKind = DeviceKind.auto
     timeout_s: int = 600  # a collective that waits longer ends the run
     threads: int = 0  # CPU threads per rank; 0: the cores divided by the ranks
 

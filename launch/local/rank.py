@@ -18,10 +18,12 @@ logger = logging.getLogger("evspan.launch.local.rank")  # __name__ is __main__ i
 
 def train_rank(config: TrainConfig) -> None:
     """Train as the rank that this process is."""
-    from evspan.pipeline.engine.trainer import train  # DeepSpeed takes seconds to import
     from evspan.pipeline.parallel.world import open_world
 
     with open_world(config.parallel) as world:
+        # Importing DeepSpeed takes seconds, and chooses GPU or CPU as `open_world` has.
+        from evspan.pipeline.engine.trainer import train
+
         train(config, world)
 
 

@@ -19,8 +19,8 @@ and may change with any release:
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -87,13 +87,31 @@ def initialize(
         auto_mpi_discovery=False,
         verbose=False,
     )
-    engine, *_ = deepspeed.initialize(
-        model=model.to(device),
-        optimizer=optimizer,
-        config=config,
-        dist_init_required=False,
-    )
+    with _device_as_local_rank(device):
+        engine, *_ = deepspeed.initialize(
+            model=model.to(device),
+            optimizer=optimizer,
+            config=config,
+            dist_init_required=False,
+        )
     return engine
+
+
+@contextmanager
+def _device_as_local_rank(device: torch.device) -> Iterator[None]:
+    """While open, LOCAL_RANK is the device's index, which DeepSpeed takes from there.
+
+    They differ where each rank sees only its own GPU, whose index is 0.
+    """
+    local_rank = os.environ.get("LOCAL_RANK")
+    if device.index is None or local_rank is None:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = local_rank
 
 
 # -- the gradient norm, on the device --------------------------------------------------------------

@@ -11,6 +11,12 @@ import torch
 import torch.distributed as dist
 from evspan.conf.errors import ConfigError
 from evspan.conf.schema.training import ParallelConfig
+from evspan.pipeline.parallel.devices import (
+    choose_device,
+    join_devices,
+    nccl_device_id,
+    set_cuda_variables,
+)
 from evspan.pipeline.parallel.heartbeat import heartbeat
 from evspan.pipeline.parallel.rank_env import RankInfo, check_address, rank_info
 from evspan.pipeline.parallel.rank_exit import group_is_open
@@ -58,6 +64,7 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
     Raises:
         ConfigError: the launcher started another number of ranks than the config has, or the name
             of rank 0's machine cannot be resolved.
+        DeviceError: a machine's GPUs cannot be used, or two ranks would share one.
         LostRanksError: other ranks are gone, stuck or failed.
     """
     info = rank_info(os.environ)
@@ -69,21 +76,11 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
         )
     if info.size > 1:
         check_address(info.address)
-    device = _device(info)
+    set_cuda_variables(config.device)
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.threads or max(1, cores // info.local_size))
     _set_launcher_variables(info)
-    store = None
-    if info.size == 1:  # no port that another run could use
-        store = dist.HashStore()
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        rank=info.rank,
-        world_size=info.size,
-        store=store,
-        init_method=None if store else "env://",
-        timeout=timedelta(seconds=config.timeout_s),
-    )
+    device = _join_group(config, info)
     try:
         with heartbeat(info.rank, info.size, info.address, info.port, timeout_s=config.timeout_s):
             yield World(info.rank, info.size, info.local, info.local_size, device)
@@ -92,13 +89,31 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _device(info: RankInfo) -> torch.device:
-    """This rank's GPU, selected as the current one; the CPU where there is none."""
-    if not torch.cuda.is_available():
+def _join_group(config: ParallelConfig, info: RankInfo) -> torch.device:
+    """Joins the process group; returns this rank's device, selected as the current one."""
+    timeout = timedelta(seconds=config.timeout_s)
+    store: dist.Store
+    if info.size == 1:
+        store = dist.HashStore()  # no port that another run could use
+        device = choose_device(config.device, info.local, os.environ)
+    else:
+        store, _, _ = next(
+            dist.rendezvous("env://", rank=info.rank, world_size=info.size, timeout=timeout)
+        )
+        store.set_timeout(timeout)
+        device = join_devices(store, info, config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
         keep_freed_memory()
-        return torch.device("cpu")
-    device = torch.device("cuda", info.local % torch.cuda.device_count())
-    torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=info.rank,
+        world_size=info.size,
+        store=dist.PrefixStore("default_pg", store),
+        timeout=timeout,
+        device_id=nccl_device_id(device, info.size),
+    )
     return device
 
 
