@@ -4,8 +4,6 @@ The values are those of `decode_frames` (data_prep/frames/codec.py) and `augment
 bit.
 """
 
-from functools import lru_cache
-
 import torch
 from evspan.data_prep.frames.codec import AGAIN, SKIP, STEP
 from torch import Tensor
@@ -35,8 +33,7 @@ def expand_frames(
     """
     frames, lanes, channels, height, width = shape
     pixels = height * width
-    step = _steps(code.device).index_select(0, code.int())
-    cell = step.index_add_(0, first, jump).cumsum_(0)
+    cell = _steps(code).index_add_(0, first, jump).cumsum_(0)
     plane_cells = pixels
     if source is not None:
         # One cell more per plane, which stays zero: the source of pixels that show nothing.
@@ -79,10 +76,8 @@ def source_pixels(rows: Tensor, columns: Tensor) -> Tensor:
     return source.clamp_(max=nothing).flatten(1)
 
 
-@lru_cache(maxsize=8)
-def _steps(device: torch.device) -> Tensor:
-    """(256,) int64, the cells that each byte of a code advances; made on the device."""
-    steps = torch.arange(1, 257, device=device)
-    steps[AGAIN].fill_(0)
-    steps[SKIP].fill_(STEP)
-    return steps
+def _steps(code: Tensor) -> Tensor:
+    """(K,) int64, the cells that each byte advances."""
+    # AGAIN + 1 becomes 0. SKIP + 1 overflows, and is replaced.
+    step = code.add(1).remainder_(AGAIN + 1).masked_fill_(code.eq(SKIP), STEP)
+    return step.long()

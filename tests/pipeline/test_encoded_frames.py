@@ -14,12 +14,13 @@ from evspan.data_prep.frames import codec
 from evspan.data_prep.frames.codec import decode_frames, measure_frames
 from evspan.pipeline.data.augment import Augmentation, augment_frames, decode_augmented
 from evspan.pipeline.data.datasets import FrameCodes, encode_frames, open_dataset
-from evspan.pipeline.data.device_batches import device_batches
+from evspan.pipeline.data.device_batches import device_batches, encodes_for
 from evspan.pipeline.data.encoded import EncodedBatch, encode_lanes, expand, pack
 from evspan.pipeline.data.loader import Loader
 from evspan.pipeline.data.plan import SamplingPlan
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.emulated_device import emulated_gpu, is_supported
 from support.rvt_tree import write_rvt_tree
 from support.small_shards import CLASSES, write_small_shards
 
@@ -269,6 +270,27 @@ def test_on_another_device_no_operator_mixes_devices_and_labels_stay(shards):
         moved = getattr(batch, name)
         assert (moved.shape, moved.dtype) == (tensor.shape, tensor.dtype), name
         assert moved.device.type == ("cpu" if name in ("labelled", "following") else "meta")
+
+
+@pytest.mark.skipif(not is_supported(), reason="this torch has no device that is written in Python")
+@pytest.mark.parametrize("augmentation", [None, AugmentationConfig(hflip_prob=0, zoom_prob=0)])
+def test_a_gpu_gets_one_pinned_copy_per_batch_and_the_host_never_waits(shards, augmentation):
+    data = open_dataset(DatasetConfig(root=str(shards)), "train")
+    loader = make_loader(data, workers=0, augmentation=augmentation)
+    with emulated_gpu() as gpu:
+        batches = device_batches(loader.batches(4, encoded=encodes_for(gpu.device)), gpu.device)
+        next(batches)
+        with gpu.counting() as counts:
+            batch = next(batches)
+        assert not counts.waits, counts.table()
+        (copy,) = counts.copies
+        assert copy.pinned
+        assert copy.non_blocking
+        assert copy.num_bytes < batch.frames.numel() / 4, "a byte an event and few more"
+        assert counts.operators.total() <= 17, counts.table()
+        frames = batch.frames.cpu()
+        assert batch.boxes.device == batch.counts.device == batch.starts.device == gpu.device
+    assert torch.equal(frames, loader.batch(5).frames)
 
 
 def test_closing_ends_the_loaders_threads(shards):
