@@ -24,7 +24,6 @@ from evspan.conf.schema.training import (
 )
 from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from evspan.pipeline.engine.signals import StopFlag
-from evspan.pipeline.engine.step_report import StepReport
 from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.model.norm import BatchNorm2d
 from support.emulated_deepspeed import deepspeed_on_emulated_gpu
@@ -175,20 +174,34 @@ class _CountedError(Exception):
     """The counted step is over."""
 
 
+class _StepCounter:
+    """In the place of the trainer's profiler, which is called at the start of each step."""
+
+    def __init__(self, gpu: Emulation) -> None:
+        self.gpu = gpu
+        self.counts = Counts()
+
+    def before(self, step: int) -> None:
+        """Counts the step after the warm-up, and ends the run after it."""
+        self.gpu.next_step()
+        if step == WARM_UP_STEPS + 1:
+            self.gpu.counts = self.counts
+        elif step > WARM_UP_STEPS + 1:
+            self.gpu.counts = None
+            raise _CountedError
+
+    def after(self) -> None:
+        """The step's work is queued; what the trainer does until the next one counts, too."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def step_counts(options: StepOptions, shards: Path, run_dir: Path) -> Counts:
-    """Counts the third step of a run, from the end of the second to its own end."""
+    """Counts the third step of a run, from its start to that of the fourth."""
     with open_trainer(options, shards, run_dir) as (gpu, trainer):
-        counts = Counts()
-
-        def on_step(report: StepReport) -> None:
-            gpu.next_step()
-            if report.step == WARM_UP_STEPS:
-                gpu.counts = counts
-            elif report.step > WARM_UP_STEPS:
-                gpu.counts = None
-                raise _CountedError
-
-        trainer.on_step = on_step
+        counter = _StepCounter(gpu)
+        trainer.profiler = counter
         with suppress(_CountedError):
             trainer.run(StopFlag())
-        return counts
+        return counter.counts

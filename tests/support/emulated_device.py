@@ -46,6 +46,7 @@ from torch.utils.flop_counter import flop_registry
 
 PROJECT = Path(evspan.pipeline.__file__).parents[1]
 BACKEND = "emulated"
+MESSAGES = ("c10d::send", "c10d::recv_", "c10d::recv_any_source_")
 ALLOCATIONS = NO_WORK | {"aten::detach", "aten::alias", "aten::set_"}
 
 
@@ -67,11 +68,19 @@ class Copy:
 
 @dataclass(frozen=True)
 class Collective:
-    """name: of torch's operator. num_bytes: sent or reduced by this rank. line: the project's."""
+    """Or a message between two ranks.
+
+    name: of torch's operator. num_bytes: sent or reduced by this rank. line: the project's.
+    """
 
     name: str
     num_bytes: int
     line: str
+
+    @property
+    def is_message(self) -> bool:
+        """Whether it is sent to or received from one rank."""
+        return self.name in MESSAGES
 
 
 @dataclass
@@ -84,7 +93,7 @@ class Counts:
         operator_lines: the same operators by line.
         waits: line and reason of everything that makes the host wait for the device.
         copies: between host and device.
-        collectives: in order.
+        collectives: in order, with messages.
         num_bytes: that operators read and write in the device's memory, by name.
         flop: of matrix products, convolutions, attention and LSTMs, by name.
         lstm_steps: time steps of all LSTM calls, forward and backward.
@@ -115,7 +124,8 @@ class Counts:
         """All counts as text, the most frequent lines of each first."""
         parts = [
             f"operators {self.operators.total():,}, host waits {self.waits.total()}, "
-            f"collectives {len(self.collectives)}, "
+            f"collectives {sum(not c.is_message for c in self.collectives)}, "
+            f"messages {sum(c.is_message for c in self.collectives)}, "
             f"to the device {self.copied_bytes('H2D') / 1e6:.3f} MB "
             f"({self.copied_bytes('H2D', pinned=True) / 1e6:.3f} MB pinned), "
             f"to the host {self.copied_bytes('D2H') / 1e6:.3f} MB, "
@@ -551,7 +561,7 @@ def _fill(name: str, args: Any) -> None:
     elif name == "c10d::_reduce_scatter_base_":
         out, own = args[0], args[1]
         out.view(-1).copy_(own.reshape(-1)[: out.numel()])
-    elif name in ("c10d::recv_", "c10d::recv_any_source_"):
+    elif name in MESSAGES[1:]:
         for t in args[0]:
             t.zero_()
 
