@@ -13,11 +13,18 @@ from evspan.conf.schema.training import BackboneConfig
 from evspan.pipeline.model import cpu_blocks
 from evspan.pipeline.model.autograd import run_function
 from evspan.pipeline.model.layers import FrameConv2d
-from evspan.pipeline.model.lstm import CellLSTM, truncated
+from evspan.pipeline.model.lstm import CellLSTM, even_part, truncated
 from evspan.pipeline.model.sequence_protocol import Exchange
 from evspan.pipeline.model.state import StageState
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+# Groups per call of the fused attention. CUDA's kernels put them into a grid dimension of at most
+# 2**16 - 1 (pytorch issues 142228 and 146704).
+MOST_GROUPS = 2**16 - 1
+# Values per call: FlashAttention's backward indexes groups x heads x positions x channels per head
+# with 32 bits. It pads the positions to a multiple of 128 and the channels to 32 or more.
+MOST_VALUES = 2**31 - 1
 
 # Positions per group. Up to this number plain products take half the time of the fused CPU kernel,
 # which has a fixed cost per head and window.
@@ -46,7 +53,9 @@ class Execution:
 class LayerScale(nn.Module):
     """y * gamma per channel, folded into the linear layer that computes y.
 
-    Folding saves a pass over all cells, forward and backward.
+    Folding saves a pass over all cells, forward and backward. float16 has no room for it: a weight
+    of 0.05 times a gamma of 1e-5 is a subnormal number, with an error of 5 to 14 %. There, gamma
+    multiplies y.
     """
 
     def __init__(self, dim: int, start: float) -> None:
@@ -56,6 +65,20 @@ class LayerScale(nn.Module):
     def after(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
         """Weight (dim, inputs) and bias (dim,) of `layer` followed by this scale."""
         return layer.weight * self.gamma[:, None], layer.bias * self.gamma
+
+    def of(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """`layer(x)` times this scale."""
+        if _computes_in_float16(x):
+            return F.linear(x, layer.weight, layer.bias) * self.gamma
+        return F.linear(x, *self.after(layer))
+
+
+def _computes_in_float16(x: Tensor) -> bool:
+    """Whether products with `x` are computed in float16, be it under autocast."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind) == torch.float16
+    return x.dtype == torch.float16
 
 
 class MLP(nn.Module):
@@ -71,21 +94,21 @@ class MLP(nn.Module):
             nn.Linear(ratio * dim, dim),
         )
 
-    def layers(self, scale: LayerScale) -> tuple[nn.Linear, tuple[Tensor, Tensor]]:
-        """The first linear layer; weight and bias of the second one times `scale`."""
+    def layers(self) -> tuple[nn.Linear, nn.Linear]:
+        """The first and the second linear layer."""
         inner = self.net[0]
         assert isinstance(inner, nn.Sequential)
         first = inner[0]
         second = self.net[2]
         assert isinstance(first, nn.Linear)
         assert isinstance(second, nn.Linear)
-        return first, scale.after(second)
+        return first, second
 
     def forward(self, x: Tensor, scale: LayerScale) -> Tensor:
         """(..., C) -> the same shape, times `scale`."""
-        first, (weight, bias) = self.layers(scale)
+        first, second = self.layers()
         hidden = F.gelu(F.linear(x, first.weight, first.bias))
-        return F.linear(hidden, weight, bias)
+        return scale.of(second, hidden)
 
 
 class SelfAttention(nn.Module):
@@ -100,16 +123,38 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, scale: LayerScale) -> Tensor:
         """(groups, positions, C) -> the same shape, times `scale`."""
         groups, positions, dim = x.shape
-        qkv = self.qkv(x).view(groups, positions, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
+        qkv = self.qkv(x).view(groups, positions, self.heads, 3, -1).transpose(1, 2)
         # In half precision the fused CPU kernel's backward takes four times as long as plain
         # products.
         is_half = x.dtype in (torch.bfloat16, torch.float16)
         if x.is_cpu and (positions <= SMALL_WINDOW or is_half):
-            out = _attend(qkv)
+            out = _attend(qkv.permute(3, 0, 1, 2, 4))
         else:
-            out = F.scaled_dot_product_attention(*qkv.unbind(0))
-        weight, bias = scale.after(self.proj)
-        return F.linear(out.transpose(1, 2).reshape(groups, positions, dim), weight, bias)
+            out = _fused_attention(qkv)
+        return scale.of(self.proj, out.transpose(1, 2).reshape(groups, positions, dim))
+
+
+def _fused_attention(qkv: Tensor) -> Tensor:
+    """scaled_dot_product_attention, on no more groups per call than CUDA's kernels take.
+
+    Args:
+        qkv: (groups, heads, positions, 3, c).
+
+    Returns:
+        (groups, heads, positions, c).
+    """
+    _, heads, positions, _, channels = qkv.shape
+    values_per_group = heads * -(-positions // 128) * 128 * max(32, channels)
+    at_once = even_part(len(qkv), min(MOST_GROUPS, MOST_VALUES // values_per_group))
+    parts = []
+    for part in torch.split(qkv, at_once):
+        # Unbound where they lie: the gradients are stacked to what the product's backward reads.
+        q, k, v = part.unbind(3)
+        parts.append(F.scaled_dot_product_attention(q, k, v))
+    if len(parts) == 1:
+        return parts[0]
+    # (groups, positions, heads, c) is the order in memory.
+    return torch.cat([part.transpose(1, 2) for part in parts]).transpose(1, 2)
 
 
 def _attend(qkv: Tensor) -> Tensor:
@@ -175,8 +220,8 @@ class PartitionAttention(nn.Module):
         """
         x = self._attended(x, partition)
         if cpu_blocks.is_supported(x):
-            first, second = self.mlp.layers(self.ls2)
-            return cpu_blocks.mlp_block(x, self.norm2, first, second)
+            first, second = self.mlp.layers()
+            return cpu_blocks.mlp_block(x, self.norm2, first, self.ls2.after(second))
         change: Tensor = self.mlp(self.norm2(x), self.ls2)
         return x + change
 
@@ -206,7 +251,8 @@ class PartitionAttention(nn.Module):
             )
         groups = self.norm1(x).view(split).permute(order).reshape(-1, rows * columns, c)
         change: Tensor = attention(groups, self.ls1).view(n, down, across, rows, columns, c)
-        return x + change.permute(back).reshape(n, h, w, c)
+        # Added where the cells lie, so that no map is copied into the order of the cells first.
+        return (x.view(split) + change.permute(back)).reshape(n, h, w, c)
 
 
 class AttentionPair(nn.Module):

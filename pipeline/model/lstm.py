@@ -9,6 +9,11 @@ from evspan.pipeline.model.state import StageState
 from torch import Tensor, nn
 
 CACHE_BYTES = 2**20  # of the cells that are processed at a time, on CPU
+# Sequences per call on a GPU. cuDNN documents no limit of their number. It refuses more than
+# 2**16 - 1 frames (pytorch issue 133751), the size of a grid dimension, which is safe here too.
+MOST_SEQUENCES = 2**16 - 1
+# Values of a tensor per call on a GPU: cuDNN indexes with 32 bits. The largest one is the gates.
+MOST_VALUES = 2**31 - 1
 
 # Weight and bias of the 3x3 depthwise convolution on the hidden state.
 Depthwise = tuple[Tensor, Tensor | None]
@@ -93,8 +98,8 @@ def _fused_lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch's LSTM (oneDNN, cuDNN) over time, one sequence per cell: a fixed number of kernels.
 
-    On CPU it runs on some cells at a time, all their frames, so that what oneDNN stores of them for
-    backward stays in the cache.
+    It runs on some cells at a time, all their frames: on CPU so that what oneDNN stores of them for
+    backward stays in the cache, on a GPU no more than cuDNN takes.
 
     Args:
         x: (T, B, h, w, C).
@@ -104,17 +109,14 @@ def _fused_lstm(
         The hidden states, shaped as x, and the last hidden and cell.
     """
     dim = x.shape[-1]
-    # torch's order of the gates: input, forget, candidate, output.
-    order = [slice(k * dim, (k + 1) * dim) for k in (1, 0, 3, 2)]
-    weight = torch.cat([weight[rows] for rows in order])
-    bias = torch.cat([bias[rows] for rows in order])
-    of_input = weight[:, :dim].contiguous()
-    of_hidden = weight[:, dim:].contiguous()
-    weights = [of_input, of_hidden, bias, torch.zeros_like(bias)]
+    weights = _torch_weights(weight, bias)
     cells = x.flatten(1, -2)  # (T, n, C)
-    at_once = max(1, cells.shape[1])
+    values_per_cell = max(1, len(x)) * dim
     if x.is_cpu:
-        at_once = max(256, CACHE_BYTES // (len(x) * dim * x.element_size()))
+        at_once = max(256, CACHE_BYTES // (values_per_cell * x.element_size()))
+    else:
+        most = min(MOST_SEQUENCES, MOST_VALUES // (4 * values_per_cell))
+        at_once = even_part(cells.shape[1], most)
     parts = zip(
         torch.split(cells, at_once, dim=1),
         torch.split(hidden.reshape(1, -1, dim), at_once, dim=1),
@@ -136,6 +138,26 @@ def _fused_lstm(
         _joined(last_hidden).view(hidden.shape),
         _joined(last_cell).view(cell.shape),
     )
+
+
+def even_part(total: int, most: int) -> int:
+    """Size of the fewest parts of `total` that hold at most `most` each; they differ little."""
+    parts = -(-max(1, total) // max(1, most))
+    return -(-max(1, total) // parts)
+
+
+def _torch_weights(weight: Tensor, bias: Tensor) -> list[Tensor]:
+    """Weights of torch's LSTM: input and hidden state (4 * C, C) each, two biases (4 * C,).
+
+    Args:
+        weight, bias: (4 * C, 2 * C) and (4 * C,), in our order of the gates.
+    """
+    dim = weight.shape[1] // 2
+    # torch's order is input, forget, candidate, output: each pair of ours the other way round.
+    rows = weight.view(2, 2, dim, 2, dim).flip(1)
+    of_input, of_hidden = rows.permute(3, 0, 1, 2, 4).reshape(2, 4 * dim, dim).unbind()
+    bias = bias.view(2, 2, dim).flip(1).flatten()
+    return [of_input, of_hidden, bias, torch.zeros_like(bias)]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -78,10 +78,12 @@ def forget_lanes(state: DetectorState, starts: Tensor) -> DetectorState:
     """
     # Lanes are the fourth dim from the end, in stages and in previous frames.
     mask = starts.view(-1, 1, 1, 1)
+    first = state.stages[0].hidden
+    zero = torch.zeros((), dtype=first.dtype, device=first.device)
 
     def forget(t: Tensor) -> Tensor:
         # where, not a product: 0 * nan is nan, which would stay in the lane after a bad recording.
-        return torch.where(mask, torch.zeros((), dtype=t.dtype, device=t.device), t)
+        return torch.where(mask, zero, t)
 
     return map_state(forget, state)
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from evspan.conf.schema.training import BackboneConfig
 from evspan.pipeline.model import backbone as backbone_module
 from evspan.pipeline.model import layers
+from evspan.pipeline.model import lstm as lstm_module
 from evspan.pipeline.model.backbone import (
     Backbone,
     Execution,
@@ -14,9 +15,10 @@ from evspan.pipeline.model.backbone import (
     SelfAttention,
 )
 from evspan.pipeline.model.layers import FrameConv2d
-from evspan.pipeline.model.lstm import CellLSTM, truncated
+from evspan.pipeline.model.lstm import CellLSTM, even_part, truncated
 from evspan.pipeline.model.sequence_protocol import LocalExchange
 from evspan.pipeline.model.state import StageState
+from support.dispatched import Dispatched
 from torch import nn
 
 
@@ -238,3 +240,89 @@ def test_half_precision_attends_like_full_precision():
     expected = attention(x, scale)
     half = attention.bfloat16()(x.bfloat16(), scale.bfloat16())
     torch.testing.assert_close(half.float(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_small_layer_scale_survives_float16(autocast):
+    torch.manual_seed(0)
+    layer, scale, x = nn.Linear(32, 16), LayerScale(16, 1e-5), torch.randn(8, 32)
+    expected = layer(x).double() * 1e-5
+    if autocast:
+        with torch.autocast("cpu", torch.float16):
+            actual = scale.of(layer, x.half())
+    else:
+        actual = scale.half().of(layer.half(), x.half())
+    relative = (actual.double() - expected).norm() / expected.norm()
+    assert relative < 0.01
+
+
+def test_parts_are_even_and_within_the_limit():
+    for total in range(1, 40):
+        for most in range(1, 45):
+            size = even_part(total, most)
+            count = -(-total // size)
+            assert size <= most
+            assert count == -(-total // most)
+    assert even_part(0, 5) == 1
+
+
+class NoCPU(torch.overrides.TorchFunctionMode):
+    """Tensors on the CPU that say they are elsewhere: the path of a GPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function == torch.Tensor.is_cpu.__get__:
+            return False
+        return function(*args, **(kwargs or {}))
+
+
+def with_operators(run, inputs, parameters):
+    """Output and gradients of `run` on the path of a GPU, and the number of operators."""
+    with NoCPU(), Dispatched() as counter:
+        outputs = run(*inputs)
+        total = sum((y * torch.arange(y.numel()).view(y.shape)).sum() for y in outputs)
+        gradients = torch.autograd.grad(total, [*inputs, *parameters])
+    return [*outputs, *gradients], counter.operators.total()
+
+
+@pytest.mark.parametrize("cells", [5, 6, 7, 13])
+def test_an_lstm_over_more_cells_than_a_call_takes_is_split(cells, monkeypatch):
+    torch.manual_seed(0)
+    lstm = CellLSTM(4, dws_conv=False)
+    inputs = [torch.randn(3, 1, 1, cells, 4), *torch.randn(2, 1, 4, 1, cells)]
+    inputs = [t.requires_grad_() for t in inputs]
+
+    def run(x, hidden, cell):
+        y, after = lstm(x, StageState(hidden, cell))
+        return [y, *after]
+
+    parameters = list(lstm.parameters())
+    expected, operators = with_operators(run, inputs, parameters)
+    monkeypatch.setattr(lstm_module, "MOST_SEQUENCES", 6)
+    actual, operators_with_limit = with_operators(run, inputs, parameters)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert (operators_with_limit > operators) == (cells > 6)
+    monkeypatch.setattr(lstm_module, "MOST_SEQUENCES", 2**16 - 1)
+    monkeypatch.setattr(lstm_module, "MOST_VALUES", 3 * 4 * 4 * 6)
+    assert with_operators(run, inputs, parameters)[1] == operators_with_limit
+
+
+@pytest.mark.parametrize("groups", [5, 6, 7, 13])
+def test_attention_over_more_groups_than_a_call_takes_is_split(groups, monkeypatch):
+    torch.manual_seed(0)
+    attention, scale = SelfAttention(16, 8), LayerScale(16, 1.0)
+    inputs = [torch.randn(groups, 40, 16, requires_grad=True)]
+    parameters = [*attention.parameters(), *scale.parameters()]
+
+    def run(x):
+        return [attention(x, scale)]
+
+    expected, operators = with_operators(run, inputs, parameters)
+    monkeypatch.setattr(backbone_module, "MOST_GROUPS", 6)
+    actual, operators_with_limit = with_operators(run, inputs, parameters)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert (operators_with_limit > operators) == (groups > 6)
+    monkeypatch.setattr(backbone_module, "MOST_GROUPS", 2**16 - 1)
+    monkeypatch.setattr(backbone_module, "MOST_VALUES", 2 * 128 * 32 * 6)
+    assert with_operators(run, inputs, parameters)[1] == operators_with_limit

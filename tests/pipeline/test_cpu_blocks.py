@@ -123,7 +123,8 @@ def test_half_precision_and_double_are_not_supported():
 def test_the_definition_by_hand():
     """LayerNorm, MLP and sum with torch's own layers."""
     block, x = a_block(first_norm=False), torch.randn(3, 2, 5, 16)
-    actual = cpu_blocks.mlp_block(x, block.norm2, *block.mlp.layers(block.ls2))
+    first, second = block.mlp.layers()
+    actual = cpu_blocks.mlp_block(x, block.norm2, first, block.ls2.after(second))
     expected = (
         x
         + block.mlp.net(F.layer_norm(x, (16,), block.norm2.weight, block.norm2.bias))
