@@ -218,7 +218,9 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of the spatial part
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    num_workers: int = 2  # threads per rank that read and decode frames ahead
+    # Threads per rank that read frames ahead; 0: none; -1: on a GPU as many as parallel.threads but
+    # one, at most 8, on a CPU 2.
+    num_workers: int = -1
     log_every: int = 50  # steps
     log_images_every: int = 1000  # steps between images and histograms, and at the last; 0: never
     # [first, last] steps to trace into run_dir/profile.
@@ -241,11 +243,15 @@ class TrainingConfig:
             ("log_images_every", " (never)"),
             ("bptt_frames", " (all)"),
             ("frames_per_call", " (all)"),
-            ("num_workers", ""),
             ("gradient_clipping", " (off)"),
         ):
             value = getattr(self, name)
             require(value >= 0, f"training.{name} is {value}; give 0{zero} or more")
+        require(
+            self.num_workers >= -1,
+            f"training.num_workers is {self.num_workers}; give a number of threads, or -1: it "
+            "follows the cores",
+        )
         self.profile = list(self.profile)
         require(
             not self.profile or _is_short_span(self.profile),

@@ -24,6 +24,9 @@ from evspan.pipeline.data.expand import Shape
 from evspan.pipeline.data.plan import Chunk, SamplingPlan
 from numpy.typing import NDArray
 
+CPU_WORKERS = 2
+MOST_WORKERS = 8  # by default; each holds a batch in memory
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -176,9 +179,11 @@ class Loader:
         Args:
             encoded: for another device than the CPU (`device_batches`).
         """
-        return read_ahead(
-            self.encoded_batch if encoded else self.batch, count(start), self.config.num_workers
-        )
+        read = self.encoded_batch if encoded else self.batch
+        workers = self.config.num_workers
+        if workers < 0:
+            workers = default_workers(torch.get_num_threads(), gpu=encoded)
+        return read_ahead(read, count(start), workers)
 
 
 def _read_frames(lane: _Lane, out: NDArray[np.uint8]) -> None:
@@ -204,6 +209,17 @@ def _labels(lanes: Sequence[_Lane]) -> BatchLabels:
         boxes=padded,
         counts=counts,
     )
+
+
+def default_workers(cores: int, *, gpu: bool) -> int:
+    """Threads that read ahead for a rank which has this number of cores.
+
+    With a GPU one core is left to the thread that trains. On a CPU the training uses all cores, and
+    a step takes so long that two threads read ahead far enough.
+    """
+    if not gpu:
+        return CPU_WORKERS
+    return max(1, min(MOST_WORKERS, cores - 1))
 
 
 def read_ahead(

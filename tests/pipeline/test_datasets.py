@@ -167,6 +167,23 @@ def test_batches_hold_what_the_plan_says(shards):
         assert row == len(batch.boxes) == len(batch.counts)
 
 
+@pytest.mark.parametrize(
+    ("cores", "gpu", "workers"),
+    [(1, True, 1), (2, True, 1), (12, True, 8), (6, True, 5), (1, False, 2), (64, False, 2)],
+)
+def test_the_number_of_threads_follows_the_cores(shards, monkeypatch, cores, gpu, workers):
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(
+        "evspan.pipeline.data.loader.read_ahead", lambda *args: asked.append(args[-1])
+    )
+    loader, _ = make_loader(opened(shards), range(6), workers=-1)
+    loader.batches(0, encoded=gpu)
+    loader.config.num_workers = 3
+    loader.batches(0, encoded=gpu)
+    assert asked == [workers, 3]
+
+
 def by_frame(batch):
     """(t, lane) -> boxes of a labelled frame."""
     places = zip(*np.nonzero(batch.labelled.numpy()), strict=True)
@@ -228,9 +245,10 @@ def test_a_rank_reads_only_its_own_frames(shards, column, encoded):
 
     data = replace(data, recordings=[watched(r) for r in data.recordings])
     loader, plan = make_loader(data, range(6), frames=range(1, 3))
+    read = loader.encoded_batch if encoded else loader.batch
     for index in range(12):
         asked.clear()
-        loader.encoded_batch(index) if encoded else loader.batch(index)
+        read(index)
         chunks = [plan.chunk(lane, index) for lane in range(6)]
         expected = [c.first + t for c in chunks for t in range(1, min(3, c.frames))]
         assert [t for which in asked for t in range(which.start, which.stop)] == expected
