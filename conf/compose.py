@@ -17,6 +17,7 @@ from evspan.conf import hydra_adapter
 from evspan.conf.errors import ConfigError
 from evspan.conf.hydra_adapter import Expansion
 from evspan.conf.hydra_errors import explain, is_composition_error, refuse_unknown_keys
+from evspan.conf.schema.benchmark import BenchConfig
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.schema.training import EvaluateConfig, TrainConfig
 from evspan.conf.text import quote_override
@@ -32,6 +33,7 @@ PRIMARY_CONFIGS: dict[type, str] = {  # schema -> file of the tree that a comman
     PrepConfig: "prep",
     TrainConfig: "train",
     EvaluateConfig: "evaluate",
+    BenchConfig: "bench",
 }
 for _schema, _name in PRIMARY_CONFIGS.items():
     ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
@@ -46,7 +48,7 @@ def compose(schema: type[T], argv: Sequence[str]) -> T:
     """The config of a command as an object of its dataclass, checked by `__post_init__`.
 
     Args:
-        schema: PrepConfig, TrainConfig or EvaluateConfig.
+        schema: one of PRIMARY_CONFIGS.
         argv: overrides `key=value`, and optionally `--config-dir FOLDER`, a further config tree.
 
     Raises:

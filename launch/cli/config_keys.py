@@ -30,6 +30,7 @@ COMMANDS = {
     "submit": TRAIN,
     "sweep": TRAIN,
     "evaluate": Command("evaluate", "evspan.conf.schema.training", "EvaluateConfig"),
+    "bench": Command("bench", "evspan.conf.schema.benchmark", "BenchConfig"),
 }
 
 

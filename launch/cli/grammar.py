@@ -1,7 +1,7 @@
 """Checks the grammar of a command line, and computes the corrected one.
 
-Commands that have a config take key=value: prep, train, evaluate, submit, sweep. The others take
-options with dashes. The checkpoint is a positional argument everywhere: `evspan evaluate RUN`,
+Commands that have a config take key=value: prep, train, evaluate, submit, sweep, bench. The others
+take options with dashes. The checkpoint is a positional argument everywhere: `evspan evaluate RUN`,
 `evspan infer RUN RECORDING...`, `evspan export RUN OUT`.
 """
 
@@ -30,6 +30,7 @@ POSITIONAL_KEYS = {
     "submit": ("dataset.root", "run_dir"),
     "sweep": ("dataset.root", "run_dir"),
     "evaluate": ("checkpoint", "dataset.root"),
+    "bench": ("dataset.root",),
 }
 # Where several keys end in the same name, the first of these groups that has it is meant.
 PREFERRED_GROUPS = ("", "training", "evaluation", "frames", "optimizer", "parallel", "checkpoint")

@@ -63,6 +63,10 @@ COMMANDS = {
         "evspan.launch.cli.smoke:main",
         "check that every layout of this machine's ranks computes what one rank computes",
     ),
+    "bench": Command(
+        "evspan.launch.cli.bench:main",
+        "measure training step, loader and inference of a config on this machine",
+    ),
     "convert": Command(
         "evspan.launch.cli.convert:main", "RVT's published checkpoints <-> weights files"
     ),
@@ -85,7 +89,8 @@ HELP = f"""evspan: event-camera detectors, from recordings to detections
   evspan --version
 
 arguments
-  Commands that have a config take key=value: prep, train, evaluate, submit, sweep.
+  Commands that have a config take key=value: prep, train, evaluate, submit, sweep,
+  bench.
       evspan train experiment=demo dataset.root=shards training.max_steps=200
   The others, and the tools of prep, take options with dashes.
       evspan simulate raw --recordings train=8,val=2

@@ -6,13 +6,19 @@ from pathlib import Path
 
 import pytest
 from evspan.conf.errors import ConfigError
+from evspan.conf.schema.benchmark import BenchConfig
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.schema.training import EvaluateConfig, Precision, Sampling, Schedule, TrainConfig
 from support.composed_configs import composed
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
-PRIMARY = {"prep": PrepConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+PRIMARY = {
+    "prep": PrepConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "bench": BenchConfig,
+}
 GROUPS = {
     "dataset": ("prep", "train", "evaluate"),
     "model": ("train",),

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from evspan.conf.schema.benchmark import BenchConfig
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.schema.training import EvaluateConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 LAYERS = ("conf", "data_prep", "pipeline", "launch")
-COMMANDS = (TrainConfig, EvaluateConfig, PrepConfig)
+COMMANDS = (TrainConfig, EvaluateConfig, PrepConfig, BenchConfig)
 
 
 class Key(NamedTuple):

@@ -79,6 +79,8 @@ def adapted(words: list[str]) -> list[str]:
     arguments = [STAND_INS.get(word, word) for word in arguments if word not in ENDLESS]
     if name == "train":  # composed, checked, and not started
         return ["submit", *arguments, "cluster.dry_run=true"]
+    if name == "bench":  # another test runs it
+        return [name, *arguments, "--cfg", "job"]
     if name in ("submit", "sweep") or "cluster=slurm" in arguments:
         return [name, *arguments, "cluster.dry_run=true"]
     if name in ONLY_OPTIONS:

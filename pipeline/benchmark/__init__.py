@@ -1,0 +1,1 @@
+"""Measures training, loading and inference of a config on this machine."""

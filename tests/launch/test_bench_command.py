@@ -1,0 +1,147 @@
+"""`evspan bench`: a real run at micro size, and what is refused before anything is measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from evspan.conf.schema.benchmark import BenchConfig
+from evspan.launch.cli.config_keys import choices_of, keys_of
+from evspan.launch.cli.main import main
+
+STEPS, LANES, FRAMES = 3, 2, 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_all_measurements_of_a_micro_config(tmp_path):
+    output = tmp_path / "bench.json"
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    arguments = [
+        *("size=micro", "run_dir=run", "parallel.threads=1"),
+        *(f"training.batch_size={LANES}", f"training.sequence_length={FRAMES}"),
+        *("evaluation.batch_size=1", "evaluation.sequence_length=4"),
+        *(f"bench.steps={STEPS}", "bench.seconds=0.2", "bench.height=96", "bench.width=160"),
+        f"bench.output={output}",
+    ]
+    process = subprocess.run(
+        [sys.executable, "-m", "evspan.launch", "bench", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(temporary)},
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    result = json.loads(output.read_text())
+    check_step(result)
+    check_others(result)
+    check_table(process.stdout, result)
+    # Nothing is left behind: no run folder, no simulated data.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bench.json", "tmp"]
+    assert not any(temporary.glob("evspan-*"))
+
+
+def check_step(result):
+    step = result["step"]
+    medians = [part["median"] for part in step["parts"].values()]
+    assert len(medians) == 5
+    assert min(medians) > 0
+    assert sum(medians) == pytest.approx(step["step"]["median"], rel=0.5)
+    assert 2 <= step["step"]["count"] <= STEPS
+    assert step["frames"] == LANES * FRAMES
+    assert step["frames_per_s"] == pytest.approx(1000 * LANES * FRAMES / step["step"]["median"])
+    assert step["peak_bytes"] > 100e6
+    assert step["operations"]["launches"] > 1000
+    assert step["operations"]["waits"] == sum(step["operations"]["wait_places"].values())
+    flops = step["flops"]
+    total = sum(part["forward"] + part["backward"] for part in flops["parts"])
+    per_second = total / (step["step"]["median"] / 1000)
+    assert result["mfu"] == pytest.approx(per_second / result["peak"]["flops"])
+    assert (flops["frames"], flops["labelled"]) == (LANES * FRAMES, LANES * FRAMES)
+
+
+def check_others(result):
+    cores = len(os.sched_getaffinity(0))
+    assert result["loader"][0]["threads"] == 1
+    assert result["loader"][-1]["threads"] == cores
+    assert all(speed["frames_per_s"] > 0 for speed in result["loader"])
+    streaming = result["streaming"]
+    assert streaming["step"]["count"] >= 5
+    assert streaming["candidates"] >= 100
+    assert result["evaluation"]["frames_per_s"] > 0
+    assert result["setting"]["model"] == "micro"
+    assert result["setting"]["frame"] == [20, 96, 160]
+    assert result["limit"]["resource"] in ("loader", "compute", "memory")
+
+
+def check_table(text, result):
+    lines = text.splitlines()
+    assert any("lanes x" in line and "simulated, 2 recordings" in line for line in lines)
+    for name in ("training step", "  backward", "  host waits", "GFLOP of a micro-batch", "  neck"):
+        assert any(line.startswith(name) for line in lines), name
+    for name in ("loader, 1 thread", "loader threads needed", "infer, with NMS", "evaluation"):
+        assert any(line.startswith(name) for line in lines), name
+    assert f"MFU {result['mfu']:.1%}" in text
+    assert any(line.startswith("limited by") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench.steps=0"], "bench.steps is 0; give 1 or more"),
+        (["bench.seconds=0"], "bench.seconds is 0.0; give a time above 0"),
+        (["bench.peak_tflops=-1"], "bench.peak_tflops is -1.0; give the dense TFLOP/s"),
+        (["bench.height=20"], "bench.height 20 and bench.width 640"),
+        (["bench.step=3"], "bench.steps"),
+        (["dataset.root=nowhere"], "dataset.root=nowhere is no folder"),
+        (["bench.output=no/where.json"], "make it, or name another file"),
+        (["bench.output=."], "bench.output is ., a folder; name a file"),
+        (
+            [
+                "parallel.ranks=8",
+                "parallel.sequence=2",
+                "training.batch_size=24",
+                "training.sequence_length=40",
+            ],
+            "parallel.ranks=1 parallel.sequence=1 training.batch_size=6 "
+            "training.sequence_length=20",
+        ),
+        (["--multirun", "seed=1,2"], "measures one config"),
+        (["--steps", "3"], "evspan bench bench.steps=3"),
+        (["shards"], "evspan bench dataset.root=shards"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *arguments])
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_rank_of_torchrun_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main(["bench"])
+    assert "run it without torchrun" in capsys.readouterr().err
+
+
+def test_it_takes_the_keys_and_groups_of_train():
+    assert keys_of("bench").keys() > keys_of("train").keys()
+    assert choices_of("bench") == choices_of("train")
+    own = keys_of("bench").keys() - keys_of("train").keys()
+    assert {key.split(".")[0] for key in own} == {"bench"}
+
+
+def test_its_config_starts_as_that_of_train():
+    conf = Path(__file__).parents[2] / "conf"
+    train = (conf / "train.yaml").read_text()
+    assert (conf / "bench.yaml").read_text() == train.replace("train_schema", "bench_schema")
+    assert BenchConfig().bench.steps == 20
