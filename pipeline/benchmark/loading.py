@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from evspan.pipeline.data.device_batches import encodes_for
 from evspan.pipeline.data.loader import Loader
 
 
@@ -19,16 +21,18 @@ class LoaderSpeed:
 
 
 def measure_loader(
-    loader: Loader, *, seconds: float, threads: Sequence[int] | None = None
+    loader: Loader, *, device: torch.device, seconds: float, threads: Sequence[int] | None = None
 ) -> list[LoaderSpeed]:
     """The speed with several numbers of threads.
 
     Args:
+        device: that the batches are for: a GPU gets encoded ones.
         seconds: for all of them together; each reads its first batches however long they take.
         threads: numbers to try; None: 1, 2, 4 ... and all cores that this process may use.
     """
     numbers = list(threads or thread_numbers(usable_cores()))
-    return [_speed(loader, number, seconds / len(numbers)) for number in numbers]
+    encoded = encodes_for(device)
+    return [_speed(loader, number, seconds / len(numbers), encoded=encoded) for number in numbers]
 
 
 def usable_cores() -> int:
@@ -42,11 +46,11 @@ def thread_numbers(cores: int) -> list[int]:
     return [*powers, cores]
 
 
-def _speed(loader: Loader, threads: int, seconds: float) -> LoaderSpeed:
+def _speed(loader: Loader, threads: int, seconds: float, *, encoded: bool) -> LoaderSpeed:
     loader = copy.copy(loader)
     loader.config = replace(loader.config, num_workers=threads)
     frames_per_batch = len(loader.lanes) * len(loader.frames)
-    batches = loader.batches(0)
+    batches = loader.batches(0, encoded=encoded)
     try:
         for _ in range(threads + 1):  # which were read ahead
             next(batches)

@@ -142,7 +142,7 @@ def _measure(trainer: Trainer, config: BenchConfig, peak: Peak) -> BenchmarkResu
     logger.info("measuring the training step")
     step = measure_steps(trainer, steps=options.steps, seconds=options.seconds)
     logger.info("measuring the loader")
-    loader = measure_loader(trainer.loader, seconds=options.seconds)
+    loader = measure_loader(trainer.loader, device=device, seconds=options.seconds)
     needed = threads_needed(loader, step.frames_per_s_needed)
     logger.info("measuring inference")
     detector = _trained(trainer)

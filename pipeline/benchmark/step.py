@@ -8,11 +8,15 @@ from typing import Any
 from evspan.pipeline.benchmark.flops import DetectorFlops, detector_flops
 from evspan.pipeline.benchmark.operations import Operations, count_operations
 from evspan.pipeline.benchmark.timing import PartClock, Spread, synchronize
-from evspan.pipeline.data.loader import Batch
+from evspan.pipeline.data.batch import Batch
+from evspan.pipeline.data.device_batches import device_batches, encodes_for
+from evspan.pipeline.data.encoded import EncodedBatch
 from evspan.pipeline.engine.layout_comparison import reset_peak_bytes
 from evspan.pipeline.engine.resources import peak_bytes
 from evspan.pipeline.engine.trainer import Trainer
 from torch import Tensor
+
+Loaded = Generator[Batch | EncodedBatch, None, None]
 
 DATA_WAIT = "data wait"
 TO_DEVICE = "to the device"
@@ -59,7 +63,7 @@ class StepMeasurement:
 
 
 def measure_steps(trainer: Trainer, *, steps: int, seconds: float) -> StepMeasurement:
-    """Trains some steps and measures them. The trainer's weights change, its counters do not.
+    """Trains some steps and measures them.
 
     Args:
         steps: number of measured steps.
@@ -80,8 +84,8 @@ class _StepLoop:
         self.device = trainer.world.device
         self.micro_batches = trainer.config.training.gradient_accumulation_steps
         self.clock = PartClock(self.device)  # of the current step
-        self.loaded = self._watched(trainer.loader.batches(0))
-        self.batches = (batch.to(self.device) for batch in self.loaded)
+        loaded = trainer.loader.batches(0, encoded=encodes_for(self.device))
+        self.batches = device_batches(self._watched(loaded), self.device)
         self.waited_s = 0.0  # for the loader, in the current step
         self.labelled: list[Tensor] = []  # of all micro-batches
         engine: Any = trainer.engine
@@ -91,11 +95,11 @@ class _StepLoop:
 
     def close(self) -> None:
         """Ends the loader and restores the engine."""
-        self.loaded.close()
+        self.batches.close()
         engine: Any = self.trainer.engine
         engine.backward, engine.step = self.original
 
-    def _watched(self, batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+    def _watched(self, batches: Loaded) -> Loaded:
         """The batches; what follows the wait for one is its way to the device."""
         try:
             while True:
@@ -128,6 +132,7 @@ class _StepLoop:
             self.labelled.append(batch.labelled)
             self.clock.mark(FORWARD)
             self.trainer.micro_batch(batch)
+        self.trainer.step += 1
         self.clock.mark("")
 
     def measure(self, steps: int, seconds: float) -> StepMeasurement:

@@ -417,7 +417,8 @@ def train_data(shards):
     return open_dataset(DatasetConfig(root=str(shards)), "train")
 
 
-def test_the_loader_is_measured_and_left_as_it_was(train_data):
+@pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("meta")], ids=str)
+def test_the_loader_is_measured_and_left_as_it_was(train_data, device):
     training = TrainingConfig(batch_size=2, sequence_length=2, num_workers=3)
     plan = SamplingPlan(
         [r.frames for r in train_data.recordings],
@@ -428,7 +429,7 @@ def test_the_loader_is_measured_and_left_as_it_was(train_data):
         seed=0,
     )
     loader = Loader(train_data, plan, range(2), range(2), training, seed=0)
-    speeds = measure_loader(loader, seconds=0.02, threads=[1, 2])
+    speeds = measure_loader(loader, device=device, seconds=0.02, threads=[1, 2])
     assert [speed.threads for speed in speeds] == [1, 2]
     assert all(speed.frames_per_s > 10 for speed in speeds)
     assert loader.config.num_workers == 3
