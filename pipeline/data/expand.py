@@ -38,7 +38,7 @@ def expand_frames(
     if source is not None:
         # One cell more per plane, which stays zero: the source of pixels that show nothing.
         plane_cells += 1
-        cell = cell + cell.div(pixels, rounding_mode="floor")
+        cell.add_(cell.div(pixels, rounding_mode="floor"))
     planes = code.new_zeros(frames * lanes * channels * plane_cells)
     planes.scatter_add_(0, cell, code.ne(SKIP).view(torch.uint8))
     if source is not None:

@@ -38,11 +38,19 @@ SHARDS = {  # recordings' frames; one frame of how many is labelled
 dense, sparse, bare = (Case(shards=name) for name in SHARDS)
 
 QUICK = [
-    replace(dense, ranks=2, sequence=2, exchange="transpose", engine="exact", attention=True),
+    replace(
+        dense,
+        ranks=2,
+        sequence=2,
+        exchange="transpose",
+        engine="exact",
+        attention=True,
+        encoded=True,  # against dense frames on one rank
+    ),
     replace(
         dense, ranks=2, sequence=2, exchange="relay", engine="exact", attention=True, dws_conv=True
     ),
-    replace(dense, ranks=2, sequence=1, stage=2, gradient_accumulation_steps=2),
+    replace(dense, ranks=2, sequence=1, stage=2, gradient_accumulation_steps=2, encoded=True),
     replace(dense, ranks=2, sequence=2, stage=1, exchange="relay"),
     replace(
         dense, ranks=2, sequence=2, stage=3, exchange="relay", attention=True, dws_conv=True

@@ -28,6 +28,7 @@ from evspan.conf.schema.training import (
     TrainConfig,
     TrainingConfig,
 )
+from evspan.pipeline.data.device_batches import device_batches
 from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.parallel.world import open_world
@@ -55,6 +56,7 @@ class Case:
     shards: str = "dense"
     sampling: str = "mixed"
     save_memory: bool = False  # activation checkpointing, few frames a call, CPU offload
+    encoded: bool = False  # frames travel encoded, as to a GPU
 
     def alone(self, engine: str, **changes) -> "Case":
         """The same training on one rank of this engine, without options that must not matter."""
@@ -67,6 +69,7 @@ class Case:
             stage=0,
             precision="fp32",
             save_memory=False,
+            encoded=False,
         )
         return replace(plain, **{"steps": 5, **changes})
 
@@ -123,7 +126,7 @@ def run(case: Case, shards: str, world) -> dict:
         losses = []
         gradients = {}
         labelled = []
-        batches = trainer.loader.batches(0)
+        batches = device_batches(trainer.loader.batches(0, encoded=case.encoded), world.device)
         for number in range(1, case.steps * case.gradient_accumulation_steps + 1):
             batch = next(batches)
             result = trainer.micro_batch(
