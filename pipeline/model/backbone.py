@@ -13,7 +13,7 @@ from evspan.conf.schema.training import BackboneConfig
 from evspan.pipeline.model import cpu_blocks
 from evspan.pipeline.model.autograd import run_function
 from evspan.pipeline.model.layers import FrameConv2d
-from evspan.pipeline.model.lstm import CellLSTM, even_part, truncated
+from evspan.pipeline.model.lstm import CellLSTM, even_part, parts_of, truncated
 from evspan.pipeline.model.sequence_protocol import Exchange
 from evspan.pipeline.model.state import StageState
 from torch import Tensor, nn
@@ -123,12 +123,12 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, scale: LayerScale) -> Tensor:
         """(groups, positions, C) -> the same shape, times `scale`."""
         groups, positions, dim = x.shape
-        qkv = self.qkv(x).view(groups, positions, self.heads, 3, -1).transpose(1, 2)
+        qkv = self.qkv(x).view(groups, positions, self.heads, 3, -1)
         # In half precision the fused CPU kernel's backward takes four times as long as plain
         # products.
         is_half = x.dtype in (torch.bfloat16, torch.float16)
         if x.is_cpu and (positions <= SMALL_WINDOW or is_half):
-            out = _attend(qkv.permute(3, 0, 1, 2, 4))
+            out = _attend(qkv.permute(3, 0, 2, 1, 4))
         else:
             out = _fused_attention(qkv)
         return scale.of(self.proj, out.transpose(1, 2).reshape(groups, positions, dim))
@@ -138,23 +138,26 @@ def _fused_attention(qkv: Tensor) -> Tensor:
     """scaled_dot_product_attention, on no more groups per call than CUDA's kernels take.
 
     Args:
-        qkv: (groups, heads, positions, 3, c).
+        qkv: (groups, positions, heads, 3, c).
 
     Returns:
         (groups, heads, positions, c).
     """
-    _, heads, positions, _, channels = qkv.shape
+    _, positions, heads, _, channels = qkv.shape
     values_per_group = heads * -(-positions // 128) * 128 * max(32, channels)
     at_once = even_part(len(qkv), min(MOST_GROUPS, MOST_VALUES // values_per_group))
-    parts = []
-    for part in torch.split(qkv, at_once):
+    results = []
+    for part in parts_of(qkv, at_once, dim=0):
         # Unbound where they lie: the gradients are stacked to what the product's backward reads.
         q, k, v = part.unbind(3)
-        parts.append(F.scaled_dot_product_attention(q, k, v))
-    if len(parts) == 1:
-        return parts[0]
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        )
+        results.append(out)
+    if len(results) == 1:
+        return results[0]
     # (groups, positions, heads, c) is the order in memory.
-    return torch.cat([part.transpose(1, 2) for part in parts]).transpose(1, 2)
+    return torch.cat([out.transpose(1, 2) for out in results]).transpose(1, 2)
 
 
 def _attend(qkv: Tensor) -> Tensor:
@@ -398,11 +401,8 @@ class Backbone(nn.Module):
 
         Recomputation would repeat communication, so none takes place in here.
         """
-        parts = [x]
-        if len(x):
-            parts = list(torch.split(x, self.execution.frames_per_call or len(x)))
         results: list[Tensor] = []
-        for part in parts:
+        for part in parts_of(x, self.execution.frames_per_call or len(x), dim=0):
             if self.execution.activation_checkpointing and torch.is_grad_enabled():
                 result = checkpoint(
                     stage.spatial, part, *layout, use_reentrant=False, preserve_rng_state=False

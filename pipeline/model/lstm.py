@@ -118,9 +118,9 @@ def _fused_lstm(
         most = min(MOST_SEQUENCES, MOST_VALUES // (4 * values_per_cell))
         at_once = even_part(cells.shape[1], most)
     parts = zip(
-        torch.split(cells, at_once, dim=1),
-        torch.split(hidden.reshape(1, -1, dim), at_once, dim=1),
-        torch.split(cell.reshape(1, -1, dim), at_once, dim=1),
+        parts_of(cells, at_once, dim=1),
+        parts_of(hidden.reshape(1, -1, dim), at_once, dim=1),
+        parts_of(cell.reshape(1, -1, dim), at_once, dim=1),
         strict=True,
     )
     outputs = []
@@ -146,6 +146,11 @@ def even_part(total: int, most: int) -> int:
     return -(-max(1, total) // parts)
 
 
+def parts_of(t: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
+    """torch.split, but `t` itself if it is one part: the backward of a split copies."""
+    return (t,) if t.shape[dim] <= size else torch.split(t, size, dim)
+
+
 def _torch_weights(weight: Tensor, bias: Tensor) -> list[Tensor]:
     """Weights of torch's LSTM: input and hidden state (4 * C, C) each, two biases (4 * C,).
 
@@ -155,7 +160,7 @@ def _torch_weights(weight: Tensor, bias: Tensor) -> list[Tensor]:
     dim = weight.shape[1] // 2
     # torch's order is input, forget, candidate, output: each pair of ours the other way round.
     rows = weight.view(2, 2, dim, 2, dim).flip(1)
-    of_input, of_hidden = rows.permute(3, 0, 1, 2, 4).reshape(2, 4 * dim, dim).unbind()
+    of_input, of_hidden = rows.permute(3, 0, 1, 2, 4).contiguous().view(2, 4 * dim, dim).unbind()
     bias = bias.view(2, 2, dim).flip(1).flatten()
     return [of_input, of_hidden, bias, torch.zeros_like(bias)]
 
