@@ -3,7 +3,7 @@
 Verified with deepspeed 0.19.8 by tests/pipeline/test_deepspeed_adapter.py. These names are private
 and may change with any release:
 
-    ops.__compatible_ops__                               which compiled operators are available
+    ops.__compatible_ops__, ops.op_builder.all_ops.ALL_OPS    compiled operators that are available
     runtime.zero.stage_1_and_2.is_invalid_grad_norm, runtime.zero.stage3.is_invalid_grad_norm
     optimizer.scaled_global_norm, optimizer.averaged_gradients, optimizer.params_in_partition,
         optimizer.dp_process_group, optimizer.cpu_offload (stages 1, 2)
@@ -33,11 +33,13 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 import deepspeed  # noqa: E402
 import deepspeed.comm as deepspeed_comm  # noqa: E402
+from deepspeed.ops.op_builder.all_ops import ALL_OPS  # noqa: E402
 from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402
 from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: E402
 
 NormListener = Callable[[Tensor], None]
 
+NOT_IMPLEMENTED = "deepspeed_not_implemented"  # an operator's name in DeepSpeed's table
 VERIFIED_VERSION = "0.19.8"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -69,6 +71,12 @@ stage_1_and_2.is_invalid_grad_norm = _never_invalid
 stage3.is_invalid_grad_norm = _never_invalid
 
 
+# On first access, DeepSpeed runs compilers and asks the GPU to find out which of its compiled
+# operators are available, in every rank; with gloo, it would then compile one for half a minute.
+# Training uses none of them.
+deepspeed.ops.__compatible_ops__ = {**dict.fromkeys(ALL_OPS, False), NOT_IMPLEMENTED: False}
+
+
 def initialize(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -80,8 +88,6 @@ def initialize(
     Args:
         config: DeepSpeed's own, as in its JSON files.
     """
-    # Only inference uses this operator. It is compiled at the first start, for half a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
