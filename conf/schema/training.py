@@ -16,11 +16,12 @@ from evspan.conf.schema.prep import DatasetConfig
 
 
 class Precision(Enum):
-    """Number format of the forward and backward pass."""
+    """Number format of the forward and backward pass. Adam and its weights are in float32."""
 
+    auto = "auto"  # that of the checkpoint; at the start, bf16 on GPUs that have it, else fp32
     fp32 = "fp32"
+    tf32 = "tf32"  # float32; a GPU rounds the inputs of products and convolutions to TF32
     bf16 = "bf16"
-    fp16 = "fp16"
 
 
 class Sampling(Enum):
@@ -210,7 +211,7 @@ class TrainingConfig:
     bptt_frames: int = 0
     gradient_accumulation_steps: int = 1  # micro-batches per step
     sampling: Sampling = Sampling.mixed
-    precision: Precision = Precision.fp32
+    precision: Precision = Precision.auto
     gradient_clipping: float = 1.0  # global L2 norm; 0: off
     # Frames (over the rank's lanes) per call of the backbone's spatial part; 0: the whole chunk.
     frames_per_call: int = 0

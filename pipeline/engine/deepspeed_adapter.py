@@ -11,7 +11,6 @@ and may change with any release:
     optimizer.fp16_groups, optimizer.fp32_groups, optimizer.step (stage 0 in bf16)
     optimizer.fp32_partitioned_groups_flat (stage 3)     the tensors that Adam updates
     optimizer._lazy_init_hp_params_optimizer_state (1, 2)
-    optimizer.loss_scaler, optimizer.loss_scale_config and their counters
     parameter.ds_tensor, parameter.ds_shape (stage 3)    this rank's part, and the whole shape
     parameter._hp_mapping (stages 1, 2)                  where this rank's part is in the parameter
 """
@@ -41,7 +40,6 @@ NormListener = Callable[[Tensor], None]
 
 NOT_IMPLEMENTED = "deepspeed_not_implemented"  # an operator's name in DeepSpeed's table
 VERIFIED_VERSION = "0.19.8"
-LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def _silence() -> None:
@@ -231,13 +229,6 @@ def link_adam_state(engine: Any, *, stage: int) -> None:
     """Lets the functions below find Adam's state, which DeepSpeed links after its first step."""
     if stage in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def loss_scaler(engine: Any) -> Any:
-    """The object that has the LOSS_SCALER_FIELDS; None where nothing is scaled."""
-    optimizer = engine.optimizer
-    scaler = getattr(optimizer, "loss_scaler", None)
-    return scaler or getattr(optimizer, "loss_scale_config", None)
 
 
 # -- parts of a parameter ----------------------------------------------------------------------

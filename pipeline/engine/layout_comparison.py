@@ -20,6 +20,7 @@ from evspan.conf.schema.training import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    Precision,
     TrainConfig,
     TrainingConfig,
 )
@@ -82,6 +83,7 @@ def train_config(layout: Layout, comparison: ComparisonConfig, run_dir: Path) ->
             batch_size=max(2, ranks),
             sequence_length=ranks * math.ceil(4 / ranks),
             num_workers=1,
+            precision=Precision.fp32,  # the bounds are those of float32
             log_every=1,
             frames_per_call=layout.frames_per_call,
             evaluate_every=0,

@@ -1,4 +1,4 @@
-"""Adam's moments, the schedule and the loss scale, by parameter name, for any ZeRO stage."""
+"""Adam's moments and the schedule, by parameter name, for any ZeRO stage."""
 
 import math
 from typing import Any, cast
@@ -75,17 +75,15 @@ class OptimizerState:
         return moments
 
     def counters(self) -> dict[str, Any]:
-        """Steps and loss scale, as JSON values.
+        """Steps, as JSON values.
 
         Adam's count may be one more than the schedule's: in bf16, stage 0 starts with an empty
         step.
         """
-        scaler = adapter.loss_scaler(self.engine)
-        fields = [name for name in adapter.LOSS_SCALER_FIELDS if hasattr(scaler, name)]
         return {
             "updates": self.schedule.updates,
             "adam_steps": int(max(state["step"] for state in self.states)),
-            "loss_scale": {name: getattr(scaler, name) for name in fields},
+            "loss_scale": {},  # part of the format; float16 had one
         }
 
     def restore(
@@ -99,10 +97,6 @@ class OptimizerState:
         for state in self.states:
             state["step"].fill_(counters["adam_steps"])
         self.schedule.set(counters["updates"])
-        scaler = adapter.loss_scaler(self.engine)
-        for name, value in counters["loss_scale"].items():
-            if hasattr(scaler, name):
-                setattr(scaler, name, value)
 
     @torch.no_grad()
     def _gather(self, key: str | None) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from evspan.conf.errors import STOPPED_EXIT_CODE, UserError
@@ -25,6 +26,7 @@ from evspan.pipeline.engine.checkpoints import (
 from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from evspan.pipeline.engine.evaluator import describe_evaluation, evaluate_weights, write_results
 from evspan.pipeline.engine.oom import explain_out_of_memory
+from evspan.pipeline.engine.precision import resolve_precision, set_float32_kernels
 from evspan.pipeline.engine.profiling import Profiler
 from evspan.pipeline.engine.resources import Resources, over_ranks
 from evspan.pipeline.engine.running_statistics import RunningStatistics
@@ -138,9 +140,19 @@ class Trainer:
         on_step: StepCallback | None = None,
         gradient_steps: Container[int] = (),
     ) -> None:
-        self.config = config
         self.world = world
         self.run_dir = Path(config.run_dir)
+        self.checkpoints = Checkpoints(
+            self.run_dir,
+            rank=world.rank,
+            keep=config.checkpoint.keep,
+            ignore_best=not config.checkpoint.resume,
+        )
+        newest = self.checkpoints.find() if config.checkpoint.resume else None
+        saved = newest[1]["config"]["training"]["precision"] if newest else None
+        config = resolve_precision(config, world, saved)
+        set_float32_kernels(config.training.precision)
+        self.config = config
         self.on_step = on_step
         self.gradient_steps = gradient_steps
         self.mesh = open_mesh(
@@ -160,12 +172,6 @@ class Trainer:
         self.engine = engine(detector, config, world, lanes=len(self.lanes))
         self.statistics = RunningStatistics(self.engine.module)
         self.state = self._zero_state()
-        self.checkpoints = Checkpoints(
-            self.run_dir,
-            rank=world.rank,
-            keep=config.checkpoint.keep,
-            ignore_best=not config.checkpoint.resume,
-        )
         self.step = 0
         self.skipped = 0  # micro-batches, since the run's first step
         self.skipped_in_a_row = 0
@@ -173,8 +179,8 @@ class Trainer:
         self.pending: PendingStep | None = None
         self.stop = False  # whether a rank was asked to stop, as far as reports were read
         self.gradient_norm = 0.0  # of the last update that was applied
-        if config.checkpoint.resume:
-            self._resume()
+        if newest is not None:
+            self._resume(*newest)
         if world.is_main:
             _write_config(config, self.run_dir)
         self.writer = TensorBoardWriter(self.run_dir, enabled=world.is_main, resume_step=self.step)
@@ -440,11 +446,7 @@ class Trainer:
             ),
         )
 
-    def _resume(self) -> None:
-        newest = self.checkpoints.find()
-        if newest is None:
-            return
-        folder, meta = newest
+    def _resume(self, folder: Path, meta: dict[str, Any]) -> None:
         check_continues(folder, meta, plain(asdict(self.config)))
         loaded = load_snapshot(folder, self.lanes, self.world.rank)
         self.engine.load_state(loaded.weights, loaded.moments, meta["counters"])
@@ -484,7 +486,7 @@ class Trainer:
         if self.config.deepspeed.stage < 3:  # in stage 3 a rank holds a part of each parameter
             parameters = sum(p.numel() for p in self._detector.parameters())
             message += f", {parameters:,} parameters"
-        self._log(message)
+        self._log(f"{message}, {self.config.training.precision.name}")
         self._log(f"watch it: tensorboard --logdir {self.run_dir}")
         ranks = environment(self.world)
         if self.world.is_main:

@@ -56,7 +56,7 @@ CASES = [
     ("evspan train tr", ["training."]),
     ("evspan train model.f", ["model.fpn."]),
     ("evspan train size=", ["base", "micro", "small", "tiny"]),
-    ("evspan train seed=1 training.precision=f", ["fp32", "fp16"]),
+    ("evspan train seed=1 training.precision=f", ["fp32"]),
     ("evspan train training.compile=", ["true", "false"]),
     ("evspan train experiment=gen4/sm", ["gen4/small"]),
     ("evspan train run_dir=ru", ["runs"]),

@@ -159,7 +159,7 @@ def test_rvt_recipes_have_the_published_values(dataset, classes, size, dim):
     ) == (24, 400_000, 5)
     assert (training.sampling, training.precision, training.gradient_clipping) == (
         Sampling.mixed,
-        Precision.fp16,
+        Precision.bf16,
         1.0,
     )
     assert (

@@ -5,11 +5,10 @@ from importlib.metadata import requires, version
 import deepspeed
 import pytest
 import torch
-import torch.distributed as dist
 from deepspeed.ops.op_builder import builder
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from evspan.pipeline.engine import deepspeed_adapter as adapter
 from packaging.requirements import Requirement
+from support.one_rank import open_one_rank
 from torch import nn
 
 LR = 0.1
@@ -17,18 +16,8 @@ LR = 0.1
 
 @pytest.fixture(scope="module")
 def one_rank():
-    """This process as the only rank, with the variables that DeepSpeed reads.
-
-    One process group for all tests: DeepSpeed keeps the first one. Its stage 3 replaces
-    torch.nn.functional.linear, which other tests must not see.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-            patch.setenv(name, value)
-        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-        yield
-        dist.destroy_process_group()
+    with open_one_rank() as world:
+        yield world
 
 
 class Setup:
@@ -45,7 +34,6 @@ class Setup:
             "gradient_accumulation_steps": 2,
             "zero_optimization": {"stage": stage, "reduce_bucket_size": 9},
             "bf16": {"enabled": precision == "bf16"},
-            "fp16": {"enabled": precision == "fp16"},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
@@ -152,29 +140,3 @@ def test_whole_parameters_are_whole(setup, stage, write):
             parameter.data.fill_(7.0)
     with adapter.whole_parameters([parameter], stage=stage):
         assert bool((parameter == 7.0).all()) == write
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_loss_scaler_is_there_where_one_is_expected(setup, stage):
-    scaler = adapter.loss_scaler(setup(stage).engine)
-    assert (scaler is None) == (stage == 0)  # float32: from stage 1 on, one that does nothing
-    assert stage == 0 or scaler.cur_scale == 1
-
-
-def test_the_loss_scale_of_fp16_has_counters(setup):
-    """DeepSpeed has no fp16 on CPUs, so its scaler is built directly."""
-    setup(0)  # the scaler asks DeepSpeed for the rank
-    dynamic = DynamicLossScaler(
-        init_scale=2.0**8,
-        scale_window=9,
-        min_scale=1.0,
-        delayed_shift=2,
-        consecutive_hysteresis=False,
-    )
-    for name in adapter.LOSS_SCALER_FIELDS:
-        assert isinstance(getattr(dynamic, name), (int, float)), name
-    dynamic.update_scale(overflow=False)
-    assert dynamic.cur_iter == 1
-    dynamic.update_scale(overflow=True)
-    assert dynamic.last_overflow_iter == 1
-    assert dynamic.cur_hysteresis == 1

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.distributed as dist
 from evspan.conf.errors import UserError
 from evspan.conf.schema.prep import DatasetConfig
 from evspan.conf.schema.training import (
@@ -29,8 +28,8 @@ from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from evspan.pipeline.engine.signals import StopFlag
 from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.model.state import state_tensors
-from evspan.pipeline.parallel.world import World
 from support.host_skip_engine import HostSkipEngine
+from support.one_rank import open_one_rank
 from support.small_shards import write_small_shards
 
 PATTERNS = {1: "+-+--+", 3: "-++ +-+ ++- --- +-- +++".replace(" ", "")}  # -: not finite
@@ -39,13 +38,8 @@ LANES = 2
 
 @pytest.fixture(scope="module")
 def world():
-    """This process as the only rank, with the variables that DeepSpeed reads."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-            patch.setenv(name, value)
-        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-        yield World(0, 1, 0, 1, torch.device("cpu"))
-        dist.destroy_process_group()
+    with open_one_rank() as world:
+        yield world
 
 
 @pytest.fixture(scope="module")

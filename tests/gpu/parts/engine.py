@@ -20,7 +20,6 @@ def run(context):
             {"precision": "fp32", "stage": 0},
             {"precision": "bf16", "stage": 3},
             {"precision": "tf32"},
-            {"precision": "fp16"},
             {"precision": "bf16", "cuda_graphs": True},
         ]
     for number, case in enumerate(cases):
