@@ -10,23 +10,30 @@ if TYPE_CHECKING:
 __all__ = ["load_detector"]
 
 
-def load_detector(path: "str | Path", *, device: "torch.device | str" = "cpu") -> "TrainedDetector":
+def load_detector(
+    path: "str | Path",
+    *,
+    device: "torch.device | str" = "cpu",
+    precision: "str | None" = None,
+) -> "TrainedDetector":
     """Loads a trained detector, in eval mode.
 
     Args:
         path: a run folder (its newest checkpoint), one of its checkpoints, a .safetensors file, or
             a published .ckpt of RVT. For a .ckpt, settings that weights do not show are RVT's;
             `evspan convert` takes other values.
+        precision: "fp32", "tf32", "bf16" or "fp16"; None: that of training on a GPU, fp32 on a CPU.
 
     Returns:
         The detector, with `classes` (names by class id), `frames` (how events become its frames),
-        `initial_state`, `step` and `detect`.
+        `initial_state`, `step`, `detect` and `stream`.
 
     Raises:
-        evspan.conf.errors.UserError: there is no such file, or it is no checkpoint of this
-            detector.
+        evspan.conf.errors.UserError: there is no such file, it is no checkpoint of this detector,
+            or there is no such precision.
     """
+    from evspan.pipeline.inference.precision import parse_precision
     from evspan.pipeline.inference.trained_detector import detector_from
     from evspan.pipeline.rvt_checkpoint import open_weights
 
-    return detector_from(open_weights(path), device=device)
+    return detector_from(open_weights(path), device=device, precision=parse_precision(precision))

@@ -23,6 +23,7 @@ from evspan.conf.schema.training import (
     HeadConfig,
     ModelConfig,
     PostprocessConfig,
+    Precision,
     SizeWeighting,
 )
 from safetensors import SafetensorError, safe_open
@@ -39,13 +40,17 @@ HEADER_KEY = "evspan"  # of the description in the header of a weights file
 
 @dataclass(frozen=True)
 class Weights:
-    """What a detector needs to run: tensors by parameter name, and what they were trained for."""
+    """What a detector needs to run: tensors by parameter name, and what they were trained for.
+
+    precision: of the training. The tensors are float32.
+    """
 
     tensors: dict[str, Tensor]
     model: ModelConfig
     frames: FrameConfig
     classes: list[str]
     step: int
+    precision: Precision = Precision.fp32
 
 
 def plain(config: Any) -> Any:
@@ -67,6 +72,7 @@ def describe(weights: Weights) -> dict[str, Any]:
         "frames": plain(asdict(weights.frames)),
         "classes": weights.classes,
         "step": weights.step,
+        "precision": weights.precision.name,
     }
 
 
@@ -87,6 +93,7 @@ def parse_description(tensors: dict[str, Tensor], description: str, file: Path) 
             frame_config(values["frames"]),
             [str(name) for name in values["classes"]],
             int(values["step"]),
+            Precision[values.get("precision", "fp32")],  # older files have none
         )
     except (KeyError, ValueError, TypeError) as error:
         raise _not_a_weights_file(file, error) from error

@@ -45,7 +45,9 @@ def evaluate_rank(config: EvaluateConfig) -> None:
         if not world.is_main:
             return
         parts = breakdown(labelled(results, data), data.classes, config.evaluation)
-        summary = describe_evaluation(config.checkpoint, weights, config.dataset, config.evaluation)
+        summary = describe_evaluation(
+            config.checkpoint, weights, config.dataset, config.evaluation, world.device
+        )
         summary["breakdown"] = parts.to_json()
         output = evaluation_output(config)
         write_results(output, metrics, results, data, config.evaluation, summary)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import xxhash
 from evspan.conf.errors import ConfigError
 from evspan.conf.schema.prep import DatasetConfig
@@ -13,6 +14,7 @@ from evspan.data_prep.labels.box_files import write_boxes
 from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.evaluation.coco import Metrics
 from evspan.pipeline.evaluation.frames import FRAMES, save_frames
+from evspan.pipeline.inference.precision import run_precision
 from evspan.pipeline.inference.streaming import RecordingResult, evaluate_split, labelled, score
 from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.parallel.reductions import broadcast_object, deal, gather_objects
@@ -20,7 +22,7 @@ from evspan.pipeline.parallel.world import World
 from evspan.pipeline.weights import Weights, describe, plain
 
 # These do not change the numbers, or only by rounding.
-NOT_IN_PROTOCOL = ("sequence_length", "batch_size", "write_detections")
+NOT_IN_PROTOCOL = ("sequence_length", "batch_size", "write_detections", "precision")
 
 
 class Evaluation(NamedTuple):
@@ -45,7 +47,7 @@ def evaluate_weights(
     """
     data = open_dataset(dataset, config.split)
     check_dataset(weights, data)
-    detector = detector_from(weights, device=world.device)
+    detector = detector_from(weights, device=world.device, precision=config.precision)
     recordings = deal(
         data.recordings, world.rank, world.size, weight=[r.frames for r in data.recordings]
     )
@@ -78,12 +80,19 @@ def check_dataset(weights: Weights, data: Dataset) -> None:
 
 
 def describe_evaluation(
-    checkpoint: str, weights: Weights, dataset: DatasetConfig, config: EvaluationConfig
+    checkpoint: str,
+    weights: Weights,
+    dataset: DatasetConfig,
+    config: EvaluationConfig,
+    device: torch.device,
 ) -> dict[str, Any]:
     """The part of metrics.json that describes an evaluation, without its protocol.
 
     Two evaluations with the same `config_hash` have the same model, frames, dataset and protocol;
-    only the weights may differ.
+    only the weights may differ, and the precision in which they were trained and ran.
+
+    Args:
+        device: that the detector ran on.
     """
     settings = {
         **describe(weights),
@@ -91,6 +100,7 @@ def describe_evaluation(
         "dataset": {**plain(asdict(dataset)), "root": None},
         "protocol": protocol(config),
     }
+    del settings["precision"]
     digest = xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True).encode())
     return {
         "checkpoint": checkpoint,
@@ -99,6 +109,7 @@ def describe_evaluation(
         "dataset": dataset.name,
         "root": dataset.root,
         "config_hash": digest,
+        "precision": run_precision(config.precision, weights.precision, device).name,
     }
 
 

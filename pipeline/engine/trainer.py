@@ -422,6 +422,7 @@ class Trainer:
             self.dataset.frames,
             self.dataset.classes,
             self.step,
+            self.config.training.precision,
         )
 
     def _save(self) -> None:
@@ -608,7 +609,11 @@ class Trainer:
             seconds = time.perf_counter() - started
             self._log(f"evaluation at step {self.step} ({seconds:.0f} s)\n{metrics.table()}")
             description = describe_evaluation(
-                str(self.run_dir), weights, self.config.dataset, self.config.evaluation
+                str(self.run_dir),
+                weights,
+                self.config.dataset,
+                self.config.evaluation,
+                self.world.device,
             )
             write_results(
                 self.run_dir / "evaluation",

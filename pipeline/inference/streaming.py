@@ -1,6 +1,7 @@
 """Runs a detector over whole recordings in chunks, several recordings at a time."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -8,13 +9,20 @@ import numpy as np
 import torch
 from evspan.conf.schema.training import EvaluationConfig
 from evspan.data_prep.labels.box_files import RAW_BOX
+from evspan.pipeline.data.augment import Augmentation
+from evspan.pipeline.data.batch import Batch, BatchLabels, pad_boxes
 from evspan.pipeline.data.datasets import Dataset, RecordingData
+from evspan.pipeline.data.device_batches import device_batches, encodes_for
+from evspan.pipeline.data.encoded import EncodedBatch, encode_batch
+from evspan.pipeline.data.loader import read_ahead
 from evspan.pipeline.evaluation.coco import Metrics, coco_metrics
 from evspan.pipeline.evaluation.frames import LabelledFrames, labelled_frames, scored
 from evspan.pipeline.model.detector import Detector
-from evspan.pipeline.model.postprocess import detections
+from evspan.pipeline.model.postprocess import DetectionLimits, PendingDetections
 from numpy.typing import NDArray
-from torch import Tensor
+
+READ_THREADS = 2  # of encoded frames, for a GPU
+CPU_READ_THREADS = 1
 
 
 @dataclass
@@ -75,6 +83,10 @@ class _Chunk(NamedTuple):
     last: int
 
 
+# Per lane a chunk; None: its recordings have ended.
+_Chunks = Sequence[_Chunk | None]
+
+
 @torch.inference_mode()
 def evaluate_split(
     detector: Detector,
@@ -87,6 +99,8 @@ def evaluate_split(
     """Detects on the labelled frames of some recordings of a dataset.
 
     Every frame passes through the network; the state is zero before the first of a recording.
+    Threads read the next chunks meanwhile. The host waits once per chunk, for the detections of
+    the chunk before.
 
     Returns:
         One result per recording, in their order.
@@ -95,66 +109,110 @@ def evaluate_split(
     if not lanes:
         return []
     results = {recording.name: RecordingResult(recording.name) for recording in recordings}
+    limits = DetectionLimits(config.confidence_threshold, config.nms_threshold)
     state = detector.initial_state(lanes, data.height, data.width, device=device)
+    steps = _steps(recordings, lanes, config.sequence_length)
+    reader = _Reader(data, config.sequence_length, encoded=encodes_for(device))
+    threads = READ_THREADS if device.type != "cpu" else CPU_READ_THREADS
+    batches = device_batches(read_ahead(reader, steps, threads), device)
+    before: tuple[_Chunks, PendingDetections] | None = None
+    with closing(batches):
+        for chunks, batch in zip(steps, batches, strict=True):
+            raw, state = detector(batch.frames, state, starts=batch.starts, labelled=batch.labelled)
+            decoded = detector.decode(raw, data.height, data.width)
+            current = (chunks, PendingDetections(decoded, limits))
+            if before is not None:
+                _add_results(results, *before)
+            before = current
+    if before is not None:
+        _add_results(results, *before)
+    return list(results.values())
+
+
+def _steps(recordings: Sequence[RecordingData], lanes: int, length: int) -> list[_Chunks]:
+    """The chunks of `length` frames that pass through the network together."""
     # The longest first, so that lanes end at about the same time.
     queue = iter(sorted(recordings, key=lambda recording: -recording.frames))
-    streams = [_chunks(queue, config.sequence_length) for _ in range(lanes)]
+    streams = [_lane_chunks(queue, length) for _ in range(lanes)]
+    steps: list[_Chunks] = []
     while True:
         chunks = [next(stream, None) for stream in streams]
         if not any(chunks):
-            return list(results.values())
-        frames, labelled = _read(chunks, data, config.sequence_length)
-        starts = [chunk is not None and chunk.first == 0 for chunk in chunks]
-        raw, state = detector(
-            torch.from_numpy(frames).to(device),
-            state,
-            starts=torch.tensor(starts, device=device),
-            labelled=torch.from_numpy(labelled),
-        )
-        rows_by_frame = detections(
-            detector.decode(raw, data.height, data.width),
-            confidence_threshold=config.confidence_threshold,
-            nms_threshold=config.nms_threshold,
-        )
-        _add_results(results, chunks, labelled, rows_by_frame)
+            return steps
+        steps.append(chunks)
 
 
-def _chunks(queue: Iterator[RecordingData], length: int) -> Iterator[_Chunk]:
+def _lane_chunks(queue: Iterator[RecordingData], length: int) -> Iterator[_Chunk]:
     """The chunks of one lane. It takes its recordings from the queue that all lanes share."""
     for recording in queue:
         for first in range(0, recording.frames, length):
             yield _Chunk(recording, first, min(first + length, recording.frames))
 
 
-def _read(
-    chunks: Sequence[_Chunk | None], data: Dataset, length: int
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Frames (T, B, channels, H, W) and which are labelled (T, B); zeros where nothing is left."""
-    frames = np.zeros((length, len(chunks), data.channels, data.height, data.width), np.uint8)
-    labelled = np.zeros(frames.shape[:2], bool)
+class _Reader:
+    """Reads the frames of chunks; zeros where nothing is left of a recording.
+
+    Args:
+        length: frames of a chunk.
+        encoded: as they are stored, for another device than the CPU, in page-locked memory where
+            there is a GPU.
+    """
+
+    def __init__(self, data: Dataset, length: int, *, encoded: bool) -> None:
+        self.data = data
+        self.length = length
+        self.encoded = encoded
+
+    def __call__(self, chunks: _Chunks) -> Batch | EncodedBatch:
+        """The batch of a step, without boxes."""
+        data = self.data
+        shape = (self.length, len(chunks), data.channels, data.height, data.width)
+        labels = _labels(chunks, self.length)
+        if self.encoded:
+            runs = [c and c.recording.codes(c.first, c.last) for c in chunks]
+            still = [Augmentation()] * len(chunks)
+            return encode_batch(runs, still, shape, labels, pinned=torch.cuda.is_available())
+        frames = np.zeros(shape, np.uint8)
+        for lane, chunk in enumerate(chunks):
+            if chunk is not None:
+                size = chunk.last - chunk.first
+                frames[:size, lane] = chunk.recording.read(chunk.first, chunk.last)
+        return Batch(torch.from_numpy(frames), *labels)
+
+
+def _labels(chunks: _Chunks, length: int) -> BatchLabels:
+    """Which lanes start, and which frames are labelled. Without boxes: the detector reads none."""
+    is_labelled = torch.zeros(length, len(chunks), dtype=torch.bool)
     for lane, chunk in enumerate(chunks):
         if chunk is not None:
-            size = chunk.last - chunk.first
-            frames[:size, lane] = chunk.recording.read(chunk.first, chunk.last)
-            labelled[:size, lane] = chunk.recording.labelled[chunk.first : chunk.last]
-    return frames, labelled
+            rows = chunk.recording.labelled[chunk.first : chunk.last]
+            is_labelled[: len(rows), lane] = torch.from_numpy(rows)
+    boxes, counts = pad_boxes([])
+    return BatchLabels(
+        starts=torch.tensor([chunk is not None and chunk.first == 0 for chunk in chunks]),
+        labelled=is_labelled,
+        following=is_labelled.new_ones(0, len(chunks)),
+        boxes=boxes,
+        counts=counts,
+    )
 
 
 def _add_results(
-    results: dict[str, RecordingResult],
-    chunks: Sequence[_Chunk | None],
-    labelled: NDArray[np.bool_],
-    rows_by_frame: Sequence[Tensor],
+    results: dict[str, RecordingResult], chunks: _Chunks, pending: PendingDetections
 ) -> None:
     """Adds the detections of the labelled frames, which are in (t, lane) order."""
-    for (t, lane), rows in zip(np.argwhere(labelled).tolist(), rows_by_frame, strict=True):
-        chunk = chunks[lane]
-        assert chunk is not None  # lanes without a chunk have no labelled frames
-        frame = chunk.first + t
-        result = results[chunk.recording.name]
-        result.frames.append(frame)
-        result.boxes.append(chunk.recording.boxes(frame))
-        result.detections.append(rows.cpu().numpy())
+    rows = iter(pending.read())
+    boxes = [chunk and chunk.recording.boxes_of(chunk.first, chunk.last) for chunk in chunks]
+    for t in range(max(c.last - c.first for c in chunks if c)):
+        for chunk, boxes_of_chunk in zip(chunks, boxes, strict=True):
+            if chunk is None or boxes_of_chunk is None or chunk.first + t >= chunk.last:
+                continue
+            frame = chunk.first + t
+            if chunk.recording.labelled[frame]:
+                result = results[chunk.recording.name]
+                result.frames.append(frame)
+                result.boxes.append(boxes_of_chunk[t])
+                result.detections.append(next(rows).numpy())
 
 
 def labelled(results: Sequence[RecordingResult], data: Dataset) -> LabelledFrames:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from evspan.conf.errors import UserError
 from evspan.conf.schema.prep import FrameConfig
+from evspan.conf.schema.training import Precision
+from evspan.pipeline.inference.precision import cast_weights, number_format, run_precision
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.state import DetectorState
 from evspan.pipeline.weights import Weights
@@ -15,13 +17,29 @@ class TrainedDetector(Detector):
     """A detector with what it was trained on.
 
     classes: names by class id; the head may have more classes. frames: how events became the frames
-    that it takes.
+    that it takes. precision: in which it runs.
     """
 
     def __init__(self, weights: Weights) -> None:
         super().__init__(weights.model, weights.frames.channels)
         self.classes: list[str] = list(weights.classes)
         self.frames: FrameConfig = weights.frames
+        self.precision = Precision.fp32
+
+    def forward(
+        self,
+        frames: Tensor,
+        state: DetectorState,
+        *,
+        starts: Tensor | None = None,
+        labelled: Tensor | None = None,
+        following: Tensor | None = None,
+    ) -> tuple[Tensor, DetectorState]:
+        """`Detector.forward` in its precision."""
+        with number_format(self.precision, frames.device):
+            return super().forward(
+                frames, state, starts=starts, labelled=labelled, following=following
+            )
 
     def initial_state(
         self,
@@ -32,14 +50,28 @@ class TrainedDetector(Detector):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> DetectorState:
-        """Zeros for `batch` lanes of frames (height, width), by default on its own device."""
+        """Zeros for `batch` lanes of frames (height, width).
+
+        By default on its own device, in the dtype of its weights.
+        """
+        weight = next(self.parameters())
         if device is None:
-            device = next(self.parameters()).device
+            device = weight.device
+        if dtype is None:
+            dtype = weight.dtype
         return super().initial_state(batch, height, width, device=device, dtype=dtype)
 
 
-def detector_from(weights: Weights, *, device: torch.device | str = "cpu") -> TrainedDetector:
+def detector_from(
+    weights: Weights,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision | None = None,
+) -> TrainedDetector:
     """A detector in eval mode with these weights.
+
+    Args:
+        precision: in which it runs; None: that of training on a GPU, fp32 on a CPU.
 
     Raises:
         UserError: the tensors do not fit the model config; lists missing and unexpected ones.
@@ -47,6 +79,8 @@ def detector_from(weights: Weights, *, device: torch.device | str = "cpu") -> Tr
     check_fit(weights)
     detector = TrainedDetector(weights)
     detector.load_state_dict(weights.tensors)
+    detector.precision = run_precision(precision, weights.precision, torch.device(device))
+    cast_weights(detector, detector.precision)
     return detector.to(device).eval()
 
 
