@@ -14,6 +14,17 @@ class ExchangeKind(Enum):
     relay = "relay"  # the state is sent from rank to rank
 
 
+class BatchNormRanks(Enum):
+    """Whose samples BatchNorm normalises together in training.
+
+    The running statistics, which evaluation uses, are those of all ranks in any case.
+    """
+
+    world = "world"  # all ranks': exact, the numbers do not depend on the layout
+    sequence = "sequence"  # those of a sequence's ranks: they depend on the number of data groups
+    rank = "rank"  # each rank's own: they depend on the layout; norms need no collective
+
+
 def check_layout(*, ranks: int, sequence: int, sequence_length: int, batch_size: int) -> None:
     """Checks that `ranks` form whole sequence groups with equal numbers of lanes and frames.
 

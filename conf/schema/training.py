@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from evspan.conf.errors import require
 from evspan.conf.schema.cluster import ClusterConfig
-from evspan.conf.schema.layout import ExchangeKind, check_layout, chosen_exchange
+from evspan.conf.schema.layout import BatchNormRanks, ExchangeKind, check_layout, chosen_exchange
 from evspan.conf.schema.prep import DatasetConfig
 
 
@@ -331,6 +331,7 @@ class ParallelConfig:
     ranks: int = 1
     sequence: int = 1  # ranks per sequence, each with some of its frames; evaluation ignores it
     exchange: ExchangeKind = ExchangeKind.auto
+    batch_norm: BatchNormRanks = BatchNormRanks.world  # whose samples it normalises together
     device: DeviceKind = DeviceKind.auto
     timeout_s: int = 600  # a collective that waits longer ends the run
     threads: int = 0  # CPU threads per rank; 0: the cores divided by the ranks

@@ -17,6 +17,7 @@ from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.data.device_batches import device_batches, encodes_for
 from evspan.pipeline.data.loader import Loader
 from evspan.pipeline.data.plan import SamplingPlan
+from evspan.pipeline.engine.batch_norm import batch_norm_reductions
 from evspan.pipeline.engine.checkpoints import (
     Checkpoints,
     Snapshot,
@@ -46,7 +47,7 @@ from evspan.pipeline.inference.trained_detector import load_tensors
 from evspan.pipeline.model.backbone import Execution
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
-from evspan.pipeline.model.norm import RankReductions, global_batch_norms
+from evspan.pipeline.model.norm import global_batch_norms
 from evspan.pipeline.model.sequence_protocol import Exchange
 from evspan.pipeline.model.state import (
     DetectorState,
@@ -58,7 +59,6 @@ from evspan.pipeline.model.state import (
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import Mesh, open_mesh
 from evspan.pipeline.parallel.reductions import (
-    add_over_ranks,
     barrier,
     broadcast_object,
 )
@@ -168,7 +168,7 @@ class Trainer:
         seed_everything(config.seed)
         self.dataset = open_dataset(config.dataset, "train")
         self.loader = _build_loader(config, self.dataset, self.mesh)
-        detector = _build_detector(config, self.dataset.channels, self.exchange, world)
+        detector = _build_detector(config, self.dataset.channels, self.exchange, self.mesh)
         self.engine = engine(detector, config, world, lanes=len(self.lanes))
         self.statistics = RunningStatistics(self.engine.module)
         self.state = self._zero_state()
@@ -648,9 +648,7 @@ def _build_loader(config: TrainConfig, dataset: Dataset, mesh: Mesh) -> Loader:
     )
 
 
-def _build_detector(
-    config: TrainConfig, channels: int, exchange: Exchange, world: World
-) -> Detector:
+def _build_detector(config: TrainConfig, channels: int, exchange: Exchange, mesh: Mesh) -> Detector:
     """With random weights, or those of `checkpoint.init_from`."""
     training = config.training
     execution = Execution(
@@ -662,8 +660,7 @@ def _build_detector(
     detector = Detector(config.model, channels, exchange, execution=execution)
     if config.checkpoint.init_from:
         load_tensors(detector, load_weights(config.checkpoint.init_from))
-    if world.size > 1:
-        global_batch_norms(detector, RankReductions(add_over_ranks))
+    global_batch_norms(detector, batch_norm_reductions(config.parallel.batch_norm, mesh))
     return detector
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from evspan.pipeline.model.rank_norm import RankReductions, RunningStatistics, rank_norms
+from evspan.pipeline.model.rank_norm import PendingStatistics, RankReductions, rank_norms
 from torch import Tensor, nn
 
 __all__ = [
@@ -37,7 +37,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     ranks: RankReductions | None = None
-    statistics: RunningStatistics | None = None
+    statistics: PendingStatistics | None = None
     shared: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, channels: int) -> None:
@@ -158,7 +158,9 @@ def global_batch_norms(module: nn.Module, ranks: RankReductions | None) -> None:
     Args:
         ranks: the reductions; None: this rank alone.
     """
-    statistics = None if ranks is None else RunningStatistics(MOMENTUM)
+    statistics: PendingStatistics | None = None
+    if ranks is not None:
+        statistics = PendingStatistics(MOMENTUM, ranks.sum_over_all)
     for norm in module.modules():
         if isinstance(norm, BatchNorm2d):
             norm.ranks = ranks

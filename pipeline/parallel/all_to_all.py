@@ -1,10 +1,10 @@
 """TransposeExchange: turns "my frames of all cells" into "all frames of my cells" and back."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from evspan.pipeline.model.state import StageState
 from evspan.pipeline.parallel.collectives import all_to_all
+from evspan.pipeline.parallel.reductions import gather_over_ranks
 from evspan.pipeline.parallel.sequence import Recurrence, SequenceExchange
 from torch import Tensor
 
@@ -58,12 +58,12 @@ class TransposeExchange(SequenceExchange):
         return own.clone(memory_format=torch.contiguous_format)
 
     def _whole(self, part: Tensor, shape: torch.Size) -> Tensor:
-        parts = [part]
-        if self.group is not None:
-            contiguous = torch.contiguous_format
-            parts = [torch.empty_like(part, memory_format=contiguous) for _ in range(self.ranks)]
-            dist.all_gather(parts, part.contiguous(), group=self.group)
-        return torch.cat(parts, dim=3)[..., : shape[2] * shape[3]].reshape(shape)
+        if self.group is None:
+            parts = part[None]
+        else:
+            parts = gather_over_ranks(part, self.group)
+        cells = torch.cat(parts.unbind(), dim=3)
+        return cells[..., : shape[2] * shape[3]].reshape(shape)
 
 
 def _padded(t: Tensor, size: int, *, dim: int) -> Tensor:

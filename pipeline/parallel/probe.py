@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from evspan.conf.schema.training import ParallelConfig
 from evspan.pipeline.parallel.rank_env import rank_info
+from evspan.pipeline.parallel.reductions import gather_over_ranks
 from evspan.pipeline.parallel.world import World, open_world
 
 # Sizes of the all-reduces (float32 numbers), and how often each is repeated.
@@ -82,8 +83,7 @@ def _clock_s(world: World) -> float:
     for _ in range(CLOCK_ROUNDS):
         _barrier(world)
         now = torch.tensor([time.time()], dtype=torch.float64, device=world.device)
-        times = [torch.empty_like(now) for _ in range(world.size)]
-        dist.all_gather(times, now)
+        times = gather_over_ranks(now)
         differences.append(float(now) - float(times[0]))
     return median(differences)
 

@@ -8,6 +8,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# all_gather_into_tensor is deprecated where torch has all_gather_single.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum over ranks, on every rank; shape and dtype of x. All ranks call it in one order."""
@@ -18,20 +21,26 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return total
 
 
-def add_over_ranks(x: Tensor) -> Tensor:
-    """`sum_over_ranks` into x itself."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(x)
+def add_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """`sum_over_ranks` into x itself. group: None: all ranks."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(x, group=group)
     return x
 
 
-def gather_over_ranks(x: Tensor) -> Tensor:
-    """(n,) -> (ranks, n), the parts of all ranks, on every rank."""
-    if dist.get_world_size() == 1:
+def gather_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """(...) -> (ranks, ...), the parts of all ranks of `group`, on every rank.
+
+    Args:
+        group: None: all ranks.
+    """
+    ranks = dist.get_world_size(group)
+    if ranks == 1:
         return x.detach()[None]
-    parts = x.new_empty(dist.get_world_size(), *x.shape)
-    dist.all_gather(list(parts.unbind(0)), x.detach().contiguous())
-    return parts
+    # One tensor: a list of parts would be filled by a copy per rank.
+    parts = x.new_empty(ranks * x.numel())
+    _all_gather(parts, x.detach().contiguous().view(-1), group=group)
+    return parts.view(ranks, *x.shape)
 
 
 def gather_objects(part: T) -> list[T]:

@@ -267,9 +267,6 @@ class Traffic:
             "all_reduce": self.collective(
                 "reductions", dist.all_reduce, lambda x, *_: 2 * x.nbytes * others / ranks
             ),
-            "all_gather": self.collective(
-                "reductions", dist.all_gather, lambda _, x: x.nbytes * others
-            ),
         }
         messages = {
             "send": self.message(
