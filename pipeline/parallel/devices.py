@@ -94,7 +94,8 @@ def choose_device(kind: DeviceKind, local_rank: int, env: Mapping[str, str]) -> 
 
 def _unusable_gpus(count: int, env: Mapping[str, str]) -> str:
     """Why torch cannot use the GPUs of this machine, and the remedy."""
-    machine = f"{socket.gethostname()} has {plural(count, 'GPU')} (driver {driver_version()})"
+    driver = driver_version() or "unknown"
+    machine = f"{socket.gethostname()} has {plural(count, 'GPU')} (driver {driver})"
     build = f"torch {torch.__version__}"
     if torch.version.cuda is None:
         cause = f"{build} is a build without CUDA"

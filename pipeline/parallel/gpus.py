@@ -28,11 +28,13 @@ def gpu_count(env: Mapping[str, str]) -> int:
     """
     if gpus_hidden(env):
         return 0
-    count = len(gpu_files())
+    return visible_count(len(gpu_files()), env)
+
+
+def visible_count(gpus: int, env: Mapping[str, str]) -> int:
+    """How many of a machine's GPUs CUDA_VISIBLE_DEVICES leaves."""
     value = env.get(VISIBLE_DEVICES)
-    if value is None:
-        return count
-    return min(count, len(_selected(value)))
+    return gpus if value is None else min(gpus, len(_selected(value)))
 
 
 def gpu_files(folder: Path = DEVICE_FOLDER) -> list[Path]:
@@ -49,13 +51,13 @@ def gpu_files(folder: Path = DEVICE_FOLDER) -> list[Path]:
 
 
 def driver_version(file: Path = DRIVER_FILE) -> str:
-    """The version of the loaded NVIDIA driver, such as '535.104.05'; 'unknown' without one."""
+    """The version of the loaded NVIDIA driver, such as '535.104.05'; empty if it is unknown."""
     try:
         text = file.read_text()
     except OSError:
-        return "unknown"
+        return ""
     match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text)
-    return match[1] if match else "unknown"
+    return match[1] if match else ""
 
 
 def _excluded(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """The device of each rank, on machines with GPUs that are emulated: torch.cuda's answers and the driver's files."""
 
+import math
 import os
 import re
 import socket
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from evspan.conf.errors import DeviceError
 from evspan.conf.schema.training import DeviceKind, ParallelConfig
 from evspan.pipeline.engine.deepspeed_adapter import _device_as_local_rank
+from evspan.pipeline.engine.resources import Resources
 from evspan.pipeline.parallel import devices, gpus
 from evspan.pipeline.parallel.devices import RankDevice, check_devices, choose_device
 from evspan.pipeline.parallel.rank_env import RankInfo
@@ -75,12 +77,12 @@ def test_device_files_and_those_of_other_jobs(tmp_path, monkeypatch):
             "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  560.35  Release Build  (dvs-builder)\n",
             "560.35",
         ),
-        ("", "unknown"),
+        ("", ""),
     ],
 )
 def test_the_driver_version(tmp_path, text, version):
     file = tmp_path / "version"
-    assert gpus.driver_version(file) == "unknown"
+    assert gpus.driver_version(file) == ""
     file.write_text(text)
     assert gpus.driver_version(file) == version
 
@@ -306,3 +308,21 @@ def test_all_ranks_decide_the_same(monkeypatch):
     assert re.match("refused: 3 ranks have 2 GPUs", ends[0])
     ends = joined(monkeypatch, ["cuda:0", DeviceError("node7 is broken")], ["a"])
     assert ends == ["refused: node7 is broken"] * 2
+
+
+# -- utilisation ---------------------------------------------------------------------------------------------------
+def test_gpu_utilization_where_nvml_answers(monkeypatch):
+    resources = Resources(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2 << 30)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 40)
+    metrics = resources.read()
+    assert metrics["speed/gpu_busy_fraction"] == 0.4
+    assert metrics["memory/gpu_gib"] == 3
+    assert metrics["memory/gpu_peak_gib"] == 2
+
+    def fail(device):
+        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
+
+    monkeypatch.setattr(torch.cuda, "utilization", fail)
+    assert math.isnan(resources.read()["speed/gpu_busy_fraction"])
