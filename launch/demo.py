@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evspan.conf.errors import UserError
+from evspan.pipeline.parallel.gpus import gpu_count
 
 TRAIN_RECORDINGS = 10
 VAL_RECORDINGS = 2  # not seen in training
 SECONDS = 10  # of each recording
 REQUIRED_AP50 = 0.5  # on the recordings of val; a lower one means that something is wrong
+CPU_RANKS = 2
+LANES = 4  # training.batch_size of the demo, which the ranks divide
 METRICS = ("ap", "ap50", "ap_small", "ap_medium", "ap_large")  # keys of metrics.json
 TIMES = "times.json"  # seconds per part; a folder without this file is not a demo's
 MODULE = "evspan.launch.cli.demo"
@@ -64,8 +67,15 @@ class DemoResult:
         return (self.metrics["ap50"] or 0) >= REQUIRED_AP50
 
 
-def demo_parts(folder: Path) -> list[Part]:
-    """The commands of the demo in their order."""
+def demo_ranks(gpus: int) -> int:
+    """The number of ranks on a machine with `gpus` GPUs: one for each, if that divides LANES."""
+    if not gpus:
+        return CPU_RANKS
+    return max(ranks for ranks in range(1, min(gpus, LANES) + 1) if LANES % ranks == 0)
+
+
+def demo_parts(folder: Path, ranks: int) -> list[Part]:
+    """The commands of the demo in their order. ranks: of training and evaluation."""
     raw = folder / "raw"
     shards = folder / "shards"
     run = folder / "run"
@@ -78,8 +88,9 @@ def demo_parts(folder: Path) -> list[Part]:
     prep = ["prep", f"source={raw}", f"output={shards}", "dataset=simulated"]
     prep += ["frames.downsample=4"]
     train = ["train", "experiment=demo", f"dataset.root={shards}", f"run_dir={run}"]
+    train += [f"parallel.ranks={ranks}"]
     evaluate = ["evaluate", str(run), "dataset=simulated", f"dataset.root={shards}"]
-    evaluate += ["evaluation.split=val", "parallel.ranks=2", f"output={evaluation}"]
+    evaluate += ["evaluation.split=val", f"parallel.ranks={ranks}", f"output={evaluation}"]
     infer = ["infer", str(run), str(raw / "val" / "val_000_td.raw")]
     infer += ["--output", str(detections)]
     return [
@@ -101,7 +112,7 @@ def run_demo(folder: Path, keep: bool) -> DemoResult:
         UserError: the folder contains files that are not a demo's.
         PartFailedError: a command failed.
     """
-    parts = demo_parts(folder)
+    parts = demo_parts(folder, demo_ranks(gpu_count(os.environ)))
     if not (folder / TIMES).exists():
         _refuse_foreign_files(folder, parts)
     times = run_parts(parts, folder, keep)

@@ -19,6 +19,9 @@ ROOT = Path(__file__).parent.parent
 # many threads as cores a training step takes up to forty times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# All tests run on the CPU, on machines with GPUs too, and so do the processes that they start. `make gpu` checks a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # Where the tests run in the background of a script, Ctrl-C is ignored, which every process that a test starts would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -25,7 +25,8 @@ from evspan.pipeline.engine.layouts import LayoutResult
 DESCRIPTION = """Trains a few steps of a micro detector, on simulated recordings, with this
 machine's ranks in every data x sequence layout, with both exchanges and different ZeRO stages. Each
 layout is resumed from its own checkpoint and from that of another layout. The exit code is 0 only
-if all give the losses and gradients of one rank. Uses the GPUs if there are any, else the CPU."""
+if all give the losses and gradients of one rank. Uses the GPUs if there is one for each rank, else
+the CPU."""
 EXAMPLES = """examples:
   evspan smoke --ranks 2                  # minutes on 2 cores
   evspan smoke --ranks 4 --keep smoke     # keep data, runs, curves and training log in smoke/
@@ -71,7 +72,7 @@ def parse_options(argv: list[str] | None) -> CommandOptions:
         type=int,
         default=2,
         metavar="N",
-        help="processes, with a GPU each if there are any (default: 2)",
+        help="processes, with a GPU each if there are enough (default: 2)",
     )
     parser.add_argument(
         "--steps",
@@ -91,8 +92,7 @@ def smoke(options: CommandOptions) -> int:
     """Runs the test and prints its table; returns the exit code.
 
     Raises:
-        UserError: this process is one of several ranks, there are fewer GPUs than ranks, or the
-            data could not be simulated.
+        UserError: this process is one of several ranks, or the data could not be simulated.
     """
     refuse_ranks()
     with ExitStack() as stack:

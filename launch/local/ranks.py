@@ -95,6 +95,7 @@ def run_ranks(
     threads: int = 0,
     remedy: str = "",
     grace_s: float = GRACE_S,
+    variables: Mapping[str, str] | None = None,
 ) -> int:
     """Run `command` as `ranks` processes with torchrun's variables, until all have ended.
 
@@ -106,6 +107,7 @@ def run_ranks(
     Args:
         threads: OMP_NUM_THREADS of a rank, unless that is set. 0: the cores divided by the ranks.
         remedy: what to do when a rank has died; the last sentence of the message.
+        variables: environment variables that replace this process's.
 
     Returns:
         The exit code: 0; 75 when all saved on a stop signal; 2 for a user's error in a rank; 130
@@ -123,6 +125,7 @@ def run_ranks(
             for number in range(ranks):
                 failure = Path(notes, f"rank-{number}")
                 environment = rank_environment(number, ranks, port, threads)
+                environment.update(variables or {})
                 environment[FAILURE_FILE] = str(failure)
                 process = _start_process(command, environment, quiet=number > 0)
                 started.append(Rank(number, process, failure))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from evspan.conf.schema.layout import ExchangeKind
 from evspan.launch.cli.smoke import layout_table
-from evspan.launch.smoke import Tolerances, judge, tolerances
+from evspan.launch.smoke import Tolerances, device_variables, judge, tolerances
 from evspan.pipeline.engine.layout_comparison import ComparisonConfig, train_config
 from evspan.pipeline.engine.layouts import LayoutResult, layouts_of
 
@@ -77,6 +77,21 @@ def test_two_ranks_compute_what_one_computes(tmp_path):
     assert again.returncode == 2
     assert again.stderr.count("\n") == 1
     assert "exists and is not empty" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "message"),
+    [
+        (0, 2, ""),
+        (2, 2, ""),
+        (8, 2, ""),
+        (1, 2, "1 GPU for 2 ranks, so the test runs on the CPU; --ranks 1 uses the GPUs"),
+        (2, 4, "2 GPUs for 4 ranks, so the test runs on the CPU; --ranks 2 uses the GPUs"),
+    ],
+)
+def test_all_ranks_have_a_gpu_or_none(gpus, ranks, message, capsys):
+    assert device_variables(gpus, ranks) == ({"CUDA_VISIBLE_DEVICES": ""} if message else {})
+    assert message in capsys.readouterr().out
 
 
 @pytest.mark.soak

@@ -50,7 +50,7 @@ def small_parts(folder):
 
 
 def test_commands_are_accepted(tmp_path):
-    simulate, prep, train, evaluate, infer = demo.demo_parts(tmp_path)
+    simulate, prep, train, evaluate, infer = demo.demo_parts(tmp_path, demo.CPU_RANKS)
     simulate_args = evspan.launch.cli.simulate._parser().parse_args(simulate.arguments[1:])
     assert simulate_args.recordings["train"] >= 8
     assert simulate_args.recordings["val"] >= 2
@@ -62,6 +62,7 @@ def test_commands_are_accepted(tmp_path):
     assert choices["experiment"] == "demo"
     assert choices["size"] == "micro"
     assert config.parallel.ranks == 2
+    assert config.training.batch_size == demo.LANES
     assert config.model.fpn.enable_small_object_attention
     assert config.model.head.size_aware_loss
     scored, _ = composed("evaluate", *evaluate_overrides(evaluate.arguments[1:]))
@@ -72,6 +73,15 @@ def test_commands_are_accepted(tmp_path):
     infer_args = evspan.launch.cli.infer._parser().parse_args(infer.arguments[1:])
     assert [path.parent for path in infer_args.recording] == [simulate_args.out / "val"]
     assert str(infer_args.checkpoint) == config.run_dir
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (3, 2), (4, 4), (8, 4)])
+def test_a_rank_for_each_gpu(tmp_path, gpus, ranks):
+    assert demo.demo_ranks(gpus) == ranks
+    _, _, train, evaluate, _ = demo.demo_parts(tmp_path, ranks)
+    for part in (train, evaluate):
+        assert f"parallel.ranks={ranks}" in part.arguments
+    composed("train", *train.arguments[1:])  # refuses what does not divide
 
 
 @pytest.mark.timeout(120)
@@ -140,7 +150,7 @@ def test_closing_line():
 
 @pytest.mark.parametrize(("ap50", "code"), [(0.62, 0), (0.49, 1), (None, 1)])
 def test_too_low_an_ap_fails(tmp_path, capsys, ap50, code):
-    for part in demo.demo_parts(tmp_path):
+    for part in demo.demo_parts(tmp_path, demo.CPU_RANKS):
         part.output.mkdir(parents=True)
     (tmp_path / demo.TIMES).write_text(json.dumps(TIMES))
     (tmp_path / "evaluation" / "metrics.json").write_text(json.dumps(dict(METRICS, ap50=ap50)))
