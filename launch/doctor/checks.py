@@ -152,7 +152,7 @@ def _check_machine(work: Path | None) -> Generator[Finding, None, Finding]:
         yield finding
         findings[finding.check] = finding
     gpus = findings["GPUs"].values.get("gpus", 0)
-    yield from machine.torch_and_all_reduce(probe, gpus, ranks_here=1)
+    yield from machine.torch_and_all_reduce(probe, gpus)
     yield machine.deepspeed_import(deepspeed)
     return findings["versions"]
 

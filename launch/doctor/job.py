@@ -86,7 +86,7 @@ def check_task(work: Path, token: str, env: Mapping[str, str]) -> Iterator[Findi
     probe = machine.start_process(machine.PROBE, {**env, **variables})
     if info.local == 0:  # once per node
         yield machine.deepspeed_import(machine.start_process(machine.IMPORT_DEEPSPEED, env))
-    yield from machine.torch_and_all_reduce(probe, gpus, info.local_size)
+    yield from machine.torch_and_all_reduce(probe, gpus)
 
 
 def _address_towards(launcher: str) -> str:

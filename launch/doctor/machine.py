@@ -32,6 +32,13 @@ from evspan.launch.doctor.finding import (
     python_command,
     shorten,
 )
+from evspan.pipeline.parallel.gpus import (
+    VISIBLE_DEVICES,
+    driver_version,
+    gpu_count,
+    gpu_files,
+    visible_count,
+)
 
 OPEN_FILES = 4096  # file descriptors
 LEAST_OPEN_FILES = 1024
@@ -111,7 +118,10 @@ def network() -> Finding:
         remedy = "ranks on other machines cannot be reached; ask the machine's administrator"
         return Finding("network", WARN, message, remedy, values)
     used = os.environ.get("GLOO_SOCKET_IFNAME") or own
-    return Finding("network", PASS, f"{message}; gloo uses {used}", values=values)
+    message += f"; gloo uses {used}"
+    if gpu_files():
+        message += f"; NCCL uses {' '.join(nccl_interfaces(list(addresses)))}"
+    return Finding("network", PASS, message, values=values)
 
 
 def selects_interface(variable: str, value: str, interface_names: Sequence[str]) -> bool:
@@ -128,6 +138,19 @@ def selects_interface(variable: str, value: str, interface_names: Sequence[str])
     if value.startswith("^"):
         return any(not name.startswith(names) for name in interface_names)
     return any(name.startswith(names) for name in interface_names)
+
+
+def nccl_interfaces(names: Sequence[str]) -> list[str]:
+    """The interfaces that NCCL uses: the selected ones, else InfiniBand's, else all but Docker's.
+
+    Between nodes, NCCL uses InfiniBand's own protocol where it can, and these to connect.
+    """
+    variable = "NCCL_SOCKET_IFNAME"
+    value = os.environ.get(variable, "")
+    if value:
+        return [name for name in names if selects_interface(variable, value, [name])]
+    infiniband = [name for name in names if name.startswith("ib")]
+    return infiniband or [name for name in names if not name.startswith("docker")]
 
 
 def interfaces() -> dict[str, list[str]]:
@@ -195,21 +218,38 @@ def _source_digest() -> str:
 
 
 def gpus() -> Finding:
-    """Lists the GPUs and the links between them."""
+    """Lists the GPUs and the links between them. Its value `gpus`: how many a rank may use."""
     if shutil.which("nvidia-smi") is None:
-        message = "none, nvidia-smi is not installed: ranks run on the CPU"
-        return Finding("GPUs", PASS, message, values={"gpus": 0})
+        return _gpus_by_device_files()
     try:
         names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
         links = gpu_links(_output("nvidia-smi", "topo", "-m"))
     except (subprocess.SubprocessError, OSError) as error:
         reason = shorten(getattr(error, "stdout", "") or str(error))
         remedy = "check the driver on machines with GPUs; elsewhere this does not matter"
-        return Finding("GPUs", WARN, f"nvidia-smi fails: {reason}", remedy, {"gpus": 0})
+        values = {"gpus": gpu_count(os.environ)}
+        return Finding("GPUs", WARN, f"nvidia-smi fails: {reason}", remedy, values)
     message = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
+    driver = driver_version()
+    if driver:
+        message += f", driver {driver}"
     if links:
         message += f"; pairs joined by {_describe_links(links)}"
-    return Finding("GPUs", PASS, message, values={"gpus": len(names)})
+    if VISIBLE_DEVICES in os.environ:
+        message += f"; {VISIBLE_DEVICES}={os.environ[VISIBLE_DEVICES]}"
+    return Finding("GPUs", PASS, message, values={"gpus": visible_count(len(names), os.environ)})
+
+
+def _gpus_by_device_files() -> Finding:
+    count = len(gpu_files())
+    values = {"gpus": gpu_count(os.environ)}
+    if not count:
+        message = "none, nvidia-smi is not installed: ranks run on the CPU"
+        return Finding("GPUs", PASS, message, values=values)
+    driver = driver_version() or "unknown"
+    message = f"{plural(count, 'GPU')}, driver {driver}"
+    message += "; nvidia-smi is not installed, which lists their models and links"
+    return Finding("GPUs", PASS, message, values=values)
 
 
 def _describe_links(links: Sequence[str]) -> str:
@@ -298,15 +338,12 @@ def deepspeed_import(process: subprocess.Popen[str]) -> Finding:
     return Finding("DeepSpeed", PASS, result.last_line)
 
 
-def torch_and_all_reduce(
-    process: subprocess.Popen[str], gpus_found: int, ranks_here: int
-) -> list[Finding]:
-    """Checks that torch sees the GPUs, and that an all-reduce over all ranks works.
+def torch_and_all_reduce(process: subprocess.Popen[str], gpus_found: int) -> list[Finding]:
+    """Checks that torch can use the GPUs, and that an all-reduce over all ranks works.
 
     Args:
         process: runs PROBE.
-        gpus_found: number of GPUs that nvidia-smi lists.
-        ranks_here: number of ranks on this machine.
+        gpus_found: number of GPUs of this machine that the process may use.
     """
     result = wait_for(process)
     if result.failure:
@@ -317,31 +354,37 @@ def torch_and_all_reduce(
         )
         return [Finding("all-reduce", FAIL, result.failure, remedy)]
     values = json.loads(result.last_line)
+    if "device_error" in values:
+        message, _, remedy = values["device_error"].partition("; ")
+        return [
+            Finding("torch", FAIL, f"{_describe_build(values)}: {message}", remedy),
+            Finding("all-reduce", FAIL, "not tried", "correct torch's devices first"),
+        ]
     message = f"{values['backend']} works"
     if values["ranks"] == 1:
         message += " with itself"
     return [
-        _check_torch(values, gpus_found, ranks_here),
+        _check_torch(values, gpus_found),
         Finding("all-reduce", PASS, message, values=values),
     ]
 
 
-def _check_torch(values: Mapping[str, Any], gpus_found: int, ranks_here: int) -> Finding:
+def _describe_build(values: Mapping[str, Any]) -> str:
+    """'2.13.0, CUDA 13.0, NCCL 2.28.3'. values: the results of the probe."""
+    if not values["cuda"]:
+        return f"{values['torch']}, CPU build"
+    build = f"{values['torch']}, CUDA {values['cuda']}"
+    return f"{build}, NCCL {values['nccl']}" if values["nccl"] else build
+
+
+def _check_torch(values: Mapping[str, Any], gpus_found: int) -> Finding:
     """values: the results of the probe."""
     gpus_seen = values["gpus"]
-    build = f"CUDA {values['cuda']}" if values["cuda"] else "CPU build"
-    message = f"{values['torch']}, {build}; it sees {plural(gpus_seen, 'GPU')}"
+    message = f"{_describe_build(values)}; it sees {plural(gpus_seen, 'GPU')}"
     if gpus_seen < gpus_found:
         message += f" of {gpus_found}"
         remedy = "install torch's CUDA build on the nodes"
         if values["cuda"]:
-            remedy = "its CUDA does not match the driver, or CUDA_VISIBLE_DEVICES hides some"
-        return Finding("torch", FAIL, message, remedy)
-    if 0 < gpus_seen < ranks_here:
-        message += f" for {ranks_here} ranks"
-        remedy = (
-            "each rank needs one: lower --ranks-per-node (cluster.ranks_per_node), or ask for "
-            "more GPUs"
-        )
+            remedy = "its CUDA does not match the driver, or a GPU is broken: see nvidia-smi, dmesg"
         return Finding("torch", FAIL, message, remedy)
     return Finding("torch", PASS, message)

@@ -29,11 +29,12 @@ def probe(timeout_s: int) -> dict[str, Any]:
         timeout_s: the probe fails if ranks have not joined within this time.
 
     Returns:
-        JSON values. torch, cuda, gpus, backend: of this rank. ranks: number. latency_us: of a small
+        JSON values: `versions`, and backend: of this rank. ranks: number. latency_us: of a small
         all-reduce. gb_per_s: of a large one. clock_s: seconds that this rank's clock is ahead of
         rank 0's.
 
     Raises:
+        DeviceError: torch cannot use the GPUs, or ranks would share one.
         ConfigError: the name of rank 0's machine cannot be resolved.
         LostRanksError: other ranks are gone.
         RuntimeError: a wrong sum, or an error of torch.
@@ -43,15 +44,27 @@ def probe(timeout_s: int) -> dict[str, Any]:
         _check_sum(world)
         seconds = {size: _all_reduce_s(world, size) for size in (SMALL, LARGE)}
         return {
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "gpus": torch.cuda.device_count(),
+            **versions(),
             "backend": dist.get_backend(),
             "ranks": world.size,
             "latency_us": 1e6 * seconds[SMALL],
             "gb_per_s": 4 * LARGE / seconds[LARGE] / 1e9,
             "clock_s": _clock_s(world),
         }
+
+
+def versions() -> dict[str, Any]:
+    """JSON values: versions of torch, CUDA and NCCL (None: not in this build), number of GPUs."""
+    nccl = None
+    if dist.is_nccl_available():
+        release = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]  # without annotation
+        nccl = ".".join(str(number) for number in release)
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "nccl": nccl,
+        "gpus": torch.cuda.device_count(),
+    }
 
 
 def _check_sum(world: World) -> None:

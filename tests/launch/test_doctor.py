@@ -20,6 +20,7 @@ from evspan.launch.cli.doctor import main
 from evspan.launch.doctor import folder, job, machine, slurm
 from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding
 from evspan.launch.doctor.verdict import TaskFinding, judge, node_names
+from evspan.pipeline.parallel import gpus as gpu_module
 from support.refusals import refused_by
 from support.slurm_cluster import Cluster, free_ports
 
@@ -755,6 +756,8 @@ def test_gpus_and_what_joins_them(tmp_path, monkeypatch):
         f'[ "$1" = topo ] && exec cat {tmp_path}/topology',
         "for i in 1 2 3 4; do echo A100; done",
     )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "driver_version", lambda: "")
     finding = machine.gpus()
     assert finding.grade == PASS
     assert finding.values == {"gpus": 4}
@@ -765,6 +768,39 @@ def test_gpus_and_what_joins_them(tmp_path, monkeypatch):
     assert (
         machine.gpu_links("") == machine.gpu_links("\tGPU0\tCPU Affinity\nGPU0\t X \t0-7\n") == []
     )
+
+
+def test_gpus_that_a_task_may_use(tmp_path, monkeypatch):
+    nvidia_smi(tmp_path, monkeypatch, "for i in 1 2 3 4; do echo A100; done")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    finding = machine.gpus()
+    assert finding.values == {"gpus": 1}
+    assert finding.message.endswith("; CUDA_VISIBLE_DEVICES=2")
+
+
+def test_gpus_without_nvidia_smi(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for count, message in ((0, "none, nvidia-smi"), (2, "2 GPUs, driver 535.1; nvidia-smi is not")):
+        files = [tmp_path / f"nvidia{i}" for i in range(count)]
+        monkeypatch.setattr(gpu_module, "gpu_files", lambda files=files: files)
+        monkeypatch.setattr(machine, "gpu_files", lambda files=files: files)
+        monkeypatch.setattr(machine, "driver_version", lambda: "535.1")
+        finding = machine.gpus()
+        assert finding.grade == PASS
+        assert finding.message.startswith(message)
+        assert finding.values == {"gpus": count}
+
+
+@pytest.mark.parametrize(
+    ("value", "used"),
+    [("", ["ib0", "ib1"]), ("eno", ["eno1"]), ("^docker,ib", ["eno1"]), ("=ib1", ["ib1"])],
+)
+def test_interfaces_of_nccl(monkeypatch, value, used):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", value)
+    assert machine.nccl_interfaces(["docker0", "eno1", "ib0", "ib1"]) == used
+    if not value:
+        assert machine.nccl_interfaces(["docker0", "eno1"]) == ["eno1"]
 
 
 def test_a_driver_that_fails(tmp_path, monkeypatch):
@@ -801,33 +837,39 @@ def probes(ranks, size, *arguments) -> list[subprocess.Popen]:
 def test_ranks_that_connect_and_one_that_is_alone():
     met, (alone,) = probes(range(2), 2), probes([0], 2, "2")
     for process in met:
-        torch_, reduced = machine.torch_and_all_reduce(process, 0, 2)
+        torch_, reduced = machine.torch_and_all_reduce(process, 0)
         assert torch_.grade == reduced.grade == PASS
         assert reduced.values["ranks"] == 2
         assert reduced.values["backend"] == "gloo"
         assert reduced.values["gb_per_s"] > 0
         assert reduced.values["latency_us"] > 0
         assert abs(reduced.values["clock_s"]) < 0.5
-    (finding,) = machine.torch_and_all_reduce(alone, 0, 1)
+    (finding,) = machine.torch_and_all_reduce(alone, 0)
     assert (finding.check, finding.grade) == ("all-reduce", FAIL)
     assert "1/2 clients" in finding.message
     assert "GLOO_SOCKET_IFNAME" in finding.remedy
 
 
 @pytest.mark.parametrize(
-    ("torch_", "seen", "ranks", "grade", "part"),
+    ("torch_", "found", "grade", "part"),
     [
-        ({"cuda": "12.8", "gpus": 4}, 4, 4, PASS, "CUDA 12.8; it sees 4 GPUs"),
-        ({"cuda": None, "gpus": 0}, 4, 4, FAIL, "CPU build; it sees 0 GPUs of 4"),
-        ({"cuda": "12.8", "gpus": 0}, 4, 4, FAIL, "of 4"),
-        ({"cuda": "12.8", "gpus": 1}, 1, 2, FAIL, "1 GPU for 2 ranks"),
-        ({"cuda": "12.8", "gpus": 0}, 0, 2, PASS, "it sees 0 GPUs"),
+        ({"cuda": "12.8", "gpus": 4}, 4, PASS, "CUDA 12.8, NCCL 2.27.3; it sees 4 GPUs"),
+        ({"cuda": None, "gpus": 0}, 4, FAIL, "CPU build; it sees 0 GPUs of 4"),
+        ({"cuda": "12.8", "gpus": 3}, 4, FAIL, "3 GPUs of 4"),
+        ({"cuda": "12.8", "gpus": 1}, 1, PASS, "it sees 1 GPU"),
+        ({"cuda": "12.8", "gpus": 0}, 0, PASS, "it sees 0 GPUs"),
+        (
+            {"cuda": "12.8", "gpus": 0, "device_error": "n1 has 4 GPUs, but no; update the driver"},
+            4,
+            FAIL,
+            "CUDA 12.8, NCCL 2.27.3: n1 has 4 GPUs, but no",
+        ),
     ],
 )
-def test_torch_and_the_gpus(torch_, seen, ranks, grade, part):
-    line = json.dumps({"torch": "2.9", "ranks": ranks, "backend": "nccl", **torch_})
+def test_torch_and_the_gpus(torch_, found, grade, part):
+    line = json.dumps({"torch": "2.9", "nccl": "2.27.3", "ranks": 1, "backend": "nccl", **torch_})
     process = machine.start_process([sys.executable, "-c", f"print({line!r})"], os.environ)
-    finding = machine.torch_and_all_reduce(process, seen, ranks)[0]
+    finding = machine.torch_and_all_reduce(process, found)[0]
     assert finding.grade == grade
     assert part in finding.message
     assert bool(finding.remedy) == (grade == FAIL)
