@@ -49,7 +49,7 @@ HELP = """evspan bench: how fast a config trains, loads and infers on this machi
       training.batch_size=8      lanes; those of one rank, as parallel.ranks must be 1
       training.sequence_length=5     frames per chunk
       training.precision=fp32    fp32 | bf16 | fp16
-      training.num_workers=2     threads that read and decode frames
+      training.num_workers=-1    threads that read frames; -1: they follow the cores
       parallel.threads=0         CPU threads of the step; 0: all cores
       checkpoint.init_from=      trained weights: NMS then has the candidates of a real detector
 

@@ -33,6 +33,7 @@ from evspan.pipeline.benchmark.streaming import (
     measure_streaming,
 )
 from evspan.pipeline.data.datasets import open_dataset
+from evspan.pipeline.data.device_batches import encodes_for
 from evspan.pipeline.engine.layout_comparison import device_info
 from evspan.pipeline.engine.oom import explain_out_of_memory
 from evspan.pipeline.engine.trainer import Trainer
@@ -165,7 +166,7 @@ def _measure(trainer: Trainer, config: BenchConfig, peak: Peak) -> BenchmarkResu
         peak=peak,
         step=step,
         mfu=step.flops_per_s / peak.flops,
-        num_workers=config.training.num_workers,
+        num_workers=trainer.loader.workers(encoded=encodes_for(device)),
         loader=loader,
         threads_needed=needed,
         streaming=streaming,
@@ -207,7 +208,7 @@ def _balance(
         launches=operations.launches,
         waits=operations.waits,
         memory_fraction=memory_fraction,
-        threads=trainer.config.training.num_workers,
+        threads=trainer.loader.workers(encoded=encodes_for(device)),
         threads_needed=needed,
         loader_frames_per_s=max(speed.frames_per_s for speed in loader),
         frames_per_s_needed=step.frames_per_s_needed,

@@ -180,10 +180,13 @@ class Loader:
             encoded: for another device than the CPU (`device_batches`).
         """
         read = self.encoded_batch if encoded else self.batch
-        workers = self.config.num_workers
-        if workers < 0:
-            workers = default_workers(torch.get_num_threads(), gpu=encoded)
-        return read_ahead(read, count(start), workers)
+        return read_ahead(read, count(start), self.workers(encoded=encoded))
+
+    def workers(self, *, encoded: bool) -> int:
+        """Threads of `batches`."""
+        if self.config.num_workers >= 0:
+            return self.config.num_workers
+        return default_workers(torch.get_num_threads(), gpu=encoded)
 
 
 def _read_frames(lane: _Lane, out: NDArray[np.uint8]) -> None:
