@@ -14,7 +14,7 @@ def load_detector(
     path: "str | Path",
     *,
     device: "torch.device | str" = "cpu",
-    precision: "str | None" = None,
+    precision: str = "auto",
 ) -> "TrainedDetector":
     """Loads a trained detector, in eval mode.
 
@@ -22,7 +22,7 @@ def load_detector(
         path: a run folder (its newest checkpoint), one of its checkpoints, a .safetensors file, or
             a published .ckpt of RVT. For a .ckpt, settings that weights do not show are RVT's;
             `evspan convert` takes other values.
-        precision: "fp32", "tf32", "bf16" or "fp16"; None: that of training on a GPU, fp32 on a CPU.
+        precision: "fp32", "tf32" or "bf16"; "auto": that of training on a GPU, fp32 on a CPU.
 
     Returns:
         The detector, with `classes` (names by class id), `frames` (how events become its frames),

@@ -93,10 +93,15 @@ def parse_description(tensors: dict[str, Tensor], description: str, file: Path) 
             frame_config(values["frames"]),
             [str(name) for name in values["classes"]],
             int(values["step"]),
-            Precision[values.get("precision", "fp32")],  # older files have none
+            _trained_in(values.get("precision")),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise _not_a_weights_file(file, error) from error
+
+
+def _trained_in(name: str | None) -> Precision:
+    """fp32 where a file of an older version names none, or one that is no more."""
+    return Precision.__members__.get(name or "", Precision.fp32)
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:

@@ -385,8 +385,8 @@ class EvaluationConfig:
     rest_bins_s: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
     sequence_length: int = 10  # frames per call
     batch_size: int = 4  # recordings at a time, per rank
-    # Number format of the detector; null: on a GPU that of training, on a CPU fp32.
-    precision: Precision | None = None
+    # Number format of the detector; auto: on a GPU that of training, on a CPU fp32.
+    precision: Precision = Precision.auto
     # <recording>_bbox.npy in Prophesee's format, and frames.npz, which `evaluate compare` reads.
     write_detections: bool = True
 

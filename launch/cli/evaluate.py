@@ -39,7 +39,7 @@ HELP = """evspan evaluate: a checkpoint and a split -> COCO AP (Prophesee's prot
       evaluation.still_s=0.5     ... for this long is still
       evaluation.time_bins_s=[1,2,5,10,20,60]   likewise speed_bins, rest_bins_s
       evaluation.batch_size=4    recordings in parallel, per rank
-      evaluation.precision=null  fp32 | bf16 ...; null: on a GPU that of training, else fp32
+      evaluation.precision=auto  fp32 | tf32 | bf16; auto: on a GPU that of training, else fp32
       evaluation.write_detections=true
       parallel.ranks=1           processes, one per GPU (or several on CPU cores); torchrun and srun
                                  start their own

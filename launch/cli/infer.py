@@ -70,6 +70,8 @@ def options_from(args: argparse.Namespace) -> InferOptions:
         frames_per_call=args.frames_per_call,
         device=args.device,
         threads=args.threads,
+        precision=args.precision,
+        cuda_graphs=args.cuda_graphs,
         side_by_side=args.side_by_side,
     )
 
@@ -310,6 +312,17 @@ def _add_detection(parser: argparse.ArgumentParser) -> None:
         default=4,
         metavar="N",
         help="frames that the network takes at once; the detections are the same (default: 4)",
+    )
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        metavar="P",
+        help="fp32, tf32 or bf16 (default: on a GPU that of training, on a CPU fp32)",
+    )
+    parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="on a GPU: a call is one launch; the detections are the same",
     )
     parser.add_argument(
         "--threads",

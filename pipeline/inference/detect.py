@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from evspan.pipeline.inference.streaming import raw_boxes
+from evspan.pipeline.inference.streaming_detector import StreamingDetector, StreamingOptions
 from evspan.pipeline.model.detector import Detector
-from evspan.pipeline.model.postprocess import detections
-from evspan.pipeline.model.state import DetectorState
+from evspan.pipeline.model.postprocess import DetectionLimits
 from numpy.typing import NDArray
 
 T = TypeVar("T")
@@ -121,8 +121,9 @@ def detect(
     downsample: int,
     sensor: tuple[int, int],
     clock: WorkTimer,
+    cuda_graphs: bool = False,
 ) -> Iterator[Detected]:
-    """Detects on every frame of one recording, in order.
+    """Detects on every frame of one recording, in order. Waits once per call for the device.
 
     Args:
         frames: all of the same size. The state is zero before the first one.
@@ -131,9 +132,14 @@ def detect(
         frames_per_call: how many frames are read, and passed to the network together.
         downsample: pixels of the sensor per pixel of a frame; boxes are scaled by it.
         sensor: (height, width) in pixels; boxes are cut at its border.
+        cuda_graphs: repeat the network as one CUDA graph; on a GPU only.
+
+    Raises:
+        UserError: CUDA graphs are requested, and the detector is not on a GPU.
     """
     source = iter(frames)
-    state = None
+    limits = DetectionLimits(confidence, nms)
+    stream: StreamingDetector | None = None
     while True:
         batch = [
             _TimedFrame(end_us, frame, time.perf_counter())
@@ -141,38 +147,17 @@ def detect(
         ]
         if not batch:
             return
-        with clock("network"), torch.inference_mode():
+        with clock("network"):
             stacked = np.stack([item.frame for item in batch])
-            rows_by_frame, state = _run(detector, stacked, state, confidence=confidence, nms=nms)
+            if stream is None:
+                height, width = stacked.shape[2:]
+                options = StreamingOptions(1, height, width, limits, frames_per_call, cuda_graphs)
+                stream = StreamingDetector(detector, options)
+            detections = stream.start(torch.from_numpy(stacked)[:, None]).read()
         finished = time.perf_counter()
-        for item, rows in zip(batch, rows_by_frame, strict=True):
-            boxes = clip_boxes(raw_boxes([item.end_us], [rows], downsample), sensor)
+        for item, rows in zip(batch, detections, strict=True):
+            boxes = clip_boxes(raw_boxes([item.end_us], [rows.numpy()], downsample), sensor)
             yield Detected(item.end_us, item.frame, boxes, 1000 * (finished - item.ready))
-
-
-def _run(
-    detector: Detector,
-    frames: NDArray[np.uint8],
-    state: DetectorState | None,
-    *,
-    confidence: float,
-    nms: float,
-) -> tuple[list[NDArray[np.float32]], DetectorState]:
-    """Frames (T, 2 * bins, H, W) -> detections (k, 7) of each, and the next state."""
-    device = next(detector.parameters()).device
-    height, width = frames.shape[2:]
-    if state is None:
-        state = detector.initial_state(1, height, width, device=device)
-    raw, state = detector(
-        torch.from_numpy(frames)[:, None].to(device),
-        state,
-        starts=torch.zeros(1, dtype=torch.bool, device=device),
-        labelled=torch.ones(len(frames), 1, dtype=torch.bool, device=device),
-    )
-    by_frame = detections(
-        detector.decode(raw, height, width), confidence_threshold=confidence, nms_threshold=nms
-    )
-    return [rows.cpu().numpy() for rows in by_frame], state
 
 
 def clip_boxes(boxes: NDArray[np.void], sensor: tuple[int, int]) -> NDArray[np.void]:

@@ -31,6 +31,8 @@ class InferOptions:
     frames_per_call: int = 4  # frames that the network takes at once
     device: str | None = None  # None: cuda where it is available, else cpu
     threads: int | None = None  # CPU threads of the network; None: one less than the cores
+    precision: str = "auto"  # fp32, tf32, bf16; auto: that of training on a GPU, fp32 on a CPU
+    cuda_graphs: bool = False  # on a GPU: a call is one launch
     side_by_side: bool = False  # video: the events alone left of the detections
 
 

@@ -1,9 +1,9 @@
 """The number format in which a trained detector runs.
 
-fp32, tf32: float32 weights; on a GPU, tf32 lets matrix products and convolutions read 10 bits of
-the mantissa. bf16: weights are cast once, but those of BatchNorm, whose statistics are float32.
-fp16: float32 weights under autocast, as in training. In all of them predictions are decoded,
-scored and suppressed in float32.
+fp32, tf32: float32 weights; on a GPU, tf32 lets products and convolutions round their inputs to 10
+bits of mantissa. bf16: activations, state and weights are bfloat16, which has 8 bits; weights are
+cast once, but those of BatchNorm, which stay float32 like its statistics. In all of them
+predictions are decoded, scored and suppressed in float32.
 """
 
 from collections.abc import Iterator
@@ -16,30 +16,25 @@ from evspan.pipeline.model.norm import BatchNorm2d
 from torch import nn
 
 
-def parse_precision(name: str | None) -> Precision | None:
+def parse_precision(name: str) -> Precision:
     """A precision by name.
 
     Raises:
         UserError: there is none of this name.
     """
-    if name is None:
-        return None
-    names = [precision.name for precision in Precision]
-    if name not in names:
-        raise UserError(f"the precision is {name}; give {', '.join(names[:-1])} or {names[-1]}")
+    if name not in Precision.__members__:
+        raise UserError(f"the precision is {name}; give one of {', '.join(Precision.__members__)}")
     return Precision[name]
 
 
-def run_precision(
-    precision: Precision | None, trained: Precision, device: torch.device
-) -> Precision:
+def run_precision(precision: Precision, trained: Precision, device: torch.device) -> Precision:
     """The precision to run in.
 
     Args:
-        precision: as configured; None: that of training on a GPU that has it, else fp32.
+        precision: as configured; auto: that of training on a GPU that has it, else fp32.
         trained: of the weights.
     """
-    if precision is not None:
+    if precision is not Precision.auto:
         return precision
     if device.type == "cpu":
         return Precision.fp32
@@ -59,20 +54,22 @@ def cast_weights(module: nn.Module, precision: Precision) -> None:
 
 
 @contextmanager
-def number_format(precision: Precision, device: torch.device) -> Iterator[None]:
-    """While open, the operators of a forward pass run in `precision`. On a CPU float32 stays."""
-    if precision is Precision.fp16:
-        with torch.autocast(device.type, torch.float16):
-            yield
-        return
+def float32_kernels(precision: Precision, device: torch.device) -> Iterator[None]:
+    """While open, a GPU's float32 products and convolutions round to TF32 only if `precision` is.
+
+    torch's own default is TF32 for convolutions and LSTMs, but not for products.
+    """
     if device.type == "cpu":
         yield
         return
     matmul = torch.backends.cuda.matmul
     cudnn = torch.backends.cudnn
-    before = (matmul.allow_tf32, cudnn.allow_tf32)
-    matmul.allow_tf32 = cudnn.allow_tf32 = precision.name == "tf32"
+    matmul_before = matmul.allow_tf32
+    cudnn_before = cudnn.allow_tf32
+    matmul.allow_tf32 = precision is Precision.tf32
+    cudnn.allow_tf32 = precision is Precision.tf32
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        matmul.allow_tf32 = matmul_before
+        cudnn.allow_tf32 = cudnn_before

@@ -17,6 +17,7 @@ from evspan.data_prep.labels.box_files import RAW_BOX, find_boxes, read_boxes
 from evspan.data_prep.recordings.base import Recording, WordReader
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.shards.atomic import atomic_write
+from evspan.pipeline.inference.cuda_graph import require_cuda_graphs
 from evspan.pipeline.inference.detect import (
     Detected,
     Frame,
@@ -27,6 +28,7 @@ from evspan.pipeline.inference.detect import (
 )
 from evspan.pipeline.inference.options import InferOptions, RecordingFiles, RecordingSummary
 from evspan.pipeline.inference.overlay import Overlay
+from evspan.pipeline.inference.precision import parse_precision
 from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
 from evspan.pipeline.inference.writers import CsvFile, DetectionsFile, JsonLines
 from evspan.pipeline.weights import Weights, load_weights
@@ -55,7 +57,10 @@ def infer_recordings(options: InferOptions) -> Iterator[RecordingSummary]:
         )
     # One core is left to decoding and drawing: otherwise the network's threads wait for it.
     torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) - 1))
-    detector = detector_from(weights, device=choose_device(options.device))
+    device = choose_device(options.device)
+    if options.cuda_graphs:
+        require_cuda_graphs(device)
+    detector = detector_from(weights, device=device, precision=parse_precision(options.precision))
     for recording, files in zip(recordings, options.recordings, strict=True):
         yield _infer(recording, files, weights, detector, options)
 
@@ -176,6 +181,7 @@ def _infer(
             downsample=config.downsample,
             sensor=(recording.height, recording.width),
             clock=clock,
+            cuda_graphs=options.cuda_graphs,
         )
         results = stack.enter_context(closing(prefetch(detected, options.frames_per_call)))
         for item in _with_progress_bar(results):

@@ -6,8 +6,10 @@ import torch
 from evspan.conf.errors import UserError
 from evspan.conf.schema.prep import FrameConfig
 from evspan.conf.schema.training import Precision
-from evspan.pipeline.inference.precision import cast_weights, number_format, run_precision
+from evspan.pipeline.inference.precision import cast_weights, float32_kernels, run_precision
+from evspan.pipeline.inference.streaming_detector import StreamingDetector, StreamingOptions
 from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.postprocess import DetectionLimits
 from evspan.pipeline.model.state import DetectorState
 from evspan.pipeline.weights import Weights
 from torch import Tensor
@@ -36,7 +38,7 @@ class TrainedDetector(Detector):
         following: Tensor | None = None,
     ) -> tuple[Tensor, DetectorState]:
         """`Detector.forward` in its precision."""
-        with number_format(self.precision, frames.device):
+        with float32_kernels(self.precision, frames.device):
             return super().forward(
                 frames, state, starts=starts, labelled=labelled, following=following
             )
@@ -61,17 +63,47 @@ class TrainedDetector(Detector):
             dtype = weight.dtype
         return super().initial_state(batch, height, width, device=device, dtype=dtype)
 
+    def stream(
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        *,
+        confidence_threshold: float | None = None,
+        nms_threshold: float | None = None,
+        cuda_graphs: bool = False,
+    ) -> StreamingDetector:
+        """Follows recordings frame by frame, and holds their state.
+
+        Args:
+            batch: number of recordings side by side.
+            height, width: of the frames, in pixels.
+            confidence_threshold: lowest objectness * class score; None: the model config's.
+            nms_threshold: IoU threshold of the suppression; None: the model config's.
+            cuda_graphs: run network, thresholds and NMS as one launch of a GPU.
+
+        Raises:
+            UserError: CUDA graphs are requested, and the detector is not on a GPU.
+        """
+        default = self.config.postprocess
+        limits = DetectionLimits(
+            default.confidence_threshold if confidence_threshold is None else confidence_threshold,
+            default.nms_threshold if nms_threshold is None else nms_threshold,
+        )
+        options = StreamingOptions(batch, height, width, limits, cuda_graphs=cuda_graphs)
+        return StreamingDetector(self, options)
+
 
 def detector_from(
     weights: Weights,
     *,
     device: torch.device | str = "cpu",
-    precision: Precision | None = None,
+    precision: Precision = Precision.auto,
 ) -> TrainedDetector:
     """A detector in eval mode with these weights.
 
     Args:
-        precision: in which it runs; None: that of training on a GPU, fp32 on a CPU.
+        precision: in which it runs; auto: that of training on a GPU, fp32 on a CPU.
 
     Raises:
         UserError: the tensors do not fit the model config; lists missing and unexpected ones.
