@@ -1,6 +1,7 @@
 """Flip and zoom, drawn once per lane and sequence and applied alike to all its frames and boxes."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from evspan.conf.schema.training import AugmentationConfig
@@ -114,8 +115,41 @@ def augment_boxes(
     Returns:
         (m, 5), without boxes of which less than MIN_VISIBLE pixels per side are left.
     """
+    moved, visible = _move_boxes(boxes, augmentation, height, width)
+    return moved[visible]
+
+
+def augment_box_rows(
+    boxes: NDArray[np.float32],
+    counts: NDArray[np.int64],
+    augmentation: Augmentation,
+    *,
+    height: int,
+    width: int,
+) -> list[NDArray[np.float32]]:
+    """`augment_boxes` of several frames at once.
+
+    Args:
+        boxes: (n, 5) of all frames, one frame after the other.
+        counts: (T,) how many boxes each frame has.
+        height, width: of the frames, in pixels.
+
+    Returns:
+        Of each frame what is left, (m, 5).
+    """
+    moved, visible = _move_boxes(boxes, augmentation, height, width)
+    kept_before = np.concatenate(([0], np.cumsum(visible)))
+    starts = kept_before[np.concatenate(([0], np.cumsum(counts)))].tolist()
+    kept = moved[visible]
+    return [kept[first:last] for first, last in pairwise(starts)]
+
+
+def _move_boxes(
+    boxes: NDArray[np.float32], augmentation: Augmentation, height: int, width: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """The augmented boxes (n, 5), and which of them are visible (n,)."""
     if augmentation == Augmentation() or not len(boxes):
-        return boxes
+        return boxes, np.ones(len(boxes), bool)
     class_id, x, y, w, h = boxes.T
     if augmentation.flip:
         x = width - x
@@ -126,4 +160,4 @@ def augment_boxes(
     y1 = np.clip((y + h / 2) * zoom + augmentation.top, 0, height)
     columns = (class_id, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0)
     out = np.stack(columns, axis=1).astype(np.float32)
-    return out[(out[:, 3] >= MIN_VISIBLE) & (out[:, 4] >= MIN_VISIBLE)]
+    return out, (out[:, 3] >= MIN_VISIBLE) & (out[:, 4] >= MIN_VISIBLE)

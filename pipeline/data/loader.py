@@ -11,7 +11,7 @@ import torch
 from evspan.conf.schema.training import TrainingConfig
 from evspan.pipeline.data.augment import (
     Augmentation,
-    augment_boxes,
+    augment_box_rows,
     augment_frames,
     decode_augmented,
     draw_augmentation,
@@ -131,11 +131,12 @@ class Loader:
         existing = min(length, max(0, chunk.frames - self.frames.start))
         labelled = np.zeros(length, bool)
         labelled[:existing] = recording.labelled[first : first + existing]
-        stored = recording.boxes_of(first, first + existing) if existing else []
-        boxes = [
-            augment_boxes(to_center(rows), augmentation, height=height, width=width)
-            for rows in stored
-        ]
+        boxes: list[NDArray[np.float32]] = []
+        if existing:
+            rows, counts = recording.box_rows(first, first + existing)
+            boxes = augment_box_rows(
+                to_center(rows), counts, augmentation, height=height, width=width
+            )
         return _Lane(
             recording=recording,
             first=first,
