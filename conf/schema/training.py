@@ -218,6 +218,9 @@ class TrainingConfig:
     # Backward recomputes the spatial part: less memory, a third more time.
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of the spatial part
+    # The spatial part runs as CUDA graphs: one launch per stage and call, at equal results. Their
+    # memory holds a chunk's activations between the steps, too. Without effect on a CPU.
+    cuda_graphs: bool = False
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     # Threads per rank that read frames ahead; 0: none; -1: on a GPU as many as parallel.threads but
     # one, at most 8, on a CPU 2.
@@ -252,6 +255,17 @@ class TrainingConfig:
             self.num_workers >= -1,
             f"training.num_workers is {self.num_workers}; give a number of threads, or -1: it "
             "follows the cores",
+        )
+        require(
+            not (self.cuda_graphs and self.activation_checkpointing),
+            "training.cuda_graphs keeps the activations that training.activation_checkpointing "
+            "would drop; set one of them to false",
+        )
+        require(
+            not self.cuda_graphs or self.gradient_accumulation_steps == 1,
+            "training.cuda_graphs writes each micro-batch's gradients to the same memory: with "
+            f"training.gradient_accumulation_steps={self.gradient_accumulation_steps} the sum "
+            "would be lost; set training.cuda_graphs=false",
         )
         self.profile = list(self.profile)
         require(
@@ -449,6 +463,11 @@ class TrainConfig:
             not self.training.bptt_frames or self.parallel.sequence == 1,
             f"training.bptt_frames {self.training.bptt_frames} works on one rank per sequence; set "
             "parallel.sequence=1",
+        )
+        require(
+            not self.training.cuda_graphs or self.deepspeed.stage < 3,
+            "training.cuda_graphs needs parameters that stay in place, which deepspeed.stage=3 "
+            "partitions; set deepspeed.stage=2 or training.cuda_graphs=false",
         )
         check_layout(
             ranks=self.parallel.ranks,

@@ -99,8 +99,9 @@ def _compute_options(config: TrainConfig, chunk: _Chunk) -> list[str]:
     per_call = training.frames_per_call or chunk.lanes * chunk.frames
     fewer = chunk.lanes if per_call > chunk.lanes else max(1, per_call // 2)
     if not training.activation_checkpointing:
+        graphs = "training.cuda_graphs=false " if training.cuda_graphs else ""
         return [
-            f"training.activation_checkpointing=true training.frames_per_call={fewer} "
+            f"{graphs}training.activation_checkpointing=true training.frames_per_call={fewer} "
             "(backward computes the backbone again: a third more time)"
         ]
     if per_call > 1:

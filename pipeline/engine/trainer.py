@@ -488,6 +488,8 @@ class Trainer:
             parameters = sum(p.numel() for p in self._detector.parameters())
             message += f", {parameters:,} parameters"
         self._log(f"{message}, {self.config.training.precision.name}")
+        if self.config.training.cuda_graphs and self.world.device.type != "cuda":
+            self._log("training.cuda_graphs has no effect on a CPU")
         self._log(f"watch it: tensorboard --logdir {self.run_dir}")
         ranks = environment(self.world)
         if self.world.is_main:
@@ -656,6 +658,7 @@ def _build_detector(config: TrainConfig, channels: int, exchange: Exchange, mesh
         bptt_frames=training.bptt_frames,
         activation_checkpointing=training.activation_checkpointing,
         compile=training.compile,
+        cuda_graphs=training.cuda_graphs and world.device.type == "cuda",
     )
     detector = Detector(config.model, channels, exchange, execution=execution)
     if config.checkpoint.init_from:

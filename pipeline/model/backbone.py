@@ -42,12 +42,38 @@ class Execution:
         activation_checkpointing: backward recomputes the spatial part, one call at a time.
         compile: torch.compile of each stage's spatial part. It compiles once for every number of
             frames in a call: keep that number constant.
+        cuda_graphs: each stage's spatial part runs as CUDA graphs, forward and backward, recorded
+            once for every number of frames in a call. On a CPU it runs without. Not with
+            activation_checkpointing.
     """
 
     frames_per_call: int = 0
     bptt_frames: int = 0
     activation_checkpointing: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cuda_graphs and self.activation_checkpointing:
+            raise ValueError(
+                "cuda_graphs keeps the activations that activation_checkpointing would drop; "
+                "set one of them to False"
+            )
+
+    def compile_options(self) -> dict[str, Any] | None:
+        """Keyword arguments of torch.compile for the spatial parts; None: not compiled.
+
+        Torch's trees of CUDA graphs record the operators as they are, or those of the compiler.
+        They keep the memory of calls apart whose backward is pending, copy inputs to where the
+        graph reads them, and leave out what cannot be recorded.
+        """
+        if self.compile and self.cuda_graphs:
+            return {"dynamic": False, "mode": "reduce-overhead"}
+        if self.compile:
+            return {"dynamic": False}
+        if self.cuda_graphs:
+            return {"dynamic": False, "backend": "cudagraphs"}
+        return None
 
 
 class LayerScale(nn.Module):
@@ -344,10 +370,11 @@ class Backbone(nn.Module):
             Stage(inputs[i], config.dims[i], 4 if i == 0 else 2, config.num_blocks[i], config)
             for i in range(4)
         )
-        if self.execution.compile:
+        options = self.execution.compile_options()
+        if options is not None:
             for stage in self.stages:
                 assert isinstance(stage, Stage)
-                compiled = torch.compile(stage.spatial, dynamic=False)
+                compiled = torch.compile(stage.spatial, **options)
                 # Only this part is compiled; the LSTM stays as it is.
                 stage.spatial = compiled  # type: ignore[method-assign]
 
@@ -372,6 +399,9 @@ class Backbone(nn.Module):
         Returns:
             Per stage the hidden states (T, B, C, h, w); and the states after the last frame.
         """
+        if self.execution.cuda_graphs:
+            # What the previous chunk's graphs put out has been read: their memory is free.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # untyped
         steps, lanes, _, height, width = frames.shape
         padded_height, padded_width = self.input_size(height, width)
         step = 32 * self.config.partition_split_32

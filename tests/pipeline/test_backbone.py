@@ -3,7 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from evspan.conf.schema.training import BackboneConfig
+from evspan.conf.errors import ConfigError
+from evspan.conf.schema.training import (
+    BackboneConfig,
+    DeepSpeedConfig,
+    TrainConfig,
+    TrainingConfig,
+)
 from evspan.pipeline.model import backbone as backbone_module
 from evspan.pipeline.model import layers
 from evspan.pipeline.model import lstm as lstm_module
@@ -217,7 +223,8 @@ def test_parts_and_recomputation_change_nothing(frames_per_call, recompute):
 
 
 @pytest.mark.slow
-def test_a_compiled_stage_gives_the_same():
+@pytest.mark.parametrize("execution", [Execution(compile=True), Execution(cuda_graphs=True)])
+def test_a_compiled_stage_gives_the_same(execution):
     def output_and_gradients(execution):
         backbone, frames = a_backbone(execution)
         stage = backbone.stages[0]  # one is enough, a compiler takes seconds for each
@@ -229,9 +236,51 @@ def test_a_compiled_stage_gives_the_same():
             ),
         ]
 
-    compiled = output_and_gradients(Execution(compile=True))
+    compiled = output_and_gradients(execution)
     for a, b in zip(compiled, output_and_gradients(None), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("execution", "options"),
+    [
+        (Execution(), None),
+        (Execution(compile=True), {}),
+        (Execution(cuda_graphs=True), {"backend": "cudagraphs"}),
+        (Execution(compile=True, cuda_graphs=True), {"mode": "reduce-overhead"}),
+    ],
+)
+def test_cuda_graphs_hold_the_spatial_parts_of_one_chunk(execution, options, monkeypatch):
+    compiled = []
+    chunks = []
+
+    def compile_nothing(function, **kwargs):
+        compiled.append(kwargs)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: chunks.append(1))
+    results = features_and_gradients(*a_backbone(execution))
+    assert compiled == ([] if options is None else [{"dynamic": False, **options}] * 4)
+    assert len(chunks) == execution.cuda_graphs
+    for a, b in zip(results, features_and_gradients(*a_backbone()), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_cuda_graphs_are_refused_where_their_memory_would_be_wrong():
+    with pytest.raises(ValueError, match="activation_checkpointing"):
+        Execution(cuda_graphs=True, activation_checkpointing=True)
+    for training, stage, remedy in (
+        ({"activation_checkpointing": True}, 1, "set one of them to false"),
+        ({"gradient_accumulation_steps": 2}, 1, "set training.cuda_graphs=false"),
+        ({}, 3, "set deepspeed.stage=2"),
+    ):
+        with pytest.raises(ConfigError, match=remedy):
+            TrainConfig(
+                training=TrainingConfig(cuda_graphs=True, **training),
+                deepspeed=DeepSpeedConfig(stage=stage),
+            )
+    assert TrainConfig(training=TrainingConfig(cuda_graphs=True)).training.cuda_graphs
 
 
 def test_half_precision_attends_like_full_precision():
