@@ -168,7 +168,9 @@ class Trainer:
         seed_everything(config.seed)
         self.dataset = open_dataset(config.dataset, "train")
         self.loader = _build_loader(config, self.dataset, self.mesh)
-        detector = _build_detector(config, self.dataset.channels, self.exchange, self.mesh)
+        detector = _build_detector(
+            config, self.dataset.channels, self.exchange, self.mesh, world.device
+        )
         self.engine = engine(detector, config, world, lanes=len(self.lanes))
         self.statistics = RunningStatistics(self.engine.module)
         self.state = self._zero_state()
@@ -650,7 +652,9 @@ def _build_loader(config: TrainConfig, dataset: Dataset, mesh: Mesh) -> Loader:
     )
 
 
-def _build_detector(config: TrainConfig, channels: int, exchange: Exchange, mesh: Mesh) -> Detector:
+def _build_detector(
+    config: TrainConfig, channels: int, exchange: Exchange, mesh: Mesh, device: torch.device
+) -> Detector:
     """With random weights, or those of `checkpoint.init_from`."""
     training = config.training
     execution = Execution(
@@ -658,7 +662,7 @@ def _build_detector(config: TrainConfig, channels: int, exchange: Exchange, mesh
         bptt_frames=training.bptt_frames,
         activation_checkpointing=training.activation_checkpointing,
         compile=training.compile,
-        cuda_graphs=training.cuda_graphs and world.device.type == "cuda",
+        cuda_graphs=training.cuda_graphs and device.type == "cuda",
     )
     detector = Detector(config.model, channels, exchange, execution=execution)
     if config.checkpoint.init_from:
