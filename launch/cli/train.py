@@ -47,6 +47,7 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
       checkpoint.init_from=      weights to start from: a run, a checkpoint or a .safetensors file
       parallel.ranks=1           processes, one per GPU (or several on CPU cores); torchrun and srun
                                  start their own
+      parallel.device=auto       auto: GPUs where there are any | gpu | cpu
       seed=0
 
   evspan train --cfg job ...       shows the resulting config; conf/schema/training.py explains
