@@ -280,18 +280,44 @@ class Detector(nn.Module):
 
 
 class _History(LookBack):
-    """Provides the neck with the frames before each frame, and collects the next carry."""
+    """Provides the neck with the frames before each frame, and collects the next carry.
+
+    Args:
+        carried: per attended scale (frames, B, C, h, w), the frames before the chunk.
+    """
 
     def __init__(self, carried: Sequence[Tensor], exchange: Exchange) -> None:
         self.carried = carried
         self.exchange = exchange
         self.carry: list[Tensor] = []
 
-    def _previous(self, scale: int, tail: Tensor) -> Tensor:
-        """The frames before this rank's first one, (frames, B, C, h, w); keeps the next carry."""
-        before, carry = self.exchange.previous(tail, self.carried[scale])
-        self.carry.append(carry)
-        return before
+    def __call__(self, packed: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        """See `LookBack`. The exchange is called once for all attended scales."""
+        attended = packed[: len(self.carried)]
+        others = packed[len(self.carried) :]
+        results: list[tuple[Tensor, Tensor | None]] = []
+        if attended:
+            tails = [self._tail(c, x) for c, x in zip(self.carried, attended, strict=True)]
+            befores, self.carry = self.exchange.previous(tails, self.carried)
+            for before, x in zip(befores, attended, strict=True):
+                results.append((self._labelled(x), self._before_each(_joined(before, x))))
+        return results + [(self._labelled(x), None) for x in others]
+
+    def _tail(self, carried: Tensor, packed: Tensor) -> Tensor:
+        """The last frames of the chunk, shaped as `carried`."""
+        raise NotImplementedError
+
+    def _labelled(self, packed: Tensor) -> Tensor:
+        """The labelled frames (n, C, h, w) of the packed ones."""
+        raise NotImplementedError
+
+    def _before_each(self, rows: Tensor) -> Tensor:
+        """(n, frames, C, h, w), those before each labelled frame.
+
+        Args:
+            rows: (frames * B + p, C, h, w), the frames before this rank's, then the packed ones.
+        """
+        raise NotImplementedError
 
 
 class _AllFrames(_History):
@@ -301,15 +327,18 @@ class _AllFrames(_History):
         super().__init__(carried, exchange)
         self.lanes = lanes
 
-    def __call__(self, scale: int, packed: Tensor) -> tuple[Tensor, Tensor | None]:
-        if scale >= len(self.carried):
-            return packed, None
-        carried = self.carried[scale]
-        frames = len(carried)
-        tail = _joined(carried, packed).view(-1, self.lanes, *packed.shape[1:])[-frames:]
-        rows = _joined(self._previous(scale, tail), packed)
+    def _tail(self, carried: Tensor, packed: Tensor) -> Tensor:
+        rows = _joined(carried, packed)
+        return rows.view(-1, self.lanes, *packed.shape[1:])[-len(carried) :]
+
+    def _labelled(self, packed: Tensor) -> Tensor:
+        return packed
+
+    def _before_each(self, rows: Tensor) -> Tensor:
+        frames = len(self.carried[0])
+        packed = len(rows) - frames * self.lanes
         starts = [k * self.lanes for k in range(frames)]
-        return packed, torch.stack([rows[start : start + len(packed)] for start in starts], dim=1)
+        return torch.stack([rows[start : start + packed] for start in starts], dim=1)
 
 
 class _PackedFrames(_History):
@@ -319,13 +348,16 @@ class _PackedFrames(_History):
         super().__init__(carried, exchange)
         self.rows = rows
 
-    def __call__(self, scale: int, packed: Tensor) -> tuple[Tensor, Tensor | None]:
-        labelled, before = self.rows.labelled, self.rows.before
-        if scale >= len(self.carried) or before is None:
-            return packed if len(packed) == len(labelled) else packed[labelled], None
-        carried = self.carried[scale]
-        tail = _joined(carried, packed)[self.rows.last].view(carried.shape)
-        return packed[labelled], _joined(self._previous(scale, tail), packed)[before]
+    def _tail(self, carried: Tensor, packed: Tensor) -> Tensor:
+        return _joined(carried, packed)[self.rows.last].view(carried.shape)
+
+    def _labelled(self, packed: Tensor) -> Tensor:
+        labelled = self.rows.labelled
+        return packed if len(packed) == len(labelled) else packed[labelled]
+
+    def _before_each(self, rows: Tensor) -> Tensor:
+        assert self.rows.before is not None
+        return rows[self.rows.before]
 
 
 def _joined(before: Tensor, packed: Tensor) -> Tensor:

@@ -16,17 +16,17 @@ ATTENDED_SCALES = 2
 class LookBack(Protocol):
     """Selects the labelled frames and finds the frames before each of them."""
 
-    def __call__(self, scale: int, packed: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Called once per scale, finest first.
+    def __call__(self, packed: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        """Called once.
 
         Args:
-            scale: index of the scale.
-            packed: (N, C, h, w) features of the frames that the neck runs on.
+            packed: per scale, finest first, (N, C, h, w) features of the frames that the neck runs
+                on.
 
         Returns:
-            (n, C, h, w) features of the labelled frames; and (n, window - 1, C, h, w) those of the
-            frames before each of them, oldest first, or None where this scale has no temporal
-            attention.
+            Per scale (n, C, h, w) features of the labelled frames; and (n, window - 1, C, h, w)
+            those of the frames before each of them, oldest first, or None where the scale has no
+            temporal attention.
         """
         ...
 
@@ -132,10 +132,13 @@ class YOLOPAFPN(nn.Module):
         Returns:
             (n, C, h, w) per scale, of the labelled frames.
         """
-        outputs = []
+        packed = []
         for i, x in enumerate(self.pyramid(features)):
             attention = self._attention(i)
-            x, previous = look_back(i, x if attention is None else attention.before_time(x))
+            packed.append(x if attention is None else attention.before_time(x))
+        outputs = []
+        for i, (x, previous) in enumerate(look_back(packed)):
+            attention = self._attention(i)
             if attention is not None:
                 x = attention.over_time(x, previous)
             if self.enable_small_object_attention:

@@ -1,6 +1,6 @@
 """The calls by which the model reaches a sequence's other frames, which may be on other ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from evspan.pipeline.model.state import StageState
@@ -28,19 +28,21 @@ class Exchange(Protocol):
             The hidden states, shaped as x, and the next state.
         """
 
-    def previous(self, tail: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the frames before this rank's, and the next carry.
+    def previous(
+        self, tails: Sequence[Tensor], carries: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the frames before this rank's, and the next carries.
 
-        Called once per attended scale.
+        Called once, with all attended scales.
 
         Args:
-            tail: (looks_back, B, C, h, w), this rank's last frames. If the rank holds fewer, frames
-                of `carry` come first.
-            carry: the same shape, the frames before the chunk.
+            tails: per scale (looks_back, B, C, h, w), this rank's last frames. If the rank holds
+                fewer, frames of the carry come first.
+            carries: the same shapes, the frames before the chunk.
 
         Returns:
-            The frames before this rank's first one, oldest first, and the next carry; both shaped
-            as tail.
+            Per scale the frames before this rank's first one, oldest first, and the next carry;
+            shaped as the tails.
         """
 
 
@@ -53,6 +55,8 @@ class LocalExchange:
         """Runs the recurrence; for shapes see `Exchange`."""
         return recurrence(x, state)
 
-    def previous(self, tail: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+    def previous(
+        self, tails: Sequence[Tensor], carries: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The frames before the chunk are the carry, and its last frames the next one."""
-        return carry, tail
+        return list(carries), list(tails)

@@ -6,6 +6,7 @@ part of it.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -54,24 +55,26 @@ class SequenceExchange(ABC):
     ) -> tuple[Tensor, StageState]:
         """See `Exchange.scan`; `state` is this rank's part."""
 
-    def previous(self, tail: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Exchange.previous`. Only the first rank's carry has a meaning.
+    def previous(
+        self, tails: Sequence[Tensor], carries: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """See `Exchange.previous`. Only the first rank's carries have a meaning.
 
         A rank may hold fewer frames than attention reads: they then come from several ranks, or
-        from the carry.
+        from the carry. The frames of all scales travel in one message.
 
         Args:
-            tail: (looks_back, B, C, h, w), this rank's last frames.
-            carry: the same shape.
+            tails: per scale (looks_back, B, C, h, w), this rank's last frames.
+            carries: the same shapes.
         """
-        frames_back = len(tail)
+        frames_back = len(tails[0])
         start = self.position * self.frames
         own = range(start, start + self.frames)[-frames_back:]
         held = [*own]
-        rows = tail[frames_back - len(own) :]
+        rows = _frames_as_rows([tail[frames_back - len(own) :] for tail in tails])
         if self.first:
             held = [*range(-frames_back, 0), *own]
-            rows = torch.cat((carry, rows))
+            rows = torch.cat((_frames_as_rows(carries), rows))
         expected = [self._expected_frames(rank, frames_back) for rank in range(self.ranks)]
         sent_rows: list[int] = []
         num_sent = []
@@ -84,8 +87,10 @@ class SequenceExchange(ABC):
         row_list = rows.unbind(0)
         packed = torch.stack([row_list[row] for row in sent_rows])
         received = all_to_all(packed, self.group, self.clock, send=num_sent, receive=num_received)
-        next_carry = received[frames_back:] if self.first else carry
-        return received[:frames_back], next_carry
+        befores = _rows_as_frames(received[:frames_back], tails)
+        if self.first:
+            carries = _rows_as_frames(received[frames_back:], tails)
+        return befores, list(carries)
 
     def _expected_frames(self, rank: int, frames_back: int) -> list[int]:
         """Frames that `rank` receives, counted from the chunk's first one; -1 is the carry's last.
@@ -154,3 +159,14 @@ class SequenceExchange(ABC):
                 f"this rank received {len(x)} frames, but every rank of its sequence holds "
                 f"{self.frames}"
             )
+
+
+def _frames_as_rows(maps: Sequence[Tensor]) -> Tensor:
+    """Per scale (n, B, C, h, w) -> (n, values of a frame at all scales)."""
+    return torch.cat([t.flatten(1) for t in maps], dim=1)
+
+
+def _rows_as_frames(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `_frames_as_rows`; per scale shaped as `like`."""
+    parts = torch.split(rows, [t[0].numel() for t in like], dim=1)
+    return [torch.unflatten(part, 1, t.shape[1:]) for part, t in zip(parts, like, strict=True)]

@@ -78,7 +78,7 @@ def test_neck(detector, parity):
     for t in range(4):
         stages = [torch.from_numpy(parity["eval_states"][f"t{t}.stage{k}.h"]) for k in (2, 3, 4)]
         with torch.no_grad():
-            out = detector.fpn(stages, lambda scale, x: (x, None))
+            out = detector.fpn(stages, lambda xs: [(x, None) for x in xs])
         for i, stride in enumerate((8, 16, 32)):
             close(out[i], parity["eval_outputs"][f"t{t}.fpn{i}_stride{stride}"], 1e-4)
 

@@ -134,7 +134,8 @@ def test_neck_scales_and_names(stages, channels):
     attending.load_state_dict(plain.state_dict(), strict=False)
     earlier = {i: torch.randn(2, 2, *features[i].shape[1:]) for i in range(2)}
     results = [
-        neck.eval()(features, lambda i, x: (x, earlier.get(i))) for neck in (plain, attending)
+        neck.eval()(features, lambda xs: [(x, earlier.get(i)) for i, x in enumerate(xs)])
+        for neck in (plain, attending)
     ]
     for f, a, b in zip(features, *results, strict=True):
         assert a.shape == f.shape

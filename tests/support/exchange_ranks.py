@@ -220,8 +220,17 @@ def look_back(back, frames, exchange, mine):
     for index in range(CHUNKS):
         begin = back + index * frames
         features.append(whole[begin + mine.start : begin + mine.stop].clone().requires_grad_())
-        before, carry = exchange.previous(torch.cat((carry, features[-1]))[-back:], carry)
-        loss = loss + (before * weights[index, mine.start]).sum()
+        tail = torch.cat((carry, features[-1]))[-back:]
+        # Two scales, of which one has the first channels, with another gradient.
+        (before, fewer), (carry, fewer_carry) = exchange.previous(
+            [tail, tail[:, :, :2]], [carry, carry[:, :, :2]]
+        )
+        assert torch.equal(fewer, before[:, :, :2])
+        assert torch.equal(fewer_carry, carry[:, :, :2])
+        first_channels = torch.tensor([1, 1, 0], dtype=torch.float64).view(3, 1, 1)
+        weight = weights[index, mine.start]
+        loss = loss + (before * weight * (1 - first_channels / 2)).sum()
+        loss = loss + (fewer * weight[:, :, :2] / 2).sum()
         befores.append(before.detach())
     loss.backward()
     gradient = torch.zeros_like(first) if first.grad is None else first.grad
