@@ -32,7 +32,6 @@ def main() -> None:
     parser.add_argument("--attention", action="store_true")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--zero", type=int, default=1)
-    parser.add_argument("--plain", dest="zero", action="store_const", const=None)
     parser.add_argument("--size", choices=SIZES, default="micro")
     parser.add_argument("--lanes", type=int, default=2, help="per rank")
     parser.add_argument("--frames", type=int, default=4, help="per rank")

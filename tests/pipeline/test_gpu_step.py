@@ -54,7 +54,7 @@ class Budget:
 
 def budget(options: StepOptions) -> Budget:
     """Of a step with these options."""
-    return Budget(operators=9000, waits=45, collectives=90, list_gathers=40)
+    return Budget(operators=4500, waits=45, collectives=90, list_gathers=40)
 
 
 @pytest.fixture(scope="module")

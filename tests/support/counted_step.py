@@ -6,7 +6,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from evspan.conf.schema.layout import ExchangeKind
 from evspan.conf.schema.prep import DatasetConfig
 from evspan.conf.schema.training import (
@@ -22,17 +21,15 @@ from evspan.conf.schema.training import (
     TrainConfig,
     TrainingConfig,
 )
-from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from evspan.pipeline.engine.signals import StopFlag
 from evspan.pipeline.engine.trainer import Trainer
-from evspan.pipeline.model.norm import BatchNorm2d
 from support.emulated_deepspeed import deepspeed_on_emulated_gpu
 from support.emulated_device import Counts, Emulation, emulated_gpu
-from support.plain_engine import PlainEngine
-from support.small_shards import BINS, HEIGHT, WIDTH, write_small_shards
+from support.small_shards import write_small_shards
 
 WARM_UP_STEPS = 2
 RECORDING_FRAMES = 96
+FULL_DENSITY = 0.018  # events per value: 83 kB per frame, as the recordings at hand have
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class StepOptions:
     Attributes:
         sequence: ranks per sequence.
         exchange: auto, transpose or relay; relay takes the depthwise convolution, if `dws_conv`.
-        zero: stage of DeepSpeed; None: the plain engine of the tests.
+        zero: stage of DeepSpeed.
         lanes, frames: of one rank.
         full_frames: 360 x 640 pixels and 10 bins instead of the 60 x 100 and 2 of the tests.
         values: see `emulated_gpu`.
@@ -72,7 +69,7 @@ class StepOptions:
     dws_conv: bool = False
     attention: bool = False
     precision: str = "fp32"
-    zero: int | None = 1
+    zero: int = 1
     size: str = "micro"
     lanes: int = 2
     frames: int = 4
@@ -82,9 +79,10 @@ class StepOptions:
 
 def write_shards(folder: Path, options: StepOptions) -> Path:
     """A dataset with the frame size of the options."""
-    height, width, bins = (360, 640, 10) if options.full_frames else (HEIGHT, WIDTH, BINS)
     counts = {"train": [RECORDING_FRAMES] * 2}
-    return write_small_shards(folder, counts, height=height, width=width, bins=bins)
+    if not options.full_frames:
+        return write_small_shards(folder, counts)
+    return write_small_shards(folder, counts, height=360, width=640, bins=10, density=FULL_DENSITY)
 
 
 def train_config(options: StepOptions, shards: Path, run_dir: Path) -> TrainConfig:
@@ -112,7 +110,7 @@ def train_config(options: StepOptions, shards: Path, run_dir: Path) -> TrainConf
             evaluate_every=0,
             log_images_every=0,
         ),
-        deepspeed=DeepSpeedConfig(stage=options.zero or 0),
+        deepspeed=DeepSpeedConfig(stage=options.zero),
         parallel=ParallelConfig(
             ranks=options.world,
             sequence=options.sequence,
@@ -122,35 +120,11 @@ def train_config(options: StepOptions, shards: Path, run_dir: Path) -> TrainConf
     )
 
 
-class GpuEngine(DeepSpeedEngine):
-    """DeepSpeed's. The parameters of a module that moves to the emulated device are other objects,
-    which the optimizer would not have."""
-
-    def __init__(self, model, config, world, *, lanes):
-        super().__init__(model.to(world.device), config, world, lanes=lanes)
-
-
-class PlainGpuEngine(PlainEngine):
-    """The plain engine in half precision: parameters of that type, statistics in float32."""
-
-    def __init__(self, model, config, world, *, lanes):
-        if config.training.precision is Precision.bf16:
-            type(self).dtype = torch.bfloat16
-        else:
-            type(self).dtype = torch.float32
-        model.to(self.dtype).to(world.device)
-        super().__init__(model, config, world, lanes=lanes)
-        for module in model.modules():
-            if isinstance(module, BatchNorm2d):
-                module.running_mean = module.running_mean.float()
-                module.running_var = module.running_var.float()
-
-
-def _set_launcher_variables(options: StepOptions) -> None:
+def set_launcher_variables(*, rank: int, world: int) -> None:
     """torchrun's, which DeepSpeed reads."""
-    os.environ["RANK"] = str(options.rank)
+    os.environ["RANK"] = str(rank)
     os.environ["LOCAL_RANK"] = "0"
-    os.environ["WORLD_SIZE"] = str(options.world)
+    os.environ["WORLD_SIZE"] = str(world)
 
 
 @contextmanager
@@ -158,12 +132,11 @@ def open_trainer(
     options: StepOptions, shards: Path, run_dir: Path
 ) -> Iterator[tuple[Emulation, Trainer]]:
     """The trainer of one rank on an emulated GPU."""
-    _set_launcher_variables(options)
+    set_launcher_variables(rank=options.rank, world=options.world)
     emulation = emulated_gpu(world=options.world, rank=options.rank, values=options.values)
     with emulation as gpu, deepspeed_on_emulated_gpu():
         config = train_config(options, shards, run_dir)
-        engine = PlainGpuEngine if options.zero is None else GpuEngine
-        trainer = Trainer(config, gpu.world, engine)
+        trainer = Trainer(config, gpu.world)
         try:
             yield gpu, trainer
         finally:

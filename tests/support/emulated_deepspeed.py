@@ -10,6 +10,7 @@ from deepspeed.accelerator import real_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.comm import comm
 from deepspeed.utils import groups
+from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from support.emulated_device import Event, Stream, current
 
 
@@ -62,6 +63,15 @@ class EmulatedAccelerator(CPU_Accelerator):
         return bool(tensor.is_cuda)
 
 
+_real_init = DeepSpeedEngine.__init__
+
+
+def _init_on_device(self, model, config, world, **kwargs) -> None:
+    """Moves the model before the optimizer is made: unlike on CUDA, a module that moves to the
+    emulated device has other parameters than before."""
+    _real_init(self, model.to(world.device), config, world, **kwargs)
+
+
 @contextmanager
 def deepspeed_on_emulated_gpu() -> Iterator[None]:
     """While open, DeepSpeed computes on the emulated GPU, in the process group that is open."""
@@ -74,4 +84,5 @@ def deepspeed_on_emulated_gpu() -> Iterator[None]:
             if name.endswith(("_GROUP", "_GROUP_RANKS")):
                 unused = {} if isinstance(value, dict) else None
                 stack.enter_context(mock.patch.object(groups, name, unused))
+        stack.enter_context(mock.patch.object(DeepSpeedEngine, "__init__", _init_on_device))
         yield

@@ -22,6 +22,7 @@ and CUDA graphs are unavailable.
 
 import functools
 import importlib
+import math
 import sys
 import threading
 import weakref
@@ -299,7 +300,7 @@ class EmulatedTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return dispatch(func, args, kwargs or {})
+        return _dispatch(func, args, kwargs or {})
 
     # torch's own accessors would report the backend's name.
     @property
@@ -370,10 +371,37 @@ def _inner(value: Any) -> Any:
 
 
 def _size(t: torch.Tensor) -> int:
-    return t.numel() * t.element_size()
+    """Bytes of the elements; those of an expanded dimension are the same ones."""
+    sizes = (n for n, stride in zip(t.shape, t.stride(), strict=True) if stride)
+    return math.prod(sizes) * t.element_size() if t.numel() else 0
+
+
+def _sizes(values: Any) -> int:
+    return sum(_size(t) for t in tree_leaves(values) if isinstance(t, torch.Tensor))
+
+
+def _traffic(schema: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Bytes that an operator reads and writes: its inputs, what it changes of them, its outputs."""
+    read = _sizes((args, kwargs))
+    if not schema.is_mutable:
+        return read + _sizes(out)
+    by_name = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
+    changed = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    written = sum(_sizes(by_name.get(name)) for name in changed)
+    if schema.name in ("aten::copy_", "aten::fill_", "aten::zero_"):
+        return read  # the old values are not read
+    return read + written
 
 
 # -- operators -------------------------------------------------------------------------------------
+def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`dispatch` with ordinary tensors: a view of a parameter is no inference tensor."""
+    if not torch.is_inference_mode_enabled():
+        return dispatch(func, args, kwargs)
+    with torch.inference_mode(False):
+        return dispatch(func, args, kwargs)
+
+
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs an operator on the tensors' values, counts it, and checks its devices.
 
@@ -425,7 +453,7 @@ class _Factories(TorchDispatchMode):
     """Sends operators without tensors of the device, like torch.zeros, through `dispatch`."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return dispatch(func, args, kwargs or {})
+        return _dispatch(func, args, kwargs or {})
 
 
 def _on_cpu(emulation: Emulation, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -440,8 +468,7 @@ def _on_cpu(emulation: Emulation, func: Any, args: Any, kwargs: dict[str, Any]) 
 def _count(emulation: Emulation, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if emulation.counts is None:
         return
-    leaves = tree_leaves((args, kwargs, out))
-    num_bytes = sum(_size(t) for t in leaves if isinstance(t, torch.Tensor))
+    num_bytes = _traffic(func._schema, args, kwargs, out)
     formula = flop_registry.get(func._overloadpacket)
     flop = formula(*args, **kwargs, out_val=out) if formula else 0
     emulation.operator(func._schema.name, num_bytes, flop)
@@ -705,7 +732,14 @@ def _tensor_on_cuda(data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     return current().to_device(made)
 
 
+def _empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+    """torch.empty in a loader's thread, too, where no dispatch mode is active."""
+    t = _real_empty(*args, **kwargs)
+    return current().pin(t) if pin_memory else t
+
+
 _real_tensor = torch.tensor
+_real_empty = torch.empty
 
 
 def _replacements() -> list[tuple[Any, str, Any]]:
@@ -714,6 +748,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     return [
         (torch, "lstm", _lstm),
         (torch, "tensor", _tensor_on_cuda),
+        (torch, "empty", _empty),
         (F, "scaled_dot_product_attention", _attention),
         (torch.Tensor, "pin_memory", _pin_memory),
         (torch.Tensor, "is_pinned", _is_pinned),
@@ -731,6 +766,8 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state()),
         (torch.cuda, "set_rng_state", lambda *_: None),
         (torch.cuda, "get_device_name", lambda *_: "emulated GPU"),
+        (torch.cuda, "empty_cache", lambda: None),
+        (torch.cuda, "reset_peak_memory_stats", lambda *_: None),
         (torch.cuda, "memory_reserved", lambda *_: 0),
         (torch.cuda, "max_memory_allocated", lambda *_: 0),
         (torch.cuda, "utilization", lambda *_: 0),

@@ -8,6 +8,7 @@ from evspan.data_prep.frames.codec import FrameEncoder
 from evspan.data_prep.shards.format import BOX, FRAME_SHAPE, MANIFEST, Manifest, RecordingEntry
 
 HEIGHT, WIDTH, BINS = 60, 100, 2
+DENSITY = 0.05  # background events per value
 CLASSES = ["ball", "box", "bar"]
 FRAMES = {
     "window_ms": 50,
@@ -27,9 +28,10 @@ def recording(
     height: int = HEIGHT,
     width: int = WIDTH,
     bins: int = BINS,
+    density: float = DENSITY,
 ):
     """frames (N, 2*bins, H, W), boxes per frame, labelled: every `every`-th frame."""
-    frames = rng.poisson(0.05, (count, 2 * bins, height, width)).astype(np.uint8)
+    frames = rng.poisson(density, (count, 2 * bins, height, width)).astype(np.uint8)
     tracks = []
     for _ in range(2):
         corner = rng.uniform(10, 70, 2) * (1, 0.5)
@@ -58,6 +60,7 @@ def write_small_shards(
     height: int = HEIGHT,
     width: int = WIDTH,
     bins: int = BINS,
+    density: float = DENSITY,
 ) -> Path:
     """Writes shards. counts: split -> frames of each recording. every: distance of labels."""
     rng = np.random.default_rng(seed)
@@ -67,7 +70,7 @@ def write_small_shards(
         with h5py.File(root / split / "00000.h5", "w") as file:
             for i, count in enumerate(lengths):
                 frames, boxes, labelled = recording(
-                    rng, count, every, height=height, width=width, bins=bins
+                    rng, count, every, height=height, width=width, bins=bins, density=density
                 )
                 name = f"{split}_{i:03d}"
                 group = file.create_group(name)
