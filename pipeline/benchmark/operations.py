@@ -25,6 +25,7 @@ LAUNCHES = (
 COPIES = ("cudaMemcpyAsync", "cudaMemcpy")
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
 WAIT_PLACES = 8  # in a report
+WAIT_WARNING = "called a synchronizing CUDA operation"  # torch's
 # Kernels, or a CPU's operators, that compute matrix products. What is left reads and writes memory.
 GPU_PRODUCTS = re.compile(
     r"gemm|cutlass|xmma|nvjet|conv(?!ert)|wgrad|dgrad|fprop|flash|fmha|attention|rnn|lstm", re.I
@@ -119,16 +120,25 @@ def _indexes_by_mask(name: str, args: tuple[Any, ...]) -> bool:
     return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
 
 
-def count_operations(work: Callable[[], object], device: torch.device) -> Operations:
-    """Runs `work` twice, once to count and once to time, and returns what one run does."""
+def count_operations(
+    work: Callable[[], object], device: torch.device, *, timed: bool = True
+) -> Operations:
+    """Runs `work` twice, once to count and once to time, and returns what one run does.
+
+    Args:
+        timed: False: on a CPU, count only; its times are then 0.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints when it starts and stops
     if device.type == "cuda":
         return _count_on_gpu(work, device)
     with OperatorCounter() as counter:
         work()
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
-        work()
-    times_ms = {event.key: event.self_cpu_time_total / 1000 for event in trace.key_averages()}
+    times_ms: dict[str, float] = {}
+    if timed:
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            work()
+        for event in trace.key_averages():
+            times_ms[event.key] = event.self_cpu_time_total / 1000
     return Operations(
         launches=counter.operators.total(),
         on_gpu=False,
@@ -142,20 +152,29 @@ def count_operations(work: Callable[[], object], device: torch.device) -> Operat
 
 def _count_on_gpu(work: Callable[[], object], device: torch.device) -> Operations:
     places = wait_places(work)
+    nothing = _gpu_profile(lambda: None, device)
+    return gpu_operations(_gpu_profile(work, device), nothing, places)
+
+
+def _gpu_profile(work: Callable[[], object], device: torch.device) -> list[Any]:
     synchronize(device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         work()
         synchronize(device)
-    return gpu_operations(trace.key_averages(), places)
+    return list(trace.key_averages())
 
 
-def gpu_operations(events: Iterable[Any], places: Mapping[str, int]) -> Operations:
-    """From the averages of a GPU's profile that ends with one wait.
+def gpu_operations(
+    events: Iterable[Any], of_nothing: Iterable[Any], places: Mapping[str, int]
+) -> Operations:
+    """From the averages of a GPU's profile.
 
     Args:
         events: calls of the host and kernels of the device, by name.
+        of_nothing: of a profile in which nothing ran: the waits of measuring.
         places: of `wait_places`.
     """
+    own = Counter({event.key: event.count for event in of_nothing})
     calls: Counter[str] = Counter()
     kernels_ms: dict[str, float] = {}
     for event in events:
@@ -167,7 +186,7 @@ def gpu_operations(events: Iterable[Any], places: Mapping[str, int]) -> Operatio
         launches=sum(calls[name] for name in LAUNCHES),
         on_gpu=True,
         copies=sum(calls[name] for name in COPIES),
-        waits=sum(calls[name] for name in WAITS) - 1,  # ours, at the end
+        waits=sum(max(0, calls[name] - own[name]) for name in WAITS),
         wait_places=places,
         busy_ms=sum(kernels_ms.values()),
         product_ms=products_ms(kernels_ms, GPU_PRODUCTS),
@@ -186,15 +205,15 @@ def products_ms(times_ms: Mapping[str, float], products: re.Pattern[str]) -> flo
 
 def wait_places(work: Callable[[], object]) -> dict[str, int]:
     """Where the host of a GPU waits in `work`: "file:line" -> times, the most frequent ones."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
             work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     places: Counter[str] = Counter()
     for warning in caught:
-        if "synchroniz" in str(warning.message):
+        if WAIT_WARNING in str(warning.message):
             places[f"{Path(warning.filename).name}:{warning.lineno}"] += 1
     return dict(places.most_common(WAIT_PLACES))

@@ -69,14 +69,14 @@ def measure_steps(trainer: Trainer, *, steps: int, seconds: float) -> StepMeasur
         steps: number of measured steps.
         seconds: ends earlier after this time.
     """
-    loop = _StepLoop(trainer)
+    loop = StepLoop(trainer)
     try:
         return loop.measure(steps, seconds)
     finally:
         loop.close()
 
 
-class _StepLoop:
+class StepLoop:
     """The trainer's loop without logging, checkpoints and evaluation."""
 
     def __init__(self, trainer: Trainer) -> None:

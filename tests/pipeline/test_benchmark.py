@@ -32,12 +32,15 @@ from evspan.pipeline.benchmark.operations import (
     gpu_operations,
     products_ms,
 )
+from evspan.pipeline.benchmark.step import PARTS, UPDATE, StepLoop
 from evspan.pipeline.benchmark.streaming import first_frames
 from evspan.pipeline.benchmark.timing import PartClock, Spread
 from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.data.loader import Loader
 from evspan.pipeline.data.plan import SamplingPlan
 from evspan.pipeline.model.detector import Detector
+from support.counted_step import StepOptions, open_trainer, step_counts, write_shards
+from support.emulated_device import is_supported
 
 SHARD_FRAMES = {"train": [12, 8], "val": [9]}
 MICRO = ModelConfig(backbone=BackboneConfig(embed_dim=16, dim_head=8), fpn=FpnConfig(depth=0.33))
@@ -326,14 +329,15 @@ def test_a_profile_of_a_gpu_is_counted():
         event("cudaLaunchKernelExC", 2, host),
         event("cudaMemcpyAsync", 3, host),
         event("cudaStreamSynchronize", 2, host),
-        event("cudaDeviceSynchronize", 1, host),  # of the measurement
+        event("cudaDeviceSynchronize", 2, host),
         event("aten::mm", 5, host, us=900.0),
         event("sm90_xmma_gemm_bf16bf16_bf16f32", 5, device, us=3000.0),
         event("vectorized_elementwise_kernel", 30, device, us=1000.0),
         event("Memcpy HtoD (Pinned -> Device)", 3, device, us=7000.0),
         event("Optimizer.step#AdamW.step", 1, device, us=9000.0, label=True),
     ]
-    operations = gpu_operations(events, {"loss.py:7": 2})
+    of_nothing = [event("cudaDeviceSynchronize", 2, host)]
+    operations = gpu_operations(events, of_nothing, {"loss.py:7": 2})
     assert (operations.launches, operations.copies, operations.waits) == (42, 3, 2)
     assert (operations.busy_ms, operations.product_ms) == (4.0, 3.0)
     assert operations.product_fraction == 0.75
@@ -387,6 +391,25 @@ def test_a_profile_of_a_gpu_is_counted():
 def test_kernels_of_products_are_recognised(products, names, others):
     assert products_ms(dict.fromkeys(names, 1.0), products) == len(names)
     assert products_ms(dict.fromkeys(others, 1.0), products) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_supported(), reason="torch before 2.9")
+def test_measuring_adds_no_work_and_no_wait_to_a_step_on_a_gpu(tmp_path):
+    options = StepOptions(precision="bf16", zero=None)
+    shards = write_shards(tmp_path / "shards", options)
+    in_training = step_counts(options, shards, tmp_path / "run")
+    with open_trainer(options, shards, tmp_path / "other_run") as (gpu, trainer):
+        loop = StepLoop(trainer)
+        for _ in range(2):
+            loop.step()
+            gpu.next_step()
+        with gpu.counting() as measured:
+            loop.step()
+        loop.close()
+        assert measured.operators.total() == in_training.operators.total() > 1000
+        assert measured.waits.total() == in_training.waits.total()
+        assert [t for t, _ in loop.clock.marks] == [*PARTS, UPDATE, UPDATE, ""]
 
 
 # -- loader ------------------------------------------------------------------------------------------
