@@ -48,8 +48,8 @@ HELP = """evspan bench: how fast a config trains, loads and infers on this machi
       bench.width=640
       training.batch_size=8      lanes; those of one rank, as parallel.ranks must be 1
       training.sequence_length=5     frames per chunk
-      training.precision=fp32    fp32 | bf16 | fp16
-      training.num_workers=-1    threads that read frames; -1: they follow the cores
+      training.precision=auto    fp32 | tf32 | bf16; auto: bf16 on GPUs that have it, else fp32
+      training.num_workers=-1    threads that read frames ahead; -1: follows the cores
       parallel.threads=0         CPU threads of the step; 0: all cores
       checkpoint.init_from=      trained weights: NMS then has the candidates of a real detector
 
@@ -199,7 +199,7 @@ def loader_rows(result: "BenchmarkResult") -> list[Row]:
         Row(
             "loader threads needed",
             frames_per_s=f"{result.step.frames_per_s_needed:.0f}",
-            note=f"{needed}; training.num_workers is {result.num_workers}",
+            note=f"{needed}; training uses {result.num_workers}",
         )
     )
     return rows

@@ -34,7 +34,7 @@ class StepBalance:
         launches: kernels of a step.
         waits: of the host for the device.
         memory_fraction: of a GPU's memory that is used; None: a CPU.
-        threads: `training.num_workers`.
+        threads: of the loader, in training.
         threads_needed: of the loader; None: more than there are cores.
         loader_frames_per_s: with all cores.
         frames_per_s_needed: by a step that does not wait for data.

@@ -11,8 +11,6 @@ import torch
 from evspan.conf.errors import ConfigError
 from evspan.conf.schema.training import Precision
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-DTYPES["fp16"] = torch.float16
 MATRIX = 1024  # rows and columns of the measured product
 MEASURE_S = 0.5
 
@@ -24,57 +22,44 @@ class GpuPeak:
     Attributes:
         pattern: regular expression of the names that CUDA gives it.
         fp32: outside of tensor cores.
-        tf32: None before Ampere.
-        half: fp16 on tensor cores, accumulated in fp32.
-        bf16: whether bf16 is as fast as fp16; GPUs before Ampere have no bf16.
-        bandwidth: of the memory, GB/s.
+        tf32, bf16: on tensor cores, bf16 accumulated in fp32; None before Ampere.
         source: NVIDIA's publication.
     """
 
     pattern: str
     fp32: float
     tf32: float | None
-    half: float
-    bandwidth: float
+    bf16: float | None
     source: str
-    bf16: bool = True
 
-    def tflops(self, precision: str) -> float | None:
-        """In fp32, tf32, bf16 or fp16; None where the GPU does not have it."""
-        if precision == "fp32":
-            return self.fp32
-        if precision == "tf32":
-            return self.tf32
-        if precision == "bf16" and not self.bf16:
-            return None
-        return self.half
+    def tflops(self, precision: Precision) -> float | None:
+        """In fp32, tf32 or bf16; None where the GPU does not have it."""
+        return {Precision.tf32: self.tf32, Precision.bf16: self.bf16}.get(precision, self.fp32)
 
 
 # The first pattern that is found in a name decides.
 GPUS = (
-    GpuPeak(r"\bB200\b", 75, 1125, 2250, 8000, "HGX B200 data sheet"),
-    GpuPeak(r"\bGH200\b", 67, 494.5, 989.5, 4000, "GH200 data sheet"),
-    GpuPeak(r"\bH200 NVL\b", 60, 417.5, 835.5, 4800, "H200 data sheet"),
-    GpuPeak(r"\bH200\b", 67, 494.5, 989.5, 4800, "H200 data sheet"),
-    GpuPeak(r"\bH100 NVL\b", 60, 417.5, 835.5, 3900, "H100 data sheet"),
-    GpuPeak(r"\bH100 PCIe\b", 51, 378, 756.5, 2000, "H100 data sheet"),
-    GpuPeak(r"\bH100\b", 67, 494.5, 989.5, 3350, "H100 data sheet, SXM"),
-    GpuPeak(r"\bA100\b.*80GB PCIe", 19.5, 156, 312, 1935, "A100 data sheet"),
-    GpuPeak(r"\bA100\b.*80GB", 19.5, 156, 312, 2039, "A100 data sheet"),
-    GpuPeak(r"\bA100\b", 19.5, 156, 312, 1555, "A100 data sheet, 40 GB"),
-    GpuPeak(r"\bA40\b", 37.4, 74.8, 149.7, 696, "A40 data sheet"),
-    GpuPeak(r"\bA30\b", 10.3, 82, 165, 933, "A30 data sheet"),
-    GpuPeak(r"\bA10\b", 31.2, 62.5, 125, 600, "A10 data sheet"),
-    GpuPeak(r"\bL40S\b", 91.6, 183, 362, 864, "L40S data sheet"),
-    GpuPeak(r"\bL40\b", 90.5, 90.5, 181, 864, "L40 data sheet"),
-    GpuPeak(r"\bL4\b", 30.3, 60, 121, 300, "L4 data sheet"),
-    GpuPeak(r"\bRTX A6000\b", 38.7, 77.4, 154.8, 768, "RTX A6000 data sheet"),
-    GpuPeak(r"\bRTX 4090$", 82.6, 82.6, 165.2, 1008, "Ada architecture paper, appendix A"),
-    GpuPeak(r"\bRTX 3090$", 35.6, 35.6, 71, 936, "GA102 architecture paper, appendix A"),
-    GpuPeak(r"\bV100S", 16.4, None, 130, 1134, "V100 data sheet", bf16=False),
-    GpuPeak(r"\bV100-PCIE", 14, None, 112, 900, "V100 data sheet", bf16=False),
-    GpuPeak(r"\bV100", 15.7, None, 125, 900, "V100 data sheet, SXM2", bf16=False),
-    GpuPeak(r"\bT4\b", 8.1, None, 65, 320, "T4 data sheet", bf16=False),
+    GpuPeak(r"\bB200\b", 75, 1125, 2250, "HGX B200 data sheet"),
+    GpuPeak(r"\bGH200\b", 67, 494.5, 989.5, "GH200 data sheet"),
+    GpuPeak(r"\bH200 NVL\b", 60, 417.5, 835.5, "H200 data sheet"),
+    GpuPeak(r"\bH200\b", 67, 494.5, 989.5, "H200 data sheet"),
+    GpuPeak(r"\bH100 NVL\b", 60, 417.5, 835.5, "H100 data sheet"),
+    GpuPeak(r"\bH100 PCIe\b", 51, 378, 756.5, "H100 data sheet"),
+    GpuPeak(r"\bH100\b", 67, 494.5, 989.5, "H100 data sheet, SXM"),
+    GpuPeak(r"\bA100\b", 19.5, 156, 312, "A100 data sheet"),
+    GpuPeak(r"\bA40\b", 37.4, 74.8, 149.7, "A40 data sheet"),
+    GpuPeak(r"\bA30\b", 10.3, 82, 165, "A30 data sheet"),
+    GpuPeak(r"\bA10\b", 31.2, 62.5, 125, "A10 data sheet"),
+    GpuPeak(r"\bL40S\b", 91.6, 183, 362, "L40S data sheet"),
+    GpuPeak(r"\bL40\b", 90.5, 90.5, 181, "L40 data sheet"),
+    GpuPeak(r"\bL4\b", 30.3, 60, 121, "L4 data sheet"),
+    GpuPeak(r"\bRTX A6000\b", 38.7, 77.4, 154.8, "RTX A6000 data sheet"),
+    GpuPeak(r"\bRTX 4090$", 82.6, 82.6, 165.2, "Ada architecture paper, appendix A"),
+    GpuPeak(r"\bRTX 3090$", 35.6, 35.6, 71, "GA102 architecture paper, appendix A"),
+    GpuPeak(r"\bV100S", 16.4, None, None, "V100 data sheet"),
+    GpuPeak(r"\bV100-PCIE", 14, None, None, "V100 data sheet"),
+    GpuPeak(r"\bV100", 15.7, None, None, "V100 data sheet, SXM2"),
+    GpuPeak(r"\bT4\b", 8.1, None, None, "T4 data sheet"),
 )
 
 
@@ -90,6 +75,7 @@ def device_peak(device: torch.device, precision: Precision, tflops: float = 0.0)
     """The peak of this machine's device.
 
     Args:
+        precision: not `auto`.
         tflops: `bench.peak_tflops`, which replaces the known value; 0: none.
 
     Raises:
@@ -99,7 +85,8 @@ def device_peak(device: torch.device, precision: Precision, tflops: float = 0.0)
         return Peak(1e12 * tflops, "bench.peak_tflops")
     if device.type == "cuda":
         return gpu_peak(torch.cuda.get_device_name(device), precision)
-    flops = measured_product(device, DTYPES[precision.name])
+    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    flops = measured_product(device, dtype)
     return Peak(flops, f"measured product of {MATRIX} x {MATRIX} matrices")
 
 
@@ -110,7 +97,7 @@ def gpu_peak(name: str, precision: Precision) -> Peak:
         ConfigError: the name is in no table, or the GPU does not have the precision.
     """
     gpu = find_gpu(name)
-    tflops = None if gpu is None else gpu.tflops(precision.name)
+    tflops = None if gpu is None else gpu.tflops(precision)
     if gpu is None or tflops is None:
         raise ConfigError(
             f"the peak of {name} in {precision.name} is not known. Set bench.peak_tflops to the "

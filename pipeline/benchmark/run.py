@@ -36,6 +36,7 @@ from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.data.device_batches import encodes_for
 from evspan.pipeline.engine.layout_comparison import device_info
 from evspan.pipeline.engine.oom import explain_out_of_memory
+from evspan.pipeline.engine.precision import resolve_precision
 from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
 from evspan.pipeline.parallel.world import open_world
@@ -106,7 +107,8 @@ def run_benchmark(config: BenchConfig) -> BenchmarkResult:
     check_one_rank(config)
     with TemporaryDirectory(prefix="evspan-bench-") as name, open_world(config.parallel) as world:
         folder = Path(name)
-        peak = device_peak(world.device, config.training.precision, config.bench.peak_tflops)
+        precision = resolve_precision(config, world, saved=None).training.precision
+        peak = device_peak(world.device, precision, config.bench.peak_tflops)
         prepared = _without_run(config, folder)
         with explain_out_of_memory(prepared, world):
             trainer = Trainer(prepared, world)
@@ -184,8 +186,10 @@ def _trained(trainer: Trainer) -> TrainedDetector:
         data.frames,
         data.classes,
         trainer.step,
+        trainer.config.training.precision,
     )
-    return detector_from(weights, device=trainer.world.device)
+    precision = trainer.config.evaluation.precision
+    return detector_from(weights, device=trainer.world.device, precision=precision)
 
 
 def _balance(
@@ -227,7 +231,7 @@ def _setting(trainer: Trainer, config: BenchConfig, detector: TrainedDetector) -
         device=device_info(trainer.world, threads).name,
         cores=usable_cores(),
         torch=f"{torch.__version__}{cuda}",
-        precision=config.training.precision.name,
+        precision=trainer.config.training.precision.name,
         model=size_of(config.model),
         data=f"{source}, {recordings}",
         batch_size=config.training.batch_size,

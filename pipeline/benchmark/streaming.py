@@ -11,7 +11,7 @@ from evspan.pipeline.benchmark.operations import Operations, count_operations
 from evspan.pipeline.benchmark.timing import Spread, synchronize
 from evspan.pipeline.data.datasets import Dataset, RecordingData
 from evspan.pipeline.inference.streaming import evaluate_split
-from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.inference.trained_detector import TrainedDetector
 from evspan.pipeline.model.state import DetectorState
 from torch import Tensor
 
@@ -42,7 +42,7 @@ class StreamingMeasurement:
 
 @torch.inference_mode()
 def measure_streaming(
-    detector: Detector,
+    detector: TrainedDetector,
     data: Dataset,
     *,
     device: torch.device,
@@ -52,16 +52,14 @@ def measure_streaming(
     """Runs the first frames of a recording one by one.
 
     Args:
-        detector: in eval mode, on `device`.
+        detector: on `device`.
         seconds: for both measurements together, after at least FEWEST_FRAMES frames of each.
         confidence_threshold: of NMS; None: the one that CANDIDATES predictions of a frame pass, as
             the scores of an untrained detector say nothing.
     """
     recording = data.recordings[0]
     stored = torch.from_numpy(recording.read(0, min(FRAMES, recording.frames)))
-    state = detector.initial_state(
-        1, data.height, data.width, device=device, dtype=next(detector.parameters()).dtype
-    )
+    state = detector.initial_state(1, data.height, data.width)
     warm = list(islice(_endless(stored), WARM_UP_FRAMES))
     for frame in warm:
         decoded, state = detector.step(frame.to(device), state)
@@ -133,7 +131,7 @@ class EvaluationMeasurement:
 
 
 def measure_evaluation(
-    detector: Detector,
+    detector: TrainedDetector,
     data: Dataset,
     config: EvaluationConfig,
     *,
@@ -143,7 +141,7 @@ def measure_evaluation(
     """Evaluates the beginning of the first recordings: one chunk to warm up, then more.
 
     Args:
-        detector: in eval mode, on `device`.
+        detector: on `device`.
         seconds: how long it may take; at least one chunk is measured.
     """
     lanes = min(config.batch_size, len(data.recordings))

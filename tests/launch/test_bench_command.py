@@ -14,6 +14,13 @@ from evspan.launch.cli.main import main
 STEPS, LANES, FRAMES = 3, 2, 2
 
 
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    """No variables of torchrun or SLURM from another test."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_all_measurements_of_a_micro_config(tmp_path):

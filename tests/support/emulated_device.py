@@ -799,6 +799,10 @@ def is_supported() -> bool:
     return hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 
+if is_supported():  # before any backward pass of this process: autograd counts devices once
+    _register()
+
+
 @contextmanager
 def emulated_gpu(*, world: int = 1, rank: int = 0, values: bool = True) -> Iterator[Emulation]:
     """An emulated GPU as rank `rank` of a world whose other ranks are fake.
