@@ -787,6 +787,9 @@ def _register() -> None:
     from torch.utils import backend_registration
 
     backend_registration._setup_privateuseone_for_python_backend(BACKEND)
+    # torch.utils.checkpoint asks every backend that is registered, also for tensors on a CPU.
+    half = [torch.bfloat16, torch.float16]
+    getattr(torch, BACKEND).get_amp_supported_dtype = lambda: half
     foreach_types = importlib.import_module("torch.optim.optimizer")._foreach_supported_types
     foreach_types.append(EmulatedTensor)
     _registered.append(BACKEND)
