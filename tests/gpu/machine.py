@@ -1,4 +1,4 @@
-"""Makes the checkout importable as `evspan` where it is not installed, and describes the machine."""
+"""Makes the checkout importable as `evspan`, and describes the machine."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("deepspeed", "hdf5plugin", "hotcoco", "onnx", "onnxruntime", "onnxscript")
 
 # h5py reads shards without the filters of hdf5plugin (a 46 MB package), but our modules import it.
-HDF5PLUGIN = '''"""Stands for the package hdf5plugin, which is not installed: every filter is a no-op."""
+HDF5PLUGIN = '''"""Stands for the package hdf5plugin: every filter is a no-op."""
 
 
 class _Filter(dict):

@@ -1,30 +1,14 @@
 """Times work on a device, and counts what it launches, copies and waits for."""
 
 import time
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 
 import torch
+from evspan.pipeline.benchmark.operations import Operations, count_operations
+from evspan.pipeline.benchmark.timing import synchronize
 from torch import Tensor
-
-LAUNCHES = (
-    "cudaLaunchKernel",
-    "cudaLaunchKernelExC",
-    "cuLaunchKernel",
-    "cuLaunchKernelEx",
-    "cudaGraphLaunch",
-    "cudaMemsetAsync",
-)
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def seconds(
@@ -43,55 +27,23 @@ def seconds(
     return median(times)
 
 
-def counts(work: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Launches, copies, waits and busy milliseconds of a GPU; on a CPU operators and waits."""
-    if device.type != "cuda":
-        from support.dispatched import Dispatched
+def counts(work: Callable[[], object], device: torch.device) -> dict[str, float | str]:
+    """What one run of `work` asks of the device, as values of a row."""
+    return row_values(count_operations(work, device))
 
-        with Dispatched() as dispatched:
-            work()
-        return {
-            "launches": dispatched.operators.total(),
-            "waits": dispatched.waits.total(),
-        }
-    from torch.profiler import ProfilerActivity, profile
 
-    synchronize(device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        work()
-        synchronize(device)
-    calls: Counter[str] = Counter()
-    busy_us = 0.0
-    for event in profiler.key_averages():
-        calls[event.key] += event.count
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            busy_us += event.self_device_time_total
-    own_synchronize = 1
-    return {
-        "launches": sum(calls[name] for name in LAUNCHES),
-        "copies": calls["cudaMemcpyAsync"],
-        "waits": calls["cudaStreamSynchronize"]
-        + calls["cudaEventSynchronize"]
-        + max(0, calls["cudaDeviceSynchronize"] - own_synchronize),
-        "kernel_ms": busy_us / 1000,
+def row_values(operations: Operations) -> dict[str, float | str]:
+    """Counted operations as values of a row."""
+    values: dict[str, float | str] = {
+        "launches": operations.launches,
+        "copies": operations.copies,
+        "waits": operations.waits,
+        "busy_ms": operations.busy_ms,
+        "in_products": operations.product_fraction,
     }
-
-
-def wait_places(work: Callable[[], object]) -> dict[str, int]:
-    """Where the host waits for the GPU: "file:line" -> times, the ten most frequent."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    places = Counter(
-        f"{Path(warning.filename).name}:{warning.lineno}"
-        for warning in caught
-        if "ynchroniz" in str(warning.message)
-    )
-    return dict(places.most_common(10))
+    if operations.wait_places:
+        values["waits_at"] = str(dict(operations.wait_places))
+    return values
 
 
 @contextmanager

@@ -6,11 +6,11 @@ The last line of its output is RESULT and a JSON object.
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from evspan.conf.schema.training import (
     TrainConfig,
     TrainingConfig,
 )
+from evspan.pipeline.data.device_batches import device_batches, encodes_for
 from gpu import measure, models
 from gpu.simulated import dataset_config
 
@@ -89,44 +90,40 @@ class Settings:
 # -- steps -------------------------------------------------------------------------------------
 def steps(settings: Settings) -> dict[str, Any]:
     """Steps through the trainer as `evspan train` does, then saves a checkpoint."""
+    from evspan.conf.errors import ConfigError
+    from evspan.pipeline.benchmark.peaks import device_peak
+    from evspan.pipeline.benchmark.step import measure_steps
     from evspan.pipeline.engine.trainer import Trainer
     from evspan.pipeline.parallel.world import open_world
 
     config = settings.train_config()
     with open_world(config.parallel) as world:
         trainer = Trainer(config, world)
-        runner = _Steps(trainer)
         try:
-            for _ in range(3):
-                runner.step()
-            measure.reset_peak(world.device)
-            seconds = []
-            for _ in range(settings.steps):
-                measure.synchronize(world.device)
-                started = time.perf_counter()
-                runner.step()
-                measure.synchronize(world.device)
-                seconds.append(time.perf_counter() - started)
-            counted = measure.counts(runner.step, world.device)
-            places = {}
-            if world.device.type == "cuda":
-                places = measure.wait_places(runner.step)
-            losses = runner.losses()
+            measured = measure_steps(trainer, steps=settings.steps, seconds=30)
+            runner = _Steps(trainer)
+            runner.step()
+            (loss,) = runner.losses()
             trainer._save()
         finally:
             trainer.close()
-    step_s = median(seconds)
     result = {
-        "ms": 1e3 * step_s,
-        "frames_per_s": settings.lanes * settings.frames / step_s,
-        "gib": measure.peak_gib(world.device),
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "finite": all(loss == loss and abs(loss) != float("inf") for loss in losses),
-        **counted,
+        "ms": measured.step.median,
+        "host_ms": measured.host_ms,
+        "frames_per_s": measured.frames_per_s,
+        "gib": measured.peak_bytes / 2**30,
+        "loss": loss,
+        "finite": math.isfinite(loss),
+        **measure.row_values(measured.operations),
     }
-    if places:
-        result["waits_at"] = str(places)
+    for name, spread in measured.parts.items():
+        result[name.replace(" ", "_").replace(",", "") + "_ms"] = spread.median
+    if world.device.type == "cuda":
+        try:
+            peak = device_peak(world.device, Precision[settings.precision])
+            result["mfu"] = measured.flops_per_s / peak.flops
+        except ConfigError:
+            result["mfu"] = -1.0
     return result
 
 
@@ -187,17 +184,18 @@ class _Steps:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.batches = trainer.loader.batches(0)
+        device = trainer.world.device
+        loaded = trainer.loader.batches(0, encoded=encodes_for(device))
+        self.batches = device_batches(loaded, device)
         self.reports: list[Any] = []
 
     def step(self) -> None:
-        """One step; its loss stays where it is."""
-        batch = next(self.batches).to(self.trainer.world.device)
-        self.reports.append(self.trainer.micro_batch(batch))
+        """One step; its loss stays on the device."""
+        self.reports.append(self.trainer.micro_batch(next(self.batches)))
 
     def losses(self) -> list[float]:
         """The losses of all steps so far."""
-        return [float(report.losses.total) for report in self.reports]
+        return [report.losses.total for report in self.reports]
 
 
 # -- learning ----------------------------------------------------------------------------------

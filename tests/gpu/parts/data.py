@@ -1,15 +1,11 @@
 """The way of frames to the device: loader, copy, expansion there."""
 
-import os
-
-import numpy as np
 import torch
 from evspan.conf.schema.training import AugmentationConfig, TrainingConfig
-from evspan.pipeline.benchmark.loading import measure_loader
+from evspan.pipeline.benchmark.loading import measure_loader, usable_cores
 from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.data.loader import Loader
 from evspan.pipeline.data.plan import SamplingPlan
-
 from gpu import measure
 from gpu.simulated import dataset_config
 
@@ -56,7 +52,7 @@ def _expansion(context, loader):
     context.report.compared(
         "data",
         "expansion on the device equals the CPU's frames",
-        all(equal),
+        all(equal) and bool(dense.frames.any()),
         expand_ms=1e3 * expand_s,
         copy_ms=1e3 * copy_s,
         frames_per_s=num_frames / (copy_s + expand_s),
@@ -65,17 +61,12 @@ def _expansion(context, loader):
         dense_copy_ms=1e3 * dense_s,
         **counted,
     )
-    empty = np.count_nonzero(dense.frames.numpy()) == 0
-    if empty:
-        context.report.failed("data", "frames", "the simulated frames are all empty")
 
 
 def _threads(context, loader):
-    cores = len(os.sched_getaffinity(0))
-    numbers = [1] if context.tiny else [n for n in (1, 2, 4, 8, 12) if n <= cores]
+    numbers = [1] if context.tiny else [n for n in (1, 2, 4, 8, 12) if n <= usable_cores()]
     seconds = 0.5 if context.tiny else 2.0 * len(numbers)
-    for encoded in (True, False):
-        kind = "encoded" if encoded else "dense"
-        for speed in measure_loader(loader, seconds=seconds, threads=numbers, encoded=encoded):
-            label = f"loader, {kind}, {speed.threads} threads"
+    for kind, device in (("encoded", torch.device("cuda")), ("dense", torch.device("cpu"))):
+        for speed in measure_loader(loader, device=device, seconds=seconds, threads=numbers):
+            label = f"loader, {kind} frames, {speed.threads} threads"
             context.report.measured("data", label, frames_per_s=speed.frames_per_s)

@@ -10,12 +10,12 @@ def run(context):
     """Adds the rows."""
     small = context.datasets["small"]
     cases = [
-        {"precision": "fp32"},
         {"precision": "bf16"},
         {"precision": "fp32", "engine": "plain"},
     ]
     if not context.tiny:
         cases += [
+            {"precision": "fp32"},
             {"precision": "bf16", "engine": "plain"},
             {"precision": "fp32", "stage": 0},
             {"precision": "bf16", "stage": 3},

@@ -8,6 +8,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from evspan.pipeline.benchmark.timing import synchronize
 from gpu import measure
 
 CELLS_OF_STAGE_1 = 96 * 160
@@ -89,7 +90,7 @@ def _torch_attention(context, windows, dtype):
         shape = (windows, 2, 60, 32)
         q = torch.randn(shape, device=context.device, dtype=dtype, requires_grad=True)
         F.scaled_dot_product_attention(q, q, q).float().sum().backward()
-        measure.synchronize(context.device)
+        synchronize(context.device)
     except RuntimeError as failure:
         context.report.measured("kernels", label, refused=measure.error_text(failure))
         return

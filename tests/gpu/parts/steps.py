@@ -5,6 +5,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from evspan.conf.errors import ConfigError
+from evspan.conf.schema.training import Precision
+from evspan.pipeline.benchmark.flops import detector_flops
+from evspan.pipeline.benchmark.peaks import device_peak
+from evspan.pipeline.benchmark.timing import synchronize
 from evspan.pipeline.model.backbone import Execution
 from evspan.pipeline.model.detector import Detector
 from gpu import measure, models
@@ -19,21 +24,23 @@ class Case(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How a step is computed. autocast: float32 weights, as training in fp16 has them."""
+    """How a step is computed. precision: of training."""
 
     name: str
-    dtype: torch.dtype
-    tf32: bool = False
-    autocast: bool = False
+    precision: Precision
     compiled: bool = False
+
+    @property
+    def dtype(self):
+        """Of the weights."""
+        return torch.bfloat16 if self.precision is Precision.bf16 else torch.float32
 
 
 WAYS = (
-    Way("fp32", torch.float32),
-    Way("tf32", torch.float32, tf32=True),
-    Way("bf16", torch.bfloat16, tf32=True),
-    Way("fp16", torch.float16, tf32=True, autocast=True),
-    Way("bf16, compiled", torch.bfloat16, tf32=True, compiled=True),
+    Way("fp32", Precision.fp32),
+    Way("tf32", Precision.tf32),
+    Way("bf16", Precision.bf16),
+    Way("bf16, compiled", Precision.bf16, compiled=True),
 )
 FRAME_SIZE = (360, 640)
 TINY_FRAME_SIZE = (96, 160)
@@ -75,21 +82,17 @@ def _ours(context, case, way, inputs):
         execution = Execution(compile=way.compiled)
         model = Detector(models.model_config(case.size), models.CHANNELS, execution=execution)
         model.to(device)
-        if way.dtype != torch.float32 and not way.autocast:
+        if way.precision is Precision.bf16:
             models.cast(model, way.dtype)
         model.train()
-        with measure.tf32(way.tf32):
-            step = partial(_step, model, inputs, way)
+        with measure.tf32(way.precision is not Precision.fp32):
+            step = partial(_step, model, inputs, way.dtype)
             started = time.perf_counter()
             step()
-            measure.synchronize(device)
+            synchronize(device)
             first = time.perf_counter() - started
             seconds = measure.seconds(step, device, repeats=2 if context.tiny else 8)
             counted = measure.counts(step, device)
-            places = {}
-            if context.on_gpu and way.name == "bf16":
-                places = measure.wait_places(step)
-        flops = _flops(model, inputs, way, device)
     except RuntimeError as error:  # also out of memory
         context.report.failed("steps", label, error)
         return
@@ -100,39 +103,23 @@ def _ours(context, case, way, inputs):
         "gib": measure.peak_gib(device),
         **counted,
     }
-    peak = device_peak(context, way)
-    if peak and flops:
-        values["mfu"] = flops / seconds / peak
-    if places:
-        values["waits_at"] = str(places)
+    if context.on_gpu:
+        values["mfu"] = _mfu(model, inputs, way.precision, seconds)
     context.report.measured("steps", label, **values)
 
 
-def _step(model, inputs, way):
+def _step(model, inputs, dtype):
     model.zero_grad(set_to_none=True)
-    device = inputs.frames.device
-    state_dtype = torch.float32 if way.autocast else way.dtype
-    with torch.autocast(device.type, dtype=way.dtype, enabled=way.autocast):
-        loss = models.total_loss(model, inputs, state_dtype)
-    loss.backward()
+    models.total_loss(model, inputs, dtype).backward()
 
 
-def _flops(model, inputs, way, device):
-    """FLOPs of a step, counted by torch with its formulas for products, attention and LSTM."""
-    if way.compiled:
-        return 0
-    from evspan.pipeline.benchmark.flops import count_flops
-
-    return count_flops(partial(_step, model, inputs, way)).total
-
-
-def device_peak(context, way):
-    """FLOP/s of the device in the precision of `way`; 0 if it is not in the table."""
-    if not context.on_gpu:
-        return 0
-    from evspan.pipeline.benchmark.peaks import device_peak_flops
-
-    return device_peak_flops(torch.cuda.get_device_name(), way.dtype, tf32=way.tf32) or 0
+def _mfu(model, inputs, precision, seconds):
+    """Fraction of the GPU's peak; -1 if that is not known."""
+    flops = detector_flops(model.config, inputs.frames.shape, inputs.labelled).total
+    try:
+        return flops / seconds / device_peak(inputs.frames.device, precision).flops
+    except ConfigError:
+        return -1.0
 
 
 def _frame_by_frame(context, case, use_tf32, inputs):

@@ -1,0 +1,123 @@
+"""The GPU check itself: its parts run on a CPU, a failed one ends with exit code 1, missing packages are named."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gpu import check, machine
+from gpu.report import FAILED, SKIPPED, Report
+
+CHECK = Path(check.__file__)
+# ONNX and two ranks have tests of their own, which compare more: test_export_model, test_layouts.
+PARTS = [name for name in check.PARTS if name not in ("export", "pair")]
+
+
+def run_check(tmp_path, *arguments, **options):
+    return subprocess.run(
+        [sys.executable, str(CHECK), "--output", str(tmp_path / "results"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        **options,
+    )
+
+
+@pytest.mark.slow
+def test_every_part_passes_on_a_cpu(tmp_path, parity_dir):
+    result = run_check(
+        tmp_path,
+        "--device",
+        "cpu",
+        "--tiny",
+        "--parity",
+        str(parity_dir),
+        "--only",
+        *PARTS,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    results = json.loads((tmp_path / "results" / "gpu_check.json").read_text())
+    parts = {row["part"] for row in results["rows"]}
+    assert parts == set(PARTS)
+    assert {row["name"] for row in results["rows"] if row["status"] == SKIPPED} == {
+        "CUDA graphs, micro, fp32"
+    }
+    assert results["machine"]["torch"]
+    (steps,) = [
+        row
+        for row in results["rows"]
+        if row["name"].endswith("T = 2, fp32") and "frame" not in row["name"]
+    ]
+    assert steps["values"]["frames_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_without_a_gpu_one_line_names_the_remedy(tmp_path):
+    result = run_check(tmp_path, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""}, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: torch ") and result.stderr.count("\n") == 1
+    assert "--device cpu --tiny" in result.stderr
+
+
+def test_a_part_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    class Part:
+        def __init__(self, name):
+            self.name = name
+
+        def run(self, context):
+            ran.append(self.name)
+            if self.name == "kernels":
+                raise ValueError("of all things")
+            if self.name == "parity":
+                raise ModuleNotFoundError("No module named 'hotcoco'", name="hotcoco")
+
+    monkeypatch.setattr(
+        check.importlib, "import_module", lambda name: Part(name.rpartition(".")[2])
+    )
+    report = Report(60, tmp_path, {})
+    context = check.Context("cpu", True, tmp_path, tmp_path, report, ["hotcoco"], {})
+    check.run_parts(["kernels", "parity", "gradients"], context)
+    assert ran == ["kernels", "parity", "gradients"]
+    assert [(row.part, row.status) for row in report.rows] == [
+        ("kernels", FAILED),
+        ("parity", SKIPPED),
+    ]
+    assert "of all things" in report.rows[0].reason
+    assert report.rows[1].reason == "package hotcoco is not installed"
+    assert not check.print_summary(report)
+    assert "2 rows: 1 failed, 1 skipped" in capsys.readouterr().out
+
+
+def test_a_part_without_enough_time_is_skipped(tmp_path):
+    report = Report(5, tmp_path, {})
+    context = check.Context("cpu", False, tmp_path, tmp_path, report, [], {})
+    check.run_parts(["engine"], context)
+    assert [row.status for row in report.rows] == [SKIPPED]
+
+
+def test_a_missing_hdf5plugin_is_replaced(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name in ("hdf5plugin", "evspan") else found(name),
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "before")
+    assert machine.prepare_imports(tmp_path) == ["hdf5plugin"]
+    assert (tmp_path / "evspan" / "pipeline").is_dir()
+    code = "import hdf5plugin; print(dict(**hdf5plugin.Blosc(cname='zstd')), hdf5plugin.Zstd())"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert result.stdout == "{} {}\n"
