@@ -1,17 +1,18 @@
 """Frames that travel encoded: expanded by torch operators, they equal those of the numpy path."""
 
 import math
-from itertools import chain, islice
+from itertools import chain, count, islice
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from evspan.conf.errors import ShardError
-from evspan.conf.schema.prep import DatasetConfig, DatasetKind
+from evspan.conf.schema.prep import DatasetConfig, DatasetKind, DownsampleBy, FrameConfig
 from evspan.conf.schema.training import AugmentationConfig, Sampling, TrainingConfig
 from evspan.data_prep.frames import codec
 from evspan.data_prep.frames.codec import decode_frames, measure_frames
+from evspan.data_prep.frames.histogram import frames_of
 from evspan.pipeline.data.augment import Augmentation, augment_frames, decode_augmented
 from evspan.pipeline.data.datasets import FrameCodes, encode_frames, open_dataset
 from evspan.pipeline.data.device_batches import device_batches, encodes_for
@@ -22,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.emulated_device import emulated_gpu, is_supported
 from support.rvt_tree import write_rvt_tree
+from support.slow_frames import GivenRecording, random_events
 from support.small_shards import CLASSES, write_small_shards
 
 SHARD_FRAMES = {"train": [23, 12, 9]}
@@ -88,6 +90,27 @@ def test_every_augmentation_equals_the_numpy_path(name, size):
     assert result.dtype == torch.uint8
     assert result.is_contiguous()
     np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("by", DownsampleBy)
+@pytest.mark.parametrize("downsample", [1, 2, 4])
+@pytest.mark.parametrize("name", ["none", "flip and zoom in"])
+def test_frames_of_events_at_every_resolution(downsample, by, name):
+    """From events on, at a cutoff that a byte just holds; sizes that 2 and 4 do not divide."""
+    config = FrameConfig(bins=3, cutoff=255, downsample=downsample, downsample_by=by)
+    events = random_events(
+        np.random.default_rng(8), 30_000, first=7, last=149_000, height=21, width=35
+    )
+    # Two pixels saturate: those that `nearest` keeps at half and at a quarter resolution.
+    events.x[::3], events.y[::3] = 21, 13
+    events.x[1::3], events.y[1::3] = 22, 14
+    recording = GivenRecording(events, 21, 35, None)
+    windows = frames_of(recording, lambda first: count(first + 50_000, 50_000), config)
+    frames = np.stack([frame for _, frame in windows])
+    assert frames.max() == 255
+    shape = (len(frames), 1, *frames.shape[1:])
+    result = expanded([encode_frames(frames)], [AUGMENTATIONS[name]], shape)
+    np.testing.assert_array_equal(result[:, 0], augmented(frames, AUGMENTATIONS[name]))
 
 
 CASES = {
