@@ -89,7 +89,12 @@ class StreamingDetector:
 
     def _advance(self, frames: Tensor) -> Tensor:
         """Frames on the device -> decoded predictions. For CUDA graphs the state stays in place."""
-        raw, after = self.detector(frames, self._state)
+        labelled: Tensor | None = None
+        if frames.is_cpu and not self.options.cuda_graphs:
+            # The path of evaluation, bit for bit. It selects frames by index; without an index, as
+            # a graph requires, a CPU rounds differently.
+            labelled = torch.ones(frames.shape[:2], dtype=torch.bool)
+        raw, after = self.detector(frames, self._state, labelled=labelled)
         if self.options.cuda_graphs:
             overwrite(self._state, after)
         else:
