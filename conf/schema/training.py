@@ -24,6 +24,13 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class EngineKind(Enum):
+    """What sums gradients over ranks and updates the weights."""
+
+    deepspeed = "deepspeed"
+    plain = "plain"  # torch alone; every rank has Adam's whole state
+
+
 class Sampling(Enum):
     """How chunks are chosen."""
 
@@ -212,6 +219,7 @@ class TrainingConfig:
     gradient_accumulation_steps: int = 1  # micro-batches per step
     sampling: Sampling = Sampling.mixed
     precision: Precision = Precision.auto
+    engine: EngineKind = EngineKind.deepspeed
     gradient_clipping: float = 1.0  # global L2 norm; 0: off
     # Frames (over the rank's lanes) per call of the backbone's spatial part; 0: the whole chunk.
     frames_per_call: int = 0
@@ -476,6 +484,13 @@ class TrainConfig:
             batch_size=self.training.batch_size,
         )
         chosen_exchange(self.parallel.exchange, dws_conv=self.model.backbone.dws_conv)
+        offloads = self.deepspeed.offload_optimizer or self.deepspeed.offload_parameters
+        require(
+            self.training.engine is EngineKind.deepspeed
+            or (self.deepspeed.stage <= 1 and not offloads),
+            "training.engine=plain partitions and offloads nothing; set deepspeed.stage=0, or "
+            "training.engine=deepspeed",
+        )
 
 
 @dataclass(kw_only=True)

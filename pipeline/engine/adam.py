@@ -8,6 +8,8 @@ import torch
 from evspan.conf.schema.training import OptimizerConfig, Schedule
 from torch import Tensor, nn
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's averages; also the names in a checkpoint
+
 
 class Update(NamedTuple):
     """The result of one optimizer step, on the device.

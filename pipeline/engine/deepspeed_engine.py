@@ -19,6 +19,7 @@ from evspan.pipeline.engine.adam import (
 )
 from evspan.pipeline.engine.gradient_gate import GradientGate
 from evspan.pipeline.engine.optimizer_state import OptimizerState
+from evspan.pipeline.engine.training_engine import consolidated_state
 from evspan.pipeline.parallel.world import World
 from torch import Tensor, nn
 
@@ -185,17 +186,7 @@ class DeepSpeedEngine:
         Weights are the float32 ones that the optimizer updates; other floating tensors are cast to
         float32.
         """
-        weights = self.optimizer_state.weights()
-        state = {}
-        for name, tensor in self.module.state_dict().items():
-            if name in weights:
-                state[name] = weights[name]
-            else:
-                tensor = tensor.detach()
-                if tensor.is_floating_point():
-                    tensor = tensor.float()
-                state[name] = tensor.cpu().clone()
-        return state
+        return consolidated_state(self.module, self.optimizer_state.weights())
 
     def load_state(
         self, tensors: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, Any]

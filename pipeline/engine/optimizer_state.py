@@ -5,12 +5,10 @@ from typing import Any, cast
 
 import torch
 from evspan.pipeline.engine import deepspeed_adapter as adapter
-from evspan.pipeline.engine.adam import LearningRateSchedule, SkippableAdamW
+from evspan.pipeline.engine.adam import MOMENTS, LearningRateSchedule, SkippableAdamW
 from evspan.pipeline.parallel.reductions import sum_over_ranks
 from evspan.pipeline.parallel.world import World
 from torch import Tensor, nn
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class OptimizerState:

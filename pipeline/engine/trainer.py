@@ -24,7 +24,6 @@ from evspan.pipeline.engine.checkpoints import (
     check_continues,
     load_snapshot,
 )
-from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from evspan.pipeline.engine.evaluator import describe_evaluation, evaluate_weights, write_results
 from evspan.pipeline.engine.oom import explain_out_of_memory
 from evspan.pipeline.engine.precision import resolve_precision, set_float32_kernels
@@ -41,6 +40,7 @@ from evspan.pipeline.engine.step_report import (
     StepValues,
     ThroughputMeter,
 )
+from evspan.pipeline.engine.training_engine import TrainingEngine, engine_class
 from evspan.pipeline.evaluation.coco import Metrics
 from evspan.pipeline.history import append, record_first_step, record_start, write_progress
 from evspan.pipeline.inference.trained_detector import load_tensors
@@ -123,7 +123,7 @@ class Trainer:
     weights, moments and counters nor running statistics, and resets the recurrent state.
 
     Args:
-        engine: the class that steps the model.
+        engine: the class that steps the model; None: the one that the config names.
         on_step: is called on every rank after each optimizer step, before the step is logged, saved
             or evaluated; the host waits for the step then. To end the run after the next step, it
             requests that of the `StopFlag` which `run` was called with.
@@ -135,7 +135,7 @@ class Trainer:
         self,
         config: TrainConfig,
         world: World,
-        engine: type[DeepSpeedEngine] = DeepSpeedEngine,
+        engine: type[TrainingEngine] | None = None,
         *,
         on_step: StepCallback | None = None,
         gradient_steps: Container[int] = (),
@@ -171,6 +171,7 @@ class Trainer:
         detector = _build_detector(
             config, self.dataset.channels, self.exchange, self.mesh, world.device
         )
+        engine = engine or engine_class(config)
         self.engine = engine(detector, config, world, lanes=len(self.lanes))
         self.statistics = RunningStatistics(self.engine.module)
         self.state = self._zero_state()

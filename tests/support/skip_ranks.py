@@ -1,4 +1,4 @@
-"""A rank that steps a small network and skips some micro-batches, in DeepSpeed and in torch.
+"""A rank that steps a small network and skips some micro-batches, in every engine and in plain torch.
 
 python -m skip_ranks FOLDER    with torchrun's variables
 
@@ -18,8 +18,9 @@ from evspan.conf.schema.training import (
     TrainingConfig,
 )
 from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
+from evspan.pipeline.engine.plain_engine import PlainEngine
 from evspan.pipeline.parallel.world import open_world
-from support.plain_engine import PlainEngine
+from support.plain_engine import PlainEngine as OracleEngine
 from torch import nn
 
 ACCUMULATION = 3
@@ -32,7 +33,8 @@ PATTERNS = [
     "--- +++",
     "+++ --- ++-",
 ]  # -: skipped
-STAGES = (None, 0, 1, 2, 3)  # None: plain torch
+PLAIN = "plain engine"
+STAGES = (None, PLAIN, 0, 1, 2, 3)  # of ZeRO; None: the oracle
 
 
 def stepped(stage, pattern, world) -> dict[str, torch.Tensor]:
@@ -47,10 +49,11 @@ def stepped(stage, pattern, world) -> dict[str, torch.Tensor]:
             gradient_clipping=0.5,
         ),
         optimizer=OptimizerConfig(lr=1e-2),
-        deepspeed=DeepSpeedConfig(stage=stage or 0),
+        deepspeed=DeepSpeedConfig(stage=stage if isinstance(stage, int) else 0),
         parallel=ParallelConfig(ranks=world.size),
     )
-    engine = (PlainEngine if stage is None else DeepSpeedEngine)(model, config, world, lanes=1)
+    classes = {None: OracleEngine, PLAIN: PlainEngine}
+    engine = classes.get(stage, DeepSpeedEngine)(model, config, world, lanes=1)
     for number, sign in enumerate(pattern.replace(" ", "")):
         torch.manual_seed(100 * number + world.rank)
         loss = engine(torch.randn(4, 5)).pow(2).sum()

@@ -1,0 +1,105 @@
+"""What the trainer needs of an engine, and the engine that a config chooses."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from evspan.conf.schema.training import EngineKind, TrainConfig
+from evspan.pipeline.engine.adam import Update
+from evspan.pipeline.parallel.world import World
+from torch import Tensor, nn
+
+
+class OptimizerStateOfEngine(Protocol):
+    """Adam's state between steps, independent of ranks and engine."""
+
+    def moments(self, *, keep: bool) -> dict[str, Tensor]:
+        """exp_avg/NAME and exp_avg_sq/NAME, float32 on the CPU. A collective. keep: else {}."""
+
+    def counters(self) -> dict[str, Any]:
+        """Numbers of updates, as JSON values."""
+
+
+class TrainingEngine(Protocol):
+    """Forward, backward, step, save and load of a model on all ranks.
+
+    All ranks make the same calls in the same order. The loss that `backward` receives is (local sum
+    / global count) x world size.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, world: World, *, lanes: int) -> None:
+        """lanes: of this rank, in a micro-batch."""
+
+    @property
+    def optimizer_state(self) -> OptimizerStateOfEngine:
+        """Adam's state."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model computes."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first parameter group, for the next update."""
+
+    @property
+    def updates_next(self) -> bool:
+        """Whether the next `step` is the last one of an accumulation."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+
+    def train(self) -> None:
+        """Sets the model to training mode."""
+
+    def backward(self, loss: Tensor, counts: Tensor) -> None:
+        """Adds the gradients of a micro-batch. counts: () bool; False adds nothing."""
+
+    def step(self) -> Update | None:
+        """Counts a micro-batch; clips and updates after the last one of an accumulation."""
+
+    def advance(self) -> None:
+        """Advances the schedule. The caller knows by then that the last update was applied."""
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Gradients since the last update over all ranks, by name. A collective."""
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Copies of all weights and buffers, float32, on the CPU of every rank. A collective."""
+
+    def load_state(
+        self, tensors: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, Any]
+    ) -> None:
+        """The inverse of `full_state` and of the optimizer state's `moments` and `counters`."""
+
+    def close(self) -> None:
+        """So that this process can train another model."""
+
+
+def engine_class(config: TrainConfig) -> type[TrainingEngine]:
+    """The class that `training.engine` names. DeepSpeed is imported only if it is used."""
+    if config.training.engine is EngineKind.plain:
+        from evspan.pipeline.engine.plain_engine import PlainEngine
+
+        return PlainEngine
+    from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine
+
+
+def consolidated_state(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The module's state on the CPU: `weights` where they have a name, else a float32 copy."""
+    state = {}
+    for name, tensor in module.state_dict().items():
+        if name in weights:
+            state[name] = weights[name]
+        else:
+            tensor = tensor.detach()
+            if tensor.is_floating_point():
+                tensor = tensor.float()
+            state[name] = tensor.cpu().clone()
+    return state
