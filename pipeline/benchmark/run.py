@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from evspan.conf.presets import size_of
 from evspan.conf.schema.benchmark import BenchConfig, check_one_rank
+from evspan.conf.schema.training import EngineKind
 from evspan.conf.text import plural
 from evspan.pipeline.benchmark.limits import Limit, StepBalance, limiting_resource
 from evspan.pipeline.benchmark.loading import (
@@ -107,8 +108,8 @@ def run_benchmark(config: BenchConfig) -> BenchmarkResult:
     check_one_rank(config)
     with TemporaryDirectory(prefix="evspan-bench-") as name, open_world(config.parallel) as world:
         folder = Path(name)
-        precision = resolve_precision(config, world, saved=None).training.precision
-        peak = device_peak(world.device, precision, config.bench.peak_tflops)
+        config = resolve_precision(config, world, None)
+        peak = device_peak(world.device, config.training.precision, config.bench.peak_tflops)
         prepared = _without_run(config, folder)
         with explain_out_of_memory(prepared, world):
             trainer = Trainer(prepared, world)
@@ -219,6 +220,12 @@ def _balance(
     )
 
 
+def _engine(config: BenchConfig) -> str:
+    if config.training.engine is EngineKind.plain:
+        return "plain"
+    return f"ZeRO-{config.deepspeed.stage}"
+
+
 def _setting(trainer: Trainer, config: BenchConfig, detector: TrainedDetector) -> Setting:
     data = trainer.dataset
     root = Path(config.dataset.root)
@@ -238,5 +245,5 @@ def _setting(trainer: Trainer, config: BenchConfig, detector: TrainedDetector) -
         sequence_length=config.training.sequence_length,
         frame=(data.channels, data.height, data.width),
         parameters=sum(p.numel() for p in detector.parameters()),
-        engine=f"ZeRO-{config.deepspeed.stage}",
+        engine=_engine(config),
     )

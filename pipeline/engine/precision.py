@@ -1,14 +1,17 @@
 """The number format of training, and torch's switches for it."""
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from evspan.conf.schema.training import Precision, TrainConfig
 from evspan.pipeline.parallel.reductions import gather_objects
 from evspan.pipeline.parallel.world import World
 
+Config = TypeVar("Config", bound=TrainConfig)
 
-def resolve_precision(config: TrainConfig, world: World, saved: str | None) -> TrainConfig:
+
+def resolve_precision(config: Config, world: World, saved: str | None) -> Config:
     """The config with a precision in place of `auto`. A collective.
 
     `auto` is the precision of the checkpoint that the run continues, on whatever machine. A run
