@@ -24,6 +24,7 @@ from evspan.pipeline.engine.checkpoints import (
     check_continues,
     load_snapshot,
 )
+from evspan.pipeline.engine.engines import engine_class
 from evspan.pipeline.engine.evaluator import describe_evaluation, evaluate_weights, write_results
 from evspan.pipeline.engine.oom import explain_out_of_memory
 from evspan.pipeline.engine.precision import resolve_precision, set_float32_kernels
@@ -40,7 +41,7 @@ from evspan.pipeline.engine.step_report import (
     StepValues,
     ThroughputMeter,
 )
-from evspan.pipeline.engine.training_engine import TrainingEngine, engine_class
+from evspan.pipeline.engine.training_engine import TrainingEngine
 from evspan.pipeline.evaluation.coco import Metrics
 from evspan.pipeline.history import append, record_first_step, record_start, write_progress
 from evspan.pipeline.inference.trained_detector import load_tensors

@@ -1,10 +1,10 @@
-"""What the trainer needs of an engine, and the engine that a config chooses."""
+"""What the trainer needs of an engine."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from evspan.conf.schema.training import EngineKind, TrainConfig
+from evspan.conf.schema.training import TrainConfig
 from evspan.pipeline.engine.adam import Update
 from evspan.pipeline.parallel.world import World
 from torch import Tensor, nn
@@ -78,17 +78,6 @@ class TrainingEngine(Protocol):
 
     def close(self) -> None:
         """So that this process can train another model."""
-
-
-def engine_class(config: TrainConfig) -> type[TrainingEngine]:
-    """The class that `training.engine` names. DeepSpeed is imported only if it is used."""
-    if config.training.engine is EngineKind.plain:
-        from evspan.pipeline.engine.plain_engine import PlainEngine
-
-        return PlainEngine
-    from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
-
-    return DeepSpeedEngine
 
 
 def consolidated_state(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
