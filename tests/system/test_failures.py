@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Event, Timer
 
 import pytest
 import torch
+import torch.distributed as dist
 from evspan.conf.schema.training import ParallelConfig, Precision, TrainConfig, TrainingConfig
 from evspan.pipeline.engine.oom import memory_options, out_of_memory
-from evspan.pipeline.parallel.heartbeat import Beat, _Heartbeats
+from evspan.pipeline.parallel import heartbeat
+from evspan.pipeline.parallel.heartbeat import LOST, Beat, _Heartbeats
 from evspan.pipeline.parallel.world import World
 from support.processes import alive, all_ready, eventually, pids
 from support.slurm_cluster import free_ports
@@ -109,6 +112,33 @@ def test_a_store_that_ended_with_rank_0_hides_no_rank_that_was_silent_before(mis
     message = heartbeats._message(beats=TIMEOUT_S)
     assert message.startswith(f"rank {named} (process {100 + named} on node)"), message
     assert "gone or stuck" in message
+
+
+@pytest.mark.parametrize(
+    ("backend", "status", "beats", "returns_early"),
+    [
+        ("gloo", "", 10, True),  # the other has read the error in its next beat
+        ("gloo", "", 9, False),
+        ("nccl", "", 10, False),  # NCCL aborts a rank that is alive when this one ends
+        ("nccl", LOST, 10, True),
+    ],
+)
+def test_a_failed_rank_waits_for_its_readers(monkeypatch, backend, status, beats, returns_early):
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.3)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    heartbeats = object.__new__(_Heartbeats)  # without its threads
+    heartbeats.rank, heartbeats.size = 0, 2
+    heartbeats.wake = Event()
+    heartbeats.status = "ValueError: of all things"
+    heartbeats.latest = [Beat("node", 100, 9, heartbeats.status), Beat("node", 101, 9)]
+    answer = Timer(0.05, lambda: setattr(heartbeats, "latest", [heartbeats.latest[0], other]))
+    other = Beat("node", 101, beats, status)
+    answer.start()
+    started_at = time.monotonic()
+    heartbeats.wait_for_others()
+    assert (time.monotonic() - started_at < 0.55) == returns_early
+    answer.join()
 
 
 def test_a_rank_that_is_alive_but_late_is_named(tmp_path):
@@ -353,7 +383,8 @@ def test_memory_options_start_from_the_config():
 
 
 def test_gpus_have_more_memory_options():
-    options = " ".join(memory_options(config(ranks=2, batch_size=2), world(2, "cuda")))
+    fp32 = config(ranks=2, batch_size=2, precision=Precision.fp32)
+    options = " ".join(memory_options(fp32, world(2, "cuda")))
     assert "training.precision=bf16" in options
     assert "deepspeed.offload_optimizer=true" in options
     assert "bf16" not in " ".join(
