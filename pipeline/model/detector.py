@@ -35,13 +35,21 @@ class LookBackRows(NamedTuple):
     last: Tensor
 
     def to(self, device: torch.device) -> "LookBackRows":
-        """A copy on `device`; the host does not wait for it."""
-        before = self.before
+        """A copy on `device`, made in one transfer that the host does not wait for."""
+        if device == self.needed.device:
+            return self
+        before = self.needed[:0] if self.before is None else self.before
+        sources = (self.needed, self.labelled, self.last, before)
+        packed = torch.cat([source.flatten() for source in sources])
+        if device.type == "cuda":
+            packed = packed.pin_memory()
+        packed = packed.to(device, non_blocking=True)
+        needed, labelled, last, flat = torch.split(packed, [source.numel() for source in sources])
         return LookBackRows(
-            needed=self.needed.to(device, non_blocking=True),
-            labelled=self.labelled.to(device, non_blocking=True),
-            before=None if before is None else before.to(device, non_blocking=True),
-            last=self.last.to(device, non_blocking=True),
+            needed=needed,
+            labelled=labelled,
+            before=None if self.before is None else flat.view(before.shape),
+            last=last,
         )
 
 
