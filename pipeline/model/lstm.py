@@ -98,6 +98,7 @@ def _fused_lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch's LSTM (oneDNN, cuDNN) over time, one sequence per cell: a fixed number of kernels.
 
+    In bfloat16 that needs torch 2.10 and cuDNN 9.13; torch steps through the frames otherwise.
     It runs on some cells at a time, all their frames: on CPU so that what oneDNN stores of them for
     backward stays in the cache, on a GPU no more than cuDNN takes.
 

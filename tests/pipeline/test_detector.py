@@ -3,7 +3,7 @@
 import pytest
 import torch
 from evspan.conf.schema.training import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
-from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.detector import Detector, look_back_rows
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.state import (
     DetectorState,
@@ -223,6 +223,20 @@ def test_the_host_waits_for_the_labelled_frames_alone(kind):
         ).total.backward()
     assert set(seen.waits) <= {"aten::nonzero"}
     assert seen.waits.total() <= 2
+
+
+@pytest.mark.parametrize("frames", [0, 2])
+def test_rows_move_to_a_device_as_they_are(frames):
+    labelled = torch.rand(4, LANES, generator=torch.Generator().manual_seed(0)) < 0.5
+    following = torch.ones(frames, LANES, dtype=torch.bool)
+    rows = look_back_rows(labelled, following, frames)
+    moved = rows.to(torch.device("meta"))
+    for here, there in zip(rows, moved, strict=True):
+        assert (there is None) == (here is None)
+        if here is not None:
+            assert there.is_meta
+            assert (there.shape, there.dtype) == (here.shape, here.dtype)
+    assert rows.to(torch.device("cpu")) is rows
 
 
 def test_turning_attention_on_changes_nothing_before_the_first_update():
