@@ -261,8 +261,8 @@ class Detector(nn.Module):
             nms_threshold: IoU threshold of the suppression; None: the model config's.
 
         Returns:
-            Per lane (k, 7): x1, y1, x2, y2 in pixels of the frames, objectness, class score, class
-            id; highest objectness * class score first. And the next state.
+            Per lane (k, 7) on the CPU: x1, y1, x2, y2 in pixels of the frames, objectness, class
+            score, class id; highest objectness * class score first. And the next state.
         """
         if confidence_threshold is None:
             confidence_threshold = self.config.postprocess.confidence_threshold
