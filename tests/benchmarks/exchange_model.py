@@ -191,6 +191,99 @@ def fraction_of_step(exchange: float, compute: float) -> float:
     return exchange / (exchange + compute)
 
 
+# -- all collectives of a step ---------------------------------------------------------------------
+SCALES = 3
+BLOCKS = {"tiny": 1, "small": 1, "base": 2}  # bottlenecks of a CSP layer
+COPY = 3e-6  # seconds of a small kernel, here a copy out of a gathered buffer. Assumed
+
+
+class Layout(NamedTuple):
+    """Ranks of a run. batch_norm: parallel.batch_norm, or "gathered" for the former lists."""
+
+    ranks: int
+    sequence: int
+    attention: bool
+    batch_norm: str
+
+
+class Step(NamedTuple):
+    """Collectives of a step, gradients and optimizer left out, by the ranks that take part.
+
+    exchange: all-to-alls of a sequence's ranks. sequence, world: all-reduces and gathers of norms,
+    loss and labels. copies: small kernels that a gather into a list adds.
+    """
+
+    exchange: int
+    sequence: int
+    world: int
+    copies: int
+
+    @property
+    def total(self) -> int:
+        """Number of collectives."""
+        return self.exchange + self.sequence + self.world
+
+
+def norm_levels(size: str) -> int:
+    """Norms on the longest path through neck and head: each needs the statistics of the last.
+
+    A level of the neck is a convolution and a CSP layer, whose two first convolutions share one.
+    """
+    neck = 2 * (SCALES - 1) * (1 + 2 + 2 * BLOCKS[size])
+    return neck + 3
+
+
+def step_collectives(size: str, layout: Layout) -> Step:
+    """Counts; tests/pipeline/test_gpu_step.py counts those of the real trainer."""
+    levels = norm_levels(size)
+    former = layout.batch_norm == "gathered"
+    exchange = 0
+    if layout.sequence > 1:
+        exchange = transpose_collectives()
+        if layout.attention:
+            exchange += 4 if former else 2
+    if former:
+        labels = int(layout.sequence > 1 and layout.attention)
+        return Step(exchange, labels, 2 * levels + 2, levels * layout.ranks)
+    together = {"world": layout.ranks, "sequence": layout.sequence, "rank": 1}[layout.batch_norm]
+    if together == layout.ranks:
+        return Step(exchange, 0, 2 * levels + 1, 0)
+    in_sequence = 2 * levels if together > 1 else 0
+    return Step(exchange, in_sequence, 2, 0)  # loss, running statistics
+
+
+def latency_seconds(step: Step, layout: Layout) -> float:
+    """Latency of all collectives on nodes of 8 GPUs, a sequence within a node."""
+    if layout.ranks > NODE:
+        world = INFINIBAND.seconds(0, step.world, layout.ranks)
+    else:
+        world = NVLINK.seconds(0, step.world, layout.ranks)
+    sequence = NVLINK.seconds(0, step.exchange + step.sequence, layout.sequence)
+    return world + sequence + step.copies * COPY
+
+
+def print_collectives(size: str) -> None:
+    """Prints number and latency of the collectives by layout."""
+    print(f"\n{size}: collectives per step without those of the optimizer, and their latency\n")
+    print("| ranks | sequence ranks | attention | before | world | sequence | rank |")
+    print("|---|---|---|---|---|---|---|")
+    for ranks, sequence, attention in (
+        (8, 1, False),
+        (8, 8, False),
+        (8, 8, True),
+        (64, 1, False),
+        (64, 8, False),
+        (64, 8, True),
+    ):
+        cells = []
+        for batch_norm in ("gathered", "world", "sequence", "rank"):
+            layout = Layout(ranks, sequence, attention, batch_norm)
+            step = step_collectives(size, layout)
+            cells.append(f"{step.total}, {latency_seconds(step, layout) * 1e3:.1f} ms")
+        answer = "yes" if attention else "no"
+        print(f"| {ranks} | {sequence} | {answer} | {' | '.join(cells)} |")
+
+
 # -- table and plot --------------------------------------------------------------------------------
 def print_table(size: str, frames: int, utilisation: float) -> None:
     """Prints the fractions of one size by exchange and number of ranks."""
@@ -300,8 +393,15 @@ def main() -> None:
     parser.add_argument(
         "--utilisation", nargs="+", type=float, default=[UTILISATION, 3 * UTILISATION]
     )
+    parser.add_argument(
+        "--collectives", action="store_true", help="only the collectives of a step by layout"
+    )
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
+    if args.collectives:
+        for size in args.sizes:
+            print_collectives(size)
+        return
     for size in args.sizes:
         for frames in args.frames:
             for utilisation in args.utilisation:
