@@ -26,6 +26,10 @@ CASES = {
         SEQUENCE, world=64, rank=9, exchange="relay"
     ),
     "64 ranks": replace(MICRO, world=64),
+    "64 ranks, norms of a rank": replace(MICRO, world=64, batch_norm="rank"),
+    "64 ranks, 8 per sequence, attention, norms of a rank": replace(
+        SEQUENCE, world=64, batch_norm="rank"
+    ),
 }
 LABELS = 4096  # bytes: boxes, counts and masks of a small batch
 
@@ -54,7 +58,9 @@ class Budget:
 
 def budget(options: StepOptions) -> Budget:
     """Of a step with these options."""
-    return Budget(operators=4500, waits=45, collectives=90, list_gathers=40)
+    # Statistics of the global batch take two collectives per serial level of norms.
+    collectives = 24 if options.batch_norm == "rank" else 90
+    return Budget(operators=4500, waits=45, collectives=collectives, list_gathers=0)
 
 
 @pytest.fixture(scope="module")

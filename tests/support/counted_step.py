@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from evspan.conf.schema.layout import ExchangeKind
+from evspan.conf.schema.layout import BatchNormRanks, ExchangeKind
 from evspan.conf.schema.prep import DatasetConfig
 from evspan.conf.schema.training import (
     BackboneConfig,
@@ -56,6 +56,7 @@ class StepOptions:
     Attributes:
         sequence: ranks per sequence.
         exchange: auto, transpose or relay; relay takes the depthwise convolution, if `dws_conv`.
+        batch_norm: parallel.batch_norm.
         zero: stage of DeepSpeed.
         lanes, frames: of one rank.
         full_frames: 360 x 640 pixels and 10 bins instead of the 60 x 100 and 2 of the tests.
@@ -66,6 +67,7 @@ class StepOptions:
     rank: int = 0
     sequence: int = 1
     exchange: str = "auto"
+    batch_norm: str = "world"
     dws_conv: bool = False
     attention: bool = False
     precision: str = "fp32"
@@ -115,6 +117,7 @@ def train_config(options: StepOptions, shards: Path, run_dir: Path) -> TrainConf
             ranks=options.world,
             sequence=options.sequence,
             exchange=ExchangeKind[options.exchange],
+            batch_norm=BatchNormRanks[options.batch_norm],
         ),
         checkpoint=CheckpointConfig(resume=False),
     )
