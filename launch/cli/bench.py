@@ -209,19 +209,15 @@ def inference_rows(result: "BenchmarkResult") -> list[Row]:
     """Latency of a frame, and evaluation in chunks."""
     streaming = result.streaming
     evaluation = result.evaluation
+    candidates = f"{streaming.candidates:.0f} candidates"
+    rows = [
+        _latency("infer, one frame", streaming.step, _operations(streaming.operations)),
+        _latency("infer, with NMS", streaming.detect, candidates),
+    ]
+    if streaming.detect_graph is not None:
+        rows.append(_latency("infer, with NMS, CUDA graph", streaming.detect_graph, candidates))
     return [
-        _timed(
-            "infer, one frame",
-            streaming.step,
-            frames_per_s=1000 / streaming.step.median,
-            note=_operations(streaming.operations),
-        ),
-        _timed(
-            "infer, with NMS",
-            streaming.detect,
-            frames_per_s=1000 / streaming.detect.median,
-            note=f"{streaming.candidates:.0f} candidates",
-        ),
+        *rows,
         Row(
             "evaluation",
             frames_per_s=f"{evaluation.frames_per_s:.1f}",
@@ -235,6 +231,10 @@ def _flops_per_s(value: float) -> str:
     if value >= 1e12:
         return f"{value / 1e12:.3g} TFLOP/s"
     return f"{value / 1e9:.3g} GFLOP/s"
+
+
+def _latency(name: str, spread: "Spread", note: str) -> Row:
+    return _timed(name, spread, frames_per_s=1000 / spread.median, note=note)
 
 
 def _timed(name: str, spread: "Spread", *, frames_per_s: float | None = None, note: str) -> Row:

@@ -133,7 +133,9 @@ def _host_limit(balance: StepBalance, busy: float) -> Limit:
     remedies = []
     if balance.memory_fraction is not None and balance.memory_fraction < FREE_MEMORY:
         remedies.append(f"raise training.batch_size (memory is {balance.memory_fraction:.0%} used)")
-    remedies.append("lower the number of launches with training.compile=true")
+    remedies.append(
+        "launch less with training.cuda_graphs=true (equal results) or training.compile=true"
+    )
     return Limit(Resource.host, reason, "; ".join(remedies))
 
 

@@ -12,7 +12,6 @@ from evspan.pipeline.benchmark.timing import Spread, synchronize
 from evspan.pipeline.data.datasets import Dataset, RecordingData
 from evspan.pipeline.inference.streaming import evaluate_split
 from evspan.pipeline.inference.trained_detector import TrainedDetector
-from evspan.pipeline.model.state import DetectorState
 from torch import Tensor
 
 WARM_UP_FRAMES = 3
@@ -28,13 +27,15 @@ class StreamingMeasurement:
     Attributes:
         step: ms, decoded predictions.
         detect: ms, detections: with confidence threshold and NMS.
+        detect_graph: the same as one CUDA graph; None on a CPU.
         confidence_threshold: of `detect`.
         candidates: mean number of predictions of a frame above it.
-        operations: of `Detector.step`.
+        operations: of `step`.
     """
 
     step: Spread
     detect: Spread
+    detect_graph: Spread | None
     confidence_threshold: float
     candidates: float
     operations: Operations
@@ -53,7 +54,7 @@ def measure_streaming(
 
     Args:
         detector: on `device`.
-        seconds: for both measurements together, after at least FEWEST_FRAMES frames of each.
+        seconds: for all of it together, after at least FEWEST_FRAMES frames of each.
         confidence_threshold: of NMS; None: the one that CANDIDATES predictions of a frame pass, as
             the scores of an untrained detector say nothing.
     """
@@ -69,21 +70,30 @@ def measure_streaming(
         confidence_threshold = float(highest[-1])
     threshold = confidence_threshold
 
-    def step(frame: Tensor, state: DetectorState) -> tuple[list[Tensor], DetectorState]:
-        decoded, state = detector.step(frame, state)
-        return [decoded], state
+    def step(frame: Tensor) -> None:
+        nonlocal state
+        decoded, state = detector.step(frame.to(device), state)
+        decoded.cpu()
 
-    def detect(frame: Tensor, state: DetectorState) -> tuple[list[Tensor], DetectorState]:
-        return detector.detect(frame, state, confidence_threshold=threshold)
+    def detections(*, cuda_graphs: bool) -> Spread:
+        stream = detector.stream(
+            1,
+            data.height,
+            data.width,
+            confidence_threshold=threshold,
+            cuda_graphs=cuda_graphs,
+        )
+        for frame in warm:
+            stream.detect(frame)
+        return _latency(stream.detect, stored, device, seconds / 3)
 
-    for frame in warm:
-        detect(frame.to(device), state)
     return StreamingMeasurement(
-        step=_latency(step, stored, state, device, seconds / 2),
-        detect=_latency(detect, stored, state, device, seconds / 2),
+        step=_latency(step, stored, device, seconds / 3),
+        detect=detections(cuda_graphs=False),
+        detect_graph=detections(cuda_graphs=True) if device.type == "cuda" else None,
         confidence_threshold=threshold,
         candidates=float((scores >= threshold).sum()),
-        operations=count_operations(lambda: step(warm[0].to(device), state), device, timed=False),
+        operations=count_operations(lambda: step(warm[0]), device, timed=False),
     )
 
 
@@ -99,20 +109,15 @@ def _endless(frames: Tensor) -> Iterator[Tensor]:
 
 
 def _latency(
-    call: Callable[[Tensor, DetectorState], tuple[list[Tensor], DetectorState]],
-    frames: Tensor,
-    state: DetectorState,
-    device: torch.device,
-    seconds: float,
+    call: Callable[[Tensor], object], frames: Tensor, device: torch.device, seconds: float
 ) -> Spread:
+    """Of calls that return when their result is in the host's memory."""
     times_ms: list[float] = []
     deadline = time.perf_counter() + seconds
     synchronize(device)
     for frame in _endless(frames):
         started = time.perf_counter()
-        results, state = call(frame.to(device), state)
-        for result in results:
-            result.cpu()
+        call(frame)
         times_ms.append(1000 * (time.perf_counter() - started))
         is_late = time.perf_counter() > deadline
         if len(times_ms) >= FRAMES or (is_late and len(times_ms) >= FEWEST_FRAMES):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from evspan.conf.schema.benchmark import BenchConfig
+from evspan.launch.cli.bench import report_lines
 from evspan.launch.cli.config_keys import choices_of, keys_of
 from evspan.launch.cli.main import main
 
@@ -94,6 +95,76 @@ def check_table(text, result):
         assert any(line.startswith(name) for line in lines), name
     assert f"MFU {result['mfu']:.1%}" in text
     assert any(line.startswith("limited by") for line in lines)
+
+
+def test_the_table_of_a_gpu():
+    from evspan.pipeline.benchmark.flops import DetectorFlops, PartFlops
+    from evspan.pipeline.benchmark.limits import Limit, Resource
+    from evspan.pipeline.benchmark.loading import LoaderSpeed
+    from evspan.pipeline.benchmark.operations import Operations
+    from evspan.pipeline.benchmark.peaks import Peak
+    from evspan.pipeline.benchmark.run import BenchmarkResult, Setting
+    from evspan.pipeline.benchmark.step import PARTS, StepMeasurement
+    from evspan.pipeline.benchmark.streaming import EvaluationMeasurement, StreamingMeasurement
+    from evspan.pipeline.benchmark.timing import Spread
+
+    spread = Spread(20.0, 19.0, 23.5, 10)
+    operations = Operations(2800, True, 12, 2, {"loss.py:7": 2}, 60.0, 45.0)
+    flops = DetectorFlops((PartFlops("neck", 10**9, 2 * 10**9),), 120, 100)
+    result = BenchmarkResult(
+        setting=Setting(
+            "NVIDIA H100 PCIe, NCCL",
+            16,
+            "2.9.0, CUDA 12.8",
+            "bf16",
+            "base",
+            "data, 9 recordings",
+            24,
+            5,
+            (20, 360, 640),
+            18_500_000,
+            "ZeRO-1",
+        ),
+        peak=Peak(756.5e12, "H100 data sheet"),
+        step=StepMeasurement(
+            parts=dict.fromkeys(PARTS, spread),
+            step=Spread(100.0, 99.0, 101.0, 10),
+            frames=120,
+            frames_per_s=1200.0,
+            frames_per_s_needed=1500.0,
+            host_ms=55.0,
+            peak_bytes=30_000_000_000,
+            operations=operations,
+            flops=flops,
+            micro_batches=1,
+        ),
+        mfu=0.17,
+        num_workers=8,
+        loader=[LoaderSpeed(1, 700.0)],
+        threads_needed=None,
+        streaming=StreamingMeasurement(
+            spread, spread, Spread(4.0, 3.9, 4.2, 9), 0.01, 99.6, operations
+        ),
+        evaluation=EvaluationMeasurement(900.0, 400, 4, 10),
+        limit=Limit(Resource.host, "it waits", "launch less"),
+    )
+    text = "\n".join(" ".join(line.split()) for line in report_lines(result))
+    for line in (
+        "NVIDIA H100 PCIe, NCCL; 16 cores; torch 2.9.0, CUDA 12.8; bf16",
+        "base, 18.5 M parameters, ZeRO-1; 24 lanes x 5 frames of 20 x 360 x 640; data, 9 recordings",
+        "training step 100.0 99.0 - 101.0 1200.0 MFU 17.0% of 756 TFLOP/s (H100 data sheet)",
+        "data wait 20.0 19.0 - 23.5 20% of the step",
+        "issued by the host 55.0 2,800 launches, 12 copies",
+        "host waits 2: loss.py:7 2",
+        "device computes 60.0 75% of it in matrix products",
+        "peak memory 30,000 MB",
+        "GFLOP of a micro-batch 1 forward, 3 with backward; 100 of 120 frames labelled",
+        "loader threads needed 1500 more than the 16 cores; training uses 8",
+        "infer, with NMS, CUDA graph 4.0 3.9 - 4.2 250.0 100 candidates",
+        "limited by host launches: it waits.",
+    ):
+        assert line in text.splitlines()
+    assert json.loads(json.dumps(result.to_json()))["limit"]["resource"] == "host"
 
 
 @pytest.mark.parametrize(

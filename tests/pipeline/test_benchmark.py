@@ -505,7 +505,7 @@ CPU = replace(GPU, busy_ms=None, memory_fraction=None)
             replace(GPU, busy_ms=40.0, memory_fraction=0.9),
             "host",
             "computes for 40%",
-            "^lower the number of launches",
+            "^launch less with training.cuda_graphs=true",
         ),
         (replace(GPU, to_device_ms=20.0), "copy", "20% of a step", "downsample"),
         (replace(GPU, exchange_ms=30.0), "exchange", "30% of a step", "parallel.sequence"),
