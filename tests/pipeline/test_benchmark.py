@@ -389,7 +389,7 @@ def test_kernels_of_products_are_recognised(products, names, others):
 @pytest.mark.slow
 @pytest.mark.skipif(not is_supported(), reason="torch before 2.9")
 def test_measuring_adds_no_work_and_no_wait_to_a_step_on_a_gpu(tmp_path):
-    options = StepOptions(precision="bf16", zero=None)
+    options = StepOptions(precision="bf16")
     shards = write_shards(tmp_path / "shards", options)
     in_training = step_counts(options, shards, tmp_path / "run")
     with open_trainer(options, shards, tmp_path / "other_run") as (gpu, trainer):
