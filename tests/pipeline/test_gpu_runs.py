@@ -4,10 +4,18 @@ resuming, smoke's comparison, evaluation and inference give what the CPU gives."
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from evspan.conf.schema.prep import DatasetConfig
+from evspan.conf.schema.training import EvaluationConfig
+from evspan.pipeline.data.datasets import open_dataset
+from evspan.pipeline.engine.evaluator import Evaluation, evaluate_weights
 from evspan.pipeline.engine.layout_comparison import ComparisonConfig, LayoutComparison
 from evspan.pipeline.engine.layouts import REFERENCE, LayoutResult, layouts_of
+from evspan.pipeline.inference.streaming import evaluate_split
+from evspan.pipeline.inference.trained_detector import detector_from
+from evspan.pipeline.weights import load_weights
 from support.counted_step import set_launcher_variables
 from support.emulated_deepspeed import deepspeed_on_emulated_gpu
 from support.emulated_device import emulated_gpu, is_supported
@@ -51,3 +59,38 @@ def test_smoke_on_a_gpu_agrees_with_the_cpu(runs):
     assert result.resumed < 1e-6
     assert result.other == REFERENCE.name
     assert result.resumed_other < 1e-4  # the CPU's checkpoint on the GPU
+
+
+def checkpoint(runs: Runs) -> Path:
+    return next(runs.folder.glob("runs/*/whole/checkpoints/step-*"))
+
+
+def evaluated(runs: Runs, device: torch.device) -> Evaluation:
+    data = DatasetConfig(root=str(runs.folder / "shards"))
+    config = EvaluationConfig(split="val", skip_first_ms=0)
+    with emulated_gpu() as gpu:
+        world = replace(gpu.world, device=device)
+        return evaluate_weights(load_weights(checkpoint(runs)), data, config, world)
+
+
+def test_evaluation_on_a_gpu_agrees_with_the_cpu(runs):
+    on_gpu = evaluated(runs, torch.device("cuda", 0))
+    on_cpu = evaluated(runs, torch.device("cpu"))
+    assert [r.name for r in on_gpu.results] == [r.name for r in on_cpu.results]
+    assert on_gpu.metrics.ap == pytest.approx(on_cpu.metrics.ap, abs=1e-3)
+    for ours, expected in zip(on_gpu.results, on_cpu.results, strict=True):
+        for rows, expected_rows in zip(ours.detections, expected.detections, strict=True):
+            np.testing.assert_allclose(rows[:20], expected_rows[:20], atol=1e-2)
+
+
+def test_evaluation_waits_once_per_batch(runs):
+    data = open_dataset(DatasetConfig(root=str(runs.folder / "shards")), "val")
+    config = EvaluationConfig(split="val", sequence_length=5, batch_size=1)
+    with emulated_gpu() as gpu:
+        detector = detector_from(load_weights(checkpoint(runs)), device=gpu.device)
+        arguments = {"device": gpu.device, "recordings": data.recordings}
+        with gpu.counting() as counts:
+            evaluate_split(detector, data, config, **arguments)
+    batches = SHARD_FRAMES["val"][0] // 5
+    assert counts.waits.total() <= batches, counts.waits
+    assert not counts.copied_bytes("H2D", pinned=False), counts.copies

@@ -395,11 +395,14 @@ def _traffic(schema: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 # -- operators -------------------------------------------------------------------------------------
 def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`dispatch` with ordinary tensors: a view of a parameter is no inference tensor."""
+    """`dispatch`, outside of inference mode.
+
+    In that mode torch does not decompose composite operators, and views of parameters fail.
+    """
     if not torch.is_inference_mode_enabled():
         return dispatch(func, args, kwargs)
-    with torch.inference_mode(False):
-        return dispatch(func, args, kwargs)
+    with torch.inference_mode(False), torch.no_grad(), _Factories():
+        return func(*args, **kwargs)
 
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
