@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(not is_supported(), reason="torch before 2.9")
 
 MICRO = StepOptions(precision="bf16")
 SEQUENCE = replace(MICRO, world=8, sequence=8, attention=True)
+BASE = replace(MICRO, size="base", values=False)
 CASES = {
     "one rank": MICRO,
     "one rank, ZeRO 0, fp32": replace(MICRO, zero=0, precision="fp32"),
@@ -25,13 +26,13 @@ CASES = {
     "64 ranks, 8 per sequence, attention, relay": replace(
         SEQUENCE, world=64, rank=9, exchange="relay"
     ),
-    "64 ranks": replace(MICRO, world=64),
-    "64 ranks, norms of a rank": replace(MICRO, world=64, batch_norm="rank"),
     "64 ranks, 8 per sequence, attention, norms of a rank": replace(
         SEQUENCE, world=64, batch_norm="rank"
     ),
+    "base, one rank": BASE,
+    "base, 64 ranks": replace(BASE, world=64),
 }
-LABELS = 4096  # bytes: boxes, counts and masks of a small batch
+SMALL_COPIES = 2**16  # bytes; the driver takes so little from pageable memory without a wait
 
 
 def cross_product() -> list[StepOptions]:
@@ -48,19 +49,33 @@ def cross_product() -> list[StepOptions]:
 
 @dataclass(frozen=True)
 class Budget:
-    """The largest counts of a step."""
+    """The largest counts of a step. The host never waits, and nothing is gathered into lists."""
 
     operators: int
-    waits: int
     collectives: int
-    list_gathers: int
 
 
 def budget(options: StepOptions) -> Budget:
-    """Of a step with these options."""
-    # Statistics of the global batch take two collectives per serial level of norms.
-    collectives = 24 if options.batch_norm == "rank" else 90
-    return Budget(operators=4500, waits=45, collectives=collectives, list_gathers=0)
+    """Of a step with these options: the values reached, and a few percent."""
+    if options.world == 1:
+        operators = 1900
+        collectives = 2
+    else:
+        operators = 2250
+        collectives = 53
+    if options.size == "base":
+        operators += 300
+        collectives += 8
+    if options.attention:
+        operators += 480
+    sends_messages = options.dws_conv or options.exchange == "relay"
+    if options.sequence > 1 and sends_messages:
+        operators += 1100
+    elif options.sequence > 1:
+        collectives += 16
+    if options.batch_norm == "rank":
+        collectives = 24  # those of the whole batch take two per serial level of norms
+    return Budget(operators, collectives)
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +96,13 @@ def listed(counter: Counter[str], rows: int = 20) -> str:
 
 def check(counts: Counts, limits: Budget) -> None:
     """Raises where a count is above its limit."""
-    waits = counts.waits.total()
-    assert waits <= limits.waits, f"{waits} host waits:{listed(counts.waits)}"
+    waits = counts.waits
+    assert not waits, f"{waits.total()} host waits:{listed(waits)}"
     gathers = counts.list_gathers()
-    number = gathers.total()
-    assert number <= limits.list_gathers, f"all-gathers that copy per rank:{listed(gathers)}"
+    assert not gathers, f"all-gathers into lists, which copy per rank:{listed(gathers)}"
+    pageable = [c for c in counts.copies if c.direction == "H2D" and not c.pinned]
+    num_bytes = sum(c.num_bytes for c in pageable)
+    assert num_bytes < SMALL_COPIES, f"{num_bytes} bytes from pageable memory: {pageable}"
     collectives = Counter(f"{c.name} {c.line}" for c in counts.collectives if not c.is_message)
     number = collectives.total()
     assert number <= limits.collectives, f"{number} collectives:{listed(collectives)}"
