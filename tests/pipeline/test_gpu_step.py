@@ -65,7 +65,7 @@ def budget(options: StepOptions) -> Budget:
         collectives = 53
     if options.size == "base":
         operators += 300
-        collectives += 8
+        collectives += 14  # the neck has more norms
     if options.attention:
         operators += 480
     sends_messages = options.dws_conv or options.exchange == "relay"

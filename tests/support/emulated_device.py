@@ -21,6 +21,7 @@ and CUDA graphs are unavailable.
 """
 
 import functools
+import gc
 import importlib
 import math
 import sys
@@ -809,6 +810,15 @@ if is_supported():  # before any backward pass of this process: autograd counts 
     _register()
 
 
+def _forget_constants() -> None:
+    """Empties the project's caches: they hold tensors by device."""
+    for value in gc.get_objects():
+        if isinstance(value, functools._lru_cache_wrapper):
+            module = getattr(value, "__module__", None) or ""
+            if module.startswith("evspan.pipeline."):
+                value.cache_clear()
+
+
 @contextmanager
 def emulated_gpu(*, world: int = 1, rank: int = 0, values: bool = True) -> Iterator[Emulation]:
     """An emulated GPU as rank `rank` of a world whose other ranks are fake.
@@ -823,6 +833,9 @@ def emulated_gpu(*, world: int = 1, rank: int = 0, values: bool = True) -> Itera
     _open.append(emulation)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     with ExitStack() as stack:
+        if not values:
+            _forget_constants()
+            stack.callback(_forget_constants)
         stack.callback(dist.destroy_process_group)
         stack.callback(_open.pop)
         for target, name, value in _replacements():
