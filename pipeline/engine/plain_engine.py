@@ -22,6 +22,8 @@ from evspan.pipeline.parallel.reductions import sum_over_ranks
 from evspan.pipeline.parallel.world import World
 from torch import Tensor, nn
 
+ALIGNED = 8  # elements
+
 
 class PlainEngine:
     """Forward, backward, step, save and load of the model, replicated on every rank.
@@ -185,7 +187,8 @@ class FlatWeights:
         self.parameters: list[nn.Parameter] = []
         sizes = []
         for group in groups:
-            self.parameters += group["params"]
+            # Kernels are fast at addresses that are multiples of 16 bytes.
+            self.parameters += sorted(group["params"], key=lambda p: p.numel() % ALIGNED != 0)
             sizes.append(sum(p.numel() for p in group["params"]))
         self.names = [names[p] for p in self.parameters]
         self.sizes = [p.numel() for p in self.parameters]
