@@ -19,6 +19,7 @@ from evspan.conf.schema.layout import ExchangeKind
 from evspan.conf.schema.training import (
     CheckpointConfig,
     DeepSpeedConfig,
+    EngineKind,
     EvaluationConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -72,6 +73,7 @@ class Settings:
                 batch_size=self.lanes,
                 sequence_length=self.frames,
                 precision=Precision[self.precision],
+                engine=EngineKind[self.engine],
                 log_every=1000,
                 evaluate_every=0,
                 log_images_every=0,
