@@ -168,15 +168,19 @@ class _RankNorms(torch.autograd.Function):
         weights = saved[len(saved) // 2 :]
         sizes = [len(weight) for weight in weights]
         means, variances = (row.split(sizes) for row in moments)
+        inverse_deviation = moments[1].rsqrt()
+        inverse_deviations = inverse_deviation.split(sizes)
         by_weight = []
         by_bias = []
         for i, (x, weight) in enumerate(zip(xs, weights, strict=True)):
-            dweight, dbias = _local_gradients(gradients[i], x, weight, means[i], variances[i])
+            dweight, dbias = _local_gradients(
+                gradients[i], x, weight, means[i], inverse_deviations[i]
+            )
             by_weight.append(dweight)
             by_bias.append(dbias)
         over_ranks = ctx.total(torch.cat((*by_weight, *by_bias))).view(2, -1)
         # With x' the normalised x, dx = slope * (dy - mean(dy) - x' * mean(dy * x')).
-        slope = moments[1].rsqrt() * (weights[0] if len(weights) == 1 else torch.cat(weights))
+        slope = inverse_deviation * (weights[0] if len(weights) == 1 else torch.cat(weights))
         # Negative, since the corrections are subtracted.
         layout = tuple((len(weight), -_cells(x)) for x, weight in zip(xs, weights, strict=True))
         samples = _cells_by_channel(layout, sums.device) * sums[-1]
@@ -237,13 +241,14 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Ten
 
 
 def _local_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, variance: Tensor
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse_deviation: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(C,) sums over this rank's samples of dy * normalised x, and of dy."""
     if not len(x):
         return torch.zeros_like(weight), torch.zeros_like(weight)
+    # As in training, with the saved statistics: CUDA's kernel does not take them as missing.
     _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-        dy, x, weight, mean, variance, None, None, False, 0.0, [False, True, True]
+        dy, x, weight, None, None, mean, inverse_deviation, True, 0.0, [False, True, True]
     )
     return dweight, dbias
 
