@@ -5,7 +5,6 @@ the failed rank does not join. `open_world` leaves its group open then, and the 
 the rank ends the process with `end_process` once it has reported the error.
 """
 
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -67,6 +66,8 @@ def end_process(code: int) -> NoReturn:
 
 def exit_now(code: int) -> NoReturn:
     """Ends the process and its worker processes, whatever its threads are waiting for."""
+    import multiprocessing  # half of the time that the command takes to start
+
     for child in multiprocessing.active_children():
         child.kill()
     flush_output()
