@@ -39,7 +39,7 @@ RESULT = "RESULT "
 class Settings:
     """What one process trains.
 
-    engine: deepspeed or plain. stage: of ZeRO. seconds: of training, for `learn`; 0: it trains
+    engine: deepspeed or plain. stage: of ZeRO, with DeepSpeed. seconds: of training, for `learn`; 0: it trains
     `steps` steps.
     """
 
@@ -74,11 +74,12 @@ class Settings:
                 sequence_length=self.frames,
                 precision=Precision[self.precision],
                 engine=EngineKind[self.engine],
+                cuda_graphs=self.cuda_graphs,
                 log_every=1000,
                 evaluate_every=0,
                 log_images_every=0,
             ),
-            deepspeed=DeepSpeedConfig(stage=self.stage),
+            deepspeed=DeepSpeedConfig(stage=0 if self.engine == "plain" else self.stage),
             parallel=ParallelConfig(
                 ranks=self.ranks,
                 sequence=self.sequence,
