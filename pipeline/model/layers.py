@@ -110,7 +110,8 @@ def parallel_convs(convs: Sequence[BaseConv], xs: Sequence[Tensor]) -> list[Tens
         xs: (N, C, h, w), one for each block; sizes may differ.
     """
     maps = [conv.conv(x) for conv, x in zip(convs, xs, strict=True)]
-    return [F.silu(y) for y in batch_norms([conv.bn for conv in convs], maps)]
+    norms = [conv.bn for conv in convs]
+    return [F.silu(y) for y in batch_norms(norms, maps)]
 
 
 class Bottleneck(nn.Module):
