@@ -233,6 +233,13 @@ def check_continues(folder: Path, meta: dict[str, Any], config: dict[str, Any]) 
                 )
 
 
+def saved_precision(meta: dict[str, Any]) -> str | None:
+    """training.precision of a checkpoint; None in a format that `check_continues` refuses."""
+    training = meta.get("config", {}).get("training", {})
+    precision: str | None = training.get("precision")
+    return precision
+
+
 class LoadedSnapshot(NamedTuple):
     """The part of a checkpoint that one rank continues from.
 

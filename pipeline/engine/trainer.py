@@ -23,6 +23,7 @@ from evspan.pipeline.engine.checkpoints import (
     Snapshot,
     check_continues,
     load_snapshot,
+    saved_precision,
 )
 from evspan.pipeline.engine.engines import engine_class
 from evspan.pipeline.engine.evaluator import describe_evaluation, evaluate_weights, write_results
@@ -150,8 +151,7 @@ class Trainer:
             ignore_best=not config.checkpoint.resume,
         )
         newest = self.checkpoints.find() if config.checkpoint.resume else None
-        saved = newest[1]["config"]["training"]["precision"] if newest else None
-        config = resolve_precision(config, world, saved)
+        config = resolve_precision(config, world, saved_precision(newest[1]) if newest else None)
         set_float32_kernels(config.training.precision)
         self.config = config
         self.on_step = on_step
