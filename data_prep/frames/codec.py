@@ -212,11 +212,11 @@ def _decode_moved(
     width = first_column.size
     plane = 0
     y = 0
-    x = -1
+    x = np.int64(-1)
     for i in range(code.size):
         byte = code[i]
         if byte != AGAIN:
-            x += STEP if byte == SKIP else np.int64(byte) + 1
+            x += np.int64(STEP) if byte == SKIP else np.int64(byte) + 1
             while x >= width:
                 x -= width
                 y += 1

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from evspan.conf.errors import UserError
-from evspan.conf.schema.training import TrainConfig
+from evspan.conf.schema.training import Precision, TrainConfig
 from evspan.conf.text import plural
 from evspan.pipeline.engine.resources import peak_bytes
 from evspan.pipeline.parallel.world import World
@@ -112,7 +112,7 @@ def _compute_options(config: TrainConfig, chunk: _Chunk) -> list[str]:
 def _precision_and_sharding_options(config: TrainConfig, world: World) -> list[str]:
     options = []
     stage = config.deepspeed.stage
-    if _on_gpu(world) and config.training.precision.name == "fp32":
+    if _on_gpu(world) and config.training.precision in (Precision.fp32, Precision.tf32):
         options.append("training.precision=bf16 (half of it)")
     if world.size > 1 and stage < 3:
         options.append(

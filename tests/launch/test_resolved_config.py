@@ -37,7 +37,7 @@ def test_every_experiment_is_the_same_after_a_file(tmp_path, experiment):
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_every_schema_is_the_same_after_a_file(tmp_path, schema, dataset):
     argv = [f"dataset={dataset}"]
-    if schema is TrainConfig:
+    if issubclass(schema, TrainConfig):
         argv.append("model.head.num_classes=8")
     config = compose(schema, argv)
     assert type(config) is schema

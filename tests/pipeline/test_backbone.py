@@ -305,7 +305,7 @@ class NoCPU(torch.overrides.TorchFunctionMode):
     """Tensors on the CPU that say they are elsewhere: the path of a GPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function == torch.Tensor.is_cpu.__get__:
+        if function == torch.Tensor.is_cpu.__get__:  # type: ignore[attr-defined]  # a C descriptor
             return False
         return function(*args, **(kwargs or {}))
 

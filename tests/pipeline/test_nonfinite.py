@@ -27,6 +27,7 @@ from evspan.pipeline.engine.checkpoints import load_snapshot
 from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from evspan.pipeline.engine.signals import StopFlag
 from evspan.pipeline.engine.trainer import Trainer
+from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.state import state_tensors
 from support.host_skip_engine import HostSkipEngine
 from support.one_rank import open_one_rank
@@ -83,7 +84,7 @@ def config(shards, run_dir, *, accumulation=1, stage=1, precision="fp32", **trai
 def losses_of(pattern, patch):
     """Makes the network's output in the n-th micro-batch not finite where pattern[n] is '-'."""
     signs = iter(pattern)
-    real = trainer_module.detection_loss
+    real = detection_loss
 
     def loss(raw, *args, **kwargs):
         return real(raw * (1.0 if next(signs) == "+" else torch.nan), *args, **kwargs)

@@ -1,5 +1,7 @@
 """The plain engine trains as DeepSpeed does, and either continues the other's checkpoints."""
 
+from typing import Any
+
 import pytest
 import torch
 from evspan.conf.errors import UserError
@@ -151,7 +153,7 @@ def test_an_update_takes_few_operators(shards, world, tmp_path):
     batches = trainer.loader.batches(0)
     trainer.micro_batch(next(batches))
     trainer.micro_batch(next(batches))
-    engine = trainer.engine
+    engine: Any = trainer.engine
     engine.gradient = torch.ones_like(engine.weights.master)
     engine.any_counts = torch.tensor(True)
     with Dispatched() as seen:

@@ -1,5 +1,7 @@
 """What `training.precision=auto` becomes, and torch's switches."""
 
+from typing import Any
+
 import pytest
 import torch
 from evspan.conf.schema.training import ParallelConfig, Precision, TrainConfig, TrainingConfig
@@ -40,7 +42,7 @@ def test_auto_is_bf16_where_every_rank_computes_in_it():
 
 
 def test_only_tf32_rounds_the_inputs_of_products():
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     before = [switch.allow_tf32 for switch in switches]
     try:
         for precision in (Precision.tf32, Precision.fp32, Precision.tf32, Precision.bf16):

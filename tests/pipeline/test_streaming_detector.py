@@ -33,7 +33,7 @@ from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.head import decode
 from evspan.pipeline.model.norm import BatchNorm2d
-from evspan.pipeline.model.postprocess import DetectionLimits
+from evspan.pipeline.model.postprocess import DetectionLimits, select
 from evspan.pipeline.weights import HEADER_KEY, Weights, load_weights, save_tensors, save_weights
 from safetensors import safe_open
 from support.dispatched import WAITS
@@ -337,7 +337,7 @@ def test_a_graph_gives_what_the_operators_give(graphs_on_cpu, lanes, per_call):
 
 def test_a_graph_that_needs_more_rounds_repeats_the_selection(graphs_on_cpu, monkeypatch):
     monkeypatch.setattr("evspan.pipeline.model.postprocess.ROUNDS", 1)
-    monkeypatch.setattr(streaming_detector, "select", partial(streaming_detector.select, rounds=1))
+    monkeypatch.setattr(streaming_detector, "select", partial(select, rounds=1))
     detector = detector_from(some_weights())
     options = StreamingOptions(1, HEIGHT, WIDTH, DetectionLimits(0.0, 0.1))
     graphed, plain = with_and_without_graph(detector, options)

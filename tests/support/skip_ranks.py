@@ -8,6 +8,7 @@ Writes RANK.pt: (stage, pattern) -> weights.
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from evspan.conf.schema.training import (
@@ -53,7 +54,7 @@ def stepped(stage, pattern, world) -> dict[str, torch.Tensor]:
         parallel=ParallelConfig(ranks=world.size),
     )
     classes = {None: OracleEngine, PLAIN: PlainEngine}
-    engine = classes.get(stage, DeepSpeedEngine)(model, config, world, lanes=1)
+    engine: Any = classes.get(stage, DeepSpeedEngine)(model, config, world, lanes=1)
     for number, sign in enumerate(pattern.replace(" ", "")):
         torch.manual_seed(100 * number + world.rank)
         loss = engine(torch.randn(4, 5)).pow(2).sum()
