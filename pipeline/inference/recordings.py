@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from evspan.conf.errors import RecordingError, UserError
 from evspan.conf.schema.prep import FrameConfig
+from evspan.conf.schema.training import DeviceKind
 from evspan.data_prep.draw import AnimationWriter
 from evspan.data_prep.frames.histogram import frame_size, frames_of
 from evspan.data_prep.labels.box_files import RAW_BOX, find_boxes, read_boxes
@@ -31,6 +32,7 @@ from evspan.pipeline.inference.overlay import Overlay
 from evspan.pipeline.inference.precision import parse_precision
 from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
 from evspan.pipeline.inference.writers import CsvFile, DetectionsFile, JsonLines
+from evspan.pipeline.parallel import devices
 from evspan.pipeline.weights import Weights, load_weights
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -66,13 +68,13 @@ def infer_recordings(options: InferOptions) -> Iterator[RecordingSummary]:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of this name; without one, cuda where it is available, else cpu.
+    """The device of this name; without one, this machine's GPU, or its CPU if it has none.
 
     Raises:
-        UserError: this machine lacks it.
+        UserError: this machine lacks it, or torch cannot use its GPUs.
     """
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return devices.choose_device(DeviceKind.auto, 0, os.environ)
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

@@ -503,6 +503,15 @@ def test_mistakes_are_one_line_and_exit_code_2(here, tmp_path, capsys, wrong, me
     assert not list(tmp_path.rglob("*.*"))
 
 
+def test_gpus_that_torch_cannot_use_are_not_passed_over(here, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("evspan.pipeline.parallel.devices.gpu_files", lambda: ["nvidia0"])
+    arguments = [here / "weights2.safetensors", here / "a_td.raw", "--output", tmp_path / "out"]
+    message = refused(capsys, *arguments)
+    assert "has 1 GPU (driver " in message and "build without CUDA" in message
+    assert not list(tmp_path.rglob("*.*"))
+
+
 def test_a_checkpoint_that_is_missing_is_refused(here, tmp_path, capsys):
     message = refused(capsys, "nowhere", here / "a_td.raw", "--output", tmp_path / "out")
     assert "nowhere holds no checkpoint" in message
