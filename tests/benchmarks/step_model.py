@@ -247,28 +247,33 @@ class StepTime:
         return self.flop / max(self.step, self.loader) / PEAK
 
 
-def collective_seconds(name: str, total: CollectiveSum, ranks: int) -> float:
-    """Of all collectives of a name, over NVLink within a node, else over InfiniBand."""
+def collective_seconds(name: str, total: CollectiveSum, options: StepOptions) -> float:
+    """Of all collectives of a name: over NVLink within a node, else over InfiniBand.
+
+    All-to-alls and messages stay among the ranks of a sequence, which share a node.
+    """
+    of_sequence = name in MESSAGES or name == "alltoall_base_"
+    ranks = options.sequence if of_sequence else options.world
+    if ranks == 1:
+        return 0.0
     network = NVLINK if ranks <= NODE else INFINIBAND
     if name in MESSAGES:
         return network.seconds(total.num_bytes, total.number, 1)
     peers = ranks - 1
     sent_per_byte = {"allreduce_": 2 * peers / ranks, "alltoall_base_": peers / ranks}
     sent = sent_per_byte.get(name, peers) * total.num_bytes
-    if ranks == 1:
-        return 0.0
     return network.seconds(sent, total.number, ranks)
 
 
-def model(counts: StepCounts, ranks: int, frames: int, loader: Loader) -> StepTime:
-    """The time of a step with these counts. ranks: of the world. frames: of this rank."""
+def model(counts: StepCounts, case: Case, loader: Loader) -> StepTime:
+    """The time of a step of the case with these counts."""
     matrix = max(
         counts.matrix_flop / (MATRIX_FRACTION * PEAK),
         counts.matrix_bytes / MEMORY,
     )
     collectives = 0.0
     for name, total in counts.collectives.items():
-        collectives += collective_seconds(name, total, ranks)
+        collectives += collective_seconds(name, total, case.options)
     busy = max(matrix + counts.other_bytes / MEMORY, counts.operators * SHORTEST_KERNEL)
     return StepTime(
         host=counts.operators * HOST_PER_OPERATOR,
@@ -278,7 +283,7 @@ def model(counts: StepCounts, ranks: int, frames: int, loader: Loader) -> StepTi
         waits=counts.waits * WAIT,
         blocking_copies=counts.pageable / PAGEABLE,
         copies=counts.pinned / PINNED,
-        loader=loader.seconds(frames),
+        loader=loader.seconds(case.frames),
         flop=counts.matrix_flop,
     )
 
@@ -311,9 +316,8 @@ def count(case: Case, shards: Path) -> StepCounts:
 
 def print_case(case: Case, now: StepCounts) -> None:
     """Prints counts and modelled times before and after."""
-    ranks = case.options.world
-    before = model(case.before, ranks, case.frames, LOADER_BEFORE)
-    after = model(now, ranks, case.frames, LOADER_AFTER)
+    before = model(case.before, case, LOADER_BEFORE)
+    after = model(now, case, LOADER_AFTER)
     print(f"\n{case.title}\n\n| | before | after |\n|---|---|---|")
     rows: list[tuple[str, float, float, str]] = [
         ("operators", case.before.operators, now.operators, ",.0f"),

@@ -813,7 +813,7 @@ if is_supported():  # before any backward pass of this process: autograd counts 
 def _forget_constants() -> None:
     """Empties the project's caches: they hold tensors by device."""
     for value in gc.get_objects():
-        if isinstance(value, functools._lru_cache_wrapper):
+        if type(value) is functools._lru_cache_wrapper:
             module = getattr(value, "__module__", None) or ""
             if module.startswith("evspan.pipeline."):
                 value.cache_clear()
