@@ -30,6 +30,7 @@ CASES = {
         SEQUENCE, world=64, batch_norm="rank"
     ),
     "base, one rank": BASE,
+    "base, one rank, plain engine": replace(BASE, engine="plain", zero=0),
     "base, 64 ranks": replace(BASE, world=64),
 }
 SMALL_COPIES = 2**16  # bytes; the driver takes so little from pageable memory without a wait
@@ -66,6 +67,8 @@ def budget(options: StepOptions) -> Budget:
     if options.size == "base":
         operators += 300
         collectives += 14  # the neck has more norms
+    if options.engine == "plain":
+        operators -= 780
     if options.attention:
         operators += 480
     sends_messages = options.dws_conv or options.exchange == "relay"

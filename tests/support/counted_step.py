@@ -12,6 +12,7 @@ from evspan.conf.schema.training import (
     BackboneConfig,
     CheckpointConfig,
     DeepSpeedConfig,
+    EngineKind,
     FpnConfig,
     HeadConfig,
     ModelConfig,
@@ -57,7 +58,7 @@ class StepOptions:
         sequence: ranks per sequence.
         exchange: auto, transpose or relay; relay takes the depthwise convolution, if `dws_conv`.
         batch_norm: parallel.batch_norm.
-        zero: stage of DeepSpeed.
+        engine: training.engine. zero: stage of DeepSpeed.
         lanes, frames: of one rank.
         full_frames: 360 x 640 pixels and 10 bins instead of the 60 x 100 and 2 of the tests.
         values: see `emulated_gpu`.
@@ -71,6 +72,7 @@ class StepOptions:
     dws_conv: bool = False
     attention: bool = False
     precision: str = "fp32"
+    engine: str = "deepspeed"
     zero: int = 1
     size: str = "micro"
     lanes: int = 2
@@ -106,6 +108,7 @@ def train_config(options: StepOptions, shards: Path, run_dir: Path) -> TrainConf
             batch_size=options.lanes * groups,
             sequence_length=options.frames * options.sequence,
             precision=Precision[options.precision],
+            engine=EngineKind[options.engine],
             sampling=Sampling.random,
             num_workers=0,
             log_every=50,
