@@ -84,7 +84,7 @@ MESSAGES = ("send", "recv_")
 
 @dataclass(frozen=True)
 class Case:
-    """A step whose time is modelled. frames: of one rank. before: of commit 4b37d94."""
+    """A step whose time is modelled. before: of commit 4b37d94."""
 
     title: str
     options: StepOptions
@@ -92,6 +92,7 @@ class Case:
 
     @property
     def frames(self) -> int:
+        """Of one rank, over its lanes."""
         return self.options.lanes * self.options.frames
 
 

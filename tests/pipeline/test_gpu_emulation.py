@@ -1,4 +1,4 @@
-"""The emulated GPU: what a GPU refuses raises, what it is asked to do is counted, values are exact."""
+"""The emulated GPU refuses what a GPU refuses, counts what it is asked; its values are exact."""
 
 import pytest
 import torch

@@ -18,48 +18,63 @@ class EmulatedAccelerator(CPU_Accelerator):
     """Answers as DeepSpeed's CUDA accelerator does, without CUDA's compiled operators."""
 
     def is_synchronized_device(self) -> bool:
+        """The host runs ahead of a GPU."""
         return False
 
     def device_name(self, device_index: int | None = None) -> str:
+        """cuda or cuda:N."""
         return "cuda" if device_index is None else f"cuda:{device_index}"
 
     def device(self, device_index: int | None = None) -> Any:
+        """A context."""
         return Stream()
 
     def current_device(self) -> int:
+        """0."""
         return 0
 
     def current_device_name(self) -> str:
+        """cuda:0."""
         return "cuda:0"
 
     def device_count(self) -> int:
+        """One."""
         return 1
 
     def synchronize(self, device_index: int | None = None) -> None:
+        """Counts a wait."""
         current().wait("DeepSpeed's synchronize")
 
     def Stream(self, *args: Any, **kwargs: Any) -> Stream:  # noqa: N802  DeepSpeed's name
+        """A new stream."""
         return Stream()
 
     def stream(self, stream: Any) -> Any:
+        """The stream as a context."""
         return stream
 
     def current_stream(self, device_index: int | None = None) -> Stream:
+        """The one stream."""
         return Stream()
 
     def default_stream(self, device_index: int | None = None) -> Stream:
+        """The one stream."""
         return Stream()
 
     def Event(self, **kwargs: Any) -> Event:  # noqa: N802  DeepSpeed's name
+        """A new event."""
         return Event()
 
     def is_fp16_supported(self) -> bool:
+        """Yes."""
         return True
 
     def supported_dtypes(self) -> list[torch.dtype]:
+        """Those of a GPU."""
         return [torch.float, torch.half, torch.bfloat16]
 
     def on_accelerator(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is on the device."""
         return bool(tensor.is_cuda)
 
 

@@ -306,14 +306,17 @@ class EmulatedTensor(torch.Tensor):
     # torch's own accessors would report the backend's name.
     @property
     def device(self) -> torch.device:
+        """cuda:0."""
         return torch.device("cuda", 0)
 
     @property
     def is_cuda(self) -> bool:
+        """True."""
         return True
 
     @property
     def data(self) -> "EmulatedTensor":
+        """The same values without gradient."""
         return EmulatedTensor(self.inner.detach())
 
     @data.setter
@@ -322,21 +325,27 @@ class EmulatedTensor(torch.Tensor):
         self.inner = value.inner.detach()
 
     def data_ptr(self) -> int:
+        """Address of the values."""
         return self.inner.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
+        """Of the values."""
         return self.inner.untyped_storage()
 
     def is_pinned(self, *_: Any) -> bool:
+        """Memory of the device is not."""
         return False
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As torch's; copies are counted."""
         return super().to(*map(_backend_device, args), **_with_backend_device(kwargs))
 
     def cuda(self, *_: Any, **__: Any) -> "EmulatedTensor":
+        """The tensor itself."""
         return self
 
     def record_stream(self, stream: Any) -> None:
+        """Memory is not reused here."""
         pass
 
     def new_tensor(self, data: Any, **kwargs: Any) -> torch.Tensor:
@@ -347,6 +356,7 @@ class EmulatedTensor(torch.Tensor):
         return current().to_device(made)
 
     def tolist(self) -> Any:
+        """As torch's: a blocking copy."""
         host = current().to_host(self.inner)
         current().copy("D2H", host, non_blocking=False)
         return host.tolist()
@@ -433,15 +443,26 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _read_scalar(emulation, args[0])
     if on_device and (name in WAITS or _is_mask_index(name, args)):
         emulation.wait(name)
-    inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
-    if "device" in inner_kwargs:
-        inner_kwargs["device"] = torch.device("cpu" if emulation.values else "meta")
-    inner_kwargs.pop("pin_memory", None)
-    out = _collective(emulation, func, inner_args, inner_kwargs) if is_collective else None
-    if not is_collective:
-        out = func(*inner_args, **inner_kwargs)
-        if not func.is_view and name not in ALLOCATIONS:
-            _count(emulation, func, inner_args, inner_kwargs, out)
+    if is_collective:
+        out = _collective(emulation, func, *tree_map(_inner, (args, kwargs)))
+    else:
+        out = _compute(emulation, func, *tree_map(_inner, (args, kwargs)))
+    return _wrapped(out, on_device)
+
+
+def _compute(emulation: Emulation, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Runs an operator on inner tensors, and counts it."""
+    if "device" in kwargs:
+        kwargs["device"] = torch.device("cpu" if emulation.values else "meta")
+    kwargs.pop("pin_memory", None)
+    out = func(*args, **kwargs)
+    if not func.is_view and func._schema.name not in ALLOCATIONS:
+        _count(emulation, func, args, kwargs, out)
+    return out
+
+
+def _wrapped(out: Any, on_device: list[EmulatedTensor]) -> Any:
+    """A result as tensors of the device: those that were given where it contains them."""
     wrappers = {id(t.inner): t for t in on_device}
 
     def wrapped(value: Any) -> Any:
@@ -683,14 +704,17 @@ class Stream:
         """The device waits, not the host."""
 
     def record_event(self, event: Any = None) -> "Event":
+        """Records an event."""
         event = event or Event()
         event.record()
         return event
 
     def synchronize(self) -> None:
+        """Counts a wait."""
         current().wait("Stream.synchronize")
 
     def query(self) -> bool:
+        """Whether its work has run."""
         return True
 
 
@@ -701,16 +725,19 @@ class Event:
         self.step = 0
 
     def record(self, stream: Any = None) -> None:
+        """In the step of now."""
         self.step = current().step
 
     def wait(self, stream: Any = None) -> None:
         """The device waits, not the host."""
 
     def synchronize(self) -> None:
+        """Counts a wait."""
         if self.step == current().step:
             current().wait("Event.synchronize in the step that recorded it")
 
     def query(self) -> bool:
+        """Whether its work has run."""
         return True
 
     def elapsed_time(self, end: "Event") -> float:
@@ -766,6 +793,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "synchronize", lambda *_: current().wait("torch.cuda.synchronize")),
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "device_count", lambda: 1),
         (torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state()),
         (torch.cuda, "set_rng_state", lambda *_: None),
