@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,31 @@ def _logging() -> Iterator[None]:
     logging.getLogger("evspan").propagate = True
     yield
     configure_logging(0)
+
+
+@contextmanager
+def no_launcher_left() -> Iterator[None]:
+    """Restores torchrun's variables: in a process with them, a command takes itself for a rank."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    yield
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _launcher() -> Iterator[None]:
+    """For tests that train in their own process."""
+    with no_launcher_left():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _launcher_of_module() -> Iterator[None]:
+    """For fixtures that do."""
+    with no_launcher_left():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -79,14 +79,16 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
     set_cuda_variables(config.device)
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.threads or max(1, cores // info.local_size))
-    _set_launcher_variables(info)
-    device = _join_group(config, info)
-    try:
-        with heartbeat(info.rank, info.size, info.address, info.port, timeout_s=config.timeout_s):
-            yield World(info.rank, info.size, info.local, info.local_size, device)
-    finally:
-        if not group_is_open():
-            dist.destroy_process_group()
+    with _launcher_variables(info):
+        device = _join_group(config, info)
+        try:
+            with heartbeat(
+                info.rank, info.size, info.address, info.port, timeout_s=config.timeout_s
+            ):
+                yield World(info.rank, info.size, info.local, info.local_size, device)
+        finally:
+            if not group_is_open():
+                dist.destroy_process_group()
 
 
 def _join_group(config: ParallelConfig, info: RankInfo) -> torch.device:
@@ -117,8 +119,12 @@ def _join_group(config: ParallelConfig, info: RankInfo) -> torch.device:
     return device
 
 
-def _set_launcher_variables(info: RankInfo) -> None:
-    """Sets torchrun's variables where they are missing: DeepSpeed reads them, with one rank too."""
+@contextmanager
+def _launcher_variables(info: RankInfo) -> Iterator[None]:
+    """Sets torchrun's variables where they are missing: DeepSpeed reads them, with one rank too.
+
+    They are removed at the end: a process that is started later is no rank of this world.
+    """
     variables = {
         "RANK": info.rank,
         "WORLD_SIZE": info.size,
@@ -127,5 +133,11 @@ def _set_launcher_variables(info: RankInfo) -> None:
     }
     if info.port:
         variables["MASTER_PORT"] = info.port
-    for name, value in variables.items():
-        os.environ.setdefault(name, str(value))
+    missing = [name for name in variables if name not in os.environ]
+    for name in missing:
+        os.environ[name] = str(variables[name])
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
