@@ -36,7 +36,7 @@ def prepare_imports(folder: Path) -> list[str]:
     Returns:
         Names of the OPTIONAL packages that are not installed.
     """
-    missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    missing = [name for name in OPTIONAL if not is_usable(name)]
     folder.mkdir(parents=True, exist_ok=True)
     if importlib.util.find_spec("evspan") is None:
         link = folder / "evspan"
@@ -51,6 +51,19 @@ def prepare_imports(folder: Path) -> list[str]:
         paths.append(inherited)
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     return missing
+
+
+def is_usable(name: str) -> bool:
+    """Whether a package is installed; of DeepSpeed also whether it can be imported.
+
+    It may lack packages that it needs.
+    """
+    if importlib.util.find_spec(name) is None:
+        return False
+    if name != "deepspeed":
+        return True
+    command = [sys.executable, "-c", f"import {name}"]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def describe_machine(device: str, missing: list[str]) -> dict[str, int | str]:

@@ -5,55 +5,85 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gpu.rank import RESULT, Settings
+
+ERROR_CHARACTERS = 400  # of a failed process's messages
 
 
 class ProcessFailedError(Exception):
     """A process ended without a result."""
 
 
-def start(kind: str, settings: Settings, **environment: str) -> subprocess.Popen[str]:
-    """Starts `rank.py`. environment: variables beside those of this process."""
-    command = [sys.executable, "-m", "gpu.rank", kind, json.dumps(asdict(settings))]
-    return subprocess.Popen(
-        command,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@dataclass(frozen=True)
+class Started:
+    """A process that writes into temporary files: a full pipe would stop it."""
+
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    errors: IO[bytes]
+
+    def wait(self, timeout: float) -> None:
+        """Waits for the end.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            ProcessFailedError: it failed, or did not end in time.
+        """
+        try:
+            code = self.process.wait(max(1.0, timeout))
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise ProcessFailedError(
+                f"still running after {timeout:.0f} s: {_end(self.errors)}"
+            ) from None
+        if code:
+            raise ProcessFailedError(f"ended with code {code}: {_end(self.errors)}")
+
+    def result(self) -> dict[str, Any]:
+        """What the process printed after RESULT. Call it after `wait`.
+
+        Raises:
+            ProcessFailedError: it printed none.
+        """
+        for line in reversed(_text(self.output).splitlines()):
+            if line.startswith(RESULT):
+                return json.loads(line.removeprefix(RESULT))
+        raise ProcessFailedError(f"printed no result: {_end(self.errors)}")
+
+    def kill(self) -> None:
+        """Ends the process if it is running."""
+        self.process.kill()
+        self.process.wait()
 
 
-def result(process: subprocess.Popen[str], timeout: float) -> dict[str, Any]:
-    """Waits for a process and returns its result.
-
-    Args:
-        timeout: seconds.
+def run(kind: str, settings: Settings, timeout: float) -> dict[str, Any]:
+    """Runs `rank.py` on one rank; returns its result.
 
     Raises:
         ProcessFailedError: it ended without one, or not in time.
     """
-    try:
-        output, errors = process.communicate(timeout=max(1.0, timeout))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        _, errors = process.communicate()
-        raise ProcessFailedError(f"still running after {timeout:.0f} s: {errors[-400:]}") from None
-    for line in reversed(output.splitlines()):
-        if line.startswith(RESULT):
-            return json.loads(line.removeprefix(RESULT))
-    raise ProcessFailedError(f"ended with code {process.returncode}: {errors[-400:]}")
+    started = _start_rank(kind, settings, {})
+    started.wait(timeout)
+    return started.result()
 
 
 def run_ranks(kind: str, ranks: Sequence[Settings], timeout: float) -> dict[str, Any]:
-    """Runs one process per rank on this machine; returns rank 0's result."""
+    """Runs one process per rank on this machine; returns rank 0's result.
+
+    Raises:
+        ProcessFailedError: a rank failed, or they did not end in time.
+    """
     port = str(_free_port())
-    processes = []
+    started = []
     for settings in ranks:
         variables = {
             "RANK": str(settings.rank),
@@ -63,13 +93,22 @@ def run_ranks(kind: str, ranks: Sequence[Settings], timeout: float) -> dict[str,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        processes.append(start(kind, settings, **variables))
+        started.append(_start_rank(kind, settings, variables))
+    deadline = time.monotonic() + timeout
     try:
-        results = [result(process, timeout) for process in processes]
+        while any(rank.process.poll() is None for rank in started):
+            for rank in started:
+                if rank.process.poll():
+                    rank.wait(1.0)  # raises: the others wait for it
+            if time.monotonic() > deadline:
+                started[0].wait(1.0)
+            time.sleep(0.2)
+        for rank in started:
+            rank.wait(1.0)
+        return started[0].result()
     finally:
-        for process in processes:
-            process.kill()
-    return results[0]
+        for rank in started:
+            rank.kill()
 
 
 def start_simulation(
@@ -80,36 +119,38 @@ def start_simulation(
     seconds: float,
     size: tuple[int, int],
     downsample: int,
-) -> subprocess.Popen[str]:
+) -> Started:
     """Starts to write `folder`/shards. size: (height, width) of the sensor."""
     processes = max(1, min(train + val, len(os.sched_getaffinity(0)) - 1))
     numbers = [train, val, seconds, *size, downsample, processes]
-    command = [sys.executable, "-m", "gpu.simulated", str(folder), *map(str, numbers)]
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+    command = ["gpu.simulated", str(folder), *map(str, numbers)]
+    return _start(command, {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def _start_rank(kind: str, settings: Settings, variables: dict[str, str]) -> Started:
+    return _start(["gpu.rank", kind, json.dumps(asdict(settings))], variables)
+
+
+def _start(module: list[str], variables: dict[str, str]) -> Started:
+    """Starts `python -m`. variables: in addition to those of this process."""
+    output = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
+    errors = tempfile.TemporaryFile()  # noqa: SIM115
+    process = subprocess.Popen(
+        [sys.executable, "-m", *module],
+        env={**os.environ, **variables},
+        stdout=output,
+        stderr=errors,
     )
+    return Started(process, output, errors)
 
 
-def wait_for_shards(process: subprocess.Popen[str], folder: Path, timeout: float) -> Path:
-    """Waits for `start_simulation`; returns the shards.
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
-    Raises:
-        ProcessFailedError: it failed or was not in time.
-    """
-    try:
-        _, errors = process.communicate(timeout=max(1.0, timeout))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise ProcessFailedError(f"simulation still running after {timeout:.0f} s") from None
-    if process.returncode:
-        raise ProcessFailedError(
-            f"simulation ended with code {process.returncode}: {errors[-400:]}"
-        )
-    return folder / "shards"
+
+def _end(file: IO[bytes]) -> str:
+    return _text(file)[-ERROR_CHARACTERS:]
 
 
 def _free_port() -> int:

@@ -103,7 +103,7 @@ def steps(settings: Settings) -> dict[str, Any]:
     with open_world(config.parallel) as world:
         trainer = Trainer(config, world)
         try:
-            measured = measure_steps(trainer, steps=settings.steps, seconds=30)
+            measured = measure_steps(trainer, steps=settings.steps, seconds=60)
             runner = _Steps(trainer)
             runner.step()
             (loss,) = runner.losses()

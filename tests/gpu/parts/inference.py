@@ -77,12 +77,12 @@ def _graphs(context, detector, dataset, label):
         stream.detect(torch.from_numpy(stored[:1]))
         stream.reset()
         times = []
-        found = []
+        detections = []
         for frame in stored:
             started = time.perf_counter()
-            found += stream.detect(torch.from_numpy(frame[None]))
+            detections += stream.detect(torch.from_numpy(frame[None]))
             times.append(1e3 * (time.perf_counter() - started))
-        results[use_graphs] = found
+        results[use_graphs] = detections
         latency[use_graphs] = median(times)
     context.report.compared(
         "inference",

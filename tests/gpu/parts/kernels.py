@@ -26,7 +26,7 @@ def _run(context):
     torch.manual_seed(0)
     if context.on_gpu:  # before cuDNN 9.13 torch's LSTM in bf16 goes frame by frame
         bf16 = torch.zeros(1, device=context.device, dtype=torch.bfloat16)
-        fused = str(torch.backends.cudnn.is_acceptable(bf16))
+        fused = str(torch.cudnn_is_acceptable(bf16))
         context.report.measured("kernels", "cuDNN takes bf16", fused=fused)
     if context.tiny:
         lstm_cases = [("small", 16, 60, 3)]

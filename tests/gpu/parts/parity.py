@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from gpu import measure, models
 
-# name -> dtype of the weights, TF32, largest error of a score, of a gradient tensor (relative L2).
+# name -> dtype of the weights, TF32, largest error of a score, largest median over the tensors of
+# the gradients' relative L2 errors. One other assignment changes some gradients altogether.
 PRECISIONS = {
-    "fp32": (torch.float32, False, 1e-4, 1e-3),
-    "tf32": (torch.float32, True, 1e-2, 1.0),
-    "bf16": (torch.bfloat16, True, 1e-1, 1.0),
+    "fp32": (torch.float32, False, 1e-4, 1e-4),
+    "tf32": (torch.float32, True, 1e-2, 0.2),
+    "bf16": (torch.bfloat16, True, 1e-1, 0.5),
 }
 SIZE = (192, 320)
 
@@ -100,14 +101,15 @@ def _training_step(context, data, name, dtype, max_gradient):
         published = torch.from_numpy(data["train_grads"][parameter_name])
         errors[parameter_name] = measure.relative_error(parameter.grad, published)
     worst = max(errors, key=errors.__getitem__)
+    median_error = median(errors.values())
     published_loss = float(expected["loss/loss"])
     context.report.compared(
         "parity",
         f"training step, {name}",
-        errors[worst] < max_gradient,
+        median_error < max_gradient,
         same_assignments=f"{num_same}/{len(order)}",
         loss_error=abs(float(loss) - published_loss) / published_loss,
-        median_gradient=median(errors.values()),
+        median_gradient=median_error,
         worst_gradient=errors[worst],
         of=worst,
     )

@@ -23,7 +23,7 @@ class Case(NamedTuple):
     frames: int
 
 
-class Way(NamedTuple):
+class Variant(NamedTuple):
     """How a step is computed. precision: of training."""
 
     name: str
@@ -36,12 +36,14 @@ class Way(NamedTuple):
         return torch.bfloat16 if self.precision is Precision.bf16 else torch.float32
 
 
-WAYS = (
-    Way("fp32", Precision.fp32),
-    Way("tf32", Precision.tf32),
-    Way("bf16", Precision.bf16),
-    Way("bf16, compiled", Precision.bf16, compiled=True),
+VARIANTS = (
+    Variant("bf16", Precision.bf16),
+    Variant("tf32", Precision.tf32),
+    Variant("fp32", Precision.fp32),
 )
+COMPILED = Variant("bf16, compiled", Precision.bf16, compiled=True)
+RESERVED = 150  # seconds for the parts that follow
+COMPILING = 60  # seconds
 FRAME_SIZE = (360, 640)
 TINY_FRAME_SIZE = (96, 160)
 
@@ -52,49 +54,57 @@ def run(context):
     if context.tiny:
         cases = [Case("micro", 2, 2)]
     for case in cases:
-        frame_size = TINY_FRAME_SIZE if context.tiny else FRAME_SIZE
-        inputs = models.step_inputs(case.frames, case.lanes, frame_size, context.device)
-        for way in WAYS:
-            if not context.on_gpu and way.name not in ("fp32", "bf16"):
-                continue
-            if way.compiled and (case is not cases[0] or context.report.left < 240):
-                continue
-            if not context.tiny and context.report.left < 120:
-                return
-            _ours(context, case, way, inputs)
-        if case.lanes * case.frames <= 20 or context.tiny:
-            for use_tf32 in (False, True):
-                if use_tf32 and not context.on_gpu:
-                    continue
-                _frame_by_frame(context, case, use_tf32, inputs)
+        if not context.tiny and context.report.left < RESERVED:
+            context.report.skipped("steps", _label(case, ""), f"{context.report.left:.0f} s left")
+            continue
+        _case(context, case)
+    if context.on_gpu and context.report.left > RESERVED + COMPILING:
+        _ours(context, cases[0], COMPILED, _inputs(context, cases[0]))
+
+
+def _case(context, case):
+    inputs = _inputs(context, case)
+    for variant in VARIANTS:
+        if context.on_gpu or variant.precision is not Precision.tf32:
+            _ours(context, case, variant, inputs)
+    if case.lanes * case.frames <= 20:
+        _frame_by_frame(context, case, context.on_gpu, inputs)
+
+
+def _inputs(context, case):
+    frame_size = TINY_FRAME_SIZE if context.tiny else FRAME_SIZE
+    return models.step_inputs(case.frames, case.lanes, frame_size, context.device)
 
 
 def _label(case, text):
     return f"{case.size}, B = {case.lanes}, T = {case.frames}, {text}"
 
 
-def _ours(context, case, way, inputs):
-    label = _label(case, way.name)
+def _ours(context, case, variant, inputs):
+    label = _label(case, variant.name)
     device = context.device
     try:
         measure.reset_peak(device)
         torch.manual_seed(0)
-        execution = Execution(compile=way.compiled)
+        execution = Execution(compile=variant.compiled)
         model = Detector(models.model_config(case.size), models.CHANNELS, execution=execution)
         model.to(device)
-        if way.precision is Precision.bf16:
-            models.cast(model, way.dtype)
+        if variant.precision is Precision.bf16:
+            models.cast(model, variant.dtype)
         model.train()
-        with measure.tf32(way.precision is not Precision.fp32):
-            step = partial(_step, model, inputs, way.dtype)
+        with measure.tf32(variant.precision is not Precision.fp32):
+            step = partial(_step, model, inputs, variant.dtype)
             started = time.perf_counter()
             step()
             synchronize(device)
             first = time.perf_counter() - started
             seconds = measure.seconds(step, device, repeats=2 if context.tiny else 8)
             counted = measure.counts(step, device)
-    except RuntimeError as error:  # also out of memory
-        context.report.failed("steps", label, error)
+    except torch.cuda.OutOfMemoryError:
+        context.report.skipped("steps", label, "it needs more memory")
+        return
+    except RuntimeError as error:
+        _failed(context, label, error)
         return
     values = {
         "ms": 1e3 * seconds,
@@ -104,8 +114,16 @@ def _ours(context, case, way, inputs):
         **counted,
     }
     if context.on_gpu:
-        values["mfu"] = _mfu(model, inputs, way.precision, seconds)
+        values["mfu"] = _mfu(model, inputs, variant.precision, seconds)
     context.report.measured("steps", label, **values)
+
+
+def _failed(context, label, error):
+    """Adds a row; torch.compile needs a C compiler, which a machine may lack."""
+    if "compiler" in str(error):
+        context.report.skipped("steps", label, measure.error_text(error))
+    else:
+        context.report.failed("steps", label, error)
 
 
 def _step(model, inputs, dtype):
@@ -137,9 +155,13 @@ def _frame_by_frame(context, case, use_tf32, inputs):
         losses, _ = model.losses(inputs.frames, None, lanes_by_frame, inputs.boxes)
         losses["loss"].backward()
 
-    with measure.tf32(use_tf32):
-        seconds = measure.seconds(step, device, repeats=3, warm_up=1)
-        counted = measure.counts(step, device)
+    try:
+        with measure.tf32(use_tf32):
+            seconds = measure.seconds(step, device, repeats=3, warm_up=1)
+            counted = measure.counts(step, device)
+    except RuntimeError as error:
+        context.report.failed("steps", label, error)
+        return
     context.report.measured(
         "steps",
         label,
