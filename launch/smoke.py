@@ -182,7 +182,7 @@ def run_smoke(options: SmokeOptions, folder: Path) -> SmokeResult:
 def device_variables(gpus: int, ranks: int) -> dict[str, str]:
     """The environment variables that let all worlds use the same device.
 
-    With fewer GPUs than ranks, that is the CPU, which a log record says.
+    With fewer GPUs than ranks, that is the CPU, which is logged.
     """
     if not 0 < gpus < ranks:
         return {}

@@ -21,8 +21,8 @@ class BatchNormRanks(Enum):
     """
 
     world = "world"  # all ranks': exact, the numbers do not depend on the layout
-    sequence = "sequence"  # those of a sequence's ranks: they depend on the number of data groups
-    rank = "rank"  # each rank's own: they depend on the layout; norms need no collective
+    sequence = "sequence"  # of a sequence's ranks: results depend on the number of data groups
+    rank = "rank"  # each rank's own: results depend on the layout
 
 
 def check_layout(*, ranks: int, sequence: int, sequence_length: int, batch_size: int) -> None:

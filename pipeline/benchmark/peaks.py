@@ -37,7 +37,7 @@ class GpuPeak:
         return {Precision.tf32: self.tf32, Precision.bf16: self.bf16}.get(precision, self.fp32)
 
 
-# The first pattern that is found in a name decides.
+# The first pattern that matches a name applies.
 GPUS = (
     GpuPeak(r"\bB200\b", 75, 1125, 2250, "HGX B200 data sheet"),
     GpuPeak(r"\bGH200\b", 67, 494.5, 989.5, "GH200 data sheet"),

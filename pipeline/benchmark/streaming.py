@@ -56,7 +56,7 @@ def measure_streaming(
         detector: on `device`.
         seconds: for all of it together, after at least FEWEST_FRAMES frames of each.
         confidence_threshold: of NMS; None: the one that CANDIDATES predictions of a frame pass, as
-            the scores of an untrained detector say nothing.
+            the scores of an untrained detector are not meaningful.
     """
     recording = data.recordings[0]
     stored = torch.from_numpy(recording.read(0, min(FRAMES, recording.frames)))

@@ -1,4 +1,4 @@
-"""AdamW whose update a value on the device can leave out, its parameter groups and its schedule."""
+"""AdamW with updates that a flag on the device can skip, its parameter groups and its schedule."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from evspan.conf.errors import UserError
+from evspan.conf.schema.training import Precision
 from evspan.pipeline.parallel.reductions import broadcast_object, gather_objects
 from evspan.pipeline.weights import (
     BEST,
@@ -223,6 +224,12 @@ def check_continues(folder: Path, meta: dict[str, Any], config: dict[str, Any]) 
             f"continue. Start from its weights: run_dir=NEW checkpoint.init_from={folder}"
         )
     saved = meta["config"]
+    precision = saved["training"]["precision"]
+    if precision not in Precision.__members__:
+        raise UserError(
+            f"{folder} was trained with training.precision={precision}, which this version does "
+            f"not have. Start from its weights: run_dir=NEW checkpoint.init_from={folder}"
+        )
     for group, keys in CONTINUES.items():
         for key in keys:
             if saved[group][key] != config[group][key]:

@@ -18,8 +18,8 @@ and may change with any release:
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -91,31 +91,27 @@ def initialize(
         auto_mpi_discovery=False,
         verbose=False,
     )
-    with _device_as_local_rank(device):
-        engine, *_ = deepspeed.initialize(
-            model=model.to(device),
-            optimizer=optimizer,
-            config=config,
-            dist_init_required=False,
-        )
+    _set_local_rank(device)
+    engine, *_ = deepspeed.initialize(
+        model=model.to(device),
+        optimizer=optimizer,
+        config=config,
+        dist_init_required=False,
+    )
     return engine
 
 
-@contextmanager
-def _device_as_local_rank(device: torch.device) -> Iterator[None]:
-    """While open, LOCAL_RANK is the device's index, which DeepSpeed takes from there.
+def _set_local_rank(device: torch.device) -> None:
+    """Sets LOCAL_RANK to the device's index: DeepSpeed takes it from there, also in forwards.
 
-    They differ where each rank sees only its own GPU, whose index is 0.
+    They differ where each rank sees only its own GPU, whose index is 0. Under mpirun DeepSpeed
+    compares it with OpenMPI's variable.
     """
-    local_rank = os.environ.get("LOCAL_RANK")
-    if device.index is None or local_rank is None:
-        yield
+    if device.index is None:
         return
-    os.environ["LOCAL_RANK"] = str(device.index)
-    try:
-        yield
-    finally:
-        os.environ["LOCAL_RANK"] = local_rank
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        if name in os.environ:
+            os.environ[name] = str(device.index)
 
 
 # -- the gradient norm, on the device --------------------------------------------------------------

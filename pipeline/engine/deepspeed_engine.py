@@ -79,12 +79,15 @@ class DeepSpeedEngine:
             fused=world.device.type != "cpu" and not config.deepspeed.offload_optimizer,
         )
         trained = [p for group in self.adam.param_groups for p in group["params"]]
+        # DeepSpeed's optimizer for bf16 in stage 0 makes a step without gradients when it is built.
+        self.adam.skip = torch.ones((), device=world.device)
         self.engine = adapter.initialize(
             model,
             self.adam,
             engine_config(config, lanes, sum(p.numel() for p in trained)),
             world.device,
         )
+        self.adam.skip = None
         adapter.watch_norm(self.engine, self._gate_update, stage=self.stage, clip=self.clip)
         factor = learning_rate_factor(config.optimizer, config.training.max_steps)
         self.schedule = LearningRateSchedule(self.adam, factor)

@@ -1,4 +1,4 @@
-"""Keeps the gradients of micro-batches that must not count out of an accumulation."""
+"""Zeroes the gradients of micro-batches that an accumulation leaves out."""
 
 from collections.abc import Sequence
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from evspan.conf.errors import UserError
-from evspan.conf.schema.training import Precision, TrainConfig
+from evspan.conf.schema.training import EngineKind, Precision, TrainConfig
 from evspan.conf.text import plural
 from evspan.pipeline.engine.resources import peak_bytes
 from evspan.pipeline.parallel.world import World
@@ -24,6 +24,9 @@ OUT_OF_MEMORY_TEXTS = (
     "could not create a primitive",
 )
 MAX_REASON = 200  # characters of the original error in the message
+
+# What each ZeRO stage divides over the ranks in addition to the stage before.
+DIVIDED = {1: "the optimizer state", 2: "the gradients", 3: "the weights"}
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -111,12 +114,16 @@ def _compute_options(config: TrainConfig, chunk: _Chunk) -> list[str]:
 
 def _precision_and_sharding_options(config: TrainConfig, world: World) -> list[str]:
     options = []
-    stage = config.deepspeed.stage
     if _on_gpu(world) and config.training.precision in (Precision.fp32, Precision.tf32):
-        options.append("training.precision=bf16 (half of it)")
+        options.append("training.precision=bf16 (half of it; needs a new run_dir)")
+    is_plain = config.training.engine is EngineKind.plain
+    engine = "training.engine=deepspeed " if is_plain else ""
+    stage = 0 if is_plain else config.deepspeed.stage
     if world.size > 1 and stage < 3:
+        graphs = "training.cuda_graphs=false " if config.training.cuda_graphs and stage == 2 else ""
         options.append(
-            f"deepspeed.stage={stage + 1} (the optimizer state, divided over {world.size} ranks)"
+            f"{engine}{graphs}deepspeed.stage={stage + 1} ({DIVIDED[stage + 1]}, divided over "
+            f"{world.size} ranks)"
         )
     if _on_gpu(world) and stage and not config.deepspeed.offload_optimizer:
         options.append("deepspeed.offload_optimizer=true (to the CPU's memory)")

@@ -73,11 +73,7 @@ class OptimizerState:
         return moments
 
     def counters(self) -> dict[str, Any]:
-        """Steps, as JSON values.
-
-        Adam's count may be one more than the schedule's: in bf16, stage 0 starts with an empty
-        step.
-        """
+        """Numbers of updates, as JSON values."""
         return {
             "updates": self.schedule.updates,
             "adam_steps": int(max(state["step"] for state in self.states)),

@@ -16,6 +16,7 @@ from evspan.pipeline.engine.adam import (
     clip_factor,
     learning_rate_factor,
     parameter_groups,
+    sum_of_squares,
 )
 from evspan.pipeline.engine.training_engine import consolidated_state
 from evspan.pipeline.parallel.reductions import sum_over_ranks
@@ -117,7 +118,7 @@ class PlainEngine:
         assert self.gradient is not None
         assert self.any_counts is not None
         gradient = sum_over_ranks(self.gradient)
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64).float()
+        norm = sum_of_squares([gradient], gradient.device).sqrt()
         applied = self.any_counts & torch.isfinite(norm)
         if self.clip:
             gradient = gradient * clip_factor(norm, self.clip)

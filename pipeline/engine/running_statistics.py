@@ -1,4 +1,4 @@
-"""Running statistics of norms that a micro-batch which must not count leaves as they were."""
+"""Running statistics of norms, restored after a micro-batch that does not count."""
 
 from collections import defaultdict
 

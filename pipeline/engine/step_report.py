@@ -30,7 +30,7 @@ class LossSummary(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Whether every rank may run backward."""
+        """Whether the micro-batch counts: its loss is finite on all ranks."""
         return math.isfinite(self.total)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from evspan.conf.errors import STOPPED_EXIT_CODE, UserError
 from evspan.conf.schema.layout import chosen_exchange
-from evspan.conf.schema.training import TrainConfig
+from evspan.conf.schema.training import Precision, TrainConfig
 from evspan.pipeline.data.batch import Batch
 from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.data.device_batches import device_batches, encodes_for
@@ -386,11 +386,12 @@ class Trainer:
         self.skipped_in_a_row += 1
         limit = self.config.training.max_nonfinite
         if self.skipped_in_a_row >= limit:
+            remedy = "lower optimizer.lr"
+            if self.config.training.precision is not Precision.fp32:
+                remedy += ", or start a new run_dir with training.precision=fp32"
             raise UserError(
                 f"the loss or its gradients were not finite {limit} times in a row, last in step "
-                f"{step}. The last checkpoint is in {self.checkpoints.folder}; lower "
-                "optimizer.lr, or set "
-                "training.precision=fp32"
+                f"{step}. The last checkpoint is in {self.checkpoints.folder}; {remedy}"
             )
 
     def _after_step(self, report: StepReport) -> None:

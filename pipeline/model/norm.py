@@ -32,8 +32,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     Attributes:
         ranks: the reductions; None: this rank alone.
         statistics: with `ranks`, updates the running statistics.
-        shared: inside `shared_norm_work`, which also counts the batch, `scale_and_shift`; else
-            None.
+        shared: `scale_and_shift`, computed once by `shared_norm_work`, which then also counts the
+            batch; None outside of it.
     """
 
     ranks: RankReductions | None = None

@@ -283,7 +283,7 @@ def _cells_by_channel(layout: tuple[tuple[int, int], ...], device: torch.device)
 
 # -- running statistics ----------------------------------------------------------------------------
 class _Layout(NamedTuple):
-    """What belongs to what, of C channels of norms in calls.
+    """Maps channels and norms to their calls; C channels in total.
 
     call_of_channel: (C,) int64. call_of_norm: (norms,) int64. cells: (C,) float64, of the maps.
     """

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from evspan.conf.errors import DeviceError
 from evspan.conf.schema.training import DeviceKind, ParallelConfig
-from evspan.pipeline.engine.deepspeed_adapter import _device_as_local_rank
+from evspan.pipeline.engine.deepspeed_adapter import _set_local_rank
 from evspan.pipeline.engine.resources import Resources
 from evspan.pipeline.parallel import devices, gpus
 from evspan.pipeline.parallel.devices import RankDevice, check_devices, choose_device
@@ -219,11 +219,12 @@ def test_nccl_is_bound_to_the_device(monkeypatch, release, device, ranks, bound)
 
 def test_deepspeed_takes_the_same_device(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with _device_as_local_rank(torch.device("cuda", 0)):
-        assert os.environ["LOCAL_RANK"] == "0"
-    with _device_as_local_rank(torch.device("cpu")):
-        assert os.environ["LOCAL_RANK"] == "3"
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")
+    _set_local_rank(torch.device("cpu"))
     assert os.environ["LOCAL_RANK"] == "3"
+    _set_local_rank(torch.device("cuda", 0))
+    # To the end: ZeRO-3 reads it in forwards, too.
+    assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == "0"
 
 
 def test_a_world_on_a_gpu_uses_nccl_and_the_visible_gpu(machine, monkeypatch):
