@@ -47,6 +47,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 PROJECT = Path(evspan.pipeline.__file__).parents[1]
+PACKAGES = ("conf", "data_prep", "launch", "pipeline")
 BACKEND = "emulated"
 MESSAGES = ("c10d::send", "c10d::recv_", "c10d::recv_any_source_")
 ALLOCATIONS = NO_WORK | {"aten::detach", "aten::alias", "aten::set_"}
@@ -172,7 +173,8 @@ def project_line() -> str:
 def _file_of_interest(file: str) -> str:
     """A short name of a file of the project or of DeepSpeed, empty for others."""
     path = Path(file)
-    if path.is_relative_to(PROJECT) and not path.is_relative_to(PROJECT / "tests"):
+    # The environment, with torch, may be in the project's folder.
+    if any(path.is_relative_to(PROJECT / package) for package in PACKAGES):
         return str(path.relative_to(PROJECT))
     if "deepspeed" in path.parts:
         return f"deepspeed/{path.name}"
