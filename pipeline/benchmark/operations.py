@@ -107,9 +107,18 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         name = func._schema.name
         if not func.is_view and name not in ALLOCATIONS:
             self.operators[name] += 1
-        if name in WAITING_OPERATORS or _indexes_by_mask(name, args):
+        if makes_host_wait(name, args):
             self.waits[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+def makes_host_wait(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether the host of a GPU waits for an operator's result.
+
+    Args:
+        name: of the schema, such as aten::nonzero. args: of the call.
+    """
+    return name in WAITING_OPERATORS or _indexes_by_mask(name, args)
 
 
 def _indexes_by_mask(name: str, args: tuple[Any, ...]) -> bool:

@@ -14,7 +14,7 @@ Config = TypeVar("Config", bound=TrainConfig)
 def resolve_precision(config: Config, world: World, saved: str | None) -> Config:
     """The config with a precision in place of `auto`. A collective.
 
-    `auto` is the precision of the checkpoint that the run continues, on whatever machine. A run
+    `auto` is the precision of the checkpoint that the run continues, on any machine. A run
     that starts has bf16 if the GPUs of all ranks compute in it, and fp32 otherwise.
 
     Args:

@@ -13,7 +13,7 @@ the counts of commit 4b37d94, made with the same tool. Times are modelled, and n
   the memory's speed, 80 % of 3.35 TB/s; every operator reads its inputs and writes its outputs
   there (nothing stays in the L2 cache), and an operator takes at least 2 us.
 - Pageable memory is copied to the device at 8 GB/s while the host waits. Pinned memory is copied at
-  25 GB/s beside the step, and counts only where that takes longer than the step.
+  25 GB/s while the step runs, and counts only where that takes longer than the step.
 - Collectives do not overlap with computing. They have the latencies and rates of exchange_model.py
   (NVLink within a node of 8); an all-reduce sends 2 (n-1)/n of its bytes, an all-to-all (n-1)/n.
 - Host and device work at the same time: a step takes as long as the slower one, plus waits and

@@ -173,12 +173,12 @@ def main() -> None:
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # other processes may use the cores
-    arguments.output.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="evspan-gpu-check-"))
     datasets = None
     try:
         missing = machine.prepare_imports(folder / "site")
         check_device(arguments.device)
+        arguments.output.mkdir(parents=True, exist_ok=True)
         import torch
 
         description = machine.describe_machine(arguments.device, missing)

@@ -4,6 +4,7 @@ import copy
 from typing import NamedTuple
 
 import torch
+from detector_sides import SIZES as DETECTOR_SIZES
 from evspan.conf.schema.training import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
@@ -13,12 +14,8 @@ from torch import Tensor
 CHANNELS = 20
 CLASSES = 3
 MAX_BOXES = 10
-SIZES = {  # embed_dim, dim_head, depth of the neck
-    "micro": (16, 8, 0.33),
-    "tiny": (32, 32, 0.33),
-    "small": (48, 24, 0.33),
-    "base": (64, 32, 0.67),
-}
+# Size -> embed_dim, dim_head, depth of the neck.
+SIZES = {"micro": (16, 8, 0.33), **DETECTOR_SIZES}
 
 
 def model_config(size: str, *, attention: bool = False) -> ModelConfig:

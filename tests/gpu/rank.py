@@ -39,8 +39,8 @@ RESULT = "RESULT "
 class Settings:
     """What one process trains.
 
-    engine: deepspeed or plain. stage: of ZeRO, with DeepSpeed. seconds: of training, for `learn`; 0: it trains
-    `steps` steps.
+    engine: deepspeed or plain. stage: of ZeRO, with DeepSpeed. seconds: of training, for `learn`;
+    0: it trains `steps` steps.
     """
 
     shards: str

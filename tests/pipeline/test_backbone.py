@@ -10,6 +10,7 @@ from evspan.conf.schema.training import (
     TrainConfig,
     TrainingConfig,
 )
+from evspan.pipeline.benchmark.operations import OperatorCounter
 from evspan.pipeline.model import backbone as backbone_module
 from evspan.pipeline.model import layers
 from evspan.pipeline.model import lstm as lstm_module
@@ -24,7 +25,6 @@ from evspan.pipeline.model.layers import FrameConv2d
 from evspan.pipeline.model.lstm import CellLSTM, even_part, truncated
 from evspan.pipeline.model.sequence_protocol import LocalExchange
 from evspan.pipeline.model.state import StageState
-from support.dispatched import Dispatched
 from torch import nn
 
 
@@ -312,7 +312,7 @@ class NoCPU(torch.overrides.TorchFunctionMode):
 
 def with_operators(run, inputs, parameters):
     """Output and gradients of `run` on the path of a GPU, and the operators' counter."""
-    with NoCPU(), Dispatched() as counter:
+    with NoCPU(), OperatorCounter() as counter:
         outputs = run(*inputs)
         total = sum((y * torch.arange(y.numel()).view(y.shape)).sum() for y in outputs)
         gradients = torch.autograd.grad(total, [*inputs, *parameters])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from evspan.conf.schema.training import BackboneConfig, FpnConfig, HeadConfig, ModelConfig
+from evspan.pipeline.benchmark.operations import OperatorCounter
 from evspan.pipeline.model.detector import Detector, look_back_rows
 from evspan.pipeline.model.loss import detection_loss
 from evspan.pipeline.model.state import (
@@ -15,7 +16,6 @@ from evspan.pipeline.model.state import (
 )
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
-from support.dispatched import Dispatched
 
 pytestmark = pytest.mark.slow
 
@@ -210,7 +210,7 @@ def test_the_host_waits_for_the_labelled_frames_alone(kind):
         micro(kind).train(),
         torch.tensor([[False, True, False], [True, False, True], [False, False, True]]),
     )
-    with Dispatched() as seen:
+    with OperatorCounter() as seen:
         raw, _ = detector(
             some_frames(3), detector.initial_state(LANES, H, W), starts=no(), labelled=labelled
         )

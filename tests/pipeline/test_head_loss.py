@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from evspan.conf.schema.training import HeadConfig, SizeWeighting
+from evspan.pipeline.benchmark.operations import OperatorCounter
 from evspan.pipeline.model import assignment as assignment_module
 from evspan.pipeline.model.assignment import assign
 from evspan.pipeline.model.head import YOLOXHead, cells, decode
 from evspan.pipeline.model.loss import detection_loss, size_weights
 from evspan.pipeline.model.norm import ONE_RANK, BatchNorm2d, global_batch_norms
 from evspan.pipeline.model.postprocess import detections, nms
-from support.dispatched import Dispatched
 from torch._subclasses.fake_tensor import is_fake
 
 GEOMETRY = ((8, 12, 8), (4, 6, 16), (2, 3, 32))
@@ -212,7 +212,7 @@ def test_the_host_never_waits_and_few_operators_run():
         detection_loss(
             raw, boxes, counts, GEOMETRY, HeadConfig(size_aware_loss=True)
         ).total.backward()  # fills caches
-        with Dispatched() as seen:
+        with OperatorCounter() as seen:
             detection_loss(
                 raw, boxes, counts, GEOMETRY, HeadConfig(size_aware_loss=True)
             ).total.backward()
@@ -232,10 +232,10 @@ def test_waits_are_seen():
         lambda: x.clone().index_put_((x > 1,), x[0]),
         lambda: x.nonzero(),
     ):
-        with Dispatched() as seen:
+        with OperatorCounter() as seen:
             wait()
         assert seen.waits
-    with Dispatched() as seen:
+    with OperatorCounter() as seen:
         torch.where(x > 1, x, x + 1)
     assert not seen.waits
     assert seen.operators == {"aten::gt": 1, "aten::add": 1, "aten::where": 1}

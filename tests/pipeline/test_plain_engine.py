@@ -19,10 +19,10 @@ from evspan.conf.schema.training import (
     TrainConfig,
     TrainingConfig,
 )
+from evspan.pipeline.benchmark.operations import OperatorCounter
 from evspan.pipeline.engine.checkpoints import load_snapshot
 from evspan.pipeline.engine.signals import StopFlag
 from evspan.pipeline.engine.trainer import Trainer
-from support.dispatched import Dispatched
 from support.one_rank import open_one_rank
 from support.small_shards import write_small_shards
 
@@ -156,7 +156,7 @@ def test_an_update_takes_few_operators(shards, world, tmp_path):
     engine: Any = trainer.engine
     engine.gradient = torch.ones_like(engine.weights.master)
     engine.any_counts = torch.tensor(True)
-    with Dispatched() as seen:
+    with OperatorCounter() as seen:
         engine.step()
     batches.close()
     trainer.close()

@@ -5,6 +5,7 @@ Both ways are tested: frame by frame, as on a CPU, and `select`, as on a GPU, he
 
 import pytest
 import torch
+from evspan.pipeline.benchmark.operations import OperatorCounter
 from evspan.pipeline.model import postprocess
 from evspan.pipeline.model.postprocess import (
     BLOCK,
@@ -18,7 +19,6 @@ from evspan.pipeline.model.postprocess import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.dispatched import Dispatched
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -243,7 +243,7 @@ def test_selection_makes_the_host_wait_for_nothing_and_its_sizes_do_not_depend_o
     limits = DetectionLimits(0.3, 0.45)
     shapes, operators = set(), []
     for frames in (random_frames(2, 50, 3, 1), torch.zeros(2, 50, 8).double()):
-        with Dispatched() as counted:
+        with OperatorCounter() as counted:
             shapes.add(select(frames, limits).shape)
         assert not counted.waits
         operators.append(counted.operators)

@@ -23,6 +23,7 @@ from evspan.conf.schema.training import (
 )
 from evspan.launch.cli.infer import main
 from evspan.pipeline import load_detector
+from evspan.pipeline.benchmark.operations import WAITING_OPERATORS
 from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.inference import streaming, streaming_detector
 from evspan.pipeline.inference.detect import WorkTimer, detect
@@ -36,7 +37,6 @@ from evspan.pipeline.model.norm import BatchNorm2d
 from evspan.pipeline.model.postprocess import DetectionLimits, select
 from evspan.pipeline.weights import HEADER_KEY, Weights, load_weights, save_tensors, save_weights
 from safetensors import safe_open
-from support.dispatched import WAITS
 from support.emulated_device import emulated_gpu, is_supported
 from support.refusals import refused_by
 from support.small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
@@ -188,8 +188,8 @@ def test_evaluation_in_bfloat16_is_close_and_only_the_norms_stay_in_float32(data
         for parameter in module.parameters()
     }
     for parameter in detector.parameters():
-        wanted = torch.float32 if id(parameter) in norms else torch.bfloat16
-        assert parameter.dtype == wanted
+        expected_dtype = torch.float32 if id(parameter) in norms else torch.bfloat16
+        assert parameter.dtype == expected_dtype
     # bfloat16 keeps 8 bits: about as many detections.
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours.frames == theirs.frames
@@ -255,7 +255,7 @@ class Tape(TorchDispatchMode):
         self.recorded = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func._schema.name not in WAITS, f"{func} waits for the device"
+        assert func._schema.name not in WAITING_OPERATORS, f"{func} waits for the device"
         out = func(*args, **(kwargs or {}))
         # A reshape is a view or a copy.
         if not func.is_view or not shares_memory(out, args):
@@ -376,7 +376,7 @@ def test_streams_give_what_step_by_step_gives():
 def test_streaming_on_a_gpu_waits_once_per_call(gpu):
     frames = some_frames(4)
     expected = detector_from(some_weights()).stream(1, HEIGHT, WIDTH)
-    wanted = [rows for frame in frames for rows in expected.detect(frame)]
+    expected_rows = [rows for frame in frames for rows in expected.detect(frame)]
     detector = detector_from(some_weights(), device=gpu.device, precision=Precision.fp32)
     stream = detector.stream(1, HEIGHT, WIDTH)
     actual = []
@@ -394,7 +394,7 @@ def test_streaming_on_a_gpu_waits_once_per_call(gpu):
         with gpu.counting() as counts:
             detector.detect(frame, state)
         assert counts.waits.total() == 1, counts.table()
-    for rows, others in zip(actual, wanted, strict=True):
+    for rows, others in zip(actual, expected_rows, strict=True):
         torch.testing.assert_close(rows, others, rtol=1e-4, atol=1e-3)
 
 

@@ -39,8 +39,8 @@ import evspan.pipeline
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from evspan.pipeline.benchmark.operations import ALLOCATIONS, makes_host_wait
 from evspan.pipeline.parallel.world import World
-from support.dispatched import NO_WORK, WAITS, has_mask
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -50,7 +50,7 @@ PROJECT = Path(evspan.pipeline.__file__).parents[1]
 PACKAGES = ("conf", "data_prep", "launch", "pipeline")
 BACKEND = "emulated"
 MESSAGES = ("c10d::send", "c10d::recv_", "c10d::recv_any_source_")
-ALLOCATIONS = NO_WORK | {"aten::detach", "aten::alias", "aten::set_"}
+NO_WORK = ALLOCATIONS | {"aten::detach", "aten::alias", "aten::set_"}
 
 
 # -- counts ----------------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _check_devices(emulation, name, args, tensors)
     if name == "aten::_local_scalar_dense":
         return _read_scalar(emulation, args[0])
-    if on_device and (name in WAITS or _is_mask_index(name, args)):
+    if on_device and makes_host_wait(name, args):
         emulation.wait(name)
     if is_collective:
         out = _collective(emulation, func, *tree_map(_inner, (args, kwargs)))
@@ -458,7 +458,7 @@ def _compute(emulation: Emulation, func: Any, args: Any, kwargs: dict[str, Any])
         kwargs["device"] = torch.device("cpu" if emulation.values else "meta")
     kwargs.pop("pin_memory", None)
     out = func(*args, **kwargs)
-    if not func.is_view and func._schema.name not in ALLOCATIONS:
+    if not func.is_view and func._schema.name not in NO_WORK:
         _count(emulation, func, args, kwargs, out)
     return out
 
@@ -499,11 +499,6 @@ def _count(emulation: Emulation, func: Any, args: Any, kwargs: Any, out: Any) ->
     formula = flop_registry.get(func._overloadpacket)
     flop = formula(*args, **kwargs, out_val=out) if formula else 0
     emulation.operator(func._schema.name, num_bytes, flop)
-
-
-def _is_mask_index(name: str, args: Any) -> bool:
-    indexes = name.startswith(("aten::index", "aten::_index_put")) and len(args) > 1
-    return indexes and has_mask(args[1])
 
 
 def _check_devices(emulation: Emulation, name: str, args: Any, tensors: list[Any]) -> None:
