@@ -1,5 +1,15 @@
 """Text of messages and overrides."""
 
+import re
+
+# What a terminal executes or reorders by: C0, DEL, C1, the bidirectional marks, embeddings,
+# overrides and isolates, the line and paragraph separators, and bytes of a name that is not UTF-8,
+# which Python holds as lone surrogates.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_UNPRINTABLE_IN_LINES = re.compile(_UNPRINTABLE.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
+
 
 def plural(number: int, noun: str) -> str:
     """'1 recording', '2 recordings'."""
@@ -10,3 +20,24 @@ def quote_override(text: str) -> str:
     """A string as a value in Hydra's grammar of overrides: 'a, b'."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def printable(text: str) -> str:
+    r"""A name or a line from a file, for a terminal: control characters are escaped, as in \x1b.
+
+    Newlines and tabs are control characters too. A byte that was not UTF-8 (`os.fsdecode`) is
+    written as that byte, \xe9.
+    """
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def printable_lines(text: str) -> str:
+    """As `printable`, for a text of several lines: newlines and tabs stay."""
+    return _UNPRINTABLE_IN_LINES.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # the byte that os.fsdecode could not decode
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code <= 0xFF else f"\\u{code:04x}"
