@@ -17,12 +17,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from evspan.conf.errors import UserError
 from evspan.conf.schema.training import Precision
-from evspan.pipeline.parallel.reductions import broadcast_object, gather_objects
+from evspan.pipeline.parallel.reductions import broadcast_json, gather_json
 from evspan.pipeline.weights import (
     BEST,
     FOLDER,
@@ -118,7 +118,7 @@ class Checkpoints:
                 work()
         except OSError as error:
             problem = f"{error.filename or self.folder}: {error.strerror or error}"
-        problems = [text for text in gather_objects(problem) if text]
+        problems = [text for text in gather_json(problem) if text]
         if problems:
             raise UserError(
                 f"the checkpoint could not be saved: {problems[0]}. Earlier checkpoints are still "
@@ -175,11 +175,13 @@ class Checkpoints:
 
         Rank 0 decides, since a file system may show different files to different machines.
         """
-        newest = None
+        newest: list[Any] = []
         if self.rank == 0:
             folder = newest_checkpoint(self.run)
-            newest = folder and (folder, json.loads((folder / META).read_text()))
-        return cast("tuple[Path, dict[str, Any]] | None", broadcast_object(newest))
+            if folder is not None:
+                newest = [str(folder), json.loads((folder / META).read_text())]
+        newest = broadcast_json(newest)
+        return (Path(newest[0]), newest[1]) if newest else None
 
     # -- AP, rank 0 only -----------------------------------------------------------------------
     def evaluated(self, step: int) -> bool:

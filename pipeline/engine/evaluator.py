@@ -14,10 +14,11 @@ from evspan.data_prep.labels.box_files import write_boxes
 from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.evaluation.coco import Metrics
 from evspan.pipeline.evaluation.frames import FRAMES, save_frames
+from evspan.pipeline.inference.gathered_results import gather_results
 from evspan.pipeline.inference.precision import run_precision
 from evspan.pipeline.inference.streaming import RecordingResult, evaluate_split, labelled, score
 from evspan.pipeline.inference.trained_detector import detector_from
-from evspan.pipeline.parallel.reductions import broadcast_object, deal, gather_objects
+from evspan.pipeline.parallel.reductions import broadcast_json, deal
 from evspan.pipeline.parallel.world import World
 from evspan.pipeline.weights import Weights, describe, plain
 
@@ -52,13 +53,10 @@ def evaluate_weights(
         data.recordings, world.rank, world.size, weight=[r.frames for r in data.recordings]
     )
     own_results = evaluate_split(detector, data, config, device=world.device, recordings=recordings)
-    results: list[RecordingResult] = []
-    for part in gather_objects(own_results):
-        results += part
+    results = gather_results(own_results)
     results.sort(key=lambda result: result.name)
-    metrics = broadcast_object(score(results, data, config) if world.is_main else None)
-    assert metrics is not None  # rank 0's
-    return Evaluation(metrics, results, data)
+    metrics = score(results, data, config).to_json() if world.is_main else {}
+    return Evaluation(Metrics(**broadcast_json(metrics)), results, data)
 
 
 def check_dataset(weights: Weights, data: Dataset) -> None:

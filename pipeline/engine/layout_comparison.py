@@ -30,7 +30,7 @@ from evspan.pipeline.engine.resources import peak_bytes
 from evspan.pipeline.engine.signals import StopFlag
 from evspan.pipeline.engine.step_report import LossSummary, StepReport
 from evspan.pipeline.engine.trainer import Trainer
-from evspan.pipeline.parallel.reductions import barrier, gather_objects
+from evspan.pipeline.parallel.reductions import barrier, gather_json
 from evspan.pipeline.parallel.world import World
 from torch import Tensor
 
@@ -241,7 +241,7 @@ class LayoutComparison:
         reset_peak_bytes(self.world.device)
         steps = self.config.steps
         run = train_until(self._train_config(layout, "whole"), self.world, steps)
-        peak = max(gather_objects(peak_bytes(self.world.device)))
+        peak = max(gather_json(peak_bytes(self.world.device)))
         checkpoint = SavedCheckpoint(layout.name, self._checkpoint_folder(run))
         if self._reference is None:
             self._reference = Reference(run.losses, run.gradients)

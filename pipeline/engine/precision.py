@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch
 from evspan.conf.schema.training import Precision, TrainConfig
-from evspan.pipeline.parallel.reductions import gather_objects
+from evspan.pipeline.parallel.reductions import gather_json
 from evspan.pipeline.parallel.world import World
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -26,7 +26,7 @@ def resolve_precision(config: Config, world: World, saved: str | None) -> Config
     if saved is not None and saved in Precision.__members__:
         precision = Precision[saved]
     else:
-        everywhere = all(gather_objects(_computes_in_bf16(world.device)))
+        everywhere = all(gather_json(_computes_in_bf16(world.device)))
         precision = Precision.bf16 if everywhere else Precision.fp32
     return replace(config, training=replace(config.training, precision=precision))
 

@@ -62,7 +62,7 @@ from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import Mesh, open_mesh
 from evspan.pipeline.parallel.reductions import (
     barrier,
-    broadcast_object,
+    broadcast_json,
 )
 from evspan.pipeline.parallel.world import World
 from evspan.pipeline.tensorboard.attention_probe import probe
@@ -595,7 +595,7 @@ class Trainer:
         """Evaluates the checkpoint that was resumed, if the run was stopped before it could."""
         if self.step == 0 or not self._evaluation_is_due:
             return None
-        if broadcast_object(self.checkpoints.evaluated(self.step)):
+        if broadcast_json(self.checkpoints.evaluated(self.step)):
             return None
         return self._evaluate()
 

@@ -1,12 +1,21 @@
 """Sums, gathers and broadcasts over all ranks, without gradients."""
 
+import json
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from evspan.conf.errors import LostRanksError
 from torch import Tensor
 
 T = TypeVar("T")
+
+MOST_BYTES = 1 << 26  # of the JSON text that a rank sends
+FOREIGN = (
+    "A process that is no rank of this run may use its ports; run the same command again, "
+    "on nodes that no one else uses"
+)
 
 # all_gather_into_tensor is deprecated where torch has all_gather_single.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -43,21 +52,101 @@ def gather_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tens
     return parts.view(ranks, *x.shape)
 
 
-def gather_objects(part: T) -> list[T]:
-    """The (pickled) parts of all ranks, in rank order, on every rank."""
+def gather_json(part: T, *, most_bytes: int = MOST_BYTES) -> list[T]:
+    """The parts of all ranks, in rank order, on every rank. Two collectives, as many with any size.
+
+    Nothing is unpickled: whoever reaches the ranks' ports could run code otherwise.
+
+    Args:
+        part: JSON values; tuples arrive as lists. A world of one rank returns it as it is.
+        most_bytes: of the text of one part.
+
+    Raises:
+        LostRanksError: a part is too large, or no JSON: it is not from a rank of this run.
+    """
     if dist.get_world_size() == 1:
         return [part]
-    parts = [part] * dist.get_world_size()
-    dist.all_gather_object(parts, part)
-    return parts
+    parts = gather_bytes(json.dumps(part).encode(), most_bytes=most_bytes)
+    return [_parsed(text, rank) for rank, text in enumerate(parts)]
 
 
-def broadcast_object(value: T) -> T:
-    """Rank 0's (pickled) value, on every rank."""
-    values = [value]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
+def broadcast_json(value: T) -> T:
+    """Rank 0's value, on every rank. Two collectives.
+
+    Args:
+        value: JSON values; read on rank 0 only. Tuples arrive as lists on the other ranks.
+
+    Raises:
+        LostRanksError: the value is too large, or no JSON: it is not from rank 0 of this run.
+    """
+    if dist.get_world_size() == 1:
+        return value
+    device = _collective_device()
+    is_source = dist.get_rank() == 0
+    text = json.dumps(value).encode() if is_source else b""
+    size = torch.tensor([len(text)], dtype=torch.int64, device=device)
+    dist.broadcast(size, src=0)
+    num_bytes = _checked_size(int(size), 0, MOST_BYTES)
+    packed = _as_tensor(text, num_bytes).to(device)
+    dist.broadcast(packed, src=0)
+    received: T = value if is_source else _parsed(_as_bytes(packed.cpu()), 0)
+    return received
+
+
+def gather_bytes(part: bytes, *, most_bytes: int) -> list[bytes]:
+    """The parts of all ranks, in rank order, on every rank. Two collectives.
+
+    Args:
+        part: of any length up to most_bytes; the ranks' lengths may differ.
+
+    Raises:
+        LostRanksError: a part is too large.
+    """
+    if dist.get_world_size() == 1:
+        return [part]
+    device = _collective_device()
+    size = torch.tensor([len(part)], dtype=torch.int64, device=device)
+    sizes = [
+        _checked_size(size, rank, most_bytes)
+        for rank, size in enumerate(gather_over_ranks(size).flatten().tolist())
+    ]
+    rows = gather_over_ranks(_as_tensor(part, max(sizes)).to(device)).cpu()
+    return [_as_bytes(row[:size]) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _collective_device() -> torch.device:
+    """Where the process group takes tensors."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _as_tensor(data: bytes, size: int) -> Tensor:
+    """(size,) uint8, filled up with zeros."""
+    padded = bytearray(data.ljust(size, b"\0"))
+    return torch.frombuffer(padded, dtype=torch.uint8) if padded else torch.empty(0).byte()
+
+
+def _as_bytes(x: Tensor) -> bytes:
+    return x.numpy().tobytes()
+
+
+def _checked_size(size: int, rank: int, most_bytes: int) -> int:
+    if not 0 <= size <= most_bytes:
+        raise LostRanksError(
+            f"rank {rank} announces {size} bytes, and {most_bytes} is the most that this run "
+            f"sends. {FOREIGN}"
+        )
+    return size
+
+
+def _parsed(text: bytes, rank: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LostRanksError(
+            f"rank {rank} sent {len(text)} bytes that are no JSON ({error}). {FOREIGN}"
+        ) from error
 
 
 def barrier() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from evspan.conf.schema.training import TrainConfig
-from evspan.pipeline.parallel.reductions import gather_objects
+from evspan.pipeline.parallel.reductions import gather_json
 from evspan.pipeline.parallel.world import World
 from evspan.pipeline.weights import plain
 
@@ -81,7 +81,7 @@ def environment(world: World) -> dict[str, str]:
         device = torch.cuda.get_device_name(world.device)
     else:
         device = f"CPU, {torch.get_num_threads()} threads"
-    ranks_by_device = Counter(gather_objects(f"{socket.gethostname()}: {device}"))
+    ranks_by_device = Counter(gather_json(f"{socket.gethostname()}: {device}"))
     versions = {name: _version(name) for name in PACKAGES}
     return {
         "ranks": ", ".join(f"{count} on {name}" for name, count in ranks_by_device.items()),

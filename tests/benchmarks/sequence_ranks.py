@@ -34,7 +34,7 @@ from evspan.pipeline.parallel.mesh import Mesh, open_mesh
 from evspan.pipeline.parallel.reductions import (
     add_over_ranks,
     barrier,
-    gather_objects,
+    gather_json,
     sum_over_ranks,
 )
 from evspan.pipeline.parallel.world import open_world
@@ -309,7 +309,7 @@ def rounds(task: Task, mesh: Mesh) -> dict[str, Any]:
                 sides[kind].train()
             barrier()
             times[kind].append(time.perf_counter() - start)
-            losses[kind] = sum(gather_objects(sides[kind].loss if works[kind] else 0.0))
+            losses[kind] = sum(gather_json(sides[kind].loss if works[kind] else 0.0))
             if works[kind]:
                 sides[kind].detector.zero_grad(set_to_none=True)
     parameters = sum(p.numel() for p in sides[task.kinds[-1]].detector.parameters())
@@ -373,7 +373,7 @@ def peak(task: Task, mesh: Mesh) -> dict[str, Any]:
     return {
         "peak": 1024 * (_status_kb("VmHWM") - before),
         "gradients": gradients,
-        "losses": sum(gather_objects(side.loss)),
+        "losses": sum(gather_json(side.loss)),
     }
 
 

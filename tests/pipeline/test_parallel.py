@@ -23,9 +23,9 @@ from evspan.pipeline.model.norm import (
 from evspan.pipeline.parallel.mesh import open_mesh
 from evspan.pipeline.parallel.reductions import (
     add_over_ranks,
-    broadcast_object,
+    broadcast_json,
     deal,
-    gather_objects,
+    gather_json,
     gather_over_ranks,
 )
 from evspan.pipeline.parallel.world import open_world
@@ -123,9 +123,9 @@ def rank_main(rank, folder):
                 "mean": norm.running_mean,
                 "var": norm.running_var,
                 "together": together,
-                "gathered": gather_objects(rank * 10),
+                "gathered": gather_json(rank * 10),
                 "rows": gather_over_ranks(torch.tensor([rank, -rank])),
-                "first": broadcast_object(f"from {rank}"),
+                "first": broadcast_json(f"from {rank}"),
             },
             f"{folder}/{rank}.pt",
         )
