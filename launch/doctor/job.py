@@ -190,6 +190,7 @@ def _srun_command(job: Job, work: Path, token: str) -> list[str]:
         f"--nodes={job.nodes}",
         f"--ntasks={job.size}",
         f"--ntasks-per-node={job.ranks_per_node}",
+        "--export=ALL",  # as in a batch script of ours, whatever SLURM_EXPORT_ENV is
         "--input=none",
         "--quit-on-interrupt",
         "--kill-on-bad-exit=1",

@@ -35,8 +35,12 @@ def sbatch_parameters(cluster: SlurmConfig) -> dict[str, Any]:
 
 
 def setup_lines(cluster: SlurmConfig) -> list[str]:
-    """Shell lines for the start of the batch script: `setup`, then `environment`."""
-    lines = list(cluster.setup)
+    """Shell lines for the start of the batch script: `setup`, then `environment`.
+
+    The tasks get the environment of the script. With SBATCH_EXPORT=NONE, the policy of some sites,
+    srun would pass only SLURM's variables: no PATH, and nothing that the script has set.
+    """
+    lines = ["export SLURM_EXPORT_ENV=ALL", *cluster.setup]
     for setting in cluster.environment:
         name, _, value = setting.partition("=")
         lines.append(f"export {name}={shlex.quote(value)}")

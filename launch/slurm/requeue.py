@@ -27,7 +27,7 @@ class RequeueRule:
     """What the decision needs of a run.
 
     run: its folder. log: output of a rank as SLURM keeps it, with %j for the job and %t for the
-    rank. max_retries: faults in a row at the same step after which the run has failed.
+    rank in its name. max_retries: faults in a row at the same step after which the run has failed.
     """
 
     run: str
@@ -62,12 +62,13 @@ def main(argv: Sequence[str]) -> int:
     """Print the decision. Returns 0 for a requeue, else 1."""
     rules, index, code, state = argv
     rule = RequeueRule(**json.loads(Path(rules).read_text())[int(index)])
-    log = rule.log.replace("%j", slurm_job())
+    log = Path(rule.log)
+    log_of_rank = log.name.replace("%j", slurm_job())
     end = JobEnd(
         notes=read_notes(notes_folder(rule.run, os.environ)),
         code=int(code),
         state=state,
-        logs=[Path(log.replace("%t", str(rank))) for rank in range(rule.ranks)],
+        logs=[log.with_name(log_of_rank.replace("%t", str(rank))) for rank in range(rule.ranks)],
     )
     decision = decide(rule, end)
     print(f"evspan: {decision.reason}", flush=True)

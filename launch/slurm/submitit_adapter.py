@@ -1,8 +1,39 @@
-"""The only module that uses private names of Submitit. Verified against submitit 1.5.4."""
+"""The only module that uses private names of Submitit. Verified against submitit 1.5.4.
+
+python -m evspan.launch.slurm.submitit_adapter FOLDER
+
+runs a task of a job as `python -m submitit.core._submit FOLDER` does, where the path of the folder
+contains '%'.
+"""
+
+import shlex
+from pathlib import Path
 
 from submitit import SlurmExecutor
+from submitit.core import job_environment, utils
+from submitit.core.submission import submitit_main
+from submitit.slurm import slurm
 
 VERIFIED_VERSION = "1.5.4"
+# Stands for a '%' of the folder until SLURM's own %j and %t are in the script.
+PERCENT = "\ue000"
+
+
+class JobPaths(utils.JobPaths):
+    """The files of a job. %j, %t, %A and %a are replaced in their names, not in their folder's."""
+
+    @property
+    def folder(self) -> Path:
+        """Contains all files."""
+        return Path(self._folder)
+
+    def _format_id(self, path: str | Path) -> Path:
+        return self.folder / super()._format_id(Path(path).name)
+
+    @staticmethod
+    def get_first_id_independent_folder(folder: str | Path) -> Path:
+        """Gets the files of a job until its id is known: the folder itself."""
+        return Path(folder).expanduser().absolute()
 
 
 class Executor(SlurmExecutor):
@@ -13,9 +44,35 @@ class Executor(SlurmExecutor):
         """Submitit's rating of this executor; it creates none whose rating is negative."""
         return 2
 
+    @property
+    def _submitit_command_str(self) -> str:
+        if "%" not in str(self.folder):
+            return str(super()._submitit_command_str)
+        folder = shlex.quote(str(self.folder))
+        return f"{self.python} -u -m evspan.launch.slurm.submitit_adapter {folder}"
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        """SLURM replaces %x in the paths of its logs; %% is a '%'."""
+        folder = str(self.folder).replace("%", PERCENT)
+        text = slurm._make_sbatch_string(command=command, folder=folder, **self.parameters)
+        return text.replace(PERCENT, "%%")
+
 
 def script_of(executor: SlurmExecutor, tasks: int) -> str:
     """The sbatch script that the executor would submit for an array of `tasks` tasks."""
     if tasks > 1:
         executor.parameters["map_count"] = tasks  # as Submitit does for an array
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+
+
+def _replace_classes() -> None:
+    """Makes Submitit use our classes: it creates an executor of its own for an array."""
+    vars(utils)["JobPaths"] = JobPaths
+    vars(job_environment)["JobPaths"] = JobPaths
+    vars(slurm)["SlurmExecutor"] = Executor
+
+
+_replace_classes()
+
+if __name__ == "__main__":
+    submitit_main()

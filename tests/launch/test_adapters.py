@@ -113,6 +113,24 @@ def test_a_script_is_written_without_slurm(tmp_path, monkeypatch):
     assert "--array" not in submitit_adapter.script_of(single, tasks=1)
 
 
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_percent_sign_of_a_path_is_neither_slurms_nor_submitits(tmp_path, tasks):
+    """SLURM would replace %j and %x in a path, Submitit %j, %t, %A and %a."""
+    folder = tmp_path / "50%jobs %A" / "100%"
+    executor = submitit_adapter.Executor(folder, python="my-python")
+    text = submitit_adapter.script_of(executor, tasks)
+    name = "%j" if tasks == 1 else "%A_%a"
+    pattern = str(folder).replace("%", "%%")
+    assert f"#SBATCH --output='{pattern}/{name}_0_log.out'" in text
+    assert f"--output '{pattern}/{name}_%t_log.out'" in text
+    assert f"my-python -u -m evspan.launch.slurm.submitit_adapter '{folder}'" in text
+    paths = submitit_adapter.JobPaths(folder, job_id="7_1", task_id=3)
+    assert paths.stdout == folder / "7_1_3_log.out"
+    assert paths.submitted_pickle == folder / "7_1_submitted.pkl"
+    assert paths.submission_file == folder / "7_submission.sh"
+    assert paths.get_first_id_independent_folder(folder) == folder
+
+
 # -- hydra-submitit-launcher ---------------------------------------------------------------------
 def test_its_parameters_become_keys_of_our_cluster():
     parameters = {

@@ -165,16 +165,21 @@ def test_the_requeue_command_of_the_batch_script(tmp_path, monkeypatch, capsys):
             json.dumps({"code": 1, "message": message, "host": "n1"})
         )
     runs = tmp_path / "runs.json"
+    logs = tmp_path / "50%jobs"
+    logs.mkdir()
+    (logs / "8.1").write_text("no such file\n")
     about = {
         "run": str(tmp_path / "run"),
-        "log": str(tmp_path / "%j.%t"),
-        "ranks": 1,
+        "log": str(logs / "%j.%t"),
+        "ranks": 2,
         "max_retries": 3,
         "requeue_after_fault": True,
     }
     runs.write_text(json.dumps([{**about, "run": "other"}, about]))
     assert main([str(runs), "1", "1", "RUNNING"]) == 0
-    assert "of this one" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "of this one" in output
+    assert f"{logs / '8.1'} ends with: no such file" in output
     assert main([str(runs), "1", "0", "RUNNING"]) == 1
 
 
@@ -278,7 +283,9 @@ def test_the_script_has_the_values_of_the_config(tmp_path):
         "--exclusive",
     ):
         assert f"#SBATCH {line}" in text
-    assert text.index("module load cuda") < text.index("srun")
+    # srun passes the environment of the script, which `setup` may change.
+    order = ("export SLURM_EXPORT_ENV=ALL", "module load cuda", "srun")
+    assert sorted(order, key=text.index) == list(order)
     assert "--cpus-per-task=6" in next(
         line for line in text.splitlines() if line.startswith("srun")
     )
