@@ -2,16 +2,20 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from evspan.conf.errors import ConfigError, ShardError
+from evspan.conf.errors import ConfigError, ShardError, UserError, one_line
 from evspan.conf.schema.prep import PrepConfig
-from evspan.data_prep.recordings.sources import Source, find_sources, in_no_split
+from evspan.conf.text import plural
+from evspan.data_prep.labels.checks import grouped
+from evspan.data_prep.recordings.left_out import LABELLED_SPLITS, without_boxes
+from evspan.data_prep.recordings.sources import Source, find_sources, unused_files
 from evspan.data_prep.shards.atomic import LOCK, UNFINISHED, atomic_write, file_xxh3, locked
 from evspan.data_prep.shards.format import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest
 from evspan.data_prep.shards.marks import MARKS, read_marks, write_marks
@@ -69,17 +73,21 @@ def prepare(config: PrepConfig, runner: Runner | None = None) -> PrepReport:
         UserError: another process prepares into the same folder, or the disk is full.
     """
     source, output = _checked_folders(config)
-    sources = {s.key: s for s in find_sources(source)}
-    _log_left_out(source)
+    with _unreadable_now():
+        sources = {s.key: s for s in find_sources(source)}
+        _log_left_out(source, sources.values())
     _make_folder(output)
     with locked(output):
         clean_unfinished(output)
         try:
             target = Target(resolved_config(config), config.max_invalid_fraction)
-            plan = _plan(sources, output, target, config.source)
+            with _unreadable_now():
+                plan = _plan(sources, output, target, config.source)
+            _require_confirmed(plan, sources, config)
             manifest = _apply(plan, sources, output, target, config, runner or LocalRunner())
         finally:
             clean_unfinished(output)  # of workers that were killed
+    _log_warnings(manifest)
     return PrepReport(manifest, {key: redo.reason for key, redo in plan.redo.items()}, plan.removed)
 
 
@@ -133,14 +141,38 @@ def _make_folder(output: Path) -> None:
         ) from error
 
 
-def _log_left_out(source: Path) -> None:
-    left_out = in_no_split(source)
-    if not left_out:
-        return
-    message = f"left out, being in none of {'/, '.join(SPLITS)}/: {left_out[0].relative_to(source)}"
-    if len(left_out) > 1:
-        message += f" and {len(left_out) - 1} more"
-    logger.info("%s", message)
+def _log_left_out(source: Path, sources: Iterable[Source]) -> None:
+    for line in unused_files(source):
+        logger.info("%s", line)
+    if line := without_boxes(s.key for s in sources if s.boxes is None):
+        logger.warning("%s", line)
+
+
+def _log_warnings(manifest: Manifest) -> None:
+    """Warns about doubtful labels, and about splits of which nothing can be learned or scored."""
+    of_recordings = ((f"{r.split}/{r.name}", r.label_warnings) for r in manifest.recordings)
+    for line in grouped(of_recordings):
+        logger.warning("%s", line)
+    for split in LABELLED_SPLITS:
+        recordings = manifest.split(split)
+        if recordings and not any(r.labelled_frames for r in recordings):
+            logger.warning(
+                "%s has no labelled frame in %s: training and evaluation refuse it",
+                split,
+                plural(len(recordings), "recording"),
+            )
+
+
+@contextmanager
+def _unreadable_now() -> Iterator[None]:
+    """Stops where a file cannot be read at the moment: it counts neither as removed nor damaged."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{one_line(error)}. It cannot be read now; nothing was changed. Run the same again "
+            "when it can be"
+        ) from error
 
 
 # -- plan ------------------------------------------------------------------------------------------
@@ -198,6 +230,7 @@ def _compared(state: RecordingState, source: Source) -> RecordingState:
         state,
         stored=stored._replace(entry=entry),
         boxes_changed=boxes_xxh3 != entry.boxes_xxh3,
+        boxes_gone=bool(entry.boxes_xxh3) and source.boxes is None,
     )
 
 
@@ -224,6 +257,28 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _require_confirmed(plan: UpdatePlan, sources: Mapping[str, Source], config: PrepConfig) -> None:
+    """Refuses to remove more than half of a split's recordings unless `allow_removal` is set.
+
+    An unmounted disk leaves an empty folder, which is no wish to remove its recordings.
+    """
+    if config.allow_removal:
+        return
+    for split in SPLITS:
+        removed = [key for key in plan.removed if key.startswith(f"{split}/")]
+        kept = sum(source.split == split for source in sources.values())
+        if len(removed) > kept:
+            named = ", ".join(removed[:NAMED])
+            if len(removed) > NAMED:
+                named += ", ..."
+            raise ShardError(
+                f"{plural(len(removed), 'recording')} of {split} in {config.output} ({named}) not "
+                f"in source {config.source}, which has {kept} of {split}. Nothing was changed. "
+                "Mount the disk that holds them and run the same again, or set "
+                "allow_removal=true to remove them from the shards"
+            )
 
 
 # -- apply -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ MISSING = "its shard is missing or damaged"
 MARKED = "evspan prep verify found it damaged"
 SOURCE_CHANGED = "the recording has changed"
 BOXES_CHANGED = "the box file has changed"
+BOXES_GONE = "it has no box file any more"
 CONFIG_CHANGED = "the config has changed"
 REFUSED = "max_invalid_fraction is lower now"
 NO_REUSE = (MARKED, SOURCE_CHANGED)  # the stored frames are wrong
@@ -27,6 +28,7 @@ class RecordingState:
         listed: its entry in the manifest; None where the manifest does not name it.
         source_changed: the recording differs from the one that `stored` was prepared from.
         boxes_changed: the same of its box file.
+        boxes_gone: it had a box file, and has none now.
         marked: `evspan prep verify` found it damaged.
     """
 
@@ -35,6 +37,7 @@ class RecordingState:
     listed: RecordingEntry | None = None
     source_changed: bool = False
     boxes_changed: bool = False
+    boxes_gone: bool = False
     marked: bool = False
 
 
@@ -135,6 +138,8 @@ def reason_to_redo(state: RecordingState, target: Target) -> str:
         return MISSING if state.listed else NEW
     if state.source_changed:
         return SOURCE_CHANGED
+    if state.boxes_gone:
+        return BOXES_GONE
     if state.boxes_changed:
         return BOXES_CHANGED
     if state.stored.config != target.config:

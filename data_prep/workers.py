@@ -16,7 +16,7 @@ from threading import Thread, current_thread, main_thread
 from types import TracebackType
 from typing import Generic, Protocol, TypeAlias, TypeVar, cast
 
-from evspan.conf.errors import RecordingError, UserError
+from evspan.conf.errors import RecordingError, UserError, one_line
 from evspan.conf.schema.prep import PrepConfig
 from evspan.data_prep.recordings.sources import Source
 from evspan.data_prep.shards.atomic import NoSpaceError
@@ -115,8 +115,8 @@ def run_jobs(
             except NoSpaceError:
                 raise
             except (UserError, OSError) as error:
-                failed[key] = str(error)
-                progress.advance(f"{key}: failed: {error}", important=True)
+                failed[key] = _reason(error)
+                progress.advance(f"{key}: failed: {failed[key]}", important=True)
             else:
                 progress.advance(f"{key}: {_summary(entries[key])}")
     if failed:
@@ -126,6 +126,12 @@ def run_jobs(
             f"and kept for the next run. {reasons}"
         )
     return entries
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):  # no damage: EACCES, EMFILE, EIO, ESTALE, ...
+        return f"{one_line(error)}; it cannot be read or written now"
+    return str(error)
 
 
 def _summary(entry: RecordingEntry) -> str:

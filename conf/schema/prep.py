@@ -7,6 +7,8 @@ from typing import Any
 from evspan.conf.errors import require
 from evspan.conf.schema.cluster import PrepClusterConfig, Scheduler
 
+MOST_OFFSET_US = 1 << 53  # 285 years
+
 
 class FrameMode(Enum):
     """How events are counted."""
@@ -34,6 +36,20 @@ class DatasetKind(Enum):
 
     shards = "shards"  # written by `evspan prep`
     rvt_tree = "rvt_tree"  # RVT's preprocessed folders, read directly
+
+
+class TimeUnit(Enum):
+    """Unit of the times of a box file."""
+
+    us = "us"
+    ms = "ms"
+    s = "s"
+    ns = "ns"
+
+    @property
+    def in_us(self) -> float:
+        """The unit in microseconds."""
+        return {"us": 1, "ms": 1e3, "s": 1e6, "ns": 1e-3}[self.value]
 
 
 @dataclass(kw_only=True)
@@ -90,8 +106,11 @@ def frame_config(raw: dict[str, Any]) -> FrameConfig:
 class LabelConfig:
     """Which boxes are kept, and with which class. Sizes in pixels of the full sensor resolution."""
 
-    # class_id in the box file -> index in `classes`.
+    # class_id in the box file -> index in `classes`. A map replaces the dataset's as a whole.
     class_map: dict[int, int] = field(default_factory=dict)
+    time_unit: TimeUnit = TimeUnit.us  # of the times in the box files: us | ms | s | ns
+    # Added to the times of the box files, where they count from another moment than the events.
+    offset_us: int = 0
     label_every_ms: int = 100  # thin labels to one per 100 ms, or 50 for one per window
     crop: bool = True  # cut boxes at the sensor's border, drop those wholly outside
     min_side: float = 0.0
@@ -103,6 +122,11 @@ class LabelConfig:
         require(
             self.label_every_ms >= 1,
             f"dataset.labels.label_every_ms is {self.label_every_ms}; give 1 ms or more",
+        )
+        require(
+            abs(self.offset_us) <= MOST_OFFSET_US,
+            f"dataset.labels.offset_us is {self.offset_us}; give {MOST_OFFSET_US} us or less, "
+            "either way",
         )
         require(
             self.min_side >= 0 and self.min_diagonal >= 0,
@@ -152,6 +176,8 @@ class PrepConfig:
     shard_mib: int = 2048  # several recordings share a file up to this size
     # Refuse a recording with a larger fraction of events outside the sensor.
     max_invalid_fraction: float = 0.01
+    # Remove recordings that the source no longer has, even most of a split.
+    allow_removal: bool = False
     codec: Codec = Codec.fast  # of new frames; frames that are stored already keep theirs
 
     def __post_init__(self) -> None:

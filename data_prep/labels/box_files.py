@@ -1,10 +1,15 @@
 """Box files: `X_bbox.npy` next to the recording `X_td.*`, in Prophesee's layout."""
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from evspan.conf.errors import BoxesError
+from evspan.conf.schema.prep import TimeUnit
+from evspan.conf.text import printable
+from evspan.data_prep.recordings.links import require_targets, stat_of
 from numpy.typing import NDArray
 
 BoxArray: TypeAlias = NDArray[np.void]  # (N,) structured, dtype RAW_BOX
@@ -22,8 +27,11 @@ RAW_BOX = np.dtype(
 )  # t in us; x, y: top left; pixels of the sensor
 FIELDS = RAW_BOX.names or ()
 OLDER_NAMES = {"t": "ts", "class_confidence": "confidence"}
+LONGEST_CAUSE = 200  # characters of numpy's message, which may repeat the file's header
+NO_TRACK = 2**32 - 1  # track_id of a box without a track; -1 in files of signed numbers
 OPTIONAL = {"track_id": 0, "class_confidence": 1.0}
 REQUIRED = tuple(name for name in FIELDS if name not in OPTIONAL)
+BOXES_ENDING = "_bbox.npy"
 RECORDING_ENDINGS = (
     "_td.dat.h5",
     "_td.dat",
@@ -38,17 +46,43 @@ RECORDING_ENDINGS = (
 
 
 def recording_name(path: Path) -> str:
-    """The name that a recording and its box file share: `X` of `X_td.raw`."""
+    """The name that a recording and its box file share: `X` of `X_td.raw`, `X_TD.RAW`."""
     for ending in RECORDING_ENDINGS:
-        if path.name.endswith(ending):
-            return path.name.removesuffix(ending)
+        if path.name.lower().endswith(ending):
+            return path.name[: -len(ending)]
     return path.stem
 
 
 def find_boxes(recording: Path) -> Path | None:
-    """The box file next to a recording; None where there is none."""
-    path = recording.with_name(f"{recording_name(recording)}_bbox.npy")
+    """The box file next to a recording; None where there is none.
+
+    Raises:
+        RecordingError: the box file is a link without a target.
+        OSError: the folder or the target of a link cannot be read now.
+    """
+    path = recording.with_name(recording_name(recording) + BOXES_ENDING)
+    if stat_of(path) is None:  # perhaps in another case, from another system
+        if stat_of(path.parent) is None:
+            return None
+        siblings = [path.with_name(name) for name in os.listdir(path.parent)]
+        other = boxes_in(siblings).get(recording_name(recording))
+        if other is None:
+            return None
+        path = other
+    require_targets([path])
     return path if path.is_file() else None
+
+
+def boxes_in(paths: Iterable[Path]) -> dict[str, Path]:
+    """The box files among the entries of a folder, by the name of their recording.
+
+    The ending counts in any case; of `X_bbox.npy` and `X_BBOX.NPY` the first is taken.
+    """
+    boxes: dict[str, Path] = {}
+    for path in sorted(paths, key=lambda path: not path.name.endswith(BOXES_ENDING)):
+        if path.name.lower().endswith(BOXES_ENDING):
+            boxes.setdefault(path.name[: -len(BOXES_ENDING)], path)
+    return boxes
 
 
 def empty_boxes() -> BoxArray:
@@ -56,60 +90,147 @@ def empty_boxes() -> BoxArray:
     return np.zeros(0, RAW_BOX)
 
 
-def read_boxes(path: str | Path) -> BoxArray:
+def read_boxes(
+    path: str | Path, *, time_unit: TimeUnit = TimeUnit.us, offset_us: int = 0
+) -> BoxArray:
     """Reads a box file.
 
     Fields may come in any order, `ts` instead of t and `confidence` instead of class_confidence.
-    Missing optional fields (`OPTIONAL`) get their default.
+    Missing optional fields (`OPTIONAL`), and confidences that are not finite, get their default.
+    A negative track_id or NaN becomes NO_TRACK; tracks whose ids do not fit are numbered again.
+
+    Args:
+        time_unit: of the times in the file.
+        offset_us: is added to the times; the sums may be negative.
 
     Returns:
         (N,) RAW_BOX, sorted by time; boxes of one time in the order of the file.
 
     Raises:
         BoxesError: the file is no structured array, lacks a field, or has values that do not fit.
+        OSError: the file cannot be read now.
     """
-    raw = _mapped(path)
+    raw = read_array(path)
     present = raw.dtype.names or ()
-    boxes = np.zeros(raw.size, RAW_BOX)
-    missing: list[str] = []
+    in_file = {}
     for name in FIELDS:
         source = name if name in present else OLDER_NAMES.get(name, name)
         if source in present:
-            boxes[name] = _values(path, raw[source], source, RAW_BOX[name])
-        elif name in OPTIONAL:
-            boxes[name] = OPTIONAL[name]
-        else:
-            missing.append(name)
+            in_file[name] = source
+    missing = [name for name in REQUIRED if name not in in_file]
     if missing:
         fields = "field" if len(missing) == 1 else "fields"
         raise BoxesError(
             f"{path} lacks the {fields} {', '.join(missing)}; it has {', '.join(present)}. Boxes "
             f"need {', '.join(REQUIRED)}"
         )
+    boxes = np.zeros(raw.size, RAW_BOX)
+    for name, default in OPTIONAL.items():
+        boxes[name] = default
+    for name, source in in_file.items():
+        _require_numbers(path, raw[source], source)
+        if name == "t":
+            boxes[name] = _times(path, raw[source], source, time_unit, offset_us)
+        elif name == "track_id":
+            boxes[name] = _tracks(raw[source])
+        elif name == "class_confidence":
+            boxes[name] = np.where(np.isfinite(raw[source]), raw[source], OPTIONAL[name])
+        else:
+            boxes[name] = _values(path, raw[source], source, RAW_BOX[name])
     return boxes[np.argsort(boxes["t"], kind="stable")]
 
 
-def _mapped(path: str | Path) -> NDArray[np.void]:
-    """The file's array, memory-mapped: a damaged header with a huge size allocates nothing."""
+def read_array(path: str | Path) -> NDArray[np.void]:
+    """(N,) the structured array of an .npy file. Nothing is unpickled, and no header is believed.
+
+    Raises:
+        BoxesError: it is another file, a damaged one, or another array.
+        OSError: the file cannot be read now.
+    """
+    path = Path(path)
     try:
-        raw = np.lib.format.open_memmap(path, mode="r")
+        with path.open("rb") as file:
+            return _read_npy(path, file, os.fstat(file.fileno()).st_size)
     except FileNotFoundError as error:
         raise BoxesError(
             f"{path} is not there. Give a box file (a structured .npy with {', '.join(FIELDS)})"
         ) from error
-    except PermissionError:
+    except IsADirectoryError as error:
+        raise _no_array(path, "it is a folder") from error
+
+
+def _read_npy(path: Path, file: BinaryIO, size: int) -> NDArray[np.void]:
+    if size == 0:
+        raise _no_array(path, "it is empty, 0 bytes: copy it again")
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_2_0
+        if version == (1, 0):
+            read_header = np.lib.format.read_array_header_1_0
+        shape, _, dtype = read_header(file)
+    except OSError:
         raise
     except Exception as error:  # a damaged header makes numpy raise a dozen types
+        raise _no_array(path, printable(str(error).split("\n")[0][:LONGEST_CAUSE])) from error
+    if dtype.hasobject:
+        raise _no_array(path, "it holds pickled Python objects, which are not loaded")
+    if dtype.names is None or len(shape) != 1:
         raise BoxesError(
-            f"{path} is no plain .npy array ({error}). Save the boxes as a structured array with "
-            f"the fields {', '.join(FIELDS)}"
-        ) from error
-    if raw.dtype.names is None or raw.ndim != 1:
-        raise BoxesError(
-            f"{path} holds {raw.dtype} of shape {raw.shape}, not a structured array of boxes with "
+            f"{path} holds {dtype} of shape {shape}, not a structured array of boxes with "
             f"the fields {', '.join(FIELDS)}"
         )
-    return raw
+    expected = shape[0] * dtype.itemsize
+    data = size - file.tell()
+    if shape[0] < 0 or expected != data or (shape[0] and not expected):
+        raise _no_array(
+            path,
+            f"its header states {shape[0]} boxes of "
+            f"{dtype.itemsize} bytes, and {data} bytes follow instead of {expected}: it is cut "
+            "off or damaged",
+        )
+    boxes: NDArray[np.void] = np.fromfile(file, dtype, shape[0])
+    return boxes
+
+
+def _no_array(path: Path, problem: str) -> BoxesError:
+    return BoxesError(
+        f"{path} is no plain .npy array ({problem}). Save the boxes as a structured array with "
+        f"the fields {', '.join(FIELDS)}"
+    )
+
+
+def _require_numbers(path: str | Path, values: NDArray[Any], name: str) -> None:
+    if values.dtype.kind not in "iuf" or values.ndim != 1:
+        raise BoxesError(
+            f"{path}: field {name!r} holds {values.dtype} of shape {values.shape[1:]}, not a "
+            "number per box"
+        )
+
+
+def _times(
+    path: str | Path, values: NDArray[Any], name: str, unit: TimeUnit, offset_us: int
+) -> NDArray[np.int64]:
+    """(N,) microseconds, rounded, with the offset. values: (N,) integers or floats."""
+    if values.dtype.kind == "f" or unit is not TimeUnit.us:
+        values = np.rint(values.astype(np.float64) * unit.in_us)
+    fits = (values >= 0) & (values < 2.0**63 - max(0, offset_us))
+    _require_fit(path, values, name, fits, "from 0 to 2**63 us")
+    times: NDArray[np.int64] = values.astype(np.int64) + offset_us
+    return times
+
+
+def _tracks(values: NDArray[Any]) -> NDArray[np.uint32]:
+    """(N,) track ids. values: (N,) integers or floats, of any size."""
+    if values.dtype.kind == "f":
+        values = values.astype(np.float64)
+    has_track = (values >= 0) & (values != NO_TRACK)
+    fits = has_track & (values < 2.0**31) & (values == np.floor(values))
+    ids = np.full(values.size, NO_TRACK, np.uint32)
+    kept = values[has_track]
+    if not fits[has_track].all():  # numbered in the order of their ids: equal ones stay equal
+        kept = np.unique(kept, return_inverse=True)[1]
+    ids[has_track] = kept
+    return ids
 
 
 def _values(path: str | Path, values: NDArray[Any], name: str, kind: np.dtype[Any]) -> NDArray[Any]:
@@ -121,31 +242,27 @@ def _values(path: str | Path, values: NDArray[Any], name: str, kind: np.dtype[An
     Raises:
         BoxesError: the conversion would change a number by more than rounding.
     """
-    if values.dtype.kind not in "iuf" or values.ndim != 1:
-        raise BoxesError(
-            f"{path}: field {name!r} holds {values.dtype} of shape {values.shape[1:]}, not a "
-            "number per box"
-        )
     with np.errstate(over="ignore"):
         if kind.kind == "f":
             values = values.astype(kind)
-            expected = "finite"
-            fits = np.isfinite(values)
-        elif name in ("t", "ts"):
-            values = np.rint(values) if values.dtype.kind == "f" else values
-            expected = "from 0 to 2**63 us"
-            fits = (values >= 0) & (values < 2.0**63)
+            _require_fit(path, values, name, np.isfinite(values), "finite")
         else:
-            expected = "a whole number from 0 to 2**32 - 1"
             fits = (values >= 0) & (values < 2.0**32) & (values == np.floor(values))
-    if not fits.all():
-        first = int(np.argmin(fits))
-        unfit = int(np.count_nonzero(~fits))
-        raise BoxesError(
-            f"{path}: {unfit} of {fits.size} boxes have a {name} that does not fit, first "
-            f"{values[first]} in row {first}; it must be {expected}. Remove or correct these rows"
-        )
+            _require_fit(path, values, name, fits, "a whole number from 0 to 2**32 - 1")
     return values.astype(kind)
+
+
+def _require_fit(
+    path: str | Path, values: NDArray[Any], name: str, fits: NDArray[np.bool_], expected: str
+) -> None:
+    if fits.all():
+        return
+    first = int(np.argmin(fits))
+    unfit = int(np.count_nonzero(~fits))
+    raise BoxesError(
+        f"{path}: {unfit} of {fits.size} boxes have a {name} that does not fit, first "
+        f"{values[first]} in row {first}; it must be {expected}. Remove or correct these rows"
+    )
 
 
 def write_boxes(path: str | Path, boxes: BoxArray) -> None:

@@ -36,11 +36,12 @@ def open_recording(path: str | Path) -> Recording:
     suffixes = ", ".join(SUFFIXES)
     if not path.is_file():
         raise RecordingError(f"{path} is no file. Give a recording: one of {suffixes}")
-    if path.suffix == ".raw":
+    suffix = path.suffix.lower()
+    if suffix == ".raw":
         return _open_raw(path)
-    if path.suffix == ".dat":
+    if suffix == ".dat":
         return DatReader(path)
-    if path.suffix in (".h5", ".hdf5"):
+    if suffix in (".h5", ".hdf5"):
         return H5Reader(path)
     raise RecordingError(
         f"{path} has the suffix {path.suffix or '(none)'}; recordings have one of {suffixes}"

@@ -2,14 +2,16 @@
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from evspan.conf.errors import RecordingError
-from evspan.conf.text import plural
-from evspan.data_prep.labels.box_files import find_boxes, recording_name
+from evspan.conf.text import plural, printable
+from evspan.data_prep.labels.box_files import BOXES_ENDING, find_boxes, recording_name
+from evspan.data_prep.recordings.left_out import files_of, is_recording, left_out
+from evspan.data_prep.recordings.links import require_targets, stat_of
 from evspan.data_prep.recordings.open import SUFFIXES
 from evspan.data_prep.shards.format import SPLITS
 
@@ -41,29 +43,83 @@ def find_sources(source: Path) -> list[Source]:
             file. A .txt or .csv is a list of recordings.
 
     Raises:
-        RecordingError: nothing there, two recordings of one name, or a wrong line of a list.
+        RecordingError: nothing there, a link without a target, a name that cannot be stored, two
+            recordings of one name, or a wrong line of a list.
+        OSError: a folder or a link's target cannot be read now.
     """
-    if not source.exists():
+    require_targets([source])
+    if stat_of(source) is None:
         raise RecordingError(
             f"source {source} is not there. Give a folder with {'/ '.join(SPLITS)}/ of "
             "recordings, one recording, or a list of them: source=PATH"
         )
-    if source.suffix in LISTS and source.is_file():
+    if source.suffix.lower() in LISTS and source.is_file():
         return _listed(source)
-    splits = {split: source / split for split in SPLITS if (source / split).is_dir()}
-    sources = []
-    for split, folder in (splits or {"test": source}).items():
-        paths = [folder] if folder.is_file() else _recordings(folder)
-        for path in paths:
-            relative = path.name if path == source else str(path.relative_to(source))
-            sources.append(Source(path, split, recording_name(path), relative, find_boxes(path)))
-    if not sources:
-        searched = ", ".join(str(folder) for folder in splits.values()) or source
-        raise RecordingError(
-            f"source {source} holds no recordings ({', '.join(SUFFIXES)}) in {searched}"
-        )
+    if source.is_file():
+        sources = [Source(source, "test", recording_name(source), source.name, find_boxes(source))]
+    else:
+        sources = _in_folders(source, split_folders(source))
+    _require_storable([s.path for s in sources])
     _require_unique(sources, source)
     return sources
+
+
+def split_folders(source: Path) -> dict[str, Path]:
+    """The folders of a source that are read, by split; the folder itself counts as test.
+
+    Raises:
+        RecordingError: the folder of a split is a link without a target.
+    """
+    folders = {split: source / split for split in SPLITS}
+    require_targets(list(folders.values()))
+    return {split: path for split, path in folders.items() if path.is_dir()} or {"test": source}
+
+
+def unused_files(source: Path) -> list[str]:
+    """A line for each kind of file in a source folder that is not used; see `left_out`."""
+    return left_out(source, split_folders(source)) if source.is_dir() else []
+
+
+def _in_folders(source: Path, folders: dict[str, Path]) -> list[Source]:
+    listed = {split: files_of(folder) for split, folder in folders.items()}
+    dangling = [path for files in listed.values() for path in files.dangling]
+    require_targets([path for path in dangling if _is_used(path)])
+    sources = []
+    for split, files in listed.items():
+        for path in files.recordings:
+            name = recording_name(path)
+            relative = str(path.relative_to(source))
+            sources.append(Source(path, split, name, relative, files.boxes.get(name)))
+    if not sources:
+        searched = ", ".join(str(folder) for folder in folders.values())
+        unused = "".join(f"; {line}" for line in left_out(source, folders))
+        raise RecordingError(
+            f"source {source} holds no recordings ({', '.join(SUFFIXES)}) in {searched}{unused}"
+        )
+    return sources
+
+
+def _is_used(path: Path) -> bool:
+    """Whether a file of this name would be read: a recording, or a box file."""
+    return is_recording(path.name) or path.name.lower().endswith(BOXES_ENDING)
+
+
+def _require_storable(paths: Sequence[Path]) -> None:
+    """Raises RecordingError where a file's name cannot be the name of a group in a shard."""
+    unnamed = [path for path in paths if not recording_name(path).strip(".")]
+    if unnamed:
+        raise RecordingError(
+            f"{printable(str(unnamed[0]))} has no name before its ending ({len(unnamed)} such "
+            "files). Rename it, such as to a_td.raw, or move it out of the source"
+        )
+    for path in paths:
+        try:
+            recording_name(path).encode()
+        except UnicodeEncodeError as error:
+            raise RecordingError(
+                f"{printable(str(path))}: the file name is not UTF-8. Rename it (convmv -f latin1 "
+                "-t utf8 --notest FILE, and its box file), or move it out of the source"
+            ) from error
 
 
 def _require_unique(sources: list[Source], folder: Path) -> None:
@@ -107,6 +163,7 @@ def _listed(path: Path) -> list[Source]:
         raise RecordingError(
             f"{path} lists no recordings. Write a line for each: split path [boxes.npy]"
         )
+    _require_storable([source.path for source in sources.values()])
     return list(sources.values())
 
 
@@ -124,7 +181,7 @@ def _listed_source(path: Path, fields: list[str], where: str) -> Source:
         )
     recording = path.parent / fields[1]
     _require_file(recording, f"{where}: recording", path)
-    if recording.suffix not in SUFFIXES:
+    if not is_recording(recording.name):
         raise RecordingError(
             f"{where}: {recording} is no recording ({', '.join(SUFFIXES)}). Name one that is"
         )
@@ -178,37 +235,11 @@ def _listed_boxes(recording: Path, field: list[str], where: str, path: Path) -> 
 
 
 def _require_file(file: Path, what: str, path: Path) -> None:
-    if file.is_file():
+    require_targets([file])
+    if stat_of(file) is not None and file.is_file():
         return
     problem = "is a folder" if file.is_dir() else "is not there"
     raise RecordingError(
         f"{what} {file} {problem}. Correct the line: paths are absolute, or start at the list's "
         f"folder {path.parent.absolute()}"
     )
-
-
-def _recordings(folder: Path) -> list[Path]:
-    """The recordings of a folder, without hidden files, which some systems add to copies."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix in SUFFIXES and path.is_file() and not path.name.startswith(".")
-    )
-
-
-def in_no_split(source: Path) -> list[Path]:
-    """Recordings that are left out because they lie next to train/ val/ test/.
-
-    Either directly in the source or in folders with other names, such as validation/.
-    """
-    if not any((source / split).is_dir() for split in SPLITS):
-        return []
-    others = sorted(
-        path
-        for path in source.iterdir()
-        if path.is_dir() and path.name not in SPLITS and not path.name.startswith(".")
-    )
-    left_out = _recordings(source)
-    for folder in others:
-        left_out += _recordings(folder)
-    return left_out

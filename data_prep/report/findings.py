@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from evspan.conf.text import plural
+from evspan.data_prep.labels.checks import grouped
 from evspan.data_prep.report.number_format import percent
 from evspan.data_prep.report.survey import RecordingStats, Survey
 
@@ -37,6 +38,7 @@ def findings(survey: Survey) -> list[str]:
         _duplicates,
         _frame_sizes,
         _without_labels,
+        _doubtful_labels,
         _classes,
         _empty_frames,
         _events_dropped,
@@ -110,6 +112,12 @@ def _without_labels(survey: Survey) -> Iterator[str]:
                 f"{plural(len(no_boxes), 'recording')} of {len(entries)} in {split} "
                 f"labelled, but without a single box: {some(no_boxes)}."
             )
+
+
+def _doubtful_labels(survey: Survey) -> Iterator[str]:
+    warnings = ((recording.key, recording.entry.label_warnings) for recording in survey.recordings)
+    for line in grouped(warnings):
+        yield f"{line}."
 
 
 def _classes(survey: Survey) -> Iterator[str]:

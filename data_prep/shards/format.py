@@ -78,6 +78,9 @@ class RecordingEntry:
     dropped_boxes: dict[str, int] = field(
         default_factory=dict
     )  # filter -> number; with `boxes` they are all boxes of the box file
+    label_warnings: dict[str, str] = field(
+        default_factory=dict
+    )  # what is doubtful about the box file, by kind
     source: str = ""  # path below the source folder
     source_bytes: int = 0
     source_mtime_ns: int = 0  # with source_bytes: unchanged without reading it

@@ -14,12 +14,14 @@ import hdf5plugin
 import numpy as np
 import xxhash
 from evspan.conf.errors import BoxesError, RecordingError
-from evspan.conf.schema.prep import Codec, FrameMode, PrepConfig
+from evspan.conf.schema.prep import Codec, FrameMode, LabelConfig, PrepConfig, TimeUnit
 from evspan.data_prep.frames.codec import FrameEncoder
 from evspan.data_prep.frames.histogram import each_window, frame_size
 from evspan.data_prep.frames.rvt import RvtEnds
 from evspan.data_prep.frames.windows import WindowEnds, tolerance, window_ends
 from evspan.data_prep.labels.box_files import BoxArray, empty_boxes, read_boxes
+from evspan.data_prep.labels.checks import label_warnings
+from evspan.data_prep.labels.clock import Span, clock_problem
 from evspan.data_prep.labels.filters import filter_boxes
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.recordings.sources import Source
@@ -39,6 +41,9 @@ CODE_CHUNK = 1 << 17  # bytes of code in a chunk of the file
 FLUSH_BYTES = 8 * CODE_CHUNK  # bytes of code that are written at once
 FILTERS: dict[Codec, Mapping[str, Any]] = {Codec.fast: {}, Codec.small: hdf5plugin.Zstd(clevel=3)}
 COPIED = ("frames", "frame_start", "end_us")  # datasets that do not depend on labels
+# Keys that older datasets were prepared without. With these values they are left out of the config
+# that is compared, so that nothing of such a dataset is prepared again.
+LATER_LABEL_KEYS = {"time_unit": TimeUnit.us, "offset_us": 0}
 # What h5py raises for damaged files, and json for a damaged attribute.
 UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 
@@ -73,6 +78,9 @@ def resolved_config(config: PrepConfig) -> dict[str, Any]:
     mappings as text.
     """
     dataset = asdict(config.dataset)
+    for key, default in LATER_LABEL_KEYS.items():
+        if dataset["labels"][key] == default:
+            del dataset["labels"][key]
     raw = {
         "frames": asdict(config.frames),
         "dataset": {key: dataset[key] for key in ("name", "classes", "labels")},
@@ -99,7 +107,7 @@ def prepare_recording(
         NoSpaceError: the disk is full.
     """
     before = source.path.stat()
-    labels = _Labels.read(source.boxes)
+    labels = _Labels.read(source.boxes, config.dataset.labels)
     with atomic_hdf5(part) as (file, check_disk):
         group = file.create_group(source.name)
         entry = _copy_frames(group, reuse, labels, config) if reuse else None
@@ -132,8 +140,11 @@ class _Labels:
     raw: BoxArray
 
     @staticmethod
-    def read(file: Path | None) -> "_Labels":
-        return _Labels(file, read_boxes(file) if file else empty_boxes())
+    def read(file: Path | None, config: LabelConfig) -> "_Labels":
+        if file is None:
+            return _Labels(file, empty_boxes())
+        boxes = read_boxes(file, time_unit=config.time_unit, offset_us=config.offset_us)
+        return _Labels(file, boxes)
 
     def windows(
         self, first_us: int, sensor_hw: tuple[int, int], config: PrepConfig, split: str
@@ -332,9 +343,14 @@ def _write_labels(
     boxes_per_class = {
         name: int(np.count_nonzero(boxes["class_id"] == i)) for i, name in enumerate(classes)
     }
+    warnings: dict[str, str] = {}
+    if labels.file is not None:
+        span = Span(entry.first_us, entry.last_us)
+        warnings = label_warnings(labels.file.name, labels.raw, span, config.dataset.labels)
     return replace(
         entry,
         labelled_frames=int(labelled.sum()),
+        label_warnings=warnings,
         boxes=boxes.size,
         dropped_boxes=dropped,
         boxes_per_class=boxes_per_class,
@@ -375,10 +391,11 @@ def _boxes_at_labelled_ends(
     raw = labels.raw
     inside = (raw["t"] > entry.first_us) & (raw["t"] <= end_us.max(initial=entry.last_us))
     if not inside.any():
+        problem = clock_problem(
+            raw["t"], Span(entry.first_us, entry.last_us), config.dataset.labels
+        )
         raise BoxesError(
-            f"{labels.file}: all {raw.size} boxes lie outside the recording {entry.name}: boxes "
-            f"from {raw['t'][0]} to {raw['t'][-1]} us, events from {entry.first_us} to "
-            f"{entry.last_us} us. Do they belong together, and to one clock?"
+            f"{labels.file}: all {raw.size} boxes lie outside the recording {entry.name}: {problem}"
         )
     distance = _distance_to_nearest(raw["t"][inside], label_ends)
     label_every_us = 1000 * config.dataset.labels.label_every_ms

@@ -73,6 +73,8 @@ HELP = """evspan prep: recordings -> shards of histogram frames
       processes=0                with cluster=local; 0: one per core
       codec=fast                 fast | small: with zstd, smaller and slower to read
       shard_mib=2048             several recordings share a file up to this size
+      allow_removal=false        true: remove recordings that the source no longer has, even if
+                                 they are more than half of a split
       max_invalid_fraction=0.01  refuse a recording with more events outside the sensor
 
   evspan prep --cfg job ...      shows the composed config; conf/schema/prep.py explains every key

@@ -53,8 +53,8 @@ def motion(frames: LabelledFrames, still_speed: float) -> Motion:
     track = boxes["track_id"][order]
     columns = (boxes["x"] + boxes["w"] / 2, boxes["y"] + boxes["h"] / 2)
     centre = np.stack(columns, 1).astype(np.float64)[order]
-    # (M - 1,): boxes i and i + 1 belong to one track.
-    same = (np.diff(recording) == 0) & (np.diff(track) == 0)
+    # (M - 1,): boxes i and i + 1 belong to one track. Negative: without a track.
+    same = (np.diff(recording) == 0) & (np.diff(track) == 0) & (track[1:] >= 0)
     linked = same & (np.diff(t) <= GAP_US)
     before = np.arange(len(t))
     after = np.arange(len(t))

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evspan.conf.errors import BoxesError, UserError
+from evspan.conf.schema.prep import TimeUnit
 from evspan.data_prep.labels.box_files import (
+    NO_TRACK,
     RAW_BOX,
     find_boxes,
     read_boxes,
@@ -140,7 +142,6 @@ def test_fractions_of_a_microsecond_are_rounded(tmp_path):
         ),
         ({"x": [0, 0, -np.inf]}, ["1 of 3 boxes have a x", "first -inf in row 2"]),
         ({"h": [1e39, 0, 0]}, ["have a h", "first inf in row 0"]),
-        ({"class_confidence": [1, 1, np.nan]}, ["have a class_confidence", "row 2"]),
         (
             {"class_id": [0, -1, 2]},
             ["1 of 3 boxes have a class_id", "first -1 in row 1", "0 to 2**32 - 1"],
@@ -150,7 +151,7 @@ def test_fractions_of_a_microsecond_are_rounded(tmp_path):
         ({"class_id": np.array([0, 1, 2**32], "u8")}, ["first 4294967296 in row 2"]),
         ({"class_id": [0, 1, 1.5]}, ["have a class_id", "first 1.5 in row 2", "whole number"]),
         ({"class_id": [0, 1, np.inf]}, ["first inf in row 2"]),
-        ({"track_id": [-1, -1, 3]}, ["2 of 3 boxes have a track_id", "first -1 in row 0"]),
+        ({"track_id": ["a", "b", "c"]}, ["'track_id' holds <U1"]),
         ({"t": [0, -5, 7]}, ["1 of 3 boxes have a t", "first -5 in row 1"]),
         ({"t": None, "ts": [0, -5, 7]}, ["1 of 3 boxes have a ts", "first -5 in row 1"]),
         ({"t": [0, 1e30, 7]}, ["have a t", "first 1e+30 in row 1"]),
@@ -175,6 +176,62 @@ def test_the_largest_values_that_fit(tmp_path):
     )
     assert read["t"].tolist() == [0, 1, 2**62]
     assert read["class_id"].tolist() == [0, 1, 2**32 - 1]
+
+
+@pytest.mark.parametrize(
+    ("tracks", "expected"),
+    [
+        ([-1, -1, 3], [NO_TRACK, NO_TRACK, 3]),
+        ([np.nan, 2.0, -1.0], [NO_TRACK, 2, NO_TRACK]),
+        (np.array([-1, 5, 5], "i4"), [NO_TRACK, 5, 5]),
+        (np.array([2**32 - 1, 0, 7], "u4"), [NO_TRACK, 0, 7]),
+        (np.array([2**63, 5, 2**63], "u8"), [1, 0, 1]),
+        (np.array([2**40, -1, 2**31], "i8"), [1, NO_TRACK, 0]),
+        ([1.5, 1.5, 0.0], [1, 1, 0]),
+        (np.array([np.inf, 1, -np.inf]), [1, 0, NO_TRACK]),
+    ],
+)
+def test_boxes_without_a_track_and_with_ids_of_any_size_are_read(tmp_path, tracks, expected):
+    read = read_boxes(saved(tmp_path / "a_bbox.npy", table(track_id=tracks)))
+    assert read["track_id"].tolist() == expected
+
+
+def test_confidences_that_are_no_numbers_get_the_default(tmp_path):
+    columns = table(class_confidence=[np.nan, 0.5, np.inf])
+    read = read_boxes(saved(tmp_path / "a_bbox.npy", columns))
+    assert read["class_confidence"].tolist() == [1, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("unit", "times"),
+    [
+        (TimeUnit.us, [100_000, 250_000, 400_001]),
+        (TimeUnit.ms, [100, 250, 400.001]),
+        (TimeUnit.s, [0.1, 0.25, 0.400001]),
+        (TimeUnit.ns, [100_000_400, 249_999_600, 400_001_000]),
+    ],
+)
+@pytest.mark.parametrize("offset", [0, 700_000, -150_000])
+def test_times_are_converted_to_microseconds_and_shifted(tmp_path, unit, times, offset):
+    path = saved(tmp_path / "a_bbox.npy", table(t=times))
+    read = read_boxes(path, time_unit=unit, offset_us=offset)
+    assert (read["t"] - offset).tolist() == [100_000, 250_000, 400_001]
+
+
+def test_times_that_the_unit_or_the_offset_takes_out_of_range_are_refused(tmp_path):
+    path = saved(tmp_path / "a_bbox.npy", table(t=[0, 1, 2**60]))
+    assert read_boxes(path)["t"][-1] == 2**60
+    with pytest.raises(BoxesError, match=r"1 of 3 boxes have a t that does not fit"):
+        read_boxes(path, time_unit=TimeUnit.s)
+    late = saved(tmp_path / "b_bbox.npy", table(t=[0, 1, 2**63 - 1]))
+    with pytest.raises(BoxesError, match="does not fit"):
+        read_boxes(late, offset_us=2**53)
+
+
+def test_unsorted_and_big_endian_columns_are_read(tmp_path):
+    columns = table(t=np.array([30, 10, 20], ">i8"), x=np.array([3, 1, 2], ">f8"))
+    read = read_boxes(saved(tmp_path / "a_bbox.npy", columns))
+    assert read[["t", "x"]].tolist() == [(10, 1), (20, 2), (30, 3)]
 
 
 @pytest.mark.parametrize(
@@ -239,10 +296,25 @@ def test_a_truncated_file_and_a_header_that_promises_too_much(tmp_path):
     refused(path, "no plain .npy")
     path.write_bytes(
         whole.replace(b"(1000,)", b"(%s,)" % str(10**13).encode(), 1).replace(
-            b" " * 11 + b"\n", b"\n", 1
+            b" " * 10 + b"\n", b"\n", 1
         )
     )
+    refused(path, "no plain .npy", "states 10000000000000 boxes of", "bytes follow instead of")
+    path.write_bytes(whole + b"\0" * 44)  # rows that the header does not state would be lost
+    refused(path, "no plain .npy", "states 1000 boxes")
+    path.write_bytes(whole.replace(b"(1000,)", b"(-100,)", 1))
     refused(path, "no plain .npy")
+
+
+def test_headers_that_numpy_would_evaluate_at_length_are_refused(tmp_path):
+    path = tmp_path / "a_bbox.npy"
+    for text in (b"(" * 9_000, b"{'descr': " + b" " * 70_000, b"-" * 9_000 + b"1"):
+        size = len(text).to_bytes(4, "little")
+        path.write_bytes(b"\x93NUMPY\x02\x00" + size + text)
+        refused(path, "no plain .npy")
+    nothing = b"{'descr': [], 'fortran_order': False, 'shape': (1000000000000,), }"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(nothing).to_bytes(2, "little") + nothing)
+    refused(path)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ ENTRY_FIELDS = {
     "boxes_per_class",
     "dropped_events",
     "dropped_boxes",
+    "label_warnings",
     "source",
     "source_bytes",
     "source_mtime_ns",
@@ -423,9 +424,10 @@ def test_boxes_that_appear_or_go_are_noticed(mine, tmp_path):
     source, output = mine
     (source / "test" / "plain_bbox.npy").write_bytes((source / "val" / "d_bbox.npy").read_bytes())
     (source / "val" / "d_bbox.npy").unlink()
-    assert prepare(prep_config(source, output)).prepared == dict.fromkeys(
-        ("val/d", "test/plain"), "the box file has changed"
-    )
+    assert prepare(prep_config(source, output)).prepared == {
+        "val/d": "it has no box file any more",
+        "test/plain": "the box file has changed",
+    }
     recordings = entries(output)
     assert (
         recordings["val/d"]["boxes"]
@@ -466,7 +468,11 @@ def test_a_removed_recording_goes(mine, tmp_path, no_decoding):
     (source / "train" / "c_td.h5").unlink()
     (source / "train" / "c_bbox.npy").unlink()
     (source / "test" / "plain.raw").unlink()
-    report = prepare(prep_config(source, output))
+    before = manifest(output)
+    with pytest.raises(ShardError, match=r"1 recording of test in .*\(test/plain\).*allow_removal"):
+        prepare(prep_config(source, output))
+    assert manifest(output) == before
+    report = prepare(prep_config(source, output, allow_removal=True))
     assert (report.prepared, report.removed) == ({}, ["test/plain", "train/c"])
     assert contents(output).keys() == entries(output).keys() == {"train/a", "train/b", "val/d"}
     assert not list((output / "test").iterdir())
