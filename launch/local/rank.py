@@ -20,7 +20,7 @@ def train_rank(config: TrainConfig) -> None:
     """Train as the rank that this process is."""
     from evspan.pipeline.parallel.world import open_world
 
-    with open_world(config.parallel) as world:
+    with open_world(config.parallel, run=config.run_dir) as world:
         # Importing DeepSpeed takes seconds, and chooses GPU or CPU as `open_world` has.
         from evspan.pipeline.engine.trainer import train
 

@@ -25,6 +25,7 @@ from evspan.conf.errors import (
     USER_ERROR_EXIT_CODE,
 )
 from evspan.conf.failure_notes import FAILURE_FILE, read_failure_note
+from evspan.conf.secret_values import RUN_SECRET, new_secret
 from evspan.launch.logging_config import ensure_logging
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ GRACE_S = 5.0
 POLL_S = 0.05
 JOIN_S = 1.0  # for a rank's output to end; a process that the rank left behind may hold it open
 TAIL_LINES = 200  # of the output of a rank other than rank 0, printed when the rank fails
+LOOPBACK = "lo"  # the interface, on Linux
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 OUT_OF_MEMORY_HINT = (
     "Linux does that when memory runs out: see dmesg, and lower training.batch_size or "
@@ -121,11 +123,13 @@ def run_ranks(
         TemporaryDirectory(prefix="evspan-") as notes,
     ):
         started: list[Rank] = []
+        secret = new_secret()
         try:
             for number in range(ranks):
                 failure = Path(notes, f"rank-{number}")
                 environment = rank_environment(number, ranks, port, threads)
                 environment.update(variables or {})
+                environment[RUN_SECRET] = secret
                 environment[FAILURE_FILE] = str(failure)
                 process = _start_process(command, environment, quiet=number > 0)
                 started.append(Rank(number, process, failure))
@@ -147,6 +151,7 @@ def rank_environment(number: int, ranks: int, port: int, threads: int = 0) -> di
     threads_per_rank = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
     return {
         "OMP_NUM_THREADS": str(threads_per_rank),
+        **_loopback(),
         **os.environ,
         "RANK": str(number),
         "WORLD_SIZE": str(ranks),
@@ -157,6 +162,12 @@ def rank_environment(number: int, ranks: int, port: int, threads: int = 0) -> di
         "PYTHONUNBUFFERED": "1",  # the last output of a killed rank must not be lost
         "PYTHONSAFEPATH": "1",  # `python -m` must not find modules in the working directory
     }
+
+
+def _loopback() -> dict[str, str]:
+    """Makes gloo listen where only this machine reaches it."""
+    names = [name for _, name in socket.if_nameindex()]
+    return {"GLOO_SOCKET_IFNAME": LOOPBACK} if LOOPBACK in names else {}
 
 
 # -- starting ------------------------------------------------------------------------------------
@@ -185,7 +196,7 @@ def _reserved_port() -> Iterator[int]:
     """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserved.bind(("", 0))
+        reserved.bind(("127.0.0.1", 0))
         port: int = reserved.getsockname()[1]
         yield port
 

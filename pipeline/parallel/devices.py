@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from evspan.conf.errors import DeviceError
+from evspan.conf.errors import DeviceError, LostRanksError
 from evspan.conf.schema.training import DeviceKind
 from evspan.conf.text import plural
 from evspan.pipeline.parallel.gpus import (
@@ -21,6 +21,7 @@ from evspan.pipeline.parallel.gpus import (
     gpus_hidden,
 )
 from evspan.pipeline.parallel.rank_env import RankInfo
+from evspan.pipeline.parallel.run_secret import RunSecret
 
 USE_CPU = f"use the CPU: parallel.device=cpu, or {VISIBLE_DEVICES}= (empty)"
 # Both variables configure torch's allocator. torch 2.9 ignores the new name for this option, and
@@ -148,15 +149,19 @@ class RankDevice:
     error: str = ""
 
 
-def join_devices(store: dist.Store, info: RankInfo, kind: DeviceKind) -> torch.device:
+def join_devices(
+    store: dist.Store, info: RankInfo, kind: DeviceKind, secret: RunSecret
+) -> torch.device:
     """Chooses this rank's device and compares it with those of all other ranks. A collective.
 
     Args:
-        store: of all ranks; not yet used by a process group.
+        store: of all ranks, below the run's prefix; not yet used by a process group.
+        secret: of the run.
 
     Raises:
         DeviceError: on every rank, if one cannot use its GPU, if two share one, or if only some
             have one.
+        LostRanksError: a report is not from a rank of this run.
     """
     host = socket.gethostname()
     device = torch.device("cpu")
@@ -169,8 +174,9 @@ def join_devices(store: dist.Store, info: RankInfo, kind: DeviceKind) -> torch.d
         own = RankDevice(host, error=str(error))
     store = dist.PrefixStore("evspan/devices", store)
     keys = [str(rank) for rank in range(info.size)]
-    store.set(keys[info.rank], json.dumps(asdict(own)))
-    devices = [RankDevice(**json.loads(text)) for text in store.multi_get(keys)]
+    store.set(keys[info.rank], secret.sign(keys[info.rank], json.dumps(asdict(own))))
+    reports = store.multi_get(keys)
+    devices = [_verified(secret, key, report) for key, report in zip(keys, reports, strict=True)]
     try:
         if own_error:
             raise own_error
@@ -179,6 +185,22 @@ def join_devices(store: dist.Store, info: RankInfo, kind: DeviceKind) -> torch.d
         _wait_for_readers(store, info)
         raise
     return device
+
+
+def _verified(secret: RunSecret, key: str, report: bytes) -> RankDevice:
+    """The device that rank `key` reports.
+
+    Raises:
+        LostRanksError: the report is not signed by a rank of this run, or damaged.
+    """
+    text = secret.verified(key, report)
+    try:
+        return RankDevice(**json.loads(text or ""))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise LostRanksError(
+            f"the report of rank {key} in rank 0's store is not from a rank of this run; run the "
+            "same command again, on a port that no one else uses (MASTER_PORT)"
+        ) from error
 
 
 def gpu_uuid(device: torch.device) -> str:

@@ -19,7 +19,10 @@ from typing import NamedTuple
 import torch.distributed as dist
 from evspan.conf.errors import LostRanksError
 from evspan.conf.failure_notes import report_lost_ranks
+from evspan.conf.text import printable
+from evspan.pipeline.parallel.rank_env import RankInfo
 from evspan.pipeline.parallel.rank_exit import exit_now, leave_group_open
+from evspan.pipeline.parallel.run_secret import RunSecret
 
 BEAT_S = 1.0
 SILENT_BEATS = 4  # missed beats after which a rank counts as gone, once a collective has failed
@@ -50,7 +53,7 @@ class Beat(NamedTuple):
 
 
 @contextmanager
-def heartbeat(rank: int, size: int, address: str, port: int, *, timeout_s: float) -> Iterator[None]:
+def heartbeat(info: RankInfo, secret: RunSecret, *, timeout_s: float) -> Iterator[None]:
     """While open, inside a process group: a rank that fails, dies or stops ends this one too.
 
     If the body ends without an exception, all ranks leave together. If it ends with one, the others
@@ -58,17 +61,18 @@ def heartbeat(rank: int, size: int, address: str, port: int, *, timeout_s: float
     for collectives of the others.
 
     Args:
-        address, port: of rank 0's store.
+        info: this rank, and where rank 0's store is.
+        secret: of the run. A value in the store that no rank has signed is a missed beat.
         timeout_s: a rank that is silent for longer ends this process.
 
     Raises:
         LostRanksError: replaces the error of a collective that failed because other ranks are gone
             or did not reach it; names them.
     """
-    if size == 1:
+    if info.size == 1:
         yield
         return
-    heartbeats = _Heartbeats(rank, size, address, port, timeout_s)
+    heartbeats = _Heartbeats(info, secret, timeout_s)
     try:
         yield
         dist.barrier()  # rank 0 hosts the store and must not leave before the others are done
@@ -102,17 +106,29 @@ def is_connection_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(part in text for part in CONNECTION_ERRORS)
 
 
+def _parsed(text: str | None) -> Beat | None:
+    """A beat from its JSON text; None if it is none, as another process may have written it."""
+    try:
+        host, pid, beats, status = json.loads(text or "")
+    except (ValueError, TypeError, RecursionError):
+        return None
+    types = (str, int, int, str)
+    fits = all(isinstance(v, t) for v, t in zip((host, pid, beats, status), types, strict=True))
+    return Beat(printable(host), pid, beats, printable(status)) if fits else None
+
+
 class _Heartbeats:
     """The heartbeats of all ranks, and the two threads that send and check them."""
 
-    def __init__(self, rank: int, size: int, address: str, port: int, timeout_s: float) -> None:
-        self.rank = rank
-        self.size = size
-        self.address = address
-        self.port = port
+    def __init__(self, info: RankInfo, secret: RunSecret, timeout_s: float) -> None:
+        self.rank = info.rank
+        self.size = info.size
+        self.address = info.address
+        self.port = info.port
+        self.secret = secret
         self.timeout_s = timeout_s
-        self.latest = [Beat() for _ in range(size)]
-        self.missed = [0] * size  # beats, per rank
+        self.latest = [Beat() for _ in range(info.size)]
+        self.missed = [0] * info.size  # beats, per rank
         self.unanswered = 0  # beats without an answer from the store
         self.rounds = 0
         self.status = RUNNING
@@ -140,23 +156,31 @@ class _Heartbeats:
             )
             # torchrun's store outlives ranks that it starts again.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(f"evspan/heartbeats/{attempt}", connection)
+            store = dist.PrefixStore(
+                f"{self.secret.prefix}/evspan/heartbeats/{attempt}", connection
+            )
             keys = [str(rank) for rank in range(self.size)]
             host = socket.gethostname()
             beats = 0
             while not self.closed.is_set():
                 beats += 1
                 beat = Beat(host, os.getpid(), beats, self.status)
-                store.set(keys[self.rank], json.dumps(beat))
+                own = keys[self.rank]
+                store.set(own, self.secret.sign(own, json.dumps(beat)))
                 if store.check(keys):
-                    self._receive([Beat(*json.loads(text)) for text in store.multi_get(keys)])
+                    self._receive(store.multi_get(keys))
                 self.rounds += 1
                 self.wake.wait(BEAT_S)
                 self.wake.clear()
         except (RuntimeError, ValueError):
             pass
 
-    def _receive(self, beats: list[Beat]) -> None:
+    def _receive(self, values: list[bytes]) -> None:
+        """Takes the ranks' values from the store, by rank. One that is not theirs is no beat."""
+        beats = []
+        for rank, value in enumerate(values):
+            text = self.secret.verified(str(rank), value)
+            beats.append(_parsed(text) or self.latest[rank])
         for rank, (before, now) in enumerate(zip(self.latest, beats, strict=True)):
             if now.beats == before.beats and rank != self.rank:
                 self.missed[rank] += 1

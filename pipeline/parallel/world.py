@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from evspan.pipeline.parallel.devices import (
 from evspan.pipeline.parallel.heartbeat import heartbeat
 from evspan.pipeline.parallel.rank_env import RankInfo, check_address, rank_info
 from evspan.pipeline.parallel.rank_exit import group_is_open
+from evspan.pipeline.parallel.rendezvous import rendezvous
+from evspan.pipeline.parallel.run_secret import RunSecret, shared_secret
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,16 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def open_world(config: ParallelConfig) -> Iterator[World]:
+def open_world(config: ParallelConfig, *, run: str | Path | None = None) -> Iterator[World]:
     """Joins the process group (NCCL on GPUs, gloo otherwise), and leaves it when all ranks do.
 
     After an error the group stays open where there are other ranks: NCCL would wait for their
     collectives. The process should then end at once (`evspan.pipeline.parallel.rank_exit`), and the
     others end because of this rank's heartbeat.
+
+    Args:
+        run: the run's folder, by which ranks that no launcher of ours started get their common
+            secret (`evspan.pipeline.parallel.run_secret`).
 
     Raises:
         ConfigError: the launcher started another number of ranks than the config has, or the name
@@ -80,30 +87,34 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.threads or max(1, cores // info.local_size))
     with _launcher_variables(info):
-        device = _join_group(config, info)
+        device, secret = _join_group(config, info, Path(run) if run else None)
         try:
-            with heartbeat(
-                info.rank, info.size, info.address, info.port, timeout_s=config.timeout_s
-            ):
+            with heartbeat(info, secret, timeout_s=config.timeout_s):
                 yield World(info.rank, info.size, info.local, info.local_size, device)
         finally:
             if not group_is_open():
                 dist.destroy_process_group()
 
 
-def _join_group(config: ParallelConfig, info: RankInfo) -> torch.device:
-    """Joins the process group; returns this rank's device, selected as the current one."""
+def _join_group(
+    config: ParallelConfig, info: RankInfo, run: Path | None
+) -> tuple[torch.device, RunSecret]:
+    """Joins the process group.
+
+    Returns:
+        This rank's device, selected as the current one, and the run's secret.
+    """
     timeout = timedelta(seconds=config.timeout_s)
     store: dist.Store
     if info.size == 1:
+        secret = RunSecret()
         store = dist.HashStore()  # no port that another run could use
         device = choose_device(config.device, info.local, os.environ)
     else:
-        store, _, _ = next(
-            dist.rendezvous("env://", rank=info.rank, world_size=info.size, timeout=timeout)
-        )
-        store.set_timeout(timeout)
-        device = join_devices(store, info, config.device)
+        shared = rendezvous(info, timeout)
+        with shared_secret(shared, info.rank, run) as secret:
+            store = dist.PrefixStore(secret.prefix, shared)
+            device = join_devices(store, info, config.device, secret)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -116,7 +127,7 @@ def _join_group(config: ParallelConfig, info: RankInfo) -> torch.device:
         timeout=timeout,
         device_id=nccl_device_id(device, info.size),
     )
-    return device
+    return device, secret
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from evspan.pipeline.engine.resources import Resources
 from evspan.pipeline.parallel import devices, gpus
 from evspan.pipeline.parallel.devices import RankDevice, check_devices, choose_device
 from evspan.pipeline.parallel.rank_env import RankInfo
+from evspan.pipeline.parallel.run_secret import RunSecret
 from evspan.pipeline.parallel.world import open_world
 
 HOST = socket.gethostname()
@@ -289,7 +290,7 @@ def joined(monkeypatch, chosen: list[str | DeviceError], uuids: list[str]) -> li
     def join(rank: int) -> None:
         info = RankInfo(rank, len(chosen), rank, len(chosen), "127.0.0.1", 1)
         try:
-            ends[rank] = str(devices.join_devices(store, info, AUTO))
+            ends[rank] = str(devices.join_devices(store, info, AUTO, RunSecret()))
         except DeviceError as error:
             ends[rank] = f"refused: {error}"
 
