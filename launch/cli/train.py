@@ -94,8 +94,9 @@ def _multirun(argv: tuple[str, ...]) -> None:
 
 def _train_job(config: TrainConfig, number: int) -> None:
     """One job of --multirun, in a folder of its own below run_dir."""
-    from evspan.launch.local.run import run_training
+    from evspan.launch.local.run import check_sweep_folder, run_training
 
+    check_sweep_folder(Path(config.run_dir))
     config.run_dir = str(Path(config.run_dir, str(number)))
     exit_unless_zero(run_training(config, own_process=True))
 

@@ -37,9 +37,11 @@ def evaluate_rank(config: EvaluateConfig) -> None:
     from evspan.pipeline.evaluation.breakdown import breakdown
     from evspan.pipeline.inference.streaming import labelled
     from evspan.pipeline.parallel.world import open_world
+    from evspan.pipeline.run_lock import results_lock
     from evspan.pipeline.weights import load_weights
 
-    with open_world(config.parallel) as world:
+    output = evaluation_output(config)
+    with open_world(config.parallel) as world, results_lock(output, is_main=world.is_main):
         weights = load_weights(config.checkpoint)
         metrics, results, data = evaluate_weights(weights, config.dataset, config.evaluation, world)
         if not world.is_main:
@@ -49,7 +51,6 @@ def evaluate_rank(config: EvaluateConfig) -> None:
             config.checkpoint, weights, config.dataset, config.evaluation, world.device
         )
         summary["breakdown"] = parts.to_json()
-        output = evaluation_output(config)
         write_results(output, metrics, results, data, config.evaluation, summary)
         logger.info(
             "%s (step %s) on %s %s\n%s\n\n%s\n\nwritten to %s",

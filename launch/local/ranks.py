@@ -212,19 +212,22 @@ def _start_process(
         stderr=subprocess.STDOUT if quiet else None,
         text=True,
         errors="replace",
-        preexec_fn=_die_with_parent(os.getpid()),
+        preexec_fn=die_with_parent(os.getpid(), own_group=True),
     )
 
 
-def _die_with_parent(parent: int) -> Callable[[], None]:
-    """A function for the child to call first: ties its life to its parent's.
+def die_with_parent(parent: int, *, own_group: bool = False) -> Callable[[], None]:
+    """A function for the child to call first: SIGKILL ends it when its parent has ended.
 
-    The child gets a process group of its own, so that Ctrl-C reaches it only through its parent.
+    Args:
+        own_group: the child gets a process group of its own, so that Ctrl-C reaches it only through
+            its parent.
     """
     libc = ctypes.CDLL(None)
 
     def tie() -> None:
-        os.setpgid(0, 0)
+        if own_group:
+            os.setpgid(0, 0)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # the parent died before prctl
             os._exit(1)

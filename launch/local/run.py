@@ -8,6 +8,7 @@ torchrun or in a SLURM step of several tasks, this process is itself one of the 
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,6 +18,9 @@ from evspan.conf.schema.training import EvaluateConfig, ParallelConfig, TrainCon
 from evspan.launch.cli.command import run_command
 from evspan.launch.local.rank import evaluate_rank, train_rank
 from evspan.launch.local.ranks import run_ranks
+from evspan.launch.sweep.queued import refuse_queued
+from evspan.launch.sweep.registry import SWEEP, is_run
+from evspan.pipeline.run_lock import RunLock
 
 
 def run_training(config: TrainConfig, *, own_process: bool = False) -> int:
@@ -29,22 +33,26 @@ def run_training(config: TrainConfig, *, own_process: bool = False) -> int:
         The exit code.
 
     Raises:
-        UserError: something that is known before any rank starts.
+        UserError: something that is known before any rank starts. FolderInUseError, before anything
+            is written: another process uses the folder.
     """
     if under_launcher():
         train_rank(config)
         return 0
+    check_run_folder(Path(config.run_dir))
     check_training(config)
-    path = Path(config.run_dir, CONFIG_FILE)
-    save_config(config, path)
-    if config.parallel.ranks == 1 and not own_process:
-        train_rank(config)
-        return 0
-    remedy = (
-        "The same command continues from the newest checkpoint in "
-        f"{config.run_dir}, if there is one"
-    )
-    return _run_ranks("train", path, config.parallel, remedy)
+    with RunLock(config.run_dir, "evspan train") as lock:
+        refuse_queued([Path(config.run_dir)])
+        path = Path(config.run_dir, CONFIG_FILE)
+        save_config(config, path)
+        if config.parallel.ranks == 1 and not own_process:
+            train_rank(config)
+            return 0
+        remedy = (
+            "The same command continues from the newest checkpoint in "
+            f"{config.run_dir}, if there is one"
+        )
+        return _run_ranks("train", path, config.parallel, remedy, lock.environment())
 
 
 def run_evaluation(config: EvaluateConfig) -> int:
@@ -63,7 +71,7 @@ def run_evaluation(config: EvaluateConfig) -> int:
     with TemporaryDirectory(prefix="evspan-") as folder:
         path = Path(folder, CONFIG_FILE)
         save_config(config, path)
-        return _run_ranks("evaluate", path, config.parallel, "Run the same command again")
+        return _run_ranks("evaluate", path, config.parallel, "Run the same command again", {})
 
 
 def under_launcher() -> bool:
@@ -99,6 +107,32 @@ def check_training(config: TrainConfig) -> None:
     open_dataset(config.dataset, config.evaluation.split)
 
 
+def check_run_folder(folder: Path) -> None:
+    """Refuse a run in the folder of a sweep, among whose runs its own files would lie.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    require(
+        not (folder / SWEEP).exists(),
+        f"run_dir is {folder}, which is the folder of a sweep; name another one, or one of its "
+        f"runs: run_dir={folder / '0'}",
+    )
+
+
+def check_sweep_folder(folder: Path) -> None:
+    """Refuse a folder for the runs of a sweep that is itself a run.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    require(
+        not is_run(folder),
+        f"run_dir is {folder}, which is a run; the runs of a sweep would be written into it. Name "
+        "another folder for the sweep: run_dir=sweeps/NAME",
+    )
+
+
 def check_evaluation(config: EvaluateConfig) -> None:
     """Check what can be known before any rank starts.
 
@@ -115,9 +149,14 @@ def check_evaluation(config: EvaluateConfig) -> None:
     open_dataset(config.dataset, config.evaluation.split)
 
 
-def _run_ranks(kind: str, path: Path, parallel: ParallelConfig, remedy: str) -> int:
+def _run_ranks(
+    kind: str, path: Path, parallel: ParallelConfig, remedy: str, variables: Mapping[str, str]
+) -> int:
+    """variables: further environment variables of the ranks."""
     command = [sys.executable, "-m", "evspan.launch.local.rank", kind, str(path)]
-    return run_ranks(command, parallel.ranks, threads=parallel.threads, remedy=remedy)
+    return run_ranks(
+        command, parallel.ranks, threads=parallel.threads, remedy=remedy, variables=variables
+    )
 
 
 def _train_from_file(path: Path) -> None:

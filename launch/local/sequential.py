@@ -5,13 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from evspan.conf.compose import CONFIG_FILE, save_config
-from evspan.conf.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE
+from evspan.conf.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, UserError
+from evspan.launch.local.ranks import die_with_parent
 from evspan.launch.sweep.plan import PlannedRun
+from evspan.launch.sweep.queued import refuse_queued
 from evspan.pipeline.history import append
+from evspan.pipeline.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -39,7 +42,14 @@ def run_sequentially(runs: Sequence[PlannedRun], *, dry_run: bool = False) -> in
         logger.info("%s: %s", run.folder, " ".join(run.overrides))
         if dry_run:
             continue
-        outcome = _train(run)
+        try:
+            with RunLock(run.folder, "evspan train") as lock:
+                refuse_queued([run.folder])
+                outcome = _train(run, lock.environment())
+        except UserError as error:  # another process trains it: its history is not ours
+            failed = True
+            logger.error("%s: %s", run.folder, error)
+            continue
         if outcome.code in (STOPPED_EXIT_CODE, INTERRUPTED_EXIT_CODE) or outcome.code < 0:
             logger.info("%s: stopped; the same command continues", run.folder)
             return abs(outcome.code)
@@ -56,10 +66,14 @@ def train_command(run: PlannedRun) -> list[str]:
     return [sys.executable, "-m", "evspan.launch.local.run", str(path)]
 
 
-def _train(run: PlannedRun) -> Outcome:
+def _train(run: PlannedRun, variables: Mapping[str, str]) -> Outcome:
     """Train in a process of its own: DeepSpeed starts only once in a process.
 
-    Its output is passed on as it comes, and signals reach it.
+    Its output is passed on as it comes, and signals reach it. It dies with this process, which
+    holds the lock on the run.
+
+    Args:
+        variables: further environment variables of the process.
     """
     save_config(run.config, run.folder / CONFIG_FILE)
     child = subprocess.Popen(
@@ -67,7 +81,8 @@ def _train(run: PlannedRun) -> Outcome:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **variables},
+        preexec_fn=die_with_parent(os.getpid()),
     )
     previous = {
         number: signal.signal(number, lambda received, _: child.send_signal(received))

@@ -4,20 +4,23 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
 
 from evspan.conf.compose import CONFIG_FILE, save_config
-from evspan.conf.errors import UserError
 from evspan.conf.schema.cluster import ClusterConfig
 from evspan.conf.text import plural
+from evspan.data_prep.shards.atomic import atomic_write
 from evspan.launch.slurm.client import require_commands
 from evspan.launch.slurm.sbatch import JobArray, job_name, script, submit_job_array
 from evspan.launch.sweep.plan import PlannedRun
-from evspan.launch.sweep.registry import SUBMITTED, Run, describe, jobs_alive, read_runs
+from evspan.launch.sweep.queued import refuse_queued
+from evspan.launch.sweep.registry import SUBMITTED, Run, describe, read_runs
 from evspan.launch.sweep.state import State
 from evspan.pipeline.history import append
+from evspan.pipeline.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 POLL_S = 5.0
@@ -26,11 +29,17 @@ SUBMITIT = ".submitit"  # below the run or sweep: scripts, pickles, and output o
 MAX_POLLS_WITHOUT_JOB = 3
 
 
-def submit_runs(runs: Sequence[PlannedRun], cluster: ClusterConfig, folder: Path) -> int:
+def submit_runs(
+    runs: Sequence[PlannedRun],
+    cluster: ClusterConfig,
+    folder: Path,
+    on_submitted: Callable[[], None] | None = None,
+) -> int:
     """Submit the runs: one array for each number of nodes and ranks.
 
     Args:
         folder: of the sweep, or of the single run.
+        on_submitted: is called when the jobs are in SLURM's queue, before waiting for their end.
 
     Returns:
         The exit code: 0 when all runs are done, or are not waited for.
@@ -38,6 +47,7 @@ def submit_runs(runs: Sequence[PlannedRun], cluster: ClusterConfig, folder: Path
     Raises:
         ConfigError: SLURM is missing, or refuses them.
         UserError: a run is in SLURM's queue already.
+        FolderInUseError: another process trains in the folder of a run, or submits it.
     """
     arrays = plan_arrays(runs, cluster, folder)
     if cluster.dry_run:
@@ -47,10 +57,13 @@ def submit_runs(runs: Sequence[PlannedRun], cluster: ClusterConfig, folder: Path
                 logger.info("# %s: %s", run.folder, " ".join(run.overrides))
         return 0
     require_commands()
-    _refuse_queued(runs)
-    for array in arrays:
-        _save_configs(array)
-        _record_submission(array, submit_job_array(array))
+    with _locked(runs):
+        refuse_queued([run.folder for run in runs])
+        for array in arrays:
+            _save_configs(array)
+            _record_submission(array, submit_job_array(array))
+    if on_submitted is not None:
+        on_submitted()
     if cluster.detach:
         logger.info("watch: evspan status %s", folder)
         return 0
@@ -64,7 +77,7 @@ def plan_arrays(runs: Sequence[PlannedRun], cluster: ClusterConfig, folder: Path
         shapes.setdefault(cluster.nodes(run.config.parallel.ranks), []).append(run)
     arrays = []
     for number, ((nodes, ranks_per_node), same_shape) in enumerate(shapes.items()):
-        scripts = folder.absolute() / SUBMITIT / f"{int(time.time())}-{number}"
+        scripts = folder.absolute() / SUBMITIT / f"{time.time_ns() // 1_000_000}-{number}"
         array = JobArray(same_shape, cluster, nodes, ranks_per_node, scripts, job_name(folder))
         arrays.append(array)
     return arrays
@@ -93,7 +106,8 @@ def _record_submission(array: JobArray, jobs: Sequence[str]) -> None:
             "ranks": array.ranks,
             "time": round(time.time(), 3),
         }
-        (run.folder / SUBMITTED).write_text(json.dumps(submission, indent=1) + "\n")
+        with atomic_write(run.folder / SUBMITTED) as temporary:
+            temporary.write_text(json.dumps(submission, indent=1) + "\n")
         append(run.folder, "submitted", job=job)
     logger.info(
         "SLURM job %s: %s of %s x %s",
@@ -104,22 +118,13 @@ def _record_submission(array: JobArray, jobs: Sequence[str]) -> None:
     )
 
 
-def _refuse_queued(runs: Sequence[PlannedRun]) -> None:
-    """Refuse runs that SLURM has already: two jobs would write one folder."""
-    jobs = {}
-    for run in runs:
-        try:
-            jobs[run.folder] = json.loads((run.folder / SUBMITTED).read_text())["job"]
-        except (FileNotFoundError, ValueError, KeyError):
-            continue
-    alive = jobs_alive(jobs.values()) if jobs else set()
-    queued = [folder for folder, job in jobs.items() if job in alive]
-    if queued:
-        names = ", ".join(f"{folder} (job {jobs[folder]})" for folder in queued)
-        raise UserError(
-            f"SLURM already has {names}. Watch it by evspan status, or end it first by "
-            f"evspan cancel {queued[0]}"
-        )
+@contextmanager
+def _locked(runs: Sequence[PlannedRun]) -> Iterator[None]:
+    """Holds the locks of all runs: another submission, or a process that trains, is refused."""
+    with ExitStack() as locks:
+        for run in runs:
+            locks.enter_context(RunLock(run.folder, "evspan submit"))
+        yield
 
 
 # -- waiting -------------------------------------------------------------------------------------

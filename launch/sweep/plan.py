@@ -1,19 +1,23 @@
 """Plans runs before they are submitted: their folders, overrides and configs."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evspan.conf.compose import compose, override_key, replace_override
-from evspan.conf.errors import ConfigError, is_user_error, one_line
+from evspan.conf.errors import ConfigError, UserError, is_user_error, one_line
 from evspan.conf.hydra_adapter import Expansion
+from evspan.conf.json_files import JsonFileError, read_json_object
 from evspan.conf.schema.cluster import ClusterConfig
 from evspan.conf.schema.training import TrainConfig
-from evspan.launch.local.run import check_training
-from evspan.launch.sweep.registry import SWEEP
+from evspan.data_prep.shards.atomic import atomic_write
+from evspan.launch.local.run import check_sweep_folder, check_training
+from evspan.launch.sweep.registry import SWEEP, is_folder_name
 from evspan.pipeline.history import read
+
+_DAMAGED = "Restore it, or start the sweep in another folder: run_dir=sweeps/NAME"
 
 
 @dataclass(frozen=True)
@@ -34,35 +38,59 @@ class PlannedRun:
 
 
 @dataclass(frozen=True)
-class SweepPlan:
-    """The runs of a sweep.
-
-    folder: of the sweep. cluster: where all runs are started.
-    refused: folder -> message, of runs whose overrides are wrong.
-    """
+class SweepSettings:
+    """folder: of the sweep. cluster: where all its runs are started."""
 
     folder: Path
     cluster: ClusterConfig
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """The runs of a sweep.
+
+    refused: folder -> message, of runs whose overrides are wrong.
+    table: the contents of sweep.json, with these runs.
+    """
+
+    settings: SweepSettings
     runs: list[PlannedRun]
     refused: dict[Path, str]
+    table: list[dict[str, Any]]
 
 
-def plan_sweep(expansion: Expansion, config_dir: Sequence[str]) -> SweepPlan:
-    """Give each combination a folder, and compose its config with that folder as run_dir.
-
-    The folder and the cluster of the sweep are those of the first combination that composes.
-    Writes sweep.json.
+def sweep_settings(expansion: Expansion, config_dir: Sequence[str]) -> SweepSettings:
+    """The folder and the cluster of a sweep: those of the first combination that composes.
 
     Args:
         config_dir: `--config-dir FOLDER`, or nothing.
 
     Raises:
-        ConfigError: no combination composes.
+        ConfigError: no combination composes, or the folder is that of a run.
     """
     first = _first_composed(expansion.combinations, config_dir)
-    sweep = Path(first.run_dir)
+    folder = Path(first.run_dir)
+    check_sweep_folder(folder)
+    return SweepSettings(folder, first.cluster)
+
+
+def plan_sweep(
+    expansion: Expansion, config_dir: Sequence[str], settings: SweepSettings
+) -> SweepPlan:
+    """Give each combination a folder, and compose its config with that folder as run_dir.
+
+    Nothing is written; `write_table` records the plan.
+
+    Args:
+        config_dir: `--config-dir FOLDER`, or nothing.
+
+    Raises:
+        UserError: sweep.json is damaged.
+    """
+    sweep = settings.folder
     shown = [_swept(overrides, expansion.swept_keys) for overrides in expansion.combinations]
-    folders = [sweep / name for name in assign_folders(sweep, shown)]
+    table = read_table(sweep)
+    folders = [sweep / name for name in assign_folders(table, shown)]
     runs = []
     refused = {}
     for overrides, swept, folder in zip(expansion.combinations, shown, folders, strict=True):
@@ -74,8 +102,11 @@ def plan_sweep(expansion: Expansion, config_dir: Sequence[str]) -> SweepPlan:
             refused[folder] = one_line(error)
         else:
             runs.append(PlannedRun(folder, swept, config))
-    _record_errors(sweep, {folder: refused.get(folder) for folder in folders})
-    return SweepPlan(sweep, first.cluster, runs, refused)
+    for entry in table:
+        folder = sweep / entry["folder"]
+        if folder in folders:
+            entry["error"] = refused.get(folder)
+    return SweepPlan(settings, runs, refused, table)
 
 
 def check_run(config: TrainConfig) -> None:
@@ -88,18 +119,19 @@ def check_run(config: TrainConfig) -> None:
     config.cluster.nodes(config.parallel.ranks)
 
 
-def assign_folders(sweep: Path, overrides_of_runs: Sequence[Sequence[str]]) -> list[str]:
+def assign_folders(
+    table: list[dict[str, Any]], overrides_of_runs: Sequence[Sequence[str]]
+) -> list[str]:
     """Folder names of the runs: known overrides keep theirs, others get the next number.
 
-    Writes sweep.json, the table of all runs that the sweep ever had.
+    Args:
+        table: the contents of sweep.json: all runs that the sweep ever had. Gets the new ones.
     """
-    table = _read_table(sweep)
     names = {tuple(entry["overrides"]): str(entry["folder"]) for entry in table}
     for overrides in overrides_of_runs:
         if tuple(overrides) not in names:
             names[tuple(overrides)] = str(len(table))
             table.append({"folder": str(len(table)), "overrides": list(overrides), "error": None})
-    _write_table(sweep, table)
     return [names[tuple(overrides)] for overrides in overrides_of_runs]
 
 
@@ -130,23 +162,32 @@ def _swept(overrides: Sequence[str], keys: Sequence[str]) -> list[str]:
 
 
 # -- sweep.json ----------------------------------------------------------------------------------
-def _read_table(sweep: Path) -> list[dict[str, Any]]:
+def read_table(sweep: Path) -> list[dict[str, Any]]:
+    """The rows of sweep.json: folder, overrides and error of each run; empty without the file.
+
+    Raises:
+        UserError: the file is damaged. Runs would get the folders of others.
+    """
+    path = sweep / SWEEP
     try:
-        runs: list[dict[str, Any]] = json.loads((sweep / SWEEP).read_text())["runs"]
+        runs = read_json_object(path).get("runs")
     except FileNotFoundError:
         return []
+    except JsonFileError as error:
+        raise UserError(f"{error}. {_DAMAGED}") from error
+    if not isinstance(runs, list) or not all(_is_row(row) for row in runs):
+        raise UserError(f"{path} does not list runs with their folders and overrides. {_DAMAGED}")
     return runs
 
 
-def _write_table(sweep: Path, table: list[dict[str, Any]]) -> None:
-    sweep.mkdir(parents=True, exist_ok=True)
-    (sweep / SWEEP).write_text(json.dumps({"runs": table}, indent=1) + "\n")
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not is_folder_name(row.get("folder")):
+        return False
+    overrides = row.get("overrides")
+    return isinstance(overrides, list) and all(isinstance(text, str) for text in overrides)
 
 
-def _record_errors(sweep: Path, errors: Mapping[Path, str | None]) -> None:
-    table = _read_table(sweep)
-    for entry in table:
-        folder = sweep / entry["folder"]
-        if folder in errors:
-            entry["error"] = errors[folder]
-    _write_table(sweep, table)
+def write_table(plan: SweepPlan) -> None:
+    """Write sweep.json, with the lock on the sweep. The file is replaced as a whole."""
+    with atomic_write(plan.settings.folder / SWEEP) as temporary:
+        temporary.write_text(json.dumps({"runs": plan.table}, indent=1) + "\n")

@@ -128,12 +128,12 @@ def find_runs(path: Path) -> list[RunEntry]:
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
         raise UserError(f"{path} {problem}. Give the folder of a run (its run_dir) or of a sweep")
-    if not (path / SWEEP).exists() and _is_run(path):
+    if not (path / SWEEP).exists() and is_run(path):
         return [RunEntry(path, path.resolve().name)]
     entries = _entries_of_sweep(path)
     # A folder of runs that were started one by one has no sweep.json, and one may be half written.
     for folder in path.iterdir():
-        if folder.name not in entries and not folder.name.startswith(".") and _is_run(folder):
+        if folder.name not in entries and not folder.name.startswith(".") and is_run(folder):
             entries[folder.name] = RunEntry(folder, folder.name)
     if not entries:
         raise UserError(
@@ -157,6 +157,16 @@ def _entries_of_sweep(path: Path) -> dict[str, RunEntry]:
         error = printable(row.get("error") or "")
         entries[name] = RunEntry(path / name, name, overrides, error)
     return entries
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder has files of a run."""
+    return any((folder / name).is_file() for name in RUN_FILES)
+
+
+def is_folder_name(name: object) -> bool:
+    """Whether a value of sweep.json is the name of a folder in the sweep's folder."""
+    return isinstance(name, str) and name == Path(name).name and not name.startswith(".")
 
 
 def jobs_alive(ids: Iterable[str]) -> set[str]:
@@ -355,10 +365,6 @@ def _read_queue(jobs: Sequence[str]) -> "tuple[dict[str, Queued] | None, str]":
 
 
 # -- files and text --------------------------------------------------------------------------------
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in RUN_FILES)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file is missing or half written."""
     try:

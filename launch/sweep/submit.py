@@ -1,20 +1,31 @@
 """Starts planned runs: as SLURM jobs, or one after the other on this machine (cluster=local)."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from evspan.conf.errors import USER_ERROR_EXIT_CODE
 from evspan.conf.hydra_adapter import Expansion
 from evspan.conf.schema.cluster import ClusterConfig, Scheduler
-from evspan.launch.sweep.plan import PlannedRun, plan_sweep
+from evspan.launch.sweep.plan import (
+    PlannedRun,
+    SweepPlan,
+    plan_sweep,
+    sweep_settings,
+    write_table,
+)
 from evspan.pipeline.history import append
+from evspan.pipeline.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 
 
 def submit_sweep(expansion: Expansion, config_dir: Sequence[str]) -> int:
     """Plan and start a run for each combination of overrides.
+
+    The lock on the sweep's folder is held until its runs are submitted, or trained on this machine.
+    A dry run writes nothing.
 
     Args:
         config_dir: `--config-dir FOLDER`, or nothing.
@@ -23,24 +34,41 @@ def submit_sweep(expansion: Expansion, config_dir: Sequence[str]) -> int:
         The exit code: 0 when all runs are done, or submitted and not waited for.
 
     Raises:
-        ConfigError: no combination composes.
+        ConfigError: no combination composes, or the folder is that of a run.
+        FolderInUseError: another process starts runs of this sweep.
     """
-    plan = plan_sweep(expansion, config_dir)
-    if not plan.cluster.dry_run:
-        for folder, message in plan.refused.items():
-            append(folder, "failed", step=0, message=message, code=USER_ERROR_EXIT_CODE)
-            logger.warning("%s: %s", folder, message)
-    code = submit_planned(plan.runs, plan.cluster, plan.folder)
+    settings = sweep_settings(expansion, config_dir)
+    with ExitStack() as locks:
+        if not settings.cluster.dry_run:
+            locks.enter_context(RunLock(settings.folder, "evspan sweep"))
+        plan = plan_sweep(expansion, config_dir, settings)
+        if not settings.cluster.dry_run:
+            _record(plan)
+        code = submit_planned(plan.runs, settings.cluster, settings.folder, locks.close)
     if code == 0 and plan.refused:
         return 1
     return code
 
 
-def submit_planned(runs: Sequence[PlannedRun], cluster: ClusterConfig, folder: Path) -> int:
+def _record(plan: SweepPlan) -> None:
+    """Write sweep.json, and the message of each refused run into its history."""
+    write_table(plan)
+    for folder, message in plan.refused.items():
+        append(folder, "failed", step=0, message=message, code=USER_ERROR_EXIT_CODE)
+        logger.warning("%s: %s", folder, message)
+
+
+def submit_planned(
+    runs: Sequence[PlannedRun],
+    cluster: ClusterConfig,
+    folder: Path,
+    on_submitted: Callable[[], None] | None = None,
+) -> int:
     """Start the runs that are not done: on this machine or on SLURM, as `cluster` selects.
 
     Args:
         folder: of the sweep, or of the single run.
+        on_submitted: is called when the jobs are in SLURM's queue, before waiting for their end.
 
     Returns:
         The exit code.
@@ -57,4 +85,4 @@ def submit_planned(runs: Sequence[PlannedRun], cluster: ClusterConfig, folder: P
             logger.info("%s: done already", run.folder)
         else:
             remaining.append(run)
-    return submit_runs(remaining, cluster, folder)
+    return submit_runs(remaining, cluster, folder, on_submitted)

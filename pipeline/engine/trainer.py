@@ -65,6 +65,7 @@ from evspan.pipeline.parallel.reductions import (
     broadcast_json,
 )
 from evspan.pipeline.parallel.world import World
+from evspan.pipeline.run_lock import attempt_lock, end_if_taken_over
 from evspan.pipeline.tensorboard.attention_probe import probe
 from evspan.pipeline.tensorboard.run_info import environment
 from evspan.pipeline.tensorboard.summaries import write_evaluation, write_images, write_run_info
@@ -105,8 +106,12 @@ def train(config: TrainConfig, world: World) -> Metrics | None:
         UserError: bad data, a checkpoint of another batch or model, too many non-finite losses in a
             row, or too little memory.
         SystemExit: a stop signal arrived, and a checkpoint was saved.
+        FolderInUseError: another process trains in the run's folder.
     """
-    with explain_out_of_memory(config, world):
+    with (
+        attempt_lock(config.run_dir, is_main=world.is_main),
+        explain_out_of_memory(config, world),
+    ):
         trainer = Trainer(config, world)
         try:
             with catch_stop_signals() as stop_flag:
@@ -431,6 +436,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        end_if_taken_over(self.run_dir)
         # TensorBoard must not be behind the checkpoint that a resume continues from.
         self.writer.flush()
         carry = self.exchange.gather(self.state, like=self._initial_state("meta"))

@@ -344,14 +344,11 @@ def test_a_config_folder_of_the_user(tmp_path, shards):
     assert config.cluster.nodes(2) == (1, 2)
 
 
-def test_the_same_overrides_keep_their_folder(tmp_path):
-    assert assign_folders(tmp_path, [["a=1"], ["a=2"]]) == ["0", "1"]
-    assert assign_folders(tmp_path, [["a=2"], ["a=3"], ["a=1"]]) == ["1", "2", "0"]
-    assert [r["overrides"] for r in json.loads((tmp_path / "sweep.json").read_text())["runs"]] == [
-        ["a=1"],
-        ["a=2"],
-        ["a=3"],
-    ]
+def test_the_same_overrides_keep_their_folder():
+    table = []
+    assert assign_folders(table, [["a=1"], ["a=2"]]) == ["0", "1"]
+    assert assign_folders(table, [["a=2"], ["a=3"], ["a=1"]]) == ["1", "2", "0"]
+    assert [row["overrides"] for row in table] == [["a=1"], ["a=2"], ["a=3"]]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,62 @@
+"""Refuses to start a run in a folder whose SLURM job waits or runs."""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from evspan.conf.errors import UserError
+from evspan.conf.json_files import JsonFileError, read_json_object
+from evspan.conf.text import printable
+from evspan.launch.sweep.registry import SUBMITTED, jobs_alive
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_queued(folders: Sequence[Path]) -> None:
+    """Refuse folders whose SLURM job waits or runs, unless this process belongs to it.
+
+    Call it with the lock on the folders: a submission is recorded under it.
+
+    Raises:
+        UserError: a job does, or SLURM does not answer.
+    """
+    jobs = {folder: job for folder in folders if (job := submitted_job(folder))}
+    if not jobs:
+        return
+    if shutil.which("squeue") is None:
+        for folder, job in jobs.items():
+            logger.warning(
+                "%s was submitted as SLURM job %s, and squeue is not on the PATH: make sure that "
+                "the job does not wait in the queue",
+                folder,
+                printable(job),
+            )
+        return
+    alive = jobs_alive(jobs.values()) - _own_jobs()
+    queued = [folder for folder, job in jobs.items() if job in alive]
+    if queued:
+        names = ", ".join(f"{folder} (job {jobs[folder]})" for folder in queued)
+        raise UserError(
+            f"SLURM already has {names}. Watch it by evspan status {queued[0]}, or end it first by "
+            f"evspan cancel {queued[0]}"
+        )
+
+
+def submitted_job(folder: Path) -> str:
+    """SLURM's id of the job that was last submitted for a run; empty if there is none."""
+    try:
+        return str(read_json_object(folder / SUBMITTED).get("job") or "")
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (JsonFileError, OSError) as error:
+        logger.warning("%s: the SLURM job of this run is not known: %s", folder, error)
+        return ""
+
+
+def _own_jobs() -> set[str]:
+    """The ids by which SLURM's queue may list the job that this process is in."""
+    env = os.environ
+    array = f"{env.get('SLURM_ARRAY_JOB_ID')}_{env.get('SLURM_ARRAY_TASK_ID')}"
+    return {env.get("SLURM_JOB_ID", ""), array}
