@@ -10,6 +10,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, TextIO
 
+from evspan.conf.text import printable_lines
+from evspan.launch.output_streams import drop_lost_output, open_output_streams
+
 LOGGER = "evspan"
 if TYPE_CHECKING:
     _StreamHandler = logging.StreamHandler[TextIO]
@@ -32,6 +35,9 @@ def configure_logging(rank: int | None = None, *, log_file: bool = False) -> Non
             every rank is then written to standard output, each line with timestamp, level and
             rank.
     """
+    open_output_streams()
+    if log_file:
+        drop_lost_output()
     if rank is None:
         rank = rank_from_environment()
     logger = logging.getLogger(LOGGER)
@@ -70,7 +76,7 @@ def _terminal_handlers(rank: int) -> list[logging.Handler]:
         return [problems]
     progress = _StandardStream("stdout")
     progress.addFilter(_below_warning)
-    progress.setFormatter(logging.Formatter("%(message)s"))
+    progress.setFormatter(_PrintableFormatter("%(message)s"))
     return [progress, problems]
 
 
@@ -95,14 +101,21 @@ class _StandardStream(_StreamHandler):
         """The base class assigns its default, which is not used here."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  named by logging
-        """Raises where the reader closed the output, as `print` does; the command then ends."""
+        """Raises where the output could not be written, as `print` does; the command then ends."""
         error = sys.exc_info()[1]
-        if isinstance(error, BrokenPipeError):
+        if isinstance(error, OSError):
             raise error
         super().handleError(record)
 
 
-class _ProblemFormatter(logging.Formatter):
+class _PrintableFormatter(logging.Formatter):
+    """Escapes control characters: names in messages may come from files of other people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
+class _ProblemFormatter(_PrintableFormatter):
     """`warning: message`, `error: message`."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -110,7 +123,7 @@ class _ProblemFormatter(logging.Formatter):
         return f"{level}: {super().format(record)}"
 
 
-class _FileFormatter(logging.Formatter):
+class _FileFormatter(_PrintableFormatter):
     """Timestamp, level and rank on every line of a message, so that `grep` finds all of it."""
 
     def __init__(self, rank: int) -> None:
@@ -121,5 +134,5 @@ class _FileFormatter(logging.Formatter):
         first, *others = text.split("\n")
         if not others:
             return text
-        prefix = first.removesuffix(record.message.split("\n")[0])
+        prefix = first.removesuffix(printable_lines(record.message).split("\n")[0])
         return "\n".join([first, *(prefix + line for line in others)])

@@ -4,7 +4,6 @@ import argparse
 import contextvars
 import logging
 import os
-import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from evspan.conf.errors import (
 )
 from evspan.conf.failure_notes import report_lost_ranks, write_failure_note
 from evspan.launch.logging_config import ensure_logging
+from evspan.launch.output_streams import drop_lost_output, give_up_output, stdout_error
 from evspan.pipeline.parallel.rank_exit import prompt_exit
 
 
@@ -46,7 +46,7 @@ def raised_errors() -> Iterator[None]:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     ensure_logging()
     try:
-        with quiet_closed_output():
+        with checked_output():
             yield
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED_EXIT_CODE)
@@ -65,36 +65,41 @@ def raised_errors() -> Iterator[None]:
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Call `main` with `reported_errors`."""
+    """Call `main`, whose results are files, with `reported_errors`."""
+    drop_lost_output()
     with reported_errors():
         main()
 
 
 @contextmanager
-def quiet_closed_output() -> Iterator[None]:
-    """Ends the process quietly where the reader of standard output has closed it.
+def checked_output() -> Iterator[None]:
+    """Ends the process where standard output could not be written.
 
-    `evspan ... | head -1` then has the exit code of SIGPIPE and no traceback.
+    `evspan status ... | head -1` ends quietly, with the exit code of SIGPIPE. A full disk is an
+    error. After `drop_lost_output` neither happens. An exit code other than 0 is kept.
     """
     try:
         try:
             yield
         finally:
-            if sys.stdout:  # None where the process was started without one
+            if sys.stdout:  # None where the caller has closed it
                 sys.stdout.flush()
-    except BrokenPipeError:
-        if not _output_is_closed():  # another pipe broke, such as that of a child process
+    except (OSError, SystemExit) as error:
+        lost = stdout_error()
+        if lost is None or (isinstance(error, OSError) and error is not lost):
             raise
-        # Python flushes standard output once more at exit, which would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, SystemExit) and error.code:
+            raise
+        _exit_without_output(lost)
+    if lost := stdout_error():  # raised where no one passes it on: argparse, handlers of libraries
+        _exit_without_output(lost)
+
+
+def _exit_without_output(lost: OSError) -> NoReturn:
+    give_up_output()  # Python flushes standard output once more at exit
+    if isinstance(lost, BrokenPipeError):
         sys.exit(CLOSED_OUTPUT_EXIT_CODE)
-
-
-def _output_is_closed() -> bool:
-    """Whether standard output is a pipe or a socket whose reader has closed it."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    fail(f"standard output could not be written: {os.strerror(lost.errno or 0)}")
 
 
 def fail(message: str) -> NoReturn:

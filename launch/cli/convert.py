@@ -9,6 +9,7 @@ from evspan.conf.errors import UserError
 from evspan.conf.presets import size_names, size_of
 from evspan.conf.schema.prep import FrameMode
 from evspan.launch.cli.command import Parser, reported_errors
+from evspan.launch.output_streams import drop_lost_output
 from evspan.pipeline.known_facts import KnownFacts
 
 if TYPE_CHECKING:
@@ -197,7 +198,9 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs `evspan convert`."""
     with reported_errors():
-        convert(parse_options(argv))
+        options = parse_options(argv)
+        drop_lost_output()
+        convert(options)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from evspan.launch.demo import (
     PartFailedError,
     run_demo,
 )
+from evspan.launch.output_streams import drop_lost_output
 
 METRIC_NAMES = {
     "ap": "AP 0.50:0.95",
@@ -118,8 +119,10 @@ def last_line(result: DemoResult) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the demo."""
+    options = parse_options(argv)
+    drop_lost_output()
     with reported_errors():
-        sys.exit(demo(parse_options(argv)))
+        sys.exit(demo(options))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from evspan.conf.schema.training import EvaluateConfig
 from evspan.launch.cli.command import exit_unless_zero, reported_errors, run_command
 from evspan.launch.cli.config_arguments import config_information, parse_config_arguments
 from evspan.launch.cli.grammar import evaluate_overrides
+from evspan.launch.output_streams import drop_lost_output
 
 HELP = """evspan evaluate: a checkpoint and a split -> COCO AP (Prophesee's protocol) and detections
 
@@ -68,6 +69,7 @@ def _evaluate(argv: list[str]) -> None:
     if information is not None:
         print(information)
         return
+    drop_lost_output()
     from evspan.conf.compose import compose, multirun
     from evspan.launch.local.run import run_evaluation
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from evspan.conf.errors import UserError
 from evspan.launch.cli.command import Parser, reported_errors
+from evspan.launch.output_streams import drop_lost_output
 from evspan.pipeline.inference.options import ExportOptions
 
 DESCRIPTION = """The detector's step for one frame, state in and state out, for use without Evspan.
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     options = ExportOptions(**vars(_parser().parse_args(argv)))
+    drop_lost_output()
     with reported_errors():
         export(options)
 

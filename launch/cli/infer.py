@@ -13,6 +13,7 @@ from evspan.conf.text import plural
 from evspan.data_prep.draw import ANIMATION_SUFFIXES
 from evspan.data_prep.labels.box_files import recording_name
 from evspan.launch.cli.command import Parser, reported_errors
+from evspan.launch.output_streams import drop_lost_output
 from evspan.pipeline.inference.options import InferOptions, RecordingFiles, RecordingSummary
 
 DESCRIPTION = """Detections of recordings, straight from the sensor's files.
@@ -46,7 +47,11 @@ def infer(args: argparse.Namespace) -> None:
     from evspan.pipeline.inference.recordings import infer_recordings
 
     # Standard output belongs to the JSON lines where they go there.
-    output = sys.stderr if str(args.json) == "-" else sys.stdout
+    output = sys.stdout
+    if str(args.json) == "-":
+        output = sys.stderr
+    else:
+        drop_lost_output()
     for summary in infer_recordings(options):
         print_summary(summary, options, output)
 

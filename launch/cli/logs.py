@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from evspan.conf.text import printable_lines
 from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.sweep.logs import LogSelection, read_logs
 
@@ -62,7 +63,7 @@ def logs(options: LogsOptions) -> None:
         UserError: there is no such run or log.
     """
     for line in read_logs(options.run, options.selection):
-        print(line, flush=options.selection.follow)
+        print(printable_lines(line), flush=options.selection.follow)
 
 
 def main(argv: list[str] | None = None) -> None:

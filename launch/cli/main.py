@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
-from evspan.launch.cli.command import fail, quiet_closed_output
+from evspan.launch.cli.command import checked_output, fail
 from evspan.launch.logging_config import configure_logging
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ EVSPAN_DEBUG=1 shows the traceback of an error."""
 def main(argv: list[str] | None = None) -> None:
     """The entry point: runs the command that the arguments name; sys.argv for None."""
     configure_logging()
-    with quiet_closed_output():
+    with checked_output():
         dispatch(sys.argv[1:] if argv is None else argv)
 
 

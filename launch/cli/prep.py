@@ -12,6 +12,7 @@ from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.text import plural
 from evspan.launch.cli.command import reported_errors
 from evspan.launch.cli.config_arguments import config_information, parse_config_arguments
+from evspan.launch.output_streams import drop_lost_output
 
 if TYPE_CHECKING:  # not imported for --help
     from evspan.data_prep.prepare import PrepReport
@@ -88,6 +89,8 @@ def prep(config: PrepConfig) -> None:
     from evspan.data_prep.workers import DryRun
 
     start = time.perf_counter()
+    if not config.cluster.dry_run:
+        drop_lost_output()
     try:
         report = prepare(config, runner_of(config))
     except DryRun as description:

@@ -9,6 +9,7 @@ from evspan.data_prep.recordings.open import open_recording, open_writer
 from evspan.data_prep.shards.atomic import atomic_write
 from evspan.launch.cli.command import Parser
 from evspan.launch.cli.prep_info import dropped_summary
+from evspan.launch.output_streams import drop_lost_output
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
             f"{options.out} does not end in .h5; decode writes HDF5: evspan prep decode "
             f"{options.recording} {options.recording.with_suffix('.h5')}"
         )
+    drop_lost_output()
     recording = open_recording(options.recording)
     if options.out.exists() and options.out.samefile(options.recording):
         raise UserError(f"{options.out} is the recording itself; name another file")

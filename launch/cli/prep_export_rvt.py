@@ -9,6 +9,7 @@ from evspan.conf.text import plural
 from evspan.data_prep.shards.export_rvt import export_rvt
 from evspan.data_prep.shards.format import SPLITS
 from evspan.launch.cli.command import Parser
+from evspan.launch.output_streams import drop_lost_output
 
 NAMED = 3  # recordings without labels that are named
 
@@ -39,6 +40,7 @@ def _parse(argv: Sequence[str]) -> Options:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     options = _parse(argv)
+    drop_lost_output()
     start = time.perf_counter()
     report = export_rvt(options.shards, options.out, options.splits)
     seconds = time.perf_counter() - start

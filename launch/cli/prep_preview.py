@@ -14,6 +14,7 @@ from evspan.data_prep.preview import (
 )
 from evspan.data_prep.shards.format import SPLITS
 from evspan.launch.cli.command import Parser, reported_errors
+from evspan.launch.output_streams import drop_lost_output
 
 DESCRIPTION = """\
 Draws frames with their boxes. A .png is a sheet of frames, evenly spaced over the time span; a .gif
@@ -94,6 +95,7 @@ def preview(options: PreviewOptions) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     options = PreviewOptions(**vars(_parser().parse_args(argv)))
+    drop_lost_output()
     with reported_errors():
         preview(options)
 

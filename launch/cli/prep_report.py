@@ -9,6 +9,7 @@ from evspan.data_prep.report.markup import printable
 from evspan.data_prep.report.survey import FRAMES_PER_RECORDING
 from evspan.data_prep.shards.format import SPLITS
 from evspan.launch.cli.command import Parser, reported_errors
+from evspan.launch.output_streams import drop_lost_output
 
 DESCRIPTION = """\
 Writes a page with the splits, labels, classes, box sizes, events over time, dropped events and
@@ -64,6 +65,7 @@ def report(options: ReportOptions) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     options = ReportOptions(**vars(_parser().parse_args(argv)))
+    drop_lost_output()
     with reported_errors():
         report(options)
 

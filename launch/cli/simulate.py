@@ -15,6 +15,7 @@ from evspan.data_prep.simulator.recording_set import (
     write_recordings,
 )
 from evspan.launch.cli.command import Parser, reported_errors
+from evspan.launch.output_streams import drop_lost_output
 
 DESCRIPTION = """Recordings of moving textured balls, boxes and bars, with boxes at 60 Hz. OUT/train
 has train_000_td.raw, train_000_bbox.npy and train_000_simulation.json (the parameters), and so on.
@@ -198,6 +199,7 @@ def _add_scene(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = _parser().parse_args(argv)
+    drop_lost_output()
     with reported_errors():
         simulate_all(options_from(args))
 

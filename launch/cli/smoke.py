@@ -11,6 +11,7 @@ from evspan.conf.errors import UserError
 from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.cli.table import format_table
 from evspan.launch.local.run import under_launcher
+from evspan.launch.output_streams import drop_lost_output
 from evspan.launch.smoke import (
     LEAST_TOLERANCE,
     ROUNDING_FACTOR,
@@ -187,7 +188,9 @@ def print_verdict(result: SmokeResult) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs `evspan smoke`."""
     with reported_errors():
-        sys.exit(smoke(parse_options(argv)))
+        options = parse_options(argv)
+        drop_lost_output()
+        sys.exit(smoke(options))
 
 
 if __name__ == "__main__":

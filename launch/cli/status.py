@@ -11,6 +11,7 @@ from pathlib import Path
 from evspan.conf.errors import UserError
 from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.cli.table import format_table
+from evspan.launch.output_streams import write_control
 from evspan.launch.sweep.registry import RunList, describe_all, read_runs
 from evspan.launch.sweep.status import NUMBERS, as_json, status_rows, watch_runs
 
@@ -82,7 +83,7 @@ def status(options: StatusOptions) -> None:
     elif options.watch:
         for run_list in watch_runs(options.path, options.interval_s):
             if sys.stdout.isatty():
-                print(CLEAR_SCREEN, end="")
+                write_control(CLEAR_SCREEN)
             print(f"{options.path}  {time.strftime('%H:%M:%S')}")
             print_status(run_list)
     else:

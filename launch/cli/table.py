@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
+from evspan.conf.text import printable
+
 CELL_WIDTH = 36  # characters; wider cells are cut, except in the last column
 
 
@@ -14,11 +16,11 @@ def format_table(
     """Lines with aligned columns.
 
     Args:
-        rows: cells; the first row is the heading.
+        rows: cells; the first row is the heading. Control characters are escaped.
         right_aligned: indices of the columns of numbers.
         width: longer lines are cut to this number of characters.
     """
-    *columns, last_column = zip(*rows, strict=True)
+    *columns, last_column = zip(*(map(printable, row) for row in rows), strict=True)
     padded = []
     for i, column in enumerate(columns):
         cells = [cut(cell, CELL_WIDTH) for cell in column]

@@ -6,6 +6,7 @@ from pathlib import Path
 from evspan.conf.schema.training import TrainConfig
 from evspan.launch.cli.command import exit_unless_zero, reported_errors, run_command
 from evspan.launch.cli.config_arguments import config_information, parse_config_arguments
+from evspan.launch.output_streams import drop_lost_output
 
 HELP = """evspan train: shards -> a trained detector, its checkpoints and TensorBoard curves
 
@@ -73,6 +74,7 @@ def _train(argv: list[str]) -> None:
     if information is not None:
         print(information)
         return
+    drop_lost_output()
     if arguments.multirun:
         _multirun(arguments.argv)
         return

@@ -8,6 +8,7 @@ from pathlib import Path
 from evspan.conf.errors import USER_ERROR_EXIT_CODE
 from evspan.conf.hydra_adapter import Expansion
 from evspan.conf.schema.cluster import ClusterConfig, Scheduler
+from evspan.launch.output_streams import drop_lost_output
 from evspan.launch.sweep.plan import (
     PlannedRun,
     SweepPlan,
@@ -73,6 +74,8 @@ def submit_planned(
     Returns:
         The exit code.
     """
+    if not cluster.dry_run:
+        drop_lost_output()
     if cluster.scheduler is Scheduler.local:
         from evspan.launch.local.sequential import run_sequentially
 
