@@ -19,12 +19,9 @@ import os
 import re
 import select
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import Any, TextIO
 
 from evspan.conf.text import printable_lines
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
 
 # How tqdm starts a line, and moves between several bars. Only for a terminal.
 _PROGRESS_BAR = re.compile(r"\r|\n*(?:\x1b\[A)+")
@@ -124,8 +121,8 @@ class _Descriptor(io.RawIOBase):
             raise io.UnsupportedOperation(f"{self.name} is closed")
         return self._descriptor
 
-    def write(self, data: "ReadableBuffer") -> int:
-        view = memoryview(data).cast("B")
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")  # data: any object with the buffer protocol
         written = 0
         while written < len(view):
             try:
