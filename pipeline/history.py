@@ -10,13 +10,15 @@ mostly `step`, by default the step of the newest checkpoint:
     fault      message, code
     failed     message, code
 
-progress.json is the state after the last logged step.
+progress.json is the state after the last logged step. activity.json is what the run does: its
+`activity`, `time` and `step`.
 """
 
 import json
 import os
 import socket
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,17 @@ import psutil
 
 HISTORY = "history.jsonl"
 PROGRESS = "progress.json"
+ACTIVITY = "activity.json"
+
+
+class Activity(Enum):
+    """What a run does, as in "time limit reached while ..."."""
+
+    starting = "starting"
+    training = "training"
+    saving = "saving"
+    images = "writing images"
+    evaluating = "evaluating"
 
 
 def append(run: str | Path, event: str, **values: Any) -> None:
@@ -65,9 +78,13 @@ def read(run: str | Path) -> list[dict[str, Any]]:
 
 def write_progress(run: str | Path, values: dict[str, Any]) -> None:
     """Replaces progress.json as a whole."""
-    temporary = Path(run, f".{PROGRESS}")
+    _replace(Path(run, PROGRESS), values)
+
+
+def _replace(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps({"time": round(time.time(), 3), **values}))
-    os.replace(temporary, Path(run, PROGRESS))
+    os.replace(temporary, path)
 
 
 def read_progress(run: str | Path) -> dict[str, Any]:
@@ -77,6 +94,11 @@ def read_progress(run: str | Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def write_activity(run: str | Path, activity: Activity, step: int) -> None:
+    """Replaces activity.json as a whole. step: the last one that is complete."""
+    _replace(Path(run, ACTIVITY), {"activity": activity.value, "step": step})
 
 
 def attempts(events: list[dict[str, Any]]) -> int:

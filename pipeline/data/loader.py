@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import count
 from typing import Literal, NamedTuple, TypeVar, overload
 
@@ -25,6 +25,7 @@ from evspan.pipeline.data.plan import Chunk, SamplingPlan
 from numpy.typing import NDArray
 
 CPU_WORKERS = 2
+POLL_S = 0.5  # between two looks for a request to stop, while a batch is awaited
 MOST_WORKERS = 8  # by default; each holds a batch in memory
 
 Item = TypeVar("Item")
@@ -226,13 +227,24 @@ def default_workers(cores: int, *, gpu: bool) -> int:
     return max(1, min(MOST_WORKERS, cores - 1))
 
 
+class ReadingStoppedError(Exception):
+    """This rank was asked to stop; what was to be read next is left out."""
+
+
 def read_ahead(
-    read: Callable[[Item], Result], items: Iterable[Item], workers: int
+    read: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    stop_requested: Callable[[], bool] | None = None,
 ) -> Generator[Result, None, None]:
     """The results of `read` for all items, in their order.
 
     Args:
         workers: threads that read ahead, up to workers + 1 results; 0: the caller's thread reads.
+        stop_requested: called while the next result is awaited, with `workers` only.
+
+    Raises:
+        ReadingStoppedError: `stop_requested` returned true.
     """
     if not workers:
         for item in items:
@@ -244,8 +256,17 @@ def read_ahead(
         for item in items:
             ahead.append(pool.submit(read, item))
             if len(ahead) > workers + 1:
-                yield ahead.popleft().result()
+                yield _result(ahead.popleft(), stop_requested)
         while ahead:
-            yield ahead.popleft().result()
+            yield _result(ahead.popleft(), stop_requested)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _result(future: Future[Result], stop_requested: Callable[[], bool] | None) -> Result:
+    """Waits for the result, but not after a request to stop."""
+    while stop_requested is not None and not future.done():
+        wait([future], timeout=POLL_S)
+        if not future.done() and stop_requested():
+            raise ReadingStoppedError
+    return future.result()

@@ -1,6 +1,7 @@
 """Evaluates a checkpoint on all ranks: each runs some of the recordings, rank 0 scores them."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from evspan.conf.schema.prep import DatasetConfig
 from evspan.conf.schema.training import EvaluationConfig
 from evspan.data_prep.labels.box_files import write_boxes
 from evspan.pipeline.data.datasets import Dataset, open_dataset
+from evspan.pipeline.data.loader import ReadingStoppedError
+from evspan.pipeline.engine.signals import any_rank
 from evspan.pipeline.evaluation.coco import Metrics
 from evspan.pipeline.evaluation.frames import FRAMES, save_frames
 from evspan.pipeline.inference.gathered_results import gather_results
@@ -26,6 +29,10 @@ from evspan.pipeline.weights import Weights, describe, plain
 NOT_IN_PROTOCOL = ("sequence_length", "batch_size", "write_detections", "precision")
 
 
+class EvaluationStoppedError(Exception):
+    """A rank was asked to stop before it had evaluated its recordings. Raised on all ranks."""
+
+
 class Evaluation(NamedTuple):
     """Metrics of a split, with the results of its recordings sorted by name."""
 
@@ -35,7 +42,12 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_weights(
-    weights: Weights, dataset: DatasetConfig, config: EvaluationConfig, world: World
+    weights: Weights,
+    dataset: DatasetConfig,
+    config: EvaluationConfig,
+    world: World,
+    *,
+    stop_requested: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Evaluates on all ranks. A collective; returns the same on every rank.
 
@@ -43,8 +55,14 @@ def evaluate_weights(
     BatchNorm statistics and its state, and ranks may have different numbers of frames at every ZeRO
     stage.
 
+    Args:
+        stop_requested: whether this rank was asked to stop; called between chunks of frames. A rank
+            that was does not read the rest of its recordings. Ranks have different numbers of
+            chunks, so they agree after the last one, in one collective.
+
     Raises:
         ConfigError: the dataset has other frames or classes than the weights.
+        EvaluationStoppedError: a rank has left out recordings.
     """
     data = open_dataset(dataset, config.split)
     check_dataset(weights, data)
@@ -52,7 +70,21 @@ def evaluate_weights(
     recordings = deal(
         data.recordings, world.rank, world.size, weight=[r.frames for r in data.recordings]
     )
-    own_results = evaluate_split(detector, data, config, device=world.device, recordings=recordings)
+    own_results: list[RecordingResult] = []
+    is_complete = True
+    try:
+        own_results = evaluate_split(
+            detector,
+            data,
+            config,
+            device=world.device,
+            recordings=recordings,
+            stop_requested=stop_requested,
+        )
+    except ReadingStoppedError:
+        is_complete = False
+    if stop_requested is not None and any_rank(not is_complete, world.device):
+        raise EvaluationStoppedError
     results = gather_results(own_results)
     results.sort(key=lambda result: result.name)
     metrics = score(results, data, config).to_json() if world.is_main else {}

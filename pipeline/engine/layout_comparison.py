@@ -114,7 +114,6 @@ class ObservedRun:
 
     def __init__(self, config: TrainConfig, world: World, until: int) -> None:
         self.until = until
-        self.stop_flag = StopFlag()
         self.losses: dict[int, LossSummary] = {}
         self.gradients: dict[str, Tensor] = {}
         self.fastest_s = math.inf
@@ -122,9 +121,8 @@ class ObservedRun:
 
     def train(self) -> None:
         """Trains; on return the engine is closed."""
-        self._request_stop_before_last_step(self.trainer.step)
         try:
-            self.trainer.run(self.stop_flag)
+            self.trainer.run(StopFlag())
         except SystemExit as stopped:
             if stopped.code != STOPPED_EXIT_CODE:
                 raise
@@ -140,11 +138,8 @@ class ObservedRun:
             self.fastest_s = min(self.fastest_s, time.perf_counter() - report.started)
         self.losses[report.step] = report.losses
         self.gradients |= report.gradients
-        self._request_stop_before_last_step(report.step)
-
-    def _request_stop_before_last_step(self, step: int) -> None:
-        if step + 1 >= self.until:
-            self.stop_flag.request()
+        if report.step >= self.until:
+            self.trainer.end_after_step()
 
 
 def train_until(

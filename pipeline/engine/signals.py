@@ -1,9 +1,12 @@
-"""Stop signals set a flag. The training loop reads it between steps, where all ranks can save."""
+"""Stop signals set a flag. The training loop reads it where all ranks can save."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+import torch
+from evspan.pipeline.parallel.reductions import sum_over_ranks
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -17,6 +20,23 @@ class StopFlag:
     def request(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
         """Sets the flag; has the signature of a signal handler."""
         self.received = number
+
+    def is_set(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.received is not None
+
+    def is_set_on_any_rank(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop, the same on all. A collective; the host waits.
+
+        Args:
+            device: of this rank.
+        """
+        return any_rank(self.is_set(), device)
+
+
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Whether `value` is true on any rank. A collective; the host waits for it."""
+    return bool(sum_over_ranks(torch.tensor([float(value)], device=device)))
 
 
 @contextmanager

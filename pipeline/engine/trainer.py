@@ -4,9 +4,10 @@ import json
 import logging
 import time
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from evspan.conf.errors import STOPPED_EXIT_CODE, UserError
@@ -26,7 +27,12 @@ from evspan.pipeline.engine.checkpoints import (
     saved_precision,
 )
 from evspan.pipeline.engine.engines import engine_class
-from evspan.pipeline.engine.evaluator import describe_evaluation, evaluate_weights, write_results
+from evspan.pipeline.engine.evaluator import (
+    EvaluationStoppedError,
+    describe_evaluation,
+    evaluate_weights,
+    write_results,
+)
 from evspan.pipeline.engine.oom import explain_out_of_memory
 from evspan.pipeline.engine.precision import resolve_precision, set_float32_kernels
 from evspan.pipeline.engine.profiling import Profiler
@@ -44,7 +50,14 @@ from evspan.pipeline.engine.step_report import (
 )
 from evspan.pipeline.engine.training_engine import TrainingEngine
 from evspan.pipeline.evaluation.coco import Metrics
-from evspan.pipeline.history import append, record_first_step, record_start, write_progress
+from evspan.pipeline.history import (
+    Activity,
+    append,
+    record_first_step,
+    record_start,
+    write_activity,
+    write_progress,
+)
 from evspan.pipeline.inference.trained_detector import load_tensors
 from evspan.pipeline.model.backbone import Execution
 from evspan.pipeline.model.detector import Detector
@@ -105,7 +118,7 @@ def train(config: TrainConfig, world: World) -> Metrics | None:
     Raises:
         UserError: bad data, a checkpoint of another batch or model, too many non-finite losses in a
             row, or too little memory.
-        SystemExit: a stop signal arrived, and a checkpoint was saved.
+        SystemExit: a stop signal arrived; the newest checkpoint has all steps.
         FolderInUseError: another process trains in the run's folder.
     """
     with (
@@ -129,11 +142,15 @@ class Trainer:
     must not wait is decided on the device: a micro-batch whose loss is not finite changes neither
     weights, moments and counters nor running statistics, and resets the recurrent state.
 
+    A stop flag is read in every micro-batch; after a checkpoint, images and an evaluation, which
+    may take minutes; and inside of an evaluation. All ranks agree on it, save what is not saved,
+    and end. An evaluation that was stopped is done again by the next attempt.
+
     Args:
         engine: the class that steps the model; None: the one that the config names.
         on_step: is called on every rank after each optimizer step, before the step is logged, saved
-            or evaluated; the host waits for the step then. To end the run after the next step, it
-            requests that of the `StopFlag` which `run` was called with.
+            or evaluated; the host waits for the step then. To end the run after this step, it calls
+            `end_after_step` on every rank.
         gradient_steps: steps whose report contains the gradients; collecting them costs a
             collective and a copy of all gradients.
     """
@@ -182,6 +199,7 @@ class Trainer:
         self.statistics = RunningStatistics(self.engine.module)
         self.state = self._zero_state()
         self.step = 0
+        self.saved_step = 0  # of the newest checkpoint
         self.skipped = 0  # micro-batches, since the run's first step
         self.skipped_in_a_row = 0
         self.metrics: list[Tensor] = []  # of the micro-batches since the last update
@@ -204,6 +222,10 @@ class Trainer:
         self.throughput = ThroughputMeter()
         self.probe_dataset: Dataset | None = None  # the evaluated split, for TensorBoard images
 
+    def end_after_step(self) -> None:
+        """Ends the run after the step that was reported last, as a stop signal does."""
+        self.stop = True
+
     def close(self) -> None:
         """Writes the trace that is running, and closes the TensorBoard event file."""
         self.profiler.close()
@@ -218,7 +240,7 @@ class Trainer:
         first = self.step * training.gradient_accumulation_steps
         batches = device_batches(self.loader.batches(first, encoded=encodes_for(device)), device)
         self.throughput = ThroughputMeter()
-        metrics = self._evaluate_if_missing()
+        metrics = self._evaluate_if_missing(stop_flag)
         while self.step < training.max_steps:
             self.profiler.before(self.step + 1)
             batch = self._train_step(batches, stop_flag)
@@ -227,12 +249,12 @@ class Trainer:
                 self._after_step(self._read_report())
             if self._checkpoint_is_due or self.stop:
                 self._save()
-            if self.stop and not self._is_last_step:
-                self._exit_stopped()
+                self._exit_if_stopped(stop_flag)
             if self._images_are_due:
-                self._write_images(batch)
+                self._write_images(batch, stop_flag)
+                self._exit_if_stopped(stop_flag)
             if self._evaluation_is_due:
-                metrics = self._evaluate()
+                metrics = self._evaluate(stop_flag)
         batches.close()
         if self.world.is_main:
             append(self.run_dir, "done", step=self.step)
@@ -435,8 +457,22 @@ class Trainer:
             self.config.training.precision,
         )
 
+    @contextmanager
+    def _activity(self, activity: Activity) -> Iterator[None]:
+        """Records what the run does, for the message of a job whose time limit is reached."""
+        if self.world.is_main:
+            write_activity(self.run_dir, activity, self.step)
+        yield
+        if self.world.is_main:
+            write_activity(self.run_dir, Activity.training, self.step)
+
     def _save(self) -> None:
         end_if_taken_over(self.run_dir)
+        with self._activity(Activity.saving):
+            self._save_snapshot()
+        self.saved_step = self.step
+
+    def _save_snapshot(self) -> None:
         # TensorBoard must not be behind the checkpoint that a resume continues from.
         self.writer.flush()
         carry = self.exchange.gather(self.state, like=self._initial_state("meta"))
@@ -469,10 +505,20 @@ class Trainer:
         if loaded.generators is not None:
             restore_generators(loaded.generators)
         self.step = meta["step"]
+        self.saved_step = self.step
         self.skipped = meta["skipped"]
 
-    def _exit_stopped(self) -> None:
-        """Ends the process after a checkpoint was saved on a stop signal."""
+    def _exit_if_stopped(self, stop_flag: StopFlag) -> None:
+        """Ends the process if any rank was asked to stop. A collective."""
+        if not self.stop:
+            self.stop = stop_flag.is_set_on_any_rank(self.world.device)
+        if self.stop:
+            self._exit_stopped()
+
+    def _exit_stopped(self) -> NoReturn:
+        """Ends the process on a stop signal; saves what is not saved."""
+        if self.saved_step != self.step:
+            self._save()
         self._log(
             f"stop signal: saved step {self.step} in {self.checkpoints.folder}; "
             "the same command continues"
@@ -588,31 +634,50 @@ class Trainer:
             self.profiler.request(self.step + 2, requested_steps)
         return metrics
 
-    def _write_images(self, batch: Batch) -> None:
-        weights = self._weights()  # a collective, so outside the condition
-        if self.world.is_main:
+    def _write_images(self, batch: Batch, stop_flag: StopFlag) -> None:
+        """Rank 0 leaves them out if it is asked to stop."""
+        with self._activity(Activity.images):
+            weights = self._weights()  # a collective, so outside the condition
+            if not self.world.is_main or stop_flag.is_set():
+                return
             if self.probe_dataset is None:
                 self.probe_dataset = open_dataset(self.config.dataset, self.config.evaluation.split)
             result = probe(weights, self.probe_dataset, self.config.evaluation, self.world.device)
-            write_images(self.writer, result, batch, self.dataset.classes, self.step)
+            if not stop_flag.is_set():
+                write_images(self.writer, result, batch, self.dataset.classes, self.step)
 
     # -- evaluation ----------------------------------------------------------------------------
-    def _evaluate_if_missing(self) -> Metrics | None:
+    def _evaluate_if_missing(self, stop_flag: StopFlag) -> Metrics | None:
         """Evaluates the checkpoint that was resumed, if the run was stopped before it could."""
         if self.step == 0 or not self._evaluation_is_due:
             return None
         if broadcast_json(self.checkpoints.evaluated(self.step)):
             return None
-        return self._evaluate()
+        return self._evaluate(stop_flag)
 
-    def _evaluate(self) -> Metrics:
+    def _evaluate(self, stop_flag: StopFlag) -> Metrics:
+        """Evaluates the step that was saved last. A collective; see `train`."""
+        with self._activity(Activity.evaluating):
+            try:
+                metrics = self._evaluate_step(stop_flag)
+            except EvaluationStoppedError:
+                self._exit_stopped()
+        if not self._is_last_step:
+            self._exit_if_stopped(stop_flag)
+        return metrics
+
+    def _evaluate_step(self, stop_flag: StopFlag) -> Metrics:
         started = time.perf_counter()
         # Building a detector draws random weights. A resumed run need not evaluate again, so the
         # generators must not depend on it.
         generators = generator_states()
         weights = self._weights()
         metrics, results, data = evaluate_weights(
-            weights, self.config.dataset, self.config.evaluation, self.world
+            weights,
+            self.config.dataset,
+            self.config.evaluation,
+            self.world,
+            stop_requested=stop_flag.is_set,
         )
         restore_generators(generators)
         if self.world.is_main:

@@ -1,6 +1,6 @@
 """Runs a detector over whole recordings in chunks, several recordings at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from evspan.pipeline.data.batch import Batch, BatchLabels, pad_boxes
 from evspan.pipeline.data.datasets import Dataset, RecordingData
 from evspan.pipeline.data.device_batches import device_batches, encodes_for
 from evspan.pipeline.data.encoded import EncodedBatch, encode_batch
-from evspan.pipeline.data.loader import read_ahead
+from evspan.pipeline.data.loader import ReadingStoppedError, read_ahead
 from evspan.pipeline.evaluation.coco import Metrics, coco_metrics
 from evspan.pipeline.evaluation.frames import LabelledFrames, labelled_frames, scored
 from evspan.pipeline.model.detector import Detector
@@ -95,6 +95,7 @@ def evaluate_split(
     *,
     device: torch.device,
     recordings: Sequence[RecordingData],
+    stop_requested: Callable[[], bool] | None = None,
 ) -> list[RecordingResult]:
     """Detects on the labelled frames of some recordings of a dataset.
 
@@ -102,8 +103,14 @@ def evaluate_split(
     Threads read the next chunks meanwhile. The host waits once per chunk, for the detections of
     the chunk before.
 
+    Args:
+        stop_requested: called between chunks, and while the next one is read.
+
     Returns:
         One result per recording, in their order.
+
+    Raises:
+        ReadingStoppedError: `stop_requested` returned true.
     """
     lanes = min(config.batch_size, len(recordings))
     if not lanes:
@@ -114,10 +121,12 @@ def evaluate_split(
     steps = _steps(recordings, lanes, config.sequence_length)
     reader = _Reader(data, config.sequence_length, encoded=encodes_for(device))
     threads = READ_THREADS if device.type != "cpu" else CPU_READ_THREADS
-    batches = device_batches(read_ahead(reader, steps, threads), device)
+    batches = device_batches(read_ahead(reader, steps, threads, stop_requested), device)
     before: tuple[_Chunks, PendingDetections] | None = None
     with closing(batches):
         for chunks, batch in zip(steps, batches, strict=True):
+            if stop_requested is not None and stop_requested():
+                raise ReadingStoppedError
             raw, state = detector(batch.frames, state, starts=batch.starts, labelled=batch.labelled)
             decoded = detector.decode(raw, data.height, data.width)
             current = (chunks, PendingDetections(decoded, limits))

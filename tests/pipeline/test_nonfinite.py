@@ -160,7 +160,7 @@ def test_a_checkpoint_after_it_is_the_one_before_with_a_state_of_zeros(
 ):
     run = config(shards, tmp_path, max_steps=3)
     with opened(run, world) as trainer, losses_of("+-+", monkeypatch):
-        trainer._evaluate = lambda: None
+        trainer._evaluate = lambda flag: None
         trainer.run(StopFlag())
     before = checkpoint(tmp_path, 1)
     after = checkpoint(tmp_path, 2)

@@ -78,7 +78,7 @@ def trained(config, world):
     """Losses, gradient norm and learning rate by step."""
     reports = {}
     trainer = Trainer(config, world, on_step=lambda report: reports.update({report.step: report}))
-    trainer._evaluate = lambda: None
+    trainer._evaluate = lambda flag: None
     try:
         trainer.run(StopFlag())
     finally:

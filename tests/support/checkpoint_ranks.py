@@ -151,20 +151,15 @@ def run(folder: Path, name: str, stretch: Stretch, world) -> None:
         shutil.copytree(source, folder / name / "checkpoints" / step)
     barrier()
     losses = {}
-    stop_flag = StopFlag()
-
-    def stop_in_time(step: int) -> None:
-        if step + 1 >= stretch.until:
-            stop_flag.request()
 
     def on_step(report: StepReport) -> None:
         losses[report.step] = [*report.losses, report.learning_rate]
-        stop_in_time(report.step)
+        if report.step >= stretch.until:
+            trainer.end_after_step()
 
     trainer = Trainer(config(stretch.case, folder, folder / name), world, on_step=on_step)
-    stop_in_time(trainer.step)
     try:
-        trainer.run(stop_flag)
+        trainer.run(StopFlag())
     except SystemExit as end:
         assert end.code == STOPPED_EXIT_CODE
     trainer.engine.close()

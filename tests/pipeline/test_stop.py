@@ -1,0 +1,176 @@
+"""A stop signal outside of a training step: the run ends at once, and continues as if undisturbed."""
+
+import json
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from evspan.conf.errors import STOPPED_EXIT_CODE
+from evspan.conf.schema.prep import DatasetConfig
+from evspan.conf.schema.training import (
+    BackboneConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    FpnConfig,
+    HeadConfig,
+    ModelConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from evspan.pipeline.data.loader import ReadingStoppedError, read_ahead
+from evspan.pipeline.engine import trainer as trainer_module
+from evspan.pipeline.engine.checkpoints import Checkpoints
+from evspan.pipeline.engine.plain_engine import PlainEngine
+from evspan.pipeline.engine.signals import StopFlag
+from evspan.pipeline.engine.trainer import Trainer
+from evspan.pipeline.history import ACTIVITY, read
+from evspan.pipeline.inference import streaming
+from safetensors.torch import load_file
+from support.one_rank import open_one_rank
+from support.small_shards import write_small_shards
+
+STEPS = 4
+EVALUATED = (2, 4)
+
+
+@pytest.fixture(scope="module")
+def world():
+    with open_one_rank() as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    counts = {"train": [9, 8], "val": [7, 2, 3]}
+    return write_small_shards(tmp_path_factory.mktemp("data"), counts)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(shards: Path, run: Path, images: bool = False) -> TrainConfig:
+    return TrainConfig(
+        run_dir=str(run),
+        model=ModelConfig(
+            backbone=BackboneConfig(embed_dim=8, dim_head=4, partition_split_32=1),
+            fpn=FpnConfig(enable_small_object_attention=True, identity_init=False),
+            head=HeadConfig(num_classes=3),
+        ),
+        dataset=DatasetConfig(root=str(shards)),
+        training=TrainingConfig(
+            max_steps=STEPS,
+            batch_size=2,
+            sequence_length=2,
+            log_every=1,
+            log_images_every=3 if images else 0,
+            evaluate_every=EVALUATED[0],
+            num_workers=1,
+        ),
+        evaluation=EvaluationConfig(batch_size=1, sequence_length=2, skip_first_ms=0),
+        checkpoint=CheckpointConfig(every=100, keep=9),
+    )
+
+
+def attempt(shards: Path, run: Path, world, flag: StopFlag, *, images: bool = False) -> int:
+    """The exit code of one attempt."""
+    trainer = Trainer(config(shards, run, images), world, PlainEngine)
+    try:
+        trainer.run(flag)
+    except SystemExit as end:
+        return end.code
+    finally:
+        trainer.close()
+    return 0
+
+
+def losses(run: Path) -> dict[str, object]:
+    """All that a run ends with."""
+    checkpoints = run / "checkpoints"
+    values: dict[str, object] = {}
+    for step in EVALUATED:
+        metrics = json.loads((checkpoints / f"step-{step:08d}" / "metrics.json").read_text())
+        del metrics["checkpoint"]
+        values[f"metrics {step}"] = metrics
+    for name in ("weights", "moments"):
+        tensors = load_file(checkpoints / f"step-{STEPS:08d}" / f"{name}.safetensors")
+        values |= {key: tensor.tolist() for key, tensor in tensors.items()}
+    return values
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, world, tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed")
+    assert attempt(shards, run, world, StopFlag()) == 0
+    return losses(run)
+
+
+@contextmanager
+def requesting(flag: StopFlag, owner: object, name: str, call: int, patch):
+    """Requests a stop in the n-th call of a function."""
+    real = getattr(owner, name)
+    calls = []
+
+    def function(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            flag.request()
+        return real(*args, **kwargs)
+
+    with patch.context() as context:
+        context.setattr(owner, name, function)
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "step", "left_out"),
+    [
+        (streaming, "_add_results", 1, 2, True),  # between chunks of the first evaluation
+        (streaming, "_add_results", 7 + 1, 4, True),  # of the last one
+        (trainer_module, "write_evaluation", 1, 2, False),  # complete but for its files
+        (Checkpoints, "save", 1, 2, True),
+        (trainer_module, "probe", 1, 3, False),
+    ],
+)
+def test_it_continues_as_if_undisturbed(
+    shards, world, tmp_path, monkeypatch, undisturbed, owner, name, call, step, left_out
+):
+    flag = StopFlag()
+    with requesting(flag, owner, name, call, monkeypatch):
+        code = attempt(shards, tmp_path, world, flag, images=name == "probe")
+    assert code == STOPPED_EXIT_CODE
+    assert read(tmp_path)[-1]["event"] == "saved"
+    assert read(tmp_path)[-1]["step"] == step
+    newest = (tmp_path / "checkpoints" / "latest").read_text().strip()
+    assert newest == f"step-{step:08d}"
+    if step in EVALUATED:
+        assert (tmp_path / "checkpoints" / newest / "metrics.json").exists() is not left_out
+    assert attempt(shards, tmp_path, world, StopFlag()) == 0
+    assert losses(tmp_path) == undisturbed
+    starts = [event["step"] for event in read(tmp_path) if event["event"] == "start"]
+    assert starts == [0, step]
+    assert json.loads((tmp_path / ACTIVITY).read_text())["activity"] == "training"
+
+
+def test_a_rank_that_waits_for_data_leaves_on_a_request():
+    release = threading.Event()
+
+    def read_item(item: int) -> int:
+        if item == 2:
+            release.wait(20)
+        return item
+
+    flag = StopFlag()
+    flag.request()
+    results = read_ahead(read_item, range(9), 1, flag.is_set)
+    assert [next(results), next(results)] == [0, 1]  # what has arrived is used
+    with pytest.raises(ReadingStoppedError):
+        next(results)
+    release.set()
