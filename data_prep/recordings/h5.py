@@ -13,6 +13,7 @@ import h5py
 import hdf5plugin
 import numpy as np
 from evspan.conf.errors import RecordingError
+from evspan.data_prep.hdf5_files import open_hdf5_for_reading
 from evspan.data_prep.recordings.base import GEN4_SIZE, Recording, Writer
 from evspan.data_prep.recordings.events import Events
 from evspan.data_prep.recordings.header import checked_size, sensor_size
@@ -76,7 +77,7 @@ def _readable(path: Path, place: str) -> Iterator[None]:
 @contextmanager
 def _opened(path: Path) -> Iterator[h5py.File]:
     with _readable(path, "the file"):
-        file = h5py.File(path, "r")
+        file = open_hdf5_for_reading(path)
     try:
         yield file
     finally:

@@ -19,6 +19,7 @@ import xxhash
 from evspan.conf.errors import ShardError, UserError
 from evspan.conf.schema.prep import FrameConfig, FrameMode, frame_config
 from evspan.data_prep.frames.histogram import each_window, whole_frame
+from evspan.data_prep.hdf5_files import open_hdf5_for_reading
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.recordings.sources import Source
 from evspan.data_prep.shards.atomic import file_xxh3
@@ -97,7 +98,7 @@ def verify_recording(task: Task) -> Verified:
     """Checks all of one recording. Damage of any kind is in the result; it raises nothing."""
     shard = task.entry.shard
     try:
-        with h5py.File(task.root / shard, "r") as file:
+        with open_hdf5_for_reading(task.root / shard) as file:
             if task.entry.group not in file:
                 return Verified([f"{shard} does not hold it"])
             group = file[task.entry.group]

@@ -22,6 +22,7 @@ import hdf5plugin
 import numpy as np
 from evspan.conf.errors import ShardError, require
 from evspan.conf.schema.prep import FrameConfig, FrameMode, frame_config
+from evspan.data_prep.hdf5_files import open_hdf5_for_reading
 from evspan.data_prep.labels.box_files import RAW_BOX, BoxArray
 from evspan.data_prep.shards.atomic import atomic_hdf5, atomic_write, locked
 from evspan.data_prep.shards.format import (
@@ -201,7 +202,7 @@ def _is_same(folder: Path, group: h5py.Group, columns: _Columns, config: FrameCo
         return False
     count = len(columns.frame_ends)
     middle = count // 2
-    with h5py.File(frames, "r") as file:
+    with open_hdf5_for_reading(frames) as file:
         if len(file["data"]) != count:
             return False
         frame = read_frames(group, middle, middle + 1)[0]

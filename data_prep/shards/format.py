@@ -28,6 +28,7 @@ import numpy as np
 import xxhash
 from evspan.conf.errors import ShardError
 from evspan.data_prep.frames.codec import decode_frames, measure_frames
+from evspan.data_prep.hdf5_files import open_hdf5_for_reading
 from numpy.typing import NDArray
 
 SCHEMA_VERSION = 2
@@ -152,7 +153,7 @@ def open_group(root: str | Path, entry: RecordingEntry) -> h5py.Group:
     """The recording's HDF5 group, open for reading; close it with `group.file.close()`."""
     path = Path(root) / entry.shard
     try:
-        return h5py.File(path, "r")[entry.group]
+        return open_hdf5_for_reading(path)[entry.group]
     except (OSError, KeyError) as error:
         raise ShardError(
             f"{path} cannot give recording {entry.group!r} ({error}). Run the same evspan prep "

@@ -9,6 +9,7 @@ from typing import Any
 
 import h5py
 from evspan.conf.errors import ShardError
+from evspan.data_prep.hdf5_files import open_hdf5_for_reading
 from evspan.data_prep.shards.atomic import UNFINISHED, atomic_hdf5
 from evspan.data_prep.shards.format import ENTRY, SPLITS, RecordingEntry
 from evspan.data_prep.shards.write import Stored, stored_in
@@ -95,7 +96,7 @@ def gather(
 
 def _copy(path: Path, group: str, file: h5py.File) -> None:
     try:
-        with h5py.File(path, "r") as old:
+        with open_hdf5_for_reading(path) as old:
             old.copy(group, file)  # copies the chunks without decoding them
     except (OSError, RuntimeError, KeyError) as error:
         raise ShardError(

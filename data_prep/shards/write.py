@@ -19,6 +19,7 @@ from evspan.data_prep.frames.codec import FrameEncoder
 from evspan.data_prep.frames.histogram import each_window, frame_size
 from evspan.data_prep.frames.rvt import RvtEnds
 from evspan.data_prep.frames.windows import WindowEnds, tolerance, window_ends
+from evspan.data_prep.hdf5_files import open_hdf5_for_reading
 from evspan.data_prep.labels.box_files import BoxArray, empty_boxes, read_boxes
 from evspan.data_prep.labels.checks import label_warnings
 from evspan.data_prep.labels.clock import Span, clock_problem
@@ -59,7 +60,7 @@ class Stored(NamedTuple):
 def stored_in(path: Path) -> dict[str, Stored]:
     """The groups of a part file or a shard, by split/recording, without the damaged ones."""
     groups: dict[str, Stored] = {}
-    with suppress(*UNREADABLE), h5py.File(path, "r") as file:
+    with suppress(*UNREADABLE), open_hdf5_for_reading(path) as file:
         for name in file:
             with suppress(*UNREADABLE):  # one damaged group does not hide the others
                 group = file[name]
@@ -276,7 +277,7 @@ def _copy_frames(
     # Finite ends must also stop where the stored ones do: compare with one more of them.
     compared = entry.frames + 1 if isinstance(windows, RvtEnds) else entry.frames
     try:
-        with h5py.File(old.file, "r") as file:
+        with open_hdf5_for_reading(old.file) as file:
             stored = file[entry.group]
             if stored["end_us"][:].tolist() != list(islice(windows, compared)):
                 return None

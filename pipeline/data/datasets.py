@@ -21,6 +21,7 @@ from evspan.conf.schema.prep import (
     frame_config,
 )
 from evspan.data_prep.frames.codec import FrameEncoder, measure_frames
+from evspan.data_prep.hdf5_files import open_hdf5_for_reading
 from evspan.data_prep.shards.format import (
     BOX,
     RecordingEntry,
@@ -71,7 +72,7 @@ class _OpenFiles:
         return dataset
 
     def _file(self, path: Path) -> h5py.File:
-        file = self.files.pop(path, None) or h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE)
+        file = self.files.pop(path, None) or open_hdf5_for_reading(path, rdcc_nbytes=CHUNK_CACHE)
         self.files[path] = file
         if len(self.files) > OPEN_FILES:
             _, oldest = self.files.popitem(last=False)

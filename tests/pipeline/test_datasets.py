@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-import h5py
 import numpy as np
 import pytest
 import torch
 from evspan.conf.errors import ConfigError, ShardError
 from evspan.conf.schema.prep import DatasetConfig, DatasetKind, FrameMode
 from evspan.conf.schema.training import AugmentationConfig, Sampling, TrainingConfig
+from evspan.data_prep.hdf5_files import open_hdf5_for_reading
 from evspan.data_prep.shards.format import BOX
 from evspan.pipeline.data import datasets
 from evspan.pipeline.data.augment import augment_boxes, augment_frames, draw_augmentation
@@ -37,7 +37,7 @@ def test_shards_give_what_is_stored(shards):
         CLASSES,
     )
     assert [r.frames for r in data.recordings] == [23, 12, 9]
-    with h5py.File(shards / "train" / "00000.h5") as file:
+    with open_hdf5_for_reading(shards / "train" / "00000.h5") as file:
         for recording in data.recordings:
             group = file[recording.name]
             np.testing.assert_array_equal(recording.read(2, 7), frames_in(group)[2:7])
@@ -85,7 +85,7 @@ def test_rvt_tree_of_the_published_preprocessing(parity_dir):
         / "event_representations_v2"
         / "stacked_histogram_dt=50_nbins=10"
     )
-    with h5py.File(folder / "event_representations_ds2_nearest.h5") as file:
+    with open_hdf5_for_reading(folder / "event_representations_ds2_nearest.h5") as file:
         np.testing.assert_array_equal(recording.read(0, recording.frames), file["data"][:])
     labels = np.load(root / "train" / recording.name / "labels_v2" / "labels.npz")["labels"]
     stored = np.concatenate([recording.boxes(i) for i in range(recording.frames)])

@@ -22,7 +22,12 @@ LAYERS = ("conf", "data_prep", "pipeline", "launch")  # each imports only from t
 # Packages of pipeline that may import less than their layer: package -> what it may import besides itself and conf.
 NARROWER = {
     "pipeline.model": set(),
-    "pipeline.data": {"data_prep.shards", "data_prep.labels", "data_prep.frames"},
+    "pipeline.data": {
+        "data_prep.hdf5_files",
+        "data_prep.shards",
+        "data_prep.labels",
+        "data_prep.frames",
+    },
     "pipeline.parallel": {
         "pipeline.model.autograd",
         "pipeline.model.state",
