@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import psutil
 from evspan.conf.errors import ConfigError, UserError
+from evspan.conf.private_files import make_private_folder
 from evspan.conf.schema.cluster import PrepClusterConfig
 from evspan.conf.schema.prep import PrepConfig
 from evspan.data_prep.workers import DryRun, PrepJob, PrepOutcomes, log_above_bar
@@ -132,7 +133,8 @@ class SlurmRunner:
         client.require_commands()
         _cancel_orphans(array.name)
         shutil.rmtree(array.folder, ignore_errors=True)  # of an earlier run
-        array.outcomes.mkdir(parents=True)
+        make_private_folder(array.folder)
+        make_private_folder(array.outcomes)
         with _exit_on_signals():
             try:
                 yield from _submit_and_wait(array, config)

@@ -1,30 +1,25 @@
 """A task of the job array of `evspan prep`: assigns recordings to tasks, and prepares those of one.
 
-Tasks write the outcome of each recording to a file NUMBER.pkl in a folder that all nodes see.
+Tasks write the outcome of each recording to a file in a folder that all nodes see
+(`evspan.launch.slurm.outcome_files`).
 `evspan.launch.slurm.prep_wait` reads these files.
 """
 
 import heapq
 import logging
 import math
-import os
-import pickle
 import signal
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-
-# Keeps a traceback through pickle; typeshed does not list it.
-from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from pathlib import Path
 from threading import Thread
 
 from evspan.conf.schema.cluster import PrepClusterConfig
 from evspan.conf.schema.prep import PrepConfig
-from evspan.data_prep.shards.format import RecordingEntry
-from evspan.data_prep.workers import Outcome, PrepJob, map_unordered
+from evspan.data_prep.workers import PrepJob, map_unordered
 from evspan.launch.logging_config import configure_logging
+from evspan.launch.slurm.outcome_files import outcome_file, write_outcome
 from submitit.helpers import DelayedSubmission
 
 logger = logging.getLogger(__name__)
@@ -93,7 +88,7 @@ class PrepTask:
         function = partial(PrepJob.run, config=self.config)
         for outcome in map_unordered(function, missing, self.config.cluster.cpus_per_task):
             key = outcome.task.key
-            _write_outcome(self.outcomes, numbers[key], outcome)
+            write_outcome(self.outcomes, numbers[key], outcome)
             if outcome.error is None:
                 logger.info("%s: done", key)
             else:
@@ -121,28 +116,3 @@ def run_in_thread(function: Callable[[], None]) -> None:
     thread.join()
     if errors:
         raise errors[0]
-
-
-def outcome_file(folder: Path, number: int) -> Path:
-    """The file with the outcome of job `number`."""
-    return folder / f"{number}.pkl"
-
-
-def _write_outcome(folder: Path, number: int, outcome: Outcome[PrepJob, RecordingEntry]) -> None:
-    """Writes (entry, error); the file appears whole or not at all."""
-    error = outcome.error
-    carried = ExceptionWithTraceback(error, error.__traceback__) if error else None
-    temporary = folder / f".{number}.{socket.gethostname()}.{os.getpid()}"
-    temporary.write_bytes(pickle.dumps((outcome.value, carried)))
-    os.replace(temporary, outcome_file(folder, number))
-
-
-def finished_jobs(folder: Path) -> set[int]:
-    """Numbers of the jobs that have an outcome file."""
-    return {int(path.stem) for path in folder.glob("[0-9]*.pkl")}
-
-
-def read_outcome(folder: Path, number: int, job: PrepJob) -> Outcome[PrepJob, RecordingEntry]:
-    """Reads what a task wrote about the job."""
-    entry, error = pickle.loads(outcome_file(folder, number).read_bytes())
-    return Outcome(job, entry, error)

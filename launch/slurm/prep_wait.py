@@ -12,7 +12,7 @@ from pathlib import Path
 from evspan.conf.errors import RecordingError, UserError
 from evspan.data_prep.workers import Outcome, PrepJob, PrepOutcomes, log_above_bar
 from evspan.launch.slurm.client import Queued, queue
-from evspan.launch.slurm.prep_task import finished_jobs, read_outcome
+from evspan.launch.slurm.outcome_files import finished_jobs, read_outcome
 
 logger = logging.getLogger(__name__)
 POLL_S = 1.0  # between looks at the outcome files

@@ -14,12 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from evspan.conf.private_files import make_private_folder
 from evspan.conf.schema.cluster import ClusterConfig, Container
 from evspan.launch.slurm.client import python_path_lines, submit_array
 from evspan.launch.slurm.parameters import sbatch_parameters, setup_lines
 from evspan.launch.slurm.rank_task import RankTask
 from evspan.launch.slurm.requeue import RequeueRule
 from evspan.launch.slurm.submitit_adapter import Executor, script_of
+from evspan.launch.slurm.task_secret import create_secret
 from evspan.launch.sweep.plan import PlannedRun
 
 RULES = "runs.json"  # next to Submitit's pickles: a RequeueRule for each run of the array
@@ -70,8 +72,11 @@ def submit_job_array(array: JobArray) -> list[str]:
 
     Raises:
         ConfigError: SLURM refuses them.
+        ForeignFileError: the folder of the scripts belongs to another user.
     """
-    array.folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(array.folder.parent)
+    make_private_folder(array.folder)
+    create_secret(array.folder)
     rules = [
         RequeueRule(
             run=str(run.folder.absolute()),

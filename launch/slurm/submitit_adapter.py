@@ -1,20 +1,15 @@
-"""The only module that uses private names of Submitit. Verified against submitit 1.5.4.
-
-python -m evspan.launch.slurm.submitit_adapter FOLDER
-
-runs a task of a job as `python -m submitit.core._submit FOLDER` does, where the path of the folder
-contains '%'.
-"""
+"""The only module that uses private names of Submitit. Verified against submitit 1.5.4."""
 
 import shlex
 from pathlib import Path
 
 from submitit import SlurmExecutor
 from submitit.core import job_environment, utils
-from submitit.core.submission import submitit_main
+from submitit.core.submission import process_job
 from submitit.slurm import slurm
 
 VERIFIED_VERSION = "1.5.4"
+TASK_MODULE = "evspan.launch.slurm.submitted_task"
 # Stands for a '%' of the folder until SLURM's own %j and %t are in the script.
 PERCENT = "\ue000"
 
@@ -46,10 +41,8 @@ class Executor(SlurmExecutor):
 
     @property
     def _submitit_command_str(self) -> str:
-        if "%" not in str(self.folder):
-            return str(super()._submitit_command_str)
-        folder = shlex.quote(str(self.folder))
-        return f"{self.python} -u -m evspan.launch.slurm.submitit_adapter {folder}"
+        """Checks who could have written the task's pickle before it is loaded."""
+        return f"{self.python} -u -m {TASK_MODULE} {shlex.quote(str(self.folder))}"
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         """SLURM replaces %x in the paths of its logs; %% is a '%'."""
@@ -65,6 +58,11 @@ def script_of(executor: SlurmExecutor, tasks: int) -> str:
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
+def run_submitted(folder: Path) -> None:
+    """Unpickles and calls the task of this process, and writes its result to the folder."""
+    process_job(folder)
+
+
 def _replace_classes() -> None:
     """Makes Submitit use our classes: it creates an executor of its own for an array."""
     vars(utils)["JobPaths"] = JobPaths
@@ -73,6 +71,3 @@ def _replace_classes() -> None:
 
 
 _replace_classes()
-
-if __name__ == "__main__":
-    submitit_main()

@@ -107,7 +107,7 @@ def test_a_script_is_written_without_slurm(tmp_path, monkeypatch):
     executor.update_parameters(job_name="x", time=5, array_parallelism=2, setup=["first"])
     text = submitit_adapter.script_of(executor, tasks=3)
     assert "#SBATCH --array=0-2%2" in text
-    assert "my-python -u -m submitit.core._submit" in text
+    assert "my-python -u -m evspan.launch.slurm.submitted_task" in text
     assert text.index("first") < text.index("srun")
     single = submitit_adapter.Executor(tmp_path)
     assert "--array" not in submitit_adapter.script_of(single, tasks=1)
@@ -123,7 +123,7 @@ def test_a_percent_sign_of_a_path_is_neither_slurms_nor_submitits(tmp_path, task
     pattern = str(folder).replace("%", "%%")
     assert f"#SBATCH --output='{pattern}/{name}_0_log.out'" in text
     assert f"--output '{pattern}/{name}_%t_log.out'" in text
-    assert f"my-python -u -m evspan.launch.slurm.submitit_adapter '{folder}'" in text
+    assert f"my-python -u -m evspan.launch.slurm.submitted_task '{folder}'" in text
     paths = submitit_adapter.JobPaths(folder, job_id="7_1", task_id=3)
     assert paths.stdout == folder / "7_1_3_log.out"
     assert paths.submitted_pickle == folder / "7_1_submitted.pkl"

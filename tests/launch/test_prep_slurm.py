@@ -100,7 +100,7 @@ def task_of(output: Path) -> int | None:
         except OSError:
             continue
         if (
-            b"submitit.core._submit" in words
+            b"evspan.launch.slurm.submitted_task" in words
             and os.path.basename(words[0]).startswith(b"python")
             and str(output / ".parts" / "slurm").encode() in words
         ):
@@ -111,7 +111,7 @@ def task_of(output: Path) -> int | None:
 def outcomes(output: Path) -> dict[str, int]:
     return {
         p.name: p.stat().st_mtime_ns
-        for p in (output / ".parts" / "slurm" / "outcomes").glob("[0-9]*.pkl")
+        for p in (output / ".parts" / "slurm" / "outcomes").glob("[0-9]*.json")
     }
 
 

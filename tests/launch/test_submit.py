@@ -306,7 +306,7 @@ def test_a_container_is_one_key(tmp_path, container, image):
     if container is Container.apptainer:
         assert "apptainer exec --nv" in ranks
         assert "--bind /data:/in" in ranks
-        assert "'my image.sif' python -u -m submitit" in ranks
+        assert "'my image.sif' python -u -m evspan.launch.slurm.submitted_task" in ranks
         assert f"--bind {run}" in ranks
     else:
         assert "'--container-image=my image.sqsh'" in ranks
