@@ -1,18 +1,5 @@
-"""Damaged sensor and box files: reading ends soon, in a consistent result or in a UserError.
+"""Damaged sensor and box files: reading ends soon, in a consistent result or in a UserError."""
 
-Cases run in a process of their own, so that a crash, a hang or too much memory is noticed:
-python tests/data_prep/test_fuzz.py KIND FIRST N, with tests/ on PYTHONPATH. `make soak` repeats it
-with more seeds; the same seed gives the same bytes.
-"""
-
-import faulthandler
-import os
-import re
-import resource
-import subprocess
-import sys
-import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +8,6 @@ import h5py
 import hdf5plugin
 import numpy as np
 import pytest
-from evspan.conf.errors import UserError
 from evspan.data_prep.labels.box_files import RAW_BOX, read_boxes
 from evspan.data_prep.recordings.base import Recording, WordReader
 from evspan.data_prep.recordings.events import Events
@@ -29,12 +15,10 @@ from evspan.data_prep.recordings.evt21 import Evt21Reader
 from evspan.data_prep.recordings.h5 import H5Reader
 from evspan.data_prep.recordings.open import open_recording, open_writer
 from numpy.typing import NDArray
+from support import fuzz
 from support.event_files import SIZES, random_words, write_raw
 
-CASE_SECONDS = 20  # a case takes milliseconds
-MOST_BYTES = 1 << 30  # above what the process takes before the first case
 CHUNK = 500
-ROOT = Path(__file__).parents[2]
 
 
 def some_events(n: int) -> Events:
@@ -100,68 +84,6 @@ def whole_boxes(path: Path) -> None:
     np.save(path, boxes)
 
 
-FILES: dict[str, tuple[str, Callable[[Path], None]]] = {
-    **{kind: (f"{kind}.raw", whole_raw(kind)) for kind in SIZES},
-    "dat": ("a_td.dat", whole_by_writer),
-    "h5": ("a_td.h5", whole_h5),
-    "written_h5": ("b_td.h5", whole_by_writer),
-    "metavision": ("a.hdf5", whole_metavision),
-    "boxes": ("a_bbox.npy", whole_boxes),
-}
-
-
-NUMBERS = [0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1]
-BYTES = [0, 0xFF, 0x7F, 0x80, 0x25]
-HEADER_LETTERS = list(b"0123456789-.eE;= x\n%")
-
-
-def damaged(data: bytes, header: int, rng: np.random.Generator) -> bytes:
-    """The data after one to four changes: bits, bytes, numbers, slices, the end.
-
-    Half of the changes are in the first `header` bytes.
-    """
-    out = bytearray(data)
-    for _ in range(int(rng.integers(1, 5))):
-        damage(out, header, rng)
-    if rng.random() < 0.6:  # whole words, so that more of the damage is read
-        del out[len(out) - (len(out) - len(data)) % 8 :]
-    return bytes(out)
-
-
-def damage(out: bytearray, header: int, rng: np.random.Generator) -> None:
-    """Makes one change."""
-    end = min(len(out), header) if rng.random() < 0.5 else len(out)
-    at = int(rng.integers(end + 1))
-    span = int(rng.integers(1, 1 + min(64, len(out) + 1)))
-    change = int(rng.integers(9))
-    if change == 0 and at < len(out):
-        out[at] ^= 1 << int(rng.integers(8))
-    elif change == 1:
-        out[at : at + span] = rng.bytes(len(out[at : at + span]))
-    elif change == 2:
-        out[at : at + span] = bytes([int(rng.choice(BYTES))]) * len(out[at : at + span])
-    elif change == 3:
-        number = int(rng.choice(NUMBERS))
-        out[at : at + 8] = number.to_bytes(8, "little")[: int(rng.choice([1, 2, 4, 8]))]
-    elif change == 4:
-        del out[at : at + span * int(rng.choice([1, 1, 100]))]
-    elif change == 5:
-        out[at:at] = rng.bytes(span)
-    elif change == 6:
-        out[at:at] = out[int(rng.integers(len(out) + 1)) :][: span * 8]
-    elif change == 7:
-        change_digits(out, header, rng)
-    else:
-        del out[at:]
-
-
-def change_digits(out: bytearray, header: int, rng: np.random.Generator) -> None:
-    """Replaces up to three digits of the header."""
-    digits = [i for i, byte in enumerate(out[:header]) if 0x30 <= byte <= 0x39]
-    for i in digits[: int(rng.integers(len(digits) + 1))][-3:]:
-        out[i] = int(rng.choice(HEADER_LETTERS))
-
-
 def number_of_bits(words: np.ndarray) -> int:
     return int(np.unpackbits(words.view(np.uint8)).sum())
 
@@ -223,97 +145,47 @@ def check_boxes(path: Path) -> None:
     assert all(np.isfinite(boxes[k]).all() for k in ("x", "y", "w", "h", "class_confidence"))
 
 
-def is_read(path: Path, check: Callable[[Path], None]) -> bool:
-    """Whether the file is read; otherwise it is refused with an error that names it."""
-    try:
-        check(path)
-    except UserError as error:
-        message = str(error)
-    else:
-        return True
-    assert str(path) in message
-    return False
-
-
-def run_cases(kind: str, first: int, n: int) -> None:
-    """Runs seeds first .. first + n - 1; prints how many files were read and how many refused."""
-    name, make = FILES[kind]
-    warnings.simplefilter("error")  # of numpy: a value that did not fit
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        refused = 0
-        make(path)
-        whole = path.read_bytes()
-        check = check_boxes if kind == "boxes" else check_recording
-        check(path)
-        header = 2048 if kind in ("h5", "written_h5", "metavision") else 160
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for seed in range(first, first + n):
-            path.write_bytes(damaged(whole, header, np.random.default_rng([seed, *kind.encode()])))
-            faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
-            print(f"case {seed}", file=sys.stderr, flush=True)
-            refused += not is_read(path, check)
-            faulthandler.cancel_dump_traceback_later()
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-            assert grown < MOST_BYTES, f"{grown} bytes of memory"
-    print(f"{kind}: {n - refused} read, {refused} refused")
-
-
-def in_a_process(kind: str, first: int, n: int, timeout: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-X", "faulthandler", __file__, kind, str(first), str(n)],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=timeout,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+def recording(name: str, write: Callable[[Path], None], header: int = 160) -> fuzz.Kind:
+    return fuzz.Kind(
+        make=lambda folder: write(folder / name),
+        check=lambda folder: check_recording(folder / name),
+        files=name,
+        header=header,
     )
 
 
-def failure(result: subprocess.CompletedProcess[str]) -> str:
-    """The number of the case that ended the process, and its output."""
-    return result.stderr.rsplit("case ", 1)[-1]
+HDF5_HEADER = 2048  # bytes with superblock, groups and object headers
+KINDS = {
+    **{kind: recording(f"{kind}.raw", whole_raw(kind)) for kind in SIZES},
+    "dat": recording("a_td.dat", whole_by_writer),
+    "h5": recording("a_td.h5", whole_h5, HDF5_HEADER),
+    "written_h5": recording("b_td.h5", whole_by_writer, HDF5_HEADER),
+    "metavision": recording("a.hdf5", whole_metavision, HDF5_HEADER),
+    "boxes": fuzz.Kind(
+        make=lambda folder: whole_boxes(folder / "a_bbox.npy"),
+        check=lambda folder: check_boxes(folder / "a_bbox.npy"),
+    ),
+}
 
 
 @pytest.mark.timeout(180)
 def test_damaged_files_are_read_or_refused():
-    result = in_a_process("all", 0, 150, timeout=150)
-    assert result.returncode == 0, f"{result.stdout} and then case {failure(result)}"
-    lines = [
-        re.fullmatch(r"(\w+): (\d+) read, (\d+) refused", s) for s in result.stdout.splitlines()
-    ]
-    assert all(lines), result.stdout
-    matches = [line for line in lines if line]
-    assert {line[1] for line in matches} == FILES.keys()
-    for line in matches:
-        read = int(line[2])
-        refused = int(line[3])
-        assert read + refused == 150, line[0]
-        assert min(read, refused) > 5, line[0]  # both outcomes occur
+    fuzz.run_all(__file__, KINDS, 150, least=3)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3 * 3600)
-@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_many_damaged_files_are_read_or_refused(kind):
-    num_cases = int(os.environ.get("EVSPAN_FUZZ_CASES", 100_000)) // len(FILES)
-    first = 1000
-    end = first + num_cases
-    hung: list[int] = []
-    result = in_a_process(kind, first, num_cases, timeout=3 * 3600)
-    while result.returncode:
-        # HDF5 2.0 never returns from a variable-length attribute whose heap is overwritten with
-        # zeros.
-        assert kind == "metavision", f"{kind} {failure(result)}"
-        assert "Timeout" in result.stderr, failure(result)
-        assert "h5py/_hl/attrs.py" in result.stderr, failure(result)
-        hung.append(int(failure(result).split()[0]))
-        first = hung[-1] + 1
-        result = in_a_process(kind, first, end - first, timeout=3 * 3600)
-    assert len(hung) <= 5, hung
-    print(f"{kind}: {num_cases} cases, hung in HDF5: {hung}; after them {result.stdout.strip()}")
+    # HDF5 2.0 never returns from a variable-length attribute whose heap is overwritten with zeros.
+    fuzz.run_many(
+        __file__,
+        KINDS,
+        kind,
+        is_known_hang=lambda output: kind == "metavision" and "h5py/_hl/attrs.py" in output,
+        most_hangs=5,
+    )
 
 
 if __name__ == "__main__":
-    for kind_ in FILES if sys.argv[1] == "all" else [sys.argv[1]]:
-        run_cases(kind_, int(sys.argv[2]), int(sys.argv[3]))
+    fuzz.main(KINDS)
