@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evspan.conf.errors import ConfigError
+from evspan.conf.omegaconf_adapter import maps_replaced
 from hydra import version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
@@ -23,6 +24,7 @@ from omegaconf import DictConfig, open_dict
 
 VERIFIED_VERSION = "1.3.8"
 CONFIG_TREE = "pkg://evspan.conf"
+REPLACED_MAPS = ("class_map",)  # keys whose mapping replaces the default one
 COMMAND_LINE = "command-line"  # Hydra's name for the source of --config-dir
 
 
@@ -90,6 +92,7 @@ def _opened_hydra(config_dir: Path | None) -> Iterator[Hydra]:
     GlobalHydra.instance().clear()
     version.setbase("1.3")
     try:
-        yield Hydra.create_main_hydra2("evspan", search_path)
+        with maps_replaced(REPLACED_MAPS):
+            yield Hydra.create_main_hydra2("evspan", search_path)
     finally:
         restore_gh_from_backup(backup)

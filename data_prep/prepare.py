@@ -14,6 +14,7 @@ from evspan.conf.errors import ConfigError, ShardError, UserError, one_line
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.text import plural
 from evspan.data_prep.labels.checks import grouped
+from evspan.data_prep.labels.classes import with_classes
 from evspan.data_prep.recordings.left_out import LABELLED_SPLITS, without_boxes
 from evspan.data_prep.recordings.sources import Source, find_sources, unused_files
 from evspan.data_prep.shards.atomic import LOCK, UNFINISHED, atomic_write, file_xxh3, locked
@@ -75,6 +76,7 @@ def prepare(config: PrepConfig, runner: Runner | None = None) -> PrepReport:
     source, output = _checked_folders(config)
     with _unreadable_now():
         sources = {s.key: s for s in find_sources(source)}
+        config = with_classes(config, [s.boxes for s in sources.values() if s.boxes])
         _log_left_out(source, sources.values())
     _make_folder(output)
     with locked(output):

@@ -144,10 +144,12 @@ class LabelConfig:
 class DatasetConfig:
     """A prepared dataset: its folder and its classes."""
 
-    name: str = "simulated"
+    name: str = "own"
     kind: DatasetKind = DatasetKind.shards
     root: str = ""  # folder of the prepared shards (or RVT's tree) for training and evaluation
-    classes: list[str] = field(default_factory=list)  # in the order of their stored ids
+    # In the order of their stored ids. Empty: prep reads classes.txt of the source; training and
+    # evaluation take the shards' classes.
+    classes: list[str] = field(default_factory=list)
     # How `evspan prep` filters the boxes of the box files.
     labels: LabelConfig = field(default_factory=LabelConfig)
 
@@ -159,7 +161,8 @@ class DatasetConfig:
         require(
             not outside,
             f"dataset.labels.class_map names class {outside} but dataset.classes has "
-            f"{len(self.classes)} entries {self.classes}; add the class or correct the map",
+            f"{len(self.classes)} entries {self.classes}; add the class or correct the map: "
+            "dataset.classes=[a,b] 'dataset.labels.class_map={0:0,3:1}'",
         )
 
 

@@ -14,7 +14,7 @@ import hdf5plugin
 import numpy as np
 import xxhash
 from evspan.conf.errors import BoxesError, RecordingError
-from evspan.conf.schema.prep import Codec, FrameMode, LabelConfig, PrepConfig, TimeUnit
+from evspan.conf.schema.prep import Codec, DatasetConfig, FrameMode, PrepConfig, TimeUnit
 from evspan.data_prep.frames.codec import FrameEncoder
 from evspan.data_prep.frames.histogram import each_window, frame_size
 from evspan.data_prep.frames.rvt import RvtEnds
@@ -22,6 +22,7 @@ from evspan.data_prep.frames.windows import WindowEnds, tolerance, window_ends
 from evspan.data_prep.hdf5_files import open_hdf5_for_reading
 from evspan.data_prep.labels.box_files import BoxArray, empty_boxes, read_boxes
 from evspan.data_prep.labels.checks import label_warnings
+from evspan.data_prep.labels.classes import require_named
 from evspan.data_prep.labels.clock import Span, clock_problem
 from evspan.data_prep.labels.filters import filter_boxes
 from evspan.data_prep.recordings.open import open_recording
@@ -108,7 +109,7 @@ def prepare_recording(
         NoSpaceError: the disk is full.
     """
     before = source.path.stat()
-    labels = _Labels.read(source.boxes, config.dataset.labels)
+    labels = _Labels.read(source.boxes, config.dataset)
     with atomic_hdf5(part) as (file, check_disk):
         group = file.create_group(source.name)
         entry = _copy_frames(group, reuse, labels, config) if reuse else None
@@ -141,10 +142,12 @@ class _Labels:
     raw: BoxArray
 
     @staticmethod
-    def read(file: Path | None, config: LabelConfig) -> "_Labels":
+    def read(file: Path | None, config: DatasetConfig) -> "_Labels":
         if file is None:
             return _Labels(file, empty_boxes())
-        boxes = read_boxes(file, time_unit=config.time_unit, offset_us=config.offset_us)
+        labels = config.labels
+        boxes = read_boxes(file, time_unit=labels.time_unit, offset_us=labels.offset_us)
+        require_named(file, boxes, labels, config.classes)
         return _Labels(file, boxes)
 
     def windows(

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 from evspan.conf.errors import UserError
+from evspan.data_prep.labels.classes import CLASSES_FILE
 from evspan.data_prep.shards.atomic import atomic_write
 from evspan.data_prep.shards.format import SPLITS
-from evspan.data_prep.simulator.config import SimulatorConfig
+from evspan.data_prep.simulator.config import CLASSES, SimulatorConfig
 from evspan.data_prep.simulator.recording import SimulationReport, simulate
 
 SIMULATOR_VERSION = 1  # to be raised when the same parameters give other bytes
@@ -85,6 +86,14 @@ class SimulatedSet:
                 seed = _seed_of(self.seed, split, index)
                 planned.append(PlannedRecording(path, self.seconds, seed, self.config))
         return planned
+
+    def write_classes(self) -> None:
+        """Writes classes.txt, from which `evspan prep` takes the names, unless it is there."""
+        path = self.folder / CLASSES_FILE
+        if path.exists():
+            return
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(f"{name}\n" for name in CLASSES))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ HELP = """evspan evaluate: a checkpoint and a split -> COCO AP (Prophesee's prot
       evspan evaluate compare runs/demo/evaluation-val runs/other/evaluation-val
 
   keys
-      dataset=simulated          simulated | gen4 | etram | etram3 | gen4_rvt | rvt_tree
+      dataset=own                own: the classes of the shards | simulated | gen4 | etram |
+                                 etram3 | gen4_rvt: refused where the shards have others | rvt_tree
       output=                    another folder for the results
       evaluation.split=val       train | val | test
       evaluation.confidence_threshold=0.001

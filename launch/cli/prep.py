@@ -48,14 +48,15 @@ HELP = """evspan prep: recordings -> shards of histogram frames
       evspan prep export-rvt SHARDS OUT            shards of frames.mode=rvt to RVT's folders
 
   examples
-      evspan prep source=raw output=shards
+      evspan prep source=raw output=shards dataset=simulated
       evspan prep source=/data/gen4 output=/scratch/gen4 dataset=gen4 processes=8
       evspan prep source=drive.raw output=drive frames.downsample=1
       evspan prep source=/data/gen4 output=/scratch/gen4 dataset=gen4 cluster=slurm \\
           cluster.partition=cpu
 
   choices (each a file in conf/GROUP/)
-      dataset=simulated          simulated | gen4 | etram | etram3 | gen4_rvt
+      dataset=own                own: class names from dataset.classes, or from classes.txt in
+                                 RAW, a name per line | simulated | gen4 | etram | etram3 | gen4_rvt
       cluster=local              local: processes on this machine | slurm: a job array;
                                  cluster.dry_run=true shows what it would submit, --cfg job all
                                  keys (partition, account, timeout_min, cpus_per_task, ...)
@@ -67,8 +68,11 @@ HELP = """evspan prep: recordings -> shards of histogram frames
       frames.window_ms=50        time span of a frame
       frames.bins=10             time bins per frame and polarity
       frames.cutoff=10           counts saturate at this value, 1 to 255
-      dataset.classes=[a,b]      names of class 0, 1, ... of your own boxes, with
-                                 dataset.labels.class_map={0:0,3:1}
+      dataset.classes=[a,b]      names of class 0, 1, ... of your own boxes, and in quotes
+                                 'dataset.labels.class_map={0:0,3:1}': which class_id of the box
+                                 files becomes which; it replaces the dataset's map as a whole
+      dataset.labels.offset_us=0    added to label times that count from another moment
+      dataset.labels.time_unit=us   us | ms | s | ns: of the times in the box files
       dataset.labels.label_every_ms=100    50: a label on every frame, for dense labels
       dataset.labels.min_side=0  drop smaller boxes; more filters: data_prep/README.md
       processes=0                with cluster=local; 0: one per core

@@ -18,12 +18,13 @@ from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.output_streams import drop_lost_output
 
 DESCRIPTION = """Recordings of moving textured balls, boxes and bars, with boxes at 60 Hz. OUT/train
-has train_000_td.raw, train_000_bbox.npy and train_000_simulation.json (the parameters), and so on.
-The same seed gives the same recordings. Run again, it simulates only what is missing."""
+has train_000_td.raw, train_000_bbox.npy and train_000_simulation.json (the parameters), and so on;
+OUT/classes.txt has the names of the classes. The same seed gives the same recordings. Run again, it
+simulates only what is missing."""
 EXAMPLES = """examples:
   evspan simulate raw --recordings train=8,val=2 --seconds 10
   evspan simulate raw --recordings val=1 --format h5 --seed 7 --noise-hz 1 --objects 1,3
-  evspan prep source=raw output=shards        # then"""
+  evspan prep source=raw output=shards dataset=simulated        # then"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def simulate_all(options: SimulateOptions) -> None:
         )
     for number, result in enumerate(write_recordings(missing, options.processes), 1):
         print(f"[{number}/{len(missing)}] {_line(result)}", flush=True)
+    options.recording_set.write_classes()
 
 
 def _line(result: SimulatedRecording) -> str:

@@ -30,7 +30,8 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
                                  values, not run here; rvt: the same for another dataset or size
       model=maxvit_yolox/default     also maxvit_yolox/size_aware, maxvit_yolox/size_aware_attention
       size=tiny                  micro | tiny | small | base
-      dataset=simulated          simulated | gen4 | etram | etram3 | gen4_rvt | rvt_tree
+      dataset=own                own: the classes of the shards | simulated | gen4 | etram |
+                                 etram3 | gen4_rvt: refused where the shards have others | rvt_tree
       deepspeed=zero1            zero0 | zero1 | zero2 | zero3
 
   keys

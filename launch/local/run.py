@@ -89,7 +89,7 @@ def check_training(config: TrainConfig) -> None:
     Raises:
         UserError: run_dir, init_from or the dataset cannot be used.
     """
-    from evspan.pipeline.data.datasets import open_dataset
+    from evspan.pipeline.data.requirements import open_scored, open_training
 
     run_dir = Path(config.run_dir)
     init_from = config.checkpoint.init_from
@@ -102,9 +102,9 @@ def check_training(config: TrainConfig) -> None:
         f"checkpoint.init_from is {init_from}, where there is nothing; name a run folder, "
         "a checkpoint or a weights file",
     )
-    open_dataset(config.dataset, "train")
+    open_training(config.dataset, config.model.head.num_classes)
     # It is read when training is done, which may be days later.
-    open_dataset(config.dataset, config.evaluation.split)
+    open_scored(config.dataset, config.evaluation.split)
 
 
 def check_run_folder(folder: Path) -> None:
@@ -139,14 +139,14 @@ def check_evaluation(config: EvaluateConfig) -> None:
     Raises:
         UserError: the checkpoint or the dataset cannot be used.
     """
-    from evspan.pipeline.data.datasets import open_dataset
+    from evspan.pipeline.data.requirements import open_scored
 
     remedy = "name a run folder, a checkpoint or a .safetensors file: evspan evaluate runs/NAME ..."
     require(bool(config.checkpoint), f"the checkpoint is missing; {remedy}")
     require(
         Path(config.checkpoint).exists(), f"there is no checkpoint {config.checkpoint}; {remedy}"
     )
-    open_dataset(config.dataset, config.evaluation.split)
+    open_scored(config.dataset, config.evaluation.split)
 
 
 def _run_ranks(

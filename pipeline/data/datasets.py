@@ -222,7 +222,8 @@ def _open_shards(root: Path, config: DatasetConfig, split: str) -> Dataset:
     if config.classes and config.classes != manifest.classes:
         raise ConfigError(
             f"{root} was prepared with the classes {manifest.classes}, dataset.classes are "
-            f"{config.classes}. Choose the dataset config that it was prepared with: dataset=..."
+            f"{config.classes} (dataset={config.name}). Leave dataset= out, or choose the one that "
+            "it was prepared with"
         )
     entries = manifest.split(split)
     sizes = {(entry.height, entry.width) for entry in entries}

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 from evspan.conf.errors import ConfigError
-from evspan.conf.schema.prep import DatasetConfig
+from evspan.conf.schema.prep import DatasetConfig, DatasetKind
 from evspan.conf.schema.training import EvaluationConfig
 from evspan.data_prep.labels.box_files import write_boxes
-from evspan.pipeline.data.datasets import Dataset, open_dataset
+from evspan.data_prep.shards.format import load_manifest
+from evspan.pipeline.data.datasets import Dataset
 from evspan.pipeline.data.loader import ReadingStoppedError
+from evspan.pipeline.data.requirements import open_scored
 from evspan.pipeline.engine.signals import any_rank
 from evspan.pipeline.evaluation.coco import Metrics
 from evspan.pipeline.evaluation.frames import FRAMES, save_frames
@@ -64,7 +66,7 @@ def evaluate_weights(
         ConfigError: the dataset has other frames or classes than the weights.
         EvaluationStoppedError: a rank has left out recordings.
     """
-    data = open_dataset(dataset, config.split)
+    data = open_scored(dataset, config.split)
     check_dataset(weights, data)
     detector = detector_from(weights, device=world.device, precision=config.precision)
     recordings = deal(
@@ -105,7 +107,8 @@ def check_dataset(weights: Weights, data: Dataset) -> None:
     if weights.classes != data.classes:
         raise ConfigError(
             f"the weights have the classes {weights.classes}, the dataset has {data.classes}. "
-            "Choose the dataset config that they were trained with"
+            "Prepare the recordings with the classes of the weights; of RVT's folders, name the "
+            "same with dataset.classes=[...]"
         )
 
 
@@ -124,10 +127,11 @@ def describe_evaluation(
     Args:
         device: that the detector ran on.
     """
+    prepared = _describe_dataset(dataset)
     settings = {
         **describe(weights),
         "step": None,
-        "dataset": {**plain(asdict(dataset)), "root": None},
+        "dataset": prepared,
         "protocol": protocol(config),
     }
     del settings["precision"]
@@ -136,11 +140,19 @@ def describe_evaluation(
         "checkpoint": checkpoint,
         "step": weights.step,
         "split": config.split,
-        "dataset": dataset.name,
+        "dataset": prepared["name"],
         "root": dataset.root,
         "config_hash": digest,
         "precision": run_precision(config.precision, weights.precision, device).name,
     }
+
+
+def _describe_dataset(config: DatasetConfig) -> dict[str, Any]:
+    """The dataset without its place: of shards, what they were prepared with."""
+    description = {**plain(asdict(config)), "root": None}
+    if config.kind is DatasetKind.shards:
+        description |= load_manifest(config.root).config["dataset"]
+    return description
 
 
 def protocol(config: EvaluationConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.data.device_batches import device_batches, encodes_for
 from evspan.pipeline.data.loader import Loader
 from evspan.pipeline.data.plan import SamplingPlan
+from evspan.pipeline.data.requirements import open_training
 from evspan.pipeline.engine.batch_norm import batch_norm_reductions
 from evspan.pipeline.engine.checkpoints import (
     Checkpoints,
@@ -189,7 +190,7 @@ class Trainer:
             dws_conv=config.model.backbone.dws_conv,
         )
         seed_everything(config.seed)
-        self.dataset = open_dataset(config.dataset, "train")
+        self.dataset = open_training(config.dataset, config.model.head.num_classes)
         self.loader = _build_loader(config, self.dataset, self.mesh)
         detector = _build_detector(
             config, self.dataset.channels, self.exchange, self.mesh, world.device

@@ -240,7 +240,7 @@ def test_misspelt_keys_and_options_are_refused(name, override):
         ("train", ["dataset=etram", "model.head.num_classes=3"], "num_classes"),
         ("train", ["deepspeed=zero0", "deepspeed.offload_optimizer=true"], "offload_optimizer"),
         ("prep", ["frames.downsample=3"], "downsample"),
-        ("prep", ["dataset.classes=[one]"], "class_map"),
+        ("prep", ["dataset=gen4", "dataset.classes=[one]"], "class_map"),
         ("evaluate", ["evaluation.nms_threshold=2"], "nms_threshold"),
     ],
 )

@@ -20,12 +20,13 @@ from PIL import Image
 from support.prepared import KEYS, assert_sound, contents, copied, entries, manifest
 
 ROOT = Path(__file__).parents[2]
+OWN = ("dataset=simulated", "frames.bins=3")
 
 
 @pytest.fixture(scope="module")
 def shards(source, tmp_path_factory):
     output = tmp_path_factory.mktemp("shards")
-    done = typed(f"source={source}", f"output={output}", "frames.bins=3", "processes=1")
+    done = typed(f"source={source}", f"output={output}", *OWN, "processes=1")
     assert (done.returncode, done.stderr) == (0, "")
     return output
 
@@ -74,7 +75,7 @@ def refused(result) -> str:
 @pytest.mark.timeout(120)
 def test_first_run_second_run(source, tmp_path):
     output = tmp_path / "shards"
-    first = typed(f"source={source}", f"output={output}", "frames.bins=3", "processes=2")
+    first = typed(f"source={source}", f"output={output}", *OWN, "processes=2")
     assert (first.returncode, first.stderr) == (0, "")
     lines = first.stdout.splitlines()
     assert sorted(line.split("] ")[1].split(":")[0] for line in lines[:5]) == sorted(KEYS)
@@ -87,7 +88,7 @@ def test_first_run_second_run(source, tmp_path):
         f"; {frames} frames, {sum(r['labelled_frames'] for r in recordings)} of them labelled, {boxes} boxes ("
         in lines[5]
     )
-    again = typed(f"source={source}", f"output={output}", "frames.bins=3")
+    again = typed(f"source={source}", f"output={output}", *OWN)
     assert (
         again.stdout == f"{output}: nothing to do, 5 recordings with {frames} frames up to date\n"
     )
@@ -100,18 +101,21 @@ def test_recordings_that_are_prepared_again_are_named(source, shards, tmp_path, 
     (mine / "val" / "d_bbox.npy").unlink()
     (mine / "train" / "c_td.h5").unlink()
     (output / "test" / "00000.h5").unlink()
-    code, out, err = evspan_prep(
-        f"source={mine}", f"output={output}", "frames.bins=3", "processes=1"
-    )
-    assert (code, err) == (0, "")
-    assert "prepared again: val/d (the box file has changed)\n" in out
+    code, out, err = evspan_prep(f"source={mine}", f"output={output}", *OWN, "processes=1")
+    assert code == 0
+    assert err.splitlines() == [
+        "warning: 1 recording in train or val without a box file (X_bbox.npy next to X_td.*): "
+        "val/d; nothing is learned from them, nor scored",
+        "warning: val has no labelled frame in 1 recording: training and evaluation refuse it",
+    ]
+    assert "prepared again: val/d (it has no box file any more)\n" in out
     assert "prepared again: test/plain (its shard is missing or damaged)\n" in out
     assert "removed: train/c (no longer in the source)\n" in out
     assert out.splitlines()[-1].startswith(f"{output}: 2 of 4 recordings prepared")
     code, out, _ = evspan_prep(
         f"source={mine}",
         f"output={output}",
-        "frames.bins=3",
+        *OWN,
         "dataset.labels.min_side=30",
         "processes=1",
     )
@@ -161,7 +165,7 @@ def test_dataset_configs_and_overrides_reach_the_manifest(source, tmp_path, evsp
 def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    arguments = [f"source={source}", f"output={tmp_path / 'out'}", "processes=1"]
+    arguments = [f"source={source}", f"output={tmp_path / 'out'}", *OWN, "processes=1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "evspan.launch", "prep", *arguments],
         cwd=ROOT,
@@ -210,7 +214,7 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
         ),
         (["source=SOURCE", "output=OUT", "frames.downsample_by=mean"], "give one of sum, nearest"),
         (
-            ["source=SOURCE", "output=OUT", "frames.mode=rvt"],
+            ["source=SOURCE", "output=OUT", "dataset=simulated", "frames.mode=rvt"],
             "label_every_ms is 50; RVT (frames.mode=rvt) takes a label",
         ),
         (["source=SOURCE", "output=OUT", "max_invalid_fraction=2"], "max_invalid_fraction is 2"),
@@ -230,7 +234,7 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
         ),
         (["source=SOURCE", "output=OUT", "cluster.partition=cpu"], "add cluster=slurm"),
         (
-            ["source=SOURCE", "output=OUT", "dataset.classes=[one]"],
+            ["source=SOURCE", "output=OUT", "dataset=gen4", "dataset.classes=[one]"],
             "class_map names class [1, 2] but dataset.classes has 1 entries",
         ),
     ],
@@ -257,7 +261,7 @@ def test_a_bad_recording_ends_in_one_line_that_names_it(source, tmp_path):
     bad = copied(source, tmp_path / "source")
     path = bad / "train" / "b_td.dat"
     path.write_bytes(path.read_bytes()[:-3])
-    done = typed(f"source={bad}", f"output={tmp_path / 'out'}", "processes=2")
+    done = typed(f"source={bad}", f"output={tmp_path / 'out'}", *OWN, "processes=2")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(
@@ -266,7 +270,7 @@ def test_a_bad_recording_ends_in_one_line_that_names_it(source, tmp_path):
     assert str(path) in done.stderr
     assert "cut off" in done.stderr
     path.unlink()
-    again = typed(f"source={bad}", f"output={tmp_path / 'out'}", "processes=2")
+    again = typed(f"source={bad}", f"output={tmp_path / 'out'}", *OWN, "processes=2")
     assert again.returncode == 0
     assert len(again.stdout.splitlines()) == 1
     assert len(contents(tmp_path / "out")) == 4

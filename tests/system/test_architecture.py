@@ -46,6 +46,7 @@ OWNED = {  # third-party name -> the only places that may import it
         "conf.compose",
         "conf.hydra_adapter",
         "conf.hydra_errors",
+        "conf.omegaconf_adapter",
         "conf.presets",
     },
     "hydra_plugins": {"launch.slurm.hydra_plugin"},
