@@ -121,7 +121,7 @@ def test_help_has_the_defaults_of_the_schema(module, schema):
     defaults = dict(re.findall(r"^ +([\w.]+)=(\S*)", section, re.MULTILINE))
     config = OmegaConf.structured(compose(schema, []))
     assert len(defaults) > 5
-    assert all(word == "simulated" for key, word in defaults.items() if key == "dataset")
+    assert all(word == "own" for key, word in defaults.items() if key == "dataset")
     for key, default in defaults.items():
         if key != "dataset":
             value = OmegaConf.select(config, key)
