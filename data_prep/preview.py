@@ -27,9 +27,8 @@ from evspan.data_prep.shards.format import (
     MANIFEST,
     RecordingEntry,
     load_manifest,
-    open_group,
-    read_frames,
 )
+from evspan.data_prep.shards.reading import open_group, read_frames
 from evspan.data_prep.shards.select import select_recordings
 from numpy.typing import NDArray
 

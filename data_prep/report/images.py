@@ -7,7 +7,8 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 from evspan.data_prep.draw import RGB, box_corners, draw_boxes, draw_label, frame_to_rgb
-from evspan.data_prep.shards.format import RecordingEntry, read_frames
+from evspan.data_prep.shards.format import RecordingEntry
+from evspan.data_prep.shards.reading import read_frames
 from numpy.typing import NDArray
 from PIL import Image
 

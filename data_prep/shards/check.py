@@ -1,12 +1,11 @@
 """Checks one recording's group in a shard: checksums, structure, and frames against the recording.
 
 The checks come in an order in which each may rely on those before: the datasets have the sizes
-that the manifest states (`_structure`), their values fit together (`_contents`, `_boxes`), they
-have their checksums (`_checksums`), sampled frames decode and are those of the recording
-(`_frames`). The first check with problems ends it.
+that the manifest states (`structure_problems`), the attributes are those of the manifest, the
+values fit together (`column_problems`, `_boxes`), they have their checksums (`_checksums`), sampled
+frames decode and are those of the recording (`_frames`). The first check with problems ends it.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, count
@@ -16,38 +15,37 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import xxhash
-from evspan.conf.errors import ShardError, UserError
+from evspan.conf.errors import UserError
 from evspan.conf.schema.prep import FrameConfig, FrameMode, frame_config
 from evspan.data_prep.frames.histogram import each_window, whole_frame
-from evspan.data_prep.hdf5_files import open_hdf5_for_reading
+from evspan.data_prep.hdf5_files import (
+    UnavailableFileError,
+    is_damage,
+    plain_member,
+    unavailable,
+)
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.recordings.sources import Source
 from evspan.data_prep.shards.atomic import file_xxh3
+from evspan.data_prep.shards.attributes import CONFIG, ENTRY, read_text
+from evspan.data_prep.shards.checksums import BOX_XXH3, first_changed
 from evspan.data_prep.shards.format import (
-    BOX,
     COLUMNS,
-    CONFIG,
-    ENTRY,
-    FRAME_SHAPE,
     BoxArray,
     RecordingEntry,
     group_digests,
-    read_frames,
+    parse_config,
+    parse_entry,
 )
+from evspan.data_prep.shards.group_check import (
+    RecordingColumns,
+    column_problems,
+    stored_columns,
+    structure_problems,
+)
+from evspan.data_prep.shards.reading import READ_ERRORS, open_regular, read_frames, shard_path
 from numpy.typing import NDArray
 
-# What h5py raises for damaged files, and json for a damaged attribute.
-UNREADABLE = (
-    OSError,
-    RuntimeError,
-    KeyError,
-    ValueError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    MemoryError,
-    ShardError,
-)
 # Fields of an entry that may differ from the shard: of a moved or touched recording, only the
 # manifest is updated.
 NOT_OF_CONTENT = ("source", "source_mtime_ns", "shard")
@@ -95,67 +93,52 @@ class Verified(NamedTuple):
 
 
 def verify_recording(task: Task) -> Verified:
-    """Checks all of one recording. Damage of any kind is in the result; it raises nothing."""
+    """Checks all of one recording. Damage of any kind is in the result.
+
+    Raises:
+        ShardError: the shard lies outside the folder.
+        UnavailableFileError: the shard cannot be read now, which is no damage.
+    """
     shard = task.entry.shard
+    path = shard_path(task.root, task.entry)
     try:
-        with open_hdf5_for_reading(task.root / shard) as file:
-            if task.entry.group not in file:
+        with open_regular(path) as file:
+            names = list(file)  # as `evspan prep` finds it; fails where this list is damaged
+            group = plain_member(file, task.entry.group)
+            if task.entry.group not in names or not isinstance(group, h5py.Group):
                 return Verified([f"{shard} does not hold it"])
-            group = file[task.entry.group]
-            problems = (
-                _structure(group, task.entry, task.config)
-                or _contents(group, task.entry, task.config)
-                or _checksums(group, task.entry)
-            )
-            return Verified(problems) if problems else _frames(group, task)
+            return _verify_group(group, task)
     except FileNotFoundError:
         return Verified([f"{shard} is not there"])
-    except UNREADABLE as error:
+    except UnavailableFileError:
+        raise
+    except UserError as error:
+        return Verified([f"{shard} cannot be read: {_line(error)}"])
+    except READ_ERRORS as error:
+        if not is_damage(error):
+            raise unavailable(path, error) from error
         return Verified([f"{shard} cannot be read: {_line(error)}"])
 
 
-def _structure(group: h5py.Group, entry: RecordingEntry, config: dict[str, Any]) -> list[str]:
-    """Datasets that are missing, or have another type or size than the manifest states."""
-    n = entry.frames
-    times = np.dtype(np.int64)
-    expected = {
-        "frame_start": ((n + 1,), times),
-        "end_us": ((n,), times),
-        "boxes": ((entry.boxes,), BOX),
-        "box_start": ((n + 1,), times),
-        "labelled": ((n,), np.dtype(bool)),
-    }
-    assert expected.keys() == set(COLUMNS)
-    missing = [
-        name for name in ("frames", *COLUMNS) if not isinstance(group.get(name), h5py.Dataset)
-    ]
-    if missing:
-        return [f"{', '.join(missing)} missing"]
-    problems: list[str] = []
-    for name, (shape, kind) in expected.items():
-        if (group[name].shape, group[name].dtype) != (shape, kind):
-            problems.append(
-                f"{name} is {group[name].dtype} of shape {group[name].shape} instead of {kind} of "
-                f"shape {shape}"
-            )
-    for name in expected:
-        # HDF5 reads such a dataset but cannot copy it, as prep does to fill a new shard.
-        stored_bytes = group[name].id.get_storage_size()
-        if not group[name].chunks and stored_bytes != group[name].nbytes:
-            problems.append(
-                f"{name} has a stored size of {stored_bytes} bytes instead of {group[name].nbytes}"
-            )
-    frame_shape = (frame_config(config["frames"]).channels, entry.height, entry.width)
-    stored_shape = tuple(np.atleast_1d(group.attrs[FRAME_SHAPE]).tolist())
-    if stored_shape != frame_shape:
-        problems.append(f"frames have the shape {stored_shape} instead of {frame_shape}")
-    return problems
+def _verify_group(group: h5py.Group, task: Task) -> Verified:
+    problems = structure_problems(group, task.entry, frame_config(task.config["frames"]).channels)
+    if not problems:
+        columns = stored_columns(group)
+        problems = (
+            _attribute_problems(group, task.entry, task.config)
+            or column_problems(group, columns, task.entry)
+            or _boxes(group["boxes"][:], columns, task.entry, task.config)
+            or _checksums(group, columns, task.entry)
+        )
+    return Verified(problems) if problems else _frames(group, task)
 
 
-def _contents(group: h5py.Group, entry: RecordingEntry, config: dict[str, Any]) -> list[str]:
-    """Values that do not fit together, or not to the manifest or the config."""
+def _attribute_problems(
+    group: h5py.Group, entry: RecordingEntry, config: dict[str, Any]
+) -> list[str]:
+    """Where the attributes of the group differ from the manifest."""
     problems: list[str] = []
-    stored_entry = asdict(RecordingEntry(**json.loads(group.attrs[ENTRY])))
+    stored_entry = asdict(parse_entry(read_text(group, ENTRY), ENTRY, in_part=True))
     differing = [
         name
         for name, value in asdict(entry).items()
@@ -163,30 +146,14 @@ def _contents(group: h5py.Group, entry: RecordingEntry, config: dict[str, Any]) 
     ]
     if differing:
         problems.append(f"the shard and the manifest differ in {', '.join(differing)}")
-    if json.loads(group.attrs[CONFIG]) != config:
+    if parse_config(read_text(group, CONFIG), CONFIG) != config:
         problems.append("it was made with another config than the manifest states")
-    boxes = group["boxes"][:]
-    box_start = group["box_start"][:]
-    end_us = group["end_us"][:]
-    labelled = group["labelled"][:]
-    for name, start, size in (
-        ("frame_start", group["frame_start"][:], len(group["frames"])),
-        ("box_start", box_start, boxes.size),
-    ):
-        if start[0] != 0 or start[-1] != size or (np.diff(start) < 0).any():
-            problems.append(f"{name} does not lead from 0 up to {size}")
-    if (np.diff(end_us) <= 0).any():
-        problems.append("end_us does not increase")
-    if labelled.sum() != entry.labelled_frames:
-        problems.append(f"{labelled.sum()} frames are labelled instead of {entry.labelled_frames}")
-    return problems or _boxes(boxes, np.diff(box_start), end_us, labelled, entry, config)
+    return problems
 
 
 def _boxes(
     boxes: BoxArray,
-    per_frame: NDArray[np.int64],
-    end_us: NDArray[np.int64],
-    labelled: NDArray[np.bool_],
+    columns: RecordingColumns,
     entry: RecordingEntry,
     config: dict[str, Any],
 ) -> list[str]:
@@ -194,17 +161,16 @@ def _boxes(
 
     Args:
         boxes: (M,) BOX.
-        per_frame: (N,) number of boxes of each frame.
-        end_us: (N,) end of each frame.
-        labelled: (N,) whether the frame is annotated.
+        columns: those that `column_problems` accepts.
     """
+    per_frame = np.diff(columns.box_start)
     classes = config["dataset"]["classes"]
     sides = np.stack([boxes[side].astype(np.float64) for side in "xywh"], 1)
     class_id = boxes["class_id"]
     wrong: dict[str, NDArray[np.bool_]] = {
-        "lie on frames that are not labelled": np.repeat(~labelled, per_frame),
+        "lie on frames that are not labelled": np.repeat(~columns.labelled, per_frame),
         "have another time than the end of their frame": boxes["t_us"]
-        != np.repeat(end_us, per_frame),
+        != np.repeat(columns.end_us, per_frame),
         "have a class that the dataset lacks": (class_id < 0) | (class_id >= len(classes)),
         "are not finite": np.logical_not(np.isfinite(sides).all(1)),
     }
@@ -228,12 +194,16 @@ def _boxes(
     return []
 
 
-def _checksums(group: h5py.Group, entry: RecordingEntry) -> list[str]:
+def _checksums(group: h5py.Group, columns: RecordingColumns, entry: RecordingEntry) -> list[str]:
     frames, whole = group_digests(group)
     if frames != entry.frames_xxh3:
         return [f"the frames have the checksum {frames} instead of {entry.frames_xxh3}"]
     if whole != entry.group_xxh3:
         return [f"{', '.join(COLUMNS)} have the checksum {whole} instead of {entry.group_xxh3}"]
+    if columns.box_xxh3 is not None:
+        changed = first_changed(group["boxes"][:], columns.box_start, columns.box_xxh3)
+        if changed >= 0:
+            return [f"the boxes of frame {changed} do not have the checksum of {BOX_XXH3}"]
     return []
 
 
@@ -246,11 +216,9 @@ def _frames(group: h5py.Group, task: Task) -> Verified:
         problem = _changed_files(task.entry, task.source)
         if problem:
             return Verified([problem])
-        return _compare_frames(group, sampled, task.source.path, task)
-    except ShardError:
-        raise
     except (UserError, OSError) as error:  # the recording cannot be read
         return Verified([], 0, _line(error))
+    return _compare_frames(group, sampled, task.source.path, task)
 
 
 def _check_counts(group: h5py.Group, sampled: list[int], task: Task) -> Verified:
@@ -278,7 +246,15 @@ def _compare_frames(group: h5py.Group, sampled: list[int], path: Path, task: Tas
     compared = 0
     differing: list[int] = []
     config = frame_config(task.config["frames"])
-    for i, frame in _recomputed(path, group["end_us"][:].tolist(), sampled, config):
+    recomputed = _recomputed(path, group["end_us"][:].tolist(), sampled, config)
+    while True:
+        try:
+            item = next(recomputed, None)
+        except (UserError, OSError) as error:  # the recording cannot be read
+            return Verified([], 0, _line(error))
+        if item is None:
+            break
+        i, frame = item
         compared += 1
         beyond = i >= task.entry.frames
         if beyond or not np.array_equal(frame, read_frames(group, i, i + 1)[0]):

@@ -30,9 +30,8 @@ from evspan.data_prep.shards.format import (
     Manifest,
     RecordingEntry,
     load_manifest,
-    open_group,
-    read_frames,
 )
+from evspan.data_prep.shards.reading import open_group, read_frames
 from numpy.typing import NDArray
 from tqdm import tqdm
 

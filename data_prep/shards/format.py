@@ -9,12 +9,19 @@
         <recording>/boxes       (M,) BOX: sorted by frame; pixels of the stored resolution
         <recording>/box_start   (N+1,) int64: frame i has boxes[box_start[i]:box_start[i+1]]
         <recording>/labelled    (N,) bool: the frame was annotated, possibly with zero boxes
+        <recording>/frame_xxh3  (N,) uint64: checksum of the code of each frame
+        <recording>/box_xxh3    (N,) uint64: checksum of the boxes of each frame
         <recording> attributes  frame_shape: (2*bins, H, W) of a frame, uint8
-                                entry, config: JSON of its `RecordingEntry` and its config
+                                entry, config: JSON of its `RecordingEntry` and its config, strings
+                                of a fixed length
+                                index_xxh3: checksum of the small columns
 
 A shard is complete without the manifest, which can be written again from the shards.
-Checksums are xxh3-64 in hex: `frames_xxh3` of the bytes of frames; `group_xxh3` of frames_xxh3
-(16 ASCII characters), then the bytes of frame_start, end_us, boxes, box_start and labelled.
+Checksums are xxh3-64, in attributes and manifest in hex. Of the manifest: `frames_xxh3` of the
+bytes of frames; `group_xxh3` of frames_xxh3 (16 ASCII characters), then the bytes of frame_start,
+end_us, boxes, box_start and labelled; evspan prep verify compares them. frame_xxh3, box_xxh3 and
+index_xxh3 (checksums.py) are compared whenever frames or boxes are read. Shards of earlier versions
+have none of these three, and strings of variable length; they are read without.
 """
 
 import json
@@ -23,24 +30,30 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import h5py
-import hdf5plugin  # noqa: F401  registers the filter of the codec `small`
 import numpy as np
 import xxhash
-from evspan.conf.errors import ShardError
-from evspan.data_prep.frames.codec import decode_frames, measure_frames
-from evspan.data_prep.hdf5_files import open_hdf5_for_reading
+from evspan.conf.errors import ConfigError, ShardError
+from evspan.conf.json_files import JsonFileError, parse_json_object, read_json_object
+from evspan.conf.schema.prep import FrameConfig, frame_config
+from evspan.data_prep.hdf5_files import unavailable
+from evspan.data_prep.shards.manifest_check import (
+    classes_problem,
+    config_problem,
+    entry_problem,
+    fields_problem,
+    recordings_problem,
+)
 from numpy.typing import NDArray
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-# Attributes of a recording's group:
-ENTRY = "entry"
-CONFIG = "config"
-FRAME_SHAPE = "frame_shape"
+FRAME_SHAPE = "frame_shape"  # attribute of a recording's group
 COLUMNS = ("frame_start", "end_us", "boxes", "box_start", "labelled")  # of a group, beside `frames`
 BLOCK = 1 << 24  # bytes of frames that are read at once for a checksum
 BoxArray: TypeAlias = NDArray[np.void]  # (M,) structured, dtype BOX
 SPLITS = ("train", "val", "test")
+MOST_WINDOW_MS = 3_600_000
+MOST_MANIFEST_BYTES = 256 << 20  # a recording takes about 1 kB
 BOX = np.dtype(
     [
         ("t_us", "<i8"),
@@ -122,114 +135,110 @@ class Manifest:
 
 
 def load_manifest(root: str | Path) -> Manifest:
-    """Reads the manifest of a prepared dataset.
+    """Reads and validates the manifest of a prepared dataset.
 
     Raises:
-        ShardError: `root` is no prepared dataset, or one of another schema.
+        ShardError: `root` is no prepared dataset, or one of another schema, or the manifest is
+            damaged.
+        UnavailableFileError: the manifest cannot be read now.
     """
     path = Path(root) / MANIFEST
-    if not path.is_file():
+    try:
+        raw = read_json_object(path, most_bytes=MOST_MANIFEST_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if path.is_symlink():  # to a disk that is not mounted
+            raise unavailable(path, error) from error
         raise ShardError(
             f"{root} holds no {MANIFEST}, so it is no prepared dataset. Make one: "
             f"evspan prep source=RAW output={root}"
-        )
-    try:
-        raw = json.loads(path.read_text())
-        schema = raw["schema"]
-        if schema == SCHEMA_VERSION:
-            raw["recordings"] = [RecordingEntry(**r) for r in raw["recordings"]]
-            return Manifest(**raw)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ShardError(
-            f"{path} is damaged ({error}). Delete it and run the same evspan prep again"
         ) from error
-    raise ShardError(
-        f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}. Prepare the dataset "
-        "again into a new folder"
+    except JsonFileError as error:
+        raise _damaged_manifest(path, str(error)) from error
+    except OSError as error:
+        raise unavailable(path, error) from error
+    schema = raw.get("schema")
+    if isinstance(schema, int) and schema != SCHEMA_VERSION:
+        raise ShardError(
+            f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}. Prepare the dataset "
+            "again into a new folder"
+        )
+    problem = _manifest_problem(raw)
+    if problem:
+        raise _damaged_manifest(path, problem)
+    recordings = [RecordingEntry(**entry) for entry in raw.pop("recordings")]
+    return Manifest(**raw, recordings=recordings)
+
+
+def _damaged_manifest(path: Path, problem: str) -> ShardError:
+    return ShardError(
+        f"{path} is damaged ({problem}). Delete it and run the same evspan prep again, which "
+        "writes it from the shards"
     )
 
 
-def open_group(root: str | Path, entry: RecordingEntry) -> h5py.Group:
-    """The recording's HDF5 group, open for reading; close it with `group.file.close()`."""
-    path = Path(root) / entry.shard
+def _manifest_problem(raw: dict[str, Any]) -> str:
+    """What is wrong with a parsed manifest; empty: nothing."""
+    for name in ("schema", "recordings"):
+        if name not in raw:
+            return f"lacks {name}"
+    without_recordings = {name: value for name, value in raw.items() if name != "recordings"}
+    problem = fields_problem(without_recordings, Manifest)
+    if problem:
+        return problem
+    if not isinstance(raw["recordings"], list):
+        return "recordings is not an array"
+    for entry in raw["recordings"]:
+        problem = entry_problem(entry, RecordingEntry)
+        if problem:
+            return problem
+    problem = config_problem(raw["config"], raw["config_hash"])
+    problem = problem or classes_problem(raw["classes"], raw["config"])
+    problem = problem or recordings_problem(raw["recordings"], raw["classes"])
+    return problem or _frames_problem(raw["config"])
+
+
+def _frames_problem(config: dict[str, Any]) -> str:
+    """What is wrong with the frame config of a manifest or a group; empty: nothing."""
+    problem = fields_problem(config["frames"], FrameConfig)
+    if problem:
+        return f"config.frames {problem}"
     try:
-        return open_hdf5_for_reading(path)[entry.group]
-    except (OSError, KeyError) as error:
-        raise ShardError(
-            f"{path} cannot give recording {entry.group!r} ({error}). Run the same evspan prep "
-            "again: it prepares what is missing"
-        ) from error
+        window_ms = frame_config(config["frames"]).window_ms
+    except (ConfigError, TypeError, KeyError) as error:
+        return f"config.frames: {' '.join(str(error).split())}"
+    if window_ms > MOST_WINDOW_MS:
+        return f"config.frames.window_ms is {window_ms}, at most {MOST_WINDOW_MS}"
+    return ""
 
 
-def read_frames(group: h5py.Group, first: int, last: int) -> NDArray[np.uint8]:
-    """Reads and decodes the frames first, ..., last - 1 of a recording.
-
-    Returns:
-        (last - first, 2 * bins, H, W) uint8.
-
-    Raises:
-        ShardError: the stored frames are damaged.
-    """
-    place = f"{group.file.filename}: frames {first} to {last} of {group.name}"
-    try:
-        frame_start = group["frame_start"][first : last + 1]
-        codes = group["frames"][frame_start[0] : frame_start[-1]]
-        shape = tuple(group.attrs[FRAME_SHAPE].tolist())
-    except (OSError, KeyError, IndexError) as error:
-        raise _damaged(place, error) from error
-    return decode_stored(codes, frame_start, shape, place)
-
-
-def decode_stored(
-    codes: NDArray[np.uint8],
-    frame_start: NDArray[np.int64],
-    shape: tuple[int, int, int],
-    place: str,
-) -> NDArray[np.uint8]:
-    """Decodes stored frames. Everything that reads the column `frames` ends here.
+def parse_entry(text: str, place: str, *, in_part: bool = False) -> RecordingEntry:
+    """The entry in the attribute of a group.
 
     Args:
-        codes: (K,) the bytes of n consecutive frames.
-        frame_start: (n + 1,) the rows of the column `frame_start` that belong to them.
-        shape: (2 * bins, H, W).
-        place: file, frames and recording, for the error.
-
-    Returns:
-        (n, 2 * bins, H, W) uint8.
+        place: file and group, for the message.
+        in_part: of a part file, which names no shard.
 
     Raises:
-        ShardError: the stored frames are damaged.
+        JsonFileError, ShardError: it is damaged.
     """
-    try:
-        return decode_frames(codes, frame_start - frame_start[0], shape)
-    except ValueError as error:
-        raise _damaged(place, error) from error
+    raw = parse_json_object(text, place)
+    problem = entry_problem(raw, RecordingEntry, in_part=in_part)
+    if problem:
+        raise ShardError(f"{place}: {problem}")
+    return RecordingEntry(**raw)
 
 
-def measure_stored(
-    codes: NDArray[np.uint8],
-    frame_start: NDArray[np.int64],
-    shape: tuple[int, int, int],
-    place: str,
-) -> NDArray[np.int64]:
-    """Checks stored frames as `decode_stored` does, for codes that are decoded elsewhere.
-
-    Returns:
-        (n,) one more than the last cell with an event, in each frame; 0: the frame has none.
+def parse_config(text: str, place: str) -> dict[str, Any]:
+    """The config in the attribute of a group.
 
     Raises:
-        ShardError: the stored frames are damaged.
+        JsonFileError, ShardError: it is damaged.
     """
-    try:
-        return measure_frames(codes, frame_start - frame_start[0], shape)
-    except ValueError as error:
-        raise _damaged(place, error) from error
-
-
-def _damaged(place: str, error: Exception) -> ShardError:
-    return ShardError(
-        f"{place} are damaged ({error}). Run evspan prep verify, then the same evspan prep again"
-    )
+    raw = parse_json_object(text, place)
+    problem = config_problem(raw, "") or _frames_problem(raw)
+    if problem or "dataset" not in raw:
+        raise ShardError(f"{place}: {problem or 'config has no dataset'}")
+    return raw
 
 
 def group_digests(group: h5py.Group) -> tuple[str, str]:

@@ -9,9 +9,13 @@ from typing import Any
 
 import h5py
 from evspan.conf.errors import ShardError
-from evspan.data_prep.hdf5_files import open_hdf5_for_reading
+from evspan.data_prep.hdf5_files import is_damage, unavailable
 from evspan.data_prep.shards.atomic import UNFINISHED, atomic_hdf5
-from evspan.data_prep.shards.format import ENTRY, SPLITS, RecordingEntry
+from evspan.data_prep.shards.attributes import CONFIG, ENTRY, read_numbers, read_text, write_text
+from evspan.data_prep.shards.checksums import INDEX_XXH3
+from evspan.data_prep.shards.format import COLUMNS, FRAME_SHAPE, SPLITS, RecordingEntry
+from evspan.data_prep.shards.group_check import CHECKSUM_COLUMNS, has_checksums
+from evspan.data_prep.shards.reading import READ_ERRORS, find_group, open_shard, require_inside
 from evspan.data_prep.shards.write import Stored, stored_in
 
 PARTS = ".parts"
@@ -29,10 +33,16 @@ def is_shard(path: Path) -> bool:
 
 
 def shard_files(output: Path) -> list[Path]:
-    """The shards of all splits, sorted by path."""
+    """The shards of all splits, sorted by path.
+
+    Raises:
+        ShardError: one lies outside the folder, through a link.
+    """
     paths: list[Path] = []
     for split in SPLITS:
         paths += filter(is_shard, (output / split).glob("*.h5"))
+    for path in paths:
+        require_inside(output, path)
     return sorted(paths)
 
 
@@ -84,24 +94,38 @@ def gather(
         members = {key: entry for key, entry in sorted(placed.items()) if entry.shard == shard}
         if not members:
             continue  # it is empty now, and `clean` deletes it
+        require_inside(output, output / shard)
         with atomic_hdf5(output / shard) as (file, check_disk):
             for key, entry in members.items():
-                _copy(part_of(output, key) if key in fresh else kept[key].file, entry.group, file)
-                file[entry.group].attrs[ENTRY] = json.dumps(asdict(entry))
+                group = _copy(part_of(output, key) if key in fresh else kept[key].file, entry, file)
+                write_text(group, ENTRY, json.dumps(asdict(entry)))
                 check_disk()
         for key in members.keys() & fresh.keys():
             part_of(output, key).unlink()
     return placed
 
 
-def _copy(path: Path, group: str, file: h5py.File) -> None:
+def _copy(path: Path, entry: RecordingEntry, file: h5py.File) -> h5py.Group:
+    """Copies a recording's datasets as they are stored, with their checksums."""
     try:
-        with open_hdf5_for_reading(path) as old:
-            old.copy(group, file)  # copies the chunks without decoding them
-    except (OSError, RuntimeError, KeyError) as error:
+        with open_shard(path) as old:
+            stored = find_group(old, entry)
+            group = file.create_group(entry.group)
+            names = ["frames", *COLUMNS]
+            if has_checksums(stored):
+                names += CHECKSUM_COLUMNS
+                write_text(group, INDEX_XXH3, read_text(stored, INDEX_XXH3))
+            for name in names:
+                old.copy(stored[name], group)  # copies the chunks without decoding them
+            group.attrs[FRAME_SHAPE] = read_numbers(stored, FRAME_SHAPE, 3)
+            write_text(group, CONFIG, read_text(stored, CONFIG))
+            return group
+    except (*READ_ERRORS, ShardError) as error:
+        if not isinstance(error, ShardError) and not is_damage(error):
+            raise unavailable(path, error) from error
         raise ShardError(
-            f"{path} is damaged: recording {group} cannot be read ({error}). Delete the file and "
-            "run the same again"
+            f"{path} is damaged: recording {entry.group} cannot be read ({error}). Delete the file "
+            "and run the same again"
         ) from error
 
 

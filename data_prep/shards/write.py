@@ -13,13 +13,20 @@ import h5py
 import hdf5plugin
 import numpy as np
 import xxhash
-from evspan.conf.errors import BoxesError, RecordingError
+from evspan.conf.errors import BoxesError, RecordingError, ShardError
+from evspan.conf.json_files import JsonFileError
 from evspan.conf.schema.prep import Codec, DatasetConfig, FrameMode, PrepConfig, TimeUnit
+from evspan.conf.text import printable
 from evspan.data_prep.frames.codec import FrameEncoder
 from evspan.data_prep.frames.histogram import each_window, frame_size
 from evspan.data_prep.frames.rvt import RvtEnds
 from evspan.data_prep.frames.windows import WindowEnds, tolerance, window_ends
-from evspan.data_prep.hdf5_files import open_hdf5_for_reading
+from evspan.data_prep.hdf5_files import (
+    UnsafeDatasetError,
+    is_damage,
+    plain_member,
+    unavailable,
+)
 from evspan.data_prep.labels.box_files import BoxArray, empty_boxes, read_boxes
 from evspan.data_prep.labels.checks import label_warnings
 from evspan.data_prep.labels.classes import require_named
@@ -28,17 +35,40 @@ from evspan.data_prep.labels.filters import filter_boxes
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.recordings.sources import Source
 from evspan.data_prep.shards.atomic import atomic_hdf5, file_xxh3
+from evspan.data_prep.shards.attributes import CONFIG, ENTRY, read_numbers, read_text, write_text
+from evspan.data_prep.shards.checksums import (
+    BOX_XXH3,
+    FRAME_XXH3,
+    INDEX_COLUMNS,
+    INDEX_XXH3,
+    index_digest,
+    row_checksums,
+)
 from evspan.data_prep.shards.format import (
     BOX,
     COLUMNS,
-    CONFIG,
-    ENTRY,
     FRAME_SHAPE,
     RecordingEntry,
     columns_digest,
+    parse_config,
+    parse_entry,
+)
+from evspan.data_prep.shards.group_check import (
+    RecordingColumns,
+    has_checksums,
+    read_columns,
+    structure_problems,
+)
+from evspan.data_prep.shards.manifest_check import name_problem
+from evspan.data_prep.shards.reading import (
+    READ_ERRORS,
+    damage_reported,
+    find_group,
+    open_shard,
 )
 from numpy.typing import NDArray
 
+FRAMES_AT_ONCE = 64
 CODE_CHUNK = 1 << 17  # bytes of code in a chunk of the file
 FLUSH_BYTES = 8 * CODE_CHUNK  # bytes of code that are written at once
 FILTERS: dict[Codec, Mapping[str, Any]] = {Codec.fast: {}, Codec.small: hdf5plugin.Zstd(clevel=3)}
@@ -46,31 +76,54 @@ COPIED = ("frames", "frame_start", "end_us")  # datasets that do not depend on l
 # Keys that older datasets were prepared without. With these values they are left out of the config
 # that is compared, so that nothing of such a dataset is prepared again.
 LATER_LABEL_KEYS = {"time_unit": TimeUnit.us, "offset_us": 0}
-# What h5py raises for damaged files, and json for a damaged attribute.
-UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 
 
 class Stored(NamedTuple):
-    """A recording's group in a file, and the config that it was prepared with."""
+    """A recording's group in a file, and the config that it was prepared with.
+
+    checksums: whether training verifies its frames and boxes; shards of earlier versions have none.
+    """
 
     entry: RecordingEntry
     config: dict[str, Any]
     file: Path
+    checksums: bool = True
 
 
 def stored_in(path: Path) -> dict[str, Stored]:
-    """The groups of a part file or a shard, by split/recording, without the damaged ones."""
+    """The groups of a part file or a shard, by split/recording, without the damaged ones.
+
+    Raises:
+        UnavailableFileError: the file cannot be read now.
+    """
     groups: dict[str, Stored] = {}
-    with suppress(*UNREADABLE), open_hdf5_for_reading(path) as file:
-        for name in file:
-            with suppress(*UNREADABLE):  # one damaged group does not hide the others
-                group = file[name]
-                entry = RecordingEntry(**json.loads(group.attrs[ENTRY]))
-                complete = "frames" in group and all(column in group for column in COLUMNS)
-                if complete and len(group["end_us"]) == entry.frames:
-                    config = json.loads(group.attrs[CONFIG])
-                    groups[f"{entry.split}/{entry.name}"] = Stored(entry, config, path)
+    with suppress(ShardError, FileNotFoundError), open_shard(path) as file:
+        names: list[str] = []
+        with damage_reported(path, str(path)):
+            names = list(file)
+        for name in names:
+            # One damaged group does not hide the others.
+            with suppress(UnsafeDatasetError, JsonFileError, ShardError):
+                stored = _stored_group(file, name, path)
+                groups[f"{stored.entry.split}/{stored.entry.name}"] = stored
     return groups
+
+
+def _stored_group(file: h5py.File, name: str, path: Path) -> Stored:
+    """Raises an error where the group is damaged, or its file cannot be read now."""
+    place = f"{path}: recording {printable(name)!r}"
+    with damage_reported(path, place):
+        group = plain_member(file, name)
+        if not isinstance(group, h5py.Group):
+            raise ShardError(f"{place} is no group")
+        entry = parse_entry(read_text(group, ENTRY), place, in_part=True)
+        if (entry.name, entry.group) != (name, name):
+            raise ShardError(f"{place} is named {entry.name!r} by its entry")
+        problems = structure_problems(group, entry)
+        if problems:
+            raise ShardError(f"{place}: {'; '.join(problems)}")
+        config = parse_config(read_text(group, CONFIG), place)
+        return Stored(entry, config, path, has_checksums(group))
 
 
 def resolved_config(config: PrepConfig) -> dict[str, Any]:
@@ -108,6 +161,9 @@ def prepare_recording(
         RecordingError, BoxesError: the recording or its box file cannot be used.
         NoSpaceError: the disk is full.
     """
+    problem = name_problem(source.name)
+    if problem:
+        raise RecordingError(f"{source.path}: the recording's name {problem}. Rename the file")
     before = source.path.stat()
     labels = _Labels.read(source.boxes, config.dataset)
     with atomic_hdf5(part) as (file, check_disk):
@@ -129,9 +185,16 @@ def prepare_recording(
             source_mtime_ns=after.st_mtime_ns,
             boxes_xxh3=file_xxh3(source.boxes) if source.boxes else "",
         )
-        group.attrs[ENTRY] = json.dumps(asdict(entry))
-        group.attrs[CONFIG] = json.dumps(resolved_config(config))
+        _write_attributes(group, entry, config)
     return entry
+
+
+def _write_attributes(group: h5py.Group, entry: RecordingEntry, config: PrepConfig) -> None:
+    """Writes the attributes of a group whose datasets are complete."""
+    write_text(group, ENTRY, json.dumps(asdict(entry)))
+    write_text(group, CONFIG, json.dumps(resolved_config(config)))
+    columns = {name: group[name][:] for name in INDEX_COLUMNS}
+    write_text(group, INDEX_XXH3, index_digest(entry, config.frames.channels, columns))
 
 
 @dataclass(frozen=True)
@@ -197,16 +260,19 @@ def _write_frames(
 
     end_us: list[int] = []
     lengths: list[int] = []
+    sums: list[int] = []
     digest = xxhash.xxh3_64()
     with CodeWriter(group, FILTERS[config.codec]) as writer:
         for end, code in each_window(recording, ends, config.frames, FrameEncoder()):
             writer.write(code)
             digest.update(code.data)
+            sums.append(xxhash.xxh3_64_intdigest(code.data))
             lengths.append(code.size)
             end_us.append(end)
             check_disk()
     group["frame_start"] = np.cumsum([0, *lengths], dtype=np.int64)
     group["end_us"] = np.array(end_us, np.int64)
+    group[FRAME_XXH3] = np.array(sums, np.uint64)
     group.attrs[FRAME_SHAPE] = (config.frames.channels, height, width)
     return RecordingEntry(
         name=source.name,
@@ -280,18 +346,57 @@ def _copy_frames(
     # Finite ends must also stop where the stored ones do: compare with one more of them.
     compared = entry.frames + 1 if isinstance(windows, RvtEnds) else entry.frames
     try:
-        with open_hdf5_for_reading(old.file) as file:
-            stored = file[entry.group]
-            if stored["end_us"][:].tolist() != list(islice(windows, compared)):
+        with open_shard(old.file) as file:
+            stored = find_group(file, entry)
+            end_us = _sound_columns(stored, entry).end_us
+            if end_us.tolist() != list(islice(windows, compared)):
                 return None
             for name in COPIED:
                 file.copy(stored[name], group)  # copies the chunks without decoding them
-            group.attrs[FRAME_SHAPE] = stored.attrs[FRAME_SHAPE]
-    except (OSError, RuntimeError, KeyError):
-        for name in COPIED:
+            group.attrs[FRAME_SHAPE] = read_numbers(stored, FRAME_SHAPE, 3)
+            if FRAME_XXH3 in stored:
+                file.copy(stored[FRAME_XXH3], group)
+            else:
+                group[FRAME_XXH3] = _frame_checksums(group, entry)
+    except (*READ_ERRORS, ShardError) as error:
+        if not isinstance(error, ShardError) and not is_damage(error):
+            raise unavailable(old.file, error) from error
+        for name in (*COPIED, FRAME_XXH3):
             group.pop(name, None)
         return None
     return replace(entry, shard="")
+
+
+def _sound_columns(group: h5py.Group, entry: RecordingEntry) -> RecordingColumns:
+    """The small columns of an older group, whose checksum is that of its entry.
+
+    Raises:
+        ShardError: they have changed since they were written.
+    """
+    columns = read_columns(group, entry)
+    stored = [group[name][:] for name in COLUMNS]
+    if columns_digest(entry.frames_xxh3, stored) != entry.group_xxh3:
+        raise ShardError(f"the columns of {entry.name} do not have their checksum")
+    return columns
+
+
+def _frame_checksums(group: h5py.Group, entry: RecordingEntry) -> NDArray[np.uint64]:
+    """(N,) checksums of frames of a shard that has none.
+
+    Raises:
+        ShardError: the frames have changed since they were written.
+    """
+    digest = xxhash.xxh3_64()
+    sums: list[NDArray[np.uint64]] = []
+    frame_start = group["frame_start"][:]
+    for first in range(0, entry.frames, FRAMES_AT_ONCE):
+        start = frame_start[first : first + FRAMES_AT_ONCE + 1]
+        codes = group["frames"][start[0] : start[-1]]
+        digest.update(codes)
+        sums.append(row_checksums(codes, start - start[0]))
+    if digest.hexdigest() != entry.frames_xxh3:
+        raise ShardError(f"the frames of {entry.name} do not have their checksum")
+    return np.concatenate([np.zeros(0, np.uint64), *sums])
 
 
 def is_acceptable(entry: RecordingEntry, max_fraction: float) -> bool:
@@ -343,6 +448,7 @@ def _write_labels(
     group["boxes"] = boxes
     group["box_start"] = box_start
     group["labelled"] = labelled
+    group[BOX_XXH3] = row_checksums(boxes, box_start)
     columns = [group["frame_start"][:], end_us, boxes, box_start, labelled]
     boxes_per_class = {
         name: int(np.count_nonzero(boxes["class_id"] == i)) for i, name in enumerate(classes)

@@ -1,6 +1,5 @@
 """One split of a prepared dataset: our shards, or RVT's tree, as one interface."""
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,25 +8,37 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import h5py
-import hdf5plugin  # noqa: F401  registers the filters that frames are stored with
 import numpy as np
 from evspan.conf.errors import ConfigError, ShardError
 from evspan.conf.schema.prep import (
     DatasetConfig,
     DatasetKind,
-    DownsampleBy,
     FrameConfig,
     FrameMode,
     frame_config,
 )
 from evspan.data_prep.frames.codec import FrameEncoder, measure_frames
-from evspan.data_prep.hdf5_files import open_hdf5_for_reading
-from evspan.data_prep.shards.format import (
-    BOX,
-    RecordingEntry,
+from evspan.data_prep.hdf5_files import is_damage, unavailable
+from evspan.data_prep.shards.checksums import first_changed
+from evspan.data_prep.shards.format import BOX, BoxArray, Manifest, RecordingEntry, load_manifest
+from evspan.data_prep.shards.group_check import RecordingColumns, read_columns
+from evspan.data_prep.shards.reading import (
+    READ_ERRORS,
+    StoredFrames,
+    damage_reported,
+    damaged,
     decode_stored,
-    load_manifest,
+    find_group,
     measure_stored,
+    missing,
+    open_shard,
+    shard_path,
+)
+from evspan.data_prep.shards.rvt_tree import (
+    RvtRecording,
+    open_recording,
+    recording_folders,
+    require_one_config,
 )
 from numpy.typing import NDArray
 
@@ -35,7 +46,6 @@ ALL_ROWS = slice(None)
 OPEN_FILES = 128  # at a time; RVT's tree has a file per recording
 OPEN_DATASETS = 128  # at a time
 CHUNK_CACHE = 1 << 18  # bytes per open dataset
-RVT_NAME = re.compile(r"stacked_histogram_dt=(\d+)_nbins=(\d+)")
 
 
 class _OpenFiles:
@@ -50,19 +60,42 @@ class _OpenFiles:
         self.datasets: OrderedDict[tuple[Path, str], h5py.Dataset] = OrderedDict()
 
     def read(self, path: Path, dataset: str, rows: slice) -> NDArray[Any]:
-        """Rows of a dataset of a file."""
+        """Rows of a dataset of a file.
+
+        Raises:
+            ShardError: the file is damaged or gone.
+            UnavailableFileError: it cannot be read now.
+        """
         with self.lock:
             try:
                 values: NDArray[Any] = self._dataset(path, dataset)[rows]
-            except (OSError, KeyError) as error:
+            except READ_ERRORS as error:
+                if not is_damage(error):
+                    raise unavailable(path, error) from error
                 raise ShardError(
                     f"{path} cannot give {dataset}[{rows.start}:{rows.stop}] ({error}). The file "
-                    "is damaged or gone: prepare it again (evspan prep redoes what is missing)"
+                    "is damaged: prepare it again (evspan prep redoes what evspan prep verify "
+                    "found damaged), or copy it again"
                 ) from error
         return values
 
+    def open(self, path: Path) -> h5py.File:
+        """The file, open; the caller holds the lock while it reads.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ShardError: it is damaged.
+            UnavailableFileError: it cannot be read now.
+        """
+        file = self.files.pop(path, None) or open_shard(path, CHUNK_CACHE)
+        self.files[path] = file
+        if len(self.files) > OPEN_FILES:
+            _, oldest = self.files.popitem(last=False)
+            oldest.close()
+        return file
+
     def _dataset(self, path: Path, name: str) -> h5py.Dataset:
-        file = self._file(path)
+        file = self.open(path)
         dataset = self.datasets.pop((path, name), None)
         if not dataset:  # an h5py object is false once its file is closed
             dataset = file[name]
@@ -70,14 +103,6 @@ class _OpenFiles:
         if len(self.datasets) > OPEN_DATASETS:
             self.datasets.popitem(last=False)
         return dataset
-
-    def _file(self, path: Path) -> h5py.File:
-        file = self.files.pop(path, None) or open_hdf5_for_reading(path, rdcc_nbytes=CHUNK_CACHE)
-        self.files[path] = file
-        if len(self.files) > OPEN_FILES:
-            _, oldest = self.files.popitem(last=False)
-            oldest.close()
-        return file
 
 
 class FrameCodes(NamedTuple):
@@ -235,47 +260,95 @@ def _open_shards(root: Path, config: DatasetConfig, split: str) -> Dataset:
     height, width = sizes.pop() if sizes else (0, 0)
     frames = frame_config(manifest.config["frames"])
     files = _OpenFiles()
-    recordings = [_shard_recording(root, entry, frames.bins, files) for entry in entries]
+    recordings = [_shard_recording(root, entry, manifest, files) for entry in entries]
     return Dataset(recordings, frames, height, width, manifest.classes)
 
 
 def _shard_recording(
-    root: Path, entry: RecordingEntry, bins: int, files: _OpenFiles
+    root: Path, entry: RecordingEntry, manifest: Manifest, files: _OpenFiles
 ) -> RecordingData:
-    path = root / entry.shard
+    path = shard_path(root, entry)
+    place = f"{path}: recording {entry.name!r}"
+    columns = _shard_columns(path, entry, manifest, files)
+    shape = (manifest.channels, entry.height, entry.width)
+    box_checks = _BoxChecks(columns, len(manifest.classes), place)
 
-    def column(name: str, rows: slice = ALL_ROWS) -> NDArray[Any]:
-        return files.read(path, f"{entry.group}/{name}", rows)
-
-    frame_start = column("frame_start")
-    shape = (2 * bins, entry.height, entry.width)
-
-    def stored(rows: slice) -> tuple[NDArray[np.uint8], NDArray[np.int64], str]:
-        """The bytes of frames, their rows of `frame_start`, and their place for an error."""
-        start = frame_start[rows.start : rows.stop + 1]
-        code = column("frames", slice(int(start[0]), int(start[-1])))
-        return code, start, f"{path}: frames {rows.start} to {rows.stop} of {entry.group}"
+    def stored(rows: slice) -> StoredFrames:
+        start = columns.frame_start[rows.start : rows.stop + 1]
+        bytes_ = slice(int(start[0]), int(start[-1]))
+        return StoredFrames(
+            codes=files.read(path, f"{entry.group}/frames", bytes_),
+            start=start - start[0],
+            sums=None if columns.frame_xxh3 is None else columns.frame_xxh3[rows],
+            shape=shape,
+            first=rows.start,
+            recording=place,
+        )
 
     # Without the files' lock: threads decode and check concurrently.
     def read_frames(rows: slice) -> NDArray[np.uint8]:
-        code, start, place = stored(rows)
-        return decode_stored(code, start, shape, place)
+        return decode_stored(stored(rows))
 
     def read_codes(rows: slice) -> FrameCodes:
-        code, start, place = stored(rows)
-        advance = measure_stored(code, start, shape, place)
-        return FrameCodes(code, start - start[0], advance)
+        frames = stored(rows)
+        return FrameCodes(frames.codes, frames.start, measure_stored(frames))
+
+    def read_boxes(rows: slice) -> NDArray[Any]:
+        boxes = files.read(path, f"{entry.group}/boxes", rows)
+        box_checks.require(boxes, rows)
+        return boxes
 
     return RecordingData(
         name=entry.name,
         clock_us=entry.first_us,
-        end_us=column("end_us") - entry.first_us,
-        labelled=column("labelled"),
-        box_start=column("box_start"),
+        end_us=columns.end_us - entry.first_us,
+        labelled=columns.labelled,
+        box_start=columns.box_start,
         read_frames=read_frames,
-        read_boxes=lambda rows: column("boxes", rows),
+        read_boxes=read_boxes,
         read_codes=read_codes,
     )
+
+
+def _shard_columns(
+    path: Path, entry: RecordingEntry, manifest: Manifest, files: _OpenFiles
+) -> RecordingColumns:
+    with files.lock:
+        try:
+            file = files.open(path)
+        except FileNotFoundError as error:
+            raise missing(path, entry) from error
+        with damage_reported(path, f"{path}: recording {entry.name!r}"):
+            return read_columns(find_group(file, entry), entry, manifest.channels)
+
+
+@dataclass(frozen=True)
+class _BoxChecks:
+    """Verifies the boxes of a recording whenever they are read."""
+
+    columns: RecordingColumns
+    num_classes: int
+    place: str
+
+    def require(self, boxes: BoxArray, rows: slice) -> None:
+        """Raises ShardError where the boxes, the rows `rows` of the column, are damaged."""
+        start = self.columns.box_start
+        begin, end, _ = rows.indices(int(start[-1]))
+        first = int(np.searchsorted(start, begin, side="right")) - 1
+        last = int(np.searchsorted(start, end, side="left"))
+        if self.columns.box_xxh3 is not None:
+            frames = start[first : last + 1] - begin
+            changed = first_changed(boxes, frames, self.columns.box_xxh3[first:last])
+            if changed >= 0:
+                problem = "its boxes do not have their checksum"
+                raise damaged(f"{self.place}, frame {first + changed}", problem)
+        class_id = boxes["class_id"]
+        if class_id.min() < 0 or class_id.max() >= self.num_classes:
+            problem = (
+                f"boxes of class {class_id.min()} to {class_id.max()}, the dataset has "
+                f"{self.num_classes} classes"
+            )
+            raise damaged(f"{self.place}, frames {first} to {last - 1}", problem)
 
 
 # -- RVT's tree ------------------------------------------------------------------------------------
@@ -284,75 +357,50 @@ def _open_rvt_tree(root: Path, config: DatasetConfig, split: str) -> Dataset:
 
     `<split>/<recording>/{labels_v2, event_representations_v2/<name>}`.
     """
-    folders = sorted(p for p in (root / split).glob("*") if (p / "labels_v2").is_dir())
     if not config.classes:
         raise ConfigError(
             "dataset.classes is empty; RVT's tree does not contain class names: "
             "dataset.classes=[pedestrian,...]"
         )
-    files = _OpenFiles()
+    opened = [
+        open_recording(root, folder, len(config.classes))
+        for folder in recording_folders(root, split)
+    ]
+    require_one_config(opened)
     frames = FrameConfig(mode=FrameMode.rvt)
-    recordings = []
-    for folder in folders:
-        path, frames = _rvt_representation(folder)
-        recordings.append(_rvt_recording(folder, path, frames.downsample, files))
     height, width = (0, 0)
-    if recordings:
-        height, width = recordings[0].read(0, 1).shape[2:]
+    if opened:
+        frames = opened[0].config
+        _, height, width = opened[0].shape
+    files = _OpenFiles()
+    recordings = [_rvt_recording(recording, files) for recording in opened]
     return Dataset(recordings, frames, height, width, list(config.classes))
 
 
-def _rvt_representation(folder: Path) -> tuple[Path, FrameConfig]:
-    """The file of the frames, and their config from the names of folder and file."""
-    pattern = "*/event_representations*.h5"
-    paths = sorted((folder / "event_representations_v2").glob(pattern))
-    matches = [(path, RVT_NAME.fullmatch(path.parent.name)) for path in paths]
-    histograms = [(path, match) for path, match in matches if match is not None]
-    if len(histograms) != 1:
-        names = [str(path) for path, _ in histograms]
-        raise ShardError(
-            f"{folder}/event_representations_v2 has {len(histograms)} stacked histograms "
-            f"({names}), not one. Keep one folder stacked_histogram_dt=..._nbins=... with one "
-            "event_representations*.h5"
-        )
-    path, match = histograms[0]
-    config = FrameConfig(
-        mode=FrameMode.rvt,
-        window_ms=int(match[1]),
-        bins=int(match[2]),
-        downsample=2 if "ds2" in path.stem else 1,
-        downsample_by=DownsampleBy.nearest,
-    )
-    return path, config
-
-
-def _rvt_recording(folder: Path, frames: Path, downsample: int, files: _OpenFiles) -> RecordingData:
-    try:
-        with np.load(folder / "labels_v2" / "labels.npz") as stored:
-            labels = stored["labels"]
-            first_label = stored["objframe_idx_2_label_idx"].astype(np.int64)
-        end_us = np.load(frames.with_name("timestamps_us.npy")).astype(np.int64)
-        labelled_frames = np.load(frames.with_name("objframe_idx_2_repr_idx.npy")).astype(np.int64)
-    except (OSError, KeyError, ValueError) as error:
-        raise ShardError(
-            f"{folder} is no recording as RVT prepares it ({error}). Prepare it again"
-        ) from error
-    labelled = np.zeros(len(end_us), bool)
-    labelled[labelled_frames] = True
-    boxes_per_frame = np.zeros(len(end_us), np.int64)
-    boxes_per_frame[labelled_frames] = np.diff(np.append(first_label, len(labels)))
+def _rvt_recording(opened: RvtRecording, files: _OpenFiles) -> RecordingData:
+    num_frames = len(opened.end_us)
+    labels = opened.labels
+    labelled = np.zeros(num_frames, bool)
+    labelled[opened.labelled_frames] = True
+    boxes_per_frame = np.zeros(num_frames, np.int64)
+    boxes_per_frame[opened.labelled_frames] = np.diff(np.append(opened.first_label, len(labels)))
     boxes = np.zeros(len(labels), BOX)
     boxes["t_us"] = labels["t"]
     boxes["class_id"] = labels["class_id"]
     boxes["track_id"] = labels["track_id"]
     for side in "xywh":
-        boxes[side] = labels[side] / downsample  # RVT stores labels in pixels of the sensor
+        # RVT stores labels in pixels of the sensor.
+        boxes[side] = labels[side] / opened.config.downsample
+
+    def read_frames(rows: slice) -> NDArray[np.uint8]:
+        return files.read(opened.frames_file, "data", rows)
+
     return RecordingData(
-        name=folder.name,
+        name=opened.name,
         clock_us=0,
-        end_us=end_us,
+        end_us=opened.end_us,
         labelled=labelled,
         box_start=np.concatenate(([0], np.cumsum(boxes_per_frame))),
-        read_frames=lambda rows: files.read(frames, "data", rows),
+        read_frames=read_frames,
         read_boxes=lambda rows: boxes[rows],
     )

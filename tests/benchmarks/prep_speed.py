@@ -55,7 +55,7 @@ from evspan.data_prep.frames.histogram import each_window
 from evspan.data_prep.recordings.base import Recording
 from evspan.data_prep.recordings.events import Events
 from evspan.data_prep.recordings.sources import find_sources
-from evspan.data_prep.shards.format import read_frames
+from evspan.data_prep.shards.reading import read_frames
 from evspan.data_prep.shards.write import prepare_recording
 
 LABELS = {

@@ -22,7 +22,8 @@ from evspan.conf.schema.prep import Codec, FrameConfig
 from evspan.data_prep.frames.codec import FrameEncoder
 from evspan.data_prep.frames.histogram import frames_of
 from evspan.data_prep.recordings.open import open_recording
-from evspan.data_prep.shards.format import FRAME_SHAPE, read_frames
+from evspan.data_prep.shards.format import FRAME_SHAPE
+from evspan.data_prep.shards.reading import read_frames
 from evspan.data_prep.shards.write import FILTERS, CodeWriter
 from evspan.data_prep.simulator import simulate
 

@@ -18,9 +18,8 @@ from evspan.data_prep.shards.format import (
     RecordingEntry,
     group_digests,
     load_manifest,
-    open_group,
-    read_frames,
 )
+from evspan.data_prep.shards.reading import open_group, read_frames
 from evspan.data_prep.simulator import simulate
 from support.event_files import concatenated
 from support.prepared import (
@@ -111,7 +110,11 @@ def test_the_layout_is_that_of_the_contract(prepared):
     with h5py.File(prepared / "train" / "00000.h5") as file:
         assert list(file) == ["a", "b", "c"]
         for group in file.values():
-            assert set(group) == {"frames", *COLUMNS}
+            assert set(group) == {"frames", *COLUMNS, "frame_xxh3", "box_xxh3"}
+            kinds = [group.attrs.get_id(name).get_type() for name in group.attrs]
+            assert not any(
+                kind.is_variable_str() for kind in kinds if kind.get_class() == h5py.h5t.STRING
+            )
             n, m = len(group["end_us"]), len(group["boxes"])
             frames, start = group["frames"], group["frame_start"][:]
             assert frames.ndim == 1

@@ -37,6 +37,7 @@ from support.prepared import (
     entries,
     make_source,
     prep_config,
+    seal_rows,
 )
 
 REDONE = "evspan prep verify found it damaged"
@@ -147,7 +148,11 @@ def lose(name):
 def edit_attribute(group, name, edit):
     def damage(output):
         with h5py.File(shard(output), "r+") as file:
-            file[group].attrs[name] = edit(file[group].attrs[name])
+            old = file[group].attrs[name]
+            if isinstance(old, bytes):
+                file[group].attrs[name] = np.bytes_(edit(old.decode()).encode())
+            else:
+                file[group].attrs[name] = edit(old)
 
     return damage
 
@@ -353,10 +358,12 @@ def rewrite(group: h5py.Group, frame: int) -> None:
 
 
 def seal(group: h5py.Group) -> None:
+    """Gives a group the checksums of its contents, as data_prep/shards/format.py defines them."""
     entry = json.loads(group.attrs["entry"])
     columns = {"code": group["frames"][:], **{name: group[name][:] for name in COLUMNS}}
     entry["frames_xxh3"], entry["group_xxh3"] = checksum(columns)
-    group.attrs["entry"] = json.dumps(entry)
+    group.attrs["entry"] = np.bytes_(json.dumps(entry))
+    seal_rows(group, entry)
     manifest_path = Path(group.file.filename).parent.parent / "manifest.json"
     manifest_content = json.loads(manifest_path.read_text())
     for recording in manifest_content["recordings"]:
