@@ -7,6 +7,8 @@ mostly `step`, by default the step of the newest checkpoint:
     start      attempt, of (the last step), host, pid, job
     running    seconds from the start of the process to the end of its first step
     saved, done, cancelled, requeued, submitted
+    fallback   message: what was damaged in the checkpoints, and which one is used instead
+    changed    message: the settings that differ from the checkpoint's
     fault      message, code
     failed     message, code
 

@@ -1,12 +1,7 @@
-"""Reads and writes weights files, and finds the checkpoints of a run.
-
-RUN/checkpoints/latest               the name of the newest complete checkpoint
-RUN/checkpoints/best                 the name of the one with the highest AP
-RUN/checkpoints/step-00001000/       see evspan.pipeline.engine.checkpoints
-    weights.safetensors              consolidated weights; its header has model, frames, classes
-"""
+"""Reads and writes weights files, whose header has the model, frames and classes."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -26,15 +21,12 @@ from evspan.conf.schema.training import (
     Precision,
     SizeWeighting,
 )
+from evspan.pipeline.checkpoint_files import FileSum, find_weights, sum_of
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-FOLDER = "checkpoints"
-LATEST = "latest"
-BEST = "best"
-META = "meta.json"
-WEIGHTS = "weights.safetensors"
+logger = logging.getLogger(__name__)
 HEADER_KEY = "evspan"  # of the description in the header of a weights file
 
 
@@ -116,35 +108,48 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     )
 
 
-def save_weights(path: Path, weights: Weights) -> None:
-    """Writes a weights file."""
-    save_tensors(path, weights.tensors, {HEADER_KEY: json.dumps(describe(weights))})
+def save_weights(path: Path, weights: Weights) -> FileSum:
+    """Writes a weights file. Returns its checksum."""
+    return save_tensors(path, weights.tensors, {HEADER_KEY: json.dumps(describe(weights))})
 
 
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], header: dict[str, str] | None = None
-) -> None:
-    """Writes a .safetensors file.
+) -> FileSum:
+    """Writes a .safetensors file. Returns its checksum, computed before it is written.
 
     It is composed in memory: safetensors' own `save_file` makes files that only their owner may
     read, and does not raise OSError on a full disk.
     """
     # Cloned, since the format requires a storage of its own for each tensor.
     copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    path.write_bytes(save(copies, metadata=header))
+    data = save(copies, metadata=header)
+    path.write_bytes(data)
+    return sum_of(data)
 
 
 def load_weights(path: str | Path) -> Weights:
-    """Reads a weights file.
+    """Reads a weights file. In a checkpoint, it is checked against the checksum in meta.json.
 
     Args:
-        path: a .safetensors file, a checkpoint folder, a run folder (its newest complete
-            checkpoint), or RUN/checkpoints/best.
+        path: a .safetensors file, a checkpoint folder, RUN/checkpoints/best, or a run folder: its
+            newest intact checkpoint; a warning names newer ones that are damaged.
 
     Raises:
-        UserError: there is none, or another program wrote it.
+        UserError: there is none, another program wrote it, or the checkpoint is damaged.
     """
-    file = _weights_file(Path(path))
+    found = find_weights(Path(path))
+    if found.message:
+        logger.warning("%s", found.message)
+    return read_weights(found.file)
+
+
+def read_weights(file: Path) -> Weights:
+    """Reads a weights file without looking for a checkpoint around it.
+
+    Raises:
+        UserError: another program wrote it.
+    """
     try:
         with safe_open(file, "pt") as opened:
             description = (opened.metadata() or {})[HEADER_KEY]
@@ -154,40 +159,28 @@ def load_weights(path: str | Path) -> Weights:
     return parse_description(tensors, description, file)
 
 
+def read_description(file: Path) -> dict[str, Any]:
+    """What `describe` returned when a weights file was saved. Reads its header only.
+
+    Raises:
+        UserError: another program wrote it.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            description = json.loads((opened.metadata() or {})[HEADER_KEY])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise _not_a_weights_file(file, error) from error
+    if not isinstance(description, dict):
+        raise _not_a_weights_file(file, ValueError("its description is no object"))
+    return description
+
+
 def _not_a_weights_file(file: Path, error: Exception) -> UserError:
     return UserError(
         f"{file} is no weights file of evspan ({type(error).__name__}: {error}). Name a run "
         "folder, a checkpoint folder, or a .safetensors file of evspan train or of evspan convert, "
         "which reads RVT's published .ckpt"
     )
-
-
-def _weights_file(path: Path) -> Path:
-    if path.is_file() and path.name in (LATEST, BEST):
-        path = path.parent / path.read_text().strip()
-    if path.is_file():
-        return path
-    if (path / WEIGHTS).is_file():
-        return path / WEIGHTS
-    newest = newest_checkpoint(path)
-    if newest is not None:
-        return newest / WEIGHTS
-    raise UserError(
-        f"{path} holds no checkpoint. Name a run folder (it has {FOLDER}/{LATEST}), one of its "
-        "checkpoints, or a .safetensors file"
-    )
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint that `latest` names; without that file, the newest complete one."""
-    folder = run / FOLDER
-    pointer = folder / LATEST
-    if pointer.is_file():
-        name = pointer.read_text().strip()
-        if name and (folder / name / META).is_file():
-            return folder / name
-    complete = sorted(p for p in folder.glob("step-*") if (p / META).is_file())
-    return complete[-1] if complete else None
 
 
 # -- generators --------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def train_rank(config: TrainConfig) -> None:
 
 def evaluate_rank(config: EvaluateConfig) -> None:
     """Evaluate as the rank that this process is. Rank 0 writes and prints the results."""
+    from evspan.pipeline.engine.checkpoints import load_same_weights
     from evspan.pipeline.engine.evaluator import (
         describe_evaluation,
         evaluate_weights,
@@ -38,11 +39,10 @@ def evaluate_rank(config: EvaluateConfig) -> None:
     from evspan.pipeline.inference.streaming import labelled
     from evspan.pipeline.parallel.world import open_world
     from evspan.pipeline.run_lock import results_lock
-    from evspan.pipeline.weights import load_weights
 
     output = evaluation_output(config)
     with open_world(config.parallel) as world, results_lock(output, is_main=world.is_main):
-        weights = load_weights(config.checkpoint)
+        weights = load_same_weights(config.checkpoint, world.rank)
         metrics, results, data = evaluate_weights(weights, config.dataset, config.evaluation, world)
         if not world.is_main:
             return

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from evspan.conf.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from evspan.launch.slurm.rank_task import RankNote, notes_folder, read_notes
+from evspan.pipeline.checkpoint_files import find_newest_intact, step_of
 from evspan.pipeline.history import append, faults_in_a_row, read, slurm_job
 
 CAN_REQUEUE = ("RUNNING", "PREEMPTED")  # in other states the job is cancelled or already requeued
@@ -102,13 +103,17 @@ def decide(rule: RequeueRule, end: JobEnd) -> Decision:
     return _decide_fault(rule, end, step)
 
 
-def newest_step(run: Path) -> int:
-    """Step of the checkpoint from which the next attempt continues; 0 without one."""
+def newest_step(run: Path, *, read_files: bool = True) -> int:
+    """Step of the newest intact checkpoint, from which the next attempt continues; 0 without one.
+
+    Args:
+        read_files: whether their contents are checked, or only their sizes.
+    """
     try:
-        name = (run / "checkpoints" / "latest").read_text().strip()
-        return int(name.rpartition("-")[2])
-    except (OSError, ValueError):
+        newest = find_newest_intact(run, None if read_files else ())
+    except OSError:
         return 0
+    return 0 if newest.name is None else step_of(newest.name)
 
 
 def _decide_fault(rule: RequeueRule, end: JobEnd, step: int) -> Decision:

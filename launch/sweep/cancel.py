@@ -40,7 +40,7 @@ def cancel_runs(path: Path) -> Cancellation:
 
         cancel_tasks([run.job for run in alive])
         for run in alive:
-            append(run.folder, "cancelled", step=newest_step(run.folder))
+            append(run.folder, "cancelled", step=newest_step(run.folder, read_files=False))
     local = [run for run in runs if not run.job and run.state.unfinished]
     return Cancellation(runs, alive, local)
 

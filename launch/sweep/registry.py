@@ -313,9 +313,9 @@ class _RunFiles:
         return max(0.0, remaining_s)
 
     def error(self) -> str:
-        """The message of the last fault."""
+        """The message of the last fault, or of the last resume from an older checkpoint."""
         for event in reversed(self.recent):
-            if event["event"] in ("fault", "failed") and event.get("message"):
+            if event["event"] in ("fault", "failed", "fallback") and event.get("message"):
                 return printable(event["message"])
         return ""
 

@@ -1,17 +1,20 @@
 """Saves and loads checkpoints that are complete or absent, and that any layout can continue.
 
     RUN/checkpoints/step-00001000/
-        meta.json                        step, the optimizer's counters, the run's resolved config
+        meta.json                        step, the optimizer's counters, the run's resolved config,
+                                         a digest of the data, checksums of all other files
         weights.safetensors              consolidated weights
         moments.safetensors              Adam's averages by parameter name
         lanes-0000-0003.safetensors      recurrent state of lanes 0, 1 and 2, as of one rank
         rank-0000.safetensors            a rank's generator states
         metrics.json                     AP, after an evaluation
 
-Only the generator states depend on the number of ranks; nothing depends on the ZeRO stage.
+Only the generator states depend on the number of ranks; nothing depends on the ZeRO stage. Every
+rank computes the checksums of the files that it writes, before it writes them, and checks the files
+that it reads; see evspan.pipeline.checkpoint_files.
 """
 
-import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,17 +24,38 @@ from typing import Any, NamedTuple
 
 import torch
 from evspan.conf.errors import UserError
-from evspan.conf.schema.training import Precision
-from evspan.pipeline.parallel.reductions import broadcast_json, gather_json
-from evspan.pipeline.weights import (
+from evspan.pipeline.checkpoint_files import (
     BEST,
+    FILES,
     FOLDER,
+    FORMAT_VERSION,
     LATEST,
     META,
     WEIGHTS,
+    Damage,
+    DamagedError,
+    FileSum,
+    Meta,
+    Search,
+    check_file,
+    check_inventory,
+    checkpoint_name,
+    dump_with_checksum,
+    find_newest_intact,
+    find_weights,
+    parse_meta,
+    read_meta,
+    step_names,
+    step_of,
+)
+from evspan.pipeline.engine.best_checkpoint import BestCheckpoint, fsync, write_file
+from evspan.pipeline.history import append
+from evspan.pipeline.parallel.reductions import broadcast_json, gather_json
+from evspan.pipeline.weights import (
     Weights,
     generator_states,
-    newest_checkpoint,
+    load_weights,
+    read_weights,
     save_tensors,
     save_weights,
 )
@@ -39,20 +63,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 MOMENTS = "moments.safetensors"
-METRICS = "metrics.json"
-FORMAT_VERSION = 2  # 1 had DeepSpeed's shards instead of moments and lanes
-CONTINUES = {  # config values that must be equal in a run and in the checkpoint that it continues
-    "training": (
-        "batch_size",
-        "sequence_length",
-        "gradient_accumulation_steps",
-        "sampling",
-        "max_steps",
-        "precision",
-    ),
-    "model": ("backbone", "fpn", "head"),
-}
+FALLBACK = "fallback"  # event in the history: a resume did not use what it expected
 
 
 @dataclass(frozen=True)
@@ -72,183 +85,6 @@ class Snapshot:
     carry: Sequence[Tensor] | None
 
 
-class Checkpoints:
-    """Saves and finds the checkpoints of one run.
-
-    Args:
-        keep: how many of the newest ones to keep, in addition to the best.
-        ignore_best: the run does not continue what is in its folder, so the first save discards the
-            best checkpoint of the run before it.
-    """
-
-    def __init__(self, run: Path, *, rank: int, keep: int, ignore_best: bool = False) -> None:
-        self.folder = run / FOLDER
-        self.run = run
-        self.rank = rank
-        self.keep = keep
-        self.ignore_best = ignore_best
-
-    def save(self, step: int, snapshot: Snapshot) -> Path:
-        """Writes a checkpoint. A collective.
-
-        The files are written to a temporary folder and synced, and the folder is renamed after all
-        ranks have finished. `latest` is updated last.
-
-        Raises:
-            UserError: on every rank, if one of them could not write. Earlier checkpoints stay.
-        """
-        name = f"step-{step:08d}"
-        temporary = self.folder / f".writing-{name}"
-        final = self.folder / name
-        try:
-            self._on_all_ranks(lambda: self._begin(temporary), run=self.rank == 0)
-            self._on_all_ranks(lambda: self._write(temporary, step, snapshot))
-            self._on_all_ranks(lambda: self._commit(temporary, final), run=self.rank == 0)
-        except UserError:
-            if self.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)  # frees space on a full disk
-            raise
-        return final
-
-    def _on_all_ranks(self, work: Callable[[], None], *, run: bool = True) -> None:
-        """Runs `work` where `run`, then waits for all ranks. Raises on all if one fails."""
-        problem = ""
-        try:
-            if run:
-                work()
-        except OSError as error:
-            problem = f"{error.filename or self.folder}: {error.strerror or error}"
-        problems = [text for text in gather_json(problem) if text]
-        if problems:
-            raise UserError(
-                f"the checkpoint could not be saved: {problems[0]}. Earlier checkpoints are still "
-                f"in {self.folder}; free space or correct the permissions, then run the same "
-                "command again"
-            )
-
-    def _begin(self, temporary: Path) -> None:
-        for pattern in (".deleting-*", ".writing-*"):  # of a run that was killed
-            for leftover in self.folder.glob(pattern):
-                shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-
-    def _write(self, folder: Path, step: int, snapshot: Snapshot) -> None:
-        written = []
-        if self.rank == 0:
-            save_weights(folder / WEIGHTS, snapshot.weights)
-            save_tensors(folder / MOMENTS, snapshot.moments)
-            meta = dict(snapshot.meta, form=FORMAT_VERSION, step=step)
-            (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
-            written += [WEIGHTS, MOMENTS, META]
-        if snapshot.carry is not None:
-            lanes_file = _lanes_file(snapshot.lanes)
-            save_tensors(
-                folder / lanes_file,
-                {f"{i:04d}": tensor for i, tensor in enumerate(snapshot.carry)},
-            )
-            written.append(lanes_file)
-        save_tensors(folder / _generators_file(self.rank), generator_states())
-        written.append(_generators_file(self.rank))
-        for name in written:
-            _fsync(folder / name)  # on the machine that wrote it
-
-    def _commit(self, temporary: Path, final: Path) -> None:
-        _fsync(temporary)
-        if final.exists():  # the same step again, after a resume from an older checkpoint
-            _remove(final)
-        if self.ignore_best:
-            (self.folder / BEST).unlink(missing_ok=True)
-            self.ignore_best = False
-        os.replace(temporary, final)
-        _fsync(self.folder)
-        _write_pointer(self.folder / LATEST, final.name + "\n")
-        self._remove_old(final.name)
-
-    def _remove_old(self, newest: str) -> None:
-        complete = sorted(p for p in self.folder.glob("step-*") if p.name <= newest)
-        for path in complete[: -self.keep]:
-            if path.name != self.best():
-                _remove(path)
-
-    def find(self) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to resume from, with its meta.json. A collective.
-
-        Rank 0 decides, since a file system may show different files to different machines.
-        """
-        newest: list[Any] = []
-        if self.rank == 0:
-            folder = newest_checkpoint(self.run)
-            if folder is not None:
-                newest = [str(folder), json.loads((folder / META).read_text())]
-        newest = broadcast_json(newest)
-        return (Path(newest[0]), newest[1]) if newest else None
-
-    # -- AP, rank 0 only -----------------------------------------------------------------------
-    def evaluated(self, step: int) -> bool:
-        """Whether the checkpoint of `step` has metrics."""
-        return (self.folder / f"step-{step:08d}" / METRICS).exists()
-
-    def record(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes metrics.json of a checkpoint; updates `best` if no other one has a higher AP.
-
-        Args:
-            metrics: JSON values; `ap` is a number or None.
-        """
-        name = f"step-{step:08d}"
-        _write_pointer(self.folder / name / METRICS, json.dumps(metrics, indent=1) + "\n")
-        if metrics["ap"] is not None and metrics["ap"] > self._best_ap():
-            _write_pointer(self.folder / BEST, name + "\n")
-
-    def best(self) -> str | None:
-        """The name of the checkpoint with the highest AP."""
-        pointer = self.folder / BEST
-        return pointer.read_text().strip() if pointer.is_file() else None
-
-    def _best_ap(self) -> float:
-        """-1 before the first evaluation."""
-        metrics = self.folder / (self.best() or "none") / METRICS
-        return float(json.loads(metrics.read_text())["ap"]) if metrics.is_file() else -1.0
-
-
-# -- loading -----------------------------------------------------------------------------------
-def check_continues(folder: Path, meta: dict[str, Any], config: dict[str, Any]) -> None:
-    """Checks that a run may continue from a checkpoint.
-
-    Args:
-        meta: of the checkpoint in `folder`. config: of the run, as JSON values.
-
-    Raises:
-        UserError: another format, batch or model.
-    """
-    if meta.get("form") != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} was saved by another version of evspan, in a format that this one cannot "
-            f"continue. Start from its weights: run_dir=NEW checkpoint.init_from={folder}"
-        )
-    saved = meta["config"]
-    precision = saved["training"]["precision"]
-    if precision not in Precision.__members__:
-        raise UserError(
-            f"{folder} was trained with training.precision={precision}, which this version does "
-            f"not have. Start from its weights: run_dir=NEW checkpoint.init_from={folder}"
-        )
-    for group, keys in CONTINUES.items():
-        for key in keys:
-            if saved[group][key] != config[group][key]:
-                raise UserError(
-                    f"{folder} was saved with {group}.{key}={saved[group][key]}, this run has "
-                    f"{config[group][key]}, so it cannot continue it. "
-                    "Give the old value, or another run_dir"
-                )
-
-
-def saved_precision(meta: dict[str, Any]) -> str | None:
-    """training.precision of a checkpoint; None in a format that `check_continues` refuses."""
-    training = meta.get("config", {}).get("training", {})
-    precision: str | None = training.get("precision")
-    return precision
-
-
 class LoadedSnapshot(NamedTuple):
     """The part of a checkpoint that one rank continues from.
 
@@ -262,40 +98,361 @@ class LoadedSnapshot(NamedTuple):
     generators: dict[str, Tensor] | None
 
 
-def load_snapshot(folder: Path, lanes: range, rank: int) -> LoadedSnapshot:
-    """Loads what a rank with these lanes needs from a checkpoint.
+class Resumed(NamedTuple):
+    """The checkpoint that a run continues from: its folder, its meta.json, what this rank loads.
+
+    search: rank 0's; of the other ranks, only the run.
+    """
+
+    folder: Path
+    meta: dict[str, Any]
+    snapshot: LoadedSnapshot
+    search: Search
+
+
+class Checkpoints:
+    """Saves and finds the checkpoints of one run.
+
+    Args:
+        keep: how many of the newest ones to keep, in addition to the best.
+        start_over: the run does not continue what is in its folder: the first save moves the
+            checkpoints of the run before to `former-N`.
+    """
+
+    def __init__(self, run: Path, *, rank: int, keep: int, start_over: bool = False) -> None:
+        self.folder = run / FOLDER
+        self.run = run
+        self.rank = rank
+        self.keep = keep
+        self.start_over = start_over
+        self.best = BestCheckpoint(self.folder)
+
+    # -- saving --------------------------------------------------------------------------------
+    def save(self, step: int, snapshot: Snapshot) -> Path:
+        """Writes a checkpoint. A collective.
+
+        The files are written to a temporary folder and synced, and the folder is renamed after all
+        ranks have finished. `latest` is updated last.
+
+        Raises:
+            UserError: on every rank, if one of them could not write. Earlier checkpoints stay.
+        """
+        name = checkpoint_name(step)
+        temporary = self.folder / f".writing-{name}"
+        final = self.folder / name
+        is_main = self.rank == 0
+        try:
+            self._on_all_ranks(lambda: self._begin(temporary), run=is_main)
+            files = self._on_all_ranks(lambda: self._write(temporary, snapshot))
+            meta = dict(snapshot.meta, form=FORMAT_VERSION, step=step)
+            self._on_all_ranks(lambda: self._commit(temporary, final, meta, files), run=is_main)
+        except UserError:
+            if is_main:
+                shutil.rmtree(temporary, ignore_errors=True)  # frees space on a full disk
+            raise
+        return final
+
+    def _on_all_ranks(
+        self, work: Callable[[], dict[str, FileSum] | None], *, run: bool = True
+    ) -> dict[str, FileSum]:
+        """Runs `work` where `run`, then waits for all ranks. Raises on all if one fails.
+
+        Returns:
+            What the ranks return, together.
+        """
+        result: dict[str, FileSum] = {}
+        problem = ""
+        try:
+            if run:
+                result = work() or {}
+        except OSError as error:
+            problem = f"{error.filename or self.folder}: {error.strerror or error}"
+        own_answer: list[Any] = [problem, result]
+        answers = gather_json(own_answer)
+        problems = [text for text, _ in answers if text]
+        if problems:
+            raise UserError(
+                f"the checkpoint could not be saved: {problems[0]}. Earlier checkpoints are still "
+                f"in {self.folder}; free space or correct the permissions, then run the same "
+                "command again"
+            )
+        together: dict[str, FileSum] = {}
+        for _, sums in answers:
+            together |= {name: FileSum(*values) for name, values in sums.items()}
+        return together
+
+    def _begin(self, temporary: Path) -> None:
+        for pattern in (".deleting-*", ".writing-*"):  # of a run that was killed
+            for leftover in self.folder.glob(pattern):
+                shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+
+    def _write(self, folder: Path, snapshot: Snapshot) -> dict[str, FileSum]:
+        """Writes this rank's files. Returns their checksums."""
+        files = {}
+        if self.rank == 0:
+            files[WEIGHTS] = save_weights(folder / WEIGHTS, snapshot.weights)
+            files[MOMENTS] = save_tensors(folder / MOMENTS, snapshot.moments)
+        if snapshot.carry is not None:
+            lanes_file = _lanes_file(snapshot.lanes)
+            files[lanes_file] = save_tensors(
+                folder / lanes_file,
+                {f"{i:04d}": tensor for i, tensor in enumerate(snapshot.carry)},
+            )
+        generators_file = _generators_file(self.rank)
+        files[generators_file] = save_tensors(folder / generators_file, generator_states())
+        for name in files:
+            fsync(folder / name)  # on the machine that wrote it
+        return files
+
+    def _commit(
+        self, temporary: Path, final: Path, meta: dict[str, Any], files: dict[str, FileSum]
+    ) -> None:
+        sums = {name: files[name]._asdict() for name in sorted(files)}
+        (temporary / META).write_bytes(dump_with_checksum({**meta, FILES: sums}))
+        fsync(temporary / META)
+        fsync(temporary)
+        if self.start_over:
+            self._move_former()
+            self.start_over = False
+        replaced = _deleted_name(final)
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(final, replaced)
+        os.replace(temporary, final)
+        fsync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._write_latest(final.name)
+        self._remove_old(final.name)
+
+    def _write_latest(self, name: str) -> None:
+        write_file(self.folder / LATEST, f"{name}\n".encode())
+
+    def _move_former(self) -> None:
+        """Moves the checkpoints of a run that is started over to a folder of their own."""
+        names = [*step_names(self.folder), LATEST, BEST]
+        former = [self.folder / name for name in names if (self.folder / name).exists()]
+        if not former:
+            return
+        number = 1
+        while (self.folder / f"former-{number}").exists():
+            number += 1
+        folder = self.folder / f"former-{number}"
+        folder.mkdir()
+        for path in former:
+            os.replace(path, folder / path.name)
+        logger.info("the checkpoints of the run before this one are kept in %s", folder)
+
+    def _remove_old(self, newest: str) -> None:
+        """Removes all but `keep` intact checkpoints up to `newest`, and the best one."""
+        best = self.best.name()
+        kept = 0
+        for name in step_names(self.folder):
+            if step_of(name) > step_of(newest):
+                continue
+            if kept < self.keep:
+                kept += self._is_complete(name)
+            elif name != best:
+                _remove(self.folder / name)
+
+    def _is_complete(self, name: str) -> bool:
+        """Whether meta.json is intact. The contents of the other files are not read."""
+        try:
+            read_meta(self.folder / name)
+        except DamagedError:
+            return False
+        return True
+
+    # -- resuming ------------------------------------------------------------------------------
+    def resume(self, lanes: range, check: Callable[[Path, dict[str, Any]], None]) -> Resumed | None:
+        """Loads the newest intact checkpoint. A collective.
+
+        Rank 0 chooses, since a file system may show different files to different machines. Each
+        rank checks what it reads. Where one finds damage, all use the next older checkpoint.
+
+        Args:
+            lanes: of this rank.
+            check: is called with a checkpoint and its meta.json before anything else is read, on
+                every rank; raises UserError where the run cannot continue it.
+
+        Returns:
+            None: the run has no checkpoint.
+
+        Raises:
+            UserError: none is intact, or `check` refuses.
+        """
+        damaged: list[Damage] = []
+        while True:
+            meta = self._find(damaged)
+            if meta is None:
+                return None
+            folder = self.folder / checkpoint_name(meta.values["step"])
+            check(folder, meta.values)
+            problem: list[str] = []
+            try:
+                snapshot = load_snapshot(folder, lanes, self.rank, meta)
+                if self.rank == 0:
+                    self._check_generators(folder, meta)
+            except DamagedError as error:
+                problem = [error.file, error.problem]
+            problems = [found for found in gather_json(problem) if found]
+            if not problems:
+                return Resumed(folder, meta.values, snapshot, self.search)
+            damaged.append(Damage(folder.name, *problems[0]))
+
+    def _find(self, damaged: Sequence[Damage]) -> Meta | None:
+        """The newest checkpoint with all its files, on every rank. A collective."""
+        self.search = Search(self.run)
+        answer: dict[str, Any] = {}
+        if self.rank == 0:
+            try:
+                self.search = find_newest_intact(self.run, (), passed_over=damaged)
+                self.search.require()
+                if self.search.name is not None:
+                    meta = read_meta(self.search.folder)
+                    answer = {"meta": meta.values, "has_checksum": meta.files is not None}
+            except UserError as error:
+                answer = {"problem": str(error)}
+        answer = broadcast_json(answer)
+        if "problem" in answer:
+            raise UserError(answer["problem"])
+        if not answer:
+            return None
+        return parse_meta(self.folder, answer["meta"], has_checksum=answer["has_checksum"])
+
+    def _check_generators(self, folder: Path, meta: Meta) -> None:
+        """Checks the files of ranks that this run may not have."""
+        for name in meta.files or {}:
+            if name.startswith("rank-"):
+                check_file(folder, meta, name)
+
+    def accept(self, resumed: Resumed) -> None:
+        """Sets damaged checkpoints aside, corrects the pointers and reports it. Rank 0 only.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        search = resumed.search
+        message = search.message()
+        problems = [message] if message else []
+        if problems:
+            for damage in search.damaged:
+                self._set_aside(damage.checkpoint)
+            self._write_latest(resumed.folder.name)
+        problems += self.best.repair(resumed.folder.name)
+        if search.damaged:
+            problems.append("what is damaged is kept as damaged-*")
+        if problems:
+            message = f"{self.folder}: {'; '.join(problems)}"
+            logger.warning("%s", message)
+            append(self.run, FALLBACK, step=resumed.meta["step"], message=message)
+        if FILES not in resumed.meta:
+            logger.warning(
+                "%s has no checksums, as an earlier version saved it: what is damaged in it would "
+                "not be noticed",
+                resumed.folder,
+            )
+
+    def _set_aside(self, name: str) -> None:
+        """Renames a checkpoint, so that it is not counted, and a later save does not replace it."""
+        aside = self.folder / f"damaged-{name}"
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = self.folder / f"damaged-{name}-{number}"
+        os.replace(self.folder / name, aside)
+
+    # -- AP, rank 0 only -----------------------------------------------------------------------
+    def evaluated(self, step: int) -> bool:
+        """Whether the checkpoint of `step` has metrics."""
+        return self.best.evaluated(step)
+
+    def record(self, step: int, metrics: dict[str, Any]) -> None:
+        """Writes metrics.json of a checkpoint; updates `best` if no other one has a higher AP.
+
+        Args:
+            metrics: JSON values; `ap` is a number or None.
+        """
+        self.best.record(step, metrics)
+
+
+# -- loading -----------------------------------------------------------------------------------
+def load_snapshot(
+    folder: Path, lanes: range, rank: int, meta: Meta | None = None
+) -> LoadedSnapshot:
+    """Loads what a rank with these lanes needs from a checkpoint, and checks it before.
+
+    Args:
+        meta: of the checkpoint, where the caller has read it.
 
     Raises:
-        UserError: a file is missing or damaged.
+        DamagedError: a file is missing or damaged.
     """
-    generators_file = folder / _generators_file(rank)
+    if meta is None:
+        meta = read_meta(folder)
+        check_inventory(folder, meta)
+    generators_file = _generators_file(rank)
+    has_generators = generators_file in _names(folder, meta)
+    return LoadedSnapshot(
+        _load_tensors(folder, meta, WEIGHTS),
+        _load_tensors(folder, meta, MOMENTS),
+        _load_carry(folder, meta, lanes),
+        _load_tensors(folder, meta, generators_file) if has_generators else None,
+    )
+
+
+def _names(folder: Path, meta: Meta) -> list[str]:
+    """The files of a checkpoint."""
+    if meta.files is not None:
+        return sorted(meta.files)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _load_tensors(folder: Path, meta: Meta, name: str) -> dict[str, Tensor]:
+    check_file(folder, meta, name)
     try:
-        return LoadedSnapshot(
-            load_file(folder / WEIGHTS),
-            load_file(folder / MOMENTS),
-            _load_carry(folder, lanes),
-            load_file(generators_file) if generators_file.exists() else None,
-        )
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{folder} is damaged ({type(error).__name__}: {error}). "
-            "Delete it to resume from the one before"
-        ) from error
+        return load_file(folder / name)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise DamagedError(folder, name, f"cannot be read ({error})") from error
 
 
-def _load_carry(folder: Path, lanes: range) -> list[Tensor]:
+def _load_carry(folder: Path, meta: Meta, lanes: range) -> list[Tensor]:
     """Collects `lanes` from the files of all ranks that saved them."""
     parts: list[list[Tensor]] = []
-    for file in sorted(folder.glob("lanes-*.safetensors")):
-        first, stop = map(int, file.stem.split("-")[1:])
-        common = range(max(first, lanes.start), min(stop, lanes.stop))
+    for name in _names(folder, meta):
+        saved = _saved_lanes(name)
+        common = range(max(saved.start, lanes.start), min(saved.stop, lanes.stop))
         if common:
-            tensors = [tensor for _, tensor in sorted(load_file(file).items())]
-            parts.append([t.narrow(-4, common.start - first, len(common)) for t in tensors])
+            tensors = [tensor for _, tensor in sorted(_load_tensors(folder, meta, name).items())]
+            parts.append([t.narrow(-4, common.start - saved.start, len(common)) for t in tensors])
+    files = _lanes_file(lanes)
+    if len({len(tensors) for tensors in parts}) != 1:
+        raise DamagedError(folder, files, "is missing, or of another model")
     carry = [torch.cat(pieces, -4) for pieces in zip(*parts, strict=True)]
     if not carry or any(t.shape[-4] != len(lanes) for t in carry):
-        raise ValueError(f"no state of lanes {lanes.start} to {lanes.stop - 1}")
+        raise DamagedError(folder, files, "and others do not have the state of all these lanes")
     return carry
+
+
+def load_same_weights(path: str | Path, rank: int) -> Weights:
+    """`load_weights`, the same file on every rank. A collective; rank 0 chooses and reports.
+
+    Raises:
+        UserError: there is none, another program wrote it, or the checkpoint is damaged.
+    """
+    answer: dict[str, str] = {}
+    if rank == 0:
+        try:
+            found = find_weights(Path(path))
+            if found.message:
+                logger.warning("%s", found.message)
+            answer = {"file": str(found.file)}
+        except UserError as error:
+            answer = {"problem": str(error)}
+    answer = broadcast_json(answer)
+    if "problem" in answer:
+        raise UserError(answer["problem"])
+    return read_weights(Path(answer["file"])) if rank == 0 else load_weights(answer["file"])
 
 
 # -- files -------------------------------------------------------------------------------------
@@ -303,30 +460,25 @@ def _lanes_file(lanes: range) -> str:
     return f"lanes-{lanes.start:04d}-{lanes.stop:04d}.safetensors"
 
 
+def _saved_lanes(name: str) -> range:
+    """The inverse of `_lanes_file`; no lanes for another file."""
+    words = name.removesuffix(".safetensors").split("-")
+    if len(words) == 3 and words[0] == "lanes" and words[1].isdecimal() and words[2].isdecimal():
+        return range(int(words[1]), int(words[2]))
+    return range(0)
+
+
 def _generators_file(rank: int) -> str:
     return f"rank-{rank:04d}.safetensors"
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_pointer(path: Path, text: str) -> None:
-    """Replaces a small file as a whole."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text)
-    _fsync(temporary)
-    os.replace(temporary, path)
-    _fsync(path.parent)
+def _deleted_name(path: Path) -> Path:
+    return path.with_name(f".deleting-{path.name}")
 
 
 def _remove(path: Path) -> None:
     """Renames first: a checkpoint that is half deleted must not look complete."""
-    renamed = path.with_name(f".deleting-{path.name}")
+    renamed = _deleted_name(path)
     shutil.rmtree(renamed, ignore_errors=True)
     os.replace(path, renamed)
     shutil.rmtree(renamed)

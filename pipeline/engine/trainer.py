@@ -19,12 +19,18 @@ from evspan.pipeline.data.device_batches import device_batches, encodes_for
 from evspan.pipeline.data.loader import Loader
 from evspan.pipeline.data.plan import SamplingPlan
 from evspan.pipeline.data.requirements import open_training
+from evspan.pipeline.data_digest import data_digest
 from evspan.pipeline.engine.batch_norm import batch_norm_reductions
 from evspan.pipeline.engine.checkpoints import (
     Checkpoints,
+    LoadedSnapshot,
     Snapshot,
+    load_same_weights,
+)
+from evspan.pipeline.engine.continuation import (
+    DATA,
     check_continues,
-    load_snapshot,
+    continue_run,
     saved_precision,
 )
 from evspan.pipeline.engine.engines import engine_class
@@ -87,7 +93,6 @@ from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from evspan.pipeline.weights import (
     Weights,
     generator_states,
-    load_weights,
     plain,
     restore_generators,
     seed_everything,
@@ -171,18 +176,24 @@ class Trainer:
             self.run_dir,
             rank=world.rank,
             keep=config.checkpoint.keep,
-            ignore_best=not config.checkpoint.resume,
+            start_over=not config.checkpoint.resume,
         )
-        newest = self.checkpoints.find() if config.checkpoint.resume else None
-        config = resolve_precision(config, world, saved_precision(newest[1]) if newest else None)
-        set_float32_kernels(config.training.precision)
-        self.config = config
-        self.on_step = on_step
-        self.gradient_steps = gradient_steps
         self.mesh = open_mesh(
             world, sequence=config.parallel.sequence, timeout_s=config.parallel.timeout_s
         )
         self.lanes = self.mesh.lanes(config.training.batch_size)
+        resumed = None
+        if config.checkpoint.resume:
+            resumed = self.checkpoints.resume(
+                self.lanes, lambda folder, meta: check_continues(folder, meta, config)
+            )
+        config = resolve_precision(
+            config, world, saved_precision(resumed.meta) if resumed else None
+        )
+        set_float32_kernels(config.training.precision)
+        self.config = config
+        self.on_step = on_step
+        self.gradient_steps = gradient_steps
         self.exchange = open_exchange(
             config.parallel.exchange,
             self.mesh,
@@ -191,10 +202,17 @@ class Trainer:
         )
         seed_everything(config.seed)
         self.dataset = open_training(config.dataset, config.model.head.num_classes)
+        self.data_digest: dict[str, Any] = {}  # rank 0 saves it
+        if world.is_main:
+            self.data_digest = data_digest(self.dataset, config.dataset, config.evaluation.split)
+        if resumed is not None:
+            continue_run(resumed, config, self.data_digest, self.checkpoints, world)
         self.loader = _build_loader(config, self.dataset, self.mesh)
         detector = _build_detector(
             config, self.dataset.channels, self.exchange, self.mesh, world.device
         )
+        if resumed is None and config.checkpoint.init_from:
+            load_tensors(detector, load_same_weights(config.checkpoint.init_from, world.rank))
         engine = engine or engine_class(config)
         self.engine = engine(detector, config, world, lanes=len(self.lanes))
         self.statistics = RunningStatistics(self.engine.module)
@@ -207,8 +225,8 @@ class Trainer:
         self.pending: PendingStep | None = None
         self.stop = False  # whether a rank was asked to stop, as far as reports were read
         self.gradient_norm = 0.0  # of the last update that was applied
-        if newest is not None:
-            self._resume(*newest)
+        if resumed is not None:
+            self._resume(resumed.meta, resumed.snapshot)
         if world.is_main:
             _write_config(config, self.run_dir)
         self.writer = TensorBoardWriter(self.run_dir, enabled=world.is_main, resume_step=self.step)
@@ -481,6 +499,7 @@ class Trainer:
             "skipped": self.skipped,
             "counters": self.engine.optimizer_state.counters(),
             "config": plain(asdict(self.config)),
+            DATA: self.data_digest,
         }
         moments = self.engine.optimizer_state.moments(keep=self.world.is_main)
         writes_carry = self.mesh.sequence == 0
@@ -495,9 +514,7 @@ class Trainer:
             ),
         )
 
-    def _resume(self, folder: Path, meta: dict[str, Any]) -> None:
-        check_continues(folder, meta, plain(asdict(self.config)))
-        loaded = load_snapshot(folder, self.lanes, self.world.rank)
+    def _resume(self, meta: dict[str, Any], loaded: LoadedSnapshot) -> None:
         self.engine.load_state(loaded.weights, loaded.moments, meta["counters"])
         carry = state_from_tensors(
             [t.to(self.world.device) for t in loaded.carry], self._initial_state("meta")
@@ -730,7 +747,7 @@ def _build_loader(config: TrainConfig, dataset: Dataset, mesh: Mesh) -> Loader:
 def _build_detector(
     config: TrainConfig, channels: int, exchange: Exchange, mesh: Mesh, device: torch.device
 ) -> Detector:
-    """With random weights, or those of `checkpoint.init_from`."""
+    """With random weights."""
     training = config.training
     execution = Execution(
         frames_per_call=training.frames_per_call,
@@ -740,8 +757,6 @@ def _build_detector(
         cuda_graphs=training.cuda_graphs and device.type == "cuda",
     )
     detector = Detector(config.model, channels, exchange, execution=execution)
-    if config.checkpoint.init_from:
-        load_tensors(detector, load_weights(config.checkpoint.init_from))
     global_batch_norms(detector, batch_norm_reductions(config.parallel.batch_norm, mesh))
     return detector
 

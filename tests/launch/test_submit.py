@@ -139,7 +139,9 @@ def test_what_is_requeued(tmp_path, notes, code, state, requeue, last_event, rea
 
 
 def test_three_faults_at_one_step_are_enough(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
+    checkpoint = tmp_path / "checkpoints" / "step-00000040"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "meta.json").write_text('{"step": 40, "config": {}}')
     (tmp_path / "checkpoints" / "latest").write_text("step-00000040\n")
     assert newest_step(tmp_path) == 40
     for number in (1, 2, 3):

@@ -156,7 +156,7 @@ def test_a_run_loses_nothing_on_the_way_to_rvt_and_back(tmp_path):
     step = tmp_path / "run" / "checkpoints" / "step-00000012"
     step.mkdir(parents=True)
     save_weights(step / "weights.safetensors", weights)
-    (step / "meta.json").write_text("{}")
+    (step / "meta.json").write_text('{"step": 12, "config": {}}')
     (step.parent / "latest").write_text("step-00000012\n")
     main([str(tmp_path / "run"), str(tmp_path / "x.ckpt")])
     main([str(tmp_path / "x.ckpt"), str(tmp_path / "x.safetensors")])

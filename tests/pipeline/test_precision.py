@@ -6,8 +6,9 @@ import pytest
 import torch
 from evspan.conf.errors import UserError
 from evspan.conf.schema.training import ParallelConfig, Precision, TrainConfig, TrainingConfig
+from evspan.pipeline.checkpoint_files import FORMAT_VERSION
 from evspan.pipeline.engine import precision as module
-from evspan.pipeline.engine.checkpoints import FORMAT_VERSION, check_continues
+from evspan.pipeline.engine.continuation import check_continues
 from evspan.pipeline.engine.precision import resolve_precision, set_float32_kernels
 from evspan.pipeline.parallel.world import World
 
@@ -58,7 +59,7 @@ def test_only_tf32_rounds_the_inputs_of_products():
 def test_a_run_in_a_precision_that_is_gone_is_refused_with_the_remedy(tmp_path):
     meta = {"form": FORMAT_VERSION, "config": {"training": {"precision": "fp16"}}}
     with pytest.raises(UserError) as refused:
-        check_continues(tmp_path, meta, {})
+        check_continues(tmp_path, meta, TrainConfig())
     message = str(refused.value)
     assert "training.precision=fp16, which this version does not have" in message
     assert message.endswith(f"run_dir=NEW checkpoint.init_from={tmp_path}")

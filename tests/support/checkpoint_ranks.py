@@ -54,11 +54,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A part of a run. after: stretch and step to continue from."""
+    """A part of a run.
+
+    after: stretch and step to continue from. damaged: a file of rank 1 in the next checkpoint of
+    that stretch, which is then there, too, with a flipped bit.
+    """
 
     case: Case
     until: int = STEPS
     after: tuple[str, int] | None = None
+    damaged: str = ""
 
 
 SAME = {  # two ranks that continue as they were, to the last bit
@@ -96,7 +101,9 @@ def stretches() -> dict[str, Stretch]:
     out = {"whole": Stretch(Case(stage=1, attention=True))}
     for name, form in SAME.items():
         case = Case(**{"ranks": 2, **form})
-        out |= {name: Stretch(case), f"{name}, resumed": Stretch(case, after=(name, CUT))}
+        damaged = "lanes-0002-0004.safetensors" if name in QUICK else ""
+        resumed = Stretch(case, after=(name, CUT), damaged=damaged)
+        out |= {name: Stretch(case), f"{name}, resumed": resumed}
     for walk in (WALK, BACK):
         before = None
         for name, form, until in walk:
@@ -142,13 +149,23 @@ def config(case: Case, folder: Path, run_dir: Path) -> TrainConfig:
     )
 
 
+def flip_bit(path: Path) -> None:
+    """In the last byte."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 def run(folder: Path, name: str, stretch: Stretch, world) -> None:
     """Trains a stretch and writes its losses."""
     if stretch.after and world.is_main:
         previous, number = stretch.after
-        step = f"step-{number:08d}"
-        source = folder / previous / "checkpoints" / step
-        shutil.copytree(source, folder / name / "checkpoints" / step)
+        steps = [number, 2 * number] if stretch.damaged else [number]
+        for step in steps:
+            path = Path("checkpoints", f"step-{step:08d}")
+            shutil.copytree(folder / previous / path, folder / name / path)
+        if stretch.damaged:
+            flip_bit(folder / name / path / stretch.damaged)
     barrier()
     losses = {}
 

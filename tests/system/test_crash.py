@@ -18,8 +18,9 @@ import torch.distributed as dist
 from evspan.conf.errors import UserError
 from evspan.conf.schema.prep import FrameConfig
 from evspan.conf.schema.training import CheckpointConfig, ModelConfig
+from evspan.pipeline.checkpoint_files import find_newest_intact
 from evspan.pipeline.engine.checkpoints import Checkpoints, Snapshot
-from evspan.pipeline.weights import Weights, load_weights, newest_checkpoint
+from evspan.pipeline.weights import Weights, load_weights
 from safetensors.torch import load_file
 from support.checkpoint_ranks import Case, config
 from support.crash_ranks import be_rank
@@ -100,9 +101,11 @@ class Run:
 
     def complete(self) -> int:
         """The step that must be resumed at. Checks that the named checkpoint is complete."""
-        newest = newest_checkpoint(self.folder)
-        if newest is None:
+        search = find_newest_intact(self.folder)
+        assert search.damaged == []
+        if search.name is None:
             return 0
+        newest = search.folder
         for file in newest.glob("*.safetensors"):
             load_file(file)
         assert json.loads((newest / "meta.json").read_text())["step"] == int(
@@ -262,10 +265,11 @@ def test_a_run_that_starts_again_in_its_folder_has_its_own_best(alone, tmp_path)
     before = Checkpoints(tmp_path, rank=0, keep=2)
     before.save(9, snapshot(9))
     before.record(9, {"ap": 0.9})
-    again = Checkpoints(tmp_path, rank=0, keep=2, ignore_best=True)
+    again = Checkpoints(tmp_path, rank=0, keep=2, start_over=True)
     again.save(1, snapshot(1))
     again.record(1, {"ap": 0.1})
     assert load_weights(tmp_path).step == load_weights(again.folder / "best").step == 1
+    assert load_weights(again.folder / "former-1" / "best").step == 9
 
 
 def test_a_checkpoint_that_cannot_be_written_is_reported_and_the_one_before_stays(alone, tmp_path):
@@ -284,7 +288,7 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_and_the_one_before_stay
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["latest", "step-00000001"]
-    assert newest_checkpoint(tmp_path) == checkpoints.folder / "step-00000001"
+    assert find_newest_intact(tmp_path).folder == checkpoints.folder / "step-00000001"
     checkpoints.save(2, snapshot(2, 100_000))
     assert load_weights(tmp_path).step == 2
 
@@ -320,9 +324,9 @@ def test_what_a_killed_run_left_is_cleared(alone, tmp_path):
     checkpoints.save(1, snapshot(1))
     for left in (".writing-step-00000002", ".deleting-step-00000000"):
         shutil.copytree(checkpoints.folder / "step-00000001", checkpoints.folder / left)
-    assert newest_checkpoint(tmp_path) == checkpoints.folder / "step-00000001"
+    assert find_newest_intact(tmp_path).folder == checkpoints.folder / "step-00000001"
     (checkpoints.folder / "latest").unlink()  # killed before the first was named
-    assert newest_checkpoint(tmp_path) == checkpoints.folder / "step-00000001"
+    assert find_newest_intact(tmp_path).folder == checkpoints.folder / "step-00000001"
     checkpoints.save(2, snapshot(2))
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == [
         "latest",

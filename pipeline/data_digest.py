@@ -1,0 +1,118 @@
+"""A digest of the data that a run is trained on, as JSON values, and what differs between two.
+
+frames, classes, height, width    as of `Dataset`
+kind                              shards or rvt_tree
+recordings                        of the training split, in order: [name, frames, checksum]
+evaluation                        the checksum of the same list for the evaluated split
+
+The checksum of a recording is the manifest's `group_xxh3` (frames, boxes and labels), with the
+numbers of frames and boxes; in RVT's tree the xxh3-64 of the names and sizes of its files and of
+the contents of the small ones. The folder of the dataset is not part of it: data may be moved.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from evspan.conf.schema.prep import DatasetConfig, DatasetKind
+from evspan.conf.text import plural, printable
+from evspan.data_prep.shards.format import load_manifest
+from evspan.pipeline.data.datasets import Dataset
+from evspan.pipeline.weights import plain
+
+SHOWN_NAMES = 3  # of recordings, in a message
+Recording = list[Any]  # [name, frames, checksum]
+
+
+def data_digest(dataset: Dataset, config: DatasetConfig, evaluation_split: str) -> dict[str, Any]:
+    """The digest of a dataset.
+
+    Args:
+        dataset: the training split. config: of the dataset.
+
+    Raises:
+        ShardError: the manifest cannot be read.
+        OSError: a file of RVT's tree cannot be read.
+    """
+    evaluated = json.dumps(_recordings(config, evaluation_split))
+    return {
+        "kind": config.kind.name,
+        "frames": plain(asdict(dataset.frames)),
+        "classes": list(dataset.classes),
+        "height": int(dataset.height),
+        "width": int(dataset.width),
+        "recordings": _recordings(config, "train"),
+        "evaluation": xxhash.xxh3_64_hexdigest(evaluated.encode()),
+    }
+
+
+def _recordings(config: DatasetConfig, split: str) -> list[Recording]:
+    root = Path(config.root)
+    if config.kind is DatasetKind.rvt_tree:
+        folders = sorted(p for p in (root / split).glob("*") if (p / "labels_v2").is_dir())
+        return [_rvt_recording(folder) for folder in folders]
+    recordings = []
+    for entry in load_manifest(root).split(split):
+        counts = f"{entry.labelled_frames}/{entry.boxes}"
+        recordings.append([entry.name, entry.frames, f"{entry.group_xxh3}/{counts}"])
+    return recordings
+
+
+def _rvt_recording(folder: Path) -> Recording:
+    digest = xxhash.xxh3_64()
+    files = [
+        *(folder / "labels_v2").glob("*.np[yz]"),
+        *folder.glob("event_representations_v2/*/*.npy"),
+        *folder.glob("event_representations_v2/*/*.h5"),
+    ]
+    frames = 0
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        if path.suffix != ".h5":
+            digest.update(path.read_bytes())
+        if path.name == "timestamps_us.npy" and path.parent.name != "labels_v2":
+            frames = len(np.load(path, mmap_mode="r"))
+    return [folder.name, frames, digest.hexdigest()]
+
+
+def data_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What makes two digests those of different training data, as parts of a sentence."""
+    differences = []
+    for name, value in saved["frames"].items():
+        # A setting that only one version knows describes nothing that the other could have changed.
+        if name in current["frames"] and current["frames"][name] != value:
+            differences.append(f"frames.{name} was {value}, is {current['frames'][name]}")
+    for name in ("kind", "classes", "height", "width"):
+        if saved[name] != current[name]:
+            differences.append(f"{name} was {saved[name]}, is {current[name]}")
+    return differences + _recording_differences(saved["recordings"], current["recordings"])
+
+
+def _recording_differences(saved: Sequence[Recording], current: Sequence[Recording]) -> list[str]:
+    before = {name: rest for name, *rest in saved}
+    now = {name: rest for name, *rest in current}
+    missing = [name for name in before if name not in now]
+    added = [name for name in now if name not in before]
+    changed = [name for name, rest in before.items() if now.get(name, rest) != rest]
+    differences = []
+    for names, what in ((missing, "missing"), (added, "new"), (changed, "changed")):
+        if names:
+            amount = f"{len(names)} of {plural(len(before), 'recording')}"
+            if names is added:
+                amount = plural(len(names), "recording")
+            verb = "is" if len(names) == 1 else "are"
+            differences.append(f"{amount} {verb} {what} ({_shown(names)})")
+    if not differences and list(before) != list(now):
+        differences.append("the recordings are in another order")
+    return differences
+
+
+def _shown(names: Sequence[str]) -> str:
+    shown = [printable(str(name)) for name in names[:SHOWN_NAMES]]
+    if len(names) > SHOWN_NAMES:
+        shown.append("...")
+    return ", ".join(shown)
