@@ -335,6 +335,8 @@ def test_a_requeued_task_continues_and_a_bad_recording_is_named(slurm, many, tmp
     code, _out, err = finished(process)
     assert "Restarts=1" in slurm.ask("scontrol", "show", "job", job)
     assert code == 2
+    warning, err = err.split("\n", 1)
+    assert "without a box file" in warning
     assert err.startswith(
         f"error: 1 of {COPIES + 1} recordings cannot be prepared; {COPIES} are done"
     )
