@@ -20,6 +20,7 @@ from evspan.conf.hydra_errors import explain, is_composition_error, refuse_unkno
 from evspan.conf.schema.benchmark import BenchConfig
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.schema.training import EvaluateConfig, TrainConfig
+from evspan.conf.secret_values import without_secrets
 from evspan.conf.text import quote_override
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -72,11 +73,14 @@ def composed_yaml(schema: type, argv: Sequence[str]) -> str:
 
 # -- files ---------------------------------------------------------------------------------------
 def save_config(config: PrepConfig | TrainConfig | EvaluateConfig, path: Path) -> None:
-    """Write a config as YAML. The file is replaced as a whole: readers see one version."""
+    """Write a config as YAML. The file is replaced as a whole: readers see one version.
+
+    Values of `cluster.environment` and `cluster.setup` are hidden: only the batch script has them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(OmegaConf.to_yaml(_plain(asdict(config))))
+        temporary.write_text(OmegaConf.to_yaml(_plain(asdict(without_secrets(config)))))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,10 +1,106 @@
-"""Values that no run may publish: the ranks' common secret, and values of `cluster` settings."""
+"""Values that no run publishes: the ranks' common secret, `cluster.environment`, `cluster.setup`.
 
+The batch script contains them, in a folder that only the user can read. Configs, overrides and
+messages that are written anywhere else have the names of the variables, and `<hidden>` for values.
+"""
+
+import hashlib
+import re
 import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 RUN_SECRET = "EVSPAN_RUN_SECRET"  # environment variable of a rank; see pipeline.parallel.run_secret
+HIDDEN = "<hidden>"
+MARK = re.compile(r"<hidden( [0-9a-f]{4})?>")
+# Keys whose values may be secrets, and their parents, which may be given as a whole: cluster={...}.
+HIDDEN_KEYS = ("cluster.environment", "cluster.setup")
+SHORTEST = 3  # of a value that is searched in messages
+PARENTS = ("cluster", "")
+
+Config = TypeVar("Config")
 
 
 def new_secret() -> str:
     """A random secret, 64 characters."""
     return secrets.token_hex(32)
+
+
+def without_secrets(config: Config) -> Config:
+    """A config dataclass that may be published: NAME=<hidden> in `cluster.environment`."""
+    cluster = getattr(config, "cluster", None)
+    if cluster is None:
+        return config
+    environment = [_named(setting) for setting in cluster.environment]
+    hidden = replace(cluster, environment=environment, setup=[HIDDEN for _ in cluster.setup])
+    changed: Any = config  # any dataclass
+    published: Config = replace(changed, cluster=hidden)
+    return published
+
+
+def hidden_overrides(overrides: Iterable[str], *, distinct: bool = False) -> list[str]:
+    """Overrides as they may be published.
+
+    Args:
+        distinct: two values stay different, as the runs of a sweep must: the mark has four digits
+            of the value's digest.
+    """
+    return [_hidden(override, distinct=distinct) for override in overrides]
+
+
+def hide_values(text: str, overrides: Sequence[str]) -> str:
+    """A message in which values of these overrides are hidden."""
+    for secret in sorted(_secrets(overrides), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def is_hidden_key(key: str) -> bool:
+    """Whether values of this key, or of a part of it, may be secrets."""
+    below = tuple(f"{hidden}." for hidden in HIDDEN_KEYS)
+    return key in HIDDEN_KEYS or key.startswith(below)
+
+
+def _hidden(override: str, *, distinct: bool) -> str:
+    key, equals, value = override.partition("=")
+    name = key.lstrip("+~").partition("@")[0]
+    if not equals or not (is_hidden_key(name) or (name in PARENTS and "{" in value)):
+        return override
+    mark = HIDDEN
+    if distinct:
+        digits = hashlib.sha256(value.encode(errors="surrogateescape")).hexdigest()[:4]
+        mark = f"<hidden {digits}>"
+    if name == HIDDEN_KEYS[0] and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
+        items = [_named(item, mark) for item in _items(value.strip()[1:-1])]
+        return f"{key}=[{','.join(items)}]"
+    return override if MARK.fullmatch(value) else f"{key}={mark}"
+
+
+def _named(setting: str, mark: str = HIDDEN) -> str:
+    """'NAME=VALUE' -> 'NAME=<hidden>'."""
+    name, equals, value = setting.strip().lstrip("'\"").partition("=")
+    if MARK.fullmatch(value):
+        return setting
+    is_name = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)
+    return f"{name}={mark}" if equals and is_name else mark
+
+
+def _items(text: str) -> list[str]:
+    """The elements of a list in Hydra's grammar: commas in quotes do not separate."""
+    parts = re.findall(r"(?:'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|[^,'\"])+|['\"].*", text)
+    return [part for part in (part.strip() for part in parts) if part]
+
+
+def _secrets(overrides: Sequence[str]) -> Iterator[str]:
+    """The values in overrides that must not be published, whole and by element."""
+    for override in overrides:
+        if _hidden(override, distinct=False) == override:
+            continue
+        value = override.partition("=")[2]
+        parts = [value, *_items(value.strip("[]{} "))]
+        for part in parts:
+            bare = part.strip(" '\"")
+            for text in (part, bare, bare.partition("=")[2].strip(" '\"")):
+                if len(text) >= SHORTEST:
+                    yield text

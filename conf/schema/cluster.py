@@ -79,10 +79,11 @@ class SlurmConfig:
                 f"cluster.sbatch_args has {option!r}; give names of sbatch's options without "
                 "leading dashes, and values on one line: [mail-type=END, exclusive]",
             )
-        for setting in self.environment:
+        for number, setting in enumerate(self.environment, start=1):
+            # Without the entry: its value may be a secret.
             require(
                 bool(re.match(r"[A-Za-z_][A-Za-z0-9_]*=", setting)),
-                f"cluster.environment has {setting!r}; give NAME=VALUE, with a name of letters, "
+                f"entry {number} of cluster.environment is not NAME=VALUE, with a name of letters, "
                 "digits and _",
             )
 

@@ -12,6 +12,7 @@ from evspan.conf.hydra_adapter import Expansion
 from evspan.conf.json_files import JsonFileError, read_json_object
 from evspan.conf.schema.cluster import ClusterConfig
 from evspan.conf.schema.training import TrainConfig
+from evspan.conf.secret_values import hidden_overrides, hide_values
 from evspan.data_prep.shards.atomic import atomic_write
 from evspan.launch.local.run import check_sweep_folder, check_training
 from evspan.launch.sweep.registry import SWEEP, is_folder_name
@@ -25,11 +26,15 @@ class PlannedRun:
     """A run that is to be started.
 
     overrides: what distinguishes the run, for people: in a sweep only the keys with several values.
+        Values that may be secrets are hidden.
     """
 
     folder: Path
     overrides: list[str]
     config: TrainConfig
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "overrides", hidden_overrides(self.overrides))
 
     def is_done(self) -> bool:
         """Whether the history in the run's folder ends with `done`."""
@@ -99,7 +104,7 @@ def plan_sweep(
         except Exception as error:
             if not is_user_error(error):
                 raise
-            refused[folder] = one_line(error)
+            refused[folder] = hide_values(one_line(error), overrides)
         else:
             runs.append(PlannedRun(folder, swept, config))
     for entry in table:
@@ -158,7 +163,9 @@ def _composed(overrides: Sequence[str], config_dir: Sequence[str]) -> TrainConfi
 
 
 def _swept(overrides: Sequence[str], keys: Sequence[str]) -> list[str]:
-    return [override for override in overrides if override_key(override) in keys]
+    """The overrides of swept keys, for sweep.json: different values stay different."""
+    swept = [override for override in overrides if override_key(override) in keys]
+    return hidden_overrides(swept, distinct=True)
 
 
 # -- sweep.json ----------------------------------------------------------------------------------

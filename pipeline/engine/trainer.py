@@ -13,6 +13,7 @@ import torch
 from evspan.conf.errors import STOPPED_EXIT_CODE, UserError
 from evspan.conf.schema.layout import chosen_exchange
 from evspan.conf.schema.training import Precision, TrainConfig
+from evspan.conf.secret_values import without_secrets
 from evspan.pipeline.data.batch import Batch
 from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.data.device_batches import device_batches, encodes_for
@@ -170,6 +171,7 @@ class Trainer:
         on_step: StepCallback | None = None,
         gradient_steps: Container[int] = (),
     ) -> None:
+        config = without_secrets(config)  # all that a run writes may be published
         self.world = world
         self.run_dir = Path(config.run_dir)
         self.checkpoints = Checkpoints(
