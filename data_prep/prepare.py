@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from evspan.conf.errors import ConfigError, ShardError, UserError, one_line
+from evspan.conf.errors import ConfigError, ShardError
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.text import plural
+from evspan.data_prep.hdf5_files import unavailable
 from evspan.data_prep.labels.checks import grouped
 from evspan.data_prep.labels.classes import with_classes
 from evspan.data_prep.recordings.left_out import LABELLED_SPLITS, without_boxes
@@ -171,10 +172,7 @@ def _unreadable_now() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{one_line(error)}. It cannot be read now; nothing was changed. Run the same again "
-            "when it can be"
-        ) from error
+        raise unavailable(error.filename or "a file of the source", error) from error
 
 
 # -- plan ------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from threading import Thread, current_thread, main_thread
 from types import TracebackType
 from typing import Generic, Protocol, TypeAlias, TypeVar, cast
 
-from evspan.conf.errors import RecordingError, UserError, one_line
+from evspan.conf.errors import RecordingError, UserError
 from evspan.conf.schema.prep import PrepConfig
+from evspan.data_prep.hdf5_files import unavailable
 from evspan.data_prep.recordings.sources import Source
 from evspan.data_prep.shards.atomic import NoSpaceError
 from evspan.data_prep.shards.format import RecordingEntry
@@ -130,7 +131,7 @@ def run_jobs(
 
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError):  # no damage: EACCES, EMFILE, EIO, ESTALE, ...
-        return f"{one_line(error)}; it cannot be read or written now"
+        return str(unavailable(error.filename or "a file", error))
     return str(error)
 
 

@@ -77,6 +77,8 @@ def _sort_in(files: FolderFiles, entry: "os.DirEntry[str]") -> None:
         files.dangling.append(path)
     elif entry.is_dir():
         files.folders.append(path)
+    elif not entry.is_file():  # opening a pipe would wait forever
+        return
     elif is_recording(name):
         files.recordings.append(path)
     elif name.endswith(COMPRESSED):
@@ -95,14 +97,17 @@ def left_out(source: Path, folders: dict[str, Path]) -> list[str]:
     Raises:
         OSError: a folder cannot be read now.
     """
-    read = {split: files_of(folder) for split, folder in folders.items()}
+    read = [files_of(folder) for folder in folders.values()]
     lines = []
     if source not in folders.values():
-        others = _in_no_split(source)
-        if others:
+        top = files_of(source)
+        others = [path for path in top.folders if path.name not in SPLITS]
+        in_no_split = top.recordings + _recordings_below(others)
+        if in_no_split:
             splits = "/, ".join(SPLITS)
-            lines.append(f"left out, being in none of {splits}/: {_named(others, source)}")
-    lines += _lines_of(list(read.values()), source)
+            lines.append(f"left out, being in none of {splits}/: {_named(in_no_split, source)}")
+        read.append(FolderFiles(source, compressed=top.compressed, dangling=top.dangling))
+    lines += _lines_of(read, source)
     return lines
 
 
@@ -149,13 +154,6 @@ def _lines_of(folders: list[FolderFiles], source: Path) -> Iterator[str]:
     hidden = _joined(files.hidden for files in folders)
     if hidden:
         yield f"left out, hidden: {_named(hidden, source)}"
-
-
-def _in_no_split(source: Path) -> list[Path]:
-    """Recordings next to train/ val/ test/, or in folders with other names, as validation/."""
-    files = files_of(source)
-    others = [path for path in files.folders if path.name not in SPLITS]
-    return files.recordings + _recordings_below(others)
 
 
 def _recordings_below(folders: Iterable[Path]) -> list[Path]:

@@ -109,8 +109,9 @@ def _require_storable(paths: Sequence[Path]) -> None:
     unnamed = [path for path in paths if not recording_name(path).strip(".")]
     if unnamed:
         raise RecordingError(
-            f"{printable(str(unnamed[0]))} has no name before its ending ({len(unnamed)} such "
-            "files). Rename it, such as to a_td.raw, or move it out of the source"
+            f"{printable(str(unnamed[0]))} has no name before its ending "
+            f"({plural(len(unnamed), 'such file')}). Rename it, for example to a_td.raw, or move "
+            "it out of the source"
         )
     for path in paths:
         try:

@@ -133,7 +133,7 @@ def print_report(output: str, report: "PrepReport", seconds: float) -> None:
     for recording in recordings:
         for name, count in recording.boxes_per_class.items():
             boxes[name] += count
-    per_class = ", ".join(f"{count} {name}" for name, count in boxes.items())
+    per_class = ", ".join(f"{count} {name}" for name, count in boxes.items()) or "no classes"
     labelled = sum(r.labelled_frames for r in recordings)
     events = sum(r.events for r in recordings)
     print(

@@ -106,27 +106,28 @@ def test_an_empty_split_is_removed_only_when_that_is_confirmed(linked, tmp_path)
 
 
 # -- files that cannot be read now ----------------------------------------------------------------
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE, errno.ESTALE, errno.EIO])
-@pytest.mark.parametrize("name", ["b_td.h5", "a_bbox.npy"])
 def test_a_file_that_cannot_be_read_now_is_neither_removed_nor_damaged(
-    linked, tmp_path, monkeypatch, code, name
+    linked, tmp_path, monkeypatch
 ):
     source, disk = linked
     output = tmp_path / "out"
     prepare(prep_config(source, output))
     before = manifest(output)
-    os.utime(disk / name, (1, 1))  # so that it is read
     plain = prepare_module.file_xxh3
+    for name in ("b_td.h5", "a_bbox.npy"):
+        os.utime(disk / name, (1, 1))  # so that it is read
+        for code in (errno.EACCES, errno.EMFILE, errno.ESTALE, errno.EIO):
 
-    def failing(path: Path) -> str:
-        if path.name == name:
-            raise OSError(code, os.strerror(code), str(path))
-        return plain(path)
+            def failing(path: Path, name: str = name, code: int = code) -> str:
+                if path.name == name:
+                    raise OSError(code, os.strerror(code), str(path))
+                return plain(path)
 
-    monkeypatch.setattr(prepare_module, "file_xxh3", failing)
-    with pytest.raises(UserError, match=rf"{name}: {os.strerror(code)}\. It cannot be read now"):
-        prepare(prep_config(source, output))
-    assert manifest(output) == before
+            monkeypatch.setattr(prepare_module, "file_xxh3", failing)
+            message = rf"{name} cannot be read now: {os.strerror(code)}\."
+            with pytest.raises(UserError, match=message):
+                prepare(prep_config(source, output))
+            assert manifest(output) == before
 
 
 def test_a_box_file_that_cannot_be_opened_now_fails_its_recording_alone(
@@ -141,7 +142,7 @@ def test_a_box_file_that_cannot_be_opened_now_fails_its_recording_alone(
         return plain(path, *args, **kwargs)
 
     monkeypatch.setattr(box_files, "read_array", failing)
-    with pytest.raises(RecordingError, match=r"^1 of 2 .*; 1 are done.*Too many open files.* now"):
+    with pytest.raises(RecordingError, match=r"^1 of 2 .*; 1 are done.* read now: Too many open"):
         prepare(prep_config(source, tmp_path / "out"))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -189,16 +190,21 @@ def test_each_kind_of_unused_file_has_one_line(tmp_path):
     touched(tmp_path, "train/day/b_td.RAW", "train/night/deep/c_td.h5", "train/day/.hidden.raw")
     touched(tmp_path, "val/d_td.raw.gz", "train/e.zip", "train/a_td_bbox.npy", "val/f_bbox.npz")
     touched(tmp_path, "val/g.raw", "train/._a_td.dat", "other/h.raw", "train/.trash/i.raw")
+    touched(tmp_path, "test.tar.gz")
+    os.mkfifo(tmp_path / "train" / "pipe.raw")
+    (tmp_path / "validation").symlink_to("gone")
     assert unused_files(tmp_path) == [
         "left out, being in none of train/, val/, test/: other/h.raw",
         "left out, in sub-folders: train/day/b_td.RAW and 1 more. Move them up, or name them in "
         "a list: source=LIST.txt",
-        "left out, compressed: train/e.zip and 1 more. Unpack them (gunzip, unzstd)",
+        "left out, compressed: train/e.zip and 2 more. Unpack them (gunzip, unzstd)",
         "left out, box files of no recording: train/a_td_bbox.npy and 1 more. The box file of "
         "X_td.* is X_bbox.npy; source=LIST.txt names others; of an .npz, save the array of boxes "
         "with numpy.save",
+        "left out, links to files that are not there: validation",
         "left out, hidden: train/._a_td.dat",
     ]
+    assert [source.key for source in find_sources(tmp_path)] == ["train/a", "val/g"]
 
 
 def test_a_source_without_recordings_is_refused_with_what_it_has_instead(tmp_path):
