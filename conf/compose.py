@@ -5,7 +5,6 @@ the file that `save_config` wrote.
 """
 
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,11 +16,12 @@ from evspan.conf import hydra_adapter
 from evspan.conf.errors import ConfigError
 from evspan.conf.hydra_adapter import Expansion
 from evspan.conf.hydra_errors import explain, is_composition_error, refuse_unknown_keys
+from evspan.conf.quoting import quote_text
 from evspan.conf.schema.benchmark import BenchConfig
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.schema.training import EvaluateConfig, TrainConfig
 from evspan.conf.secret_values import without_secrets
-from evspan.conf.text import quote_override
+from evspan.conf.text import escape_interpolations, quote_override
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -103,14 +103,18 @@ def load_config(schema: type[T], path: Path) -> T:
 
 
 # -- sweeps --------------------------------------------------------------------------------------
-def expand_sweep(argv: Sequence[str]) -> Expansion:
-    """Every combination of comma-separated values, without `--config-dir`.
+def expand_sweep(argv: Sequence[str], *, text: bool = True) -> Expansion:
+    """Every combination of comma-separated values of a training config, without `--config-dir`.
+
+    Args:
+        text: whether commas separate the values of text keys too; else they belong to the text.
 
     Raises:
         ConfigError: an override cannot be parsed.
     """
     with _config_errors():
-        return hydra_adapter.expand_overrides(_split_arguments(argv).overrides)
+        overrides = quote_text(TrainConfig, _split_arguments(argv).overrides, sweep=text)
+        return hydra_adapter.expand_overrides(overrides)
 
 
 def config_dir_options(argv: Sequence[str]) -> list[str]:
@@ -119,9 +123,9 @@ def config_dir_options(argv: Sequence[str]) -> list[str]:
 
 
 def replace_override(overrides: Sequence[str], key: str, value: str) -> list[str]:
-    """`overrides` with `key=value` in place of any other value; quoted for Hydra's grammar."""
+    """`overrides` with the text `value` in place of any other value of the key."""
     kept = [override for override in overrides if override_key(override) != key]
-    return [*kept, f"{key}={quote_override(value)}"]
+    return [*kept, f"{key}={quote_override(escape_interpolations(value))}"]
 
 
 def override_key(override: str) -> str:
@@ -148,7 +152,8 @@ def multirun(schema: type[T], argv: Sequence[str], task: Callable[[T, int], obje
     arguments = _split_arguments(argv)
     name = PRIMARY_CONFIGS[schema]
     with _config_errors():
-        hydra_adapter.run_multirun(name, arguments.overrides, arguments.config_dir, job)
+        overrides = quote_text(schema, arguments.overrides, sweep=True)
+        hydra_adapter.run_multirun(name, overrides, arguments.config_dir, job)
 
 
 def multirun_config_dir(hydra_config: DictConfig) -> list[str]:
@@ -160,7 +165,8 @@ def multirun_config_dir(hydra_config: DictConfig) -> list[str]:
 def _compose_tree(schema: type, argv: Sequence[str]) -> DictConfig:
     arguments = _split_arguments(argv)
     name = PRIMARY_CONFIGS[schema]
-    return hydra_adapter.compose_tree(name, arguments.overrides, arguments.config_dir)
+    overrides = quote_text(schema, arguments.overrides, sweep=False)
+    return hydra_adapter.compose_tree(name, overrides, arguments.config_dir)
 
 
 def _to_object(schema: type[T], raw: Any) -> T:
@@ -180,8 +186,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, str):
-        # A backslash escapes ${; those in front of it must be escaped too.
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+        return escape_interpolations(value)
     return value
 
 

@@ -1,6 +1,7 @@
 """Explains errors of Hydra and OmegaConf in one line, with the remedy."""
 
 import re
+import shlex
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple, get_origin
 
 from evspan.conf.errors import ConfigError, UserError
 from evspan.conf.omegaconf_adapter import root_of
+from evspan.conf.quoting import quoted_list, split_values
+from evspan.conf.text import quote_override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
@@ -93,10 +96,13 @@ def _explain_grammar(override: str) -> str:
     if "=" not in override:
         return f"{override!r} is not of the form key=value"
     name, value = override.split("=", 1)
-    quoted = value.strip("'\"").replace('"', "")
+    if value.startswith("["):
+        quoted = quoted_list(split_values(value.removeprefix("[").removesuffix("]")))
+    else:
+        quoted = quote_override(value.strip("'\""), '"')
     return (
         f"{override} cannot be read; a value with special characters needs quotes, for the shell "
-        f"too: '{name}=\"{quoted}\"'"
+        f"too: {shlex.quote(f'{name}={quoted}')}"
     )
 
 
@@ -108,10 +114,10 @@ def _explain_unread_key(group: str, option: str, key: str) -> str:
 
 
 def _explain_ambiguous_value(override: str) -> str:
-    name = override.split("=")[0]
+    name, _, value = override.partition("=")
     return (
-        f"{override}: a list needs brackets, {name}=[a,b]; text with a comma needs quotes, "
-        f"'{name}=\"a,b\"'; evspan sweep starts a training run for each value"
+        f"{override}: a list needs brackets, {shlex.quote(f'{name}=[{value}]')}; evspan sweep "
+        "starts a training run for each value"
     )
 
 

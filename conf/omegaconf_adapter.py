@@ -4,8 +4,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.basecontainer import BaseContainer
+from omegaconf.errors import GrammarParseError
 
 VERIFIED_VERSION = "2.3.1"
 
@@ -38,3 +39,12 @@ def maps_replaced(names: Collection[str]) -> Iterator[None]:
         yield
     finally:
         BaseContainer._map_merge = staticmethod(merge)  # type: ignore[method-assign]
+
+
+def is_readable(text: str) -> bool:
+    """Whether OmegaConf can read the interpolations of a text."""
+    try:
+        OmegaConf.create({"text": text})
+    except GrammarParseError:
+        return False
+    return True

@@ -16,10 +16,27 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def quote_override(text: str) -> str:
-    """A string as a value in Hydra's grammar of overrides: 'a, b'."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+def quote_override(text: str, quote: str = "'") -> str:
+    """A string as a value in Hydra's grammar of overrides: 'a, b'.
+
+    Args:
+        quote: ' or ". The second one is easier to read within the shell's single quotes.
+    """
+    # Hydra reads a backslash as an escape only in front of the quote, or of another such one.
+    escaped = re.sub(rf"(\\*)({quote}|\Z)", _escaped_quote, text)
+    return f"{quote}{escaped}{quote}"
+
+
+def escape_interpolations(text: str) -> str:
+    r"""A text that OmegaConf reads as it is, with \${ in place of ${."""
+    # The backslashes in front of it must be escaped too.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def _escaped_quote(match: re.Match[str]) -> str:
+    backslashes, quote = match.groups()
+    escape = "\\" if quote else ""
+    return f"{2 * backslashes}{escape}{quote}"
 
 
 def printable(text: str) -> str:

@@ -19,8 +19,9 @@ OVERRIDES_HELP = """Overrides of a config, in Hydra's grammar
 
   key=value                  sets a key; nested keys have dots: training.max_steps=1000
   group=option               chooses a file of a config group: size=small, experiment=gen4/tiny
-  'key="a, b"'               text with spaces, commas or special characters (the outer quotes are
-                             for the shell)
+  run_dir=2024_11_28         text keys keep the text: numbers, =, commas and spaces need no quotes
+                             but those of the shell
+  'run_dir="a, b"'           text in quotes, which a sweep needs around a comma
   key=[1,2]                  a list
   'key={0: 0, 3: 1}'         a mapping
   key=null                   no value, where the key allows it

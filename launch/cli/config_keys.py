@@ -4,15 +4,13 @@ Neither Hydra nor torch is imported: the grammar check and the shell completion 
 """
 
 import re
-import typing
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import evspan.conf
+from evspan.conf.keys import keys_of_schema
 
 
 class Command(NamedTuple):
@@ -43,8 +41,8 @@ def keys_of(command: str) -> dict[str, Any]:
     """
     from importlib import import_module
 
-    schema = getattr(import_module(COMMANDS[command].module), COMMANDS[command].schema)
-    return dict(_leaves(schema, ""))
+    schema: type = getattr(import_module(COMMANDS[command].module), COMMANDS[command].schema)
+    return keys_of_schema(schema)
 
 
 @cache
@@ -60,11 +58,6 @@ def choices_of(command: str) -> dict[str, list[str]]:
     return {group: _options(tree / group) for group in groups}
 
 
-def is_list(type_: Any) -> bool:
-    """Whether a key of this type takes [a,b]."""
-    return typing.get_origin(type_) is list
-
-
 def values_of(type_: Any) -> list[str]:
     """The values of a key of this type: true and false, or an enum's names; empty for others."""
     if type_ is bool:
@@ -72,16 +65,6 @@ def values_of(type_: Any) -> list[str]:
     if isinstance(type_, type) and issubclass(type_, Enum):
         return [member.name for member in type_]
     return []
-
-
-def _leaves(schema: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    types = typing.get_type_hints(schema)
-    for field in fields(schema):
-        type_ = types[field.name]
-        if is_dataclass(type_):
-            yield from _leaves(type_, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", type_
 
 
 def _options(group: Path) -> list[str]:

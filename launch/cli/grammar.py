@@ -11,12 +11,14 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from evspan.conf.text import quote_override
+from evspan.conf.keys import is_list, is_text, is_text_list
+from evspan.conf.quoting import has_several_values, is_call, quoted_list, split_values
+from evspan.conf.text import escape_interpolations, quote_override
 from evspan.launch.cli.config_arguments import CFG_OPTIONS, CONFIG_DIR_OPTIONS, FLAGS
 from evspan.launch.cli.config_keys import COMMANDS as CONFIG_COMMANDS
-from evspan.launch.cli.config_keys import choices_of, is_list, keys_of
+from evspan.launch.cli.config_keys import choices_of, keys_of
 
 # First words after a command that make it another one, whose arguments are options.
 SUBCOMMANDS = {
@@ -96,29 +98,10 @@ def evaluate_overrides(argv: Sequence[str]) -> list[str]:
     for word, is_value in _with_option_values(argv):
         if not has_checkpoint and not is_value and _is_positional(word):
             has_checkpoint = True
-            word = f"checkpoint={word}" if several else f"checkpoint={quote_override(word)}"
+            value = word if several else quote_override(escape_interpolations(word))
+            word = f"checkpoint={value}"
         overrides.append(word)
     return overrides
-
-
-def has_several_values(value: str) -> bool:
-    """Whether Hydra sweeps over a value: a comma outside of brackets and quotes, or a range."""
-    if re.match(r"(choice|range|glob)\(", value):
-        return True
-    depth = 0
-    quote = ""
-    for char in value:
-        if quote:
-            quote = "" if char == quote else quote
-        elif char in "'\"":
-            quote = char
-        elif char in "[{(":
-            depth += 1
-        elif char in "]})":
-            depth -= 1
-        elif char == "," and depth == 0:
-            return True
-    return False
 
 
 def _is_positional(word: str) -> bool:
@@ -219,12 +202,15 @@ class _ConfigCommand:
         if name == "checkpoint" and self.command != "prep":
             self._checkpoint(value.strip("'\""))
             return
-        if self.multirun or not has_several_values(value):
-            self.result.append(word)
-            return
-        if is_list(keys_of(self.command).get(name)) and self.command != "sweep":
+        type_ = keys_of(self.command).get(name)
+        sweeps = self.multirun or self.command == "sweep"
+        if not sweeps and _lacks_brackets(type_, value):
             self.problems.append(f"{name} is a list, and a list needs brackets")
-            self.result.append(f"{key}=[{value}]")
+            self.result.append(f"{key}={_as_list(type_, value)}")
+            return
+        is_one_text = is_text(type_) and not is_call(value)  # commas belong to it
+        if self.multirun or is_one_text or not has_several_values(value):
+            self.result.append(word)
             return
         if self.command in ("train", "submit"):
             self.problems.append(f"{name} has several values, a run for each: that is a sweep")
@@ -251,6 +237,20 @@ class _ConfigCommand:
         self.positional_keys.remove(free[0])
         self.problems.append(f"evspan {self.command} takes key=value")
         self.result.append(f"{free[0]}={word}")
+
+
+def _lacks_brackets(type_: Any, value: str) -> bool:
+    """Whether a value for a list is one without brackets, or several."""
+    if not is_list(type_) or is_call(value):
+        return False
+    if has_several_values(value):
+        return True
+    is_word = bool(value) and value[0] not in "[$" and value.lower() != "null"
+    return is_text_list(type_) and is_word
+
+
+def _as_list(type_: Any, value: str) -> str:
+    return quoted_list(split_values(value)) if is_text_list(type_) else f"[{value}]"
 
 
 def _names_checkpoint(words: Sequence[str]) -> bool:
@@ -300,6 +300,9 @@ def _correct_options(
 def _checkpoint_first(command: str, words: list[str], problems: list[str]) -> list[str]:
     """The words with the checkpoint as the first."""
     for index, word in enumerate(words):
+        previous = words[index - 1] if index else ""
+        if previous.startswith("--") and "=" not in previous:  # the word is its value
+            continue
         match = re.fullmatch(r"(?:--checkpoint|checkpoint)=(.+)", word)
         if match or (word == "--checkpoint" and index + 1 < len(words)):
             checkpoint = match[1] if match else words[index + 1]
@@ -332,9 +335,13 @@ def _with_dashes(
     name = " ".join(command)
     positionals: list[str] = []
     others: list[str] = []
-    for word in words:
+    before = ["", *words]
+    for previous, word in zip(before, words):
         key, _, value = word.partition("=")
         option = f"--{key.replace('_', '-')}"
+        if previous in known.options:  # its value, which may be any text
+            others.append(word)
+            continue
         if key in known.positionals:
             positionals.append(value)
         elif option in known.options:

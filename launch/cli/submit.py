@@ -67,7 +67,7 @@ def _submit(argv: list[str]) -> None:
     from evspan.launch.sweep.plan import PlannedRun, check_run
     from evspan.launch.sweep.submit import submit_planned
 
-    expansion = expand_sweep(arguments.argv)
+    expansion = expand_sweep(arguments.argv, text=False)
     if expansion.swept_keys:
         raise UserError(
             f"{', '.join(expansion.swept_keys)} has several values; for a run each: "

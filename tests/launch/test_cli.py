@@ -203,8 +203,8 @@ MISTAKES = [
     ("prep source=x output=y frames.downsample=3", "frames.downsample is 3; choose 1, 2 or 4"),
     # the grammar of overrides, and options
     ("train training.max_steps", "'training.max_steps' is not of the form key=value"),
-    ("train run_dir='a", "needs quotes"),
-    ("train run_dir=a=b", "'run_dir=\"a=b\"'"),
+    ("train optimizer.lr='1", "needs quotes"),
+    ("train optimizer.lr=a=b", "'optimizer.lr=\"a=b\"'"),
     (
         "train model.fpn.in_stages=2,3,4",
         "a list needs brackets. Use: evspan train 'model.fpn.in_stages=[2,3,4]'",

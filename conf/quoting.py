@@ -1,0 +1,135 @@
+r"""Quotes the values of text keys, so that Hydra's grammar leaves them as they were typed.
+
+Hydra reads 2024_11_28, 1e3 and true as a number or a boolean, and refuses `=`, `,`, `~` and
+characters outside ASCII without quotes. For a key whose type is text (`str`), a list of texts or
+optional text, the value is quoted first. Left to Hydra and OmegaConf are:
+
+- a value that is quoted as a whole, 'a' or "a";
+- an interpolation, ${key}, in a text that OmegaConf can read; \${ stands for ${;
+- a call of one of Hydra's functions, such as choice(a,b);
+- null, for keys that may have no value;
+- in a sweep, commas outside of brackets and quotes: they separate the values of several runs.
+
+Keys of other types, groups and unknown keys stay as they are. README.md has examples.
+"""
+
+import re
+from collections.abc import Sequence
+
+from evspan.conf.keys import is_optional, is_text, is_text_list, keys_of_schema
+from evspan.conf.text import escape_interpolations, quote_override
+
+FUNCTIONS = (  # of Hydra's grammar
+    "bool|choice|extend_list|float|glob|int|interval|json_str|range|shuffle|sort|str|tag"
+)
+_OVERRIDE = re.compile(r"(\+{0,2})([^=~+][^=]*)=(.*)", re.DOTALL)
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_CALL = re.compile(rf"({FUNCTIONS})\s*\((.*)\)", re.DOTALL)
+_PLAIN = re.compile(r"(?:\.{1,2}/)?[A-Za-z_/][A-Za-z0-9_/.-]*")  # Hydra reads it as text
+_KEYWORDS = ("null", "true", "false", "inf", "nan")
+
+
+def quote_text(schema: type, overrides: Sequence[str], *, sweep: bool) -> list[str]:
+    """The overrides, with quoted values of the schema's text keys.
+
+    Args:
+        sweep: whether commas separate the values of several runs.
+    """
+    return [_quote_override(schema, override, sweep) for override in overrides]
+
+
+def is_call(value: str) -> bool:
+    """Whether a value is a call of one of Hydra's functions."""
+    return bool(_CALL.fullmatch(value))
+
+
+def has_several_values(value: str) -> bool:
+    """Whether Hydra sweeps over a value: a comma outside of brackets and quotes, or a function."""
+    if re.match(r"(choice|range|glob)\(", value):
+        return True
+    return len(split_values(value)) > 1
+
+
+def split_values(value: str) -> list[str]:
+    """The values that commas outside of brackets and quotes separate, without spaces around."""
+    values = []
+    start = 0
+    position = 0
+    depth = 0
+    while position < len(value):
+        quoted = _QUOTED.match(value, position)
+        if quoted and not value[start:position].strip():  # only at the start of a value
+            position = quoted.end()
+            continue
+        char = value[position]
+        if char in "[{(":
+            depth += 1
+        elif char in "]})":
+            depth = max(0, depth - 1)
+        elif char == "," and depth == 0:
+            values.append(value[start:position].strip(" \t"))
+            start = position + 1
+        position += 1
+    values.append(value[start:].strip(" \t"))
+    return values
+
+
+def quoted_list(values: Sequence[str]) -> str:
+    """[a,"b c"]: a list of texts in Hydra's grammar."""
+    quoted = [_quote_value(value, optional=False, quote='"') for value in values]
+    return f"[{','.join(quoted)}]"
+
+
+def _quote_override(schema: type, override: str, sweep: bool) -> str:
+    match = _OVERRIDE.fullmatch(override)
+    if not match:
+        return override
+    prefix, key, value = match.groups()
+    type_ = keys_of_schema(schema).get(key)
+    if is_text(type_):
+        value = _quote_text(value, optional=is_optional(type_), sweep=sweep)
+    elif is_text_list(type_):
+        values = split_values(value) if sweep else [value]
+        value = ",".join(map(_quote_list, values))
+    return f"{prefix}{key}={value}"
+
+
+def _quote_text(value: str, *, optional: bool, sweep: bool) -> str:
+    call = _CALL.fullmatch(value)
+    if call and call[1] == "choice":
+        choices = split_values(call[2])
+        return f"choice({','.join(_quote_value(choice, optional=optional) for choice in choices)})"
+    if call:
+        return value
+    if not sweep:
+        return _quote_value(value, optional=optional)
+    return ",".join(_quote_value(part, optional=optional) for part in split_values(value))
+
+
+def _quote_list(value: str) -> str:
+    """A list with quoted elements; any other value as it is, which Hydra or the schema reports."""
+    if not (value.startswith("[") and value.endswith("]")):
+        return value
+    content = value[1:-1]
+    return quoted_list(split_values(content)) if content.strip() else value
+
+
+def _quote_value(value: str, *, optional: bool, quote: str = "'") -> str:
+    if not value or _QUOTED.fullmatch(value) or (optional and value.lower() == "null"):
+        return value
+    if _PLAIN.fullmatch(value) and value.lower() not in _KEYWORDS:
+        return value
+    if "${" in value and not _is_readable(value):
+        return quote_override(escape_interpolations(value), quote)
+    if quote in value and "${" in value:
+        # Hydra keeps the override in its own config, where OmegaConf reads interpolations too: an
+        # escaped quote would be an error there.
+        quote = "'\"".replace(quote, "")
+    return quote_override(value, quote)
+
+
+def _is_readable(value: str) -> bool:
+    # Not imported by the grammar check of a command line.
+    from evspan.conf.omegaconf_adapter import is_readable
+
+    return is_readable(value)
