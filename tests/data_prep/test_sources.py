@@ -198,7 +198,7 @@ def test_a_listed_source_is_prepared_and_verified_as_a_folder_is(tmp_path):
     assert prepare(config).prepared == {"train/a": "the box file has changed"}
     assert contents(output)["train/a"]["boxes"]["track_id"].min() >= 7
     (tmp_path / "list.csv").write_text(f"train,raw/train/a_td.raw,-\nval,{raw}/val/b_td.dat\n")
-    assert prepare(config).prepared == {"train/a": "the box file has changed"}
+    assert prepare(config).prepared == {"train/a": "it has no box file any more"}
     assert entries(output)["train/a"]["boxes"] == 0
     assert not contents(output)["train/a"]["labelled"].any()
 
