@@ -24,6 +24,8 @@ INDEX_COLUMNS = ("frame_start", "end_us", "box_start", "labelled", FRAME_XXH3, B
 class Prepared(Protocol):
     """The fields of a recording's entry that `index_digest` covers, of `format.RecordingEntry`."""
 
+    name: str
+    split: str
     height: int
     width: int
     first_us: int
@@ -63,13 +65,15 @@ def first_changed(
 def index_digest(entry: Prepared, channels: int, columns: Mapping[str, NDArray[Any]]) -> str:
     """The checksum of what training reads of a recording besides its frames and boxes.
 
-    It covers group_xxh3 (16 ASCII characters), then as int64 channels, height and width of a frame
-    and first_us, then the bytes of INDEX_COLUMNS. So it also binds a shard to its manifest.
+    It covers group_xxh3 (16 ASCII characters), split/name, then as int64 channels, height and width
+    of a frame and first_us, then the bytes of INDEX_COLUMNS. So it also binds a shard to its
+    manifest.
 
     Args:
         columns: the arrays of INDEX_COLUMNS, by name.
     """
     digest = xxhash.xxh3_64(entry.group_xxh3.encode())
+    digest.update(f"{entry.split}/{entry.name}".encode("utf-8", "surrogatepass"))
     digest.update(np.array([channels, entry.height, entry.width, entry.first_us], "<i8").tobytes())
     for name in INDEX_COLUMNS:
         digest.update(np.ascontiguousarray(columns[name]).tobytes())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evspan.conf.text import plural
 from evspan.data_prep.shards.format import MANIFEST, SPLITS
 from evspan.data_prep.shards.status import State, Status, age, status
 from evspan.launch.cli.command import Parser
@@ -102,6 +103,12 @@ def _notes(output: Path, result: Status, has_source: bool) -> list[str]:
             keys = [f"{key} ({result.marks[key]})" for key in keys]
         if keys and state is not State.done:
             lines.append(f"{TITLES[state]}: {_first(keys)}")
+    unchecked = sum(not stored.checksums for stored in result.stored.values())
+    if unchecked:
+        lines.append(
+            f"{plural(unchecked, 'recording')} without checksums that training verifies, of an "
+            "earlier version: evspan prep into a new folder adds them"
+        )
     lines += _lock_lines(result)
     if not result.has_manifest:
         lines.append(f"there is no {MANIFEST}: it is written last")

@@ -26,19 +26,17 @@ from evspan.data_prep.simulator import simulate
 from evspan.launch.cli.prep import main
 from evspan.launch.cli.prep_verify import print_report
 from support.prepared import (
-    COLUMNS,
     KEYS,
     SCENE,
     assert_same,
     assert_sound,
-    checksum,
     contents,
     copied,
     entries,
     make_source,
     prep_config,
-    seal_rows,
 )
+from support.sealed import COLUMNS, checksum, seal_rows
 
 REDONE = "evspan prep verify found it damaged"
 

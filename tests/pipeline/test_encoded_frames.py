@@ -213,9 +213,17 @@ def test_damaged_shards_are_reported_with_their_place(tmp_path):
         group = file["train_000"]
         start = group["frame_start"][:]
         group["frames"][start[3] : start[4]] = codec.SKIP
+    expect_damage(root, "frame 3 is damaged .* Run evspan prep verify")
+    with h5py.File(root / "train" / "00000.h5", "r+") as file:  # as earlier versions wrote it
+        group = file["train_000"]
+        del group["frame_xxh3"], group["box_xxh3"], group.attrs["index_xxh3"]
+    expect_damage(root, "frame 3 of 5 .* Run evspan prep verify")
+
+
+def expect_damage(root, message):
     (recording,) = open_dataset(DatasetConfig(root=str(root)), "train").recordings
     for read in (recording.codes, recording.read):
-        with pytest.raises(ShardError, match=r"frame 3 of 5 .* Run evspan prep verify"):
+        with pytest.raises(ShardError, match=message):
             read(0, 5)
 
 

@@ -2,15 +2,14 @@
 
 import json
 import shutil
-from itertools import pairwise
 from pathlib import Path
 
 import h5py
 import hdf5plugin  # noqa: F401  registers the codec of the frames
 import numpy as np
-import xxhash
 from evspan.conf.schema.prep import DatasetConfig, FrameConfig, LabelConfig, PrepConfig
 from evspan.data_prep.simulator import CLASSES, SimulatorConfig, simulate
+from support.sealed import COLUMNS, checksum
 
 HEIGHT, WIDTH = 160, 200
 SCENE = SimulatorConfig(height=HEIGHT, width=WIDTH, min_objects=1, max_objects=3)
@@ -22,7 +21,6 @@ RECORDINGS = {
     "test/plain.raw": 0.22,
 }
 KEYS = ["train/a", "train/b", "train/c", "val/d", "test/plain"]
-COLUMNS = ("frame_start", "end_us", "boxes", "box_start", "labelled")
 
 
 def make_source(folder: Path) -> Path:
@@ -102,33 +100,6 @@ def manifest(output: Path) -> dict:
 def entries(output: Path) -> dict[str, dict]:
     """The manifest's entries by split/recording."""
     return {f"{r['split']}/{r['name']}": r for r in manifest(output)["recordings"]}
-
-
-def checksum(columns: dict[str, np.ndarray]) -> tuple[str, str]:
-    """(frames_xxh3, group_xxh3) as data_prep/shards/format.py defines them."""
-    frames = xxhash.xxh3_64_hexdigest(columns["code"].tobytes())
-    rest = b"".join(columns[name].tobytes() for name in COLUMNS)
-    return frames, xxhash.xxh3_64_hexdigest(frames.encode() + rest)
-
-
-def seal_rows(group: h5py.Group, entry: dict) -> None:
-    """Writes the checksums that are verified while reading, as shards/checksums.py defines them."""
-    for name, rows, start in (
-        ("frame_xxh3", group["frames"][:], group["frame_start"][:]),
-        ("box_xxh3", group["boxes"][:], group["box_start"][:]),
-    ):
-        sums = [
-            xxhash.xxh3_64_intdigest(rows[first:last].tobytes()) for first, last in pairwise(start)
-        ]
-        if name in group:
-            del group[name]
-        group[name] = np.array(sums, np.uint64)
-    digest = xxhash.xxh3_64(entry["group_xxh3"].encode())
-    shape = (group.attrs["frame_shape"][0], entry["height"], entry["width"])
-    digest.update(np.array([*shape, entry["first_us"]], np.int64).tobytes())
-    for name in ("frame_start", "end_us", "box_start", "labelled", "frame_xxh3", "box_xxh3"):
-        digest.update(group[name][:].tobytes())
-    group.attrs["index_xxh3"] = np.bytes_(digest.hexdigest())
 
 
 def assert_sound(output: Path) -> None:

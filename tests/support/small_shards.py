@@ -1,11 +1,15 @@
 """A tiny prepared dataset, written straight to the shard contract: bright rectangles that move."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import h5py
 import numpy as np
+import xxhash
 from evspan.data_prep.frames.codec import FrameEncoder
 from evspan.data_prep.shards.format import BOX, FRAME_SHAPE, MANIFEST, Manifest, RecordingEntry
+from support.sealed import COLUMNS, checksum, seal_rows
 
 HEIGHT, WIDTH, BINS = 60, 100, 2
 DENSITY = 0.05  # background events per value
@@ -65,6 +69,9 @@ def write_small_shards(
     """Writes shards. counts: split -> frames of each recording. every: distance of labels."""
     rng = np.random.default_rng(seed)
     entries = []
+    labels = {"crop": False, "class_map": {}}
+    dataset = {"name": "small", "classes": CLASSES, "labels": labels}
+    config = {"frames": {**FRAMES, "bins": bins}, "dataset": dataset}
     for split, lengths in counts.items():
         (root / split).mkdir(parents=True)
         with h5py.File(root / split / "00000.h5", "w") as file:
@@ -83,6 +90,10 @@ def write_small_shards(
                 group["boxes"] = np.concatenate(boxes)
                 group["box_start"] = np.cumsum([0, *(len(b) for b in boxes)])
                 group["labelled"] = labelled
+                columns = {"code": group["frames"][:]}
+                columns |= {column: group[column][:] for column in COLUMNS}
+                frames_xxh3, group_xxh3 = checksum(columns)
+                kept = np.concatenate(boxes)["class_id"]
                 entries.append(
                     RecordingEntry(
                         name=name,
@@ -99,12 +110,20 @@ def write_small_shards(
                         first_us=0,
                         last_us=50_000 * count - 1,
                         events=int(frames.sum()),
+                        boxes_per_class={
+                            name: int((kept == i).sum()) for i, name in enumerate(CLASSES)
+                        },
+                        frames_xxh3=frames_xxh3,
+                        group_xxh3=group_xxh3,
                     )
                 )
+                group.attrs["entry"] = np.bytes_(json.dumps(asdict(entries[-1])))
+                group.attrs["config"] = np.bytes_(json.dumps(config))
+                seal_rows(group, asdict(entries[-1]))
     manifest = Manifest(
         software="test",
-        config={"frames": {**FRAMES, "bins": bins}},
-        config_hash="0",
+        config=config,
+        config_hash=xxhash.xxh3_64_hexdigest(json.dumps(config, sort_keys=True).encode()),
         classes=CLASSES,
         recordings=entries,
     )
