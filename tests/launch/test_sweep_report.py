@@ -13,7 +13,8 @@ import pytest
 from evspan.conf.errors import UserError
 from evspan.launch.cli import report
 from evspan.launch.sweep.registry import read_runs
-from evspan.launch.sweep.report.curves import Curve, Point, read_curves
+from evspan.launch.sweep.report.curves import Curve, read_curves
+from evspan.launch.sweep.report.event_files import Point
 from evspan.launch.sweep.report.hparams import hparam_value
 from evspan.launch.sweep.report.html import CURVE_POINTS, thinned
 from evspan.launch.sweep.report.results import InterruptionCost, RunResult, read_results
@@ -152,13 +153,13 @@ def test_curves_equal_those_of_tensorboards_reader(sweep):
             str(sweep / name / "tensorboard"), size_guidance={"scalars": 0, "images": 1}
         )
         oracle.Reload()
-        curves = read_curves(sweep / name, TAGS)
+        curves = read_curves(sweep / name, TAGS).by_tag
         for tag in TAGS:
             assert [(p.step, p.value, p.time) for p in curves[tag].points] == [
                 (e.step, e.value, e.wall_time) for e in oracle.Scalars(tag)
             ]
     assert [p.step for p in curves["loss/total"].points] == list(range(1, 21))
-    curves = read_curves(sweep / "1", TAGS)
+    curves = read_curves(sweep / "1", TAGS).by_tag
     assert [p.step for p in curves["loss/total"].points] == list(
         range(1, 101)
     )  # steps 41 to 60 of the first attempt are gone
@@ -171,15 +172,15 @@ def test_truncated_and_damaged_event_files_give_their_whole_records(sweep):
     before = 100
     for end in (*range(len(whole) - 1, len(whole) - 200, -13), 30, 5, 0):
         path.write_bytes(whole[:end])
-        steps = [p.step for p in read_curves(sweep / "0", TAGS)["loss/total"].points]
+        steps = [p.step for p in read_curves(sweep / "0", TAGS).by_tag["loss/total"].points]
         assert steps == list(range(1, len(steps) + 1))
         assert len(steps) <= before
         before = len(steps)
     assert before == 0
     at = whole.index(b"loss/total", len(whole) // 2)
     path.write_bytes(whole[:at] + b"lost/total" + whole[at + 10 :])
-    assert len(read_curves(sweep / "0", TAGS)["loss/total"].points) == 99
-    assert read_curves(sweep / "nowhere", TAGS) == {tag: Curve() for tag in TAGS}
+    assert len(read_curves(sweep / "0", TAGS).by_tag["loss/total"].points) == 99
+    assert read_curves(sweep / "nowhere", TAGS).by_tag == {tag: Curve() for tag in TAGS}
 
 
 def test_thinned_curves_keep_the_mean():

@@ -1,25 +1,13 @@
 """Reads scalar curves from a run's TensorBoard event files."""
 
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+from evspan.launch.sweep.report.event_files import EventFile, Point, read_event_file
 
 EVENT_FOLDER = "tensorboard"  # in the run folder
-IMAGE_BYTES = 1 << 12  # larger records are images, not scalars
-SESSION_BYTES = 64  # records up to this size may mark the start of an attempt
-
-
-class Point(NamedTuple):
-    """A scalar. time: in seconds since 1970."""
-
-    step: int
-    value: float
-    time: float
 
 
 @dataclass
@@ -35,45 +23,40 @@ class Curve:
     all_points: list[Point] = field(default_factory=list)
 
 
-def read_curves(run: Path, tags: Sequence[str]) -> dict[str, Curve]:
+class Curves(NamedTuple):
+    """The curves of a run by tag, and what could not be read of its event files (may be empty)."""
+
+    by_tag: dict[str, Curve]
+    problem: str
+
+
+def read_curves(run: Path, tags: Sequence[str]) -> Curves:
     """The curves of these tags. Damaged records and the half-written end of a file are skipped."""
     curves = {tag: Curve() for tag in tags}
-    encoded_tags = [tag.encode() for tag in tags]
+    problems = []
     for path in sorted((run / EVENT_FOLDER).glob("*tfevents*")):
-        for record in _records(path):
-            has_tag = any(tag in record for tag in encoded_tags)
-            if has_tag or len(record) <= SESSION_BYTES:
-                _add_event(Event.FromString(record), curves)
-    return curves
+        try:
+            contents = read_event_file(path, tags)
+        except OSError as error:
+            problems.append(f"{path.name}: {error.strerror or error}")
+            continue
+        if contents.problem():
+            problems.append(f"{path.name}: {contents.problem()}")
+        for tag, curve in curves.items():
+            _extend(curve, contents, tag)
+    return Curves(curves, "; ".join(problems))
 
 
-def _add_event(event: Event, curves: dict[str, Curve]) -> None:
-    if event.session_log.status == SessionLog.START:  # a new attempt continues from event.step
-        for curve in curves.values():
-            curve.points = [point for point in curve.points if point.step < event.step]
-    for value in event.summary.value:
-        if value.tag in curves and value.WhichOneof("value") == "simple_value":
-            point = Point(event.step, value.simple_value, event.wall_time)
-            curves[value.tag].points.append(point)
-            curves[value.tag].all_points.append(point)
-
-
-def _records(path: Path) -> Iterator[bytes]:
-    """The undamaged records of a TFRecord file, without images.
-
-    TensorBoard's own reader computes the checksums of all images, in Python.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        while file.tell() + 12 <= size:
-            header = file.read(12)  # the length and its checksum
-            (length,) = struct.unpack("<Q", header[:8])
-            if file.tell() + length + 4 > size:
-                return
-            if length > IMAGE_BYTES:
-                file.seek(length + 4, 1)
-                continue
-            record = file.read(length)
-            (checksum,) = struct.unpack("<I", file.read(4))
-            if masked_crc32c(record) == checksum:
-                yield record
+def _extend(curve: Curve, contents: EventFile, tag: str) -> None:
+    """Adds the points of a file. An attempt starts at its step: later steps are computed again."""
+    points = contents.points[tag]
+    curve.all_points += [point for _, point in points]
+    first = 0
+    for position, step in contents.starts:
+        end = first
+        while end < len(points) and points[end][0] < position:
+            end += 1
+        curve.points += [point for _, point in points[first:end]]
+        curve.points = [point for point in curve.points if point.step < step]
+        first = end
+    curve.points += [point for _, point in points[first:]]

@@ -39,12 +39,16 @@ class BestAp(NamedTuple):
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run with its curves and the cost of its interruptions."""
+    """A run with its curves and the cost of its interruptions.
+
+    problem: what of its files cannot be read; may be empty.
+    """
 
     run: Run
     loss: Curve
     ap: Curve
     cost: InterruptionCost
+    problem: str = ""
 
     @property
     def best(self) -> BestAp | None:
@@ -76,8 +80,10 @@ def read_results(runs: Sequence[Run]) -> list[RunResult]:
     results = []
     for run in runs:
         curves = read_curves(run.folder, (LOSS_TAG, AP_TAG))
-        cost = interruption_cost(run, curves[LOSS_TAG])
-        results.append(RunResult(run, curves[LOSS_TAG], curves[AP_TAG], cost))
+        loss = curves.by_tag[LOSS_TAG]
+        cost = interruption_cost(run, loss)
+        problem = "; ".join(part for part in (run.problem, curves.problem) if part)
+        results.append(RunResult(run, loss, curves.by_tag[AP_TAG], cost, problem))
     return sorted(results, key=_rank, reverse=True)
 
 

@@ -242,7 +242,7 @@ def _variant_panels(variants: dict[str, Seeds]) -> list[Panel]:
     if not variants:
         return []
     curves_of = {
-        name: [read_curves(run.folder, list(CURVES)) for run in seeds.values()]
+        name: [read_curves(run.folder, list(CURVES)).by_tag for run in seeds.values()]
         for name, seeds in variants.items()
     }
     panels = []
