@@ -25,10 +25,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+from evspan.conf.json_files import JsonFileError, parse_json, read_json_object
+from evspan.conf.text import plural
 
 HISTORY = "history.jsonl"
 PROGRESS = "progress.json"
 ACTIVITY = "activity.json"
+MOST_HISTORY_BYTES = 64 << 20
+MOST_NUMBER = 2.0**62  # no time, step or rate is larger
+EVENT_TYPES: dict[str, type] = {  # of an event's values, where they are used
+    "event": str,
+    "time": float,
+    "step": int,
+    "of": int,
+    "attempt": int,
+    "pid": int,
+    "code": int,
+    "seconds": float,
+    "host": str,
+    "job": str,
+    "message": str,
+}
 
 
 class Activity(Enum):
@@ -62,20 +79,74 @@ def _last_line_is_cut(handle: int) -> bool:
 
 
 def read(run: str | Path) -> list[dict[str, Any]]:
-    """The events in their order. Lines that are cut off are skipped."""
+    """The events in their order, without lines that are cut off or damaged.
+
+    Raises:
+        OSError: the file exists and cannot be read.
+    """
+    return read_history(run).events
+
+
+class History(NamedTuple):
+    """events: in their order. problem: what of the file is damaged; empty for a sound file."""
+
+    events: list[dict[str, Any]]
+    problem: str
+
+
+def read_history(run: str | Path) -> History:
+    """The events, without lines that are cut off or damaged; those are counted as a problem.
+
+    A value whose type is not that of its key is left out. A last line without its end is being
+    written.
+
+    Raises:
+        OSError: the file exists and cannot be read.
+    """
+    path = Path(run, HISTORY)
     try:
-        lines = Path(run, HISTORY).read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
+        with path.open("rb") as file:
+            data = file.read(MOST_HISTORY_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return History([], "")
     events = []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
+    damaged = []
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
             continue
-        if isinstance(event, dict) and "event" in event:
+        event = _parse_event(line, path)
+        if event is not None:
             events.append(event)
-    return events
+        elif number < len(lines):
+            damaged.append(number)
+    if not damaged:
+        return History(events, "")
+    return History(
+        events,
+        f"{HISTORY} has {plural(len(damaged), 'damaged line')}, the first in line {damaged[0]}",
+    )
+
+
+def _parse_event(line: bytes, path: Path) -> dict[str, Any] | None:
+    """The event of a line; None if it is damaged."""
+    try:
+        values = parse_json(line, str(path))
+    except JsonFileError:
+        return None
+    if not isinstance(values, dict):
+        return None
+    event = {key: value for key, value in values.items() if _has_type(key, value)}
+    return event if "event" in event and "time" in event else None
+
+
+def _has_type(key: str, value: Any) -> bool:
+    expected = EVENT_TYPES.get(key)
+    if expected is None:
+        return True
+    if expected is str:
+        return isinstance(value, str)
+    return _is_number(value) and (expected is float or isinstance(value, int))
 
 
 def write_progress(run: str | Path, values: dict[str, Any]) -> None:
@@ -89,13 +160,32 @@ def _replace(path: Path, values: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def read_progress(run: str | Path) -> dict[str, Any]:
-    """The values of progress.json; {} before the first logged step."""
+def read_progress(run: str | Path) -> dict[str, float]:
+    """The numbers of progress.json; {} before the first logged step, or if it is damaged."""
     try:
-        values = json.loads(Path(run, PROGRESS).read_text())
-    except (FileNotFoundError, ValueError):
+        return parse_progress(run)
+    except (OSError, JsonFileError):
         return {}
-    return values if isinstance(values, dict) else {}
+
+
+def parse_progress(run: str | Path) -> dict[str, float]:
+    """The numbers of progress.json; {} before the first logged step.
+
+    Raises:
+        JsonFileError: the file is damaged.
+        OSError: the file exists and cannot be read.
+    """
+    try:
+        values = read_json_object(Path(run, PROGRESS))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return {key: value for key, value in values.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < MOST_NUMBER  # False for NaN
 
 
 def write_activity(run: str | Path, activity: Activity, step: int) -> None:

@@ -68,7 +68,9 @@ def _how_to_end(run: Run) -> str:
             "is not a SLURM job and has not started; end the command that would start it with "
             "Ctrl-C in its terminal"
         )
+    host = start.get("host", "its machine")
+    pid = start.get("pid", "PID")
     return (
-        f"runs on {start['host']} without SLURM; on that machine, kill -TERM {start['pid']} saves "
-        "and ends it, Ctrl-C ends it at once"
+        f"runs on {host} without SLURM; on that machine, kill -TERM {pid} saves and ends it, "
+        "Ctrl-C ends it at once"
     )

@@ -1,6 +1,6 @@
 """Reads the runs below a folder: what their files contain, and the state of their jobs in SLURM."""
 
-import json
+import logging
 import re
 import shutil
 import time
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evspan.conf.errors import UserError
+from evspan.conf.errors import UserError, one_line
+from evspan.conf.json_files import JsonFileError, read_json_object
 from evspan.conf.text import plural
 from evspan.launch.sweep.state import (
     RunState,
@@ -20,11 +21,12 @@ from evspan.launch.sweep.state import (
     last_start,
     number,
 )
-from evspan.pipeline.history import HISTORY, PROGRESS, attempts, read, read_progress
+from evspan.pipeline.history import HISTORY, PROGRESS, attempts, parse_progress, read_history
 
 if TYPE_CHECKING:
     from evspan.launch.slurm.client import Queued
 
+logger = logging.getLogger(__name__)
 SWEEP = "sweep.json"
 SUBMITTED = "submitted.json"
 CONFIG = "config.json"
@@ -60,6 +62,7 @@ class Run:
         eta_s: seconds until the last step, without evaluations.
         metrics: contents of the newest evaluation's metrics.json.
         events: history of all submissions.
+        problem: which of its files cannot be read, and why. May be empty.
     """
 
     folder: Path
@@ -77,6 +80,7 @@ class Run:
     loss: float | None
     metrics: dict[str, Any]
     events: list[dict[str, Any]]
+    problem: str = ""
 
     @property
     def ap(self) -> float | None:
@@ -145,15 +149,11 @@ def find_runs(path: Path) -> list[RunEntry]:
 
 def _entries_of_sweep(path: Path) -> dict[str, RunEntry]:
     """The runs that sweep.json lists, by name."""
-    rows = _read_json(path / SWEEP).get("runs")
-    if not isinstance(rows, list):
-        return {}
-    entries = {}
-    for row in rows:
-        if not isinstance(row, dict) or "folder" not in row:
-            continue
-        name = str(row["folder"])
-        overrides = tuple(str(override) for override in row.get("overrides") or ())
+    entries: dict[str, RunEntry] = {}
+    for row in _sweep_rows(path / SWEEP):
+        name = row["folder"]
+        listed = row.get("overrides")
+        overrides = tuple(str(text) for text in listed) if isinstance(listed, list) else ()
         error = printable(row.get("error") or "")
         entries[name] = RunEntry(path / name, name, overrides, error)
     return entries
@@ -222,6 +222,8 @@ def describe(run: Run) -> str:
         line += f", AP {run.ap:.3f}"
     if run.error and run.state in (State.failed, State.lost, State.requeued):
         line += f": {run.error}"
+    if run.problem:
+        line += f"; {run.problem}"
     return line
 
 
@@ -242,18 +244,63 @@ def describe_all(runs: Sequence[Run]) -> str:
 
 # -- one run ---------------------------------------------------------------------------------------
 class _RunFiles:
-    """The contents of a run's files, each of which may be missing or half written.
+    """The contents of a run's files, each of which may be missing, damaged or not readable.
 
-    events: all events. recent: those of the last submission.
+    Attributes:
+        events: all events. recent: those of the last submission.
+        problems: a sentence for each file that cannot be read, or of which a part is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.submitted = _read_json(folder / SUBMITTED)
-        self.events = read(folder)
+        self.problems: list[str] = []
+        self.submitted = self._read_json(SUBMITTED)
+        self.events = self._read_history()
         self.recent = events_of_submission(self.events, self.submitted)
-        self.job = job_of_events(self.recent, self.submitted)
-        self.progress = read_progress(folder)
+        self.job = self._valid_job(job_of_events(self.recent, self.submitted))
+        self.progress = self._read_progress()
+        self.metrics = self._read_json(METRICS)
+        training = self._read_json(CONFIG).get("training")
+        self.training = training if isinstance(training, dict) else {}
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file; empty if the file is missing or cannot be read."""
+        try:
+            return read_json_object(self.folder / name)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (JsonFileError, OSError) as error:
+            self._add_problem(name, error)
+            return {}
+
+    def _read_history(self) -> list[dict[str, Any]]:
+        try:
+            history = read_history(self.folder)
+        except OSError as error:
+            self._add_problem(HISTORY, error)
+            return []
+        if history.problem:
+            self.problems.append(history.problem)
+        return history.events
+
+    def _read_progress(self) -> dict[str, float]:
+        try:
+            return parse_progress(self.folder)
+        except (JsonFileError, OSError) as error:
+            self._add_problem(PROGRESS, error)
+            return {}
+
+    def _valid_job(self, job: str) -> str:
+        """`job` if it is a job id: SLURM's commands get it as an argument."""
+        if job and not re.fullmatch(r"\d+(_\d+)?", job):
+            self.problems.append(f"{printable(job)} is no SLURM job id")
+            return ""
+        return job
+
+    def _add_problem(self, name: str, error: Exception) -> None:
+        # The message names the file with its folder, which the row shows already.
+        reason = one_line(error).replace(f"{self.folder}/", "")
+        self.problems.append(printable(reason))
 
     def state(self, entry: RunEntry, queue: "Mapping[str, Queued] | None") -> RunState:
         """queue: SLURM's queue by job id; None if it was not read."""
@@ -263,7 +310,10 @@ class _RunFiles:
             task = None if queue is None else queue.get(self.job)
             return infer_state(self.recent, self.job, task, queue_read=queue is not None)
         if entry.overrides is None:
-            return RunState(State.unknown, f"no {HISTORY}")
+            reason = "damaged files" if self.problems else f"no {HISTORY}"
+            return RunState(State.unknown, reason)
+        if self.problems:
+            return RunState(State.unknown, "damaged files")
         return RunState(State.waiting)
 
     def overrides(self, entry: RunEntry) -> dict[str, str]:
@@ -292,8 +342,7 @@ class _RunFiles:
         return step
 
     def max_steps(self) -> int | None:
-        training = _read_json(self.folder / CONFIG).get("training")
-        configured = training.get("max_steps") if isinstance(training, dict) else None
+        configured = self.training.get("max_steps")
         for value in (last_start(self.recent).get("of"), self.progress.get("of"), configured):
             max_steps = number(value)
             if max_steps:
@@ -345,8 +394,9 @@ def _read_run(entry: RunEntry, queue: "Mapping[str, Queued] | None") -> Run:
         eta_s=files.eta_s() if state is State.running else None,
         node=node,
         loss=number(files.progress.get("loss")),
-        metrics=_read_json(entry.folder / METRICS),
+        metrics=files.metrics,
         events=files.events,
+        problem="; ".join(files.problems),
     )
 
 
@@ -365,19 +415,26 @@ def _read_queue(jobs: Sequence[str]) -> "tuple[dict[str, Queued] | None, str]":
 
 
 # -- files and text --------------------------------------------------------------------------------
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is missing or half written."""
+def _sweep_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of sweep.json; those that are damaged are left out with a warning."""
     try:
-        contents = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    return contents if isinstance(contents, dict) else {}
+        rows = read_json_object(path).get("runs")
+    except FileNotFoundError:
+        return []
+    except (JsonFileError, OSError) as error:
+        logger.warning("%s. The runs are shown without their overrides", one_line(error))
+        return []
+    listed = rows if isinstance(rows, list) else [None]
+    sound = [row for row in listed if isinstance(row, dict) and is_folder_name(row.get("folder"))]
+    if len(sound) < len(listed):
+        logger.warning("%s: %s", path, plural(len(listed) - len(sound), "damaged row"))
+    return sound
 
 
-def split_overrides(overrides: Iterable[object] | None) -> dict[str, str]:
+def split_overrides(overrides: object) -> dict[str, str]:
     """['+key=value'] -> {key: value}, without run_dir and hydra.*, which only place the run."""
     values = {}
-    for override in overrides or ():
+    for override in overrides if isinstance(overrides, list | tuple) else ():
         key, _, value = str(override).lstrip("+").partition("=")
         if key != "run_dir" and not key.startswith("hydra"):
             values[printable(key)] = printable(value)

@@ -67,7 +67,7 @@ def _status_row(run: Run, keys: Sequence[str]) -> list[str]:
         "" if run.eta_s is None else format_duration(run.eta_s),
         run.node,
         str(run.requeues),
-        run.error,
+        "; ".join(text for text in (run.error, run.problem) if text),
     ]
 
 
@@ -79,6 +79,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "state": run.state.value,
         "reason": run.reason,
         "error": run.error,
+        "problem": run.problem,
         "job": run.job,
         "step": run.step,
         "of": run.max_steps,

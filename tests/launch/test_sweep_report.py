@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from evspan.conf.errors import UserError
-from evspan.launch.cli import report
+from evspan.launch.cli import cancel, logs, report, status
 from evspan.launch.sweep.registry import read_runs
 from evspan.launch.sweep.report.curves import Curve, read_curves
 from evspan.launch.sweep.report.event_files import Point
@@ -24,10 +25,13 @@ from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.context import RequestContext
 from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 NOW = time.time()
 TAGS = ("loss/total", "evaluation/ap")
@@ -181,6 +185,67 @@ def test_truncated_and_damaged_event_files_give_their_whole_records(sweep):
     path.write_bytes(whole[:at] + b"lost/total" + whole[at + 10 :])
     assert len(read_curves(sweep / "0", TAGS).by_tag["loss/total"].points) == 99
     assert read_curves(sweep / "nowhere", TAGS).by_tag == {tag: Curve() for tag in TAGS}
+
+
+def test_records_after_damage_are_read_and_the_damage_is_reported(sweep):
+    """A damaged value, a damaged length, and garbage in the middle; the end may be half written."""
+    (path,) = (sweep / "0" / "tensorboard").glob("*tfevents*")
+    whole = path.read_bytes()
+    at = whole.index(b"loss/total", len(whole) // 2)
+    start = whole.rindex(b"\x09", 0, at - 12) - 12  # of the record
+    assert whole[start : start + 8] == (at + 15 - start - 12).to_bytes(8, "little")
+    for first, damage, points, problem in (
+        (at + 12, b"\xff", 99, "1 damaged record"),
+        (start, b"\xff", 99, "damaged"),
+        (start + 1, b"\xff", 99, f"damaged at byte {start}"),
+        (start, bytes(300), None, ""),
+        (start, b"\xfe" * 300, None, f"damaged at byte {start}"),
+    ):
+        path.write_bytes(whole[:first] + damage + whole[first + len(damage) :])
+        curves = read_curves(sweep / "0", TAGS)
+        steps = [p.step for p in curves.by_tag["loss/total"].points]
+        assert sorted(steps) == steps
+        assert steps[0] == 1
+        assert steps[-1] == 100
+        assert len(steps) == points or points is None
+        assert problem in curves.problem
+    path.write_bytes(whole[:-7])
+    assert read_curves(sweep / "0", TAGS).problem == ""
+    path.write_bytes(os.urandom(5000))
+    assert "damaged at byte 0" in read_curves(sweep / "0", TAGS).problem
+
+
+def test_records_of_other_forms_are_read(tmp_path):
+    """Several values in one record, a negative step, no wall_time, and tags inside other tags."""
+    writer = EventFileWriter(str(tmp_path / "tensorboard"))
+    values = [Summary.Value(tag=tag, simple_value=2.5) for tag in ("other", *TAGS)]
+    writer.add_event(Event(wall_time=1.0, step=3, summary=Summary(value=values)))
+    for step in (0, 1, 127, 128, 2**20, 2**40):
+        for tag in ("loss/total", "loss/total_2", "a/loss/total"):
+            value = Summary.Value(tag=tag, simple_value=step)
+            writer.add_event(Event(wall_time=2.0, step=step, summary=Summary(value=[value])))
+    text = Summary.Value(tag="notes", metadata={"display_name": "loss/total"})
+    writer.add_event(Event(wall_time=3.0, step=9, summary=Summary(value=[text])))
+    writer.close()
+    curves = read_curves(tmp_path, TAGS)
+    assert [p.step for p in curves.by_tag["loss/total"].points] == [3, 0, 1, 127, 128, 2**20, 2**40]
+    assert curves.by_tag["loss/total"].points[-1].value == 2.0**40
+    assert curves.by_tag["evaluation/ap"].points == [Point(3, 2.5, 1.0)]
+    assert curves.problem == ""
+
+
+@pytest.mark.slow
+def test_the_report_of_many_runs_takes_milliseconds_per_run(tmp_path):
+    run = tmp_path / "0"
+    writer = TensorBoardWriter(run, enabled=True)
+    for step in range(1, 2001):
+        writer.write_scalars({f"speed/{i}": 1.0 for i in range(10)}, step)
+        writer.write_scalars({"loss/total": 1.0}, step)
+    writer.close()
+    started = time.process_time()
+    for _ in range(5):
+        assert len(read_curves(run, TAGS).by_tag["loss/total"].points) == 2000
+    assert time.process_time() - started < 5 * 0.1  # 0.01 s each; 0.4 s with a loop over all bytes
 
 
 def test_thinned_curves_keep_the_mean():
@@ -428,3 +493,68 @@ def test_tensorboard_shows_the_sweep_once_after_several_reports(sweep, capsys):
     (sweep / "1" / "evaluation" / "metrics.json").write_text('{"ap": 0.75}')
     report.main([str(sweep)])
     assert hparams(sweep)["1/hparams"][1]["ap"] == 0.75
+
+
+# -- damaged files -----------------------------------------------------------------------------------------------
+DAMAGES = {
+    "not JSON": b"{\n",
+    "garbage": bytes(range(256)) * 4,
+    "an array": b"[1, 2]\n",
+    "deep": b"[" * 100_000 + b"\n",
+    "wrong types": json.dumps(
+        {
+            key: {"a": [None]}
+            for key in ("event", "time", "step", "of", "job", "overrides", "training", "ap", "loss")
+        }
+    ).encode(),
+    "wrong numbers": b'{"event": "start", "time": 1e999, "step": 1' + b"0" * 400 + b', "ap": NaN}',
+    "hostile": b'{"event": "start", "time": 1, "host": 5, "pid": "x", "job": "--user=root"}',
+    "a folder": None,
+}
+FILES = (
+    "submitted.json",
+    "history.jsonl",
+    "progress.json",
+    "config.json",
+    "evaluation/metrics.json",
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_damage_in_a_run_affects_its_own_row(sweep, capsys, monkeypatch, name, damage):
+    monkeypatch.setenv("PATH", "/nowhere")
+    before = {result.run.name: result.run for result in rows(sweep)}
+    path = sweep / "0" / name
+    path.unlink(missing_ok=True)
+    content = DAMAGES[damage]
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    after = {run.name: run for run in read_runs(sweep).runs}
+    assert after.keys() == before.keys()
+    for other in "1234":
+        assert after[other] == before[other]
+    if damage not in ("wrong types", "wrong numbers", "hostile"):
+        assert name.split("/")[-1] in after["0"].problem
+    assert after["0"].problem.isprintable()
+    report.main([str(sweep)])
+    status.main([str(sweep)])
+    output = capsys.readouterr().out
+    assert after["0"].problem in output
+    assert "Traceback" not in output
+    assert (sweep / "report.html").read_text().count("<tr") > 5
+    with suppress(SystemExit):
+        cancel.main([str(sweep)])
+    with suppress(SystemExit):
+        logs.main([str(sweep / "0")])
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b'{"runs": 1}', b'{"runs": [{"folder": "../x"}, 7]}']
+)
+def test_a_damaged_sweep_json_leaves_the_runs(sweep, caplog, content):
+    (sweep / "sweep.json").write_bytes(content)
+    assert [run.name for run in read_runs(sweep).runs] == list("01234")
+    assert "sweep.json" in caplog.text

@@ -1,9 +1,9 @@
 """Finds the scalars of some tags in TensorBoard event files, without a Python loop over all bytes.
 
-A file is a sequence of TFRecords: length (8 bytes), its checksum (4), the data, their checksum (4).
-A scalar is mostly a record of one form: wall_time, step, and a summary of one value with the tag and
-`simple_value`. These records are found by their tag, checked and decoded together by numpy. Other
-records that contain a tag are parsed one by one. Records of images are not read.
+A file is a sequence of TFRecords: length (8 bytes), its checksum (4), the data, its checksum (4).
+A scalar is mostly a record of one form: wall_time, step, and a summary of one value with the tag
+and `simple_value`. These records are found by their tag, checked and decoded together by numpy.
+Other records that contain a tag are parsed one by one. Records of images are not read.
 """
 
 import struct
@@ -16,9 +16,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from evspan.conf.text import plural
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has no stubs
 from numpy.typing import NDArray
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 LARGE_BYTES = 1 << 12  # larger records are images, not scalars
@@ -136,11 +136,11 @@ def _blocks(file: BinaryIO) -> Iterator[_Block]:
 
 
 def _walk(data: bytes) -> tuple[list[int], int, int]:
-    """The starts of the whole small records, their end, and the length of a large one there or 0."""
+    """The starts of the whole small records, their end, the length of a large record there or 0."""
     unpack = struct.Struct("<Q").unpack_from
     size = len(data)
     last = size - HEADER_BYTES
-    starts = []
+    starts: list[int] = []
     start = 0
     while start <= last:
         (length,) = unpack(data, start)
@@ -313,8 +313,9 @@ def _is_step(field_bytes: Bytes) -> NDArray[np.bool_]:
     if not field_bytes.shape[1]:
         return np.ones(len(field_bytes), bool)
     continued = field_bytes[:, 1:] >= 0x80
-    is_step = (field_bytes[:, 0] == STEP_TAG) & ~continued[:, -1]
-    return np.asarray(is_step & continued[:, :-1].all(axis=1))
+    is_step: NDArray[np.bool_] = (field_bytes[:, 0] == STEP_TAG) & ~continued[:, -1]
+    is_step &= continued[:, :-1].all(axis=1)
+    return is_step
 
 
 def _step(field_bytes: Bytes) -> Indices:
@@ -344,7 +345,7 @@ def _rows(data: Bytes, starts: Indices, width: int) -> Bytes:
 def _is_sound(data: Bytes, start: Indices, end: Indices) -> NDArray[np.bool_]:
     """(N,) whether the checksums of the length and of the data hold."""
     header = _rows(data, start, HEADER_BYTES)
-    is_sound = _crc32c(header[:, :8]) == header[:, 8:].copy().view("<u4")[:, 0]
+    is_sound: NDArray[np.bool_] = _crc32c(header[:, :8]) == header[:, 8:].copy().view("<u4")[:, 0]
     sizes = end - start - HEADER_BYTES
     for size in np.unique(sizes).tolist():
         same = np.flatnonzero(sizes == size)

@@ -1,9 +1,11 @@
 """Writes each run of a sweep as a session of TensorBoard's HParams plugin."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from evspan.conf.errors import one_line
 from evspan.launch.sweep.report.results import RunResult
 from evspan.launch.sweep.state import number
 from tensorboard.compat.proto.event_pb2 import Event
@@ -11,6 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+logger = logging.getLogger(__name__)
 HPARAMS_FOLDER = "hparams"  # in the run folder
 
 HParam = bool | float | str
@@ -29,7 +32,10 @@ def write_sweep_hparams(results: Sequence[RunResult], keys: Sequence[str]) -> No
         values = {key: hparam_value(run.overrides[key]) for key in keys if key in run.overrides}
         starts = [event["time"] for event in run.events if event["event"] == "start"]
         started = starts[0] if starts else time.time()
-        write_hparams(run.folder, values, result.metrics(), started)
+        try:
+            write_hparams(run.folder, values, result.metrics(), started)
+        except OSError as error:
+            logger.warning("%s: HParams are not written: %s", run.folder, one_line(error))
 
 
 def hparam_value(text: str) -> HParam:

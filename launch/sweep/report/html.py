@@ -15,7 +15,7 @@ from evspan.data_prep.report.plots import Axes, round_ticks
 from evspan.data_prep.report.templating import Column, KeyFigure, report_environment
 from evspan.data_prep.shards.atomic import atomic_write
 from evspan.launch.sweep.registry import Run, describe_all, format_duration, short_names
-from evspan.launch.sweep.report.curves import Point
+from evspan.launch.sweep.report.event_files import Point
 from evspan.launch.sweep.report.results import METRIC_NAMES, RunResult
 from evspan.launch.sweep.state import State, number
 from markupsafe import Markup
@@ -128,12 +128,14 @@ def _key_figure(name: str, value: float | None) -> KeyFigure:
 
 
 def _failures(results: Sequence[RunResult]) -> list[str]:
-    """A line per run that failed or was lost."""
+    """A line per run that failed or was lost, or whose files cannot be read."""
     lines = []
     for result in results:
         run = result.run
         if run.state in (State.failed, State.lost):
             lines.append(f"{run.name} {run.state.value}: {run.error or run.reason}")
+        if result.problem:
+            lines.append(f"{run.name}: {result.problem}")
     return lines
 
 

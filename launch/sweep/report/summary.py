@@ -100,6 +100,9 @@ def highlights(results: Sequence[RunResult], keys: Sequence[str]) -> list[str]:
         if run.state in (State.failed, State.lost):
             lines.append(f"{run.folder}: {run.state.value}: {run.error or run.reason}")
     for result in results:
+        if result.problem:
+            lines.append(f"{result.run.folder}: {result.problem}")
+    for result in results:
         run = result.run
         if run.requeues:
             lines.append(
