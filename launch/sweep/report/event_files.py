@@ -16,7 +16,6 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from evspan.conf.text import plural
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has no stubs
 from numpy.typing import NDArray
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
@@ -235,7 +234,7 @@ class _BlockReader:
         record = self.block.data[first : first + length]
         try:
             event = Event.FromString(record)
-        except DecodeError:
+        except Exception:  # DecodeError of protobuf, which is a dependency of tensorboard, not ours
             self.contents.damaged += 1
             return False
         values = [
