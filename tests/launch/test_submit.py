@@ -192,11 +192,13 @@ def test_what_a_time_limit_requeues(tmp_path, notes, code, before, last_event):
 
 def test_time_limits_without_a_further_checkpoint_end_the_run(tmp_path):
     """Only those in a row at one step, since it was submitted; and never the first one."""
-    (tmp_path / "checkpoints").mkdir()
     reached = JobEnd([], None, "RUNNING", time_limit=True)
 
     def limit_at(step: int, max_retries: int = 3) -> Decision:
-        (tmp_path / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
+        checkpoint = tmp_path / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "meta.json").write_text(json.dumps({"step": step, "config": {}}))
+        (tmp_path / "checkpoints" / "latest").write_text(f"{checkpoint.name}\n")
         append(tmp_path, "start", step=step)
         append(tmp_path, "running", step=step)
         write_activity(tmp_path, Activity.evaluating, step)
@@ -217,6 +219,7 @@ def test_time_limits_without_a_further_checkpoint_end_the_run(tmp_path):
 def test_what_an_attempt_was_doing(tmp_path):
     assert read_activity(tmp_path) is Activity.starting
     write_activity(tmp_path, Activity.saving, 3)  # of an earlier attempt
+    time.sleep(0.01)
     append(tmp_path, "start", step=3)
     assert read_activity(tmp_path) is Activity.starting
     append(tmp_path, "running", step=3)
