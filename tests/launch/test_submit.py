@@ -411,9 +411,8 @@ def test_a_container_is_one_key(tmp_path, container, image):
     else:
         assert "'--container-image=my image.sqsh'" in ranks
         assert f"{run}:{run},/data:/in" in ranks
-        assert (
-            "srun --ntasks=1" in text.split("# teardown")[1]
-        )  # the requeue command runs inside, too
+        # The requeue command runs inside, too, also next to the ranks.
+        assert "should_requeue() { srun --overlap --ntasks=1 --nodes=1 '--container-im" in text
 
 
 def fake_slurm(folder: Path, srun: str, end: str, state: str) -> dict[str, str]:
