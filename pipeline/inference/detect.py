@@ -14,7 +14,7 @@ import torch
 from evspan.pipeline.inference.streaming import raw_boxes
 from evspan.pipeline.inference.streaming_detector import StreamingDetector, StreamingOptions
 from evspan.pipeline.model.detector import Detector
-from evspan.pipeline.model.postprocess import DetectionLimits
+from evspan.pipeline.model.inputs import limits_from
 from numpy.typing import NDArray
 
 T = TypeVar("T")
@@ -136,9 +136,10 @@ def detect(
 
     Raises:
         UserError: CUDA graphs are requested, and the detector is not on a GPU.
+        InputError: a threshold is outside 0..1, or frames are not of the detector's channels.
     """
     source = iter(frames)
-    limits = DetectionLimits(confidence, nms)
+    limits = limits_from(confidence, nms)
     stream: StreamingDetector | None = None
     while True:
         batch = [

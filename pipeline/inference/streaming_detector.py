@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from evspan.conf.text import plural
 from evspan.pipeline.inference.cuda_graph import capture, require_cuda_graphs
 from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.inputs import Frames, InputError, as_frames, check_frames
 from evspan.pipeline.model.postprocess import DetectionLimits, PendingDetections, select
 from evspan.pipeline.model.state import DetectorState, map_state, state_tensors
 from torch import Tensor
@@ -53,28 +55,36 @@ class StreamingDetector:
             )
         self._graph: _Graph | None = None
 
-    def detect(self, frames: Tensor) -> list[Tensor]:
+    def detect(self, frames: Frames) -> list[Tensor]:
         """The detections of the next frame of every lane. Waits once for the device.
 
         Args:
-            frames: (lanes, 2 * bins, H, W) uint8, on the CPU or on the device.
+            frames: (lanes, 2 * bins, H, W) uint8, on the CPU or on the device, or an array.
 
         Returns:
             Per lane (k, 7) on the CPU: x1, y1, x2, y2 in pixels of the frames, objectness, class
             score, class id; highest objectness * class score first.
+
+        Raises:
+            InputError: frames of another dtype, size, number of lanes or device.
         """
         return self.start(frames[None]).read()
 
     @torch.inference_mode()
-    def start(self, frames: Tensor) -> PendingDetections:
+    def start(self, frames: Frames) -> PendingDetections:
         """Queues the next frames of every lane without waiting for the device.
 
         Args:
-            frames: (T, lanes, 2 * bins, H, W) uint8, on the CPU or on the device.
+            frames: (T, lanes, 2 * bins, H, W) uint8, on the CPU or on the device, or an array of
+                numpy.
 
         Returns:
             The detections of T * lanes frames in (t, lane) order. Read them before the next call.
+
+        Raises:
+            InputError: frames of another dtype, size, number of lanes or device.
         """
+        frames = self._checked(frames)
         if not self.options.cuda_graphs or len(frames) != self.options.frames_per_call:
             decoded = self._advance(self._on_device(frames))
             return PendingDetections(decoded, self.options.limits)
@@ -86,6 +96,22 @@ class StreamingDetector:
     def reset(self) -> None:
         """Sets the state of all lanes to zero: other recordings begin."""
         overwrite(self._state, map_state(torch.zeros_like, self._state))
+
+    def _checked(self, frames: Frames) -> Tensor:
+        """The frames as a tensor, if they are of this stream."""
+        checked = as_frames(frames, "T, lanes, channels, H, W", torch.device("cpu"))
+        options = self.options
+        expected = (options.lanes, options.height, options.width)
+        lanes, _, height, width = checked.shape[1:]
+        if (lanes, height, width) != expected:
+            raise InputError(
+                f"frames are of {plural(lanes, 'lane')}, {height} x {width} pixels, and the stream "
+                f"is of {plural(options.lanes, 'lane')}, {options.height} x {options.width}; open "
+                "another stream for them"
+            )
+        device = checked.device if checked.is_cpu else self.device
+        check_frames(checked, self.detector.in_channels, device)
+        return checked
 
     def _advance(self, frames: Tensor) -> Tensor:
         """Frames on the device -> decoded predictions. For CUDA graphs the state stays in place."""

@@ -9,7 +9,7 @@ from evspan.conf.schema.training import Precision
 from evspan.pipeline.inference.precision import cast_weights, float32_kernels, run_precision
 from evspan.pipeline.inference.streaming_detector import StreamingDetector, StreamingOptions
 from evspan.pipeline.model.detector import Detector
-from evspan.pipeline.model.postprocess import DetectionLimits
+from evspan.pipeline.model.inputs import limits_from
 from evspan.pipeline.model.state import DetectorState
 from evspan.pipeline.weights import Weights
 from torch import Tensor
@@ -37,7 +37,12 @@ class TrainedDetector(Detector):
         labelled: Tensor | None = None,
         following: Tensor | None = None,
     ) -> tuple[Tensor, DetectorState]:
-        """`Detector.forward` in its precision."""
+        """`Detector.forward` in its precision.
+
+        Raises:
+            InputError: frames or state of other channels, sizes, dtypes or devices.
+        """
+        self.check_inputs(frames, state, starts, labelled)
         with float32_kernels(self.precision, frames.device):
             return super().forward(
                 frames, state, starts=starts, labelled=labelled, following=following
@@ -84,9 +89,10 @@ class TrainedDetector(Detector):
 
         Raises:
             UserError: CUDA graphs are requested, and the detector is not on a GPU.
+            InputError: a threshold is outside 0..1, or there are no lanes or pixels.
         """
         default = self.config.postprocess
-        limits = DetectionLimits(
+        limits = limits_from(
             default.confidence_threshold if confidence_threshold is None else confidence_threshold,
             default.nms_threshold if nms_threshold is None else nms_threshold,
         )

@@ -10,11 +10,20 @@ import torch
 from evspan.conf.schema.training import ModelConfig
 from evspan.pipeline.model.backbone import Backbone, Execution
 from evspan.pipeline.model.head import Geometry, YOLOXHead, decode
+from evspan.pipeline.model.inputs import (
+    Frames,
+    as_frames,
+    check_frames,
+    check_positive,
+    check_selection,
+    check_state,
+    limits_from,
+)
 from evspan.pipeline.model.neck import ATTENDED_SCALES, YOLOPAFPN, LookBack
 from evspan.pipeline.model.norm import BatchNorm2d, shared_norm_work
-from evspan.pipeline.model.postprocess import detections
+from evspan.pipeline.model.postprocess import PendingDetections
 from evspan.pipeline.model.sequence_protocol import Exchange, LocalExchange
-from evspan.pipeline.model.state import DetectorState, StageState, forget_lanes
+from evspan.pipeline.model.state import STAGES, DetectorState, forget_lanes, state_of
 from torch import Tensor, nn
 
 
@@ -128,6 +137,7 @@ class Detector(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.in_channels = in_channels
         self.exchange = exchange or LocalExchange()
         self.backbone = Backbone(config.backbone, in_channels, execution)
         fpn = config.fpn
@@ -171,20 +181,31 @@ class Detector(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> DetectorState:
-        """The zero state of `batch` lanes of frames of (height, width) pixels."""
+        """The zero state of `batch` lanes of frames of (height, width) pixels.
+
+        Raises:
+            InputError: there are no lanes or no pixels.
+        """
+        check_positive(batch=batch, height=height, width=width)
+        shapes = self.state_shapes(batch, height, width)
+        return state_of([torch.zeros(shape, device=device, dtype=dtype) for shape in shapes])
+
+    def state_shapes(self, batch: int, height: int, width: int) -> list[tuple[int, ...]]:
+        """The shapes of a state's tensors, in the order of `state_tensors`."""
         padded_height, padded_width = self.input_size(height, width)
 
-        def zeros(stage: int, *leading: int) -> Tensor:
+        def shape(stage: int, *leading: int) -> tuple[int, ...]:
             """(*leading, C, h, w) of a stage, counted from 1."""
             channels = self.config.backbone.dims[stage - 1]
             stride = Backbone.strides[stage - 1]
-            shape = (*leading, channels, padded_height // stride, padded_width // stride)
-            return torch.zeros(shape, device=device, dtype=dtype)
+            return (*leading, channels, padded_height // stride, padded_width // stride)
 
-        stages = tuple(StageState(zeros(s, batch), zeros(s, batch)) for s in range(1, 5))
+        shapes = []
+        for stage in range(1, STAGES + 1):
+            shapes += [shape(stage, batch)] * 2  # hidden and cell
         frames_back = self.config.fpn.looks_back
         attended = self.config.fpn.in_stages[:ATTENDED_SCALES] if frames_back else []
-        return DetectorState(stages, tuple(zeros(s, frames_back, batch) for s in attended))
+        return shapes + [shape(stage, frames_back, batch) for stage in attended]
 
     def forward(
         self,
@@ -229,24 +250,50 @@ class Detector(nn.Module):
             raw: Tensor = self.yolox_head(self.fpn(chosen, history))
         return raw, DetectorState(stages, tuple(history.carry))
 
-    def step(self, frames: Tensor, state: DetectorState) -> tuple[Tensor, DetectorState]:
+    def check_inputs(
+        self,
+        frames: Tensor,
+        state: DetectorState,
+        starts: Tensor | None = None,
+        labelled: Tensor | None = None,
+    ) -> None:
+        """Checks what `forward` gets; without waiting for a device.
+
+        Raises:
+            InputError: frames or state of other channels, sizes, dtypes or devices.
+        """
+        weight = next(self.parameters())
+        frames = as_frames(frames, "T, B, channels, H, W", weight.device)
+        check_frames(frames, self.in_channels, weight.device)
+        steps, lanes, _, height, width = frames.shape
+        check_selection(starts, labelled, steps=steps, lanes=lanes)
+        check_state(
+            state, self.state_shapes(lanes, height, width), weight, size=(lanes, height, width)
+        )
+
+    def step(self, frames: Frames, state: DetectorState) -> tuple[Tensor, DetectorState]:
         """Runs one frame of every lane.
 
         Args:
-            frames: (B, 2 * bins, H, W) uint8.
+            frames: (B, 2 * bins, H, W) uint8, on the detector's device, or an array of numpy.
             state: of `initial_state`, or what the previous step returned.
 
         Returns:
             (B, cells, 5 + classes): cx, cy, w, h in pixels of the frames, objectness, class scores;
             cells ordered by scale, finest first, then row-major. And the next state.
+
+        Raises:
+            InputError: frames or state of other channels, sizes, dtypes or devices.
         """
+        frames = as_frames(frames, "B, channels, H, W", next(self.parameters()).device)
+        self.check_inputs(frames[None], state)
         raw, state = self(frames[None], state)
         height, width = frames.shape[-2:]
         return self.decode(raw, height, width), state
 
     def detect(
         self,
-        frames: Tensor,
+        frames: Frames,
         state: DetectorState,
         *,
         confidence_threshold: float | None = None,
@@ -255,7 +302,7 @@ class Detector(nn.Module):
         """`step`, then confidence threshold and non-maximum suppression per class.
 
         Args:
-            frames: (B, 2 * bins, H, W) uint8.
+            frames: (B, 2 * bins, H, W) uint8, on the detector's device, or an array of numpy.
             state: of `initial_state`, or what the previous step returned.
             confidence_threshold: lowest objectness * class score; None: the model config's.
             nms_threshold: IoU threshold of the suppression; None: the model config's.
@@ -263,16 +310,18 @@ class Detector(nn.Module):
         Returns:
             Per lane (k, 7) on the CPU: x1, y1, x2, y2 in pixels of the frames, objectness, class
             score, class id; highest objectness * class score first. And the next state.
+
+        Raises:
+            InputError: frames or state of other channels, sizes, dtypes or devices, or a threshold
+                outside 0..1.
         """
         if confidence_threshold is None:
             confidence_threshold = self.config.postprocess.confidence_threshold
         if nms_threshold is None:
             nms_threshold = self.config.postprocess.nms_threshold
+        limits = limits_from(confidence_threshold, nms_threshold)
         decoded, state = self.step(frames, state)
-        results = detections(
-            decoded, confidence_threshold=confidence_threshold, nms_threshold=nms_threshold
-        )
-        return results, state
+        return PendingDetections(decoded, limits).read(), state
 
     def decode(self, raw: Tensor, height: int, width: int) -> Tensor:
         """Decodes raw predictions of frames of (height, width) pixels.

@@ -82,6 +82,7 @@ def _cell_lstm(
     weight: Tensor, bias: Tensor, depthwise: Depthwise | None, x: Tensor, state: StageState
 ) -> tuple[Tensor, StageState]:
     """`CellLSTM.forward`. weight: (4 * C, 2 * C), bias: (4 * C,) of the gates on [x, hidden]."""
+    check_recurrence(x, state)
     # One memory layout, whatever layout a checkpoint or a collective left the state in: results are
     # bit-identical.
     hidden = state.hidden.permute(0, 2, 3, 1).contiguous()
@@ -91,6 +92,21 @@ def _cell_lstm(
     else:
         out, hidden, cell = _fused_lstm(weight, bias, x, hidden, cell)
     return out, StageState(hidden.permute(0, 3, 1, 2), cell.permute(0, 3, 1, 2))
+
+
+def check_recurrence(x: Tensor, state: StageState) -> None:
+    """Checks the state against x (T, B, h, w, C): oneDNN reads beyond a state that is too small.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    _, lanes, height, width, dim = x.shape
+    for name, tensor in state._asdict().items():
+        if tensor.shape != (lanes, dim, height, width) or tensor.dtype != x.dtype:
+            raise ValueError(
+                f"the {name} state is {tuple(tensor.shape)} {tensor.dtype} for inputs of "
+                f"{tuple(x.shape)} {x.dtype}; it must be {(lanes, dim, height, width)} {x.dtype}"
+            )
 
 
 def _fused_lstm(

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+STAGES = 4  # of the backbone
+
 
 class StageState(NamedTuple):
     """One stage's LSTM: hidden and cell, both (B, C, h, w)."""
@@ -32,6 +34,11 @@ def state_tensors(state: DetectorState) -> list[Tensor]:
     for stage in state.stages:
         tensors += stage
     return tensors + list(state.previous)
+
+
+def state_of(tensors: Sequence[Tensor]) -> DetectorState:
+    """A state of tensors in the order of `state_tensors`."""
+    return _assemble(tensors, STAGES)
 
 
 def state_from_tensors(tensors: list[Tensor], like: DetectorState) -> DetectorState:
