@@ -10,8 +10,10 @@ import os
 import sys
 from typing import TYPE_CHECKING, TextIO
 
+from evspan.conf.errors import ConfigError
 from evspan.conf.text import printable_lines
 from evspan.launch.output_streams import drop_lost_output, open_output_streams
+from evspan.pipeline.parallel.rank_env import rank_info
 
 LOGGER = "evspan"
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ def configure_logging(rank: int | None = None, *, log_file: bool = False) -> Non
     again replaces the configuration.
 
     Args:
-        rank: of this process; default: the launcher's variable RANK or SLURM_PROCID, else 0.
+        rank: of this process; default: that of the launcher's variables, else 0.
         log_file: whether the output of this process is redirected to a log file. Every record of
             every rank is then written to standard output, each line with timestamp, level and
             rank.
@@ -59,7 +61,10 @@ def ensure_logging() -> None:
 
 def rank_from_environment() -> int:
     """The rank that torchrun, `evspan train` or srun gave to this process; 0 without a launcher."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    try:
+        return rank_info(os.environ).rank
+    except ConfigError:  # which the command reports
+        return 0
 
 
 def _file_handlers(rank: int) -> list[logging.Handler]:

@@ -13,6 +13,7 @@ from evspan.conf.text import plural
 from evspan.launch.doctor import folder, machine, slurm
 from evspan.launch.doctor.finding import FAIL, WARN, Check, Finding, run_checks
 from evspan.launch.doctor.job import Job, run_job
+from evspan.pipeline.parallel.rank_env import started_as_rank
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_PROCID")  # mark a process as one of several ranks
 HERE = "here"
@@ -118,8 +119,7 @@ def run_doctor(
 
 
 def _refuse_ranks() -> None:
-    torchrun = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-    if torchrun or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    if started_as_rank(os.environ):
         raise UserError(
             "evspan doctor starts its tasks itself; run it without torchrun, and under srun as one "
             "task (-n1)"

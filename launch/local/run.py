@@ -20,6 +20,7 @@ from evspan.launch.local.rank import evaluate_rank, train_rank
 from evspan.launch.local.ranks import run_ranks
 from evspan.launch.sweep.queued import refuse_queued
 from evspan.launch.sweep.registry import SWEEP, is_run
+from evspan.pipeline.parallel.rank_env import started_as_rank
 from evspan.pipeline.run_lock import RunLock
 
 
@@ -75,12 +76,12 @@ def run_evaluation(config: EvaluateConfig) -> int:
 
 
 def under_launcher() -> bool:
-    """Whether torchrun or a SLURM step of several tasks has started this process as a rank."""
-    env = os.environ
-    if {"RANK", "WORLD_SIZE"} <= env.keys():
-        return True
-    # A batch script has a number of tasks too, but it is not a step: it starts no ranks.
-    return "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1
+    """Whether torchrun or a SLURM step of several tasks has started this process as a rank.
+
+    Raises:
+        ConfigError: variables of a launcher are left over from another program.
+    """
+    return started_as_rank(os.environ)
 
 
 def check_training(config: TrainConfig) -> None:

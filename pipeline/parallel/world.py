@@ -19,7 +19,7 @@ from evspan.pipeline.parallel.devices import (
     set_cuda_variables,
 )
 from evspan.pipeline.parallel.heartbeat import heartbeat
-from evspan.pipeline.parallel.rank_env import RankInfo, check_address, rank_info
+from evspan.pipeline.parallel.rank_env import RankInfo, check_address, check_interfaces, rank_info
 from evspan.pipeline.parallel.rank_exit import group_is_open
 from evspan.pipeline.parallel.rendezvous import rendezvous
 from evspan.pipeline.parallel.run_secret import RunSecret, shared_secret
@@ -119,6 +119,8 @@ def _join_group(
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+        if info.size > 1:
+            check_interfaces(os.environ)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         rank=info.rank,

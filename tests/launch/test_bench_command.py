@@ -206,6 +206,8 @@ def test_wrong_arguments_are_refused_in_one_line(arguments, message, tmp_path, m
 def test_a_rank_of_torchrun_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "77")
     with pytest.raises(SystemExit):
         main(["bench"])
     assert "run it without torchrun" in capsys.readouterr().err

@@ -27,7 +27,9 @@ pytestmark = pytest.mark.timeout(60)
 def restored_state(monkeypatch, tmp_path):
     """Commands run in this process and in an empty folder; the settings that they change are restored."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # as a user might have it
-    for name in ("EVSPAN_DEBUG", "RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_NTASKS"):
+    for name in ("EVSPAN_DEBUG", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("SLURM_STEP_ID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     root = logging.getLogger()
@@ -348,13 +350,25 @@ def test_hydra_leaves_no_trace(tmp_path):
     assert logging.getLogger().level == level
 
 
+STEP = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
 @pytest.mark.parametrize(
     ("environment", "inside"),
     [
         ({}, False),
         ({"RANK": "0"}, False),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, True),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, False),
+        ({"WORLD_SIZE": "1"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, True),
         ({"SLURM_NTASKS": "4"}, False),
+        # the shell of an interactive step, and a batch script, in a job of 4 tasks
+        ({**STEP, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({**STEP, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "4"}, False),
+        ({**STEP, "SLURM_STEP_ID": "4294967291"}, False),
+        ({**STEP, "SLURM_STEP_ID": "4294967292"}, False),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({**STEP, "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "4"}, True),
         ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, False),
         ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, True),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),
@@ -364,3 +378,40 @@ def test_a_launchers_ranks_are_recognised(monkeypatch, environment, inside):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert under_launcher() is inside
+
+
+LEFT_OVER = [
+    (
+        {"RANK": "1", "WORLD_SIZE": "4"},
+        "RANK=1 and WORLD_SIZE=4 make this process one of several ranks, but MASTER_ADDR, "
+        "MASTER_PORT are missing: left over from another program? To start without a launcher: "
+        "unset RANK WORLD_SIZE",
+    ),
+    ({"WORLD_SIZE": "8"}, "unset WORLD_SIZE"),
+    ({"RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "but WORLD_SIZE is missing"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "but MASTER_PORT is missing"),
+]
+
+
+@pytest.mark.parametrize(("environment", "message"), LEFT_OVER)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "experiment=demo", "dataset.root=x"],
+        ["evaluate", "x", "dataset.root=x"],
+        ["doctor"],
+        ["bench"],
+        ["smoke"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_left_over_variables_of_a_launcher_are_named(
+    capfd, monkeypatch, command, environment, message
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = evspan(capfd, *command)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err

@@ -286,6 +286,7 @@ def test_invalid_options(arguments, part, capsys):
 
 
 def test_it_refuses_to_be_a_rank(monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert "starts its tasks itself" in refused_by(main, capsys)
 

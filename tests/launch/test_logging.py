@@ -10,6 +10,8 @@ import pytest
 from evspan.launch.logging_config import configure_logging, ensure_logging
 
 logger = logging.getLogger("evspan.launch.test")
+TORCHRUN = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "77"}
+STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
 
 
 def log_everything() -> None:
@@ -79,13 +81,15 @@ def test_ensure_keeps_the_format_of_a_log_file(capsys):
     ("environment", "shown"),
     [
         ({}, True),
-        ({"RANK": "1"}, False),
-        ({"SLURM_PROCID": "1"}, False),
-        ({"SLURM_PROCID": "1", "RANK": "0"}, True),
+        ({**TORCHRUN, "RANK": "1"}, False),
+        ({**STEP, "SLURM_PROCID": "1"}, False),
+        ({**STEP, "SLURM_PROCID": "1", **TORCHRUN, "RANK": "0"}, True),
+        ({"RANK": "1"}, True),  # left over: the command reports it
+        ({"SLURM_PROCID": "1"}, True),
     ],
 )
 def test_the_rank_comes_from_the_launcher(capsys, monkeypatch, environment, shown):
-    for name in ("RANK", "SLURM_PROCID"):
+    for name in (*TORCHRUN, *STEP, "RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -1,5 +1,6 @@
 """Sequences over real ranks (gloo) against one rank: scans, looking back, the whole detector, and the state between chunks."""
 
+import socket
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from evspan.conf.schema.layout import ExchangeKind, check_layout
 from evspan.launch.local.ranks import run_ranks
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import Mesh
-from evspan.pipeline.parallel.rank_env import check_address, first_host, rank_info
+from evspan.pipeline.parallel.rank_env import check_address, check_interfaces, first_host, rank_info
 from support import exchange_ranks as cases
 from support.anchor_grad import anchor_grad
 
@@ -305,6 +306,34 @@ def test_every_launcher_is_understood():
         99,
     )
     assert rank_info({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"})[:2] == (0, 1)
+    interactive = {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"}  # the shell of salloc
+    assert rank_info(SLURM | interactive)[:2] == (0, 1)
+    assert rank_info(SLURM | {"SLURM_STEP_NUM_TASKS": "6"})[:2] == (5, 6)  # of the job's 7
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'; give a port from 1 to 65535, or unset it"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is '70000'; give a port"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT is '-1'; give a port"),
+        (TORCHRUN | {"RANK": "x"}, "RANK is 'x', which is no number"),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, "SLURM_PROCID is missing in a SLURM step"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "unset RANK WORLD_SIZE"),
+    ],
+)
+def test_a_variable_that_cannot_be_right_is_named(environment, message):
+    with pytest.raises(ConfigError, match=message):
+        rank_info(environment)
+
+
+def test_interfaces_of_gloo_exist():
+    existing = [name for _, name in socket.if_nameindex()]
+    check_interfaces({})
+    check_interfaces({"GLOO_SOCKET_IFNAME": ",".join(existing)})
+    for value in (f"{existing[0]}, {existing[0]}", f"{existing[0]},nope0", "^lo"):
+        with pytest.raises(ConfigError, match="has no interface '(nope0| lo|.*)'; its interfaces"):
+            check_interfaces({"GLOO_SOCKET_IFNAME": value})
 
 
 @pytest.mark.parametrize(
