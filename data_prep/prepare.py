@@ -152,8 +152,9 @@ def _log_left_out(source: Path, sources: Iterable[Source]) -> None:
 
 
 def _log_warnings(manifest: Manifest) -> None:
-    """Warns about doubtful labels, and about splits of which nothing can be learned or scored."""
-    of_recordings = ((f"{r.split}/{r.name}", r.label_warnings) for r in manifest.recordings)
+    """Warns about doubtful recordings and labels, and about splits that are of no use."""
+    of_recordings = [(f"{r.split}/{r.name}", r.event_warnings) for r in manifest.recordings]
+    of_recordings += [(f"{r.split}/{r.name}", r.label_warnings) for r in manifest.recordings]
     for line in grouped(of_recordings):
         logger.warning("%s", line)
     for split in LABELLED_SPLITS:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evspan.data_prep.shards.format import RecordingEntry
-from evspan.data_prep.shards.write import Stored, is_acceptable
+from evspan.data_prep.shards.validity import is_acceptable
+from evspan.data_prep.shards.write import Stored
 
 NEW = "new"
 MISSING = "its shard is missing or damaged"
@@ -47,7 +48,7 @@ class Target:
 
     Attributes:
         config: the resolved config (`evspan.data_prep.shards.write.resolved_config`).
-        max_invalid_fraction: of events outside the sensor, per recording.
+        max_invalid_fraction: of events outside the sensor or of a wrong time, per recording.
     """
 
     config: dict[str, Any]

@@ -8,6 +8,7 @@ from evspan.conf.errors import require
 from evspan.conf.schema.cluster import PrepClusterConfig, Scheduler
 
 MOST_OFFSET_US = 1 << 53  # 285 years
+LARGEST_SENSOR = 8192  # pixels a side; more is a damaged header
 
 
 class FrameMode(Enum):
@@ -150,11 +151,20 @@ class DatasetConfig:
     # In the order of their stored ids. Empty: prep reads classes.txt of the source; training and
     # evaluation take the shards' classes.
     classes: list[str] = field(default_factory=list)
+    # Height and width of the sensor, for recordings whose file does not state them.
+    sensor_size: list[int] = field(default_factory=list)
     # How `evspan prep` filters the boxes of the box files.
     labels: LabelConfig = field(default_factory=LabelConfig)
 
     def __post_init__(self) -> None:
         self.classes = list(self.classes)
+        self.sensor_size = list(self.sensor_size)
+        sides = [side for side in self.sensor_size if 1 <= side <= LARGEST_SENSOR]
+        require(
+            not self.sensor_size or len(sides) == len(self.sensor_size) == 2,
+            f"dataset.sensor_size is {self.sensor_size}; give [HEIGHT,WIDTH] in pixels, 1 to "
+            f"{LARGEST_SENSOR} each, or [] for the size that each file states",
+        )
         outside = sorted(
             v for v in self.labels.class_map.values() if not 0 <= v < len(self.classes)
         )
@@ -177,7 +187,7 @@ class PrepConfig:
     processes: int = 0  # with cluster=local; 0: one per core that this process may use
     cluster: PrepClusterConfig = field(default_factory=PrepClusterConfig)
     shard_mib: int = 2048  # several recordings share a file up to this size
-    # Refuse a recording with a larger fraction of events outside the sensor.
+    # Refuse a recording with a larger fraction of events outside the sensor, or of a wrong time.
     max_invalid_fraction: float = 0.01
     # Remove recordings that the source no longer has, even most of a split.
     allow_removal: bool = False

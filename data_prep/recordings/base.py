@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 from evspan.conf.errors import RecordingError
 from evspan.conf.text import plural
-from evspan.data_prep.recordings.events import Events, empty_events
-from evspan.data_prep.recordings.header import read_header, sensor_size
+from evspan.data_prep.recordings.events import Events, empty_events, no_events
+from evspan.data_prep.recordings.header import read_header, require_size, stated_size
+from evspan.data_prep.recordings.rates import time_unit_warning
+from evspan.data_prep.recordings.time_order import TimeOrder
 from numba import njit
 from numpy.typing import NDArray
 
@@ -18,43 +20,17 @@ GEN4_SIZE = (720, 1280)  # height, width
 BLOCK_BYTES = 1 << 18  # stays in the cache: 1.4 x as fast as 1 MiB
 FOLLOW_POLL_S = 0.005  # a tenth of a window
 STATE_SIZE = 8
+REASONS = ("outside_sensor", "before_first_time", "time_spikes", "late_timestamps_raised")
+FEW_MOVED = 0.001  # a fraction of events that is moved or dropped without a warning
 
 
 @njit(cache=True, nogil=True)
-def _count_faults(
-    t: NDArray[np.int64],
-    x: NDArray[np.uint16],
-    y: NDArray[np.uint16],
-    latest: int,
-    height: int,
-    width: int,
-) -> tuple[int, int]:
-    """Counts events outside the sensor, and events earlier than the one before, in one pass.
-
-    Args:
-        t, x, y: (N,) columns of the events.
-        latest: time in us of the event before the first.
-    """
+def _count_outside(x: NDArray[np.uint16], y: NDArray[np.uint16], height: int, width: int) -> int:
+    """Counts events at x, y (N,) outside the sensor."""
     outside = 0
     for i in range(x.size):
         outside += (x[i] >= width) | (y[i] >= height)
-    late = int(t.size > 0 and t[0] < latest)
-    for i in range(1, t.size):
-        late += t[i] < t[i - 1]
-    return outside, late
-
-
-@njit(cache=True, nogil=True)
-def _raise_late(t: NDArray[np.int64], latest: int) -> int:
-    """Raises times (N,) in place to the latest before them; returns how many were raised."""
-    late = 0
-    for i in range(t.size):
-        if t[i] < latest:
-            t[i] = latest
-            late += 1
-        else:
-            latest = t[i]
-    return late
+    return outside
 
 
 class Recording:
@@ -62,25 +38,34 @@ class Recording:
 
     Attributes:
         height, width: pixels of the sensor.
+        size_is_assumed: the file does not state them, nor did the caller.
         dropped: events that the last complete `chunks()` dropped or corrected, by reason.
             `outside_sensor`: dropped.
             `before_first_time`: dropped; a stream that was cut out of a longer one begins with
             events whose time is unknown.
+            `time_spikes`: dropped; see `time_order`.
             `late_timestamps_raised`: the time ran backwards and was raised to the latest before.
         events: events that `chunks()` has returned so far.
         first_us, last_us: times of the first and the last of them.
+        is_live: the file still grows; nothing that was written is held back.
     """
 
     format: ClassVar[str]
+    is_live = False
 
-    def __init__(self, path: Path, height: int, width: int) -> None:
+    def __init__(
+        self, path: Path, height: int, width: int, *, size_is_assumed: bool = False
+    ) -> None:
         self.path = path
         self.height = height
         self.width = width
+        self.size_is_assumed = size_is_assumed
         self.dropped: dict[str, int] = {}
         self.events = 0
         self.first_us = 0
         self.last_us = 0
+        self._order = TimeOrder()
+        self._largest_xy = (0, 0)
 
     def chunks(self, chunk_events: int = 1_000_000) -> Iterator[Events]:
         """Yields events in file order, with unwrapped, non-decreasing times, inside the sensor.
@@ -91,32 +76,95 @@ class Recording:
         Raises:
             RecordingError: the file ends inside a word, or cannot be read.
         """
-        self.dropped = {"outside_sensor": 0, "before_first_time": 0, "late_timestamps_raised": 0}
+        self.dropped = dict.fromkeys(REASONS, 0)
         self.events = 0
-        latest = int(np.iinfo(np.int64).min)
-        for decoded in self._decoded():
-            events = self._corrected(decoded, latest)
+        self._order = TimeOrder()
+        self._largest_xy = (0, 0)
+        for events in self._corrected():
             if not events.t.size:
                 continue
             if not self.events:
                 self.first_us = int(events.t[0])
-            latest = int(events.t[-1])
-            self.last_us = latest
+            self.last_us = int(events.t[-1])
             self.events += events.t.size
             for i in range(0, events.t.size, chunk_events):
                 yield events.take(slice(i, i + chunk_events))
 
-    def _corrected(self, events: Events, latest: int) -> Events:
-        """Drops events outside the sensor and raises late times; counts both."""
-        outside, late = _count_faults(events.t, events.x, events.y, latest, self.height, self.width)
-        if outside:
-            self.dropped["outside_sensor"] += outside
-            events = events.take((events.x < self.width) & (events.y < self.height))
-            _, late = _count_faults(events.t, events.x, events.y, latest, self.height, self.width)
-        if late:
-            events = events._replace(t=events.t.copy())
-            self.dropped["late_timestamps_raised"] += _raise_late(events.t, latest)
-        return events
+    def _corrected(self) -> Iterator[Events]:
+        """Drops events outside the sensor and spikes, and raises late times; counts them."""
+        for decoded in self._decoded():
+            events = self._inside(decoded)
+            yield self._settled(events, is_last=self.is_live)
+        yield self._settled(no_events(), is_last=True)
+
+    def _settled(self, events: Events, *, is_last: bool) -> Events:
+        settled = self._order.settle(events, is_last=is_last)
+        self.dropped["time_spikes"] = self._order.spikes
+        self.dropped["late_timestamps_raised"] = self._order.late
+        return settled
+
+    def _inside(self, events: Events) -> Events:
+        if self.size_is_assumed and events.t.size:
+            x, y = self._largest_xy
+            self._largest_xy = (max(x, int(events.x.max())), max(y, int(events.y.max())))
+        outside = _count_outside(events.x, events.y, self.height, self.width)
+        if not outside:
+            return events
+        self.dropped["outside_sensor"] += outside
+        return events.take((events.x < self.width) & (events.y < self.height))
+
+    def warnings(self) -> dict[str, str]:
+        """What is doubtful about the recording, by kind. Complete after `chunks()`.
+
+        Kinds: `sensor_size`, `time_order`, `time_unit`, `unknown_times`.
+        """
+        texts = {
+            "sensor_size": self._sensor_size_warning(),
+            "time_order": self._time_order_warning(),
+            "time_unit": time_unit_warning(
+                self.events, self.last_us - self.first_us, self.height * self.width
+            ),
+            "unknown_times": self._unknown_times_warning(),
+        }
+        return {kind: text for kind, text in texts.items() if text}
+
+    def _sensor_size_warning(self) -> str:
+        if not self.size_is_assumed:
+            return ""
+        x, y = self._largest_xy
+        return (
+            f"the file does not state the sensor's size; {self.width} x {self.height} is assumed. "
+            f"Its events reach x {x} and y {y}. Where this is wrong, set "
+            "dataset.sensor_size=[HEIGHT,WIDTH]"
+        )
+
+    def _time_order_warning(self) -> str:
+        step = self._order.largest_step_back
+        spikes = self._order.spikes
+        parts: list[str] = []
+        if spikes:
+            parts.append(
+                f"{plural(spikes, 'event')} ahead of those before and after were dropped as spikes"
+            )
+        if step is not None:
+            parts.append(
+                f"the time ran backwards, and {plural(self._order.late, 'event')} were moved to "
+                f"the latest time before; the largest step is at event {step.event}, at "
+                f"{step.time_us} us, {step.by_us} us back"
+            )
+        share = self._order.late + spikes > FEW_MOVED * max(1, self.events)
+        return "; ".join(parts) if share or spikes else ""
+
+    def _unknown_times_warning(self) -> str:
+        """Cameras repeat the time often, so that only few events may come before the first."""
+        timeless = self.dropped.get("before_first_time", 0)
+        if timeless <= FEW_MOVED * (self.events + timeless):
+            return ""
+        return (
+            f"{timeless} of {self.events + timeless} events come before the first time word "
+            "(TIME_HIGH), so that their time is unknown; they were dropped. The stream is damaged, "
+            "or was cut out of a longer one"
+        )
 
     def _decoded(self) -> Iterator[Events]:
         """Yields the events as they are in the file."""
@@ -132,10 +180,20 @@ class WordReader(Recording):
     default_size: ClassVar[tuple[int, int] | None] = None
     idle_s = 0.0  # how long the reader waits at the end of the file
 
-    def __init__(self, path: Path, block_bytes: int = BLOCK_BYTES) -> None:
+    def __init__(
+        self,
+        path: Path,
+        block_bytes: int = BLOCK_BYTES,
+        *,
+        unstated_size: tuple[int, int] | None = None,
+    ) -> None:
         self.fields, self.start = read_header(path)
         self.words_at_once = max(1, block_bytes // self.word.itemsize)
-        super().__init__(path, *sensor_size(path, self.fields, self.default_size))
+        size = stated_size(path, self.fields) or unstated_size
+        is_assumed = size is None
+        if size is None:
+            size = require_size(path, self.default_size)
+        super().__init__(path, *size, size_is_assumed=is_assumed)
 
     def follow(self, idle_s: float) -> None:
         """Makes `chunks()` wait at the end of a file that still grows.
@@ -144,6 +202,7 @@ class WordReader(Recording):
             idle_s: seconds without new words after which the recording is complete.
         """
         self.idle_s = idle_s
+        self.is_live = idle_s > 0
 
     def _decoded(self) -> Iterator[Events]:
         if not self.idle_s:

@@ -16,6 +16,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 CD_TYPES = (0x00, 0x0C)  # 2D events, and CD events of later recorders; one layout
+TRIGGER_TYPE = 0x0E
 EVENT_SIZE = 8
 CLOCK_RANGE = 1 << 32  # us
 HALF_CLOCK_RANGE = 1 << 31
@@ -58,11 +59,17 @@ class DatReader(WordReader):
     events_per_word = 1
     default_size = GEN4_SIZE
 
-    def __init__(self, path: Path, block_bytes: int = BLOCK_BYTES) -> None:
-        super().__init__(path, block_bytes)
+    def __init__(self, path: Path, block_bytes: int = BLOCK_BYTES, **options: Any) -> None:
+        super().__init__(path, block_bytes, **options)
         with path.open("rb") as file:
             file.seek(self.start)
             layout = file.read(2)
+        if layout[:1] == bytes([TRIGGER_TYPE]):
+            raise RecordingError(
+                f"{path} contains external triggers (event type 14 at byte {self.start}), no "
+                "events of the sensor. The recording itself has event type 0 or 12, often in a "
+                "file X_td.dat: give that one"
+            )
         if len(layout) < 2 or layout[0] not in CD_TYPES or layout[1] != EVENT_SIZE:
             raise RecordingError(
                 f"{path}: byte {self.start} should hold event type 0 or 12 and event size 8, but "

@@ -87,8 +87,8 @@ class Evt21Reader(WordReader):
     word = np.dtype("<u8")
     events_per_word = 32
 
-    def __init__(self, path: Path, block_bytes: int = BLOCK_BYTES) -> None:
-        super().__init__(path, block_bytes)
+    def __init__(self, path: Path, block_bytes: int = BLOCK_BYTES, **options: Any) -> None:
+        super().__init__(path, block_bytes, **options)
         options = format_options(self.fields)
         endianness = options.get("endianness", self.fields.get("endianness", ""))
         order = endianness.lower()

@@ -4,16 +4,17 @@ import re
 from pathlib import Path
 
 from evspan.conf.errors import RecordingError
+from evspan.conf.schema.prep import LARGEST_SENSOR
 
 LONGEST_HEADER = 1 << 16  # bytes
-LARGEST_SENSOR = 8192  # pixels a side; more is a damaged header
 VGA = (480, 640)  # height, width
 HD = (720, 1280)
 # Sizes by system_ID, for headers that contain no size.
 SYSTEMS = {
-    **dict.fromkeys((21, 29, 33, 34, 35, 40, 41), VGA),  # Gen3 and Gen3.1
-    **dict.fromkeys((30, 31, 32, 39, 46, 48, 49, 50), HD),  # Gen4, Gen4.1 and IMX636
+    **dict.fromkeys((21, 23, 25, 28, 29, 33, 34, 35, 40, 41, 151, 153), VGA),  # Gen3 and Gen3.1
+    **dict.fromkeys((26, 30, 31, 32, 39, 46, 48, 49, 50, 154), HD),  # Gen4, Gen4.1 and IMX636
 }
+SIZE_KEYS = ("format", "geometry", "height", "width")  # that a header may state once
 
 
 def read_header(path: Path) -> tuple[dict[str, str], int]:
@@ -24,7 +25,7 @@ def read_header(path: Path) -> tuple[dict[str, str], int]:
         bytes. `% end` closes a header.
 
     Raises:
-        RecordingError: a header line does not end.
+        RecordingError: a header line does not end, or two lines state different formats or sizes.
     """
     with path.open("rb") as file:
         text = file.read(LONGEST_HEADER)
@@ -45,7 +46,12 @@ def read_header(path: Path) -> tuple[dict[str, str], int]:
         if key == "end":
             break
         value = words[1].strip() if len(words) > 1 else ""
-        fields.setdefault(key, value)
+        if fields.setdefault(key, value) != value and key in SIZE_KEYS:
+            raise RecordingError(
+                f"{path}: the header states two values of {key}, {fields[key][:40]!r} and "
+                f"{value[:40]!r}. Two headers were joined, or it is damaged: correct it, or copy "
+                "the file again"
+            )
     return fields, length
 
 
@@ -56,47 +62,74 @@ def format_options(fields: dict[str, str]) -> dict[str, str]:
 
 
 def raw_format(path: Path) -> str:
-    """The format that the header names: evt2, evt21, evt3, ...; empty where it names none."""
-    fields, _ = read_header(path)
-    if "format" in fields:
-        name = fields["format"].split(";")[0]
-    elif "evt" in fields:
-        name = f"evt{fields['evt']}"
-    else:
-        return ""
-    name = name.strip().lower().removesuffix(".0").replace(".", "")
-    return "" if name == "evt" else name
-
-
-def sensor_size(
-    path: Path, fields: dict[str, str], default: tuple[int, int] | None = None
-) -> tuple[int, int]:
-    """The sensor's size from the first of these that the header contains.
-
-    `format ...;height=H;width=W`, `Height H` and `Width W`, `geometry WxH`, the number of the
-    system.
-
-    Returns:
-        Height and width in pixels.
+    """The format that the header names: evt2, evt21, evt3, ...; empty where it names none.
 
     Raises:
-        RecordingError: the header contains none of them and there is no default, or the size is
-            not a sensor's.
+        RecordingError: it names two.
     """
-    for source in (format_options(fields), fields):
-        if "height" in source and "width" in source:
-            return checked_size(path, source["height"], source["width"])
+    fields, _ = read_header(path)
+    names = [f"evt{fields['evt']}"] if "evt" in fields else []
+    if "format" in fields:
+        names.append(fields["format"].split(";")[0])
+    names = [name.strip().lower().removesuffix(".0").replace(".", "") for name in names]
+    names = [name for name in names if name not in ("", "evt")]
+    if len(set(names)) > 1:
+        raise RecordingError(
+            f"{path}: the header states two formats, {names[0][:20].upper()} and "
+            f"{names[1][:20].upper()}. Correct the header, or copy the file again"
+        )
+    return names[0] if names else ""
+
+
+def stated_size(path: Path, fields: dict[str, str]) -> tuple[int, int] | None:
+    """The sensor's size as the header states it.
+
+    It may be in `format ...;height=H;width=W`, in `Height H` and `Width W`, and in `geometry WxH`;
+    otherwise it follows from the number of the system.
+
+    Returns:
+        Height and width in pixels; None where the header does not state them.
+
+    Raises:
+        RecordingError: the size is not a sensor's, or different ones are stated.
+    """
+    statements: dict[str, dict[str, str]] = {"format": format_options(fields), "lines": fields}
     if "geometry" in fields:
         width, _, height = fields["geometry"].partition("x")
-        return checked_size(path, height, width)
+        statements["geometry"] = {"height": height, "width": width}
     system = system_number(fields)
-    if system in SYSTEMS:
-        return SYSTEMS[system]
+    size: tuple[int, int] | None = SYSTEMS.get(system)
+    for source in statements.values():
+        if "height" in source and "width" in source:
+            size = checked_size(path, source["height"], source["width"])
+            _require_agreement(path, statements)
+            break
+    return size
+
+
+def _require_agreement(path: Path, statements: dict[str, dict[str, str]]) -> None:
+    for side in ("height", "width"):
+        values = {name: source[side] for name, source in statements.items() if side in source}
+        if len({value.strip() for value in values.values()}) > 1:
+            listed = ", ".join(f"{value[:20]!r} in {name}" for name, value in values.items())
+            raise RecordingError(
+                f"{path}: the header states different values of the sensor's {side}: {listed}. "
+                "Correct the header, or copy the file again"
+            )
+
+
+def require_size(path: Path, default: tuple[int, int] | None) -> tuple[int, int]:
+    """The size to assume where a file states none.
+
+    Raises:
+        RecordingError: there is no default.
+    """
     if default:
         return default
     raise RecordingError(
-        f"{path}: the header does not contain the sensor's size. Add a line "
-        "'% geometry 1280x720' (width x height) to it"
+        f"{path}: the header does not contain the sensor's size. Set "
+        "dataset.sensor_size=[HEIGHT,WIDTH], or add a line '% geometry 1280x720' (width x height) "
+        "to it"
     )
 
 

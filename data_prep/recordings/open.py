@@ -1,9 +1,10 @@
 """Opens recordings of every format for reading, and new ones for writing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from evspan.conf.errors import RecordingError
+from evspan.data_prep.foreign_content import HDF5_SIGNATURE, describe_foreign_content
 from evspan.data_prep.recordings.base import Recording, Writer
 from evspan.data_prep.recordings.dat import DatReader, DatWriter
 from evspan.data_prep.recordings.evt2 import Evt2Reader
@@ -13,7 +14,8 @@ from evspan.data_prep.recordings.h5 import H5Reader, H5Writer
 from evspan.data_prep.recordings.header import raw_format
 
 SUFFIXES = (".raw", ".dat", ".h5", ".hdf5")
-RAW_READERS: dict[str, Callable[[Path], Recording]] = {
+HEADER_START = b"% "
+RAW_READERS: dict[str, Callable[..., Recording]] = {
     "evt3": Evt3Reader,
     "evt21": Evt21Reader,
     "evt2": Evt2Reader,
@@ -25,8 +27,11 @@ WRITERS: dict[str, Callable[[Path, int, int], Writer]] = {
 }
 
 
-def open_recording(path: str | Path) -> Recording:
+def open_recording(path: str | Path, *, unstated_size: Sequence[int] | None = None) -> Recording:
     """Opens a recording with the reader for its suffix and header.
+
+    Args:
+        unstated_size: height and width of the sensor, for a file that does not state them.
 
     Raises:
         RecordingError: no such file, an unknown suffix or format, or a header without the
@@ -37,21 +42,34 @@ def open_recording(path: str | Path) -> Recording:
     if not path.is_file():
         raise RecordingError(f"{path} is no file. Give a recording: one of {suffixes}")
     suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise RecordingError(
+            f"{path} has the suffix {path.suffix or '(none)'}; recordings have one of {suffixes}"
+        )
+    _require_own_content(path, suffix)
+    size = None
+    if unstated_size:
+        height, width = unstated_size
+        size = (height, width)
     if suffix == ".raw":
-        return _open_raw(path)
+        return _open_raw(path, size)
     if suffix == ".dat":
-        return DatReader(path)
-    if suffix in (".h5", ".hdf5"):
-        return H5Reader(path)
-    raise RecordingError(
-        f"{path} has the suffix {path.suffix or '(none)'}; recordings have one of {suffixes}"
-    )
+        return DatReader(path, unstated_size=size)
+    return H5Reader(path, unstated_size=size)
 
 
-def _open_raw(path: Path) -> Recording:
+def _require_own_content(path: Path, suffix: str) -> None:
+    """Refuses a file that contains something else than its suffix says."""
+    expected = HEADER_START if suffix in (".raw", ".dat") else HDF5_SIGNATURE
+    description = describe_foreign_content(path, expected=expected)
+    if description:
+        raise RecordingError(f"{path} {description}")
+
+
+def _open_raw(path: Path, size: tuple[int, int] | None) -> Recording:
     name = raw_format(path)
     if name in RAW_READERS:
-        return RAW_READERS[name](path)
+        return RAW_READERS[name](path, unstated_size=size)
     problem = "has no header that names its format"
     if name:
         problem = f"is in format {name.upper()[:20]}"

@@ -115,7 +115,8 @@ def _without_labels(survey: Survey) -> Iterator[str]:
 
 
 def _doubtful_labels(survey: Survey) -> Iterator[str]:
-    warnings = ((recording.key, recording.entry.label_warnings) for recording in survey.recordings)
+    warnings = [(r.key, r.entry.event_warnings) for r in survey.recordings]
+    warnings += [(r.key, r.entry.label_warnings) for r in survey.recordings]
     for line in grouped(warnings):
         yield f"{line}."
 
@@ -177,13 +178,15 @@ def _events_dropped(survey: Survey) -> Iterator[str]:
         dropped = recording.entry.dropped_events
         kept = recording.entry.events
         num_outside = dropped.get("outside_sensor", 0)
-        num_late = dropped.get("late_timestamps_raised", 0)
+        num_late = dropped.get("late_timestamps_raised", 0) + dropped.get("time_spikes", 0)
         outside.append(_Affected(recording.key, num_outside / max(1, num_outside + kept)))
         late.append(_Affected(recording.key, num_late / max(1, kept)))
     yield from _affected_recordings(
         outside, EVENTS_OUTSIDE, "events outside the sensor, which were dropped"
     )
-    yield from _affected_recordings(late, TIMESTAMPS_LATE, "timestamps that ran backwards")
+    yield from _affected_recordings(
+        late, TIMESTAMPS_LATE, "timestamps that ran backwards or were far ahead"
+    )
 
 
 def _event_rates(survey: Survey) -> Iterator[str]:

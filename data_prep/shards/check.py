@@ -246,7 +246,8 @@ def _compare_frames(group: h5py.Group, sampled: list[int], path: Path, task: Tas
     compared = 0
     differing: list[int] = []
     config = frame_config(task.config["frames"])
-    recomputed = _recomputed(path, group["end_us"][:].tolist(), sampled, config)
+    size = task.config["dataset"].get("sensor_size")
+    recomputed = _recomputed(path, size, group["end_us"][:].tolist(), sampled, config)
     while True:
         try:
             item = next(recomputed, None)
@@ -282,7 +283,11 @@ def sampled_frames(task: Task) -> list[int]:
 
 
 def _recomputed(
-    path: Path, end_us: list[int], sampled: list[int], config: FrameConfig
+    path: Path,
+    unstated_size: list[int] | None,
+    end_us: list[int],
+    sampled: list[int],
+    config: FrameConfig,
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Yields (index, frame) of the sampled windows, in one pass over the recording.
 
@@ -290,6 +295,7 @@ def _recomputed(
     beyond the stored ones is yielded, too: it is a difference.
 
     Args:
+        unstated_size: as of `open_recording`.
         end_us: ends of the stored windows.
     """
     if not sampled:
@@ -308,7 +314,8 @@ def _recomputed(
             return chain(end_us, count(end_us[-1] + config.window_us, config.window_us))
         return end_us
 
-    for i, (_, frame) in enumerate(each_window(open_recording(path), ends, config, finish)):
+    recording = open_recording(path, unstated_size=unstated_size)
+    for i, (_, frame) in enumerate(each_window(recording, ends, config, finish)):
         if frame is not None:
             yield i, frame
         if i == last:

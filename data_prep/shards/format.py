@@ -92,6 +92,9 @@ class RecordingEntry:
     dropped_boxes: dict[str, int] = field(
         default_factory=dict
     )  # filter -> number; with `boxes` they are all boxes of the box file
+    event_warnings: dict[str, str] = field(
+        default_factory=dict
+    )  # what is doubtful about the recording, by kind
     label_warnings: dict[str, str] = field(
         default_factory=dict
     )  # what is doubtful about the box file, by kind

@@ -66,6 +66,7 @@ from evspan.data_prep.shards.reading import (
     find_group,
     open_shard,
 )
+from evspan.data_prep.shards.validity import refuse_invalid
 from numpy.typing import NDArray
 
 FRAMES_AT_ONCE = 64
@@ -140,6 +141,8 @@ def resolved_config(config: PrepConfig) -> dict[str, Any]:
         "frames": asdict(config.frames),
         "dataset": {key: dataset[key] for key in ("name", "classes", "labels")},
     }
+    if config.dataset.sensor_size:  # else as in older shards
+        raw["dataset"]["sensor_size"] = config.dataset.sensor_size
     plain: dict[str, Any] = json.loads(json.dumps(raw, default=_plain))
     return plain
 
@@ -168,6 +171,8 @@ def prepare_recording(
     labels = _Labels.read(source.boxes, config.dataset)
     with atomic_hdf5(part) as (file, check_disk):
         group = file.create_group(source.name)
+        if reuse and reuse.config["dataset"].get("sensor_size", []) != config.dataset.sensor_size:
+            reuse = None  # its frames may have another size
         entry = _copy_frames(group, reuse, labels, config) if reuse else None
         if entry is None:
             entry = _write_frames(group, source, labels, config, check_disk)
@@ -251,7 +256,7 @@ def _write_frames(
     check_disk: Callable[[], None],
 ) -> RecordingEntry:
     """Writes `frames`, `frame_start` and `end_us`; returns the entry without its label counts."""
-    recording = open_recording(source.path)
+    recording = open_recording(source.path, unstated_size=config.dataset.sensor_size)
     sensor_hw = (recording.height, recording.width)
     height, width = frame_size(config.frames, *sensor_hw)
 
@@ -290,6 +295,7 @@ def _write_frames(
         last_us=recording.last_us,
         events=recording.events,
         dropped_events=dict(recording.dropped),
+        event_warnings=recording.warnings(),
         source_xxh3=file_xxh3(source.path),
         frames_xxh3=digest.hexdigest(),
     )
@@ -397,30 +403,6 @@ def _frame_checksums(group: h5py.Group, entry: RecordingEntry) -> NDArray[np.uin
     if digest.hexdigest() != entry.frames_xxh3:
         raise ShardError(f"the frames of {entry.name} do not have their checksum")
     return np.concatenate([np.zeros(0, np.uint64), *sums])
-
-
-def is_acceptable(entry: RecordingEntry, max_fraction: float) -> bool:
-    """Whether the recording has events, and no larger fraction outside the sensor than allowed."""
-    outside = entry.dropped_events.get("outside_sensor", 0)
-    return entry.events > 0 and outside <= max_fraction * (outside + entry.events)
-
-
-def refuse_invalid(path: Path, entry: RecordingEntry, max_fraction: float) -> None:
-    """Raises RecordingError where the recording is not `is_acceptable`."""
-    if is_acceptable(entry, max_fraction):
-        return
-    outside = entry.dropped_events.get("outside_sensor", 0)
-    total = outside + entry.events
-    if outside > max_fraction * total:
-        fraction = outside / total
-        raise RecordingError(
-            f"{path}: {outside} of {total} events ({fraction:.1%}) lie outside the sensor of "
-            f"{entry.sensor_width} x {entry.sensor_height} pixels. The file may be damaged, or its "
-            "header may state a wrong size; to drop these events and prepare the rest set "
-            f"max_invalid_fraction={min(1, fraction + 0.001):.3f}"
-        )
-    where = " inside the sensor" if outside else ""
-    raise RecordingError(f"{path} holds no events{where}. Remove it, or record it again")
 
 
 def _write_labels(

@@ -50,3 +50,5 @@ def main(argv: Sequence[str]) -> None:
         for events in recording.chunks():
             writer.write(events)
     print(f"{options.out}: {recording.events} events{dropped_summary(recording.dropped)}")
+    for text in recording.warnings().values():
+        print(f"warning: {text}")

@@ -64,7 +64,8 @@ def main(argv: Sequence[str]) -> None:
     statistics = event_statistics(recording)
     print(f"file      {path} ({path.stat().st_size / 1e6:.1f} MB)")
     print(f"format    {recording.format}")
-    print(f"sensor    {recording.width} x {recording.height}")
+    assumed = " (assumed: the file does not state it)" if recording.size_is_assumed else ""
+    print(f"sensor    {recording.width} x {recording.height}{assumed}")
     print(f"events    {recording.events}{dropped_summary(recording.dropped)}")
     if recording.events:
         span_s = (recording.last_us - recording.first_us) / 1e6
@@ -80,3 +81,5 @@ def main(argv: Sequence[str]) -> None:
         print(f"boxes     {read_boxes(boxes).size} in {boxes.name}")
     else:
         print("boxes     none next to it")
+    for text in recording.warnings().values():
+        print(f"warning   {text}")

@@ -1,5 +1,6 @@
 """Runs a detector over recordings: decodes, detects, draws and writes, in bounded memory."""
 
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -36,6 +37,8 @@ from evspan.pipeline.parallel import devices
 from evspan.pipeline.weights import Weights, load_weights
 from numpy.typing import NDArray
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 
 def infer_recordings(options: InferOptions) -> Iterator[RecordingSummary]:
@@ -118,6 +121,8 @@ def windows(
                 f"before {start_s:.2f} s; begin earlier"
             )
         yield end_us, frame
+    for text in recording.warnings().values():
+        logger.warning("%s: %s", recording.path, text)
     if end_us is None:
         raise RecordingError(
             f"{recording.path} holds no events. Give another recording, or record it again"

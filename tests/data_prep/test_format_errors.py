@@ -66,7 +66,7 @@ def test_a_dat_that_ends_inside_an_event(tmp_path):
             ["format HISTO3D", "metavision_file_to_dat"],
         ),
         ("% geometry 1280x720\n% end\n", ["no header that names its format"]),
-        ("", ["no header that names its format"]),
+        ("", ["is empty (0 bytes)"]),
         ("\x89HDF\r\n", ["no header that names its format"]),
         ("% evt 3.0\n% end\n", ["does not contain the sensor's size", "% geometry 1280x720"]),
         ("% evt 3.0\n% system_ID 4711\n% end\n", ["does not contain the sensor's size"]),
@@ -77,6 +77,19 @@ def test_a_dat_that_ends_inside_an_event(tmp_path):
         (f"% evt 3.0\n% geometry {'9' * 5000}x720\n% end\n", ["'9999999999", "1 to 8192"]),
         ("% evt 3.0\n% geometry 1280x720", ["byte 10", "does not end"]),
         (f"% evt 3.0\n% note {'x' * 70_000}\n% end\n", ["byte 10", "does not end"]),
+        (
+            "% format EVT3.0;width=400\n% geometry 640x480\n",
+            ["sensor's width: '400' in format, '640' in geometry"],
+        ),
+        (
+            "% format EVT3;height=720;width=1280\n% geometry 640x480\n% end\n",
+            ["sensor's height: '720' in format, '480' in geometry"],
+        ),
+        (
+            "% evt 3.0\n% geometry 640x480\n% geometry 1280x720\n% end\n",
+            ["two values of geometry, '640x480' and '1280x720'"],
+        ),
+        ("% evt 2.0\n% format EVT3;height=9;width=9\n% end\n", ["two formats, EVT2 and EVT3"]),
         (
             "% format EVT21;height=720;width=1280;endianness=big\n% end\n",
             ["'big'", "little and legacy"],
@@ -95,8 +108,11 @@ def test_raw_headers(tmp_path, header, parts):
         ("% evt 3.0\n% geometry 640x480\n% system_ID 49\n", (480, 640)),
         ("% format EVT3\n% Height 300\n% Width 400\n", (300, 400)),
         ("% FORMAT EVT3; height=300; width=400\r\n% END\r\n", (300, 400)),
-        ("% format EVT3.0;width=400\n% geometry 640x480\n", (480, 640)),
-        ("% format EVT3;height=300\n% geometry 640x480\n", (480, 640)),
+        ("% format EVT3.0;width=640\n% geometry 640x480\n", (480, 640)),
+        ("% format EVT3;height=480\n% geometry 640x480\n", (480, 640)),
+        ("% evt 3.0\n% geometry 640x480\n% geometry 640x480\n", (480, 640)),
+        *((f"% evt 3.0\n% system_ID {n}\n", (480, 640)) for n in (21, 23, 25, 28)),
+        ("% evt 3.0\n% system_ID 26\n", (720, 1280)),
         ("% evt 3.0\n% geometry 640x480\n" + "% note x\n" * 5000 + "% end\n", (480, 640)),
     ],
 )
@@ -123,7 +139,7 @@ def test_a_header_may_end_anywhere_in_the_readers_buffer(tmp_path):
 @pytest.mark.parametrize(
     ("two", "parts"),
     [
-        (bytes((0x0E, 8)), "[14, 8]"),
+        (bytes((0x0E, 8)), "contains external triggers (event type 14"),
         (bytes((0x0C, 16)), "[12, 16]"),
         (b"\x0c", "[12]"),
         (b"", "[]"),
@@ -160,7 +176,11 @@ def test_what_is_no_recording(tmp_path):
 
 def h5_file(path: Path, **columns) -> Path:
     with h5py.File(path, "w") as file:
-        for name, column in {**{c: np.arange(4) for c in "txyp"}, **columns}.items():
+        for name, column in {
+            **{c: np.arange(4) for c in "txy"},
+            "p": np.arange(4) % 2,
+            **columns,
+        }.items():
             if column is not None:
                 file[f"events/{name}"] = column
     return path
@@ -183,7 +203,7 @@ def h5_file(path: Path, **columns) -> Path:
         ({"t": np.array([-(2**62), 1, 2, 3])}, ["events 0 and on", "microseconds"]),
         ({"height": 0}, ["height '0'", "1 to 8192"]),
         ({"width": 10**12}, ["width '1000000000000'", "1 to 8192"]),
-        ({"width": np.arange(3)}, ["one number each"]),
+        ({"width": np.arange(3)}, ["events/width must be one number"]),
     ],
 )
 def test_h5_columns(tmp_path, columns, parts):

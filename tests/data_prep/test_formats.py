@@ -337,6 +337,7 @@ def test_h5_as_published(tmp_path, kind):
             assert recording.dropped == {
                 "outside_sensor": 0,
                 "before_first_time": 0,
+                "time_spikes": 0,
                 "late_timestamps_raised": 3,
             }
     columns["p"] = columns["p"] > 0  # bool

@@ -131,7 +131,8 @@ def check_recording(path: Path) -> None:
         assert latest is None or t[0] >= latest
         events += t.size
         latest = t[-1]
-    lost = recording.dropped["outside_sensor"] + recording.dropped["before_first_time"]
+    reasons = ("outside_sensor", "before_first_time", "time_spikes")
+    lost = sum(recording.dropped[reason] for reason in reasons)
     assert recording.events == events
     assert events + lost == events_in(path, recording)
     assert recording.dropped["late_timestamps_raised"] <= events

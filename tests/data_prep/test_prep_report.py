@@ -622,7 +622,7 @@ MANY_BOXES = [box(i % 20) for i in range(150)]
                     **usual()["train/b"],
                 }
             },
-            "1 recording with many timestamps that ran backwards: train/b (5 %).",
+            "1 recording with many timestamps that ran backwards or were far ahead: train/b (5 %).",
         ),
         (
             {"train/b": {"events": 3, **usual()["train/b"]}},

@@ -60,6 +60,7 @@ ENTRY_FIELDS = {
     "boxes_per_class",
     "dropped_events",
     "dropped_boxes",
+    "event_warnings",
     "label_warnings",
     "source",
     "source_bytes",
@@ -183,6 +184,7 @@ def test_the_manifest_tells_what_is_stored(source, prepared):
         assert entry["dropped_events"] == {
             "outside_sensor": 0,
             "before_first_time": 0,
+            "time_spikes": 0,
             "late_timestamps_raised": 0,
         }
         assert entry["boxes"] + sum(entry["dropped_boxes"].values()) == (

@@ -333,6 +333,18 @@ def test_info_of_a_real_recording(samples_dir, evspan_prep):
     assert values["rate"] == f"0.07 M events/s on average, {busiest / 1e4:.2f} in the busiest 10 ms"
 
 
+def test_info_and_decode_report_what_is_doubtful(tmp_path, evspan_prep):
+    times = np.append(np.arange(1000), np.arange(1000)).astype("<u4")
+    halves = np.stack([times, np.zeros(2000, "<u4")], 1)
+    (tmp_path / "a_td.dat").write_bytes(b"% Version 2\n\x0c\x08" + halves.tobytes())
+    code, out, _ = evspan_prep("info", tmp_path / "a_td.dat")
+    assert code == 0
+    assert "sensor    1280 x 720 (assumed: the file does not state it)" in out
+    for text in (out, evspan_prep("decode", tmp_path / "a_td.dat", tmp_path / "a.h5")[1]):
+        assert "dataset.sensor_size=[HEIGHT,WIDTH]" in text
+        assert "the largest step is at event 1000, at 0 us, 999 us back" in text
+
+
 def test_info_of_a_simulated_one_tells_its_boxes(source, evspan_prep):
     code, out, _ = evspan_prep("info", source / "train" / "c_td.h5")
     assert code == 0

@@ -8,6 +8,7 @@ import numpy as np
 from evspan.data_prep.recordings.base import Recording
 from evspan.data_prep.recordings.events import Events
 from evspan.data_prep.recordings.open import open_recording
+from evspan.data_prep.recordings.time_order import LONGEST_SPIKE, SPIKE_US
 
 HEADERS = {
     "evt3": "% evt 3.0\n% format EVT3;height=720;width=1280\n% end\n",
@@ -174,20 +175,57 @@ def _meaning_of_evt2(words: list[int], vectors: bool) -> list[DecodedEvent]:
     return events
 
 
+def corrected_times(
+    times: Sequence[int], spike_us: int = SPIKE_US, longest_spike: int = LONGEST_SPIKE
+) -> tuple[list[tuple[int, int]], int, int]:
+    """What `time_order` makes of times, by its definition.
+
+    Returns:
+        (index, time) of the events that are kept, and how many are spikes and how many late.
+    """
+    kept: list[tuple[int, int]] = []
+    spikes = 0
+    late = 0
+    i = 0
+    while i < len(times):
+        now = times[i]
+        latest = kept[-1][1] if kept else None
+        if latest is not None and now < latest + spike_us:
+            late += now < latest
+            kept.append((i, max(now, latest)))
+            i += 1
+            continue
+        threshold = now - spike_us + 1 if latest is None else latest + spike_us
+        following = range(i + 1, min(len(times), i + longest_spike + 1))
+        end = next((k for k in following if times[k] < threshold), None)
+        if end is not None and _is_spike(times, i, end):
+            spikes += end - i
+            i = end
+        else:
+            kept.append((i, now))
+            i += 1
+    return kept, spikes, late
+
+
+def _is_spike(times: Sequence[int], i: int, end: int) -> bool:
+    run = end - i
+    back = end
+    while back < len(times) and times[back] < times[i]:
+        back += 1
+    return back - end > run
+
+
 def as_read(
     events: Sequence[DecodedEvent], height: int, width: int
 ) -> tuple[list[Event], dict[str, int]]:
     """The events that a reader must return of these, and the counts of those dropped or raised."""
-    dropped = {"outside_sensor": 0, "before_first_time": 0, "late_timestamps_raised": 0}
-    kept: list[Event] = []
-    for t, x, y, p in events:
-        if t is None:
-            dropped["before_first_time"] += 1
-        elif x >= width or y >= height:
-            dropped["outside_sensor"] += 1
-        elif kept and t < kept[-1][0]:
-            dropped["late_timestamps_raised"] += 1
-            kept.append((kept[-1][0], x, y, p))
-        else:
-            kept.append((t, x, y, p))
-    return kept, dropped
+    timed = [(t, x, y, p) for t, x, y, p in events if t is not None]
+    inside = [event for event in timed if event[1] < width and event[2] < height]
+    kept, spikes, late = corrected_times([event[0] for event in inside])
+    dropped = {
+        "outside_sensor": len(timed) - len(inside),
+        "before_first_time": len(events) - len(timed),
+        "time_spikes": spikes,
+        "late_timestamps_raised": late,
+    }
+    return [(t, *inside[i][1:]) for i, t in kept], dropped

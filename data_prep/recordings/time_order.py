@@ -1,0 +1,205 @@
+"""Makes the times of a recording non-decreasing: drops spikes, raises late events.
+
+A *spike* is a short run of events whose time is SPIKE_US or more ahead of all before, after which
+the recording continues from before: usually one flipped bit. It is dropped; without that, all that
+follows would be moved to its time. Exactly:
+
+- `latest` is the greatest time so far of an event that was kept. An event is *ahead* if its time is
+  at least latest + SPIKE_US. (The first event of a recording is ahead of a later one that is
+  SPIKE_US or more earlier than it.)
+- The *run* of an event that is ahead goes on to the first event below latest + SPIKE_US, at most
+  LONGEST_SPIKE events later. Without such an event, the recording has a gap there: the event is
+  kept, and `latest` is its time.
+- The *return* goes on from there to the first event that is not earlier than the run's first. If
+  the return has more events than the run, the run is a spike. Otherwise the return is late, and
+  the event that is ahead is kept.
+
+An event earlier than `latest` is *late*: it is kept, and its time is raised to `latest`, as RVT
+does. Both depend on the sequence of events alone, not on how it is cut into blocks; what cannot be
+decided yet is held back, at most 2 * LONGEST_SPIKE + 1 events.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from evspan.data_prep.recordings.events import Events, no_events
+from numba import njit
+from numpy.typing import NDArray
+
+SPIKE_US = 10_000  # a fifth of a window; cameras and recorders reorder by less
+LONGEST_SPIKE = 4096  # events
+
+# Entries of the state: latest time; whether there is one; how many events came before; counts of
+# spikes' events and late ones; the largest step back: microseconds, its event and that one's time.
+LATEST, STARTED, BEFORE, SPIKES, LATE, STEP_US, STEP_EVENT, STEP_TO = range(8)
+
+
+@njit(cache=True, nogil=True)
+def in_order(t: NDArray[np.int64], latest: int) -> bool:
+    """Whether times (N,) are non-decreasing, from `latest` on."""
+    late = t.size > 0 and t[0] < latest
+    for i in range(1, t.size):
+        late |= t[i] < t[i - 1]
+    return not late
+
+
+@njit(cache=True, nogil=True)
+def _first_ahead(t: NDArray[np.int64], begin: int, latest: int) -> int:
+    """Index of the first event from `begin` on that is ahead of the one before; N: none is."""
+    before = latest if begin == 0 else t[begin - 1]
+    for i in range(begin, t.size):
+        if t[i] - before >= SPIKE_US:
+            return i
+        before = t[i]
+    return int(t.size)
+
+
+@njit(cache=True, nogil=True)
+def _steps_back(t: NDArray[np.int64]) -> NDArray[np.int32]:
+    """(N,) for each event, the index of the next one that is earlier than its predecessor, or N."""
+    steps = np.empty(t.size, np.int32)
+    following = np.int32(t.size)
+    for i in range(t.size - 1, -1, -1):
+        steps[i] = following
+        if i > 0 and t[i] < t[i - 1]:
+            following = np.int32(i)
+    return steps
+
+
+@njit(cache=True, nogil=True)
+def _spike(
+    t: NDArray[np.int64], steps: NDArray[np.int32], i: int, threshold: int, is_last: bool
+) -> int:
+    """Events of the spike that begins at `i`; 0: it is none; -1: that depends on later events.
+
+    Args:
+        threshold: events below it are not of the run.
+        is_last: no events follow t.
+    """
+    end = np.int64(steps[i])
+    while end < t.size and end - i <= LONGEST_SPIKE and t[end] >= threshold:
+        end = np.int64(steps[end])
+    if end - i > LONGEST_SPIKE or (end == t.size and is_last):
+        return 0
+    if end == t.size:
+        return -1
+    run = end - i
+    k = end
+    while k < t.size and t[k] < t[i]:
+        if k - end == run:
+            return int(run)
+        k += 1
+    return 0 if k < t.size or is_last else -1
+
+
+@njit(cache=True, nogil=True)
+def _settle(
+    t: NDArray[np.int64], state: NDArray[np.int64], is_last: bool, keep: NDArray[np.bool_]
+) -> int:
+    """Raises late times (N,) in place, and clears `keep` (N,) for spikes.
+
+    Returns:
+        The number of events that are settled; the others depend on later ones.
+    """
+    latest = state[LATEST]
+    steps = np.empty(0, np.int32)
+    i = 0
+    while i < t.size:
+        now = t[i]
+        if state[STARTED] and now - latest < SPIKE_US:
+            if now < latest:
+                state[LATE] += 1
+                if latest - now > state[STEP_US]:
+                    state[STEP_US] = latest - now
+                    state[STEP_EVENT] = state[BEFORE] + i
+                    state[STEP_TO] = now
+                t[i] = latest
+            else:
+                latest = now
+            i += 1
+            continue
+        if not steps.size:
+            steps = _steps_back(t)
+        threshold = latest + SPIKE_US if state[STARTED] else now - SPIKE_US + 1
+        run = _spike(t, steps, i, threshold, is_last)
+        if run < 0:
+            break
+        if run:
+            keep[i : i + run] = False
+            state[SPIKES] += run
+            i += run
+        else:
+            latest = now
+            state[STARTED] = 1
+            i += 1
+    state[LATEST] = latest
+    state[BEFORE] += i
+    return i
+
+
+@dataclass(frozen=True)
+class StepBack:
+    """The largest step back in time: `event` at `time_us`, `by_us` earlier than one before it."""
+
+    event: int
+    time_us: int
+    by_us: int
+
+
+class TimeOrder:
+    """Corrects the events of one recording, block by block."""
+
+    def __init__(self) -> None:
+        self.state = np.zeros(8, np.int64)
+        self.held = no_events()
+
+    @property
+    def spikes(self) -> int:
+        """Events that were dropped so far."""
+        return int(self.state[SPIKES])
+
+    @property
+    def late(self) -> int:
+        """Events that were raised so far."""
+        return int(self.state[LATE])
+
+    @property
+    def largest_step_back(self) -> StepBack | None:
+        """Where the time ran back furthest; None where it never did."""
+        if not self.late:
+            return None
+        event, time_us, by_us = self.state[[STEP_EVENT, STEP_TO, STEP_US]].tolist()
+        return StepBack(event, time_us, by_us)
+
+    def settle(self, events: Events, *, is_last: bool = False) -> Events:
+        """The events before the next undecided one, corrected.
+
+        Args:
+            events: follow those of the call before. Their arrays are not changed.
+            is_last: none follow: nothing is held back.
+        """
+        if not self.held.t.size and self._needs_nothing(events, is_last):
+            if events.t.size:
+                self.state[LATEST] = events.t[-1]
+                self.state[BEFORE] += events.t.size
+            return events
+        events = self.held.followed_by(events)
+        keep = np.ones(events.t.size, np.bool_)
+        times = events.t.copy()
+        spikes = self.spikes
+        settled = _settle(events.t, self.state, is_last, keep)
+        self.held = events.take(slice(settled, None))._replace(t=times[settled:])
+        events = events.take(slice(0, settled))
+        if self.spikes > spikes:
+            events = events.take(keep[:settled])
+        return events
+
+    def _needs_nothing(self, events: Events, is_last: bool) -> bool:
+        """Whether the events are in order, and no spike can begin at their end."""
+        t = events.t
+        if not t.size:
+            return True
+        latest = int(self.state[LATEST])
+        if not self.state[STARTED] or not in_order(t, latest):
+            return False
+        return is_last or _first_ahead(t, max(0, t.size - LONGEST_SPIKE), latest) == t.size
