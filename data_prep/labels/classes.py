@@ -1,5 +1,6 @@
 """Names of the classes of own recordings, and ids in box files that have no name."""
 
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -51,7 +52,7 @@ def read_classes(source: Path) -> list[str]:
     path = (source if source.is_dir() else source.parent) / CLASSES_FILE
     require_targets([path])
     status = stat_of(path)
-    if status is None:
+    if status is None or not stat.S_ISREG(status.st_mode):
         return []
     if status.st_size > MOST_BYTES:
         raise ConfigError(f"{path} has {status.st_size} bytes, too many for a name per line")

@@ -8,7 +8,8 @@ from pathlib import Path
 from evspan.conf.errors import RecordingError
 from evspan.conf.text import plural, printable
 
-ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # every other error means: not readable now
+# Nothing is there; every other error means that it cannot be read now.
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 NAMED = 3  # links that a message names
 
 

@@ -199,6 +199,11 @@ def _lines(path: Path) -> Iterator[_Line]:
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). A list of "
             "recordings has a line for each: split path [boxes.npy]"
         ) from error
+    if any("\0" in line for line in lines):
+        raise RecordingError(
+            f"{path} contains NUL bytes, so it is no text. A list of recordings has a line for "
+            "each: split path [boxes.npy]"
+        )
     for number, line in enumerate(lines, 1):
         text = re.sub(r"(^|\s)#.*", "", line).strip()
         try:
