@@ -33,9 +33,11 @@ METRICS = "metrics.json"
 WEIGHTS = "weights.safetensors"
 FILES = "files"  # key of meta.json
 FORMAT_VERSION = 2  # `form` of meta.json; 1 had DeepSpeed's shards instead of moments and lanes
-STEP_NAME = re.compile(r"step-(\d{8,})")
+STEP_NAME = re.compile(r"step-([0-9]{8,18})")
+FILE_NAME = re.compile(r"[\w-]+\.\w+")  # of what `files` lists
 CHECKSUM_LINE = re.compile(rb',\n "xxh3": "([0-9a-f]{16})"\n\}\n')
 CHECKSUM_LINE_BYTES = 32
+MISSING = "is missing"  # a problem of DamagedError
 BLOCK = 1 << 20  # bytes that are read at once for a checksum
 
 
@@ -89,7 +91,9 @@ def checkpoint_name(step: int) -> str:
 def step_of(name: str) -> int:
     """The inverse of `checkpoint_name`; -1 for another name."""
     match = STEP_NAME.fullmatch(name)
-    return int(match[1]) if match else -1
+    if match is None or checkpoint_name(int(match[1])) != name:
+        return -1
+    return int(match[1])
 
 
 # -- JSON files with a checksum --------------------------------------------------------------------
@@ -174,7 +178,7 @@ def _parse_files(folder: Path, stored: Any) -> dict[str, FileSum] | None:
     try:
         files = {}
         for name, of in stored.items():
-            if Path(name).name != name:
+            if not FILE_NAME.fullmatch(name):
                 raise ValueError(f"{name} is no name of a file")
             files[name] = FileSum(int(of["bytes"]), str(of["xxh3"]))
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -246,7 +250,7 @@ def _check_size(folder: Path, name: str, expected: FileSum) -> None:
 
 
 def _not_there(path: Path) -> str:
-    return "is no file" if path.exists() else "is missing"
+    return "is no file" if path.exists() else MISSING
 
 
 # -- the checkpoints of a run ---------------------------------------------------------------------

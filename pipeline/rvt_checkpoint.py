@@ -19,6 +19,7 @@ import torch
 from evspan.conf.errors import UserError
 from evspan.conf.presets import dataset_classes
 from evspan.conf.schema.prep import FrameConfig, FrameMode
+from evspan.pipeline.checkpoint_files import BEST, LATEST
 from evspan.pipeline.infer_config import infer_model
 from evspan.pipeline.known_facts import NOTHING_KNOWN, KnownFacts
 from evspan.pipeline.weights import HEADER_KEY, Weights, describe, load_weights, parse_description
@@ -57,7 +58,7 @@ def open_weights(path: str | Path, facts: KnownFacts = NOTHING_KNOWN) -> Weights
             f"{path} is not there. Name a published {SUFFIX}, a run folder, one of its "
             "checkpoints, or a .safetensors file"
         )
-    if path.is_dir() or path.suffix == ".safetensors":
+    if path.is_dir() or path.suffix == ".safetensors" or path.name in (BEST, LATEST):
         weights = load_weights(path)
     else:
         weights = _read(path, facts)

@@ -17,6 +17,7 @@ that it reads; see evspan.pipeline.checkpoint_files.
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from evspan.pipeline.checkpoint_files import (
     FORMAT_VERSION,
     LATEST,
     META,
+    MISSING,
     WEIGHTS,
     Damage,
     DamagedError,
@@ -65,6 +67,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 MOMENTS = "moments.safetensors"
+LATE_TRIES = 5
+LATE_S = 2.0  # seconds between them
 FALLBACK = "fallback"  # event in the history: a resume did not use what it expected
 
 
@@ -290,9 +294,8 @@ class Checkpoints:
             check(folder, meta.values)
             problem: list[str] = []
             try:
-                snapshot = load_snapshot(folder, lanes, self.rank, meta)
-                if self.rank == 0:
-                    self._check_generators(folder, meta)
+                _check_counters(folder, meta)
+                snapshot = self._load(folder, lanes, meta)
             except DamagedError as error:
                 problem = [error.file, error.problem]
             problems = [found for found in gather_json(problem) if found]
@@ -319,6 +322,24 @@ class Checkpoints:
         if not answer:
             return None
         return parse_meta(self.folder, answer["meta"], has_checksum=answer["has_checksum"])
+
+    def _load(self, folder: Path, lanes: range, meta: Meta) -> LoadedSnapshot:
+        """What this rank needs. Rank 0 also checks what no rank may need.
+
+        A network file system may show a file late to another machine than rank 0's, which has seen
+        all of them.
+        """
+        if self.rank == 0:
+            self._check_generators(folder, meta)
+            return load_snapshot(folder, lanes, self.rank, meta)
+        for _ in range(LATE_TRIES):
+            try:
+                return load_snapshot(folder, lanes, self.rank, meta)
+            except DamagedError as error:
+                if error.problem != MISSING:
+                    raise
+            time.sleep(LATE_S)
+        return load_snapshot(folder, lanes, self.rank, meta)
 
     def _check_generators(self, folder: Path, meta: Meta) -> None:
         """Checks the files of ranks that this run may not have."""
@@ -399,6 +420,13 @@ def load_snapshot(
         _load_carry(folder, meta, lanes),
         _load_tensors(folder, meta, generators_file) if has_generators else None,
     )
+
+
+def _check_counters(folder: Path, meta: Meta) -> None:
+    for name in ("updates", "adam_steps"):
+        value = meta.values["counters"].get(name)
+        if not isinstance(value, int) or value < 0:
+            raise DamagedError(folder, META, f"has no counter {name}")
 
 
 def _names(folder: Path, meta: Meta) -> list[str]:

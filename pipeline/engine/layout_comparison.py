@@ -25,6 +25,7 @@ from evspan.conf.schema.training import (
     TrainingConfig,
 )
 from evspan.conf.text import plural
+from evspan.pipeline.checkpoint_files import LATEST
 from evspan.pipeline.engine.layouts import DeviceInfo, Layout, LayoutResult
 from evspan.pipeline.engine.resources import peak_bytes
 from evspan.pipeline.engine.signals import StopFlag
@@ -149,6 +150,7 @@ def train_until(
     if resume_from is not None and world.is_main:
         copy = Path(config.run_dir) / "checkpoints" / resume_from.name
         shutil.copytree(resume_from, copy)
+        (copy.parent / LATEST).write_text(f"{copy.name}\n")
     barrier()
     run = ObservedRun(config, world, until)
     run.train()

@@ -22,6 +22,7 @@ from evspan.pipeline.checkpoint_files import (
     FileSum,
     dump_with_checksum,
     find_newest_intact,
+    read_meta,
     read_with_checksum,
 )
 from evspan.pipeline.engine.checkpoints import Checkpoints, Resumed, Snapshot, load_same_weights
@@ -331,6 +332,47 @@ def test_a_checkpoint_that_a_kill_kept_from_being_named_is_used(run):
     (run / "checkpoints" / "latest").write_text(f"{OLDER}\n")
     assert_step(resume(run), 6)
     assert f"latest names {OLDER}, which is older" in events(run)[0]
+
+
+def test_a_file_that_another_machine_shows_late_is_waited_for(run, monkeypatch):
+    lanes = run / "checkpoints" / NEWEST / "lanes-0000-0002.safetensors"
+    hidden = run / "hidden"
+    lanes.rename(hidden)
+    meta = read_meta(lanes.parent)
+    waits = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            hidden.rename(lanes)
+
+    monkeypatch.setattr("evspan.pipeline.engine.checkpoints.time.sleep", wait)
+    other = Checkpoints(run, rank=1, keep=9)
+    assert len(other._load(lanes.parent, range(LANES), meta).carry) == 1
+    assert len(waits) == 2
+    lanes.unlink()
+    with pytest.raises(DamagedError, match="lanes-0000-0002.safetensors is missing"):
+        other._load(lanes.parent, range(LANES), meta)
+    monkeypatch.setattr("evspan.pipeline.engine.checkpoints.time.sleep", pytest.fail)
+    with pytest.raises(DamagedError, match="lanes-0000-0002.safetensors is missing"):
+        Checkpoints(run, rank=0, keep=9)._load(lanes.parent, range(LANES), meta)
+
+
+@pytest.mark.parametrize("name", ["../step-00000004/moments.safetensors", "a/b.c", "..", "x\0.y"])
+def test_meta_json_names_files_in_its_folder_only(run, name):
+    folder = run / "checkpoints" / NEWEST
+    values = read_meta(folder).values
+    values["files"][name] = {"bytes": 1, "xxh3": "0" * 16}
+    (folder / "meta.json").write_bytes(dump_with_checksum(values))
+    assert_step(resume(run), 4)
+    assert "meta.json has files of another form" in events(run)[0]
+
+
+@pytest.mark.parametrize("name", ["step-7", "step-000000007", "step-0000000x", "step-00000009.bak"])
+def test_other_folders_are_no_checkpoints(run, name):
+    shutil.copytree(run / "checkpoints" / NEWEST, run / "checkpoints" / name)
+    assert_step(resume(run), 6)
+    assert events(run) == []
 
 
 def test_a_file_that_cannot_be_read_is_not_taken_for_damage(run, monkeypatch):
