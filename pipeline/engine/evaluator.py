@@ -151,7 +151,7 @@ def _describe_dataset(config: DatasetConfig) -> dict[str, Any]:
     """The dataset without its place: of shards, what they were prepared with."""
     description = {**plain(asdict(config)), "root": None}
     if config.kind is DatasetKind.shards:
-        description |= load_manifest(config.root).config["dataset"]
+        description |= load_manifest(config.root).config.get("dataset", {})
     return description
 
 
