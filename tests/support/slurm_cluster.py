@@ -68,6 +68,8 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
+# The shell of salloc is a step of one task on the first node, as on many clusters.
+LaunchParameters=use_interactive_step
 {nodes}
 PartitionName=low {partition} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
 PartitionName=high {partition} PriorityTier=10 PreemptMode=OFF
