@@ -9,6 +9,7 @@ import numpy as np
 from evspan.conf.errors import BoxesError
 from evspan.conf.schema.prep import TimeUnit
 from evspan.conf.text import printable
+from evspan.data_prep.foreign_content import TO_H5, describe_foreign_content
 from evspan.data_prep.recordings.links import require_targets, stat_of
 from numpy.typing import NDArray
 
@@ -27,6 +28,8 @@ RAW_BOX = np.dtype(
 )  # t in us; x, y: top left; pixels of the sensor
 FIELDS = RAW_BOX.names or ()
 OLDER_NAMES = {"t": "ts", "class_confidence": "confidence"}
+MAGIC = b"\x93NUMPY"  # first bytes of an .npy file
+ZIP = "is a ZIP archive"
 LONGEST_CAUSE = 200  # characters of numpy's message, which may repeat the file's header
 NO_TRACK = 2**32 - 1  # track_id of a box without a track; -1 in files of signed numbers
 OPTIONAL = {"track_id": 0, "class_confidence": 1.0}
@@ -160,8 +163,11 @@ def read_array(path: str | Path) -> NDArray[np.void]:
 
 
 def _read_npy(path: Path, file: BinaryIO, size: int) -> NDArray[np.void]:
-    if size == 0:
-        raise _no_array(path, "it is empty, 0 bytes: copy it again")
+    foreign = describe_foreign_content(path, expected=MAGIC).removesuffix(f". {TO_H5}")
+    if foreign.startswith(ZIP):
+        foreign += ". Of an .npz, save the array of boxes with numpy.save"
+    if foreign:
+        raise _no_array(path, f"it {foreign}")
     try:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_2_0

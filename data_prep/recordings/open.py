@@ -46,7 +46,7 @@ def open_recording(path: str | Path, *, unstated_size: Sequence[int] | None = No
         raise RecordingError(
             f"{path} has the suffix {path.suffix or '(none)'}; recordings have one of {suffixes}"
         )
-    _require_own_content(path, suffix)
+    require_own_content(path)
     size = None
     if unstated_size:
         height, width = unstated_size
@@ -58,9 +58,13 @@ def open_recording(path: str | Path, *, unstated_size: Sequence[int] | None = No
     return H5Reader(path, unstated_size=size)
 
 
-def _require_own_content(path: Path, suffix: str) -> None:
-    """Refuses a file that contains something else than its suffix says."""
-    expected = HEADER_START if suffix in (".raw", ".dat") else HDF5_SIGNATURE
+def require_own_content(path: Path) -> None:
+    """Refuses a file that contains something else than its suffix says.
+
+    Raises:
+        RecordingError: it is a Git LFS pointer, compressed, a web page, ...
+    """
+    expected = HEADER_START if path.suffix.lower() in (".raw", ".dat") else HDF5_SIGNATURE
     description = describe_foreign_content(path, expected=expected)
     if description:
         raise RecordingError(f"{path} {description}")

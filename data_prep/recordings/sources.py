@@ -12,7 +12,7 @@ from evspan.conf.text import plural, printable
 from evspan.data_prep.labels.box_files import BOXES_ENDING, find_boxes, recording_name
 from evspan.data_prep.recordings.left_out import files_of, is_recording, left_out
 from evspan.data_prep.recordings.links import require_targets, stat_of
-from evspan.data_prep.recordings.open import SUFFIXES
+from evspan.data_prep.recordings.open import SUFFIXES, require_own_content
 from evspan.data_prep.shards.format import SPLITS
 
 LISTS = (".txt", ".csv")
@@ -128,6 +128,9 @@ def _require_unique(sources: list[Source], folder: Path) -> None:
     for source in sources:
         other = by_key.setdefault(source.key, source)
         if other is not source:
+            for path in (other.path, source.path):
+                if path.is_file():
+                    require_own_content(path)  # pointers of Git LFS have every suffix
             raise RecordingError(
                 f"{other.path} and {source.path} would both be recording {source.key}. Rename one, "
                 f"or move it out of {folder}"

@@ -283,7 +283,17 @@ def test_files_that_are_no_arrays(tmp_path):
         (tmp_path / f"{name}_bbox.npy").write_bytes(data)
         refused(tmp_path / f"{name}_bbox.npy", "no plain .npy", "structured array with the fields")
     np.savez(tmp_path / "a.npz", boxes=table())
-    refused((tmp_path / "a.npz").rename(tmp_path / "npz_bbox.npy"), "no plain .npy")
+    npz = (tmp_path / "a.npz").rename(tmp_path / "npz_bbox.npy")
+    refused(npz, "no plain .npy", "is a ZIP archive", "save the array of boxes with numpy.save")
+    for name, data, remedy in (
+        ("lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+        ("page", b"<!DOCTYPE html><html>login</html>", "is a web page"),
+        ("gz", b"\x1f\x8b\x08\x00damaged", "gunzip"),
+        ("csv", b"t,x,y,w,h\n", "begins with 't,x,y,w,h')."),
+        ("none", b"", "is empty (0 bytes)"),
+    ):
+        (tmp_path / f"{name}_bbox.npy").write_bytes(data)
+        refused(tmp_path / f"{name}_bbox.npy", "no plain .npy", remedy)
     (tmp_path / "folder_bbox.npy").mkdir()
     refused(tmp_path / "folder_bbox.npy", "no plain .npy")
     assert issubclass(BoxesError, UserError)

@@ -223,3 +223,10 @@ def test_the_command_ends_in_one_line_that_names_the_line(folder, capsys):
     assert err.startswith(f"error: {folder}/list.txt, line 1: recording ")
     assert err.count("\n") == 1
     assert not (folder / "out").exists()
+
+
+def test_pointers_of_git_lfs_under_one_name_are_named_as_such(tmp_path):
+    for name in ("a_td.dat", "a_td.h5", "a_bbox.npy"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    with pytest.raises(RecordingError, match=r"a_td\.dat is a Git LFS pointer.* git lfs pull"):
+        find_sources(tmp_path)
