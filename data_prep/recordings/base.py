@@ -25,12 +25,27 @@ FEW_MOVED = 0.001  # a fraction of events that is moved or dropped without a war
 
 
 @njit(cache=True, nogil=True)
-def _count_outside(x: NDArray[np.uint16], y: NDArray[np.uint16], height: int, width: int) -> int:
-    """Counts events at x, y (N,) outside the sensor."""
+def _count_faults(
+    t: NDArray[np.int64],
+    x: NDArray[np.uint16],
+    y: NDArray[np.uint16],
+    latest: int,
+    height: int,
+    width: int,
+) -> tuple[int, int]:
+    """Counts events outside the sensor, and events earlier than the one before, in one pass.
+
+    Args:
+        t, x, y: (N,) columns of the events.
+        latest: time in us of the event before the first.
+    """
     outside = 0
     for i in range(x.size):
         outside += (x[i] >= width) | (y[i] >= height)
-    return outside
+    late = int(t.size > 0 and t[0] < latest)
+    for i in range(1, t.size):
+        late += t[i] < t[i - 1]
+    return outside, late
 
 
 class Recording:
@@ -92,10 +107,23 @@ class Recording:
 
     def _corrected(self) -> Iterator[Events]:
         """Drops events outside the sensor and spikes, and raises late times; counts them."""
-        for decoded in self._decoded():
-            events = self._inside(decoded)
-            yield self._settled(events, is_last=self.is_live)
+        order = self._order
+        for events in self._decoded():
+            if self.size_is_assumed:
+                self._note_largest(events)
+            t, x, y, _ = events
+            outside, late = _count_faults(t, x, y, order.latest, self.height, self.width)
+            if not outside and not late and order.passes(t, is_last=self.is_live):
+                yield events  # as a rule
+            else:
+                yield self._settled(self._inside(events, outside), is_last=self.is_live)
         yield self._settled(no_events(), is_last=True)
+
+    def _inside(self, events: Events, outside: int) -> Events:
+        if not outside:
+            return events
+        self.dropped["outside_sensor"] += outside
+        return events.take((events.x < self.width) & (events.y < self.height))
 
     def _settled(self, events: Events, *, is_last: bool) -> Events:
         settled = self._order.settle(events, is_last=is_last)
@@ -103,15 +131,10 @@ class Recording:
         self.dropped["late_timestamps_raised"] = self._order.late
         return settled
 
-    def _inside(self, events: Events) -> Events:
-        if self.size_is_assumed and events.t.size:
+    def _note_largest(self, events: Events) -> None:
+        if events.t.size:
             x, y = self._largest_xy
             self._largest_xy = (max(x, int(events.x.max())), max(y, int(events.y.max())))
-        outside = _count_outside(events.x, events.y, self.height, self.width)
-        if not outside:
-            return events
-        self.dropped["outside_sensor"] += outside
-        return events.take((events.x < self.width) & (events.y < self.height))
 
     def warnings(self) -> dict[str, str]:
         """What is doubtful about the recording, by kind. Complete after `chunks()`.

@@ -23,6 +23,7 @@ from evspan.data_prep.recordings.polarity import BRIGHTER, PolarityCoding
 from evspan.data_prep.shards.atomic import Disk
 from numpy.typing import NDArray
 
+FEW_EVENTS = 1024  # of which as a rule both polarities are
 WRITTEN_TYPES = {"t": "<i8", "x": "<u2", "y": "<u2", "p": "u1"}
 WRITTEN_CHUNK = 1 << 16
 LATEST_US = 1 << 53  # 285 years: times beyond are not in microseconds
@@ -72,9 +73,13 @@ class H5Reader(Recording):
     def _polarity_coding(self, layout: Layout) -> PolarityCoding:
         """The coding of the column p, from its first two different values."""
         values: set[int] = set()
-        for first in range(0, self.size, self.events_at_once):
+        first = 0
+        last = min(FEW_EVENTS, self.events_at_once)
+        while first < self.size:
             with _readable(self.path, f"polarities of events {first} and on"):
-                p = layout.read_polarity(first, first + self.events_at_once)
+                p = layout.read_polarity(first, last)
+            first = last
+            last += self.events_at_once
             values |= {int(p.min()), int(p.max())}
             if len(values) > 1:
                 if (min(values), max(values)) not in BRIGHTER:  # for the refusal

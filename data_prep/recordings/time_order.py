@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 SPIKE_US = 10_000  # a fifth of a window; cameras and recorders reorder by less
 LONGEST_SPIKE = 4096  # events
+NONE_YET = int(np.iinfo(np.int64).min)
 
 # Entries of the state: latest time; whether there is one; how many events came before; counts of
 # spikes' events and late ones; the largest step back: microseconds, its event and that one's time.
@@ -35,18 +36,12 @@ LATEST, STARTED, BEFORE, SPIKES, LATE, STEP_US, STEP_EVENT, STEP_TO = range(8)
 
 
 @njit(cache=True, nogil=True)
-def in_order(t: NDArray[np.int64], latest: int) -> bool:
-    """Whether times (N,) are non-decreasing, from `latest` on."""
-    late = t.size > 0 and t[0] < latest
-    for i in range(1, t.size):
-        late |= t[i] < t[i - 1]
-    return not late
+def _first_ahead(t: NDArray[np.int64], begin: int, before: int) -> int:
+    """Index of the first event from `begin` on that is ahead of the one before it; N: none is.
 
-
-@njit(cache=True, nogil=True)
-def _first_ahead(t: NDArray[np.int64], begin: int, latest: int) -> int:
-    """Index of the first event from `begin` on that is ahead of the one before; N: none is."""
-    before = latest if begin == 0 else t[begin - 1]
+    Args:
+        before: time of the event before `begin`.
+    """
     for i in range(begin, t.size):
         if t[i] - before >= SPIKE_US:
             return i
@@ -133,7 +128,6 @@ def _settle(
             state[STARTED] = 1
             i += 1
     state[LATEST] = latest
-    state[BEFORE] += i
     return i
 
 
@@ -147,59 +141,72 @@ class StepBack:
 
 
 class TimeOrder:
-    """Corrects the events of one recording, block by block."""
+    """Corrects the events of one recording, block by block.
+
+    Attributes:
+        latest: the greatest time of an event that was kept; the smallest int64 before the first.
+        spikes: events that were dropped so far.
+        late: events that were raised so far.
+        largest_step_back: where the time ran back furthest; None where it never did.
+    """
 
     def __init__(self) -> None:
-        self.state = np.zeros(8, np.int64)
+        self.latest = NONE_YET
+        self.spikes = 0
+        self.late = 0
+        self.largest_step_back: StepBack | None = None
+        self.before = 0  # events that are settled
         self.held = no_events()
 
-    @property
-    def spikes(self) -> int:
-        """Events that were dropped so far."""
-        return int(self.state[SPIKES])
+    def passes(self, t: NDArray[np.int64], *, is_last: bool) -> bool:
+        """Takes a block that needs no correction, if it is one; `settle` takes the others.
 
-    @property
-    def late(self) -> int:
-        """Events that were raised so far."""
-        return int(self.state[LATE])
-
-    @property
-    def largest_step_back(self) -> StepBack | None:
-        """Where the time ran back furthest; None where it never did."""
-        if not self.late:
-            return None
-        event, time_us, by_us = self.state[[STEP_EVENT, STEP_TO, STEP_US]].tolist()
-        return StepBack(event, time_us, by_us)
+        Args:
+            t: (N,) times that do not decrease, from `latest` on.
+            is_last: none follow, or none are to be held back.
+        """
+        size = t.size
+        if self.held.t.size or self.latest == NONE_YET:
+            return False
+        if size and not is_last:
+            begin = max(0, size - LONGEST_SPIKE)
+            before = int(t[begin - 1]) if begin else self.latest
+            # No spike can begin at the end.
+            is_dense = t[-1] - before < SPIKE_US
+            if not is_dense and _first_ahead(t, begin, before) < size:
+                return False
+        if size:
+            self.latest = int(t[-1])
+            self.before += size
+        return True
 
     def settle(self, events: Events, *, is_last: bool = False) -> Events:
         """The events before the next undecided one, corrected.
 
         Args:
             events: follow those of the call before. Their arrays are not changed.
-            is_last: none follow: nothing is held back.
+            is_last: none follow, or none are to be held back.
         """
-        if not self.held.t.size and self._needs_nothing(events, is_last):
-            if events.t.size:
-                self.state[LATEST] = events.t[-1]
-                self.state[BEFORE] += events.t.size
-            return events
         events = self.held.followed_by(events)
         keep = np.ones(events.t.size, np.bool_)
         times = events.t.copy()
-        spikes = self.spikes
-        settled = _settle(events.t, self.state, is_last, keep)
+        state = np.zeros(8, np.int64)
+        state[LATEST] = self.latest
+        state[STARTED] = self.latest != NONE_YET
+        state[BEFORE] = self.before
+        if self.largest_step_back is not None:
+            state[STEP_US] = self.largest_step_back.by_us
+        settled = _settle(events.t, state, is_last, keep)
         self.held = events.take(slice(settled, None))._replace(t=times[settled:])
         events = events.take(slice(0, settled))
-        if self.spikes > spikes:
+        self.before += settled
+        self.late += int(state[LATE])
+        if state[STARTED]:
+            self.latest = int(state[LATEST])
+        if state[STEP_EVENT]:
+            step = StepBack(int(state[STEP_EVENT]), int(state[STEP_TO]), int(state[STEP_US]))
+            self.largest_step_back = step
+        if state[SPIKES]:
+            self.spikes += int(state[SPIKES])
             events = events.take(keep[:settled])
         return events
-
-    def _needs_nothing(self, events: Events, is_last: bool) -> bool:
-        """Whether the events are in order, and no spike can begin at their end."""
-        t = events.t
-        if not t.size:
-            return True
-        latest = int(self.state[LATEST])
-        if not self.state[STARTED] or not in_order(t, latest):
-            return False
-        return is_last or _first_ahead(t, max(0, t.size - LONGEST_SPIKE), latest) == t.size

@@ -84,14 +84,14 @@ def test_events_in_order_pass_without_being_held_back_or_copied():
     beginning = order.settle(events_at([0] * LONGEST_SPIKE))
     assert not beginning.t.size  # the first event may be a spike
     assert order.settle(events_at([5, 5])).t.size == LONGEST_SPIKE + 2
-    events = events_at([6, 6, 9_000])
-    assert order.settle(events) is events
+    assert order.passes(np.array([6, 6, 9_000]), is_last=False)
     jump = events_at([9_001, 9_001 + SPIKE_US, 9_002 + SPIKE_US])
+    assert not order.passes(jump.t, is_last=False)
     assert order.settle(jump).t.tolist() == [9_001]
-    assert order.settle(no_events(), is_last=True).t.tolist() == [
-        9_001 + SPIKE_US,
-        9_002 + SPIKE_US,
-    ]
+    assert not order.passes(np.array([9_003 + SPIKE_US]), is_last=False)  # others are held back
+    rest = order.settle(no_events(), is_last=True)
+    assert rest.t.tolist() == [9_001 + SPIKE_US, 9_002 + SPIKE_US]
+    assert order.passes(np.array([9_000_000]), is_last=True)
 
 
 def test_the_largest_step_back_has_its_place():
