@@ -45,6 +45,7 @@ from numpy.typing import NDArray
 ALL_ROWS = slice(None)
 OPEN_FILES = 128  # at a time; RVT's tree has a file per recording
 OPEN_DATASETS = 128  # at a time
+BOXES_IN_MEMORY = 4_000_000  # of a split, 128 MB; more are read from their file when needed
 CHUNK_CACHE = 1 << 18  # bytes per open dataset
 
 
@@ -119,6 +120,46 @@ class FrameCodes(NamedTuple):
 
 
 @dataclass(frozen=True)
+class BoxChecks:
+    """Verifies the boxes of a recording in a shard.
+
+    Attributes:
+        sums: (N,) checksum of the boxes of each frame; None in shards of earlier versions.
+        num_classes: of the dataset.
+        place: file and recording, for an error.
+    """
+
+    sums: NDArray[np.uint64] | None
+    num_classes: int
+    place: str
+
+    def require(self, boxes: BoxArray, start: NDArray[np.int64], first: int) -> None:
+        """Requires that boxes are what was stored.
+
+        Args:
+            boxes: (m,) boxes of n frames.
+            start: (n + 1,) frame i has boxes[start[i]:start[i + 1]].
+            first: index of the first frame in the recording.
+
+        Raises:
+            ShardError: they are damaged.
+        """
+        if self.sums is not None:
+            changed = first_changed(boxes, start, self.sums[first : first + len(start) - 1])
+            if changed >= 0:
+                problem = "its boxes do not have their checksum"
+                raise damaged(f"{self.place}, frame {first + changed}", problem)
+            return
+        class_id = boxes["class_id"]
+        if class_id.size and (class_id.min() < 0 or class_id.max() >= self.num_classes):
+            problem = (
+                f"boxes of class {class_id.min()} to {class_id.max()}, the dataset has "
+                f"{self.num_classes} classes"
+            )
+            raise damaged(f"{self.place}, frames {first} to {first + len(start) - 2}", problem)
+
+
+@dataclass(frozen=True)
 class RecordingData:
     """One recording of N frames.
 
@@ -131,6 +172,7 @@ class RecordingData:
         read_frames: rows -> (n, 2 * bins, H, W) uint8.
         read_boxes: rows -> (m,) structured boxes (`shards.format.BOX`).
         read_codes: rows -> the frames as they are stored; None: they are stored otherwise.
+        box_checks: verifies boxes when they are read; None: they have been verified.
     """
 
     name: str
@@ -141,6 +183,7 @@ class RecordingData:
     read_frames: Callable[[slice], NDArray[np.uint8]]
     read_boxes: Callable[[slice], NDArray[Any]]
     read_codes: Callable[[slice], FrameCodes] | None = None
+    box_checks: BoxChecks | None = None
 
     @property
     def frames(self) -> int:
@@ -175,11 +218,16 @@ class RecordingData:
 
         Returns:
             (m,) structured boxes in the order of the frames, and (last - first,) how many each has.
+
+        Raises:
+            ShardError: the stored boxes are damaged.
         """
         start = self.box_start[first : last + 1]
         rows: NDArray[Any] = np.zeros(0, BOX)
         if start[-1] > start[0]:
             rows = self.read_boxes(slice(int(start[0]), int(start[-1])))
+            if self.box_checks is not None:
+                self.box_checks.require(rows, start - start[0], first)
         return rows, np.diff(start)
 
 
@@ -260,18 +308,18 @@ def _open_shards(root: Path, config: DatasetConfig, split: str) -> Dataset:
     height, width = sizes.pop() if sizes else (0, 0)
     frames = frame_config(manifest.config["frames"])
     files = _OpenFiles()
-    recordings = [_shard_recording(root, entry, manifest, files) for entry in entries]
+    keep_boxes = sum(entry.boxes for entry in entries) <= BOXES_IN_MEMORY
+    recordings = [_shard_recording(root, entry, manifest, files, keep_boxes) for entry in entries]
     return Dataset(recordings, frames, height, width, manifest.classes)
 
 
 def _shard_recording(
-    root: Path, entry: RecordingEntry, manifest: Manifest, files: _OpenFiles
+    root: Path, entry: RecordingEntry, manifest: Manifest, files: _OpenFiles, keep_boxes: bool
 ) -> RecordingData:
     path = shard_path(root, entry)
     place = f"{path}: recording {entry.name!r}"
     columns = _shard_columns(path, entry, manifest, files)
     shape = (manifest.channels, entry.height, entry.width)
-    box_checks = _BoxChecks(columns, len(manifest.classes), place)
 
     def stored(rows: slice) -> StoredFrames:
         start = columns.frame_start[rows.start : rows.stop + 1]
@@ -294,10 +342,13 @@ def _shard_recording(
         return FrameCodes(frames.codes, frames.start, measure_stored(frames))
 
     def read_boxes(rows: slice) -> NDArray[Any]:
-        boxes = files.read(path, f"{entry.group}/boxes", rows)
-        box_checks.require(boxes, rows)
-        return boxes
+        return files.read(path, f"{entry.group}/boxes", rows)
 
+    checks = BoxChecks(columns.box_xxh3, len(manifest.classes), place)
+    boxes: BoxArray | None = None
+    if keep_boxes:
+        boxes = read_boxes(ALL_ROWS)
+        checks.require(boxes, columns.box_start, 0)
     return RecordingData(
         name=entry.name,
         clock_us=entry.first_us,
@@ -305,8 +356,9 @@ def _shard_recording(
         labelled=columns.labelled,
         box_start=columns.box_start,
         read_frames=read_frames,
-        read_boxes=read_boxes,
+        read_boxes=read_boxes if boxes is None else boxes.__getitem__,
         read_codes=read_codes,
+        box_checks=checks if boxes is None else None,
     )
 
 
@@ -320,35 +372,6 @@ def _shard_columns(
             raise missing(path, entry) from error
         with damage_reported(path, f"{path}: recording {entry.name!r}"):
             return read_columns(find_group(file, entry), entry, manifest.channels)
-
-
-@dataclass(frozen=True)
-class _BoxChecks:
-    """Verifies the boxes of a recording whenever they are read."""
-
-    columns: RecordingColumns
-    num_classes: int
-    place: str
-
-    def require(self, boxes: BoxArray, rows: slice) -> None:
-        """Raises ShardError where the boxes, the rows `rows` of the column, are damaged."""
-        start = self.columns.box_start
-        begin, end, _ = rows.indices(int(start[-1]))
-        first = int(np.searchsorted(start, begin, side="right")) - 1
-        last = int(np.searchsorted(start, end, side="left"))
-        if self.columns.box_xxh3 is not None:
-            frames = start[first : last + 1] - begin
-            changed = first_changed(boxes, frames, self.columns.box_xxh3[first:last])
-            if changed >= 0:
-                problem = "its boxes do not have their checksum"
-                raise damaged(f"{self.place}, frame {first + changed}", problem)
-        class_id = boxes["class_id"]
-        if class_id.min() < 0 or class_id.max() >= self.num_classes:
-            problem = (
-                f"boxes of class {class_id.min()} to {class_id.max()}, the dataset has "
-                f"{self.num_classes} classes"
-            )
-            raise damaged(f"{self.place}, frames {first} to {last - 1}", problem)
 
 
 # -- RVT's tree ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from evspan.conf.errors import ShardError, UserError
 from evspan.conf.schema.prep import DatasetConfig
 from evspan.data_prep.shards.status import status
 from evspan.data_prep.shards.verify import verify
+from evspan.pipeline.data import datasets
 from evspan.pipeline.data.datasets import open_dataset
 from support.small_shards import write_small_shards
 
@@ -120,6 +121,17 @@ def test_shards_without_checksums_are_read_and_status_says_so(mine, capsys):
     ]
     main([str(mine)])
     assert "1 recording without checksums that training verifies" in capsys.readouterr().out
+
+
+def test_boxes_that_are_read_when_needed_are_verified_too(mine, monkeypatch):
+    monkeypatch.setattr(datasets, "BOXES_IN_MEMORY", 0)
+    whole = content(mine)
+    flip(mine / SHARD, 8 * byte_of(mine / SHARD, "train_000/boxes", 45))
+    with pytest.raises(ShardError, match=r"frame 1 is damaged \(its boxes do not have their"):
+        content(mine)
+    monkeypatch.undo()
+    flip(mine / SHARD, 8 * byte_of(mine / SHARD, "train_000/boxes", 45))
+    assert is_same(content(mine), whole)
 
 
 @pytest.mark.parametrize("lost", ["frame_xxh3", "box_xxh3", "index_xxh3"])
