@@ -45,6 +45,8 @@ def submit_sweep(expansion: Expansion, config_dir: Sequence[str]) -> int:
         plan = plan_sweep(expansion, config_dir, settings)
         if not settings.cluster.dry_run:
             _record(plan)
+        for folder, message in plan.refused.items():
+            logger.warning("%s: %s", folder, message)
         code = submit_planned(plan.runs, settings.cluster, settings.folder, locks.close)
     if code == 0 and plan.refused:
         return 1
@@ -56,7 +58,6 @@ def _record(plan: SweepPlan) -> None:
     write_table(plan)
     for folder, message in plan.refused.items():
         append(folder, "failed", step=0, message=message, code=USER_ERROR_EXIT_CODE)
-        logger.warning("%s: %s", folder, message)
 
 
 def submit_planned(
