@@ -11,6 +11,7 @@ from typing import Any
 
 import xxhash
 from evspan.conf.errors import ConfigError, ShardError
+from evspan.conf.folder_lock import LOCKS
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.text import plural
 from evspan.data_prep.hdf5_files import unavailable
@@ -38,7 +39,7 @@ from evspan.data_prep.update_plan import (
     plan_update,
     reason_to_redo,
 )
-from evspan.data_prep.workers import LocalRunner, PrepJob, Runner, run_jobs
+from evspan.data_prep.workers import DryRun, LocalRunner, PrepJob, Runner, run_jobs
 
 logger = logging.getLogger(__name__)
 NAMED = 3  # files that an error message names
@@ -73,12 +74,15 @@ def prepare(config: PrepConfig, runner: Runner | None = None) -> PrepReport:
             source or the output. When some recordings cannot be prepared, the others are, and all
             stay in their parts until the source is corrected.
         UserError: another process prepares into the same folder, or the disk is full.
+        DryRun: cluster.dry_run is set, and nothing was written; the message is what would be done.
     """
     source, output = _checked_folders(config)
     with _unreadable_now():
         sources = {s.key: s for s in find_sources(source)}
         config = with_classes(config, [s.boxes for s in sources.values() if s.boxes])
         _log_left_out(source, sources.values())
+    if config.cluster.dry_run:
+        raise _dry_run(sources, output, config, runner or LocalRunner())
     _make_folder(output)
     with locked(output):
         clean_unfinished(output)
@@ -92,6 +96,27 @@ def prepare(config: PrepConfig, runner: Runner | None = None) -> PrepReport:
             clean_unfinished(output)  # of workers that were killed
     _log_warnings(manifest)
     return PrepReport(manifest, {key: redo.reason for key, redo in plan.redo.items()}, plan.removed)
+
+
+def _dry_run(
+    sources: Mapping[str, Source], output: Path, config: PrepConfig, runner: Runner
+) -> DryRun:
+    """What `prepare` would do."""
+    target = Target(resolved_config(config), config.max_invalid_fraction)
+    with _unreadable_now():
+        plan = _plan(sources, output, target, config.source)
+    _require_confirmed(plan, sources, config)
+    jobs = _jobs(plan, sources, output, _finished_parts(plan, sources, output, target))
+    lines = []
+    if jobs:
+        try:
+            next(runner.run(jobs, config))
+        except DryRun as description:
+            lines.append(str(description))
+    lines += [f"# to remove: {key}" for key in plan.removed]
+    if not lines:
+        lines.append(f"# {output}: no recording to prepare")
+    return DryRun("\n".join(lines))
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -126,7 +151,7 @@ def _other_files(output: Path) -> list[str]:
     if not begun:
         for split in SPLITS:
             paths += (output / split).glob("*")
-    own = {output / name for name in (MANIFEST, LOCK, PARTS, MARKS, *SPLITS)}
+    own = {output / name for name in (MANIFEST, LOCK, LOCKS, PARTS, MARKS, *SPLITS)}
     return sorted(
         str(path.relative_to(output))
         for path in paths
@@ -293,12 +318,7 @@ def _apply(
 ) -> Manifest:
     """Prepares the parts, gathers them into shards, and writes the manifest."""
     fresh = _finished_parts(plan, sources, output, target)
-    jobs = [
-        PrepJob(sources[key], part_of(output, key), redo.reuse)
-        for key, redo in plan.redo.items()
-        if key not in fresh
-    ]
-    fresh |= run_jobs(jobs, config, runner)
+    fresh |= run_jobs(_jobs(plan, sources, output, fresh), config, runner)
     if plan.drop_manifest:
         # Until all that the manifest names is right again, the folder is no prepared dataset.
         (output / MANIFEST).unlink(missing_ok=True)
@@ -316,6 +336,20 @@ def _apply(
     write_marks(output, {})
     clean(output, manifest.recordings)
     return manifest
+
+
+def _jobs(
+    plan: UpdatePlan,
+    sources: Mapping[str, Source],
+    output: Path,
+    finished: Mapping[str, RecordingEntry],
+) -> list[PrepJob]:
+    """The recordings to prepare that have no finished part."""
+    return [
+        PrepJob(sources[key], part_of(output, key), redo.reuse)
+        for key, redo in plan.redo.items()
+        if key not in finished
+    ]
 
 
 def _finished_parts(

@@ -14,9 +14,12 @@ from typing import Any
 import h5py
 import xxhash
 from evspan.conf.errors import UserError
+from evspan.conf.folder_lock import FolderLock
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
+# Of one machine. On others flock may be local to a machine, as on Lustre and NFS by mount option.
+LOCAL_FILE_SYSTEMS = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs"})
 UNFINISHED = ".*.writing*"  # temporary files; a killed process leaves them
 BLOCK = 1 << 24  # bytes that are read at once for a checksum
 
@@ -122,7 +125,8 @@ def locked(folder: Path, doing: str = "") -> Iterator[None]:
     """Holds the lock on `folder`, so that one process at a time writes to it.
 
     The lock is released when the process ends, even by SIGKILL. The lock file names the process
-    that has the lock, or one that was killed; otherwise it is empty.
+    that has the lock, or one that was killed; otherwise it is empty. On file systems that several
+    machines may share, the lock of `evspan.conf.folder_lock` is held, too.
 
     Args:
         doing: what the process does, for others to read.
@@ -137,6 +141,7 @@ def locked(folder: Path, doing: str = "") -> Iterator[None]:
             f"{folder} cannot be written to ({error.strerror}). Choose a folder that you may "
             "write to"
         ) from error
+    has_flock = True
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,12 +152,8 @@ def locked(folder: Path, doing: str = "") -> Iterator[None]:
                 f"{folder} is being written to by {holder}. Wait until it is done, or stop it"
             ) from error
         except OSError as error:
-            logger.warning(
-                "%s lies on a file system without locks (%s): make sure that only one process "
-                "writes to it",
-                folder,
-                error,
-            )
+            has_flock = False
+            logger.debug("%s lies on a file system without flock (%s)", folder, error)
         name = f"process {os.getpid()} on {socket.gethostname()}"
         if doing:
             name += f" ({doing})"
@@ -160,6 +161,29 @@ def locked(folder: Path, doing: str = "") -> Iterator[None]:
             file.truncate(0)
             file.write(f"{name}\n".encode())
         try:
-            yield
+            with _shared_lock(folder, doing or "evspan prep", has_flock=has_flock):
+                yield
         finally:
             file.truncate(0)
+
+
+@contextmanager
+def _shared_lock(folder: Path, doing: str, *, has_flock: bool) -> Iterator[None]:
+    """A lock that all machines see, where flock is missing or may be local to a machine."""
+    if has_flock and _file_system(folder) in LOCAL_FILE_SYSTEMS:
+        yield
+        return
+    with FolderLock(folder, doing):
+        yield
+
+
+def _file_system(folder: Path) -> str:
+    """The type of the file system as in mount(8); empty if it is not known."""
+    device = folder.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+            words = line.split()
+            if words[2] == number:
+                return words[words.index("-") + 1]
+    return ""

@@ -1,18 +1,23 @@
 """Recordings -> shards: what is stored, and what is done again when something changes."""
 
+import errno
+import fcntl
 import os
 import time
 
+import evspan.data_prep.shards.atomic
 import evspan.data_prep.shards.write
 import h5py
 import numpy as np
 import pytest
 import xxhash
-from evspan.conf.errors import ConfigError, RecordingError, ShardError
+from evspan.conf.errors import ConfigError, RecordingError, ShardError, UserError
+from evspan.conf.schema.cluster import PrepClusterConfig, Scheduler
 from evspan.conf.schema.prep import DownsampleBy
 from evspan.data_prep.labels.box_files import find_boxes, read_boxes, write_boxes
 from evspan.data_prep.prepare import prepare
 from evspan.data_prep.recordings.open import open_recording, open_writer
+from evspan.data_prep.shards.atomic import LOCAL_FILE_SYSTEMS, locked
 from evspan.data_prep.shards.format import (
     BOX,
     RecordingEntry,
@@ -21,6 +26,7 @@ from evspan.data_prep.shards.format import (
 )
 from evspan.data_prep.shards.reading import open_group, read_frames
 from evspan.data_prep.simulator import simulate
+from evspan.data_prep.workers import DryRun
 from support.event_files import concatenated
 from support.prepared import (
     COLUMNS,
@@ -736,3 +742,48 @@ def test_one_file_is_a_source(source, tmp_path):
     report = prepare(prep_config(source / "train" / "a_td.raw", tmp_path / "out"))
     assert report.prepared == {"test/a": "new"}
     assert entries(tmp_path / "out")["test/a"]["boxes"] > 0
+
+
+# -- dry runs, other writers -------------------------------------------------------------------------------------
+class DryRunner:
+    """As the runner of a cluster."""
+
+    def run(self, jobs, config):
+        raise DryRun("\n".join(f"# to prepare: {job.key}" for job in jobs))
+
+
+def test_a_dry_run_writes_nothing(mine, tmp_path):
+    """Neither where nothing is prepared, nor where a recording is new and another is gone."""
+    source, output = mine
+    dry = PrepClusterConfig(scheduler=Scheduler.slurm, dry_run=True)
+    with pytest.raises(DryRun, match="train/a"):
+        prepare(prep_config(source, tmp_path / "none", processes=0, cluster=dry), DryRunner())
+    assert not (tmp_path / "none").exists()
+    simulate(source / "train" / "new.raw", seconds=0.2, seed=9)
+    (source / "train" / "c_td.h5").unlink()
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    with pytest.raises(DryRun) as description:
+        prepare(prep_config(source, output, processes=0, cluster=dry), DryRunner())
+    assert str(description.value).splitlines() == [
+        "# to prepare: train/new",
+        "# to remove: train/c",
+    ]
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+def test_two_writers_are_told_apart_where_flock_does_not_work(mine, monkeypatch):
+    """On file systems without flock, and where it is local to a node."""
+    source, output = mine
+
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    for file_systems, replacement in (
+        (LOCAL_FILE_SYSTEMS, missing),
+        (frozenset(), lambda *_: None),
+    ):
+        monkeypatch.setattr(fcntl, "flock", replacement)
+        monkeypatch.setattr(evspan.data_prep.shards.atomic, "LOCAL_FILE_SYSTEMS", file_systems)
+        with locked(output), pytest.raises(UserError, match=rf"process {os.getpid()} on"):
+            prepare(prep_config(source, output))
+        prepare(prep_config(source, output))

@@ -242,6 +242,7 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(source, tmp_path):
         )
     )
     assert (code, err) == (0, "")
+    assert not (tmp_path / "out").exists()
     for line in (
         "#SBATCH --partition=cpu",
         "#SBATCH --account=lab",
