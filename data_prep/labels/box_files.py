@@ -27,6 +27,7 @@ RAW_BOX = np.dtype(
     ]
 )  # t in us; x, y: top left; pixels of the sensor
 FIELDS = RAW_BOX.names or ()
+FORM = f"Save the boxes as a structured array with the fields {', '.join(FIELDS)}"
 OLDER_NAMES = {"t": "ts", "class_confidence": "confidence"}
 MAGIC = b"\x93NUMPY"  # first bytes of an .npy file
 ZIP = "is a ZIP archive"
@@ -167,7 +168,7 @@ def _read_npy(path: Path, file: BinaryIO, size: int) -> NDArray[np.void]:
     if foreign.startswith(ZIP):
         foreign += ". Of an .npz, save the array of boxes with numpy.save"
     if foreign:
-        raise _no_array(path, f"it {foreign}")
+        raise BoxesError(f"{path} is no plain .npy array: it {foreign}. {FORM}")
     try:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_2_0
@@ -199,10 +200,7 @@ def _read_npy(path: Path, file: BinaryIO, size: int) -> NDArray[np.void]:
 
 
 def _no_array(path: Path, problem: str) -> BoxesError:
-    return BoxesError(
-        f"{path} is no plain .npy array ({problem}). Save the boxes as a structured array with "
-        f"the fields {', '.join(FIELDS)}"
-    )
+    return BoxesError(f"{path} is no plain .npy array ({problem}). {FORM}")
 
 
 def _require_numbers(path: str | Path, values: NDArray[Any], name: str) -> None:

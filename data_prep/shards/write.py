@@ -32,7 +32,7 @@ from evspan.data_prep.labels.checks import label_warnings
 from evspan.data_prep.labels.classes import require_named
 from evspan.data_prep.labels.clock import Span, clock_problem
 from evspan.data_prep.labels.filters import filter_boxes
-from evspan.data_prep.recordings.open import open_recording
+from evspan.data_prep.recordings.open import open_recording, require_own_content
 from evspan.data_prep.recordings.sources import Source
 from evspan.data_prep.shards.atomic import atomic_hdf5, file_xxh3
 from evspan.data_prep.shards.attributes import CONFIG, ENTRY, read_numbers, read_text, write_text
@@ -168,7 +168,7 @@ def prepare_recording(
     if problem:
         raise RecordingError(f"{source.path}: the recording's name {problem}. Rename the file")
     before = source.path.stat()
-    labels = _Labels.read(source.boxes, config.dataset)
+    labels = _read_labels(source, config.dataset)
     with atomic_hdf5(part) as (file, check_disk):
         group = file.create_group(source.name)
         if reuse and reuse.config["dataset"].get("sensor_size", []) != config.dataset.sensor_size:
@@ -200,6 +200,18 @@ def _write_attributes(group: h5py.Group, entry: RecordingEntry, config: PrepConf
     write_text(group, CONFIG, json.dumps(resolved_config(config)))
     columns = {name: group[name][:] for name in INDEX_COLUMNS}
     write_text(group, INDEX_XXH3, index_digest(entry, config.frames.channels, columns))
+
+
+def _read_labels(source: Source, config: DatasetConfig) -> "_Labels":
+    """The recording's boxes; an error names a recording that is no recording either."""
+    try:
+        return _Labels.read(source.boxes, config)
+    except BoxesError as error:
+        try:
+            require_own_content(source.path)
+        except RecordingError as other:
+            raise RecordingError(f"{other}; {error}") from error
+        raise
 
 
 @dataclass(frozen=True)

@@ -289,7 +289,7 @@ def test_files_that_are_no_arrays(tmp_path):
         ("lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
         ("page", b"<!DOCTYPE html><html>login</html>", "is a web page"),
         ("gz", b"\x1f\x8b\x08\x00damaged", "gunzip"),
-        ("csv", b"t,x,y,w,h\n", "begins with 't,x,y,w,h')."),
+        ("csv", b"t,x,y,w,h\n", "begins with 't,x,y,w,h'. Save"),
         ("none", b"", "is empty (0 bytes)"),
     ):
         (tmp_path / f"{name}_bbox.npy").write_bytes(data)

@@ -147,6 +147,12 @@ def test_a_box_file_that_cannot_be_opened_now_fails_its_recording_alone(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_a_recording_and_a_box_file_that_are_both_empty_are_both_named(tmp_path):
+    source = touched(tmp_path / "source", "train/a_td.raw", "train/a_bbox.npy")
+    with pytest.raises(RecordingError, match=r"a_td\.raw is empty .*a_bbox\.npy .* is empty"):
+        prepare(prep_config(source, tmp_path / "out"))
+
+
 # -- names ----------------------------------------------------------------------------------------
 def test_suffixes_and_endings_count_in_any_case(tmp_path):
     touched(tmp_path, "train/A_TD.RAW", "train/A_BBOX.NPY", "train/b_td.Dat", "train/b_bbox.npy")
