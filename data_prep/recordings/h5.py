@@ -1,7 +1,8 @@
 """HDF5 recordings: reads the layouts of `h5_layouts` block by block, writes events/{t,x,y,p}."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,20 @@ from evspan.data_prep.recordings.polarity import BRIGHTER, PolarityCoding
 from evspan.data_prep.shards.atomic import Disk
 from numpy.typing import NDArray
 
+
+class Compression(Enum):
+    """How written events are compressed. Bytes per event and speeds: README.md."""
+
+    gzip = "gzip"  # every HDF5 library reads it
+    lz4 = "lz4"  # Blosc: several times as fast, and readers need its plugin (hdf5plugin)
+    none = "none"
+
+
+COMPRESSION_OPTIONS: dict[Compression, Mapping[str, Any]] = {
+    Compression.gzip: {"compression": "gzip", "compression_opts": 1, "shuffle": True},
+    Compression.lz4: hdf5plugin.Blosc(cname="lz4", shuffle=hdf5plugin.Blosc.SHUFFLE),
+    Compression.none: {},
+}
 FEW_EVENTS = 1024  # of which as a rule both polarities are
 WRITTEN_TYPES = {"t": "<i8", "x": "<u2", "y": "<u2", "p": "u1"}
 WRITTEN_CHUNK = 1 << 16
@@ -134,11 +149,21 @@ def _pixel(column: NDArray[Any]) -> NDArray[np.uint16]:
 
 
 class H5Writer(Writer):
-    """Writes events/{t,x,y,p}, compressed, with height and width."""
+    """Writes events/{t,x,y,p}, compressed, with height and width.
+
+    Other programs open these files: by default they need no plugin of HDF5.
+    """
 
     earliest_us = -LATEST_US
 
-    def __init__(self, path: Path, height: int, width: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        height: int,
+        width: int,
+        *,
+        compression: Compression = Compression.gzip,
+    ) -> None:
         super().__init__(path, height, width)
         self.disk = Disk(path, "w+")
         self.file = h5py.File(self.disk, "w")
@@ -150,7 +175,7 @@ class H5Writer(Writer):
                 dtype,
                 maxshape=(None,),
                 chunks=(WRITTEN_CHUNK,),
-                **hdf5plugin.Blosc(cname="lz4", shuffle=hdf5plugin.Blosc.SHUFFLE),
+                **COMPRESSION_OPTIONS[compression],
             )
         self.group["height"] = height
         self.group["width"] = width

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evspan.conf.errors import UserError
-from evspan.data_prep.recordings.open import open_recording, open_writer
+from evspan.data_prep.recordings.h5 import Compression, H5Writer
+from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.shards.atomic import atomic_write
 from evspan.launch.cli.command import Parser
 from evspan.launch.cli.prep_info import dropped_summary
@@ -18,6 +19,7 @@ class Options:
 
     recording: Path
     out: Path
+    compression: Compression
 
 
 def _parse(argv: Sequence[str]) -> Options:
@@ -28,7 +30,15 @@ def _parse(argv: Sequence[str]) -> Options:
     )
     parser.add_argument("recording", type=Path)
     parser.add_argument("out", type=Path, help="a file ending in .h5")
-    return Options(**vars(parser.parse_args(argv)))
+    parser.add_argument(
+        "--compression",
+        choices=[option.name for option in Compression],
+        default=Compression.gzip.name,
+        help="gzip: every HDF5 library reads it (default); lz4: faster to read and write, and "
+        "larger; its readers need hdf5plugin",
+    )
+    args = parser.parse_args(argv)
+    return Options(args.recording, args.out, Compression[args.compression])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,7 +55,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{options.out} is the recording itself; name another file")
     with (
         atomic_write(options.out) as temporary,
-        open_writer(temporary, recording.height, recording.width) as writer,
+        H5Writer(
+            temporary, recording.height, recording.width, compression=options.compression
+        ) as writer,
     ):
         for events in recording.chunks():
             writer.write(events)

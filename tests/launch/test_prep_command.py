@@ -387,6 +387,36 @@ def test_decode_gives_the_golden_events(samples_dir, tmp_path, evspan_prep, name
     assert (columns["height"], columns["width"]) == (recording.height, recording.width)
 
 
+PLAIN_H5PY = """
+import sys, h5py
+with h5py.File(sys.argv[1]) as file:
+    print([len(file["events"][name][:]) for name in "txyp"], file["events/t"].compression)
+assert "hdf5plugin" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "compression"),
+    [((), "gzip"), (("--compression", "none"), "None"), (("--compression", "lz4"), None)],
+)
+def test_plain_h5py_reads_what_decode_writes(source, tmp_path, evspan_prep, options, compression):
+    out = tmp_path / "out.h5"
+    assert evspan_prep("decode", source / "train/b_td.dat", out, *options)[0] == 0
+    events = sum(len(part.t) for part in open_recording(source / "train/b_td.dat").chunks())
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_H5PY, out],
+        env={**os.environ, "HDF5_PLUGIN_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    if compression is None:  # needs hdf5plugin, which --help says
+        assert "plugin" in done.stderr
+        assert len(columns_of(out)["t"]) == events
+        return
+    assert done.stdout == f"{[events] * 4} {compression}\n"
+
+
 @pytest.mark.parametrize("name", ["train/a_td.raw", "train/b_td.dat", "train/c_td.h5"])
 def test_decode_of_every_format_can_be_decoded_again(source, tmp_path, evspan_prep, name):
     assert evspan_prep("decode", source / name, tmp_path / "one.h5")[0] == 0
