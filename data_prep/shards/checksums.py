@@ -60,7 +60,7 @@ def first_changed(
         rows, start: as in `row_checksums`.
         expected: (n,) uint64.
     """
-    data = memoryview(rows.view(np.uint8))
+    data = rows.view(np.uint8).data
     size = rows.dtype.itemsize
     offsets = start.tolist()
     digest = xxhash.xxh3_64_intdigest

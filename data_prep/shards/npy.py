@@ -7,6 +7,8 @@ import io
 import math
 import os
 import stat
+import tokenize
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -35,6 +37,7 @@ DAMAGE = (
     OverflowError,
     EOFError,
     RuntimeError,
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -112,7 +115,9 @@ def _parse_npy(data: bytes) -> NDArray[Any]:
         version = np.lib.format.read_magic(stream)
         if version not in READ_HEADER:
             raise ArrayFileError(f"it has version {version} of the format")
-        shape, _, dtype = READ_HEADER[version](stream)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+            shape, _, dtype = READ_HEADER[version](stream)
     except DAMAGE as error:
         raise ArrayFileError(_line(error)) from error
     if dtype.hasobject:

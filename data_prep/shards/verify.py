@@ -5,15 +5,22 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from evspan.conf.errors import RecordingError
+from evspan.conf.errors import RecordingError, ShardError
 from evspan.data_prep.recordings.sources import find_sources
 from evspan.data_prep.shards.atomic import locked
 from evspan.data_prep.shards.check import Task, Verified, verify_recording
-from evspan.data_prep.shards.format import load_manifest
+from evspan.data_prep.shards.format import MANIFEST, SPLITS, load_manifest
 from evspan.data_prep.shards.marks import read_marks, write_marks
+from evspan.data_prep.shards.rvt_tree import (
+    frame_problems,
+    is_rvt_tree,
+    open_recording,
+    recording_folders,
+)
 from evspan.data_prep.workers import Progress, map_unordered
 
 EARLIER = "marked earlier: "
+MOST_TREE_CLASSES = 256  # RVT's tree has no names of classes
 
 
 @dataclass(frozen=True)
@@ -24,11 +31,13 @@ class VerifyReport:
         results: of each recording, by split/recording.
         damaged: what is wrong, by split/recording; includes those that were marked earlier.
         marked: whether the damage is marked; False where the folder may not be written to.
+        is_tree: it is RVT's tree, which `evspan prep` does not mend.
     """
 
     results: dict[str, Verified]
     damaged: dict[str, str]
     marked: bool
+    is_tree: bool = False
 
 
 def verify(
@@ -39,7 +48,7 @@ def verify(
     seed: int = 0,
     processes: int = 0,
 ) -> VerifyReport:
-    """Checks all recordings of a prepared dataset.
+    """Checks all recordings of a prepared dataset, or of RVT's tree, where nothing is marked.
 
     Args:
         source: folder or list of the recordings; None: no frames are recomputed.
@@ -50,8 +59,11 @@ def verify(
     Raises:
         ShardError: `root` is no prepared dataset.
         RecordingError: the source is not there, or has none of the recordings.
+        UnavailableFileError: a file cannot be read now, which is no damage; nothing is marked.
         UserError: another process writes to `root`.
     """
+    if not (root / MANIFEST).exists() and is_rvt_tree(root):
+        return _verify_tree(root, processes)
     sources = {s.key: s for s in find_sources(source)} if source else {}
     load_manifest(root)  # raises before a lock file is left in a folder that is no dataset
     writable = os.access(root, os.W_OK)
@@ -78,6 +90,45 @@ def verify(
         if writable:
             write_marks(root, damaged)
     return VerifyReport(results, damaged, marked=writable)
+
+
+@dataclass(frozen=True)
+class _TreeTask:
+    """A recording of RVT's tree to check."""
+
+    root: Path
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        """split/recording."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+
+def _verify_tree(root: Path, processes: int) -> VerifyReport:
+    tasks: list[_TreeTask] = []
+    for split in SPLITS:
+        tasks += [_TreeTask(root, folder) for folder in recording_folders(root, split)]
+    results: dict[str, Verified] = {}
+    with (
+        closing(map_unordered(_verify_tree_recording, tasks, processes)) as outcomes,
+        Progress("verifying", len(tasks)) as progress,
+    ):
+        for outcome in outcomes:
+            result = outcome.get()
+            results[outcome.task.key] = result
+            line = f"{outcome.task.key}: {_summary(result)}"
+            progress.advance(line, important=bool(result.problems))
+    damaged = {key: "; ".join(r.problems) for key, r in results.items() if r.problems}
+    return VerifyReport(results, damaged, marked=False, is_tree=True)
+
+
+def _verify_tree_recording(task: _TreeTask) -> Verified:
+    try:
+        recording = open_recording(task.root, task.folder, MOST_TREE_CLASSES)
+    except ShardError as error:
+        return Verified([str(error)])
+    return Verified(frame_problems(recording))
 
 
 def _run(tasks: list[Task], processes: int) -> dict[str, Verified]:

@@ -14,7 +14,8 @@ DAMAGED_EXIT_CODE = 1
 DESCRIPTION = """\
 Recomputes all checksums, checks that boxes, times and offsets fit together, and compares frames
 with those of the recordings, where --source has them. Exit code 0: all is sound, 1: something is
-damaged, 2: it could not be verified."""
+damaged, 2: it could not be verified. SHARDS may also be RVT's tree: files, labels, times and frames
+are checked."""
 EXAMPLES = """\
 Damaged recordings are marked in SHARDS/.damaged; the same evspan prep prepares only them again.
 
@@ -79,14 +80,16 @@ def print_report(root: Path, report: VerifyReport, *, has_source: bool) -> None:
             print(f"{key}: damaged: {report.damaged[key]}")
     sound = [result for key, result in results.items() if key not in report.damaged]
     compared = [result.compared for result in sound if result.compared]
-    hint = "" if has_source else " (--source RAW compares a few of each)"
+    hint = "" if has_source or report.is_tree else " (--source RAW compares a few of each)"
     print(
         f"{root}: {len(sound)} of {len(results)} recordings are sound; {sum(compared)} frames of "
         f"{len(compared)} compared with the recordings{hint}"
     )
     if not report.damaged:
         return
-    if report.marked:
+    if report.is_tree:
+        print(f"{root}: {len(report.damaged)} damaged: copy or prepare these recordings again")
+    elif report.marked:
         print(
             f"{root}: {len(report.damaged)} damaged, and marked: run the same evspan prep again, "
             "which prepares only them"
