@@ -21,7 +21,8 @@ from evspan.conf.schema.benchmark import BenchConfig
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.schema.training import EvaluateConfig, TrainConfig
 from evspan.conf.secret_values import without_secrets
-from evspan.conf.text import escape_interpolations, quote_override
+from evspan.conf.text import escape_interpolations, printable, quote_override
+from evspan.conf.yaml_files import check_config_file, yaml_errors
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -95,11 +96,12 @@ def load_config(schema: type[T], path: Path) -> T:
     if not path.exists():
         raise ConfigError(f"{path} is missing: the resolved config, written when the run started")
     try:
-        with _config_errors():
+        with _config_errors(), yaml_errors():
+            check_config_file(path)
             stored = OmegaConf.load(path)
             return _to_object(schema, OmegaConf.merge(OmegaConf.structured(schema), stored))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    except (ConfigError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {printable(str(error))}") from error
 
 
 # -- sweeps --------------------------------------------------------------------------------------

@@ -32,8 +32,14 @@ def load_detector(
         evspan.conf.errors.UserError: there is no such file, it is no checkpoint of this detector,
             or there is no such precision.
     """
+    from evspan.conf.errors import UserError
     from evspan.pipeline.inference.precision import parse_precision
     from evspan.pipeline.inference.trained_detector import detector_from
     from evspan.pipeline.rvt_checkpoint import open_weights
 
-    return detector_from(open_weights(path), device=device, precision=parse_precision(precision))
+    chosen = parse_precision(precision)
+    weights = open_weights(path)
+    try:
+        return detector_from(weights, device=device, precision=chosen)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

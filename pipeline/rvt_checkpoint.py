@@ -6,6 +6,7 @@ callbacks, hyper-parameters}. The latter are pickled objects of the libraries th
 call nothing but torch's own reconstruction of tensors.
 """
 
+import errno
 import io
 import json
 import re
@@ -19,6 +20,7 @@ import torch
 from evspan.conf.errors import UserError
 from evspan.conf.presets import dataset_classes
 from evspan.conf.schema.prep import FrameConfig, FrameMode
+from evspan.conf.text import printable
 from evspan.pipeline.checkpoint_files import BEST, LATEST
 from evspan.pipeline.infer_config import infer_model
 from evspan.pipeline.known_facts import NOTHING_KNOWN, KnownFacts
@@ -28,6 +30,9 @@ from torch import Tensor
 PREFIX = "mdl."  # RVT's Lightning module has the network in its attribute `mdl`
 LIGHTNING_VERSION = "1.8.6"  # RVT's; Lightning refuses a checkpoint without one
 SUFFIX = ".ckpt"
+MOST_RECORDS = 100_000  # of an archive
+MOST_PICKLE = 4 << 20  # bytes; of a published checkpoint about 100,000
+MOST_REASON = 300  # characters of a message that quotes the file
 GEN1_CLASSES = ["car", "pedestrian"]
 
 
@@ -128,6 +133,7 @@ def _load(path: Path) -> Any:
     """The content of a torch file, with an Inert for every object that is not torch's."""
     try:
         with zipfile.ZipFile(path) as archive:
+            _check_archive(path, archive)
             damaged = archive.testzip()  # torch does not check
         if damaged:
             raise UserError(
@@ -138,18 +144,64 @@ def _load(path: Path) -> Any:
         replacements = [(REPLACEMENTS.get(name, Inert), name) for name in unknown]
         with torch.serialization.safe_globals(replacements):  # type: ignore[arg-type]  # pairs too
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, UserError):
+    except UserError:
         raise
     except Exception as error:  # damaged bytes can raise anything
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of an impossible offset
+            raise
         # torch's text goes on with how to load the file without protection.
         text = str(error.__context__ or error)
         reason = re.split(r"\s(?:Please|Check the doc|In PyTorch)|\n", text)[0]
+        reason = printable(reason)[:MOST_REASON] or type(error).__name__
         raise UserError(
-            f"{path} cannot be read as a checkpoint ({reason or type(error).__name__}). Name a "
+            f"{path} cannot be read as a checkpoint ({reason}). Name a "
             f"{SUFFIX} as RVT and Lightning write it. If you trust its source, save only its "
             "tensors, where its libraries are installed: "
             f"torch.save({{'state_dict': checkpoint['state_dict']}}, NAME{SUFFIX})"
         ) from error
+
+
+def _check_archive(path: Path, archive: zipfile.ZipFile) -> None:
+    """Checks the sizes in an archive before any of its contents is read.
+
+    torch stores its records as they are. What is compressed, or overlaps, may be a thousand times
+    as large as the file.
+
+    Raises:
+        UserError: a record is compressed, they are larger than the file, or the pickle is large.
+    """
+    records = archive.infolist()
+    total = sum(record.file_size for record in records)
+    size = path.stat().st_size
+    problem = ""
+    if len(records) > MOST_RECORDS:
+        problem = f"it has {len(records)} records, at most {MOST_RECORDS} are read"
+    elif any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        problem = "its records are compressed, which torch never does"
+    elif any(record.file_size != record.compress_size for record in records) or total > size:
+        problem = f"its records have {total} bytes, and the file has {size}"
+    elif any(r.filename.endswith(".pkl") and r.file_size > MOST_PICKLE for r in records):
+        problem = f"its pickle is larger than {MOST_PICKLE} bytes"
+    if problem:
+        raise UserError(f"{path} is no checkpoint of torch: {problem}. Download or copy it again")
+
+
+def _check_sizes(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Checks that tensors are no larger than the file: views may repeat one value.
+
+    Raises:
+        UserError: they are larger.
+    """
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors.values()}
+    stored = sum(storage.nbytes() for storage in storages.values())
+    size = path.stat().st_size
+    largest = max(total, stored)
+    if largest > size:
+        raise UserError(
+            f"{path}: its tensors have {largest} bytes, and the file has {size}. Name a checkpoint "
+            "whose tensors are stored as a whole"
+        )
 
 
 def _read(path: Path, facts: KnownFacts) -> Weights:
@@ -157,7 +209,7 @@ def _read(path: Path, facts: KnownFacts) -> Weights:
     state_dict = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state_dict, dict) or not state_dict:
         if isinstance(content, dict):
-            keys = ", ".join(map(str, content)) or "nothing"
+            keys = printable(", ".join(map(str, content)))[:MOST_REASON] or "nothing"
         else:
             keys = type(content).__name__
         raise UserError(
@@ -165,12 +217,13 @@ def _read(path: Path, facts: KnownFacts) -> Weights:
             "Name another file, or save it as {'state_dict': ...}"
         )
     _check_tensors(path, state_dict)
+    _check_sizes(path, state_dict)
     tensors = {name.removeprefix(PREFIX): t.detach() for name, t in state_dict.items()}
     description = content.get(HEADER_KEY)
     if isinstance(description, str):
         return parse_description(tensors, description, path)
     step = content.get("global_step")
-    return _as_published(tensors, step if isinstance(step, int) else 0, facts)
+    return _as_published(tensors, step if isinstance(step, int) and 0 <= step < 2**63 else 0, facts)
 
 
 def _check_tensors(path: Path, state_dict: Mapping[Any, Any]) -> None:
@@ -182,13 +235,13 @@ def _check_tensors(path: Path, state_dict: Mapping[Any, Any]) -> None:
     if other:
         raise UserError(
             f"{path}: {len(other)} of {len(state_dict)} entries under 'state_dict' are no plain "
-            f"tensors: {', '.join(other)}. Name a checkpoint of a detector"
+            f"tensors: {printable(', '.join(other))[:MOST_REASON]}. Name a checkpoint of a detector"
         )
 
 
 def _is_plain_tensor(value: Any) -> bool:
     return (
-        isinstance(value, Tensor)
+        type(value) in (Tensor, torch.nn.Parameter)
         and value.layout is torch.strided
         and value.device.type == "cpu"
         and not value.is_quantized

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,27 @@ from typing import Any
 import numpy as np
 import torch
 from evspan.conf.errors import UserError
-from evspan.conf.schema.prep import FrameConfig, frame_config
-from evspan.conf.schema.training import (
-    BackboneConfig,
-    FpnConfig,
-    HeadConfig,
-    ModelConfig,
-    PostprocessConfig,
-    Precision,
-    SizeWeighting,
-)
+from evspan.conf.json_files import JsonFileError, parse_json_object
+from evspan.conf.schema.prep import FrameConfig
+from evspan.conf.schema.training import ModelConfig, Precision
+from evspan.conf.text import printable
 from evspan.pipeline.checkpoint_files import FileSum, find_weights, sum_of
+from evspan.pipeline.weights_header import (
+    HeaderError,
+    check_sizes,
+    check_tensors,
+    classes_from,
+    frames_from,
+    model_from,
+    step_from,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+MOST_DESCRIPTION = 1 << 20  # characters
+MOST_REASON = 300
 HEADER_KEY = "evspan"  # of the description in the header of a weights file
 
 
@@ -77,35 +82,34 @@ def parse_description(tensors: dict[str, Tensor], description: str, file: Path) 
     Raises:
         UserError: it is not such a description.
     """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return replace(_parsed(shapes, description, file), tensors=tensors)
+
+
+def _parsed(shapes: Mapping[str, tuple[int, ...]], description: Any, file: Path) -> Weights:
+    """`parse_description` from the shapes alone; the result has no tensors."""
     try:
-        values = json.loads(description)
+        if not isinstance(description, str) or len(description) > MOST_DESCRIPTION:
+            raise HeaderError("its description is no short text")
+        values = parse_json_object(description, "its description")
+        model = model_from(values.get("model"))
+        frames = frames_from(values.get("frames"))
+        check_sizes(model, frames, shapes)
         return Weights(
-            tensors,
-            model_config(values["model"]),
-            frame_config(values["frames"]),
-            [str(name) for name in values["classes"]],
-            int(values["step"]),
+            {},
+            model,
+            frames,
+            classes_from(values.get("classes")),
+            step_from(values.get("step")),
             _trained_in(values.get("precision")),
         )
-    except (KeyError, ValueError, TypeError) as error:
+    except (UserError, KeyError, ValueError, TypeError) as error:
         raise _not_a_weights_file(file, error) from error
 
 
-def _trained_in(name: str | None) -> Precision:
+def _trained_in(name: Any) -> Precision:
     """fp32 where a file of an older version names none, or one that is no more."""
-    return Precision.__members__.get(name or "", Precision.fp32)
-
-
-def model_config(values: dict[str, Any]) -> ModelConfig:
-    """A model config from its JSON values."""
-    head = dict(values["head"])
-    head["size_aware_mode"] = SizeWeighting[head["size_aware_mode"]]
-    return ModelConfig(
-        backbone=BackboneConfig(**values["backbone"]),
-        fpn=FpnConfig(**values["fpn"]),
-        head=HeadConfig(**head),
-        postprocess=PostprocessConfig(**values["postprocess"]),
-    )
+    return Precision.__members__.get(str(name), Precision.fp32)
 
 
 def save_weights(path: Path, weights: Weights) -> FileSum:
@@ -152,11 +156,15 @@ def read_weights(file: Path) -> Weights:
     """
     try:
         with safe_open(file, "pt") as opened:
-            description = (opened.metadata() or {})[HEADER_KEY]
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, KeyError) as error:
+            names = list(opened.keys())
+            slices = {name: opened.get_slice(name) for name in names}
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            check_tensors(shapes, {name: part.get_dtype() for name, part in slices.items()})
+            weights = _parsed(shapes, (opened.metadata() or {}).get(HEADER_KEY), file)
+            tensors = {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, HeaderError) as error:
         raise _not_a_weights_file(file, error) from error
-    return parse_description(tensors, description, file)
+    return replace(weights, tensors=tensors)
 
 
 def read_description(file: Path) -> dict[str, Any]:
@@ -167,17 +175,15 @@ def read_description(file: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(file, "pt") as opened:
-            description = json.loads((opened.metadata() or {})[HEADER_KEY])
-    except (SafetensorError, KeyError, ValueError) as error:
+            return parse_json_object((opened.metadata() or {})[HEADER_KEY], "its description")
+    except (SafetensorError, KeyError, JsonFileError) as error:
         raise _not_a_weights_file(file, error) from error
-    if not isinstance(description, dict):
-        raise _not_a_weights_file(file, ValueError("its description is no object"))
-    return description
 
 
 def _not_a_weights_file(file: Path, error: Exception) -> UserError:
+    reason = printable(str(error))[:MOST_REASON]
     return UserError(
-        f"{file} is no weights file of evspan ({type(error).__name__}: {error}). Name a run "
+        f"{file} is no weights file of evspan ({type(error).__name__}: {reason}). Name a run "
         "folder, a checkpoint folder, or a .safetensors file of evspan train or of evspan convert, "
         "which reads RVT's published .ckpt"
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from evspan.conf import private_files
 from evspan.conf.errors import BoxesError, RecordingError, UserError
 from evspan.conf.private_files import ForeignFileError, make_private_folder, require_private_folder
 from evspan.conf.secret_values import RUN_SECRET
@@ -56,7 +55,7 @@ def folder(tmp_path):
 @pytest.fixture
 def as_another_user(monkeypatch):
     """The process has another user's id than the owner of its files."""
-    monkeypatch.setattr(private_files.os, "geteuid", lambda: os.getuid() + 4321)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 4321)
 
 
 def entry() -> RecordingEntry:

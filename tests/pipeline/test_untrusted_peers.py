@@ -200,7 +200,7 @@ def received(monkeypatch):
 
     def receive(*texts: bytes) -> None:
         waiting = iter(texts)
-        monkeypatch.setattr(reductions.dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
         monkeypatch.setattr(reductions, "gather_bytes", lambda *_, **__: [next(waiting)] * 2)
         monkeypatch.setattr(
             gathered_results, "gather_bytes", lambda *_, **__: [next(waiting), next(waiting)]
