@@ -76,6 +76,7 @@ EFFECTS = {
     "dataset.root": Effect.data,
     "dataset.classes": Effect.data,
     # Of `evspan prep`.
+    "dataset.sensor_size": Effect.data,
     "dataset.labels.class_map": Effect.data,
     "dataset.labels.label_every_ms": Effect.data,
     "dataset.labels.offset_us": Effect.data,
