@@ -216,7 +216,7 @@ def make_data(folder: Path, ranks: int) -> None:
     simulate += ["--seconds", "2", "--width", "256", "--height", "192"]
     simulate += ["--objects", "2,4", "--processes", "1"]
     prep = ["prep", f"source={raw}", f"output={folder / 'shards'}"]
-    prep += ["frames.downsample=2", "processes=1"]
+    prep += ["dataset=simulated", "frames.downsample=2", "processes=1"]
     for arguments in (simulate, prep):
         _run_evspan(arguments)
 

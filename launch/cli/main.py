@@ -101,7 +101,7 @@ arguments
 
 example
   evspan simulate raw --recordings train=8,val=2
-  evspan prep source=raw output=shards frames.downsample=4
+  evspan prep source=raw output=shards dataset=simulated frames.downsample=4
   evspan train experiment=demo dataset.root=shards run_dir=runs/demo
   evspan evaluate runs/demo dataset.root=shards
   evspan infer runs/demo raw/val/val_000_td.raw --output out

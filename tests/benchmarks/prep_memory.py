@@ -61,7 +61,7 @@ def simulated(folder: Path, seconds: float) -> Path:
 def peak_of_prep(source: Path, output: Path) -> Peak:
     """Runs `evspan prep` and samples its memory."""
     start = time.perf_counter()
-    words = ["prep", f"source={source}", f"output={output}", "processes=2"]
+    words = ["prep", f"source={source}", f"output={output}", "dataset=simulated", "processes=2"]
     command = subprocess.Popen(
         [sys.executable, "-m", "evspan.launch", *words], stdout=subprocess.DEVNULL
     )

@@ -155,6 +155,7 @@ class Bench:
             classes = ",".join(CLASSES)
             words = ["-m", "evspan.launch", "prep", f"source={source}", f"output={out}"]
             words += [f"processes={processes}", f"dataset.classes=[{classes}]"]
+            words += ["dataset.labels.class_map={0:0,1:1,2:2}", "dataset.labels.label_every_ms=50"]
         start = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, *words], cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL
