@@ -294,6 +294,8 @@ def _newest(folder: Path) -> _Newest:
         path = _lock_file(folder, numbers[-1])
         try:
             holder = _read(path)
+            # Reading comes first: opening a file on NFS renews its cached attributes.
+            return _Newest(numbers[-1], holder, path.stat().st_mtime_ns)
         except FileNotFoundError:  # removed by the holder of a later one
             continue
         except JsonFileError:
@@ -301,9 +303,8 @@ def _newest(folder: Path) -> _Newest:
             if time.monotonic() - started < PARTIAL_S:
                 time.sleep(POLL_S / 5)
                 continue
-            holder = _holder_of_unreadable(path)
-        # Reading comes first: opening a file on NFS renews its cached attributes.
-        return _Newest(numbers[-1], holder, path.stat().st_mtime_ns)
+        with suppress(FileNotFoundError):
+            return _unreadable(numbers[-1], path)
 
 
 def _read(path: Path) -> Holder | None:
@@ -322,10 +323,11 @@ def _read(path: Path) -> Holder | None:
     return holder
 
 
-def _holder_of_unreadable(path: Path) -> Holder | None:
-    """None for an empty file, which was released on a full disk."""
+def _unreadable(number: int, path: Path) -> _Newest:
+    """A damaged lock file. An empty one was released on a full disk."""
     info = path.stat()
-    return Holder.unreadable(path, info.st_mtime) if info.st_size else None
+    holder = Holder.unreadable(path, info.st_mtime) if info.st_size else None
+    return _Newest(number, holder, info.st_mtime_ns)
 
 
 def _described(holder: Holder) -> str:
