@@ -15,7 +15,14 @@ from evspan.conf import folder_lock, lock_holder
 from evspan.conf.folder_lock import LOCKS, FolderInUseError, FolderLock, holder_of
 from evspan.conf.lock_holder import Holder, Liveness
 from evspan.pipeline import run_lock
-from evspan.pipeline.run_lock import HELD_LOCK, RunLock, attempt_lock, end_if_taken_over
+from evspan.pipeline.history import append
+from evspan.pipeline.run_lock import (
+    HELD_LOCK,
+    RunLock,
+    attempt_lock,
+    end_if_taken_over,
+    results_lock,
+)
 from support.lock_race import Contenders, assert_one_winner
 
 DEAD_PID = 2**22 + 1  # above the kernel's largest process id
@@ -367,6 +374,22 @@ def test_an_attempt_of_a_job_waits_for_its_submission(tmp_path, monkeypatch):
     released = subprocess.Popen(["sh", "-c", f"sleep 0.3; echo '{{\"released\": 1}}' > {path}"])
     with attempt_lock(tmp_path, is_main=True):
         assert released.wait(1) == 0
+
+
+def test_two_evaluations_do_not_mix_their_results(tmp_path):
+    """Nor does one with training, which writes to RUN/evaluation."""
+    append(tmp_path, "start", step=0)
+    with results_lock(tmp_path / "evaluation-val", is_main=True):
+        lost = FolderLock(tmp_path / "evaluation-val", "evspan evaluate")
+        with pytest.raises(FolderInUseError, match="evspan evaluate"):
+            lost.__enter__()
+        with FolderLock(tmp_path, "evspan train"):
+            pass
+    leave_lock(tmp_path, **elsewhere())
+    with pytest.raises(FolderInUseError), results_lock(tmp_path / "evaluation", is_main=True):
+        pass
+    with results_lock(tmp_path / "elsewhere", is_main=False):
+        assert not (tmp_path / "elsewhere").exists()
 
 
 def test_nothing_is_written_after_a_take_over(tmp_path, monkeypatch):
