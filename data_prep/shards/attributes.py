@@ -14,6 +14,7 @@ from typing import TypeAlias
 import h5py
 import numpy as np
 from evspan.conf.errors import ShardError
+from evspan.data_prep.hdf5_files import unavailable
 from numpy.typing import NDArray
 
 MOST_BYTES = 60_000  # HDF5 stores at most 64 KiB in an attribute
@@ -21,8 +22,10 @@ MOST_BYTES = 60_000  # HDF5 stores at most 64 KiB in an attribute
 ENTRY = "entry"
 CONFIG = "config"
 TEXTS = (ENTRY, CONFIG)
-FILE_SECONDS = 10  # to read the texts of all groups of a file, in a process of its own
-GROUP_SECONDS = 5  # to read those of one group
+# Processor seconds to read the texts of all groups of a file, and of one group, in another process.
+FILE_SECONDS = 3
+GROUP_SECONDS = 1
+WAIT_SECONDS = 120  # longer than that, the file system does not answer, which is no damage
 READER_BYTES = 2 << 30  # address space of the reading process
 READER = Path(__file__).with_name("attribute_reader.py")
 _Texts: TypeAlias = dict[str, dict[str, str]]  # of each group: name -> text
@@ -53,7 +56,8 @@ def read_text(group: h5py.Group, name: str) -> str:
 
     Raises:
         KeyError, OSError, RuntimeError: h5py cannot read it.
-        ShardError: it is no string, or too long.
+        ShardError: it is no string, too long, or damaged.
+        UnavailableFileError: the file system does not answer.
         UnicodeDecodeError: it is not UTF-8.
     """
     attribute = h5py.h5a.open(group.id, name.encode())
@@ -107,14 +111,16 @@ def _texts_of_file(path: Path, mtime_ns: int, size: int) -> _Texts | None:
         return None
 
 
-def _run_reader(path: Path, group: str, seconds: float) -> _Texts:
-    command = [sys.executable, "-I", str(READER), str(path), group, str(READER_BYTES), *TEXTS]
+def _run_reader(path: Path, group: str, seconds: int) -> _Texts:
+    limits = [str(READER_BYTES), str(seconds)]
+    command = [sys.executable, "-I", str(READER), str(path), group, *limits, *TEXTS]
     try:
         result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=WAIT_SECONDS
         )
-    except subprocess.TimeoutExpired:
-        raise ShardError(f"its attributes cannot be read within {seconds} s") from None
+    except subprocess.TimeoutExpired as error:
+        reason = TimeoutError(f"no answer within {WAIT_SECONDS} s")
+        raise unavailable(path, reason) from error
     if result.returncode:
         lines = result.stderr.decode(errors="replace").strip().splitlines()
         reason = lines[-1] if lines else f"the reading process ended with {result.returncode}"

@@ -1,6 +1,7 @@
 """Flipped bits in shards: training reads what was written, or ends with an error that names the place."""
 
 import re
+import time
 from pathlib import Path
 
 import h5py
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from evspan.conf.errors import ShardError, UserError
 from evspan.conf.schema.prep import DatasetConfig
+from evspan.data_prep.shards import attributes
 from evspan.data_prep.shards.status import status
 from evspan.data_prep.shards.verify import verify
 from evspan.pipeline.data import datasets
@@ -150,3 +152,22 @@ def test_a_shard_of_another_dataset_is_refused(mine, tmp_path):
         ShardError, match="recording 'train_000' is damaged: .* the recording's ent"
     ):
         content(mine)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(100)
+def test_a_text_of_an_earlier_version_whose_heap_is_damaged_ends_soon(mine, monkeypatch):
+    monkeypatch.setattr(attributes, "FILE_SECONDS", 1)
+    with h5py.File(mine / SHARD, "r+") as file:
+        for group in file.values():
+            for name in ("entry", "config"):
+                group.attrs[name] = group.attrs[name].decode()
+    data = bytearray((mine / SHARD).read_bytes())
+    heap = data.index(b"GCOL") + 16  # after its signature, version and size: its objects
+    data[heap : heap + 4096] = bytes(4096)
+    (mine / SHARD).write_bytes(data)
+    start = time.monotonic()
+    report = verify(mine, processes=1)
+    assert time.monotonic() - start < 60
+    assert "train/train_000" in report.damaged
+    assert "attribute" in report.damaged["train/train_000"]
