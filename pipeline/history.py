@@ -6,7 +6,9 @@ mostly `step`, by default the step of the newest checkpoint:
 
     start      attempt, of (the last step), host, pid, job
     running    seconds from the start of the process to the end of its first step
-    saved, done, cancelled, requeued, submitted
+    saved, done, cancelled, submitted
+    requeued   reason, if the time limit was reached
+    time_limit message
     fallback   message: what was damaged in the checkpoints, and which one is used instead
     changed    message: the settings that differ from the checkpoint's
     fault      message, code
@@ -45,6 +47,7 @@ EVENT_TYPES: dict[str, type] = {  # of an event's values, where they are used
     "host": str,
     "job": str,
     "message": str,
+    "reason": str,
 }
 
 
@@ -193,6 +196,29 @@ def write_activity(run: str | Path, activity: Activity, step: int) -> None:
     _replace(Path(run, ACTIVITY), {"activity": activity.value, "step": step})
 
 
+def read_activity(run: str | Path) -> Activity:
+    """What the last attempt does, or did when it was killed."""
+    events = read(run)
+    names = [event["event"] for event in events]
+    last_start = max((i for i, name in enumerate(names) if name == "start"), default=-1)
+    if {"requeued", "submitted"} & set(names[last_start + 1 :]) or last_start < 0:
+        return Activity.starting
+    try:
+        values = read_json_object(Path(run, ACTIVITY))
+    except (OSError, JsonFileError):
+        values = {}
+    time_of_activity = values.get("time")
+    if not _is_number(time_of_activity):
+        time_of_activity = 0.0
+    if time_of_activity < events[last_start].get("time", 0.0):
+        is_running = "running" in names[last_start:]
+        return Activity.training if is_running else Activity.starting
+    try:
+        return Activity(values.get("activity"))
+    except ValueError:
+        return Activity.training
+
+
 def attempts(events: list[dict[str, Any]]) -> int:
     """How often the run was started."""
     return sum(event["event"] == "start" for event in events)
@@ -216,6 +242,21 @@ def faults_in_a_row(events: list[dict[str, Any]]) -> int:
         elif event["event"] in ("saved", "done"):
             faults = 0
     return faults
+
+
+def time_limits_in_a_row(events: list[dict[str, Any]]) -> int:
+    """How many of the last attempts reached their time limit without a further checkpoint."""
+    limits = 0
+    limit_step = None
+    for event in events:
+        if event["event"] == "time_limit":
+            step = event.get("step")
+            limits = limits + 1 if step == limit_step else 1
+            limit_step = step
+        elif event["event"] == "submitted":  # with another limit, perhaps
+            limits = 0
+            limit_step = None
+    return limits
 
 
 class AttemptStart(NamedTuple):

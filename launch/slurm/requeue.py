@@ -1,10 +1,12 @@
-"""Decides whether SLURM requeues a job after its ranks have ended.
+"""Decides whether SLURM requeues a job after its ranks have ended, or before its time limit.
 
-python -m evspan.launch.slurm.requeue RULES INDEX CODE STATE
+python -m evspan.launch.slurm.requeue RULES INDEX CODE STATE REASON SECONDS
 
-RULES is the file that `evspan.launch.slurm.sbatch` wrote, INDEX the run's index in it, CODE the
-exit code of srun, STATE the state of the job in SLURM. Exit code 0: requeue. The batch script calls
-it on the first node, outside of any container, or by srun inside one; it needs nothing but Python.
+RULES is the file that `evspan.launch.slurm.sbatch` wrote, INDEX the run's index in it. CODE is the
+exit code of srun, or `limit` if the ranks still run shortly before the time limit. STATE and REASON
+are those of the job in SLURM, SECONDS the time that it has left (may be empty). Exit code 0:
+requeue; 3: do not. The batch script calls it on the first node, outside of any container, or by
+srun inside one; it needs nothing but Python.
 """
 
 import json
@@ -16,11 +18,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evspan.conf.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE, USER_ERROR_EXIT_CODE
-from evspan.launch.slurm.rank_task import RankNote, notes_folder, read_notes
+from evspan.launch.slurm.rank_task import STOP_SIGNALS, RankNote, notes_folder, read_notes
 from evspan.pipeline.checkpoint_files import find_newest_intact, step_of
-from evspan.pipeline.history import append, faults_in_a_row, read, slurm_job
+from evspan.pipeline.history import (
+    append,
+    faults_in_a_row,
+    read,
+    read_activity,
+    slurm_job,
+    time_limits_in_a_row,
+)
 
 CAN_REQUEUE = ("RUNNING", "PREEMPTED")  # in other states the job is cancelled or already requeued
+STILL_RUNS = "limit"  # instead of an exit code
+DO_NOT_REQUEUE = 3  # exit code; an error of this command gives 1
+# SLURM sends its signal up to this many seconds earlier than --signal says, and ranks need time.
+SIGNAL_EARLY_S = 90
+# Ranks that have saved, or were ended by the signal before they could handle it.
+STOPPED_CODES = frozenset({STOPPED_EXIT_CODE, *(128 + number for number in STOP_SIGNALS)})
+TIME_LIMIT_REMEDY = (
+    "Submit it again with a longer cluster.timeout_min, or a smaller checkpoint.every"
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +46,9 @@ class RequeueRule:
     """What the decision needs of a run.
 
     run: its folder. log: output of a rank as SLURM keeps it, with %j for the job and %t for the
-    rank in its name. max_retries: faults in a row at the same step after which the run has failed.
+    rank in its name. max_retries: faults in a row, or time limits in a row but at least 2, at the
+    same step after which the run has failed. signal_delay_s: seconds from SLURM's signal to the
+    time limit.
     """
 
     run: str
@@ -36,20 +56,23 @@ class RequeueRule:
     ranks: int
     max_retries: int
     requeue_after_fault: bool
+    signal_delay_s: int = 0
 
 
 @dataclass(frozen=True)
 class JobEnd:
     """How the ranks of an attempt ended.
 
-    notes: of ranks that failed. code: exit code of srun. state: of the job in SLURM; may be empty.
-    logs: output of each rank, for those without a note.
+    notes: of ranks that failed. code: exit code of srun; None if it still runs. state: of the job
+    in SLURM; may be empty. logs: output of each rank, for those without a note. time_limit: whether
+    the job has reached its time limit, or is about to.
     """
 
     notes: Sequence[RankNote]
-    code: int
+    code: int | None
     state: str
     logs: Sequence[Path] = ()
+    time_limit: bool = False
 
 
 class Decision(NamedTuple):
@@ -60,47 +83,92 @@ class Decision(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the decision. Returns 0 for a requeue, else 1."""
-    rules, index, code, state = argv
+    """Print the decision. Returns 0 for a requeue, else DO_NOT_REQUEUE."""
+    rules, index, code_text, state = argv[:4]
+    reason, seconds_left = [*argv[4:], "", ""][:2]  # scripts of older versions do not give them
     rule = RequeueRule(**json.loads(Path(rules).read_text())[int(index)])
     log = Path(rule.log)
     log_of_rank = log.name.replace("%j", slurm_job())
+    code = None if code_text == STILL_RUNS else int(code_text)
     end = JobEnd(
         notes=read_notes(notes_folder(rule.run, os.environ)),
-        code=int(code),
+        code=code,
         state=state,
         logs=[log.with_name(log_of_rank.replace("%t", str(rank))) for rank in range(rule.ranks)],
+        time_limit=code is None
+        or "TIMEOUT" in state
+        or reason == "TimeLimit"
+        or (code in STOPPED_CODES and _signal_was_sent(seconds_left, rule)),
     )
     decision = decide(rule, end)
     print(f"evspan: {decision.reason}", flush=True)
-    return 0 if decision.requeue else 1
+    return 0 if decision.requeue else DO_NOT_REQUEUE
+
+
+def _signal_was_sent(seconds_left: str, rule: RequeueRule) -> bool:
+    """Whether SLURM has sent the signal of the time limit."""
+    try:
+        return int(seconds_left) <= rule.signal_delay_s + SIGNAL_EARLY_S
+    except ValueError:
+        return False
 
 
 def decide(rule: RequeueRule, end: JobEnd) -> Decision:
     """Whether to run again. Writes the decision into the run's history.
 
-    | the ranks ended                          | decision                                  |
+    | the ranks                                | decision                                  |
     |------------------------------------------|-------------------------------------------|
-    | with exit code 0                         | done                                      |
-    | and SLURM has ended or requeued the job  | nothing; SLURM decides                    |
-    | with a user's error in any rank          | failed: it would happen again             |
+    | ended with exit code 0                   | done                                      |
+    | were cancelled, or SLURM has ended or    | nothing; SLURM decides                    |
+    | requeued the job                         |                                           |
+    | ended with a user's error in any rank    | failed: it would happen again             |
+    | reached the time limit, whatever they do | requeue, until max_retries at one step    |
     | saved on a stop signal                   | requeue                                   |
     | otherwise: a fault                       | requeue, until max_retries at one step    |
     """
     run = Path(rule.run)
     if end.code == 0:
         return Decision(False, f"{run}: done")
-    if end.state and end.state not in CAN_REQUEUE:
+    recorded = _recorded_end(run)
+    if recorded:
+        return Decision(False, f"{run}: {recorded}")
+    if end.state and end.state not in CAN_REQUEUE and not end.time_limit:
         return Decision(False, f"{run}: SLURM has ended the job ({end.state})")
-    step = newest_step(run)
+    # Before the time limit, there is no time to read the checkpoints.
+    step = newest_step(run, read_files=end.code is not None)
     for note in end.notes:
         if note.code == USER_ERROR_EXIT_CODE:
             append(run, "failed", step=step, message=note.message, code=note.code)
             return Decision(False, f"{run}: {note.message}")
+    if end.time_limit:
+        return _decide_time_limit(rule, step)
     if end.code == STOPPED_EXIT_CODE:
         append(run, "requeued", step=step)
         return Decision(True, f"{run}: saved at step {step} and requeued")
     return _decide_fault(rule, end, step)
+
+
+def _recorded_end(run: Path) -> str:
+    """The end of this attempt, as a rank or `evspan cancel` has recorded it; empty without one."""
+    for event in reversed(read(run)):
+        if event["event"] in ("done", "cancelled"):
+            return str(event["event"])
+        if event["event"] in ("start", "submitted", "requeued"):
+            break
+    return ""
+
+
+def _decide_time_limit(rule: RequeueRule, step: int) -> Decision:
+    run = Path(rule.run)
+    message = f"time limit reached while {read_activity(run).value}"
+    append(run, "time_limit", step=step, message=message)
+    limits = time_limits_in_a_row(read(run))
+    if limits < max(2, rule.max_retries):
+        append(run, "requeued", step=step, reason=message)
+        return Decision(True, f"{run}: {message}; requeued, continues at step {step}")
+    message = f"{message}, {limits} times in a row at step {step}. {TIME_LIMIT_REMEDY}"
+    append(run, "failed", step=step, message=message)
+    return Decision(False, f"{run}: {message}")
 
 
 def newest_step(run: Path, *, read_files: bool = True) -> int:
@@ -147,7 +215,7 @@ def _fault_message(end: JobEnd) -> str:
         messages += _ranks_without_note(end)[:1]
     if messages:
         return "; ".join(messages)
-    if end.code > 128:
+    if end.code is not None and end.code > 128:
         return f"a rank was killed by signal {end.code - 128}"
     return f"srun ended with exit code {end.code}"
 

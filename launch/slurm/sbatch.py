@@ -19,14 +19,13 @@ from evspan.conf.schema.cluster import ClusterConfig, Container
 from evspan.launch.slurm.client import python_path_lines, submit_array
 from evspan.launch.slurm.parameters import sbatch_parameters, setup_lines
 from evspan.launch.slurm.rank_task import RankTask
-from evspan.launch.slurm.requeue import RequeueRule
+from evspan.launch.slurm.requeue import DO_NOT_REQUEUE, RequeueRule
 from evspan.launch.slurm.submitit_adapter import Executor, script_of
 from evspan.launch.slurm.task_secret import create_secret
+from evspan.launch.slurm.watchdog import end_lines, watchdog_lines
 from evspan.launch.sweep.plan import PlannedRun
 
 RULES = "runs.json"  # next to Submitit's pickles: a RequeueRule for each run of the array
-# SLURM's id of this job, in the form that it expects for an element of an array.
-ID = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
 REMEDY = (
     "Correct cluster.partition, account, qos, constraint, timeout_min, cpus_per_task, mem_gb or "
     "gpus_per_node; cluster.dry_run=true shows the script, sinfo the partitions, evspan doctor "
@@ -84,6 +83,7 @@ def submit_job_array(array: JobArray) -> list[str]:
             ranks=array.ranks,
             max_retries=array.cluster.max_retries,
             requeue_after_fault=array.cluster.requeue_after_fault,
+            signal_delay_s=array.cluster.signal_delay_s,
         )
         for run in array.runs
     ]
@@ -116,14 +116,15 @@ def _executor(array: JobArray) -> Executor:
         nodes=array.nodes,
         ntasks_per_node=array.ranks_per_node,
         stderr_to_stdout=True,
-        setup=_all_setup_lines(array.cluster),
-        teardown=_teardown_lines(array.folder, container),
+        setup=_all_setup_lines(array, container),
+        teardown=end_lines(),
         **parameters,
     )
     return executor
 
 
-def _all_setup_lines(cluster: ClusterConfig) -> list[str]:
+def _all_setup_lines(array: JobArray, container: _Container) -> list[str]:
+    cluster = array.cluster
     lines = setup_lines(cluster)
     if cluster.container is Container.none:
         lines += python_path_lines()
@@ -132,27 +133,22 @@ def _all_setup_lines(cluster: ClusterConfig) -> list[str]:
     # `python -m` must not find modules of the same name in the working folder.
     lines.append("export PYTHONSAFEPATH=1")
     lines.append(f"export OMP_NUM_THREADS={cluster.cpus_per_task}")
-    return lines
+    # A `set -e` in the setup would end the script where the ranks fail, before it can be requeued.
+    lines.append("set +e")
+    requeue = _requeue_command(array.folder, container)
+    return lines + watchdog_lines(requeue, DO_NOT_REQUEUE, cluster.signal_delay_s)
 
 
-def _teardown_lines(folder: Path, container: _Container) -> list[str]:
-    """Lines that requeue the job if `evspan.launch.slurm.requeue` exits with 0."""
+def _requeue_command(folder: Path, container: _Container) -> str:
+    """The shell command of `evspan.launch.slurm.requeue`, up to the file of the rules."""
     requeue = (
         f"{container.python} -m evspan.launch.slurm.requeue {shlex.quote(str(folder / RULES))}"
     )
-    if container.srun_args:
-        srun = shlex.join(["srun", "--ntasks=1", "--nodes=1", *container.srun_args])
-        requeue = f"{srun} {requeue}"
-    return [
-        "code=$?",
-        f"id={ID}",
-        "id=${id:-$SLURM_JOB_ID}",
-        'state=$(scontrol show job --oneliner "$id" 2>/dev/null '
-        "| grep -o 'JobState=[A-Z_]*' | head -n 1)",
-        f'{requeue} "${{SLURM_ARRAY_TASK_ID:-0}}" "$code" "${{state#JobState=}}" '
-        '&& scontrol requeue "$id"',
-        'exit "$code"',
-    ]
+    if not container.srun_args:
+        return requeue
+    # Before the time limit, the ranks still have all of the job's cores.
+    srun = shlex.join(["srun", "--overlap", "--ntasks=1", "--nodes=1", *container.srun_args])
+    return f"{srun} {requeue}"
 
 
 def _container(array: JobArray) -> _Container:

@@ -65,7 +65,7 @@ def infer_state(
     attempt = events[_last_start(events) :]
     names = [event["event"] for event in attempt if event["event"] != "submitted"]
     last_name = names[-1] if names else ""
-    started = "start" in names
+    started = "start" in names or "requeued" in names
     in_queue = task is not None and task.alive
 
     for final in (State.done, State.failed, State.cancelled):
@@ -76,13 +76,13 @@ def infer_state(
             continue  # SLURM has not carried out the cancellation yet
         return RunState(final)
     if task is not None and in_queue:
-        return _queued_state(task, last_name, started)
+        return _queued_state(task, attempt, last_name, started)
     if last_name == "saved":
         return RunState(State.saved, "not in the queue" if job and queue_read else "")
     if job and queue_read:
         return _state_outside_queue(task)
     if last_name in ("fault", "requeued"):
-        return RunState(State.requeued)
+        return RunState(State.requeued, _requeue_reason(attempt))
     if not started:
         return RunState(State.waiting)
     if not job and _process_ended(attempt[0]):
@@ -90,16 +90,21 @@ def infer_state(
     return RunState(State.running, _startup_reason(last_name))
 
 
-def _queued_state(task: "Queued", last_name: str, started: bool) -> RunState:
+def _queued_state(
+    task: "Queued", attempt: Sequence[Event], last_name: str, started: bool
+) -> RunState:
     """The state of a run whose job is in the queue."""
     if task.state in WAITING_STATES:
         state = State.requeued if started else State.waiting
         reason = task.state.lower()
         if task.state == "PENDING":
             reason = task.reason.strip("()")
-        return RunState(state, "" if reason == "None" else reason)
+        reasons = [_requeue_reason(attempt), "" if reason == "None" else reason]
+        return RunState(state, ", ".join(filter(None, reasons)))
     if last_name == "saved":
         return RunState(State.saved, "ending")
+    if task.state == "COMPLETING" and last_name == "requeued":
+        return RunState(State.requeued, _requeue_reason(attempt))
     if task.state == "RUNNING":
         return RunState(State.running, _startup_reason(last_name))
     return RunState(State.running, task.state.lower())
@@ -112,6 +117,12 @@ def _state_outside_queue(task: "Queued | None") -> RunState:
     if task.state == "CANCELLED":
         return RunState(State.cancelled, "by scancel")
     return RunState(State.lost, f"SLURM ended it: {task.state}")
+
+
+def _requeue_reason(attempt: Sequence[Event]) -> str:
+    """Why the run was requeued, if its history has a reason."""
+    last = attempt[-1] if attempt else {}
+    return str(last.get("reason", "")) if last.get("event") == "requeued" else ""
 
 
 def _startup_reason(last_name: str) -> str:

@@ -113,12 +113,17 @@ class Loader:
             pinned=torch.cuda.is_available(),
         )
 
+    def batch_without_data(self, index: int) -> Batch:
+        """Micro-batch `index` without events and boxes, on the CPU. It reads no file."""
+        lanes = [self._lane(lane, index, read_boxes=False) for lane in self.lanes]
+        return Batch(torch.zeros(self._shape, dtype=torch.uint8), *_labels(lanes))
+
     @property
     def _shape(self) -> Shape:
         data = self.dataset
         return len(self.frames), len(self.lanes), data.channels, data.height, data.width
 
-    def _lane(self, lane: int, index: int) -> _Lane:
+    def _lane(self, lane: int, index: int, *, read_boxes: bool = True) -> _Lane:
         chunk = self.plan.chunk(lane, index)
         recording = self.dataset.recordings[chunk.recording]
         height = self.dataset.height
@@ -132,8 +137,8 @@ class Loader:
         existing = min(length, max(0, chunk.frames - self.frames.start))
         labelled = np.zeros(length, bool)
         labelled[:existing] = recording.labelled[first : first + existing]
-        boxes: list[NDArray[np.float32]] = []
-        if existing:
+        boxes: list[NDArray[np.float32]] = [np.zeros((0, 5), np.float32)] * existing
+        if existing and read_boxes:
             rows, counts = recording.box_rows(first, first + existing)
             boxes = augment_box_rows(
                 to_center(rows), counts, augmentation, height=height, width=width
@@ -165,24 +170,34 @@ class Loader:
 
     @overload
     def batches(
-        self, start: int, *, encoded: Literal[False] = ...
+        self,
+        start: int,
+        *,
+        encoded: Literal[False] = ...,
+        stop_requested: Callable[[], bool] | None = ...,
     ) -> Generator[Batch, None, None]: ...
 
     @overload
     def batches(
-        self, start: int, *, encoded: bool
+        self, start: int, *, encoded: bool, stop_requested: Callable[[], bool] | None = ...
     ) -> Generator[Batch | EncodedBatch, None, None]: ...
 
     def batches(
-        self, start: int, *, encoded: bool = False
+        self,
+        start: int,
+        *,
+        encoded: bool = False,
+        stop_requested: Callable[[], bool] | None = None,
     ) -> Generator[Batch | EncodedBatch, None, None]:
         """Micro-batches from index `start` on, read ahead by `config.num_workers` threads.
 
         Args:
             encoded: for another device than the CPU (`device_batches`).
+            stop_requested: as of `read_ahead`.
         """
         read = self.encoded_batch if encoded else self.batch
-        return read_ahead(read, count(start), self.workers(encoded=encoded))
+        workers = self.workers(encoded=encoded)
+        return read_ahead(read, count(start), workers, stop_requested)
 
     def workers(self, *, encoded: bool) -> int:
         """Threads of `batches`."""

@@ -23,6 +23,7 @@ from evspan.pipeline.inference.gathered_results import gather_results
 from evspan.pipeline.inference.precision import run_precision
 from evspan.pipeline.inference.streaming import RecordingResult, evaluate_split, labelled, score
 from evspan.pipeline.inference.trained_detector import detector_from
+from evspan.pipeline.parallel.rank_exit import leave_threads_behind
 from evspan.pipeline.parallel.reductions import broadcast_json, deal
 from evspan.pipeline.parallel.world import World
 from evspan.pipeline.weights import Weights, describe, plain
@@ -84,6 +85,7 @@ def evaluate_weights(
             stop_requested=stop_requested,
         )
     except ReadingStoppedError:
+        leave_threads_behind()
         is_complete = False
     if stop_requested is not None and any_rank(not is_complete, world.device):
         raise EvaluationStoppedError

@@ -72,6 +72,9 @@ class StepReport(NamedTuple):
     started: float
 
 
+NO_DATA = 2.0**20  # in the number of ranks that were asked to stop: one has no data
+
+
 class MicroBatchSum:
     """The one all-reduce of a micro-batch's loss. It also counts the ranks that were asked to stop.
 
@@ -79,18 +82,23 @@ class MicroBatchSum:
 
     Args:
         stop_requested: whether this rank was asked to stop.
+        has_data: False: this rank has left off waiting for its frames. The loss becomes NaN on all
+            ranks, so the micro-batch changes nothing on any of them.
     """
 
-    def __init__(self, *, stop_requested: bool) -> None:
+    def __init__(self, *, stop_requested: bool, has_data: bool = True) -> None:
         self.stop_requested = stop_requested
+        self.has_data = has_data
         self.stops: Tensor | None = None  # () number of ranks, after the call
 
     def __call__(self, values: Tensor) -> Tensor:
         """(n,) -> (n,), the sum over ranks. A collective."""
+        stops = float(self.stop_requested)
+        if not self.has_data:
+            values = torch.full_like(values, torch.nan)
+            stops = NO_DATA
         # Made on the device: a Python number would be copied there, and the host would wait.
-        flag = torch.full(
-            (1,), float(self.stop_requested), dtype=values.dtype, device=values.device
-        )
+        flag = torch.full((1,), stops, dtype=values.dtype, device=values.device)
         summed = sum_over_ranks(torch.cat((values, flag)))
         self.stops = summed[-1]
         return summed[:-1]
@@ -103,7 +111,7 @@ class MicroBatchSum:
 
         Returns:
             (6,): total, iou, objectness, classes, positives, number of ranks that were asked to
-            stop.
+            stop (NO_DATA or more: a rank has no data).
         """
         assert self.stops is not None
         parts = torch.stack((losses.iou, losses.objectness, losses.classes))
@@ -119,12 +127,13 @@ def loss_summary(metrics: Sequence[float]) -> LossSummary:
 class StepValues(NamedTuple):
     """The values of one step that the host needs.
 
-    losses: of every micro-batch. stop: whether any rank was asked to stop. gradient_norm, applied:
-    of the update.
+    losses: of every micro-batch. stop: whether any rank was asked to stop. no_data: whether any
+    rank had no data, so that the step is to be left out. gradient_norm, applied: of the update.
     """
 
     losses: list[LossSummary]
     stop: bool
+    no_data: bool
     gradient_norm: float
     applied: bool
 
@@ -165,6 +174,7 @@ class PendingValues:
         return StepValues(
             [loss_summary(part) for part in parts],
             any(part[5] > 0 for part in parts),
+            any(part[5] >= NO_DATA for part in parts),
             gradient_norm,
             bool(applied),
         )

@@ -17,7 +17,7 @@ from evspan.conf.secret_values import without_secrets
 from evspan.pipeline.data.batch import Batch
 from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.data.device_batches import device_batches, encodes_for
-from evspan.pipeline.data.loader import Loader
+from evspan.pipeline.data.loader import Loader, ReadingStoppedError
 from evspan.pipeline.data.plan import SamplingPlan
 from evspan.pipeline.data.requirements import open_training
 from evspan.pipeline.data_digest import data_digest
@@ -81,6 +81,7 @@ from evspan.pipeline.model.state import (
 )
 from evspan.pipeline.parallel.exchange import open_exchange
 from evspan.pipeline.parallel.mesh import Mesh, open_mesh
+from evspan.pipeline.parallel.rank_exit import leave_threads_behind
 from evspan.pipeline.parallel.reductions import (
     barrier,
     broadcast_json,
@@ -101,6 +102,7 @@ from evspan.pipeline.weights import (
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+DATA_WAIT_S = 5.0  # how long a rank that was asked to stop waits for the data of the next step
 PROFILE_REQUEST = "profile"  # the number of steps to trace, among the metrics that ranks exchange
 
 StepCallback = Callable[[StepReport], None]
@@ -114,6 +116,26 @@ class PendingStep:
     values: PendingValues
     gradients: dict[str, Tensor]  # as in StepReport
     started: float  # as in StepReport
+    state: DetectorState  # before the step
+
+
+class DataWait:
+    """How long this rank waits for the data of a step after it was asked to stop."""
+
+    def __init__(self, stop_flag: StopFlag) -> None:
+        self.stop_flag = stop_flag
+        self.started = 0.0  # time.perf_counter()
+        self.may_end = False
+
+    def start(self, *, may_end: bool) -> None:
+        """Begins. may_end: whether the rank may go on without the data."""
+        self.started = time.perf_counter()
+        self.may_end = may_end
+
+    def is_too_long(self) -> bool:
+        """Whether to go on without the data. Called by the loader while it waits."""
+        waited_s = time.perf_counter() - self.started
+        return self.may_end and self.stop_flag.is_set() and waited_s > DATA_WAIT_S
 
 
 def train(config: TrainConfig, world: World) -> Metrics | None:
@@ -151,7 +173,9 @@ class Trainer:
 
     A stop flag is read in every micro-batch; after a checkpoint, images and an evaluation, which
     may take minutes; and inside of an evaluation. All ranks agree on it, save what is not saved,
-    and end. An evaluation that was stopped is done again by the next attempt.
+    and end. An evaluation that was stopped is done again by the next attempt. A rank that waits for
+    the data of a step takes part in it without them. Such a step counts nowhere: the checkpoint
+    has the state before it.
 
     Args:
         engine: the class that steps the model; None: the one that the config names.
@@ -225,6 +249,9 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.metrics: list[Tensor] = []  # of the micro-batches since the last update
         self.pending: PendingStep | None = None
+        self.state_before_step = self.state
+        self.has_data = True  # False: this rank has left off waiting for it
+        self.left_out: PendingStep | None = None  # the first step in which a rank had no data
         self.stop = False  # whether a rank was asked to stop, as far as reports were read
         self.gradient_norm = 0.0  # of the last update that was applied
         if resumed is not None:
@@ -259,15 +286,21 @@ class Trainer:
         training = self.config.training
         device = self.world.device
         first = self.step * training.gradient_accumulation_steps
-        batches = device_batches(self.loader.batches(first, encoded=encodes_for(device)), device)
+        wait = DataWait(stop_flag)
+        read = self.loader.batches(
+            first, encoded=encodes_for(device), stop_requested=wait.is_too_long
+        )
+        batches = device_batches(read, device)
         self.throughput = ThroughputMeter()
         metrics = self._evaluate_if_missing(stop_flag)
         while self.step < training.max_steps:
             self.profiler.before(self.step + 1)
-            batch = self._train_step(batches, stop_flag)
+            batch = self._train_step(batches, wait)
             self.profiler.after()
             if self.stop or self._report_is_due:
-                self._after_step(self._read_report())
+                report = self._read_report()
+                self._exit_if_left_out()
+                self._after_step(report)
             if self._checkpoint_is_due or self.stop:
                 self._save()
                 self._exit_if_stopped(stop_flag)
@@ -312,28 +345,45 @@ class Trainer:
         due = self._log_is_due or self._checkpoint_is_due or self._images_are_due
         return due or self.on_step is not None
 
-    def _train_step(self, batches: Iterator[Batch], stop_flag: StopFlag) -> Batch:
+    def _train_step(self, batches: Iterator[Batch], wait: "DataWait") -> Batch:
         """Queues all micro-batches of one optimizer step. Returns the last one."""
         training = self.config.training
         collect = self.step + 1 in self.gradient_steps
+        self.state_before_step = self.state
         for number in range(1, training.gradient_accumulation_steps + 1):
-            batch = self._next_batch(batches)
+            # A step is left out as a whole, so its first micro-batch decides.
+            wait.start(may_end=number == 1)
+            batch = self._next_batch(batches, number)
             if number == 1:
                 self.step_started = time.perf_counter()
             is_last = number == training.gradient_accumulation_steps
             self.micro_batch(
                 batch,
-                stop_requested=stop_flag.received is not None,
+                stop_requested=wait.stop_flag.is_set(),
                 collect_gradients=collect and is_last,
             )
         self.step += 1
         return batch
 
-    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
-        requested = time.perf_counter()
-        batch = next(batches)
-        self.throughput.add_wait(since=requested)
+    def _next_batch(self, batches: Iterator[Batch], number: int) -> Batch:
+        """The next batch; one without data if this rank has left off waiting for it.
+
+        Args:
+            number: of the micro-batch in its step, from 1.
+        """
         training = self.config.training
+        requested = time.perf_counter()
+        batch = None
+        if self.has_data:
+            try:
+                batch = next(batches)
+            except ReadingStoppedError:
+                leave_threads_behind()
+                self.has_data = False
+        if batch is None:
+            index = self.step * training.gradient_accumulation_steps + number - 1
+            batch = self.loader.batch_without_data(index).to(self.world.device)
+        self.throughput.add_wait(since=requested)
         self.throughput.add_frames(training.batch_size * training.sequence_length)
         return batch
 
@@ -355,7 +405,7 @@ class Trainer:
             labelled=batch.labelled,
             following=batch.following,
         )
-        over_ranks = MicroBatchSum(stop_requested=stop_requested)
+        over_ranks = MicroBatchSum(stop_requested=stop_requested, has_data=self.has_data)
         local_losses = detection_loss(
             raw,
             batch.boxes,
@@ -377,7 +427,9 @@ class Trainer:
         update = self.engine.step()
         if update is not None:
             values = PendingValues(self.metrics, update)
-            self.pending = PendingStep(self.step + 1, values, gradients, self.step_started)
+            self.pending = PendingStep(
+                self.step + 1, values, gradients, self.step_started, self.state_before_step
+            )
             self.metrics = []
         return MicroBatchReport(metrics, gradients)
 
@@ -394,7 +446,10 @@ class Trainer:
             return None
         self.pending = None
         values = pending.values.read()
-        self._count_skipped(values, pending.number)
+        if values.no_data:
+            self.left_out = self.left_out or pending
+        else:
+            self._count_skipped(values, pending.number)
         if values.applied:
             self.engine.advance()
             self.gradient_norm = values.gradient_norm
@@ -534,6 +589,15 @@ class Trainer:
             self.stop = stop_flag.is_set_on_any_rank(self.world.device)
         if self.stop:
             self._exit_stopped()
+
+    def _exit_if_left_out(self) -> None:
+        """Ends the process if a rank had no data, as it was before the first such step."""
+        if self.left_out is None:
+            return
+        self.step = self.left_out.number - 1
+        self.state = self.left_out.state
+        self._log(f"stop signal while a rank waited for the data of step {self.step + 1}")
+        self._exit_stopped()
 
     def _exit_stopped(self) -> NoReturn:
         """Ends the process on a stop signal; saves what is not saved."""

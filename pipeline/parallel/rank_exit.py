@@ -15,6 +15,7 @@ from typing import NoReturn
 FLUSH_S = 1.0  # a reader of the output that has stopped must not keep the process
 # Functions that wait until the other ranks have read this one's status; one per group left open.
 _waits: list[Callable[[], None]] = []
+_threads_left: list[bool] = []  # not empty: threads may wait forever
 
 
 def leave_group_open(wait: Callable[[], None]) -> None:
@@ -24,6 +25,14 @@ def leave_group_open(wait: Callable[[], None]) -> None:
         wait: is called after the output is flushed, just before the process ends.
     """
     _waits.append(wait)
+
+
+def leave_threads_behind() -> None:
+    """Records that threads of this process may wait forever, as for a file system that hangs.
+
+    The interpreter would wait for them at its end.
+    """
+    _threads_left.append(True)
 
 
 def group_is_open() -> bool:
@@ -36,16 +45,17 @@ def prompt_exit() -> Iterator[None]:
     """If the body ends while a process group is left open, ends the process as Python would.
 
     An exception prints its traceback and gives exit code 1; SystemExit gives its own. Neither exit
-    handlers nor destructors run. Without such a group it does nothing.
+    handlers nor destructors run. Without such a group, and with no threads left behind, it does
+    nothing.
     """
     try:
         yield
     except SystemExit as end:
-        if not _waits:
+        if not _must_end_at_once():
             raise
         end_process(_exit_code(end))
     except BaseException:
-        if not _waits:
+        if not _must_end_at_once():
             raise
         sys.excepthook(*sys.exc_info())
         end_process(1)
@@ -54,14 +64,18 @@ def prompt_exit() -> Iterator[None]:
 def end_process(code: int) -> NoReturn:
     """Flushes the output, waits for the other ranks if a process group is open, and ends.
 
-    Without an open group it raises SystemExit.
+    Without an open group, and with no threads left behind, it raises SystemExit.
     """
-    if not _waits:
+    if not _must_end_at_once():
         sys.exit(code)
     flush_output()
     for wait in _waits:
         wait()
     exit_now(code)
+
+
+def _must_end_at_once() -> bool:
+    return bool(_waits or _threads_left)
 
 
 def exit_now(code: int) -> NoReturn:

@@ -221,6 +221,22 @@ def test_states_by_files_alone(events, job, expected):
     assert infer_state(events_of(events), job, None, queue_read=False)[0].value == expected
 
 
+@pytest.mark.parametrize(
+    ("queue", "expected"),
+    [
+        (task("COMPLETING", "n1"), "time limit reached while saving"),
+        (task("PENDING", "(BeginTime)"), "time limit reached while saving, BeginTime"),
+        (task("PENDING", "(None)"), "time limit reached while saving"),
+    ],
+)
+@pytest.mark.parametrize("words", ["start running time_limit", "submitted time_limit"])
+def test_a_requeue_shows_its_reason(words, queue, expected):
+    requeued = {"event": "requeued", "time": 9.0, "reason": "time limit reached while saving"}
+    events = [*events_of(words), requeued]
+    assert infer_state(events, "7", queue, queue_read=True) == (State.requeued, expected)
+    assert infer_state(events, "7", None, queue_read=False).reason.endswith("while saving")
+
+
 def test_a_process_of_this_machine_that_is_gone_is_lost():
     ended = subprocess.Popen(["true"])
     ended.wait(20)

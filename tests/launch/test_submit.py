@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,27 @@ from evspan.conf.schema.training import TrainConfig
 from evspan.launch.cli import submit, sweep
 from evspan.launch.slurm.hydra_plugin import cluster_overrides
 from evspan.launch.slurm.rank_task import RankNote
-from evspan.launch.slurm.requeue import JobEnd, RequeueRule, decide, main, newest_step
+from evspan.launch.slurm.requeue import (
+    DO_NOT_REQUEUE,
+    Decision,
+    JobEnd,
+    RequeueRule,
+    decide,
+    main,
+    newest_step,
+)
 from evspan.launch.slurm.sbatch import JobArray, job_name, script
+from evspan.launch.slurm.watchdog import lead_s
 from evspan.launch.sweep.plan import PlannedRun, assign_folders
 from evspan.pipeline.history import (
+    Activity,
     append,
     attempts,
     faults_in_a_row,
     read,
+    read_activity,
     read_progress,
+    write_activity,
     write_progress,
 )
 from support.refusals import refused_by
@@ -155,6 +169,90 @@ def test_three_faults_at_one_step_are_enough(tmp_path):
     assert decide(never, JobEnd([DEFECT], 1, "RUNNING")).requeue is False
 
 
+@pytest.mark.parametrize(
+    ("notes", "code", "before", "last_event"),
+    [
+        ([], None, "start", "requeued"),  # the ranks still run
+        ([SAVED], 75, "start saved", "requeued"),
+        ([LOST], 137, "start", "requeued"),
+        ([LOST, MISTAKE], None, "start", "failed"),
+        ([], None, "start done", "done"),  # SLURM has not noticed that the ranks have ended
+        ([SAVED], 75, "start saved cancelled", "cancelled"),
+        ([], None, "start done submitted start", "requeued"),
+    ],
+)
+def test_what_a_time_limit_requeues(tmp_path, notes, code, before, last_event):
+    for event in before.split():
+        append(tmp_path, event, step=0)
+    decision = decide(rule(tmp_path), JobEnd(notes, code, "COMPLETING", time_limit=True))
+    assert decision.requeue is (last_event == "requeued")
+    assert read(tmp_path)[-1]["event"] == last_event
+    assert not [event for event in read(tmp_path) if event["event"] == "fault"]
+
+
+def test_time_limits_without_a_further_checkpoint_end_the_run(tmp_path):
+    """Only those in a row at one step, since it was submitted; and never the first one."""
+    reached = JobEnd([], None, "RUNNING", time_limit=True)
+
+    def limit_at(step: int, max_retries: int = 3) -> Decision:
+        checkpoint = tmp_path / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "meta.json").write_text(json.dumps({"step": step, "config": {}}))
+        (tmp_path / "checkpoints" / "latest").write_text(f"{checkpoint.name}\n")
+        append(tmp_path, "start", step=step)
+        append(tmp_path, "running", step=step)
+        write_activity(tmp_path, Activity.evaluating, step)
+        return decide(rule(tmp_path, max_retries=max_retries), reached)
+
+    assert all(limit_at(step, max_retries=1).requeue for step in (0, 10, 20))
+    assert limit_at(20).requeue
+    assert read(tmp_path)[-1]["reason"] == "time limit reached while evaluating"
+    decision = limit_at(20)
+    assert not decision.requeue
+    assert "reached while evaluating, 3 times in a row at step 20. Submit" in decision.reason
+    assert "longer cluster.timeout_min, or a smaller checkpoint.every" in decision.reason
+    assert read(tmp_path)[-1]["event"] == "failed"
+    append(tmp_path, "submitted")
+    assert limit_at(20).requeue
+
+
+def test_what_an_attempt_was_doing(tmp_path):
+    assert read_activity(tmp_path) is Activity.starting
+    write_activity(tmp_path, Activity.saving, 3)  # of an earlier attempt
+    time.sleep(0.01)
+    append(tmp_path, "start", step=3)
+    assert read_activity(tmp_path) is Activity.starting
+    append(tmp_path, "running", step=3)
+    assert read_activity(tmp_path) is Activity.training
+    write_activity(tmp_path, Activity.images, 4)
+    assert read_activity(tmp_path) is Activity.images
+    append(tmp_path, "requeued", step=4)
+    assert read_activity(tmp_path) is Activity.starting
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "reason", "left", "is_limit"),
+    [
+        ("limit", "RUNNING", "None", "5", True),
+        ("75", "COMPLETING", "TimeLimit", "", True),
+        ("75", "TIMEOUT", "None", "", True),
+        ("75", "RUNNING", "None", "100", True),
+        ("140", "RUNNING", "None", "100", True),  # ended by the signal before it could handle it
+        ("75", "RUNNING", "None", "111", False),
+        ("75", "RUNNING", "None", "", False),
+        ("1", "RUNNING", "None", "100", False),
+    ],
+)
+def test_when_the_time_limit_is_reached(
+    tmp_path, monkeypatch, capsys, code, state, reason, left, is_limit
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    with_delay = replace(rule(tmp_path), signal_delay_s=20)
+    (tmp_path / "runs.json").write_text(json.dumps([asdict(with_delay)]))
+    assert main([str(tmp_path / "runs.json"), "0", code, state, reason, left]) == 0
+    assert ("time limit" in capsys.readouterr().out) is is_limit
+
+
 def test_the_requeue_command_of_the_batch_script(tmp_path, monkeypatch, capsys):
     """Only the notes of this attempt and of this array element count."""
     monkeypatch.setenv("SLURM_JOB_ID", "8")
@@ -182,7 +280,7 @@ def test_the_requeue_command_of_the_batch_script(tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert "of this one" in output
     assert f"{logs / '8.1'} ends with: no such file" in output
-    assert main([str(runs), "1", "0", "RUNNING"]) == 1
+    assert main([str(runs), "1", "0", "RUNNING"]) == DO_NOT_REQUEUE
 
 
 # -- the batch script --------------------------------------------------------------------------------------------
@@ -313,9 +411,76 @@ def test_a_container_is_one_key(tmp_path, container, image):
     else:
         assert "'--container-image=my image.sqsh'" in ranks
         assert f"{run}:{run},/data:/in" in ranks
-        assert (
-            "srun --ntasks=1" in text.split("# teardown")[1]
-        )  # the requeue command runs inside, too
+        # The requeue command runs inside, too, also next to the ranks.
+        assert "should_requeue() { srun --overlap --ntasks=1 --nodes=1 '--container-im" in text
+
+
+def fake_slurm(folder: Path, srun: str, end: str, state: str) -> dict[str, str]:
+    """Programs for a batch script: the environment with them. end: a shell word, the job's end."""
+    folder.mkdir()
+    (folder / "srun").write_text(f"#!/bin/bash\n{srun}\n")
+    (folder / "scontrol").write_text(
+        f"""#!/bin/bash
+case $1 in
+    show) echo "JobId=7 JobName=x JobState={state} Reason=None EndTime={end} PreemptTime=None" ;;
+    requeue) echo "$2" >> {folder}/requeued; kill "$(cat {folder}/pid)" ;;
+esac
+"""
+    )
+    for program in ("srun", "scontrol"):
+        (folder / program).chmod(0o755)
+    return {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "SLURM_JOB_ID": "7",
+        "SLURM_ARRAY_JOB_ID": "6",
+        "SLURM_ARRAY_TASK_ID": "0",
+        "START": str(int(time.time())),
+    }
+
+
+HANGS = "echo $$ > {folder}/pid; exec sleep 20"  # whatever Python is doing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("srun", "end", "state", "requeued", "code"),
+    [
+        (HANGS, "$((START + 4))", "RUNNING", True, 143),
+        # An administrator has changed the limit.
+        (HANGS, "$((START + 600 - 200 * ($(date +%s) - START)))", "RUNNING", True, 143),
+        (HANGS, "$(date -d @$((START + 4)) +%Y-%m-%dT%H:%M:%S)", "RUNNING", True, 143),
+        ("sleep 3; exit 2", "$((START + 1))", "COMPLETING", False, 2),
+        ("sleep 3; exit 0", "Unknown", "RUNNING", False, 0),
+        ("exit 75", "$((START + 999))", "RUNNING", True, 75),
+    ],
+)
+def test_the_watchdog(tmp_path, srun, end, state, requeued, code):
+    """In the real script, with SLURM's programs replaced."""
+    run = PlannedRun(tmp_path / "run", [], TrainConfig())
+    cluster = ClusterConfig(scheduler=Scheduler.slurm, signal_delay_s=4, setup=["set -eu"])
+    array = JobArray([run], cluster, 1, 1, tmp_path / "scripts", "evspan-x")
+    array.folder.mkdir()
+    text = script(array).replace("poll=60", "poll=1")
+    (array.folder / "runs.json").write_text(json.dumps([asdict(rule(tmp_path / "run"))]))
+    programs = tmp_path / "bin"
+    environment = fake_slurm(programs, srun.format(folder=programs), end, state)
+    started = time.monotonic()
+    result = subprocess.run(
+        ["bash", "-s"], input=text, text=True, env=environment, timeout=30, capture_output=True
+    )
+    assert result.returncode == code, result.stderr
+    assert time.monotonic() - started < 9, "it waited for the ranks, or for the watchdog"
+    assert (programs / "requeued").exists() is requeued, result.stdout + result.stderr
+    if requeued:
+        assert (programs / "requeued").read_text() == "6_0\n" * (1 + (code == 143))
+    if code == 143:
+        assert read(tmp_path / "run")[-1]["reason"] == "time limit reached while starting"
+
+
+def test_the_watchdog_leaves_the_ranks_time_to_save():
+    delays = (1, 2, 4, 10, 20, 60, 120, 600)
+    assert [lead_s(delay) for delay in delays] == [1, 1, 2, 5, 5, 15, 30, 30]
 
 
 def test_a_job_name_is_valid_for_slurm():

@@ -16,16 +16,40 @@ from evspan.conf.schema.training import TrainConfig
 from evspan.pipeline.history import read, read_progress
 from safetensors.numpy import load_file
 from support.slurm_cluster import Cluster
-from support.slurm_runs import START_S, STEPS, events, evspan, job_of, keys, time_out, wait_for
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from support.slurm_runs import (
+    START_S,
+    STEPS,
+    events,
+    evspan,
+    job_of,
+    keys,
+    losses,
+    scalar,
+    submit_with_limit,
+    time_out,
+    wait_for,
+    wait_for_return,
+)
 
 pytestmark = pytest.mark.slow
 
-SHARD_FRAMES = {"train": [60, 44, 52], "val": [12]}
+SHARD_FRAMES = {"train": [60, 44, 52], "val": [12, 7]}
+LIMIT_MIN = 2  # on a busy machine, ranks may take a minute to start
+
+
+@pytest.fixture(scope="module")
+def limited(cluster: Cluster, shards: Path, tmp_path_factory) -> Path:
+    """A run that meets its time limit in its last evaluation, on a node of its own.
+
+    It mostly waits, meanwhile the other tests run.
+    """
+    folder = tmp_path_factory.mktemp("limited")
+    (run,) = submit_with_limit(cluster, shards, folder, minutes=LIMIT_MIN, phases=1)
+    return run
 
 
 @pytest.fixture
-def slurm(cluster: Cluster):
+def slurm(cluster: Cluster, limited: Path):
     yield cluster
     cluster.end_jobs()
     resume(cluster, "n2")
@@ -37,19 +61,6 @@ def finished(process: subprocess.Popen, seconds: float) -> tuple[int, str, str]:
     finally:
         process.kill()
     return process.returncode, out, err
-
-
-def losses(run: Path) -> dict[int, float]:
-    """As TensorBoard shows them: the last value of each step."""
-    reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    reader.Reload()
-    return {event.step: event.value for event in reader.Scalars("loss/total")}
-
-
-def scalar(run: Path, tag: str) -> list[float]:
-    reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    reader.Reload()
-    return [event.value for event in reader.Scalars(tag)]
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
@@ -328,3 +339,18 @@ def test_what_slurm_refuses_is_one_line(slurm, shards, tmp_path):
     assert code == 2
     assert "cluster.partition" in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.timeout(600)
+def test_a_time_limit_in_an_evaluation_requeues_the_run(slurm, limited, undisturbed):
+    """A rank sleeps through SLURM's signal; the others wait for it."""
+    wait_for_return(limited, "evaluating", 500)
+    assert_same_run(limited, undisturbed)
+    code, out, err = finished(evspan(slurm, "status", str(limited)), 60)
+    assert code == 0 and "done" in out, err
+    name = f"step-{STEPS:08d}"
+    metrics = [
+        json.loads((run / "checkpoints" / name / "metrics.json").read_text())
+        for run in (limited, undisturbed)
+    ]
+    assert metrics[0] | {"checkpoint": None} == metrics[1] | {"checkpoint": None}

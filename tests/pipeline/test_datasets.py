@@ -175,7 +175,7 @@ def test_the_number_of_threads_follows_the_cores(shards, monkeypatch, cores, gpu
     asked = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     monkeypatch.setattr(
-        "evspan.pipeline.data.loader.read_ahead", lambda *args: asked.append(args[-1])
+        "evspan.pipeline.data.loader.read_ahead", lambda *args: asked.append(args[2])
     )
     loader, _ = make_loader(opened(shards), range(6), workers=-1)
     loader.batches(0, encoded=gpu)

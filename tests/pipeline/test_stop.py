@@ -19,7 +19,8 @@ from evspan.conf.schema.training import (
     TrainConfig,
     TrainingConfig,
 )
-from evspan.pipeline.data.loader import ReadingStoppedError, read_ahead
+from evspan.pipeline.data.batch import Batch
+from evspan.pipeline.data.loader import Loader, ReadingStoppedError, read_ahead
 from evspan.pipeline.engine import trainer as trainer_module
 from evspan.pipeline.engine.checkpoints import Checkpoints
 from evspan.pipeline.engine.plain_engine import PlainEngine
@@ -157,6 +158,56 @@ def test_it_continues_as_if_undisturbed(
     starts = [event["step"] for event in read(tmp_path) if event["event"] == "start"]
     assert starts == [0, step]
     assert json.loads((tmp_path / ACTIVITY).read_text())["activity"] == "training"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log_every", [1, 100])  # the host reads a step at its end, or a step late
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_without_its_data_is_left_out(
+    shards, world, tmp_path, monkeypatch, log_every, accumulation
+):
+    """The loader hangs in step 3; the run is saved as it was after step 2."""
+    monkeypatch.setattr(trainer_module, "DATA_WAIT_S", 0.2)
+    flag = StopFlag()
+    release = threading.Event()
+    real = Loader.batch
+
+    def batch(loader: Loader, index: int) -> Batch:
+        if index == 2 * accumulation and not release.is_set():
+            flag.request()
+            release.wait(60)
+        return real(loader, index)
+
+    def run(name: str, stop_flag: StopFlag) -> int:
+        run_config = config(shards, tmp_path / name)
+        run_config.training.gradient_accumulation_steps = accumulation
+        run_config.training.log_every = log_every
+        run_config.training.evaluate_every = 0
+        run_config.training.max_steps = 3
+        run_config.checkpoint.every = 1 if name == "undisturbed" else 100
+        trainer = Trainer(run_config, world, PlainEngine)
+        try:
+            trainer.run(stop_flag)
+        except SystemExit as end:
+            assert trainer.skipped == 0
+            return end.code
+        finally:
+            trainer.close()
+        return 0
+
+    assert run("undisturbed", StopFlag()) == 0
+    monkeypatch.setattr(Loader, "batch", batch)
+    assert run("run", flag) == STOPPED_EXIT_CODE
+    release.set()
+    folders = [tmp_path / name / "checkpoints" for name in ("run", "undisturbed")]
+    assert sorted(path.name for path in folders[0].glob("step-*")) == ["step-00000002"]
+    assert run("run", StopFlag()) == 0
+    for step in (2, 3):
+        for path in (folders[0] / f"step-{step:08d}").glob("*.safetensors"):
+            expected = load_file(folders[1] / path.parent.name / path.name)
+            actual = load_file(path)
+            assert actual.keys() == expected.keys()
+            assert all(torch.equal(actual[key], expected[key]) for key in actual), path.name
 
 
 def test_a_rank_that_waits_for_data_leaves_on_a_request():

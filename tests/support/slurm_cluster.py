@@ -1,4 +1,4 @@
-"""A throw-away SLURM on this machine: two virtual nodes, no accounting, nothing left when it ends.
+"""A throw-away SLURM on this machine: virtual nodes, no accounting, nothing left when it ends.
 
     python tests/support/slurm_cluster.py
 
@@ -26,7 +26,8 @@ import pytest
 INSTALL = "apt-get install --no-install-recommends slurm-wlm munge"
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 REQUIRED = "EVSPAN_REQUIRE_SLURM"  # set: a missing cluster fails the tests instead of skipping them
-NODES = 2
+NODES = 2  # n1, n2: of the partitions low and high
+ASIDE = "aside"  # partition of a further node
 UP_S = 60
 DOWN_S = 20
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -50,7 +51,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
-# Works in a container: no cgroups, no binding to cores, which two virtual nodes share.
+# Works in a container: no cgroups, no binding to cores, which the virtual nodes share.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -73,6 +74,8 @@ LaunchParameters=use_interactive_step
 {nodes}
 PartitionName=low {partition} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
 PartitionName=high {partition} PriorityTier=10 PreemptMode=OFF
+# For jobs that no test preempts, cancels with its own, or takes a node from.
+PartitionName={aside} Nodes=n{nodes_aside} MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=OFF
 """
 SCHEDULER = {
     "bf_interval": 1,
@@ -108,10 +111,12 @@ class Cluster:
         return dict(line.split() for line in output.splitlines())
 
     def end_jobs(self) -> None:
-        """Cancels all jobs and waits for their end."""
-        self.ask("scancel", "--user=root")
+        """Cancels all jobs but those in ASIDE, and waits for their end."""
+        partitions = "--partition=low,high"
+        for partition in ("low", "high"):
+            self.ask("scancel", f"--partition={partition}", "--user=root")
         end = time.monotonic() + DOWN_S
-        while self.ask("squeue", "--noheader"):
+        while self.ask("squeue", "--noheader", partitions):
             assert time.monotonic() < end, "cancelled jobs are still running"
             time.sleep(0.1)
 
@@ -181,11 +186,12 @@ def keep() -> None:
 def bring_up(folder: Path) -> Path:
     """Starts the daemons. Returns the path of slurm.conf when both nodes are idle."""
     host = socket.gethostname().split(".")[0]
-    ports = free_ports(NODES + 1)
+    ports = free_ports(NODES + 2)
     nodes = []
-    for i in range(1, NODES + 1):
+    for i in range(1, NODES + 2):
         address = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i]}"
-        nodes.append(f"NodeName=n{i} {address} CPUs=2 RealMemory=8000")
+        cores = 2 if i <= NODES else 8
+        nodes.append(f"NodeName=n{i} {address} CPUs={cores} RealMemory=8000")
     text = CONF.format(
         first_job=random.randrange(1, 60_000),
         host=host,
@@ -193,6 +199,8 @@ def bring_up(folder: Path) -> Path:
         folder=folder,
         nodes="\n".join(nodes),
         partition=f"Nodes=n[1-{NODES}] MaxTime=INFINITE State=UP",
+        aside=ASIDE,
+        nodes_aside=NODES + 1,
         scheduler=",".join(f"{key}={value}" for key, value in SCHEDULER.items()),
     )
     conf = folder / "slurm.conf"
@@ -215,7 +223,7 @@ def bring_up(folder: Path) -> Path:
     )
     wait_until((munge / "socket").exists, "munged has not opened its socket", folder)
     start(folder, "slurmctld", "-D", "-c")
-    for i in range(1, NODES + 1):
+    for i in range(1, NODES + 2):
         (folder / f"spool.n{i}").mkdir()
         start(folder, "slurmd", "-D", "-N", f"n{i}")
     wait_until(lambda: idle() == NODES, "its nodes have not come up", folder)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from evspan.pipeline.history import read
-from support.slurm_cluster import Cluster
+from support.slow_phase import write_slow_phases
+from support.slurm_cluster import ASIDE, Cluster
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
@@ -43,10 +45,52 @@ def keys(shards: Path, run: Path, *more: str) -> list[str]:
     ]
 
 
-def evspan(cluster: Cluster | None, *words: str) -> subprocess.Popen:
-    """Starts an evspan command that polls SLURM twice a second."""
+def submit_with_limit(
+    cluster: Cluster, shards: Path, folder: Path, *more: str, minutes: int, phases: int
+) -> list[Path]:
+    """Submits a sweep whose runs meet their time limit. more: overrides.
+
+    Run I of it is slow in PHASES[I]; they differ in nothing else that matters. The site's policy is
+    SBATCH_EXPORT=NONE, and the path has signs that mean something to SLURM and Submitit.
+
+    Returns:
+        The folders of the runs.
+    """
+    sweep = folder / "100% of%j"
+    sweep.mkdir(parents=True)
+    hook = write_slow_phases(folder / "hook")
+    words = [
+        *keys(shards, sweep, *more),
+        f"cluster.timeout_min={minutes}",
+        "cluster.max_retries=9",
+        "cluster.detach=true",
+        f"cluster.partition={ASIDE}",
+        "cluster.ranks_per_node=2",
+        f"cluster.environment=['PYTHONPATH={hook}']",
+        "checkpoint.keep=" + ",".join(str(9 + number) for number in range(phases)),
+    ]
+    command = evspan(cluster, "sweep", *words, SBATCH_EXPORT="NONE")
+    out, err = command.communicate(timeout=90)
+    assert command.returncode == 0, f"{out}{err}"
+    return [sweep / str(number) for number in range(phases)]
+
+
+def wait_for_return(run: Path, phase: str, seconds: float) -> None:
+    """Waits for the end of a run, which has met its time limit in this phase and has come back."""
+    wait_for(lambda: events(run, "done") or events(run, "failed"), seconds)
+    history = read(run)
+    assert history[-1]["event"] == "done", history
+    assert not events(run, "fault"), history
+    reasons = [event.get("reason") for event in events(run, "requeued")]
+    assert f"time limit reached while {phase}" in reasons, history
+    output = next(run.parent.glob(f".submitit/*/*_{run.name}_0_log.out")).read_text()
+    assert f"time limit reached while {phase}; requeued" in output
+
+
+def evspan(cluster: Cluster | None, *words: str, **variables: str) -> subprocess.Popen:
+    """Starts an evspan command that polls SLURM twice a second. variables: of its environment."""
     environment = dict(cluster.environment if cluster else os.environ)
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen(
         [
             sys.executable,
@@ -80,6 +124,22 @@ def job_of(run: Path) -> str:
 def events(run: Path, name: str) -> list[dict[str, Any]]:
     """The events of that name in a run's history."""
     return [event for event in read(run) if event["event"] == name]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """As TensorBoard shows them: the last value of each step."""
+    return dict(_scalars(run, "loss/total"))
+
+
+def scalar(run: Path, tag: str) -> list[float]:
+    """The values of a TensorBoard scalar."""
+    return [value for _, value in _scalars(run, tag)]
+
+
+def _scalars(run: Path, tag: str) -> list[tuple[int, float]]:
+    reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    reader.Reload()
+    return [(event.step, event.value) for event in reader.Scalars(tag)]
 
 
 def time_out(cluster: Cluster, run: Path) -> None:
