@@ -6,11 +6,13 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
 from types import FrameType
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from evspan.conf.errors import STOPPED_EXIT_CODE
 from evspan.conf.failure_notes import FAILURE_FILE, read_failure_note
@@ -20,6 +22,10 @@ from evspan.pipeline.parallel.rank_exit import end_process
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+JOB_END = "EVSPAN_JOB_END"  # seconds since 1970; the batch script sets both variables
+SIGNAL_DELAY = "EVSPAN_SIGNAL_DELAY_S"  # cluster.signal_delay_s
+# SLURM sends its signal up to this many seconds earlier than --signal says; its clock is coarse.
+SIGNAL_EARLY_S = 90
 NOTES = "attempts"  # below a run's folder: the notes of ranks that failed, by attempt
 
 
@@ -117,8 +123,26 @@ def redirect_output(log: Path) -> None:
     os.close(file)
 
 
-def _leave(number: int, _: FrameType | None) -> NoReturn:
-    sys.exit(STOPPED_EXIT_CODE)
+def _leave(number: int, _: FrameType | None) -> None:
+    early_s = seconds_early(number, os.environ)
+    if not early_s:
+        sys.exit(STOPPED_EXIT_CODE)
+    again = Timer(early_s, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
+
+
+def seconds_early(number: int, env: Mapping[str, str]) -> float:
+    """How many seconds SLURM has sent the signal of a time limit before cluster.signal_delay_s.
+
+    It may be a minute. With a short limit, the ranks would never come to train. Zero for a signal
+    that is in time, or that announces a preemption.
+    """
+    end = env.get(JOB_END, "")
+    if number != signal.SIGUSR2 or not end.isdecimal():
+        return 0.0
+    early_s = int(end) - time.time() - int(env.get(SIGNAL_DELAY, 0))
+    return early_s if 0 < early_s < SIGNAL_EARLY_S else 0.0
 
 
 def _find_first_rank() -> None:

@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evspan.conf.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE, USER_ERROR_EXIT_CODE
-from evspan.launch.slurm.rank_task import STOP_SIGNALS, RankNote, notes_folder, read_notes
+from evspan.launch.slurm.rank_task import (
+    SIGNAL_EARLY_S,
+    STOP_SIGNALS,
+    RankNote,
+    notes_folder,
+    read_notes,
+)
 from evspan.pipeline.checkpoint_files import find_newest_intact, step_of
 from evspan.pipeline.history import (
     append,
@@ -32,8 +38,6 @@ from evspan.pipeline.history import (
 CAN_REQUEUE = ("RUNNING", "PREEMPTED")  # in other states the job is cancelled or already requeued
 STILL_RUNS = "limit"  # instead of an exit code
 DO_NOT_REQUEUE = 3  # exit code; an error of this command gives 1
-# SLURM sends its signal up to this many seconds earlier than --signal says, and ranks need time.
-SIGNAL_EARLY_S = 90
 # Ranks that have saved, or were ended by the signal before they could handle it.
 STOPPED_CODES = frozenset({STOPPED_EXIT_CODE, *(128 + number for number in STOP_SIGNALS)})
 TIME_LIMIT_REMEDY = (

@@ -4,6 +4,8 @@ It is bash, in a process of its own next to srun, so it works whatever the ranks
 they are stopped, wait for a file system, or save for longer than SLURM's signal leaves them.
 """
 
+from evspan.launch.slurm.rank_task import JOB_END, SIGNAL_DELAY
+
 POLL_S = 60  # at most, between two looks at the job's end, which an administrator may change
 MOST_LEAD_S = 30
 LEAST_LEAD_S = 5
@@ -96,6 +98,8 @@ def watchdog_lines(requeue: str, do_not_requeue: int, signal_delay_s: int) -> li
         f"lead={lead_s(signal_delay_s)}",
         f'should_requeue() {{ {requeue} "${{SLURM_ARRAY_TASK_ID:-0}}" "$@"; }}',
         *functions.strip().splitlines(),
+        "read_job",
+        f'export {JOB_END}="$end" {SIGNAL_DELAY}={signal_delay_s}',
         "watch_time_limit &",
         "watchdog=$!",
         "disown",

@@ -281,9 +281,17 @@ def test_without_slurm_it_ends_in_one_line(source, tmp_path):
 # -- on the cluster ----------------------------------------------------------------------------------------------
 @pytest.mark.timeout(90)
 def test_the_array_makes_what_one_machine_makes(slurm, source, prepared, tmp_path):
-    output = tmp_path / "out"
+    """With a policy of some sites, and in a path whose signs SLURM and Submitit replace."""
+    output = tmp_path / "100% of %j"
     code, out, err = finished(
-        command(slurm, source, output, "cluster.array_size=2", "cluster.partition=low")
+        command(
+            slurm,
+            source,
+            output,
+            "cluster.array_size=2",
+            "cluster.partition=low",
+            environment={"SBATCH_EXPORT": "NONE"},
+        )
     )
     assert (code, err) == (0, "")
     assert "5 of 5 recordings prepared" in out

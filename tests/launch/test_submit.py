@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from evspan.conf.schema.cluster import ClusterConfig, Container, Scheduler
 from evspan.conf.schema.training import TrainConfig
 from evspan.launch.cli import submit, sweep
 from evspan.launch.slurm.hydra_plugin import cluster_overrides
-from evspan.launch.slurm.rank_task import RankNote
+from evspan.launch.slurm.rank_task import RankNote, seconds_early
 from evspan.launch.slurm.requeue import (
     DO_NOT_REQUEUE,
     Decision,
@@ -439,7 +440,7 @@ esac
     }
 
 
-HANGS = "echo $$ > {folder}/pid; exec sleep 20"  # whatever Python is doing
+HANGS = "echo $EVSPAN_JOB_END > {folder}/end; echo $$ > {folder}/pid; exec sleep 20"  # whatever Python is doing
 
 
 @pytest.mark.slow
@@ -476,6 +477,23 @@ def test_the_watchdog(tmp_path, srun, end, state, requeued, code):
         assert (programs / "requeued").read_text() == "6_0\n" * (1 + (code == 143))
     if code == 143:
         assert read(tmp_path / "run")[-1]["reason"] == "time limit reached while starting"
+        assert (programs / "end").read_text().strip().isdecimal()
+
+
+@pytest.mark.parametrize(
+    ("number", "left", "early"),
+    [
+        (signal.SIGUSR2, 50, 30),  # a job of a minute
+        (signal.SIGUSR2, 20, 0),
+        (signal.SIGUSR2, -5, 0),  # the limit was changed
+        (signal.SIGUSR2, 3000, 0),  # a preemption
+        (signal.SIGTERM, 50, 0),
+    ],
+)
+def test_a_signal_that_slurm_sends_early(number, left, early):
+    env = {"EVSPAN_JOB_END": str(int(time.time()) + left), "EVSPAN_SIGNAL_DELAY_S": "20"}
+    assert early - 2 < seconds_early(number, env) <= early or early == seconds_early(number, env)
+    assert seconds_early(number, {"EVSPAN_JOB_END": "Unknown"}) == 0
 
 
 def test_the_watchdog_leaves_the_ranks_time_to_save():

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from evspan.conf.compose import CONFIG_FILE, load_config, save_config
 from evspan.conf.schema.training import TrainConfig
 from evspan.pipeline.history import read, read_progress
 from safetensors.numpy import load_file
-from support.slurm_cluster import Cluster
+from support.slurm_cluster import ASIDE, Cluster
 from support.slurm_runs import (
     START_S,
     STEPS,
@@ -39,17 +40,61 @@ LIMIT_MIN = 2  # on a busy machine, ranks may take a minute to start
 
 @pytest.fixture(scope="module")
 def limited(cluster: Cluster, shards: Path, tmp_path_factory) -> Path:
-    """A run that meets its time limit in its last evaluation, on a node of its own.
-
-    It mostly waits, meanwhile the other tests run.
-    """
+    """A run that meets its time limit in its last evaluation."""
     folder = tmp_path_factory.mktemp("limited")
     (run,) = submit_with_limit(cluster, shards, folder, minutes=LIMIT_MIN, phases=1)
     return run
 
 
+class Early(NamedTuple):
+    """A command that was started before the first test, and the folder of its run or runs."""
+
+    process: subprocess.Popen
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def early(cluster: Cluster, shards: Path, limited: Path, tmp_path_factory):
+    """Jobs that need no help, on nodes of their own: they wait while other tests run."""
+    broken = tmp_path_factory.mktemp("sitecustomize")
+    (broken / "sitecustomize.py").write_text(
+        "import os, sys\nif os.environ.get('SLURM_PROCID') == '1':\n    sys.exit('broken')\n"
+    )
+    folders = {name: tmp_path_factory.mktemp(name) / "runs" for name in ("fault", "sweep", "many")}
+    words = {
+        "fault": [
+            "submit",
+            *keys(shards, folders["fault"]),
+            f"cluster.environment=['PYTHONPATH={broken}']",
+            "cluster.max_retries=2",
+            "parallel.timeout_s=10",
+            f"cluster.partition={ASIDE}",
+        ],
+        "sweep": [
+            "sweep",
+            *keys(shards, folders["sweep"]),
+            "optimizer.lr=1e-3,2e-3,4e-3,-1",
+            "training.max_steps=3",
+            "cluster.array_parallelism=2",
+            f"cluster.partition={ASIDE}",
+        ],
+        "many": [
+            "train",
+            "--multirun",
+            "hydra/launcher=slurm",
+            *keys(shards, folders["many"], "training.max_steps=1", "seed=1,2"),
+            "parallel.sequence=1",
+            f"hydra.launcher.partition={ASIDE}",
+        ],
+    }
+    commands = {name: Early(evspan(cluster, *words[name]), folders[name]) for name in words}
+    yield commands
+    for process, _ in commands.values():
+        process.kill()
+
+
 @pytest.fixture
-def slurm(cluster: Cluster, limited: Path):
+def slurm(cluster: Cluster, early: dict[str, Early]):
     yield cluster
     cluster.end_jobs()
     resume(cluster, "n2")
@@ -222,15 +267,10 @@ def test_ten_disturbances_at_random_moments(slurm, shards, tmp_path):
 
 
 @pytest.mark.timeout(400)
-def test_a_sweep_over_two_nodes(slurm, shards, tmp_path):
+def test_a_sweep_over_two_nodes(slurm, early):
     """Four runs, one of which has a wrong value; it fails alone, and the report has its message."""
-    folder = tmp_path / "sweep"
-    values = [
-        "optimizer.lr=1e-3,2e-3,4e-3,-1",
-        "training.max_steps=3",
-        "cluster.array_parallelism=2",
-    ]
-    code, out, err = finished(evspan(slurm, "sweep", *keys(shards, folder, *values)), 300)
+    process, folder = early["sweep"]
+    code, out, err = finished(process, 300)
     assert code == 1, f"{out}{err}"
     last_events = {run.name: read(run)[-1] for run in folder.iterdir() if run.name.isdigit()}
     assert {name: event["event"] for name, event in last_events.items()} == {
@@ -248,27 +288,10 @@ def test_a_sweep_over_two_nodes(slurm, shards, tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_a_permanent_fault_ends_the_run(slurm, shards, tmp_path):
-    """Its rank dies at each start, in the same place; the third time is the last."""
-    run = tmp_path / "run"
-    broken = tmp_path / "sitecustomize"
-    broken.mkdir()
-    (broken / "sitecustomize.py").write_text(
-        "import os, sys\nif os.environ.get('SLURM_PROCID') == '1':\n    sys.exit('broken')\n"
-    )
-    more = [
-        f"cluster.environment=['PYTHONPATH={broken}']",
-        "cluster.max_retries=2",
-        "parallel.timeout_s=10",
-    ]
-    submitted = evspan(slurm, "submit", *keys(shards, run, *more))
-    try:
-        wait_for(lambda: events(run, "fault"), 120)
-        while not events(run, "failed"):
-            time.sleep(0.5)
-        code, out, err = finished(submitted, 60)
-    finally:
-        submitted.kill()
+def test_a_permanent_fault_ends_the_run(early):
+    """Its rank dies at each start, in the same place; the second time is the last."""
+    process, run = early["fault"]
+    code, out, err = finished(process, 200)
     assert code == 1, f"{out}{err}"
     message = events(run, "failed")[0]["message"]
     assert "2 times in a row at step 0" in message
@@ -318,18 +341,11 @@ def test_a_requeue_reads_the_resolved_config_of_the_run(slurm, shards, tmp_path)
 
 
 @pytest.mark.timeout(200)
-def test_hydras_multirun_submits_the_same_jobs(slurm, shards, tmp_path):
-    words = [
-        "train",
-        "--multirun",
-        "hydra/launcher=slurm",
-        *keys(shards, tmp_path / "many", "training.max_steps=1", "seed=1,2"),
-        "parallel.sequence=1",
-        "hydra.launcher.partition=high",
-    ]
-    code, out, err = finished(evspan(slurm, *words), 150)
+def test_hydras_multirun_submits_the_same_jobs(early):
+    process, folder = early["many"]
+    code, out, err = finished(process, 150)
     assert code == 0, f"{out}{err}"
-    assert [events(tmp_path / "many" / n, "done")[0]["step"] for n in "01"] == [1, 1]
+    assert [events(folder / n, "done")[0]["step"] for n in "01"] == [1, 1]
 
 
 def test_what_slurm_refuses_is_one_line(slurm, shards, tmp_path):

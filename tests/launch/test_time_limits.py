@@ -55,6 +55,7 @@ def undisturbed(shards, tmp_path_factory):
 @pytest.mark.parametrize("minutes", [1, 2])
 def test_a_limit_in_any_phase(cluster, shards, undisturbed, tmp_path, minutes):
     """All come back, and end with the losses and AP of the undisturbed run."""
+    # The nodes take two runs at once; more could not start in one minute on two cores.
     runs = submit_with_limit(cluster, shards, tmp_path, *KEYS, minutes=minutes, phases=len(PHASES))
     for run, (phase, *_) in zip(runs, PHASES, strict=True):
         wait_for_return(run, phase, SECONDS)

@@ -73,8 +73,8 @@ class Finder:
         time.sleep(600)
 
 
-index = os.environ.get("SLURM_ARRAY_TASK_ID")
-if index is not None and "SLURM_PROCID" in os.environ:
+index = os.environ.get("SLURM_ARRAY_TASK_ID", "0")  # a single run is no array
+if "SLURM_PROCID" in os.environ:
     finder = Finder(index, PHASES[int(index)])
     if int(os.environ["SLURM_PROCID"]) == finder.rank:
         sys.meta_path.insert(0, finder)

@@ -27,7 +27,7 @@ INSTALL = "apt-get install --no-install-recommends slurm-wlm munge"
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 REQUIRED = "EVSPAN_REQUIRE_SLURM"  # set: a missing cluster fails the tests instead of skipping them
 NODES = 2  # n1, n2: of the partitions low and high
-ASIDE = "aside"  # partition of a further node
+ASIDE = "aside"  # partition of as many further nodes
 UP_S = 60
 DOWN_S = 20
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -75,7 +75,7 @@ LaunchParameters=use_interactive_step
 PartitionName=low {partition} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
 PartitionName=high {partition} PriorityTier=10 PreemptMode=OFF
 # For jobs that no test preempts, cancels with its own, or takes a node from.
-PartitionName={aside} Nodes=n{nodes_aside} MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=OFF
+PartitionName={aside} {nodes_aside} PriorityTier=1 PreemptMode=OFF
 """
 SCHEDULER = {
     "bf_interval": 1,
@@ -186,12 +186,11 @@ def keep() -> None:
 def bring_up(folder: Path) -> Path:
     """Starts the daemons. Returns the path of slurm.conf when both nodes are idle."""
     host = socket.gethostname().split(".")[0]
-    ports = free_ports(NODES + 2)
+    ports = free_ports(2 * NODES + 1)
     nodes = []
-    for i in range(1, NODES + 2):
+    for i in range(1, 2 * NODES + 1):
         address = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i]}"
-        cores = 2 if i <= NODES else 8
-        nodes.append(f"NodeName=n{i} {address} CPUs={cores} RealMemory=8000")
+        nodes.append(f"NodeName=n{i} {address} CPUs=2 RealMemory=8000")
     text = CONF.format(
         first_job=random.randrange(1, 60_000),
         host=host,
@@ -200,7 +199,7 @@ def bring_up(folder: Path) -> Path:
         nodes="\n".join(nodes),
         partition=f"Nodes=n[1-{NODES}] MaxTime=INFINITE State=UP",
         aside=ASIDE,
-        nodes_aside=NODES + 1,
+        nodes_aside=f"Nodes=n[{NODES + 1}-{2 * NODES}] MaxTime=INFINITE State=UP",
         scheduler=",".join(f"{key}={value}" for key, value in SCHEDULER.items()),
     )
     conf = folder / "slurm.conf"
@@ -223,7 +222,7 @@ def bring_up(folder: Path) -> Path:
     )
     wait_until((munge / "socket").exists, "munged has not opened its socket", folder)
     start(folder, "slurmctld", "-D", "-c")
-    for i in range(1, NODES + 2):
+    for i in range(1, 2 * NODES + 1):
         (folder / f"spool.n{i}").mkdir()
         start(folder, "slurmd", "-D", "-N", f"n{i}")
     wait_until(lambda: idle() == NODES, "its nodes have not come up", folder)

@@ -65,7 +65,6 @@ def submit_with_limit(
         "cluster.max_retries=9",
         "cluster.detach=true",
         f"cluster.partition={ASIDE}",
-        "cluster.ranks_per_node=2",
         f"cluster.environment=['PYTHONPATH={hook}']",
         "checkpoint.keep=" + ",".join(str(9 + number) for number in range(phases)),
     ]
@@ -83,7 +82,7 @@ def wait_for_return(run: Path, phase: str, seconds: float) -> None:
     assert not events(run, "fault"), history
     reasons = [event.get("reason") for event in events(run, "requeued")]
     assert f"time limit reached while {phase}" in reasons, history
-    output = next(run.parent.glob(f".submitit/*/*_{run.name}_0_log.out")).read_text()
+    output = next(run.parent.glob(f".submitit/*/{job_of(run)}_0_log.out")).read_text()
     assert f"time limit reached while {phase}; requeued" in output
 
 
