@@ -37,7 +37,7 @@ def metrics(run: Path) -> list[dict]:
     values = []
     for step in EVALUATED:
         path = run / "checkpoints" / f"step-{step:08d}" / "metrics.json"
-        values.append({**json.loads(path.read_text()), "checkpoint": None})
+        values.append({**json.loads(path.read_text()), "checkpoint": None, "xxh3": None})
     return values
 
 
