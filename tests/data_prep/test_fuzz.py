@@ -1,6 +1,9 @@
 """Damaged sensor and box files: reading ends soon, in a consistent result or in a UserError."""
 
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,95 @@ def check_boxes(path: Path) -> None:
     assert all(np.isfinite(boxes[k]).all() for k in ("x", "y", "w", "h", "class_confidence"))
 
 
+def damage_objects(folder: Path, rng: np.random.Generator) -> None:
+    """Replaces one to three objects of an HDF5 recording by others, valid but unexpected."""
+    outside = str(fuzz.canary(folder))
+    with h5py.File(folder / "a.h5", "r+") as file:
+        for _ in range(int(rng.integers(1, 4))):
+            name = str(rng.choice(NAMES))
+            write = OBJECTS[int(rng.integers(len(OBJECTS)))]
+            with suppress(KeyError, OSError, RuntimeError):
+                del file[name]
+            # A parent is no group now, or a link that leads nowhere.
+            with suppress(ValueError, OSError, TypeError, KeyError, RuntimeError):
+                write(file, name, outside, rng)
+
+
+NAMES = [
+    *(f"events/{name}" for name in ("t", "x", "y", "p", "height", "width")),
+    *("events", "t_offset", "ms_to_idx", "CD", "CD/events"),
+]
+
+
+def write_external(file: h5py.File, name: str, outside: str, _: np.random.Generator) -> None:
+    file.create_dataset(name, (600,), "u1", external=[(outside, 0, 600)])
+
+
+def write_virtual(file: h5py.File, name: str, outside: str, rng: np.random.Generator) -> None:
+    layout = h5py.VirtualLayout((600,), "i4")
+    source = outside if rng.random() < 0.5 else "gone.h5"
+    layout[:] = h5py.VirtualSource(source, "events/t", shape=(600,))
+    file.create_virtual_dataset(name, layout)
+
+
+def write_link(file: h5py.File, name: str, outside: str, rng: np.random.Generator) -> None:
+    soft = h5py.SoftLink(str(rng.choice(["/events/t", "/events", "/gone", f"/{name}"])))
+    file[name] = h5py.ExternalLink(outside, "/events/t") if rng.random() < 0.5 else soft
+
+
+def write_unwritten(file: h5py.File, name: str, _: str, rng: np.random.Generator) -> None:
+    shape = [(600,), (1 << 40,), (1 << 62,), (600, 4), ()][int(rng.integers(5))]
+    chunks = None
+    if shape and rng.random() < 0.5:
+        chunks = (int(rng.choice([1, 1 << 16, 1 << 28])),) + (1,) * (len(shape) - 1)
+    file.create_dataset(name, shape, str(rng.choice(["u1", "i8"])), chunks=chunks)
+
+
+def write_bomb(file: h5py.File, name: str, _: str, rng: np.random.Generator) -> None:
+    chunk = 1 << int(rng.integers(10, 23))
+    dataset = file.create_dataset(name, (chunk * 16,), "u1", chunks=(chunk,), compression="gzip")
+    zeros = zlib.compress(bytes(chunk))
+    for i in range(16):
+        dataset.id.write_direct_chunk((i * chunk,), zeros)
+
+
+def write_values(file: h5py.File, name: str, _: str, rng: np.random.Generator) -> None:
+    n = int(rng.choice([0, 1, 599, 600, 600, 600]))
+    values: list[Any] = [
+        np.full(n, np.nan, "f4"),
+        np.arange(n) * 1.5,
+        rng.integers(-(2**63), 2**63 - 1, n),
+        rng.integers(0, 2**64 - 1, n, np.uint64),
+        rng.integers(-2, 3, n).astype("i1"),
+        rng.integers(0, 2, n) * 255,
+        rng.integers(0, 9, (n, 4)),
+        np.zeros(n, [("t", "i8"), ("x", "u2"), ("y", "u2"), ("p", "?")]),
+        np.zeros(n, [("t", "i8", (3,)), ("x", "u2"), ("y", "f4"), ("p", "S9")]),
+        np.array([b"text"] * n, "S4"),
+        h5py.Empty("i8"),
+        "text",
+        -1,
+        1e300,
+        1 << 60,
+    ]
+    file[name] = values[int(rng.integers(len(values)))]
+
+
+def write_ragged(file: h5py.File, name: str, _: str, rng: np.random.Generator) -> None:
+    kinds = [h5py.vlen_dtype("i4"), h5py.string_dtype(), h5py.ref_dtype]
+    file.create_dataset(name, (600,), kinds[int(rng.integers(3))])
+
+
+def write_group(file: h5py.File, name: str, _: str, __: np.random.Generator) -> None:
+    file.create_group(name)
+
+
+OBJECTS = [
+    *(write_external, write_virtual, write_link, write_unwritten, write_bomb),
+    *(write_values, write_values, write_values, write_ragged, write_group),
+]
+
+
 def recording(name: str, write: Callable[[Path], None], header: int = 160) -> fuzz.Kind:
     return fuzz.Kind(
         make=lambda folder: write(folder / name),
@@ -162,6 +254,7 @@ KINDS = {
     "h5": recording("a_td.h5", whole_h5, HDF5_HEADER),
     "written_h5": recording("b_td.h5", whole_by_writer, HDF5_HEADER),
     "metavision": recording("a.hdf5", whole_metavision, HDF5_HEADER),
+    "h5_objects": replace(recording("a.h5", whole_by_writer), damage=damage_objects),
     "boxes": fuzz.Kind(
         make=lambda folder: whole_boxes(folder / "a_bbox.npy"),
         check=lambda folder: check_boxes(folder / "a_bbox.npy"),

@@ -205,6 +205,7 @@ class Audit:
         if event in CHANGES:
             outside = [path for path in args if isinstance(path, str | bytes | os.PathLike)]
             outside = [path for path in outside if not self._is_inside(path)]
+            outside = [path for path in outside if not _is_a_cache(os.fsdecode(path))]
             return f"{event}: {outside}" if outside else ""
         if event in CODE and not _of_the_installation():
             return f"{event}{args!r:.300}"
@@ -218,13 +219,21 @@ class Audit:
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if not writes and real.startswith(SYSTEM_FILES):
             return ""
-        belongs = any(real.startswith(root + "/") for root in INSTALLATION)
-        if belongs and (not writes or "__pycache__" in real):
+        if _belongs(real) and (not writes or _is_a_cache(real)):
             return ""
         return f"open {real} ({mode})"
 
     def _is_inside(self, path: Any) -> bool:
         return (os.path.realpath(os.fsdecode(path)) + "/").startswith(self.inside)
+
+
+def _belongs(path: str) -> bool:
+    return any(path.startswith(root + "/") for root in INSTALLATION)
+
+
+def _is_a_cache(path: str) -> bool:
+    """Whether compiled code is kept there."""
+    return "__pycache__" in path and _belongs(os.path.realpath(path))
 
 
 def _of_the_installation() -> bool:
