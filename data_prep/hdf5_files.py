@@ -166,8 +166,8 @@ def plain_member(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset | No
         place = f"{group.file.filename}: {member.name.rstrip('/')}/{part}"
         if isinstance(link, h5py.ExternalLink):
             raise UnsafeDatasetError(
-                f"{place} is a link to another file, {link.filename!r}. Links are not followed: "
-                f"copy the content into one file: h5repack --merge {group.file.filename} OUT.h5"
+                f"{place} is a link to another file, {link.filename!r}, which is not followed. "
+                "Copy the values into one file"
             )
         soft_links += 1
         if not isinstance(link, h5py.SoftLink) or soft_links > MOST_SOFT_LINKS:
@@ -198,15 +198,15 @@ def require_plain_dataset(dataset: h5py.Dataset) -> None:
     if dataset.external:
         names = ", ".join(repr(name) for name, _, _ in dataset.external[:3])
         raise UnsafeDatasetError(
-            f"{place} keeps its values in another file ({names}), which is not read. Copy them "
-            f"into the file: h5repack {dataset.file.filename} OUT.h5"
+            f"{place} keeps its values in another file ({names}), which is not read. Copy the "
+            "values into one file"
         )
     if dataset.is_virtual:
         names = ", ".join(sorted({repr(source.file_name) for source in dataset.virtual_sources()}))
         raise UnsafeDatasetError(
             f"{place} is a virtual dataset, whose values are in other files ({names[:200]}). HDF5 "
-            "returns zeros where these are missing. Copy the values into one file: "
-            f"h5repack {dataset.file.filename} OUT.h5"
+            "returns zeros where these are missing. Copy the values into one file, where the "
+            "others are"
         )
     if dataset.shape is None or dataset.dtype.hasobject:
         raise UnsafeDatasetError(

@@ -167,7 +167,7 @@ class Recording:
         parts: list[str] = []
         if spikes:
             parts.append(
-                f"{plural(spikes, 'event')} ahead of those before and after were dropped as spikes"
+                f"dropped as spikes: {plural(spikes, 'event')} far ahead of those before and after"
             )
         if step is not None:
             parts.append(

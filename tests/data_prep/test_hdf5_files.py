@@ -209,7 +209,7 @@ def unsafe_file(tmp_path_factory) -> Path:
         ("through", ["/away is a link to another file"]),
         ("circle", ["/circle is a link that leads to no dataset"]),
         ("external", ["/external keeps its values in another file ('/etc/passwd')"]),
-        ("virtual", ["/virtual is a virtual dataset", "'missing.h5'", "h5repack"]),
+        ("virtual", ["/virtual is a virtual dataset", "'missing.h5'", "into one file"]),
         ("unwritten", ["/unwritten should hold 10 bytes, but only 0 were written"]),
         ("chunks", ["/chunks lacks 3 of its 5 chunks", "copy it again"]),
         ("huge", ["/huge lacks 2305843009213693952 of its"]),

@@ -116,7 +116,7 @@ def test_one_event_far_ahead_is_dropped_in_every_format(tmp_path, suffix):
         assert 7 not in events.x
         assert recording.dropped["time_spikes"] == 1
         assert recording.dropped["late_timestamps_raised"] == 0
-        assert "1 event ahead" in recording.warnings()["time_order"]
+        assert "dropped as spikes: 1 event far ahead" in recording.warnings()["time_order"]
 
 
 def entry(**dropped: int) -> RecordingEntry:
