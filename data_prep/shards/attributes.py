@@ -119,8 +119,8 @@ def _run_reader(path: Path, group: str, seconds: int) -> _Texts:
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=WAIT_SECONDS
         )
     except subprocess.TimeoutExpired as error:
-        reason = TimeoutError(f"no answer within {WAIT_SECONDS} s")
-        raise unavailable(path, reason) from error
+        late = TimeoutError(f"no answer within {WAIT_SECONDS} s")
+        raise unavailable(path, late) from error
     if result.returncode:
         lines = result.stderr.decode(errors="replace").strip().splitlines()
         reason = lines[-1] if lines else f"the reading process ended with {result.returncode}"
