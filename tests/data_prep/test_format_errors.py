@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from evspan.conf.errors import RecordingError, UserError
 from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.h5 import Compression, H5Writer
 from evspan.data_prep.recordings.open import open_recording, open_writer
 from support.event_files import read_by, write_raw
 
@@ -242,7 +243,7 @@ def test_h5_that_was_cut_off_or_never_written_whole(tmp_path):
 
 
 def test_blosc_without_its_options_is_refused_before_it_reads_past_them(tmp_path):
-    with open_writer(tmp_path / "a.h5", 720, 1280) as writer:
+    with H5Writer(tmp_path / "a.h5", 720, 1280, compression=Compression.lz4) as writer:
         writer.write(events_at([5, 6]))
     whole = (tmp_path / "a.h5").read_bytes()
     options = struct.pack("<4H", 32001, 8, 1, 7)  # number, length of the name, flags, values
