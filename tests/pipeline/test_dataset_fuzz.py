@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from evspan.conf.errors import UserError
+from evspan.conf.errors import ShardError, UserError
 from evspan.conf.schema.prep import DatasetConfig, DatasetKind
 from evspan.data_prep.shards import attributes
 from evspan.data_prep.shards.check import Task, verify_recording
@@ -239,7 +239,7 @@ KINDS: dict[str, fuzz.Kind] = {
 
 def refuse_to_start(*_: object) -> Callable[..., None]:
     """In place of the process that reads texts of earlier versions: a case starts none."""
-    raise attributes.ShardError("a text of variable length")
+    raise ShardError("a text of variable length")
 
 
 @pytest.mark.timeout(200)
