@@ -40,11 +40,16 @@ def _user_cache() -> Path:
 
 
 def _can_write(folder: Path) -> bool:
-    """Whether files can be created in a folder, which may have to be created first."""
-    existing = folder
-    while not os.path.lexists(existing) and existing != existing.parent:
-        existing = existing.parent
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    """Whether files can be created in a folder, which is created first, as numba does.
+
+    Permissions do not say it: root may write to a folder of /proc, and cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _private_folder() -> str:

@@ -12,6 +12,7 @@ from evspan.data_prep.labels.box_files import find_boxes
 from evspan.data_prep.prepare import prepare
 from evspan.data_prep.recordings.left_out import files_of, without_boxes
 from evspan.data_prep.recordings.sources import find_sources, unused_files
+from evspan.data_prep.shards.atomic import file_xxh3
 from evspan.data_prep.simulator import simulate
 from evspan.launch.cli.prep import main
 from support.prepared import SCENE, contents, entries, manifest, prep_config
@@ -113,7 +114,7 @@ def test_a_file_that_cannot_be_read_now_is_neither_removed_nor_damaged(
     output = tmp_path / "out"
     prepare(prep_config(source, output))
     before = manifest(output)
-    plain = prepare_module.file_xxh3
+    plain = file_xxh3
     for name in ("b_td.h5", "a_bbox.npy"):
         os.utime(disk / name, (1, 1))  # so that it is read
         for code in (errno.EACCES, errno.EMFILE, errno.ESTALE, errno.EIO):

@@ -119,3 +119,7 @@ def test_where_numba_can_write_nothing_is_changed(tmp_path, monkeypatch):
     monkeypatch.setenv(numba_cache.VARIABLE, "mine")
     numba_cache.provide_numba_cache()
     assert os.environ[numba_cache.VARIABLE] == "mine"
+
+
+def test_a_folder_that_permissions_allow_but_the_file_system_does_not_is_not_used():
+    assert not numba_cache._can_write(Path("/proc/none/numba"))

@@ -4,12 +4,13 @@ import re
 import shlex
 
 import pytest
+from evspan.conf.quoting import has_several_values
 from evspan.launch.cli import grammar, prep
 from evspan.launch.cli.command import parser_of
 from evspan.launch.cli.config_arguments import parse_config_arguments
 from evspan.launch.cli.config_keys import COMMANDS as CONFIG_COMMANDS
 from evspan.launch.cli.config_keys import choices_of, keys_of
-from evspan.launch.cli.grammar import Options, correct, evaluate_overrides, has_several_values
+from evspan.launch.cli.grammar import Options, correct, evaluate_overrides
 from evspan.launch.cli.main import COMMANDS, main, options_of
 
 CORRECTIONS = [
