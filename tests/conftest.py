@@ -88,6 +88,12 @@ def _launcher_of_module() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def reported_cases() -> Path:
+    """Inputs after public bug reports, a folder each."""
+    return outside("EVSPAN_CASES", "cases")
+
+
+@pytest.fixture(scope="session")
 def samples_dir() -> Path:
     """Small real recordings and golden.json."""
     return outside("EVSPAN_SAMPLES", "data")
