@@ -33,7 +33,7 @@ SHARDS = {  # recordings' frames; one frame of how many is labelled
         [13, 9, 2],
         9,
     ),  # fewer than lanes, one shorter than a chunk; steps in which no rank has a labelled frame
-    "bare": ([11, 6], 100),  # not one labelled frame
+    "bare": ([11, 6, 100], 100),  # a labelled frame, which no step reaches
 }
 dense, sparse, bare = (Case(shards=name) for name in SHARDS)
 
@@ -56,7 +56,7 @@ QUICK = [
         dense, ranks=2, sequence=2, stage=3, exchange="relay", attention=True, dws_conv=True
     ),  # a module called many times
     replace(sparse, ranks=2, sequence=2, stage=0, attention=True, sampling="stream"),
-    replace(bare, ranks=2, sequence=2, stage=3, attention=True, steps=2),
+    replace(bare, ranks=2, sequence=2, stage=3, attention=True, steps=2, sampling="stream"),
     replace(dense, ranks=2, sequence=2, stage=2, attention=True, precision="bf16", steps=3),
     replace(dense, ranks=4, sequence=2, stage=1, attention=True),
     replace(
