@@ -16,6 +16,7 @@ answer) is not damaged. `is_damage` is the one table that separates the two:
 """
 
 import errno
+import math
 import os
 import re
 import resource
@@ -110,7 +111,12 @@ def is_damage(error: BaseException) -> bool:
         return False
     if error_number(error) not in NO_FAILURE:
         return False
-    return not (_ALLOCATION_TEXT.search(str(error)) and _memory_is_limited())
+    return not (is_failed_allocation(error) and _memory_is_limited())
+
+
+def is_failed_allocation(error: BaseException) -> bool:
+    """Whether h5py, numpy or libhdf5 could not allocate memory."""
+    return isinstance(error, MemoryError) or bool(_ALLOCATION_TEXT.search(str(error)))
 
 
 def _memory_is_limited() -> bool:
@@ -157,12 +163,14 @@ def plain_member(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset | No
         if not isinstance(member, h5py.Group):
             return None
         part = parts.pop(0)
-        link = member.get(part, getlink=True)
-        if link is None:
+        # The low-level calls take a third of the time: each recording of a shard has 8 datasets.
+        name = part.encode("utf-8", "surrogateescape")
+        if not member.id.links.exists(name):
             return None
-        if isinstance(link, h5py.HardLink):
-            member = member[part]
+        if member.id.links.get_info(name).type == h5py.h5l.TYPE_HARD:
+            member = _object(h5py.h5o.open(member.id, name))
             continue
+        link = member.get(part, getlink=True)
         place = f"{group.file.filename}: {member.name.rstrip('/')}/{part}"
         if isinstance(link, h5py.ExternalLink):
             raise UnsafeDatasetError(
@@ -181,7 +189,15 @@ def plain_member(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset | No
     return member
 
 
-def require_plain_dataset(dataset: h5py.Dataset) -> None:
+def _object(identifier: h5py.h5g.GroupID | h5py.h5d.DatasetID) -> h5py.Group | h5py.Dataset | None:
+    if isinstance(identifier, h5py.h5d.DatasetID):
+        return h5py.Dataset(identifier, readonly=True)
+    if isinstance(identifier, h5py.h5g.GroupID):
+        return h5py.Group(identifier)
+    return None  # a named type
+
+
+def require_plain_dataset(dataset: h5py.Dataset, *, has_checksums: bool = False) -> None:
     """Requires that all values of a dataset were written, and that they lie in its own file.
 
     HDF5 otherwise returns zeros without an error, or the bytes of any file that the process may
@@ -190,34 +206,44 @@ def require_plain_dataset(dataset: h5py.Dataset) -> None:
     Args:
         dataset: of a file that is open for reading. Take it with `plain_member`, which refuses
             external links.
+        has_checksums: its values are verified when they are read, so that chunks that are missing
+            are noticed. They are not counted then: that would read the whole index of the chunks.
 
     Raises:
         UnsafeDatasetError: names the file, the dataset and the remedy.
     """
-    place = f"{dataset.file.filename}: {dataset.name}"
-    if dataset.external:
+    properties = dataset.id.get_create_plist()
+    layout = properties.get_layout()
+    if properties.get_external_count():
         names = ", ".join(repr(name) for name, _, _ in dataset.external[:3])
         raise UnsafeDatasetError(
-            f"{place} keeps its values in another file ({names}), which is not read. Copy the "
-            "values into one file"
+            f"{_place(dataset)} keeps its values in another file ({names}), which is not read. "
+            "Copy the values into one file"
         )
-    if dataset.is_virtual:
+    if layout == h5py.h5d.VIRTUAL:
         names = ", ".join(sorted({repr(source.file_name) for source in dataset.virtual_sources()}))
         raise UnsafeDatasetError(
-            f"{place} is a virtual dataset, whose values are in other files ({names[:200]}). HDF5 "
-            "returns zeros where these are missing. Copy the values into one file, where the "
-            "others are"
+            f"{_place(dataset)} is a virtual dataset, whose values are in other files "
+            f"({names[:200]}). HDF5 returns zeros where these are missing. Copy the values into "
+            "one file, where the others are"
         )
-    if dataset.shape is None or dataset.dtype.hasobject:
+    shape = dataset.shape
+    dtype = dataset.dtype
+    if shape is None or dtype.hasobject:
         raise UnsafeDatasetError(
-            f"{place} holds no numbers but {dataset.dtype}. Copy the file again"
+            f"{_place(dataset)} holds no numbers but {dtype}. Copy the file again"
         )
-    if not dataset.size:
+    size = math.prod(shape)
+    if not size:
         return
-    if dataset.chunks is not None:
-        _require_all_chunks(dataset, place)
-    else:
-        _require_allocated(dataset, place)
+    if layout != h5py.h5d.CHUNKED:
+        _require_allocated(dataset, layout, size * dtype.itemsize)
+    elif not has_checksums:
+        _require_all_chunks(dataset)
+
+
+def _place(dataset: h5py.Dataset) -> str:
+    return f"{dataset.file.filename}: {dataset.name}"
 
 
 def require_bounded_expansion(datasets: Sequence[h5py.Dataset]) -> None:
@@ -235,32 +261,32 @@ def require_bounded_expansion(datasets: Sequence[h5py.Dataset]) -> None:
     stored = min(stored, os.path.getsize(path))
     expanded = sum(dataset.size * dataset.dtype.itemsize for dataset in datasets)
     if expanded > max(SMALL_BYTES, MOST_EXPANSION * stored):
+        place = datasets[0].name if len(datasets) == 1 else datasets[0].parent.name
         raise UnsafeDatasetError(
-            f"{path}: {datasets[0].parent.name} would expand from {stored} bytes to {expanded}, "
+            f"{path}: {place} would expand from {stored} bytes to {expanded}, "
             f"over {MOST_EXPANSION} times as many. The file is damaged: copy it again"
         )
 
 
-def _require_all_chunks(dataset: h5py.Dataset, place: str) -> None:
+def _require_all_chunks(dataset: h5py.Dataset) -> None:
     expected = 1
     for length, chunk in zip(dataset.shape, dataset.chunks, strict=True):
         expected *= -(-length // chunk)  # rounded up
     missing = expected - dataset.id.get_num_chunks()
     if missing > 0:
         raise UnsafeDatasetError(
-            f"{place} lacks {missing} of its {expected} chunks. Its writer was stopped early, or "
-            "the file is damaged: copy it again"
+            f"{_place(dataset)} lacks {missing} of its {expected} chunks. Its writer was stopped "
+            "early, or the file is damaged: copy it again"
         )
 
 
-def _require_allocated(dataset: h5py.Dataset, place: str) -> None:
-    is_compact = dataset.id.get_create_plist().get_layout() == h5py.h5d.COMPACT
-    declared = dataset.size * dataset.dtype.itemsize
+def _require_allocated(dataset: h5py.Dataset, layout: int, declared: int) -> None:
+    """Args: layout: of HDF5. declared: bytes of all values."""
     written = dataset.id.get_storage_size()
-    if not is_compact and dataset.id.get_offset() is None:
+    if layout != h5py.h5d.COMPACT and dataset.id.get_offset() is None:
         written = 0
     if written < declared:
         raise UnsafeDatasetError(
-            f"{place} should hold {declared} bytes, but only {written} were "
+            f"{_place(dataset)} should hold {declared} bytes, but only {written} were "
             "written. Its writer was stopped early, or the file is damaged: copy it again"
         )

@@ -1,26 +1,35 @@
 """Prepares a folder of recordings as a dataset; run again, it does what is missing or changed."""
 
-import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from evspan.conf.errors import ConfigError, ShardError
 from evspan.conf.folder_lock import LOCKS
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.text import plural
-from evspan.data_prep.hdf5_files import unavailable
 from evspan.data_prep.labels.checks import grouped
 from evspan.data_prep.labels.classes import with_classes
 from evspan.data_prep.recordings.left_out import LABELLED_SPLITS, without_boxes
-from evspan.data_prep.recordings.sources import Source, find_sources, unused_files
+from evspan.data_prep.recordings.sources import (
+    Source,
+    find_sources,
+    source_readable,
+    unused_files,
+)
 from evspan.data_prep.shards.atomic import LOCK, UNFINISHED, atomic_write, file_xxh3, locked
-from evspan.data_prep.shards.format import MANIFEST, SPLITS, Manifest, RecordingEntry, load_manifest
+from evspan.data_prep.shards.format import (
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    RecordingEntry,
+    load_manifest,
+    manifest_problem,
+)
+from evspan.data_prep.shards.manifest_check import hash_config
 from evspan.data_prep.shards.marks import MARKS, read_marks, write_marks
 from evspan.data_prep.shards.pack import (
     PARTS,
@@ -29,6 +38,7 @@ from evspan.data_prep.shards.pack import (
     gather,
     is_shard,
     part_of,
+    require_own_folders,
     stored_groups,
 )
 from evspan.data_prep.shards.write import Stored, resolved_config, stored_in
@@ -77,7 +87,7 @@ def prepare(config: PrepConfig, runner: Runner | None = None) -> PrepReport:
         DryRun: cluster.dry_run is set, and nothing was written; the message is what would be done.
     """
     source, output = _checked_folders(config)
-    with _unreadable_now():
+    with source_readable():
         sources = {s.key: s for s in find_sources(source)}
         config = with_classes(config, [s.boxes for s in sources.values() if s.boxes])
         _log_left_out(source, sources.values())
@@ -88,7 +98,7 @@ def prepare(config: PrepConfig, runner: Runner | None = None) -> PrepReport:
         clean_unfinished(output)
         try:
             target = Target(resolved_config(config), config.max_invalid_fraction)
-            with _unreadable_now():
+            with source_readable():
                 plan = _plan(sources, output, target, config.source)
             _require_confirmed(plan, sources, config)
             manifest = _apply(plan, sources, output, target, config, runner or LocalRunner())
@@ -103,7 +113,7 @@ def _dry_run(
 ) -> DryRun:
     """What `prepare` would do."""
     target = Target(resolved_config(config), config.max_invalid_fraction)
-    with _unreadable_now():
+    with source_readable():
         plan = _plan(sources, output, target, config.source)
     _require_confirmed(plan, sources, config)
     jobs = _jobs(plan, sources, output, _finished_parts(plan, sources, output, target))
@@ -192,18 +202,10 @@ def _log_warnings(manifest: Manifest) -> None:
             )
 
 
-@contextmanager
-def _unreadable_now() -> Iterator[None]:
-    """Stops where a file cannot be read at the moment: it counts neither as removed nor damaged."""
-    try:
-        yield
-    except OSError as error:
-        raise unavailable(error.filename or "a file of the source", error) from error
-
-
 # -- plan ------------------------------------------------------------------------------------------
 def _plan(sources: Mapping[str, Source], output: Path, target: Target, source: str) -> UpdatePlan:
     """Reads what the output folder holds, compares it with the source, and plans the update."""
+    require_own_folders(output)
     listed, listed_frames = _listed(output)
     stored = stored_groups(output, target.config)
     known = stored.keys() | listed.keys()
@@ -329,7 +331,7 @@ def _apply(
         software=_software(),
         config=target.config,
         classes=list(config.dataset.classes),
-        config_hash=xxhash.xxh3_64_hexdigest(json.dumps(target.config, sort_keys=True).encode()),
+        config_hash=hash_config(target.config),
         recordings=sorted(placed.values(), key=lambda r: (SPLITS.index(r.split), r.name)),
     )
     _write_manifest(output, manifest)
@@ -373,8 +375,15 @@ def _software() -> str:
 
 
 def _write_manifest(output: Path, manifest: Manifest) -> None:
+    """Raises ShardError where the manifest is one that `load_manifest` would refuse."""
     path = output / MANIFEST
     text = manifest.to_json()
+    problem = manifest_problem(text)
+    if problem:
+        raise ShardError(
+            f"{path} was not written, because training would refuse it ({problem}). Correct the "
+            "source or the config, and run the same again: what is prepared is kept"
+        )
     if not path.is_file() or path.read_text() != text:
         with atomic_write(path) as temporary:
             temporary.write_text(text)

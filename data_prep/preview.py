@@ -28,7 +28,7 @@ from evspan.data_prep.shards.format import (
     RecordingEntry,
     load_manifest,
 )
-from evspan.data_prep.shards.reading import open_group, read_frames
+from evspan.data_prep.shards.reading import open_group, read_frames, read_stored_boxes
 from evspan.data_prep.shards.select import select_recordings
 from numpy.typing import NDArray
 
@@ -252,13 +252,17 @@ def recording_frames(
 def shard_frames(
     root: Path, entry: RecordingEntry, classes: list[str], indices: Iterable[int]
 ) -> Iterator[PreviewFrame]:
-    """Yields the stored frames of a recording at `indices`."""
+    """Yields the stored frames of a recording at `indices`.
+
+    Raises:
+        ShardError: the shard is damaged.
+        UnavailableFileError: it cannot be read now.
+    """
     group = open_group(root, entry)
     try:
-        box_start = group["box_start"][:]
         end_us = group["end_us"][:]
         for i in indices:
-            boxes = group["boxes"][box_start[i] : box_start[i + 1]]
+            boxes = read_stored_boxes(group, i, i + 1)
             yield PreviewFrame(
                 int(end_us[i]) - entry.first_us,
                 read_frames(group, i, i + 1)[0],

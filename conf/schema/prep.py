@@ -165,8 +165,17 @@ class DatasetConfig:
             f"dataset.sensor_size is {self.sensor_size}; give [HEIGHT,WIDTH] in pixels, 1 to "
             f"{LARGEST_SENSOR} each, or [] for the size that each file states",
         )
+        repeated = sorted({name for name in self.classes if self.classes.count(name) > 1})
+        require(
+            not repeated and all(self.classes),
+            f"dataset.classes is {self.classes}; give each class a name of its own: "
+            "dataset.classes=[pedestrian,cyclist]",
+        )
+        # Without names they may be in classes.txt, which is read later.
         outside = sorted(
-            v for v in self.labels.class_map.values() if not 0 <= v < len(self.classes)
+            v
+            for v in self.labels.class_map.values()
+            if v < 0 or (self.classes and v >= len(self.classes))
         )
         require(
             not outside,

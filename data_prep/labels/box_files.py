@@ -57,8 +57,11 @@ def recording_name(path: Path) -> str:
     return path.stem
 
 
-def find_boxes(recording: Path) -> Path | None:
+def find_boxes(recording: Path, listed: dict[Path, dict[str, Path]] | None = None) -> Path | None:
     """The box file next to a recording; None where there is none.
+
+    Args:
+        listed: the box files of each folder that was listed, for repeated calls.
 
     Raises:
         RecordingError: the box file is a link without a target.
@@ -68,8 +71,11 @@ def find_boxes(recording: Path) -> Path | None:
     if stat_of(path) is None:  # perhaps in another case, from another system
         if stat_of(path.parent) is None:
             return None
-        siblings = [path.with_name(name) for name in os.listdir(path.parent)]
-        other = boxes_in(siblings).get(recording_name(recording))
+        listed = {} if listed is None else listed
+        if path.parent not in listed:
+            siblings = [path.with_name(name) for name in os.listdir(path.parent)]
+            listed[path.parent] = boxes_in(siblings)
+        other = listed[path.parent].get(recording_name(recording))
         if other is None:
             return None
         path = other

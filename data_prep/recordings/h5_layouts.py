@@ -22,10 +22,12 @@ import numpy as np
 from evspan.conf.errors import RecordingError
 from evspan.conf.text import printable
 from evspan.data_prep.hdf5_files import (
+    UnsafeDatasetError,
     plain_member,
     require_bounded_expansion,
     require_plain_dataset,
 )
+from evspan.data_prep.hdf5_texts import read_text
 from evspan.data_prep.recordings.header import checked_size, stated_size
 from numpy.typing import NDArray
 
@@ -36,6 +38,7 @@ EVENTS_AT_ONCE = 1 << 18
 COLUMNS = ("t", "x", "y", "p")
 ALIASES = {"t": ("t", "timestamp", "ts"), "x": ("x",), "y": ("y",), "p": ("p", "polarity", "pol")}
 METAVISION = "CD/events"
+METAVISION_HEADER = ("format", "geometry")  # attributes
 ECF = 0x8ECF
 BLOSC = 32001
 BLOSC_OPTIONS = 4  # the filter reads four options without checking how many are stored
@@ -117,8 +120,7 @@ def find_layout(path: Path, file: h5py.File) -> Layout:
     """
     metavision = plain_member(file, METAVISION)
     if isinstance(metavision, h5py.Dataset):
-        keys = [key for key in ("format", "geometry") if key in file.attrs]
-        size = stated_size(path, {key: _text(file.attrs[key]) for key in keys})
+        size = stated_size(path, _header(path, file))
         return _compound_layout(path, metavision, f"{METAVISION} field ", size)
     events = plain_member(file, "events")
     if isinstance(events, h5py.Group):
@@ -126,16 +128,27 @@ def find_layout(path: Path, file: h5py.File) -> Layout:
     if isinstance(events, h5py.Dataset):
         if events.ndim == 2 and events.shape[1] == len(COLUMNS) and events.dtype.kind in "iu":
             _check_storage(path, events, dimensions=2)
+            require_bounded_expansion([events])
             return Layout([events], [f"column {i} of events" for i in range(4)], range(4))
         prefix = "events field " if events.dtype.fields else "events/"
         return _compound_layout(path, events, prefix, None)
     raise _unread_layout(path, file, ["events/" + name for name in COLUMNS])
 
 
+def _header(path: Path, file: h5py.File) -> dict[str, str]:
+    """What a file of Metavision states about its sensor."""
+    names = [name for name in METAVISION_HEADER if name in file.attrs]
+    try:
+        return {name: read_text(file["/"], name, METAVISION_HEADER) for name in names}
+    except UnsafeDatasetError as error:
+        raise RecordingError(f"{path}: {error}. Copy the file again") from error
+
+
 def _compound_layout(
     path: Path, dataset: h5py.Dataset, prefix: str, size: tuple[int, int] | None
 ) -> Layout:
     _check_storage(path, dataset)
+    require_bounded_expansion([dataset])
     fields = dataset.dtype.fields or {}
     names: list[str] = []
     missing: list[str] = []

@@ -26,7 +26,9 @@ def time_unit_warning(events: int, span_us: int, pixels: int) -> str:
             "out: the times are likely milliseconds or seconds. Multiply them to microseconds"
         )
     is_slow = span_us > SHORTEST_DOUBTED_US and rate / pixels < LOWEST_RATE
-    if not is_slow and span_us <= LONGEST_US:
+    # As nanoseconds they would be 1000 times as dense.
+    may_be_ns = rate * 1000 <= HIGHEST_SENSOR_RATE
+    if not may_be_ns or (not is_slow and span_us <= LONGEST_US):
         return ""
     return (
         f"{events} events span {span_us / 1e6:.0f} s, {rate:.3g} events/s: the times are likely "

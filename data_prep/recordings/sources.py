@@ -3,12 +3,14 @@
 import csv
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from evspan.conf.errors import RecordingError
 from evspan.conf.text import plural, printable
+from evspan.data_prep.hdf5_files import unavailable
 from evspan.data_prep.labels.box_files import BOXES_ENDING, find_boxes, recording_name
 from evspan.data_prep.recordings.left_out import files_of, is_recording, left_out
 from evspan.data_prep.recordings.links import require_targets, stat_of
@@ -35,6 +37,19 @@ class Source:
         return f"{self.split}/{self.name}"
 
 
+@contextmanager
+def source_readable() -> Iterator[None]:
+    """Stops where a file cannot be read at the moment: it counts neither as removed nor damaged.
+
+    Raises:
+        UnavailableFileError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise unavailable(error.filename or "a file of the source", error) from error
+
+
 def find_sources(source: Path) -> list[Source]:
     """Finds the recordings below train/ val/ test/, or those that a list names.
 
@@ -45,8 +60,13 @@ def find_sources(source: Path) -> list[Source]:
     Raises:
         RecordingError: nothing there, a link without a target, a name that cannot be stored, two
             recordings of one name, or a wrong line of a list.
-        OSError: a folder or a link's target cannot be read now.
+        UnavailableFileError: a folder or a link's target cannot be read now.
     """
+    with source_readable():
+        return _find(source)
+
+
+def _find(source: Path) -> list[Source]:
     require_targets([source])
     if stat_of(source) is None:
         raise RecordingError(
@@ -151,9 +171,10 @@ def _listed(path: Path) -> list[Source]:
     """
     sources: dict[str, Source] = {}
     lines: dict[str, int] = {}
+    listed: dict[Path, dict[str, Path]] = {}
     for line in _lines(path):
         where = f"{path}, line {line.number}"
-        source = _listed_source(path, line.fields, where)
+        source = _listed_source(path, line.fields, where, listed)
         if source.key in sources:
             other = sources[source.key]
             raise RecordingError(
@@ -171,7 +192,9 @@ def _listed(path: Path) -> list[Source]:
     return list(sources.values())
 
 
-def _listed_source(path: Path, fields: list[str], where: str) -> Source:
+def _listed_source(
+    path: Path, fields: list[str], where: str, listed: dict[Path, dict[str, Path]]
+) -> Source:
     """where: the list and the line, for messages."""
     if len(fields) not in (2, 3):
         raise RecordingError(
@@ -189,7 +212,7 @@ def _listed_source(path: Path, fields: list[str], where: str) -> Source:
         raise RecordingError(
             f"{where}: {recording} is no recording ({', '.join(SUFFIXES)}). Name one that is"
         )
-    boxes = _listed_boxes(recording, fields[2:], where, path)
+    boxes = _listed_boxes(recording, fields[2:], where, path, listed)
     return Source(recording, split, recording_name(recording), fields[1], boxes)
 
 
@@ -232,12 +255,18 @@ def _fields(text: str) -> list[str]:
     return fields
 
 
-def _listed_boxes(recording: Path, field: list[str], where: str, path: Path) -> Path | None:
+def _listed_boxes(
+    recording: Path,
+    field: list[str],
+    where: str,
+    path: Path,
+    listed: dict[Path, dict[str, Path]],
+) -> Path | None:
     """The box file of a line. field: the third field, or nothing."""
     if field == [NO_BOXES]:
         return None
     if not field or not field[0]:
-        return find_boxes(recording)
+        return find_boxes(recording, listed)
     boxes = path.parent / field[0]
     _require_file(boxes, f"{where}: box file", path)
     return boxes

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 from evspan.data_prep.draw import RGB, box_corners, draw_boxes, draw_label, frame_to_rgb
 from evspan.data_prep.shards.format import RecordingEntry
-from evspan.data_prep.shards.reading import read_frames
+from evspan.data_prep.shards.reading import read_frames, read_stored_boxes
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -33,8 +33,7 @@ def draw_frame_image(
 ) -> FrameImage:
     """Draws frame `index` of a recording with its boxes and its time."""
     frame = read_frames(group, index, index + 1)[0]
-    first_box, last_box = group["box_start"][index : index + 2].tolist()
-    boxes = group["boxes"][first_box:last_box]
+    boxes = read_stored_boxes(group, index, index + 1)
     width = frame.shape[2]
     factor = -(-width // MAX_WIDTH)
     rgb = draw_boxes(

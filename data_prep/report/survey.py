@@ -13,11 +13,12 @@ from evspan.conf.errors import ShardError
 from evspan.data_prep.report.images import FrameImage, draw_frame_image
 from evspan.data_prep.shards.format import (
     SPLITS,
+    BoxArray,
     Manifest,
     RecordingEntry,
     load_manifest,
 )
-from evspan.data_prep.shards.reading import open_group, read_frames
+from evspan.data_prep.shards.reading import open_group, read_frames, read_stored_boxes
 from evspan.data_prep.shards.select import select_recordings
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -287,7 +288,7 @@ def _survey_recording(
     try:
         with _damage_reported(root, entry):
             columns = _read_columns(group, entry)
-            per_size, per_side = _box_sizes(group["boxes"], len(manifest.classes))
+            per_size, per_side = _box_sizes(read_stored_boxes(group), len(manifest.classes))
             decoded = _decode_sample(group, evenly(np.arange(entry.frames), sample))
             images = [
                 draw_frame_image(group, entry, manifest.classes, index)
@@ -343,10 +344,12 @@ def _read_columns(group: h5py.Group, entry: RecordingEntry) -> _Columns:
     return columns
 
 
-def _box_sizes(
-    stored: h5py.Dataset, num_classes: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(classes, 3) boxes by class and COCO size, and (sides,) boxes by side."""
+def _box_sizes(stored: BoxArray, num_classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(classes, 3) boxes by class and COCO size, and (sides,) boxes by side.
+
+    Args:
+        stored: (M,) BOX.
+    """
     per_size = np.zeros((num_classes, 3), np.int64)
     per_side = np.zeros(SIDE_EDGES.size - 1, np.int64)
     for first in range(0, len(stored), BOXES_AT_ONCE):

@@ -1,7 +1,7 @@
 """Checks one recording's group in a shard: checksums, structure, and frames against the recording.
 
 The checks come in an order in which each may rely on those before: the datasets have the sizes
-that the manifest states (`structure_problems`), the attributes are those of the manifest, the
+that the manifest states (`check_structure`), the attributes are those of the manifest, the
 values fit together (`column_problems`, `_boxes`), they have their checksums (`_checksums`), sampled
 frames decode and are those of the recording (`_frames`). The first check with problems ends it.
 """
@@ -39,9 +39,9 @@ from evspan.data_prep.shards.format import (
 )
 from evspan.data_prep.shards.group_check import (
     RecordingColumns,
+    check_structure,
     column_problems,
     stored_columns,
-    structure_problems,
 )
 from evspan.data_prep.shards.reading import READ_ERRORS, open_regular, read_frames, shard_path
 from numpy.typing import NDArray
@@ -121,12 +121,14 @@ def verify_recording(task: Task) -> Verified:
 
 
 def _verify_group(group: h5py.Group, task: Task) -> Verified:
-    problems = structure_problems(group, task.entry, frame_config(task.config["frames"]).channels)
+    channels = frame_config(task.config["frames"]).channels
+    structure = check_structure(group, task.entry, channels)
+    problems = structure.problems
     if not problems:
-        columns = stored_columns(group)
+        columns = stored_columns(structure)
         problems = (
             _attribute_problems(group, task.entry, task.config)
-            or column_problems(group, columns, task.entry)
+            or column_problems(group, structure, columns, task.entry)
             or _boxes(group["boxes"][:], columns, task.entry, task.config)
             or _checksums(group, columns, task.entry)
         )

@@ -31,7 +31,7 @@ from evspan.data_prep.shards.format import (
     RecordingEntry,
     load_manifest,
 )
-from evspan.data_prep.shards.reading import open_group, read_frames
+from evspan.data_prep.shards.reading import open_group, read_frames, read_stored_boxes
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -134,7 +134,7 @@ def _export_recording(
 
 def _read_columns(group: h5py.Group, downsample: int) -> _Columns:
     start = group["box_start"][:]
-    boxes = group["boxes"][:]
+    boxes = read_stored_boxes(group)
     # RVT's readers require a label on every labelled frame.
     labelled = np.flatnonzero(group["labelled"][:] & (np.diff(start) > 0))
     labels = np.zeros(boxes.size, RAW_BOX)

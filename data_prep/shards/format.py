@@ -179,6 +179,16 @@ def _damaged_manifest(path: Path, problem: str) -> ShardError:
     )
 
 
+def manifest_problem(text: str) -> str:
+    """Why `load_manifest` would refuse this text of a manifest; empty: it would not."""
+    if len(text) > MOST_MANIFEST_BYTES:
+        return f"has {len(text)} bytes, at most {MOST_MANIFEST_BYTES} are read"
+    try:
+        return _manifest_problem(parse_json_object(text, MANIFEST))
+    except JsonFileError as error:
+        return str(error)
+
+
 def _manifest_problem(raw: dict[str, Any]) -> str:
     """What is wrong with a parsed manifest; empty: nothing."""
     for name in ("schema", "recordings"):

@@ -1,6 +1,6 @@
 """Validates a recording's group in a shard before its values are used.
 
-`structure_problems` compares sizes and types with the manifest, and reads no value. Datasets that
+`check_structure` compares sizes and types with the manifest, and reads no value. Datasets that
 are outside the file, unwritten or larger than it are refused. `read_columns` then reads the small
 columns, checks that they fit together, and compares them with their checksum.
 """
@@ -51,10 +51,23 @@ def has_checksums(group: h5py.Group) -> bool:
     return any(name in group for name in CHECKSUM_COLUMNS)
 
 
-def structure_problems(
+class GroupStructure(NamedTuple):
+    """What a group consists of.
+
+    datasets: by name; with CHECKSUM_COLUMNS unless the shard is of an earlier version.
+    frame_shape: (channels, H, W).
+    problems: members that are missing, or have another type or size than the manifest states.
+    """
+
+    datasets: dict[str, h5py.Dataset]
+    frame_shape: tuple[int, ...]
+    problems: list[str]
+
+
+def check_structure(
     group: h5py.Group, entry: RecordingEntry, channels: int | None = None
-) -> list[str]:
-    """Datasets that are missing, or have another type or size than the manifest states.
+) -> GroupStructure:
+    """Opens the datasets of a group that may be damaged, and compares them with the manifest.
 
     Args:
         channels: of a frame; None: any.
@@ -69,44 +82,53 @@ def structure_problems(
         "labelled": ((n,), FLAGS),
     }
     missing: list[str] = []
-    if has_checksums(group):
+    sums = has_checksums(group)
+    if sums:
         expected |= dict.fromkeys(CHECKSUM_COLUMNS, ((n,), SUMS))
         if not has_attribute(group, INDEX_XXH3):
             missing.append(INDEX_XXH3)
-    members = {name: _dataset(group, name) for name in expected}
-    missing += [name for name, dataset in members.items() if dataset is None]
+    datasets: dict[str, h5py.Dataset] = {}
+    for name in expected:
+        member = plain_member(group, name)
+        if isinstance(member, h5py.Dataset):
+            datasets[name] = member
+        else:
+            missing.append(name)
     if missing:
-        return [f"{', '.join(missing)} missing"]
+        return GroupStructure(datasets, (), [f"{', '.join(missing)} missing"])
     problems: list[str] = []
     for name, (shape, kind) in expected.items():
-        problems += _dataset_problems(members[name], name, shape, kind)
+        has_sums = sums and name == "frames"
+        problems += _dataset_problems(datasets[name], name, shape, kind, has_checksums=has_sums)
     stored_shape = tuple(read_numbers(group, FRAME_SHAPE, 3).tolist())
     frame_shape = (channels or stored_shape[0], entry.height, entry.width)
     if stored_shape != frame_shape:
         problems.append(f"frames have the shape {stored_shape} instead of {frame_shape}")
-    return problems
-
-
-def _dataset(group: h5py.Group, name: str) -> h5py.Dataset | None:
-    member = plain_member(group, name)
-    return member if isinstance(member, h5py.Dataset) else None
+    return GroupStructure(datasets, stored_shape, problems)
 
 
 def _dataset_problems(
-    dataset: h5py.Dataset, name: str, shape: tuple[int, ...] | None, kind: np.dtype[Any]
+    dataset: h5py.Dataset,
+    name: str,
+    shape: tuple[int, ...] | None,
+    kind: np.dtype[Any],
+    *,
+    has_checksums: bool,
 ) -> list[str]:
-    """Args: shape: None: of one dim, any length."""
-    right_shape = dataset.ndim == 1 if shape is None else dataset.shape == shape
-    if dataset.dtype != kind or not right_shape:
+    """Args: shape: None: of one dim, any length. has_checksums: as of `require_plain_dataset`."""
+    stored_shape = dataset.shape
+    dtype = dataset.dtype
+    right_shape = stored_shape == shape
+    if shape is None:
+        right_shape = stored_shape is not None and len(stored_shape) == 1
+    if dtype != kind or not right_shape:
         expected = "one dim" if shape is None else f"shape {shape}"
-        return [
-            f"{name} is {dataset.dtype} of shape {dataset.shape} instead of {kind} of {expected}"
-        ]
+        return [f"{name} is {dtype} of shape {stored_shape} instead of {kind} of {expected}"]
     chunk_bytes = (dataset.chunks or (0,))[0] * kind.itemsize
     if chunk_bytes > MOST_CHUNK_BYTES:
         return [f"{name} has chunks of {chunk_bytes} bytes, at most {MOST_CHUNK_BYTES} are read"]
     try:
-        require_plain_dataset(dataset)
+        require_plain_dataset(dataset, has_checksums=has_checksums)
     except UserError as error:
         return [str(error)]
     return []
@@ -125,10 +147,11 @@ def read_columns(
             do not have their checksum. The message names the file and the recording.
         OSError, RuntimeError, KeyError, ...: h5py cannot read it.
     """
-    problems = structure_problems(group, entry, channels)
+    structure = check_structure(group, entry, channels)
+    problems = structure.problems
     if not problems:
-        columns = stored_columns(group)
-        problems = column_problems(group, columns, entry)
+        columns = stored_columns(structure)
+        problems = column_problems(group, structure, columns, entry)
         if not problems:
             return columns
     raise damaged_recording(Path(group.file.filename), entry.name, "; ".join(problems))
@@ -142,26 +165,30 @@ def damaged_recording(path: Path, name: str, problem: str) -> ShardError:
     )
 
 
-def stored_columns(group: h5py.Group) -> RecordingColumns:
-    """Reads the small columns of a group without `structure_problems`."""
-    sums = has_checksums(group)
+def stored_columns(structure: GroupStructure) -> RecordingColumns:
+    """Reads the small columns of a group whose structure has no problems."""
+    datasets = structure.datasets
+    sums = FRAME_XXH3 in datasets
     return RecordingColumns(
-        frame_start=group["frame_start"][:],
-        end_us=group["end_us"][:],
-        box_start=group["box_start"][:],
-        labelled=group["labelled"][:],
-        frame_xxh3=group[FRAME_XXH3][:] if sums else None,
-        box_xxh3=group[BOX_XXH3][:] if sums else None,
+        frame_start=datasets["frame_start"][:],
+        end_us=datasets["end_us"][:],
+        box_start=datasets["box_start"][:],
+        labelled=datasets["labelled"][:],
+        frame_xxh3=datasets[FRAME_XXH3][:] if sums else None,
+        box_xxh3=datasets[BOX_XXH3][:] if sums else None,
     )
 
 
 def column_problems(
-    group: h5py.Group, columns: RecordingColumns, entry: RecordingEntry
+    group: h5py.Group,
+    structure: GroupStructure,
+    columns: RecordingColumns,
+    entry: RecordingEntry,
 ) -> list[str]:
     """Values of the small columns that do not fit together, or do not have their checksum."""
     problems: list[str] = []
     for name, start, size in (
-        ("frame_start", columns.frame_start, len(group["frames"])),
+        ("frame_start", columns.frame_start, len(structure.datasets["frames"])),
         ("box_start", columns.box_start, entry.boxes),
     ):
         # Compared, not subtracted: differences of damaged values overflow.
@@ -176,7 +203,7 @@ def column_problems(
         return problems
     by_name = columns._asdict()
     expected = read_text(group, INDEX_XXH3)
-    channels = int(read_numbers(group, FRAME_SHAPE, 3)[0])
+    channels = structure.frame_shape[0]
     digest = index_digest(entry, channels, {name: by_name[name] for name in INDEX_COLUMNS})
     if digest != expected:
         problems.append(

@@ -32,6 +32,7 @@ RANGES = {
     "sensor_width": (1, MOST_PIXELS),
     "first_us": (-MOST_TIME, MOST_TIME),
     "last_us": (-MOST_TIME, MOST_TIME),
+    "source_mtime_ns": (-(1 << 63), (1 << 63) - 1),
 }
 DEFAULT_RANGE = (0, (1 << 63) - 1)
 KINDS = {

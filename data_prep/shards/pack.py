@@ -15,7 +15,13 @@ from evspan.data_prep.shards.attributes import CONFIG, ENTRY, read_numbers, read
 from evspan.data_prep.shards.checksums import INDEX_XXH3
 from evspan.data_prep.shards.format import COLUMNS, FRAME_SHAPE, SPLITS, RecordingEntry
 from evspan.data_prep.shards.group_check import CHECKSUM_COLUMNS, has_checksums
-from evspan.data_prep.shards.reading import READ_ERRORS, find_group, open_shard, require_inside
+from evspan.data_prep.shards.reading import (
+    READ_ERRORS,
+    find_group,
+    open_shard,
+    require_inside,
+    require_readable_place,
+)
 from evspan.data_prep.shards.write import Stored, stored_in
 
 PARTS = ".parts"
@@ -36,14 +42,24 @@ def shard_files(output: Path) -> list[Path]:
     """The shards of all splits, sorted by path.
 
     Raises:
-        ShardError: one lies outside the folder, through a link.
+        ShardError: one lies outside the folder and its split's, through a link.
     """
     paths: list[Path] = []
     for split in SPLITS:
         paths += filter(is_shard, (output / split).glob("*.h5"))
     for path in paths:
-        require_inside(output, path)
+        require_readable_place(output, path.parent.name, path)
     return sorted(paths)
+
+
+def require_own_folders(output: Path) -> None:
+    """Requires that the folders of all splits lie in `output`, before anything is written there.
+
+    Raises:
+        ShardError: one is a link to another place.
+    """
+    for split in SPLITS:
+        require_inside(output, output / split)
 
 
 def stored_groups(output: Path, config: dict[str, Any]) -> dict[str, Stored]:

@@ -23,8 +23,8 @@ from evspan.data_prep.hdf5_files import (
     unavailable,
 )
 from evspan.data_prep.shards.attributes import read_numbers
-from evspan.data_prep.shards.checksums import FRAME_XXH3, first_changed
-from evspan.data_prep.shards.format import FRAME_SHAPE, RecordingEntry
+from evspan.data_prep.shards.checksums import BOX_XXH3, FRAME_XXH3, first_changed
+from evspan.data_prep.shards.format import FRAME_SHAPE, BoxArray, RecordingEntry
 from evspan.data_prep.shards.group_check import read_columns
 from numpy.typing import NDArray
 
@@ -35,15 +35,33 @@ def shard_path(root: str | Path, entry: RecordingEntry) -> Path:
     """The file of a recording.
 
     Raises:
-        ShardError: it lies outside `root`, through a link.
+        ShardError: it lies outside `root` and its split's folder, through a link.
     """
     path = Path(root) / entry.shard
-    require_inside(root, path)
+    require_readable_place(root, entry.split, path)
     return path
 
 
+def require_readable_place(root: str | Path, split: str, path: Path) -> None:
+    """Requires that a file that is read, after all links, lies in `root` or in its split's folder.
+
+    The folder of a split may itself be a link, to another disk.
+
+    Raises:
+        ShardError: it does not.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_relative_to(os.path.realpath(root)):
+        return
+    if not target.is_relative_to(os.path.realpath(Path(root, split))):
+        raise ShardError(
+            f"{path} leads out of {root} through a link, to {target}. Move the files of the "
+            f"dataset into its folder; only the whole folder {split} may be a link"
+        )
+
+
 def require_inside(root: str | Path, path: Path) -> None:
-    """Requires that a file, after all links, lies in `root`.
+    """Requires that a file or folder that is written, after all links, lies in `root`.
 
     Raises:
         ShardError: it does not.
@@ -203,6 +221,35 @@ def read_frames(group: h5py.Group, first: int, last: int) -> NDArray[np.uint8]:
             recording=recording,
         )
     return decode_stored(stored)
+
+
+def read_stored_boxes(group: h5py.Group, first: int = 0, last: int | None = None) -> BoxArray:
+    """Reads and verifies the boxes of the frames first, ..., last - 1 of a recording.
+
+    Args:
+        group: of `open_group`.
+        last: None: of all frames from `first` on.
+
+    Returns:
+        (m,) BOX.
+
+    Raises:
+        ShardError: they are damaged.
+        UnavailableFileError: the file cannot be read now.
+    """
+    path = Path(group.file.filename)
+    recording = f"{path}: recording {group.name.strip('/')!r}"
+    with damage_reported(path, f"{recording}, boxes"):
+        end = None if last is None else last + 1
+        start = group["box_start"][first:end]
+        boxes: BoxArray = group["boxes"][start[0] : start[-1]]
+        if BOX_XXH3 not in group:
+            return boxes
+        changed = first_changed(boxes, start - start[0], group[BOX_XXH3][first:last])
+    if changed >= 0:
+        problem = "its boxes do not have their checksum"
+        raise damaged(f"{recording}, frame {first + changed}", problem)
+    return boxes
 
 
 def decode_stored(stored: StoredFrames) -> NDArray[np.uint8]:

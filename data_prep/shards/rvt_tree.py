@@ -29,7 +29,7 @@ from evspan.data_prep.hdf5_files import (
 )
 from evspan.data_prep.shards.format import SPLITS, BoxArray
 from evspan.data_prep.shards.npy import ArrayFileError, read_npy, read_npz
-from evspan.data_prep.shards.reading import READ_ERRORS, require_inside
+from evspan.data_prep.shards.reading import READ_ERRORS, require_readable_place
 from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def recording_folders(root: Path, split: str) -> list[Path]:
                 missing = REPRESENTATIONS if has_labels else LABELS
                 raise _no_recording(path, f"{missing} is missing")
             if has_labels:
-                require_inside(root, path)
+                require_readable_place(root, split, path)
                 folders.append(path)
             else:
                 others.append(printable(path.name))
@@ -122,7 +122,7 @@ def open_recording(root: Path, folder: Path, num_classes: int) -> RvtRecording:
     """Reads and validates all of a recording but the values of its frames.
 
     Args:
-        root: of the tree; every file lies in it.
+        root: of the tree; every file lies in it, or in the folder of its split.
         num_classes: of the dataset.
 
     Raises:
@@ -132,7 +132,7 @@ def open_recording(root: Path, folder: Path, num_classes: int) -> RvtRecording:
     try:
         frames_file, config = _representation(folder)
         for path in _files(folder, frames_file):
-            require_inside(root, path)
+            require_readable_place(root, folder.parent.name, path)
         shape = _frames_shape(frames_file, config)
         recording = _read_labels(folder, frames_file, config, shape)
         _check_frames(recording, shape[0])

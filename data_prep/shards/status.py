@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evspan.conf.errors import ShardError
-from evspan.data_prep.recordings.sources import Source, find_sources
+from evspan.data_prep.recordings.sources import Source, find_sources, source_readable
 from evspan.data_prep.shards.atomic import LOCK, UNFINISHED
 from evspan.data_prep.shards.format import MANIFEST, SPLITS, Manifest, load_manifest
 from evspan.data_prep.shards.marks import read_marks
@@ -101,7 +101,8 @@ def status(output: Path, source: Path | None = None) -> Status:
 
     Raises:
         ShardError: `output` is no folder that `evspan prep` writes.
-        RecordingError: the source cannot be read.
+        RecordingError: the source holds no recordings.
+        UnavailableFileError: a file cannot be read now.
     """
     if not any((output / name).exists() for name in (MANIFEST, LOCK, PARTS)):
         raise ShardError(
@@ -161,7 +162,8 @@ def _order(key: str) -> tuple[int, str]:
 
 
 def _changed(source: Source, stored: Stored, listed_mtime_ns: int | None) -> bool:
-    current = source.path.stat()
+    with source_readable():
+        current = source.path.stat()
     entry = stored.entry
     mtime_ns = listed_mtime_ns or entry.source_mtime_ns
     return (current.st_size, current.st_mtime_ns) != (entry.source_bytes, mtime_ns)

@@ -55,9 +55,9 @@ from evspan.data_prep.shards.format import (
 )
 from evspan.data_prep.shards.group_check import (
     RecordingColumns,
+    check_structure,
     has_checksums,
     read_columns,
-    structure_problems,
 )
 from evspan.data_prep.shards.manifest_check import name_problem
 from evspan.data_prep.shards.reading import (
@@ -120,7 +120,7 @@ def _stored_group(file: h5py.File, name: str, path: Path) -> Stored:
         entry = parse_entry(read_text(group, ENTRY), place, in_part=True)
         if (entry.name, entry.group) != (name, name):
             raise ShardError(f"{place} is named {entry.name!r} by its entry")
-        problems = structure_problems(group, entry)
+        problems = check_structure(group, entry).problems
         if problems:
             raise ShardError(f"{place}: {'; '.join(problems)}")
         config = parse_config(read_text(group, CONFIG), place)

@@ -7,7 +7,7 @@ from evspan.conf.errors import BoxesError, ConfigError, RecordingError, ShardErr
 from evspan.conf.schema.prep import DatasetConfig, LabelConfig, PrepConfig
 from evspan.conf.schema.training import EvaluateConfig, TrainConfig
 from evspan.data_prep.labels.box_files import RAW_BOX, read_boxes, write_boxes
-from evspan.data_prep.labels.classes import read_classes, require_named
+from evspan.data_prep.labels.classes import read_classes, require_named, with_classes
 from evspan.data_prep.prepare import prepare
 from evspan.data_prep.simulator import simulate
 from evspan.data_prep.simulator.recording_set import SimulatedSet
@@ -189,3 +189,19 @@ def test_without_a_labelled_frame_nothing_is_trained_or_scored(own, tmp_path):
         open_training(dataset, 3)
     with pytest.raises(ShardError, match="nothing can be scored"):
         open_scored(dataset, "val")
+
+
+def test_a_map_goes_with_the_names_of_classes_txt(tmp_path):
+    (tmp_path / "classes.txt").write_text("car\nbus\n")
+    labels = LabelConfig(class_map={4: 0, 7: 1})
+    config = PrepConfig(source=str(tmp_path), dataset=DatasetConfig(labels=labels))
+    assert with_classes(config, []).dataset.classes == ["car", "bus"]
+    labels.class_map[9] = 2
+    with pytest.raises(ConfigError, match=r"names class \[2\] but dataset.classes has 2 entries"):
+        with_classes(config, [])
+
+
+@pytest.mark.parametrize("classes", [["a", "b", "a"], ["a", ""]])
+def test_each_class_has_a_name_of_its_own(classes):
+    with pytest.raises(ConfigError, match="give each class a name of its own"):
+        DatasetConfig(classes=classes)

@@ -21,6 +21,7 @@ from evspan.conf.schema.prep import (
     PrepConfig,
 )
 from evspan.data_prep.prepare import prepare
+from evspan.data_prep.report.survey import survey
 from evspan.data_prep.shards.atomic import NoSpaceError, locked
 from evspan.data_prep.shards.export_rvt import export_rvt
 from evspan.pipeline.data.datasets import open_dataset
@@ -279,3 +280,20 @@ def test_a_full_disk_is_reported_and_the_next_run_completes(shards, fixture, tmp
         assert_same_tree(disk / "out", fixture / "output")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_changed_boxes_are_not_exported(shards, tmp_path):
+    broken = Path(shutil.copytree(shards, tmp_path / "shards"))
+    with h5py.File(broken / "train" / "00000.h5", "r+") as file:
+        (group,) = file.values()
+        boxes = group["boxes"][:]
+        boxes["x"][3] += 1
+        group["boxes"][:] = boxes
+    with pytest.raises(
+        ShardError, match="frame 1 is damaged .its boxes do not have their checksum"
+    ):
+        export_rvt(broken, tmp_path / "out")
+    with pytest.raises(
+        ShardError, match="frame 1 is damaged .its boxes do not have their checksum"
+    ):
+        survey(broken, frames_per_recording=1)

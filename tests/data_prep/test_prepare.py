@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import time
 
 import evspan.data_prep.shards.atomic
@@ -20,6 +21,7 @@ from evspan.data_prep.recordings.open import open_recording, open_writer
 from evspan.data_prep.shards.atomic import LOCAL_FILE_SYSTEMS, locked
 from evspan.data_prep.shards.format import (
     BOX,
+    Manifest,
     RecordingEntry,
     group_digests,
     load_manifest,
@@ -787,3 +789,23 @@ def test_two_writers_are_told_apart_where_flock_does_not_work(mine, monkeypatch)
         with locked(output), pytest.raises(UserError, match=rf"process {os.getpid()} on"):
             prepare(prep_config(source, output))
         prepare(prep_config(source, output))
+
+
+def test_a_recording_from_before_1970_gives_a_manifest_that_is_read(mine, no_decoding):
+    source, output = mine
+    os.utime(source / "train" / "a_td.raw", ns=(1, -1_000_000_000))
+    prepare(prep_config(source, output))
+    assert load_manifest(output).split("train")[0].source_mtime_ns == -1_000_000_000
+
+
+def test_a_manifest_that_nothing_would_read_is_not_written(mine, monkeypatch):
+    source, output = mine
+    before = (output / "manifest.json").read_bytes()
+    (source / "test" / "plain.raw").touch()  # its new time would be written
+    written = Manifest.to_json
+    text = '"source_mtime_ns": "yesterday"'
+    pattern = r'"source_mtime_ns": \d+'
+    monkeypatch.setattr(Manifest, "to_json", lambda m: re.sub(pattern, text, written(m), count=1))
+    with pytest.raises(ShardError, match="not written, .* source_mtime_ns is not an integer"):
+        prepare(prep_config(source, output))
+    assert (output / "manifest.json").read_bytes() == before

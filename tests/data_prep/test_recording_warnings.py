@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from evspan.conf.errors import ConfigError, RecordingError
 from evspan.conf.schema.prep import DatasetConfig
+from evspan.data_prep import hdf5_files
 from evspan.data_prep.foreign_content import describe_foreign_content
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.recordings.rates import time_unit_warning
@@ -77,6 +78,7 @@ def test_a_raw_file_without_a_size_is_read_with_a_given_one(tmp_path):
         (10_000_000, 10, "likely milliseconds or seconds"),
         (600_000_000, 60_000_000, ""),  # 10 M/s for a minute
         (60_000_000_000, 600_000_000, ""),  # 100 M/s for ten minutes
+        (60_000_000_000, 16_000_000_000, ""),  # 3.75 M/s for 4.4 h: no sensor puts out 3.75 G/s
         (36_000_000, 3_600_000_000, ""),  # noise alone, for an hour
         (50_000, 50_000_000, ""),
         (1, 0, ""),
@@ -106,6 +108,19 @@ def test_dsec_is_read_with_its_offset(tmp_path):
     for wrong in (1.5, np.arange(3), 1 << 60, "1"):
         with pytest.raises(RecordingError, match="t_offset"):
             open_recording(h5_file(tmp_path / "b.h5", t_offset=wrong))
+
+
+@pytest.mark.parametrize("name", ["events", "CD/events", "table"])
+def test_tables_that_expand_from_a_few_bytes_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(hdf5_files, "SMALL_BYTES", 1 << 20)
+    kind = np.dtype([("t", "i8"), ("x", "u2"), ("y", "u2"), ("p", "u1")])
+    values = np.zeros((1 << 20, 4), "i4") if name == "table" else np.zeros(1 << 20, kind)
+    place = name.replace("table", "events")
+    path = tmp_path / "a.hdf5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset(place, data=values, chunks=values.shape, compression="gzip")
+    with pytest.raises(RecordingError, match=f"/{place} would expand from .* over 1000 times"):
+        open_recording(path)
 
 
 def test_compound_events_and_v2e_are_read(tmp_path):

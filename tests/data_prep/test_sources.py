@@ -230,3 +230,15 @@ def test_pointers_of_git_lfs_under_one_name_are_named_as_such(tmp_path):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
     with pytest.raises(RecordingError, match=r"a_td\.dat is a Git LFS pointer.* git lfs pull"):
         find_sources(tmp_path)
+
+
+def test_a_folder_is_listed_once_for_all_recordings_of_a_list(folder, monkeypatch):
+    lines = []
+    for i in range(5):
+        (folder / f"r{i}.raw").touch()
+        lines.append(f"train r{i}.raw")
+    calls = []
+    real = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: calls.append(path) or real(path))
+    assert len(listed(folder, "\n".join(lines))) == 5
+    assert len(calls) == 1

@@ -1,6 +1,7 @@
 """Shards, manifests and RVT trees that cannot be opened now: nothing is called damaged, nothing changes."""
 
 import errno
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from evspan.conf.errors import ShardError
 from evspan.conf.schema.prep import DatasetConfig, DatasetKind
 from evspan.data_prep.hdf5_files import UnavailableFileError
 from evspan.data_prep.prepare import prepare
+from evspan.data_prep.recordings import sources
 from evspan.data_prep.shards import reading, rvt_tree
 from evspan.data_prep.shards.status import status
 from evspan.data_prep.shards.verify import verify
@@ -222,3 +224,43 @@ def test_recordings_of_two_configs_are_not_mixed(tmp_path):
     frames.rename(frames.with_name("event_representations.h5"))
     with pytest.raises(ShardError, match="boxes|have different frames"):
         opened_tree(root)
+
+
+def moved_split(root: Path, split: str, target: Path) -> None:
+    """Moves a split's folder to another disk, and links it."""
+    (root / split).rename(target)
+    (root / split).symlink_to(target)
+
+
+def test_a_split_may_lie_on_another_disk_for_reading(prepared, tmp_path):
+    source, output = prepared
+    root = Path(shutil.copytree(output, tmp_path / "out"))
+    moved_split(root, "train", tmp_path / "disk")
+    assert len(open_dataset(DatasetConfig(root=str(root)), "train").recordings) == 3
+    assert not verify(root, processes=1).damaged
+    assert status(root).complete
+    with pytest.raises(ShardError, match=r"train leads out of .* through a link, to"):
+        prepare(prep_config(source, root))
+    shard = tmp_path / "disk" / "00000.h5"
+    shard.symlink_to(shard.rename(tmp_path / "elsewhere.h5"))
+    with pytest.raises(ShardError, match="only the whole folder train may be a link"):
+        open_dataset(DatasetConfig(root=str(root)), "train")
+
+
+def test_a_split_of_a_tree_may_lie_on_another_disk(tmp_path):
+    root = write_rvt_tree(tmp_path / "tree", {"a": 4, "b": 4})
+    moved_split(root, "train", tmp_path / "disk")
+    assert len(opened_tree(root).recordings) == 2
+    assert len(verify(root, processes=1).results) == 2
+    folder = tmp_path / "disk" / "a"
+    folder.symlink_to(folder.rename(tmp_path / "elsewhere"))
+    with pytest.raises(ShardError, match="only the whole folder train may be a link"):
+        opened_tree(root)
+
+
+def test_a_source_that_cannot_be_listed_is_no_damage(prepared, monkeypatch):
+    source, output = prepared
+    monkeypatch.setattr(sources, "files_of", fails_with(errno.EIO))
+    for call in (lambda: verify(output, source, processes=1), lambda: status(output, source)):
+        with pytest.raises(UnavailableFileError, match="cannot be read now: Input/output error"):
+            call()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from evspan.conf.errors import ShardError, UserError
 from evspan.conf.schema.prep import DatasetConfig, DatasetKind
-from evspan.data_prep.shards import attributes
+from evspan.data_prep import hdf5_texts
 from evspan.data_prep.shards.check import Task, verify_recording
 from evspan.data_prep.shards.format import load_manifest
 from evspan.data_prep.shards.rvt_tree import frame_problems, open_recording, recording_folders
@@ -267,6 +267,6 @@ def test_a_check_notices_other_values(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    attributes._run_reader = refuse_to_start  # type: ignore[assignment]
+    hdf5_texts._texts = refuse_to_start  # type: ignore[assignment]
     fuzz.main(KINDS)
     print(f"accepted: {dict(outcomes)}", file=sys.stderr)

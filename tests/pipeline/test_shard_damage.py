@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from evspan.conf.errors import ShardError, UserError
 from evspan.conf.schema.prep import DatasetConfig
-from evspan.data_prep.shards import attributes
+from evspan.data_prep import hdf5_texts
 from evspan.data_prep.shards.status import status
 from evspan.data_prep.shards.verify import verify
 from evspan.pipeline.data import datasets
@@ -157,7 +157,7 @@ def test_a_shard_of_another_dataset_is_refused(mine, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_a_text_of_an_earlier_version_whose_heap_is_damaged_ends_soon(mine, monkeypatch):
-    monkeypatch.setattr(attributes, "FILE_SECONDS", 1)
+    monkeypatch.setattr(hdf5_texts, "FILE_SECONDS", 1)
     with h5py.File(mine / SHARD, "r+") as file:
         for group in file.values():
             for name in ("entry", "config"):

@@ -366,29 +366,9 @@ def run_all(
         assert min(int(read), int(refused)) >= least, f"{name}: {read} read, {refused} refused"
 
 
-def run_many(
-    file: str,
-    kinds: Mapping[str, Kind],
-    name: str,
-    *,
-    is_known_hang: Callable[[str], bool] = lambda _: False,
-    most_hangs: int = 0,
-) -> None:
-    """Runs EVSPAN_FUZZ_CASES (by default 100,000) cases, shared by the kinds, of one of them.
-
-    Args:
-        is_known_hang: whether the output of a case that hung shows a known fault of a library.
-    """
+def run_many(file: str, kinds: Mapping[str, Kind], name: str) -> None:
+    """Runs EVSPAN_FUZZ_CASES (by default 100,000) cases, shared by the kinds, of one of them."""
     num_cases = int(os.environ.get("EVSPAN_FUZZ_CASES", 100_000)) // len(kinds)
-    first = 1000
-    end = first + num_cases
-    hung: list[str] = []
-    result = in_a_process(file, name, first, num_cases, timeout=3 * 3600)
-    while result.returncode:
-        assert "Timeout" in result.stderr, failure(result)
-        assert is_known_hang(result.stderr), failure(result)
-        hung.append(failure(result).split()[1])
-        first = int(hung[-1]) + 1
-        result = in_a_process(file, name, first, end - first, timeout=3 * 3600)
-    assert len(hung) <= most_hangs, hung
-    print(f"{name}: {num_cases} cases, hung in libraries: {hung}; then {result.stdout.strip()}")
+    result = in_a_process(file, name, 1000, num_cases, timeout=3 * 3600)
+    assert result.returncode == 0, failure(result)
+    print(f"{name}: {num_cases} cases; {result.stdout.strip()}")
