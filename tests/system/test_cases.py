@@ -12,6 +12,8 @@ import pytest
 from evspan.launch.cli.prep import main
 from support.prepared import manifest
 
+pytestmark = pytest.mark.slow
+
 
 class Case(NamedTuple):
     """A folder of recordings and the expected result of preparing it.
