@@ -19,6 +19,7 @@ progress.json is the state after the last logged step. activity.json is what the
 """
 
 import json
+import logging
 import os
 import socket
 import time
@@ -30,6 +31,7 @@ import psutil
 from evspan.conf.json_files import JsonFileError, parse_json, read_json_object
 from evspan.conf.text import plural
 
+logger = logging.getLogger(__name__)
 HISTORY = "history.jsonl"
 PROGRESS = "progress.json"
 ACTIVITY = "activity.json"
@@ -49,6 +51,9 @@ EVENT_TYPES: dict[str, type] = {  # of an event's values, where they are used
     "message": str,
     "reason": str,
 }
+
+
+_not_written: set[Path] = set()  # files whose last write failed, which was logged
 
 
 class Activity(Enum):
@@ -153,14 +158,22 @@ def _has_type(key: str, value: Any) -> bool:
 
 
 def write_progress(run: str | Path, values: dict[str, Any]) -> None:
-    """Replaces progress.json as a whole."""
+    """Replaces progress.json as a whole, if the file can be written."""
     _replace(Path(run, PROGRESS), values)
 
 
 def _replace(path: Path, values: dict[str, Any]) -> None:
+    """A run does not end because people cannot see what it does: the first failure is logged."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps({"time": round(time.time(), 3), **values}))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps({"time": round(time.time(), 3), **values}))
+        os.replace(temporary, path)
+    except OSError as error:
+        if path not in _not_written:
+            _not_written.add(path)
+            logger.warning("%s could not be written; the run goes on: %s", path, error)
+    else:
+        _not_written.discard(path)
 
 
 def read_progress(run: str | Path) -> dict[str, float]:
@@ -192,7 +205,11 @@ def _is_number(value: Any) -> bool:
 
 
 def write_activity(run: str | Path, activity: Activity, step: int) -> None:
-    """Replaces activity.json as a whole. step: the last one that is complete."""
+    """Replaces activity.json as a whole, if the file can be written.
+
+    Args:
+        step: the last one that is complete.
+    """
     _replace(Path(run, ACTIVITY), {"activity": activity.value, "step": step})
 
 
@@ -245,14 +262,24 @@ def faults_in_a_row(events: list[dict[str, Any]]) -> int:
 
 
 def time_limits_in_a_row(events: list[dict[str, Any]]) -> int:
-    """How many of the last attempts reached their time limit without a further checkpoint."""
+    """How many of the last attempts reached their time limit without a further checkpoint.
+
+    The limit of one attempt may be recorded twice: before it is reached, and at its end.
+    """
     limits = 0
     limit_step = None
+    is_counted = False  # the limit of this attempt
     for event in events:
-        if event["event"] == "time_limit":
+        if event["event"] == "start":
+            is_counted = False
+        elif event["event"] == "time_limit":
             step = event.get("step")
-            limits = limits + 1 if step == limit_step else 1
+            if step != limit_step:
+                limits = 1
+            elif not is_counted:
+                limits += 1
             limit_step = step
+            is_counted = True
         elif event["event"] == "submitted":  # with another limit, perhaps
             limits = 0
             limit_step = None

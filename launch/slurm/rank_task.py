@@ -14,8 +14,11 @@ from threading import Timer
 from types import FrameType
 from typing import NamedTuple
 
+from evspan.conf.atomic_files import replace_file
 from evspan.conf.errors import STOPPED_EXIT_CODE
 from evspan.conf.failure_notes import FAILURE_FILE, read_failure_note
+from evspan.conf.json_files import JsonFileError, read_json_object
+from evspan.conf.text import printable
 from evspan.launch.logging_config import configure_logging
 from evspan.pipeline.parallel.rank_exit import end_process
 
@@ -100,17 +103,27 @@ def notes_folder(run: str | Path, env: Mapping[str, str]) -> Path:
 
 
 def write_note(folder: Path, note: RankNote) -> None:
-    """Write the note of a rank."""
+    """Write the note of a rank. Without space for it, the rank counts as one that left no note."""
     values = {"code": note.code, "message": note.message, "host": note.host}
-    (folder / f"{note.rank}.json").write_text(json.dumps(values))
+    try:
+        replace_file(folder / f"{note.rank}.json", json.dumps(values))
+    except OSError as error:
+        logger.warning("the end of this rank could not be noted: %s", error)
 
 
 def read_notes(folder: Path) -> list[RankNote]:
-    """The notes of an attempt, in the order of ranks."""
+    """The notes of an attempt, in the order of ranks, without those that are damaged."""
     notes = []
     for path in sorted(folder.glob("rank-*.json")):
-        values = json.loads(path.read_text())
-        notes.append(RankNote(path.stem, values["code"], values["message"], values["host"]))
+        try:
+            values = read_json_object(path)
+            note = RankNote(
+                path.stem, int(values["code"]), str(values["message"]), str(values["host"])
+            )
+        except (OSError, JsonFileError, KeyError, TypeError, ValueError) as error:
+            print(f"evspan: {path} is not used: {printable(str(error))}", flush=True)
+            continue
+        notes.append(note)
     return notes
 
 

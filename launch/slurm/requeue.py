@@ -6,7 +6,7 @@ RULES is the file that `evspan.launch.slurm.sbatch` wrote, INDEX the run's index
 exit code of srun, or `limit` if the ranks still run shortly before the time limit. STATE and REASON
 are those of the job in SLURM, SECONDS the time that it has left (may be empty). Exit code 0:
 requeue; 3: do not. The batch script calls it on the first node, outside of any container, or by
-srun inside one; it needs nothing but Python.
+srun inside one; it needs no GPU and does not import torch.
 """
 
 import json
@@ -102,15 +102,22 @@ def main(argv: Sequence[str]) -> int:
         time_limit=code is None
         or "TIMEOUT" in state
         or reason == "TimeLimit"
-        or (code in STOPPED_CODES and _signal_was_sent(seconds_left, rule)),
+        or _was_stopped_at_the_limit(code, state, seconds_left, rule),
     )
     decision = decide(rule, end)
     print(f"evspan: {decision.reason}", flush=True)
     return 0 if decision.requeue else DO_NOT_REQUEUE
 
 
-def _signal_was_sent(seconds_left: str, rule: RequeueRule) -> bool:
-    """Whether SLURM has sent the signal of the time limit."""
+def _was_stopped_at_the_limit(
+    code: int | None, state: str, seconds_left: str, rule: RequeueRule
+) -> bool:
+    """Whether the ranks have ended on SLURM's signal of the time limit.
+
+    A job that is cancelled, or whose node failed, has no time left either: its end is now.
+    """
+    if code not in STOPPED_CODES or state not in ("RUNNING", ""):
+        return False
     try:
         return int(seconds_left) <= rule.signal_delay_s + SIGNAL_EARLY_S
     except ValueError:
@@ -138,8 +145,9 @@ def decide(rule: RequeueRule, end: JobEnd) -> Decision:
         return Decision(False, f"{run}: {recorded}")
     if end.state and end.state not in CAN_REQUEUE and not end.time_limit:
         return Decision(False, f"{run}: SLURM has ended the job ({end.state})")
-    # Before the time limit, there is no time to read the checkpoints.
-    step = newest_step(run, read_files=end.code is not None)
+    # At the time limit or a preemption, there is no time to read the checkpoints.
+    is_fault = not end.time_limit and end.code != STOPPED_EXIT_CODE
+    step = newest_step(run, read_files=is_fault)
     for note in end.notes:
         if note.code == USER_ERROR_EXIT_CODE:
             append(run, "failed", step=step, message=note.message, code=note.code)

@@ -9,6 +9,8 @@ from evspan.launch.slurm.rank_task import JOB_END, SIGNAL_DELAY
 POLL_S = 60  # at most, between two looks at the job's end, which an administrator may change
 MOST_LEAD_S = 30
 LEAST_LEAD_S = 5
+REQUEUE_TRIES = 20  # of a job whose ranks have ended
+REQUEUE_PAUSE_S = 3
 
 # Needs the variable `id`. read_job sets `state`, `reason`, `end` (seconds since 1970) and `left`
 # (seconds); they are empty if SLURM's controller does not answer, but `end` stays.
@@ -107,11 +109,23 @@ def watchdog_lines(requeue: str, do_not_requeue: int, signal_delay_s: int) -> li
 
 
 def end_lines() -> list[str]:
-    """Lines after srun: they end the watchdog, and requeue the job if the command decides so."""
+    """Lines after srun: they end the watchdog, and requeue the job if the command decides so.
+
+    SLURM's controller may be away for a minute. The script does not insist where the job's state
+    has changed since the decision: it was cancelled, or requeued already.
+    """
     return [
         "code=$?",
         'kill -KILL "$watchdog" 2>/dev/null',
         "read_job",
-        'should_requeue "$code" "$state" "$reason" "$left" && scontrol requeue "$id"',
+        'if should_requeue "$code" "$state" "$reason" "$left"; then',
+        "    decided_in=${state:-RUNNING}",
+        f"    for ((tries = 0; tries < {REQUEUE_TRIES}; tries++)); do",
+        '        scontrol requeue "$id" && break',
+        f"        sleep {REQUEUE_PAUSE_S}",
+        "        read_job",
+        '        if [[ $state && $state != "$decided_in" ]]; then break; fi',
+        "    done",
+        "fi",
         'exit "$code"',
     ]

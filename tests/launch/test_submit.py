@@ -19,8 +19,9 @@ from evspan.conf.compose import (
 from evspan.conf.schema.cluster import ClusterConfig, Container, Scheduler
 from evspan.conf.schema.training import TrainConfig
 from evspan.launch.cli import submit, sweep
+from evspan.launch.slurm import watchdog
 from evspan.launch.slurm.hydra_plugin import cluster_overrides
-from evspan.launch.slurm.rank_task import RankNote, seconds_early
+from evspan.launch.slurm.rank_task import RankNote, read_notes, seconds_early, write_note
 from evspan.launch.slurm.requeue import (
     DO_NOT_REQUEUE,
     Decision,
@@ -31,7 +32,7 @@ from evspan.launch.slurm.requeue import (
     newest_step,
 )
 from evspan.launch.slurm.sbatch import JobArray, job_name, script
-from evspan.launch.slurm.watchdog import lead_s
+from evspan.launch.slurm.watchdog import lead_s, watchdog_lines
 from evspan.launch.sweep.plan import PlannedRun, assign_folders
 from evspan.pipeline.history import (
     Activity,
@@ -41,6 +42,7 @@ from evspan.pipeline.history import (
     read,
     read_activity,
     read_progress,
+    time_limits_in_a_row,
     write_activity,
     write_progress,
 )
@@ -114,6 +116,37 @@ def test_faults_are_counted_where_no_step_was_completed(tmp_path, events, faults
         append(tmp_path, names[word[0]], step=int(word[1:]))
     assert faults_in_a_row(read(tmp_path)) == faults
     assert attempts(read(tmp_path)) == events.count("s")
+
+
+def test_a_time_limit_counts_once_for_each_attempt(tmp_path):
+    """It is recorded before it is reached, and again at the end of the attempt."""
+    for expected in (1, 2, 3):
+        append(tmp_path, "start", step=20)
+        append(tmp_path, "time_limit", step=20)
+        append(tmp_path, "time_limit", step=20)
+        assert time_limits_in_a_row(read(tmp_path)) == expected
+    append(tmp_path, "start", step=20)
+    append(tmp_path, "time_limit", step=30)
+    assert time_limits_in_a_row(read(tmp_path)) == 1
+
+
+def test_a_run_does_not_end_where_its_activity_cannot_be_written(tmp_path, caplog):
+    for _ in range(3):
+        write_activity(tmp_path / "file" / "below", Activity.saving, 3)
+        write_progress(tmp_path / "file" / "below", {"step": 3})
+    assert len(caplog.messages) == 2
+    assert all("the run goes on" in message for message in caplog.messages)
+
+
+def test_a_damaged_note_counts_as_none(tmp_path, capsys):
+    write_note(tmp_path, MISTAKE)
+    write_note(tmp_path / "nowhere", MISTAKE)
+    (tmp_path / "rank-00.json").write_text("")
+    (tmp_path / "rank-02.json").write_text('{"code": 1}')
+    assert read_notes(tmp_path) == [MISTAKE]
+    output = capsys.readouterr().out
+    assert "rank-00.json is not JSON: it is empty" in output
+    assert output.count("is not used") == 2
 
 
 # -- requeue -----------------------------------------------------------------------------------------------------
@@ -241,6 +274,7 @@ def test_what_an_attempt_was_doing(tmp_path):
         ("140", "RUNNING", "None", "100", True),  # ended by the signal before it could handle it
         ("75", "RUNNING", "None", "111", False),
         ("75", "RUNNING", "None", "", False),
+        ("75", "", "", "50", True),
         ("1", "RUNNING", "None", "100", False),
     ],
 )
@@ -252,6 +286,18 @@ def test_when_the_time_limit_is_reached(
     (tmp_path / "runs.json").write_text(json.dumps([asdict(with_delay)]))
     assert main([str(tmp_path / "runs.json"), "0", code, state, reason, left]) == 0
     assert ("time limit" in capsys.readouterr().out) is is_limit
+
+
+@pytest.mark.parametrize("code", ["75", "143"])
+@pytest.mark.parametrize("state", ["COMPLETING", "DEADLINE", "NODE_FAIL", "CANCELLED", "PENDING"])
+def test_a_job_that_slurm_ends_is_not_at_its_time_limit(tmp_path, monkeypatch, code, state):
+    """After scancel, the end of the job is now, so it has no time left."""
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    with_delay = replace(rule(tmp_path), signal_delay_s=20)
+    (tmp_path / "runs.json").write_text(json.dumps([asdict(with_delay)]))
+    argv = [str(tmp_path / "runs.json"), "0", code, state, "None", "-1"]
+    assert main(argv) == DO_NOT_REQUEUE
+    assert not read(tmp_path)
 
 
 def test_the_requeue_command_of_the_batch_script(tmp_path, monkeypatch, capsys):
@@ -424,7 +470,12 @@ def fake_slurm(folder: Path, srun: str, end: str, state: str) -> dict[str, str]:
         f"""#!/bin/bash
 case $1 in
     show) echo "JobId=7 JobName=x JobState={state} Reason=None EndTime={end} PreemptTime=None" ;;
-    requeue) echo "$2" >> {folder}/requeued; kill "$(cat {folder}/pid)" ;;
+    requeue)
+        if [[ -e {folder}/away ]]; then rm {folder}/away; exit 1; fi
+        echo "$2" >> {folder}/requeued
+        if [[ -e {folder}/pid ]]; then kill "$(cat {folder}/pid)"; fi
+        exit 0
+        ;;
 esac
 """
     )
@@ -478,6 +529,28 @@ def test_the_watchdog(tmp_path, srun, end, state, requeued, code):
     if code == 143:
         assert read(tmp_path / "run")[-1]["reason"] == "time limit reached while starting"
         assert (programs / "end").read_text().strip().isdecimal()
+
+
+@pytest.mark.parametrize(("state_after", "requeues"), [("RUNNING", 1), ("COMPLETING", 0)])
+def test_a_requeue_that_slurm_does_not_answer_is_tried_again(
+    tmp_path, monkeypatch, state_after, requeues
+):
+    """Unless the job has been cancelled since."""
+    programs = tmp_path / "bin"
+    environment = fake_slurm(programs, "", "Unknown", f"$(cat {programs}/state)")
+    (programs / "away").touch()
+    (programs / "state").write_text("RUNNING")
+    monkeypatch.setattr(watchdog, "REQUEUE_PAUSE_S", 0)
+    change = f"should_requeue() {{ echo {state_after} > {programs}/state; }}"
+    setup = watchdog_lines("true", DO_NOT_REQUEUE, 4)
+    lines = [line for line in setup if line not in ("watch_time_limit &", "disown")]
+    text = "\n".join(["sleep 9 &", *lines, change, "(exit 75)", *watchdog.end_lines()])
+    result = subprocess.run(
+        ["bash", "-s"], input=text, text=True, env=environment, timeout=30, capture_output=True
+    )
+    assert result.returncode == 75, result.stderr
+    assert not (programs / "away").exists()
+    assert (programs / "requeued").exists() is bool(requeues), result.stderr
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,7 @@ def test_a_permanent_fault_ends_the_run(early):
 
 @pytest.mark.timeout(200)
 def test_a_cancelled_run_stays_away(slurm, shards, tmp_path):
+    """Whether it was cancelled by evspan cancel or by scancel."""
     run = tmp_path / "run"
     code, out, err = finished(
         evspan(slurm, "submit", *keys(shards, run, "cluster.detach=true")), 60
@@ -318,6 +319,16 @@ def test_a_cancelled_run_stays_away(slurm, shards, tmp_path):
     assert slurm.jobs()[job_of(run)] == "CANCELLED"
     code, out, err = finished(evspan(slurm, "status", str(run)), 60)
     assert "cancelled" in out
+    code, out, err = finished(
+        evspan(slurm, "submit", *keys(shards, run, "cluster.detach=true")), 60
+    )
+    assert code == 0, err
+    wait_for(lambda: len(events(run, "running")) == 2)
+    job = job_of(run)
+    slurm.ask("scancel", job)
+    wait_for(lambda: slurm.jobs()[job] not in ("RUNNING", "COMPLETING"), 60)
+    assert slurm.jobs()[job] == "CANCELLED"
+    assert not events(run, "requeued")
 
 
 @pytest.mark.timeout(300)
