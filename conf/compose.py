@@ -4,7 +4,6 @@ A config is composed once, by the command. Ranks and requeued jobs load the reso
 the file that `save_config` wrote.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from evspan.conf import hydra_adapter
+from evspan.conf.atomic_files import replace_file
 from evspan.conf.errors import ConfigError
 from evspan.conf.hydra_adapter import Expansion
 from evspan.conf.hydra_errors import explain, is_composition_error, refuse_unknown_keys
@@ -79,12 +79,7 @@ def save_config(config: PrepConfig | TrainConfig | EvaluateConfig, path: Path) -
     Values of `cluster.environment` and `cluster.setup` are hidden: only the batch script has them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(OmegaConf.to_yaml(_plain(asdict(without_secrets(config)))))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, OmegaConf.to_yaml(_plain(asdict(without_secrets(config)))))
 
 
 def load_config(schema: type[T], path: Path) -> T:

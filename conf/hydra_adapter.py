@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from evspan.conf.errors import ConfigError
 from evspan.conf.omegaconf_adapter import maps_replaced
+from evspan.conf.secret_values import HIDDEN, hidden_overrides, hidden_settings
 from hydra import version
+from hydra._internal.core_plugins import basic_sweeper
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -20,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 VERIFIED_VERSION = "1.3.8"
 CONFIG_TREE = "pkg://evspan.conf"
@@ -58,8 +60,11 @@ def run_multirun(
     config_dir: Path | None,
     task: Callable[[DictConfig], object],
 ) -> None:
-    """Run Hydra's sweeper and launcher, which call `task` with the config of each job."""
-    with _opened_hydra(config_dir) as hydra:
+    """Run Hydra's sweeper and launcher, which call `task` with the config of each job.
+
+    The sweeper's file multirun.yaml has no values that may be secrets.
+    """
+    with _opened_hydra(config_dir) as hydra, _multirun_file_without_secrets():
         hydra.multirun(config_name=name, task_function=task, overrides=list(overrides))
 
 
@@ -77,6 +82,40 @@ def config_dir_of(hydra_config: DictConfig) -> Path | None:
         if source.provider == COMMAND_LINE:
             return Path(source.path)
     return None
+
+
+class _PublishedOmegaConf(OmegaConf):
+    """OmegaConf for Hydra's sweeper, which saves the config with all overrides."""
+
+    @staticmethod
+    def save(config: Any, f: Any, resolve: bool = False) -> None:
+        """Saves a copy in which values are hidden."""
+        OmegaConf.save(_published(config), f, resolve)
+
+
+@contextmanager
+def _multirun_file_without_secrets() -> Iterator[None]:
+    module: Any = basic_sweeper  # it does not export the name
+    module.OmegaConf = _PublishedOmegaConf
+    try:
+        yield
+    finally:
+        module.OmegaConf = OmegaConf
+
+
+def _published(config: DictConfig) -> Any:
+    """A copy of a job's config, with its node `hydra`, that may be published."""
+    values: Any = OmegaConf.to_container(config)  # interpolations stay
+    hydra = values["hydra"]
+    for name in ("hydra", "task"):
+        given = hydra["overrides"][name]
+        hydra["overrides"][name] = hidden_overrides(given)
+        if hydra["overrides"][name] != given:
+            hydra["job"]["override_dirname"] = HIDDEN
+    for node in (values.get("cluster"), hydra.get("launcher")):
+        if node:
+            node.update(hidden_settings(node))
+    return OmegaConf.create(values)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Values that no run publishes: the ranks' common secret, `cluster.environment`, `cluster.setup`.
 
+Of `cluster.sbatch_args`, these are variables of `export`: export=ALL,TOKEN=x.
+
 The batch script contains them, in a folder that only the user can read. Configs, overrides and
 messages that are written anywhere else have the names of the variables, and `<hidden>` for values.
 """
@@ -7,7 +9,7 @@ messages that are written anywhere else have the names of the variables, and `<h
 import hashlib
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,7 +17,10 @@ RUN_SECRET = "EVSPAN_RUN_SECRET"  # environment variable of a rank; see pipeline
 HIDDEN = "<hidden>"
 MARK = re.compile(r"<hidden( [0-9a-f]{4})?>")
 # Keys whose values may be secrets, and their parents, which may be given as a whole: cluster={...}.
-HIDDEN_KEYS = ("cluster.environment", "cluster.setup")
+HIDDEN_KEYS = ("cluster.environment", "cluster.setup", "hydra.launcher.setup")
+SBATCH_KEYS = ("cluster.sbatch_args", "hydra.launcher.additional_parameters")
+EXPORT = re.compile(r"(\s*['\"]?-{0,2}export)=.*=.*", re.DOTALL)
+QUOTES = "'\""
 SHORTEST = 3  # of a value that is searched in messages
 PARENTS = ("cluster", "")
 
@@ -32,11 +37,28 @@ def without_secrets(config: Config) -> Config:
     cluster = getattr(config, "cluster", None)
     if cluster is None:
         return config
-    environment = [_named(setting) for setting in cluster.environment]
-    hidden = replace(cluster, environment=environment, setup=[HIDDEN for _ in cluster.setup])
+    hidden = replace(cluster, **hidden_settings(vars(cluster)))
     changed: Any = config  # any dataclass
     published: Config = replace(changed, cluster=hidden)
     return published
+
+
+def hidden_settings(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Those values of a node `cluster` or `hydra.launcher` that are hidden, as they are published.
+
+    additional_parameters are arguments of sbatch by name.
+    """
+    settings: dict[str, Any] = {}
+    if node.get("environment"):
+        settings["environment"] = [_named(setting) for setting in node["environment"]]
+    if node.get("setup"):
+        settings["setup"] = [HIDDEN for _ in node["setup"]]
+    if node.get("sbatch_args"):
+        settings["sbatch_args"] = [_without_variables(text) for text in node["sbatch_args"]]
+    parameters = node.get("additional_parameters")
+    if parameters and "export" in parameters:
+        settings["additional_parameters"] = {**parameters, "export": HIDDEN}
+    return settings
 
 
 def hidden_overrides(overrides: Iterable[str], *, distinct: bool = False) -> list[str]:
@@ -65,16 +87,30 @@ def is_hidden_key(key: str) -> bool:
 def _hidden(override: str, *, distinct: bool) -> str:
     key, equals, value = override.partition("=")
     name = key.lstrip("+~").partition("@")[0]
-    if not equals or not (is_hidden_key(name) or (name in PARENTS and "{" in value)):
+    if not equals or not _may_be_secret(name, value):
         return override
     mark = HIDDEN
     if distinct:
         digits = hashlib.sha256(value.encode(errors="surrogateescape")).hexdigest()[:4]
         mark = f"<hidden {digits}>"
-    if name == HIDDEN_KEYS[0] and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
-        items = [_named(item, mark) for item in _items(value.strip()[1:-1])]
+    hide_item = {HIDDEN_KEYS[0]: _named, SBATCH_KEYS[0]: _without_variables}.get(name)
+    if hide_item is not None and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
+        items = [hide_item(item, mark) for item in _items(value.strip()[1:-1])]
         return f"{key}=[{','.join(items)}]"
     return override if MARK.fullmatch(value) else f"{key}={mark}"
+
+
+def _may_be_secret(name: str, value: str) -> bool:
+    """Whether the value of a key has a part that is hidden."""
+    if name in SBATCH_KEYS:
+        return re.search(r"\bexport\b.*[=:].*[=:]", value, re.DOTALL) is not None
+    return is_hidden_key(name) or (name in PARENTS and "{" in value)
+
+
+def _without_variables(argument: str, mark: str = HIDDEN) -> str:
+    """'export=ALL,TOKEN=x' -> 'export=<hidden>'; any other argument of sbatch as it is."""
+    match = EXPORT.fullmatch(argument)
+    return f"{match[1].strip().lstrip(QUOTES)}={mark}" if match else argument
 
 
 def _named(setting: str, mark: str = HIDDEN) -> str:

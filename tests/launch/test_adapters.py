@@ -79,6 +79,28 @@ def test_multirun_calls_the_task_with_each_config(tmp_path, monkeypatch):
     assert not GlobalHydra.instance().is_initialized()
 
 
+def test_multirun_writes_no_secrets(tmp_path, monkeypatch):
+    """Hydra's multirun.yaml has them by name; the jobs have the values."""
+    monkeypatch.chdir(tmp_path)
+    environments = []
+    overrides = [
+        "seed=1,2",
+        "run_dir=${hydra:job.name}",
+        "cluster.environment=[HF_TOKEN=canary1]",
+        "cluster.setup=[export KEY=canary2]",
+        "cluster.sbatch_args=['export=ALL,X=canary3',nice]",
+    ]
+    multirun(TrainConfig, overrides, lambda c, _: environments.append(c.cluster.environment))
+    assert environments == [["HF_TOKEN=canary1"]] * 2
+    (path,) = tmp_path.rglob("multirun.yaml")
+    text = path.read_text()
+    assert "canary" not in text
+    stored = OmegaConf.load(path)
+    assert stored.cluster.environment == ["HF_TOKEN=<hidden>"]
+    assert stored.cluster.sbatch_args == ["export=<hidden>", "nice"]
+    assert "seed=1,2" in stored.hydra.overrides.task
+
+
 def test_multirun_knows_the_further_tree(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders: list[Path | None] = []

@@ -50,6 +50,18 @@ echo Submitted batch job 7
         ("cluster.environment.0=A=1", "cluster.environment.0=<hidden>"),
         ("cluster.setup=[export A=1]", "cluster.setup=<hidden>"),
         ("++cluster={environment:[A=1]}", "++cluster=<hidden>"),
+        (
+            "cluster.sbatch_args=[mail-type=END,'export=ALL,TOKEN=x',nice]",
+            "cluster.sbatch_args=[mail-type=END,export=<hidden>,nice]",
+        ),
+        ("cluster.sbatch_args=[export=TOKEN=x]", "cluster.sbatch_args=[export=<hidden>]"),
+        ("cluster.sbatch_args=[export=NONE]", "cluster.sbatch_args=[export=NONE]"),
+        ("cluster.sbatch_args=[nice=1,qos=a]", "cluster.sbatch_args=[nice=1,qos=a]"),
+        ("hydra.launcher.setup=[export A=1]", "hydra.launcher.setup=<hidden>"),
+        (
+            "+hydra.launcher.additional_parameters={export:TOKEN=x}",
+            "+hydra.launcher.additional_parameters=<hidden>",
+        ),
         ("cluster=slurm", "cluster=slurm"),
         ("~cluster.environment", "~cluster.environment"),
         ("cluster.partition=gpu", "cluster.partition=gpu"),
