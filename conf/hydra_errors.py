@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_origin
 
 from evspan.conf.errors import ConfigError, UserError
 from evspan.conf.omegaconf_adapter import root_of
-from evspan.conf.quoting import quoted_list, split_values
+from evspan.conf.quoting import quoted_list, split_list
 from evspan.conf.text import quote_override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
@@ -97,7 +97,7 @@ def _explain_grammar(override: str) -> str:
         return f"{override!r} is not of the form key=value"
     name, value = override.split("=", 1)
     if value.startswith("["):
-        quoted = quoted_list(split_values(value.removeprefix("[").removesuffix("]")))
+        quoted = quoted_list(split_list(value.removeprefix("[").removesuffix("]")))
     else:
         quoted = quote_override(value.strip("'\""), '"')
     return (

@@ -10,6 +10,9 @@ optional text, the value is quoted first. Left to Hydra and OmegaConf are:
 - null, for keys that may have no value;
 - in a sweep, commas outside of brackets and quotes: they separate the values of several runs.
 
+In a list, quotes inside of an element keep its commas together too, as a shell would read them:
+[export X="a,b",echo 'c, d'] has two elements. An apostrophe inside of a word is no quote.
+
 Keys of other types, groups and unknown keys stay as they are. README.md has examples.
 """
 
@@ -24,6 +27,7 @@ FUNCTIONS = (  # of Hydra's grammar
 )
 _OVERRIDE = re.compile(r"(\+{0,2})([^=~+][^=]*)=(.*)", re.DOTALL)
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_INSIDE_WORD = re.compile(r"[\w\\]")  # a quote after it is an apostrophe, or escaped
 _CALL = re.compile(rf"({FUNCTIONS})\s*\((.*)\)", re.DOTALL)
 _PLAIN = re.compile(r"(?:\.{1,2}/)?[A-Za-z_/][A-Za-z0-9_/.-]*")  # Hydra reads it as text
 _KEYWORDS = ("null", "true", "false", "inf", "nan")
@@ -50,15 +54,28 @@ def has_several_values(value: str) -> bool:
     return len(split_values(value)) > 1
 
 
-def split_values(value: str) -> list[str]:
-    """The values that commas outside of brackets and quotes separate, without spaces around."""
+def split_list(content: str) -> list[str]:
+    """The elements of a list, without its brackets, as commas outside of quotes separate them."""
+    return split_values(content, in_list=True)
+
+
+def split_values(value: str, *, in_list: bool = False) -> list[str]:
+    """The values that commas outside of brackets and quotes separate, without spaces around.
+
+    Args:
+        in_list: quotes count also inside of a value, where they begin a word. Else they count at
+            its start, and inside of brackets.
+    """
     values = []
     start = 0
     position = 0
     depth = 0
     while position < len(value):
         quoted = _QUOTED.match(value, position)
-        if quoted and not value[start:position].strip():  # only at the start of a value
+        begins = not value[start:position].strip()
+        if depth or in_list:
+            begins = begins or not _INSIDE_WORD.fullmatch(value[position - 1])
+        if quoted and begins:
             position = quoted.end()
             continue
         char = value[position]
@@ -111,7 +128,7 @@ def _quote_list(value: str) -> str:
     if not (value.startswith("[") and value.endswith("]")):
         return value
     content = value[1:-1]
-    return quoted_list(split_values(content)) if content.strip() else value
+    return quoted_list(split_list(content)) if content.strip() else value
 
 
 def _quote_value(value: str, *, optional: bool, quote: str = "'") -> str:

@@ -14,7 +14,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from evspan.conf.keys import is_list, is_text, is_text_list
-from evspan.conf.quoting import has_several_values, is_call, quoted_list, split_values
+from evspan.conf.quoting import has_several_values, is_call, quoted_list, split_list
 from evspan.conf.text import escape_interpolations, quote_override
 from evspan.launch.cli.config_arguments import CFG_OPTIONS, CONFIG_DIR_OPTIONS, FLAGS
 from evspan.launch.cli.config_keys import COMMANDS as CONFIG_COMMANDS
@@ -250,7 +250,7 @@ def _lacks_brackets(type_: Any, value: str) -> bool:
 
 
 def _as_list(type_: Any, value: str) -> str:
-    return quoted_list(split_values(value)) if is_text_list(type_) else f"[{value}]"
+    return quoted_list(split_list(value)) if is_text_list(type_) else f"[{value}]"
 
 
 def _names_checkpoint(words: Sequence[str]) -> bool:

@@ -104,6 +104,30 @@ def test_quotes_interpolations_and_functions_work(value, expected):
 
 
 @pytest.mark.parametrize(
+    ("content", "elements"),
+    [
+        (
+            """module load cuda, export X="a,b", echo 'c, d'""",
+            ["module load cuda", 'export X="a,b"', "echo 'c, d'"],
+        ),
+        ("""it's,don't""", ["it's", "don't"]),
+        ("""a "b,c""", ['a "b', "c"]),
+        (r"""a \"b,c\" """, [r"a \"b", r"c\""]),
+        ("""export X="a]b",f(1,2)""", ['export X="a]b"', "f(1,2)"]),
+        ("""'a,b',c""", ["a,b", "c"]),
+        ("""A=$(printf "%s," x),B='1,2'""", ['A=$(printf "%s," x)', "B='1,2'"]),
+    ],
+)
+@pytest.mark.parametrize("is_sweep", [False, True])
+def test_quotes_inside_of_an_element_keep_its_commas(content, elements, is_sweep):
+    override = f"cluster.setup=[{content}]"
+    if is_sweep:
+        ((quoted, _), _) = expand_sweep([override, "seed=1,2"]).combinations
+        override = quoted
+    assert compose(TrainConfig, [override]).cluster.setup == elements
+
+
+@pytest.mark.parametrize(
     "override", ["optimizer.lr=1e-3", "seed=1_0", "~seed", "experiment=demo", "quux=1e3"]
 )
 def test_other_keys_are_left_to_hydra(override):
