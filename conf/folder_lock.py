@@ -165,7 +165,12 @@ class FolderLock:
                 raise FolderInUseError(self._refusal(newest.holder))
             if reported != newest.holder.token:
                 reported = newest.holder.token
-                logger.info("%s: waiting for %s", self.folder, _described(newest.holder))
+                logger.info(
+                    "%s: waiting up to %.0f s for %s",
+                    self.folder,
+                    deadline - time.monotonic(),
+                    _described(newest.holder),
+                )
             time.sleep(POLL_S)
 
     def _is_dead(self, newest: _Newest, holder: Holder) -> bool:
@@ -248,7 +253,8 @@ class FolderLock:
     def _refusal(self, holder: Holder) -> str:
         return (
             f"{self.folder} is in use by {_described(holder)}. Wait until it has ended, "
-            f"{printable(holder.how_to_end())}, or choose another folder"
+            f"{printable(holder.how_to_end())}, or choose another folder. If it was killed, the "
+            f"folder is free after about {-(-(STALE_S + WATCH_S) // 60):.0f} minutes"
         )
 
     # -- holding the lock ------------------------------------------------------------------------

@@ -81,6 +81,7 @@ def create_private_file(path: Path, content: str) -> None:
 
 
 _REMEDY = "delete it, and run the same command again in a folder that only you can write"
+_REMEDY_FOREIGN = "name a folder of your own: run_dir=NEW, or output=NEW of evspan prep"
 
 
 def _require_own(path: Path, info: os.stat_result, *, is_folder: bool) -> None:
@@ -91,7 +92,7 @@ def _require_own(path: Path, info: os.stat_result, *, is_folder: bool) -> None:
     if info.st_uid not in (os.geteuid(), _uid_on_disk(path.parent)):
         raise ForeignFileError(
             f"{path} belongs to the user with id {info.st_uid}, not to this one ({os.geteuid()}), "
-            f"and is not trusted; {_REMEDY}"
+            f"and is not trusted; {_REMEDY_FOREIGN}"
         )
 
 

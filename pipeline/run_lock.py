@@ -97,9 +97,18 @@ def attempt_lock(run: str | Path, *, is_main: bool) -> Iterator[None]:
     if not is_main:
         yield
         return
-    wait_s = ATTEMPT_WAIT_S if "SLURM_JOB_ID" in os.environ else 0.0
-    with RunLock(run, "evspan train", wait_s=wait_s):
+    with training_lock(run):
         yield
+
+
+def training_lock(run: str | Path) -> RunLock:
+    """The lock of a run for a command or a rank that trains it.
+
+    Inside of a SLURM job, also one that the user wrote, it waits for another holder and logs which
+    one: the job may follow one whose processes were killed, or still end. Elsewhere it does not.
+    """
+    wait_s = ATTEMPT_WAIT_S if "SLURM_JOB_ID" in os.environ else 0.0
+    return RunLock(run, "evspan train", wait_s=wait_s)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from evspan.launch.local.ranks import run_ranks
 from evspan.launch.sweep.queued import refuse_queued
 from evspan.launch.sweep.registry import SWEEP, is_run
 from evspan.pipeline.parallel.rank_env import started_as_rank
-from evspan.pipeline.run_lock import RunLock
+from evspan.pipeline.run_lock import training_lock
 
 
 def run_training(config: TrainConfig, *, own_process: bool = False) -> int:
@@ -42,7 +42,7 @@ def run_training(config: TrainConfig, *, own_process: bool = False) -> int:
         return 0
     check_run_folder(Path(config.run_dir))
     check_training(config)
-    with RunLock(config.run_dir, "evspan train") as lock:
+    with training_lock(config.run_dir) as lock:
         refuse_queued([Path(config.run_dir)])
         path = Path(config.run_dir, CONFIG_FILE)
         save_config(config, path)

@@ -14,7 +14,7 @@ from evspan.launch.local.ranks import die_with_parent
 from evspan.launch.sweep.plan import PlannedRun
 from evspan.launch.sweep.queued import refuse_queued
 from evspan.pipeline.history import append
-from evspan.pipeline.run_lock import RunLock
+from evspan.pipeline.run_lock import training_lock
 
 logger = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -43,7 +43,7 @@ def run_sequentially(runs: Sequence[PlannedRun], *, dry_run: bool = False) -> in
         if dry_run:
             continue
         try:
-            with RunLock(run.folder, "evspan train") as lock:
+            with training_lock(run.folder) as lock:
                 refuse_queued([run.folder])
                 outcome = _train(run, lock.environment())
         except UserError as error:  # another process trains it: its history is not ours

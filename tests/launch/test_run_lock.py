@@ -22,6 +22,7 @@ from evspan.pipeline.run_lock import (
     attempt_lock,
     end_if_taken_over,
     results_lock,
+    training_lock,
 )
 from support.lock_race import Contenders, assert_one_winner
 
@@ -374,6 +375,19 @@ def test_an_attempt_of_a_job_waits_for_its_submission(tmp_path, monkeypatch):
     released = subprocess.Popen(["sh", "-c", f"sleep 0.3; echo '{{\"released\": 1}}' > {path}"])
     with attempt_lock(tmp_path, is_main=True):
         assert released.wait(1) == 0
+
+
+def test_a_command_in_a_job_waits_as_a_rank_does(tmp_path, monkeypatch, caplog):
+    """It may follow a job whose processes were killed on another node."""
+    leave_lock(tmp_path, **elsewhere())
+    assert training_lock(tmp_path).wait_s == 0
+    with pytest.raises(FolderInUseError, match="free after about 4 minutes"):
+        training_lock(tmp_path).__enter__()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    quick(monkeypatch, POLL_S=0.02, STALE_S=0.1, WATCH_S=0.1)
+    with caplog.at_level("INFO", "evspan"), training_lock(tmp_path):
+        assert "on n9) since" in caplog.messages[0]
+        assert re.search(r"waiting up to (299|300) s for evspan train", caplog.messages[0])
 
 
 def test_two_evaluations_do_not_mix_their_results(tmp_path):

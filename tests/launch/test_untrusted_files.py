@@ -147,7 +147,7 @@ def test_a_folder_that_others_may_write_is_not_read(folder, mode):
 def test_a_folder_of_another_user_is_neither_read_nor_taken(folder, as_another_user):
     with pytest.raises(ForeignFileError, match="belongs to the user with id"):
         require_private_folder(folder)
-    with pytest.raises(ForeignFileError, match="belongs to the user with id"):
+    with pytest.raises(ForeignFileError, match="belongs to the user with id .*own: run_dir=NEW"):
         make_private_folder(folder)
 
 
