@@ -48,7 +48,12 @@ def evaluate_rank(config: EvaluateConfig) -> None:
             return
         parts = breakdown(labelled(results, data), data.classes, config.evaluation)
         summary = describe_evaluation(
-            config.checkpoint, weights, config.dataset, config.evaluation, world.device
+            config.checkpoint,
+            weights,
+            config.dataset,
+            config.evaluation,
+            world.device,
+            frames=data.frames,
         )
         summary["breakdown"] = parts.to_json()
         write_results(output, metrics, results, data, config.evaluation, summary)

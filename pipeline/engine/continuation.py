@@ -71,7 +71,7 @@ EFFECTS = {
     "model.postprocess.confidence_threshold": Effect.listed,
     "model.postprocess.nms_threshold": Effect.listed,
     # The data.
-    "dataset.name": Effect.listed,
+    "dataset.name": Effect.ignored,
     "dataset.kind": Effect.data,
     "dataset.root": Effect.data,
     "dataset.classes": Effect.data,

@@ -1,6 +1,7 @@
 """Evaluates a checkpoint on all ranks: each runs some of the recordings, rank 0 scores them."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 from evspan.conf.errors import ConfigError
-from evspan.conf.schema.prep import DatasetConfig, DatasetKind
+from evspan.conf.schema.prep import DatasetConfig, DatasetKind, FrameConfig
 from evspan.conf.schema.training import EvaluationConfig
 from evspan.data_prep.labels.box_files import write_boxes
 from evspan.data_prep.shards.format import load_manifest
@@ -28,6 +29,7 @@ from evspan.pipeline.parallel.reductions import broadcast_json, deal
 from evspan.pipeline.parallel.world import World
 from evspan.pipeline.weights import Weights, describe, plain
 
+logger = logging.getLogger(__name__)
 # These do not change the numbers, or only by rounding.
 NOT_IN_PROTOCOL = ("sequence_length", "batch_size", "write_detections", "precision")
 
@@ -69,6 +71,8 @@ def evaluate_weights(
     """
     data = open_scored(dataset, config.split)
     check_dataset(weights, data)
+    if world.is_main:
+        _warn_of_other_frames(weights, data, dataset.root)
     detector = detector_from(weights, device=world.device, precision=config.precision)
     recordings = deal(
         data.recordings, world.rank, world.size, weight=[r.frames for r in data.recordings]
@@ -114,12 +118,42 @@ def check_dataset(weights: Weights, data: Dataset) -> None:
         )
 
 
+def other_frames(weights: Weights, frames: FrameConfig) -> dict[str, list[Any]]:
+    """The settings of frames that are not those of the weights: [the weights', the frames'].
+
+    The number of bins is `check_dataset`'s.
+    """
+    trained = plain(asdict(weights.frames))
+    evaluated = plain(asdict(frames))
+    if trained["downsample"] == evaluated["downsample"] == 1:  # without a method
+        trained["downsample_by"] = evaluated["downsample_by"]
+    return {
+        key: [value, evaluated[key]] for key, value in trained.items() if value != evaluated[key]
+    }
+
+
+def _warn_of_other_frames(weights: Weights, data: Dataset, root: str) -> None:
+    different = [
+        f"frames.{key}={evaluated} (weights: {trained})"
+        for key, (trained, evaluated) in other_frames(weights, data.frames).items()
+    ]
+    if different:
+        logger.warning(
+            "%s was prepared with %s. The metrics are those of the weights on such frames; to "
+            "evaluate as they were trained, prepare the recordings with the weights' values",
+            root,
+            ", ".join(different),
+        )
+
+
 def describe_evaluation(
     checkpoint: str,
     weights: Weights,
     dataset: DatasetConfig,
     config: EvaluationConfig,
     device: torch.device,
+    *,
+    frames: FrameConfig,
 ) -> dict[str, Any]:
     """The part of metrics.json that describes an evaluation, without its protocol.
 
@@ -128,6 +162,7 @@ def describe_evaluation(
 
     Args:
         device: that the detector ran on.
+        frames: those of the dataset.
     """
     prepared = _describe_dataset(dataset)
     settings = {
@@ -138,7 +173,7 @@ def describe_evaluation(
     }
     del settings["precision"]
     digest = xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True).encode())
-    return {
+    description = {
         "checkpoint": checkpoint,
         "step": weights.step,
         "split": config.split,
@@ -147,6 +182,10 @@ def describe_evaluation(
         "config_hash": digest,
         "precision": run_precision(config.precision, weights.precision, device).name,
     }
+    different = other_frames(weights, frames)
+    if different:
+        description["other_frames"] = different
+    return description
 
 
 def _describe_dataset(config: DatasetConfig) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from evspan.conf.errors import STOPPED_EXIT_CODE, UserError
+from evspan.conf.compose import CONFIG_FILE, load_config, save_config
+from evspan.conf.errors import STOPPED_EXIT_CODE, ConfigError, UserError
 from evspan.conf.schema.layout import chosen_exchange
 from evspan.conf.schema.training import Precision, TrainConfig
 from evspan.conf.secret_values import without_secrets
@@ -560,6 +561,7 @@ class Trainer:
         }
         moments = self.engine.optimizer_state.moments(keep=self.world.is_main)
         writes_carry = self.mesh.sequence == 0
+        starts_over = self.checkpoints.start_over
         self.checkpoints.save(
             self.step,
             Snapshot(
@@ -570,6 +572,8 @@ class Trainer:
                 state_tensors(carry) if writes_carry else None,
             ),
         )
+        if starts_over and self.world.is_main:
+            _resume_from_now_on(self.run_dir)
 
     def _resume(self, meta: dict[str, Any], loaded: LoadedSnapshot) -> None:
         self.engine.load_state(loaded.weights, loaded.moments, meta["counters"])
@@ -776,6 +780,7 @@ class Trainer:
                 self.config.dataset,
                 self.config.evaluation,
                 self.world.device,
+                frames=data.frames,
             )
             write_results(
                 self.run_dir / "evaluation",
@@ -831,6 +836,19 @@ def _write_config(config: TrainConfig, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain(asdict(config)), indent=1)
     (run_dir / "config.json").write_text(text + "\n")
+
+
+def _resume_from_now_on(run_dir: Path) -> None:
+    """Makes a requeued attempt continue a run that was started over, instead of doing so again."""
+    path = run_dir / CONFIG_FILE
+    if not path.exists():  # the run was started by torchrun, with a config of its own
+        return
+    try:
+        config = load_config(TrainConfig, path)
+        config.checkpoint.resume = True
+        save_config(config, path)
+    except (ConfigError, OSError) as error:
+        logger.warning("a requeued attempt will start over: %s", error)
 
 
 def _step_scalars(report: StepReport) -> dict[str, float]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from evspan.conf.compose import CONFIG_FILE, load_config, save_config
 from evspan.conf.errors import UserError
 from evspan.conf.schema.layout import BatchNormRanks
 from evspan.conf.schema.prep import DatasetConfig, DatasetKind
@@ -245,7 +246,7 @@ def test_another_value_is_refused_listed_or_ignored(trained, shards, key):
 EXPECTED = {
     Effect.refused: ("seed", "model.backbone.embed_dim", "training.batch_size"),
     Effect.listed: ("optimizer.lr", "evaluation.split", "training.log_every"),
-    Effect.ignored: ("training.num_workers", "parallel.device", "parallel.ranks", "run_dir"),
+    Effect.ignored: ("training.num_workers", "parallel.device", "parallel.ranks", "dataset.name"),
     Effect.data: ("dataset.root", "dataset.classes"),
 }
 
@@ -333,6 +334,21 @@ def test_another_learning_rate_is_listed_and_takes_effect(trained, run, shards, 
     assert message in caplog.messages
     meta = read_meta(run / "checkpoints" / "step-00000004")
     assert meta.values["config"]["optimizer"]["lr"] == 1e-2
+
+
+def test_a_run_that_starts_over_does_so_once(trained, run, shards, world):
+    """An attempt that SLURM requeues reads RUN/config.yaml, and continues."""
+    over = config(shards, run)
+    over.checkpoint.resume = False
+    over.checkpoint.keep = 7
+    save_config(over, run / CONFIG_FILE)
+    assert sorted(train(over, world)) == [1, 2, 3, 4]
+    attempt = load_config(TrainConfig, run / CONFIG_FILE)
+    assert attempt.checkpoint.resume
+    assert attempt.checkpoint.keep == 7
+    assert train(attempt, world) == {}
+    folders = sorted(path.name for path in (run / "checkpoints").glob("former-*"))
+    assert folders == ["former-1"]
 
 
 # -- the data ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,14 @@ from evspan.data_prep.prepare import prepare
 from evspan.data_prep.shards.format import load_manifest
 from evspan.data_prep.simulator import CLASSES, SimulatorConfig, simulate
 from evspan.pipeline.data.datasets import open_dataset
-from evspan.pipeline.engine.evaluator import write_results
+from evspan.pipeline.engine.evaluator import describe_evaluation, evaluate_weights, write_results
 from evspan.pipeline.evaluation.breakdown import breakdown
 from evspan.pipeline.evaluation.frames import FRAMES, load_frames
 from evspan.pipeline.inference.streaming import RecordingResult, labelled, score
 from evspan.pipeline.model.detector import Detector
-from evspan.pipeline.weights import Weights, save_weights
+from evspan.pipeline.weights import Weights, load_weights, save_weights
 from support.coco_reference import coco_evaluation
+from support.one_rank import open_one_rank
 from support.prepared import HEIGHT, WIDTH, prep_config
 from support.small_shards import BINS, write_small_shards
 from support.small_shards import CLASSES as SMALL_CLASSES
@@ -242,6 +244,29 @@ def evaluated(weights, shards, output, *overrides):
     )
     assert completed.returncode == 0, completed.stdout + completed.stderr
     return json.loads((output / "metrics.json").read_text()), completed.stdout
+
+
+def test_other_frames_than_the_weights_are_reported(weights_and_shards, caplog):
+    """The evaluation runs: people measure a detector on other windows on purpose."""
+    path, shards = weights_and_shards
+    weights = load_weights(path)
+    weights = replace(weights, frames=replace(weights.frames, window_ms=20, cutoff=3))
+    dataset = DatasetConfig(root=str(shards))
+    config = EvaluationConfig(skip_first_ms=0)
+    frames = open_dataset(dataset, "val").frames
+    with open_one_rank() as world:
+        evaluate_weights(weights, dataset, config, world)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert f"frames.window_ms={frames.window_ms} (weights: 20)" in caplog.messages[0]
+        assert f"frames.cutoff={frames.cutoff} (weights: 3)" in caplog.messages[0]
+        summary = describe_evaluation("w", weights, dataset, config, world.device, frames=frames)
+        assert summary["other_frames"] == {
+            "window_ms": [20, frames.window_ms],
+            "cutoff": [3, frames.cutoff],
+        }
+        caplog.clear()
+        evaluate_weights(load_weights(path), dataset, config, world)
+        assert not caplog.messages
 
 
 @pytest.mark.slow
