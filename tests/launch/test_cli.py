@@ -200,7 +200,7 @@ MISTAKES = [
     ("train model.fpn.in_stages=2", "give a list, such as [1,2]"),
     ("train training.max_steps=-3", "training.max_steps is -3; give 1 or more"),
     ("train model.fpn.in_stages=[2,3]", "model.fpn.in_stages is [2, 3]; choose [2,3,4]"),
-    ("train model.head.num_classes=1", "set model.head.num_classes=3 or more"),
+    ("train dataset=simulated model.head.num_classes=1", "set model.head.num_classes=3 or more"),
     ("evaluate evaluation.nms_threshold=2", "evaluation.nms_threshold is 2.0; give above 0 to 1"),
     ("prep source=x output=y frames.downsample=3", "frames.downsample is 3; choose 1, 2 or 4"),
     # the grammar of overrides, and options
