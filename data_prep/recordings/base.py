@@ -20,7 +20,14 @@ GEN4_SIZE = (720, 1280)  # height, width
 BLOCK_BYTES = 1 << 18  # stays in the cache: 1.4 x as fast as 1 MiB
 FOLLOW_POLL_S = 0.005  # a tenth of a window
 STATE_SIZE = 8
-REASONS = ("outside_sensor", "before_first_time", "time_spikes", "late_timestamps_raised")
+REASONS = (
+    "outside_sensor",
+    "before_first_time",
+    "time_spikes",
+    "late_timestamps_raised",
+    "late_by_1_ms_or_more",
+)
+LONELY_US = 1_000_000  # an event so far from all others is likely damaged
 FEW_MOVED = 0.001  # a fraction of events that is moved or dropped without a warning
 
 
@@ -60,6 +67,7 @@ class Recording:
             events whose time is unknown.
             `time_spikes`: dropped; see `time_order`.
             `late_timestamps_raised`: the time ran backwards and was raised to the latest before.
+            `late_by_1_ms_or_more`: those of them that were raised by so much.
         events: events that `chunks()` has returned so far.
         first_us, last_us: times of the first and the last of them.
         is_live: the file still grows; nothing that was written is held back.
@@ -81,6 +89,8 @@ class Recording:
         self.last_us = 0
         self._order = TimeOrder()
         self._largest_xy = (0, 0)
+        self._second_us = 0
+        self._last_gap_us = 0
 
     def chunks(self, chunk_events: int = 1_000_000) -> Iterator[Events]:
         """Yields events in file order, with unwrapped, non-decreasing times, inside the sensor.
@@ -98,10 +108,7 @@ class Recording:
         for events in self._corrected():
             if not events.t.size:
                 continue
-            if not self.events:
-                self.first_us = int(events.t[0])
-            self.last_us = int(events.t[-1])
-            self.events += events.t.size
+            self._note_ends(events.t)
             for i in range(0, events.t.size, chunk_events):
                 yield events.take(slice(i, i + chunk_events))
 
@@ -129,7 +136,20 @@ class Recording:
         settled = self._order.settle(events, is_last=is_last)
         self.dropped["time_spikes"] = self._order.spikes
         self.dropped["late_timestamps_raised"] = self._order.late
+        self.dropped["late_by_1_ms_or_more"] = self._order.far_late
         return settled
+
+    def _note_ends(self, t: NDArray[np.int64]) -> None:
+        """Args: t: (N,) times of the next events, N > 0."""
+        if not self.events:
+            self.first_us = int(t[0])
+            self.last_us = self.first_us
+        if self.events < 2 <= self.events + t.size:
+            self._second_us = int(t[1 - self.events])
+        before = t[-2] if t.size > 1 else self.last_us
+        self.last_us = int(t[-1])
+        self._last_gap_us = self.last_us - int(before)
+        self.events += t.size
 
     def _note_largest(self, events: Events) -> None:
         if events.t.size:
@@ -139,7 +159,7 @@ class Recording:
     def warnings(self) -> dict[str, str]:
         """What is doubtful about the recording, by kind. Complete after `chunks()`.
 
-        Kinds: `sensor_size`, `time_order`, `time_unit`, `unknown_times`.
+        Kinds: `sensor_size`, `time_order`, `time_unit`, `unknown_times`, `lonely_events`.
         """
         texts = {
             "sensor_size": self._sensor_size_warning(),
@@ -148,6 +168,7 @@ class Recording:
                 self.events, self.last_us - self.first_us, self.height * self.width
             ),
             "unknown_times": self._unknown_times_warning(),
+            "lonely_events": self._lonely_events_warning(),
         }
         return {kind: text for kind, text in texts.items() if text}
 
@@ -175,8 +196,24 @@ class Recording:
                 f"the latest time before; the largest step is at event {step.event}, at "
                 f"{step.time_us} us, {step.by_us} us back"
             )
-        share = self._order.late + spikes > FEW_MOVED * max(1, self.events)
-        return "; ".join(parts) if share or spikes else ""
+        has_many = self._order.late > FEW_MOVED * max(1, self.events)
+        return "; ".join(parts) if has_many or spikes else ""
+
+    def _lonely_events_warning(self) -> str:
+        """Of the first and the last event it cannot be decided whether they are spikes."""
+        parts: list[str] = []
+        if self.events > 2 and self._second_us - self.first_us > LONELY_US:
+            gap_us = self._second_us - self.first_us
+            parts.append(f"the first, at {self.first_us} us, {gap_us} us before the second")
+        if self.events > 2 and self._last_gap_us > LONELY_US:
+            gap_us = self._last_gap_us
+            parts.append(f"the last, at {self.last_us} us, {gap_us} us after the one before")
+        if not parts:
+            return ""
+        return (
+            f"{plural(len(parts), 'event')} far from all others ({'; '.join(parts)}), kept: the "
+            "time is likely damaged, and frames without events fill the gap. Cut the event off"
+        )
 
     def _unknown_times_warning(self) -> str:
         """Cameras repeat the time often, so that only few events may come before the first."""

@@ -7,9 +7,9 @@ follows would be moved to its time. Exactly:
 - `latest` is the greatest time so far of an event that was kept. An event is *ahead* if its time is
   at least latest + SPIKE_US. (The first event of a recording is ahead of a later one that is
   SPIKE_US or more earlier than it.)
-- The *run* of an event that is ahead goes on to the first event below latest + SPIKE_US, at most
-  LONGEST_SPIKE events later. Without such an event, the recording has a gap there: the event is
-  kept, and `latest` is its time.
+- The *run* of an event that is ahead goes on to the first event that is below latest + SPIKE_US
+  and SPIKE_US or more earlier than the run's first, at most LONGEST_SPIKE events later. Without
+  such an event, the recording has a gap there: the event is kept, and `latest` is its time.
 - The *return* goes on from there to the first event that is not earlier than the run's first. If
   the return has more events than the run, the run is a spike. Otherwise the return is late, and
   the event that is ahead is kept.
@@ -28,11 +28,13 @@ from numpy.typing import NDArray
 
 SPIKE_US = 10_000  # a fifth of a window; cameras and recorders reorder by less
 LONGEST_SPIKE = 4096  # events
+FAR_LATE_US = 1000  # a fifth of a bin of 5 ms; cameras disorder events by some 100 us
 NONE_YET = int(np.iinfo(np.int64).min)
 
 # Entries of the state: latest time; whether there is one; how many events came before; counts of
-# spikes' events and late ones; the largest step back: microseconds, its event and that one's time.
-LATEST, STARTED, BEFORE, SPIKES, LATE, STEP_US, STEP_EVENT, STEP_TO = range(8)
+# spikes' events, late ones and those by FAR_LATE_US or more; the largest step back: microseconds,
+# its event and that one's time.
+LATEST, STARTED, BEFORE, SPIKES, LATE, FAR_LATE, STEP_US, STEP_EVENT, STEP_TO = range(9)
 
 
 @njit(cache=True, nogil=True)
@@ -104,6 +106,7 @@ def _settle(
         if state[STARTED] and now - latest < SPIKE_US:
             if now < latest:
                 state[LATE] += 1
+                state[FAR_LATE] += latest - now >= FAR_LATE_US
                 if latest - now > state[STEP_US]:
                     state[STEP_US] = latest - now
                     state[STEP_EVENT] = state[BEFORE] + i
@@ -115,7 +118,9 @@ def _settle(
             continue
         if not steps.size:
             steps = _steps_back(t)
-        threshold = latest + SPIKE_US if state[STARTED] else now - SPIKE_US + 1
+        threshold = now - SPIKE_US + 1
+        if state[STARTED]:
+            threshold = min(threshold, latest + SPIKE_US)
         run = _spike(t, steps, i, threshold, is_last)
         if run < 0:
             break
@@ -147,6 +152,7 @@ class TimeOrder:
         latest: the greatest time of an event that was kept; the smallest int64 before the first.
         spikes: events that were dropped so far.
         late: events that were raised so far.
+        far_late: those of them that were raised by FAR_LATE_US or more.
         largest_step_back: where the time ran back furthest; None where it never did.
     """
 
@@ -154,6 +160,7 @@ class TimeOrder:
         self.latest = NONE_YET
         self.spikes = 0
         self.late = 0
+        self.far_late = 0
         self.largest_step_back: StepBack | None = None
         self.before = 0  # events that are settled
         self.held = no_events()
@@ -190,7 +197,7 @@ class TimeOrder:
         events = self.held.followed_by(events)
         keep = np.ones(events.t.size, np.bool_)
         times = events.t.copy()
-        state = np.zeros(8, np.int64)
+        state = np.zeros(9, np.int64)
         state[LATEST] = self.latest
         state[STARTED] = self.latest != NONE_YET
         state[BEFORE] = self.before
@@ -201,6 +208,7 @@ class TimeOrder:
         events = events.take(slice(0, settled))
         self.before += settled
         self.late += int(state[LATE])
+        self.far_late += int(state[FAR_LATE])
         if state[STARTED]:
             self.latest = int(state[LATEST])
         if state[STEP_EVENT]:

@@ -15,7 +15,7 @@ from evspan.data_prep.report.templating import Column, KeyFigure, report_environ
 from numpy.typing import NDArray
 
 # Reasons among the dropped events whose events are kept, with corrected times.
-CORRECTED = ("late_timestamps_raised",)
+CORRECTED = ("late_timestamps_raised", "late_by_1_ms_or_more")
 # The filter behind a count of dropped boxes: a key of dataset.labels.
 FILTER_KEYS = {
     "boxes_between_labelled_frames": "label_every_ms",

@@ -339,6 +339,7 @@ def test_h5_as_published(tmp_path, kind):
                 "before_first_time": 0,
                 "time_spikes": 0,
                 "late_timestamps_raised": 3,
+                "late_by_1_ms_or_more": 0,
             }
     columns["p"] = columns["p"] > 0  # bool
     events, _ = read_by(write_h5(tmp_path / "b_td.h5", columns, 800, 1300))

@@ -194,6 +194,7 @@ def test_the_manifest_tells_what_is_stored(source, prepared):
             "before_first_time": 0,
             "time_spikes": 0,
             "late_timestamps_raised": 0,
+            "late_by_1_ms_or_more": 0,
         }
         assert entry["boxes"] + sum(entry["dropped_boxes"].values()) == (
             read_boxes(boxes).size if boxes else 0

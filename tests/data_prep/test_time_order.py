@@ -136,11 +136,14 @@ def entry(**dropped: int) -> RecordingEntry:
 
 
 def test_a_recording_of_which_too_much_would_move_is_refused_with_place_and_amount(tmp_path):
-    assert is_acceptable(entry(late_timestamps_raised=10), 0.01)
-    assert is_acceptable(entry(time_spikes=4, late_timestamps_raised=6), 0.01)
+    assert is_acceptable(entry(late_timestamps_raised=10), 0.01)  # of an earlier version
+    assert is_acceptable(entry(late_timestamps_raised=900, late_by_1_ms_or_more=10), 0.01)
+    assert is_acceptable(entry(time_spikes=100, late_by_1_ms_or_more=9), 0.01)
+    assert not is_acceptable(entry(time_spikes=101), 0.01)
+    assert is_acceptable(entry(time_spikes=101), 0.102)
     for dropped in (
         {"late_timestamps_raised": 11},
-        {"time_spikes": 5, "late_timestamps_raised": 6},
+        {"late_timestamps_raised": 900, "late_by_1_ms_or_more": 11},
     ):
         assert not is_acceptable(entry(**dropped), 0.01)
         with pytest.raises(RecordingError) as caught:
@@ -148,6 +151,40 @@ def test_a_recording_of_which_too_much_would_move_is_refused_with_place_and_amou
         for part in ("a.raw: 11 of 1000 events (1.1%)", "event 500", "max_invalid_fraction=0.012"):
             assert part in str(caught.value)
         refuse_invalid(tmp_path / "a.raw", entry(**dropped), 0.012)
+
+
+def test_a_disorder_of_some_100_us_is_no_wrong_time():
+    times = np.arange(1000) * 50
+    times[::4] += 200  # the three after each are late
+    _, order = settled(times.tolist(), 64)
+    assert order.late > 700
+    assert order.far_late == 0
+    _, order = settled([0, 2000, 1001, 1000, 999], 2)
+    assert (order.late, order.far_late) == (3, 2)
+
+
+def test_sparse_events_in_disorder_are_no_spikes():
+    kept, order = settled([0, 15_000, 8_000, 9_000, 25_000], 2)
+    assert [time for _, time in kept] == [0, 15_000, 15_000, 15_000, 25_000]
+    assert (order.spikes, order.late, order.far_late) == (0, 2, 2)
+    _, order = settled([0, 15_000, 5_000, 6_000, 25_000], 2)  # SPIKE_US back
+    assert (order.spikes, order.late) == (1, 0)
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 2])
+def test_a_single_event_far_from_all_others_is_reported(tmp_path, at_once):
+    path = tmp_path / "a.h5"
+    times = [0, *range(5_000_000, 5_000_100), 9_000_000]
+    with open_writer(path, 480, 640) as writer:
+        writer.write(events_at(times))
+    events, recording = read_by(path, at_once)
+    assert events.t.tolist() == times
+    warning = recording.warnings()["lonely_events"]
+    assert "2 events far from all others (the first, at 0 us, 5000000 us before" in warning
+    assert "the last, at 9000000 us, 3999901 us after" in warning
+    with open_writer(path, 480, 640) as writer:
+        writer.write(events_at([0, 1, 2_000_000, 2_000_001]))
+    assert "lonely_events" not in read_by(path, at_once)[1].warnings()
 
 
 def test_two_joined_recordings_are_counted_with_the_place_where_they_meet(tmp_path):

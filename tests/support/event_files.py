@@ -195,9 +195,9 @@ def corrected_times(
             kept.append((i, max(now, latest)))
             i += 1
             continue
-        threshold = now - spike_us + 1 if latest is None else latest + spike_us
         following = range(i + 1, min(len(times), i + longest_spike + 1))
-        end = next((k for k in following if times[k] < threshold), None)
+        back = (k for k in following if times[k] <= now - spike_us)
+        end = next((k for k in back if latest is None or times[k] < latest + spike_us), None)
         if end is not None and _is_spike(times, i, end):
             spikes += end - i
             i = end
@@ -227,5 +227,6 @@ def as_read(
         "before_first_time": len(events) - len(timed),
         "time_spikes": spikes,
         "late_timestamps_raised": late,
+        "late_by_1_ms_or_more": sum(t - inside[i][0] >= 1000 for i, t in kept),
     }
     return [(t, *inside[i][1:]) for i, t in kept], dropped
