@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_origin
 
 from evspan.conf.errors import ConfigError, UserError
+from evspan.conf.keys import is_text_list, keys_of_schema
 from evspan.conf.omegaconf_adapter import root_of
 from evspan.conf.quoting import quoted_list, split_list
+from evspan.conf.schema.benchmark import BenchConfig
+from evspan.conf.schema.prep import PrepConfig
+from evspan.conf.schema.training import EvaluateConfig, TrainConfig
 from evspan.conf.text import quote_override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
@@ -96,7 +100,7 @@ def _explain_grammar(override: str) -> str:
     if "=" not in override:
         return f"{override!r} is not of the form key=value"
     name, value = override.split("=", 1)
-    if value.startswith("["):
+    if value.startswith("[") or _is_list_of_texts(name.lstrip("+")):
         quoted = quoted_list(split_list(value.removeprefix("[").removesuffix("]")))
     else:
         quoted = quote_override(value.strip("'\""), '"')
@@ -104,6 +108,12 @@ def _explain_grammar(override: str) -> str:
         f"{override} cannot be read; a value with special characters needs quotes, for the shell "
         f"too: {shlex.quote(f'{name}={quoted}')}"
     )
+
+
+def _is_list_of_texts(key: str) -> bool:
+    """Whether the key of a command takes a list of texts."""
+    schemas = (TrainConfig, EvaluateConfig, PrepConfig, BenchConfig)
+    return any(is_text_list(keys_of_schema(schema).get(key)) for schema in schemas)
 
 
 def _explain_unread_key(group: str, option: str, key: str) -> str:

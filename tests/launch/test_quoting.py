@@ -128,6 +128,22 @@ def test_quotes_inside_of_an_element_keep_its_commas(content, elements, is_sweep
 
 
 @pytest.mark.parametrize(
+    ("override", "elements"),
+    [
+        ("cluster.environment=A=1", ["A=1"]),
+        ("cluster.setup=export A='b, c'", ["export A='b, c'"]),
+        ('cluster.setup=["a', ['"a']),
+    ],
+)
+def test_the_suggested_quotes_of_a_list_can_be_composed(override, elements):
+    with pytest.raises(ConfigError, match="cannot be read; a value with special") as refused:
+        compose(TrainConfig, [override])
+    (suggestion,) = shlex.split(str(refused.value).partition("shell too: ")[2])
+    cluster = compose(TrainConfig, [suggestion]).cluster
+    assert elements in (cluster.environment, cluster.setup)
+
+
+@pytest.mark.parametrize(
     "override", ["optimizer.lr=1e-3", "seed=1_0", "~seed", "experiment=demo", "quux=1e3"]
 )
 def test_other_keys_are_left_to_hydra(override):
