@@ -4,12 +4,14 @@ A command prints a UserError as one line and exits with code 2 (`evspan.launch.c
 """
 
 import errno
+import signal
 
 USER_ERROR_EXIT_CODE = 2  # also argparse's
 LOST_EXIT_CODE = 69  # EX_UNAVAILABLE: another rank of the same run is gone, stuck or failed
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on a stop signal; the same command continues
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT
 CLOSED_OUTPUT_EXIT_CODE = 141  # 128 + SIGPIPE: the reader of standard output has closed it
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # a run saves and ends
 USER_ERRNOS = (  # of an OSError that the user can correct
     errno.ENOENT,
     errno.EACCES,

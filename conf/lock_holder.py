@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 SLURM_TIMEOUT_S = 15
-# A job in another state may still run on a node, or is about to.
+# A job in another state may still run on a node, or is about to: waiting, suspended, requeued.
 SLURM_ENDED = frozenset(
     {
         "BOOT_FAIL",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from evspan.conf.compose import CONFIG_FILE, save_config
-from evspan.conf.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, UserError
+from evspan.conf.errors import INTERRUPTED_EXIT_CODE, STOP_SIGNALS, STOPPED_EXIT_CODE, UserError
 from evspan.launch.local.ranks import die_with_parent
 from evspan.launch.sweep.plan import PlannedRun
 from evspan.launch.sweep.queued import refuse_queued
@@ -17,7 +17,6 @@ from evspan.pipeline.history import append
 from evspan.pipeline.run_lock import training_lock
 
 logger = logging.getLogger(__name__)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Outcome(NamedTuple):

@@ -11,25 +11,11 @@ from contextlib import contextmanager, redirect_stderr
 from typing import Any, NamedTuple
 
 from evspan.conf.errors import ConfigError, UserError
+from evspan.conf.lock_holder import SLURM_ENDED
 from submitit import Job, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol")
-# A task in any other state may still run: it may wait, or be suspended, held or requeued.
-ENDED = frozenset(
-    {
-        "BOOT_FAIL",
-        "CANCELLED",
-        "COMPLETED",
-        "DEADLINE",
-        "FAILED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "PREEMPTED",
-        "REVOKED",
-        "TIMEOUT",
-    }
-)
 TIMEOUT_S = 60  # an overloaded controller may take this long to answer
 CLUSTER_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")  # the cluster to contact
 JOB_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")  # variables that describe a job
@@ -51,7 +37,7 @@ class Queued(NamedTuple):
     @property
     def alive(self) -> bool:
         """Whether the task waits or runs, or may run again."""
-        return self.state not in ENDED
+        return self.state not in SLURM_ENDED
 
 
 def require_commands() -> None:

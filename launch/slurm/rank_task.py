@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from evspan.conf.atomic_files import replace_file
-from evspan.conf.errors import STOPPED_EXIT_CODE
+from evspan.conf.errors import STOP_SIGNALS, STOPPED_EXIT_CODE
 from evspan.conf.failure_notes import FAILURE_FILE, read_failure_note
 from evspan.conf.json_files import JsonFileError, read_json_object
 from evspan.conf.text import printable
@@ -24,7 +24,6 @@ from evspan.pipeline.parallel.rank_exit import end_process
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 JOB_END = "EVSPAN_JOB_END"  # seconds since 1970; the batch script sets both variables
 SIGNAL_DELAY = "EVSPAN_SIGNAL_DELAY_S"  # cluster.signal_delay_s
 # SLURM sends its signal up to this many seconds earlier than --signal says; its clock is coarse.

@@ -17,10 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from evspan.conf.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE, USER_ERROR_EXIT_CODE
+from evspan.conf.errors import (
+    LOST_EXIT_CODE,
+    STOP_SIGNALS,
+    STOPPED_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
+)
 from evspan.launch.slurm.rank_task import (
     SIGNAL_EARLY_S,
-    STOP_SIGNALS,
     RankNote,
     notes_folder,
     read_notes,

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 import torch
+from evspan.conf.errors import STOP_SIGNALS
 from evspan.pipeline.parallel.reductions import sum_over_ranks
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopFlag:
