@@ -58,3 +58,8 @@ def _escaped(match: re.Match[str]) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # the byte that os.fsdecode could not decode
         code -= 0xDC00
     return f"\\x{code:02x}" if code <= 0xFF else f"\\u{code:04x}"
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line; its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -16,11 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 from evspan.conf.schema.prep import DatasetConfig, DatasetKind
 from evspan.conf.text import plural, printable
 from evspan.data_prep.shards.format import load_manifest
+from evspan.data_prep.shards.npy import read_npy
+from evspan.data_prep.shards.rvt_tree import LABELS, recording_files, recording_folders
 from evspan.pipeline.data.datasets import Dataset
 from evspan.pipeline.weights import plain
 
@@ -35,7 +36,8 @@ def data_digest(dataset: Dataset, config: DatasetConfig, evaluation_split: str) 
         dataset: the training split. config: of the dataset.
 
     Raises:
-        ShardError: the manifest cannot be read.
+        ShardError: the manifest cannot be read, or a recording of RVT's tree is incomplete.
+        ArrayFileError: an array of RVT's tree is damaged.
         OSError: a file of RVT's tree cannot be read.
     """
     evaluated = json.dumps(_recordings(config, evaluation_split))
@@ -53,8 +55,7 @@ def data_digest(dataset: Dataset, config: DatasetConfig, evaluation_split: str) 
 def _recordings(config: DatasetConfig, split: str) -> list[Recording]:
     root = Path(config.root)
     if config.kind is DatasetKind.rvt_tree:
-        folders = sorted(p for p in (root / split).glob("*") if (p / "labels_v2").is_dir())
-        return [_rvt_recording(folder) for folder in folders]
+        return [_rvt_recording(folder) for folder in recording_folders(root, split)]
     recordings = []
     for entry in load_manifest(root).split(split):
         counts = f"{entry.labelled_frames}/{entry.boxes}"
@@ -64,18 +65,13 @@ def _recordings(config: DatasetConfig, split: str) -> list[Recording]:
 
 def _rvt_recording(folder: Path) -> Recording:
     digest = xxhash.xxh3_64()
-    files = [
-        *(folder / "labels_v2").glob("*.np[yz]"),
-        *folder.glob("event_representations_v2/*/*.npy"),
-        *folder.glob("event_representations_v2/*/*.h5"),
-    ]
     frames = 0
-    for path in sorted(files):
+    for path in recording_files(folder):
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
         if path.suffix != ".h5":
             digest.update(path.read_bytes())
-        if path.name == "timestamps_us.npy" and path.parent.name != "labels_v2":
-            frames = len(np.load(path, mmap_mode="r"))
+        if path.name == "timestamps_us.npy" and path.parent.name != LABELS:
+            frames = len(read_npy(path))
     return [folder.name, frames, digest.hexdigest()]
 
 

@@ -16,7 +16,6 @@ from evspan.data_prep.recordings.time_order import TimeOrder
 from numba import njit
 from numpy.typing import NDArray
 
-GEN4_SIZE = (720, 1280)  # height, width
 BLOCK_BYTES = 1 << 18  # stays in the cache: 1.4 x as fast as 1 MiB
 FOLLOW_POLL_S = 0.005  # a tenth of a window
 STATE_SIZE = 8

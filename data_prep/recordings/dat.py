@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 from evspan.conf.errors import RecordingError
-from evspan.data_prep.recordings.base import BLOCK_BYTES, GEN4_SIZE, WordReader, Writer
+from evspan.data_prep.recordings.base import BLOCK_BYTES, WordReader, Writer
 from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.header import HD
 from numba import njit
 from numpy.typing import NDArray
 
@@ -57,7 +58,7 @@ class DatReader(WordReader):
     format = "dat"
     word = np.dtype("<u8")
     events_per_word = 1
-    default_size = GEN4_SIZE
+    default_size = HD
 
     def __init__(self, path: Path, block_bytes: int = BLOCK_BYTES, **options: Any) -> None:
         super().__init__(path, block_bytes, **options)

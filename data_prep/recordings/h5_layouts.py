@@ -28,11 +28,10 @@ from evspan.data_prep.hdf5_files import (
     require_plain_dataset,
 )
 from evspan.data_prep.hdf5_texts import read_text
-from evspan.data_prep.recordings.header import checked_size, stated_size
+from evspan.data_prep.recordings.header import HD, checked_size, stated_size
 from numpy.typing import NDArray
 
-GEN4_SIZE = (720, 1280)  # height, width
-DSEC_SIZE = (480, 640)
+DSEC_SIZE = (480, 640)  # height, width
 # Few enough to stay in the cache on their way to a histogram; rounded to whole chunks.
 EVENTS_AT_ONCE = 1 << 18
 COLUMNS = ("t", "x", "y", "p")
@@ -75,7 +74,7 @@ class Layout:
     names: Sequence[str]
     fields: Sequence[str] | Sequence[int] = ()
     stated_size: tuple[int, int] | None = None
-    likely_size: tuple[int, int] = GEN4_SIZE
+    likely_size: tuple[int, int] = HD
     offset_us: int = 0
 
     @property
@@ -191,7 +190,7 @@ def _group_layout(path: Path, file: h5py.File, group: h5py.Group) -> Layout:
         columns,
         [f"events/{name}" for name in COLUMNS],
         stated_size=size,
-        likely_size=DSEC_SIZE if is_dsec else GEN4_SIZE,
+        likely_size=DSEC_SIZE if is_dsec else HD,
         offset_us=int(offset) if offset else 0,
     )
 

@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 from evspan.conf.errors import UserError
 from evspan.conf.schema.prep import FrameConfig, FrameMode, frame_config
+from evspan.conf.text import one_line
 from evspan.data_prep.frames.histogram import each_window, whole_frame
 from evspan.data_prep.hdf5_files import (
     UnavailableFileError,
@@ -113,11 +114,11 @@ def verify_recording(task: Task) -> Verified:
     except UnavailableFileError:
         raise
     except UserError as error:
-        return Verified([f"{shard} cannot be read: {_line(error)}"])
+        return Verified([f"{shard} cannot be read: {one_line(error)}"])
     except READ_ERRORS as error:
         if not is_damage(error):
             raise unavailable(path, error) from error
-        return Verified([f"{shard} cannot be read: {_line(error)}"])
+        return Verified([f"{shard} cannot be read: {one_line(error)}"])
 
 
 def _verify_group(group: h5py.Group, task: Task) -> Verified:
@@ -219,7 +220,7 @@ def _frames(group: h5py.Group, task: Task) -> Verified:
         if problem:
             return Verified([problem])
     except (UserError, OSError) as error:  # the recording cannot be read
-        return Verified([], 0, _line(error))
+        return Verified([], 0, one_line(error))
     return _compare_frames(group, sampled, task.source.path, task)
 
 
@@ -254,7 +255,7 @@ def _compare_frames(group: h5py.Group, sampled: list[int], path: Path, task: Tas
         try:
             item = next(recomputed, None)
         except (UserError, OSError) as error:  # the recording cannot be read
-            return Verified([], 0, _line(error))
+            return Verified([], 0, one_line(error))
         if item is None:
             break
         i, frame = item
@@ -322,7 +323,3 @@ def _recomputed(
             yield i, frame
         if i == last:
             return
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 from evspan.conf.errors import UserError
+from evspan.conf.text import one_line
 from numpy.typing import NDArray
 
 MOST_BYTES = 256 << 20  # of an array: 6 million boxes
 MOST_ITEM_BYTES = 1 << 12
 MAGIC_LENGTH = 8
+LONGEST_REASON = 200  # characters of numpy's message, which may repeat the header
 READ_HEADER = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -72,7 +74,7 @@ def read_npz(path: Path, names: tuple[str, ...]) -> list[NDArray[Any]]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return [_member(archive, name) for name in names]
     except DAMAGE as error:
-        raise ArrayFileError(_line(error)) from error
+        raise ArrayFileError(one_line(error)[:LONGEST_REASON]) from error
 
 
 def _read_file(path: Path) -> bytes:
@@ -119,7 +121,7 @@ def _parse_npy(data: bytes) -> NDArray[Any]:
             warnings.simplefilter("ignore")  # of headers that Python 2 wrote
             shape, _, dtype = READ_HEADER[version](stream)
     except DAMAGE as error:
-        raise ArrayFileError(_line(error)) from error
+        raise ArrayFileError(one_line(error)[:LONGEST_REASON]) from error
     if dtype.hasobject:
         raise ArrayFileError("it contains Python objects, which are never unpickled")
     if len(shape) != 1 or shape[0] < 0 or not 0 < dtype.itemsize <= MOST_ITEM_BYTES:
@@ -129,7 +131,3 @@ def _parse_npy(data: bytes) -> NDArray[Any]:
         raise ArrayFileError(f"it declares {size} bytes and has {len(data) - stream.tell()}")
     values: NDArray[Any] = np.frombuffer(data, dtype, offset=stream.tell())
     return values
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 from evspan.conf.errors import ConfigError, ShardError, UserError
 from evspan.conf.schema.prep import DownsampleBy, FrameConfig, FrameMode
-from evspan.conf.text import printable
+from evspan.conf.text import one_line, printable
 from evspan.data_prep.hdf5_files import (
     is_damage,
     open_hdf5_for_reading,
@@ -184,7 +184,7 @@ def frame_problems(recording: RvtRecording) -> list[str]:
             except READ_ERRORS as error:
                 if not is_damage(error):
                     raise unavailable(recording.frames_file, error) from error
-                problems.append(f"frame {i} cannot be read: {_line(error)}")
+                problems.append(f"frame {i} cannot be read: {one_line(error)}")
                 break
             if highest > cutoff:
                 problems.append(f"frame {i} has a count of {highest}, beyond RVT's {cutoff}")
@@ -203,6 +203,19 @@ def _describe(recording: RvtRecording) -> str:
     config = recording.config
     channels, height, width = recording.shape
     return f"{config.window_ms} ms, {channels} channels, {height} x {width} pixels"
+
+
+def recording_files(folder: Path) -> list[Path]:
+    """The files of a recording, sorted: labels, times and indices, and that of the frames.
+
+    Raises:
+        ShardError: it has no file of frames, or several.
+        OSError: the folder cannot be read now.
+    """
+    try:
+        return sorted(_files(folder, _representation(folder)[0]))
+    except _DamageError as error:
+        raise _no_recording(folder, str(error)) from error
 
 
 def _files(folder: Path, frames_file: Path) -> list[Path]:
@@ -240,7 +253,7 @@ def _representation(folder: Path) -> tuple[Path, FrameConfig]:
             downsample_by=DownsampleBy.nearest,
         )
     except ConfigError as error:
-        raise _DamageError(f"{path.parent.name}: {_line(error)}") from error
+        raise _DamageError(f"{path.parent.name}: {one_line(error)}") from error
     return path, config
 
 
@@ -260,7 +273,7 @@ def _open_frames(path: Path) -> h5py.File:
     except (UserError, *READ_ERRORS) as error:
         if not is_damage(error):
             raise unavailable(path, error) from error
-        raise _DamageError(f"{path.name} cannot give data[0:1]: {_line(error)}") from error
+        raise _DamageError(f"{path.name} cannot give data[0:1]: {one_line(error)}") from error
     return file
 
 
@@ -421,7 +434,3 @@ def _num_beyond(recording: RvtRecording) -> int:
     beyond = (labels["x"] < -1) | (labels["x"] + labels["w"] > downsample * width + 1)
     beyond |= (labels["y"] < -1) | (labels["y"] + labels["h"] > downsample * height + 1)
     return int(np.count_nonzero(beyond))
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -64,8 +64,8 @@ class _OpenFiles:
         """Rows of a dataset of a file.
 
         Raises:
-            ShardError: the file is damaged or gone.
-            UnavailableFileError: it cannot be read now.
+            ShardError: the file is damaged.
+            UnavailableFileError: it is gone, or cannot be read now.
         """
         with self.lock:
             try:
