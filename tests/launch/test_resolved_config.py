@@ -50,7 +50,7 @@ def test_text_is_the_same_after_a_file(tmp_path, text):
     config = compose(TrainConfig, ["dataset=gen4"])
     config.run_dir = text
     config.cluster.mounts = [text, "/data"]
-    config.dataset.classes = [text, "b", "c"]
+    config.dataset.classes = [f"a{text}", "b", "c"]
     save_config(config, tmp_path / CONFIG_FILE)
     assert load_config(TrainConfig, tmp_path / CONFIG_FILE) == config
 
