@@ -306,10 +306,13 @@ def test_command_writes_the_same_bytes_with_any_number_of_processes_and_keeps_wh
     main([str(tmp_path / "b"), *COMMAND, "--processes", "2"])
     names = sorted(str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").rglob("*.*"))
     assert names == [
-        f"{s}/{s}_{i:03d}_{end}"
-        for s, n in (("train", 2), ("val", 1))
-        for i in range(n)
-        for end in ("bbox.npy", "simulation.json", "td.raw")
+        "classes.txt",
+        *(
+            f"{s}/{s}_{i:03d}_{end}"
+            for s, n in (("train", 2), ("val", 1))
+            for i in range(n)
+            for end in ("bbox.npy", "simulation.json", "td.raw")
+        ),
     ]
     contents = [(tmp_path / "a" / n).read_bytes() for n in names]
     assert contents == [(tmp_path / "b" / n).read_bytes() for n in names]

@@ -259,10 +259,12 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(source, tmp_path):
         "module load hdf5",
         "export A='b c'",
         f'export PYTHONPATH={ROOT}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-        "# task 0, 0.00 GB: train/c",
+        "# task 0, 0.00 GB: train/c, test/plain",
     ):
         assert line in out.splitlines(), line
-    assert out.index("module load") < out.index("/opt/python -u -m submitit")
+    assert out.index("module load") < out.index(
+        "/opt/python -u -m evspan.launch.slurm.submitted_task"
+    )
     assert subprocess.run(["bash", "-n"], input=out, text=True, timeout=20).returncode == 0
     assert not (tmp_path / "out" / ".parts").exists()
 

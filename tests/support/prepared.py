@@ -42,6 +42,7 @@ def prep_config(
 ) -> PrepConfig:
     """A config of the source. labels, frames: keys of LabelConfig and FrameConfig."""
     dataset = DatasetConfig(
+        name="simulated",
         classes=list(CLASSES),
         labels=LabelConfig(**{"class_map": {0: 0, 1: 1, 2: 2}, **(labels or {})}),
     )
