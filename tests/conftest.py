@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from evspan.data_prep.prepare import prepare
 from evspan.launch.logging_config import configure_logging
+from evspan.pipeline.parallel import rank_exit
 from support.prepared import make_source, prep_config
 from support.slurm_cluster import cluster  # noqa: F401  a fixture
 from support.small_shards import write_small_shards
@@ -64,13 +65,18 @@ def _logging() -> Iterator[None]:
 
 @contextmanager
 def no_launcher_left() -> Iterator[None]:
-    """Restores torchrun's variables: in a process with them, a command takes itself for a rank."""
+    """Restores torchrun's variables: in a process with them, a command takes itself for a rank.
+
+    A trainer that has left threads or a process group behind makes the next command end its process.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ[name] for name in names if name in os.environ}
     yield
     for name in names:
         os.environ.pop(name, None)
     os.environ.update(before)
+    rank_exit._threads_left.clear()
+    rank_exit._waits.clear()
 
 
 @pytest.fixture(autouse=True)

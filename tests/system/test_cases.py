@@ -54,7 +54,7 @@ CASES = (
     Case("suffix-upper", 0, ("without a box file",), boxes=4),
     Case("symlinks", 2, ("2 links .*gone.h5.*gone.npy", "Nothing was changed")),
     Case("time-one-spike", 0, ("dropped as spikes: 1 event",)),
-    Case("time-reset-middle", 2, (r"10018 of 20038 events .*at event 10019",)),
+    Case("time-reset-middle", 2, (r"of 20038 events .*at event 10019",)),
     Case("zero-bytes", 2, ("dat1_td.dat is empty", "h51_td.h5 is empty", "raw1_td.raw is empty")),
 )
 
