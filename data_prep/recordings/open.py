@@ -15,6 +15,13 @@ from evspan.data_prep.recordings.header import raw_format
 
 SUFFIXES = (".raw", ".dat", ".h5", ".hdf5")
 HEADER_START = b"% "
+# Of a whole file. A format without such bytes needs no entry.
+FIRST_BYTES = {
+    ".raw": HEADER_START,
+    ".dat": HEADER_START,
+    ".h5": HDF5_SIGNATURE,
+    ".hdf5": HDF5_SIGNATURE,
+}
 RAW_READERS: dict[str, Callable[..., Recording]] = {
     "evt3": Evt3Reader,
     "evt21": Evt21Reader,
@@ -64,7 +71,9 @@ def require_own_content(path: Path) -> None:
     Raises:
         RecordingError: it is a Git LFS pointer, compressed, a web page, ...
     """
-    expected = HEADER_START if path.suffix.lower() in (".raw", ".dat") else HDF5_SIGNATURE
+    expected = FIRST_BYTES.get(path.suffix.lower())
+    if expected is None:
+        return
     description = describe_foreign_content(path, expected=expected)
     if description:
         raise RecordingError(f"{path} {description}")
