@@ -36,6 +36,14 @@ STEPS = 4
 EVALUATED = (2, 4)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def world():
     with open_one_rank() as world:
@@ -46,14 +54,6 @@ def world():
 def shards(tmp_path_factory):
     counts = {"train": [9, 8], "val": [7, 2, 3]}
     return write_small_shards(tmp_path_factory.mktemp("data"), counts)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(shards: Path, run: Path, images: bool = False) -> TrainConfig:
