@@ -131,3 +131,14 @@ def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_small_shards(
         tmp_path_factory.mktemp("data") / "shards", request.module.SHARD_FRAMES
     )
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For results that are compared bit for bit. With a mark of the module it precedes its fixtures."""
+    import torch  # most tests do without
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

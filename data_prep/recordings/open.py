@@ -50,9 +50,11 @@ def open_recording(path: str | Path, *, unstated_size: Sequence[int] | None = No
         raise RecordingError(f"{path} is no file. Give a recording: one of {suffixes}")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise RecordingError(
-            f"{path} has the suffix {path.suffix or '(none)'}; recordings have one of {suffixes}"
-        )
+        problem = f"has the suffix {path.suffix or '(none)'}; recordings have one of {suffixes}"
+        description = describe_foreign_content(path)
+        if description:
+            problem += f". It {description}"
+        raise RecordingError(f"{path} {problem}")
     require_own_content(path)
     size = None
     if unstated_size:

@@ -3,6 +3,7 @@
 Each error contains what is wrong, where, how much of it, and what to do.
 """
 
+import gzip
 import os
 import shutil
 import struct
@@ -346,6 +347,12 @@ def test_metavision_hdf5_is_read_where_a_plugin_for_its_codec_is_installed(tmp_p
 def events_at(t, x=0, y=0, p=0) -> Events:
     t = np.array(t, np.int64)
     return Events(t, np.full(t.size, x, "u2"), np.full(t.size, y, "u2"), np.full(t.size, p, "u1"))
+
+
+def test_a_compressed_recording_is_named_with_its_remedy(tmp_path):
+    path = tmp_path / "a.raw.gz"
+    path.write_bytes(gzip.compress(b"% evt 3.0\n"))
+    require_refusal(path, "suffix .gz", "is compressed with gzip", "gunzip")
 
 
 @pytest.mark.parametrize("suffix", ["raw", "dat", "h5"])

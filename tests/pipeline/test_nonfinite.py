@@ -33,6 +33,8 @@ from support.host_skip_engine import HostSkipEngine
 from support.one_rank import open_one_rank
 from support.small_shards import write_small_shards
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PATTERNS = {1: "+-+--+", 3: "-++ +-+ ++- --- +-- +++".replace(" ", "")}  # -: not finite
 LANES = 2
 
@@ -46,14 +48,6 @@ def world():
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     return write_small_shards(tmp_path_factory.mktemp("data"), {"train": [9, 8], "val": [3]})
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(shards, run_dir, *, accumulation=1, stage=1, precision="fp32", **training):

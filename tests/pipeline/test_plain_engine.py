@@ -26,6 +26,8 @@ from evspan.pipeline.engine.trainer import Trainer
 from support.one_rank import open_one_rank
 from support.small_shards import write_small_shards
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LANES = 2
 STEPS = 4
 
@@ -39,14 +41,6 @@ def world():
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     return write_small_shards(tmp_path_factory.mktemp("data"), {"train": [9, 8], "val": [3]})
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(shards, run_dir, engine, *, accumulation=1, precision="fp32"):

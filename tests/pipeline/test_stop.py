@@ -32,16 +32,10 @@ from safetensors.torch import load_file
 from support.one_rank import open_one_rank
 from support.small_shards import write_small_shards
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 4
 EVALUATED = (2, 4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
