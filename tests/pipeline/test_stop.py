@@ -165,12 +165,20 @@ def test_a_step_without_its_data_is_left_out(
     flag = StopFlag()
     release = threading.Event()
     real = Loader.batch
+    micro_batches = 0
 
     def batch(loader: Loader, index: int) -> Batch:
         if index == 2 * accumulation and not release.is_set():
-            flag.request()
             release.wait(60)
         return real(loader, index)
+
+    class StopInStepThree(trainer_module.DataWait):
+        def start(self, *, may_end: bool) -> None:
+            nonlocal micro_batches
+            super().start(may_end=may_end)
+            micro_batches += 1
+            if micro_batches == 2 * accumulation + 1:
+                flag.request()
 
     def run(name: str, stop_flag: StopFlag) -> int:
         run_config = config(shards, tmp_path / name)
@@ -190,8 +198,10 @@ def test_a_step_without_its_data_is_left_out(
         return 0
 
     assert run("undisturbed", StopFlag()) == 0
-    monkeypatch.setattr(Loader, "batch", batch)
-    assert run("run", flag) == STOPPED_EXIT_CODE
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "batch", batch)
+        patch.setattr(trainer_module, "DataWait", StopInStepThree)
+        assert run("run", flag) == STOPPED_EXIT_CODE
     release.set()
     folders = [tmp_path / name / "checkpoints" for name in ("run", "undisturbed")]
     assert sorted(path.name for path in folders[0].glob("step-*")) == ["step-00000002"]
