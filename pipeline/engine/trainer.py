@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import torch
 from evspan.conf.compose import CONFIG_FILE, load_config, save_config
 from evspan.conf.errors import STOPPED_EXIT_CODE, ConfigError, UserError
-from evspan.conf.schema.layout import chosen_exchange
 from evspan.conf.schema.training import Precision, TrainConfig
 from evspan.conf.secret_values import without_secrets
 from evspan.pipeline.data.batch import Batch
@@ -45,17 +44,15 @@ from evspan.pipeline.engine.evaluator import (
 from evspan.pipeline.engine.oom import explain_out_of_memory
 from evspan.pipeline.engine.precision import resolve_precision, set_float32_kernels
 from evspan.pipeline.engine.profiling import Profiler
-from evspan.pipeline.engine.resources import Resources, over_ranks
+from evspan.pipeline.engine.run_reporter import Evaluated, RunReporter
 from evspan.pipeline.engine.running_statistics import RunningStatistics
 from evspan.pipeline.engine.signals import StopFlag, catch_stop_signals
 from evspan.pipeline.engine.step_report import (
-    LossSummary,
     MicroBatchReport,
     MicroBatchSum,
     PendingValues,
     StepReport,
     StepValues,
-    ThroughputMeter,
 )
 from evspan.pipeline.engine.training_engine import TrainingEngine
 from evspan.pipeline.evaluation.coco import Metrics
@@ -65,7 +62,6 @@ from evspan.pipeline.history import (
     record_first_step,
     record_start,
     write_activity,
-    write_progress,
 )
 from evspan.pipeline.inference.trained_detector import load_tensors
 from evspan.pipeline.model.backbone import Execution
@@ -90,8 +86,7 @@ from evspan.pipeline.parallel.reductions import (
 from evspan.pipeline.parallel.world import World
 from evspan.pipeline.run_lock import attempt_lock, end_if_taken_over
 from evspan.pipeline.tensorboard.attention_probe import probe
-from evspan.pipeline.tensorboard.run_info import environment
-from evspan.pipeline.tensorboard.summaries import write_evaluation, write_images, write_run_info
+from evspan.pipeline.tensorboard.summaries import write_images
 from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from evspan.pipeline.weights import (
     Weights,
@@ -104,7 +99,6 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 DATA_WAIT_S = 5.0  # how long a rank that was asked to stop waits for the data of the next step
-PROFILE_REQUEST = "profile"  # the number of steps to trace, among the metrics that ranks exchange
 
 StepCallback = Callable[[StepReport], None]
 
@@ -267,8 +261,9 @@ class Trainer:
         self.profiler = Profiler(
             self.run_dir, world.rank, self.writer, detector, config.training.profile
         )
-        self.resources = Resources(world.device)
-        self.throughput = ThroughputMeter()
+        self.reporter = RunReporter(
+            config, world, self.mesh, self.exchange, self.writer, self.profiler
+        )
         self.probe_dataset: Dataset | None = None  # the evaluated split, for TensorBoard images
 
     def end_after_step(self) -> None:
@@ -283,7 +278,7 @@ class Trainer:
     # -- the loop ------------------------------------------------------------------------------
     def run(self, stop_flag: StopFlag) -> Metrics | None:
         """Trains to `max_steps`; see `train`."""
-        self._log_start()
+        self.reporter.start(self.dataset, self._detector, self.step)
         training = self.config.training
         device = self.world.device
         first = self.step * training.gradient_accumulation_steps
@@ -292,7 +287,6 @@ class Trainer:
             first, encoded=encodes_for(device), stop_requested=wait.is_too_long
         )
         batches = device_batches(read, device)
-        self.throughput = ThroughputMeter()
         metrics = self._evaluate_if_missing(stop_flag)
         while self.step < training.max_steps:
             self.profiler.before(self.step + 1)
@@ -384,8 +378,8 @@ class Trainer:
         if batch is None:
             index = self.step * training.gradient_accumulation_steps + number - 1
             batch = self.loader.batch_without_data(index).to(self.world.device)
-        self.throughput.add_wait(since=requested)
-        self.throughput.add_frames(training.batch_size * training.sequence_length)
+        self.reporter.throughput.add_wait(since=requested)
+        self.reporter.throughput.add_frames(training.batch_size * training.sequence_length)
         return batch
 
     def micro_batch(
@@ -502,7 +496,7 @@ class Trainer:
         if self.on_step is not None:
             self.on_step(report)
         if self._log_is_due:
-            self._log_step(report)
+            self.reporter.step(report, skipped=self.skipped)
 
     # -- state, checkpoints --------------------------------------------------------------------
     def _zero_state(self) -> DetectorState:
@@ -600,14 +594,14 @@ class Trainer:
             return
         self.step = self.left_out.number - 1
         self.state = self.left_out.state
-        self._log(f"stop signal while a rank waited for the data of step {self.step + 1}")
+        self.reporter.log(f"stop signal while a rank waited for the data of step {self.step + 1}")
         self._exit_stopped()
 
     def _exit_stopped(self) -> NoReturn:
         """Ends the process on a stop signal; saves what is not saved."""
         if self.saved_step != self.step:
             self._save()
-        self._log(
+        self.reporter.log(
             f"stop signal: saved step {self.step} in {self.checkpoints.folder}; "
             "the same command continues"
         )
@@ -616,112 +610,7 @@ class Trainer:
             append(self.run_dir, "saved", step=self.step)
         raise SystemExit(STOPPED_EXIT_CODE)
 
-    # -- logging -------------------------------------------------------------------------------
-    def _log(self, message: str) -> None:
-        """Rank 0 logs for all ranks."""
-        if self.world.is_main:
-            logger.info(message)
-
-    def _log_start(self) -> None:
-        frames = sum(recording.frames for recording in self.dataset.recordings)
-        position = f"resumes at step {self.step}" if self.step else "starts"
-        message = (
-            f"{self.run_dir}: {position} of {self.config.training.max_steps}; {self._layout()}, "
-            f"{len(self.dataset.recordings)} recordings, {frames} frames"
-        )
-        if self.config.deepspeed.stage < 3:  # in stage 3 a rank holds a part of each parameter
-            parameters = sum(p.numel() for p in self._detector.parameters())
-            message += f", {parameters:,} parameters"
-        self._log(f"{message}, {self.config.training.precision.name}")
-        if self.config.training.cuda_graphs and self.world.device.type != "cuda":
-            self._log("training.cuda_graphs has no effect on a CPU")
-        self._log(f"watch it: tensorboard --logdir {self.run_dir}")
-        ranks = environment(self.world)
-        if self.world.is_main:
-            write_run_info(
-                self.writer,
-                self.config,
-                self.dataset.classes,
-                [name for name, _ in self._detector.named_parameters()],
-                ranks,
-                self.step,
-                gpu=self.world.device.type == "cuda",
-            )
-
-    def _layout(self) -> str:
-        if self.world.size == 1:
-            return "1 rank"
-        text = f"{self.world.size} ranks = {self.mesh.data_size} data"
-        if self.mesh.sequence_size > 1:
-            kind = chosen_exchange(
-                self.config.parallel.exchange, dws_conv=self.config.model.backbone.dws_conv
-            )
-            text += f" x {self.mesh.sequence_size} sequence, exchange {kind.name}"
-        return text
-
-    def _log_step(self, report: StepReport) -> None:
-        training = self.config.training
-        exchange_s = self.exchange.clock.read()
-        speed = self.throughput.read()
-        metrics = self._rank_metrics(
-            data_wait_fraction=speed.data_wait_fraction,
-            exchange_fraction=exchange_s / speed.seconds,
-        )
-        frames_per_step = (
-            training.batch_size * training.sequence_length * training.gradient_accumulation_steps
-        )
-        self.writer.write_scalars(
-            {
-                **_step_scalars(report),
-                "train/skipped_steps": self.skipped,
-                "speed/frames_per_s": speed.frames_per_s,
-                "speed/step_ms": 1000 * frames_per_step / speed.frames_per_s,
-                **metrics,
-            },
-            self.step,
-        )
-        losses = report.losses
-        self._log(
-            f"step {self.step:6d}  loss {losses.total:8.4f}  iou {losses.iou:7.4f}  "
-            f"obj {losses.objectness:7.4f}  cls {losses.classes:7.4f}  "
-            f"lr {report.learning_rate:.2e}  |g| {report.gradient_norm:7.3f}  "
-            f"{speed.frames_per_s:6.1f} frames/s  "
-            f"data wait {metrics['speed/data_wait_fraction']:4.0%}"
-        )
-        if self.world.is_main:
-            self._write_progress(losses, speed.frames_per_s, frames_per_step)
-
-    def _write_progress(
-        self, losses: LossSummary, frames_per_s: float, frames_per_step: int
-    ) -> None:
-        write_progress(
-            self.run_dir,
-            {
-                "step": self.step,
-                "of": self.config.training.max_steps,
-                "loss": losses.total,
-                "frames_per_s": frames_per_s,
-                "seconds_per_step": frames_per_step / frames_per_s if frames_per_s else None,
-            },
-        )
-
-    def _rank_metrics(
-        self, *, data_wait_fraction: float, exchange_fraction: float
-    ) -> dict[str, float]:
-        """Times and memory over all ranks; starts a trace that was requested. A collective."""
-        metrics = {
-            "speed/data_wait_fraction": data_wait_fraction,
-            PROFILE_REQUEST: float(self.profiler.requested()),
-            **self.resources.read(),
-        }
-        if self.mesh.sequence_size > 1:
-            metrics["speed/exchange_fraction"] = exchange_fraction
-        metrics = over_ranks(metrics, self.world.device)
-        requested_steps = int(metrics.pop(PROFILE_REQUEST))
-        if requested_steps:
-            self.profiler.request(self.step + 2, requested_steps)
-        return metrics
-
+    # -- images --------------------------------------------------------------------------------
     def _write_images(self, batch: Batch, stop_flag: StopFlag) -> None:
         """Rank 0 leaves them out if it is asked to stop."""
         with self._activity(Activity.images):
@@ -769,11 +658,8 @@ class Trainer:
         )
         restore_generators(generators)
         if self.world.is_main:
-            scalars = {f"evaluation/{name}": v for name, v in metrics.scalars().items()}
-            self.writer.write_scalars(scalars, self.step)
-            write_evaluation(self.writer, results, data, self.config, self.step)
             seconds = time.perf_counter() - started
-            self._log(f"evaluation at step {self.step} ({seconds:.0f} s)\n{metrics.table()}")
+            self.reporter.evaluation(Evaluated(metrics, results, data, seconds), self.step)
             description = describe_evaluation(
                 str(self.run_dir),
                 weights,
@@ -849,16 +735,3 @@ def _resume_from_now_on(run_dir: Path) -> None:
         save_config(config, path)
     except (ConfigError, OSError) as error:
         logger.warning("a requeued attempt will start over: %s", error)
-
-
-def _step_scalars(report: StepReport) -> dict[str, float]:
-    losses = report.losses
-    return {
-        "loss/total": losses.total,
-        "loss/iou": losses.iou,
-        "loss/objectness": losses.objectness,
-        "loss/class": losses.classes,
-        "train/positives": losses.positives,
-        "train/learning_rate": report.learning_rate,
-        "train/gradient_norm": report.gradient_norm,
-    }

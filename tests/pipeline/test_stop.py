@@ -21,6 +21,7 @@ from evspan.conf.schema.training import (
 )
 from evspan.pipeline.data.batch import Batch
 from evspan.pipeline.data.loader import Loader, ReadingStoppedError, read_ahead
+from evspan.pipeline.engine import run_reporter
 from evspan.pipeline.engine import trainer as trainer_module
 from evspan.pipeline.engine.checkpoints import Checkpoints
 from evspan.pipeline.engine.plain_engine import PlainEngine
@@ -129,7 +130,7 @@ def requesting(flag: StopFlag, owner: object, name: str, call: int, patch):
     [
         (streaming, "_add_results", 1, 2, True),  # between chunks of the first evaluation
         (streaming, "_add_results", 7 + 1, 4, True),  # of the last one
-        (trainer_module, "write_evaluation", 1, 2, False),  # complete but for its files
+        (run_reporter, "write_evaluation", 1, 2, False),  # complete but for its files
         (Checkpoints, "save", 1, 2, True),
         (trainer_module, "probe", 1, 3, False),
     ],
