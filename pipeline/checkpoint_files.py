@@ -15,7 +15,7 @@ Launchers read this file, too: it does not import torch.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ BEST = "best"
 META = "meta.json"
 METRICS = "metrics.json"
 WEIGHTS = "weights.safetensors"
+EMA = "ema.safetensors"  # the moving average of the weights, with the same names
 FILES = "files"  # key of meta.json
 FORMAT_VERSION = 2  # `form` of meta.json; 1 had DeepSpeed's shards instead of moments and lanes
 STEP_NAME = re.compile(r"step-([0-9]{8,18})")
@@ -309,12 +310,16 @@ class Search:
 
 
 def find_newest_intact(
-    run: Path, files: Iterable[str] | None = None, *, passed_over: Sequence[Damage] = ()
+    run: Path,
+    files: Iterable[str] | Callable[[Meta], Iterable[str]] | None = None,
+    *,
+    passed_over: Sequence[Damage] = (),
 ) -> Search:
     """Finds the checkpoint with the highest step whose files are intact.
 
     Args:
-        files: names of files whose contents are checked, in addition to meta.json; None: all.
+        files: names of files whose contents are checked, in addition to meta.json, or a function
+            that returns them for a checkpoint; None: all.
         passed_over: damages that are known already.
 
     Raises:
@@ -347,11 +352,15 @@ def find_newest_intact(
     return search
 
 
-def _check_contents(folder: Path, meta: Meta, files: Iterable[str] | None) -> None:
+def _check_contents(
+    folder: Path, meta: Meta, files: Iterable[str] | Callable[[Meta], Iterable[str]] | None
+) -> None:
     """As `find_newest_intact` does."""
     check_inventory(folder, meta)
     if files is None:
         files = meta.files or ()
+    elif callable(files):
+        files = files(meta)
     for file in files:
         check_file(folder, meta, file)
 
@@ -410,12 +419,30 @@ class FoundWeights(NamedTuple):
     message: str = ""
 
 
-def find_weights(path: Path) -> FoundWeights:
+def weights_file(checkpoint_folder: Path, *, raw: bool = False) -> Path:
+    """The file of the weights that a checkpoint is used with; nothing is checked.
+
+    Args:
+        raw: the weights that the optimizer updates. False: their moving average (EMA) where the
+            checkpoint has one, else the same.
+    """
+    average = checkpoint_folder / EMA
+    return average if not raw and average.is_file() else checkpoint_folder / WEIGHTS
+
+
+def _weights_name(meta: Meta, *, raw: bool) -> str:
+    """The name of `weights_file` in a checkpoint with this meta.json."""
+    return EMA if not raw and EMA in (meta.files or ()) else WEIGHTS
+
+
+def find_weights(path: Path, *, raw: bool = False) -> FoundWeights:
     """The weights file of what a user names. In a checkpoint, its contents are checked.
 
     Args:
         path: a .safetensors file, a checkpoint folder, RUN/checkpoints/best, or a run folder or
             RUN/checkpoints/latest: the newest intact checkpoint.
+        raw: of a checkpoint, the weights that the optimizer updates; False: their moving average
+            where it has one. A file that is named is used as it is.
 
     Raises:
         DamagedError: a file of the checkpoint that is named is damaged.
@@ -430,15 +457,17 @@ def find_weights(path: Path) -> FoundWeights:
     if path.name == LATEST and path.is_file():
         path = path.parent.parent
     if path.is_file():
-        if path.name == WEIGHTS and _is_checkpoint(path.parent):
-            _check_weights(path.parent)
+        if path.name in (WEIGHTS, EMA) and _is_checkpoint(path.parent):
+            check_file(path.parent, read_meta(path.parent), path.name)
         return FoundWeights(path)
     if _is_checkpoint(path):
-        _check_weights(path)
-        return FoundWeights(path / WEIGHTS)
+        meta = read_meta(path)
+        name = _weights_name(meta, raw=raw)
+        check_file(path, meta, name)
+        return FoundWeights(path / name)
     if (path / WEIGHTS).is_file():
-        return FoundWeights(path / WEIGHTS)
-    search = find_newest_intact(path, [WEIGHTS])
+        return FoundWeights(weights_file(path, raw=raw))
+    search = find_newest_intact(path, lambda meta: [_weights_name(meta, raw=raw)])
     search.require()
     if search.name is None:
         raise UserError(
@@ -448,12 +477,9 @@ def find_weights(path: Path) -> FoundWeights:
     message = search.message()
     if message:
         message = f"{path / FOLDER}: {message}"
-    return FoundWeights(search.folder / WEIGHTS, message)
+    name = _weights_name(read_meta(search.folder), raw=raw)
+    return FoundWeights(search.folder / name, message)
 
 
 def _is_checkpoint(folder: Path) -> bool:
     return folder.is_dir() and (step_of(folder.name) >= 0 or (folder / META).is_file())
-
-
-def _check_weights(folder: Path) -> None:
-    check_file(folder, read_meta(folder), WEIGHTS)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,19 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 MOST_DESCRIPTION = 1 << 20  # characters
 MOST_REASON = 300
+MOST_UPDATES = 2**53  # as JSON readers keep integers exactly
+AVERAGE_KEY = "ema"  # of a description: decay and updates of a moving average
 HEADER_KEY = "evspan"  # of the description in the header of a weights file
+
+
+class Average(NamedTuple):
+    """Of weights that are a moving average (EMA): its decay, and the updates that it is of."""
+
+    decay: float
+    updates: int
+
+    def __str__(self) -> str:
+        return f"ema (decay {self.decay:g}, {self.updates} updates)"
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,7 @@ class Weights:
     """What a detector needs to run: tensors by parameter name, and what they were trained for.
 
     precision: of the training. The tensors are float32.
+    average: None: the weights that the optimizer updates ("raw"), not their moving average.
     """
 
     tensors: dict[str, Tensor]
@@ -48,6 +61,12 @@ class Weights:
     classes: list[str]
     step: int
     precision: Precision = Precision.fp32
+    average: Average | None = None
+
+    @property
+    def kind(self) -> str:
+        """'raw', or 'ema (decay 0.9999, 400 updates)'."""
+        return "raw" if self.average is None else str(self.average)
 
 
 def plain(config: Any) -> Any:
@@ -64,13 +83,16 @@ def plain(config: Any) -> Any:
 # -- weights files -----------------------------------------------------------------------------
 def describe(weights: Weights) -> dict[str, Any]:
     """All but the tensors, as JSON values."""
-    return {
+    description = {
         "model": plain(asdict(weights.model)),
         "frames": plain(asdict(weights.frames)),
         "classes": weights.classes,
         "step": weights.step,
         "precision": weights.precision.name,
     }
+    if weights.average is not None:
+        description[AVERAGE_KEY] = weights.average._asdict()
+    return description
 
 
 def parse_description(tensors: dict[str, Tensor], description: str, file: Path) -> Weights:
@@ -102,6 +124,7 @@ def _parsed(shapes: Mapping[str, tuple[int, ...]], description: Any, file: Path)
             classes_from(values.get("classes")),
             step_from(values.get("step")),
             _trained_in(values.get("precision")),
+            _average_from(values.get(AVERAGE_KEY)),
         )
     except (UserError, KeyError, ValueError, TypeError) as error:
         raise _not_a_weights_file(file, error) from error
@@ -110,6 +133,19 @@ def _parsed(shapes: Mapping[str, tuple[int, ...]], description: Any, file: Path)
 def _trained_in(name: Any) -> Precision:
     """fp32 where a file of an older version names none, or one that is no more."""
     return Precision.__members__.get(str(name), Precision.fp32)
+
+
+def _average_from(values: Any) -> Average | None:
+    """The inverse of what `describe` makes of `Weights.average`."""
+    if values is None:
+        return None
+    decay = values["decay"]
+    updates = values["updates"]
+    if not isinstance(decay, float | int) or not 0 <= decay < 1:
+        raise HeaderError(f"its {AVERAGE_KEY}.decay is no number from 0 to below 1")
+    if not isinstance(updates, int) or not 0 <= updates <= MOST_UPDATES:
+        raise HeaderError(f"its {AVERAGE_KEY}.updates is no number of updates")
+    return Average(float(decay), int(updates))
 
 
 def save_weights(path: Path, weights: Weights) -> FileSum:
@@ -132,17 +168,19 @@ def save_tensors(
     return sum_of(data)
 
 
-def load_weights(path: str | Path) -> Weights:
+def load_weights(path: str | Path, *, raw: bool = False) -> Weights:
     """Reads a weights file. In a checkpoint, it is checked against the checksum in meta.json.
 
     Args:
         path: a .safetensors file, a checkpoint folder, RUN/checkpoints/best, or a run folder: its
             newest intact checkpoint; a warning names newer ones that are damaged.
+        raw: of a checkpoint, the weights that the optimizer updates; False: their moving average
+            (EMA) where it has one.
 
     Raises:
         UserError: there is none, another program wrote it, or the checkpoint is damaged.
     """
-    found = find_weights(Path(path))
+    found = find_weights(Path(path), raw=raw)
     if found.message:
         logger.warning("%s", found.message)
     return read_weights(found.file)

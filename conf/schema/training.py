@@ -54,6 +54,13 @@ class SizeWeighting(Enum):
     linear = "linear"
 
 
+class WeightsKind(Enum):
+    """Which weights of a checkpoint are used."""
+
+    ema = "ema"  # their moving average where the checkpoint has one, else the raw ones
+    raw = "raw"  # those that the optimizer updates
+
+
 @dataclass(kw_only=True)
 class BackboneConfig:
     """RVT's recurrent MaxViT (Gehrig & Scaramuzza, CVPR 2023): stages at strides 4, 8, 16, 32."""
@@ -498,6 +505,7 @@ class EvaluateConfig:
     """`evspan evaluate`. The model comes with the checkpoint."""
 
     checkpoint: str = ""  # a .safetensors file, a checkpoint folder, or a run folder (its newest)
+    weights: WeightsKind = WeightsKind.ema  # of a checkpoint
     output: str = ""  # metrics.json and detections; empty: next to the checkpoint
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

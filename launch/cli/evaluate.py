@@ -29,6 +29,8 @@ HELP = """evspan evaluate: a checkpoint and a split -> COCO AP (Prophesee's prot
   keys
       dataset=own                own: the classes of the shards | simulated | gen4 | etram |
                                  etram3 | gen4_rvt: refused where the shards have others | rvt_tree
+      weights=ema                ema: the moving average of a checkpoint's weights, where it has one
+                                 | raw: those that the optimizer updates
       output=                    another folder for the results
       evaluation.split=val       train | val | test
       evaluation.confidence_threshold=0.001

@@ -103,6 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         "--width", type=int, metavar="W", help="of the frames (default: 1280 / their downsample)"
     )
     parser.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        default="ema",
+        help="of a checkpoint: the moving average of its weights, where it has one, or those that "
+        "the optimizer updates (default: ema)",
+    )
+    parser.add_argument(
         "--batch", type=int, default=1, metavar="B", help="recordings side by side (default: 1)"
     )
     return parser

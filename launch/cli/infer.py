@@ -78,6 +78,7 @@ def options_from(args: argparse.Namespace) -> InferOptions:
         precision=args.precision,
         cuda_graphs=args.cuda_graphs,
         side_by_side=args.side_by_side,
+        weights=args.weights,
     )
 
 
@@ -279,6 +280,13 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_detection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        default="ema",
+        help="of a checkpoint: the moving average of its weights, where it has one, or those that "
+        "the optimizer updates (default: ema)",
+    )
     parser.add_argument(
         "--follow",
         type=float,

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from evspan.conf.compose import load_config
-from evspan.conf.schema.training import EvaluateConfig, TrainConfig
+from evspan.conf.schema.training import EvaluateConfig, TrainConfig, WeightsKind
 from evspan.launch.cli.command import run_command
 
 logger = logging.getLogger("evspan.launch.local.rank")  # __name__ is __main__ in a rank
@@ -42,7 +42,9 @@ def evaluate_rank(config: EvaluateConfig) -> None:
 
     output = evaluation_output(config)
     with open_world(config.parallel) as world, results_lock(output, is_main=world.is_main):
-        weights = load_same_weights(config.checkpoint, world.rank)
+        weights = load_same_weights(
+            config.checkpoint, world.rank, raw=config.weights is WeightsKind.raw
+        )
         metrics, results, data = evaluate_weights(weights, config.dataset, config.evaluation, world)
         if not world.is_main:
             return
@@ -58,11 +60,12 @@ def evaluate_rank(config: EvaluateConfig) -> None:
         summary["breakdown"] = parts.to_json()
         write_results(output, metrics, results, data, config.evaluation, summary)
         logger.info(
-            "%s (step %s) on %s %s\n%s\n\n%s\n\nwritten to %s",
+            "%s (step %s) on %s %s\nweights: %s\n%s\n\n%s\n\nwritten to %s",
             config.checkpoint,
             weights.step,
             config.dataset.root,
             config.evaluation.split,
+            weights.kind,
             metrics.table(),
             parts.table(),
             output,
@@ -70,12 +73,18 @@ def evaluate_rank(config: EvaluateConfig) -> None:
 
 
 def evaluation_output(config: EvaluateConfig) -> Path:
-    """The folder of the results: `output`, or next to the checkpoint."""
+    """The folder of the results: `output`, or next to the checkpoint.
+
+    Those of raw weights do not replace those of the average.
+    """
     if config.output:
         return Path(config.output)
     checkpoint = Path(config.checkpoint)
     folder = checkpoint.parent if checkpoint.is_file() else checkpoint
-    return folder / f"evaluation-{config.evaluation.split}"
+    name = f"evaluation-{config.evaluation.split}"
+    if config.weights is WeightsKind.raw:
+        name += "-raw"
+    return folder / name
 
 
 def run_rank(kind: str, path: Path) -> None:

@@ -462,7 +462,7 @@ def _load_carry(folder: Path, meta: Meta, lanes: range) -> list[Tensor]:
     return carry
 
 
-def load_same_weights(path: str | Path, rank: int) -> Weights:
+def load_same_weights(path: str | Path, rank: int, *, raw: bool = False) -> Weights:
     """`load_weights`, the same file on every rank. A collective; rank 0 chooses and reports.
 
     Raises:
@@ -471,7 +471,7 @@ def load_same_weights(path: str | Path, rank: int) -> Weights:
     answer: dict[str, str] = {}
     if rank == 0:
         try:
-            found = find_weights(Path(path))
+            found = find_weights(Path(path), raw=raw)
             if found.message:
                 logger.warning("%s", found.message)
             answer = {"file": str(found.file)}

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,7 +166,7 @@ def describe_evaluation(
     """
     prepared = _describe_dataset(dataset)
     settings = {
-        **describe(weights),
+        **describe(replace(weights, average=None)),
         "step": None,
         "dataset": prepared,
         "protocol": protocol(config),
@@ -176,6 +176,7 @@ def describe_evaluation(
     description = {
         "checkpoint": checkpoint,
         "step": weights.step,
+        "weights": weights.kind,
         "split": config.split,
         "dataset": prepared["name"],
         "root": dataset.root,

@@ -18,7 +18,7 @@ def export_detector(options: ExportOptions) -> ExportSummary:
         UserError: the checkpoint cannot be read, or the written file gives other numbers than
             the detector; the file is then not kept.
     """
-    weights = load_weights(options.checkpoint)
+    weights = load_weights(options.checkpoint, raw=options.weights == "raw")
     shape = frame_shape(options, weights.frames)
     batch, _, height, width = shape
     detector = detector_from(weights)

@@ -34,6 +34,7 @@ class InferOptions:
     precision: str = "auto"  # fp32, tf32, bf16; auto: that of training on a GPU, fp32 on a CPU
     cuda_graphs: bool = False  # on a GPU: a call is one launch
     side_by_side: bool = False  # video: the events alone left of the detections
+    weights: str = "ema"  # of a checkpoint: ema (where it has one, else raw) or raw
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class ExportOptions:
     height: int | None = None  # of the frames, pixels; None: those of a Gen4 sensor
     width: int | None = None
     batch: int = 1  # recordings side by side
+    weights: str = "ema"  # of a checkpoint: ema (where it has one, else raw) or raw
 
 
 @dataclass(frozen=True)

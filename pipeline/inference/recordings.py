@@ -52,7 +52,7 @@ def infer_recordings(options: InferOptions) -> Iterator[RecordingSummary]:
             this machine lacks the device.
     """
     recordings = [_open(files.recording, options.follow_s) for files in options.recordings]
-    weights = load_weights(options.checkpoint)
+    weights = load_weights(options.checkpoint, raw=options.weights == "raw")
     for recording in recordings:
         _check_size(recording, weights.frames, options.checkpoint)
     if options.seconds is not None and not _num_windows(options.seconds, weights.frames):
