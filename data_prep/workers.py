@@ -17,13 +17,13 @@ from types import TracebackType
 from typing import Generic, Protocol, TypeAlias, TypeVar, cast
 
 from evspan.conf.errors import RecordingError, UserError
+from evspan.conf.progress import ProgressBar
 from evspan.conf.schema.prep import PrepConfig
 from evspan.data_prep.hdf5_files import unavailable
 from evspan.data_prep.recordings.sources import Source
 from evspan.data_prep.shards.atomic import NoSpaceError
 from evspan.data_prep.shards.format import RecordingEntry
 from evspan.data_prep.shards.write import Stored, prepare_recording
-from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 Task = TypeVar("Task")
@@ -153,9 +153,7 @@ class Progress:
     def __init__(self, description: str, total: int) -> None:
         self.total = total
         self.done = 0
-        self.bar = tqdm(  # disable=None: a bar only on a terminal
-            total=total, desc=description, unit="recording", disable=None
-        )
+        self.bar = ProgressBar(description, total, unit="recording")
 
     def advance(self, line: str, *, important: bool = False) -> None:
         """Counts one more recording.
@@ -165,9 +163,9 @@ class Progress:
             important: show the line above the bar, too.
         """
         self.done += 1
-        if self.bar.disable or important:
-            log_above_bar(logger, f"[{self.done}/{self.total}] {line}")
-        self.bar.update()
+        if important or not self.bar.is_drawn:
+            logger.info("[%d/%d] %s", self.done, self.total, line)
+        self.bar.advance()
 
     def __enter__(self) -> "Progress":
         return self
@@ -179,12 +177,6 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         self.bar.close()
-
-
-def log_above_bar(logger: logging.Logger, message: str) -> None:
-    """Logs with level INFO; a progress bar is cleared and drawn again below the message."""
-    with tqdm.external_write_mode():
-        logger.info("%s", message)
 
 
 def map_unordered(

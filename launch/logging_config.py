@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from evspan.conf.errors import ConfigError
+from evspan.conf.progress import above_bars, turn_off_bars
 from evspan.conf.text import printable_lines
 from evspan.launch.output_streams import drop_lost_output, open_output_streams
 from evspan.pipeline.parallel.rank_env import rank_info
@@ -42,6 +43,8 @@ def configure_logging(rank: int | None = None, *, log_file: bool = False) -> Non
         drop_lost_output()
     if rank is None:
         rank = rank_from_environment()
+    if log_file or rank != 0:
+        turn_off_bars()
     logger = logging.getLogger(LOGGER)
     logger.setLevel(logging.INFO)
     # Some libraries install a handler on the root logger, which would print each record again.
@@ -104,6 +107,12 @@ class _StandardStream(_StreamHandler):
     @stream.setter
     def stream(self, value: TextIO) -> None:
         """The base class assigns its default, which is not used here."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a record above the progress bars."""
+        with above_bars():
+            super().emit(record)
+            self.flush()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  named by logging
         """Raises where the output could not be written, as `print` does; the command then ends."""

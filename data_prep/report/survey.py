@@ -10,6 +10,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 from evspan.conf.errors import ShardError
+from evspan.conf.progress import progress
 from evspan.data_prep.report.images import FrameImage, draw_frame_image
 from evspan.data_prep.shards.format import (
     SPLITS,
@@ -21,7 +22,6 @@ from evspan.data_prep.shards.format import (
 from evspan.data_prep.shards.reading import open_group, read_frames, read_stored_boxes
 from evspan.data_prep.shards.select import select_recordings
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 FRAMES_PER_RECORDING = 8
 MAX_IMAGES = 24
@@ -236,7 +236,7 @@ def survey(
     with_images = set(evenly(np.arange(len(entries)), MAX_IMAGES).tolist())
     images_each = min(MAX_IMAGES_PER_RECORDING, MAX_IMAGES // max(1, len(with_images)))
     recordings = []
-    for i, entry in enumerate(tqdm(entries, desc="reading", unit="recording", disable=None)):
+    for i, entry in enumerate(progress(entries, "reading", unit="recording")):
         num_images = images_each if i in with_images else 0
         recordings.append(
             _survey_recording(root, manifest, entry, frames_per_recording, num_images)

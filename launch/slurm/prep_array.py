@@ -22,7 +22,7 @@ from evspan.conf.errors import ConfigError, UserError
 from evspan.conf.private_files import make_private_folder
 from evspan.conf.schema.cluster import PrepClusterConfig
 from evspan.conf.schema.prep import PrepConfig
-from evspan.data_prep.workers import DryRun, PrepJob, PrepOutcomes, log_above_bar
+from evspan.data_prep.workers import DryRun, PrepJob, PrepOutcomes
 from evspan.launch.slurm import client
 from evspan.launch.slurm.parameters import sbatch_parameters, setup_lines
 from evspan.launch.slurm.prep_task import PrepTask, balanced, number_of_tasks
@@ -148,10 +148,9 @@ class SlurmRunner:
 def _submit_and_wait(array: PrepArray, config: PrepConfig) -> PrepOutcomes:
     tasks = array.submit(config)
     job_id = tasks[0].id.split("_")[0]
-    log_above_bar(
-        logger,
+    logger.info(
         f"SLURM job {job_id}: {len(array.jobs)} to prepare in {len(tasks)} tasks; logs in "
-        f"{array.folder}",
+        f"{array.folder}"
     )
     watch = ArrayWatch(array.name, array.outcomes, dict(enumerate(array.jobs)), tasks)
     yield from watch.results()
@@ -177,9 +176,8 @@ def _cancel_orphans(name: str) -> None:
     if not alive:
         return
     job = alive[0].job
-    log_above_bar(
-        logger,
-        f"cancelling SLURM job {job}, left by a run that was killed; finished parts are kept",
+    logger.info(
+        "cancelling SLURM job %s, left by a run that was killed; finished parts are kept", job
     )
     client.cancel(name)
     if not client.wait_until_gone(name, END_S):
@@ -204,9 +202,9 @@ def _cancel(name: str) -> None:
     try:
         client.cancel(name)
     except UserError as error:
-        log_above_bar(logger, f"{error}. The SLURM job may go on; to end it: scancel --name={name}")
+        logger.info(f"{error}. The SLURM job may go on; to end it: scancel --name={name}")
     else:
-        log_above_bar(logger, "cancelled the SLURM job; finished parts are kept for the next run")
+        logger.info("cancelled the SLURM job; finished parts are kept for the next run")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evspan.conf.errors import RecordingError, UserError
-from evspan.data_prep.workers import Outcome, PrepJob, PrepOutcomes, log_above_bar
+from evspan.data_prep.workers import Outcome, PrepJob, PrepOutcomes
 from evspan.launch.slurm.client import Queued, queue
 from evspan.launch.slurm.outcome_files import finished_jobs, read_outcome
 
@@ -110,7 +110,7 @@ class ArrayWatch:
     def _log_status(self, line: str) -> None:
         """Logs a line that differs from the last one."""
         if line and line != self.last_status:
-            log_above_bar(logger, line)
+            logger.info("%s", line)
         self.last_status = line
 
 

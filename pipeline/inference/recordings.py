@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from itertools import count, islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from evspan.conf.errors import RecordingError, UserError
+from evspan.conf.progress import progress
 from evspan.conf.schema.prep import FrameConfig
 from evspan.conf.schema.training import DeviceKind
 from evspan.data_prep.draw import AnimationWriter
@@ -36,7 +37,6 @@ from evspan.pipeline.inference.writers import CsvFile, DetectionsFile, JsonLines
 from evspan.pipeline.parallel import devices
 from evspan.pipeline.weights import Weights, load_weights
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def _infer(
             cuda_graphs=options.cuda_graphs,
         )
         results = stack.enter_context(closing(prefetch(detected, options.frames_per_call)))
-        for item in _with_progress_bar(results):
+        for item in progress(results, files.recording.name, unit="frame"):
             per_class += np.bincount(item.boxes["class_id"], minlength=per_class.size)
             latencies_ms.append(item.latency_ms)
             writers.add(item)
@@ -213,11 +213,6 @@ def _infer(
         wall_seconds=time.perf_counter() - began,
         latencies_ms=latencies_ms,
     )
-
-
-def _with_progress_bar(items: Iterable[Detected]) -> Iterable[Detected]:
-    """Shown on a terminal only."""
-    return tqdm(items, unit=" frames", disable=None)
 
 
 class _Writers:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from evspan.conf.progress import ProgressBar
 from evspan.conf.schema.training import EvaluationConfig
 from evspan.data_prep.labels.box_files import RAW_BOX
 from evspan.pipeline.data.augment import Augmentation
@@ -123,7 +124,7 @@ def evaluate_split(
     threads = READ_THREADS if device.type != "cpu" else CPU_READ_THREADS
     batches = device_batches(read_ahead(reader, steps, threads, stop_requested), device)
     before: tuple[_Chunks, PendingDetections] | None = None
-    with closing(batches):
+    with closing(batches), ProgressBar("evaluating", len(steps)) as bar:
         for chunks, batch in zip(steps, batches, strict=True):
             if stop_requested is not None and stop_requested():
                 raise ReadingStoppedError
@@ -133,6 +134,7 @@ def evaluate_split(
             if before is not None:
                 _add_results(results, *before)
             before = current
+            bar.advance()
     if before is not None:
         _add_results(results, *before)
     return list(results.values())
