@@ -19,6 +19,8 @@ import os
 import re
 import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from evspan.conf.text import printable_lines
@@ -54,6 +56,20 @@ def give_up_output() -> None:
     global _dropping, _warned
     _dropping = True
     _warned = True
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Sends what this process and its children write to standard output to standard error."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def stdout_error() -> OSError | None:

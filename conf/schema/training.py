@@ -389,7 +389,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """COCO AP by Prophesee's protocol.
+    """COCO AP, of Prophesee's datasets by Prophesee's protocol.
 
     Box filters are in pixels of the stored frames; boxes and detections pass the same filters.
     """
@@ -398,8 +398,10 @@ class EvaluationConfig:
     confidence_threshold: float = 0.001
     nms_threshold: float = 0.45
     skip_first_ms: int = 500
-    min_side: float = 0.0  # Prophesee: 10 at half resolution
-    min_diagonal: float = 0.0  # Prophesee: 30 at half resolution
+    # Smaller boxes and detections are not scored. null: the dataset's, for gen4 10 and 30 at half
+    # resolution, as in Prophesee's protocol; otherwise the sizes that prep has left out.
+    min_side: float | None = None
+    min_diagonal: float | None = None
     # As in Prophesee's protocol: frames without a box after the filters are not scored.
     skip_empty_frames: bool = True
     confusion_threshold: float = 0.3  # lowest score of detections in the confusion matrix
@@ -426,6 +428,13 @@ class EvaluationConfig:
             require(
                 all(low < high for low, high in pairwise([0.0, *edges])),
                 f"evaluation.{name} is {edges}; give edges above 0 in ascending order",
+            )
+        for name in ("min_side", "min_diagonal"):
+            size = getattr(self, name)
+            require(
+                size is None or size >= 0,
+                f"evaluation.{name} is {size}; give pixels of the stored frames, 0 for boxes of "
+                "any size, or null for the dataset's",
             )
         require(
             0 <= self.confusion_threshold < 1,

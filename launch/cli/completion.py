@@ -12,6 +12,7 @@ from typing import NamedTuple
 from evspan.launch.cli.command import Parser
 from evspan.launch.cli.config_keys import COMMANDS as CONFIG_COMMANDS
 from evspan.launch.cli.config_keys import choices_of, keys_of, values_of
+from evspan.launch.cli.evaluate import JSON_OPTION
 from evspan.launch.cli.grammar import CONFIG_FLAGS, CONFIG_VALUE_OPTIONS, SUBCOMMANDS
 from evspan.launch.cli.main import COMMANDS, options_of
 
@@ -178,7 +179,10 @@ def _completions() -> Iterator[Completion]:
 def _config_completions(command: str) -> Iterator[Completion]:
     keys = keys_of(command)
     groups = choices_of(command)
-    yield Completion("options", command, "", sorted(CONFIG_FLAGS | CONFIG_VALUE_OPTIONS))
+    words = CONFIG_FLAGS | CONFIG_VALUE_OPTIONS
+    if command == "evaluate":
+        words |= {JSON_OPTION}
+    yield Completion("options", command, "", sorted(words))
     yield Completion("keys", command, "", [f"{name}=" for name in sorted({*keys, *groups})])
     for key, type_ in keys.items():
         values = values_of(type_)

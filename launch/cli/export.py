@@ -5,6 +5,7 @@ from pathlib import Path
 
 from evspan.conf.errors import UserError
 from evspan.launch.cli.command import Parser, reported_errors
+from evspan.launch.cli.existing_files import add_overwrite_option, require_new
 from evspan.launch.output_streams import drop_lost_output
 from evspan.pipeline.inference.options import ExportOptions
 
@@ -30,10 +31,11 @@ EXAMPLES = """examples:
   evspan export weights.safetensors tiny.pt2 --height 240 --width 320 --batch 4"""
 
 
-def export(options: ExportOptions) -> None:
+def export(options: ExportOptions, *, overwrite: bool) -> None:
     """Checks the options, exports, and prints what was written."""
     check_size(options)
     check_output(options.output)
+    require_new([options.output], overwrite=overwrite)
     from evspan.pipeline.inference.export import export_detector
 
     summary = export_detector(options)
@@ -112,15 +114,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch", type=int, default=1, metavar="B", help="recordings side by side (default: 1)"
     )
+    add_overwrite_option(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    options = ExportOptions(**vars(_parser().parse_args(argv)))
+    args = vars(_parser().parse_args(argv))
+    overwrite = args.pop("overwrite")
+    options = ExportOptions(**args)
     drop_lost_output()
     with reported_errors():
-        export(options)
+        export(options, overwrite=overwrite)
 
 
 if __name__ == "__main__":

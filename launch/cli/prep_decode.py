@@ -9,6 +9,7 @@ from evspan.data_prep.recordings.h5 import Compression, H5Writer
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.shards.atomic import atomic_write
 from evspan.launch.cli.command import Parser
+from evspan.launch.cli.existing_files import add_overwrite_option, require_new
 from evspan.launch.cli.prep_info import dropped_summary
 from evspan.launch.output_streams import drop_lost_output
 
@@ -20,6 +21,7 @@ class Options:
     recording: Path
     out: Path
     compression: Compression
+    overwrite: bool
 
 
 def _parse(argv: Sequence[str]) -> Options:
@@ -37,8 +39,9 @@ def _parse(argv: Sequence[str]) -> Options:
         help="gzip: every HDF5 library reads it (default); lz4: faster to read and write, and "
         "larger; its readers need hdf5plugin",
     )
+    add_overwrite_option(parser)
     args = parser.parse_args(argv)
-    return Options(args.recording, args.out, Compression[args.compression])
+    return Options(args.recording, args.out, Compression[args.compression], args.overwrite)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
     recording = open_recording(options.recording)
     if options.out.exists() and options.out.samefile(options.recording):
         raise UserError(f"{options.out} is the recording itself; name another file")
+    require_new([options.out], overwrite=options.overwrite)
     with (
         atomic_write(options.out) as temporary,
         H5Writer(

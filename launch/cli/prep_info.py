@@ -1,9 +1,11 @@
 """`evspan prep info`: format, sensor, time span, counts and rate of a recording."""
 
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from evspan.data_prep.labels.box_files import find_boxes, read_boxes
@@ -45,41 +47,79 @@ def dropped_summary(dropped: Mapping[str, int]) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _parse(argv: Sequence[str]) -> Path:
-    """The recording."""
+def information(path: Path) -> dict[str, Any]:
+    """What a recording contains, as JSON values.
+
+    Raises:
+        UserError: the recording cannot be read.
+    """
+    recording = open_recording(path)
+    statistics = event_statistics(recording)
+    boxes = find_boxes(path)
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "format": recording.format,
+        "width": recording.width,
+        "height": recording.height,
+        "size_is_assumed": recording.size_is_assumed,
+        "events": recording.events,
+        "dropped": {reason: n for reason, n in recording.dropped.items() if n},
+        "first_us": recording.first_us if recording.events else None,
+        "last_us": recording.last_us if recording.events else None,
+        "brighter": statistics.brighter,
+        "busiest_10ms": statistics.busiest,
+        "boxes_file": boxes.name if boxes else None,
+        "boxes": int(read_boxes(boxes).size) if boxes else 0,
+        "warnings": list(recording.warnings().values()),
+    }
+
+
+def _lines(info: dict[str, Any]) -> Iterator[str]:
+    yield f"file      {info['file']} ({info['bytes'] / 1e6:.1f} MB)"
+    yield f"format    {info['format']}"
+    assumed = " (assumed: the file does not state it)" if info["size_is_assumed"] else ""
+    yield f"sensor    {info['width']} x {info['height']}{assumed}"
+    yield f"events    {info['events']}{dropped_summary(info['dropped'])}"
+    if info["events"]:
+        span_s = (info["last_us"] - info["first_us"]) / 1e6
+        rate = info["events"] / max(span_s, 1e-6) / 1e6
+        busiest = info["busiest_10ms"] / SLICE_US
+        yield f"time      {info['first_us']} to {info['last_us']} us, {span_s:.3f} s"
+        yield (f"rate      {rate:.2f} M events/s on average, {busiest:.2f} in the busiest 10 ms")
+        yield f"brighter  {info['brighter'] / info['events']:.1%}"
+    if info["boxes_file"]:
+        yield f"boxes     {info['boxes']} in {info['boxes_file']}"
+    else:
+        yield "boxes     none next to it"
+    for text in info["warnings"]:
+        yield f"warning   {text}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command."""
+
+    recording: Path
+    json: bool
+
+
+def _parse(argv: Sequence[str]) -> Options:
     parser = Parser(
         "evspan prep info",
         description="Prints what a recording contains.",
         epilog="example: evspan prep info drive.raw",
     )
     parser.add_argument("recording", type=Path)
-    recording: Path = parser.parse_args(argv).recording
-    return recording
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    return Options(**vars(parser.parse_args(argv)))
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
-    path = _parse(argv)
-    recording = open_recording(path)
-    statistics = event_statistics(recording)
-    print(f"file      {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    print(f"format    {recording.format}")
-    assumed = " (assumed: the file does not state it)" if recording.size_is_assumed else ""
-    print(f"sensor    {recording.width} x {recording.height}{assumed}")
-    print(f"events    {recording.events}{dropped_summary(recording.dropped)}")
-    if recording.events:
-        span_s = (recording.last_us - recording.first_us) / 1e6
-        rate = recording.events / max(span_s, 1e-6) / 1e6
-        print(f"time      {recording.first_us} to {recording.last_us} us, {span_s:.3f} s")
-        print(
-            f"rate      {rate:.2f} M events/s on average, {statistics.busiest / SLICE_US:.2f} in "
-            "the busiest 10 ms"
-        )
-        print(f"brighter  {statistics.brighter / recording.events:.1%}")
-    boxes = find_boxes(path)
-    if boxes:
-        print(f"boxes     {read_boxes(boxes).size} in {boxes.name}")
+    options = _parse(argv)
+    info = information(options.recording)
+    if options.json:
+        print(json.dumps(info, indent=1))
     else:
-        print("boxes     none next to it")
-    for text in recording.warnings().values():
-        print(f"warning   {text}")
+        print("\n".join(_lines(info)))

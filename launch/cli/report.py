@@ -1,6 +1,7 @@
 """`evspan report`: the runs of a sweep by AP, as text, as HTML, and as TensorBoard's HParams."""
 
 import argparse
+import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,13 @@ from pathlib import Path
 from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.cli.status import states_note
 from evspan.launch.cli.table import format_table
-from evspan.launch.sweep.report.summary import SweepReport, highlights, result_rows, write_report
+from evspan.launch.sweep.report.summary import (
+    SweepReport,
+    highlights,
+    result_rows,
+    results_as_json,
+    write_report,
+)
 
 DEFAULT_TENSORBOARD = "http://localhost:6006"
 DESCRIPTION = """Ranks the runs of a sweep by the AP of their newest evaluation and writes three
@@ -18,6 +25,7 @@ overrides that differ, AP, AP50, AP of small objects and the last loss. Later re
 earlier ones."""
 EXAMPLES = """examples:
   evspan report sweeps/lr
+  evspan report sweeps/lr --json | jq '.runs[0].metrics'
   evspan report sweeps/lr --tensorboard http://login1:6006"""
 
 
@@ -27,6 +35,7 @@ class ReportOptions:
 
     path: Path
     tensorboard_url: str
+    json: bool
 
 
 def parse_options(argv: list[str] | None) -> ReportOptions:
@@ -44,8 +53,9 @@ def parse_options(argv: list[str] | None) -> ReportOptions:
         metavar="URL",
         help=f"address of the page's links to TensorBoard (default: {DEFAULT_TENSORBOARD})",
     )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args(argv)
-    return ReportOptions(args.path, args.tensorboard)
+    return ReportOptions(args.path, args.tensorboard, args.json)
 
 
 def report(options: ReportOptions) -> None:
@@ -55,6 +65,9 @@ def report(options: ReportOptions) -> None:
         UserError: there is no run, or the address is not one of http or https.
     """
     sweep_report = write_report(options.path, options.tensorboard_url)
+    if options.json:
+        print(json.dumps(results_as_json(sweep_report), indent=1))
+        return
     print("\n".join(report_lines(sweep_report)))
     logdir = shlex.quote(str(options.path))
     print(f"{sweep_report.page}; HParams: tensorboard --logdir {logdir}")

@@ -36,6 +36,7 @@ def evaluate_rank(config: EvaluateConfig) -> None:
         write_results,
     )
     from evspan.pipeline.evaluation.breakdown import breakdown
+    from evspan.pipeline.evaluation.protocol import protocol_line
     from evspan.pipeline.inference.streaming import labelled
     from evspan.pipeline.parallel.world import open_world
     from evspan.pipeline.run_lock import results_lock
@@ -45,27 +46,30 @@ def evaluate_rank(config: EvaluateConfig) -> None:
         weights = load_same_weights(
             config.checkpoint, world.rank, raw=config.weights is WeightsKind.raw
         )
-        metrics, results, data = evaluate_weights(weights, config.dataset, config.evaluation, world)
+        metrics, results, data, protocol = evaluate_weights(
+            weights, config.dataset, config.evaluation, world
+        )
         if not world.is_main:
             return
-        parts = breakdown(labelled(results, data), data.classes, config.evaluation)
+        parts = breakdown(labelled(results, data), data.classes, protocol)
         summary = describe_evaluation(
             config.checkpoint,
             weights,
             config.dataset,
-            config.evaluation,
+            protocol,
             world.device,
-            frames=data.frames,
+            data=data,
         )
         summary["breakdown"] = parts.to_json()
-        write_results(output, metrics, results, data, config.evaluation, summary)
+        write_results(output, metrics, results, data, protocol, summary)
         logger.info(
-            "%s (step %s) on %s %s\nweights: %s\n%s\n\n%s\n\nwritten to %s",
+            "%s (step %s) on %s %s\nweights: %s\n%s\n\n%s\n\n%s\n\nwritten to %s",
             config.checkpoint,
             weights.step,
             config.dataset.root,
             config.evaluation.split,
             weights.kind,
+            protocol_line(protocol, data),
             metrics.table(),
             parts.table(),
             output,

@@ -249,6 +249,8 @@ class Dataset:
         frames: how the frames were made.
         height, width: of a frame, in pixels.
         classes: names of class 0, 1, ...
+        name: that it was prepared with.
+        min_side, min_diagonal: smaller boxes were left out; in pixels of the sensor.
     """
 
     recordings: list[RecordingData]
@@ -256,6 +258,9 @@ class Dataset:
     height: int
     width: int
     classes: list[str]
+    name: str = ""
+    min_side: float = 0.0
+    min_diagonal: float = 0.0
 
     @property
     def channels(self) -> int:
@@ -310,7 +315,18 @@ def _open_shards(root: Path, config: DatasetConfig, split: str) -> Dataset:
     files = _OpenFiles()
     keep_boxes = sum(entry.boxes for entry in entries) <= BOXES_IN_MEMORY
     recordings = [_shard_recording(root, entry, manifest, files, keep_boxes) for entry in entries]
-    return Dataset(recordings, frames, height, width, manifest.classes)
+    prepared = manifest.config.get("dataset", {})
+    labels = prepared.get("labels", {})
+    return Dataset(
+        recordings,
+        frames,
+        height,
+        width,
+        manifest.classes,
+        name=prepared.get("name", config.name),
+        min_side=labels.get("min_side", 0.0),
+        min_diagonal=labels.get("min_diagonal", 0.0),
+    )
 
 
 def _shard_recording(
@@ -397,7 +413,7 @@ def _open_rvt_tree(root: Path, config: DatasetConfig, split: str) -> Dataset:
         _, height, width = opened[0].shape
     files = _OpenFiles()
     recordings = [_rvt_recording(recording, files) for recording in opened]
-    return Dataset(recordings, frames, height, width, list(config.classes))
+    return Dataset(recordings, frames, height, width, list(config.classes), name=config.name)
 
 
 def _rvt_recording(opened: RvtRecording, files: _OpenFiles) -> RecordingData:

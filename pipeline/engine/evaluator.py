@@ -20,6 +20,7 @@ from evspan.pipeline.data.requirements import open_scored
 from evspan.pipeline.engine.signals import any_rank
 from evspan.pipeline.evaluation.coco import Metrics
 from evspan.pipeline.evaluation.frames import FRAMES, save_frames
+from evspan.pipeline.evaluation.protocol import protocol_name, protocol_of
 from evspan.pipeline.inference.gathered_results import gather_results
 from evspan.pipeline.inference.precision import run_precision
 from evspan.pipeline.inference.streaming import RecordingResult, evaluate_split, labelled, score
@@ -39,11 +40,15 @@ class EvaluationStoppedError(Exception):
 
 
 class Evaluation(NamedTuple):
-    """Metrics of a split, with the results of its recordings sorted by name."""
+    """Metrics of a split, with the results of its recordings sorted by name.
+
+    config: with the minimum sizes by which the results were scored.
+    """
 
     metrics: Metrics
     results: list[RecordingResult]
     data: Dataset
+    config: EvaluationConfig
 
 
 def evaluate_weights(
@@ -71,6 +76,7 @@ def evaluate_weights(
     """
     data = open_scored(dataset, config.split)
     check_dataset(weights, data)
+    config = protocol_of(config, data)
     if world.is_main:
         _warn_of_other_frames(weights, data, dataset.root)
     detector = detector_from(weights, device=world.device, precision=config.precision)
@@ -96,7 +102,7 @@ def evaluate_weights(
     results = gather_results(own_results)
     results.sort(key=lambda result: result.name)
     metrics = score(results, data, config).to_json() if world.is_main else {}
-    return Evaluation(Metrics(**broadcast_json(metrics)), results, data)
+    return Evaluation(Metrics(**broadcast_json(metrics)), results, data, config)
 
 
 def check_dataset(weights: Weights, data: Dataset) -> None:
@@ -153,7 +159,7 @@ def describe_evaluation(
     config: EvaluationConfig,
     device: torch.device,
     *,
-    frames: FrameConfig,
+    data: Dataset,
 ) -> dict[str, Any]:
     """The part of metrics.json that describes an evaluation, without its protocol.
 
@@ -161,8 +167,9 @@ def describe_evaluation(
     only the weights may differ, and the precision in which they were trained and ran.
 
     Args:
+        config: from `protocol_of`.
         device: that the detector ran on.
-        frames: those of the dataset.
+        data: the split.
     """
     prepared = _describe_dataset(dataset)
     settings = {
@@ -181,9 +188,10 @@ def describe_evaluation(
         "dataset": prepared["name"],
         "root": dataset.root,
         "config_hash": digest,
+        "protocol_name": protocol_name(config, data),
         "precision": run_precision(config.precision, weights.precision, device).name,
     }
-    different = other_frames(weights, frames)
+    different = other_frames(weights, data.frames)
     if different:
         description["other_frames"] = different
     return description
@@ -216,6 +224,7 @@ def write_results(
     `evspan evaluate compare`.
 
     Args:
+        config: from `protocol_of`.
         description: from `describe_evaluation`.
     """
     output.mkdir(parents=True, exist_ok=True)

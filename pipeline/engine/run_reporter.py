@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evspan.conf.schema.layout import chosen_exchange
-from evspan.conf.schema.training import TrainConfig
+from evspan.conf.schema.training import EvaluationConfig, TrainConfig
 from evspan.pipeline.data.datasets import Dataset
 from evspan.pipeline.engine.profiling import Profiler
 from evspan.pipeline.engine.resources import Resources, over_ranks
@@ -26,11 +26,15 @@ PROFILE_REQUEST = "profile"  # the number of steps to trace, among the metrics t
 
 
 class Evaluated(NamedTuple):
-    """One evaluation of a run: its metrics, and what they were computed from."""
+    """One evaluation of a run: its metrics, and what they were computed from.
+
+    config: with the minimum sizes by which the results were scored.
+    """
 
     metrics: Metrics
     results: list[RecordingResult]
     data: Dataset
+    config: EvaluationConfig
     seconds: float
 
 
@@ -186,7 +190,7 @@ class RunReporter:
         metrics = evaluated.metrics
         scalars = {f"evaluation/{name}": v for name, v in metrics.scalars().items()}
         self.writer.write_scalars(scalars, step)
-        write_evaluation(self.writer, evaluated.results, evaluated.data, self.config, step)
+        write_evaluation(self.writer, evaluated.results, evaluated.data, evaluated.config, step)
         self.log(f"evaluation at step {step} ({evaluated.seconds:.0f} s)\n{metrics.table()}")
 
 

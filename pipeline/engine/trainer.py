@@ -649,7 +649,7 @@ class Trainer:
         # generators must not depend on it.
         generators = generator_states()
         weights = self._weights()
-        metrics, results, data = evaluate_weights(
+        metrics, results, data, protocol = evaluate_weights(
             weights,
             self.config.dataset,
             self.config.evaluation,
@@ -659,21 +659,23 @@ class Trainer:
         restore_generators(generators)
         if self.world.is_main:
             seconds = time.perf_counter() - started
-            self.reporter.evaluation(Evaluated(metrics, results, data, seconds), self.step)
+            self.reporter.evaluation(
+                Evaluated(metrics, results, data, protocol, seconds), self.step
+            )
             description = describe_evaluation(
                 str(self.run_dir),
                 weights,
                 self.config.dataset,
-                self.config.evaluation,
+                protocol,
                 self.world.device,
-                frames=data.frames,
+                data=data,
             )
             write_results(
                 self.run_dir / "evaluation",
                 metrics,
                 results,
                 data,
-                self.config.evaluation,
+                protocol,
                 description,
             )
             self.checkpoints.record(self.step, {**metrics.to_json(), **description})

@@ -110,6 +110,9 @@ def scored(
 ) -> tuple[LabelledFrames, NDArray[np.bool_]]:
     """Applies the filters of the protocol, the same to boxes and detections.
 
+    Args:
+        config: from `protocol_of`.
+
     Returns:
         The frames that are scored, and which boxes (M,) are among them.
     """
@@ -123,9 +126,9 @@ def scored(
 
 
 def _large_enough(w: NDArray[Any], h: NDArray[Any], config: EvaluationConfig) -> NDArray[np.bool_]:
-    """(n,) for widths and heights (n,) in pixels."""
-    is_side_long = np.minimum(w, h) >= config.min_side
-    is_diagonal_long = np.hypot(w, h) >= config.min_diagonal
+    """(n,) for widths and heights (n,) in pixels. A minimum of None is none."""
+    is_side_long = np.minimum(w, h) >= (config.min_side or 0)
+    is_diagonal_long = np.hypot(w, h) >= (config.min_diagonal or 0)
     result: NDArray[np.bool_] = is_side_long & is_diagonal_long
     return result
 

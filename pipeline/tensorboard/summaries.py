@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from evspan.conf.schema.training import TrainConfig
+from evspan.conf.schema.training import EvaluationConfig, TrainConfig
 from evspan.pipeline.data.batch import Batch
 from evspan.pipeline.data.datasets import Dataset
 from evspan.pipeline.evaluation.frames import scored
@@ -58,13 +58,17 @@ def write_evaluation(
     writer: TensorBoardWriter,
     results: list[RecordingResult],
     data: Dataset,
-    config: TrainConfig,
+    config: EvaluationConfig,
     step: int,
 ) -> None:
-    """Writes detections on frames, and a precision-recall curve per class."""
+    """Writes detections on frames, and a precision-recall curve per class.
+
+    Args:
+        config: from `protocol_of`.
+    """
     image = evaluation_image(results, data)
     if image is not None:
         writer.write_image("evaluation/boxes_green_detections_orange", image, step)
-    frames, *_ = scored(labelled(results, data), config.evaluation)
+    frames, *_ = scored(labelled(results, data), config)
     for name, curve in pr_curves(frames, data.classes).items():
         writer.write_pr_curve(f"evaluation/pr_at_iou_0.50/{name}", curve, step)

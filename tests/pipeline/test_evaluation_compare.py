@@ -238,7 +238,7 @@ def some(folder, truth, **config):
     [
         (
             lambda b, truth: some(b, truth, min_side=20.0),
-            "scored by other rules: min_side is 0.0 and 20.0",
+            "scored by other rules: min_side is None and 20.0",
         ),
         (lambda b, truth: some(b, truth[:5]), "1 are in one alone (r5)"),
         (lambda b, truth: some(b, [frames[::-1] for frames in truth]), "other frames or boxes"),

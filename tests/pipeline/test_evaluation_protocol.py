@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evspan.conf.schema.prep import DatasetConfig, FrameMode, frame_config
+from evspan.conf.schema.prep import DatasetConfig, FrameConfig, FrameMode, frame_config
 from evspan.conf.schema.training import (
     BackboneConfig,
     EvaluationConfig,
@@ -21,11 +21,19 @@ from evspan.conf.schema.training import (
 from evspan.data_prep.labels.box_files import read_boxes
 from evspan.data_prep.prepare import prepare
 from evspan.data_prep.shards.format import load_manifest
+from evspan.data_prep.shards.manifest_check import hash_config
 from evspan.data_prep.simulator import CLASSES, SimulatorConfig, simulate
-from evspan.pipeline.data.datasets import open_dataset
+from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.engine.evaluator import describe_evaluation, evaluate_weights, write_results
 from evspan.pipeline.evaluation.breakdown import breakdown
 from evspan.pipeline.evaluation.frames import FRAMES, load_frames
+from evspan.pipeline.evaluation.protocol import (
+    COCO,
+    PROPHESEE,
+    protocol_line,
+    protocol_name,
+    protocol_of,
+)
 from evspan.pipeline.inference.streaming import RecordingResult, labelled, score
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.weights import Weights, load_weights, save_weights
@@ -253,13 +261,14 @@ def test_other_frames_than_the_weights_are_reported(weights_and_shards, caplog):
     weights = replace(weights, frames=replace(weights.frames, window_ms=20, cutoff=3))
     dataset = DatasetConfig(root=str(shards))
     config = EvaluationConfig(skip_first_ms=0)
-    frames = open_dataset(dataset, "val").frames
+    data = open_dataset(dataset, "val")
+    frames = data.frames
     with open_one_rank() as world:
         evaluate_weights(weights, dataset, config, world)
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert f"frames.window_ms={frames.window_ms} (weights: 20)" in caplog.messages[0]
         assert f"frames.cutoff={frames.cutoff} (weights: 3)" in caplog.messages[0]
-        summary = describe_evaluation("w", weights, dataset, config, world.device, frames=frames)
+        summary = describe_evaluation("w", weights, dataset, config, world.device, data=data)
         assert summary["other_frames"] == {
             "window_ms": [20, frames.window_ms],
             "cutoff": [3, frames.cutoff],
@@ -299,3 +308,53 @@ def test_ranks_score_as_one_does(weights_and_shards, tmp_path):
     assert result["breakdown"]["confusion"]["score_threshold"] == 0.3
     assert len(result["config_hash"]) == 16
     assert result["breakdown"]["per_recording"]["val_001"]["frames"] == 11
+
+
+# -- names and minimum sizes -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("dataset", "frame_hw", "downsample", "expected"),
+    [
+        # name, min_side and min_diagonal of prep -> those of the evaluation, and its name
+        (("gen4", 20, 60), (360, 640), 2, (10, 30, PROPHESEE)),
+        (("gen4", 20, 60), (720, 1280), 1, (20, 60, PROPHESEE)),
+        (("gen4_rvt", 5, 0), (360, 640), 2, (10, 30, PROPHESEE)),
+        (("rvt_tree", 0, 0), (360, 640), 2, (10, 30, PROPHESEE)),
+        (("rvt_tree", 0, 0), (240, 304), 1, (10, 30, PROPHESEE)),
+        (("own", 14, 0), (360, 640), 2, (7, 0, COCO)),
+        (("simulated", 0, 0), (180, 320), 4, (0, 0, COCO)),
+        (("gen4", 20, 60), (100, 100), 2, (10, 30, COCO)),  # of another sensor
+    ],
+)
+def test_the_minimum_sizes_follow_the_dataset(dataset, frame_hw, downsample, expected):
+    name, min_side, min_diagonal = dataset
+    height, width = frame_hw
+    data = Dataset(
+        [],
+        FrameConfig(downsample=downsample),
+        height,
+        width,
+        CLASSES,
+        name=name,
+        min_side=min_side,
+        min_diagonal=min_diagonal,
+    )
+    protocol = protocol_of(EvaluationConfig(), data)
+    assert (protocol.min_side, protocol.min_diagonal) == expected[:2]
+    assert protocol_name(protocol, data) == expected[2]
+    assert protocol_line(protocol, data).startswith(expected[2])
+    given = protocol_of(EvaluationConfig(min_side=3.0), data)
+    assert (given.min_side, given.min_diagonal) == (3.0, expected[1])
+    assert protocol_name(given, data) == COCO
+    later = protocol_of(EvaluationConfig(skip_first_ms=0), data)
+    assert protocol_name(later, data) == COCO
+
+
+def test_prepared_minimum_sizes_are_read_from_the_shards(tmp_path):
+    shards = write_small_shards(tmp_path, {"val": [3]})
+    manifest = json.loads((shards / "manifest.json").read_text())
+    manifest["config"]["dataset"]["labels"] |= {"min_side": 6.0, "min_diagonal": 9.0}
+    manifest["config_hash"] = hash_config(manifest["config"])
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    data = open_dataset(DatasetConfig(root=str(shards)), "val")
+    assert (data.min_side, data.min_diagonal) == (6.0, 9.0)
+    assert data.name == manifest["config"]["dataset"]["name"]

@@ -1,8 +1,9 @@
 """Writes the report of a sweep: report.html, TensorBoard's HParams, and a table as text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from evspan.conf.errors import UserError
 from evspan.launch.sweep.registry import (
@@ -16,6 +17,7 @@ from evspan.launch.sweep.report.hparams import write_sweep_hparams
 from evspan.launch.sweep.report.html import write_page
 from evspan.launch.sweep.report.results import METRIC_NAMES, RunResult, read_results
 from evspan.launch.sweep.state import State, number
+from evspan.launch.sweep.status import as_json
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,26 @@ def write_report(path: Path, tensorboard_url: str) -> SweepReport:
     write_sweep_hparams(results, keys)
     page = write_page(path, results, keys, tensorboard_url)
     return SweepReport(results, keys, note, page)
+
+
+def results_as_json(sweep_report: SweepReport) -> dict[str, Any]:
+    """The report as `evspan report --json` prints it."""
+    return {
+        "page": str(sweep_report.page),
+        "note": sweep_report.note,
+        "runs": [_result_as_json(result) for result in sweep_report.results],
+    }
+
+
+def _result_as_json(result: RunResult) -> dict[str, Any]:
+    best = None if result.best is None else result.best._asdict()
+    return {
+        **as_json(result.run),
+        "problem": result.problem,
+        "metrics": result.metrics(),
+        "best": best,
+        "requeue_cost": asdict(result.cost),
+    }
 
 
 def result_rows(results: Sequence[RunResult], keys: Sequence[str]) -> list[list[str]]:
