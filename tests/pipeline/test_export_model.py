@@ -250,9 +250,9 @@ def test_a_file_that_differs_is_not_kept(exported, tmp_path, capsys):
     weights.tensors["yolox_head.obj_preds.0.bias"][0] = float("nan")
     save_weights(tmp_path / "nan.safetensors", weights)
     (tmp_path / "out.pt2").write_text("the one before")
-    message = refused(
-        capsys, tmp_path / "nan.safetensors", tmp_path / "out.pt2", "--height", 64, "--width", 64
-    )
+    command = [tmp_path / "nan.safetensors", tmp_path / "out.pt2", "--height", 64, "--width", 64]
+    assert "exists already. Give --overwrite" in refused(capsys, *command)
+    message = refused(capsys, *command, "--overwrite")
     assert "scores nan" in message
     assert "Export weights whose values are all finite" in message
     assert (tmp_path / "out.pt2").read_text() == "the one before"
