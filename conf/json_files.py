@@ -19,13 +19,18 @@ class JsonFileError(UserError):
 
 
 def read_json(
-    path: str | Path, *, most_bytes: int = MOST_BYTES, most_depth: int = MOST_DEPTH
+    path: str | Path,
+    *,
+    most_bytes: int = MOST_BYTES,
+    most_depth: int = MOST_DEPTH,
+    most_values: int = MOST_VALUES,
 ) -> Any:
     """Reads a file that contains one JSON value, in UTF-8.
 
     Args:
         most_bytes: limit of the file's size; a larger file is not read.
         most_depth: limit of the nesting of arrays and objects.
+        most_values: limit of the number of values, which take memory.
 
     Raises:
         JsonFileError: the contents are not such a value, or no regular file is there.
@@ -39,7 +44,7 @@ def read_json(
     if len(data) > most_bytes:
         size = max(os.stat(path).st_size, len(data))
         raise JsonFileError(f"{path} is too large: {size} bytes, at most {most_bytes} are read")
-    return parse_json(data, str(path), most_depth=most_depth)
+    return parse_json(data, str(path), most_depth=most_depth, most_values=most_values)
 
 
 def read_json_object(
@@ -55,7 +60,13 @@ def read_json_object(
     return _require_object(value, str(path))
 
 
-def parse_json(data: bytes | str, place: str, *, most_depth: int = MOST_DEPTH) -> Any:
+def parse_json(
+    data: bytes | str,
+    place: str,
+    *,
+    most_depth: int = MOST_DEPTH,
+    most_values: int = MOST_VALUES,
+) -> Any:
     """Parses one JSON value whose size the caller has limited.
 
     Args:
@@ -66,8 +77,8 @@ def parse_json(data: bytes | str, place: str, *, most_depth: int = MOST_DEPTH) -
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        if _num_values(text) > MOST_VALUES:
-            raise JsonFileError(f"{place} has more than {MOST_VALUES} values")
+        if _num_values(text) > most_values:
+            raise JsonFileError(f"{place} has more than {most_values} values")
         value = json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
         raise JsonFileError(f"{place} is nested too deeply, at most {most_depth} levels") from None

@@ -31,6 +31,10 @@ COMMANDS = {
         "evspan.launch.cli.prep:main",
         "recordings -> shards of frames; decode, look at and draw recordings",
     ),
+    "labels": Command(
+        "evspan.launch.cli.labels:main",
+        "labels of COCO, YOLO, VOC, CVAT, CSV and MOT in and out",
+    ),
     "train": Command("evspan.launch.cli.train:main", "shards -> a trained detector"),
     "submit": Command(
         "evspan.launch.cli.submit:main",

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 from evspan.conf.quoting import has_several_values
-from evspan.launch.cli import grammar, prep
+from evspan.launch.cli import grammar, labels, prep
 from evspan.launch.cli.command import parser_of
 from evspan.launch.cli.config_arguments import parse_config_arguments
 from evspan.launch.cli.config_keys import COMMANDS as CONFIG_COMMANDS
@@ -187,6 +187,7 @@ def test_values_of_a_sweep_are_recognised(value, several):
 
 def test_the_tables_name_the_subcommands_and_keys_that_exist():
     assert set(grammar.SUBCOMMANDS["prep"]) == set(prep.TOOLS)
+    assert set(grammar.SUBCOMMANDS["labels"]) == set(labels.TOOLS)
     for command, names in grammar.POSITIONAL_KEYS.items():
         assert set(names) <= set(keys_of(command))
     assert set(grammar.TAKE_CHECKPOINT) <= set(COMMANDS)
@@ -247,7 +248,7 @@ def test_examples_of_the_help_are_accepted(command, capsys):
         if words[0] in CONFIG_COMMANDS and words[1] not in grammar.SUBCOMMANDS.get(words[0], ()):
             check_overrides(words[0], words[1:])
         else:
-            subcommand = words[1:2] if words[0] in CONFIG_COMMANDS else []
+            subcommand = words[1:2] if words[0] in grammar.SUBCOMMANDS else []
             parser = parser_of(COMMANDS[words[0]].load(), subcommand)
             parser.parse_args(words[1 + len(subcommand) :])
 

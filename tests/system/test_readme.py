@@ -1,5 +1,6 @@
 """The commands of the READMEs: each one runs, or is composed and checked where it would train for hours or needs a cluster."""
 
+import json
 import re
 import shlex
 import shutil
@@ -102,6 +103,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     simulate(folder / "drive_td.dat", seconds=0.3, seed=4, config=SENSOR)
     for name in ("drive.raw", "recording.raw"):
         shutil.copy(folder / "drive_td.raw", folder / name)
+    _label(folder)
     for output, name in {
         "shards": "simulated",
         "gen4_shards": "gen4",
@@ -122,6 +124,16 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_rvt_tree(folder / "gen4_tree", {"a": 4}, split)
     publish(folder / "rvt-t.ckpt", random_tensors(model_of("tiny", 3)))
     return folder
+
+
+def _label(folder: Path) -> None:
+    """Labels as a labelling tool saves them, of the images that `evspan labels export` names."""
+    content = {
+        "images": [{"id": 1, "file_name": "drive_000000100000us.png", "width": 320, "height": 240}],
+        "categories": [{"id": 1, "name": "car"}, {"id": 2, "name": "person"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 2, "bbox": [40, 50, 60, 30]}],
+    }
+    (folder / "annotations.json").write_text(json.dumps(content))
 
 
 def _train(folder: Path) -> None:

@@ -1,0 +1,80 @@
+"""Names of frame images: the recording, and the time in microseconds or the number of the frame.
+
+Evspan names a frame `drive_000000050000us.png`: the recording, and the end of the frame's window
+on the recording's clock. What labelling tools add to names is removed.
+"""
+
+import re
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+TIME = re.compile(r"(?:^|[_-])(\d{1,18})us(?![A-Za-z0-9])")
+INDEX = re.compile(r"(?:frame)?[_\-. ]?(\d{1,15})$", re.IGNORECASE)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+LABEL_STUDIO = re.compile(r"^[0-9a-f]{8}-")
+ROBOFLOW = re.compile(r"[_.](?:png|jpe?g|bmp)\.rf\.[0-9A-Za-z]+$")
+# Folders that labelling tools make; any other one names the recording of its images.
+FOLDERS = {
+    "annotations",
+    "data",
+    "default",
+    "frames",
+    "images",
+    "img1",
+    "jpegimages",
+    "labels",
+    "obj_test_data",
+    "obj_train_data",
+    "obj_valid_data",
+    "test",
+    "train",
+    "val",
+    "valid",
+    "",
+}
+
+
+class FrameName(NamedTuple):
+    """What the name of an image contains. recording: empty if it is not named."""
+
+    recording: str
+    time_us: int | None = None
+    frame: int | None = None
+
+
+def frame_file(recording: str, time_us: int) -> str:
+    """The name of a frame's image, which `parse_frame_name` reads."""
+    return f"{recording}_{time_us:012d}us.png"
+
+
+def image_stem(name: str) -> str:
+    """The name without folders, the suffix of an image and what labelling tools added."""
+    stem = PurePosixPath(name.replace("\\", "/")).name
+    for suffix in IMAGE_SUFFIXES:
+        if stem.lower().endswith(suffix):
+            stem = stem[: -len(suffix)]
+            break
+    return ROBOFLOW.sub("", stem)
+
+
+def parse_frame_name(name: str) -> FrameName:
+    """Reads the recording, and the time or the number of the frame, from an image's name."""
+    stem = image_stem(name)
+    if LABEL_STUDIO.match(stem):
+        stem = stem[9:]
+    times = list(TIME.finditer(stem))
+    if times:
+        recording = stem[: times[-1].start()]
+        return FrameName(recording or _folder(name), time_us=int(times[-1][1]))
+    if match := INDEX.search(stem):
+        recording = stem[: match.start()].rstrip("_-. ")
+        return FrameName(recording or _folder(name), frame=int(match[1]))
+    return FrameName(stem)
+
+
+def _folder(name: str) -> str:
+    """The folder of the image where it can name a recording."""
+    folder = PurePosixPath(name.replace("\\", "/")).parent.name
+    if folder.lower() in FOLDERS or folder in (".", ".."):
+        return ""
+    return folder
