@@ -1,9 +1,13 @@
-"""Box files: `X_bbox.npy` next to the recording `X_td.*`, in Prophesee's layout."""
+"""Box files: `X_bbox.npy` next to the recording `X_td.*`, in Prophesee's layout.
+
+A row whose optional boolean field `ignore` is true is an ignore region: something may be there, and
+nothing is learned or scored in it. Its class does not matter.
+"""
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from evspan.conf.errors import BoxesError
@@ -33,8 +37,11 @@ MAGIC = b"\x93NUMPY"  # first bytes of an .npy file
 ZIP = "is a ZIP archive"
 LONGEST_CAUSE = 200  # characters of numpy's message, which may repeat the file's header
 NO_TRACK = 2**32 - 1  # track_id of a box without a track; -1 in files of signed numbers
+IGNORE = "ignore"  # optional boolean field: the row is an ignore region
+NO_CLASS = 2**32 - 1  # class_id of an ignore region
 OPTIONAL = {"track_id": 0, "class_confidence": 1.0}
 REQUIRED = tuple(name for name in FIELDS if name not in OPTIONAL)
+RAW_LABEL = np.dtype([*RAW_BOX.descr, (IGNORE, "?")])  # of a file with ignore regions
 BOXES_ENDING = "_bbox.npy"
 RECORDING_ENDINGS = (
     "_td.dat.h5",
@@ -47,6 +54,24 @@ RECORDING_ENDINGS = (
     ".h5",
     ".hdf5",
 )
+
+
+class LabelRows(NamedTuple):
+    """The rows of a box file, each sorted by time.
+
+    boxes: (N,) RAW_BOX. regions: (R,) RAW_BOX, the ignore regions, of class NO_CLASS.
+    """
+
+    boxes: BoxArray
+    regions: BoxArray
+
+    @property
+    def times(self) -> NDArray[np.int64]:
+        """(N + R,) the times of all rows in microseconds, sorted."""
+        times: NDArray[np.int64] = self.boxes["t"]
+        if not self.regions.size:
+            return times
+        return np.sort(np.concatenate((times, self.regions["t"])), kind="stable")
 
 
 def recording_name(path: Path) -> str:
@@ -103,6 +128,17 @@ def empty_boxes() -> BoxArray:
 def read_boxes(
     path: str | Path, *, time_unit: TimeUnit = TimeUnit.us, offset_us: int = 0
 ) -> BoxArray:
+    """Reads the boxes of a box file, without its ignore regions; as `read_labels`.
+
+    Returns:
+        (N,) RAW_BOX, sorted by time; boxes of one time in the order of the file.
+    """
+    return read_labels(path, time_unit=time_unit, offset_us=offset_us).boxes
+
+
+def read_labels(
+    path: str | Path, *, time_unit: TimeUnit = TimeUnit.us, offset_us: int = 0
+) -> LabelRows:
     """Reads a box file.
 
     Fields may come in any order, `ts` instead of t and `confidence` instead of class_confidence.
@@ -114,26 +150,15 @@ def read_boxes(
         offset_us: is added to the times; the sums may be negative.
 
     Returns:
-        (N,) RAW_BOX, sorted by time; boxes of one time in the order of the file.
+        Boxes and ignore regions; rows of one time are in the order of the file.
 
     Raises:
         BoxesError: the file is no structured array, lacks a field, or has values that do not fit.
         OSError: the file cannot be read now.
     """
     raw = read_array(path)
-    present = raw.dtype.names or ()
-    in_file = {}
-    for name in FIELDS:
-        source = name if name in present else OLDER_NAMES.get(name, name)
-        if source in present:
-            in_file[name] = source
-    missing = [name for name in REQUIRED if name not in in_file]
-    if missing:
-        fields = "field" if len(missing) == 1 else "fields"
-        raise BoxesError(
-            f"{path} lacks the {fields} {', '.join(missing)}; it has {', '.join(present)}. Boxes "
-            f"need {', '.join(REQUIRED)}"
-        )
+    in_file = _present_fields(path, raw.dtype.names or ())
+    ignored = _ignored(path, raw)
     boxes = np.zeros(raw.size, RAW_BOX)
     for name, default in OPTIONAL.items():
         boxes[name] = default
@@ -145,9 +170,34 @@ def read_boxes(
             boxes[name] = _tracks(raw[source])
         elif name == "class_confidence":
             boxes[name] = np.where(np.isfinite(raw[source]), raw[source], OPTIONAL[name])
+        elif name == "class_id":
+            boxes[name] = NO_CLASS
+            boxes[name][~ignored] = _values(path, raw[source][~ignored], source, RAW_BOX[name])
         else:
             boxes[name] = _values(path, raw[source], source, RAW_BOX[name])
-    return boxes[np.argsort(boxes["t"], kind="stable")]
+    order = np.argsort(boxes["t"], kind="stable")
+    boxes = boxes[order]
+    if not ignored.any():
+        return LabelRows(boxes, empty_boxes())
+    ignored = ignored[order]
+    return LabelRows(boxes[~ignored], boxes[ignored])
+
+
+def _present_fields(path: str | Path, present: tuple[str, ...]) -> dict[str, str]:
+    """The name in the file of each of FIELDS that it has."""
+    in_file: dict[str, str] = {}
+    for name in FIELDS:
+        source = name if name in present else OLDER_NAMES.get(name, name)
+        if source in present:
+            in_file[name] = source
+    missing = [name for name in REQUIRED if name not in in_file]
+    if missing:
+        fields = "field" if len(missing) == 1 else "fields"
+        raise BoxesError(
+            f"{path} lacks the {fields} {', '.join(missing)}; it has {', '.join(present)}. Boxes "
+            f"need {', '.join(REQUIRED)}"
+        )
+    return in_file
 
 
 def read_array(path: str | Path) -> NDArray[np.void]:
@@ -207,6 +257,21 @@ def _read_npy(path: Path, file: BinaryIO, size: int) -> NDArray[np.void]:
 
 def _no_array(path: Path, problem: str) -> BoxesError:
     return BoxesError(f"{path} is no plain .npy array ({problem}). {FORM}")
+
+
+def _ignored(path: str | Path, raw: NDArray[np.void]) -> NDArray[np.bool_]:
+    """(N,) which rows are ignore regions."""
+    if IGNORE not in (raw.dtype.names or ()):
+        return np.zeros(raw.size, bool)
+    values = raw[IGNORE]
+    if values.ndim == 1 and values.dtype.kind in "biuf":
+        ignored: NDArray[np.bool_] = values != 0
+        if np.isin(values, (0, 1)).all():
+            return ignored
+    raise BoxesError(
+        f"{path}: field {IGNORE!r} holds {values.dtype} of shape {values.shape[1:]} with other "
+        "values than true and false; it marks the rows that are ignore regions"
+    )
 
 
 def _require_numbers(path: str | Path, values: NDArray[Any], name: str) -> None:
@@ -275,6 +340,19 @@ def _require_fit(
     )
 
 
-def write_boxes(path: str | Path, boxes: BoxArray) -> None:
-    """Writes a box file; fields are converted to RAW_BOX."""
-    np.save(path, boxes.astype(RAW_BOX))
+def write_boxes(path: str | Path, boxes: BoxArray, regions: BoxArray | None = None) -> None:
+    """Writes a box file; fields are converted to RAW_BOX.
+
+    Args:
+        regions: (R,) ignore regions; with any, the file has the field `ignore`, and its rows are
+            sorted by time.
+    """
+    if regions is None or not regions.size:
+        np.save(path, boxes.astype(RAW_BOX))
+        return
+    rows = np.zeros(boxes.size + regions.size, RAW_LABEL)
+    for name in FIELDS:
+        rows[name] = np.concatenate((boxes[name], regions[name]))
+    rows["class_id"][boxes.size :] = NO_CLASS
+    rows[IGNORE][boxes.size :] = True
+    np.save(path, rows[np.argsort(rows["t"], kind="stable")])

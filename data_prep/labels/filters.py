@@ -47,6 +47,28 @@ def filter_boxes(
     return boxes, dropped
 
 
+def filter_regions(
+    regions: BoxArray, config: LabelConfig, *, height: int, width: int
+) -> tuple[BoxArray, int]:
+    """Cuts ignore regions at the sensor's border, where boxes are cut.
+
+    Filters of classes and sizes do not apply: a region has no class, and one of any size hides what
+    is in it.
+
+    Args:
+        regions: (R,) RAW_BOX, pixels of the sensor.
+        height, width: of the sensor, in pixels.
+
+    Returns:
+        (K,) RAW_BOX, K <= R, and the number of regions that lie outside.
+    """
+    if not config.crop:
+        return regions, 0
+    cut = crop(regions, height, width)
+    kept = cut[(cut["w"] > 0) & (cut["h"] > 0)]
+    return kept, regions.size - kept.size
+
+
 def crop(boxes: BoxArray, height: int, width: int) -> BoxArray:
     """Cuts boxes at the sensor's border, in float32 as RVT does.
 

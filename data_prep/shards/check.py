@@ -29,11 +29,12 @@ from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.recordings.sources import Source
 from evspan.data_prep.shards.atomic import file_xxh3
 from evspan.data_prep.shards.attributes import CONFIG, ENTRY, read_text
-from evspan.data_prep.shards.checksums import BOX_XXH3, first_changed
+from evspan.data_prep.shards.checksums import BOX_XXH3, IGNORE_XXH3, first_changed
 from evspan.data_prep.shards.format import (
-    COLUMNS,
+    IGNORE_CLASS,
     BoxArray,
     RecordingEntry,
+    columns_of,
     group_digests,
     parse_config,
     parse_entry,
@@ -131,6 +132,7 @@ def _verify_group(group: h5py.Group, task: Task) -> Verified:
             _attribute_problems(group, task.entry, task.config)
             or column_problems(group, structure, columns, task.entry)
             or _boxes(group["boxes"][:], columns, task.entry, task.config)
+            or _regions(group, columns, task.entry, task.config)
             or _checksums(group, columns, task.entry)
         )
     return Verified(problems) if problems else _frames(group, task)
@@ -166,24 +168,10 @@ def _boxes(
         boxes: (M,) BOX.
         columns: those that `column_problems` accepts.
     """
-    per_frame = np.diff(columns.box_start)
     classes = config["dataset"]["classes"]
-    sides = np.stack([boxes[side].astype(np.float64) for side in "xywh"], 1)
     class_id = boxes["class_id"]
-    wrong: dict[str, NDArray[np.bool_]] = {
-        "lie on frames that are not labelled": np.repeat(~columns.labelled, per_frame),
-        "have another time than the end of their frame": boxes["t_us"]
-        != np.repeat(columns.end_us, per_frame),
-        "have a class that the dataset lacks": (class_id < 0) | (class_id >= len(classes)),
-        "are not finite": np.logical_not(np.isfinite(sides).all(1)),
-    }
-    if config["dataset"]["labels"]["crop"]:
-        sensor_wh = np.array([entry.sensor_width, entry.sensor_height])
-        frame_wh = sensor_wh / config["frames"]["downsample"]
-        corner = sides[:, :2]
-        size = sides[:, 2:]
-        outside = (corner < 0) | (size <= 0) | (corner + size > frame_wh)
-        wrong["lie outside the frame"] = outside.any(1)
+    wrong = {"have a class that the dataset lacks": (class_id < 0) | (class_id >= len(classes))}
+    wrong |= _misplaced(boxes, columns.box_start, columns, entry, config)
     problems = [
         f"{np.count_nonzero(mask)} of {boxes.size} boxes {what}"
         for what, mask in wrong.items()
@@ -197,12 +185,66 @@ def _boxes(
     return []
 
 
+def _regions(
+    group: h5py.Group, columns: RecordingColumns, entry: RecordingEntry, config: dict[str, Any]
+) -> list[str]:
+    """Ignore regions with a frame, class or place that none can have, or another checksum."""
+    if columns.ignore_start is None or columns.ignore_xxh3 is None:
+        return []
+    regions = group["ignore"][:]
+    wrong = {"have a class": regions["class_id"] != IGNORE_CLASS}
+    wrong |= _misplaced(regions, columns.ignore_start, columns, entry, config)
+    problems = [
+        f"{np.count_nonzero(mask)} of {regions.size} ignore regions {what}"
+        for what, mask in wrong.items()
+        if mask.any()
+    ]
+    changed = first_changed(regions, columns.ignore_start, columns.ignore_xxh3)
+    if changed >= 0 and not problems:
+        problems.append(
+            f"the ignore regions of frame {changed} do not have the checksum of {IGNORE_XXH3}"
+        )
+    return problems
+
+
+def _misplaced(
+    boxes: BoxArray,
+    start: NDArray[np.int64],
+    columns: RecordingColumns,
+    entry: RecordingEntry,
+    config: dict[str, Any],
+) -> dict[str, NDArray[np.bool_]]:
+    """(M,) which boxes have a frame or place that none can have, by what is wrong.
+
+    Args:
+        boxes: (M,) BOX.
+        start: (N + 1,) frame i has boxes[start[i]:start[i + 1]].
+    """
+    per_frame = np.diff(start)
+    sides = np.stack([boxes[side].astype(np.float64) for side in "xywh"], 1)
+    wrong: dict[str, NDArray[np.bool_]] = {
+        "lie on frames that are not labelled": np.repeat(~columns.labelled, per_frame),
+        "have another time than the end of their frame": boxes["t_us"]
+        != np.repeat(columns.end_us, per_frame),
+        "are not finite": np.logical_not(np.isfinite(sides).all(1)),
+    }
+    if config["dataset"]["labels"]["crop"]:
+        sensor_wh = np.array([entry.sensor_width, entry.sensor_height])
+        frame_wh = sensor_wh / config["frames"]["downsample"]
+        corner = sides[:, :2]
+        size = sides[:, 2:]
+        outside = (corner < 0) | (size <= 0) | (corner + size > frame_wh)
+        wrong["lie outside the frame"] = outside.any(1)
+    return wrong
+
+
 def _checksums(group: h5py.Group, columns: RecordingColumns, entry: RecordingEntry) -> list[str]:
     frames, whole = group_digests(group)
     if frames != entry.frames_xxh3:
         return [f"the frames have the checksum {frames} instead of {entry.frames_xxh3}"]
     if whole != entry.group_xxh3:
-        return [f"{', '.join(COLUMNS)} have the checksum {whole} instead of {entry.group_xxh3}"]
+        names = ", ".join(columns_of(group))
+        return [f"{names} have the checksum {whole} instead of {entry.group_xxh3}"]
     if columns.box_xxh3 is not None:
         changed = first_changed(group["boxes"][:], columns.box_start, columns.box_xxh3)
         if changed >= 0:

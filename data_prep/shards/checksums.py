@@ -2,6 +2,8 @@
 
     <recording>/frame_xxh3      (N,) uint64: of the code of each frame
     <recording>/box_xxh3        (N,) uint64: of the rows of `boxes` of each frame
+    <recording>/ignore_xxh3     (N,) uint64: of the rows of `ignore` of each frame; only where there
+                                are ignore regions
     <recording> attribute       index_xxh3: 16 hex digits, `index_digest`
 
 All are xxh3-64. Shards of earlier versions have none of them: they are read without.
@@ -18,7 +20,17 @@ from numpy.typing import NDArray
 FRAME_XXH3 = "frame_xxh3"
 BOX_XXH3 = "box_xxh3"
 INDEX_XXH3 = "index_xxh3"  # attribute
-INDEX_COLUMNS = ("frame_start", "end_us", "box_start", "labelled", FRAME_XXH3, BOX_XXH3)
+IGNORE_XXH3 = "ignore_xxh3"
+# Of a recording with ignore regions, after INDEX_COLUMNS.
+IGNORE_INDEX_COLUMNS = ("ignore_start", IGNORE_XXH3)
+INDEX_COLUMNS: tuple[str, ...] = (
+    "frame_start",
+    "end_us",
+    "box_start",
+    "labelled",
+    FRAME_XXH3,
+    BOX_XXH3,
+)
 
 
 class Prepared(Protocol):
@@ -74,15 +86,18 @@ def index_digest(entry: Prepared, channels: int, columns: Mapping[str, NDArray[A
     """The checksum of what training reads of a recording besides its frames and boxes.
 
     It covers group_xxh3 (16 ASCII characters), split/name, then as int64 channels, height and width
-    of a frame and first_us, then the bytes of INDEX_COLUMNS. So it also binds a shard to its
-    manifest.
+    of a frame and first_us, then the bytes of INDEX_COLUMNS, and of IGNORE_INDEX_COLUMNS where
+    there are ignore regions. So it also binds a shard to its manifest.
 
     Args:
-        columns: the arrays of INDEX_COLUMNS, by name.
+        columns: the arrays of INDEX_COLUMNS, and of IGNORE_INDEX_COLUMNS or none of them, by name.
     """
     digest = xxhash.xxh3_64(entry.group_xxh3.encode())
     digest.update(f"{entry.split}/{entry.name}".encode("utf-8", "surrogatepass"))
     digest.update(np.array([channels, entry.height, entry.width, entry.first_us], "<i8").tobytes())
-    for name in INDEX_COLUMNS:
+    names = INDEX_COLUMNS
+    if IGNORE_XXH3 in columns:
+        names += IGNORE_INDEX_COLUMNS
+    for name in names:
         digest.update(np.ascontiguousarray(columns[name]).tobytes())
     return digest.hexdigest()

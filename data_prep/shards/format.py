@@ -9,6 +9,9 @@
         <recording>/boxes       (M,) BOX: sorted by frame; pixels of the stored resolution
         <recording>/box_start   (N+1,) int64: frame i has boxes[box_start[i]:box_start[i+1]]
         <recording>/labelled    (N,) bool: the frame was annotated, possibly with zero boxes
+        <recording>/ignore      (R,) BOX of class -1: the ignore regions, as `boxes`; only where
+                                there are any, with
+        <recording>/ignore_start (N+1,) int64: as `box_start`
         <recording>/frame_xxh3  (N,) uint64: checksum of the code of each frame
         <recording>/box_xxh3    (N,) uint64: checksum of the boxes of each frame
         <recording> attributes  frame_shape: (2*bins, H, W) of a frame, uint8
@@ -19,9 +22,10 @@
 A shard is complete without the manifest, which can be written again from the shards.
 Checksums are xxh3-64, in attributes and manifest in hex. Of the manifest: `frames_xxh3` of the
 bytes of frames; `group_xxh3` of frames_xxh3 (16 ASCII characters), then the bytes of frame_start,
-end_us, boxes, box_start and labelled; evspan prep verify compares them. frame_xxh3, box_xxh3 and
-index_xxh3 (checksums.py) are compared whenever frames or boxes are read. Shards of earlier versions
-have none of these three, and strings of variable length; they are read without.
+end_us, boxes, box_start and labelled, and of ignore and ignore_start where there are ignore
+regions; evspan prep verify compares them. frame_xxh3, box_xxh3, ignore_xxh3 and index_xxh3
+(checksums.py) are compared whenever frames or boxes are read. Shards of earlier versions have none
+of these four, and strings of variable length; they are read without.
 """
 
 import json
@@ -49,6 +53,8 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 FRAME_SHAPE = "frame_shape"  # attribute of a recording's group
 COLUMNS = ("frame_start", "end_us", "boxes", "box_start", "labelled")  # of a group, beside `frames`
+IGNORE_COLUMNS = ("ignore", "ignore_start")  # after COLUMNS, of a group with ignore regions
+IGNORE_CLASS = -1  # class_id of an ignore region
 BLOCK = 1 << 24  # bytes of frames that are read at once for a checksum
 BoxArray: TypeAlias = NDArray[np.void]  # (M,) structured, dtype BOX
 SPLITS = ("train", "val", "test")
@@ -86,12 +92,13 @@ class RecordingEntry:
     last_us: int
     events: int  # events in the frames' windows
     boxes_per_class: dict[str, int] = field(default_factory=dict)
+    ignore_regions: int = 0
     dropped_events: dict[str, int] = field(
         default_factory=dict
     )  # reason -> number of events that were left out or corrected
     dropped_boxes: dict[str, int] = field(
         default_factory=dict
-    )  # filter -> number; with `boxes` they are all boxes of the box file
+    )  # filter -> number; with `boxes` and `ignore_regions` they are all rows of the box file
     event_warnings: dict[str, str] = field(
         default_factory=dict
     )  # what is doubtful about the recording, by kind
@@ -261,14 +268,20 @@ def group_digests(group: h5py.Group) -> tuple[str, str]:
     for i in range(0, len(frames), BLOCK):
         digest.update(frames[i : i + BLOCK])
     frames_xxh3 = digest.hexdigest()
-    return frames_xxh3, columns_digest(frames_xxh3, [group[name][:] for name in COLUMNS])
+    columns = [group[name][:] for name in columns_of(group)]
+    return frames_xxh3, columns_digest(frames_xxh3, columns)
+
+
+def columns_of(group: h5py.Group) -> tuple[str, ...]:
+    """The datasets that `group_xxh3` covers: COLUMNS, and IGNORE_COLUMNS where they are."""
+    return COLUMNS + IGNORE_COLUMNS if IGNORE_COLUMNS[0] in group else COLUMNS
 
 
 def columns_digest(frames_xxh3: str, columns: list[NDArray[Any]]) -> str:
     """group_xxh3 of a recording.
 
     Args:
-        columns: the datasets of COLUMNS, in this order.
+        columns: the datasets of `columns_of`, in this order.
     """
     digest = xxhash.xxh3_64(frames_xxh3.encode())
     for column in columns:

@@ -16,11 +16,13 @@ from evspan.data_prep.shards.attributes import has_attribute, read_numbers, read
 from evspan.data_prep.shards.checksums import (
     BOX_XXH3,
     FRAME_XXH3,
+    IGNORE_INDEX_COLUMNS,
+    IGNORE_XXH3,
     INDEX_COLUMNS,
     INDEX_XXH3,
     index_digest,
 )
-from evspan.data_prep.shards.format import BOX, FRAME_SHAPE, RecordingEntry
+from evspan.data_prep.shards.format import BOX, FRAME_SHAPE, IGNORE_COLUMNS, RecordingEntry
 from numpy.typing import NDArray
 
 CHECKSUM_COLUMNS = (FRAME_XXH3, BOX_XXH3)
@@ -34,6 +36,7 @@ class RecordingColumns(NamedTuple):
     """The small columns of a recording of N frames; the module docstring of `format` defines them.
 
     frame_xxh3, box_xxh3: None in shards of earlier versions.
+    ignore_start, ignore_xxh3: None where there are no ignore regions.
     """
 
     frame_start: NDArray[np.int64]  # (N + 1,)
@@ -42,6 +45,14 @@ class RecordingColumns(NamedTuple):
     labelled: NDArray[np.bool_]  # (N,)
     frame_xxh3: NDArray[np.uint64] | None  # (N,)
     box_xxh3: NDArray[np.uint64] | None  # (N,)
+    ignore_start: NDArray[np.int64] | None = None  # (N + 1,)
+    ignore_xxh3: NDArray[np.uint64] | None = None  # (N,)
+
+
+def checksum_columns(group: h5py.Group) -> tuple[str, ...]:
+    """The datasets of a sound group that contain checksums of rows."""
+    has_regions = IGNORE_COLUMNS[0] in group
+    return (*CHECKSUM_COLUMNS, IGNORE_XXH3) if has_regions else CHECKSUM_COLUMNS
 
 
 def has_checksums(group: h5py.Group) -> bool:
@@ -83,6 +94,12 @@ def check_structure(
     }
     missing: list[str] = []
     sums = has_checksums(group)
+    if entry.ignore_regions:
+        expected["ignore"] = ((entry.ignore_regions,), BOX)
+        expected["ignore_start"] = ((n + 1,), TIMES)
+        expected[IGNORE_XXH3] = ((n,), SUMS)
+    elif IGNORE_COLUMNS[0] in group:
+        return GroupStructure({}, (), ["it has ignore regions, which its entry does not state"])
     if sums:
         expected |= dict.fromkeys(CHECKSUM_COLUMNS, ((n,), SUMS))
         if not has_attribute(group, INDEX_XXH3):
@@ -169,6 +186,7 @@ def stored_columns(structure: GroupStructure) -> RecordingColumns:
     """Reads the small columns of a group whose structure has no problems."""
     datasets = structure.datasets
     sums = FRAME_XXH3 in datasets
+    regions = IGNORE_XXH3 in datasets
     return RecordingColumns(
         frame_start=datasets["frame_start"][:],
         end_us=datasets["end_us"][:],
@@ -176,6 +194,8 @@ def stored_columns(structure: GroupStructure) -> RecordingColumns:
         labelled=datasets["labelled"][:],
         frame_xxh3=datasets[FRAME_XXH3][:] if sums else None,
         box_xxh3=datasets[BOX_XXH3][:] if sums else None,
+        ignore_start=datasets["ignore_start"][:] if regions else None,
+        ignore_xxh3=datasets[IGNORE_XXH3][:] if regions else None,
     )
 
 
@@ -187,10 +207,13 @@ def column_problems(
 ) -> list[str]:
     """Values of the small columns that do not fit together, or do not have their checksum."""
     problems: list[str] = []
-    for name, start, size in (
+    starts = [
         ("frame_start", columns.frame_start, len(structure.datasets["frames"])),
         ("box_start", columns.box_start, entry.boxes),
-    ):
+    ]
+    if columns.ignore_start is not None:
+        starts.append(("ignore_start", columns.ignore_start, entry.ignore_regions))
+    for name, start, size in starts:
         # Compared, not subtracted: differences of damaged values overflow.
         if start[0] != 0 or start[-1] != size or (start[1:] < start[:-1]).any():
             problems.append(f"{name} does not lead from 0 up to {size}")
@@ -204,10 +227,13 @@ def column_problems(
     by_name = columns._asdict()
     expected = read_text(group, INDEX_XXH3)
     channels = structure.frame_shape[0]
-    digest = index_digest(entry, channels, {name: by_name[name] for name in INDEX_COLUMNS})
+    names = INDEX_COLUMNS
+    if columns.ignore_start is not None:
+        names += IGNORE_INDEX_COLUMNS
+    digest = index_digest(entry, channels, {name: by_name[name] for name in names})
     if digest != expected:
         problems.append(
-            f"{', '.join(INDEX_COLUMNS)} or the recording's entry have the checksum {digest} "
+            f"{', '.join(names)} or the recording's entry have the checksum {digest} "
             f"instead of {expected}"
         )
     return problems

@@ -26,6 +26,7 @@ RANGES = {
     "frames": (0, MOST_COUNT),
     "labelled_frames": (0, MOST_COUNT),
     "boxes": (0, MOST_COUNT),
+    "ignore_regions": (0, MOST_COUNT),
     "height": (1, MOST_PIXELS),
     "width": (1, MOST_PIXELS),
     "sensor_height": (1, MOST_PIXELS),
@@ -158,6 +159,8 @@ def _count_problem(raw: Mapping[str, Any]) -> str:
         return f"has {raw['labelled_frames']} labelled frames of {raw['frames']}"
     if raw["boxes"] and not raw["labelled_frames"]:
         return f"has {raw['boxes']} boxes and no labelled frame"
+    if raw.get("ignore_regions") and not raw["labelled_frames"]:
+        return f"has {raw['ignore_regions']} ignore regions and no labelled frame"
     if raw["first_us"] > raw["last_us"]:
         return f"ends at {raw['last_us']} us, before its start at {raw['first_us']} us"
     per_class = raw.get("boxes_per_class")

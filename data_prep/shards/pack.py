@@ -13,8 +13,8 @@ from evspan.data_prep.hdf5_files import is_damage, unavailable
 from evspan.data_prep.shards.atomic import UNFINISHED, atomic_hdf5
 from evspan.data_prep.shards.attributes import CONFIG, ENTRY, read_numbers, read_text, write_text
 from evspan.data_prep.shards.checksums import INDEX_XXH3
-from evspan.data_prep.shards.format import COLUMNS, FRAME_SHAPE, SPLITS, RecordingEntry
-from evspan.data_prep.shards.group_check import CHECKSUM_COLUMNS, has_checksums
+from evspan.data_prep.shards.format import FRAME_SHAPE, SPLITS, RecordingEntry, columns_of
+from evspan.data_prep.shards.group_check import checksum_columns, has_checksums
 from evspan.data_prep.shards.reading import (
     READ_ERRORS,
     find_group,
@@ -127,9 +127,9 @@ def _copy(path: Path, entry: RecordingEntry, file: h5py.File) -> h5py.Group:
         with open_shard(path) as old:
             stored = find_group(old, entry)
             group = file.create_group(entry.group)
-            names = ["frames", *COLUMNS]
+            names = ["frames", *columns_of(stored)]
             if has_checksums(stored):
-                names += CHECKSUM_COLUMNS
+                names += checksum_columns(stored)
                 write_text(group, INDEX_XXH3, read_text(stored, INDEX_XXH3))
             for name in names:
                 old.copy(stored[name], group)  # copies the chunks without decoding them

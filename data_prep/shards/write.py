@@ -27,11 +27,11 @@ from evspan.data_prep.hdf5_files import (
     plain_member,
     unavailable,
 )
-from evspan.data_prep.labels.box_files import BoxArray, empty_boxes, read_boxes
+from evspan.data_prep.labels.box_files import BoxArray, LabelRows, empty_boxes, read_labels
 from evspan.data_prep.labels.checks import label_warnings
 from evspan.data_prep.labels.classes import require_named
 from evspan.data_prep.labels.clock import Span, clock_problem
-from evspan.data_prep.labels.filters import filter_boxes
+from evspan.data_prep.labels.filters import filter_boxes, filter_regions
 from evspan.data_prep.recordings.open import open_recording, require_own_content
 from evspan.data_prep.recordings.sources import Source
 from evspan.data_prep.shards.atomic import atomic_hdf5, file_xxh3
@@ -39,6 +39,8 @@ from evspan.data_prep.shards.attributes import CONFIG, ENTRY, read_numbers, read
 from evspan.data_prep.shards.checksums import (
     BOX_XXH3,
     FRAME_XXH3,
+    IGNORE_INDEX_COLUMNS,
+    IGNORE_XXH3,
     INDEX_COLUMNS,
     INDEX_XXH3,
     index_digest,
@@ -46,10 +48,12 @@ from evspan.data_prep.shards.checksums import (
 )
 from evspan.data_prep.shards.format import (
     BOX,
-    COLUMNS,
     FRAME_SHAPE,
+    IGNORE_CLASS,
+    IGNORE_COLUMNS,
     RecordingEntry,
     columns_digest,
+    columns_of,
     parse_config,
     parse_entry,
 )
@@ -198,7 +202,10 @@ def _write_attributes(group: h5py.Group, entry: RecordingEntry, config: PrepConf
     """Writes the attributes of a group whose datasets are complete."""
     write_text(group, ENTRY, json.dumps(asdict(entry)))
     write_text(group, CONFIG, json.dumps(resolved_config(config)))
-    columns = {name: group[name][:] for name in INDEX_COLUMNS}
+    names = INDEX_COLUMNS
+    if entry.ignore_regions:
+        names += IGNORE_INDEX_COLUMNS
+    columns = {name: group[name][:] for name in names}
     write_text(group, INDEX_XXH3, index_digest(entry, config.frames.channels, columns))
 
 
@@ -216,19 +223,23 @@ def _read_labels(source: Source, config: DatasetConfig) -> "_Labels":
 
 @dataclass(frozen=True)
 class _Labels:
-    """A recording's boxes as they are in its box file; `raw` is empty without one."""
+    """A recording's labels as they are in its box file; without one both are empty.
+
+    raw: (N,) RAW_BOX. regions: (R,) RAW_BOX, the ignore regions.
+    """
 
     file: Path | None
     raw: BoxArray
+    regions: BoxArray
 
     @staticmethod
     def read(file: Path | None, config: DatasetConfig) -> "_Labels":
         if file is None:
-            return _Labels(file, empty_boxes())
+            return _Labels(file, empty_boxes(), empty_boxes())
         labels = config.labels
-        boxes = read_boxes(file, time_unit=labels.time_unit, offset_us=labels.offset_us)
-        require_named(file, boxes, labels, config.classes)
-        return _Labels(file, boxes)
+        rows = read_labels(file, time_unit=labels.time_unit, offset_us=labels.offset_us)
+        require_named(file, rows.boxes, labels, config.classes)
+        return _Labels(file, *rows)
 
     def windows(
         self, first_us: int, sensor_hw: tuple[int, int], config: PrepConfig, split: str
@@ -237,7 +248,7 @@ class _Labels:
         labels = config.dataset.labels
         if config.frames.mode is FrameMode.exact:
             return window_ends(
-                self.raw["t"],
+                LabelRows(self.raw, self.regions).times,
                 first_us,
                 window_us=config.frames.window_us,
                 label_every_us=1000 * labels.label_every_ms,
@@ -257,7 +268,7 @@ class _Labels:
             width=width,
             split=split,
         )
-        return RvtEnds(kept["t"], config.frames.window_us)
+        return RvtEnds(LabelRows(kept, self.regions).times, config.frames.window_us)
 
 
 def _write_frames(
@@ -392,7 +403,7 @@ def _sound_columns(group: h5py.Group, entry: RecordingEntry) -> RecordingColumns
         ShardError: they have changed since they were written.
     """
     columns = read_columns(group, entry)
-    stored = [group[name][:] for name in COLUMNS]
+    stored = [group[name][:] for name in columns_of(group)]
     if columns_digest(entry.frames_xxh3, stored) != entry.group_xxh3:
         raise ShardError(f"the columns of {entry.name} do not have their checksum")
     return columns
@@ -431,19 +442,23 @@ def _write_labels(
     label_ends = labels.windows(entry.first_us, sensor_hw, config, entry.split).labelled_us
     labelled = np.isin(end_us, label_ends)
     kept, dropped = _kept_boxes(labels, end_us, label_ends, entry, config)
-    boxes = np.zeros(kept.size, BOX)
-    if kept.size:
-        boxes["t_us"] = kept["t"]
-        boxes["class_id"] = kept["class_id"]
-        boxes["track_id"] = kept["track_id"]
-        for side in "xywh":
-            boxes[side] = kept[side] / config.frames.downsample
+    boxes = _stored_boxes(kept, kept["class_id"], config)
     box_start = np.append(np.searchsorted(boxes["t_us"], end_us), boxes.size).astype(np.int64)
     group["boxes"] = boxes
     group["box_start"] = box_start
     group["labelled"] = labelled
     group[BOX_XXH3] = row_checksums(boxes, box_start)
     columns = [group["frame_start"][:], end_us, boxes, box_start, labelled]
+    kept, dropped_regions = _kept_regions(labels, label_ends, entry, config)
+    if dropped_regions:
+        dropped["ignore_regions_outside_the_labelled_frames"] = dropped_regions
+    if kept.size:
+        regions = _stored_boxes(kept, np.full(kept.size, IGNORE_CLASS), config)
+        ignore_start = np.append(np.searchsorted(regions["t_us"], end_us), regions.size)
+        columns += [regions, ignore_start.astype(np.int64)]
+        for name, column in zip(IGNORE_COLUMNS, columns[-2:], strict=True):
+            group[name] = column
+        group[IGNORE_XXH3] = row_checksums(regions, columns[-1])
     boxes_per_class = {
         name: int(np.count_nonzero(boxes["class_id"] == i)) for i, name in enumerate(classes)
     }
@@ -458,8 +473,35 @@ def _write_labels(
         boxes=boxes.size,
         dropped_boxes=dropped,
         boxes_per_class=boxes_per_class,
+        ignore_regions=kept.size,
         group_xxh3=columns_digest(entry.frames_xxh3, columns),
     )
+
+
+def _stored_boxes(kept: BoxArray, class_id: NDArray[Any], config: PrepConfig) -> NDArray[np.void]:
+    """(K,) BOX of (K,) RAW_BOX and their classes (K,)."""
+    boxes = np.zeros(kept.size, BOX)
+    if kept.size:
+        boxes["t_us"] = kept["t"]
+        boxes["class_id"] = class_id
+        boxes["track_id"] = kept["track_id"]
+        for side in "xywh":
+            boxes[side] = kept[side] / config.frames.downsample
+    return boxes
+
+
+def _kept_regions(
+    labels: _Labels, label_ends: NDArray[np.int64], entry: RecordingEntry, config: PrepConfig
+) -> tuple[BoxArray, int]:
+    """The ignore regions of the labelled frames after all filters, and the number of the others."""
+    at_ends = labels.regions[np.isin(labels.regions["t"], label_ends)]
+    kept, _ = filter_regions(
+        at_ends,
+        config.dataset.labels,
+        height=entry.sensor_height,
+        width=entry.sensor_width,
+    )
+    return kept, labels.regions.size - kept.size
 
 
 def _kept_boxes(

@@ -20,7 +20,14 @@ from evspan.conf.schema.prep import (
 from evspan.data_prep.frames.codec import FrameEncoder, measure_frames
 from evspan.data_prep.hdf5_files import is_damage, unavailable
 from evspan.data_prep.shards.checksums import first_changed
-from evspan.data_prep.shards.format import BOX, BoxArray, Manifest, RecordingEntry, load_manifest
+from evspan.data_prep.shards.format import (
+    BOX,
+    IGNORE_CLASS,
+    BoxArray,
+    Manifest,
+    RecordingEntry,
+    load_manifest,
+)
 from evspan.data_prep.shards.group_check import RecordingColumns, read_columns
 from evspan.data_prep.shards.reading import (
     READ_ERRORS,
@@ -160,6 +167,41 @@ class BoxChecks:
 
 
 @dataclass(frozen=True)
+class StoredRegions:
+    """The ignore regions of a recording of N frames.
+
+    Attributes:
+        rows: (R,) structured (`shards.format.BOX`), of class -1, in the order of the frames.
+        start: (N + 1,) int64, regions of frame i are rows start[i] to start[i + 1].
+    """
+
+    rows: BoxArray
+    start: NDArray[np.int64]
+
+    def added_to(
+        self, boxes: NDArray[Any], counts: NDArray[np.int64], first: int
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Appends the regions of each frame to its boxes.
+
+        Args:
+            boxes: (m,) structured boxes of n frames.
+            counts: (n,) how many each frame has.
+            first: index of the first frame in the recording.
+
+        Returns:
+            (m + r,) rows in the order of the frames, and (n,) how many each has.
+        """
+        start = self.start[first : first + len(counts) + 1]
+        if start[-1] == start[0]:
+            return boxes, counts
+        num_regions = np.diff(start)
+        frames = np.arange(len(counts))
+        frame = np.concatenate((np.repeat(frames, counts), np.repeat(frames, num_regions)))
+        rows = np.concatenate((boxes, self.rows[start[0] : start[-1]]))
+        return rows[np.argsort(frame, kind="stable")], counts + num_regions
+
+
+@dataclass(frozen=True)
 class RecordingData:
     """One recording of N frames.
 
@@ -173,6 +215,7 @@ class RecordingData:
         read_boxes: rows -> (m,) structured boxes (`shards.format.BOX`).
         read_codes: rows -> the frames as they are stored; None: they are stored otherwise.
         box_checks: verifies boxes when they are read; None: they have been verified.
+        regions: ignore regions; None: there are none.
     """
 
     name: str
@@ -184,6 +227,7 @@ class RecordingData:
     read_boxes: Callable[[slice], NDArray[Any]]
     read_codes: Callable[[slice], FrameCodes] | None = None
     box_checks: BoxChecks | None = None
+    regions: StoredRegions | None = None
 
     @property
     def frames(self) -> int:
@@ -205,19 +249,22 @@ class RecordingData:
         return encode_frames(self.read(first, last))
 
     def boxes(self, frame: int) -> NDArray[Any]:
-        """(n,) structured boxes of one frame, in pixels of the stored frames."""
-        return self.boxes_of(frame, frame + 1)[0]
+        """(n,) structured boxes of one frame, in pixels of the stored frames. No ignore regions."""
+        rows = self.boxes_of(frame, frame + 1)[0]
+        boxes: NDArray[Any] = rows[rows["class_id"] != IGNORE_CLASS]
+        return boxes
 
     def boxes_of(self, first: int, last: int) -> list[NDArray[Any]]:
-        """`boxes` of each frame from `first` to before `last`."""
+        """Boxes of each frame from `first` to before `last`, then its ignore regions (class -1)."""
         rows, counts = self.box_rows(first, last)
         return np.split(rows, np.cumsum(counts)[:-1])
 
     def box_rows(self, first: int, last: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """The boxes of the frames from `first` to before `last`, in one read.
+        """The boxes and ignore regions of the frames from `first` to before `last`, in one read.
 
         Returns:
-            (m,) structured boxes in the order of the frames, and (last - first,) how many each has.
+            (m,) structured rows in the order of the frames, of each frame its boxes and then its
+            ignore regions, which are of class -1; and (last - first,) how many each has.
 
         Raises:
             ShardError: the stored boxes are damaged.
@@ -228,7 +275,10 @@ class RecordingData:
             rows = self.read_boxes(slice(int(start[0]), int(start[-1])))
             if self.box_checks is not None:
                 self.box_checks.require(rows, start - start[0], first)
-        return rows, np.diff(start)
+        counts = np.diff(start)
+        if self.regions is None:
+            return rows, counts
+        return self.regions.added_to(rows, counts, first)
 
 
 def encode_frames(frames: NDArray[np.uint8]) -> FrameCodes:
@@ -375,7 +425,24 @@ def _shard_recording(
         read_boxes=read_boxes if boxes is None else boxes.__getitem__,
         read_codes=read_codes,
         box_checks=checks if boxes is None else None,
+        regions=_stored_regions(path, entry, columns, files),
     )
+
+
+def _stored_regions(
+    path: Path, entry: RecordingEntry, columns: RecordingColumns, files: _OpenFiles
+) -> StoredRegions | None:
+    """Reads and verifies all ignore regions of a recording."""
+    if columns.ignore_start is None:
+        return None
+    rows = files.read(path, f"{entry.group}/ignore", ALL_ROWS)
+    changed = -1
+    if columns.ignore_xxh3 is not None:
+        changed = first_changed(rows, columns.ignore_start, columns.ignore_xxh3)
+    if changed >= 0 or (rows["class_id"] != IGNORE_CLASS).any():
+        place = f"{path}: recording {entry.name!r}, frame {max(changed, 0)}"
+        raise damaged(place, "its ignore regions do not have their checksum")
+    return StoredRegions(rows, columns.ignore_start)
 
 
 def _shard_columns(

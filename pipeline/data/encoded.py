@@ -134,7 +134,7 @@ def expand(tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
 class EncodedBatch(NamedTuple):
     """A `Batch` as it travels to a device.
 
-    packed: the arrays of `encode_lanes`, starts, boxes and counts.
+    packed: the arrays of `encode_lanes`, starts, boxes, counts and regions.
     shape: T, B, C, H, W.
     labelled, following: as in `Batch`, which the detector reads on the CPU.
     """
@@ -158,6 +158,7 @@ class EncodedBatch(NamedTuple):
             following=self.following,
             boxes=tensors["boxes"],
             counts=tensors["counts"],
+            regions=tensors["regions"],
         )
 
 
@@ -180,4 +181,5 @@ def encode_batch(
     arrays["starts"] = [labels.starts.numpy()]
     arrays["boxes"] = [labels.boxes.numpy()]
     arrays["counts"] = [labels.counts.numpy()]
+    arrays["regions"] = [labels.regions.numpy()]
     return EncodedBatch(pack(arrays, pinned=pinned), shape, labels.labelled, labels.following)

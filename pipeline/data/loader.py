@@ -16,7 +16,7 @@ from evspan.pipeline.data.augment import (
     decode_augmented,
     draw_augmentation,
 )
-from evspan.pipeline.data.batch import Batch, BatchLabels, pad_boxes
+from evspan.pipeline.data.batch import Batch, BatchLabels, pad_rows
 from evspan.pipeline.data.boxes import to_center
 from evspan.pipeline.data.datasets import Dataset, RecordingData
 from evspan.pipeline.data.encoded import EncodedBatch, encode_batch
@@ -37,7 +37,7 @@ class _Lane(NamedTuple):
 
     recording: whose frames `first`, ..., first + existing - 1 are the lane's first ones; after them
         it has none.
-    boxes: per frame (k, 5) class, cx, cy, w, h in pixels.
+    boxes: per frame (k, 5) class, cx, cy, w, h in pixels; of class -1: ignore regions.
     labelled: (T,) bool. following: (looks_back,) bool.
     start: the lane's state is reset to zero.
     """
@@ -221,13 +221,14 @@ def _labels(lanes: Sequence[_Lane]) -> BatchLabels:
     labelled = np.stack([lane.labelled for lane in lanes], axis=1)
     following = np.stack([lane.following for lane in lanes], axis=1)
     boxes = [lanes[b].boxes[t] for t, b in zip(*np.nonzero(labelled), strict=True)]
-    padded, counts = pad_boxes(boxes)
+    padded = pad_rows(boxes)
     return BatchLabels(
         starts=torch.tensor([lane.start for lane in lanes]),
         labelled=torch.from_numpy(labelled),
         following=torch.from_numpy(following),
-        boxes=padded,
-        counts=counts,
+        boxes=padded.boxes,
+        counts=padded.counts,
+        regions=padded.regions,
     )
 
 

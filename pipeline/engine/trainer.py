@@ -408,6 +408,7 @@ class Trainer:
             self._detector.geometry(self.dataset.height, self.dataset.width),
             self.config.model.head,
             sum_over_ranks=over_ranks,
+            regions=batch.regions,
         )
         metrics = over_ranks.metrics(local_losses)
         is_finite = torch.isfinite(metrics[0])

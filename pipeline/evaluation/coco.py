@@ -1,11 +1,12 @@
 """COCO average precision over labelled frames (Lin et al. 2014), as in Prophesee's protocol."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from evspan.pipeline.evaluation.frames import LabelledFrames
+from evspan.pipeline.evaluation.ignored import only_in_regions
 from hotcoco import COCO, COCOeval
 from numpy.typing import NDArray
 
@@ -118,8 +119,10 @@ class Scorer:
         # Frames are images 1, 2, ...: without times, so without a time tolerance.
         self._images = [{"id": i + 1} for i in range(len(frames))]
         self._categories = [{"id": k + 1, "name": name} for k, name in enumerate(classes)]
-        self._boxes = np.stack([frames.boxes[k] for k in "xywh"], 1).astype(np.float64)
+        self._boxes = _sides(frames.boxes)
+        self._crowds = _sides(frames.regions)
         self._truth = self._with_areas(None)
+        self._scores = frames.scores if scores is None else scores
         rows = frames.detections.astype(np.float64)
         columns = (
             frames.detection_frame + 1.0,
@@ -127,21 +130,35 @@ class Scorer:
             rows[:, 1],
             rows[:, 2] - rows[:, 0],
             rows[:, 3] - rows[:, 1],
-            frames.scores if scores is None else scores,
+            self._scores,
             rows[:, 6] + 1,
         )
         self._detections = self._truth.load_res(np.stack(columns, 1))
 
     def _with_areas(self, areas: NDArray[np.float64] | None) -> COCO:
-        """The boxes; areas: (M,) square pixels, None: their own."""
-        boxes = self.frames.boxes
+        """The boxes; areas: (M,) square pixels, None: their own.
+
+        An ignore region is a crowd of every class: detections that match no box, and of whose area
+        it covers at least the threshold of the IoU, are ignored.
+        """
+        frames = self.frames
+        num_classes = len(self.classes)
+        num_crowds = num_classes * len(frames.regions)
+        crowd_classes = np.repeat(np.arange(1, num_classes + 1), len(frames.regions))
+        class_ids = frames.boxes["class_id"].astype(np.int64) + 1
+        crowds = np.tile(self._crowds, (num_classes, 1))
+        if areas is not None:
+            areas = np.concatenate((areas, crowds[:, 2] * crowds[:, 3]))
+        is_crowd = np.zeros(len(class_ids) + num_crowds, bool)
+        is_crowd[len(class_ids) :] = True
         return COCO.from_arrays(
             self._images,
             self._categories,
-            self.frames.box_frame + 1,
-            boxes["class_id"].astype(np.int64) + 1,
-            self._boxes,
+            np.concatenate((frames.box_frame, np.tile(frames.region_frame, num_classes))) + 1,
+            np.concatenate((class_ids, crowd_classes)),
+            np.concatenate((self._boxes, crowds)),
             area=areas,
+            iscrowd=is_crowd,
         )
 
     def matched(
@@ -244,6 +261,7 @@ class Scorer:
         """Confusion matrix. All classes compete for the boxes.
 
         Each detection, the highest score first, takes the box of the highest IoU of those left.
+        Detections that take none and lie in an ignore region are left out.
 
         Args:
             iou: lowest IoU of a match.
@@ -255,6 +273,16 @@ class Scorer:
         """
         if not len(self.frames):
             return np.zeros((len(self.classes) + 1,) * 2, np.int64)
+        if len(self.frames.regions):
+            kept = ~only_in_regions(self.frames, iou, threshold)
+            every_frame = np.ones(len(self.frames), bool)
+            every_box = np.ones(len(self.frames.boxes), bool)
+            without = replace(
+                self.frames.only(every_frame, every_box, kept),
+                regions=self.frames.regions[:0],
+                region_frame=self.frames.region_frame[:0],
+            )
+            return Scorer(without, self.classes, self._scores[kept]).confusion(iou, threshold)
         evaluation = COCOeval(self._truth, self._detections, "bbox")
         result = evaluation.confusion_matrix(iou, MOST_DETECTIONS[-1], threshold)
         matrix: NDArray[np.int64] = result["matrix"].astype(np.int64)
@@ -281,3 +309,8 @@ def _curves(evaluation: COCOeval) -> tuple[NDArray[np.float64], NDArray[np.float
 def _mean(values: NDArray[np.float64]) -> float | None:
     valid = values[values > -1]
     return float(valid.mean()) if valid.size else None
+
+
+def _sides(boxes: NDArray[Any]) -> NDArray[np.float64]:
+    """(M,) structured boxes -> (M, 4) x, y, w, h in pixels."""
+    return np.stack([boxes[side] for side in "xywh"], 1).astype(np.float64)

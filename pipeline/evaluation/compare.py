@@ -100,8 +100,10 @@ def check_comparable(a: Evaluation, b: Evaluation) -> None:
             f"{both} are of other recordings: {len(unpaired)} are in one alone "
             f"({', '.join(unpaired[:3])}). Evaluate both on the same split"
         )
-    for name in ("recording", "end_us", "box_frame", "boxes"):
-        if not np.array_equal(getattr(a.frames, name), getattr(b.frames, name)):
+    for name in ("recording", "end_us", "box_frame", "boxes", "region_frame", "regions"):
+        values_a = getattr(a.frames, name)
+        values_b = getattr(b.frames, name)
+        if not len(values_a) == len(values_b) == 0 and not np.array_equal(values_a, values_b):
             raise UserError(
                 f"{both} have other frames or boxes in the same recordings ({len(a.frames)} and "
                 f"{len(b.frames)} frames, {len(a.frames.boxes)} and {len(b.frames.boxes)} boxes). "

@@ -1,7 +1,7 @@
 """What is scored: labelled frames with their boxes and detections, in flat arrays and as a file."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,13 @@ from zipfile import BadZipFile
 import numpy as np
 from evspan.conf.errors import UserError
 from evspan.conf.schema.training import EvaluationConfig
+from evspan.data_prep.shards.format import IGNORE_CLASS
 from numpy.typing import NDArray
 
 FRAMES = "frames.npz"  # next to metrics.json
 BOX_FIELDS = ("x", "y", "w", "h", "class_id", "track_id")
+NO_BOXES = np.dtype([(name, "f4") for name in BOX_FIELDS])
+REGION_ARRAYS = ("regions", "region_frame")  # not in files of earlier versions
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ class LabelledFrames:
         box_frame: (M,) index of the box's frame.
         detections: (K, 7) x1, y1, x2, y2 in pixels, objectness, class score, class id.
         detection_frame: (K,) index of the detection's frame.
+        regions: (R,) structured as boxes, the ignore regions: detections that only match one do not
+            count, as with COCO's crowds.
+        region_frame: (R,) index of the region's frame.
     """
 
     names: list[str]
@@ -41,6 +47,8 @@ class LabelledFrames:
     box_frame: NDArray[np.int64]
     detections: NDArray[np.float32]
     detection_frame: NDArray[np.int64]
+    regions: NDArray[Any] = field(default_factory=lambda: np.zeros(0, NO_BOXES))
+    region_frame: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.recording)
@@ -53,7 +61,7 @@ class LabelledFrames:
     def only(
         self, frames: NDArray[np.bool_], boxes: NDArray[np.bool_], detections: NDArray[np.bool_]
     ) -> "LabelledFrames":
-        """A subset.
+        """A subset. Ignore regions stay with their frames.
 
         Args:
             frames: (F,) the frames to keep.
@@ -62,6 +70,7 @@ class LabelledFrames:
         number = np.cumsum(frames) - 1
         boxes = boxes & frames[self.box_frame]
         detections = detections & frames[self.detection_frame]
+        regions = frames[self.region_frame]
         return replace(
             self,
             recording=self.recording[frames],
@@ -70,6 +79,8 @@ class LabelledFrames:
             box_frame=number[self.box_frame[boxes]],
             detections=self.detections[detections],
             detection_frame=number[self.detection_frame[detections]],
+            regions=self.regions[regions],
+            region_frame=number[self.region_frame[regions]],
         )
 
 
@@ -84,7 +95,7 @@ def labelled_frames(
     Args:
         names: of the recordings.
         end_us: per recording (n,), of its labelled frames.
-        boxes: per recording and labelled frame (k,) structured.
+        boxes: per recording and labelled frame (k,) structured; of class -1: ignore regions.
         detections: per recording and labelled frame (k, 7).
     """
     counts = [len(ends) for ends in end_us]
@@ -92,16 +103,21 @@ def labelled_frames(
     detections_of_frames = list(chain.from_iterable(detections))
     assert len(boxes_of_frames) == len(detections_of_frames) == sum(counts)
     indices = np.arange(sum(counts))
-    no_boxes: NDArray[Any] = np.zeros(0, [(name, "f4") for name in BOX_FIELDS])
+    no_boxes: NDArray[Any] = np.zeros(0, NO_BOXES)
+    rows = np.concatenate(boxes_of_frames) if boxes_of_frames else no_boxes
+    row_frame = np.repeat(indices, [len(b) for b in boxes_of_frames])
+    ignored = rows["class_id"] == IGNORE_CLASS
     no_detections = np.zeros((0, 7), np.float32)
     return LabelledFrames(
         names=list(names),
         recording=np.repeat(np.arange(len(counts)), counts),
         end_us=np.concatenate([np.zeros(0, np.int64), *end_us]),
-        boxes=np.concatenate(boxes_of_frames) if boxes_of_frames else no_boxes,
-        box_frame=np.repeat(indices, [len(b) for b in boxes_of_frames]),
+        boxes=rows[~ignored],
+        box_frame=row_frame[~ignored],
         detections=np.concatenate(detections_of_frames) if boxes_of_frames else no_detections,
         detection_frame=np.repeat(indices, [len(d) for d in detections_of_frames]),
+        regions=rows[ignored],
+        region_frame=row_frame[ignored],
     )
 
 
@@ -109,6 +125,8 @@ def scored(
     frames: LabelledFrames, config: EvaluationConfig
 ) -> tuple[LabelledFrames, NDArray[np.bool_]]:
     """Applies the filters of the protocol, the same to boxes and detections.
+
+    The filters of sizes do not apply to ignore regions. A frame that has nothing else is empty.
 
     Args:
         config: from `protocol_of`.
@@ -147,7 +165,10 @@ def load_frames(path: Path) -> LabelledFrames:
     """
     try:
         with np.load(path) as stored:  # nothing is unpickled
-            values: dict[str, Any] = {f.name: stored[f.name] for f in fields(LabelledFrames)}
+            names = [f.name for f in fields(LabelledFrames)]
+            values: dict[str, Any] = {
+                name: stored[name] for name in names if name in stored or name not in REGION_ARRAYS
+            }
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is not there, so frames cannot be compared. Evaluate again with "

@@ -45,8 +45,10 @@ def pr_curves(frames: LabelledFrames, classes: Sequence[str]) -> dict[str, PrCur
     hits: list[list[bool]] = [[] for _ in classes]
     for matched in Scorer(frames, classes).matched(areas=[EVERY]).eval_imgs:
         if matched is not None:
-            scores[matched["category_id"] - 1] += matched["dtScores"]
-            hits[matched["category_id"] - 1] += matched["dtMatched"][IOU50]
+            counts = ~np.array(matched["dtIgnore"][IOU50], bool)  # not those in ignore regions
+            k = matched["category_id"] - 1
+            scores[k] += np.array(matched["dtScores"], float)[counts].tolist()
+            hits[k] += np.array(matched["dtMatched"][IOU50], bool)[counts].tolist()
     curves = {}
     for k, name in enumerate(classes):
         if total[k]:

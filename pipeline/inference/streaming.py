@@ -11,7 +11,7 @@ from evspan.conf.progress import ProgressBar
 from evspan.conf.schema.training import EvaluationConfig
 from evspan.data_prep.labels.box_files import RAW_BOX
 from evspan.pipeline.data.augment import Augmentation
-from evspan.pipeline.data.batch import Batch, BatchLabels, pad_boxes
+from evspan.pipeline.data.batch import Batch, BatchLabels, pad_rows
 from evspan.pipeline.data.datasets import Dataset, RecordingData
 from evspan.pipeline.data.device_batches import device_batches, encodes_for
 from evspan.pipeline.data.encoded import EncodedBatch, encode_batch
@@ -198,13 +198,14 @@ def _labels(chunks: _Chunks, length: int) -> BatchLabels:
         if chunk is not None:
             rows = chunk.recording.labelled[chunk.first : chunk.last]
             is_labelled[: len(rows), lane] = torch.from_numpy(rows)
-    boxes, counts = pad_boxes([])
+    padded = pad_rows([])
     return BatchLabels(
         starts=torch.tensor([chunk is not None and chunk.first == 0 for chunk in chunks]),
         labelled=is_labelled,
         following=is_labelled.new_ones(0, len(chunks)),
-        boxes=boxes,
-        counts=counts,
+        boxes=padded.boxes,
+        counts=padded.counts,
+        regions=padded.regions,
     )
 
 

@@ -57,6 +57,7 @@ def detection_loss(
     config: HeadConfig,
     *,
     sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    regions: Tensor | None = None,
 ) -> Losses:
     """Loss of this rank's labelled frames. Its sum over the ranks is the loss of the global batch.
 
@@ -68,6 +69,8 @@ def detection_loss(
         config: of the assignment and the size weighting.
         sum_over_ranks: (5,) -> (5,), an all-reduce of counts and sums, without gradient; called
             once. None: one rank.
+        regions: (n, R, 4) float32 cx, cy, w, h of ignore regions in input pixels: background cells
+            whose centre lies in one have no loss. Rows of size 0 are padding; R may be 0.
     """
     if boxes.shape[1] == 0:
         boxes = boxes.new_zeros(len(boxes), 1, 5)
@@ -83,12 +86,17 @@ def detection_loss(
     if config.size_aware_loss:
         iou_loss = iou_loss * size_weights(target[..., 3] * target[..., 4], config)
     is_positive = foreground.float()
+    counted = None
+    if regions is not None and regions.shape[1]:
+        counted = (foreground | ~inside_regions(regions, geometry)).float()
     class_ids = torch.arange(logits.shape[-1], device=raw.device)
     class_target = (target[..., :1] == class_ids) * iou[..., None]
     sums = torch.stack(
         (
             (iou_loss * is_positive).sum() * IOU_WEIGHT,
-            F.binary_cross_entropy_with_logits(objectness[..., 0], is_positive, reduction="sum"),
+            F.binary_cross_entropy_with_logits(
+                objectness[..., 0], is_positive, weight=counted, reduction="sum"
+            ),
             F.binary_cross_entropy_with_logits(
                 logits, class_target, weight=is_positive[..., None], reduction="sum"
             ),
@@ -108,6 +116,21 @@ def detection_loss(
         positives=positives,
         boxes=total_boxes,
     )
+
+
+def inside_regions(regions: Tensor, geometry: Geometry) -> Tensor:
+    """Which cells have their centre inside of a region, its border excluded.
+
+    Args:
+        regions: (n, R, 4) cx, cy, w, h in input pixels; those of size 0 contain nothing.
+        geometry: per scale (rows, columns, stride).
+
+    Returns:
+        (n, cells) bool.
+    """
+    centre = cells(geometry, regions.device)[:, 3:]  # (cells, 2)
+    distance = (centre[None, :, None] - regions[:, None, :, :2]).abs()  # (n, cells, R, 2)
+    return (2 * distance < regions[:, None, :, 2:]).all(-1).any(-1)
 
 
 def _iou(centre: Tensor, size: Tensor, other_centre: Tensor, other_size: Tensor) -> Tensor:

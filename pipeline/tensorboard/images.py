@@ -63,7 +63,8 @@ def evaluation_image(results: list[RecordingResult], data: Dataset) -> RGB | Non
         position = (2 * i + 1) * len(result.frames) // (2 * NUM_TILES)
         frame = result.frames[position]
         rgb = frame_to_rgb(recordings[result.name].read(frame, frame + 1)[0])
-        rgb = draw_boxes(rgb, to_corners(result.boxes[position]), None, GREEN)
+        boxes = result.boxes[position]
+        rgb = draw_boxes(rgb, to_corners(boxes[boxes["class_id"] >= 0]), None, GREEN)
         rows = _confident(result.detections[position])
         names = [data.classes[int(class_id)] for class_id in rows[:, 6]]
         tiles.append(draw_boxes(rgb, rows[:, :4], names, ORANGE))

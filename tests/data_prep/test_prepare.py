@@ -66,6 +66,7 @@ ENTRY_FIELDS = {
     "last_us",
     "events",
     "boxes_per_class",
+    "ignore_regions",
     "dropped_events",
     "dropped_boxes",
     "event_warnings",

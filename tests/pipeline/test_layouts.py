@@ -123,7 +123,9 @@ def told_by_ranks(cases, folder):
         [*cases, *(case.alone("exact") for case in cases), *filter(None, map(one_rank, cases))]
     )
     shards = {
-        name: write_small_shards(folder / name, {"train": counts}, every=every)
+        name: write_small_shards(
+            folder / name, {"train": counts}, every=every, regions=name == "sparse"
+        )
         for name, (counts, every) in SHARDS.items()
     }
     out = {}

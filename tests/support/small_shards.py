@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 from evspan.data_prep.frames.codec import FrameEncoder
 from evspan.data_prep.shards.format import BOX, FRAME_SHAPE, MANIFEST, Manifest, RecordingEntry
-from support.sealed import COLUMNS, checksum, seal_rows
+from support.sealed import COLUMNS, IGNORE_COLUMNS, checksum, seal_rows
 
 HEIGHT, WIDTH, BINS = 60, 100, 2
 DENSITY = 0.05  # background events per value
@@ -55,6 +55,20 @@ def recording(
     return frames, kept, labelled
 
 
+def add_regions(group: h5py.Group, rng: np.random.Generator) -> int:
+    """Adds up to two ignore regions to each labelled frame of a recording; returns their number."""
+    labelled = group["labelled"][:]
+    counts = np.where(labelled, rng.integers(0, 3, len(labelled)), 0)
+    regions = np.zeros(counts.sum(), BOX)
+    regions["t_us"] = np.repeat(group["end_us"][:], counts)
+    for side, (low, high) in {"x": (0, 60), "y": (0, 40), "w": (5, 40), "h": (5, 20)}.items():
+        regions[side] = rng.uniform(low, high, regions.size)
+    regions["class_id"] = -1
+    group["ignore"] = regions
+    group["ignore_start"] = np.cumsum([0, *counts])
+    return regions.size
+
+
 def write_small_shards(
     root: Path,
     counts: dict[str, list[int]],
@@ -65,8 +79,13 @@ def write_small_shards(
     width: int = WIDTH,
     bins: int = BINS,
     density: float = DENSITY,
+    regions: bool = False,
 ) -> Path:
-    """Writes shards. counts: split -> frames of each recording. every: distance of labels."""
+    """Writes shards.
+
+    counts: split -> frames of each recording. every: distance of labels. regions: with ignore
+    regions.
+    """
     rng = np.random.default_rng(seed)
     entries = []
     labels = {"crop": False, "class_map": {}}
@@ -90,8 +109,10 @@ def write_small_shards(
                 group["boxes"] = np.concatenate(boxes)
                 group["box_start"] = np.cumsum([0, *(len(b) for b in boxes)])
                 group["labelled"] = labelled
+                num_regions = add_regions(group, rng) if regions else 0
+                names = COLUMNS + IGNORE_COLUMNS if regions else COLUMNS
                 columns = {"code": group["frames"][:]}
-                columns |= {column: group[column][:] for column in COLUMNS}
+                columns |= {column: group[column][:] for column in names}
                 frames_xxh3, group_xxh3 = checksum(columns)
                 kept = np.concatenate(boxes)["class_id"]
                 entries.append(
@@ -103,6 +124,7 @@ def write_small_shards(
                         frames=count,
                         labelled_frames=int(labelled.sum()),
                         boxes=sum(map(len, boxes)),
+                        ignore_regions=num_regions,
                         height=height,
                         width=width,
                         sensor_height=4 * height,
