@@ -10,7 +10,6 @@ from zipfile import BadZipFile
 import numpy as np
 from evspan.conf.errors import UserError
 from evspan.conf.schema.training import EvaluationConfig
-from evspan.data_prep.shards.format import IGNORE_CLASS
 from numpy.typing import NDArray
 
 FRAMES = "frames.npz"  # next to metrics.json
@@ -106,7 +105,7 @@ def labelled_frames(
     no_boxes: NDArray[Any] = np.zeros(0, NO_BOXES)
     rows = np.concatenate(boxes_of_frames) if boxes_of_frames else no_boxes
     row_frame = np.repeat(indices, [len(b) for b in boxes_of_frames])
-    ignored = rows["class_id"] == IGNORE_CLASS
+    ignored = rows["class_id"] < 0
     no_detections = np.zeros((0, 7), np.float32)
     return LabelledFrames(
         names=list(names),
