@@ -84,6 +84,21 @@ def sum_of(data: bytes) -> FileSum:
     return FileSum(len(data), xxhash.xxh3_64_hexdigest(data))
 
 
+def file_sum(path: Path) -> FileSum:
+    """The checksum of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = xxhash.xxh3_64()
+    size = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+    return FileSum(size, digest.hexdigest())
+
+
 def checkpoint_name(step: int) -> str:
     """The name of a checkpoint's folder."""
     return f"step-{step:08d}"
@@ -225,15 +240,10 @@ def check_file(folder: Path, meta: Meta, name: str) -> None:
         raise DamagedError(folder, name, "was not saved with it")
     expected = meta.files[name]
     _check_size(folder, name, expected)
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != expected.xxh3:
+    xxh3 = file_sum(path).xxh3
+    if xxh3 != expected.xxh3:
         raise DamagedError(
-            folder,
-            name,
-            f"has the checksum {digest.hexdigest()}, it was saved with {expected.xxh3}",
+            folder, name, f"has the checksum {xxh3}, it was saved with {expected.xxh3}"
         )
 
 

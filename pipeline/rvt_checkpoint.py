@@ -49,10 +49,21 @@ DATASETS = {
 }
 
 
-def open_weights(path: str | Path, facts: KnownFacts = NOTHING_KNOWN) -> Weights:
+def is_published(path: Path) -> bool:
+    """Whether a path is read as a checkpoint of RVT: a file of another kind than our own."""
+    return path.is_file() and path.suffix != ".safetensors" and path.name not in (BEST, LATEST)
+
+
+def open_weights(
+    path: str | Path, facts: KnownFacts = NOTHING_KNOWN, *, raw: bool = False
+) -> Weights:
     """Reads the weights of a published checkpoint, or of what `load_weights` reads.
 
     Whether the tensors fit the model is not checked; see `inference.trained_detector.check_fit`.
+
+    Args:
+        facts: values that the weights do not show.
+        raw: as of `load_weights`.
 
     Raises:
         UserError: there is no such file, it is no checkpoint, or `facts` contradict it.
@@ -63,10 +74,7 @@ def open_weights(path: str | Path, facts: KnownFacts = NOTHING_KNOWN) -> Weights
             f"{path} is not there. Name a published {SUFFIX}, a run folder, one of its "
             "checkpoints, or a .safetensors file"
         )
-    if path.is_dir() or path.suffix == ".safetensors" or path.name in (BEST, LATEST):
-        weights = load_weights(path)
-    else:
-        weights = _read(path, facts)
+    weights = _read(path, facts) if is_published(path) else load_weights(path, raw=raw)
     if facts.size or facts.dim_head or facts.dataset:
         weights = _as_published(weights.tensors, weights.step, facts)
     num_classes = weights.model.head.num_classes

@@ -18,8 +18,8 @@ HELP = """evspan evaluate: a checkpoint and a split -> COCO AP and detections
   evspan evaluate compare A B      compares two evaluations, with confidence intervals
 
   evspan evaluate RUN [dataset.root=SHARDS] [key=value ...] [--json]
-      RUN is a run folder (its newest checkpoint), one of its checkpoints, or a .safetensors file.
-      It contains the model config. RUN/checkpoints/best is the checkpoint with the highest AP
+      RUN is a run folder (its newest checkpoint), one of its checkpoints, a .safetensors file, or
+      a .ckpt of RVT. It contains the model config. RUN/checkpoints/best has the highest AP
       during training. RUN/evaluation-SPLIT gets metrics.json, a <recording>_bbox.npy for each
       recording, and frames.npz, which compare reads. --json prints metrics.json, and all else to
       standard error.

@@ -93,17 +93,15 @@ def check_training(config: TrainConfig) -> None:
     from evspan.pipeline.data.requirements import open_scored, open_training
 
     run_dir = Path(config.run_dir)
-    init_from = config.checkpoint.init_from
     require(
         not run_dir.exists() or run_dir.is_dir(),
         f"run_dir is {run_dir}, which is a file; name a folder: run_dir=runs/NAME",
     )
-    require(
-        not init_from or Path(init_from).exists(),
-        f"checkpoint.init_from is {init_from}, where there is nothing; name a run folder, "
-        "a checkpoint or a weights file",
-    )
-    open_training(config.dataset, config.model.head.num_classes)
+    dataset = open_training(config.dataset, config.model.head.num_classes)
+    if config.checkpoint.init_from:
+        from evspan.pipeline.engine.initial_weights import Target, check_initial_weights
+
+        check_initial_weights(config, Target(config.model, dataset.classes, dataset.frames))
     # It is read when training is done, which may be days later.
     open_scored(config.dataset, config.evaluation.split)
 

@@ -53,10 +53,10 @@ from evspan.pipeline.checkpoint_files import (
 from evspan.pipeline.engine.best_checkpoint import BestCheckpoint, fsync, write_file
 from evspan.pipeline.history import append
 from evspan.pipeline.parallel.reductions import broadcast_json, gather_json
+from evspan.pipeline.rvt_checkpoint import is_published, open_weights
 from evspan.pipeline.weights import (
     Weights,
     generator_states,
-    load_weights,
     read_weights,
     save_tensors,
     save_weights,
@@ -463,7 +463,7 @@ def _load_carry(folder: Path, meta: Meta, lanes: range) -> list[Tensor]:
 
 
 def load_same_weights(path: str | Path, rank: int, *, raw: bool = False) -> Weights:
-    """`load_weights`, the same file on every rank. A collective; rank 0 chooses and reports.
+    """`open_weights`, the same file on every rank. A collective; rank 0 chooses and reports.
 
     Raises:
         UserError: there is none, another program wrote it, or the checkpoint is damaged.
@@ -480,7 +480,8 @@ def load_same_weights(path: str | Path, rank: int, *, raw: bool = False) -> Weig
     answer = broadcast_json(answer)
     if "problem" in answer:
         raise UserError(answer["problem"])
-    return read_weights(Path(answer["file"])) if rank == 0 else load_weights(answer["file"])
+    file = Path(answer["file"])
+    return read_weights(file) if rank == 0 and not is_published(file) else open_weights(file)
 
 
 # -- files -------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ def _silence() -> None:
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.ERROR)
     for handler in logger.handlers:
-        handler.setLevel(logging.ERROR)
+        if handler not in logging.getLogger().handlers:  # others' records go through those
+            handler.setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore",
         message=".*(all_gather_into|reduce_scatter)_tensor.*",

@@ -26,7 +26,6 @@ from evspan.pipeline.engine.checkpoints import (
     Checkpoints,
     LoadedSnapshot,
     Snapshot,
-    load_same_weights,
 )
 from evspan.pipeline.engine.continuation import (
     DATA,
@@ -41,6 +40,7 @@ from evspan.pipeline.engine.evaluator import (
     evaluate_weights,
     write_results,
 )
+from evspan.pipeline.engine.initial_weights import INIT_FROM, Target, initialise, started_from
 from evspan.pipeline.engine.oom import explain_out_of_memory
 from evspan.pipeline.engine.precision import resolve_precision, set_float32_kernels
 from evspan.pipeline.engine.profiling import Profiler
@@ -63,7 +63,6 @@ from evspan.pipeline.history import (
     record_start,
     write_activity,
 )
-from evspan.pipeline.inference.trained_detector import load_tensors
 from evspan.pipeline.model.backbone import Execution
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.loss import detection_loss
@@ -232,8 +231,10 @@ class Trainer:
         detector = _build_detector(
             config, self.dataset.channels, self.exchange, self.mesh, world.device
         )
+        self.init_from = started_from(resumed.meta) if resumed else {}
         if resumed is None and config.checkpoint.init_from:
-            load_tensors(detector, load_same_weights(config.checkpoint.init_from, world.rank))
+            target = Target(config.model, self.dataset.classes, self.dataset.frames)
+            self.init_from = initialise(detector, config, target, world.rank)
         engine = engine or engine_class(config)
         self.engine = engine(detector, config, world, lanes=len(self.lanes))
         self.statistics = RunningStatistics(self.engine.module)
@@ -553,6 +554,7 @@ class Trainer:
             "counters": self.engine.optimizer_state.counters(),
             "config": plain(asdict(self.config)),
             DATA: self.data_digest,
+            INIT_FROM: self.init_from,
         }
         moments = self.engine.optimizer_state.moments(keep=self.world.is_main)
         writes_carry = self.mesh.sequence == 0

@@ -5,7 +5,7 @@ from evspan.data_prep.shards.atomic import atomic_write
 from evspan.pipeline.inference import exported_step
 from evspan.pipeline.inference.options import ExportOptions, ExportSummary
 from evspan.pipeline.inference.trained_detector import detector_from
-from evspan.pipeline.weights import load_weights
+from evspan.pipeline.rvt_checkpoint import open_weights
 
 GEN4_HEIGHT = 720  # pixels of the sensor
 GEN4_WIDTH = 1280
@@ -18,7 +18,7 @@ def export_detector(options: ExportOptions) -> ExportSummary:
         UserError: the checkpoint cannot be read, or the written file gives other numbers than
             the detector; the file is then not kept.
     """
-    weights = load_weights(options.checkpoint, raw=options.weights == "raw")
+    weights = open_weights(options.checkpoint, raw=options.weights == "raw")
     shape = frame_shape(options, weights.frames)
     batch, _, height, width = shape
     detector = detector_from(weights)

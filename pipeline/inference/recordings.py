@@ -35,7 +35,8 @@ from evspan.pipeline.inference.precision import parse_precision
 from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
 from evspan.pipeline.inference.writers import CsvFile, DetectionsFile, JsonLines
 from evspan.pipeline.parallel import devices
-from evspan.pipeline.weights import Weights, load_weights
+from evspan.pipeline.rvt_checkpoint import open_weights
+from evspan.pipeline.weights import Weights
 from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def infer_recordings(options: InferOptions) -> Iterator[RecordingSummary]:
             this machine lacks the device.
     """
     recordings = [_open(files.recording, options.follow_s) for files in options.recordings]
-    weights = load_weights(options.checkpoint, raw=options.weights == "raw")
+    weights = open_weights(options.checkpoint, raw=options.weights == "raw")
     for recording in recordings:
         _check_size(recording, weights.frames, options.checkpoint)
     if options.seconds is not None and not _num_windows(options.seconds, weights.frames):

@@ -1,11 +1,12 @@
 """Builds detectors from weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from evspan.conf.errors import UserError
 from evspan.conf.schema.prep import FrameConfig
 from evspan.conf.schema.training import Precision
+from evspan.conf.text import printable
 from evspan.pipeline.inference.precision import cast_weights, float32_kernels, run_precision
 from evspan.pipeline.inference.streaming_detector import StreamingDetector, StreamingOptions
 from evspan.pipeline.model.detector import Detector
@@ -13,6 +14,9 @@ from evspan.pipeline.model.inputs import limits_from
 from evspan.pipeline.model.state import DetectorState
 from evspan.pipeline.weights import Weights
 from torch import Tensor
+
+SHOWN_NAMES = 3  # of tensors that are missing, unexpected or of another shape
+MOST_NAME = 200  # characters of such a name, and its shape
 
 
 class TrainedDetector(Detector):
@@ -112,7 +116,7 @@ def detector_from(
         precision: in which it runs; auto: that of training on a GPU, fp32 on a CPU.
 
     Raises:
-        UserError: the tensors do not fit the model config; lists missing and unexpected ones.
+        UserError: the tensors do not fit the model config; names some missing and unexpected ones.
     """
     check_fit(weights)
     detector = TrainedDetector(weights)
@@ -126,21 +130,11 @@ def check_fit(weights: Weights) -> None:
     """Checks that the tensors fit the model config. Allocates nothing.
 
     Raises:
-        UserError: they do not; lists missing and unexpected ones.
+        UserError: they do not; names some missing and unexpected ones.
     """
     with torch.device("meta"):
         expected = Detector(weights.model, weights.frames.channels).state_dict()
     _check_names_and_shapes(expected, weights.tensors)
-
-
-def load_tensors(detector: torch.nn.Module, weights: Weights) -> None:
-    """Copies weights into a detector. Every tensor of the detector must be among them.
-
-    Raises:
-        UserError: they do not fit it; lists missing and unexpected ones.
-    """
-    _check_names_and_shapes(detector.state_dict(), weights.tensors)
-    detector.load_state_dict(weights.tensors)
 
 
 def _check_names_and_shapes(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> None:
@@ -156,14 +150,20 @@ def _check_names_and_shapes(expected: Mapping[str, Tensor], actual: Mapping[str,
         "unexpected": [_with_shape(name, actual) for name in unexpected],
         "of another shape": other_shape,
     }
-    lists = [
-        f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names
-    ]
+    lists = [f"{len(names)} {kind}: {_shown(names)}" for kind, names in problems.items() if names]
     if lists:
         raise UserError(
             "the weights do not fit the model. Use the model config that they were trained with, "
             f"or another file. Of {len(expected)} tensors: {'; '.join(lists)}"
         )
+
+
+def _shown(names: Sequence[str]) -> str:
+    """The first few of them."""
+    shown = [printable(name)[:MOST_NAME] for name in names[:SHOWN_NAMES]]
+    if len(names) > SHOWN_NAMES:
+        shown.append("...")
+    return ", ".join(shown)
 
 
 def _with_shape(name: str, tensors: Mapping[str, Tensor]) -> str:

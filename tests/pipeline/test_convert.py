@@ -410,7 +410,7 @@ def test_nothing_in_a_file_runs(tmp_path, capfd, function, place):
 
 
 # -- refusals ------------------------------------------------------------
-def test_a_wrong_file_is_refused_with_every_name(tmp_path, capfd):
+def test_a_wrong_file_is_refused_with_some_names(tmp_path, capfd):
     tensors = random_tensors(model_of("micro"))
     head = {k: t for k, t in tensors.items() if k.startswith("yolox_head.stems")}
     wrong = {k: t for k, t in tensors.items() if k not in head} | {
@@ -422,8 +422,10 @@ def test_a_wrong_file_is_refused_with_every_name(tmp_path, capfd):
     missing, unexpected, shapes = re.search(
         r"(\d+) missing: (.*?); (\d+) unexpected: (.*?); 1 of another shape: (.*)$", line
     ).group(2, 4, 5)
-    assert missing == ", ".join(f"{k} {tuple(head[k].shape)}" for k in sorted(head))
-    assert unexpected == ", ".join(f"extra.{i} ({i},)" for i in range(9))
+    first = [f"{k} {tuple(head[k].shape)}" for k in sorted(head)[:3]]
+    assert missing == ", ".join([*first, "..."])
+    assert unexpected == "extra.0 (0,), extra.1 (1,), extra.2 (2,), ..."
+    assert len(line) < 800
     assert shapes == "backbone.stages.3.lstm.conv1x1.bias (5,) for (512,)"
     with pytest.raises(UserError, match="9 unexpected: extra.0"):
         load_detector(tmp_path / "x.ckpt")
