@@ -378,7 +378,9 @@ class CheckpointConfig:
     every: int = 1000  # steps
     keep: int = 3  # newest ones; the best by AP is kept too
     resume: bool = True  # continue from run_dir's newest complete checkpoint, if there is one
-    init_from: str = ""  # weights (.safetensors) to start from when nothing is resumed
+    # Weights to start from when nothing is resumed: a run, a checkpoint, a weights file or a .ckpt
+    # of RVT. Classes, attention and scales may differ from this model's.
+    init_from: str = ""
 
     def __post_init__(self) -> None:
         require(
@@ -513,7 +515,8 @@ class TrainConfig:
 class EvaluateConfig:
     """`evspan evaluate`. The model comes with the checkpoint."""
 
-    checkpoint: str = ""  # a .safetensors file, a checkpoint folder, or a run folder (its newest)
+    # A run folder (its newest checkpoint), a checkpoint folder, a .safetensors file or RVT's .ckpt.
+    checkpoint: str = ""
     weights: WeightsKind = WeightsKind.ema  # of a checkpoint
     output: str = ""  # metrics.json and detections; empty: next to the checkpoint
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

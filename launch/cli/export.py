@@ -95,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint",
         type=Path,
         metavar="RUN",
-        help="a run folder (its newest checkpoint), a checkpoint folder, a .safetensors file, or a .ckpt "
-        "of RVT",
+        help="a run folder (its newest checkpoint), a checkpoint folder, a .safetensors file, or "
+        "a .ckpt of RVT",
     )
     parser.add_argument("output", type=Path, metavar="OUT", help="a name ending in .onnx or .pt2")
     parser.add_argument(

@@ -19,9 +19,9 @@ from evspan.pipeline.inference.options import InferOptions, RecordingFiles, Reco
 DESCRIPTION = """Detections of recordings, straight from the sensor's files.
 
 RUN is a run folder (its newest checkpoint), a checkpoint folder, a .safetensors file, or a .ckpt of
-RVT. RECORDING is a .raw, .dat or .h5 file of any length. It is cut into the windows that the checkpoint was
-trained on, from the first event on; the network carries its state from frame to frame. Memory does
-not grow with the length.
+RVT. RECORDING is a .raw, .dat or .h5 file of any length. It is cut into the windows that the
+checkpoint was trained on, from the first event on; the network carries its state from frame to
+frame. Memory does not grow with the length.
 
 OUT/X_bbox.npy     detections of X.raw: t (end of the window, us), x y w h (pixels of the sensor),
                    class_id (the checkpoint's classes, printed at the end), class_confidence;
@@ -241,8 +241,8 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint",
         type=Path,
         metavar="RUN",
-        help="a run folder (its newest checkpoint), a checkpoint folder, a .safetensors file, or a .ckpt "
-        "of RVT",
+        help="a run folder (its newest checkpoint), a checkpoint folder, a .safetensors file, or "
+        "a .ckpt of RVT",
     )
     parser.add_argument("recording", type=Path, nargs="+", metavar="RECORDING")
     _add_outputs(parser)

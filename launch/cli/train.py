@@ -46,7 +46,8 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
       optimizer.lr=0.001         at the peak of the schedule
       checkpoint.every=1000      steps
       checkpoint.resume=true     false: start at step 0
-      checkpoint.init_from=      weights to start from: a run, a checkpoint or a .safetensors file
+      checkpoint.init_from=      weights to start from: a run, a checkpoint, a .safetensors file
+                                 or RVT's .ckpt; other classes or added attention are fine
       parallel.ranks=1           processes, one per GPU (or several on CPU cores); torchrun and srun
                                  start their own
       parallel.device=auto       auto: GPUs where there are any | gpu | cpu

@@ -97,8 +97,14 @@ def check_training(config: TrainConfig) -> None:
         not run_dir.exists() or run_dir.is_dir(),
         f"run_dir is {run_dir}, which is a file; name a folder: run_dir=runs/NAME",
     )
+    init_from = config.checkpoint.init_from
+    require(
+        not init_from or Path(init_from).exists(),
+        f"checkpoint.init_from is {init_from}, where there is nothing; name a run folder, "
+        "a checkpoint, a weights file or a published .ckpt",
+    )
     dataset = open_training(config.dataset, config.model.head.num_classes)
-    if config.checkpoint.init_from:
+    if init_from:
         from evspan.pipeline.engine.initial_weights import Target, check_initial_weights
 
         check_initial_weights(config, Target(config.model, dataset.classes, dataset.frames))
@@ -140,7 +146,10 @@ def check_evaluation(config: EvaluateConfig) -> None:
     """
     from evspan.pipeline.data.requirements import open_scored
 
-    remedy = "name a run folder, a checkpoint or a .safetensors file: evspan evaluate runs/NAME ..."
+    remedy = (
+        "name a run folder, a checkpoint, a .safetensors file or a .ckpt of RVT: "
+        "evspan evaluate runs/NAME ..."
+    )
     require(bool(config.checkpoint), f"the checkpoint is missing; {remedy}")
     require(
         Path(config.checkpoint).exists(), f"there is no checkpoint {config.checkpoint}; {remedy}"

@@ -17,9 +17,11 @@ from evspan.conf.schema.prep import DownsampleBy, FrameConfig, FrameMode
 from evspan.conf.schema.training import BackboneConfig, FpnConfig, ModelConfig
 from evspan.launch.cli.convert import main
 from evspan.pipeline import load_detector
+from evspan.pipeline.engine.checkpoints import load_same_weights
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.weights import Weights, load_weights, save_weights
 from omegaconf import OmegaConf
+from support.one_rank import open_one_rank
 from support.rvt_checkpoints import SIZES, model_of, publish, random_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
@@ -407,6 +409,15 @@ def test_nothing_in_a_file_runs(tmp_path, capfd, function, place):
     assert not trap.exists()
     torch.load(source, weights_only=False)  # the trap is one
     assert trap.exists()
+
+
+def test_an_evaluation_reads_a_published_checkpoint(tmp_path):
+    tensors = random_tensors(model_of("micro"))
+    source = publish(tmp_path / "x.ckpt", tensors)
+    with open_one_rank():
+        weights = load_same_weights(source, 0)
+    assert same(weights.tensors, tensors)
+    assert weights.classes == ["pedestrian", "two_wheeler", "car"]
 
 
 # -- refusals ------------------------------------------------------------

@@ -276,6 +276,12 @@ def test_mistakes(exported, tmp_path, monkeypatch, capsys, arguments, part):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_ckpt_is_read_as_a_published_checkpoint(tmp_path, capsys):
+    (tmp_path / "x.ckpt").write_bytes(b"hello")
+    message = refused(capsys, tmp_path / "x.ckpt", tmp_path / "out.pt2")
+    assert "x.ckpt cannot be read as a checkpoint (File is not a zip file)" in message
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
 def test_a_missing_package_is_named_before_anything_else(monkeypatch, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)

@@ -25,6 +25,7 @@ from evspan.pipeline.inference.overlay import DETECTION_COLOR, LABEL_COLOR, Over
 from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.inference.writers import DetectionsFile
 from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.rvt_checkpoint import save_published
 from evspan.pipeline.weights import Weights, load_weights, save_weights
 from PIL import Image
 from support.refusals import refused_by
@@ -229,6 +230,15 @@ def test_a_part_of_the_recording_and_other_thresholds(here, tmp_path):
     none = run(here, tmp_path / "none.npy", "--no-video", "--confidence", 1)
     assert none.dtype == RAW_BOX
     assert none.shape == (0,)
+
+
+def test_a_published_checkpoint_is_read_directly(here, tmp_path):
+    published = tmp_path / "weights2.ckpt"
+    save_published(published, load_weights(here / "weights2.safetensors"))
+    arguments = [here / "a_td.raw", "--no-video", "--seconds", "0.3", "--output"]
+    main([str(word) for word in (published, *arguments, tmp_path / "a.npy")])
+    main([str(word) for word in (here / "weights2.safetensors", *arguments, tmp_path / "b.npy")])
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
 
 
 @pytest.mark.parametrize("downsample", [1, 4])
@@ -514,7 +524,7 @@ def test_gpus_that_torch_cannot_use_are_not_passed_over(here, tmp_path, capsys, 
 
 def test_a_checkpoint_that_is_missing_is_refused(here, tmp_path, capsys):
     message = refused(capsys, "nowhere", here / "a_td.raw", "--output", tmp_path / "out")
-    assert "nowhere holds no checkpoint" in message
+    assert "nowhere is not there. Name a published .ckpt, a run folder" in message
     assert not list(tmp_path.iterdir())
 
 
