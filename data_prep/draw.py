@@ -65,6 +65,7 @@ def draw_boxes(
     labels: Sequence[str] | None = None,
     color: Colour = (0, 150, 0),
     upscale: int = 1,
+    colors: Sequence[Colour] | None = None,
 ) -> RGB:
     """Draws outlines with labels above them (inside where there is no space above), on a copy.
 
@@ -73,6 +74,7 @@ def draw_boxes(
         boxes_xyxy: (N, 4) left, top, right, bottom in pixels of `rgb`.
         labels: N texts; empty ones are not drawn.
         upscale: whole number by which the image is enlarged first.
+        colors: N, one per box; None: all have `color`.
 
     Returns:
         (H * upscale, W * upscale, 3) uint8.
@@ -84,12 +86,28 @@ def draw_boxes(
     pen = ImageDraw.Draw(image)
     line_width = 1 + image.height // 500
     texts = labels if labels is not None else [""] * len(boxes)
-    for box, text in zip(boxes, texts, strict=True):
+    box_colors = colors if colors is not None else [color] * len(boxes)
+    for box, text, box_color in zip(boxes, texts, box_colors, strict=True):
         left, top, right, bottom = np.round(box).astype(int).tolist()
         corners = (left, top, max(left, right - 1), max(top, bottom - 1))
-        pen.rectangle(corners, outline=color, width=line_width)
+        pen.rectangle(corners, outline=box_color, width=line_width)
         if text:
-            _write(pen, image, left, top, text, color)
+            _write(pen, image, left, top, text, box_color)
+    return np.asarray(image)
+
+
+def draw_legend(rgb: RGB, entries: Sequence[tuple[str, Colour]]) -> RGB:
+    """Writes names on their colours into the lower right corner, the first on top, on a copy.
+
+    Args:
+        rgb: (H, W, 3) uint8.
+        entries: names with their colours.
+    """
+    image = Image.fromarray(np.ascontiguousarray(rgb))
+    pen = ImageDraw.Draw(image)
+    bottom = image.height
+    for text, color in reversed(entries):
+        bottom = _write(pen, image, image.width, bottom, text, color)
     return np.asarray(image)
 
 
@@ -102,8 +120,8 @@ def draw_label(rgb: RGB, text: str, color: Colour = (90, 90, 90)) -> RGB:
 
 def _write(
     pen: ImageDraw.ImageDraw, image: Image.Image, left: int, bottom: int, text: str, color: Colour
-) -> None:
-    """Writes white text on a coloured ground that ends at `bottom`."""
+) -> int:
+    """Writes white text on a coloured ground that ends at `bottom`. Returns the ground's top."""
     font = ImageFont.load_default(size=max(9, min(16, image.height // 30)))
     _, _, width, height = (int(side) for side in pen.textbbox((0, 0), text, font=font))
     x = max(0, min(left, image.width - width - 3))
@@ -112,6 +130,7 @@ def _write(
         y = bottom + 1
     pen.rectangle((x, y, x + width + 2, y + height + 1), fill=color)
     pen.text((x + 1, y), text, fill=(255, 255, 255), font=font)
+    return y
 
 
 def write_strip(path: str | Path, images: Sequence[RGB], columns: int = 0) -> None:

@@ -26,8 +26,9 @@ frame. Memory does not grow with the length.
 OUT/X_bbox.npy     detections of X.raw: t (end of the window, us), x y w h (pixels of the sensor),
                    class_id (the checkpoint's classes, printed at the end), class_confidence;
                    track_id is 0. Prophesee's form: np.load reads it.
-OUT/X_overlay.mp4  events (blue brighter, red darker), detections orange, and in green the boxes
-                   of X_bbox.npy in the recording's folder. A GIF without the program ffmpeg.
+OUT/X_overlay.mp4  events (blue brighter, red darker), detections of confidence 0.3 or more in a
+                   colour per class, and in green the boxes of X_bbox.npy in the recording's
+                   folder. A GIF without the program ffmpeg.
 
 --csv has a line per detection, --json one per frame with its latency. --json - writes them to
 standard output, frame by frame; with --follow that makes a detector of a camera whose .raw or .dat
@@ -78,13 +79,19 @@ def options_from(args: argparse.Namespace) -> InferOptions:
         precision=args.precision,
         cuda_graphs=args.cuda_graphs,
         side_by_side=args.side_by_side,
+        video_confidence=args.video_confidence,
         weights=args.weights,
     )
 
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Raises UserError for a number out of its range."""
-    for name, value in (("--confidence", args.confidence), ("--nms", args.nms)):
+    fractions = (
+        ("--confidence", args.confidence),
+        ("--nms", args.nms),
+        ("--video-confidence", args.video_confidence),
+    )
+    for name, value in fractions:
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"{name} is {value:g}; give a number from 0 to 1")
     if args.follow is not None and not _is_positive(args.follow):
@@ -187,9 +194,10 @@ def print_summary(summary: RecordingSummary, options: InferOptions, output: Text
         _detections_line(summary),
     ]
     if files.video:
-        line = f"{files.video}: detections orange"
+        shown = max(options.video_confidence, summary.confidence)
+        line = f"{files.video}: detections of confidence {shown:g} or more"
         if summary.labels:
-            line += f", boxes of {summary.labels.name} green"
+            line += f", boxes of {summary.labels.name} in green"
         lines.append(line)
         if files.video.suffix == ".gif" and not shutil.which("ffmpeg"):
             lines.append(
@@ -270,6 +278,13 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
         "--side-by-side",
         action="store_true",
         help="video: the events alone on the left, with the detections on the right",
+    )
+    parser.add_argument(
+        "--video-confidence",
+        type=float,
+        default=0.3,
+        metavar="C",
+        help="video: hide detections of less (default: 0.3)",
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also a line per detection")
     parser.add_argument(

@@ -34,6 +34,7 @@ class InferOptions:
     precision: str = "auto"  # fp32, tf32, bf16; auto: that of training on a GPU, fp32 on a CPU
     cuda_graphs: bool = False  # on a GPU: a call is one launch
     side_by_side: bool = False  # video: the events alone left of the detections
+    video_confidence: float = 0.3  # video: detections of less are not drawn
     weights: str = "ema"  # of a checkpoint: ema (where it has one, else raw) or raw
 
 

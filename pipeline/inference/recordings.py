@@ -172,7 +172,7 @@ def _infer(
     latencies_ms: list[float] = []
     began = time.perf_counter()
     with ExitStack() as stack:
-        writers = _Writers(files, weights, options.side_by_side, clock, stack)
+        writers = _Writers(files, weights, options, clock, stack)
         frames = windows(
             recording,
             config,
@@ -223,7 +223,7 @@ class _Writers:
         self,
         files: RecordingFiles,
         weights: Weights,
-        side_by_side: bool,
+        options: InferOptions,
         clock: WorkTimer,
         stack: ExitStack,
     ) -> None:
@@ -242,7 +242,11 @@ class _Writers:
             labels = _labels_of(files.recording)
             frames_per_second = 1000 / weights.frames.window_ms
             self.overlay = Overlay(
-                weights.frames, weights.classes, labels, side_by_side=side_by_side
+                weights.frames,
+                weights.classes,
+                labels,
+                side_by_side=options.side_by_side,
+                lowest_confidence=options.video_confidence,
             )
             self.animation = enter(
                 AnimationWriter(enter(atomic_write(files.video)), frames_per_second)

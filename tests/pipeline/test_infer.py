@@ -21,7 +21,13 @@ from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.simulator import SimulatorConfig, simulate
 from evspan.launch.cli.infer import main
 from evspan.pipeline.inference.detect import Detected, WorkTimer, clip_boxes, detect, prefetch
-from evspan.pipeline.inference.overlay import DETECTION_COLOR, LABEL_COLOR, Overlay
+from evspan.pipeline.inference.overlay import (
+    DIVIDER_COLOR,
+    DIVIDER_WIDTH,
+    LABEL_COLOR,
+    Overlay,
+    class_color,
+)
 from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.inference.writers import DetectionsFile
 from evspan.pipeline.model.detector import Detector
@@ -294,7 +300,7 @@ def test_the_gif_plays_all_frames_at_the_cameras_pace_and_the_command_says_what_
         "x camera pace: 0.40 s of recording in ",
         f"{tmp_path / 'out' / 'a_bbox.npy'}: {actual.size} detections",
         f"(0 ball: {kinds[0]}, 1 box: {kinds[1]}, 2 class 2: {kinds[2]})",
-        f"{tmp_path / 'o.gif'}: detections orange, boxes of a_bbox.npy green",
+        f"{tmp_path / 'o.gif'}: detections of confidence 0.3 or more, boxes of a_bbox.npy in green",
     ):
         assert line in output
     assert all(f"{part} " in output.splitlines()[-2] for part in ("decoding", "network", "drawing"))
@@ -370,7 +376,7 @@ def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
         (170_000, []),
     ):
         assert overlay.labels(end)["x"].tolist() == expected
-    found = np.array([box(50_000, 240, 120, 2)], RAW_BOX)
+    found = np.array([box(50_000, 240, 120, 2), box(50_000, 240, 60, 1)], RAW_BOX)
     picture = overlay.draw(Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0))
     assert picture.shape == (480, 640, 3)  # four times the frame, twice the sensor
 
@@ -378,14 +384,26 @@ def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
         return {tuple(c) for c in picture[2 * y + 20 : 2 * y + 60, 2 * x].tolist()}
 
     assert colours(80, 80) == colours(160, 8) == {LABEL_COLOR}
-    assert colours(240, 120) == {DETECTION_COLOR}
+    assert colours(240, 120) == {class_color(2)}
+    assert colours(240, 60) == {class_color(1)}
+    assert class_color(1) != class_color(2)
+    corner = {tuple(c) for c in picture[-60:, -60:].reshape(-1, 3).tolist()}
+    assert {class_color(0), class_color(1), LABEL_COLOR} <= corner  # the legend
     assert colours(8, 8) == colours(200, 100) == colours(120, 120) == {(255, 255, 255)}
     both = Overlay(FrameConfig(downsample=2), CLASSES, labels, side_by_side=True).draw(
         Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0)
     )
-    assert both.shape == (480, 1280, 3)
+    assert both.shape == (480, 1280 + DIVIDER_WIDTH, 3)
     assert (both[:, :640] == 255).all()
-    assert (both[:, 640:] == picture).all()
+    assert (both[:, 640 : 640 + DIVIDER_WIDTH] == DIVIDER_COLOR).all()
+    assert (both[:, 640 + DIVIDER_WIDTH :] == picture).all()
+    found["class_confidence"][1] = 0.29
+    found["track_id"][0] = 12
+    hidden = Overlay(FrameConfig(downsample=2), CLASSES, labels, lowest_confidence=0.3)
+    picture = hidden.draw(Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0))
+    assert colours(240, 120) == {class_color(2)}
+    assert colours(240, 60) == {(255, 255, 255)}
+    assert hidden._name(found[0]) == "class 2 #12 0.50"
     empty = Overlay(FrameConfig(downsample=2), CLASSES, labels[:0])
     assert not empty.labels(50_000).size
 
