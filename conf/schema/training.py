@@ -14,6 +14,8 @@ from evspan.conf.schema.cluster import ClusterConfig
 from evspan.conf.schema.layout import BatchNormRanks, ExchangeKind, check_layout, chosen_exchange
 from evspan.conf.schema.prep import DatasetConfig
 
+MAX_PATCHES = 32  # rectangles that training.augmentation erases: a bit of a mask each
+
 
 class Precision(Enum):
     """Number format of the forward and backward pass. Adam and its weights are in float32."""
@@ -192,16 +194,51 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class AugmentationConfig:
-    """Drawn once per lane and sequence, the same for all its frames."""
+    """Drawn once per lane and sequence, the same for all its frames (noise differs per frame).
+
+    Probabilities are per sequence; amounts are drawn uniformly. The defaults are the preset
+    `standard`. Streamed lanes only zoom out, and nothing of their frames is erased.
+    """
 
     hflip_prob: float = 0.5
     zoom_prob: float = 0.8  # zoom in or out; streamed lanes zoom out only
     zoom_in: float = 1.5  # largest factor
     zoom_out: float = 1.2
     zoom_in_fraction: float = 0.8  # of the zooms in random lanes
+    rotate_prob: float = 0.0
+    rotate_degrees: float = 30.0  # at most, either way, about the centre of the frame
+    shear_prob: float = 0.0
+    shear_degrees: float = 30.0  # at most, either way: columns lean by this angle
+    translate_prob: float = 0.0
+    translate_fraction: float = 0.1  # at most, of height and width
+    # Boxes of which a smaller fraction of the area stays in the frame are dropped. 0: those of
+    # which less than a pixel per side stays. Ignore regions are kept to the last pixel.
+    min_visible: float = 0.0
+    polarity_flip_prob: float = 0.0  # swaps ON and OFF events
+    drop_prob: float = 0.0
+    drop_fraction: float = 0.3  # of the events, at most
+    noise_prob: float = 0.0
+    noise_hz: float = 0.5  # added events per pixel of the frame and second, at most
+    hot_prob: float = 0.0
+    hot_pixels: int = 20  # at most; each has an event in every time bin of one polarity
+    erase_prob: float = 0.0  # random lanes only
+    erase_patches: int = 3  # rectangles, at most
+    erase_area: float = 0.1  # of the frame, at most, per rectangle; boxes under it stay
 
     def __post_init__(self) -> None:
-        for name in ("hflip_prob", "zoom_prob", "zoom_in_fraction"):
+        for name in (
+            "hflip_prob",
+            "zoom_prob",
+            "zoom_in_fraction",
+            "rotate_prob",
+            "shear_prob",
+            "translate_prob",
+            "polarity_flip_prob",
+            "drop_prob",
+            "noise_prob",
+            "hot_prob",
+            "erase_prob",
+        ):
             value = getattr(self, name)
             require(
                 0 <= value <= 1,
@@ -211,6 +248,26 @@ class AugmentationConfig:
             self.zoom_in >= 1 and self.zoom_out >= 1,
             f"training.augmentation: zoom_in {self.zoom_in} and zoom_out {self.zoom_out} are "
             "factors of 1 or more",
+        )
+        for name, most in (
+            ("rotate_degrees", 180),
+            ("shear_degrees", 60),
+            ("translate_fraction", 1),
+            ("min_visible", 1),
+            ("drop_fraction", 1),
+            ("noise_hz", 10),
+            ("hot_pixels", 10_000),
+            ("erase_area", 1),
+        ):
+            value = getattr(self, name)
+            require(
+                0 <= value <= most,
+                f"training.augmentation.{name} is {value}; give a value from 0 to {most}",
+            )
+        require(
+            1 <= self.erase_patches <= MAX_PATCHES,
+            f"training.augmentation.erase_patches is {self.erase_patches}; give 1 to {MAX_PATCHES} "
+            "rectangles, or erase_prob=0",
         )
 
 

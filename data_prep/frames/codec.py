@@ -311,6 +311,35 @@ def measure_frames(
     return advance
 
 
+@njit(cache=True, nogil=True)
+def find_cell(
+    code: NDArray[np.uint8], first: NDArray[np.int64], last: NDArray[np.int64], cell: int
+) -> NDArray[np.int64]:
+    """Finds the byte of each frame that reaches a cell.
+
+    Args:
+        code: (K,) codes that `measure_frames` accepts.
+        first, last: (n,) a frame's bytes are first, ..., last - 1.
+        cell: position in a frame. Each of the frames has an event there or further on.
+
+    Returns:
+        (n,) index of the first byte that leads to `cell` or beyond it.
+    """
+    found = np.empty(first.size, np.int64)
+    for frame in range(first.size):
+        reached = np.int64(-1)
+        i = first[frame] - 1
+        while reached < cell and i + 1 < last[frame]:
+            i += 1
+            byte = code[i]
+            if byte == SKIP:
+                reached += STEP
+            elif byte != AGAIN:
+                reached += np.int64(byte) + 1
+        found[frame] = i
+    return found
+
+
 def _no_code(frame: int, num_frames: int, shape: tuple[int, ...]) -> str:
     return f"frame {frame} of {num_frames} does not decode to {shape}"
 

@@ -32,6 +32,9 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
       size=tiny                  micro | tiny | small | base
       dataset=own                own: the classes of the shards | simulated | gen4 | etram |
                                  etram3 | gen4_rvt: refused where the shards have others | rvt_tree
+      augmentation=standard      none | standard: flip and zoom as RVT | light: fewer zooms, as the
+                                 demo | strong: rotation, shear, translation, noise, lost events
+                                 and erased patches, too
       deepspeed=zero1            zero0 | zero1 | zero2 | zero3
 
   keys

@@ -111,6 +111,7 @@ class Loader:
             self._shape,
             _labels(lanes),
             pinned=torch.cuda.is_available(),
+            first_frames=[lane.first for lane in lanes],
         )
 
     def batch_without_data(self, index: int) -> Batch:
@@ -128,9 +129,7 @@ class Loader:
         recording = self.dataset.recordings[chunk.recording]
         height = self.dataset.height
         width = self.dataset.width
-        augmentation = draw_augmentation(
-            self.config.augmentation, chunk, seed=self.seed, height=height, width=width
-        )
+        augmentation = self._augmentation(chunk)
         length = len(self.frames)
         first = chunk.first + self.frames.start
         # After a recording's end the frames stay zero.
@@ -141,7 +140,12 @@ class Loader:
         if existing and read_boxes:
             rows, counts = recording.box_rows(first, first + existing)
             boxes = augment_box_rows(
-                to_center(rows), counts, augmentation, height=height, width=width
+                to_center(rows),
+                counts,
+                augmentation,
+                height=height,
+                width=width,
+                min_visible=self.config.augmentation.min_visible,
             )
         return _Lane(
             recording=recording,
@@ -152,6 +156,20 @@ class Loader:
             labelled=labelled,
             following=self._following(chunk),
             start=chunk.start,
+        )
+
+    def augmentations(self, index: int) -> list[Augmentation]:
+        """What is drawn for each lane of micro-batch `index`."""
+        return [self._augmentation(self.plan.chunk(lane, index)) for lane in self.lanes]
+
+    def _augmentation(self, chunk: Chunk) -> Augmentation:
+        return draw_augmentation(
+            self.config.augmentation,
+            chunk,
+            seed=self.seed,
+            height=self.dataset.height,
+            width=self.dataset.width,
+            frame_us=self.dataset.frames.window_us,
         )
 
     def _following(self, chunk: Chunk) -> NDArray[np.bool_]:
@@ -210,11 +228,11 @@ def _read_frames(lane: _Lane, out: NDArray[np.uint8]) -> None:
     """Writes the lane's frames, augmented, into `out` (existing, C, H, W), zeros."""
     if lane.recording.read_codes is not None:
         codes = lane.recording.codes(lane.first, lane.first + lane.existing)
-        decode_augmented(codes, lane.augmentation, out)
+        decode_augmented(codes, lane.augmentation, out, lane.first)
         return
     for t in range(lane.existing):  # a frame at a time stays in the cache
         frame = lane.recording.read(lane.first + t, lane.first + t + 1)
-        augment_frames(frame, lane.augmentation, out[t : t + 1])
+        augment_frames(frame, lane.augmentation, out[t : t + 1], lane.first + t)
 
 
 def _labels(lanes: Sequence[_Lane]) -> BatchLabels:

@@ -135,7 +135,10 @@ def test_help_has_the_defaults_of_the_schema(module, schema):
 
 @pytest.mark.parametrize(
     ("module", "groups"),
-    [(train, ["experiment", "model", "size", "dataset", "deepspeed"]), (evaluate, ["dataset"])],
+    [
+        (train, ["experiment", "model", "size", "dataset", "augmentation", "deepspeed"]),
+        (evaluate, ["dataset"]),
+    ],
 )
 def test_help_names_every_choice(module, groups):
     for group in groups:

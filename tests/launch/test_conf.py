@@ -23,6 +23,7 @@ GROUPS = {
     "dataset": ("prep", "train", "evaluate"),
     "model": ("train",),
     "size": ("train",),
+    "augmentation": ("train", "bench"),
     "deepspeed": ("train",),
     "cluster": ("prep", "train"),
     "experiment": ("train",),
