@@ -124,7 +124,7 @@ def _parsed(shapes: Mapping[str, tuple[int, ...]], description: Any, file: Path)
             classes_from(values.get("classes")),
             step_from(values.get("step")),
             _trained_in(values.get("precision")),
-            _average_from(values.get(AVERAGE_KEY)),
+            parse_average(values.get(AVERAGE_KEY)),
         )
     except (UserError, KeyError, ValueError, TypeError) as error:
         raise _not_a_weights_file(file, error) from error
@@ -135,8 +135,12 @@ def _trained_in(name: Any) -> Precision:
     return Precision.__members__.get(str(name), Precision.fp32)
 
 
-def _average_from(values: Any) -> Average | None:
-    """The inverse of what `describe` makes of `Weights.average`."""
+def parse_average(values: Any) -> Average | None:
+    """The inverse of what `describe` makes of `Weights.average`; None of None.
+
+    Raises:
+        HeaderError, KeyError, TypeError: it is something else.
+    """
     if values is None:
         return None
     decay = values["decay"]

@@ -302,6 +302,9 @@ class TrainingConfig:
     # [first, last] steps to trace into run_dir/profile.
     profile: list[int] = field(default_factory=list)
     evaluate_every: int = 10_000  # steps; 0: never
+    # Of the moving average of the weights (EMA), which is evaluated and used; 0: none. Of n updates
+    # it is min(ema_decay, (1 + n) / (10 + n)).
+    ema_decay: float = 0.9999
     max_nonfinite: int = 10  # consecutive non-finite losses before the run stops
 
     def __post_init__(self) -> None:
@@ -323,6 +326,10 @@ class TrainingConfig:
         ):
             value = getattr(self, name)
             require(value >= 0, f"training.{name} is {value}; give 0{zero} or more")
+        require(
+            0 <= self.ema_decay < 1,
+            f"training.ema_decay is {self.ema_decay}; give a decay from 0 (off) to below 1",
+        )
         require(
             self.num_workers >= -1,
             f"training.num_workers is {self.num_workers}; give a number of threads, or -1: it "

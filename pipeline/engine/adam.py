@@ -9,6 +9,7 @@ from evspan.conf.schema.training import OptimizerConfig, Schedule
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's averages; also the names in a checkpoint
+AVERAGE = "average"  # the moving average of the weights, in Adam's state; see ema
 
 
 class Update(NamedTuple):

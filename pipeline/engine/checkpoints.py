@@ -4,6 +4,7 @@
         meta.json                        step, the optimizer's counters, the run's resolved config,
                                          a digest of the data, checksums of all other files
         weights.safetensors              consolidated weights
+        ema.safetensors                  their moving average, without training.ema_decay=0
         moments.safetensors              Adam's averages by parameter name
         lanes-0000-0003.safetensors      recurrent state of lanes 0, 1 and 2, as of one rank
         rank-0000.safetensors            a rank's generator states
@@ -27,6 +28,7 @@ import torch
 from evspan.conf.errors import UserError
 from evspan.pipeline.checkpoint_files import (
     BEST,
+    EMA,
     FILES,
     FOLDER,
     FORMAT_VERSION,
@@ -55,8 +57,10 @@ from evspan.pipeline.history import append
 from evspan.pipeline.parallel.reductions import broadcast_json, gather_json
 from evspan.pipeline.rvt_checkpoint import is_published, open_weights
 from evspan.pipeline.weights import (
+    AVERAGE_KEY,
     Weights,
     generator_states,
+    parse_average,
     read_weights,
     save_tensors,
     save_weights,
@@ -76,7 +80,7 @@ FALLBACK = "fallback"  # event in the history: a resume did not use what it expe
 class Snapshot:
     """The content of a checkpoint, as one rank passes it to `Checkpoints.save`.
 
-    weights, moments: read on rank 0 only.
+    weights, moments, average: read on rank 0 only. average: of the weights; None without one.
     lanes: of this rank.
     carry: the canonical state of these lanes, one tensor after the other; None if another rank of
         the sequence group saves it.
@@ -87,19 +91,22 @@ class Snapshot:
     moments: dict[str, Tensor]
     lanes: range
     carry: Sequence[Tensor] | None
+    average: Weights | None = None
 
 
 class LoadedSnapshot(NamedTuple):
     """The part of a checkpoint that one rank continues from.
 
     weights, moments: by name. carry: the canonical state of the rank's lanes, one tensor after the
-    other. generators: None if the checkpoint was saved with fewer ranks.
+    other. generators: None if the checkpoint was saved with fewer ranks. average: of the weights,
+    by name; None if the checkpoint has none.
     """
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
     carry: list[Tensor]
     generators: dict[str, Tensor] | None
+    average: dict[str, Tensor] | None = None
 
 
 class Resumed(NamedTuple):
@@ -197,6 +204,8 @@ class Checkpoints:
         if self.rank == 0:
             files[WEIGHTS] = save_weights(folder / WEIGHTS, snapshot.weights)
             files[MOMENTS] = save_tensors(folder / MOMENTS, snapshot.moments)
+            if snapshot.average is not None:
+                files[EMA] = save_weights(folder / EMA, snapshot.average)
         if snapshot.carry is not None:
             lanes_file = _lanes_file(snapshot.lanes)
             files[lanes_file] = save_tensors(
@@ -413,12 +422,13 @@ def load_snapshot(
         meta = read_meta(folder)
         check_inventory(folder, meta)
     generators_file = _generators_file(rank)
-    has_generators = generators_file in _names(folder, meta)
+    names = _names(folder, meta)
     return LoadedSnapshot(
         _load_tensors(folder, meta, WEIGHTS),
         _load_tensors(folder, meta, MOMENTS),
         _load_carry(folder, meta, lanes),
-        _load_tensors(folder, meta, generators_file) if has_generators else None,
+        _load_tensors(folder, meta, generators_file) if generators_file in names else None,
+        _load_tensors(folder, meta, EMA) if EMA in names else None,
     )
 
 
@@ -427,6 +437,13 @@ def _check_counters(folder: Path, meta: Meta) -> None:
         value = meta.values["counters"].get(name)
         if not isinstance(value, int) or value < 0:
             raise DamagedError(folder, META, f"has no counter {name}")
+    if EMA in (meta.files or ()):
+        try:
+            parse_average(meta.values.get(AVERAGE_KEY))
+        except (UserError, KeyError, TypeError):
+            raise DamagedError(
+                folder, META, f"has no {AVERAGE_KEY}, or not as it is saved"
+            ) from None
 
 
 def _names(folder: Path, meta: Meta) -> list[str]:

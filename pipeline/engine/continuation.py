@@ -121,6 +121,8 @@ EFFECTS = {
     "training.log_images_every": Effect.listed,
     "training.evaluate_every": Effect.listed,
     "training.max_nonfinite": Effect.listed,
+    # 0 drops the average; from 0 to another value, it begins with the checkpoint's weights.
+    "training.ema_decay": Effect.listed,
     # How a step is computed.
     "training.engine": Effect.ignored,
     "training.frames_per_call": Effect.ignored,

@@ -92,7 +92,13 @@ class DeepSpeedEngine:
         factor = learning_rate_factor(config.optimizer, config.training.max_steps)
         self.schedule = LearningRateSchedule(self.adam, factor)
         self.optimizer_state = OptimizerState(
-            self.engine, self.adam, self.schedule, trained, self.stage, world
+            self.engine,
+            self.adam,
+            self.schedule,
+            trained,
+            self.stage,
+            world,
+            has_average=config.training.ema_decay > 0,
         )
         self.gate = GradientGate(trained, config.training.gradient_accumulation_steps)
         self.update: Update | None = None  # the last one

@@ -1,11 +1,12 @@
 """Adam's moments and the schedule, by parameter name, for any ZeRO stage."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from evspan.pipeline.engine import deepspeed_adapter as adapter
-from evspan.pipeline.engine.adam import MOMENTS, LearningRateSchedule, SkippableAdamW
+from evspan.pipeline.engine.adam import AVERAGE, MOMENTS, LearningRateSchedule, SkippableAdamW
 from evspan.pipeline.parallel.reductions import sum_over_ranks
 from evspan.pipeline.parallel.world import World
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ class OptimizerState:
     Args:
         engine: DeepSpeed's.
         trained: the parameters that `adam` was made for, in its order. DeepSpeed replaces them.
+        has_average: whether Adam's state contains an average of the weights, too.
     """
 
     def __init__(
@@ -27,6 +29,8 @@ class OptimizerState:
         trained: list[nn.Parameter],
         stage: int,
         world: World,
+        *,
+        has_average: bool,
     ) -> None:
         self.engine = engine
         self.adam = adam
@@ -38,7 +42,9 @@ class OptimizerState:
         updated = adapter.adam_parameters(engine, adam, stage=stage)
         # In stage 0, the float32 tensor that Adam updates for each parameter of the module.
         self.masters = dict(zip(trained, updated, strict=True)) if stage == 0 else {}
+        self.updated = updated
         self.states = [adam.state[p] for p in updated]
+        self.has_average = has_average
         self._allocate(updated)
         adapter.link_adam_state(engine, stage=stage)
 
@@ -54,6 +60,8 @@ class OptimizerState:
                 state["step"] = torch.zeros((), device=device)
                 state["exp_avg"] = torch.zeros_like(parameter.data)
                 state["exp_avg_sq"] = torch.zeros_like(parameter.data)
+            if self.has_average:
+                state[AVERAGE] = torch.zeros_like(parameter.data)
 
     def weights(self) -> dict[str, Tensor]:
         """The float32 weights by parameter name, on the CPU of every rank. A collective."""
@@ -79,6 +87,21 @@ class OptimizerState:
             "adam_steps": int(max(state["step"] for state in self.states)),
             "loss_scale": {},  # part of the format; float16 had one
         }
+
+    def averaged(self) -> list[tuple[Tensor, Tensor]]:
+        """This rank's float32 tensors that Adam updates, and for each its average; [] without."""
+        if not self.has_average:
+            return []
+        return [(p, state[AVERAGE]) for p, state in zip(self.updated, self.states, strict=True)]
+
+    def averages(self) -> dict[str, Tensor]:
+        """Averages by parameter name, float32 on the CPU of every rank. A collective."""
+        return self._gather(AVERAGE)
+
+    def restore_averages(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `averages`, of any ranks and ZeRO stage."""
+        for name, parameter in self.parameters.items():
+            self._set(parameter, AVERAGE, tensors[name])
 
     def restore(
         self, weights: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, Any]

@@ -4,6 +4,7 @@ Weights, gradients and moments are each one flat tensor, so an update takes abou
 and one collective, however many parameters the model has.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ class PlainEngine:
         )
         factor = learning_rate_factor(config.optimizer, config.training.max_steps)
         self.schedule = LearningRateSchedule(self.adam, factor)
-        self.optimizer_state = PlainOptimizerState(self.adam, self.schedule, self.weights)
+        self.optimizer_state = PlainOptimizerState(
+            self.adam, self.schedule, self.weights, has_average=config.training.ema_decay > 0
+        )
         self.gradient: Tensor | None = None  # (n,) float32, since the last update, of this rank
         self.any_counts: Tensor | None = None  # () bool, of the micro-batches since then
 
@@ -231,7 +234,7 @@ class FlatWeights:
             for name, parameter, part in zip(self.names, self.parameters, parts, strict=True)
         }
 
-    def set_by_name(self, flat: Tensor, tensors: dict[str, Tensor], prefix: str = "") -> None:
+    def set_by_name(self, flat: Tensor, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
         """The inverse of `by_name`, in place."""
         whole = torch.cat([tensors[prefix + name].reshape(-1).float() for name in self.names])
         flat.copy_(whole)
@@ -244,11 +247,18 @@ class PlainOptimizerState:
     """Adam's moments by parameter name, and its counters."""
 
     def __init__(
-        self, adam: SkippableAdamW, schedule: LearningRateSchedule, weights: FlatWeights
+        self,
+        adam: SkippableAdamW,
+        schedule: LearningRateSchedule,
+        weights: FlatWeights,
+        *,
+        has_average: bool,
     ) -> None:
         self.schedule = schedule
         self.weights = weights
         self.flat = {key: torch.zeros_like(weights.master) for key in MOMENTS}
+        # (n,) float32: the moving average of the weights.
+        self.average = torch.zeros_like(weights.master) if has_average else None
         self.steps = []
         sizes = [part.numel() for part in weights.parts]
         split = {key: _split(flat, sizes) for key, flat in self.flat.items()}
@@ -273,6 +283,20 @@ class PlainOptimizerState:
             "adam_steps": int(max(self.steps)),
             "loss_scale": {},  # part of the format
         }
+
+    def averaged(self) -> list[tuple[Tensor, Tensor]]:
+        """(float32 weights, their average), of all parameters; [] without averages."""
+        return [] if self.average is None else [(self.weights.master, self.average)]
+
+    def averages(self) -> dict[str, Tensor]:
+        """Averages by parameter name, float32 on the CPU."""
+        assert self.average is not None
+        return self.weights.by_name(self.average)
+
+    def restore_averages(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `averages`."""
+        assert self.average is not None
+        self.weights.set_by_name(self.average, tensors)
 
     def restore(self, moments: dict[str, Tensor], counters: dict[str, Any]) -> None:
         """The inverse of `moments` and `counters`."""

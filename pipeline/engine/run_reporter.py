@@ -29,6 +29,7 @@ class Evaluated(NamedTuple):
     """One evaluation of a run: its metrics, and what they were computed from.
 
     config: with the minimum sizes by which the results were scored.
+    weights: 'raw', or 'ema (decay 0.9999, 400 updates)'.
     """
 
     metrics: Metrics
@@ -36,6 +37,7 @@ class Evaluated(NamedTuple):
     data: Dataset
     config: EvaluationConfig
     seconds: float
+    weights: str
 
 
 class RunReporter:
@@ -191,7 +193,10 @@ class RunReporter:
         scalars = {f"evaluation/{name}": v for name, v in metrics.scalars().items()}
         self.writer.write_scalars(scalars, step)
         write_evaluation(self.writer, evaluated.results, evaluated.data, evaluated.config, step)
-        self.log(f"evaluation at step {step} ({evaluated.seconds:.0f} s)\n{metrics.table()}")
+        self.log(
+            f"evaluation at step {step} ({evaluated.seconds:.0f} s), weights: {evaluated.weights}\n"
+            f"{metrics.table()}"
+        )
 
 
 def _step_scalars(report: StepReport) -> dict[str, float]:

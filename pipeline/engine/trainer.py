@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +33,7 @@ from evspan.pipeline.engine.continuation import (
     continue_run,
     saved_precision,
 )
+from evspan.pipeline.engine.ema import open_average
 from evspan.pipeline.engine.engines import engine_class
 from evspan.pipeline.engine.evaluator import (
     EvaluationStoppedError,
@@ -88,6 +89,7 @@ from evspan.pipeline.tensorboard.attention_probe import probe
 from evspan.pipeline.tensorboard.summaries import write_images
 from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from evspan.pipeline.weights import (
+    AVERAGE_KEY,
     Weights,
     generator_states,
     plain,
@@ -238,6 +240,7 @@ class Trainer:
         engine = engine or engine_class(config)
         self.engine = engine(detector, config, world, lanes=len(self.lanes))
         self.statistics = RunningStatistics(self.engine.module)
+        self.average = open_average(config.training.ema_decay, self.engine, self.statistics)
         self.state = self._zero_state()
         self.step = 0
         self.saved_step = 0  # of the newest checkpoint
@@ -423,6 +426,8 @@ class Trainer:
             self._read_pending()
         update = self.engine.step()
         if update is not None:
+            if self.average is not None:
+                self.average.update(update.applied)
             values = PendingValues(self.metrics, update)
             self.pending = PendingStep(
                 self.step + 1, values, gradients, self.step_started, self.state_before_step
@@ -449,6 +454,8 @@ class Trainer:
             self._count_skipped(values, pending.number)
         if values.applied:
             self.engine.advance()
+            if self.average is not None:
+                self.average.advance()
             self.gradient_norm = values.gradient_norm
         self.stop = self.stop or values.stop
         if not self.first_step_ended:
@@ -519,6 +526,18 @@ class Trainer:
         assert isinstance(self.engine.module, Detector)
         return self.engine.module
 
+    def _used_weights(self) -> Weights:
+        """The weights that are evaluated and used: their average where it is kept. A collective."""
+        weights = self._weights()
+        return self._averaged(weights) or weights
+
+    def _averaged(self, weights: Weights) -> Weights | None:
+        """The average of the weights; None where it is not kept. A collective."""
+        if self.average is None:
+            return None
+        tensors = self.average.state(weights.tensors)
+        return replace(weights, tensors=tensors, average=self.average.info)
+
     def _weights(self) -> Weights:
         """The consolidated weights, on every rank. A collective."""
         return Weights(
@@ -556,6 +575,9 @@ class Trainer:
             DATA: self.data_digest,
             INIT_FROM: self.init_from,
         }
+        if self.average is not None:
+            meta[AVERAGE_KEY] = self.average.info._asdict()
+        weights = self._weights()
         moments = self.engine.optimizer_state.moments(keep=self.world.is_main)
         writes_carry = self.mesh.sequence == 0
         starts_over = self.checkpoints.start_over
@@ -563,10 +585,11 @@ class Trainer:
             self.step,
             Snapshot(
                 meta,
-                self._weights(),
+                weights,
                 moments,
                 self.lanes,
                 state_tensors(carry) if writes_carry else None,
+                self._averaged(weights),
             ),
         )
         if starts_over and self.world.is_main:
@@ -574,6 +597,8 @@ class Trainer:
 
     def _resume(self, meta: dict[str, Any], loaded: LoadedSnapshot) -> None:
         self.engine.load_state(loaded.weights, loaded.moments, meta["counters"])
+        if self.average is not None:
+            self.average.resume(loaded.average, meta.get(AVERAGE_KEY, {}), log=self.world.is_main)
         carry = state_from_tensors(
             [t.to(self.world.device) for t in loaded.carry], self._initial_state("meta")
         )
@@ -617,7 +642,7 @@ class Trainer:
     def _write_images(self, batch: Batch, stop_flag: StopFlag) -> None:
         """Rank 0 leaves them out if it is asked to stop."""
         with self._activity(Activity.images):
-            weights = self._weights()  # a collective, so outside the condition
+            weights = self._used_weights()  # a collective, so outside the condition
             if not self.world.is_main or stop_flag.is_set():
                 return
             if self.probe_dataset is None:
@@ -651,7 +676,7 @@ class Trainer:
         # Building a detector draws random weights. A resumed run need not evaluate again, so the
         # generators must not depend on it.
         generators = generator_states()
-        weights = self._weights()
+        weights = self._used_weights()
         metrics, results, data, protocol = evaluate_weights(
             weights,
             self.config.dataset,
@@ -663,7 +688,7 @@ class Trainer:
         if self.world.is_main:
             seconds = time.perf_counter() - started
             self.reporter.evaluation(
-                Evaluated(metrics, results, data, protocol, seconds), self.step
+                Evaluated(metrics, results, data, protocol, seconds, weights.kind), self.step
             )
             description = describe_evaluation(
                 str(self.run_dir),

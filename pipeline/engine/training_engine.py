@@ -19,6 +19,15 @@ class OptimizerStateOfEngine(Protocol):
     def counters(self) -> dict[str, Any]:
         """Numbers of updates, as JSON values."""
 
+    def averaged(self) -> list[tuple[Tensor, Tensor]]:
+        """The float32 tensors that this rank's Adam updates, and for each its average."""
+
+    def averages(self) -> dict[str, Tensor]:
+        """Averages by parameter name, float32 on the CPU of every rank. A collective."""
+
+    def restore_averages(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `averages`, of any ranks and engine."""
+
 
 class TrainingEngine(Protocol):
     """Forward, backward, step, save and load of a model on all ranks.

@@ -41,6 +41,17 @@ def test_an_update_uses_what_was_not_skipped(weights, stage, pattern):
             )
 
 
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage is not None])
+def test_the_average_of_the_weights_is_that_of_its_definition_to_the_bit(weights, stage):
+    for of_rank in weights:
+        for pattern in PATTERNS:
+            actual, expected = of_rank["average", stage, pattern]
+            assert actual.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert torch.equal(actual[name], tensor), (name, pattern)
+                assert not torch.equal(actual[name], of_rank[stage, pattern][name])
+
+
 def test_the_patterns_differ(weights):
     first = next(iter(weights[0][None, PATTERNS[0]]))
     assert len(

@@ -54,6 +54,7 @@ def test_the_run_folder_holds_what_the_readme_says(two_ranks):
     assert weights.frames.bins == BINS
     assert weights.classes == ["ball", "box", "bar"]
     assert sorted(p.name for p in (checkpoints / "step-00000006").iterdir()) == [
+        "ema.safetensors",
         "lanes-0000-0002.safetensors",
         "lanes-0002-0004.safetensors",
         "meta.json",

@@ -1,5 +1,7 @@
 """The oracle of DeepSpeedEngine: AdamW, schedule and clipping in plain torch, a model per rank."""
 
+from types import SimpleNamespace
+
 import torch
 from evspan.pipeline.engine.adam import Update, learning_rate_factor, parameter_groups
 from evspan.pipeline.parallel.reductions import sum_over_ranks
@@ -21,6 +23,7 @@ class PlainEngine:
             parameter_groups(model, config.optimizer), lr=config.optimizer.lr
         )
         factor = learning_rate_factor(config.optimizer, config.training.max_steps)
+        self.optimizer_state = SimpleNamespace(averaged=list)  # no moving average of the weights
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
     def __call__(self, *args, **kwargs):

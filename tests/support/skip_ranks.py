@@ -2,7 +2,8 @@
 
 python -m skip_ranks FOLDER    with torchrun's variables
 
-Writes RANK.pt: (stage, pattern) -> weights.
+Writes RANK.pt: (stage, pattern) -> weights, and ("average", stage, pattern) -> (their moving
+average, the same by its definition).
 """
 
 import os
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from evspan.conf.schema.training import (
     DeepSpeedConfig,
@@ -19,7 +21,9 @@ from evspan.conf.schema.training import (
     TrainingConfig,
 )
 from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
+from evspan.pipeline.engine.ema import MovingAverage
 from evspan.pipeline.engine.plain_engine import PlainEngine
+from evspan.pipeline.engine.running_statistics import RunningStatistics
 from evspan.pipeline.parallel.world import open_world
 from support.plain_engine import PlainEngine as OracleEngine
 from torch import nn
@@ -38,8 +42,29 @@ PLAIN = "plain engine"
 STAGES = (None, PLAIN, 0, 1, 2, 3)  # of ZeRO; None: the oracle
 
 
-def stepped(stage, pattern, world) -> dict[str, torch.Tensor]:
-    """The weights after the micro-batches of a pattern."""
+DECAY = 0.25  # the third update is the first beyond the warm-up
+
+
+class SlowAverage:
+    """The moving average by its definition, element by element, in float32."""
+
+    def __init__(self, weights):
+        self.values = {name: tensor.numpy().copy() for name, tensor in weights.items()}
+        self.updates = 0
+
+    def update(self, weights):
+        """After an update that was applied."""
+        decay = min(DECAY, (1 + self.updates) / (10 + self.updates))
+        weight = np.float32(1 - decay)
+        for name, tensor in weights.items():
+            average = self.values[name].reshape(-1)
+            for i, value in enumerate(tensor.numpy().reshape(-1)):
+                average[i] += weight * (value - average[i])
+        self.updates += 1
+
+
+def stepped(stage, pattern, world) -> dict[Any, Any]:
+    """The weights after the micro-batches of a pattern, and their average."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     config = TrainConfig(
@@ -55,6 +80,9 @@ def stepped(stage, pattern, world) -> dict[str, torch.Tensor]:
     )
     classes = {None: OracleEngine, PLAIN: PlainEngine}
     engine: Any = classes.get(stage, DeepSpeedEngine)(model, config, world, lanes=1)
+    if stage is not None:
+        average = MovingAverage(DECAY, engine, RunningStatistics(engine.module))
+        slow = SlowAverage(engine.full_state())
     for number, sign in enumerate(pattern.replace(" ", "")):
         torch.manual_seed(100 * number + world.rank)
         loss = engine(torch.randn(4, 5)).pow(2).sum()
@@ -62,13 +90,21 @@ def stepped(stage, pattern, world) -> dict[str, torch.Tensor]:
         # DeepSpeed's engine gets gradients that are not finite and must keep them out.
         engine.backward(loss if counts else loss * torch.nan, torch.tensor(counts))
         update = engine.step()
+        if update is not None and stage is not None:
+            average.update(update.applied)
         if update is not None and update.applied:
             engine.advance()
+            if stage is not None:
+                average.advance()
+                slow.update(engine.full_state())
     if stage is None:
-        return {name: p.detach().clone() for name, p in model.named_parameters()}
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        return {(None, pattern): weights}
     weights = engine.full_state()
+    expected = {name: torch.from_numpy(values) for name, values in slow.values.items()}
+    averages = (average.state(weights), expected)
     engine.close()
-    return weights
+    return {(stage, pattern): weights, ("average", stage, pattern): averages}
 
 
 def main(folder: Path) -> None:
@@ -78,7 +114,7 @@ def main(folder: Path) -> None:
         weights = {}
         for stage in STAGES:
             for pattern in PATTERNS:
-                weights[stage, pattern] = stepped(stage, pattern, world)
+                weights |= stepped(stage, pattern, world)
         torch.save(weights, folder / f"{world.rank}.pt")
 
 
