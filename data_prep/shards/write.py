@@ -494,14 +494,14 @@ def _kept_regions(
     labels: _Labels, label_ends: NDArray[np.int64], entry: RecordingEntry, config: PrepConfig
 ) -> tuple[BoxArray, int]:
     """The ignore regions of the labelled frames after all filters, and the number of the others."""
-    at_ends = labels.regions[np.isin(labels.regions["t"], label_ends)]
-    kept, _ = filter_regions(
-        at_ends,
+    is_at_end = np.isin(labels.regions["t"], label_ends)
+    kept, outside = filter_regions(
+        labels.regions[is_at_end],
         config.dataset.labels,
         height=entry.sensor_height,
         width=entry.sensor_width,
     )
-    return kept, labels.regions.size - kept.size
+    return kept, outside + int(np.count_nonzero(~is_at_end))
 
 
 def _kept_boxes(

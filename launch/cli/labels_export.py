@@ -15,7 +15,7 @@ from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.cli.labels_import import parse_names, parse_size
 from evspan.launch.output_streams import drop_lost_output
 
-DESCRIPTION = """Boxes or detections -> COCO, YOLO, Pascal VOC, CVAT, CSV or MOT; frames -> PNG images.
+DESCRIPTION = """Boxes or detections -> COCO, YOLO, Pascal VOC, CVAT, CSV or MOT; frames -> images.
 
 SOURCE is a box file (X_bbox.npy), a folder of them (the output of evspan infer or evaluate), a run
 with one evaluation, a recording, or shards. Of recordings and shards the frames are drawn, too, and

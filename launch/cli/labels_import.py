@@ -72,7 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         "--recording", type=Path, metavar="FILE", help="the recording: its name and sensor size"
     )
     parser.add_argument(
-        "--size", type=parse_size, metavar="WxH", help="of the sensor, in pixels (default: the images')"
+        "--size",
+        type=parse_size,
+        metavar="WxH",
+        help="of the sensor, in pixels (default: the images')",
     )
     parser.add_argument(
         "--classes",

@@ -130,9 +130,14 @@ def export_labels(options: ExportOptions) -> ExportSummary:
             _PER_RECORDING[options.format](one, options.out / recording.name, options)
         else:
             _append(annotations, one)
+    if options.format == "yolo":
+        regions = [label for label in annotations.labels if label.ignore]
+        annotations.labels = [label for label in annotations.labels if not label.ignore]
+        summary.unsupported = len(regions)
+        summary.boxes -= len(regions)
     annotations.classes = _all_classes(classes, annotations)
     if options.format in _WRITERS:
-        summary.unsupported = _WRITERS[options.format](annotations, options.out) or 0
+        _WRITERS[options.format](annotations, options.out)
     return summary
 
 
@@ -447,13 +452,13 @@ def _write_voc(annotations: Annotations, out: Path) -> None:
     voc.write_voc(annotations, out / "annotations")
 
 
-def _write_yolo(annotations: Annotations, out: Path) -> int:
+def _write_yolo(annotations: Annotations, out: Path) -> None:
     if not all(picture.size for picture in annotations.pictures):
         raise UserError(
             "YOLO's boxes are fractions of the image, whose size is not known. Give --size WxH, or "
             "the recording, --frames FILE"
         )
-    return yolo.write_yolo(annotations, out)
+    yolo.write_yolo(annotations, out)
 
 
 def _write_cvat(annotations: Annotations, folder: Path, options: ExportOptions) -> None:
@@ -468,7 +473,7 @@ def _write_mot(annotations: Annotations, folder: Path, options: ExportOptions) -
     write_frame_list(folder / FRAME_LIST, [picture.name for picture in annotations.pictures])
 
 
-_WRITERS: dict[str, Callable[[Annotations, Path], int | None]] = {
+_WRITERS: dict[str, Callable[[Annotations, Path], None]] = {
     "coco": _write_coco,
     "csv": _write_csv,
     "voc": _write_voc,

@@ -107,9 +107,7 @@ def windows_for(
     return window_ends(label_times_us, first_us, window_us=window_us, label_every_us=every_us)
 
 
-def chosen_ends(
-    windows: WindowEnds, options: PictureOptions, *, has_labels: bool
-) -> Iterator[int]:
+def chosen_ends(windows: WindowEnds, options: PictureOptions, *, has_labels: bool) -> Iterator[int]:
     """The ends of the frames to draw, increasing and infinite.
 
     Without labels: one per step, from the first event on. With labels: the labelled ends, and, if
@@ -137,9 +135,9 @@ def chosen_ends(
             return
 
 
-def draw_shard(root: Path, entry: RecordingEntry, folder: Path, indices: list[int]) -> Iterator[
-    DrawnFrame
-]:
+def draw_shard(
+    root: Path, entry: RecordingEntry, folder: Path, indices: list[int]
+) -> Iterator[DrawnFrame]:
     """Writes stored frames of a recording, enlarged to the sensor's pixels.
 
     Raises:
