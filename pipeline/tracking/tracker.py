@@ -146,7 +146,7 @@ class Tracker:
                 numbers[row] = track.number
         for track in self._tracks:
             track.last = track.number in matched
-        for row in np.flatnonzero(is_high & (numbers == NO_TRACK)):
+        for row in np.flatnonzero(is_high & (numbers == NO_TRACK)).tolist():
             numbers[row] = self._begin(corners[row], int(class_id[row]), time_us)
         return numbers
 
