@@ -1,8 +1,8 @@
 """Collects the text that TensorBoard shows of a run: config, code version, environment."""
 
 import json
-import re
 import platform
+import re
 import socket
 import subprocess
 from collections import Counter
