@@ -178,7 +178,10 @@ def test_a_sweep_over_lists_of_mappings():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("[{root: a, wight: 1}]", "dataset.roots: an entry has no key 'wight'; did you mean weight?"),
+        (
+            "[{root: a, wight: 1}]",
+            "dataset.roots: an entry has no key 'wight'; did you mean weight?",
+        ),
         ("[a,b]", r"give a list of mappings, 'dataset.roots=\[\{root: A\}"),
         ("[{weight: 2}]", "an entry without a folder"),
         ("[{root: a, weight: x}]", "weight is 'x'; give a number"),

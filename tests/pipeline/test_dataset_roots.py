@@ -139,7 +139,9 @@ def test_classes_are_renamed_left_out_and_ignored(day, monkeypatch):
         expected = plain[names != "box"].copy()
         expected["class_id"] = np.where(names[names != "box"] == "ball", 0, IGNORED)
         assert np.array_equal(rows, expected)
-    recording = open_dataset(roots({"root": str(day), "class_map": class_map}), "train").recordings[0]
+    recording = open_dataset(roots({"root": str(day), "class_map": class_map}), "train").recordings[
+        0
+    ]
     frames, whole = recording.boxes_of(2, 9), recording.boxes_of(0, recording.frames)
     assert [f.tolist() for f in frames] == [f.tolist() for f in whole[2:9]]
     assert len({len(frame) for frame in whole}) > 1
@@ -178,7 +180,9 @@ def test_trees_of_rvt_with_their_own_classes(tmp_path):
 
 
 def test_class_maps_that_name_no_class_are_refused(night, day):
-    with pytest.raises(ConfigError, match=rf"class_map of {night} names \['bal'\], but its classes"):
+    with pytest.raises(
+        ConfigError, match=rf"class_map of {night} names \['bal'\], but its classes"
+    ):
         boxes_of(roots({"root": str(night), "class_map": {"bal": "x"}}))
     with pytest.raises(ConfigError, match=rf"'bar' of {day} is 'bar', which is none of .*\['ball'"):
         boxes_of(roots({"root": str(day)}, classes=["ball", "box"]))
@@ -442,11 +446,9 @@ def test_a_run_on_two_roots_continues_only_with_the_same_weights(night, day, wor
     both = roots(*entries[:1], {"root": str(write_small_shards(tmp_path / "b", {"val": [4, 3]}))})
     settings = EvaluationConfig(skip_first_ms=0, batch_size=1, confidence_threshold=0.1)
     weights = load_weights(tmp_path / "run")
-    metrics, results, data = evaluate_weights(weights, both, settings, world)
+    metrics, results, data, settings = evaluate_weights(weights, both, settings, world)
     parts = breakdown(labelled(results, data), data.classes, settings)
-    description = describe_evaluation(
-        "run", weights, both, settings, world.device, frames=data.frames
-    )
+    description = describe_evaluation("run", weights, both, settings, world.device, data=data)
     write_results(tmp_path / "out", metrics, results, data, settings, description)
     per_root = parts.to_json()["per_root"]
     labels = root_labels([source.root for source in both.roots])
