@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
-from evspan.conf.text import plural, printable
+from evspan.conf.text import printable
 from evspan.data_prep.labels.box_files import BOXES_ENDING, boxes_in, recording_name
 from evspan.data_prep.recordings.links import leads_nowhere
 from evspan.data_prep.recordings.open import SUFFIXES
@@ -14,7 +14,6 @@ from evspan.data_prep.shards.format import SPLITS
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z", ".rar", ".tar", ".tgz")
 BOXES_SUFFIXES = (".npy", ".npz")  # of files that look like boxes
-LABELLED_SPLITS = ("train", "val")  # where a recording without boxes is a surprise
 NAMED = 1  # files that a line names
 MOST_ENTRIES = 20_000  # that are looked at below sub-folders
 
@@ -109,24 +108,6 @@ def left_out(source: Path, folders: dict[str, Path]) -> list[str]:
         read.append(FolderFiles(source, compressed=top.compressed, dangling=top.dangling))
     lines += _lines_of(read, source)
     return lines
-
-
-def without_boxes(keys: Iterable[str]) -> str:
-    """A line about recordings without a box file in `LABELLED_SPLITS`; empty without any.
-
-    Args:
-        keys: split/recording of those that have none.
-    """
-    missing = [key for key in keys if key.split("/")[0] in LABELLED_SPLITS]
-    if not missing:
-        return ""
-    named = ", ".join(printable(key) for key in missing[:NAMED])
-    if len(missing) > NAMED:
-        named += f" and {len(missing) - NAMED} more"
-    return (
-        f"{plural(len(missing), 'recording')} in train or val without a box file "
-        f"(X{BOXES_ENDING} next to X_td.*): {named}; nothing is learned from them, nor scored"
-    )
 
 
 def _lines_of(folders: list[FolderFiles], source: Path) -> Iterator[str]:
