@@ -43,7 +43,7 @@ class DatasetKind(Enum):
 
 
 class TimeUnit(Enum):
-    """Unit of the times of a box file."""
+    """Unit of the times of a box file, or of a recording in text."""
 
     us = "us"
     ms = "ms"
@@ -193,6 +193,9 @@ class DatasetConfig:
     classes: list[str] = field(default_factory=list)
     # Height and width of the sensor, for recordings whose file does not state them.
     sensor_size: list[int] = field(default_factory=list)
+    # Unit of the times in text recordings and NumPy archives; null: as their columns are named, or
+    # what is certain.
+    time_unit: TimeUnit | None = None
     # How `evspan prep` filters the boxes of the box files.
     labels: LabelConfig = field(default_factory=LabelConfig)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from evspan.conf.text import printable
 from evspan.data_prep.labels.box_files import BOXES_ENDING, boxes_in, recording_name
 from evspan.data_prep.recordings.links import leads_nowhere
-from evspan.data_prep.recordings.open import SUFFIXES
+from evspan.data_prep.recordings.open import AMBIGUOUS_SUFFIXES, OWN_SUFFIXES, holds_events
 from evspan.data_prep.shards.format import SPLITS
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z", ".rar", ".tar", ".tgz")
@@ -19,8 +19,19 @@ MOST_ENTRIES = 20_000  # that are looked at below sub-folders
 
 
 def is_recording(name: str) -> bool:
-    """Whether a file has the suffix of a recording, in any case."""
-    return name.lower().endswith(SUFFIXES)
+    """Whether a file has a suffix that only recordings have, in any case."""
+    return name.lower().endswith(OWN_SUFFIXES)
+
+
+def is_recording_file(path: Path) -> bool:
+    """Whether a file is a recording: by its suffix or, of text and archives, by its content.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if path.name.lower().endswith(AMBIGUOUS_SUFFIXES):
+        return holds_events(path)
+    return is_recording(path.name)
 
 
 @dataclass
@@ -68,7 +79,7 @@ def files_of(folder: Path) -> FolderFiles:
 def _sort_in(files: FolderFiles, entry: "os.DirEntry[str]") -> None:
     path = files.path / entry.name
     name = entry.name.lower()
-    of_interest = name.endswith((*SUFFIXES, *BOXES_SUFFIXES, *COMPRESSED))
+    of_interest = name.endswith((*OWN_SUFFIXES, *BOXES_SUFFIXES, *COMPRESSED))
     if entry.name.startswith("."):
         if of_interest and not entry.is_dir():
             files.hidden.append(path)
@@ -78,7 +89,7 @@ def _sort_in(files: FolderFiles, entry: "os.DirEntry[str]") -> None:
         files.folders.append(path)
     elif not entry.is_file():  # opening a pipe would wait forever
         return
-    elif is_recording(name):
+    elif is_recording_file(path):
         files.recordings.append(path)
     elif name.endswith(COMPRESSED):
         files.compressed.append(path)
@@ -140,7 +151,11 @@ def _lines_of(folders: list[FolderFiles], source: Path) -> Iterator[str]:
 def _recordings_below(folders: Iterable[Path]) -> list[Path]:
     """Recordings in these folders and below, of the first MOST_ENTRIES files."""
     paths = chain.from_iterable(map(_visible_below, folders))
-    return sorted(path for path in islice(paths, MOST_ENTRIES) if is_recording(path.name))
+    return sorted(path for path in islice(paths, MOST_ENTRIES) if _is_recording_below(path))
+
+
+def _is_recording_below(path: Path) -> bool:
+    return path.is_file() and is_recording_file(path)
 
 
 def _visible_below(folder: Path) -> Iterator[Path]:

@@ -78,6 +78,7 @@ EFFECTS = {
     "dataset.classes": Effect.data,
     # Of `evspan prep`.
     "dataset.sensor_size": Effect.data,
+    "dataset.time_unit": Effect.data,
     "dataset.labels.class_map": Effect.data,
     "dataset.labels.label_every_ms": Effect.data,
     "dataset.labels.offset_us": Effect.data,

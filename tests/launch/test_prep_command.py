@@ -198,7 +198,10 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
             ["source=/nowhere/at/all", "output=OUT"],
             "source /nowhere/at/all is not there. Give a folder with train/ val/ test/",
         ),
-        (["source=EMPTY", "output=OUT"], "EMPTY holds no recordings (.raw, .dat, .h5, .hdf5)"),
+        (
+            ["source=EMPTY", "output=OUT"],
+            "EMPTY holds no recordings (.raw, .dat, .h5, .hdf5, .aedat4",
+        ),
         (["source=SOURCE"], "prep needs source=RECORDINGS and output=SHARDS"),
         (
             ["source=SOURCE", "output=SOURCE/shards"],
