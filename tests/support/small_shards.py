@@ -64,8 +64,9 @@ def add_regions(group: h5py.Group, rng: np.random.Generator) -> int:
     for side, (low, high) in {"x": (0, 60), "y": (0, 40), "w": (5, 40), "h": (5, 20)}.items():
         regions[side] = rng.uniform(low, high, regions.size)
     regions["class_id"] = -1
-    group["ignore"] = regions
-    group["ignore_start"] = np.cumsum([0, *counts])
+    if regions.size:
+        group["ignore"] = regions
+        group["ignore_start"] = np.cumsum([0, *counts])
     return regions.size
 
 
@@ -110,7 +111,7 @@ def write_small_shards(
                 group["box_start"] = np.cumsum([0, *(len(b) for b in boxes)])
                 group["labelled"] = labelled
                 num_regions = add_regions(group, rng) if regions else 0
-                names = COLUMNS + IGNORE_COLUMNS if regions else COLUMNS
+                names = COLUMNS + IGNORE_COLUMNS if num_regions else COLUMNS
                 columns = {"code": group["frames"][:]}
                 columns |= {column: group[column][:] for column in names}
                 frames_xxh3, group_xxh3 = checksum(columns)
