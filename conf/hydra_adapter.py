@@ -26,7 +26,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 VERIFIED_VERSION = "1.3.8"
 CONFIG_TREE = "pkg://evspan.conf"
-REPLACED_MAPS = ("class_map",)  # keys whose mapping replaces the default one
+# Keys whose mapping replaces the default one.
+REPLACED_MAPS = ("class_map", "lr_multipliers")
 COMMAND_LINE = "command-line"  # Hydra's name for the source of --config-dir
 
 

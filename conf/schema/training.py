@@ -5,6 +5,7 @@ is computed, never configured. They are not frozen: OmegaConf makes frozen nodes
 Hydra's overrides would fail.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
@@ -282,12 +283,11 @@ class TrainingConfig:
     bptt_frames: int = 0
     gradient_accumulation_steps: int = 1  # micro-batches per step
     sampling: Sampling = Sampling.mixed
-    # Recordings and chunks with classes that are in a smaller fraction of the labelled frames are
-    # read more often, by sqrt(threshold / fraction) of their rarest class (LVIS); 0: off.
-    repeat_factor_threshold: float = 0.0
     precision: Precision = Precision.auto
     engine: EngineKind = EngineKind.deepspeed
     gradient_clipping: float = 1.0  # global L2 norm; 0: off
+    # Patterns of parameter names that are not trained: ["backbone.stages.0.*"].
+    freeze: list[str] = field(default_factory=list)
     # Frames (over the rank's lanes) per call of the backbone's spatial part; 0: the whole chunk.
     frames_per_call: int = 0
     # Backward recomputes the spatial part: less memory, a third more time.
@@ -349,10 +349,10 @@ class TrainingConfig:
             f"training.gradient_accumulation_steps={self.gradient_accumulation_steps} the sum "
             "would be lost; set training.cuda_graphs=false",
         )
+        self.freeze = list(self.freeze)
         require(
-            0 <= self.repeat_factor_threshold <= 1,
-            f"training.repeat_factor_threshold is {self.repeat_factor_threshold}; give a fraction "
-            "of the labelled frames, such as 0.1, or 0 (off)",
+            all(self.freeze),
+            "training.freeze has an empty pattern; give names: training.freeze=[backbone.*]",
         )
         self.profile = list(self.profile)
         require(
@@ -378,6 +378,9 @@ class OptimizerConfig:
     start_factor: float = 0.05  # lr at step 0, as a fraction of the peak
     end_factor: float = 1e-4  # lr at the last step, as a fraction of the peak
     gate_lr_multiplier: float = 1.0  # times lr: of the gates of small-object attention
+    # Pattern of parameter names -> times lr: {"backbone.*": 0.1}. Of several patterns that match,
+    # the last one counts; gates are multiplied by gate_lr_multiplier, too.
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optimizer.lr is {self.lr}; give a learning rate above 0")
@@ -385,6 +388,13 @@ class OptimizerConfig:
             self.gate_lr_multiplier > 0,
             f"optimizer.gate_lr_multiplier is {self.gate_lr_multiplier}; give a factor above 0",
         )
+        self.lr_multipliers = dict(self.lr_multipliers)
+        for pattern, factor in self.lr_multipliers.items():
+            require(
+                0 < factor < math.inf,
+                f"optimizer.lr_multipliers has {factor} for {pattern}; give a factor above 0. "
+                f"training.freeze=[{pattern}] trains it not at all",
+            )
         require(
             self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; give 0 or more"
         )

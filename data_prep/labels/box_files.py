@@ -1,8 +1,7 @@
 """Box files: `X_bbox.npy` next to the recording `X_td.*`, in Prophesee's layout.
 
 A row whose optional boolean field `ignore` is true is an ignore region: something may be there, and
-nothing is learned or scored in it. Its class does not matter. A region without an area only marks
-the time of a labelled frame, which may have no boxes: a negative.
+nothing is learned or scored in it. Its class does not matter.
 """
 
 import os
@@ -50,10 +49,6 @@ RECORDING_ENDINGS = (
     "_td.h5",
     "_td.raw",
     "_td.hdf5",
-    "_td.aedat4",
-    "_td.csv",
-    "_td.txt",
-    "_td.npz",
     ".raw",
     ".dat",
     ".h5",

@@ -87,7 +87,7 @@ def bench(config: BenchConfig) -> None:
     output = Path(config.bench.output)
     if config.bench.output:
         check_output(output)
-    if config.dataset.sources:
+    if config.dataset.root:
         check_training(config)
     from evspan.pipeline.benchmark.run import run_benchmark
 

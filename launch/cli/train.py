@@ -38,13 +38,10 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
       deepspeed=zero1            zero0 | zero1 | zero2 | zero3
 
   keys
-      dataset.roots=[]           several datasets instead of dataset.root, conf/README.md:
-                                 '[{root: A, weight: 2}, {root: B, class_map: {lorry: truck}}]'
       training.max_steps=100000  optimizer updates
       training.batch_size=8      lanes (recordings in parallel) over all ranks
       training.sequence_length=5     frames per chunk, through which gradients flow
       training.sampling=mixed    stream | random | mixed
-      training.repeat_factor_threshold=0   rare classes are read more often (LVIS); 0: off
       training.precision=auto    fp32 | tf32 | bf16; auto: bf16 on GPUs that have it, else fp32
       training.log_images_every=1000   steps between images and histograms; 0: never
       training.profile=[]        [first,last] steps to trace into run_dir/profile
@@ -54,6 +51,8 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
       checkpoint.resume=true     false: start at step 0
       checkpoint.init_from=      weights to start from: a run, a checkpoint, a .safetensors file
                                  or RVT's .ckpt; other classes or added attention are fine
+      optimizer.lr_multipliers={}    'optimizer.lr_multipliers={"backbone.*": 0.1}'
+      training.freeze=[]         'training.freeze=["backbone.stages.0.*"]': not trained
       parallel.ranks=1           processes, one per GPU (or several on CPU cores); torchrun and srun
                                  start their own
       parallel.device=auto       auto: GPUs where there are any | gpu | cpu

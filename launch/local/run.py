@@ -108,6 +108,10 @@ def check_training(config: TrainConfig) -> None:
         from evspan.pipeline.engine.initial_weights import Target, check_initial_weights
 
         check_initial_weights(config, Target(config.model, dataset.classes, dataset.frames))
+    if config.training.freeze or config.optimizer.lr_multipliers:
+        from evspan.pipeline.engine.parameter_patterns import check_patterns
+
+        check_patterns(config, dataset.channels)
     # It is read when training is done, which may be days later.
     open_scored(config.dataset, config.evaluation.split)
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from evspan.conf.schema.training import OptimizerConfig, Schedule
+from evspan.pipeline.engine.parameter_patterns import LearningRates
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's averages; also the names in a checkpoint
@@ -52,31 +53,30 @@ class SkippableAdamW(torch.optim.AdamW):
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW's parameter groups.
+    """AdamW's parameter groups; none is empty.
 
-    Matrices and kernels have weight decay; biases, norms, LayerScale and gates have none. Gates are
-    a last group of their own if `gate_lr_multiplier` is not 1.
+    Matrices and kernels have weight decay; biases, norms, LayerScale and gates have none. Each
+    learning rate has groups of its own; first are those of the learning rate itself.
+
+    Raises:
+        UserError: a pattern of `lr_multipliers` matches no trained parameter.
     """
-    decayed = []
-    not_decayed = []
-    gates = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.endswith(".gate") and config.gate_lr_multiplier != 1:
-            gates.append(parameter)
-        elif parameter.ndim >= 2:
-            decayed.append(parameter)
-        else:
-            not_decayed.append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": not_decayed, "weight_decay": 0.0},
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rates = LearningRates(trained.keys(), config.lr_multipliers, of_gates=config.gate_lr_multiplier)
+    # (is decayed, multiplier) -> parameters
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    for name, parameter in trained.items():
+        key = (parameter.ndim >= 2, rates.multiplier(name))
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if is_decayed else 0.0,
+            "lr": config.lr * multiplier,
+        }
+        for (is_decayed, multiplier), parameters in groups.items()
+        if parameters
     ]
-    if gates:
-        gate_lr = config.lr * config.gate_lr_multiplier
-        groups.append({"params": gates, "weight_decay": 0.0, "lr": gate_lr})
-    return groups
 
 
 def learning_rate_factor(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]:
@@ -105,11 +105,15 @@ class LearningRateSchedule:
 
     Args:
         factor: updates -> fraction of the group's peak learning rate.
+        peak: learning rate of parameters without a multiplier.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float], *, peak: float
+    ) -> None:
         self.optimizer = optimizer
         self.factor = factor
+        self.peak = peak
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self.set(0)
 
@@ -121,8 +125,8 @@ class LearningRateSchedule:
 
     @property
     def learning_rate(self) -> float:
-        """Of the first group, for the next update."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """Of parameters without a multiplier, for the next update."""
+        return self.peak * self.factor(self.updates)
 
 
 def sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -19,7 +19,7 @@ from evspan.pipeline.engine.adam import (
 )
 from evspan.pipeline.engine.gradient_gate import GradientGate
 from evspan.pipeline.engine.optimizer_state import OptimizerState
-from evspan.pipeline.engine.training_engine import consolidated_state
+from evspan.pipeline.engine.training_engine import consolidated_state, frozen_weights
 from evspan.pipeline.parallel.world import World
 from torch import Tensor, nn
 
@@ -72,6 +72,7 @@ class DeepSpeedEngine:
     def __init__(self, model: nn.Module, config: TrainConfig, world: World, *, lanes: int) -> None:
         self.stage = config.deepspeed.stage
         self.clip = config.training.gradient_clipping
+        self.frozen = frozen_weights(model)
         model.to(world.device)
         self.adam = SkippableAdamW(
             parameter_groups(model, config.optimizer),
@@ -90,7 +91,7 @@ class DeepSpeedEngine:
         self.adam.skip = None
         adapter.watch_norm(self.engine, self._gate_update, stage=self.stage, clip=self.clip)
         factor = learning_rate_factor(config.optimizer, config.training.max_steps)
-        self.schedule = LearningRateSchedule(self.adam, factor)
+        self.schedule = LearningRateSchedule(self.adam, factor, peak=config.optimizer.lr)
         self.optimizer_state = OptimizerState(
             self.engine,
             self.adam,
@@ -115,7 +116,7 @@ class DeepSpeedEngine:
 
     @property
     def learning_rate(self) -> float:
-        """Of the first parameter group, for the next update."""
+        """Of parameters without a multiplier, for the next update."""
         return self.schedule.learning_rate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +185,9 @@ class DeepSpeedEngine:
         """
         gradients = {}
         for name, parameter in self.module.named_parameters():
-            gradient = adapter.full_gradient(parameter)
+            gradient = None
+            if parameter.requires_grad:
+                gradient = adapter.full_gradient(parameter)
             if gradient is not None:
                 gradients[name] = gradient.float().cpu().clone()
         return gradients
@@ -195,7 +198,8 @@ class DeepSpeedEngine:
         Weights are the float32 ones that the optimizer updates; other floating tensors are cast to
         float32.
         """
-        return consolidated_state(self.module, self.optimizer_state.weights())
+        weights = {name: tensor.clone() for name, tensor in self.frozen.items()}
+        return consolidated_state(self.module, weights | self.optimizer_state.weights())
 
     def load_state(
         self, tensors: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, Any]
@@ -206,6 +210,7 @@ class DeepSpeedEngine:
         """
         with adapter.whole_parameters(self.module.parameters(), stage=self.stage, write=True):
             self.module.load_state_dict(tensors)
+        self.frozen = {name: tensors[name].float().clone() for name in self.frozen}
         self.optimizer_state.restore(tensors, moments, counters)
 
     def close(self) -> None:

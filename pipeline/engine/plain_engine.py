@@ -19,7 +19,7 @@ from evspan.pipeline.engine.adam import (
     parameter_groups,
     sum_of_squares,
 )
-from evspan.pipeline.engine.training_engine import consolidated_state
+from evspan.pipeline.engine.training_engine import consolidated_state, frozen_weights
 from evspan.pipeline.parallel.reductions import sum_over_ranks
 from evspan.pipeline.parallel.world import World
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class PlainEngine:
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, world: World, *, lanes: int) -> None:
+        self.frozen = frozen_weights(model)
         self._module = model.to(world.device)
         self.world = world
         self.clip = config.training.gradient_clipping
@@ -55,7 +56,7 @@ class PlainEngine:
             fused=world.device.type != "cpu",
         )
         factor = learning_rate_factor(config.optimizer, config.training.max_steps)
-        self.schedule = LearningRateSchedule(self.adam, factor)
+        self.schedule = LearningRateSchedule(self.adam, factor, peak=config.optimizer.lr)
         self.optimizer_state = PlainOptimizerState(
             self.adam, self.schedule, self.weights, has_average=config.training.ema_decay > 0
         )
@@ -74,7 +75,7 @@ class PlainEngine:
 
     @property
     def learning_rate(self) -> float:
-        """Of the first parameter group, for the next update."""
+        """Of parameters without a multiplier, for the next update."""
         return self.schedule.learning_rate
 
     @property
@@ -154,7 +155,9 @@ class PlainEngine:
         Weights are the float32 ones that the optimizer updates; other floating tensors are cast to
         float32.
         """
-        return consolidated_state(self._module, self.weights.by_name(self.weights.master))
+        weights = {name: tensor.clone() for name, tensor in self.frozen.items()}
+        weights |= self.weights.by_name(self.weights.master)
+        return consolidated_state(self._module, weights)
 
     def load_state(
         self, tensors: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, Any]
@@ -164,6 +167,7 @@ class PlainEngine:
         They may be from a run with other ranks and another engine.
         """
         self._module.load_state_dict(tensors)
+        self.frozen = {name: tensors[name].float().clone() for name in self.frozen}
         self.weights.set_by_name(self.weights.master, tensors)
         self.weights.copy_to_model()
         self.optimizer_state.restore(moments, counters)

@@ -18,8 +18,8 @@ from evspan.pipeline.data.batch import Batch
 from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.data.device_batches import device_batches, encodes_for
 from evspan.pipeline.data.loader import Loader, ReadingStoppedError
+from evspan.pipeline.data.plan import SamplingPlan
 from evspan.pipeline.data.requirements import open_training
-from evspan.pipeline.data.sampling import sampling_plan
 from evspan.pipeline.data_digest import data_digest
 from evspan.pipeline.engine.batch_norm import batch_norm_reductions
 from evspan.pipeline.engine.checkpoints import (
@@ -43,6 +43,7 @@ from evspan.pipeline.engine.evaluator import (
 )
 from evspan.pipeline.engine.initial_weights import INIT_FROM, Target, initialise, started_from
 from evspan.pipeline.engine.oom import explain_out_of_memory
+from evspan.pipeline.engine.parameter_patterns import freeze
 from evspan.pipeline.engine.precision import resolve_precision, set_float32_kernels
 from evspan.pipeline.engine.profiling import Profiler
 from evspan.pipeline.engine.run_reporter import Evaluated, RunReporter
@@ -237,6 +238,9 @@ class Trainer:
         if resumed is None and config.checkpoint.init_from:
             target = Target(config.model, self.dataset.classes, self.dataset.frames)
             self.init_from = initialise(detector, config, target, world.rank)
+        frozen = freeze(detector, config.training.freeze)
+        if frozen is not None and world.is_main:
+            logger.info("%s", frozen.summary())
         engine = engine or engine_class(config)
         self.engine = engine(detector, config, world, lanes=len(self.lanes))
         self.statistics = RunningStatistics(self.engine.module)
@@ -712,9 +716,17 @@ class Trainer:
 
 def _build_loader(config: TrainConfig, dataset: Dataset, mesh: Mesh) -> Loader:
     training = config.training
+    plan = SamplingPlan(
+        [recording.frames for recording in dataset.recordings],
+        [recording.labelled for recording in dataset.recordings],
+        lanes=training.batch_size,
+        sequence_length=training.sequence_length,
+        sampling=training.sampling,
+        seed=config.seed,
+    )
     return Loader(
         dataset,
-        sampling_plan(dataset, training, seed=config.seed),
+        plan,
         mesh.lanes(training.batch_size),
         mesh.frames(training.sequence_length),
         training,

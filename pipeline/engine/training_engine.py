@@ -53,7 +53,7 @@ class TrainingEngine(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """Of the first parameter group, for the next update."""
+        """Of parameters without a multiplier, for the next update."""
 
     @property
     def updates_next(self) -> bool:
@@ -87,6 +87,18 @@ class TrainingEngine(Protocol):
 
     def close(self) -> None:
         """So that this process can train another model."""
+
+
+def frozen_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Float32 copies, on the CPU, of the parameters that are not trained.
+
+    The model may hold them in half precision, or a part of each on a rank.
+    """
+    return {
+        name: parameter.detach().float().cpu().clone()
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad
+    }
 
 
 def consolidated_state(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

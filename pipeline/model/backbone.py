@@ -402,9 +402,13 @@ class Backbone(nn.Module):
             recurrence = stage.lstm.recurrence()
             if self.execution.bptt_frames:
                 recurrence = truncated(recurrence, self.execution.bptt_frames)
-            hidden, next_state = exchange.scan(
-                recurrence, y.view(steps, lanes, *y.shape[1:]), state
-            )
+            y = y.view(steps, lanes, *y.shape[1:])
+            if torch.is_grad_enabled() and not _needs_gradients(stage, y, state):
+                # The same on all ranks, so none of them waits for gradients.
+                with torch.no_grad():
+                    hidden, next_state = exchange.scan(recurrence, y, state)
+            else:
+                hidden, next_state = exchange.scan(recurrence, y, state)
             feature = hidden.permute(0, 1, 4, 2, 3)
             features.append(feature)
             next_states.append(next_state)
@@ -427,3 +431,10 @@ class Backbone(nn.Module):
                 result = stage.spatial(part, *layout)
             results.append(result)
         return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def _needs_gradients(stage: Stage, x: Tensor, state: StageState) -> bool:
+    """Whether gradients flow to the recurrence of a stage, or through it."""
+    if x.requires_grad or any(t.requires_grad for t in state):
+        return True
+    return any(parameter.requires_grad for parameter in stage.lstm.parameters())

@@ -42,6 +42,17 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=EPS, momentum=MOMENTUM)
+        self.is_frozen = False
+
+    def freeze(self) -> None:
+        """Stays in eval mode from now on: the running statistics normalise, and do not change."""
+        self.is_frozen = True
+        self.eval()
+
+    def train(self, mode: bool = True) -> "BatchNorm2d":
+        """Sets training or eval mode; a frozen norm stays in eval mode."""
+        super().train(mode and not self.is_frozen)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> the same shape and dtype; N may be 0 in training."""
@@ -135,6 +146,10 @@ def batch_norms(norms: Sequence[BatchNorm2d], xs: Sequence[Tensor]) -> list[Tens
     pairs = list(zip(norms, xs, strict=True))
     if all(norm.is_plain for norm in norms):
         return [norm(x) for norm, x in pairs]
+    if any(norm.is_plain for norm in norms):  # some are frozen
+        trained = [(norm, x) for norm, x in pairs if not norm.is_plain]
+        results = iter(batch_norms([norm for norm, _ in trained], [x for _, x in trained]))
+        return [norm(x) if norm.is_plain else next(results) for norm, x in pairs]
     ranks = norms[0].ranks
     statistics = norms[0].statistics
     assert ranks is not None

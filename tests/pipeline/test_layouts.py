@@ -63,6 +63,21 @@ QUICK = [
         dense, ranks=4, sequence=4, stage=3, attention=True
     ),  # two ranks never have a labelled frame
 ]
+# The bottom, of which no gradient flows back; one that gradients pass through; some norms of those
+# that run together; and other learning rates.
+BOTTOM = {
+    "freeze": ("backbone.stages.[01].*", "fpn.C3_p4.*", "yolox_head.stems.1.*"),
+    "multipliers": (("backbone.*", 0.1), ("backbone.stages.3.*", 3.0)),
+}
+BACKBONE = {"freeze": ("backbone.*", "yolox_head.cls_preds.*"), "multipliers": (("fpn.*", 0.2),)}
+FROZEN = [
+    replace(dense, ranks=2, sequence=2, engine="exact", attention=True, **BOTTOM),
+    replace(dense, ranks=2, sequence=2, stage=1, exchange="relay", **BOTTOM),
+    replace(dense, ranks=2, sequence=2, stage=3, exchange="relay", dws_conv=True, **BACKBONE),
+    replace(sparse, ranks=2, sequence=2, stage=0, attention=True, sampling="stream", **BOTTOM),
+    replace(dense, ranks=2, stage=2, gradient_accumulation_steps=2, **BOTTOM),
+    replace(dense, ranks=2, stage=2, precision="bf16", steps=3, **BOTTOM),
+]
 KNOBS = replace(
     dense,
     ranks=2,
@@ -159,7 +174,7 @@ def one_rank(case):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    return told_by_ranks([*QUICK, KNOBS], tmp_path_factory.mktemp("layouts"))
+    return told_by_ranks([*QUICK, *FROZEN, KNOBS], tmp_path_factory.mktemp("layouts"))
 
 
 def name(case):
@@ -172,11 +187,12 @@ def name(case):
         "dws" * case.dws_conv,
         "gradient_accumulation_steps" * (case.gradient_accumulation_steps > 1),
         case.shards,
+        "frozen" * bool(case.freeze),
     ]
     return "-".join(filter(None, parts))
 
 
-@pytest.mark.parametrize("case", QUICK, ids=name)
+@pytest.mark.parametrize("case", [*QUICK, *FROZEN], ids=name)
 def test_training_is_that_of_one_rank(quick, case):
     assert_as_one_rank(case, quick)
 

@@ -57,6 +57,8 @@ class Case:
     sampling: str = "mixed"
     save_memory: bool = False  # activation checkpointing, few frames a call, CPU offload
     encoded: bool = False  # frames travel encoded, as to a GPU
+    freeze: tuple[str, ...] = ()
+    multipliers: tuple[tuple[str, float], ...] = ()
 
     def alone(self, engine: str, **changes) -> "Case":
         """The same training on one rank of this engine, without options that must not matter."""
@@ -101,8 +103,11 @@ def config(case: Case, shards: str, run_dir: str) -> TrainConfig:
             num_workers=1,
             activation_checkpointing=case.save_memory,
             frames_per_call=3 if case.save_memory else 0,
+            freeze=[*case.freeze],
         ),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_fraction=0.2),
+        optimizer=OptimizerConfig(
+            lr=1e-3, warmup_fraction=0.2, lr_multipliers=dict(case.multipliers)
+        ),
         deepspeed=DeepSpeedConfig(
             stage=case.stage,
             offload_optimizer=case.save_memory and case.stage > 0,

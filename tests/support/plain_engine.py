@@ -46,7 +46,8 @@ class PlainEngine:
 
     def full_gradients(self):
         """Gradients over all ranks by parameter name."""
-        return {name: sum_over_ranks(p.grad.clone()) for name, p in self.module.named_parameters()}
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        return {name: sum_over_ranks(p.grad.clone()) for name, p in trained.items()}
 
     def step(self):
         """Updates the weights after the last micro-batch of a step, unless none counts."""
