@@ -139,15 +139,15 @@ def draw_augmentation(
     """
     # The first six numbers alone decide about flip and zoom, and each value has its own: what is
     # drawn for one does not depend on the config of the others.
-    rng = generator(seed, 2, int(chunk.streamed), *chunk.draw)
-    flip, zooms, inwards, amount, v, u, *more = rng.random(20).tolist()
+    numbers = generator(seed, 2, int(chunk.streamed), *chunk.draw).random(21).tolist()
+    flip, zooms, inwards, amount, v, u, *more = numbers
     zoom = 1.0
     if zooms < config.zoom_prob:
         zoom = 1 + amount * (config.zoom_in - 1)
         if chunk.streamed or inwards >= config.zoom_in_fraction:
             zoom = 1 / (1 + amount * (config.zoom_out - 1))
     rotates, rotation, shears, shear, translates, down, right = more[:7]
-    swaps, drops, drop, noisy, noise, heats, erases = more[7:]
+    swaps, drops, drop, noisy, noise, heats, erases = more[7:14]
     down = _drawn(translates, config.translate_prob, 2 * down - 1, config.translate_fraction)
     right = _drawn(translates, config.translate_prob, 2 * right - 1, config.translate_fraction)
     drop = _drawn(drops, config.drop_prob, drop, config.drop_fraction)
@@ -167,7 +167,7 @@ def draw_augmentation(
         drop=round(drop * DROP_ONE),
         noise=round(rate * pixels * frame_us / 1e6),
         hot=_draw_hot(config, chunk, seed, pixels) if heats < config.hot_prob else (),
-        key=int(rng.integers(HASH_MASK)),
+        key=int(more[14] * HASH_MASK),
     )
 
 
@@ -426,7 +426,7 @@ def _move_boxes(
         x1 = center[0] + half_w
         y0 = center[1] - half_h
         y1 = center[1] + half_h
-    area = (x1 - x0) * (y1 - y0)
+    area = (x1 - x0) * (y1 - y0) if min_visible > 0 else None
     x0 = np.clip(x0, 0, width)
     x1 = np.clip(x1, 0, width)
     y0 = np.clip(y0, 0, height)
@@ -434,5 +434,7 @@ def _move_boxes(
     columns = (class_id, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0)
     out = np.stack(columns, axis=1).astype(np.float32)
     visible = (out[:, 3] >= MIN_VISIBLE) & (out[:, 4] >= MIN_VISIBLE)
-    enough = out[:, 3] * out[:, 4] >= min_visible * area
-    return out, visible & (enough | (class_id < 0))
+    if area is not None:
+        enough = out[:, 3] * out[:, 4] >= min_visible * area
+        visible &= enough | (class_id < 0)
+    return out, visible

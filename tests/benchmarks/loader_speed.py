@@ -1,10 +1,11 @@
 """Measures the frame rate of training's loader, and how long a training step waits for it.
 
-    .venv/bin/python tests/benchmarks/loader_speed.py [--rows streaming random wait] [--folder DIR]
-        [--baseline PYTHON]
+    .venv/bin/python tests/benchmarks/loader_speed.py [--rows streaming random wait]
+        [--presets none standard strong] [--folder DIR] [--baseline PYTHON]
 
 Recordings are simulated at 1280 x 720 and prepared at half resolution, 360 x 640, 20 channels. One
-thread reads them from the page cache in chunks of 5 frames and augments them as in training. A rate
+thread reads them from the page cache in chunks of 5 frames and augments them by each preset
+(`augmentation=none|standard|strong`; a baseline without presets has the first two). A rate
 is in frames per second of its CPU time, so other load counts little. Every round reads other
 batches; a row is the median round. The rows `encoded` are what a GPU's loader does, `dense` a
 CPU's. --baseline: the interpreter of another version of Evspan, which measures in turn with this
@@ -28,8 +29,15 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from common import print_machine, yes_or_no
+from evspan.conf.compose import compose
+from evspan.conf.errors import ConfigError
 from evspan.conf.schema.prep import DatasetConfig
-from evspan.conf.schema.training import AugmentationConfig, Sampling, TrainingConfig
+from evspan.conf.schema.training import (
+    AugmentationConfig,
+    Sampling,
+    TrainConfig,
+    TrainingConfig,
+)
 from evspan.data_prep.shards.format import load_manifest
 from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.data.loader import Loader
@@ -41,10 +49,7 @@ LENGTH = 5  # frames of a chunk
 PUBLISHED = {"stream": 87, "random": 68}  # frames/s
 LEAST_FRAMES_PER_S = {"dense": 350, "encoded": 3000}
 MOST_WAIT = 0.05  # of a step
-AUGMENTATIONS = {
-    "augmented": AugmentationConfig(),
-    "as stored": AugmentationConfig(hflip_prob=0, zoom_prob=0),
-}
+PRESETS = ("none", "standard", "strong")
 SAMPLINGS = {"streaming": Sampling.stream, "random": Sampling.random}
 ROWS = (*SAMPLINGS, "wait")
 
@@ -77,29 +82,42 @@ class Case(NamedTuple):
 
     sampling: str
     lanes: int
-    augmentation: str
+    preset: str
     path: str
 
     @property
     def name(self) -> str:
         """The row's name."""
-        return f"{self.sampling}, lanes: {self.lanes}, {self.augmentation}, {self.path}"
+        return f"{self.sampling}, lanes: {self.lanes}, {self.preset}, {self.path}"
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
     """The rows of the chosen samplings."""
     names = [name for name in SAMPLINGS if name in args.rows]
-    return list(map(Case._make, product(names, args.lanes, AUGMENTATIONS, LEAST_FRAMES_PER_S)))
+    return list(map(Case._make, product(names, args.lanes, args.presets, LEAST_FRAMES_PER_S)))
 
 
-def make_loader(data: Dataset, case: Case) -> Loader:
+def augmentation_of(preset: str) -> AugmentationConfig | None:
+    """The preset's values; None: this version of Evspan does not have it."""
+    without_group = {
+        "none": AugmentationConfig(hflip_prob=0, zoom_prob=0),
+        "standard": AugmentationConfig(),
+    }
+    try:
+        config = compose(TrainConfig, [f"augmentation={preset}"])
+    except ConfigError:
+        return without_group.get(preset)
+    return config.training.augmentation
+
+
+def make_loader(data: Dataset, case: Case, augmentation: AugmentationConfig) -> Loader:
     """A loader that reads in the caller's thread."""
     sampling = SAMPLINGS[case.sampling]
     config = TrainingConfig(
         batch_size=case.lanes,
         sequence_length=LENGTH,
         sampling=sampling,
-        augmentation=AUGMENTATIONS[case.augmentation],
+        augmentation=augmentation,
         num_workers=0,
     )
     plan = SamplingPlan(
@@ -119,7 +137,10 @@ def measure_round(shards: Path, args: argparse.Namespace) -> dict[str, float]:
     data = open_dataset(DatasetConfig(root=str(shards)), "train")
     rates = {}
     for case in cases(args):
-        loader = make_loader(data, case)
+        augmentation = augmentation_of(case.preset)
+        if augmentation is None:
+            continue
+        loader = make_loader(data, case, augmentation)
         read = getattr(loader, "batch" if case.path == "dense" else "encoded_batch", None)
         if read is None:
             continue
@@ -140,7 +161,7 @@ def measure_rates(
     """`measure_round` in a process of its own, with this interpreter's version of Evspan."""
     command = [python, __file__, "--round", str(number), "--folder", str(shards.parent)]
     command += ["--frames", str(args.frames), "--rows", *args.rows]
-    command += ["--lanes", *map(str, args.lanes)]
+    command += ["--lanes", *map(str, args.lanes), "--presets", *args.presets]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=900).stdout
     rates: dict[str, float] = json.loads(output)
     return rates
@@ -241,6 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--lanes", nargs="+", type=int, default=[2, 8])
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--frames", type=int, default=500, help="frames per round")
     parser.add_argument("--seconds", type=float, default=6, help="length of a recording")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
