@@ -277,6 +277,11 @@ class TrainingConfig:
     """Steps, batches, and what happens between the steps."""
 
     max_steps: int = 100_000
+    # An epoch is as many frames as the training split has. The smaller of max_steps and max_epochs
+    # counts, also for the schedule of the learning rate; 0: max_steps alone.
+    max_epochs: float = 0.0
+    max_hours: float = 0.0  # over all attempts of the run, then it is done; 0: no limit
+    patience: int = 0  # evaluations in a row without a better AP, then it is done; 0: no limit
     batch_size: int = 8  # lanes, over all ranks
     sequence_length: int = 5  # frames per chunk
     # Gradients flow back through at most this number of frames of a chunk (BPTT length); 0: all.
@@ -323,6 +328,9 @@ class TrainingConfig:
             require(value >= 1, f"training.{name} is {value}; give 1 or more")
         for name, zero in (
             ("log_images_every", " (never)"),
+            ("max_epochs", " (no limit)"),
+            ("max_hours", " (no limit)"),
+            ("patience", " (no limit)"),
             ("bptt_frames", " (all)"),
             ("frames_per_call", " (all)"),
             ("gradient_clipping", " (off)"),
@@ -498,6 +506,9 @@ class EvaluationConfig:
     time_bins_s: list[float] = field(default_factory=lambda: [1.0, 2.0, 5.0, 10.0, 20.0, 60.0])
     speed_bins: list[float] = field(default_factory=lambda: [5.0, 25.0, 50.0, 100.0])
     rest_bins_s: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    # Recordings that are evaluated, evenly over the split; 0: all.
+    limit_recordings: int = 0
+    at_end: bool = True  # training evaluates its last step, whatever training.evaluate_every is
     sequence_length: int = 10  # frames per call
     batch_size: int = 4  # recordings at a time, per rank
     # Number format of the detector; auto: on a GPU that of training, on a CPU fp32.
@@ -520,6 +531,11 @@ class EvaluationConfig:
                 f"evaluation.{name} is {size}; give pixels of the stored frames, 0 for boxes of "
                 "any size, or null for the dataset's",
             )
+        require(
+            self.limit_recordings >= 0,
+            f"evaluation.limit_recordings is {self.limit_recordings}; give a number of recordings, "
+            "or 0: all",
+        )
         require(
             0 <= self.confusion_threshold < 1,
             f"evaluation.confusion_threshold is {self.confusion_threshold}; give 0 to below 1",

@@ -53,6 +53,7 @@ HELP = """evspan evaluate: a checkpoint and a split -> COCO AP and detections
       evaluation.still_speed=5   pixels of the stored frames per second: a slower object ...
       evaluation.still_s=0.5     ... for this long is still
       evaluation.time_bins_s=[1,2,5,10,20,60]   likewise speed_bins, rest_bins_s
+      evaluation.limit_recordings=0  this many, evenly over the split; 0: all
       evaluation.batch_size=4    recordings in parallel, per rank
       evaluation.precision=auto  fp32 | tf32 | bf16; auto: on a GPU that of training, else fp32
       evaluation.write_detections=true

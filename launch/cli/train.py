@@ -39,6 +39,9 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
 
   keys
       training.max_steps=100000  optimizer updates
+      training.max_epochs=0      passes over the training split; the smaller of both counts. 0: off
+      training.max_hours=0       over all attempts; then the run is done. 0: no limit
+      training.patience=0        evaluations in a row without a better AP; then it is done. 0: off
       training.batch_size=8      lanes (recordings in parallel) over all ranks
       training.sequence_length=5     frames per chunk, through which gradients flow
       training.sampling=mixed    stream | random | mixed
@@ -46,6 +49,9 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
       training.log_images_every=1000   steps between images and histograms; 0: never
       training.profile=[]        [first,last] steps to trace into run_dir/profile
       training.evaluate_every=10000  steps between evaluations; 0: at the end only
+      training.ema_decay=0.9999  of the moving average of the weights, which is evaluated; 0: none
+      evaluation.at_end=true     evaluate the last step
+      evaluation.limit_recordings=0  evaluate this many, evenly over the split; 0: all
       optimizer.lr=0.001         at the peak of the schedule
       checkpoint.every=1000      steps
       checkpoint.resume=true     false: start at step 0

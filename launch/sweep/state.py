@@ -7,6 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
+from evspan.conf.text import printable
 
 if TYPE_CHECKING:
     from evspan.launch.slurm.client import Queued
@@ -74,7 +75,8 @@ def infer_state(
         ending = task is not None and task.state == "COMPLETING"
         if final is State.cancelled and in_queue and not ending:
             continue  # SLURM has not carried out the cancellation yet
-        return RunState(final)
+        reasons = [event.get("reason") for event in attempt if event["event"] == final.value]
+        return RunState(final, printable(str(reasons[-1])) if reasons[-1] else "")
     if task is not None and in_queue:
         return _queued_state(task, attempt, last_name, started)
     if last_name == "saved":

@@ -38,6 +38,13 @@ class BestCheckpoint:
             return False
         return True
 
+    def recorded(self, step: int) -> dict[str, Any]:
+        """The metrics of the checkpoint of `step`; {} without intact ones."""
+        if not self.evaluated(step):
+            return {}
+        metrics, _ = read_with_checksum(self.folder / checkpoint_name(step), METRICS)
+        return metrics
+
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes metrics.json of a checkpoint; updates `best` if no other one has a higher AP.
 

@@ -397,6 +397,10 @@ class Checkpoints:
         """Whether the checkpoint of `step` has metrics."""
         return self.best.evaluated(step)
 
+    def recorded(self, step: int) -> dict[str, Any]:
+        """The metrics of the checkpoint of `step`; {} without intact ones."""
+        return self.best.recorded(step)
+
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes metrics.json of a checkpoint; updates `best` if no other one has a higher AP.
 

@@ -7,7 +7,7 @@ The data is compared by its digest (`evspan.pipeline.data_digest`), wherever it 
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from evspan.pipeline.checkpoint_files import FORMAT_VERSION, WEIGHTS
 from evspan.pipeline.data_digest import data_differences
 from evspan.pipeline.engine.adam import learning_rate_factor
 from evspan.pipeline.engine.checkpoints import Checkpoints, Resumed
+from evspan.pipeline.engine.limits import LIMITS, total_steps, with_total_steps
 from evspan.pipeline.history import append
 from evspan.pipeline.parallel.reductions import broadcast_json
 from evspan.pipeline.parallel.world import World
@@ -95,6 +96,9 @@ EFFECTS = {
     "training.max_steps": Effect.listed,
     # Adam has no moments of what was frozen, and its bias correction is over.
     "training.freeze": Effect.refused,
+    "training.max_epochs": Effect.listed,
+    "training.max_hours": Effect.listed,
+    "training.patience": Effect.listed,
     "training.bptt_frames": Effect.listed,
     "training.gradient_clipping": Effect.listed,
     "training.augmentation.hflip_prob": Effect.listed,
@@ -170,6 +174,8 @@ EFFECTS = {
     "evaluation.time_bins_s": Effect.listed,
     "evaluation.speed_bins": Effect.listed,
     "evaluation.rest_bins_s": Effect.listed,
+    "evaluation.limit_recordings": Effect.listed,
+    "evaluation.at_end": Effect.listed,
     "evaluation.sequence_length": Effect.ignored,
     "evaluation.batch_size": Effect.ignored,
     "evaluation.precision": Effect.listed,
@@ -270,14 +276,31 @@ def _differences(saved: Mapping[str, Any], config: TrainConfig) -> Iterator[tupl
 
 
 def _effect(key: str, meta: Mapping[str, Any], config: TrainConfig) -> Effect:
-    if key == "training.max_steps":
-        saved_steps = _value(meta["config"], key)
-        allowed = schedule_allows(config, saved_steps, meta["step"])
-        return Effect.listed if allowed else Effect.refused
+    if key in ("training.max_steps", "training.max_epochs"):
+        return Effect.listed if _steps_allowed(meta, config) else Effect.refused
     if key in ("parallel.ranks", "parallel.sequence"):
         exact = config.parallel.batch_norm is BatchNormRanks.world
         return Effect.ignored if exact else Effect.listed
     return EFFECTS[key]
+
+
+def _steps_allowed(meta: Mapping[str, Any], config: TrainConfig) -> bool:
+    """`schedule_allows`, with the steps to which `training.max_epochs` limits both."""
+    saved = replace(
+        config.training,
+        max_steps=_value(meta["config"], "training.max_steps"),
+        max_epochs=_value(meta["config"], "training.max_epochs", 0.0),
+    )
+    frames = _value(meta, f"{LIMITS}.frames")
+    if frames is None:  # a checkpoint of an earlier version
+        return not config.training.max_epochs and schedule_allows(
+            config, saved.max_steps, meta["step"]
+        )
+    limited = with_total_steps(config, frames)
+    saved_steps = total_steps(saved, frames)
+    return saved_steps == limited.training.max_steps or schedule_allows(
+        limited, saved_steps, meta["step"]
+    )
 
 
 def schedule_allows(config: TrainConfig, saved_steps: int, step: int) -> bool:

@@ -12,6 +12,7 @@ import xxhash
 from evspan.conf.errors import ConfigError
 from evspan.conf.schema.prep import DatasetConfig, DatasetKind, FrameConfig
 from evspan.conf.schema.training import EvaluationConfig
+from evspan.conf.text import plural
 from evspan.data_prep.labels.box_files import write_boxes
 from evspan.data_prep.shards.format import load_manifest
 from evspan.pipeline.data.datasets import Dataset
@@ -32,7 +33,7 @@ from evspan.pipeline.weights import Weights, describe, plain
 
 logger = logging.getLogger(__name__)
 # These do not change the numbers, or only by rounding.
-NOT_IN_PROTOCOL = ("sequence_length", "batch_size", "write_detections", "precision")
+NOT_IN_PROTOCOL = ("sequence_length", "batch_size", "write_detections", "precision", "at_end")
 
 
 class EvaluationStoppedError(Exception):
@@ -77,6 +78,7 @@ def evaluate_weights(
     data = open_scored(dataset, config.split)
     check_dataset(weights, data)
     config = protocol_of(config, data)
+    data = limit_recordings(data, config, log=world.is_main)
     if world.is_main:
         _warn_of_other_frames(weights, data, dataset.root)
     detector = detector_from(weights, device=world.device, precision=config.precision)
@@ -103,6 +105,26 @@ def evaluate_weights(
     results.sort(key=lambda result: result.name)
     metrics = score(results, data, config).to_json() if world.is_main else {}
     return Evaluation(Metrics(**broadcast_json(metrics)), results, data, config)
+
+
+def limit_recordings(data: Dataset, config: EvaluationConfig, *, log: bool = False) -> Dataset:
+    """The split with `evaluation.limit_recordings` of its n recordings.
+
+    Those at the places k * n // limit for k = 0, 1, ..., in the split's order: always the same, and
+    evenly over it.
+    """
+    number = len(data.recordings)
+    limit = config.limit_recordings
+    if not limit or limit >= number:
+        return data
+    if log:
+        logger.info(
+            "evaluates %d of %s of %s (evaluation.limit_recordings)",
+            limit,
+            plural(number, "recording"),
+            config.split,
+        )
+    return replace(data, recordings=[data.recordings[k * number // limit] for k in range(limit)])
 
 
 def check_dataset(weights: Weights, data: Dataset) -> None:
@@ -234,4 +256,6 @@ def write_results(
             write_boxes(output / f"{result.name}_bbox.npy", result.as_raw_boxes(data))
         save_frames(output / FRAMES, labelled(results, data))
     summary = {**metrics.to_json(), **description, "protocol": protocol(config)}
+    if config.limit_recordings:
+        summary["recordings"] = [result.name for result in results]
     (output / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -42,6 +42,7 @@ from evspan.pipeline.engine.evaluator import (
     write_results,
 )
 from evspan.pipeline.engine.initial_weights import INIT_FROM, Target, initialise, started_from
+from evspan.pipeline.engine.limits import LIMITS, RunLimits, frames_of, with_total_steps
 from evspan.pipeline.engine.oom import explain_out_of_memory
 from evspan.pipeline.engine.parameter_patterns import freeze
 from evspan.pipeline.engine.precision import resolve_precision, set_float32_kernels
@@ -230,6 +231,11 @@ class Trainer:
             self.data_digest = data_digest(self.dataset, config.dataset, config.evaluation.split)
         if resumed is not None:
             continue_run(resumed, config, self.data_digest, self.checkpoints, world)
+        given_config = config
+        frames = frames_of(self.dataset)
+        self.config = config = with_total_steps(config, frames)
+        self.saved_config = plain(asdict(given_config))
+        self.limits = RunLimits(config.training, frames)
         self.loader = _build_loader(config, self.dataset, self.mesh)
         detector = _build_detector(
             config, self.dataset.channels, self.exchange, self.mesh, world.device
@@ -260,7 +266,7 @@ class Trainer:
         if resumed is not None:
             self._resume(resumed.meta, resumed.snapshot)
         if world.is_main:
-            _write_config(config, self.run_dir)
+            _write_config(given_config, self.run_dir)
         self.writer = TensorBoardWriter(self.run_dir, enabled=world.is_main, resume_step=self.step)
         if world.is_main:
             self.attempt = record_start(self.run_dir, self.step, config.training.max_steps)
@@ -296,13 +302,14 @@ class Trainer:
         )
         batches = device_batches(read, device)
         metrics = self._evaluate_if_missing(stop_flag)
-        while self.step < training.max_steps:
+        while not self._is_last_step:
             self.profiler.before(self.step + 1)
             batch = self._train_step(batches, wait)
             self.profiler.after()
             if self.stop or self._report_is_due:
                 report = self._read_report()
                 self._exit_if_left_out()
+                self.limits.check_time(device)
                 self._after_step(report)
             if self._checkpoint_is_due or self.stop:
                 self._save()
@@ -313,25 +320,35 @@ class Trainer:
             if self._evaluation_is_due:
                 metrics = self._evaluate(stop_flag)
         batches.close()
-        if self.world.is_main:
-            append(self.run_dir, "done", step=self.step)
+        self._record_done()
         # SLURM and the other ranks treat a rank that exits long before them as failed.
         barrier()
         return metrics
 
+    def _record_done(self) -> None:
+        reason = self.limits.reason
+        if reason:
+            self.reporter.log(
+                f"ends at step {self.step} of {self.config.training.max_steps}: {reason}"
+            )
+        if self.world.is_main:
+            append(self.run_dir, "done", step=self.step, **({"reason": reason} if reason else {}))
+
     @property
     def _is_last_step(self) -> bool:
-        return self.step == self.config.training.max_steps
+        return self.limits.is_last(self.step)
 
     @property
     def _evaluation_is_due(self) -> bool:
         every = self.config.training.evaluate_every
-        return self._is_last_step or (every > 0 and self.step % every == 0)
+        at_end = self._is_last_step and self.config.evaluation.at_end
+        return at_end or (every > 0 and self.step % every == 0)
 
     @property
     def _checkpoint_is_due(self) -> bool:
-        """An evaluated step always has a checkpoint."""
-        return self.step % self.config.checkpoint.every == 0 or self._evaluation_is_due
+        """An evaluated step always has a checkpoint, and so does the last one."""
+        every = self.config.checkpoint.every
+        return self.step % every == 0 or self._evaluation_is_due or self._is_last_step
 
     @property
     def _images_are_due(self) -> bool:
@@ -575,7 +592,8 @@ class Trainer:
         meta = {
             "skipped": self.skipped,
             "counters": self.engine.optimizer_state.counters(),
-            "config": plain(asdict(self.config)),
+            "config": self.saved_config,
+            LIMITS: self.limits.to_json(),
             DATA: self.data_digest,
             INIT_FROM: self.init_from,
         }
@@ -610,6 +628,8 @@ class Trainer:
         if loaded.generators is not None:
             restore_generators(loaded.generators)
         self.step = meta["step"]
+        evaluated = self.checkpoints.recorded(self.step) if self.world.is_main else {}
+        self.limits.resume(meta.get(LIMITS, {}), broadcast_json(evaluated).get(LIMITS, {}))
         self.saved_step = self.step
         self.skipped = meta["skipped"]
 
@@ -689,6 +709,7 @@ class Trainer:
             stop_requested=stop_flag.is_set,
         )
         restore_generators(generators)
+        self.limits.evaluated(metrics.ap)
         if self.world.is_main:
             seconds = time.perf_counter() - started
             self.reporter.evaluation(
@@ -710,6 +731,7 @@ class Trainer:
                 protocol,
                 description,
             )
+            description[LIMITS] = self.limits.to_json()
             self.checkpoints.record(self.step, {**metrics.to_json(), **description})
         return metrics
 
