@@ -63,6 +63,9 @@ def explain(error: Exception) -> str:
         return _explain_grammar(getattr(error, "override", ""))
     if kind == "MissingConfigException" and "Could not find" in text:
         return _explain_missing_option(error)
+    in_list = _explain_list_of_mappings(error)
+    if in_list:
+        return in_list
     unknown = re.match(r"Could not override '([^']*)'", text)
     if unknown and hasattr(cause, "parent_node"):
         return _explain_unknown_key(unknown[1], cause.parent_node)
@@ -140,6 +143,29 @@ def _explain_other(text: str, cause: Any) -> str:
     if key and key not in message:
         message = f"{message} ({key})"
     return f"{message}; --cfg job shows the config that is composed"
+
+
+def _explain_list_of_mappings(error: Exception) -> str:
+    """An unknown key in, or another value than, a mapping of a list; else an empty string."""
+    cause: Any = error.__cause__
+    unknown = re.match(r"Could not override '([^']*)'", str(error))
+    type_ = getattr(cause, "object_type", None)
+    if unknown and isinstance(type_, type) and is_dataclass(type_):
+        key = str(cause.key)
+        known = [field.name for field in fields(type_)]
+        if key not in [*known, *unknown[1].split(".")]:
+            suggestion = _suggestion(key, known) or f"; there are: {', '.join(known)}"
+            return f"{unknown[1]}: an entry has no key {key!r}{suggestion}"
+    wrong = re.search(
+        r"override ([a-z_.]+?)(?:\.\d+[\w.]*)?=(.*?): Invalid type", f"{error}: {cause}", re.DOTALL
+    )
+    full_key = str(getattr(cause, "full_key", ""))
+    if wrong and "is not a subclass of" in str(cause) and full_key.endswith("]"):
+        return (
+            f"{wrong[1]}={wrong[2]}: give a list of mappings, "
+            f"'{wrong[1]}=[{{root: A}}, {{root: B, weight: 2}}]'"
+        )
+    return ""
 
 
 def _without_noise(text: str) -> str:

@@ -29,6 +29,16 @@ def is_text_list(type_: Any) -> bool:
     return is_list(type_) and typing.get_args(type_) == (str,)
 
 
+def is_mapping_list(type_: Any) -> bool:
+    """Whether a key of this type takes a list of mappings, [{a: 1}, {a: 2}]."""
+    return is_list(type_) and is_dataclass(typing.get_args(type_)[0])
+
+
+def is_text_mapping(type_: Any) -> bool:
+    """Whether a key of this type takes a mapping to texts, {a: b}."""
+    return typing.get_origin(type_) is dict and is_text(typing.get_args(type_)[1])
+
+
 def is_text_map(type_: Any) -> bool:
     """Whether a key of this type takes a mapping of texts to values."""
     return typing.get_origin(type_) is dict and typing.get_args(type_)[0] is str

@@ -13,15 +13,28 @@ optional text, the value is quoted first. Left to Hydra and OmegaConf are:
 In a list, quotes inside of an element keep its commas together too, as a shell would read them:
 [export X="a,b",echo 'c, d'] has two elements. An apostrophe inside of a word is no quote.
 
+In a list of mappings, [{root: a=b, weight: 2}], the same holds for the values of text keys, and a
+key may be quoted too.
+
 In a mapping, the keys may have quotes: {"backbone.*": 0.1}.
 
 Keys of other types, groups and unknown keys stay as they are. README.md has examples.
 """
 
 import re
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from evspan.conf.keys import is_optional, is_text, is_text_list, is_text_map, keys_of_schema
+from evspan.conf.keys import (
+    is_mapping_list,
+    is_optional,
+    is_text,
+    is_text_list,
+    is_text_map,
+    is_text_mapping,
+    keys_of_schema,
+)
 from evspan.conf.text import escape_interpolations, quote_override
 
 FUNCTIONS = (  # of Hydra's grammar
@@ -32,6 +45,9 @@ _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _INSIDE_WORD = re.compile(r"[\w\\]")  # a quote after it is an apostrophe, or escaped
 _CALL = re.compile(rf"({FUNCTIONS})\s*\((.*)\)", re.DOTALL)
 _PLAIN = re.compile(r"(?:\.{1,2}/)?[A-Za-z_/][A-Za-z0-9_/.-]*")  # Hydra reads it as text
+_ENTRY = re.compile(
+    r"""\s*('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?:[^:\\]|\\.)*?)\s*:\s*(.*)""", re.DOTALL
+)  # of a mapping: key and value
 _NOT_IN_KEY = re.compile(r"[()\[\]{}:=, \t\\]")  # of a mapping, but after a backslash
 _KEYWORDS = ("null", "true", "false", "inf", "nan")
 
@@ -111,6 +127,10 @@ def _quote_override(schema: type, override: str, sweep: bool) -> str:
     elif is_text_list(type_):
         values = split_values(value) if sweep else [value]
         value = ",".join(map(_quote_list, values))
+    elif is_mapping_list(type_):
+        (schema_of_item,) = typing.get_args(type_)
+        values = split_values(value) if sweep else [value]
+        value = ",".join(_quote_mappings(part, schema_of_item) for part in values)
     elif is_text_map(type_):
         values = split_values(value) if sweep else [value]
         value = ",".join(map(_escape_map, values))
@@ -135,6 +155,55 @@ def _quote_list(value: str) -> str:
         return value
     content = value[1:-1]
     return quoted_list(split_list(content)) if content.strip() else value
+
+
+def _quote_mappings(value: str, schema: type) -> str:
+    """A list of mappings, each with the keys of `schema`; any other value as it is."""
+    if not (value.startswith("[") and value.endswith("]")):
+        return value
+    types = typing.get_type_hints(schema)
+
+    def quote(key: str, item: str) -> str:
+        type_ = types.get(key)
+        if is_text(type_):
+            return _quote_value(item, optional=is_optional(type_), quote='"')
+        if is_text_list(type_):
+            return _quote_list(item)
+        if is_text_mapping(type_):
+            return _quote_mapping(item, lambda _, text: _quote_item(text, type_))
+        return item
+
+    items = [_quote_mapping(item, quote) for item in split_list(value[1:-1])]
+    return f"[{','.join(items)}]"
+
+
+def _quote_item(text: str, mapping_type: Any) -> str:
+    item_type = typing.get_args(mapping_type)[1]
+    return _quote_value(text, optional=is_optional(item_type), quote='"')
+
+
+def _quote_mapping(value: str, quote: Callable[[str, str], str]) -> str:
+    """{a: b, c: d} with quoted values; any other value as it is.
+
+    Args:
+        quote: key and value -> the quoted value.
+    """
+    content = value[1:-1]
+    if not (value.startswith("{") and value.endswith("}") and content.strip()):
+        return value
+    entries = []
+    for entry in split_list(content):
+        match = _ENTRY.fullmatch(entry)
+        if not match:
+            return value
+        key, item = match.groups()
+        if _QUOTED.fullmatch(key):  # Hydra's grammar has no quoted keys
+            key = re.sub(r"\\(.)", r"\1", key[1:-1])
+            escaped = re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", key)
+            entries.append(f"{escaped}:{quote(key, item)}")
+        else:
+            entries.append(f"{key}:{quote(key, item)}")
+    return f"{{{','.join(entries)}}}"
 
 
 def _escape_map(value: str) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 FIRST_BYTES = 4096
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+COMMENT = b"% "  # in text
 TO_H5 = "Convert it to .h5 with events/t, x, y, p"
 # First bytes, what the file is then, and what to do.
 SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
@@ -18,20 +19,21 @@ SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"Rar!", "is a RAR archive", "Unpack it: unrar x"),
     (b"7z\xbc\xaf\x27\x1c", "is a 7-Zip archive", "Unpack it: 7z x"),
     (HDF5_SIGNATURE, "is an HDF5 file", "Give it the suffix .h5"),
-    (b"\x93NUMPY", "is a NumPy array", "Give it the suffix .npy; of recordings, .h5 is read"),
+    (b"\x93NUMPY", "is a NumPy array", "Give it the suffix .npy; of recordings, .npz is read"),
+    (b"#!AER-DAT4", "is an AEDAT 4 recording of DV", "Give it the suffix .aedat4"),
     (b"#!AER-DAT", "is an AEDAT recording of jAER", TO_H5),
-    (b"#!AEDAT", "is an AEDAT recording of DV", TO_H5),
     (b"#ROSBAG", "is a ROS bag", TO_H5),
-    (b"% ", "has the header of a Prophesee recording", "Give it the suffix .raw or .dat"),
+    (COMMENT, "has the header of a Prophesee recording", "Give it the suffix .raw or .dat"),
 )
 NO_DATA = b"\0" * 64
 
 
-def describe_foreign_content(path: Path, *, expected: bytes = b"") -> str:
+def describe_foreign_content(path: Path, *, expected: bytes = b"", is_text: bool = False) -> str:
     """What a file that cannot be read contains, and the remedy; empty where that is not recognised.
 
     Args:
         expected: first bytes that are right for the file's suffix, so that nothing is said of them.
+        is_text: text is right for it.
 
     Returns:
         Two sentences that continue the file's name: "is a Git LFS pointer, ... Run: git lfs pull".
@@ -46,17 +48,18 @@ def describe_foreign_content(path: Path, *, expected: bytes = b"") -> str:
     if expected and data.startswith(expected):
         return ""
     for signature, description, remedy in SIGNATURES:
-        if data.startswith(signature):
+        is_comment = is_text and signature == COMMENT
+        if data.startswith(signature) and not is_comment:
             return f"{description}. {remedy}"
     if data.startswith(NO_DATA) and not data.strip(b"\0"):
         return (
             "begins with zeros only. Its blocks were never written, as after a full disk: copy it "
             "again"
         )
-    return _described_text(data)
+    return _described_text(data, is_text)
 
 
-def _described_text(data: bytes) -> str:
+def _described_text(data: bytes, is_text: bool) -> str:
     start = data.lstrip(b"\xef\xbb\xbf \t\r\n")[:200].lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
         return (
@@ -64,7 +67,7 @@ def _described_text(data: bytes) -> str:
             "download needs a login: download it again"
         )
     printable = sum(32 <= byte < 127 or byte in b"\t\r\n" for byte in data)
-    if printable < len(data):
+    if printable < len(data) or is_text:
         return ""
     line = data.splitlines()[0].decode("ascii")[:40] if data.splitlines() else ""
     return f"is a text file that begins with {line!r}. {TO_H5}"

@@ -1,7 +1,7 @@
 """Prepares a folder of recordings as a dataset; run again, it does what is missing or changed."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +13,7 @@ from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.text import plural
 from evspan.data_prep.labels.checks import grouped
 from evspan.data_prep.labels.classes import with_classes
-from evspan.data_prep.recordings.left_out import LABELLED_SPLITS, without_boxes
+from evspan.data_prep.labels.missing import LEARNING_SPLITS, missing_labels
 from evspan.data_prep.recordings.sources import (
     Source,
     find_sources,
@@ -179,11 +179,14 @@ def _make_folder(output: Path) -> None:
         ) from error
 
 
-def _log_left_out(source: Path, sources: Iterable[Source]) -> None:
+def _log_left_out(source: Path, sources: Collection[Source]) -> None:
     for line in unused_files(source):
         logger.info("%s", line)
-    if line := without_boxes(s.key for s in sources if s.boxes is None):
-        logger.warning("%s", line)
+    unlabelled = [(s.split, s.path) for s in sources if s.boxes is None]
+    missing = missing_labels(unlabelled, any_labelled=len(unlabelled) < len(sources))
+    for split, line in missing.items():
+        level = logging.WARNING if split in LEARNING_SPLITS else logging.INFO
+        logger.log(level, "%s", line)
 
 
 def _log_warnings(manifest: Manifest) -> None:
@@ -192,7 +195,7 @@ def _log_warnings(manifest: Manifest) -> None:
     of_recordings += [(f"{r.split}/{r.name}", r.label_warnings) for r in manifest.recordings]
     for line in grouped(of_recordings):
         logger.warning("%s", line)
-    for split in LABELLED_SPLITS:
+    for split in LEARNING_SPLITS:
         recordings = manifest.split(split)
         if recordings and not any(r.labelled_frames for r in recordings):
             logger.warning(

@@ -89,8 +89,7 @@ def demo_parts(folder: Path, ranks: int) -> list[Part]:
     prep += ["frames.downsample=4"]
     train = ["train", "experiment=demo", f"dataset.root={shards}", f"run_dir={run}"]
     train += [f"parallel.ranks={ranks}"]
-    evaluate = ["evaluate", str(run), f"dataset.root={shards}"]
-    evaluate += ["evaluation.split=val", f"parallel.ranks={ranks}", f"output={evaluation}"]
+    evaluate = ["evaluate", str(run), f"parallel.ranks={ranks}", f"output={evaluation}"]
     infer = ["infer", str(run), str(raw / "val" / "val_000_td.raw")]
     infer += ["--output", str(detections)]
     return [

@@ -1,5 +1,8 @@
 """Config of frames, labels and preparation. Training shares the frame and dataset parts."""
 
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -40,7 +43,7 @@ class DatasetKind(Enum):
 
 
 class TimeUnit(Enum):
-    """Unit of the times of a box file."""
+    """Unit of the times of a box file, or of a recording in text."""
 
     us = "us"
     ms = "ms"
@@ -142,23 +145,65 @@ class LabelConfig:
 
 
 @dataclass(kw_only=True)
+class DatasetRoot:
+    """One of several datasets that a run is trained on and evaluated with."""
+
+    root: str = ""  # its folder
+    # Its part of the training data, relative to the other weights: the fraction of the frames that
+    # streamed lanes read, and of the chunks of random lanes.
+    weight: float = 1.0
+    # Name of a class of this dataset -> name of the run's class. null: its boxes are left out, so
+    # the objects are background; `ignore`: they become ignore regions. Other classes keep theirs.
+    class_map: dict[str, str | None] = field(default_factory=dict)
+    kind: DatasetKind | None = None  # shards | rvt_tree; null: dataset.kind
+    # In the order of their stored ids; for RVT's tree. Empty: dataset.classes.
+    classes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.class_map = dict(self.class_map)
+        self.classes = list(self.classes)
+        require(
+            bool(self.root),
+            "dataset.roots has an entry without a folder; give each its own: "
+            "'dataset.roots=[{root: A}, {root: B, weight: 2}]'",
+        )
+        require(
+            0 < self.weight < math.inf,
+            f"dataset.roots: the weight of {self.root} is {self.weight}; give a number above 0",
+        )
+        repeated = {name for name in self.classes if self.classes.count(name) > 1}
+        require(
+            not repeated and all(self.classes),
+            f"dataset.roots: the classes of {self.root} are {self.classes}; give each a name of "
+            "its own",
+        )
+
+
+@dataclass(kw_only=True)
 class DatasetConfig:
     """A prepared dataset: its folder and its classes."""
 
     name: str = "own"
     kind: DatasetKind = DatasetKind.shards
     root: str = ""  # folder of the prepared shards (or RVT's tree) for training and evaluation
+    # Several datasets instead of `root`: [{root: A, weight: 1, class_map: {car: vehicle}}, ...].
+    roots: list[DatasetRoot] = field(default_factory=list)
     # In the order of their stored ids. Empty: prep reads classes.txt of the source; training and
     # evaluation take the shards' classes.
     classes: list[str] = field(default_factory=list)
     # Height and width of the sensor, for recordings whose file does not state them.
     sensor_size: list[int] = field(default_factory=list)
+    # Unit of the times in text recordings and NumPy archives; null: as their columns are named, or
+    # what is certain.
+    time_unit: TimeUnit | None = None
     # How `evspan prep` filters the boxes of the box files.
     labels: LabelConfig = field(default_factory=LabelConfig)
 
     def __post_init__(self) -> None:
         self.classes = list(self.classes)
+        self.roots = list(self.roots)
         self.sensor_size = list(self.sensor_size)
+        _require_distinct_roots(self.root, self.roots)
         sides = [side for side in self.sensor_size if 1 <= side <= LARGEST_SENSOR]
         require(
             not self.sensor_size or len(sides) == len(self.sensor_size) == 2,
@@ -183,6 +228,33 @@ class DatasetConfig:
             f"{len(self.classes)} entries {self.classes}; add the class or correct the map: "
             "dataset.classes=[a,b] 'dataset.labels.class_map={0:0,3:1}'",
         )
+
+    @property
+    def sources(self) -> list[DatasetRoot]:
+        """The datasets to read: `roots`, or `root` alone; none if both are empty."""
+        if self.roots:
+            return self.roots
+        return [DatasetRoot(root=self.root)] if self.root else []
+
+    @property
+    def place(self) -> str:
+        """The folders, for a message."""
+        return ", ".join(source.root for source in self.sources)
+
+
+def _require_distinct_roots(root: str, roots: Sequence[DatasetRoot]) -> None:
+    require(
+        not (root and roots),
+        f"dataset.root is {root}, and dataset.roots names {len(roots)}; give one of the two, and "
+        "clear the other: dataset.root='' or dataset.roots=[]",
+    )
+    folders = [os.path.abspath(source.root) for source in roots]
+    repeated = [source.root for source in roots if folders.count(os.path.abspath(source.root)) > 1]
+    require(
+        not repeated,
+        f"dataset.roots names {', '.join(repeated)}: the same folder; name it once, with the sum "
+        "of the weights",
+    )
 
 
 @dataclass(kw_only=True)
@@ -211,6 +283,11 @@ class PrepConfig:
             not self.processes or self.cluster.scheduler is Scheduler.local,
             f"processes is {self.processes}, but the recordings are prepared by a SLURM job array; "
             "set cluster.cpus_per_task, the number of processes of each of its tasks",
+        )
+        require(
+            not self.dataset.roots,
+            "dataset.roots is for training and evaluation; prepare each dataset by itself: "
+            "evspan prep source=RAW output=SHARDS",
         )
         require(self.shard_mib >= 1, f"shard_mib is {self.shard_mib}; give 1 MiB or more")
         label_every_ms = self.dataset.labels.label_every_ms

@@ -288,6 +288,9 @@ class TrainingConfig:
     bptt_frames: int = 0
     gradient_accumulation_steps: int = 1  # micro-batches per step
     sampling: Sampling = Sampling.mixed
+    # Recordings and chunks with classes that are in a smaller fraction of the labelled frames are
+    # read more often, by sqrt(threshold / fraction) of their rarest class (LVIS); 0: off.
+    repeat_factor_threshold: float = 0.0
     precision: Precision = Precision.auto
     engine: EngineKind = EngineKind.deepspeed
     gradient_clipping: float = 1.0  # global L2 norm; 0: off
@@ -356,6 +359,11 @@ class TrainingConfig:
             "training.cuda_graphs writes each micro-batch's gradients to the same memory: with "
             f"training.gradient_accumulation_steps={self.gradient_accumulation_steps} the sum "
             "would be lost; set training.cuda_graphs=false",
+        )
+        require(
+            0 <= self.repeat_factor_threshold <= 1,
+            f"training.repeat_factor_threshold is {self.repeat_factor_threshold}; give a fraction "
+            "of the labelled frames, such as 0.1, or 0 (off)",
         )
         self.freeze = list(self.freeze)
         require(

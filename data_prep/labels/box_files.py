@@ -1,7 +1,8 @@
 """Box files: `X_bbox.npy` next to the recording `X_td.*`, in Prophesee's layout.
 
 A row whose optional boolean field `ignore` is true is an ignore region: something may be there, and
-nothing is learned or scored in it. Its class does not matter.
+nothing is learned or scored in it. Its class does not matter. A region without an area only marks
+the time of a labelled frame, which may have no boxes: a negative.
 """
 
 import os
@@ -49,6 +50,10 @@ RECORDING_ENDINGS = (
     "_td.h5",
     "_td.raw",
     "_td.hdf5",
+    "_td.aedat4",
+    "_td.csv",
+    "_td.txt",
+    "_td.npz",
     ".raw",
     ".dat",
     ".h5",

@@ -60,8 +60,10 @@ def filter_regions(
         height, width: of the sensor, in pixels.
 
     Returns:
-        (K,) RAW_BOX, K <= R, and the number of regions that lie outside.
+        (K,) RAW_BOX, K <= R, and the number of regions that lie outside. Regions without an area,
+        which mark labelled frames, are neither.
     """
+    regions = regions[(regions["w"] > 0) & (regions["h"] > 0)]
     if not config.crop:
         return regions, 0
     cut = crop(regions, height, width)

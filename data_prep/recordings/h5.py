@@ -18,6 +18,7 @@ from evspan.data_prep.hdf5_files import (
     unavailable,
 )
 from evspan.data_prep.recordings.base import Recording, Writer
+from evspan.data_prep.recordings.columns import pixel
 from evspan.data_prep.recordings.events import Events
 from evspan.data_prep.recordings.h5_layouts import Layout, checked_length, find_layout
 from evspan.data_prep.recordings.polarity import BRIGHTER, PolarityCoding
@@ -72,7 +73,7 @@ class H5Reader(Recording):
             for first in range(0, self.size, self.events_at_once):
                 with _readable(self.path, f"events {first} and on"):
                     t, x, y, p = layout.read(first, first + self.events_at_once)
-                yield Events(self._times(t, first), _pixel(x), _pixel(y), polarity.decode(p, first))
+                yield Events(self._times(t, first), pixel(x), pixel(y), polarity.decode(p, first))
 
     def _times(self, t: NDArray[Any], first: int) -> NDArray[np.int64]:
         """Times of the events `first` and on, with the file's offset."""
@@ -135,17 +136,6 @@ def _opened(path: Path) -> Iterator[h5py.File]:
         yield file
     finally:
         file.close()
-
-
-def _pixel(column: NDArray[Any]) -> NDArray[np.uint16]:
-    """Coordinates as uint16.
-
-    What no uint16 can hold becomes the largest one, which lies outside every sensor: it must not
-    wrap into one.
-    """
-    if column.dtype == np.uint16:
-        return column
-    return np.where((column < 0) | (column > 65535), 65535, column).astype(np.uint16)
 
 
 class H5Writer(Writer):

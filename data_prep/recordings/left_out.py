@@ -6,22 +6,32 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
-from evspan.conf.text import plural, printable
+from evspan.conf.text import printable
 from evspan.data_prep.labels.box_files import BOXES_ENDING, boxes_in, recording_name
 from evspan.data_prep.recordings.links import leads_nowhere
-from evspan.data_prep.recordings.open import SUFFIXES
+from evspan.data_prep.recordings.open import AMBIGUOUS_SUFFIXES, OWN_SUFFIXES, holds_events
 from evspan.data_prep.shards.format import SPLITS
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z", ".rar", ".tar", ".tgz")
 BOXES_SUFFIXES = (".npy", ".npz")  # of files that look like boxes
-LABELLED_SPLITS = ("train", "val")  # where a recording without boxes is a surprise
 NAMED = 1  # files that a line names
 MOST_ENTRIES = 20_000  # that are looked at below sub-folders
 
 
 def is_recording(name: str) -> bool:
-    """Whether a file has the suffix of a recording, in any case."""
-    return name.lower().endswith(SUFFIXES)
+    """Whether a file has a suffix that only recordings have, in any case."""
+    return name.lower().endswith(OWN_SUFFIXES)
+
+
+def is_recording_file(path: Path) -> bool:
+    """Whether a file is a recording: by its suffix or, of text and archives, by its content.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if path.name.lower().endswith(AMBIGUOUS_SUFFIXES):
+        return holds_events(path)
+    return is_recording(path.name)
 
 
 @dataclass
@@ -69,7 +79,7 @@ def files_of(folder: Path) -> FolderFiles:
 def _sort_in(files: FolderFiles, entry: "os.DirEntry[str]") -> None:
     path = files.path / entry.name
     name = entry.name.lower()
-    of_interest = name.endswith((*SUFFIXES, *BOXES_SUFFIXES, *COMPRESSED))
+    of_interest = name.endswith((*OWN_SUFFIXES, *BOXES_SUFFIXES, *COMPRESSED))
     if entry.name.startswith("."):
         if of_interest and not entry.is_dir():
             files.hidden.append(path)
@@ -79,7 +89,7 @@ def _sort_in(files: FolderFiles, entry: "os.DirEntry[str]") -> None:
         files.folders.append(path)
     elif not entry.is_file():  # opening a pipe would wait forever
         return
-    elif is_recording(name):
+    elif is_recording_file(path):
         files.recordings.append(path)
     elif name.endswith(COMPRESSED):
         files.compressed.append(path)
@@ -109,24 +119,6 @@ def left_out(source: Path, folders: dict[str, Path]) -> list[str]:
         read.append(FolderFiles(source, compressed=top.compressed, dangling=top.dangling))
     lines += _lines_of(read, source)
     return lines
-
-
-def without_boxes(keys: Iterable[str]) -> str:
-    """A line about recordings without a box file in `LABELLED_SPLITS`; empty without any.
-
-    Args:
-        keys: split/recording of those that have none.
-    """
-    missing = [key for key in keys if key.split("/")[0] in LABELLED_SPLITS]
-    if not missing:
-        return ""
-    named = ", ".join(printable(key) for key in missing[:NAMED])
-    if len(missing) > NAMED:
-        named += f" and {len(missing) - NAMED} more"
-    return (
-        f"{plural(len(missing), 'recording')} in train or val without a box file "
-        f"(X{BOXES_ENDING} next to X_td.*): {named}; nothing is learned from them, nor scored"
-    )
 
 
 def _lines_of(folders: list[FolderFiles], source: Path) -> Iterator[str]:
@@ -159,7 +151,11 @@ def _lines_of(folders: list[FolderFiles], source: Path) -> Iterator[str]:
 def _recordings_below(folders: Iterable[Path]) -> list[Path]:
     """Recordings in these folders and below, of the first MOST_ENTRIES files."""
     paths = chain.from_iterable(map(_visible_below, folders))
-    return sorted(path for path in islice(paths, MOST_ENTRIES) if is_recording(path.name))
+    return sorted(path for path in islice(paths, MOST_ENTRIES) if _is_recording_below(path))
+
+
+def _is_recording_below(path: Path) -> bool:
+    return path.is_file() and is_recording_file(path)
 
 
 def _visible_below(folder: Path) -> Iterator[Path]:

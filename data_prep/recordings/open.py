@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from evspan.conf.errors import RecordingError
+from evspan.conf.schema.prep import TimeUnit
 from evspan.data_prep.foreign_content import HDF5_SIGNATURE, describe_foreign_content
+from evspan.data_prep.recordings.aedat4 import MAGIC as AEDAT4_MAGIC
+from evspan.data_prep.recordings.aedat4 import Aedat4Reader
 from evspan.data_prep.recordings.base import Recording, Writer
 from evspan.data_prep.recordings.dat import DatReader, DatWriter
 from evspan.data_prep.recordings.evt2 import Evt2Reader
@@ -12,8 +15,16 @@ from evspan.data_prep.recordings.evt3 import Evt3Reader, Evt3Writer
 from evspan.data_prep.recordings.evt21 import Evt21Reader
 from evspan.data_prep.recordings.h5 import H5Reader, H5Writer
 from evspan.data_prep.recordings.header import raw_format
+from evspan.data_prep.recordings.npz import NpzReader, holds_event_arrays
+from evspan.data_prep.recordings.text import TextReader, read_text_head
 
-SUFFIXES = (".raw", ".dat", ".h5", ".hdf5")
+TEXT_SUFFIXES = (".csv", ".txt")
+# Files of these may contain anything: in a folder, only those that hold events are recordings.
+AMBIGUOUS_SUFFIXES = (*TEXT_SUFFIXES, ".npz")
+OWN_SUFFIXES = (".raw", ".dat", ".h5", ".hdf5", ".aedat4")
+SUFFIXES = (*OWN_SUFFIXES, *AMBIGUOUS_SUFFIXES)
+BOXES_ARCHIVE = "_bbox.npz"  # boxes under a suffix that is not read
+GIT_LFS = b"version https://git-lfs"
 HEADER_START = b"% "
 # Of a whole file. A format without such bytes needs no entry.
 FIRST_BYTES = {
@@ -21,6 +32,7 @@ FIRST_BYTES = {
     ".dat": HEADER_START,
     ".h5": HDF5_SIGNATURE,
     ".hdf5": HDF5_SIGNATURE,
+    ".aedat4": AEDAT4_MAGIC,
 }
 RAW_READERS: dict[str, Callable[..., Recording]] = {
     "evt3": Evt3Reader,
@@ -34,11 +46,36 @@ WRITERS: dict[str, Callable[[Path, int, int], Writer]] = {
 }
 
 
-def open_recording(path: str | Path, *, unstated_size: Sequence[int] | None = None) -> Recording:
+def holds_events(path: Path) -> bool:
+    """Whether a file with one of AMBIGUOUS_SUFFIXES is a recording, by its content.
+
+    A pointer of Git LFS is one, whatever the file was: it must not be left out silently.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if path.name.lower().endswith(BOXES_ARCHIVE):
+        return False
+    with path.open("rb") as file:
+        start = file.read(len(GIT_LFS))
+    if start == GIT_LFS:
+        return True
+    if path.suffix.lower() in TEXT_SUFFIXES:
+        return read_text_head(path).has_events
+    return holds_event_arrays(path)
+
+
+def open_recording(
+    path: str | Path,
+    *,
+    unstated_size: Sequence[int] | None = None,
+    time_unit: TimeUnit | None = None,
+) -> Recording:
     """Opens a recording with the reader for its suffix and header.
 
     Args:
         unstated_size: height and width of the sensor, for a file that does not state them.
+        time_unit: of a text file's or NumPy archive's times; None: what is certain of them.
 
     Raises:
         RecordingError: no such file, an unknown suffix or format, or a header without the
@@ -64,6 +101,12 @@ def open_recording(path: str | Path, *, unstated_size: Sequence[int] | None = No
         return _open_raw(path, size)
     if suffix == ".dat":
         return DatReader(path, unstated_size=size)
+    if suffix == ".aedat4":
+        return Aedat4Reader(path, unstated_size=size)
+    if suffix in TEXT_SUFFIXES:
+        return TextReader(path, unstated_size=size, time_unit=time_unit)
+    if suffix == ".npz":
+        return NpzReader(path, unstated_size=size, time_unit=time_unit)
     return H5Reader(path, unstated_size=size)
 
 

@@ -14,7 +14,7 @@ from evspan.data_prep.hdf5_files import unavailable
 from evspan.data_prep.labels.box_files import BOXES_ENDING, find_boxes, recording_name
 from evspan.data_prep.recordings.left_out import files_of, is_recording, left_out
 from evspan.data_prep.recordings.links import require_targets, stat_of
-from evspan.data_prep.recordings.open import SUFFIXES, require_own_content
+from evspan.data_prep.recordings.open import SUFFIXES, holds_events, require_own_content
 from evspan.data_prep.shards.format import SPLITS
 
 LISTS = (".txt", ".csv")
@@ -55,7 +55,7 @@ def find_sources(source: Path) -> list[Source]:
 
     Args:
         source: a folder; without train/ val/ test/ its recordings count as test, as does a single
-            file. A .txt or .csv is a list of recordings.
+            file. A .txt or .csv without events is a list of recordings.
 
     Raises:
         RecordingError: nothing there, a link without a target, a name that cannot be stored, two
@@ -73,7 +73,7 @@ def _find(source: Path) -> list[Source]:
             f"source {source} is not there. Give a folder with {'/ '.join(SPLITS)}/ of "
             "recordings, one recording, or a list of them: source=PATH"
         )
-    if source.suffix.lower() in LISTS and source.is_file():
+    if source.suffix.lower() in LISTS and source.is_file() and not holds_events(source):
         return _listed(source)
     if source.is_file():
         sources = [Source(source, "test", recording_name(source), source.name, find_boxes(source))]
@@ -208,7 +208,7 @@ def _listed_source(
         )
     recording = path.parent / fields[1]
     _require_file(recording, f"{where}: recording", path)
-    if not is_recording(recording.name):
+    if recording.suffix.lower() not in SUFFIXES:
         raise RecordingError(
             f"{where}: {recording} is no recording ({', '.join(SUFFIXES)}). Name one that is"
         )

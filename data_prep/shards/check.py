@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import xxhash
 from evspan.conf.errors import UserError
-from evspan.conf.schema.prep import FrameConfig, FrameMode, frame_config
+from evspan.conf.schema.prep import FrameConfig, FrameMode, TimeUnit, frame_config
 from evspan.conf.text import one_line
 from evspan.data_prep.frames.histogram import each_window, whole_frame
 from evspan.data_prep.hdf5_files import (
@@ -291,8 +291,8 @@ def _compare_frames(group: h5py.Group, sampled: list[int], path: Path, task: Tas
     compared = 0
     differing: list[int] = []
     config = frame_config(task.config["frames"])
-    size = task.config["dataset"].get("sensor_size")
-    recomputed = _recomputed(path, size, group["end_us"][:].tolist(), sampled, config)
+    dataset = task.config["dataset"]
+    recomputed = _recomputed(path, dataset, group["end_us"][:].tolist(), sampled, config)
     while True:
         try:
             item = next(recomputed, None)
@@ -329,7 +329,7 @@ def sampled_frames(task: Task) -> list[int]:
 
 def _recomputed(
     path: Path,
-    unstated_size: list[int] | None,
+    dataset: dict[str, Any],
     end_us: list[int],
     sampled: list[int],
     config: FrameConfig,
@@ -340,7 +340,7 @@ def _recomputed(
     beyond the stored ones is yielded, too: it is a difference.
 
     Args:
-        unstated_size: as of `open_recording`.
+        dataset: of the resolved config; how the recording was read.
         end_us: ends of the stored windows.
     """
     if not sampled:
@@ -359,7 +359,12 @@ def _recomputed(
             return chain(end_us, count(end_us[-1] + config.window_us, config.window_us))
         return end_us
 
-    recording = open_recording(path, unstated_size=unstated_size)
+    unit = dataset.get("time_unit")
+    recording = open_recording(
+        path,
+        unstated_size=dataset.get("sensor_size"),
+        time_unit=TimeUnit[unit] if unit else None,
+    )
     for i, (_, frame) in enumerate(each_window(recording, ends, config, finish)):
         if frame is not None:
             yield i, frame

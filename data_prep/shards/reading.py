@@ -23,8 +23,14 @@ from evspan.data_prep.hdf5_files import (
     unavailable,
 )
 from evspan.data_prep.shards.attributes import read_numbers
-from evspan.data_prep.shards.checksums import BOX_XXH3, FRAME_XXH3, first_changed
-from evspan.data_prep.shards.format import FRAME_SHAPE, BoxArray, RecordingEntry
+from evspan.data_prep.shards.checksums import BOX_XXH3, FRAME_XXH3, IGNORE_XXH3, first_changed
+from evspan.data_prep.shards.format import (
+    BOX,
+    FRAME_SHAPE,
+    IGNORE_COLUMNS,
+    BoxArray,
+    RecordingEntry,
+)
 from evspan.data_prep.shards.group_check import read_columns
 from numpy.typing import NDArray
 
@@ -237,15 +243,38 @@ def read_stored_boxes(group: h5py.Group, first: int = 0, last: int | None = None
         ShardError: they are damaged.
         UnavailableFileError: the file cannot be read now.
     """
+    return _read_rows(group, "boxes", "box_start", BOX_XXH3, first, last)
+
+
+def read_stored_regions(group: h5py.Group, first: int = 0, last: int | None = None) -> BoxArray:
+    """Reads the ignore regions of frames as `read_stored_boxes` reads boxes; often there are none.
+
+    Returns:
+        (m,) BOX.
+
+    Raises:
+        ShardError: they are damaged.
+        UnavailableFileError: the file cannot be read now.
+    """
+    rows, start = IGNORE_COLUMNS
+    if rows not in group:
+        return np.zeros(0, BOX)
+    return _read_rows(group, rows, start, IGNORE_XXH3, first, last)
+
+
+def _read_rows(
+    group: h5py.Group, rows: str, starts: str, sums: str, first: int, last: int | None
+) -> BoxArray:
+    """Reads rows of frames, and compares their checksums. The names are those of datasets."""
     path = Path(group.file.filename)
     recording = f"{path}: recording {group.name.strip('/')!r}"
-    with damage_reported(path, f"{recording}, boxes"):
+    with damage_reported(path, f"{recording}, {rows}"):
         end = None if last is None else last + 1
-        start = group["box_start"][first:end]
-        boxes: BoxArray = group["boxes"][start[0] : start[-1]]
-        if BOX_XXH3 not in group:
+        start = group[starts][first:end]
+        boxes: BoxArray = group[rows][start[0] : start[-1]]
+        if sums not in group:
             return boxes
-        changed = first_changed(boxes, start - start[0], group[BOX_XXH3][first:last])
+        changed = first_changed(boxes, start - start[0], group[sums][first:last])
     if changed >= 0:
         problem = "its boxes do not have their checksum"
         raise damaged(f"{recording}, frame {first + changed}", problem)

@@ -147,8 +147,16 @@ def resolved_config(config: PrepConfig) -> dict[str, Any]:
     }
     if config.dataset.sensor_size:  # else as in older shards
         raw["dataset"]["sensor_size"] = config.dataset.sensor_size
+    if config.dataset.time_unit:
+        raw["dataset"]["time_unit"] = config.dataset.time_unit
     plain: dict[str, Any] = json.loads(json.dumps(raw, default=_plain))
     return plain
+
+
+def _reading(config: dict[str, Any]) -> tuple[Any, Any]:
+    """What a resolved config says of how recordings are read."""
+    dataset = config["dataset"]
+    return dataset.get("sensor_size"), dataset.get("time_unit")
 
 
 def _plain(value: object) -> str:
@@ -175,8 +183,8 @@ def prepare_recording(
     labels = _read_labels(source, config.dataset)
     with atomic_hdf5(part) as (file, check_disk):
         group = file.create_group(source.name)
-        if reuse and reuse.config["dataset"].get("sensor_size", []) != config.dataset.sensor_size:
-            reuse = None  # its frames may have another size
+        if reuse and _reading(reuse.config) != _reading(resolved_config(config)):
+            reuse = None  # its frames may have another size, or other events
         entry = _copy_frames(group, reuse, labels, config) if reuse else None
         if entry is None:
             entry = _write_frames(group, source, labels, config, check_disk)
@@ -279,7 +287,11 @@ def _write_frames(
     check_disk: Callable[[], None],
 ) -> RecordingEntry:
     """Writes `frames`, `frame_start` and `end_us`; returns the entry without its label counts."""
-    recording = open_recording(source.path, unstated_size=config.dataset.sensor_size)
+    recording = open_recording(
+        source.path,
+        unstated_size=config.dataset.sensor_size,
+        time_unit=config.dataset.time_unit,
+    )
     sensor_hw = (recording.height, recording.width)
     height, width = frame_size(config.frames, *sensor_hw)
 
@@ -494,14 +506,14 @@ def _kept_regions(
     labels: _Labels, label_ends: NDArray[np.int64], entry: RecordingEntry, config: PrepConfig
 ) -> tuple[BoxArray, int]:
     """The ignore regions of the labelled frames after all filters, and the number of the others."""
-    at_ends = labels.regions[np.isin(labels.regions["t"], label_ends)]
-    kept, _ = filter_regions(
-        at_ends,
+    is_at_end = np.isin(labels.regions["t"], label_ends)
+    kept, outside = filter_regions(
+        labels.regions[is_at_end],
         config.dataset.labels,
         height=entry.sensor_height,
         width=entry.sensor_width,
     )
-    return kept, labels.regions.size - kept.size
+    return kept, outside + int(np.count_nonzero(~is_at_end))
 
 
 def _kept_boxes(

@@ -87,7 +87,7 @@ def bench(config: BenchConfig) -> None:
     output = Path(config.bench.output)
     if config.bench.output:
         check_output(output)
-    if config.dataset.root:
+    if config.dataset.sources:
         check_training(config)
     from evspan.pipeline.benchmark.run import run_benchmark
 

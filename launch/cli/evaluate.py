@@ -37,6 +37,7 @@ HELP = """evspan evaluate: a checkpoint and a split -> COCO AP and detections
       evspan evaluate compare runs/demo/evaluation-val runs/other/evaluation-val
 
   keys
+      dataset.roots=[]           several datasets instead of dataset.root: '[{root: A}, {root: B}]'
       dataset=own                own: the classes of the shards | simulated | gen4 | etram |
                                  etram3 | gen4_rvt: refused where the shards have others | rvt_tree
       weights=ema                ema: the moving average of a checkpoint's weights, where it has one

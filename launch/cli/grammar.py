@@ -24,7 +24,7 @@ from evspan.launch.cli.config_keys import choices_of, keys_of
 SUBCOMMANDS = {
     "prep": ("decode", "info", "preview", "export-rvt", "report", "status", "verify"),
     "evaluate": ("compare",),
-    "labels": ("import",),
+    "labels": ("import", "export"),
 }
 # What the positional words of a command with a config most likely mean.
 POSITIONAL_KEYS = {
@@ -38,7 +38,7 @@ POSITIONAL_KEYS = {
 # Where several keys end in the same name, the first of these groups that has it is meant.
 PREFERRED_GROUPS = ("", "training", "evaluation", "frames", "optimizer", "parallel", "checkpoint")
 TAKE_CHECKPOINT = {"infer": "checkpoint", "export": "checkpoint", "convert": "source"}
-RECORDING_SUFFIXES = (".raw", ".dat", ".h5", ".hdf5")
+RECORDING_SUFFIXES = (".raw", ".dat", ".h5", ".hdf5", ".aedat4", ".csv", ".txt", ".npz")
 # Options of the commands with a config.
 CONFIG_FLAGS = set(FLAGS)
 CONFIG_VALUE_OPTIONS = {*CFG_OPTIONS, *CONFIG_DIR_OPTIONS}

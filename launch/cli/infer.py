@@ -25,7 +25,8 @@ frame. Memory does not grow with the length.
 
 OUT/X_bbox.npy     detections of X.raw: t (end of the window, us), x y w h (pixels of the sensor),
                    class_id (the checkpoint's classes, printed at the end), class_confidence;
-                   track_id is 0. Prophesee's form: np.load reads it.
+                   track_id is 0, with --track the number of its track, from 1 on.
+                   Prophesee's form: np.load reads it.
 OUT/X_overlay.mp4  events (blue brighter, red darker), detections of confidence 0.3 or more in a
                    colour per class, and in green the boxes of X_bbox.npy in the recording's
                    folder. A GIF without the program ffmpeg.
@@ -81,6 +82,8 @@ def options_from(args: argparse.Namespace) -> InferOptions:
         side_by_side=args.side_by_side,
         video_confidence=args.video_confidence,
         weights=args.weights,
+        track=args.track,
+        track_confidence=args.track_confidence,
     )
 
 
@@ -90,6 +93,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         ("--confidence", args.confidence),
         ("--nms", args.nms),
         ("--video-confidence", args.video_confidence),
+        ("--track-confidence", args.track_confidence),
     )
     for name, value in fractions:
         if value is not None and not 0 <= value <= 1:
@@ -212,10 +216,13 @@ def _detections_line(summary: RecordingSummary) -> str:
     classes = []
     for index, (name, number) in enumerate(summary.detections_per_class):
         classes.append(f"{index} {name}: {number}")
-    return (
+    line = (
         f"{summary.files.detections}: {summary.detections} detections of confidence "
         f"{summary.confidence:g} or more ({', '.join(classes)})"
     )
+    if summary.tracks is not None:
+        line += f", {plural(summary.tracks, 'track')}"
+    return line
 
 
 def _pace_line(summary: RecordingSummary) -> str:
@@ -296,6 +303,18 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_detection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--track",
+        action="store_true",
+        help="number the tracks of objects (ByteTrack's association) in all files: track_id",
+    )
+    parser.add_argument(
+        "--track-confidence",
+        type=float,
+        default=InferOptions.track_confidence,
+        metavar="C",
+        help="detections from here on begin tracks, weaker ones only continue them (default: 0.5)",
+    )
     parser.add_argument(
         "--weights",
         choices=("ema", "raw"),

@@ -10,15 +10,18 @@ from evspan.launch.cli.command import Parser, reported_errors
 
 TOOLS = {  # evspan labels TOOL: its module, imported when the tool runs
     "import": "evspan.launch.cli.labels_import",
+    "export": "evspan.launch.cli.labels_export",
 }
 
 DESCRIPTION = """Labels of other tools in and out.
 
   evspan labels import FILE OUT      COCO, YOLO, Pascal VOC, CVAT, CSV or MOT -> box files for
                                      evspan prep
+  evspan labels export SOURCE OUT    boxes, detections and frames -> one of these formats, PNG
 
 evspan help labels import shows its options."""
 EXAMPLES = """examples:
+  evspan labels export drive.raw pictures
   evspan labels import annotations.json raw/train
   evspan labels import tracks.xml drive_bbox.npy --fps 30"""
 

@@ -72,11 +72,14 @@ def _parser() -> argparse.ArgumentParser:
         "--recording", type=Path, metavar="FILE", help="the recording: its name and sensor size"
     )
     parser.add_argument(
-        "--size", type=_size, metavar="WxH", help="of the sensor, in pixels (default: the images')"
+        "--size",
+        type=parse_size,
+        metavar="WxH",
+        help="of the sensor, in pixels (default: the images')",
     )
     parser.add_argument(
         "--classes",
-        type=_names,
+        type=parse_names,
         default=[],
         metavar="A,B,...",
         help="names of class 0, 1, ... (default: classes.txt of OUT, else the labels' order)",
@@ -105,14 +108,16 @@ def _positive(text: str) -> float:
     return value
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of a text such as 1280x720."""
     match = re.fullmatch(r"([1-9]\d{0,4})[xX,]([1-9]\d{0,4})", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, for example 1280x720")
     return int(match[1]), int(match[2])
 
 
-def _names(text: str) -> list[str]:
+def parse_names(text: str) -> list[str]:
+    """The names of a list with commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 

@@ -38,6 +38,8 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
       deepspeed=zero1            zero0 | zero1 | zero2 | zero3
 
   keys
+      dataset.roots=[]           several datasets instead of dataset.root, conf/README.md:
+                                 '[{root: A, weight: 2}, {root: B, class_map: {lorry: truck}}]'
       training.max_steps=100000  optimizer updates
       training.max_epochs=0      passes over the training split; the smaller of both counts. 0: off
       training.max_hours=0       over all attempts; then the run is done. 0: no limit
@@ -45,6 +47,7 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
       training.batch_size=8      lanes (recordings in parallel) over all ranks
       training.sequence_length=5     frames per chunk, through which gradients flow
       training.sampling=mixed    stream | random | mixed
+      training.repeat_factor_threshold=0   rare classes are read more often (LVIS); 0: off
       training.precision=auto    fp32 | tf32 | bf16; auto: bf16 on GPUs that have it, else fp32
       training.log_images_every=1000   steps between images and histograms; 0: never
       training.profile=[]        [first,last] steps to trace into run_dir/profile

@@ -66,7 +66,7 @@ def evaluate_rank(config: EvaluateConfig) -> None:
             "%s (step %s) on %s %s\nweights: %s\n%s\n\n%s\n\n%s\n\nwritten to %s",
             config.checkpoint,
             weights.step,
-            config.dataset.root,
+            config.dataset.place,
             config.evaluation.split,
             weights.kind,
             protocol_line(protocol, data),

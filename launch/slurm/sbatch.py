@@ -179,6 +179,7 @@ def _folders_of(runs: Sequence[PlannedRun]) -> list[str]:
     """Folders that a container must mount: where the runs write, and what they read."""
     folders = set()
     for run in runs:
-        paths = [str(run.folder), run.config.dataset.root, run.config.checkpoint.init_from]
+        paths = [str(run.folder), run.config.checkpoint.init_from]
+        paths += [source.root for source in run.config.dataset.sources]
         folders |= {str(Path(path).absolute()) for path in paths if path}
     return sorted(folders)

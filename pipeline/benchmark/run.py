@@ -122,7 +122,7 @@ def run_benchmark(config: BenchConfig) -> BenchmarkResult:
 def _without_run(config: BenchConfig, folder: Path) -> BenchConfig:
     """The config with a dataset, and with a run in `folder` that saves and evaluates nothing."""
     prepared = copy.deepcopy(config)
-    if not config.dataset.root:
+    if not config.dataset.sources:
         logger.info("simulating recordings: dataset.root is empty")
         prepared.dataset = simulated_dataset(
             folder,
@@ -228,9 +228,9 @@ def _engine(config: BenchConfig) -> str:
 
 def _setting(trainer: Trainer, config: BenchConfig, detector: TrainedDetector) -> Setting:
     data = trainer.dataset
-    root = Path(config.dataset.root)
-    is_temporary = root.is_relative_to(Path(config.run_dir).parent)
-    source = "simulated" if is_temporary else str(root)
+    place = config.dataset.place
+    is_temporary = Path(place).is_relative_to(Path(config.run_dir).parent)
+    source = "simulated" if is_temporary else place
     recordings = plural(len(data.recordings), "recording")
     threads = torch.get_num_threads()
     cuda = f", CUDA {torch.version.cuda}" if trainer.world.device.type == "cuda" else ""

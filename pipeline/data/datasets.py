@@ -1,8 +1,10 @@
-"""One split of a prepared dataset: our shards, or RVT's tree, as one interface."""
+"""One split of prepared datasets: our shards, or RVT's trees, one or several, as one interface."""
 
+import os
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ from evspan.conf.errors import ConfigError, ShardError
 from evspan.conf.schema.prep import (
     DatasetConfig,
     DatasetKind,
+    DatasetRoot,
     FrameConfig,
     FrameMode,
     frame_config,
@@ -47,6 +50,7 @@ from evspan.data_prep.shards.rvt_tree import (
     recording_folders,
     require_one_config,
 )
+from evspan.pipeline.data.plan import Part
 from numpy.typing import NDArray
 
 ALL_ROWS = slice(None)
@@ -54,6 +58,9 @@ OPEN_FILES = 128  # at a time; RVT's tree has a file per recording
 OPEN_DATASETS = 128  # at a time
 BOXES_IN_MEMORY = 4_000_000  # of a split, 128 MB; more are read from their file when needed
 CHUNK_CACHE = 1 << 18  # bytes per open dataset
+IGNORED = -1  # class of an ignore region
+DROPPED = -2  # in a class table: boxes that are left out
+IGNORE = "ignore"  # in a class map: the boxes of a class become ignore regions
 
 
 class _OpenFiles:
@@ -216,6 +223,8 @@ class RecordingData:
         read_codes: rows -> the frames as they are stored; None: they are stored otherwise.
         box_checks: verifies boxes when they are read; None: they have been verified.
         regions: ignore regions; None: there are none.
+        class_table: (C,) int32 the dataset's class for each of the files' C classes, IGNORED or
+            DROPPED; None: they are the same. `box_start` and `read_boxes` are those of the files.
     """
 
     name: str
@@ -228,6 +237,7 @@ class RecordingData:
     read_codes: Callable[[slice], FrameCodes] | None = None
     box_checks: BoxChecks | None = None
     regions: StoredRegions | None = None
+    class_table: NDArray[np.int32] | None = None
 
     @property
     def frames(self) -> int:
@@ -276,9 +286,24 @@ class RecordingData:
             if self.box_checks is not None:
                 self.box_checks.require(rows, start - start[0], first)
         counts = np.diff(start)
-        if self.regions is None:
+        if self.regions is not None:
+            rows, counts = self.regions.added_to(rows, counts, first)
+        if self.class_table is None:
             return rows, counts
-        return self.regions.added_to(rows, counts, first)
+        return _with_classes(rows, counts, self.class_table)
+
+
+def _with_classes(
+    rows: NDArray[Any], counts: NDArray[np.int64], class_table: NDArray[np.int32]
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """`box_rows` with other classes."""
+    class_id = rows["class_id"]
+    mapped = np.where(class_id < 0, class_id, class_table[class_id])
+    kept = mapped != DROPPED
+    frame = np.repeat(np.arange(len(counts)), counts)
+    rows = rows[kept]  # a copy
+    rows["class_id"] = mapped[kept]
+    return rows, np.bincount(frame[kept], minlength=len(counts))
 
 
 def encode_frames(frames: NDArray[np.uint8]) -> FrameCodes:
@@ -295,12 +320,14 @@ class Dataset:
     """All recordings of a split.
 
     Attributes:
-        recordings: in the order of the manifest, or by name.
+        recordings: in the order of the manifest, or by name; of several roots one after the other,
+            with names `label/name`.
         frames: how the frames were made.
         height, width: of a frame, in pixels.
         classes: names of class 0, 1, ...
         name: that it was prepared with.
         min_side, min_diagonal: smaller boxes were left out; in pixels of the sensor.
+        parts: the recordings of each of several roots; empty: there is one.
     """
 
     recordings: list[RecordingData]
@@ -311,6 +338,7 @@ class Dataset:
     name: str = ""
     min_side: float = 0.0
     min_diagonal: float = 0.0
+    parts: list[Part] = field(default_factory=list)
 
     @property
     def channels(self) -> int:
@@ -319,40 +347,185 @@ class Dataset:
 
 
 def open_dataset(config: DatasetConfig, split: str) -> Dataset:
-    """Opens a split.
+    """Opens a split of all roots.
+
+    A root of several may lack recordings of another split than train.
 
     Raises:
-        ConfigError: no root, or other classes than the dataset's.
+        ConfigError: no root, other classes than the dataset's, or roots with different frames.
         ShardError: no dataset there, or a damaged one.
     """
-    if not config.root:
+    sources = config.sources
+    if not sources:
         raise ConfigError(
             "dataset.root is empty. Name the folder that evspan prep wrote: dataset.root=SHARDS"
         )
-    root = Path(config.root)
+    opened = [_open_root(source, config, split) for source in sources]
+    for source, data in zip(sources, opened, strict=True):
+        is_needed = split == "train" or not any(other.recordings for other in opened)
+        if is_needed and not data.recordings:
+            raise ShardError(
+                f"{source.root} has no recordings in split {split!r}. Choose another split, or "
+                f"prepare recordings into {split}/"
+            )
+    if not config.roots:
+        return opened[0]
+    return _combine(sources, opened, config.classes)
+
+
+def _open_root(source: DatasetRoot, config: DatasetConfig, split: str) -> Dataset:
+    """A split of one root, with the classes of its files. It may have no recordings."""
+    root = Path(source.root)
     if not root.is_dir():
+        key = "dataset.roots: the root " if config.roots else "dataset.root="
         raise ShardError(
-            f"dataset.root={root} is no folder. Make one: evspan prep source=RAW output={root}"
+            f"{key}{root} is no folder. Make one: evspan prep source=RAW output={root}"
         )
-    open_kind = _open_shards if config.kind is DatasetKind.shards else _open_rvt_tree
-    dataset = open_kind(root, config, split)
-    if not dataset.recordings:
-        raise ShardError(
-            f"{root} has no recordings in split {split!r}. Choose another split, or prepare "
-            f"recordings into {split}/"
-        )
-    return dataset
-
-
-# -- our shards ------------------------------------------------------------------------------------
-def _open_shards(root: Path, config: DatasetConfig, split: str) -> Dataset:
+    if (source.kind or config.kind) is DatasetKind.rvt_tree:
+        data = _open_rvt_tree(root, source.classes or config.classes, split)
+        return replace(data, name=config.name)
     manifest = load_manifest(root)
-    if config.classes and config.classes != manifest.classes:
+    if config.roots and source.classes not in ([], manifest.classes):
+        raise ConfigError(
+            f"{root} was prepared with the classes {manifest.classes}, dataset.roots gives it "
+            f"{source.classes}. Leave its classes out, and rename them with its class_map"
+        )
+    if not config.roots and config.classes not in ([], manifest.classes):
         raise ConfigError(
             f"{root} was prepared with the classes {manifest.classes}, dataset.classes are "
             f"{config.classes} (dataset={config.name}). Leave dataset= out, or choose the one that "
             "it was prepared with"
         )
+    return _open_shards(root, manifest, split, config.name)
+
+
+# -- several roots ---------------------------------------------------------------------------------
+def _combine(
+    sources: Sequence[DatasetRoot], opened: Sequence[Dataset], classes: list[str]
+) -> Dataset:
+    """One dataset of several.
+
+    Args:
+        opened: of each source, with the classes of its files.
+        classes: of the run; empty: the union.
+    """
+    classes = classes or _union_of_classes(sources, opened)
+    with_frames = [i for i, data in enumerate(opened) if data.recordings]
+    first = with_frames[0]
+    for i in with_frames[1:]:
+        _require_same_frames(sources[first].root, opened[first], sources[i].root, opened[i])
+    labels = root_labels([source.root for source in sources])
+    recordings: list[RecordingData] = []
+    parts: list[Part] = []
+    for source, data, label in zip(sources, opened, labels, strict=True):
+        table = _class_table(source, data.classes, classes)
+        start = len(recordings)
+        for recording in data.recordings:
+            name = f"{label}/{recording.name}" if label else recording.name
+            recordings.append(replace(recording, name=name, class_table=table))
+        parts.append(Part(label, source.weight, range(start, len(recordings))))
+    parts = [part for part in parts if part.recordings] if len(sources) > 1 else []
+    names = dict.fromkeys(data.name for data in opened)
+    return replace(
+        opened[first],
+        recordings=recordings,
+        classes=classes,
+        parts=parts,
+        name="+".join(names),
+        # Of the boxes, only the sizes that all roots contain are scored.
+        min_side=max(data.min_side for data in opened),
+        min_diagonal=max(data.min_diagonal for data in opened),
+    )
+
+
+def _union_of_classes(sources: Sequence[DatasetRoot], opened: Sequence[Dataset]) -> list[str]:
+    """The mapped classes of all roots: in the order of the roots, then of their own classes."""
+    union: list[str] = []
+    for source, data in zip(sources, opened, strict=True):
+        for name in data.classes:
+            target = source.class_map.get(name, name)
+            if target and target != IGNORE and target not in union:
+                union.append(target)
+    if not union:
+        raise ConfigError("dataset.roots: the class maps leave no class at all; map one to a name")
+    return union
+
+
+def _class_table(
+    source: DatasetRoot, names: Sequence[str], classes: Sequence[str]
+) -> NDArray[np.int32] | None:
+    """RecordingData.class_table of a root.
+
+    Args:
+        names: the classes of its files. classes: of the run.
+    """
+    unknown = [name for name in source.class_map if name not in names]
+    if unknown:
+        raise ConfigError(
+            f"dataset.roots: the class_map of {source.root} names {unknown}, but its classes are "
+            f"{list(names)}"
+        )
+    table = np.zeros(len(names), np.int32)
+    for i, name in enumerate(names):
+        target = source.class_map.get(name, name)
+        if not target:
+            table[i] = DROPPED
+        elif target == IGNORE:
+            table[i] = IGNORED
+        elif target in classes:
+            table[i] = classes.index(target)
+        else:
+            raise ConfigError(
+                f"dataset.roots: the class {name!r} of {source.root} is {target!r}, which is none "
+                f"of the run's classes {list(classes)} (dataset.classes). Map it to one of them, "
+                f"to null (its objects are background) or to ignore: class_map: {{{name}: null}}"
+            )
+    return None if np.array_equal(table, np.arange(len(names))) else table
+
+
+def _require_same_frames(root: str, data: Dataset, other_root: str, other: Dataset) -> None:
+    values = asdict(data.frames)
+    others = asdict(other.frames)
+    if data.frames.downsample == other.frames.downsample == 1:  # without a method
+        others["downsample_by"] = values["downsample_by"]
+    differences = []
+    for key, value in values.items():
+        if others[key] != value:
+            differences.append(f"frames.{key} {_setting(value)} and {_setting(others[key])}")
+    size = f"{data.height} x {data.width}"
+    other_size = f"{other.height} x {other.width}"
+    if size != other_size:
+        differences.append(f"frames of {size} and of {other_size} pixels")
+    if differences:
+        raise ConfigError(
+            f"{root} and {other_root} have different frames: {'; '.join(differences)}. Prepare one "
+            "of them again with the settings of the other"
+        )
+
+
+def _setting(value: Any) -> str:
+    """A value as it is given on the command line."""
+    return value.name if isinstance(value, Enum) else str(value)
+
+
+def root_labels(roots: Sequence[str]) -> list[str]:
+    """A short name for each of several folders; an empty one for a single folder.
+
+    The last part of their paths that tells them apart: night and day for a/night/shards and
+    a/day/shards. Without one, 1, 2, ...
+    """
+    if len(roots) == 1:
+        return [""]
+    paths = [Path(os.path.abspath(root)).parts[1:] for root in roots]
+    for place in range(1, 1 + min(map(len, paths))):
+        labels = [path[-place] for path in paths]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [str(number) for number in range(1, len(roots) + 1)]
+
+
+# -- our shards ------------------------------------------------------------------------------------
+def _open_shards(root: Path, manifest: Manifest, split: str, default_name: str) -> Dataset:
     entries = manifest.split(split)
     sizes = {(entry.height, entry.width) for entry in entries}
     if len(sizes) > 1:
@@ -373,7 +546,7 @@ def _open_shards(root: Path, config: DatasetConfig, split: str) -> Dataset:
         height,
         width,
         manifest.classes,
-        name=prepared.get("name", config.name),
+        name=prepared.get("name", default_name),
         min_side=labels.get("min_side", 0.0),
         min_diagonal=labels.get("min_diagonal", 0.0),
     )
@@ -458,19 +631,18 @@ def _shard_columns(
 
 
 # -- RVT's tree ------------------------------------------------------------------------------------
-def _open_rvt_tree(root: Path, config: DatasetConfig, split: str) -> Dataset:
+def _open_rvt_tree(root: Path, classes: Sequence[str], split: str) -> Dataset:
     """Opens what RVT's preprocess_dataset.py writes.
 
     `<split>/<recording>/{labels_v2, event_representations_v2/<name>}`.
     """
-    if not config.classes:
+    if not classes:
         raise ConfigError(
-            "dataset.classes is empty; RVT's tree does not contain class names: "
+            f"dataset.classes is empty; RVT's tree {root} does not contain class names: "
             "dataset.classes=[pedestrian,...]"
         )
     opened = [
-        open_recording(root, folder, len(config.classes))
-        for folder in recording_folders(root, split)
+        open_recording(root, folder, len(classes)) for folder in recording_folders(root, split)
     ]
     require_one_config(opened)
     frames = FrameConfig(mode=FrameMode.rvt)
@@ -480,7 +652,7 @@ def _open_rvt_tree(root: Path, config: DatasetConfig, split: str) -> Dataset:
         _, height, width = opened[0].shape
     files = _OpenFiles()
     recordings = [_rvt_recording(recording, files) for recording in opened]
-    return Dataset(recordings, frames, height, width, list(config.classes), name=config.name)
+    return Dataset(recordings, frames, height, width, list(classes))
 
 
 def _rvt_recording(opened: RvtRecording, files: _OpenFiles) -> RecordingData:

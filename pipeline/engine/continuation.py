@@ -75,9 +75,11 @@ EFFECTS = {
     "dataset.name": Effect.ignored,
     "dataset.kind": Effect.data,
     "dataset.root": Effect.data,
+    "dataset.roots": Effect.data,
     "dataset.classes": Effect.data,
     # Of `evspan prep`.
     "dataset.sensor_size": Effect.data,
+    "dataset.time_unit": Effect.data,
     "dataset.labels.class_map": Effect.data,
     "dataset.labels.label_every_ms": Effect.data,
     "dataset.labels.offset_us": Effect.data,
@@ -91,6 +93,7 @@ EFFECTS = {
     "training.sequence_length": Effect.refused,
     "training.gradient_accumulation_steps": Effect.refused,
     "training.sampling": Effect.refused,
+    "training.repeat_factor_threshold": Effect.refused,
     "training.precision": Effect.refused,
     # `schedule_allows` decides.
     "training.max_steps": Effect.listed,
@@ -376,7 +379,7 @@ def continue_run(
             "%s has no digest of its data, as an earlier version saved it: whether the recordings "
             "in %s are the same could not be checked",
             resumed.folder,
-            config.dataset.root,
+            config.dataset.place,
         )
     elif saved["evaluation"] != digest["evaluation"]:
         changes.append(f"the recordings of evaluation.split={config.evaluation.split}")
@@ -398,7 +401,7 @@ def _data_problem(resumed: Resumed, config: TrainConfig, digest: Mapping[str, An
     if not differences:
         return ""
     return (
-        f"{resumed.folder} was trained on other data than {config.dataset.root} has: "
+        f"{resumed.folder} was trained on other data than {config.dataset.place} has: "
         f"{'; '.join(differences)}. Give the dataset that it was trained on, or start a new run "
         f"from its weights: run_dir=NEW checkpoint.init_from={resumed.folder}"
     )

@@ -80,7 +80,7 @@ def evaluate_weights(
     config = protocol_of(config, data)
     data = limit_recordings(data, config, log=world.is_main)
     if world.is_main:
-        _warn_of_other_frames(weights, data, dataset.root)
+        _warn_of_other_frames(weights, data, dataset.place)
     detector = detector_from(weights, device=world.device, precision=config.precision)
     recordings = deal(
         data.recordings, world.rank, world.size, weight=[r.frames for r in data.recordings]
@@ -142,7 +142,7 @@ def check_dataset(weights: Weights, data: Dataset) -> None:
         raise ConfigError(
             f"the weights have the classes {weights.classes}, the dataset has {data.classes}. "
             "Prepare the recordings with the classes of the weights; of RVT's folders, name the "
-            "same with dataset.classes=[...]"
+            "same with dataset.classes=[...], and of several roots too"
         )
 
 
@@ -208,7 +208,7 @@ def describe_evaluation(
         "weights": weights.kind,
         "split": config.split,
         "dataset": prepared["name"],
-        "root": dataset.root,
+        "root": dataset.place,
         "config_hash": digest,
         "protocol_name": protocol_name(config, data),
         "precision": run_precision(config.precision, weights.precision, device).name,
@@ -222,9 +222,26 @@ def describe_evaluation(
 def _describe_dataset(config: DatasetConfig) -> dict[str, Any]:
     """The dataset without its place: of shards, what they were prepared with."""
     description = {**plain(asdict(config)), "root": None}
-    if config.kind is DatasetKind.shards:
-        description |= load_manifest(config.root).config.get("dataset", {})
+    del description["roots"]
+    if not config.roots:
+        return description | _prepared_with(config.kind, config.root)
+    description["roots"] = [
+        {
+            "class_map": dict(source.class_map),
+            "classes": list(source.classes),
+            **_prepared_with(source.kind or config.kind, source.root),
+        }
+        for source in config.roots
+    ]
     return description
+
+
+def _prepared_with(kind: DatasetKind, root: str) -> dict[str, Any]:
+    """The dataset config of a folder of shards."""
+    if kind is not DatasetKind.shards:
+        return {}
+    prepared: dict[str, Any] = load_manifest(root).config.get("dataset", {})
+    return prepared
 
 
 def protocol(config: EvaluationConfig) -> dict[str, Any]:
@@ -253,7 +270,9 @@ def write_results(
     (output / FRAMES).unlink(missing_ok=True)  # of an older evaluation
     if config.write_detections:
         for result in results:
-            write_boxes(output / f"{result.name}_bbox.npy", result.as_raw_boxes(data))
+            path = output / f"{result.name}_bbox.npy"  # of several roots LABEL/NAME
+            path.parent.mkdir(exist_ok=True)
+            write_boxes(path, result.as_raw_boxes(data))
         save_frames(output / FRAMES, labelled(results, data))
     summary = {**metrics.to_json(), **description, "protocol": protocol(config)}
     if config.limit_recordings:

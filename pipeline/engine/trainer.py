@@ -18,8 +18,8 @@ from evspan.pipeline.data.batch import Batch
 from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.data.device_batches import device_batches, encodes_for
 from evspan.pipeline.data.loader import Loader, ReadingStoppedError
-from evspan.pipeline.data.plan import SamplingPlan
 from evspan.pipeline.data.requirements import open_training
+from evspan.pipeline.data.sampling import sampling_plan
 from evspan.pipeline.data_digest import data_digest
 from evspan.pipeline.engine.batch_norm import batch_norm_reductions
 from evspan.pipeline.engine.checkpoints import (
@@ -738,17 +738,9 @@ class Trainer:
 
 def _build_loader(config: TrainConfig, dataset: Dataset, mesh: Mesh) -> Loader:
     training = config.training
-    plan = SamplingPlan(
-        [recording.frames for recording in dataset.recordings],
-        [recording.labelled for recording in dataset.recordings],
-        lanes=training.batch_size,
-        sequence_length=training.sequence_length,
-        sampling=training.sampling,
-        seed=config.seed,
-    )
     return Loader(
         dataset,
-        plan,
+        sampling_plan(dataset, training, seed=config.seed),
         mesh.lanes(training.batch_size),
         mesh.frames(training.sequence_length),
         training,

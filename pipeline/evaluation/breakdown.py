@@ -34,6 +34,7 @@ class Breakdown:
     compared between groups.
 
     Attributes:
+        per_root: of several roots; empty with one.
         by_time: bins in seconds since the recording's first event.
         stillness: by "still" and "moving".
         by_speed: bins in pixels of the stored frames per second.
@@ -43,6 +44,7 @@ class Breakdown:
     """
 
     per_recording: dict[str, Values]
+    per_root: dict[str, Values]
     by_time: list[Values]
     stillness: dict[str, Values]
     by_speed: list[Values]
@@ -60,7 +62,9 @@ class Breakdown:
         objects = dict(self.stillness)
         objects |= {_span(v, "px/s"): v for v in self.by_speed}
         objects |= {f"at rest {_span(v, 's')}": v for v in self.by_rest}
+        roots = [_table("root", self.per_root, "no boxes")] if self.per_root else []
         blocks = [
+            *roots,
             _table("recording", self.per_recording, "no boxes"),
             _table("since start", times, "no boxes"),
             _table("object", objects, "no boxes whose tracks show how they move"),
@@ -98,6 +102,7 @@ def breakdown(
         by_rest.append(edges | scorer.of_group(inside))
     return Breakdown(
         per_recording=scorer.of_frames(names),
+        per_root=scorer.of_frames(_roots(chosen)),
         by_time=[edges | by_time[str(i)] for i, (edges, _) in enumerate(times)],
         stillness={
             "still": scorer.of_group(moved.still(config.still_s)[kept]),
@@ -115,6 +120,13 @@ def breakdown(
             "matrix": matrix.tolist(),
         },
     )
+
+
+def _roots(frames: LabelledFrames) -> dict[str, NDArray[np.bool_]]:
+    """Root -> (F,) its frames. The names of recordings of several roots are ROOT/NAME."""
+    roots = [name.rpartition("/")[0] for name in frames.names]
+    of_frames = np.array(roots)[frames.recording] if len(frames) else np.zeros(0, str)
+    return {root: of_frames == root for root in dict.fromkeys(roots) if root}
 
 
 def _bins(

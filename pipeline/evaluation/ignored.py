@@ -1,6 +1,7 @@
 """Detections that match no box and lie in an ignore region, by the rule of the confusion matrix."""
 
 import numpy as np
+from evspan.pipeline.data.boxes import corners_of, covered_fraction, pairwise_iou
 from evspan.pipeline.evaluation.frames import LabelledFrames
 from numpy.typing import NDArray
 
@@ -46,35 +47,3 @@ def _matched(overlaps: NDArray[np.float64], iou: float) -> NDArray[np.bool_]:
             matched[i] = True
             left[:, best] = -1.0
     return matched
-
-
-def corners_of(boxes: NDArray[np.void]) -> NDArray[np.float64]:
-    """(n,) structured boxes -> (n, 4) x1, y1, x2, y2 in pixels."""
-    x, y, w, h = (boxes[name].astype(np.float64) for name in "xywh")
-    return np.stack((x, y, x + w, y + h), 1)
-
-
-def pairwise_iou(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n, m) IoU of corners (n, 4) and (m, 4); 0 where both have no area."""
-    shared = _shared_areas(a, b)
-    union = _areas(a)[:, None] + _areas(b) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-
-
-def covered_fraction(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n, m) the fraction of each box of a (n, 4) that each of b (m, 4) covers."""
-    shared = _shared_areas(a, b)
-    areas = np.broadcast_to(_areas(a)[:, None], shared.shape)
-    return np.divide(shared, areas, out=np.zeros_like(shared), where=areas > 0)
-
-
-def _shared_areas(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    shared: NDArray[np.float64] = np.prod((high - low).clip(min=0), axis=-1)
-    return shared
-
-
-def _areas(corners: NDArray[np.float64]) -> NDArray[np.float64]:
-    areas: NDArray[np.float64] = np.prod((corners[:, 2:] - corners[:, :2]).clip(min=0), axis=-1)
-    return areas

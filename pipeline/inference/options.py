@@ -36,6 +36,8 @@ class InferOptions:
     side_by_side: bool = False  # video: the events alone left of the detections
     video_confidence: float = 0.3  # video: detections of less are not drawn
     weights: str = "ema"  # of a checkpoint: ema (where it has one, else raw) or raw
+    track: bool = False  # number the tracks of the detections
+    track_confidence: float = 0.5  # detections from here on begin tracks
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class RecordingSummary:
     work_seconds: dict[str, float]  # by part (decoding, network, drawing), which overlap in time
     wall_seconds: float
     latencies_ms: list[float]  # per frame, from its last event to its detections
+    tracks: int | None = None  # number of tracks; None: they were not numbered
 
     @property
     def detections(self) -> int:

@@ -32,6 +32,7 @@ from evspan.pipeline.inference.detect import (
 from evspan.pipeline.inference.options import InferOptions, RecordingFiles, RecordingSummary
 from evspan.pipeline.inference.overlay import Overlay
 from evspan.pipeline.inference.precision import parse_precision
+from evspan.pipeline.inference.tracks import DetectionTracker
 from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
 from evspan.pipeline.inference.writers import CsvFile, DetectionsFile, JsonLines
 from evspan.pipeline.parallel import devices
@@ -192,7 +193,10 @@ def _infer(
             cuda_graphs=options.cuda_graphs,
         )
         results = stack.enter_context(closing(prefetch(detected, options.frames_per_call)))
+        tracker = DetectionTracker(clock, options.track_confidence) if options.track else None
         for item in progress(results, files.recording.name, unit="frame"):
+            if tracker is not None:
+                item = tracker.numbered(item)
             per_class += np.bincount(item.boxes["class_id"], minlength=per_class.size)
             latencies_ms.append(item.latency_ms)
             writers.add(item)
@@ -213,6 +217,7 @@ def _infer(
         work_seconds=dict(clock.seconds),
         wall_seconds=time.perf_counter() - began,
         latencies_ms=latencies_ms,
+        tracks=tracker.tracks if tracker is not None else None,
     )
 
 
@@ -233,10 +238,18 @@ class _Writers:
         self.tables: list[CsvFile | JsonLines] = []
         if files.csv:
             self.tables.append(
-                enter(closing(CsvFile(enter(atomic_write(files.csv)), weights.classes)))
+                enter(
+                    closing(
+                        CsvFile(
+                            enter(atomic_write(files.csv)), weights.classes, tracks=options.track
+                        )
+                    )
+                )
             )
         if files.json:
-            self.tables.append(enter(closing(JsonLines(files.json, weights.classes))))
+            self.tables.append(
+                enter(closing(JsonLines(files.json, weights.classes, tracks=options.track)))
+            )
         self.animation: AnimationWriter | None = None
         if files.video:
             labels = _labels_of(files.recording)

@@ -11,6 +11,7 @@ from evspan.pipeline.inference.detect import Detected, class_name
 from numpy.typing import NDArray
 
 COLUMNS = ("t_us", "x", "y", "w", "h", "class_id", "class", "confidence")
+TRACK = "track_id"
 STANDARD_OUTPUT = "-"
 
 
@@ -46,17 +47,22 @@ class DetectionsFile:
 
 
 class CsvFile:
-    """A line per detection: COLUMNS, in pixels of the sensor and times of the windows' ends."""
+    """A line per detection: COLUMNS, in pixels of the sensor and times of the windows' ends.
 
-    def __init__(self, path: Path, classes: list[str]) -> None:
+    Args:
+        tracks: with a further column, track_id.
+    """
+
+    def __init__(self, path: Path, classes: list[str], *, tracks: bool = False) -> None:
         self.file = path.open("w", newline="")
         self.classes = classes
+        self.tracks = tracks
         self.rows = csv.writer(self.file)
-        self.rows.writerow(COLUMNS)
+        self.rows.writerow((*COLUMNS, TRACK) if tracks else COLUMNS)
 
     def add(self, item: Detected) -> None:
         """Appends the detections of a frame."""
-        for box in _readable(item.boxes, self.classes):
+        for box in _readable(item.boxes, self.classes, self.tracks):
             self.rows.writerow([item.end_us, *box.values()])
 
     def close(self) -> None:
@@ -69,10 +75,12 @@ class JsonLines:
 
     Args:
         path: "-" for standard output.
+        tracks: detections have a track_id.
     """
 
-    def __init__(self, path: Path, classes: list[str]) -> None:
+    def __init__(self, path: Path, classes: list[str], *, tracks: bool = False) -> None:
         self.classes = classes
+        self.tracks = tracks
         if str(path) == STANDARD_OUTPUT:
             self.file = sys.stdout
         else:
@@ -84,7 +92,7 @@ class JsonLines:
         frame = {
             "end_us": item.end_us,
             "latency_ms": round(item.latency_ms, 3),
-            "detections": _readable(item.boxes, self.classes),
+            "detections": _readable(item.boxes, self.classes, self.tracks),
         }
         print(json.dumps(frame), file=self.file, flush=True)
 
@@ -94,9 +102,11 @@ class JsonLines:
             self.file.close()
 
 
-def _readable(boxes: NDArray[np.void], classes: list[str]) -> list[dict[str, float | int | str]]:
+def _readable(
+    boxes: NDArray[np.void], classes: list[str], tracks: bool
+) -> list[dict[str, float | int | str]]:
     """(k,) RAW_BOX -> JSON values: pixels to 2 digits, confidence to 4."""
-    return [
+    rows: list[dict[str, float | int | str]] = [
         {
             "x": round(float(box["x"]), 2),
             "y": round(float(box["y"]), 2),
@@ -108,3 +118,7 @@ def _readable(boxes: NDArray[np.void], classes: list[str]) -> list[dict[str, flo
         }
         for box in boxes
     ]
+    if tracks:
+        for row, box in zip(rows, boxes, strict=True):
+            row[TRACK] = int(box[TRACK])
+    return rows

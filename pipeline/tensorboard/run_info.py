@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import socket
 import subprocess
 from collections import Counter
@@ -42,10 +43,21 @@ def _overrides(config: Any, prefix: str) -> Iterator[str]:
 
 def _as_override(value: Any) -> str:
     """A value in Hydra's grammar: JSON, but for the keys of dicts, which JSON quotes."""
+    if is_dataclass(value):  # in a list
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    value = plain(value)
     if isinstance(value, dict):
-        items = [f"{key}:{_as_override(inner)}" for key, inner in value.items()]
+        items = [f"{_as_key(key)}:{_as_override(inner)}" for key, inner in value.items()]
         return "{" + ",".join(items) + "}"
-    return json.dumps(value, separators=(",", ":"))
+    if isinstance(value, list):
+        return "[" + ",".join(map(_as_override, value)) + "]"
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _as_key(key: Any) -> str:
+    """A key of a mapping: quoted, as conf/quoting.py reads it, where it is not a plain word."""
+    text = str(key)
+    return text if re.fullmatch(r"[\w.-]+", text) else json.dumps(text, ensure_ascii=False)
 
 
 def code_commit(file: Path = Path(__file__)) -> str | None:

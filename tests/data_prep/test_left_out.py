@@ -9,8 +9,9 @@ from evspan.conf.errors import RecordingError, ShardError, UserError
 from evspan.data_prep import prepare as prepare_module
 from evspan.data_prep.labels import box_files
 from evspan.data_prep.labels.box_files import find_boxes
+from evspan.data_prep.labels.missing import missing_labels
 from evspan.data_prep.prepare import prepare
-from evspan.data_prep.recordings.left_out import files_of, without_boxes
+from evspan.data_prep.recordings.left_out import files_of
 from evspan.data_prep.recordings.sources import find_sources, unused_files
 from evspan.data_prep.shards.atomic import file_xxh3
 from evspan.data_prep.simulator import simulate
@@ -220,11 +221,19 @@ def test_a_source_without_recordings_is_refused_with_what_it_has_instead(tmp_pat
         find_sources(tmp_path)
 
 
-def test_recordings_without_boxes_matter_in_train_and_val(tmp_path):
-    assert without_boxes(["test/a", "test/b"]) == ""
-    assert without_boxes(["test/a", "val/c", "train/b"]).startswith(
-        "2 recordings in train or val without a box file (X_bbox.npy next to X_td.*): val/c and 1 "
-    )
+def test_recordings_without_boxes_are_missed_by_split_with_the_commands_that_label_them(tmp_path):
+    paths = [("test", Path("raw/test/t.raw")), ("val", Path("raw/val/v.raw"))]
+    paths += [("train", Path(f"raw/train/{name}_td.raw")) for name in "abcd"]
+    lines = list(missing_labels(paths, any_labelled=True).values())
+    assert [line.split(";")[0] for line in lines] == [
+        "train: 4 recordings without a box file (a_bbox.npy next to a_td.raw): a, b, c and 1 more",
+        "val: 1 recording without a box file (v_bbox.npy next to v.raw): v",
+    ]
+    assert "evspan labels export raw/train/a_td.raw PICTURES" in lines[0]
+    assert "evspan labels import FILE raw/train" in lines[0]
+    assert "evspan labels pseudo RUN raw/train" in lines[0]
+    assert len(missing_labels(paths, any_labelled=False)) == 3
+    assert not missing_labels(paths[:1], any_labelled=True)
 
 
 def test_a_name_with_control_characters_is_escaped(tmp_path):

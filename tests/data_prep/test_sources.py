@@ -135,7 +135,7 @@ def test_names_that_collide_are_corrected_by_a_link(folder):
         ),
         ("train day1", r"recording .*/day1 is a folder\. Correct the line"),
         ("train plain.raw gone.npy", r"box file .*/gone\.npy is not there\. Correct the line"),
-        ("train notes.md", r"notes\.md is no recording \(\.raw, \.dat, \.h5, \.hdf5\)"),
+        ("train notes.md", r"notes\.md is no recording \(\.raw, \.dat, \.h5, \.hdf5, "),
         ("plain.raw", r"1 field where a line is: split path \[boxes\.npy\]"),
         ("train odd name, really.raw", r"split 'train odd name' is none of"),
         (

@@ -11,7 +11,7 @@ from evspan.conf.compose import compose, expand_sweep, load_config, replace_over
 from evspan.conf.errors import ConfigError
 from evspan.conf.quoting import FUNCTIONS, quote_text
 from evspan.conf.schema.benchmark import BenchConfig
-from evspan.conf.schema.prep import PrepConfig
+from evspan.conf.schema.prep import DatasetKind, DatasetRoot, PrepConfig
 from evspan.conf.schema.training import EvaluateConfig, TrainConfig
 from evspan.launch.cli import evaluate, infer, submit
 from evspan.launch.cli.grammar import correct, evaluate_overrides
@@ -148,6 +148,48 @@ def test_the_suggested_quotes_of_a_list_can_be_composed(override, elements):
 )
 def test_other_keys_are_left_to_hydra(override):
     assert quote_text(TrainConfig, [override], sweep=False) == [override]
+
+
+# -- lists of mappings -----------------------------------------------------------------------------
+def test_the_texts_in_a_list_of_mappings_are_kept(tmp_path):
+    override = (
+        "dataset.roots=[{root: 2024_11_28, weight: 2, class_map: {car: 1e3, 'a, b: c': null}}, "
+        "{root: '/ü, x', kind: rvt_tree, classes: [true, 'c, d']}, {root: a=b~c [1]}]"
+    )
+    config = compose(TrainConfig, [override])
+    expected = [
+        DatasetRoot(root="2024_11_28", weight=2, class_map={"car": "1e3", "a, b: c": None}),
+        DatasetRoot(root="/ü, x", kind=DatasetKind.rvt_tree, classes=["true", "c, d"]),
+        DatasetRoot(root="a=b~c [1]"),
+    ]
+    assert config.dataset.roots == expected
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(TrainConfig, tmp_path / "config.yaml").dataset.roots == expected
+    assert correct(["train", override], options_of) is None
+
+
+def test_a_sweep_over_lists_of_mappings():
+    words = ["dataset.roots=[{root: 1e3}, {root: b}],[{root: c, weight: 2}]", "seed=1,2"]
+    configs = [compose(TrainConfig, words) for words in expand_sweep(words).combinations]
+    roots = [[source.root for source in config.dataset.roots] for config in configs]
+    assert roots == [["1e3", "b"], ["1e3", "b"], ["c"], ["c"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            "[{root: a, wight: 1}]",
+            "dataset.roots: an entry has no key 'wight'; did you mean weight?",
+        ),
+        ("[a,b]", r"give a list of mappings, 'dataset.roots=\[\{root: A\}"),
+        ("[{weight: 2}]", "an entry without a folder"),
+        ("[{root: a, weight: x}]", "weight is 'x'; give a number"),
+    ],
+)
+def test_wrong_lists_of_mappings_are_explained(value, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(TrainConfig, [f"dataset.roots={value}"])
 
 
 # -- the commands ----------------------------------------------------------------------------------

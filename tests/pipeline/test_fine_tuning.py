@@ -1,6 +1,7 @@
 """Frozen parameters and learning-rate multipliers: against torch's AdamW, on every engine, resumed."""
 
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -180,7 +181,8 @@ def test_the_logged_learning_rate_is_that_without_a_multiplier(data, world, tmp_
     run.optimizer.lr_multipliers = {"*": 0.25}
     trainer = Trainer(run, world)
     trainer.close()
-    groups = trainer.engine.adam.param_groups
+    engine: Any = trainer.engine
+    groups = engine.adam.param_groups
     assert trainer.engine.learning_rate == pytest.approx(1e-3 * 0.05)
     assert {round(group["lr"] / trainer.engine.learning_rate, 6) for group in groups} == {0.25, 2.5}
 

@@ -32,6 +32,7 @@ from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.inference.writers import DetectionsFile
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.rvt_checkpoint import save_published
+from evspan.pipeline.tracking import Tracker, TrackerOptions
 from evspan.pipeline.weights import Weights, load_weights, save_weights
 from PIL import Image
 from support.refusals import refused_by
@@ -662,6 +663,27 @@ def test_csv_and_json_tell_what_the_npy_tells(here, tmp_path, capsys):
             == pytest.approx(float(box["class_confidence"]), abs=1e-4)
         )
     assert "latency of a frame" in err
+
+
+def test_track_numbers_are_the_trackers_in_all_files(here, tmp_path, capsys):
+    plain = run(here, tmp_path / "plain", "--no-video")
+    options = ["--no-video", "--track", "--track-confidence", 0.12, "--json", "-"]
+    tracked = run(here, tmp_path / "out", *options, "--csv", tmp_path / "a.csv")
+    out, err = capsys.readouterr()
+    tracker = Tracker(TrackerOptions(high_confidence=0.12))
+    for end in np.unique(plain["t"]):
+        numbers = tracker.update(plain[plain["t"] == end], int(end))
+        assert tracked["track_id"][tracked["t"] == end].tolist() == (numbers + 1).tolist()
+    assert set(plain["track_id"]) == {0}
+    assert len(set(tracked["track_id"])) > 2
+    for name in ("t", "x", "y", "w", "h", "class_id", "class_confidence"):
+        np.testing.assert_array_equal(tracked[name], plain[name])
+    ids = tracked["track_id"].tolist()
+    with (tmp_path / "a.csv").open() as file:
+        assert [int(row["track_id"]) for row in csv.DictReader(file)] == ids
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [box["track_id"] for line in lines for box in line["detections"]] == ids
+    assert f", {tracker.tracks} tracks" in err
 
 
 @pytest.mark.slow

@@ -7,9 +7,11 @@ from pathlib import Path
 import evspan.launch.cli.infer
 import evspan.launch.cli.simulate
 import pytest
+from evspan.conf.compose import save_config
 from evspan.launch import demo
 from evspan.launch.cli import demo as cli
 from evspan.launch.cli.grammar import evaluate_overrides
+from evspan.launch.cli.run_defaults import with_run_config
 from support.composed_configs import composed
 
 pytestmark = pytest.mark.slow
@@ -65,7 +67,9 @@ def test_commands_are_accepted(tmp_path):
     assert config.training.batch_size == demo.LANES
     assert config.model.fpn.enable_small_object_attention
     assert config.model.head.size_aware_loss
-    scored, _ = composed("evaluate", *evaluate_overrides(evaluate.arguments[1:]))
+    save_config(config, Path(config.run_dir) / "config.yaml")  # as the training does
+    overrides = evaluate_overrides(evaluate.arguments[1:])
+    scored = with_run_config(composed("evaluate", *overrides)[0], overrides)
     assert scored.checkpoint == config.run_dir
     assert scored.evaluation.split == "val"
     assert scored.dataset.root == config.dataset.root

@@ -110,19 +110,15 @@ def checkout(tmp_path) -> Checkout:
 
 
 def test_add_an_input_format(checkout, source):
-    (checkout.work / "csv").mkdir()
-    recording = open_recording(source / "val" / "d_td.raw")
-    events = [np.column_stack(chunk) for chunk in recording.chunks()]
-    np.savetxt(
-        checkout.work / "csv" / "walk.csv",
-        np.concatenate(events),
-        "%d",
-        ",",
-        header=f"{recording.height},{recording.width}",
-        comments="",
-    )
+    (checkout.work / "bin").mkdir()
+    packed = bytearray()
+    for events in open_recording(source / "val" / "d_td.raw").chunks():
+        inside = events.take((events.x < 240) & (events.y < 180) & (events.t < 1 << 23))
+        for t, x, y, p in zip(*(column.tolist() for column in inside), strict=True):
+            packed += bytes([x, y]) + (p << 23 | t).to_bytes(3, "big")
+    (checkout.work / "bin" / "walk.bin").write_bytes(packed)
     checkout.follow("Add an input format")
-    assert list((checkout.work / "csv_shards").glob("*/00000.h5"))
+    assert list((checkout.work / "bin_shards").glob("*/00000.h5"))
 
 
 def test_add_a_dataset_with_its_own_classes(checkout, source):

@@ -13,8 +13,10 @@ from evspan.conf.errors import UserError
 from evspan.conf.text import plural, printable
 from evspan.data_prep.labels.box_files import (
     BOXES_ENDING,
+    IGNORE,
     NO_TRACK,
     RAW_BOX,
+    RAW_LABEL,
     BoxArray,
     recording_name,
 )
@@ -36,8 +38,6 @@ from evspan.data_prep.labels.interchange.timing import PictureTimes, Timing
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.shards.format import SPLITS
 
-IGNORE = "ignore"
-RAW_LABEL = np.dtype([*RAW_BOX.descr, (IGNORE, "?")])
 NAMED = 5  # names that a message lists
 CLIP_TOLERANCE = 1e-3  # pixels that are no more than rounding
 

@@ -149,23 +149,21 @@ def _labels(
         )
 
 
-def write_yolo(annotations: Annotations, folder: Path) -> int:
+def write_yolo(annotations: Annotations, folder: Path) -> None:
     """Writes labels/*.txt and data.yaml; every picture has a size.
 
-    A confidence other than 1 is the sixth value, as YOLO's detections have it. Ignore regions
-    cannot be expressed, and are left out.
+    A confidence other than 1 is the sixth value, as YOLO's detections have it.
 
-    Returns:
-        The number of ignore regions that were left out.
+    Args:
+        annotations: without ignore regions, which YOLO does not have.
     """
     labels = folder / "labels"
     labels.mkdir(parents=True, exist_ok=True)
     ids = {name: i for i, name in enumerate(annotations.classes)}
     lines: list[list[str]] = [[] for _ in annotations.pictures]
     for label in annotations.labels:
-        if not label.ignore:
-            picture = annotations.pictures[label.picture]
-            lines[label.picture].append(_line(label, ids[label.class_name], picture))
+        picture = annotations.pictures[label.picture]
+        lines[label.picture].append(_line(label, ids[label.class_name], picture))
     for picture, of_picture in zip(annotations.pictures, lines, strict=True):
         text = "".join(line + "\n" for line in of_picture)
         (labels / f"{image_stem(picture.name)}.txt").write_text(text)
@@ -179,7 +177,6 @@ def write_yolo(annotations: Annotations, folder: Path) -> int:
         config[SIZE_KEY] = list(sizes.pop() or ())
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     (folder / CONFIG_FILES[0]).write_text(text, encoding="utf-8")
-    return sum(label.ignore for label in annotations.labels)
 
 
 def _line(label: Label, class_id: int, picture: Picture) -> str:
