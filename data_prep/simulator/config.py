@@ -6,6 +6,16 @@ from evspan.conf.errors import require
 
 CLASSES = ("ball", "box", "bar")  # class_id 0, 1, 2
 LARGEST_SENSOR = 2048  # EVT3 addresses have 11 bits
+RANGES = {  # smallest and largest value
+    "hot_pixels": (0, 100_000),
+    "hot_pixel_hz": (0, 5000),
+    "speed": (0.2, 5),
+    "object_contrast": (0.1, 3),
+    "background_contrast": (0, 5),
+    "background_texture": (0, 1),
+    "clutter": (0, 1000),
+    "ego_speed": (0, 1000),
+}
 
 
 @dataclass(kw_only=True)
@@ -24,6 +34,16 @@ class SimulatorConfig:
     refractory_us: int = 200  # after an event a pixel fires none for this time
     noise_hz: float = 0.2  # background events per pixel
     step_us: int = 2000  # between two renderings; event times in between are interpolated
+    hot_pixels: int = 0  # pixels that fire without a cause, at random places
+    hot_pixel_hz: float = 100.0  # mean rate of a hot pixel; each has its own
+    speed: float = 1.0  # factor on the speeds of the objects
+    object_contrast: float = 1.0  # factor on the log intensities of the objects
+    background_contrast: float = 1.0  # factor on those of the background's blotches
+    background_texture: float = 0.0  # log intensity of a fine texture of the background
+    clutter: int = 0  # plain patches in the background
+    # Largest speed of the background, in pixels per second: the camera sways, and all of the
+    # background fires. 0: it is at rest.
+    ego_speed: float = 0.0
 
     def __post_init__(self) -> None:
         require(
@@ -59,4 +79,7 @@ class SimulatorConfig:
             0 <= self.noise_hz <= 50,
             f"noise_hz is {self.noise_hz}; give 0 to 50 events per pixel and second",
         )
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            require(low <= value <= high, f"{name} is {value}; give {low:g} to {high:g}")
         require(100 <= self.step_us <= 5000, f"step_us is {self.step_us}; give 100 to 5000 us")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 from evspan.conf.errors import require
@@ -39,8 +40,8 @@ def simulated_scene(seconds: float, seed: int, config: SimulatorConfig = DEFAULT
     Raises:
         ConfigError: more seconds than the formats can represent, or none.
     """
-    scene_rng, _ = _generators(seed)
-    return make_scene(_duration_us(seconds), scene_rng, config)
+    generators = _generators(seed)
+    return make_scene(_duration_us(seconds), generators.scene, config, generators.background)
 
 
 def simulated_events(
@@ -53,12 +54,21 @@ def simulated_events(
     """
     duration_us = _duration_us(seconds)
     scene = simulated_scene(seconds, seed, config)
-    _, sensor_rng = _generators(seed)
-    sensor = Sensor(scene.background, *_shapes_and_centres_at(scene, 0), sensor_rng, config)
+    generators = _generators(seed)
+    sway = scene.sway
+    sensor = Sensor(
+        scene.background,
+        *_shapes_and_centres_at(scene, 0),
+        generators.sensor,
+        config,
+        hot_rng=generators.hot_pixels if config.hot_pixels else None,
+        offset=sway.offsets(np.zeros(1, np.int64))[0] if sway else None,
+    )
     for start in range(0, duration_us, BLOCK_US):
         end = min(start + BLOCK_US, duration_us)
         times = np.append(np.arange(start, end, config.step_us, dtype=np.int64), end)
-        yield sensor.events(times, *shapes_and_centres(scene.alive(start, end), times))
+        shapes, centres = shapes_and_centres(scene.alive(start, end), times)
+        yield sensor.events(times, shapes, centres, sway.offsets(times) if sway else None)
 
 
 def simulated_boxes(
@@ -98,13 +108,20 @@ def _duration_us(seconds: float) -> int:
     return round(1e6 * seconds)
 
 
-def _generators(seed: int) -> tuple[np.random.Generator, np.random.Generator]:
-    """The generators of the scene and of the sensor.
+class _Generators(NamedTuple):
+    """Of a recording: several, so that a change of one part leaves the others as they are.
 
-    They are two, so that a change of the sensor leaves the scene, and the boxes, as they are.
+    So the objects and the boxes do not depend on the sensor, nor on the background.
     """
-    scene_seed, sensor_seed = np.random.SeedSequence(seed).spawn(2)
-    return np.random.default_rng(scene_seed), np.random.default_rng(sensor_seed)
+
+    scene: np.random.Generator
+    sensor: np.random.Generator
+    background: np.random.Generator
+    hot_pixels: np.random.Generator
+
+
+def _generators(seed: int) -> _Generators:
+    return _Generators(*map(np.random.default_rng, np.random.SeedSequence(seed).spawn(4)))
 
 
 def _shapes_and_centres_at(

@@ -1,6 +1,7 @@
 """Folders of simulated recordings: OUT/train/train_000_td.raw with boxes and parameters, and so on.
 
-A recording is complete when its file of parameters exists, which is written last.
+A recording is complete when its file of parameters exists, which is written last. OUT/domain.json
+has the domain: its name, ranges and values.
 """
 
 import dataclasses
@@ -20,9 +21,21 @@ from evspan.data_prep.labels.classes import CLASSES_FILE
 from evspan.data_prep.shards.atomic import atomic_write
 from evspan.data_prep.shards.format import SPLITS
 from evspan.data_prep.simulator.config import CLASSES, SimulatorConfig
+from evspan.data_prep.simulator.domains import Domain
 from evspan.data_prep.simulator.recording import SimulationReport, simulate
 
 SIMULATOR_VERSION = 1  # to be raised when the same parameters give other bytes
+DOMAIN_FILE = "domain.json"
+LATER_PARAMETERS = (  # written where they differ from their defaults
+    "hot_pixels",
+    "hot_pixel_hz",
+    "speed",
+    "object_contrast",
+    "background_contrast",
+    "background_texture",
+    "clutter",
+    "ego_speed",
+)
 SUFFIXES = {"raw": "_td.raw", "dat": "_td.dat", "h5": "_td.h5"}  # by format
 
 
@@ -65,6 +78,15 @@ class PlannedRecording:
             **dataclasses.asdict(self.config),
         }
 
+    def written_parameters(self) -> dict[str, Any]:
+        """`parameters` as they are stored."""
+        defaults = dataclasses.asdict(SimulatorConfig())
+        return {
+            key: value
+            for key, value in self.parameters().items()
+            if key not in LATER_PARAMETERS or value != defaults[key]
+        }
+
 
 @dataclass(frozen=True)
 class SimulatedSet:
@@ -76,6 +98,7 @@ class SimulatedSet:
     seed: int = 0
     format: str = "raw"  # one of SUFFIXES
     config: SimulatorConfig = field(default_factory=SimulatorConfig)
+    domain: Domain | None = None  # from which each recording draws its values, instead of `config`
 
     def recordings(self) -> list[PlannedRecording]:
         """All of them. The seed of each depends on `seed`, its split and its number alone."""
@@ -84,7 +107,8 @@ class SimulatedSet:
             for index in range(count):
                 path = self.folder / split / f"{split}_{index:03d}{SUFFIXES[self.format]}"
                 seed = _seed_of(self.seed, split, index)
-                planned.append(PlannedRecording(path, self.seconds, seed, self.config))
+                config = self.domain.config(seed) if self.domain else self.config
+                planned.append(PlannedRecording(path, self.seconds, seed, config))
         return planned
 
     def write_classes(self) -> None:
@@ -94,6 +118,12 @@ class SimulatedSet:
             return
         with atomic_write(path) as temporary:
             temporary.write_text("".join(f"{name}\n" for name in CLASSES))
+
+    def write_domain(self) -> None:
+        """Writes domain.json."""
+        domain = self.domain or Domain(base=self.config)
+        with atomic_write(self.folder / DOMAIN_FILE) as temporary:
+            temporary.write_text(json.dumps(domain.to_json(), indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -150,7 +180,7 @@ def write_recording(planned: PlannedRecording) -> SimulatedRecording:
         planned.path, seconds=planned.seconds, seed=planned.seed, config=planned.config
     )
     content = {
-        "parameters": planned.parameters(),
+        "parameters": planned.written_parameters(),
         "events": report.events,
         "boxes": report.boxes,
     }

@@ -36,6 +36,11 @@ STOP_S = (1.0, 2.2)
 LONGEST_PAUSE_US = 3.5e6  # between two objects
 BRAKING_US = 300_000  # to slow down from full speed, and to reach it again
 BACKGROUND_CELL = 64  # pixels
+BLOTCHES = 0.2  # largest log intensity
+TEXTURE_CELL = 6  # pixels
+PATCH_SIDES = (8, 60)  # pixels
+PATCH_INTENSITY = 0.6  # largest log intensity of clutter
+SWAY_HZ = (0.15, 0.6)
 
 
 @dataclass(frozen=True)
@@ -102,11 +107,39 @@ class Track:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """All objects of a recording, and the background."""
+class Sway:
+    """The camera's movement over the background: a sum of two sines per axis.
 
-    tracks: list[Track]  # painter's order: a later one hides an earlier one
-    background: NDArray[np.float32]  # (height, width) log intensity
+    Attributes:
+        amplitude, frequency, phase: (2, 2) of each axis (x, y) and sine; pixels, Hz, radians.
+        margin: pixels that the background has on each side of the sensor.
+    """
+
+    amplitude: NDArray[np.float64]
+    frequency: NDArray[np.float64]
+    phase: NDArray[np.float64]
+    margin: int
+
+    def offsets(self, times_us: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(N, 2) x, y of the sensor's upper left corner on the background."""
+        seconds = np.asarray(times_us)[:, None, None] / 1e6
+        sines = self.amplitude * np.sin(2 * np.pi * self.frequency * seconds + self.phase)
+        return np.asarray(self.margin + sines.sum(-1)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All objects of a recording, and the background.
+
+    Attributes:
+        tracks: in painter's order: a later one hides an earlier one.
+        background: (height, width) log intensity; with a sway, larger by its margin on each side.
+        sway: how the camera moves over the background; None: it is at rest.
+    """
+
+    tracks: list[Track]
+    background: NDArray[np.float32]
+    sway: "Sway | None" = None
 
     def alive(self, start_us: float, end_us: float) -> list[Track]:
         """The objects whose life overlaps a time span, in painter's order."""
@@ -131,11 +164,20 @@ def shapes_and_centres(
     return shapes, np.stack([t.centre(times_us) for t in tracks], axis=1)
 
 
-def make_scene(duration_us: int, rng: np.random.Generator, config: SimulatorConfig) -> Scene:
+def make_scene(
+    duration_us: int,
+    rng: np.random.Generator,
+    config: SimulatorConfig,
+    background_rng: np.random.Generator | None = None,
+) -> Scene:
     """Draws all objects of a recording.
 
     At most `max_objects` exist at a time. `min_objects` of them are replaced at once when they
     leave, the others after a pause.
+
+    Args:
+        background_rng: of texture, clutter and sway, so that they leave all other values as they
+            are; None: one of a fixed seed.
     """
     tracks: list[Track] = []
     for slot in range(config.max_objects):
@@ -147,7 +189,19 @@ def make_scene(duration_us: int, rng: np.random.Generator, config: SimulatorConf
             t = track.dies_us + pause
     order = rng.permutation(len(tracks))
     visible = [tracks[i] for i in order if tracks[i].dies_us > 0]
-    return Scene(visible, _make_background(rng, config))
+    background_rng = background_rng or np.random.default_rng(0)
+    sway = _make_sway(background_rng, config) if config.ego_speed else None
+    margin = sway.margin if sway else 0
+    height = config.height + 2 * margin
+    width = config.width + 2 * margin
+    amplitude = BLOTCHES * config.background_contrast
+    background = _blotches(rng, height, width, BACKGROUND_CELL, amplitude)
+    if config.background_texture:
+        texture = _blotches(background_rng, height, width, TEXTURE_CELL, config.background_texture)
+        background += texture
+    for _ in range(config.clutter):
+        _paint_patch(background, background_rng)
+    return Scene(visible, background, sway)
 
 
 def _make_track(
@@ -158,7 +212,8 @@ def _make_track(
     extent = shape[EXTENT_X : EXTENT_Y + 1].astype(np.float64)
     points = _make_curve(extent, rng, config)
     speed = np.exp(rng.uniform(*np.log(SPEEDS)))
-    crossing_us = 1e6 * float(np.clip(_curve_length(points) / speed, *CROSSING_S))
+    crossing_s = float(np.clip(_curve_length(points) / speed, *CROSSING_S))
+    crossing_us = 1e6 * crossing_s / config.speed
     stop_at_us = crossing_us * rng.uniform(0.3, 0.65)
     stopped_us = 1e6 * rng.uniform(*STOP_S)
     track = Track(
@@ -220,8 +275,8 @@ def _make_shape(
     row[EXTENT_Y] = extent_y
     row[PERIOD] = max(period, 8.0)
     row[PHASE] = phase
-    row[MEAN] = mean
-    row[SWING] = swing
+    row[MEAN] = config.object_contrast * mean
+    row[SWING] = config.object_contrast * swing
     return row, float(area)
 
 
@@ -263,17 +318,55 @@ def _curve_length(points: NDArray[np.float64]) -> float:
     return float(np.hypot(*np.diff(curve, axis=0).T).sum())
 
 
-def _make_background(rng: np.random.Generator, config: SimulatorConfig) -> NDArray[np.float32]:
+def _blotches(
+    rng: np.random.Generator, height: int, width: int, cell: int, amplitude: float
+) -> NDArray[np.float32]:
     """(height, width) smooth blotches: a random grid, interpolated linearly.
 
     They make the outline of an object visible against the background.
+
+    Args:
+        cell: distance of the grid's points in pixels.
+        amplitude: largest log intensity.
     """
-    grid_size = (config.height // BACKGROUND_CELL + 2, config.width // BACKGROUND_CELL + 2)
-    grid = rng.uniform(-0.2, 0.2, grid_size)
-    y = np.arange(config.height) / BACKGROUND_CELL
-    x = np.arange(config.width) / BACKGROUND_CELL
+    grid_size = (height // cell + 2, width // cell + 2)
+    grid = rng.uniform(-amplitude, amplitude, grid_size)
+    y = np.arange(height) / cell
+    x = np.arange(width) / cell
     rows = np.stack([np.interp(x, np.arange(grid.shape[1]), row) for row in grid])
     low = y.astype(int)
     weight = (y - low)[:, None]
     background = rows[low] * (1 - weight) + rows[low + 1] * weight
     return np.asarray(background).astype(np.float32)
+
+
+def _paint_patch(background: NDArray[np.float32], rng: np.random.Generator) -> None:
+    """Paints a plain ellipse or rectangle at a random place."""
+    height, width = background.shape
+    shortest, longest = np.log(PATCH_SIDES)
+    half_h, half_w = np.exp(rng.uniform(shortest, longest, 2)) / 2
+    cy = rng.uniform(0, height)
+    cx = rng.uniform(0, width)
+    is_ellipse = bool(rng.integers(2))
+    intensity = rng.uniform(-PATCH_INTENSITY, PATCH_INTENSITY)
+    rows = slice(max(0, int(cy - half_h)), int(cy + half_h) + 1)
+    columns = slice(max(0, int(cx - half_w)), int(cx + half_w) + 1)
+    part = background[rows, columns]
+    if is_ellipse:
+        y = np.arange(rows.start, rows.start + part.shape[0])[:, None] + 0.5 - cy
+        x = np.arange(columns.start, columns.start + part.shape[1]) + 0.5 - cx
+        part[(y / half_h) ** 2 + (x / half_w) ** 2 <= 1] = intensity
+    else:
+        part[:] = intensity
+
+
+def _make_sway(rng: np.random.Generator, config: SimulatorConfig) -> Sway:
+    """A sway of which the largest speed, of both axes together, is `ego_speed`."""
+    slowest, fastest = np.log(SWAY_HZ)
+    frequency = np.exp(rng.uniform(slowest, fastest, (2, 2)))
+    fractions = rng.uniform(0.3, 1.0, (2, 2))
+    per_axis = fractions.sum(1)
+    fractions *= config.ego_speed / np.hypot(*per_axis)
+    amplitude = fractions / (2 * np.pi * frequency)
+    margin = int(np.ceil(amplitude.sum(1).max())) + 2
+    return Sway(amplitude, frequency, rng.uniform(0, 2 * np.pi, (2, 2)), margin)

@@ -194,6 +194,66 @@ def fire(
 
 
 @njit(cache=True, nogil=True)
+def move_background(world: Floats, x: float, y: float, background: Floats) -> None:
+    """Writes what the sensor sees of a larger background, interpolated linearly.
+
+    Args:
+        world: (H + 2 * margin, W + 2 * margin) log intensity.
+        x, y: of the sensor's upper left corner on it; at least 0, and 1 pixel from its end.
+        background: (H, W), overwritten.
+    """
+    left = int(x)
+    top = int(y)
+    u = np.float32(x - left)
+    v = np.float32(y - top)
+    one = np.float32(1)
+    for row in range(background.shape[0]):
+        upper = world[top + row]
+        lower = world[top + row + 1]
+        for column in range(background.shape[1]):
+            i = left + column
+            above = upper[i] * (one - u) + upper[i + 1] * u
+            below = lower[i] * (one - u) + lower[i + 1] * u
+            background[row, column] = above * (one - v) + below * v
+
+
+@njit(cache=True, nogil=True)
+def fire_everywhere(
+    out: NDArray[np.int64],
+    n: int,
+    began: int,
+    span: int,
+    canvas: Floats,
+    level: Floats,
+    reference: Floats,
+    threshold: Floats,
+) -> tuple[NDArray[np.int64], int]:
+    """As `fire`, of one rendering in which any pixel may have changed.
+
+    Args:
+        n: events that are in the buffer already.
+        began, span: of the time between the renderings, in us.
+        canvas: (H, W) the new rendering.
+    """
+    for y in range(canvas.shape[0]):
+        for x in range(canvas.shape[1]):
+            new = canvas[y, x]
+            old = level[y, x]
+            if new == old:
+                continue
+            level[y, x] = new
+            step = threshold[y, x]
+            sign = np.float32(1 if new > old else -1)
+            while sign * (new - reference[y, x]) >= step:
+                reference[y, x] += sign * step
+                moment = int((reference[y, x] - old) / (new - old) * span)
+                t = began + min(span - 1, moment)
+                out = _append(out, n, t, x, y, 1 if sign > 0 else 0)
+                n += 1
+    return out, n
+
+
+@njit(cache=True, nogil=True)
 def leave_out_refractory(
     packed: NDArray[np.int64], last: NDArray[np.int64], refractory_us: int
 ) -> int:
@@ -261,6 +321,34 @@ def visible_extents(owner: NDArray[np.int16], shapes: Floats, centres: Floats) -
     return extents
 
 
+class _HotPixels:
+    """Pixels that fire at random times, each at its own rate, with either polarity."""
+
+    def __init__(
+        self, size: tuple[int, ...], rng: np.random.Generator, config: SimulatorConfig
+    ) -> None:
+        """size: (H, W)."""
+        height, width = size
+        self.rng = rng
+        count = min(config.hot_pixels, height * width)
+        self.pixels = rng.choice(height * width, count, replace=False)
+        self.width = width
+        rates = rng.exponential(1.0, count)
+        self.hz = config.hot_pixel_hz * float(rates.sum())  # of all together
+        self.fractions = rates / max(rates.sum(), 1e-12)
+
+    def events(self, start_us: int, end_us: int) -> NDArray[np.int64]:
+        """Their events of [start_us, end_us), packed."""
+        n = self.rng.poisson(self.hz * (end_us - start_us) / 1e6)
+        t = self.rng.integers(start_us, end_us, n)
+        p = self.rng.integers(0, 2, n)
+        pixel = self.pixels[self.rng.choice(len(self.pixels), n, p=self.fractions)]
+        packed: NDArray[np.int64] = (
+            t << 23 | pixel // self.width << 12 | pixel % self.width << 1 | p
+        )
+        return packed
+
+
 class Sensor:
     """The pixels and their state between calls."""
 
@@ -271,17 +359,27 @@ class Sensor:
         centres: Floats,
         rng: np.random.Generator,
         config: SimulatorConfig,
+        *,
+        hot_rng: np.random.Generator | None = None,
+        offset: Floats | None = None,
     ) -> None:
         """Sets all pixels to the scene at time 0.
 
         Args:
-            background: (H, W) log intensity.
+            background: (H, W) log intensity; larger where it moves.
             shapes, centres: of the objects at time 0.
+            hot_rng: of hot pixels; None: there are none.
+            offset: (2,) x, y of the sensor on a background that moves, at time 0.
         """
+        self.world = background
+        if offset is not None:
+            background = np.empty((config.height, config.width), np.float32)
+            move_background(self.world, offset[0], offset[1], background)
         size = background.shape
         height, width = size
         self.config = config
         self.rng = rng
+        self.hot_pixels = _HotPixels(size, hot_rng, config) if hot_rng else None
         self.background = background
         self.canvas = background.copy()
         render(self.canvas, background, shapes, centres, 0, height, 0, width)
@@ -293,27 +391,41 @@ class Sensor:
         self.last = np.full(size, LONG_AGO, np.int64)
         self.out = np.empty(BUFFER_EVENTS, np.int64)
 
-    def events(self, times: NDArray[np.int64], shapes: Floats, centres: Floats) -> Events:
+    def events(
+        self,
+        times: NDArray[np.int64],
+        shapes: Floats,
+        centres: Floats,
+        offsets: Floats | None = None,
+    ) -> Events:
         """The events of [times[0], times[-1]), sorted; calls must follow each other in time.
 
         Args:
             times: (S + 1,) us, of the renderings.
             shapes: (K, columns).
             centres: (S + 1, K, 2).
+            offsets: (S + 1, 2) x, y of the sensor on a background that moves.
         """
-        self.out, num_fired = fire(
-            self.out,
-            times,
-            shapes,
-            centres,
-            self.background,
-            self.canvas,
-            self.level,
-            self.reference,
-            self.threshold,
-        )
-        noise = self._noise(int(times[0]), int(times[-1]))
-        packed = np.sort(np.concatenate((self.out[:num_fired], noise)))
+        if offsets is not None:
+            num_fired = self._fire_moving(times, shapes, centres, offsets)
+        else:
+            self.out, num_fired = fire(
+                self.out,
+                times,
+                shapes,
+                centres,
+                self.background,
+                self.canvas,
+                self.level,
+                self.reference,
+                self.threshold,
+            )
+        start_us = int(times[0])
+        end_us = int(times[-1])
+        parts = [self.out[:num_fired], self._noise(start_us, end_us)]
+        if self.hot_pixels is not None:
+            parts.append(self.hot_pixels.events(start_us, end_us))
+        packed = np.sort(np.concatenate(parts))
         num_events = leave_out_refractory(packed, self.last, self.config.refractory_us)
         packed = packed[:num_events]
         return Events(
@@ -322,6 +434,27 @@ class Sensor:
             ((packed >> 12) & 0x7FF).astype(np.uint16),
             (packed & 1).astype(np.uint8),
         )
+
+    def _fire_moving(
+        self, times: NDArray[np.int64], shapes: Floats, centres: Floats, offsets: Floats
+    ) -> int:
+        """Fills `out` while the background moves. Returns the number of events."""
+        height, width = self.canvas.shape
+        num_fired = 0
+        for s in range(1, len(times)):
+            move_background(self.world, offsets[s, 0], offsets[s, 1], self.background)
+            render(self.canvas, self.background, shapes, centres[s], 0, height, 0, width)
+            self.out, num_fired = fire_everywhere(
+                self.out,
+                num_fired,
+                int(times[s - 1]),
+                int(times[s] - times[s - 1]),
+                self.canvas,
+                self.level,
+                self.reference,
+                self.threshold,
+            )
+        return num_fired
 
     def _noise(self, start_us: int, end_us: int) -> NDArray[np.int64]:
         """Background events of [start_us, end_us), packed."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from evspan.conf.errors import UserError
 from evspan.data_prep.shards.format import SPLITS
 from evspan.data_prep.simulator import SimulatorConfig
+from evspan.data_prep.simulator.domains import DOMAINS, domain_of
 from evspan.data_prep.simulator.recording_set import (
     SUFFIXES,
     SimulatedRecording,
@@ -24,7 +25,25 @@ simulates only what is missing."""
 EXAMPLES = """examples:
   evspan simulate raw --recordings train=8,val=2 --seconds 10
   evspan simulate raw --recordings val=1 --format h5 --seed 7 --noise-hz 1 --objects 1,3
+  evspan simulate night --domain night --noise-hz 2,8       # each recording its own rate
   evspan prep source=raw output=shards dataset=simulated        # then"""
+
+
+RANGE_OPTIONS = {
+    "stop_fraction": "fraction of the objects that stop",
+    "noise_hz": "background events per pixel and second",
+    "contrast_threshold": "change of log intensity that fires",
+    "threshold_mismatch": "standard deviation of the thresholds over the pixels, relative",
+    "refractory_us": "time after an event in which a pixel fires none",
+    "hot_pixels": "pixels that fire without a cause",
+    "hot_pixel_hz": "mean rate of a hot pixel",
+    "speed": "factor on the speeds of the objects",
+    "object_contrast": "factor on the contrast of the objects",
+    "background_contrast": "factor on the contrast of the background",
+    "background_texture": "log intensity of a fine texture of the background",
+    "clutter": "plain patches in the background",
+    "ego_speed": "largest speed of the background in pixels per second; 0: it is at rest",
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,7 @@ def simulate_all(options: SimulateOptions) -> None:
     for number, result in enumerate(write_recordings(missing, options.processes), 1):
         print(f"[{number}/{len(missing)}] {_line(result)}", flush=True)
     options.recording_set.write_classes()
+    options.recording_set.write_domain()
 
 
 def _line(result: SimulatedRecording) -> str:
@@ -69,18 +89,17 @@ def options_from(args: argparse.Namespace) -> SimulateOptions:
         raise UserError(f"--processes {args.processes} --seed {args.seed}: give 0 or more of both")
     if not 0 < args.seconds <= 2000:
         raise UserError(f"--seconds is {args.seconds:g}; give more than 0 and up to 2000")
+    ranges = {}
+    for name in RANGE_OPTIONS:
+        limits = getattr(args, name)
+        if limits is not None:
+            ranges[name] = limits
+    if args.scales is not None:
+        min_scale, max_scale = args.scales
+        ranges |= {"min_scale": (min_scale, min_scale), "max_scale": (max_scale, max_scale)}
     min_objects, max_objects = args.objects
-    min_scale, max_scale = args.scales
-    config = SimulatorConfig(
-        height=args.height,
-        width=args.width,
-        min_objects=min_objects,
-        max_objects=max_objects,
-        min_scale=min_scale,
-        max_scale=max_scale,
-        stop_fraction=args.stop_fraction,
-        noise_hz=args.noise_hz,
-        contrast_threshold=args.contrast_threshold,
+    base = SimulatorConfig(
+        height=args.height, width=args.width, min_objects=min_objects, max_objects=max_objects
     )
     recording_set = SimulatedSet(
         folder=args.out,
@@ -88,7 +107,7 @@ def options_from(args: argparse.Namespace) -> SimulateOptions:
         seconds=args.seconds,
         seed=args.seed,
         format=args.format,
-        config=config,
+        domain=domain_of(args.domain, base, ranges),
     )
     return SimulateOptions(recording_set, args.processes, args.overwrite)
 
@@ -103,6 +122,16 @@ def _counts(text: str) -> dict[str, int]:
             )
         counts[split] = int(number)
     return counts
+
+
+def _range(text: str) -> tuple[float, float]:
+    try:
+        low, _, high = text.partition(",")
+        return float(low), float(high or low)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number nor of the form LOW,HIGH"
+        ) from None
 
 
 def _scales(text: str) -> tuple[float, float]:
@@ -165,7 +194,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_scene(parser: argparse.ArgumentParser) -> None:
     default = SimulatorConfig()
-    scene = parser.add_argument_group("scene and sensor")
+    scene = parser.add_argument_group(
+        "scene and sensor",
+        "X[,Y]: a value, or a range in which each recording draws its own; they replace those of "
+        "the domain",
+    )
+    scene.add_argument(
+        "--domain",
+        choices=list(DOMAINS),
+        default="default",
+        help="kind of recordings, for studies of generalisation; data_prep/README.md has a table",
+    )
     scene.add_argument(
         "--width", type=int, default=default.width, help=f"pixels (default: {default.width})"
     )
@@ -182,19 +221,16 @@ def _add_scene(parser: argparse.ArgumentParser) -> None:
     scene.add_argument(
         "--scales",
         type=_scales,
-        default=(default.min_scale, default.max_scale),
         metavar="MIN,MAX",
         help="factor on the size of an object, drawn for each "
         f"(default: {default.min_scale:g},{default.max_scale:g})",
     )
-    numbers = (
-        ("--stop-fraction", default.stop_fraction, "fraction of the objects that stop"),
-        ("--noise-hz", default.noise_hz, "background events per pixel and second"),
-        ("--contrast-threshold", default.contrast_threshold, "change of log intensity that fires"),
-    )
-    for name, value, meaning in numbers:
+    for name, meaning in RANGE_OPTIONS.items():
         scene.add_argument(
-            name, type=float, default=value, metavar="X", help=f"{meaning} (default: {value:g})"
+            f"--{name.replace('_', '-')}",
+            type=_range,
+            metavar="X[,Y]",
+            help=f"{meaning} (default: {getattr(default, name):g})",
         )
 
 

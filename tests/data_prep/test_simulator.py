@@ -307,6 +307,7 @@ def test_command_writes_the_same_bytes_with_any_number_of_processes_and_keeps_wh
     names = sorted(str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").rglob("*.*"))
     assert names == [
         "classes.txt",
+        "domain.json",
         *(
             f"{s}/{s}_{i:03d}_{end}"
             for s, n in (("train", 2), ("val", 1))
