@@ -31,6 +31,8 @@ MIN_VISIBLE = 1.0  # pixels per side; a box of which less is visible is dropped
 DROPPED = 1  # names of random numbers per frame
 NOISE = 2
 
+Patch = tuple[int, int, int, int]  # top, left, bottom, right, in pixels
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -44,7 +46,7 @@ class Augmentation:
         top, left: in pixels.
         rotation: degrees, clockwise.
         shear: degrees; x grows by y * tan(shear).
-        patches: rectangles of the result that show nothing: top, left, bottom, right.
+        patches: rectangles of the result that show nothing.
         polarity_flip: ON events become OFF events, and vice versa.
         drop: in 65536ths, the fraction of the events that is lost.
         noise: random cells per frame that get an event.
@@ -58,7 +60,7 @@ class Augmentation:
     left: float = 0.0
     rotation: float = 0.0
     shear: float = 0.0
-    patches: tuple[tuple[int, int, int, int], ...] = ()
+    patches: tuple[Patch, ...] = ()
     polarity_flip: bool = False
     drop: int = 0
     noise: int = 0
@@ -153,6 +155,14 @@ def draw_augmentation(
     drop = _drawn(drops, config.drop_prob, drop, config.drop_fraction)
     rate = _drawn(noisy, config.noise_prob, noise, config.noise_hz)
     pixels = height * width
+    patches: tuple[Patch, ...] = ()
+    if erases < config.erase_prob and not chunk.streamed:
+        rng = generator(seed, 3, int(chunk.streamed), *chunk.draw)
+        patches = draw_patches(config, rng, height, width)
+    hot: tuple[int, ...] = ()
+    if heats < config.hot_prob:
+        rng = generator(seed, 4, int(chunk.streamed), *chunk.draw)
+        hot = hot_pixels(int(rng.integers(config.hot_pixels + 1)), rng, pixels)
     return Augmentation(
         flip=bool(flip < config.hflip_prob),
         zoom=zoom,
@@ -160,13 +170,11 @@ def draw_augmentation(
         left=float(u * width * (1 - zoom)) + width * right,
         rotation=_drawn(rotates, config.rotate_prob, 2 * rotation - 1, config.rotate_degrees),
         shear=_drawn(shears, config.shear_prob, 2 * shear - 1, config.shear_degrees),
-        patches=_draw_patches(config, chunk, seed, height, width)
-        if erases < config.erase_prob and not chunk.streamed
-        else (),
+        patches=patches,
         polarity_flip=bool(swaps < config.polarity_flip_prob),
         drop=round(drop * DROP_ONE),
-        noise=round(rate * pixels * frame_us / 1e6),
-        hot=_draw_hot(config, chunk, seed, pixels) if heats < config.hot_prob else (),
+        noise=noise_events(rate, pixels, frame_us),
+        hot=hot,
         key=int(more[14] * HASH_MASK),
     )
 
@@ -175,11 +183,15 @@ def _drawn(chance: float, probability: float, amount: float, most: float) -> flo
     return amount * most if chance < probability else 0.0
 
 
-def _draw_patches(
-    config: AugmentationConfig, chunk: Chunk, seed: int, height: int, width: int
-) -> tuple[tuple[int, int, int, int], ...]:
-    """Rectangles within the frame, as long as three times their width or as wide."""
-    rng = generator(seed, 3, int(chunk.streamed), *chunk.draw)
+def draw_patches(
+    config: AugmentationConfig, rng: np.random.Generator, height: int, width: int
+) -> tuple[Patch, ...]:
+    """Draws rectangles within the frame, 1/3 to 3 times as wide as high.
+
+    Args:
+        config: their number and size at most.
+        height, width: of the frames, in pixels.
+    """
     patches = []
     for _ in range(rng.integers(config.erase_patches) + 1):
         fraction, shape, v, u = rng.random(4).tolist()
@@ -193,10 +205,18 @@ def _draw_patches(
     return tuple(patches)
 
 
-def _draw_hot(config: AugmentationConfig, chunk: Chunk, seed: int, pixels: int) -> tuple[int, ...]:
-    rng = generator(seed, 4, int(chunk.streamed), *chunk.draw)
-    number = rng.integers(config.hot_pixels + 1)
+def hot_pixels(number: int, rng: np.random.Generator, pixels: int) -> tuple[int, ...]:
+    """Draws `Augmentation.hot`.
+
+    Args:
+        pixels: of a frame.
+    """
     return tuple(rng.integers(2 * pixels, size=number).tolist())
+
+
+def noise_events(rate_hz: float, pixels: int, frame_us: int) -> int:
+    """Events per frame, at a rate per pixel and second."""
+    return round(rate_hz * pixels * frame_us / 1e6)
 
 
 # -- frames ----------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ from evspan.pipeline.parallel.reductions import (
 from evspan.pipeline.parallel.world import World
 from evspan.pipeline.run_lock import attempt_lock, end_if_taken_over
 from evspan.pipeline.tensorboard.attention_probe import probe
-from evspan.pipeline.tensorboard.summaries import write_images
+from evspan.pipeline.tensorboard.summaries import write_first_images, write_images
 from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from evspan.pipeline.weights import (
     AVERAGE_KEY,
@@ -302,6 +302,8 @@ class Trainer:
         )
         batches = device_batches(read, device)
         metrics = self._evaluate_if_missing(stop_flag)
+        if self.world.is_main and self.step == 0 and training.log_images_every > 0:
+            write_first_images(self.writer, self.loader, first, self.step)
         while not self._is_last_step:
             self.profiler.before(self.step + 1)
             batch = self._train_step(batches, wait)

@@ -35,7 +35,7 @@ def training_image(batch: Batch, classes: list[str]) -> RGB | None:
             last_row = rows[-1]
             time = labelled[last_row][0]
             tiles.append(_training_tile(batch, last_row, time, lane, classes))
-    return _tiled(tiles)
+    return tiled(tiles)
 
 
 def _training_tile(batch: Batch, row: int, time: int, lane: int, classes: list[str]) -> RGB:
@@ -68,7 +68,7 @@ def evaluation_image(results: list[RecordingResult], data: Dataset) -> RGB | Non
         rows = _confident(result.detections[position])
         names = [data.classes[int(class_id)] for class_id in rows[:, 6]]
         tiles.append(draw_boxes(rgb, rows[:, :4], names, ORANGE))
-    return _tiled(tiles)
+    return tiled(tiles)
 
 
 def probe_image(result: ProbeResult, classes: list[str]) -> RGB | None:
@@ -155,7 +155,7 @@ def heat_map(values: NDArray[np.float32], stride: int, frame: NDArray[np.uint8])
     return lighter
 
 
-def _tiled(tiles: list[RGB]) -> RGB | None:
+def tiled(tiles: list[RGB]) -> RGB | None:
     """Two tiles per row; an odd last one is followed by a white tile."""
     if not tiles:
         return None

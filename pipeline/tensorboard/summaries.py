@@ -5,10 +5,12 @@ from collections.abc import Iterable
 from evspan.conf.schema.training import EvaluationConfig, TrainConfig
 from evspan.pipeline.data.batch import Batch
 from evspan.pipeline.data.datasets import Dataset
+from evspan.pipeline.data.loader import Loader
 from evspan.pipeline.evaluation.frames import scored
 from evspan.pipeline.evaluation.pr_curves import pr_curves
 from evspan.pipeline.inference.streaming import RecordingResult, labelled
 from evspan.pipeline.tensorboard.attention_probe import ProbeResult, gate_names
+from evspan.pipeline.tensorboard.augmentation_images import first_images
 from evspan.pipeline.tensorboard.images import evaluation_image, probe_image, training_image
 from evspan.pipeline.tensorboard.layout import charts
 from evspan.pipeline.tensorboard.run_info import run_info
@@ -34,6 +36,12 @@ def write_run_info(
         writer.write_text(tag, markdown, step)
     gates = gate_names(parameters).values()
     writer.write_layout(charts(config, classes, gates=gates, gpu=gpu))
+
+
+def write_first_images(writer: TensorBoardWriter, loader: Loader, index: int, step: int) -> None:
+    """Writes an example of every augmentation, and what was drawn for micro-batch `index`."""
+    for tag, image in first_images(loader, index).items():
+        writer.write_image(tag, image, step)
 
 
 def write_images(

@@ -7,9 +7,15 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from evspan.conf.compose import compose
 from evspan.conf.errors import ConfigError
 from evspan.conf.schema.prep import DatasetConfig, DatasetKind
-from evspan.conf.schema.training import AugmentationConfig, Sampling, TrainingConfig
+from evspan.conf.schema.training import (
+    AugmentationConfig,
+    Sampling,
+    TrainConfig,
+    TrainingConfig,
+)
 from evspan.data_prep.frames import codec
 from evspan.data_prep.frames.codec import FrameEncoder
 from evspan.pipeline.data.augment import (
@@ -24,6 +30,8 @@ from evspan.pipeline.data.device_batches import device_batches
 from evspan.pipeline.data.encoded import encode_lanes, expand, pack
 from evspan.pipeline.data.loader import Loader
 from evspan.pipeline.data.plan import Chunk, SamplingPlan
+from evspan.pipeline.tensorboard.augmentation_images import example_tiles, first_batch_tiles
+from evspan.pipeline.tensorboard.images import GREEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.emulated_device import emulated_gpu, is_supported
@@ -449,6 +457,25 @@ def test_a_long_chunk_equals_short_ones_and_ranks_of_a_sequence_equal_one(data):
         assert torch.equal(torch.cat([half.frames for half in halves]), whole)
         lanes = [make_loader(data, lanes=part).batch(index) for part in (range(4), range(4, 6))]
         assert torch.equal(torch.cat([part.frames for part in lanes], dim=1), whole)
+
+
+@pytest.mark.parametrize(
+    ("preset", "names"),
+    [("none", 1), ("standard", 4), ("strong", 12)],
+)
+def test_the_first_images_show_every_augmentation_of_a_preset_with_boxes(data, preset, names):
+    config = compose(TrainConfig, [f"augmentation={preset}"]).training.augmentation
+    tiles = example_tiles(data, config)
+    assert len(tiles) == names
+    assert len({tile.tobytes() for tile in tiles}) == names
+    for tile in tiles:
+        assert tile.shape == (180, 300, 3)
+        assert (tile == GREEN).all(-1).sum() > 100
+    loader = make_loader(data)
+    loader.config.augmentation = config
+    shown = first_batch_tiles(loader, 0)
+    assert len(shown) == 6
+    assert sum((tile == GREEN).all(-1).sum() > 100 for tile in shown) > 2
 
 
 def test_no_operator_mixes_devices(data):

@@ -192,6 +192,8 @@ def test_images_of_the_probe_frames_show_their_boxes(logged_run):
         shown[3][:, 2 * width :], shown[4][:, 2 * width :]
     )  # attention learns
     assert [*images(reader, "training/boxes")] == [3, 4]
+    assert [*images(reader, "training/augmentations")] == [0]
+    assert [*images(reader, "training/first_batch")] == [0]
 
 
 def test_histograms_of_gates_and_of_what_they_multiply(logged_run):
