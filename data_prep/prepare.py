@@ -1,6 +1,7 @@
 """Prepares a folder of recordings as a dataset; run again, it does what is missing or changed."""
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -9,7 +10,7 @@ from typing import Any
 
 from evspan.conf.errors import ConfigError, ShardError
 from evspan.conf.folder_lock import LOCKS
-from evspan.conf.schema.prep import PrepConfig
+from evspan.conf.schema.prep import PrepConfig, split_fractions
 from evspan.conf.text import plural
 from evspan.data_prep.labels.checks import grouped
 from evspan.data_prep.labels.classes import with_classes
@@ -88,9 +89,11 @@ def prepare(config: PrepConfig, runner: Runner | None = None) -> PrepReport:
     """
     source, output = _checked_folders(config)
     with source_readable():
-        sources = {s.key: s for s in find_sources(source)}
+        sources = {s.key: s for s in find_sources(source, config.split)}
         config = with_classes(config, [s.boxes for s in sources.values() if s.boxes])
         _log_left_out(source, sources.values())
+    _require_same_split(sources.values(), output, config)
+    _log_empty_splits(sources.values(), config)
     if config.cluster.dry_run:
         raise _dry_run(sources, output, config, runner or LocalRunner())
     _make_folder(output)
@@ -187,6 +190,51 @@ def _log_left_out(source: Path, sources: Collection[Source]) -> None:
     for split, line in missing.items():
         level = logging.WARNING if split in LEARNING_SPLITS else logging.INFO
         logger.log(level, "%s", line)
+
+
+def _fractions(split: str) -> str:
+    """The fractions of train, val and test in one way of writing; empty without any."""
+    return ",".join(f"{fraction:g}" for fraction in split_fractions(split) or ())
+
+
+def _require_same_split(sources: Iterable[Source], output: Path, config: PrepConfig) -> None:
+    """Refuses to move recordings between train, val and test unless `allow_removal` is set."""
+    if config.allow_removal or not (output / MANIFEST).is_file():
+        return
+    manifest = load_manifest(output)
+    current = _fractions(config.split)
+    if manifest.split_fractions == current:
+        return
+    before: dict[str, set[str]] = {}
+    for recording in manifest.recordings:
+        before.setdefault(recording.name, set()).add(recording.split)
+    moved = [s.key for s in sources if s.name in before and s.split not in before[s.name]]
+    if moved:
+        earlier = manifest.split_fractions
+        origin = f"with split={earlier}" if earlier else "without split="
+        now = f"split={current}" if current else "prep without split="
+        remedy = f"Give split={earlier} again" if earlier else "Leave split= out"
+        raise ShardError(
+            f"{output} was prepared {origin}; {now} would move "
+            f"{plural(len(moved), 'recording')} to another split ({moved[0]}, ...). {remedy}, or "
+            "set allow_removal=true to move them"
+        )
+
+
+def _log_empty_splits(sources: Iterable[Source], config: PrepConfig) -> None:
+    fractions = split_fractions(config.split)
+    if fractions is None:
+        return
+    counts = Counter(source.split for source in sources)
+    for split, fraction in zip(SPLITS, fractions, strict=True):
+        if fraction and not counts[split]:
+            logger.warning(
+                "split=%s assigns none of %s to %s. Give a larger fraction, or name the split of "
+                "each recording in a list: source=LIST.txt",
+                config.split,
+                plural(sum(counts.values()), "recording"),
+                split,
+            )
 
 
 def _log_warnings(manifest: Manifest) -> None:
@@ -336,6 +384,7 @@ def _apply(
         classes=list(config.dataset.classes),
         config_hash=hash_config(target.config),
         recordings=sorted(placed.values(), key=lambda r: (SPLITS.index(r.split), r.name)),
+        split_fractions=_fractions(config.split),
     )
     _write_manifest(output, manifest)
     write_marks(output, {})

@@ -257,12 +257,38 @@ def _require_distinct_roots(root: str, roots: Sequence[DatasetRoot]) -> None:
     )
 
 
+def split_fractions(text: str) -> tuple[float, float, float] | None:
+    """The fractions of train, val and test that `split=0.8,0.1,0.1` states; None without any.
+
+    They are divided by their sum.
+
+    Raises:
+        ConfigError: they are not three numbers, 0 or more, with one above 0.
+    """
+    if not text:
+        return None
+    try:
+        numbers = [float(part) for part in text.strip("[]() ").split(",")]
+    except ValueError:
+        numbers = []
+    total = sum(numbers)
+    require(
+        len(numbers) == 3 and min(numbers) >= 0 and math.isfinite(total) and total > 0,
+        f"split is {text}; give the fractions of train, val and test: split=0.8,0.1,0.1",
+    )
+    train, val, test = (number / total for number in numbers)
+    return train, val, test
+
+
 @dataclass(kw_only=True)
 class PrepConfig:
     """`evspan prep`: a folder of recordings (train/ val/ test/) in, a folder of shards out."""
 
     source: str = ""
     output: str = ""
+    # Fractions of train, val and test, for a source without these folders: 0.8,0.1,0.1. The name of
+    # a recording decides, so that more recordings move none.
+    split: str = ""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     frames: FrameConfig = field(default_factory=FrameConfig)
     processes: int = 0  # with cluster=local; 0: one per core that this process may use
@@ -275,6 +301,7 @@ class PrepConfig:
     codec: Codec = Codec.fast  # of new frames; frames that are stored already keep theirs
 
     def __post_init__(self) -> None:
+        split_fractions(self.split)
         require(
             self.processes >= 0,
             f"processes is {self.processes}; give a number of processes, or 0 for one per core",

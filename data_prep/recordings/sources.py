@@ -4,11 +4,13 @@ import csv
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import xxhash
 from evspan.conf.errors import RecordingError
+from evspan.conf.schema.prep import split_fractions
 from evspan.conf.text import plural, printable
 from evspan.data_prep.hdf5_files import unavailable
 from evspan.data_prep.labels.box_files import BOXES_ENDING, find_boxes, recording_name
@@ -50,12 +52,13 @@ def source_readable() -> Iterator[None]:
         raise unavailable(error.filename or "a file of the source", error) from error
 
 
-def find_sources(source: Path) -> list[Source]:
+def find_sources(source: Path, split: str = "") -> list[Source]:
     """Finds the recordings below train/ val/ test/, or those that a list names.
 
     Args:
         source: a folder; without train/ val/ test/ its recordings count as test, as does a single
             file. A .txt or .csv without events is a list of recordings.
+        split: fractions of train, val and test, for a source without such folders: `assigned`.
 
     Raises:
         RecordingError: nothing there, a link without a target, a name that cannot be stored, two
@@ -63,10 +66,40 @@ def find_sources(source: Path) -> list[Source]:
         UnavailableFileError: a folder or a link's target cannot be read now.
     """
     with source_readable():
-        return _find(source)
+        if not split:
+            return _find(source)
+        if source.is_dir() and any((source / name).is_dir() for name in SPLITS):
+            raise RecordingError(
+                f"source {source} has folders {'/, '.join(SPLITS)}/, so that split={split} has "
+                "nothing to assign. Leave split= out, or move the recordings to one folder"
+            )
+        return assigned(_find(source, has_splits=False), split)
 
 
-def _find(source: Path) -> list[Source]:
+def assigned(sources: Sequence[Source], split: str) -> list[Source]:
+    """The same recordings in the splits that the hashes of their names give.
+
+    The hash (xxh3-64) of a name is a number from 0 to 1: train is below the first fraction, and so
+    on. It depends on nothing else, so that another recording moves none.
+
+    Args:
+        split: the fractions, as `split_fractions` reads them.
+    """
+    fractions = split_fractions(split)
+    assert fractions is not None
+    moved: list[Source] = []
+    for source in sources:
+        position = xxhash.xxh3_64_intdigest(source.name.encode()) / 2**64
+        name = SPLITS[-1]
+        if position < fractions[0]:
+            name = SPLITS[0]
+        elif position < fractions[0] + fractions[1] or not fractions[2]:
+            name = SPLITS[1]
+        moved.append(replace(source, split=name))
+    return moved
+
+
+def _find(source: Path, *, has_splits: bool = True) -> list[Source]:
     require_targets([source])
     if stat_of(source) is None:
         raise RecordingError(
@@ -74,7 +107,7 @@ def _find(source: Path) -> list[Source]:
             "recordings, one recording, or a list of them: source=PATH"
         )
     if source.suffix.lower() in LISTS and source.is_file() and not holds_events(source):
-        return _listed(source)
+        return _listed(source, has_splits=has_splits)
     if source.is_file():
         sources = [Source(source, "test", recording_name(source), source.name, find_boxes(source))]
     else:
@@ -164,8 +197,8 @@ class _Line(NamedTuple):
     fields: list[str]
 
 
-def _listed(path: Path) -> list[Source]:
-    """The recordings of a list: a line `split path [boxes]` for each.
+def _listed(path: Path, *, has_splits: bool) -> list[Source]:
+    """The recordings of a list: a line `split path [boxes]` for each, or `path [boxes]`.
 
     Fields are separated by blanks or commas; # begins a comment.
     """
@@ -174,6 +207,13 @@ def _listed(path: Path) -> list[Source]:
     listed: dict[Path, dict[str, Path]] = {}
     for line in _lines(path):
         where = f"{path}, line {line.number}"
+        if not has_splits:
+            if line.fields[0] in SPLITS:
+                raise RecordingError(
+                    f"{where}: it names a split, so that split= has nothing to assign. Leave "
+                    "split= out, or write lines: path [boxes.npy]"
+                )
+            line = line._replace(fields=["test", *line.fields])
         source = _listed_source(path, line.fields, where, listed)
         if source.key in sources:
             other = sources[source.key]

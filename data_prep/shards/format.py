@@ -121,6 +121,8 @@ class Manifest:
     Attributes:
         config: the part of the prep config that determines frames and boxes.
         config_hash: its xxh3-64, of the JSON with sorted keys.
+        split_fractions: of train, val and test, as `evspan prep split=` assigned the recordings;
+            empty where the source has splits of its own.
     """
 
     software: str
@@ -129,6 +131,7 @@ class Manifest:
     classes: list[str]
     recordings: list[RecordingEntry] = field(default_factory=list)
     schema: int = SCHEMA_VERSION
+    split_fractions: str = ""
 
     def split(self, name: str) -> list[RecordingEntry]:
         """The recordings of a split."""
@@ -141,7 +144,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        raw = asdict(self)
+        if not self.split_fractions:  # as in older manifests
+            del raw["split_fractions"]
+        return json.dumps(raw, indent=1, sort_keys=True) + "\n"
 
 
 def load_manifest(root: str | Path) -> Manifest:

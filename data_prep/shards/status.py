@@ -109,8 +109,9 @@ def status(output: Path, source: Path | None = None) -> Status:
             f"{output} holds nothing of evspan prep. Name the folder that was its output, or make "
             f"one: evspan prep source={source or 'RAW'} output={output}"
         )
-    sources = {s.key: s for s in find_sources(source)} if source else None
     manifest = load_manifest(output) if (output / MANIFEST).is_file() else None
+    split = manifest.split_fractions if manifest else ""
+    sources = {s.key: s for s in find_sources(source, split)} if source else None
     stored = stored_groups(output, manifest.config if manifest else {})
     marks = read_marks(output)
     part_files = _part_files(output)

@@ -64,8 +64,9 @@ def verify(
     """
     if not (root / MANIFEST).exists() and is_rvt_tree(root):
         return _verify_tree(root, processes)
-    sources = {s.key: s for s in find_sources(source)} if source else {}
-    load_manifest(root)  # raises before a lock file is left in a folder that is no dataset
+    # Raises before a lock file is left in a folder that is no dataset.
+    split = load_manifest(root).split_fractions
+    sources = {s.key: s for s in find_sources(source, split)} if source else {}
     writable = os.access(root, os.W_OK)
     with locked(root, "evspan prep verify") if writable else nullcontext():
         manifest = load_manifest(root)

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 from evspan.conf.errors import require
 from evspan.conf.schema.cluster import Scheduler
 from evspan.conf.schema.prep import PrepConfig
-from evspan.conf.text import plural
+from evspan.conf.text import plural, printable
 from evspan.launch.cli.command import reported_errors
 from evspan.launch.cli.config_arguments import config_information, parse_config_arguments
 from evspan.launch.output_streams import drop_lost_output
 
 if TYPE_CHECKING:  # not imported for --help
     from evspan.data_prep.prepare import PrepReport
+    from evspan.data_prep.shards.format import Manifest
     from evspan.data_prep.workers import Runner
 
+NAMED = 20  # recordings of a split that the summary lists
 TOOLS = {  # evspan prep TOOL: its module, imported when the tool runs
     "decode": "evspan.launch.cli.prep_decode",
     "info": "evspan.launch.cli.prep_info",
@@ -78,6 +80,8 @@ HELP = """evspan prep: recordings -> shards of histogram frames
       processes=0                with cluster=local; 0: one per core
       codec=fast                 fast | small: with zstd, smaller and slower to read
       shard_mib=2048             several recordings share a file up to this size
+      split=0.8,0.1,0.1          train, val, test by the hash of each recording's name, for a source
+                                 without such folders
       allow_removal=false        true: remove recordings that the source no longer has, even if
                                  they are more than half of a split
       max_invalid_fraction=0.01  refuse a recording with more events outside the sensor
@@ -114,6 +118,18 @@ def runner_of(config: PrepConfig) -> "Runner":
     return SlurmRunner()
 
 
+def print_assignment(manifest: "Manifest") -> None:
+    """Prints the recordings of each split, as `split=` assigned them."""
+    from evspan.data_prep.shards.format import SPLITS
+
+    for split in SPLITS:
+        names = [printable(recording.name) for recording in manifest.split(split)]
+        listed = ", ".join(names[:NAMED])
+        if len(names) > NAMED:
+            listed += f" and {len(names) - NAMED} more"
+        print(f"split={manifest.split_fractions}, {split}: {len(names)} ({listed or 'none'})")
+
+
 def print_report(output: str, report: "PrepReport", seconds: float) -> None:
     """Prints which recordings were prepared again or removed, and totals."""
     from evspan.data_prep.update_plan import NEW
@@ -125,6 +141,8 @@ def print_report(output: str, report: "PrepReport", seconds: float) -> None:
             print(f"prepared again: {name} ({reason})")
     for name in report.removed:
         print(f"removed: {name} (no longer in the source)")
+    if report.manifest.split_fractions:
+        print_assignment(report.manifest)
     total = plural(len(recordings), "recording")
     if not report.prepared and not report.removed:
         print(f"{output}: nothing to do, {total} with {frames} frames up to date")
