@@ -18,6 +18,11 @@ def load_detector(
 ) -> "TrainedDetector":
     """Loads a trained detector, in eval mode.
 
+    >>> from evspan.pipeline import load_detector
+    >>> detector = load_detector("runs/base", device="cuda")
+    >>> for time_us, detections in detector.stream("drive.raw"):
+    ...     print(time_us, detections["class_id"], detections["class_confidence"])
+
     Args:
         path: a run folder (its newest checkpoint), one of its checkpoints, a .safetensors file, or
             a published .ckpt of RVT. For a .ckpt, settings that weights do not show are RVT's;
@@ -26,7 +31,7 @@ def load_detector(
 
     Returns:
         The detector, with `classes` (names by class id), `frames` (how events become its frames),
-        `initial_state`, `step`, `detect` and `stream`.
+        `stream` for recordings, `frame_stream`, `detect` and `step` for frames.
 
     Raises:
         evspan.conf.errors.UserError: there is no such file, it is no checkpoint of this detector,

@@ -1,7 +1,7 @@
 """The base classes of all readers and writers of recordings."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -238,6 +238,7 @@ class WordReader(Recording):
     # Size of a sensor whose header does not contain it.
     default_size: ClassVar[tuple[int, int] | None] = None
     idle_s = 0.0  # how long the reader waits at the end of the file
+    stop: Callable[[], bool] | None = None  # ends the wait
 
     def __init__(
         self,
@@ -254,13 +255,15 @@ class WordReader(Recording):
             size = require_size(path, self.default_size)
         super().__init__(path, *size, size_is_assumed=is_assumed)
 
-    def follow(self, idle_s: float) -> None:
+    def follow(self, idle_s: float, stop: Callable[[], bool] | None = None) -> None:
         """Makes `chunks()` wait at the end of a file that still grows.
 
         Args:
             idle_s: seconds without new words after which the recording is complete.
+            stop: is called before each block; true: the recording is complete.
         """
         self.idle_s = idle_s
+        self.stop = stop
         self.is_live = idle_s > 0
 
     def _decoded(self) -> Iterator[Events]:
@@ -292,7 +295,7 @@ class WordReader(Recording):
         last_progress = time.monotonic()
         with self.path.open("rb") as file:
             file.seek(self.start)
-            while True:
+            while not (self.stop and self.stop()):
                 words = np.fromfile(file, self.word, self.words_at_once)
                 if words.size:
                     yield words

@@ -76,7 +76,7 @@ def measure_streaming(
         decoded.cpu()
 
     def detections(*, cuda_graphs: bool) -> Spread:
-        stream = detector.stream(
+        stream = detector.frame_stream(
             1,
             data.height,
             data.width,

@@ -5,25 +5,24 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from evspan.conf.errors import RecordingError, UserError
+from evspan.conf.errors import UserError
 from evspan.conf.progress import progress
 from evspan.conf.schema.prep import FrameConfig
 from evspan.conf.schema.training import DeviceKind
 from evspan.data_prep.draw import AnimationWriter
-from evspan.data_prep.frames.histogram import frame_size, frames_of
+from evspan.data_prep.frames.histogram import frame_size
+from evspan.data_prep.frames.stream import follow, windows
 from evspan.data_prep.labels.box_files import RAW_BOX, find_boxes, read_boxes
-from evspan.data_prep.recordings.base import Recording, WordReader
+from evspan.data_prep.recordings.base import Recording
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.shards.atomic import atomic_write
 from evspan.pipeline.inference.cuda_graph import require_cuda_graphs
 from evspan.pipeline.inference.detect import (
     Detected,
-    Frame,
     WorkTimer,
     class_name,
     detect,
@@ -91,56 +90,11 @@ def choose_device(name: str | None) -> torch.device:
         ) from error
 
 
-def windows(
-    recording: Recording, config: FrameConfig, *, skip: int = 0, limit: int | None = None
-) -> Iterator[Frame]:
-    """The frames of consecutive windows from the recording's first event on.
-
-    Args:
-        recording: any format.
-        config: how events become frames.
-        skip: number of windows to leave out at the start.
-        limit: number of windows to yield at most.
-
-    Yields:
-        (end of the window in us, frame (2 * bins, H, W) uint8).
-
-    Raises:
-        RecordingError: the recording has no events, or ends before the first window asked for.
-    """
-
-    def ends(first_us: int) -> Iterator[int]:
-        return count(first_us + (skip + 1) * config.window_us, config.window_us)
-
-    end_us = None
-    for end_us, frame in islice(frames_of(recording, ends, config), limit):
-        # Only at the end of the file can a window begin after the last event that was read.
-        if recording.last_us < end_us - config.window_us:
-            length_s = (recording.last_us - recording.first_us) / 1e6
-            start_s = skip * config.window_us / 1e6
-            raise RecordingError(
-                f"{recording.path} ends {length_s:.2f} s after its first event, "
-                f"before {start_s:.2f} s; begin earlier"
-            )
-        yield end_us, frame
-    for text in recording.warnings().values():
-        logger.warning("%s: %s", recording.path, text)
-    if end_us is None:
-        raise RecordingError(
-            f"{recording.path} holds no events. Give another recording, or record it again"
-        )
-
-
 def _open(path: Path, follow_s: float | None) -> Recording:
     recording = open_recording(path)
     if follow_s is None:
         return recording
-    if not isinstance(recording, WordReader):
-        raise UserError(
-            f"{path} is {recording.format}, which cannot be read while it is written; "
-            "record .raw or .dat, or read it when it is complete, without --follow"
-        )
-    recording.follow(follow_s)
+    follow(recording, follow_s)
     return recording
 
 

@@ -121,7 +121,7 @@ def test_impossible_sizes_are_refused(detector, sizes, message):
     with pytest.raises(InputError, match=message):
         detector.initial_state(*sizes)
     with pytest.raises(InputError):
-        detector.stream(*sizes)
+        detector.frame_stream(*sizes)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf"), "0.5", None])
@@ -132,7 +132,7 @@ def test_thresholds_lie_between_0_and_1(detector, value):
             with pytest.raises(InputError, match=f"{name} is .*; pass a number from 0 to 1"):
                 detector.detect(some_frames(), state, **{name: value})
             with pytest.raises(InputError, match=name):
-                detector.stream(2, HEIGHT, WIDTH, **{name: value})
+                detector.frame_stream(2, HEIGHT, WIDTH, **{name: value})
     with pytest.raises(InputError, match="confidence_threshold"):
         next(run_detect(detector, confidence=value))
 
@@ -166,7 +166,7 @@ def test_numpy_frames_give_what_tensors_give(detector):
     for array in (frames.numpy(), read_only, flipped):
         actual, _ = detector.step(array, state)
         assert torch.equal(actual, expected)
-    stream = detector.stream(2, HEIGHT, WIDTH, confidence_threshold=0.0)
+    stream = detector.frame_stream(2, HEIGHT, WIDTH, confidence_threshold=0.0)
     rows, _ = detector.detect(frames.numpy(), state, confidence_threshold=0.0)
     for one, other in zip(stream.detect(frames.numpy()), rows, strict=True):
         torch.testing.assert_close(one, other)
@@ -181,7 +181,7 @@ def test_numpy_frames_give_what_tensors_give(detector):
     ],
 )
 def test_a_stream_takes_its_own_frames_only(detector, shape, message):
-    stream = detector.stream(2, HEIGHT, WIDTH)
+    stream = detector.frame_stream(2, HEIGHT, WIDTH)
     with pytest.raises(InputError, match=message):
         stream.detect(some_frames(*shape))
     with pytest.raises(InputError, match="pass uint8"):

@@ -352,7 +352,7 @@ def test_cuda_graphs_are_refused_on_a_cpu(tmp_path, capsys):
     path = tmp_path / "w.safetensors"
     save_weights(path, some_weights())
     with pytest.raises(UserError, match="CUDA graphs need a GPU, the detector is on cpu"):
-        load_detector(path).stream(1, HEIGHT, WIDTH, cuda_graphs=True)
+        load_detector(path).frame_stream(1, HEIGHT, WIDTH, cuda_graphs=True)
     recording = tmp_path / "a.raw"
     recording.write_text("% evt 3.0\n% format EVT3;height=240;width=320\n% end\n")
     message = refused_by(main, capsys, path, recording, "--device", "cpu", "--cuda-graphs")
@@ -361,7 +361,7 @@ def test_cuda_graphs_are_refused_on_a_cpu(tmp_path, capsys):
 
 def test_streams_give_what_step_by_step_gives():
     detector = detector_from(some_weights())
-    stream = detector.stream(2, HEIGHT, WIDTH, confidence_threshold=0.3, nms_threshold=0.5)
+    stream = detector.frame_stream(2, HEIGHT, WIDTH, confidence_threshold=0.3, nms_threshold=0.5)
     state = detector.initial_state(2, HEIGHT, WIDTH)
     for frame in some_frames(3, lanes=2):
         with torch.inference_mode():
@@ -375,10 +375,10 @@ def test_streams_give_what_step_by_step_gives():
 @needs_emulation
 def test_streaming_on_a_gpu_waits_once_per_call(gpu):
     frames = some_frames(4)
-    expected = detector_from(some_weights()).stream(1, HEIGHT, WIDTH)
+    expected = detector_from(some_weights()).frame_stream(1, HEIGHT, WIDTH)
     expected_rows = [rows for frame in frames for rows in expected.detect(frame)]
     detector = detector_from(some_weights(), device=gpu.device, precision=Precision.fp32)
-    stream = detector.stream(1, HEIGHT, WIDTH)
+    stream = detector.frame_stream(1, HEIGHT, WIDTH)
     actual = []
     for frame in frames:
         with gpu.counting() as counts:

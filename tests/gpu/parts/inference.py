@@ -67,7 +67,7 @@ def _graphs(context, detector, dataset, label):
     results = {}
     latency = {}
     for use_graphs in (False, True):
-        stream = detector.stream(
+        stream = detector.frame_stream(
             1,
             dataset.height,
             dataset.width,
