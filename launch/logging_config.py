@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 from evspan.conf.errors import ConfigError
 from evspan.conf.progress import above_bars, turn_off_bars
 from evspan.conf.text import printable_lines
-from evspan.launch.output_streams import drop_lost_output, open_output_streams
+from evspan.launch.output_streams import drop_lost_output, not_copied, open_output_streams
 from evspan.pipeline.parallel.rank_env import rank_info
 
 LOGGER = "evspan"
@@ -60,6 +60,19 @@ def ensure_logging() -> None:
     """Configures logging for the terminal unless this process has configured it already."""
     if not logging.getLogger(LOGGER).handlers:
         configure_logging()
+
+
+def file_formatter(rank: int) -> logging.Formatter:
+    """Of a log file: timestamp, level and rank on every line."""
+    return _FileFormatter(rank)
+
+
+def logs_to_file() -> bool:
+    """Whether the output of this process is redirected to a log file."""
+    return any(
+        h.formatter.__class__ is _FileFormatter and isinstance(h, _StandardStream)
+        for h in logging.getLogger(LOGGER).handlers
+    )
 
 
 def rank_from_environment() -> int:
@@ -110,7 +123,7 @@ class _StandardStream(_StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes a record above the progress bars."""
-        with above_bars():
+        with above_bars(), not_copied():
             super().emit(record)
             self.flush()
 

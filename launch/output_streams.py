@@ -19,7 +19,8 @@ import os
 import re
 import select
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -27,6 +28,8 @@ from evspan.conf.text import printable_lines
 
 # How tqdm starts a line, and moves between several bars. Only for a terminal.
 _PROGRESS_BAR = re.compile(r"\r|\n*(?:\x1b\[A)+")
+_thread = threading.local()  # copies: whether the thread's output is copied
+_copy: Callable[[str], None] | None = None
 _dropping = False
 _warned = False
 _stdout_error: OSError | None = None
@@ -85,6 +88,25 @@ def write_control(text: str) -> None:
         sys.stdout.write(text)
 
 
+def copy_output(write: Callable[[str], None] | None) -> None:
+    """From now on, what is written to both streams is also passed to `write`; None: no longer.
+
+    Progress bars are not.
+    """
+    global _copy
+    _copy = write
+
+
+@contextmanager
+def not_copied() -> Iterator[None]:
+    """What this thread writes meanwhile is not copied."""
+    _thread.copies = False
+    try:
+        yield
+    finally:
+        _thread.copies = True
+
+
 class OutputStream(io.TextIOWrapper):
     """A text stream on descriptor 1 or 2. replaced: the stream whose settings it takes over."""
 
@@ -108,7 +130,10 @@ class OutputStream(io.TextIOWrapper):
         if self._progress_bars:
             match = _PROGRESS_BAR.match(text)
             start = match.end() if match else 0
-        self.write_control(text[:start] + printable_lines(text[start:]))
+        shown = printable_lines(text[start:])
+        self.write_control(text[:start] + shown)
+        if _copy is not None and not start and getattr(_thread, "copies", True):
+            _copy(shown)
         return len(text)
 
     def write_control(self, text: str) -> None:

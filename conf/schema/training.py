@@ -571,7 +571,7 @@ class EvaluationConfig:
 class TrainConfig:
     """`evspan train`."""
 
-    run_dir: str = "runs/default"
+    run_dir: str = ""  # empty: `evspan train` makes a new one, runs/0001, ...
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

@@ -9,11 +9,13 @@ from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.sweep.logs import LogSelection, read_logs
 
 DESCRIPTION = """Prints the log of a rank, attempt after attempt (RUN/logs/rank-00.log). Rank 0
-logs the losses and AP."""
+logs the losses and AP. --metrics prints its numbers instead: RUN/metrics.jsonl, one JSON object
+for each logged step and each evaluation."""
 EXAMPLES = """examples:
   evspan logs sweeps/lr/3
   evspan logs sweeps/lr/3 --follow --lines 20
-  evspan logs sweeps/lr/3 --all --lines 5"""
+  evspan logs sweeps/lr/3 --all --lines 5
+  evspan logs runs/demo --metrics"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ def parse_options(argv: list[str] | None) -> LogsOptions:
     ranks.add_argument(
         "--all", action="store_true", help="the logs of all ranks, each line with its rank"
     )
+    ranks.add_argument(
+        "--metrics", action="store_true", help="metrics.jsonl: losses, speed and AP as JSON"
+    )
     parser.add_argument(
         "--follow",
         "-f",
@@ -51,7 +56,11 @@ def parse_options(argv: list[str] | None) -> LogsOptions:
     )
     args = parser.parse_args(argv)
     selection = LogSelection(
-        rank=args.rank, all_ranks=args.all, follow=args.follow, last_lines=args.lines
+        rank=args.rank,
+        all_ranks=args.all,
+        follow=args.follow,
+        last_lines=args.lines,
+        metrics=args.metrics,
     )
     return LogsOptions(args.run, selection)
 

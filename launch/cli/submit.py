@@ -64,6 +64,7 @@ def _submit(argv: list[str]) -> None:
         return
     from evspan.conf.compose import compose, expand_sweep
     from evspan.launch.local.run import check_run_folder
+    from evspan.launch.local.run_folder import name_run_folder
     from evspan.launch.sweep.plan import PlannedRun, check_run
     from evspan.launch.sweep.submit import submit_planned
 
@@ -74,8 +75,10 @@ def _submit(argv: list[str]) -> None:
             f"evspan sweep {' '.join(argv)}"
         )
     config = compose(TrainConfig, arguments.argv)
-    check_run_folder(Path(config.run_dir))
+    if config.run_dir:
+        check_run_folder(Path(config.run_dir))
     check_run(config)
+    name_run_folder(config, create=not config.cluster.dry_run)
     run = PlannedRun(Path(config.run_dir), expansion.combinations[0], config)
     exit_unless_zero(submit_planned([run], config.cluster, run.folder))
 

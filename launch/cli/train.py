@@ -10,11 +10,14 @@ from evspan.launch.output_streams import drop_lost_output
 
 HELP = """evspan train: shards -> a trained detector, its checkpoints and TensorBoard curves
 
-  evspan train dataset.root=SHARDS run_dir=RUN [experiment=NAME] [key=value ...]
-      SHARDS is what `evspan prep` wrote. Run again, the same command continues from the newest
-      checkpoint in RUN; the number of ranks, parallel.sequence and deepspeed.stage may change.
-      SIGTERM, SIGUSR1 and SIGUSR2 save at the next step and end with exit code 75.
-      RUN/config.yaml has the resolved config, which the ranks read.
+  evspan train dataset.root=SHARDS [run_dir=RUN] [experiment=NAME] [key=value ...]
+      SHARDS is what `evspan prep` wrote. Without run_dir, a new folder: runs/0001, runs/0002, ...
+      With the run_dir of a run, the same command continues from its newest checkpoint; the number
+      of ranks, parallel.sequence and deepspeed.stage may change.
+      Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 save at the next step and end with exit code 75; a
+      second Ctrl-C ends at once.
+      RUN/config.yaml has the resolved config, which the ranks read; RUN/logs what each rank
+      printed; RUN/metrics.jsonl losses, speed and AP.
 
   evspan train --multirun KEY=A,B ...
       Hydra's sweeper and launcher, one run after the other: RUN/0, RUN/1, ...
@@ -102,10 +105,13 @@ def _train(argv: list[str]) -> None:
 
 def _multirun(argv: tuple[str, ...]) -> None:
     from evspan.conf.compose import multirun
+    from evspan.launch.local.run_folder import SWEEPS, numbered_folder
     from evspan.launch.slurm.hydra_plugin import register
 
     if any(argument.startswith("hydra/launcher=") for argument in argv):
         register()
+    if not any(argument.lstrip("+").startswith("run_dir=") for argument in argv):
+        argv = (*argv, f"run_dir={numbered_folder(SWEEPS)}")
     # Hydra reports every Exception of a job itself; run_command ends the job before that.
     multirun(TrainConfig, argv, lambda config, job: run_command(lambda: _train_job(config, job)))
 

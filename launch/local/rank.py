@@ -12,6 +12,9 @@ from pathlib import Path
 from evspan.conf.compose import load_config
 from evspan.conf.schema.training import EvaluateConfig, TrainConfig, WeightsKind
 from evspan.launch.cli.command import run_command
+from evspan.launch.logging_config import logs_to_file
+from evspan.launch.run_log import RunLog
+from evspan.pipeline.history import attempts, read
 
 logger = logging.getLogger("evspan.launch.local.rank")  # __name__ is __main__ in a rank
 
@@ -24,7 +27,18 @@ def train_rank(config: TrainConfig) -> None:
         # Importing DeepSpeed takes seconds, and chooses GPU or CPU as `open_world` has.
         from evspan.pipeline.engine.trainer import train
 
-        train(config, world)
+        if logs_to_file():  # of SLURM's ranks, which have the same log
+            train(config, world)
+            return
+        log = RunLog(Path(config.run_dir), world.rank, config.cluster)
+
+        def open_log() -> None:
+            attempt = attempts(read(config.run_dir)) + 1
+            log.open(attempt=attempt, rank=world.rank, ranks=world.size)
+
+        train(config, world, on_start=open_log)
+        # After an error it stays open: the command reports the error, and ends the process.
+        log.close()
 
 
 def evaluate_rank(config: EvaluateConfig) -> None:

@@ -98,6 +98,7 @@ def run_ranks(
     remedy: str = "",
     grace_s: float = GRACE_S,
     variables: Mapping[str, str] | None = None,
+    saves_on_interrupt: bool = False,
 ) -> int:
     """Run `command` as `ranks` processes with torchrun's variables, until all have ended.
 
@@ -110,11 +111,13 @@ def run_ranks(
         threads: OMP_NUM_THREADS of a rank, unless that is set. 0: the cores divided by the ranks.
         remedy: what to do when a rank has died; the last sentence of the message.
         variables: environment variables that replace this process's.
+        saves_on_interrupt: ranks save on SIGINT, as on SIGTERM, which may take long: they are
+            killed at the second one. False: they are killed `grace_s` after the first.
 
     Returns:
-        The exit code: 0; 75 when all saved on a stop signal; 2 for a user's error in a rank; 130
-        after SIGINT; 69 when a rank was stuck; else that of the rank that failed first, 128 + n
-        for signal n.
+        The exit code: 0; 75 when all saved on a stop signal or SIGINT; 2 for a user's error in a
+        rank; 130 after SIGINT; 69 when a rank was stuck; else that of the rank that failed first,
+        128 + n for signal n.
     """
     ensure_logging()
     with (
@@ -137,7 +140,7 @@ def run_ranks(
             for rank in started[1:]:
                 rank.reader = Thread(target=_read_output, args=(rank,), daemon=True)
                 rank.reader.start()
-            end = _wait_for_all(started, received, grace_s)
+            end = _wait_for_all(started, received, grace_s, saves_on_interrupt)
         finally:
             _kill_all(started)
         for rank in started[1:]:
@@ -242,7 +245,9 @@ def _read_output(rank: Rank) -> None:
 
 
 # -- waiting -------------------------------------------------------------------------------------
-def _wait_for_all(ranks: Sequence[Rank], received: list[int], grace_s: float) -> _End:
+def _wait_for_all(
+    ranks: Sequence[Rank], received: list[int], grace_s: float, saves_on_interrupt: bool
+) -> _End:
     """Forward signals until all ranks have ended; kill them `grace_s` after the first failure."""
     end = _End([], [])
     deadline = float("inf")
@@ -253,8 +258,12 @@ def _wait_for_all(ranks: Sequence[Rank], received: list[int], grace_s: float) ->
             for rank in ranks:
                 rank.process.send_signal(number)
             if number == signal.SIGINT:
-                second = end.stops.count(signal.SIGINT) > 1
-                deadline = min(deadline, time.monotonic() + (0 if second else grace_s))
+                if end.stops.count(signal.SIGINT) > 1:
+                    deadline = time.monotonic()
+                elif saves_on_interrupt:
+                    _report_interrupt()
+                else:
+                    deadline = min(deadline, time.monotonic() + grace_s)
         for rank in _newly_ended(ranks, end.ranks):
             end.ranks.append(rank)
             if not rank.orderly:
@@ -263,6 +272,13 @@ def _wait_for_all(ranks: Sequence[Rank], received: list[int], grace_s: float) ->
             _kill_remaining(ranks, end.ranks)
         time.sleep(POLL_S)
     return end
+
+
+def _report_interrupt() -> None:
+    """The ranks cannot: one may wait for another."""
+    if sys.stdout.isatty():
+        print()  # below rank 0's progress bar
+    logger.info("Ctrl-C: saves at the end of this step and ends; again: ends at once")
 
 
 def _newly_ended(ranks: Sequence[Rank], ended: Sequence[Rank]) -> list[Rank]:

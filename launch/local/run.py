@@ -18,6 +18,7 @@ from evspan.conf.schema.training import EvaluateConfig, ParallelConfig, TrainCon
 from evspan.launch.cli.command import run_command
 from evspan.launch.local.rank import evaluate_rank, train_rank
 from evspan.launch.local.ranks import run_ranks
+from evspan.launch.local.run_folder import name_run_folder, require_run_dir
 from evspan.launch.sweep.queued import refuse_queued
 from evspan.launch.sweep.registry import SWEEP, is_run
 from evspan.pipeline.parallel.rank_env import started_as_rank
@@ -38,10 +39,13 @@ def run_training(config: TrainConfig, *, own_process: bool = False) -> int:
             is written: another process uses the folder.
     """
     if under_launcher():
+        require_run_dir(config)
         train_rank(config)
         return 0
-    check_run_folder(Path(config.run_dir))
+    if config.run_dir:
+        check_run_folder(Path(config.run_dir))
     check_training(config)
+    name_run_folder(config)
     with training_lock(config.run_dir) as lock:
         refuse_queued([Path(config.run_dir)])
         path = Path(config.run_dir, CONFIG_FILE)
@@ -167,7 +171,12 @@ def _run_ranks(
     """variables: further environment variables of the ranks."""
     command = [sys.executable, "-m", "evspan.launch.local.rank", kind, str(path)]
     return run_ranks(
-        command, parallel.ranks, threads=parallel.threads, remedy=remedy, variables=variables
+        command,
+        parallel.ranks,
+        threads=parallel.threads,
+        remedy=remedy,
+        variables=variables,
+        saves_on_interrupt=kind == "train",
     )
 
 

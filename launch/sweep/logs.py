@@ -10,6 +10,7 @@ from pathlib import Path
 from evspan.conf.errors import UserError
 from evspan.conf.text import plural
 from evspan.launch.sweep.registry import Run, describe, find_runs, read_runs
+from evspan.pipeline.metrics_log import METRICS
 
 POLL_S = 0.5  # between two reads of a log
 STATE_S = 5.0  # between two reads of the run's state
@@ -25,12 +26,14 @@ class LogSelection:
         all_ranks: read the logs of all ranks; each line starts with its rank.
         follow: continue with new lines until the run has ended.
         last_lines: number of lines from the end of each existing log; None for all.
+        metrics: read metrics.jsonl instead of logs.
     """
 
     rank: int | None = None
     all_ranks: bool = False
     follow: bool = False
     last_lines: int | None = None
+    metrics: bool = False
 
     def __post_init__(self) -> None:
         for option, value in (("--rank", self.rank), ("--lines", self.last_lines)):
@@ -113,6 +116,11 @@ def select_logs(run: Run, selection: LogSelection) -> list[LogReader]:
     Raises:
         UserError: the run has no such log, and none is to come.
     """
+    if selection.metrics:
+        path = run.folder / METRICS
+        if not path.exists() and not (selection.follow and run.active):
+            raise UserError(f"{run.folder} has no {METRICS}: it is {describe(run)}")
+        return [LogReader(path, "")]
     existing = log_files(run.folder)
     rank = selection.rank or 0
     selected = [log for log in existing if selection.all_ranks or rank_of(log) == rank]
@@ -129,8 +137,6 @@ def _missing_log(run: Run, existing: list[Path], rank: int) -> str:
         ranks = ", ".join(str(rank_of(log)) for log in existing)
         return f"{run.folder} has no log of rank {rank}; give one of {ranks}"
     message = f"{run.folder} has no logs: it is {describe(run)}"
-    if not run.job:
-        return f"{message}. A run that was started on this machine writes to its terminal only"
     if run.active:
         return f"{message}; --follow waits for them"
     return message

@@ -15,6 +15,7 @@ from evspan.conf.schema.training import TrainConfig
 from evspan.conf.secret_values import hidden_overrides, hide_values
 from evspan.data_prep.shards.atomic import atomic_write
 from evspan.launch.local.run import check_sweep_folder, check_training
+from evspan.launch.local.run_folder import SWEEPS, numbered_folder
 from evspan.launch.sweep.registry import SWEEP, is_folder_name
 from evspan.pipeline.history import read
 
@@ -74,8 +75,11 @@ def sweep_settings(expansion: Expansion, config_dir: Sequence[str]) -> SweepSett
         ConfigError: no combination composes, or the folder is that of a run.
     """
     first = _first_composed(expansion.combinations, config_dir)
-    folder = Path(first.run_dir)
-    check_sweep_folder(folder)
+    if first.run_dir:
+        folder = Path(first.run_dir)
+        check_sweep_folder(folder)
+    else:
+        folder = numbered_folder(SWEEPS, create=not first.cluster.dry_run)
     return SweepSettings(folder, first.cluster)
 
 

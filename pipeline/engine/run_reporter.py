@@ -1,18 +1,22 @@
 """What a run reports while it trains: log lines, TensorBoard scalars, progress, resources."""
 
 import logging
+import time
 from pathlib import Path
 from typing import NamedTuple
 
-from evspan.conf.schema.layout import chosen_exchange
+import torch
+from evspan.conf.progress import ProgressBar
 from evspan.conf.schema.training import EvaluationConfig, TrainConfig
 from evspan.pipeline.data.datasets import Dataset
 from evspan.pipeline.engine.profiling import Profiler
 from evspan.pipeline.engine.resources import Resources, over_ranks
+from evspan.pipeline.engine.start_lines import finished_lines, frames_per_step, start_lines
 from evspan.pipeline.engine.step_report import LossSummary, StepReport, ThroughputMeter
 from evspan.pipeline.evaluation.coco import Metrics
 from evspan.pipeline.history import write_progress
 from evspan.pipeline.inference.streaming import RecordingResult
+from evspan.pipeline.metrics_log import EVALUATION, TRAIN, MetricsLog
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.parallel.mesh import Mesh
 from evspan.pipeline.parallel.sequence import SequenceExchange
@@ -22,6 +26,7 @@ from evspan.pipeline.tensorboard.summaries import write_evaluation, write_run_in
 from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 
 logger = logging.getLogger(__name__)
+FIRST_STEPS = (1, 2, 5, 10)  # of an attempt, which are reported
 PROFILE_REQUEST = "profile"  # the number of steps to trace, among the metrics that ranks exchange
 
 
@@ -46,6 +51,7 @@ class RunReporter:
     Args:
         writer: of the run's TensorBoard event file.
         profiler: starts a trace that was requested while the run goes on.
+        resume_step: of the checkpoint that the run continues from; 0: it starts.
     """
 
     def __init__(
@@ -56,6 +62,8 @@ class RunReporter:
         exchange: SequenceExchange,
         writer: TensorBoardWriter,
         profiler: Profiler,
+        *,
+        resume_step: int,
     ) -> None:
         self.config = config
         self.world = world
@@ -66,6 +74,11 @@ class RunReporter:
         self.run_dir = Path(config.run_dir)
         self.resources = Resources(world.device)
         self.throughput = ThroughputMeter()
+        self.metrics_log = MetricsLog(self.run_dir, enabled=world.is_main, resume_step=resume_step)
+        self.first_step = resume_step + 1  # of this attempt
+        self.first_step_ended = 0.0  # time.perf_counter()
+        self.epochs_per_step = 0.0
+        self.bar: ProgressBar | None = None
 
     def log(self, message: str) -> None:
         """Rank 0 logs for all ranks."""
@@ -78,7 +91,10 @@ class RunReporter:
         Args:
             step: that the run starts or resumes at.
         """
-        self._log_start(dataset, detector, step)
+        for line in start_lines(self.config, dataset, detector, self.mesh, step):
+            self.log(line)
+        if self.config.training.cuda_graphs and self.world.device.type != "cuda":
+            self.log("training.cuda_graphs has no effect on a CPU")
         ranks = environment(self.world)
         if self.world.is_main:
             write_run_info(
@@ -90,33 +106,40 @@ class RunReporter:
                 step,
                 gpu=self.world.device.type == "cuda",
             )
+        self.first_step = step + 1
+        self.epochs_per_step = frames_per_step(self.config.training) / sum(
+            recording.frames for recording in dataset.recordings
+        )
+        self.bar = ProgressBar("training", self.config.training.max_steps, done=step)
         self.throughput = ThroughputMeter()
 
-    def _log_start(self, dataset: Dataset, detector: Detector, step: int) -> None:
-        frames = sum(recording.frames for recording in dataset.recordings)
-        position = f"resumes at step {step}" if step else "starts"
-        message = (
-            f"{self.run_dir}: {position} of {self.config.training.max_steps}; {self._layout()}, "
-            f"{len(dataset.recordings)} recordings, {frames} frames"
-        )
-        if self.config.deepspeed.stage < 3:  # in stage 3 a rank holds a part of each parameter
-            parameters = sum(p.numel() for p in detector.parameters())
-            message += f", {parameters:,} parameters"
-        self.log(f"{message}, {self.config.training.precision.name}")
-        if self.config.training.cuda_graphs and self.world.device.type != "cuda":
-            self.log("training.cuda_graphs has no effect on a CPU")
-        self.log(f"watch it: tensorboard --logdir {self.run_dir}")
+    def is_due(self, step: int) -> bool:
+        """Whether the step is reported: the host then waits for its values at its end.
 
-    def _layout(self) -> str:
-        if self.world.size == 1:
-            return "1 rank"
-        text = f"{self.world.size} ranks = {self.mesh.data_size} data"
-        if self.mesh.sequence_size > 1:
-            kind = chosen_exchange(
-                self.config.parallel.exchange, dws_conv=self.config.model.backbone.dws_conv
-            )
-            text += f" x {self.mesh.sequence_size} sequence, exchange {kind.name}"
-        return text
+        The first steps of an attempt are, so that one sees soon that and how fast it trains.
+        """
+        training = self.config.training
+        return (
+            step - self.first_step + 1 in FIRST_STEPS
+            or step % training.log_every == 0
+            or step == training.max_steps
+        )
+
+    def queued(self) -> None:
+        """A step has been queued."""
+        if self.bar is not None:
+            self.bar.advance()
+
+    def finished(self, step: int) -> None:
+        """Reports the result of a run that had all of its steps before this attempt."""
+        if self.world.is_main:
+            for line in finished_lines(self.config, step):
+                self.log(line)
+
+    def close(self) -> None:
+        """Removes the progress bar."""
+        if self.bar is not None:
+            self.bar.close()
 
     def step(self, report: StepReport, *, skipped: int) -> None:
         """Reports the step, and the speed since the last one that was reported. A collective.
@@ -124,7 +147,6 @@ class RunReporter:
         Args:
             skipped: micro-batches since the run's first step.
         """
-        training = self.config.training
         exchange_s = self.exchange.clock.read()
         speed = self.throughput.read()
         metrics = self._rank_metrics(
@@ -132,29 +154,52 @@ class RunReporter:
             data_wait_fraction=speed.data_wait_fraction,
             exchange_fraction=exchange_s / speed.seconds,
         )
-        frames_per_step = (
-            training.batch_size * training.sequence_length * training.gradient_accumulation_steps
-        )
-        self.writer.write_scalars(
-            {
-                **_step_scalars(report),
-                "train/skipped_steps": skipped,
-                "speed/frames_per_s": speed.frames_per_s,
-                "speed/step_ms": 1000 * frames_per_step / speed.frames_per_s,
-                **metrics,
-            },
-            report.step,
-        )
-        losses = report.losses
+        frames = frames_per_step(self.config.training)
+        scalars = {
+            **_step_scalars(report),
+            "train/skipped_steps": skipped,
+            "speed/frames_per_s": speed.frames_per_s,
+            "speed/step_ms": 1000 * frames / speed.frames_per_s,
+            **metrics,
+        }
+        self.writer.write_scalars(scalars, report.step)
+        epoch = self.epochs_per_step * report.step
+        self.metrics_log.write(TRAIN, report.step, {"epoch": epoch, **_record(scalars)})
+        eta = self._remaining(report.step, frames / speed.frames_per_s)
+        loss = f"loss {report.losses.total:.4g}"
+        if self.bar is not None:
+            self.bar.note(loss)
         self.log(
-            f"step {report.step:6d}  loss {losses.total:8.4f}  iou {losses.iou:7.4f}  "
-            f"obj {losses.objectness:7.4f}  cls {losses.classes:7.4f}  "
-            f"lr {report.learning_rate:.2e}  |g| {report.gradient_norm:7.3f}  "
-            f"{speed.frames_per_s:6.1f} frames/s  "
-            f"data wait {metrics['speed/data_wait_fraction']:4.0%}"
+            f"step {report.step} of {self.config.training.max_steps}  epoch {epoch:.3g}  {loss}  "
+            f"lr {report.learning_rate:.1e}  {speed.frames_per_s:.1f} frames/s  "
+            f"data wait {100 * metrics['speed/data_wait_fraction']:.0f} %  ETA {eta}"
         )
+        if report.step == self.first_step:
+            self.log(self._memory(metrics))
         if self.world.is_main:
-            self._write_progress(report.step, losses, speed.frames_per_s, frames_per_step)
+            self._write_progress(report.step, report.losses, speed.frames_per_s, frames)
+
+    def _remaining(self, step: int, seconds_per_step: float) -> str:
+        """Hours, minutes and seconds until the last step, at the mean speed of this attempt.
+
+        The first step, which compiles and allocates, does not count; evaluations do.
+        """
+        now = time.perf_counter()
+        if step == self.first_step:
+            self.first_step_ended = now
+        else:
+            seconds_per_step = (now - self.first_step_ended) / (step - self.first_step)
+        return clock_text(seconds_per_step * (self.config.training.max_steps - step))
+
+    def _memory(self, metrics: dict[str, float]) -> str:
+        """Of the rank that uses the most, after the first step."""
+        if "memory/gpu_peak_gib" not in metrics:
+            return f"memory: {metrics['memory/resident_gib']:.2f} GiB per rank"
+        total = torch.cuda.get_device_properties(self.world.device).total_memory
+        return (
+            f"memory: {metrics['memory/gpu_peak_gib']:.2f} of {total / 2**30:.1f} GiB per GPU, "
+            f"{metrics['memory/resident_gib']:.2f} GiB per rank on the host"
+        )
 
     def _write_progress(
         self, step: int, losses: LossSummary, frames_per_s: float, frames_per_step: int
@@ -192,6 +237,9 @@ class RunReporter:
         metrics = evaluated.metrics
         scalars = {f"evaluation/{name}": v for name, v in metrics.scalars().items()}
         self.writer.write_scalars(scalars, step)
+        self.metrics_log.write(
+            EVALUATION, step, {"epoch": self.epochs_per_step * step, **metrics.scalars()}
+        )
         write_evaluation(self.writer, evaluated.results, evaluated.data, evaluated.config, step)
         self.log(
             f"evaluation at step {step} ({evaluated.seconds:.0f} s), weights: {evaluated.weights}\n"
@@ -210,3 +258,22 @@ def _step_scalars(report: StepReport) -> dict[str, float]:
         "train/learning_rate": report.learning_rate,
         "train/gradient_norm": report.gradient_norm,
     }
+
+
+def _record(scalars: dict[str, float]) -> dict[str, float]:
+    """The keys of a line of metrics.jsonl: the tags without their group, and `loss`."""
+    record = {"loss": scalars["loss/total"]}
+    for tag, value in scalars.items():
+        group, name = tag.split("/", 1)
+        if tag != "loss/total":
+            record[f"loss_{name}" if group == "loss" else name] = value
+    return record
+
+
+def clock_text(seconds: float) -> str:
+    """'0:05', '3:12', '1:02:03'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}"

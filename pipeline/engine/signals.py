@@ -1,5 +1,7 @@
 """Stop signals set a flag. The training loop reads it where all ranks can save."""
 
+import logging
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +9,10 @@ from types import FrameType
 
 import torch
 from evspan.conf.errors import STOP_SIGNALS
+from evspan.pipeline.parallel.rank_env import started_as_rank
 from evspan.pipeline.parallel.reductions import sum_over_ranks
+
+logger = logging.getLogger(__name__)
 
 
 class StopFlag:
@@ -19,6 +24,18 @@ class StopFlag:
     def request(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
         """Sets the flag; has the signature of a signal handler."""
         self.received = number
+
+    @property
+    def name(self) -> str:
+        """What asked the process to stop, for a message."""
+        return "Ctrl-C" if self.received == signal.SIGINT else "stop signal"
+
+    def interrupt(self, number: int, frame: FrameType | None = None) -> None:
+        """The handler of Ctrl-C. Sets the flag; the next Ctrl-C ends the process at once."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        self.request(number)
+        if not started_as_rank(os.environ):  # else the launcher reports it
+            logger.info("Ctrl-C: saves at the end of this step and ends; again: ends at once")
 
     def is_set(self) -> bool:
         """Whether this process was asked to stop."""
@@ -40,13 +57,14 @@ def any_rank(value: bool, device: torch.device) -> bool:
 
 @contextmanager
 def catch_stop_signals() -> Iterator[StopFlag]:
-    """While open, STOP_SIGNALS set the flag instead of ending the process.
+    """While open, STOP_SIGNALS and the first Ctrl-C set the flag instead of ending the process.
 
     Python delivers signals to the main thread only. In another thread the flag stays unset.
     """
     flag = StopFlag()
     try:
         previous = {number: signal.signal(number, flag.request) for number in STOP_SIGNALS}
+        previous[signal.SIGINT] = signal.signal(signal.SIGINT, flag.interrupt)
     except ValueError:
         previous = {}
     try:

@@ -136,8 +136,13 @@ class DataWait:
         return self.may_end and self.stop_flag.is_set() and waited_s > DATA_WAIT_S
 
 
-def train(config: TrainConfig, world: World) -> Metrics | None:
+def train(
+    config: TrainConfig, world: World, *, on_start: Callable[[], None] | None = None
+) -> Metrics | None:
     """Trains to `max_steps`, from the run's newest checkpoint if there is one. A collective.
+
+    Args:
+        on_start: called when this process may write into the run's folder.
 
     Returns:
         Metrics of the last evaluation in this process; None if there was none.
@@ -152,6 +157,8 @@ def train(config: TrainConfig, world: World) -> Metrics | None:
         attempt_lock(config.run_dir, is_main=world.is_main),
         explain_out_of_memory(config, world),
     ):
+        if on_start is not None:
+            on_start()
         trainer = Trainer(config, world)
         try:
             with catch_stop_signals() as stop_flag:
@@ -259,6 +266,7 @@ class Trainer:
         self.metrics: list[Tensor] = []  # of the micro-batches since the last update
         self.pending: PendingStep | None = None
         self.state_before_step = self.state
+        self.stop_flag = StopFlag()
         self.has_data = True  # False: this rank has left off waiting for it
         self.left_out: PendingStep | None = None  # the first step in which a rank had no data
         self.stop = False  # whether a rank was asked to stop, as far as reports were read
@@ -276,7 +284,13 @@ class Trainer:
             self.run_dir, world.rank, self.writer, detector, config.training.profile
         )
         self.reporter = RunReporter(
-            config, world, self.mesh, self.exchange, self.writer, self.profiler
+            config,
+            world,
+            self.mesh,
+            self.exchange,
+            self.writer,
+            self.profiler,
+            resume_step=self.step,
         )
         self.probe_dataset: Dataset | None = None  # the evaluated split, for TensorBoard images
 
@@ -286,12 +300,14 @@ class Trainer:
 
     def close(self) -> None:
         """Writes the trace that is running, and closes the TensorBoard event file."""
+        self.reporter.close()
         self.profiler.close()
         self.writer.close()
 
     # -- the loop ------------------------------------------------------------------------------
     def run(self, stop_flag: StopFlag) -> Metrics | None:
         """Trains to `max_steps`; see `train`."""
+        self.stop_flag = stop_flag
         self.reporter.start(self.dataset, self._detector, self.step)
         training = self.config.training
         device = self.world.device
@@ -301,12 +317,16 @@ class Trainer:
             first, encoded=encodes_for(device), stop_requested=wait.is_too_long
         )
         batches = device_batches(read, device)
+        was_complete = self._is_last_step
         metrics = self._evaluate_if_missing(stop_flag)
         if self.world.is_main and self.step == 0 and training.log_images_every > 0:
             write_first_images(self.writer, self.loader, first, self.step)
+        if was_complete:
+            self.reporter.finished(self.step)
         while not self._is_last_step:
             self.profiler.before(self.step + 1)
             batch = self._train_step(batches, wait)
+            self.reporter.queued()
             self.profiler.after()
             if self.stop or self._report_is_due:
                 report = self._read_report()
@@ -337,6 +357,11 @@ class Trainer:
             append(self.run_dir, "done", step=self.step, **({"reason": reason} if reason else {}))
 
     @property
+    def stopped_by(self) -> str:
+        """What ends the run, for a message."""
+        return self.stop_flag.name
+
+    @property
     def _is_last_step(self) -> bool:
         return self.limits.is_last(self.step)
 
@@ -359,7 +384,7 @@ class Trainer:
 
     @property
     def _log_is_due(self) -> bool:
-        return self.step % self.config.training.log_every == 0 or self._is_last_step
+        return self.reporter.is_due(self.step)
 
     @property
     def _report_is_due(self) -> bool:
@@ -648,7 +673,9 @@ class Trainer:
             return
         self.step = self.left_out.number - 1
         self.state = self.left_out.state
-        self.reporter.log(f"stop signal while a rank waited for the data of step {self.step + 1}")
+        self.reporter.log(
+            f"{self.stopped_by} while a rank waited for the data of step {self.step + 1}"
+        )
         self._exit_stopped()
 
     def _exit_stopped(self) -> NoReturn:
@@ -656,8 +683,8 @@ class Trainer:
         if self.saved_step != self.step:
             self._save()
         self.reporter.log(
-            f"stop signal: saved step {self.step} in {self.checkpoints.folder}; "
-            "the same command continues"
+            f"{self.stopped_by}: saved step {self.step} in {self.checkpoints.folder}; "
+            f"the same command with run_dir={self.run_dir} continues"
         )
         self.writer.close()
         if self.world.is_main:

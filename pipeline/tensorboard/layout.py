@@ -12,7 +12,7 @@ def charts(config: TrainConfig, classes: list[str], *, gates: Iterable[str], gpu
 
     Args:
         classes: names by class id.
-        gates: names of the attention gates, as in the tags `attention_gates/NAME`.
+        gates: names of the attention gates, as in the tags `model/attention_gates/NAME`.
         gpu: whether the run is on a GPU.
     """
     tags_by_category = {
@@ -34,7 +34,7 @@ def _learning(gates: Iterable[str]) -> dict[str, list[str]]:
         "gradient norm": ["train/gradient_norm"],
         "positives (predictions assigned to a box)": ["train/positives"],
     }
-    gate_tags = [f"attention_gates/{name}" for name in gates]
+    gate_tags = [f"model/attention_gates/{name}" for name in gates]
     if gate_tags:
         tags["attention gates"] = gate_tags
     return tags

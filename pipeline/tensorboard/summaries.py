@@ -54,12 +54,12 @@ def write_images(
     evaluation = probe_image(probe, classes)
     if evaluation is not None:
         writer.write_image("evaluation/watched_frames", evaluation, step)
-    gates = {f"attention_gates/{name}": value for name, value in probe.gates.items()}
+    gates = {f"model/attention_gates/{name}": value for name, value in probe.gates.items()}
     writer.write_scalars(gates, step)
-    factors = {f"attention/{name}": values for name, values in probe.multipliers.items()}
+    factors = {f"model/attention/{name}": values for name, values in probe.multipliers.items()}
     writer.write_histograms(factors, step)
     if probe.gates:
-        writer.write_histograms({"attention/gates": [*probe.gates.values()]}, step)
+        writer.write_histograms({"model/attention/gates": [*probe.gates.values()]}, step)
 
 
 def write_evaluation(

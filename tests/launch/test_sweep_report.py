@@ -16,7 +16,7 @@ from evspan.launch.cli import cancel, logs, report, status
 from evspan.launch.sweep.registry import read_runs
 from evspan.launch.sweep.report.curves import Curve, read_curves
 from evspan.launch.sweep.report.event_files import Point
-from evspan.launch.sweep.report.hparams import hparam_value
+from evspan.launch.sweep.report.hparams import hparam_value, trial_names
 from evspan.launch.sweep.report.html import CURVE_POINTS, thinned
 from evspan.launch.sweep.report.results import InterruptionCost, RunResult, read_results
 from evspan.launch.sweep.report.summary import write_report
@@ -493,6 +493,19 @@ def test_tensorboard_shows_the_sweep_once_after_several_reports(sweep, capsys):
     (sweep / "1" / "evaluation" / "metrics.json").write_text('{"ap": 0.75}')
     report.main([str(sweep)])
     assert hparams(sweep)["1/hparams"][1]["ap"] == 0.75
+
+
+def test_names_of_trials_are_short_and_differ():
+    sweep = Path("/data/sweeps/lr")
+    assert trial_names([sweep / "0", sweep / "1"]) == ["lr/0", "lr/1"]
+    assert trial_names([sweep / "a" / "0", sweep / "b" / "0", Path("/x/0")]) == [
+        "a/0",
+        "b/0",
+        "x/0",
+    ]
+    twins = [Path("/data/a/lr/0"), Path("/data/b/lr/0")]
+    assert trial_names(twins) == ["a/lr/0", "b/lr/0"]
+    assert trial_names([]) == []
 
 
 # -- damaged files -----------------------------------------------------------------------------------------------

@@ -154,12 +154,21 @@ def test_the_layout_has_a_chart_for_every_curve_that_belongs_somewhere(logged_ru
     }  # none is forgotten
 
 
+def test_the_first_groups_are_ap_and_losses(logged_run):
+    """TensorBoard sorts tags by name."""
+    reader, _, _ = logged_run
+    tags = [tag for kind in ("scalars", "images", "histograms") for tag in reader.Tags()[kind]]
+    groups = sorted({tag.split("/")[0] for tag in tags})
+    assert groups[:2] == ["evaluation", "loss"]
+    assert min(tags) == "evaluation/ap"
+
+
 def test_scalars_are_in_their_units(logged_run):
     reader, config, _ = logged_run
     speed, step = (
         {e.step: e.value for e in reader.Scalars(f"speed/{k}")} for k in ("frames_per_s", "step_ms")
     )
-    assert [*speed] == [*step] == [2, 4]
+    assert [*speed] == [*step] == [1, 2, 4]  # the first two of an attempt always
     per_step = config.training.batch_size * config.training.sequence_length
     assert all(step[k] == pytest.approx(1000 * per_step / speed[k], rel=1e-4) for k in step)
     assert all(0.1 < e.value < 20 for e in reader.Scalars("memory/resident_gib"))
@@ -199,22 +208,22 @@ def test_images_of_the_probe_frames_show_their_boxes(logged_run):
 def test_histograms_of_gates_and_of_what_they_multiply(logged_run):
     reader, *_ = logged_run
     assert set(reader.Tags()["histograms"]) == {
-        "attention/gates",
-        *(f"attention/scale_{i}/channel" for i in range(3)),
+        "model/attention/gates",
+        *(f"model/attention/scale_{i}/channel" for i in range(3)),
         *(
-            f"attention/scale_{i}/{part}"
+            f"model/attention/scale_{i}/{part}"
             for i in (0, 1)
             for part in ("spatial", "motion", "temporal")
         ),
     }
-    for event in reader.Histograms("attention/scale_0/spatial"):
+    for event in reader.Histograms("model/attention/scale_0/spatial"):
         assert event.histogram_value.num == 4 * 8 * 16
         assert 0 < event.histogram_value.min < event.histogram_value.max < 1
-    last = reader.Histograms("attention/gates")[-1].histogram_value
+    last = reader.Histograms("model/attention/gates")[-1].histogram_value
     gates = [
         reader.Scalars(tag)[-1].value
         for tag in reader.Tags()["scalars"]
-        if tag.startswith("attention_gates/")
+        if tag.startswith("model/attention_gates/")
     ]
     assert last.num == len(gates) == 9
     assert any(gates)
@@ -276,7 +285,7 @@ def test_ranks_that_share_sequences_and_weights_log_together(tmp_path):
         f"steps-3-5-rank-{r}.json.gz" for r in (0, 1)
     ]
     assert [*images(reader, "evaluation/watched_frames")] == [5]
-    assert len(reader.Histograms("attention/gates")) == 1
+    assert len(reader.Histograms("model/attention/gates")) == 1
     assert all(0 < e.value < 1 for e in reader.Scalars("speed/exchange_fraction"))
     (event,) = reader.Tensors("custom_scalars__config__")
     assert "exchange_fraction" in tensor_util.make_ndarray(event.tensor_proto).item().decode(

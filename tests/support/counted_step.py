@@ -28,7 +28,7 @@ from support.emulated_deepspeed import deepspeed_on_emulated_gpu
 from support.emulated_device import Counts, Emulation, emulated_gpu
 from support.small_shards import write_small_shards
 
-WARM_UP_STEPS = 1
+WARM_UP_STEPS = 2  # the first two steps are reported
 RECORDING_FRAMES = 96
 FULL_DENSITY = 0.018  # events per value: 83 kB per frame, as the recordings at hand have
 
@@ -177,7 +177,7 @@ class _StepCounter:
 
 
 def step_counts(options: StepOptions, shards: Path, run_dir: Path) -> Counts:
-    """Counts the second step of a run, from its start to that of the third."""
+    """Counts the third step of a run, from its start to that of the fourth."""
     with open_trainer(options, shards, run_dir) as (gpu, trainer):
         counter = _StepCounter(gpu)
         trainer.profiler = counter

@@ -287,7 +287,7 @@ def trained_in_little_memory(shards, run_dir, *overrides):
             )
             limit = (int(status["VmSize"].split()[0]) << 10) + SPARE
             resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
-        if line.startswith("step      1"):
+        if line.startswith("step 1 "):
             process.send_signal(signal.SIGTERM)
     return end_of(process, 100)
 

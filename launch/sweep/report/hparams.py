@@ -25,7 +25,8 @@ def write_sweep_hparams(results: Sequence[RunResult], keys: Sequence[str]) -> No
     Args:
         keys: the override keys that become hyper-parameters.
     """
-    for result in results:
+    names = trial_names([result.run.folder for result in results])
+    for result, name in zip(results, names, strict=True):
         run = result.run
         if not run.events:  # such a run may have no folder
             continue
@@ -33,9 +34,23 @@ def write_sweep_hparams(results: Sequence[RunResult], keys: Sequence[str]) -> No
         starts = [event["time"] for event in run.events if event["event"] == "start"]
         started = starts[0] if starts else time.time()
         try:
-            write_hparams(run.folder, values, result.metrics(), started)
+            write_hparams(run.folder, name, values, result.metrics(), started)
         except OSError as error:
             logger.warning("%s: HParams are not written: %s", run.folder, one_line(error))
+
+
+def trial_names(folders: Sequence[Path]) -> list[str]:
+    """The ends of the runs' paths, as short as they can be and still differ: lr/0, lr/1.
+
+    At least two parts: one TensorBoard may show several sweeps.
+    """
+    paths = [folder.absolute().parts[1:] for folder in folders]
+    names: list[str] = []
+    for length in range(2, max(map(len, paths), default=2) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
 
 
 def hparam_value(text: str) -> HParam:
@@ -50,18 +65,21 @@ def hparam_value(text: str) -> HParam:
 
 
 def write_hparams(
-    run: Path, values: Mapping[str, HParam], metrics: Mapping[str, float], started: float
+    run: Path,
+    name: str,
+    values: Mapping[str, HParam],
+    metrics: Mapping[str, float],
+    started: float,
 ) -> None:
     """Writes RUN/hparams, in place of an earlier one.
 
     Args:
+        name: of the trial. TensorBoard takes runs of the same name as one.
         started: start of the run, in seconds since 1970.
     """
     folder = run / HPARAMS_FOLDER
     old_files = list(folder.glob("*tfevents*"))
-    session = summary_v2.hparams_pb(
-        dict(values), trial_id=str(run.absolute()), start_time_secs=started
-    )
+    session = summary_v2.hparams_pb(dict(values), trial_id=name, start_time_secs=started)
     summaries = [session]
     for tag, value in metrics.items():
         summaries.append(Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
