@@ -282,7 +282,8 @@ class TrainingConfig:
     max_epochs: float = 0.0
     max_hours: float = 0.0  # over all attempts of the run, then it is done; 0: no limit
     patience: int = 0  # evaluations in a row without a better AP, then it is done; 0: no limit
-    batch_size: int = 8  # lanes, over all ranks
+    # Lanes, over all ranks. 0, or `auto` in the command: as many as fit, found by a short probe.
+    batch_size: int = 8
     sequence_length: int = 5  # frames per chunk
     # Gradients flow back through at most this number of frames of a chunk (BPTT length); 0: all.
     bptt_frames: int = 0
@@ -321,7 +322,6 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in (
             "max_steps",
-            "batch_size",
             "sequence_length",
             "gradient_accumulation_steps",
             "log_every",
@@ -330,6 +330,7 @@ class TrainingConfig:
             value = getattr(self, name)
             require(value >= 1, f"training.{name} is {value}; give 1 or more")
         for name, zero in (
+            ("batch_size", " (auto)"),
             ("log_images_every", " (never)"),
             ("max_epochs", " (no limit)"),
             ("max_hours", " (no limit)"),

@@ -1,5 +1,6 @@
 """Parses the arguments of commands that have a config: `key=value`, and a few options."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ FLAGS = {  # option -> field of ConfigArguments
     "-m": "multirun",
     "--multirun": "multirun",
 }
+# `training.batch_size=auto` is 0 in the config, whose key is a number.
+AUTO_BATCH_SIZE = re.compile(r"^(\+{0,2}training\.batch_size=)auto$")
 CONFIG_DIR_OPTIONS = ("--config-dir", "-cd")
 CFG_OPTIONS = ("--cfg", "-c")
 OVERRIDES_HELP = """Overrides of a config, in Hydra's grammar
@@ -77,7 +80,7 @@ def parse_config_arguments(argv: Sequence[str], prog: str) -> ConfigArguments:
         elif word.startswith("-"):
             raise UserError(_unknown_option(word, prog))
         else:
-            words.append(word)
+            words.append(AUTO_BATCH_SIZE.sub(r"\g<1>0", word))
     return ConfigArguments(tuple(words), **flags)
 
 

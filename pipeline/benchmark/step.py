@@ -11,8 +11,7 @@ from evspan.pipeline.benchmark.timing import PartClock, Spread, synchronize
 from evspan.pipeline.data.batch import Batch
 from evspan.pipeline.data.device_batches import device_batches, encodes_for
 from evspan.pipeline.data.encoded import EncodedBatch
-from evspan.pipeline.engine.layout_comparison import reset_peak_bytes
-from evspan.pipeline.engine.resources import peak_bytes
+from evspan.pipeline.engine.resources import peak_bytes, reset_peak_bytes
 from evspan.pipeline.engine.trainer import Trainer
 from torch import Tensor
 

@@ -1,6 +1,5 @@
 """Trains a micro detector with one rank layout after the other; compares each with one rank."""
 
-import ctypes
 import math
 import shutil
 import time
@@ -27,7 +26,7 @@ from evspan.conf.schema.training import (
 from evspan.conf.text import plural
 from evspan.pipeline.checkpoint_files import LATEST
 from evspan.pipeline.engine.layouts import DeviceInfo, Layout, LayoutResult
-from evspan.pipeline.engine.resources import peak_bytes
+from evspan.pipeline.engine.resources import peak_bytes, reset_peak_bytes
 from evspan.pipeline.engine.signals import StopFlag
 from evspan.pipeline.engine.step_report import LossSummary, StepReport
 from evspan.pipeline.engine.trainer import Trainer
@@ -302,19 +301,6 @@ class LayoutComparison:
 
 
 # -- device ----------------------------------------------------------------------------------------
-def reset_peak_bytes(device: torch.device) -> None:
-    """Restarts the measurement of `resources.peak_bytes`."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:  # glibc
-        malloc_trim(0)  # memory that the previous layout has freed must not count
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    except OSError:
-        pass  # the peak is then that of all layouts so far
 
 
 def device_info(world: World, threads: int) -> DeviceInfo:

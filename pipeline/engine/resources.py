@@ -1,5 +1,6 @@
 """Memory and GPU utilization of a rank, and of all ranks together."""
 
+import ctypes
 import math
 import resource
 import sys
@@ -76,3 +77,18 @@ def peak_bytes(device: torch.device) -> int:
         return peak if sys.platform == "darwin" else peak << 10  # bytes on macOS, else KiB
     fields = dict(line.split(":", 1) for line in status.splitlines())
     return int(fields["VmHWM"].split()[0]) << 10
+
+
+def reset_peak_bytes(device: torch.device) -> None:
+    """Restarts the measurement of `peak_bytes`."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:  # glibc
+        malloc_trim(0)  # memory that was freed before must not count
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    except OSError:
+        pass  # the peak is then that of the process so far

@@ -195,7 +195,7 @@ class RunReporter:
         """Of the rank that uses the most, after the first step."""
         if "memory/gpu_peak_gib" not in metrics:
             return f"memory: {metrics['memory/resident_gib']:.2f} GiB per rank"
-        total = torch.cuda.get_device_properties(self.world.device).total_memory
+        _, total = torch.cuda.mem_get_info(self.world.device)
         return (
             f"memory: {metrics['memory/gpu_peak_gib']:.2f} of {total / 2**30:.1f} GiB per GPU, "
             f"{metrics['memory/resident_gib']:.2f} GiB per rank on the host"

@@ -22,6 +22,7 @@ from evspan.pipeline.data.requirements import open_training
 from evspan.pipeline.data.sampling import sampling_plan
 from evspan.pipeline.data_digest import data_digest
 from evspan.pipeline.engine.batch_norm import batch_norm_reductions
+from evspan.pipeline.engine.batch_size import with_batch_size
 from evspan.pipeline.engine.checkpoints import (
     Checkpoints,
     LoadedSnapshot,
@@ -153,18 +154,36 @@ def train(
         SystemExit: a stop signal arrived; the newest checkpoint has all steps.
         FolderInUseError: another process trains in the run's folder.
     """
-    with (
-        attempt_lock(config.run_dir, is_main=world.is_main),
-        explain_out_of_memory(config, world),
-    ):
+    with attempt_lock(config.run_dir, is_main=world.is_main):
         if on_start is not None:
             on_start()
-        trainer = Trainer(config, world)
-        try:
-            with catch_stop_signals() as stop_flag:
-                return trainer.run(stop_flag)
-        finally:
-            trainer.close()
+        config = with_batch_size(config, world, lambda probed: _ProbedTrainer(probed, world))
+        with explain_out_of_memory(config, world):
+            trainer = Trainer(config, world)
+            try:
+                with catch_stop_signals() as stop_flag:
+                    return trainer.run(stop_flag)
+            finally:
+                trainer.close()
+
+
+class _ProbedTrainer:
+    """Trains single micro-batches, for `training.batch_size=auto`."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.trainer = Trainer(config, world)
+        device = world.device
+        loaded = self.trainer.loader.batches(0, encoded=encodes_for(device))
+        self.batches = device_batches(loaded, device)
+
+    def train_micro_batch(self) -> None:
+        self.trainer.micro_batch(next(self.batches))
+        self.trainer._read_pending()
+
+    def close(self) -> None:
+        self.batches.close()
+        self.trainer.close()
+        self.trainer.engine.close()
 
 
 class Trainer:

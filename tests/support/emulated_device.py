@@ -799,6 +799,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "reset_peak_memory_stats", lambda *_: None),
         (torch.cuda, "memory_reserved", lambda *_: 0),
         (torch.cuda, "max_memory_allocated", lambda *_: 0),
+        (torch.cuda, "mem_get_info", lambda *_: (60 << 30, 80 << 30)),  # free, total
         (torch.cuda, "utilization", lambda *_: 0),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         (torch.cuda, "set_device", lambda *_: None),

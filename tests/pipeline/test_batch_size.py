@@ -1,0 +1,161 @@
+"""`training.batch_size=auto`: a search over pretended memories, and a real probe."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from evspan.conf.compose import CONFIG_FILE, load_config, save_config
+from evspan.conf.errors import UserError
+from evspan.conf.schema.prep import DatasetConfig
+from evspan.conf.schema.training import (
+    BackboneConfig,
+    CheckpointConfig,
+    EngineKind,
+    EvaluationConfig,
+    HeadConfig,
+    ModelConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from evspan.launch.cli.config_arguments import parse_config_arguments
+from evspan.pipeline.engine import batch_size
+from evspan.pipeline.engine.batch_size import Probe, memory_limit, search, with_batch_size
+from evspan.pipeline.engine.trainer import train
+from evspan.pipeline.metrics_log import read_metrics
+from support.one_rank import open_one_rank
+from support.small_shards import write_small_shards
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def searched(fixed, per_lane, *, unit=1, most=10_000, speed=None):
+    """(result, sizes that were tried) on a memory of size 1."""
+    tried = []
+
+    def measure(lanes):
+        tried.append(lanes)
+        frames_per_s = speed(lanes) if speed else float(lanes)
+        return Probe(lanes, fixed + per_lane * lanes, frames_per_s)
+
+    return search(measure, unit=unit, most=most, faster=speed is not None), tried
+
+
+@pytest.mark.parametrize("unit", [1, 2, 3, 8])
+@pytest.mark.parametrize("per_lane", [0.1, 0.03, 0.0042, 0.0007])
+@pytest.mark.parametrize("fixed", [0.0, 0.15])
+def test_it_nearly_fills_the_memory_and_never_exceeds_it(fixed, per_lane, unit):
+    if fixed + per_lane * unit > 1:
+        return
+    lanes, tried = searched(fixed, per_lane, unit=unit)
+    assert lanes in tried
+    assert lanes % unit == 0
+    assert all(fixed + per_lane * size <= 1 for size in tried)  # not even while it searches
+    next_lanes = lanes + max(unit, lanes // 8) + unit
+    assert fixed + per_lane * next_lanes > 1
+
+
+def test_the_lanes_are_bounded_and_stop_where_more_are_no_faster():
+    assert searched(0.1, 1e-6, most=100)[0] >= 88
+    assert searched(0.1, 1e-6, most=100)[0] <= 100
+    assert searched(0.1, 1e-6, unit=4, most=3)[0] == 4
+    assert searched(0.1, 0.001, speed=lambda lanes: min(lanes, 8))[0] == 8
+
+
+def test_memory_that_grows_faster_than_the_first_sizes_show_is_not_chosen():
+    def measure(lanes):
+        return Probe(lanes, 0.1 + 0.001 * lanes**1.6, 1.0)
+
+    lanes = search(measure, unit=1, most=10_000, faster=False)
+    assert measure(lanes).filled <= 1
+
+
+def test_too_little_memory_for_one_lane_is_refused():
+    with pytest.raises(UserError, match=r"2 lanes need 170% of the memory. Lower"):
+        searched(0.0, 1.0, unit=2)
+
+
+def test_the_word_auto_is_a_number_in_the_config():
+    words = ["training.batch_size=auto", "run_dir=training.batch_size=auto"]
+    assert parse_config_arguments(words, "evspan train").argv == (
+        "training.batch_size=0",
+        "run_dir=training.batch_size=auto",
+    )
+
+
+def test_a_gpu_counts_what_is_free_and_what_torch_holds(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 30)
+    assert memory_limit(torch.device("cuda", 0)) == 7 << 30
+
+
+def test_the_ranks_of_a_machine_divide_its_memory(monkeypatch):
+    monkeypatch.setattr(batch_size, "CGROUP_LIMIT", Path("/nowhere"))
+    one = memory_limit(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory_limit(torch.device("cpu")) < one / 2
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    return write_small_shards(folder / "shards", {"train": [23, 12, 9], "val": [12]})
+
+
+def small_config(shards, run, *, lanes):
+    return TrainConfig(
+        run_dir=str(run),
+        model=ModelConfig(
+            backbone=BackboneConfig(embed_dim=8, dim_head=4, partition_split_32=1),
+            head=HeadConfig(num_classes=3),
+        ),
+        dataset=DatasetConfig(root=str(shards)),
+        training=TrainingConfig(
+            max_steps=2,
+            batch_size=lanes,
+            sequence_length=2,
+            engine=EngineKind.plain,
+            log_every=1,
+            log_images_every=0,
+            num_workers=0,
+        ),
+        evaluation=EvaluationConfig(batch_size=1, sequence_length=2, skip_first_ms=0),
+        checkpoint=CheckpointConfig(every=100),
+    )
+
+
+def losses(run):
+    return {record["step"]: record["loss"] for record in read_metrics(run) if "loss" in record}
+
+
+def test_a_probed_run_equals_one_with_its_number_and_a_resume_keeps_it(
+    shards, tmp_path, monkeypatch
+):
+    sizes = []
+    monkeypatch.setattr(batch_size, "memory_limit", lambda device: 100 / batch_size.FILLED)
+    real = batch_size._seconds
+
+    def seconds(open_trainer, config):
+        sizes.append(config.training.batch_size)
+        real(open_trainer, config)
+        return 1.0
+
+    monkeypatch.setattr(batch_size, "_seconds", seconds)
+    monkeypatch.setattr(batch_size, "peak_bytes", lambda device: 20 + 25 * sizes[-1])
+    auto = small_config(shards, tmp_path / "auto", lanes=0)
+    (tmp_path / "auto").mkdir()
+    save_config(auto, tmp_path / "auto" / CONFIG_FILE)
+    with open_one_rank() as world:
+        train(auto, world)
+        assert sizes == [1, 2, 3]
+        assert load_config(TrainConfig, tmp_path / "auto" / CONFIG_FILE).training.batch_size == 3
+        train(small_config(shards, tmp_path / "given", lanes=3), world)
+        assert losses(tmp_path / "auto") == losses(tmp_path / "given")
+        assert not any(math.isnan(loss) for loss in losses(tmp_path / "auto").values())
+        sizes.clear()
+        again = with_batch_size(auto, world, lambda _: pytest.fail("probed again"))
+        assert again.training.batch_size == 3
+        over = replace(auto, checkpoint=replace(auto.checkpoint, resume=False))
+        with pytest.raises(ZeroDivisionError):
+            with_batch_size(over, world, lambda _: 1 // 0)
