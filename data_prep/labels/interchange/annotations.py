@@ -1,6 +1,8 @@
 """Labels independent of the file format: pictures, boxes with class names, tracks."""
 
+import errno
 import math
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -166,6 +168,40 @@ def require_few_pictures(count: int, path: Path) -> None:
         )
 
 
+def require_regular(path: Path) -> None:
+    """Refuses what is no regular file: opening a named pipe would wait for a writer.
+
+    Raises:
+        LabelsError: there is no file, a folder, a pipe or a device.
+        OSError: its kind cannot be found out.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise LabelsError(f"{path} is not there, or is a link that leads nowhere") from error
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise LabelsError(f"{path} is a link that leads to itself") from error
+        raise
+    if not stat.S_ISREG(mode):
+        raise LabelsError(f"{path} is no regular file")
+
+
+def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """The content of a file of bounded size.
+
+    Raises:
+        LabelsError: it is too large, or no regular file.
+        OSError: it cannot be read.
+    """
+    require_regular(path)
+    with path.open("rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise LabelsError(f"{path} is larger than {most_bytes} bytes. Split it")
+    return data
+
+
 def read_text(path: Path) -> str:
     """The text of a file of bounded size.
 
@@ -173,12 +209,7 @@ def read_text(path: Path) -> str:
         LabelsError: it is too large, no UTF-8, or no regular file.
         OSError: it cannot be read.
     """
-    if not path.is_file() and path.exists():
-        raise LabelsError(f"{path} is no regular file")
-    with path.open("rb") as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise LabelsError(f"{path} is larger than {MOST_BYTES} bytes. Split it")
+    data = read_bytes(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ from evspan.data_prep.labels.interchange.annotations import (
     number,
     picture_size,
     require_classes,
+    require_regular,
     shown,
     whole,
 )
@@ -33,6 +34,7 @@ def read_coco(path: Path) -> Annotations:
         LabelsError, JsonFileError: the file is no COCO file.
         OSError: it cannot be read.
     """
+    require_regular(path)
     content = read_json(path, most_bytes=MOST_BYTES, most_values=MOST_VALUES)
     if isinstance(content, list):
         raise LabelsError(

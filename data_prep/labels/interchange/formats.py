@@ -10,6 +10,7 @@ from evspan.data_prep.labels.interchange.annotations import (
     Annotations,
     LabelsError,
     require_classes,
+    require_regular,
 )
 from evspan.data_prep.labels.interchange.images import files_below
 
@@ -71,8 +72,7 @@ def _of_folder(folder: Path) -> str:
 
 def _of_file(path: Path) -> str:
     """The format by the first bytes; empty if they are of none."""
-    if not path.is_file() and path.exists():
-        raise LabelsError(f"{path} is no regular file")
+    require_regular(path)
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     if head.startswith(ZIP):

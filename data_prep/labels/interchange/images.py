@@ -4,7 +4,12 @@ import os
 import warnings
 from pathlib import Path
 
-from evspan.data_prep.labels.interchange.annotations import MOST_FILES, MOST_SIDE, LabelsError
+from evspan.data_prep.labels.interchange.annotations import (
+    MOST_FILES,
+    MOST_SIDE,
+    LabelsError,
+    require_regular,
+)
 from evspan.data_prep.labels.interchange.names import IMAGE_SUFFIXES, image_stem, parse_frame_name
 from PIL import Image
 
@@ -56,6 +61,7 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         LabelsError: the file is no image.
     """
+    require_regular(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images, which are not decoded

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 from xml.parsers import expat
 
 from evspan.conf.text import printable
-from evspan.data_prep.labels.interchange.annotations import LabelsError
+from evspan.data_prep.labels.interchange.annotations import LabelsError, read_bytes
 
 MOST_BYTES = 256 << 20
 MOST_DEPTH = 32
@@ -21,10 +21,7 @@ def read_xml(path: Path) -> Element:
         LabelsError: it is no such file, exceeds a limit, or declares a document type.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise LabelsError(f"{path} is larger than {MOST_BYTES} bytes. Split it")
+    data = read_bytes(path, MOST_BYTES)
     reader = _Reader(path)
     try:
         reader.parser.Parse(data, True)
