@@ -18,10 +18,11 @@ from evspan.launch.output_streams import drop_lost_output
 DESCRIPTION = """Boxes or detections -> COCO, YOLO, Pascal VOC, CVAT, CSV or MOT; frames -> images.
 
 SOURCE is a box file (X_bbox.npy), a folder of them (the output of evspan infer or evaluate), a run
-with one evaluation, a recording, or shards. Of recordings and shards the frames are drawn, too, and
-with --frames those of the recordings that boxes belong to. Images have the sensor's size and are
-named by the end of their window (drive_000000050000us.png), so that evspan labels import needs no
-options for what a labelling tool saves.
+with one evaluation, a recording, a folder of recordings without boxes, or shards. Of recordings and
+shards the frames are drawn, too, and with --frames those of the recordings that boxes belong to.
+Images have the sensor's size and are named by the end of their window
+(drive_000000050000us.png), so that evspan labels import needs no options for what a labelling tool
+saves.
 
 Without labels there is an image every 100 ms, which is how often prep takes a label
 (dataset.labels.label_every_ms); with labels there is one at each of their times.

@@ -303,6 +303,16 @@ def test_frames_with_labels_are_imported_without_options(recording, tmp_path, na
         assert same.sum() == 1
 
 
+def test_a_folder_of_recordings_without_boxes_gives_images_of_all(recording, tmp_path):
+    for name in ("a.raw", "b_td.raw"):
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        (tmp_path / "raw" / name).write_bytes(recording.read_bytes())
+    summary = exported(tmp_path / "raw", tmp_path / "out", pictures=PictureOptions(every_ms=300))
+    assert (summary.recordings, summary.images) == (2, 4)
+    names = {path.name.split("_")[0] for path in (tmp_path / "out/images").iterdir()}
+    assert names == {"a", "b"}
+
+
 def test_shards_are_exported_in_pixels_of_the_sensor(recording, tmp_path):
     raw = tmp_path / "raw/train"
     raw.mkdir(parents=True)

@@ -134,6 +134,8 @@ def _label(folder: Path) -> None:
         "annotations": [{"id": 1, "image_id": 1, "category_id": 2, "bbox": [40, 50, 60, 30]}],
     }
     (folder / "annotations.json").write_text(json.dumps(content))
+    (folder / "own/train").mkdir(parents=True)
+    shutil.copy(folder / "drive_td.raw", folder / "own/train")
 
 
 def _train(folder: Path) -> None:

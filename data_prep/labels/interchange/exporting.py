@@ -31,7 +31,7 @@ from evspan.data_prep.labels.interchange.pictures import (
     draw_shard,
 )
 from evspan.data_prep.labels.interchange.timing import FRAME_LIST, write_frame_list
-from evspan.data_prep.recordings.left_out import is_recording
+from evspan.data_prep.recordings.left_out import files_of, is_recording_file
 from evspan.data_prep.recordings.open import SUFFIXES, open_recording
 from evspan.data_prep.shards.format import MANIFEST, RecordingEntry, load_manifest
 from evspan.data_prep.shards.reading import open_group, read_stored_boxes, read_stored_regions
@@ -48,7 +48,8 @@ class ExportOptions:
     """What to export, and where to.
 
     Attributes:
-        source: a box file, a folder of them, a run, shards, or a recording.
+        source: a box file, a folder of them, a run, shards, a recording, or a folder of
+            recordings without box files.
         out: a folder; for COCO and CSV without frames also a file.
         format: one of `FORMATS`; None: frames only.
         frames: recording, folder of recordings or shards whose frames are drawn; None: those of
@@ -149,7 +150,7 @@ def _sources(options: ExportOptions) -> tuple[list[_Recording], list[str]]:
         raise UserError(f"{source} is not there. Give a box file, a run, a recording or shards")
     if (source / MANIFEST).is_file():
         recordings, classes = _of_shards(source)
-    elif source.is_file() and is_recording(source.name):
+    elif source.is_file() and is_recording_file(source):
         boxes = find_boxes(source)
         labels = read_labels(boxes) if boxes else None
         recordings = [_Recording(recording_name(source), labels, source)]
@@ -210,6 +211,8 @@ def _of_box_files(source: Path) -> tuple[list[_Recording], list[str]]:
         files = {name.removesuffix(".npy"): source}
     else:
         files = boxes_in(_evaluation_folder(source).iterdir())
+    if not files and source.is_dir() and (found := files_of(source).recordings):
+        return [_Recording(recording_name(path), events=path) for path in sorted(found)], []
     if not files:
         raise UserError(
             f"{source} has no box files (X{BOXES_ENDING}). Give a box file, the output folder of "
@@ -289,7 +292,7 @@ def _sensor_size(recording: _Recording, source: Path) -> tuple[int, int] | None:
 def _recording_next_to(source: Path, name: str) -> Path | None:
     folder = source if source.is_dir() else source.parent
     for path in sorted(folder.iterdir()):
-        if is_recording(path.name) and recording_name(path) == name:
+        if recording_name(path) == name and path.is_file() and is_recording_file(path):
             return path
     return None
 
