@@ -24,7 +24,7 @@ from evspan.launch.cli.config_keys import choices_of, keys_of
 SUBCOMMANDS = {
     "prep": ("decode", "info", "preview", "export-rvt", "report", "status", "verify"),
     "evaluate": ("compare",),
-    "labels": ("import", "export"),
+    "labels": ("import", "export", "pseudo"),
 }
 # What the positional words of a command with a config most likely mean.
 POSITIONAL_KEYS = {

@@ -11,6 +11,7 @@ from evspan.launch.cli.command import Parser, reported_errors
 TOOLS = {  # evspan labels TOOL: its module, imported when the tool runs
     "import": "evspan.launch.cli.labels_import",
     "export": "evspan.launch.cli.labels_export",
+    "pseudo": "evspan.launch.cli.labels_pseudo",
 }
 
 DESCRIPTION = """Labels of other tools in and out.
@@ -18,6 +19,7 @@ DESCRIPTION = """Labels of other tools in and out.
   evspan labels import FILE OUT      COCO, YOLO, Pascal VOC, CVAT, CSV or MOT -> box files for
                                      evspan prep
   evspan labels export SOURCE OUT    boxes, detections and frames -> one of these formats, PNG
+  evspan labels pseudo RUN SOURCE OUT  pseudo-labels of a trained detector -> box files
 
 evspan help labels import shows its options."""
 EXAMPLES = """examples:

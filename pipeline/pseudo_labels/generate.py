@@ -1,0 +1,373 @@
+"""Runs a detector over recordings in both directions of time, and writes pseudo-labels."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from evspan.conf.atomic_files import replace_file
+from evspan.conf.errors import BoxesError, UserError
+from evspan.conf.progress import progress
+from evspan.conf.text import plural
+from evspan.data_prep.frames.histogram import frames_of
+from evspan.data_prep.frames.windows import window_ends
+from evspan.data_prep.labels.box_files import (
+    BOXES_ENDING,
+    NO_TRACK,
+    LabelRows,
+    empty_boxes,
+    read_labels,
+    write_boxes,
+)
+from evspan.data_prep.labels.classes import CLASSES_FILE
+from evspan.data_prep.recordings.open import open_recording
+from evspan.data_prep.recordings.sources import LISTS, Source, find_sources, split_folders
+from evspan.data_prep.shards.atomic import atomic_write
+from evspan.pipeline.inference.detect import clip_boxes
+from evspan.pipeline.inference.recordings import choose_device
+from evspan.pipeline.inference.streaming import raw_boxes
+from evspan.pipeline.inference.streaming_detector import StreamingDetector, StreamingOptions
+from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.inputs import limits_from
+from evspan.pipeline.model.postprocess import DetectionLimits
+from evspan.pipeline.pseudo_labels.filters import (
+    FrameBoxes,
+    Rows,
+    gap_boxes,
+    has_size,
+    in_long_tracks,
+    is_certain,
+    merge_directions,
+    track,
+    without_overlap,
+)
+from evspan.pipeline.pseudo_labels.options import Counts, PseudoOptions, PseudoSummary
+from evspan.pipeline.pseudo_labels.reversed_time import FrameSpool
+from evspan.pipeline.weights import load_weights
+from numpy.typing import NDArray
+
+LIST_FILE = "recordings.txt"
+SUMMARY_FILE = "summary.json"
+NO_ROWS = np.zeros((0, 7), np.float32)
+
+
+@dataclass(frozen=True)
+class BothDirections:
+    """Detections of F frames: (k, 7) of each, forward and backward in time.
+
+    end_us: (F,) ends of the windows. sensor: (height, width) in pixels.
+    """
+
+    end_us: NDArray[np.int64]
+    forward: list[Rows]
+    backward: list[Rows]
+    sensor: tuple[int, int]
+
+
+def label_recordings(options: PseudoOptions) -> Iterator[PseudoSummary]:
+    """Writes the pseudo-labels of every recording, and yields its summary.
+
+    At the end it writes the list of the recordings, classes.txt and summary.json.
+
+    Raises:
+        UserError: the checkpoint or a recording cannot be read, there are no recordings, or their
+            labels do not fit the detector.
+    """
+    sources = _sources(options)
+    weights = load_weights(options.checkpoint, raw=options.weights == "raw")
+    options.filters.objectness.of(weights.classes)
+    options.filters.class_score.of(weights.classes)
+    labels = [_read_labels(source, options, len(weights.classes)) for source in sources]
+    torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) - 1))
+    detector = detector_from(weights, device=choose_device(options.device))
+    options.output.mkdir(parents=True, exist_ok=True)
+    summaries: list[PseudoSummary] = []
+    for source, of_recording in zip(sources, labels, strict=True):
+        summary = _label(source, of_recording, detector, options)
+        summaries.append(summary)
+        yield summary
+    lines = [_line(source, options) for source in sources]
+    replace_file(options.output / CLASSES_FILE, "\n".join(weights.classes) + "\n")
+    replace_file(options.output / LIST_FILE, "\n".join(lines) + "\n")
+    written = [asdict(summary) | {"boxes": summary.boxes.name} for summary in summaries]
+    text = json.dumps({"recordings": written, "step": weights.step}, indent=1)
+    replace_file(options.output / SUMMARY_FILE, text + "\n")
+
+
+def box_file(source: Source, options: PseudoOptions) -> Path:
+    """The box file that is written for a recording."""
+    return options.output / f"{source.name.replace('/', '_')}{BOXES_ENDING}"
+
+
+def output_files(options: PseudoOptions) -> list[Path]:
+    """All files that are written.
+
+    Raises:
+        UserError: the source has no recordings in the split, or two of the same name.
+    """
+    files = [box_file(source, options) for source in _sources(options)]
+    return [*files, *(options.output / name for name in (CLASSES_FILE, LIST_FILE, SUMMARY_FILE))]
+
+
+def _sources(options: PseudoOptions) -> list[Source]:
+    sources = find_sources(options.source)
+    has_splits = options.source.suffix.lower() in LISTS or bool(
+        options.source.is_dir() and split_folders(options.source)
+    )
+    if has_splits:
+        sources = [source for source in sources if source.split == options.split]
+    else:
+        sources = [replace(source, split=options.split) for source in sources]
+    if not sources:
+        raise UserError(
+            f"{options.source} has no recordings in split {options.split}; choose another --split"
+        )
+    names = [box_file(source, options).name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"{plural(names.count(name), 'recording')} would have the box file {name}; label "
+                "them in separate commands"
+            )
+    return sources
+
+
+def _line(source: Source, options: PseudoOptions) -> str:
+    """The recording's line in the list: paths from the list's folder on."""
+    recording = os.path.relpath(source.path.resolve(), options.output.resolve())
+    boxes = box_file(source, options).name
+    fields = [source.split, recording, boxes]
+    return ",".join(f'"{text}"' if set(text) & set(' ,"') else text for text in fields)
+
+
+def _read_labels(source: Source, options: PseudoOptions, num_classes: int) -> LabelRows:
+    """The labels that are kept, with the detector's class ids."""
+    if source.boxes is None or not options.keep_labels:
+        return LabelRows(empty_boxes(), empty_boxes())
+    boxes, regions = read_labels(source.boxes)
+    class_map = options.class_map
+    if class_map is not None:
+        known = np.isin(boxes["class_id"], list(class_map))
+        boxes = boxes[known]
+        boxes["class_id"] = [class_map[int(class_id)] for class_id in boxes["class_id"]]
+    wrong = boxes["class_id"] >= num_classes
+    if wrong.any():
+        raise BoxesError(
+            f"{source.boxes}: {np.count_nonzero(wrong)} of {boxes.size} boxes have a class id that "
+            f"the detector lacks, first {boxes['class_id'][wrong][0]}; it has "
+            f"{plural(num_classes, 'class')}. Map the ids with --class-map 0:0,2:1 "
+            "(others are left out), or give --no-labels"
+        )
+    return LabelRows(boxes, regions)
+
+
+def _label(
+    source: Source, labels: LabelRows, detector: TrainedDetector, options: PseudoOptions
+) -> PseudoSummary:
+    detected = detect_both_ways(source.path, labels, detector, options)
+    labelled = np.isin(detected.end_us, labels.times)
+    boxes, regions, per_class = choose_labels(detected, labels, detector, options)
+    path = box_file(source, options)
+    with atomic_write(path) as temporary:
+        write_boxes(temporary, boxes, regions)
+    times = np.concatenate((boxes["t"], regions["t"], detected.end_us[labelled]))
+    return PseudoSummary(
+        name=source.name,
+        boxes=path,
+        frames=len(detected.end_us),
+        labelled_frames=int(np.isin(detected.end_us, times).sum()),
+        per_class=per_class,
+    )
+
+
+# -- detection -------------------------------------------------------------------------------------
+def detect_both_ways(
+    path: Path, labels: LabelRows, detector: TrainedDetector, options: PseudoOptions
+) -> BothDirections:
+    """Detections of all frames of a recording.
+
+    Windows end at the times of labels, as `evspan prep` puts them, and tile the rest. Frames wait
+    for the second direction in a temporary file.
+    """
+    recording = open_recording(path)
+    config = detector.frames
+    limits = limits_from(options.filters.confidence, options.filters.nms_iou)
+    ends: list[int] = []
+    times = labels.times
+
+    def window_ends_of(first_us: int) -> Iterator[int]:
+        if not times.size:
+            return count(first_us + config.window_us, config.window_us)
+        every_us = 1000 * options.label_every_ms
+        return iter(
+            window_ends(times, first_us, window_us=config.window_us, label_every_us=every_us)
+        )
+
+    with FrameSpool(options.output) as spool:
+
+        def frames() -> Iterator[NDArray[np.uint8]]:
+            for end_us, frame in frames_of(recording, window_ends_of, config):
+                ends.append(end_us)
+                if options.backward:
+                    spool.add(frame)
+                yield frame
+
+        bar = progress(frames(), f"{path.name}, forward", unit="frame")
+        forward = list(detect_frames(detector, bar, limits, options.frames_per_call))
+        backward = [NO_ROWS] * len(forward)
+        if options.backward:
+            bar = progress(spool.backward(), f"{path.name}, backward", unit="frame")
+            reverse = list(detect_frames(detector, bar, limits, options.frames_per_call))
+            # The reversed frame i ends where frame i begins: at the end of frame i - 1.
+            backward = [*reverse[:-1][::-1], NO_ROWS]
+    if not ends:
+        raise UserError(f"{path} holds no events. Give another recording, or record it again")
+    return BothDirections(
+        np.array(ends, np.int64), forward, backward, (recording.height, recording.width)
+    )
+
+
+def detect_frames(
+    detector: Detector,
+    frames: Iterable[NDArray[np.uint8]],
+    limits: DetectionLimits,
+    frames_per_call: int,
+) -> Iterator[Rows]:
+    """(k, 7) detections of each frame of one recording, from zero state on.
+
+    Args:
+        frames: (2 * bins, H, W) each, all of the same size.
+    """
+    source = iter(frames)
+    stream: StreamingDetector | None = None
+    while batch := list(islice(source, frames_per_call)):
+        stacked = np.stack(batch)
+        if stream is None:
+            height, width = stacked.shape[2:]
+            settings = StreamingOptions(1, height, width, limits, frames_per_call)
+            stream = StreamingDetector(detector, settings)
+        for rows in stream.start(torch.from_numpy(stacked)[:, None]).read():
+            yield rows.numpy()
+
+
+# -- choice ----------------------------------------------------------------------------------------
+def choose_labels(
+    detected: BothDirections, labels: LabelRows, detector: TrainedDetector, options: PseudoOptions
+) -> tuple[NDArray[np.void], NDArray[np.void], dict[str, Counts]]:
+    """Boxes and ignore regions of a recording, and counts by class.
+
+    Returns:
+        (N,) RAW_BOX sorted by time, with the labels; (R,) RAW_BOX; class name -> counts.
+    """
+    filters = options.filters
+    classes = detector.classes
+    labelled = np.isin(detected.end_us, labels.times)
+    certain, uncertain = _by_certainty(detected, labelled, detector, options)
+    tracked = _with_labels(certain, labels.boxes, detected.end_us, labelled)
+    numbers = track(tracked, filters)
+    window_us = detector.frames.window_us
+    long_forward = in_long_tracks(tracked, numbers, filters, window_us)
+    reverse_numbers = track(tracked, filters, backward=True)
+    long_backward = in_long_tracks(tracked, reverse_numbers, filters, window_us, backward=True)
+    kept = long_forward | long_backward
+    gaps = empty_boxes()
+    if filters.gap_regions:
+        gaps = gap_boxes(tracked, numbers, long_forward)
+    pseudo = kept & ~tracked.is_label
+    boxes = tracked.boxes.copy()
+    ids = labels.boxes["track_id"][labels.boxes["track_id"] != NO_TRACK]
+    boxes["track_id"][pseudo] = numbers[pseudo] + int(ids.max(initial=0)) + 1
+    emitted = _emitted_times(detected.end_us, labelled, options, window_us)
+    pseudo_boxes = _at(boxes[pseudo], emitted)
+    short = _at(boxes[~kept], emitted)
+    gaps = _at(gaps, emitted)
+    uncertain = without_overlap(_at(uncertain, emitted), pseudo_boxes, filters.nms_iou)
+    if not filters.uncertain_regions:
+        uncertain = uncertain[:0]
+    per_class: dict[str, Counts] = {}
+    for class_id, name in enumerate(classes):
+        per_class[name] = Counts(
+            labels=_number(labels.boxes, class_id),
+            pseudo_boxes=_number(pseudo_boxes, class_id),
+            short_tracks=_number(short, class_id),
+            uncertain=_number(uncertain, class_id),
+            gaps=_number(gaps, class_id),
+            tracks=len(np.unique(pseudo_boxes["track_id"][pseudo_boxes["class_id"] == class_id])),
+        )
+    all_boxes = _by_time(labels.boxes, pseudo_boxes)
+    return all_boxes, _by_time(labels.regions, short, uncertain, gaps), per_class
+
+
+def _by_certainty(
+    detected: BothDirections,
+    labelled: NDArray[np.bool_],
+    detector: TrainedDetector,
+    options: PseudoOptions,
+) -> tuple[NDArray[np.void], NDArray[np.void]]:
+    """Detections above the thresholds, and the others, in frames without labels: RAW_BOX."""
+    filters = options.filters
+    objectness = filters.objectness.of(detector.classes)
+    class_score = filters.class_score.of(detector.classes)
+    certain = [empty_boxes()]
+    uncertain = [empty_boxes()]
+    for i in np.flatnonzero(~labelled).tolist():
+        rows = merge_directions(detected.forward[i], detected.backward[i], filters.nms_iou)
+        rows = rows[rows[:, 6] < len(detector.classes)]  # a head may have more
+        is_sure = is_certain(rows, objectness, class_score)
+        for mask, parts in ((is_sure, certain), (~is_sure, uncertain)):
+            boxes = raw_boxes([detected.end_us[i]], [rows[mask]], detector.frames.downsample)
+            boxes = clip_boxes(boxes, detected.sensor)
+            parts.append(boxes[has_size(boxes, detected.sensor[1], filters)])
+    return np.concatenate(certain), np.concatenate(uncertain)
+
+
+def _with_labels(
+    certain: NDArray[np.void],
+    labels: NDArray[np.void],
+    end_us: NDArray[np.int64],
+    labelled: NDArray[np.bool_],
+) -> FrameBoxes:
+    at_frames = labels[np.isin(labels["t"], end_us)]
+    boxes = np.concatenate((at_frames, certain))
+    is_label = np.arange(len(boxes)) < len(at_frames)
+    order = np.argsort(boxes["t"], kind="stable")
+    boxes = boxes[order]
+    return FrameBoxes(
+        end_us=end_us,
+        boxes=boxes,
+        frame=np.searchsorted(end_us, boxes["t"]),
+        is_label=is_label[order],
+        labelled=labelled,
+    )
+
+
+def _emitted_times(
+    end_us: NDArray[np.int64], labelled: NDArray[np.bool_], options: PseudoOptions, window_us: int
+) -> NDArray[np.int64]:
+    """Ends of the frames that get pseudo-labels: `label_every_ms` apart, counted from labels on."""
+    step = max(1, round(1000 * options.label_every_ms / window_us))
+    frames = np.arange(len(end_us))
+    origins = np.flatnonzero(labelled)
+    if not origins.size:
+        origins = np.array([step - 1])
+    previous = origins[np.maximum(np.searchsorted(origins, frames, "right") - 1, 0)]
+    emitted: NDArray[np.int64] = end_us[((frames - previous) % step == 0) & ~labelled]
+    return emitted
+
+
+def _at(boxes: NDArray[np.void], times: NDArray[np.int64]) -> NDArray[np.void]:
+    return boxes[np.isin(boxes["t"], times)]
+
+
+def _number(boxes: NDArray[np.void], class_id: int) -> int:
+    return int(np.count_nonzero(boxes["class_id"] == class_id))
+
+
+def _by_time(*parts: NDArray[np.void]) -> NDArray[np.void]:
+    joined = np.concatenate(parts)
+    return joined[np.argsort(joined["t"], kind="stable")]
