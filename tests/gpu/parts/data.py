@@ -1,7 +1,10 @@
 """The way of frames to the device: loader, copy, expansion there."""
 
+from dataclasses import replace
+
 import torch
-from evspan.conf.schema.training import AugmentationConfig, TrainingConfig
+from evspan.conf.compose import compose
+from evspan.conf.schema.training import AugmentationConfig, TrainConfig, TrainingConfig
 from evspan.pipeline.benchmark.loading import measure_loader, usable_cores
 from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.data.loader import Loader
@@ -19,6 +22,7 @@ def run(context):
         sequence_length=frames,
         augmentation=AugmentationConfig(zoom_prob=1.0),
     )
+    strong = compose(TrainConfig, ["augmentation=strong"]).training.augmentation
     plan = SamplingPlan(
         [recording.frames for recording in dataset.recordings],
         [recording.labelled for recording in dataset.recordings],
@@ -28,11 +32,15 @@ def run(context):
         seed=0,
     )
     loader = Loader(dataset, plan, range(lanes), range(frames), config, seed=0)
-    _expansion(context, loader)
+    _expansion(context, loader, "expansion on the device equals the CPU's frames")
+    strong_loader = Loader(
+        dataset, plan, range(lanes), range(frames), replace(config, augmentation=strong), seed=0
+    )
+    _expansion(context, strong_loader, "the same, augmentation=strong")
     _threads(context, loader)
 
 
-def _expansion(context, loader):
+def _expansion(context, loader, label):
     """Encoded batches, copied and expanded, against the dense ones of the CPU."""
     device = context.device
     dense = loader.batch(0)
@@ -51,7 +59,7 @@ def _expansion(context, loader):
     counted = measure.counts(lambda: encoded.to(device).expand(), device)
     context.report.compared(
         "data",
-        "expansion on the device equals the CPU's frames",
+        label,
         all(equal) and bool(dense.frames.any()),
         expand_ms=1e3 * expand_s,
         copy_ms=1e3 * copy_s,
