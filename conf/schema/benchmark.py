@@ -48,6 +48,11 @@ class BenchConfig(TrainConfig):
 
 def check_one_rank(config: BenchConfig) -> None:
     """Raises ConfigError where a config needs several ranks; names what one of them computes."""
+    require(
+        config.training.batch_size >= 1,
+        "evspan bench measures a given number of lanes: training.batch_size=N. `auto` is for "
+        "evspan train",
+    )
     ranks = config.parallel.ranks
     sequence = config.parallel.sequence
     lanes = max(1, config.training.batch_size * sequence // ranks)

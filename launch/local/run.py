@@ -54,8 +54,8 @@ def run_training(config: TrainConfig, *, own_process: bool = False) -> int:
             train_rank(config)
             return 0
         remedy = (
-            "The same command continues from the newest checkpoint in "
-            f"{config.run_dir}, if there is one"
+            f"The same command with run_dir={config.run_dir} continues from its newest checkpoint, "
+            "if there is one"
         )
         return _run_ranks("train", path, config.parallel, remedy, lock.environment())
 

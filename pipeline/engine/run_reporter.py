@@ -130,10 +130,14 @@ class RunReporter:
         if self.bar is not None:
             self.bar.advance()
 
-    def finished(self, step: int) -> None:
-        """Reports the result of a run that had all of its steps before this attempt."""
+    def finished(self, step: int, reason: str) -> None:
+        """Reports the result of a run that had ended before this attempt.
+
+        Args:
+            reason: why it ended before `max_steps`; empty: it has all of them.
+        """
         if self.world.is_main:
-            for line in finished_lines(self.config, step):
+            for line in finished_lines(self.config, step, reason):
                 self.log(line)
 
     def close(self) -> None:

@@ -119,16 +119,18 @@ def _learning_rate(optimizer: OptimizerConfig, max_steps: int) -> str:
     )
 
 
-def finished_lines(config: TrainConfig, step: int) -> list[str]:
-    """The result of a run that has all of its steps, and how to train on.
+def finished_lines(config: TrainConfig, step: int, reason: str) -> list[str]:
+    """The result of a run that has ended, and how to train on.
 
     Args:
-        step: the last one.
+        step: the last one. reason: why it ended before `max_steps`; empty: it has all of them.
     """
     run = Path(config.run_dir)
     evaluations = [record for record in read_metrics(run) if record["kind"] == EVALUATION]
     scores = {record["step"]: record["ap"] for record in evaluations if _has_ap(record)}
     lines = [f"{run} is complete: step {step} of {config.training.max_steps}"]
+    if reason:
+        lines[0] += f", {reason}"
     if scores:
         best = max(scores, key=lambda number: (scores[number], number))
         last = max(scores)

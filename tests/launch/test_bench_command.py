@@ -177,6 +177,7 @@ def test_the_table_of_a_gpu():
         (["bench.step=3"], "bench.steps"),
         (["dataset.root=nowhere"], "dataset.root=nowhere is no folder"),
         (["bench.output=no/where.json"], "make it, or name another file"),
+        (["training.batch_size=auto"], "measures a given number of lanes: training.batch_size=N"),
         (["bench.output=."], "bench.output is ., a folder; name a file"),
         (
             [
