@@ -128,9 +128,10 @@ def inside_regions(regions: Tensor, geometry: Geometry) -> Tensor:
     Returns:
         (n, cells) bool.
     """
-    centre = cells(geometry, regions.device)[:, 3:]  # (cells, 2)
-    distance = (centre[None, :, None] - regions[:, None, :, :2]).abs()  # (n, cells, R, 2)
-    return (2 * distance < regions[:, None, :, 2:]).all(-1).any(-1)
+    centre = cells(geometry, regions.device)[:, 3:].T[None, :, None]  # (1, 2, 1, cells)
+    place, size = regions.transpose(1, 2)[..., None].split(2, dim=1)  # (n, 2, R, 1)
+    near = (centre - place).abs_().mul_(2) < size
+    return (near[:, 0] & near[:, 1]).any(1)
 
 
 def _iou(centre: Tensor, size: Tensor, other_centre: Tensor, other_size: Tensor) -> Tensor:
