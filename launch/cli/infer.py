@@ -4,6 +4,7 @@ import argparse
 import math
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
@@ -12,21 +13,26 @@ from evspan.conf.errors import UserError
 from evspan.conf.text import plural
 from evspan.data_prep.draw import ANIMATION_SUFFIXES
 from evspan.data_prep.labels.box_files import recording_name
+from evspan.data_prep.shards.format import SPLITS
 from evspan.launch.cli.command import Parser, reported_errors
+from evspan.launch.cli.existing_files import add_overwrite_option, require_new
 from evspan.launch.output_streams import drop_lost_output
+from evspan.pipeline.inference.inputs import InferInput, expand_inputs
 from evspan.pipeline.inference.options import InferOptions, RecordingFiles, RecordingSummary
 
 DESCRIPTION = """Detections of recordings, straight from the sensor's files.
 
 RUN is a run folder (its newest checkpoint), a checkpoint folder, a .safetensors file, or a .ckpt of
-RVT. RECORDING is a .raw, .dat or .h5 file of any length. It is cut into the windows that the
-checkpoint was trained on, from the first event on; the network carries its state from frame to
-frame. Memory does not grow with the length.
+RVT. RECORDING is a file of any format and length, a folder or a list of them (as the source of
+evspan prep), a pattern in quotes, or a folder of prepared shards. A recording is cut into the
+windows that the checkpoint was trained on, from the first event on; the network carries its state
+from frame to frame. Memory does not grow with the length. A recording that cannot be read does not
+stop the others; the exit code is 2 then.
 
 OUT/X_bbox.npy     detections of X.raw: t (end of the window, us), x y w h (pixels of the sensor),
                    class_id (the checkpoint's classes, printed at the end), class_confidence;
                    track_id is 0, with --track the number of its track, from 1 on.
-                   Prophesee's form: np.load reads it.
+                   Prophesee's form: np.load reads it. Of a source with splits, OUT/val/X_bbox.npy.
 OUT/X_overlay.mp4  events (blue brighter, red darker), detections of confidence 0.3 or more in a
                    colour per class, and in green the boxes of X_bbox.npy in the recording's
                    folder. A GIF without the program ffmpeg.
@@ -37,6 +43,8 @@ file is still being written."""
 EXAMPLES = """examples:
   evspan infer runs/tiny drive.raw
   evspan infer runs/tiny raw/val/*_td.raw --output detections --no-video
+  evspan infer runs/tiny raw --split val --output detections          # a folder, or a LIST.txt
+  evspan infer runs/tiny shards --split test --no-video               # prepared frames
   evspan infer runs/tiny/checkpoints/step-00001000 drive.raw --confidence 0.3 --video drive.gif
   evspan infer weights.safetensors drive_td.dat --from 60 --seconds 10 --output out
   evspan infer runs/tiny drive.raw --no-video --confidence 0.001     # for scoring
@@ -65,10 +73,13 @@ def options_from(args: argparse.Namespace) -> InferOptions:
         UserError: a value out of range, or a file that cannot be written.
     """
     check_numbers(args)
-    check_one_file_each(args)
+    inputs = expand_inputs(args.recording, args.split)
+    check_one_file_each(args, len(inputs))
+    recordings = tuple(choose_files(args, item) for item in inputs)
+    require_new(_outputs(recordings), overwrite=args.overwrite)
     return InferOptions(
         checkpoint=args.checkpoint,
-        recordings=tuple(choose_files(args, recording) for recording in args.recording),
+        recordings=recordings,
         confidence=args.confidence,
         nms=args.nms,
         start_s=args.from_s,
@@ -118,9 +129,9 @@ def _is_positive(number: float) -> bool:
     return math.isfinite(number) and number > 0
 
 
-def check_one_file_each(args: argparse.Namespace) -> None:
+def check_one_file_each(args: argparse.Namespace, num_recordings: int) -> None:
     """Raises UserError if several recordings would be written to one file."""
-    if len(args.recording) == 1:
+    if num_recordings == 1:
         return
     single = {"--video": args.video, "--csv": args.csv, "--json": args.json}
     if _is_file_name(args.output):
@@ -128,29 +139,32 @@ def check_one_file_each(args: argparse.Namespace) -> None:
     for name, path in single.items():
         if path is not None:
             raise UserError(
-                f"{name} {path} is one file, for {plural(len(args.recording), 'recording')}; "
+                f"{name} {path} is one file, for {plural(num_recordings, 'recording')}; "
                 "run evspan infer for each of them"
             )
-    names = [recording_name(recording) for recording in args.recording]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(
-                f"{names.count(name)} recordings are called {name}, and so would be their "
-                "detections; run evspan infer for each of them, with another --output"
-            )
 
 
-def choose_files(args: argparse.Namespace, recording: Path) -> RecordingFiles:
+def _outputs(recordings: Iterable[RecordingFiles]) -> list[Path]:
+    """The files to write; a place that is no plain file (-, a pipe, a device) replaces nothing."""
+    paths: list[Path] = []
+    for files in recordings:
+        written = (files.detections, files.video, files.csv, files.json)
+        paths += [path for path in written if path and path.is_file()]
+    return paths
+
+
+def choose_files(args: argparse.Namespace, item: InferInput) -> RecordingFiles:
     """The names of the files to write for a recording.
 
     Raises:
         UserError: a name that cannot be written, or would be taken for the recording's boxes.
     """
-    name = recording_name(recording)
+    recording = item.path
     detections = args.output
     if not _is_file_name(args.output):
-        detections = args.output / f"{name}_bbox.npy"
-    if detections.resolve() == (recording.parent / f"{name}_bbox.npy").resolve():
+        detections = args.output / f"{item.name}_bbox.npy"
+    boxes = recording.parent / f"{recording_name(recording)}_bbox.npy"
+    if not item.key and boxes.resolve() == detections.resolve():
         raise UserError(
             f"{detections} is in the folder of the recording, where it would be taken for its "
             "boxes. Give --output a folder, or another name ending in .npy"
@@ -159,7 +173,15 @@ def choose_files(args: argparse.Namespace, recording: Path) -> RecordingFiles:
     for path in (detections, video):
         if path and path.is_dir():
             raise UserError(f"{path} is a folder. Give another name")
-    return RecordingFiles(recording, detections, video, csv=args.csv, json=args.json)
+    return RecordingFiles(
+        recording,
+        detections,
+        video,
+        csv=args.csv,
+        json=args.json,
+        boxes=item.boxes,
+        key=item.key,
+    )
 
 
 def _is_file_name(output: Path) -> bool:
@@ -191,8 +213,9 @@ def print_summary(summary: RecordingSummary, options: InferOptions, output: Text
     for reason, number in summary.dropped.items():
         if number:
             dropped += f", {number} {reason.replace('_', ' ')}"
+    recording = f"{files.key} in {files.recording}" if files.key else str(files.recording)
     lines = [
-        f"{files.recording}: {summary.frames} frames of {summary.config.window_ms} ms, "
+        f"{recording}: {summary.frames} frames of {summary.config.window_ms} ms, "
         f"{summary.width} x {summary.height}, {summary.events / 1e6:.2f} M events read{dropped}; "
         f"{options.checkpoint}, step {summary.step}",
         _detections_line(summary),
@@ -259,7 +282,19 @@ def _parser() -> argparse.ArgumentParser:
         help="a run folder (its newest checkpoint), a checkpoint folder, a .safetensors file, or "
         "a .ckpt of RVT",
     )
-    parser.add_argument("recording", type=Path, nargs="+", metavar="RECORDING")
+    parser.add_argument(
+        "recording",
+        type=Path,
+        nargs="+",
+        metavar="RECORDING",
+        help="a recording, a folder or list of recordings, a pattern in quotes, or prepared shards",
+    )
+    parser.add_argument(
+        "--split",
+        choices=SPLITS,
+        help="only this split of folders, lists and shards (default: all)",
+    )
+    add_overwrite_option(parser)
     _add_outputs(parser)
     _add_detection(parser)
     return parser

@@ -15,6 +15,8 @@ class RecordingFiles:
     video: Path | None = None  # .mp4 or .gif
     csv: Path | None = None
     json: Path | None = None  # "-": standard output
+    boxes: Path | None = None  # its box file, drawn in the video
+    key: str = ""  # in shards, whose folder `recording` is: split/name
 
 
 @dataclass(frozen=True)

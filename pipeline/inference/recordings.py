@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,13 +12,9 @@ from evspan.conf.errors import UserError
 from evspan.conf.progress import progress
 from evspan.conf.schema.prep import FrameConfig
 from evspan.conf.schema.training import DeviceKind
+from evspan.conf.text import plural
 from evspan.data_prep.draw import AnimationWriter
-from evspan.data_prep.frames.histogram import frame_size
-from evspan.data_prep.frames.stream import follow, windows
-from evspan.data_prep.labels.box_files import RAW_BOX, find_boxes, read_boxes
-from evspan.data_prep.recordings.base import Recording
-from evspan.data_prep.recordings.open import open_recording
-from evspan.data_prep.shards.atomic import atomic_write
+from evspan.data_prep.shards.atomic import NoSpaceError, atomic_write
 from evspan.pipeline.inference.cuda_graph import require_cuda_graphs
 from evspan.pipeline.inference.detect import (
     Detected,
@@ -31,13 +26,13 @@ from evspan.pipeline.inference.detect import (
 from evspan.pipeline.inference.options import InferOptions, RecordingFiles, RecordingSummary
 from evspan.pipeline.inference.overlay import Overlay
 from evspan.pipeline.inference.precision import parse_precision
+from evspan.pipeline.inference.sources import FrameSource, open_source
 from evspan.pipeline.inference.tracks import DetectionTracker
 from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
 from evspan.pipeline.inference.writers import CsvFile, DetectionsFile, JsonLines
 from evspan.pipeline.parallel import devices
 from evspan.pipeline.rvt_checkpoint import open_weights
 from evspan.pipeline.weights import Weights
-from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +40,14 @@ logger = logging.getLogger(__name__)
 def infer_recordings(options: InferOptions) -> Iterator[RecordingSummary]:
     """Writes the detections of each recording, and yields its summary when its files are complete.
 
-    All recordings are opened and checked before the first is read. An error leaves no new file of
-    the recording that it concerns.
+    A recording that cannot be read does not stop the others. An error leaves no new file of the
+    recording that it concerns.
 
     Raises:
-        UserError: the checkpoint or a recording cannot be read, they do not fit each other, or
-            this machine lacks the device.
+        UserError: the checkpoint cannot be read, or this machine lacks the device; or, when all
+            others are done, recordings that could not be read.
     """
-    recordings = [_open(files.recording, options.follow_s) for files in options.recordings]
     weights = open_weights(options.checkpoint, raw=options.weights == "raw")
-    for recording in recordings:
-        _check_size(recording, weights.frames, options.checkpoint)
     if options.seconds is not None and not _num_windows(options.seconds, weights.frames):
         raise UserError(
             f"{options.seconds:g} seconds are less than a window of {weights.frames.window_ms} ms; "
@@ -67,8 +59,25 @@ def infer_recordings(options: InferOptions) -> Iterator[RecordingSummary]:
     if options.cuda_graphs:
         require_cuda_graphs(device)
     detector = detector_from(weights, device=device, precision=parse_precision(options.precision))
-    for recording, files in zip(recordings, options.recordings, strict=True):
-        yield _infer(recording, files, weights, detector, options)
+    if len(options.recordings) == 1:
+        yield _infer(options.recordings[0], weights, detector, options)
+        return
+    failed: list[str] = []
+    for files in options.recordings:
+        try:
+            summary = _infer(files, weights, detector, options)
+        except NoSpaceError:
+            raise
+        except UserError as error:
+            logger.error("%s", error)
+            failed.append(str(error))
+            continue
+        yield summary
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {plural(len(options.recordings), 'recording')} could not be read; "
+            f"the others are done. The first: {failed[0]}"
+        )
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -90,29 +99,11 @@ def choose_device(name: str | None) -> torch.device:
         ) from error
 
 
-def _open(path: Path, follow_s: float | None) -> Recording:
-    recording = open_recording(path)
-    if follow_s is None:
-        return recording
-    follow(recording, follow_s)
-    return recording
-
-
-def _check_size(recording: Recording, config: FrameConfig, checkpoint: Path) -> None:
-    if min(frame_size(config, recording.height, recording.width)) < 1:
-        raise UserError(
-            f"{recording.path} is of a sensor of {recording.width} x {recording.height} pixels: "
-            f"too small for {checkpoint}, which takes frames of 1/{config.downsample} of that. "
-            "Give another recording"
-        )
-
-
 def _num_windows(seconds: float, config: FrameConfig) -> int:
     return round(1000 * seconds / config.window_ms)
 
 
 def _infer(
-    recording: Recording,
     files: RecordingFiles,
     weights: Weights,
     detector: TrainedDetector,
@@ -120,6 +111,7 @@ def _infer(
 ) -> RecordingSummary:
     """Decodes, detects and draws in a thread each; the files appear when all is done."""
     config = weights.frames
+    source = open_source(files, config, options)
     limits = weights.model.postprocess
     confidence = limits.confidence_threshold if options.confidence is None else options.confidence
     clock = WorkTimer()
@@ -127,12 +119,10 @@ def _infer(
     latencies_ms: list[float] = []
     began = time.perf_counter()
     with ExitStack() as stack:
-        writers = _Writers(files, weights, options, clock, stack)
-        frames = windows(
-            recording,
-            config,
-            skip=_num_windows(options.start_s, config),
-            limit=None if options.seconds is None else _num_windows(options.seconds, config),
+        writers = _Writers(files, source, weights, options, clock, stack)
+        frames = source.frames(
+            _num_windows(options.start_s, config),
+            None if options.seconds is None else _num_windows(options.seconds, config),
         )
         decoded = prefetch(clock.each("decoding", frames), options.frames_per_call)
         detected = detect(
@@ -142,13 +132,13 @@ def _infer(
             nms=limits.nms_threshold if options.nms is None else options.nms,
             frames_per_call=options.frames_per_call,
             downsample=config.downsample,
-            sensor=(recording.height, recording.width),
+            sensor=(source.height, source.width),
             clock=clock,
             cuda_graphs=options.cuda_graphs,
         )
         results = stack.enter_context(closing(prefetch(detected, options.frames_per_call)))
         tracker = DetectionTracker(clock, options.track_confidence) if options.track else None
-        for item in progress(results, files.recording.name, unit="frame"):
+        for item in progress(results, files.key or files.recording.name, unit="frame"):
             if tracker is not None:
                 item = tracker.numbered(item)
             per_class += np.bincount(item.boxes["class_id"], minlength=per_class.size)
@@ -156,13 +146,13 @@ def _infer(
             writers.add(item)
     return RecordingSummary(
         files=files,
-        labels=find_boxes(files.recording),
+        labels=source.labels,
         frames=len(latencies_ms),
         config=config,
-        width=recording.width,
-        height=recording.height,
-        events=recording.events,
-        dropped=dict(recording.dropped),
+        width=source.width,
+        height=source.height,
+        events=source.events,
+        dropped=source.dropped,
         step=weights.step,
         confidence=confidence,
         detections_per_class=[
@@ -181,6 +171,7 @@ class _Writers:
     def __init__(
         self,
         files: RecordingFiles,
+        source: FrameSource,
         weights: Weights,
         options: InferOptions,
         clock: WorkTimer,
@@ -206,7 +197,7 @@ class _Writers:
             )
         self.animation: AnimationWriter | None = None
         if files.video:
-            labels = _labels_of(files.recording)
+            labels = source.boxes()
             frames_per_second = 1000 / weights.frames.window_ms
             self.overlay = Overlay(
                 weights.frames,
@@ -227,12 +218,3 @@ class _Writers:
         if self.animation:
             with self.clock("drawing"):
                 self.animation.add(self.overlay.draw(item))
-
-
-def _labels_of(recording: Path) -> NDArray[np.void]:
-    """(N,) RAW_BOX of the recording's box file; empty without one."""
-    path = find_boxes(recording)
-    if path is None:
-        return np.zeros(0, RAW_BOX)
-    labels: NDArray[np.void] = read_boxes(path)
-    return labels

@@ -1,0 +1,174 @@
+"""`evspan infer` on folders, lists, patterns and shards; names of outputs; damaged recordings."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evspan.conf.errors import UserError
+from evspan.conf.schema.prep import FrameConfig
+from evspan.conf.schema.training import BackboneConfig, ModelConfig, PostprocessConfig
+from evspan.data_prep.prepare import prepare
+from evspan.launch.cli.infer import main
+from evspan.pipeline.inference.inputs import expand_inputs
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.weights import Weights, save_weights
+from support.prepared import prep_config
+
+FRAMES = FrameConfig(bins=3, downsample=2)
+
+
+def write_recording(path: Path, windows: int = 3, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    n = 2000 * windows
+    t = np.sort(rng.integers(0, 50_000 * windows, n))
+    t[0] = 0
+    t[-1] = 50_000 * windows - 1
+    columns = (t, rng.integers(0, 160, n), rng.integers(0, 128, n), rng.integers(0, 2, n))
+    np.savetxt(path, np.stack(columns, 1), "%d", header="width 160 height 128")
+    return path
+
+
+def touched(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def names(folder: Path, *words: str, split: str | None = None) -> dict[str, str]:
+    items = expand_inputs([folder / word for word in words], split)
+    return {item.name: str(item.path.relative_to(folder)) for item in items}
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    model = ModelConfig(
+        backbone=BackboneConfig(embed_dim=16, dim_head=8),
+        postprocess=PostprocessConfig(confidence_threshold=0.0001),
+    )
+    detector = Detector(model, FRAMES.channels)
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    save_weights(path, Weights(detector.state_dict(), model, FRAMES, ["a", "b", "c"], 7))
+    return path
+
+
+def infer(checkpoint: Path, *arguments: object) -> None:
+    main([str(checkpoint), *map(str, arguments), "--no-video", "--threads", "1"])
+
+
+# -- what is read ----------------------------------------------------------------------------------
+def test_folders_lists_and_patterns_name_recordings(tmp_path):
+    touched(tmp_path, "set/train/a_td.raw", "set/val/a_td.raw", "set/val/b.dat", "flat/c.h5")
+    touched(tmp_path, "set/val/b_bbox.npy", "flat/d.RAW", "flat/notes.txt", "one.raw")
+    (tmp_path / "list.txt").write_text("val set/val/b.dat -\ntest flat/c.h5\n")
+    assert names(tmp_path, "one.raw") == {"one": "one.raw"}
+    assert names(tmp_path, "flat") == {"c": "flat/c.h5", "d": "flat/d.RAW"}
+    in_set = {
+        "train/a": "set/train/a_td.raw",
+        "val/a": "set/val/a_td.raw",
+        "val/b": "set/val/b.dat",
+    }
+    assert names(tmp_path, "set") == in_set
+    assert names(tmp_path, "set", split="train") == {"train/a": "set/train/a_td.raw"}
+    assert names(tmp_path, "list.txt") == {"val/b": "set/val/b.dat", "test/c": "flat/c.h5"}
+    assert names(tmp_path, "flat/*.[hR]*") == {"c": "flat/c.h5", "d": "flat/d.RAW"}
+    by_pattern = names(tmp_path, "set/**/*.raw")
+    assert sorted(by_pattern.values()) == ["set/train/a_td.raw", "set/val/a_td.raw"]
+    (boxes,) = [item.boxes for item in expand_inputs([tmp_path / "set"]) if item.name == "val/b"]
+    assert boxes == tmp_path / "set/val/b_bbox.npy"
+    (boxes,) = [item.boxes for item in expand_inputs([tmp_path / "list.txt"], "val")]
+    assert boxes is None
+
+
+def test_names_of_outputs_differ_and_each_recording_is_read_once(tmp_path):
+    touched(tmp_path, "x/day/a.raw", "y/day/a.raw", "y/day/a.dat", "y/b.raw")
+    found = names(tmp_path, "x/day/a.raw", "y/day/a.raw", "y/day/a.dat", "y/b.raw", "y/*.raw")
+    assert found == {
+        "x/day/a_raw": "x/day/a.raw",
+        "y/day/a_raw": "y/day/a.raw",
+        "a_dat": "y/day/a.dat",
+        "b": "y/b.raw",
+    }
+    assert names(tmp_path, "x/day", "y/b.raw") == {"a": "x/day/a.raw", "b": "y/b.raw"}
+
+
+@pytest.mark.parametrize(
+    ("word", "split", "message"),
+    [
+        ("gone.raw", None, r"gone\.raw is no file"),
+        ("*.nothing", None, r"\*\.nothing matches no file"),
+        ("empty", None, "holds no recordings"),
+        ("set", "test", "has no recordings of test; it has some of train"),
+    ],
+)
+def test_what_names_no_recording_is_refused(tmp_path, word, split, message):
+    touched(tmp_path, "set/train/a.raw", "empty/notes.md")
+    with pytest.raises(UserError, match=message):
+        expand_inputs([tmp_path / word], split)
+
+
+# -- runs ------------------------------------------------------------------------------------------
+def test_a_damaged_recording_does_not_stop_the_others(tmp_path, checkpoint, capsys):
+    write_recording(tmp_path / "in/a.txt")
+    write_recording(tmp_path / "in/b.txt")
+    write_recording(tmp_path / "in/c.txt")
+    with (tmp_path / "in/b.txt").open("a") as file:
+        file.write("149999 1 2\n149999 1 2 1\n")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="2"):
+        infer(checkpoint, tmp_path / "in", "--output", out)
+    captured = capsys.readouterr()
+    assert sorted(path.name for path in out.iterdir()) == ["a_bbox.npy", "c_bbox.npy"]
+    assert captured.out.count("frames of 50 ms") == 2
+    assert "1 of 3 recordings could not be read; the others are done" in captured.err
+    assert "b.txt, line 6002: p (column 4) is missing" in captured.err
+
+
+def test_outputs_are_not_replaced_unless_that_is_wished(tmp_path, checkpoint, capsys):
+    for name in ("a", "b", "c"):
+        write_recording(tmp_path / f"in/{name}.txt")
+    out = tmp_path / "out"
+    touched(out, "a_bbox.npy", "b_bbox.npy")
+    with pytest.raises(SystemExit, match="2"):
+        infer(checkpoint, tmp_path / "in", "--output", out)
+    err = capsys.readouterr().err
+    assert "a_bbox.npy exists already, and so do 1 more. Give --overwrite" in err
+    assert not (out / "c_bbox.npy").exists()
+    infer(checkpoint, tmp_path / "in", "--output", out, "--overwrite")
+    assert len(np.load(out / "a_bbox.npy"))
+
+
+def test_shards_give_the_detections_of_their_recordings(tmp_path, checkpoint, capsys):
+    """Without labels, frames of shards and recordings are the same."""
+    write_recording(tmp_path / "raw/train/a.txt", windows=10)
+    write_recording(tmp_path / "raw/val/b.txt", windows=3, seed=1)
+    config = prep_config(tmp_path / "raw", tmp_path / "shards", frames={"downsample": 2})
+    prepare(config)
+    infer(checkpoint, tmp_path / "raw", "--output", tmp_path / "of_raw")
+    infer(checkpoint, tmp_path / "shards", "--output", tmp_path / "of_shards")
+    assert (
+        f"train/a in {tmp_path / 'shards'}: 10 frames of 50 ms, 160 x 128"
+        in capsys.readouterr().out
+    )
+    for key in ("train/a", "val/b"):
+        expected = np.load(tmp_path / "of_raw" / f"{key}_bbox.npy")
+        assert len(expected)
+        np.testing.assert_array_equal(np.load(tmp_path / "of_shards" / f"{key}_bbox.npy"), expected)
+    infer(checkpoint, tmp_path / "shards", "--split", "val", "--output", tmp_path / "val")
+    assert [path.name for path in (tmp_path / "val").iterdir()] == ["val"]
+    other = prep_config(tmp_path / "raw", tmp_path / "other", frames={"downsample": 4})
+    prepare(other)
+    with pytest.raises(SystemExit, match="2"):
+        infer(checkpoint, tmp_path / "other", "--output", tmp_path / "no")
+    assert "was prepared with FrameConfig(" in capsys.readouterr().err
