@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
             module.main(arguments[1:])
             return
         parser = _parser()
-        tool = parser.parse_args(arguments or ["--help"]).tool
+        tool = parser.parse_args(arguments[:1] or ["--help"]).tool
         near = difflib.get_close_matches(tool, TOOLS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         parser.error(f"there is no 'labels {tool}'{hint} There are: {', '.join(TOOLS)}")
