@@ -122,13 +122,11 @@ def test_a_dry_run_writes_nothing(shards, tmp_path, scheduler, capfd):
 
 def test_a_sweep_does_not_nest_into_a_run(shards, tmp_path, monkeypatch, slurm_shim):
     monkeypatch.chdir(tmp_path)
-    run = tmp_path / "runs" / "default"
+    run = tmp_path / "run"
     append(run, "start", step=0)
     before = tree(run)
-    words = tiny(shards, run)
-    words.remove(f"run_dir={run}")
     with pytest.raises(SystemExit) as end:
-        sweep.main([*words, "seed=1,2", "cluster=slurm", "cluster.detach=true"])
+        sweep.main([*tiny(shards, run), "seed=1,2", "cluster=slurm", "cluster.detach=true"])
     assert end.value.code == 2
     assert tree(run) == before
     # Nor a run into a sweep.
