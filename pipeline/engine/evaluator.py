@@ -142,7 +142,8 @@ def check_dataset(weights: Weights, data: Dataset) -> None:
         raise ConfigError(
             f"the weights have the classes {weights.classes}, the dataset has {data.classes}. "
             "Prepare the recordings with the classes of the weights; of RVT's folders, name the "
-            "same with dataset.classes=[...], and of several roots too"
+            "same with dataset.classes=[...]; of shards that have other classes, "
+            "'dataset.roots=[{root: SHARDS, class_map: {...}}]' dataset.classes=[...]"
         )
 
 

@@ -44,7 +44,8 @@ def recording(name, frames):
 
 def dataset(parts=()):
     recordings = [recording(f"r{i}", frames) for i, frames in enumerate(RECORDINGS)]
-    return Dataset(recordings, SimpleNamespace(), 4, 4, ["car", "bus", "tram", "bike"], list(parts))
+    classes = ["car", "bus", "tram", "bike"]
+    return Dataset(recordings, SimpleNamespace(), 4, 4, classes, parts=list(parts))
 
 
 def plain_factors(weights):
