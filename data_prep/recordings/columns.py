@@ -27,8 +27,8 @@ UNIX_TIMES = {TimeUnit.us: (1e15, 2.2e15), TimeUnit.ns: (1e18, 2.2e18)}
 LATEST_US = 1 << 53  # 285 years: times beyond are not in microseconds
 DECIMALS_OF_SECONDS = 6  # digits after the point, which only seconds need
 SET_UNIT = (
-    "Set dataset.time_unit=s, ms, us or ns (commands: --time-unit), or name the column t_s, t_ms, "
-    "t_us or t_ns"
+    "Name the column t_s, t_ms, t_us or t_ns (in the first line: t_ms,x,y,p), or set "
+    "dataset.time_unit=s, ms, us or ns of evspan prep"
 )
 
 
