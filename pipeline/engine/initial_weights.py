@@ -382,7 +382,10 @@ def _notes(weights: Weights, target: Target, rows: ClassRows, path: str) -> list
         names = ", ".join(map(printable, weights.classes))
         notes.append(f"its classes are taken as {names}")
     if rows.are_whole and any(row != source for row, source in rows.rows):
-        notes.append(f"rows of {_classes(rows.number)} in another order, matched by name")
+        order = "in another order"
+        if weights.model.head.num_classes != rows.number:
+            order = f"of its {weights.model.head.num_classes}"
+        notes.append(f"rows of {_classes(rows.number)} {order}, matched by name")
     split = weights.model.backbone.partition_split_32
     if split != target.model.backbone.partition_split_32:
         notes.append(

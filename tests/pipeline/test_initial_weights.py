@@ -322,7 +322,7 @@ def published(tmp_path):
 def test_a_run_records_what_it_started_from(run, data, world, tmp_path, capsys):
     new = tmp_path / "new"
     started = train(config(data, new, run), world)
-    file = checkpoint_of(run) / "weights.safetensors"
+    file = checkpoint_of(run) / "ema.safetensors"
     meta = read_meta(checkpoint_of(new)).values["init_from"]
     assert meta["path"] == str(run)
     assert meta["file"] == str(file)
@@ -332,7 +332,9 @@ def test_a_run_records_what_it_started_from(run, data, world, tmp_path, capsys):
     assert event["message"] == f"{run}: {meta['loaded']}"
     assert f"checkpoint.init_from {run}: loaded " in capsys.readouterr().out
     assert started  # all of its tensors
-    assert re.fullmatch(r"loaded (\d+) of \1 tensors; new: none; unused: none", meta["loaded"])
+    assert re.match(
+        r"loaded (\d+) of \1 tensors; new: none; unused: none; weights: ema", meta["loaded"]
+    )
 
 
 def test_a_resume_keeps_what_the_run_started_from(run, data, world, tmp_path):
@@ -373,7 +375,7 @@ def test_a_published_checkpoint_is_a_start(published, tmp_path, data):
 def damaged(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    file = checkpoint_of(copy) / "weights.safetensors"
+    file = checkpoint_of(copy) / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     return copy
 
@@ -383,7 +385,7 @@ def damaged(run, tmp_path):
     [
         (lambda run, tmp: tmp / "gone", "is .*gone, where there is nothing; name a run folder"),
         (lambda run, tmp: damaged(run, tmp), "no intact checkpoint: step-00000001 is damaged"),
-        (lambda run, tmp: checkpoint_of(damaged(run, tmp)), "is damaged: weights.safetensors is c"),
+        (lambda run, tmp: checkpoint_of(damaged(run, tmp)), "is damaged: ema.safetensors is c"),
         (lambda run, tmp: tmp / "run", "run's own folder. To continue the run, leave out check"),
         (lambda run, tmp: tmp / "run/checkpoints/step-00000001", "give another run_dir"),
         (lambda run, tmp: Path(__file__), "test_initial_weights.py cannot be read as a checkpoint"),
