@@ -91,7 +91,7 @@ def demo_parts(folder: Path, ranks: int) -> list[Part]:
     train += [f"parallel.ranks={ranks}"]
     evaluate = ["evaluate", str(run), f"parallel.ranks={ranks}", f"output={evaluation}"]
     infer = ["infer", str(run), str(raw / "val" / "val_000_td.raw")]
-    infer += ["--output", str(detections)]
+    infer += ["--output", str(detections), "--overwrite"]  # a part may be repeated
     return [
         Part("simulate", simulate, raw),
         Part("prep", prep, shards),
