@@ -186,7 +186,8 @@ def _log_left_out(source: Path, sources: Collection[Source]) -> None:
     for line in unused_files(source):
         logger.info("%s", line)
     unlabelled = [(s.split, s.path) for s in sources if s.boxes is None]
-    missing = missing_labels(unlabelled, any_labelled=len(unlabelled) < len(sources))
+    any_labelled = len(unlabelled) < len(sources)
+    missing = missing_labels(unlabelled, source, any_labelled=any_labelled)
     for split, line in missing.items():
         level = logging.WARNING if split in LEARNING_SPLITS else logging.INFO
         logger.log(level, "%s", line)

@@ -11,11 +11,14 @@ LEARNING_SPLITS = ("train", "val")  # where a recording without boxes is a surpr
 NAMED = 3  # recordings that a line names
 
 
-def missing_labels(recordings: Iterable[tuple[str, Path]], *, any_labelled: bool) -> dict[str, str]:
+def missing_labels(
+    recordings: Iterable[tuple[str, Path]], source: Path, *, any_labelled: bool
+) -> dict[str, str]:
     """One line, by split, for each split with recordings that have no box file.
 
     Args:
         recordings: split and path of those that have none.
+        source: what prep reads.
         any_labelled: other recordings of the source have one; then those of test/ are not missed.
     """
     by_split: dict[str, list[Path]] = {}
@@ -25,7 +28,7 @@ def missing_labels(recordings: Iterable[tuple[str, Path]], *, any_labelled: bool
     for split in SPLITS:
         paths = by_split.get(split, [])
         if paths and (split in LEARNING_SPLITS or not any_labelled):
-            lines[split] = f"{split}: {_problem(split, paths)}. {_remedy(paths)}"
+            lines[split] = f"{split}: {_problem(split, paths)}. {_remedy(split, paths, source)}"
     return lines
 
 
@@ -46,11 +49,12 @@ def _problem(split: str, paths: Sequence[Path]) -> str:
     )
 
 
-def _remedy(paths: Sequence[Path]) -> str:
+def _remedy(split: str, paths: Sequence[Path], source: Path) -> str:
     path = printable(str(paths[0]))
     folder = printable(str(paths[0].parent))
     return (
         f"To label: evspan labels export {path} PICTURES draws images for a labelling tool, and "
         f"evspan labels import FILE {folder} reads what it saves (COCO, YOLO, VOC, CVAT, CSV, "
-        f"MOT); evspan labels pseudo RUN {folder} lets a trained detector label them"
+        f"MOT); evspan labels pseudo RUN {printable(str(source))} OUT --split {split} lets a "
+        "trained detector label them"
     )

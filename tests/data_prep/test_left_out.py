@@ -224,16 +224,16 @@ def test_a_source_without_recordings_is_refused_with_what_it_has_instead(tmp_pat
 def test_recordings_without_boxes_are_missed_by_split_with_the_commands_that_label_them(tmp_path):
     paths = [("test", Path("raw/test/t.raw")), ("val", Path("raw/val/v.raw"))]
     paths += [("train", Path(f"raw/train/{name}_td.raw")) for name in "abcd"]
-    lines = list(missing_labels(paths, any_labelled=True).values())
+    lines = list(missing_labels(paths, Path("raw"), any_labelled=True).values())
     assert [line.split(";")[0] for line in lines] == [
         "train: 4 recordings without a box file (a_bbox.npy next to a_td.raw): a, b, c and 1 more",
         "val: 1 recording without a box file (v_bbox.npy next to v.raw): v",
     ]
     assert "evspan labels export raw/train/a_td.raw PICTURES" in lines[0]
     assert "evspan labels import FILE raw/train" in lines[0]
-    assert "evspan labels pseudo RUN raw/train" in lines[0]
-    assert len(missing_labels(paths, any_labelled=False)) == 3
-    assert not missing_labels(paths[:1], any_labelled=True)
+    assert "evspan labels pseudo RUN raw OUT --split train" in lines[0]
+    assert len(missing_labels(paths, Path("raw"), any_labelled=False)) == 3
+    assert not missing_labels(paths[:1], Path("raw"), any_labelled=True)
 
 
 def test_a_name_with_control_characters_is_escaped(tmp_path):

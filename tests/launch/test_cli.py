@@ -159,7 +159,7 @@ def test_cfg_shows_the_config_and_runs_nothing(capfd):
 SHARDS = "dataset.root=nowhere"
 MISTAKES = [
     ("trian", "there is no command 'trian'; did you mean 'train'?"),
-    ("quux", "There are: simulate, prep, train, submit, sweep, status,"),
+    ("quux", "There are: simulate, prep, labels, train, submit, sweep, status,"),
     ("--verison", "did you mean '--version'?"),
     # keys
     (
@@ -255,7 +255,7 @@ MISTAKES = [
     ("infer gone gone.raw", "gone"),
     ("infer gone.raw --checkpoint gone", "evspan infer gone gone.raw"),
     ("export gone", "evspan export --help"),
-    ("export gone out.onnx", "gone holds no checkpoint. Name a run folder"),
+    ("export gone out.onnx", "gone is not there. Name a published .ckpt, a run folder"),
     ("export gone out.pb", "out.pb ends in neither .onnx nor .pt2"),
     ("smoke --ranks 0", "--ranks is 0; give 1 to 64"),
     ("smoke --ranks two", "evspan smoke --help"),
