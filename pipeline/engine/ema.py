@@ -2,9 +2,9 @@
 
 It is one more float32 value per parameter in Adam's state, so it is partitioned over the ranks and
 offloaded as Adam's moments are, and follows the float32 weights that Adam updates, not the rounded
-ones of bf16. The running means and variances of BatchNorm are averaged likewise: statistics of the
-last few batches belong to the last weights, not to the average. Counters and frozen parameters are
-those of the model.
+ones of bf16. Frozen parameters and all buffers are those of the model: BatchNorm's running means
+and variances are averages already, and an average of them lags so far behind that AP falls below
+that of the raw weights (tests/benchmarks/LOG.md).
 """
 
 import logging
@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
-from evspan.pipeline.engine.running_statistics import RunningStatistics
 from evspan.pipeline.engine.training_engine import TrainingEngine
 from evspan.pipeline.weights import Average
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+PART = 2**18  # elements that are updated at once on a CPU
 
 
 def warmed_up_decay(decay: float, updates: int) -> float:
@@ -45,6 +45,14 @@ def follow(averages: list[Tensor], sources: list[Tensor], weight: Tensor) -> Non
     torch._foreach_add_(averages, differences)
 
 
+def follow_in_parts(averages: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:
+    """`follow`, a part of 1 MB after the other: on a CPU the differences then stay in its cache."""
+    for average, source in zip(averages, sources, strict=True):
+        parts = average.reshape(-1).split(PART)  # type: ignore[no-untyped-call]  # torch's
+        for part, values in zip(parts, source.reshape(-1).split(PART), strict=True):  # type: ignore[no-untyped-call]
+            follow([part], [values], weight)
+
+
 class _Pair(NamedTuple):
     """A tensor that changes, and its average, float32."""
 
@@ -53,7 +61,7 @@ class _Pair(NamedTuple):
 
 
 class MovingAverage:
-    """The average of a model's weights and running statistics over the updates of a run.
+    """The average of a model's weights over the updates of a run.
 
     With n applied updates since it began, an update is
     average += (1 - d) * (weights - average), where d = min(decay, (1 + n) / (10 + n)).
@@ -63,19 +71,16 @@ class MovingAverage:
 
     Args:
         engine: with `averaged` in its optimizer state.
-        statistics: of the engine's model.
 
     Attributes:
         updates: that were applied since the average began.
     """
 
-    def __init__(self, decay: float, engine: TrainingEngine, statistics: RunningStatistics) -> None:
+    def __init__(self, decay: float, engine: TrainingEngine) -> None:
         self.decay = decay
         self.updates = 0
         self.optimizer_state = engine.optimizer_state
-        self.statistics = statistics
         self.trained = [_Pair(*pair) for pair in self.optimizer_state.averaged()]
-        self.buffers = [_Pair(flat, flat.float().clone()) for flat in statistics.floating]
         self.begin()
 
     @property
@@ -87,17 +92,19 @@ class MovingAverage:
     def begin(self) -> None:
         """Makes the average that of no updates: the weights as they are."""
         self.updates = 0
-        for pair in [*self.trained, *self.buffers]:
+        for pair in self.trained:
             pair.average.copy_(pair.source)
 
     @torch.no_grad()
     def update(self, applied: Tensor) -> None:
         """After an optimizer step. applied: () bool, on any device; False: changes nothing."""
         weight = applied.float() * (1 - warmed_up_decay(self.decay, self.updates))
-        for pairs in _by_device([*self.trained, *self.buffers]):
+        for pairs in _by_device(self.trained):
             averages = [pair.average for pair in pairs]
             sources = [pair.source.data.float() for pair in pairs]  # float32 ones are not copied
-            follow(averages, sources, weight.to(averages[0].device))
+            device = averages[0].device
+            step = follow_in_parts if device.type == "cpu" else follow
+            step(averages, sources, weight.to(device))
 
     def advance(self) -> None:
         """Counts an update. The caller knows by then that the last one was applied."""
@@ -110,15 +117,11 @@ class MovingAverage:
             raw: the model's state on the CPU. What is not averaged is taken from it.
         """
         averages = self.optimizer_state.averages()
-        for pair, split in zip(self.buffers, self.statistics.names, strict=True):
-            averages.update(split.by_name(pair.average.cpu()))
         return {name: averages.get(name, tensor) for name, tensor in raw.items()}
 
     def restore(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         """The inverse of `state`, of any ranks and ZeRO stage."""
         self.optimizer_state.restore_averages(tensors)
-        for pair, split in zip(self.buffers, self.statistics.names, strict=True):
-            pair.average.copy_(split.flat(tensors))
         self.updates = updates
 
     def resume(
@@ -143,15 +146,13 @@ class MovingAverage:
             )
 
 
-def open_average(
-    decay: float, engine: TrainingEngine, statistics: RunningStatistics
-) -> MovingAverage | None:
+def open_average(decay: float, engine: TrainingEngine) -> MovingAverage | None:
     """The average that `training.ema_decay` requests; None: 0, none."""
-    return MovingAverage(decay, engine, statistics) if decay else None
+    return MovingAverage(decay, engine) if decay else None
 
 
 def _by_device(pairs: Iterable[_Pair]) -> list[list[_Pair]]:
-    """With offloading, the float32 weights are on the CPU and the buffers on a GPU."""
+    """The tensors of one device together."""
     groups: dict[torch.device, list[_Pair]] = {}
     for pair in pairs:
         groups.setdefault(pair.average.device, []).append(pair)
