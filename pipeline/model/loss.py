@@ -129,7 +129,9 @@ def inside_regions(regions: Tensor, geometry: Geometry) -> Tensor:
         (n, cells) bool.
     """
     centre = cells(geometry, regions.device)[:, 3:].T[None, :, None]  # (1, 2, 1, cells)
-    place, size = regions.transpose(1, 2)[..., None].split(2, dim=1)  # (n, 2, R, 1)
+    by_axis = regions.transpose(1, 2)[..., None]  # (n, 4, R, 1)
+    place = by_axis[:, :2]
+    size = by_axis[:, 2:]
     near = (centre - place).abs_().mul_(2) < size
     return (near[:, 0] & near[:, 1]).any(1)
 
