@@ -48,8 +48,9 @@ def follow(averages: list[Tensor], sources: list[Tensor], weight: Tensor) -> Non
 def follow_in_parts(averages: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:
     """`follow`, a part of 1 MB after the other: on a CPU the differences then stay in its cache."""
     for average, source in zip(averages, sources, strict=True):
-        parts = average.reshape(-1).split(PART)  # type: ignore[no-untyped-call]  # torch's
-        for part, values in zip(parts, source.reshape(-1).split(PART), strict=True):  # type: ignore[no-untyped-call]
+        parts = torch.split(average.reshape(-1), PART)
+        values_of_parts = torch.split(source.reshape(-1), PART)
+        for part, values in zip(parts, values_of_parts, strict=True):
             follow([part], [values], weight)
 
 

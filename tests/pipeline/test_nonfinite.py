@@ -198,11 +198,11 @@ def test_a_stop_request_in_a_step_that_is_left_out_saves_the_next_one(
     run = config(shards, tmp_path)
     run.checkpoint.every = 100
     flag = StopFlag()
-    with opened(run, world) as trainer, losses_of("+-++++", monkeypatch):
+    with opened(run, world) as trainer, losses_of("++-+++", monkeypatch):
         real = trainer.micro_batch
 
         def micro_batch(*args, **kwargs):
-            if trainer.step == 1:
+            if trainer.step == 2:  # its end is not logged, as those of steps 1 and 2 are
                 flag.request()
                 kwargs["stop_requested"] = True
             return real(*args, **kwargs)
@@ -211,8 +211,8 @@ def test_a_stop_request_in_a_step_that_is_left_out_saves_the_next_one(
         with pytest.raises(SystemExit):
             trainer.run(flag)
         assert trainer.skipped == 1
-        assert trainer.engine.optimizer_state.counters()["updates"] == 2
-    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000003"]
+        assert trainer.engine.optimizer_state.counters()["updates"] == 3
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000004"]
 
 
 def test_gradients_that_are_not_finite_are_left_out_and_counted(
