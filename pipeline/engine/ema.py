@@ -2,9 +2,9 @@
 
 It is one more float32 value per parameter in Adam's state, so it is partitioned over the ranks and
 offloaded as Adam's moments are, and follows the float32 weights that Adam updates, not the rounded
-ones of bf16. Frozen parameters and all buffers are those of the model: BatchNorm's running means
-and variances are averages already, and an average of them lags so far behind that AP falls below
-that of the raw weights (tests/benchmarks/LOG.md).
+ones of bf16. The running means and variances of BatchNorm are averaged likewise: those of the last
+few batches are noisy, and so is the AP with them (tests/benchmarks/LOG.md). Counters and frozen
+parameters are those of the model.
 """
 
 import logging
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
+from evspan.pipeline.engine.running_statistics import RunningStatistics
 from evspan.pipeline.engine.training_engine import TrainingEngine
 from evspan.pipeline.weights import Average
 from torch import Tensor
@@ -62,7 +63,7 @@ class _Pair(NamedTuple):
 
 
 class MovingAverage:
-    """The average of a model's weights over the updates of a run.
+    """The average of a model's weights and running statistics over the updates of a run.
 
     With n applied updates since it began, an update is
     average += (1 - d) * (weights - average), where d = min(decay, (1 + n) / (10 + n)).
@@ -72,16 +73,19 @@ class MovingAverage:
 
     Args:
         engine: with `averaged` in its optimizer state.
+        statistics: of the engine's model.
 
     Attributes:
         updates: that were applied since the average began.
     """
 
-    def __init__(self, decay: float, engine: TrainingEngine) -> None:
+    def __init__(self, decay: float, engine: TrainingEngine, statistics: RunningStatistics) -> None:
         self.decay = decay
         self.updates = 0
         self.optimizer_state = engine.optimizer_state
+        self.statistics = statistics
         self.trained = [_Pair(*pair) for pair in self.optimizer_state.averaged()]
+        self.buffers = [_Pair(flat, flat.float().clone()) for flat in statistics.floating]
         self.begin()
 
     @property
@@ -93,14 +97,14 @@ class MovingAverage:
     def begin(self) -> None:
         """Makes the average that of no updates: the weights as they are."""
         self.updates = 0
-        for pair in self.trained:
+        for pair in [*self.trained, *self.buffers]:
             pair.average.copy_(pair.source)
 
     @torch.no_grad()
     def update(self, applied: Tensor) -> None:
         """After an optimizer step. applied: () bool, on any device; False: changes nothing."""
         weight = applied.float() * (1 - warmed_up_decay(self.decay, self.updates))
-        for pairs in _by_device(self.trained):
+        for pairs in _by_device([*self.trained, *self.buffers]):
             averages = [pair.average for pair in pairs]
             sources = [pair.source.data.float() for pair in pairs]  # float32 ones are not copied
             device = averages[0].device
@@ -118,11 +122,15 @@ class MovingAverage:
             raw: the model's state on the CPU. What is not averaged is taken from it.
         """
         averages = self.optimizer_state.averages()
+        for pair, parts in zip(self.buffers, self.statistics.names, strict=True):
+            averages.update(parts.by_name(pair.average.cpu()))
         return {name: averages.get(name, tensor) for name, tensor in raw.items()}
 
     def restore(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         """The inverse of `state`, of any ranks and ZeRO stage."""
         self.optimizer_state.restore_averages(tensors)
+        for pair, parts in zip(self.buffers, self.statistics.names, strict=True):
+            pair.average.copy_(parts.flat(tensors))
         self.updates = updates
 
     def resume(
@@ -147,13 +155,15 @@ class MovingAverage:
             )
 
 
-def open_average(decay: float, engine: TrainingEngine) -> MovingAverage | None:
+def open_average(
+    decay: float, engine: TrainingEngine, statistics: RunningStatistics
+) -> MovingAverage | None:
     """The average that `training.ema_decay` requests; None: 0, none."""
-    return MovingAverage(decay, engine) if decay else None
+    return MovingAverage(decay, engine, statistics) if decay else None
 
 
 def _by_device(pairs: Iterable[_Pair]) -> list[list[_Pair]]:
-    """The tensors of one device together."""
+    """With offloading, the float32 weights are on the CPU and the buffers on a GPU."""
     groups: dict[torch.device, list[_Pair]] = {}
     for pair in pairs:
         groups.setdefault(pair.average.device, []).append(pair)

@@ -276,7 +276,7 @@ class Trainer:
         engine = engine or engine_class(config)
         self.engine = engine(detector, config, world, lanes=len(self.lanes))
         self.statistics = RunningStatistics(self.engine.module)
-        self.average = open_average(config.training.ema_decay, self.engine)
+        self.average = open_average(config.training.ema_decay, self.engine, self.statistics)
         self.state = self._zero_state()
         self.step = 0
         self.saved_step = 0  # of the newest checkpoint

@@ -221,7 +221,8 @@ def cost(sizes: Sequence[str], steps: int) -> str:
                 without, averaging = _step_times(trainers, steps)
                 average = trainers[1].average
                 assert average is not None
-                megabytes = sum(pair.average.nbytes for pair in average.trained) / 1e6
+                pairs = [*average.trained, *average.buffers]
+                megabytes = sum(pair.average.nbytes for pair in pairs) / 1e6
                 lines.append(
                     f"| {size} | {engine} | {without:.1f} | {averaging:.1f} "
                     f"| {averaging / without:.3f} | {megabytes:.1f} |"

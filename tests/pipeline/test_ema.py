@@ -121,14 +121,14 @@ def continued(run, tmp_path, step):
 
 
 def test_it_is_that_of_its_definition(run):
-    """From the weights that the run saved; buffers are the model's."""
+    """From the weights that the run saved; running means and variances are averaged, too."""
     raws = [load_file(checkpoint(run, step) / "weights.safetensors") for step in (1, 2, 3, 4)]
     saved = [load_file(checkpoint(run, step) / "ema.safetensors") for step in (1, 2, 3, 4)]
     assert saved[0].keys() == raws[0].keys()
     changed = 0
     for name, average in saved[0].items():
         for n, (raw, after) in enumerate(zip(raws[1:], saved[1:]), 1):
-            if "running_" not in name and "num_batches" not in name:
+            if raw[name].is_floating_point():
                 weight = torch.tensor(1 - min(DECAY, (1 + n) / (10 + n)))
                 average = average + weight * (raw[name] - average)
                 changed += not torch.equal(average, raw[name])
@@ -183,7 +183,7 @@ def test_a_skipped_step_leaves_it_as_it_is(shards, world, tmp_path, monkeypatch)
     for _ in range(3):
         trainer.micro_batch(next(batches))
         trainer._read_pending()
-        states.append(trainer.engine.optimizer_state.averages())
+        states.append(trainer.average.state(trainer.engine.full_state()))
     batches.close()
     trainer.close()
     assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
@@ -259,6 +259,7 @@ def test_in_bf16_it_averages_the_float32_weights(shards, world, tmp_path):
     assert isinstance(trainer.engine, PlainEngine)
     assert source is trainer.engine.weights.master
     assert average.dtype == torch.float32
+    assert all(pair.average.dtype == torch.float32 for pair in trainer.average.buffers)
 
 
 def test_the_average_is_what_is_evaluated_and_used(run):

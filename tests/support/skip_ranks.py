@@ -23,6 +23,7 @@ from evspan.conf.schema.training import (
 from evspan.pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from evspan.pipeline.engine.ema import MovingAverage
 from evspan.pipeline.engine.plain_engine import PlainEngine
+from evspan.pipeline.engine.running_statistics import RunningStatistics
 from evspan.pipeline.parallel.world import open_world
 from support.plain_engine import PlainEngine as OracleEngine
 from torch import nn
@@ -80,7 +81,7 @@ def stepped(stage, pattern, world) -> dict[Any, Any]:
     classes = {None: OracleEngine, PLAIN: PlainEngine}
     engine: Any = classes.get(stage, DeepSpeedEngine)(model, config, world, lanes=1)
     if stage is not None:
-        average = MovingAverage(DECAY, engine)
+        average = MovingAverage(DECAY, engine, RunningStatistics(engine.module))
         slow = SlowAverage(engine.full_state())
     for number, sign in enumerate(pattern.replace(" ", "")):
         torch.manual_seed(100 * number + world.rank)
