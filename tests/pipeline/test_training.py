@@ -225,7 +225,7 @@ def test_a_stop_signal_saves_all_ranks_and_the_same_command_continues(shards, tm
     )
     assert started.stdout is not None
     for line in started.stdout:
-        if line.startswith("step      2"):
+        if line.startswith("step 2 of "):
             started.send_signal(signal.SIGTERM)
     assert started.wait(60) == 75
     meta = json.loads(next((run_dir / "checkpoints").glob("step-*/meta.json")).read_text())
@@ -247,7 +247,7 @@ def test_a_dead_rank_ends_the_run_and_is_named(shards, tmp_path):
     lines = []
     for line in started.stdout:
         lines.append(line)
-        if line.startswith("step      2"):
+        if line.startswith("step 2 of "):
             children = subprocess.run(
                 ["pgrep", "-P", str(started.pid)], capture_output=True, text=True
             ).stdout.split()
