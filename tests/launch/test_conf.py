@@ -235,7 +235,7 @@ def test_misspelt_keys_and_options_are_refused(name, override):
     [
         ("train", ["training.max_steps=many"], "max_steps"),
         ("train", ["training.precision=fp8"], "precision"),
-        ("train", ["training.batch_size=0"], "batch_size"),
+        ("train", ["training.batch_size=-1"], "batch_size"),
         ("train", ["model.fpn.in_stages=[3,4]"], "in_stages"),
         ("train", ["model.backbone.embed_dim=33"], "embed_dim"),
         ("train", ["dataset=etram", "model.head.num_classes=3"], "num_classes"),

@@ -279,7 +279,7 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch, capfd):
     blocks = re.findall(
         r"```python\n(.*?)```", (ROOT / "pipeline" / "README.md").read_text(), re.DOTALL
     )
-    block = next(b for b in blocks if "load_detector" in b)
+    block = next(b for b in blocks if "rvt-t.ckpt" in b)
     monkeypatch.chdir(tmp_path)
     tensors = random_tensors(model_of("micro"))
     for name in tensors:  # boxes of moderate size, surely there

@@ -33,6 +33,9 @@ STAND_INS = {
     "dataset.root=/scratch/etram": "dataset.root=etram_shards",
     "dataset.root=own_shards": "dataset.root=gen4_shards",
     "output=/scratch/gen4": "output=scratch",
+    "dataset.roots=[{root: gen4_shards, weight: 3}, {root: own_shards, class_map: {lorry: truck, "
+    "tram: null}}]": "dataset.roots=[{root: gen4_shards, weight: 3}, {root: shards, "
+    "class_map: {ball: car, box: pedestrian, bar: null}}]",
 }
 ENDLESS = {"--watch", "--follow"}
 SMALLER = {"simulate": ["--seconds", "0.3", "--width", "320", "--height", "240"]}
