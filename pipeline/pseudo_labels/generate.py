@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from evspan.conf.atomic_files import replace_file
 from evspan.conf.errors import BoxesError, UserError
 from evspan.conf.progress import progress
-from evspan.conf.text import plural
+from evspan.conf.text import plural, printable
 from evspan.data_prep.frames.histogram import frames_of
 from evspan.data_prep.frames.windows import window_ends
 from evspan.data_prep.labels.box_files import (
@@ -23,10 +23,11 @@ from evspan.data_prep.labels.box_files import (
     read_labels,
     write_boxes,
 )
-from evspan.data_prep.labels.classes import CLASSES_FILE
-from evspan.data_prep.recordings.open import open_recording
-from evspan.data_prep.recordings.sources import LISTS, Source, find_sources, split_folders
+from evspan.data_prep.labels.classes import CLASSES_FILE, read_classes
+from evspan.data_prep.recordings.open import holds_events, open_recording
+from evspan.data_prep.recordings.sources import LISTS, Source, find_sources
 from evspan.data_prep.shards.atomic import atomic_write
+from evspan.data_prep.shards.format import SPLITS
 from evspan.pipeline.inference.detect import clip_boxes
 from evspan.pipeline.inference.recordings import choose_device
 from evspan.pipeline.inference.streaming import raw_boxes
@@ -82,6 +83,8 @@ def label_recordings(options: PseudoOptions) -> Iterator[PseudoSummary]:
     weights = load_weights(options.checkpoint, raw=options.weights == "raw")
     options.filters.objectness.of(weights.classes)
     options.filters.class_score.of(weights.classes)
+    if options.keep_labels and any(source.boxes for source in sources):
+        _require_same_classes(options, weights.classes)
     labels = [_read_labels(source, options, len(weights.classes)) for source in sources]
     torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) - 1))
     detector = detector_from(weights, device=choose_device(options.device))
@@ -108,7 +111,8 @@ def output_files(options: PseudoOptions) -> list[Path]:
     """All files that are written.
 
     Raises:
-        UserError: the source has no recordings in the split, or two of the same name.
+        UserError: the source has no recordings in the split, or two of the same name, or its own
+            box files are at these places.
     """
     files = [box_file(source, options) for source in _sources(options)]
     return [*files, *(options.output / name for name in (CLASSES_FILE, LIST_FILE, SUMMARY_FILE))]
@@ -116,10 +120,10 @@ def output_files(options: PseudoOptions) -> list[Path]:
 
 def _sources(options: PseudoOptions) -> list[Source]:
     sources = find_sources(options.source)
-    has_splits = options.source.suffix.lower() in LISTS or bool(
-        options.source.is_dir() and split_folders(options.source)
-    )
-    if has_splits:
+    is_list = options.source.is_file() and options.source.suffix.lower() in LISTS
+    if is_list and holds_events(options.source):
+        is_list = False  # a recording in text
+    if is_list or any((options.source / split).is_dir() for split in SPLITS):
         sources = [source for source in sources if source.split == options.split]
     else:
         sources = [replace(source, split=options.split) for source in sources]
@@ -134,6 +138,12 @@ def _sources(options: PseudoOptions) -> list[Source]:
                 f"{plural(names.count(name), 'recording')} would have the box file {name}; label "
                 "them in separate commands"
             )
+    for source in sources:
+        if source.boxes and source.boxes.resolve() == box_file(source, options).resolve():
+            raise UserError(
+                f"{source.boxes} has the labels of {source.path.name}, and pseudo-labels would "
+                "replace it. Give another folder as OUT"
+            )
     return sources
 
 
@@ -143,6 +153,25 @@ def _line(source: Source, options: PseudoOptions) -> str:
     boxes = box_file(source, options).name
     fields = [source.split, recording, boxes]
     return ",".join(f'"{text}"' if set(text) & set(' ,"') else text for text in fields)
+
+
+def _require_same_classes(options: PseudoOptions, classes: Sequence[str]) -> None:
+    """Refuses labels whose class ids have other names than the detector's, without a class map."""
+    names = read_classes(options.source)
+    if options.class_map is not None or names == list(classes[: len(names)]):
+        return
+    pairs: list[str] = []
+    for i, name in enumerate(names):
+        if name in classes:
+            pairs.append(f"{i}:{classes.index(name)}")
+    remedy = "--no-labels"
+    if pairs:
+        remedy = f"--class-map {','.join(pairs)} (others are left out), or {remedy}"
+    listed = printable(", ".join(names))
+    raise BoxesError(
+        f"the labels of {options.source} have the classes {listed[:200]}, and the detector has "
+        f"{printable(', '.join(classes))[:200]}. Give {remedy}"
+    )
 
 
 def _read_labels(source: Source, options: PseudoOptions, num_classes: int) -> LabelRows:

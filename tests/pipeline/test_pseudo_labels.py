@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evspan.conf.errors import UserError
 from evspan.conf.schema.prep import (
     DatasetConfig,
     FrameConfig,
@@ -49,6 +50,7 @@ from evspan.pipeline.pseudo_labels.generate import (
     choose_labels,
     detect_both_ways,
     label_recordings,
+    output_files,
 )
 from evspan.pipeline.pseudo_labels.options import FilterOptions, PseudoOptions, Thresholds
 from evspan.pipeline.pseudo_labels.reversed_time import FrameSpool, reversed_frame
@@ -356,6 +358,27 @@ def simulated(folder: Path) -> Path:
     # LEOD's weak supervision: labels at few times.
     write_boxes(path, boxes[np.isin(boxes["t"], np.unique(boxes["t"])[[11, 35]])])
     return folder
+
+
+def test_folders_without_splits_own_labels_and_other_class_names(tmp_path, weights):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    write_events(flat / "r_td.h5", *some_events(0))
+    options = PseudoOptions(weights, flat, tmp_path / "out")
+    files = [path.name for path in output_files(options)]
+    assert files == ["r_bbox.npy", "classes.txt", "recordings.txt", "summary.json"]
+    boxes = np.zeros(1, RAW_BOX)
+    boxes["t"] = WINDOW_US
+    write_boxes(flat / "r_bbox.npy", boxes)
+    with pytest.raises(UserError, match="would replace it"):
+        output_files(PseudoOptions(weights, flat, flat, overwrite=True))
+    first, *others = CLASSES
+    (flat / "classes.txt").write_text("\n".join([*others, "lorry", first]))
+    class_map = ",".join([*(f"{i}:{i + 1}" for i in range(len(others))), f"{len(CLASSES)}:0"])
+    with pytest.raises(UserError, match=f"--class-map {class_map} "):
+        list(label_recordings(options))
+    (flat / "classes.txt").write_text(first)
+    assert len(list(label_recordings(options))) == 1
 
 
 PERMISSIVE = ["--thresholds", "0.3", "--confidence", "0.1"]
