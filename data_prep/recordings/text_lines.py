@@ -35,7 +35,7 @@ ENDS_LINE = _table("\r\n")
 ENDS_FIELD = _table("\r\n,; \t")
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _exponent(text: NDArray[np.uint8], i: int) -> tuple[int, int, int]:
     """Reads e-12 from text[i] on, if there is one.
 
@@ -57,7 +57,7 @@ def _exponent(text: NDArray[np.uint8], i: int) -> tuple[int, int, int]:
     return i, -exponent if falls else exponent, 0
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _number(text: NDArray[np.uint8], i: int) -> tuple[int, int, int, int]:
     """Reads digits, perhaps with a sign, a point and an exponent, from text[i] on.
 
@@ -91,7 +91,7 @@ def _number(text: NDArray[np.uint8], i: int) -> tuple[int, int, int, int]:
     return i, -mantissa if negative else mantissa, power + exponent, fault
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _scaled(mantissa: int, power: int) -> tuple[int, bool, int]:
     """mantissa * 10**power, rounded to the nearest integer (half up).
 
@@ -117,7 +117,7 @@ def _scaled(mantissa: int, power: int) -> tuple[int, bool, int]:
     return whole + (rest >= divisor - rest), rest == 0, 0
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _skip_separator(text: NDArray[np.uint8], i: int) -> int:
     """Blanks, and one comma or semicolon among them."""
     while text[i] == SPACE or text[i] == TAB:
@@ -129,7 +129,7 @@ def _skip_separator(text: NDArray[np.uint8], i: int) -> int:
     return i
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _field(text: NDArray[np.uint8], i: int, target: int, time_power: int) -> tuple[int, int, int]:
     """Reads one column of a line.
 
@@ -153,7 +153,7 @@ def _field(text: NDArray[np.uint8], i: int, target: int, time_power: int) -> tup
     return i, value, fault
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _line(
     text: NDArray[np.uint8],
     i: int,
