@@ -144,10 +144,9 @@ def test_a_set_is_created_once_and_refused_when_it_has_changed(tmp_path, capfd):
 def test_the_set_has_many_small_crossing_and_stopping_objects(tmp_path):
     """Of a recording as the set has them, in pixels of its frames."""
     args = cli_simulate._parser().parse_args([str(tmp_path), *FULL.recipe()["simulate"]])
-    recording = cli_simulate.options_from(args).recording_set.recordings()[0]
-    report = simulate(
-        tmp_path / "a_td.raw", seconds=6, seed=recording.seed, config=recording.config
-    )
+    recording_set = cli_simulate.options_from(args).recording_set
+    config = recording_set.recordings()[0].config
+    report = simulate(tmp_path / "a_td.raw", seconds=6, seed=recording_set.seed, config=config)
     rows = np.load(report.boxes_path)
     area = rows["w"] * rows["h"] / 4
     assert 0.6 < (area < 32**2).mean() < 0.99  # and medium ones to compare with

@@ -152,7 +152,8 @@ def _train(folder: Path) -> None:
     gen4 = ["dataset=gen4", "dataset.root=gen4_shards", "run_dir=runs/base"]
     for arguments in (simulated, gen4):
         subprocess.run([*command, *arguments], cwd=folder, check=True, timeout=200)
-    shutil.copytree(folder / "runs/base", folder / "runs/own")
+    for name in ("own", "tuned"):
+        shutil.copytree(folder / "runs/base", folder / "runs" / name)
     shutil.copytree(folder / "runs/base", folder / "sweeps/lr/0")
     logs = folder / "sweeps/lr/0/logs"
     logs.mkdir(exist_ok=True)
