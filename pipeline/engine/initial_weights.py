@@ -181,9 +181,10 @@ def check_initial_weights(config: TrainConfig, target: Target) -> None:
         UserError: there are no such weights, they are the run's own, damaged, or do not fit.
     """
     path = config.checkpoint.init_from
-    check_is_other_run(path, config.run_dir)
-    if config.checkpoint.resume and step_names(Path(config.run_dir, FOLDER)):
-        return
+    if config.run_dir:  # else it gets a new folder
+        check_is_other_run(path, config.run_dir)
+        if config.checkpoint.resume and step_names(Path(config.run_dir, FOLDER)):
+            return
     try:
         fit(_read(find_initial_weights(path), target.model), target, path)
     except (UserError, OSError) as error:

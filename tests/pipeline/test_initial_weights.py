@@ -414,3 +414,16 @@ def test_a_weights_file_is_a_start(plain, tmp_path, data):
     initialise(detector, config(data, tmp_path / "run", path), Target(model(), NAMES, FRAMES), 0)
     state = detector.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in plain.tensors.items())
+
+
+def test_a_run_without_a_folder_starts_from_checkpoints_below_the_current_one(
+    plain, data, tmp_path, monkeypatch
+):
+    """It will get a new folder: neither those weights nor those checkpoints are its own."""
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    save_weights(Path("checkpoints", "own.safetensors"), plain)
+    target = Target(model(), NAMES, FRAMES)
+    check_initial_weights(config(data, "", "checkpoints/own.safetensors"), target)
+    with pytest.raises(UserError, match="there is nothing"):
+        check_initial_weights(config(data, "", "checkpoints/other.safetensors"), target)
