@@ -55,12 +55,14 @@ class RunLimits:
 
     Attributes:
         reason: why the run ends with this step; empty while it does not.
+        remedies: overrides with which the run goes on.
     """
 
     def __init__(self, config: TrainingConfig, frames: int) -> None:
         self.config = config
         self.frames = frames
         self.reason = ""
+        self.remedies: list[str] = []
         self.earlier_seconds = 0.0  # of earlier attempts
         self.started = time.monotonic()
         self.best_ap = -1.0  # lower than any AP
@@ -117,9 +119,14 @@ class RunLimits:
         self._end_by_patience()
 
     def _end_by_time(self) -> None:
-        self.reason = f"training.max_hours={self.config.max_hours:g} have passed"
+        hours = self.config.max_hours
+        self.reason = f"training.max_hours={hours:g} have passed"
+        # It may be another rank's clock that has reached it. The next attempt must not train on.
+        self.earlier_seconds += max(0.0, hours * SECONDS_PER_HOUR - self.seconds)
+        self.remedies.append(f"training.max_hours={2 * self.seconds / SECONDS_PER_HOUR:.3g}")
 
     def _end_by_patience(self) -> None:
         if self.config.patience and self.without_better >= self.config.patience:
             count = plural(self.without_better, "evaluation")
             self.reason = f"no better AP in {count} (training.patience)"
+            self.remedies.append(f"training.patience={2 * self.without_better}")

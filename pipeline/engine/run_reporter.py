@@ -9,6 +9,7 @@ import torch
 from evspan.conf.progress import ProgressBar
 from evspan.conf.schema.training import EvaluationConfig, TrainConfig
 from evspan.pipeline.data.datasets import Dataset
+from evspan.pipeline.engine.limits import RunLimits
 from evspan.pipeline.engine.profiling import Profiler
 from evspan.pipeline.engine.resources import Resources, over_ranks
 from evspan.pipeline.engine.start_lines import finished_lines, frames_per_step, start_lines
@@ -130,14 +131,10 @@ class RunReporter:
         if self.bar is not None:
             self.bar.advance()
 
-    def finished(self, step: int, reason: str) -> None:
-        """Reports the result of a run that had ended before this attempt.
-
-        Args:
-            reason: why it ended before `max_steps`; empty: it has all of them.
-        """
+    def finished(self, step: int, limits: RunLimits) -> None:
+        """Reports the result of a run that had ended before this attempt."""
         if self.world.is_main:
-            for line in finished_lines(self.config, step, reason):
+            for line in finished_lines(self.config, step, limits):
                 self.log(line)
 
     def close(self) -> None:

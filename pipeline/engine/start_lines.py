@@ -12,6 +12,7 @@ from evspan.conf.text import plural
 from evspan.pipeline.data.datasets import BOXES_IN_MEMORY, Dataset
 from evspan.pipeline.engine.adam import learning_rate_factor
 from evspan.pipeline.engine.continuation import schedule_allows
+from evspan.pipeline.engine.limits import RunLimits
 from evspan.pipeline.metrics_log import EVALUATION, read_metrics
 from evspan.pipeline.parallel.mesh import Mesh
 from torch import nn
@@ -119,18 +120,19 @@ def _learning_rate(optimizer: OptimizerConfig, max_steps: int) -> str:
     )
 
 
-def finished_lines(config: TrainConfig, step: int, reason: str) -> list[str]:
+def finished_lines(config: TrainConfig, step: int, limits: RunLimits) -> list[str]:
     """The result of a run that has ended, and how to train on.
 
     Args:
-        step: the last one. reason: why it ended before `max_steps`; empty: it has all of them.
+        config: with the real number of steps, as `limits` has it.
+        step: the last one.
     """
     run = Path(config.run_dir)
     evaluations = [record for record in read_metrics(run) if record["kind"] == EVALUATION]
     scores = {record["step"]: record["ap"] for record in evaluations if _has_ap(record)}
     lines = [f"{run} is complete: step {step} of {config.training.max_steps}"]
-    if reason:
-        lines[0] += f", {reason}"
+    if limits.reason:
+        lines[0] += f", {limits.reason}"
     if scores:
         best = max(scores, key=lambda number: (scores[number], number))
         last = max(scores)
@@ -138,15 +140,29 @@ def finished_lines(config: TrainConfig, step: int, reason: str) -> list[str]:
             f"AP {scores[last]:.3f} in step {last}, the best {scores[best]:.3f} in step {best}"
         )
     lines.append(f"weights: {run / 'checkpoints' / f'step-{step:08d}'}; evspan evaluate {run} ...")
-    longer = replace(config, training=replace(config.training, max_steps=2 * step))
-    if schedule_allows(longer, config.training.max_steps, step):
-        lines.append(f"to train on: run_dir={run} training.max_steps={2 * step}")
+    overrides = _longer(config, step, limits)
+    if overrides:
+        lines.append(f"to train on: {' '.join([f'run_dir={run}', *overrides])}")
     else:
         lines.append(
             "its learning rate has ended; to train on from these weights: "
             f"run_dir=NEW checkpoint.init_from={run}"
         )
     return lines
+
+
+def _longer(config: TrainConfig, step: int, limits: RunLimits) -> list[str]:
+    """Overrides with which a run goes on; []: its schedule allows no further step."""
+    training = config.training
+    if step < training.max_steps:
+        return limits.remedies
+    longer = replace(config, training=replace(training, max_steps=2 * step))
+    if not schedule_allows(longer, training.max_steps, step):
+        return []
+    overrides = [*limits.remedies, f"training.max_steps={2 * step}"]
+    if training.max_epochs:
+        overrides.append(f"training.max_epochs={2 * training.max_epochs:g}")
+    return overrides
 
 
 def _has_ap(record: Mapping[str, Any]) -> bool:

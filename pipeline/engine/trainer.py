@@ -341,7 +341,7 @@ class Trainer:
         if self.world.is_main and self.step == 0 and training.log_images_every > 0:
             write_first_images(self.writer, self.loader, first, self.step)
         if was_complete:
-            self.reporter.finished(self.step, self.limits.reason)
+            self.reporter.finished(self.step, self.limits)
         while not self._is_last_step:
             self.profiler.before(self.step + 1)
             batch = self._train_step(batches, wait)

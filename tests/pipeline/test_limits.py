@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from evspan.conf.errors import ConfigError, UserError
 from evspan.conf.schema.prep import DatasetConfig
 from evspan.conf.schema.training import (
@@ -26,7 +27,7 @@ from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.engine import limits as limits_module
 from evspan.pipeline.engine import trainer as trainer_module
 from evspan.pipeline.engine.evaluator import evaluate_weights, limit_recordings
-from evspan.pipeline.engine.limits import total_steps
+from evspan.pipeline.engine.limits import RunLimits, total_steps
 from evspan.pipeline.engine.signals import StopFlag
 from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.history import read
@@ -139,11 +140,14 @@ def test_epochs_end_the_run_and_its_schedule(shards, world, tmp_path):
     assert train(config(shards, run, max_steps=5), world) == {}
 
 
-def test_epochs_may_be_added_where_the_schedule_allows(shards, world, tmp_path):
+def test_epochs_may_be_added_where_the_schedule_allows(shards, world, tmp_path, caplog):
     run = tmp_path / "run"
     train(config(shards, run, max_epochs=1, end_factor=1.0), world)
-    rates = train(config(shards, run, max_epochs=1.5, end_factor=1.0), world)
-    assert sorted(rates) == [6, 7]
+    longer = config(shards, run, max_epochs=1.5, end_factor=1.0)
+    assert sorted(train(longer, world)) == [6, 7]
+    assert train(longer, world) == {}
+    overrides = "training.max_steps=14 training.max_epochs=3"
+    assert f"to train on: run_dir={run} {overrides}\n" in caplog.text
 
 
 @pytest.fixture
@@ -174,6 +178,7 @@ def test_an_ap_that_does_not_rise_ends_the_run(shards, world, tmp_path, aps, cap
     # The same command again.
     assert train(config(shards, run, evaluate_every=1, patience=3), world) == {}
     assert last_event(run) == ("done", 5, REASON)
+    assert f"to train on: run_dir={run} training.patience=6\n" in caplog.text
     # More patience continues it.
     aps += [0.1, 0.2]
     rates = train(config(shards, run, evaluate_every=1, patience=5), world)
@@ -195,7 +200,7 @@ def test_patience_is_counted_over_attempts(shards, world, tmp_path, aps, until):
     assert not aps
 
 
-def test_hours_are_counted_over_attempts(shards, world, tmp_path, monkeypatch):
+def test_hours_are_counted_over_attempts(shards, world, tmp_path, monkeypatch, caplog):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(limits_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
@@ -213,6 +218,22 @@ def test_hours_are_counted_over_attempts(shards, world, tmp_path, monkeypatch):
     assert evaluated_steps(run) == [7]
     assert train(two_hours, world) == {}
     assert last_event(run) == ("done", 7, "training.max_hours=2 have passed")
+    assert f"to train on: run_dir={run} training.max_hours=4.67\n" in caplog.text
+
+
+def test_a_run_that_another_rank_ended_by_time_stays_ended(monkeypatch):
+    """The other rank's clock is ahead of this one's, which is saved."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(limits_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(limits_module, "any_rank", lambda value, device: True)
+    one_hour = TrainingConfig(max_hours=1)
+    ended = RunLimits(one_hour, FRAMES)
+    clock.now = 3599.9
+    ended.check_time(torch.device("cpu"))
+    assert ended.is_last(1)
+    resumed = RunLimits(one_hour, FRAMES)
+    resumed.resume(ended.to_json(), {})
+    assert resumed.is_last(1)
 
 
 def test_the_last_step_is_evaluated_or_not(shards, world, tmp_path):
