@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -34,8 +35,12 @@ class StopFlag:
         """The handler of Ctrl-C. Sets the flag; the next Ctrl-C ends the process at once."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         self.request(number)
-        if not started_as_rank(os.environ):  # else the launcher reports it
-            logger.info("Ctrl-C: saves at the end of this step and ends; again: ends at once")
+        if started_as_rank(os.environ):  # the launcher reports it
+            return
+        # In a thread: the signal may have interrupted a write to the same stream, which cannot be
+        # written to again before that write has ended.
+        message = "Ctrl-C: saves at the end of this step and ends; again: ends at once"
+        threading.Thread(target=logger.info, args=(message,), name="evspan-ctrl-c").start()
 
     def is_set(self) -> bool:
         """Whether this process was asked to stop."""

@@ -1,6 +1,8 @@
 """A stop signal outside of a training step: the run ends at once, and continues as if undisturbed."""
 
 import json
+import logging
+import signal
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ from evspan.pipeline.engine import run_reporter
 from evspan.pipeline.engine import trainer as trainer_module
 from evspan.pipeline.engine.checkpoints import Checkpoints
 from evspan.pipeline.engine.plain_engine import PlainEngine
-from evspan.pipeline.engine.signals import StopFlag
+from evspan.pipeline.engine.signals import StopFlag, catch_stop_signals
 from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.history import ACTIVITY, read
 from evspan.pipeline.inference import streaming
@@ -231,3 +233,18 @@ def test_a_rank_that_waits_for_data_leaves_on_a_request():
     with pytest.raises(ReadingStoppedError):
         next(results)
     release.set()
+
+
+def test_ctrl_c_while_output_is_written_is_reported_after_it(caplog):
+    """A buffered stream raises where a signal handler writes inside of a write."""
+    caplog.set_level(logging.INFO, "evspan")
+    with catch_stop_signals() as flag:
+        signal.raise_signal(signal.SIGINT)
+        assert flag.is_set()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        for thread in threading.enumerate():
+            if thread.name == "evspan-ctrl-c":
+                thread.join()
+    (record,) = caplog.records
+    assert record.message.startswith("Ctrl-C: saves at the end of this step")
+    assert record.thread != threading.get_ident()
