@@ -1,5 +1,6 @@
 """A training step of the real trainer on an emulated GPU, and what it asks of the device."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -138,6 +139,7 @@ def open_trainer(
     options: StepOptions, shards: Path, run_dir: Path
 ) -> Iterator[tuple[Emulation, Trainer]]:
     """The trainer of one rank on an emulated GPU."""
+    gc.collect()  # an engine of before would otherwise be destroyed during a counted step, and wait
     set_launcher_variables(rank=options.rank, world=options.world)
     emulation = emulated_gpu(world=options.world, rank=options.rank, values=options.values)
     with emulation as gpu, deepspeed_on_emulated_gpu():
