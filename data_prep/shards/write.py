@@ -476,7 +476,9 @@ def _write_labels(
     }
     warnings: dict[str, str] = {}
     if labels.file is not None:
-        span = Span(entry.first_us, entry.last_us)
+        # A label at the end of the last window belongs to its events.
+        last_us = int(end_us.max(initial=entry.last_us))
+        span = Span(entry.first_us, last_us)
         warnings = label_warnings(labels.file.name, labels.raw, span, config.dataset.labels)
     return replace(
         entry,
