@@ -178,7 +178,7 @@ class Recording:
         return (
             f"the file does not state the sensor's size; {self.width} x {self.height} is assumed. "
             f"Its events reach x {x} and y {y}. Where this is wrong, set "
-            "dataset.sensor_size=[HEIGHT,WIDTH]"
+            "dataset.sensor_size=[HEIGHT,WIDTH] (evspan infer: --sensor-size WxH)"
         )
 
     def _time_order_warning(self) -> str:

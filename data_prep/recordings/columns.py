@@ -28,7 +28,7 @@ LATEST_US = 1 << 53  # 285 years: times beyond are not in microseconds
 DECIMALS_OF_SECONDS = 6  # digits after the point, which only seconds need
 SET_UNIT = (
     "Name the column t_s, t_ms, t_us or t_ns (in the first line: t_ms,x,y,p), or set "
-    "dataset.time_unit=s, ms, us or ns of evspan prep"
+    "dataset.time_unit=s, ms, us or ns of evspan prep, or --time-unit of evspan infer"
 )
 
 

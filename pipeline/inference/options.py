@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from evspan.conf.schema.prep import FrameConfig
+from evspan.conf.schema.prep import FrameConfig, TimeUnit
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class InferOptions:
     weights: str = "ema"  # of a checkpoint: ema (where it has one, else raw) or raw
     track: bool = False  # number the tracks of the detections
     track_confidence: float = 0.5  # detections from here on begin tracks
+    sensor_size: tuple[int, int] | None = None  # height, width where a file does not state them
+    time_unit: TimeUnit | None = None  # of text and NumPy recordings; None: what is certain
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ class EventFrames:
 
     def __init__(self, files: RecordingFiles, config: FrameConfig, options: InferOptions) -> None:
         path = files.recording
-        self.recording = open_recording(path)
+        self.recording = open_recording(
+            path, unstated_size=options.sensor_size, time_unit=options.time_unit
+        )
         if options.follow_s is not None:
             follow(self.recording, options.follow_s)
         self.config = config
