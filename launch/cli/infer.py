@@ -307,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--time-unit",
         choices=[unit.name for unit in TimeUnit],
-        help="of the times of .csv, .txt and .npz (default: what is certain of them)",
+        help="of the times of .csv, .txt and .npz (default: where it is certain, that of the file)",
     )
     add_overwrite_option(parser)
     _add_outputs(parser)

@@ -184,6 +184,25 @@ def test_a_shift_is_reported_and_corrected_by_the_offset_without_reading_frames_
     assert prepare(prep_config(late, output, labels=labels)).prepared == {}
 
 
+def test_a_label_at_the_end_of_the_last_window_is_inside(tmp_path, caplog):
+    """Labels per window, as of `labels import`: the last one is after the last event."""
+    train = tmp_path / "in" / "train"
+    train.mkdir(parents=True)
+    t = np.arange(0, 400_000, 100)
+    x = (t // 100 % 100).astype(np.uint16)
+    with open_writer(train / "a_td.h5", 50, 100) as writer:
+        writer.write(Events(t, x, x // 2, (x % 2).astype(np.uint8)))
+    ends = np.arange(1, 5) * 100_000  # the last event is at 399,900
+    write_boxes(train / "a_bbox.npy", boxes_at(ends))
+    labels = {"class_map": {}}
+    prepare(prep_config(tmp_path / "in", tmp_path / "out", labels=labels))
+    assert entries(tmp_path / "out")["train/a"]["labelled_frames"] == 4
+    assert not [record.message for record in caplog.records if record.levelname == "WARNING"]
+    write_boxes(train / "a_bbox.npy", boxes_at(ends + 100_000))
+    prepare(prep_config(tmp_path / "in", tmp_path / "out", labels=labels))
+    assert "clock" in entries(tmp_path / "out")["train/a"]["label_warnings"]
+
+
 def test_the_keys_of_the_clock_leave_datasets_of_before_as_they_are(late, tmp_path):
     prepare(prep_config(late, tmp_path / "out"))
     stored = entries(tmp_path / "out")

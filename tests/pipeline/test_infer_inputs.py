@@ -135,6 +135,26 @@ def test_a_damaged_recording_does_not_stop_the_others(tmp_path, checkpoint, caps
     assert "b.txt, line 6002: p (column 4) is missing" in captured.err
 
 
+def test_size_and_time_unit_of_a_recording_that_does_not_state_them(tmp_path, checkpoint, capsys):
+    stated = write_recording(tmp_path / "stated.txt")
+    rows = "".join(f"{i / 1000:.3f} {i % 160} 100 1\n" for i in range(150))
+    unstated = tmp_path / "unstated.txt"
+    unstated.write_text(rows)
+    with pytest.raises(SystemExit, match="2"):
+        infer(checkpoint, unstated, "--output", tmp_path / "no")
+    assert "or --time-unit of evspan infer" in capsys.readouterr().err
+    unit = ("--time-unit", "s")
+    infer(checkpoint, unstated, "--output", tmp_path / "wide", *unit)
+    assert "3 frames of 50 ms, 1280 x 720" in capsys.readouterr().out
+    infer(checkpoint, unstated, "--output", tmp_path / "out", *unit, "--sensor-size", "160x128")
+    assert "3 frames of 50 ms, 160 x 128" in capsys.readouterr().out
+    infer(checkpoint, stated, "--output", tmp_path / "out", "--sensor-size", "99x99")
+    assert "3 frames of 50 ms, 160 x 128" in capsys.readouterr().out  # what a file states counts
+    with pytest.raises(SystemExit, match="2"):
+        infer(checkpoint, unstated, *unit, "--sensor-size", "160")
+    assert "'160' is not WIDTHxHEIGHT" in capsys.readouterr().err
+
+
 def test_outputs_are_not_replaced_unless_that_is_wished(tmp_path, checkpoint, capsys):
     for name in ("a", "b", "c"):
         write_recording(tmp_path / f"in/{name}.txt")
