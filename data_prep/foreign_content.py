@@ -4,7 +4,9 @@ from pathlib import Path
 
 FIRST_BYTES = 4096
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+NUMPY_SIGNATURE = b"\x93NUMPY"
 COMMENT = b"% "  # in text
+TO_NPZ = "Boxes belong to a recording; events are read of .npz with the arrays t, x, y, p"
 TO_H5 = "Convert it to .h5 with events/t, x, y, p"
 # First bytes, what the file is then, and what to do.
 SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
@@ -19,7 +21,7 @@ SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"Rar!", "is a RAR archive", "Unpack it: unrar x"),
     (b"7z\xbc\xaf\x27\x1c", "is a 7-Zip archive", "Unpack it: 7z x"),
     (HDF5_SIGNATURE, "is an HDF5 file", "Give it the suffix .h5"),
-    (b"\x93NUMPY", "is a NumPy array", "Give it the suffix .npy; of recordings, .npz is read"),
+    (NUMPY_SIGNATURE, "is a NumPy array", "Give it the suffix .npy; of recordings, .npz is read"),
     (b"#!AER-DAT4", "is an AEDAT 4 recording of DV", "Give it the suffix .aedat4"),
     (b"#!AER-DAT", "is an AEDAT recording of jAER", TO_H5),
     (b"#ROSBAG", "is a ROS bag", TO_H5),
@@ -49,6 +51,8 @@ def describe_foreign_content(path: Path, *, expected: bytes = b"", is_text: bool
         return ""
     for signature, description, remedy in SIGNATURES:
         is_comment = is_text and signature == COMMENT
+        if signature == NUMPY_SIGNATURE and path.suffix.lower() == ".npy":
+            remedy = TO_NPZ
         if data.startswith(signature) and not is_comment:
             return f"{description}. {remedy}"
     if data.startswith(NO_DATA) and not data.strip(b"\0"):

@@ -27,7 +27,8 @@ def require_new(paths: Iterable[Path], *, overwrite: bool) -> None:
         return
     others = ""
     if len(existing) > 1:
-        others = f", and so do {len(existing) - 1} more"
+        verb = "does" if len(existing) == 2 else "do"
+        others = f", and so {verb} {len(existing) - 1} more"
     raise UserError(
         f"{existing[0]} exists already{others}. Give {OPTION} to replace, or name another place"
     )

@@ -18,6 +18,7 @@ from evspan.data_prep.frames.windows import window_ends
 from evspan.data_prep.labels.box_files import (
     BOXES_ENDING,
     NO_TRACK,
+    RAW_BOX,
     LabelRows,
     empty_boxes,
     read_labels,
@@ -27,7 +28,7 @@ from evspan.data_prep.labels.classes import CLASSES_FILE, read_classes
 from evspan.data_prep.recordings.open import holds_events, open_recording
 from evspan.data_prep.recordings.sources import LISTS, Source, find_sources
 from evspan.data_prep.shards.atomic import atomic_write
-from evspan.data_prep.shards.format import SPLITS
+from evspan.data_prep.shards.format import MANIFEST, SPLITS
 from evspan.pipeline.inference.detect import clip_boxes
 from evspan.pipeline.inference.recordings import choose_device
 from evspan.pipeline.inference.streaming import raw_boxes
@@ -119,6 +120,11 @@ def output_files(options: PseudoOptions) -> list[Path]:
 
 
 def _sources(options: PseudoOptions) -> list[Source]:
+    if (options.source / MANIFEST).is_file():
+        raise UserError(
+            f"{options.source} is a folder of prepared shards, which have no box files to write "
+            "beside them. Give the recordings that they were prepared from"
+        )
     sources = find_sources(options.source)
     is_list = options.source.is_file() and options.source.suffix.lower() in LISTS
     if is_list and holds_events(options.source):
@@ -182,6 +188,7 @@ def _read_labels(source: Source, options: PseudoOptions, num_classes: int) -> La
     class_map = options.class_map
     if class_map is not None:
         known = np.isin(boxes["class_id"], list(class_map))
+        regions = _by_time(regions, _empty_frames(boxes[~known]["t"]))
         boxes = boxes[known]
         boxes["class_id"] = [class_map[int(class_id)] for class_id in boxes["class_id"]]
     wrong = boxes["class_id"] >= num_classes
@@ -193,6 +200,15 @@ def _read_labels(source: Source, options: PseudoOptions, num_classes: int) -> La
             "(others are left out), or give --no-labels"
         )
     return LabelRows(boxes, regions)
+
+
+def _empty_frames(times: NDArray[np.int64]) -> NDArray[np.void]:
+    """(T,) regions without an area: frames that are labelled, perhaps without boxes."""
+    different = np.unique(times)
+    regions = np.zeros(different.size, RAW_BOX)
+    regions["t"] = different
+    regions["class_confidence"] = 1
+    return regions
 
 
 def _label(

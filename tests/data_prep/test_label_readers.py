@@ -307,6 +307,16 @@ def test_classes_are_taken_in_the_order_of_the_command(tmp_path):
     assert files["a"]["class_id"].tolist() == [0] and summary.dropped == {"person": 2}
 
 
+def test_classes_without_a_list_are_in_the_order_of_their_first_boxes(tmp_path):
+    lines = ["time_us,x,y,w,h,class", "100000,1,2,3,4,person", "100000,1,2,3,4,car"]
+    path = write(tmp_path / "a.csv", "\n".join([*lines, "200000,1,2,3,4,bus"]))
+    summary, files = imported(path, tmp_path / "out")
+    assert summary.classes_file.read_text() == "person\ncar\nbus\n"
+    assert files["a"]["class_id"].tolist() == [0, 1, 2]
+    _, files = imported(path, tmp_path / "other", classes=["bus", "car", "person"])
+    assert files["a"]["class_id"].tolist() == [2, 1, 0]
+
+
 def test_a_second_import_keeps_the_ids_of_the_first(tmp_path):
     for name, category in (("a", 11), ("b", 10)):
         image = {"file_name": f"{name}_000000100000us.png"}

@@ -87,6 +87,12 @@ def write_sources(folder: Path) -> dict[str, LabelRows]:
     return {name: read_labels(folder / f"{name}_bbox.npy") for name in ("a", "b_c")}
 
 
+def first_seen(rows: dict[str, LabelRows]) -> list[str]:
+    """The classes in the order in which they first appear, recording by recording."""
+    ids = np.concatenate([of_recording.boxes["class_id"] for of_recording in rows.values()])
+    return list(dict.fromkeys(CLASSES[class_id] for class_id in ids))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_boxes_come_back_from_every_format(tmp_path, name):
     expected = write_sources(tmp_path / "boxes")
@@ -95,7 +101,7 @@ def test_boxes_come_back_from_every_format(tmp_path, name):
     assert recognise(tmp_path / "out") == name
     back = imported(tmp_path / "out", tmp_path / "back")
     assert (tmp_path / "back/classes.txt").read_text().split() == (
-        sorted(CLASSES) if name in ("voc", "csv") else CLASSES
+        first_seen(expected) if name in ("voc", "csv") else CLASSES
     )
     order = list(back.boxes_per_class)
     for recording, rows in expected.items():
@@ -364,3 +370,13 @@ def test_a_labelled_frame_without_boxes_is_a_negative_in_shards(recording, tmp_p
         (entry,) = prepare(config).manifest.recordings
         assert (entry.labelled_frames, entry.boxes, entry.ignore_regions) == (1, 0, 0)
         assert not any(entry.dropped_boxes.values())
+
+
+def test_without_a_format_the_reason_is_named(recording, tmp_path):
+    (tmp_path / "a").mkdir()
+    write_boxes(tmp_path / "a" / "drive_bbox.npy", boxes_of(1))
+    with pytest.raises(UserError, match=r"has boxes and no events: give the format"):
+        exported(tmp_path / "a", tmp_path / "out")
+    (tmp_path / "a" / recording.name).symlink_to(recording)
+    with pytest.raises(UserError, match=r"--format coco, and --frames .*/a to draw the frames of"):
+        exported(tmp_path / "a", tmp_path / "out")

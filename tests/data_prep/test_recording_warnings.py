@@ -276,6 +276,15 @@ def test_what_a_file_contains_instead_is_named(tmp_path, data, part, suffix):
     assert part in str(caught.value)
 
 
+def test_a_numpy_array_is_not_told_to_have_the_suffix_that_it_has(tmp_path):
+    np.save(tmp_path / "a_bbox.npy", np.zeros(3))
+    with pytest.raises(
+        RecordingError, match=r"\.npy; .*is a NumPy array\. .*of \.npz with"
+    ) as caught:
+        open_recording(tmp_path / "a_bbox.npy")
+    assert "Give it the suffix" not in str(caught.value)
+
+
 def test_recordings_under_another_formats_suffix_are_named(tmp_path):
     write_raw(tmp_path / "a.h5", "evt3", [0x8001])
     with pytest.raises(RecordingError, match="header of a Prophesee recording"):

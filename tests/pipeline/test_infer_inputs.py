@@ -163,7 +163,7 @@ def test_outputs_are_not_replaced_unless_that_is_wished(tmp_path, checkpoint, ca
     with pytest.raises(SystemExit, match="2"):
         infer(checkpoint, tmp_path / "in", "--output", out)
     err = capsys.readouterr().err
-    assert "a_bbox.npy exists already, and so do 1 more. Give --overwrite" in err
+    assert "a_bbox.npy exists already, and so does 1 more. Give --overwrite" in err
     assert not (out / "c_bbox.npy").exists()
     infer(checkpoint, tmp_path / "in", "--output", out, "--overwrite")
     assert len(np.load(out / "a_bbox.npy"))

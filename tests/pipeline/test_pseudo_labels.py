@@ -381,6 +381,33 @@ def test_folders_without_splits_own_labels_and_other_class_names(tmp_path, weigh
     assert len(list(label_recordings(options))) == 1
 
 
+def test_a_frame_whose_labels_were_all_left_out_gets_no_pseudo_labels(tmp_path, weights):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    write_events(raw / "r_td.h5", *some_events(0))
+    boxes = np.zeros(2, RAW_BOX)
+    boxes["t"] = [2 * WINDOW_US, 4 * WINDOW_US]
+    boxes["w"] = boxes["h"] = 20
+    boxes["class_id"] = [0, 5]
+    write_boxes(raw / "r_bbox.npy", boxes)
+    sure = Thresholds(0.0)
+    filters = FilterOptions(confidence=0.0, objectness=sure, class_score=sure, min_track_ms=0)
+    options = PseudoOptions(weights, raw, tmp_path / "out", filters, class_map={0: 1})
+    (summary,) = label_recordings(options)
+    written = read_labels(summary.boxes)
+    assert written.boxes[written.boxes["t"] == 2 * WINDOW_US]["class_id"].tolist() == [1]
+    assert 4 * WINDOW_US not in written.boxes["t"]
+    left_out = written.regions[written.regions["t"] == 4 * WINDOW_US]
+    assert left_out[["w", "h"]].tolist() == [(0, 0)]  # labelled, without boxes
+    assert summary.labelled_frames > 2  # others have pseudo-labels
+
+
+def test_prepared_shards_are_refused(tmp_path, weights):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="is a folder of prepared shards, .* Give the recordings"):
+        output_files(PseudoOptions(weights, tmp_path, tmp_path / "out"))
+
+
 PERMISSIVE = ["--thresholds", "0.3", "--confidence", "0.1"]
 
 

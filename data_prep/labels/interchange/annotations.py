@@ -241,6 +241,6 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def sorted_names(names: Iterable[str]) -> list[str]:
-    """The different names, sorted."""
-    return sorted(set(names))
+def different_names(names: Iterable[str]) -> list[str]:
+    """The different names, in the order in which they first appear."""
+    return list(dict.fromkeys(names))

@@ -16,7 +16,7 @@ from evspan.data_prep.labels.interchange.annotations import (
     read_text,
     require_classes,
     shown,
-    sorted_names,
+    different_names,
     whole,
 )
 from evspan.data_prep.labels.interchange.numbers import digits
@@ -83,7 +83,7 @@ def read_csv(path: Path, classes: list[str]) -> Annotations:
     except csv.Error as error:
         place = f"{path}, line {reader.line_num}"
         raise LabelsError(f"{place}: {error}. Save it as plain CSV with commas") from error
-    names = sorted_names(label.class_name for label in annotations.labels)
+    names = different_names(label.class_name for label in annotations.labels)
     if classes and "class" not in columns:
         names = classes
     annotations.classes = require_classes(names, str(path))

@@ -16,7 +16,7 @@ from evspan.data_prep.labels.interchange.annotations import (
     picture_size,
     require_classes,
     require_few_pictures,
-    sorted_names,
+    different_names,
     whole,
 )
 from evspan.data_prep.labels.interchange.numbers import digits
@@ -232,7 +232,7 @@ def _label_names(root: Element, path: Path) -> list[str]:
 
 def _with_class_names(annotations: Annotations, path: Path) -> Annotations:
     """Adds the names of boxes that the description of the task lacks."""
-    used = sorted_names(label.class_name for label in annotations.labels)
+    used = different_names(label.class_name for label in annotations.labels)
     names = list(dict.fromkeys(annotations.classes))
     names += [name for name in used if name not in names]
     annotations.classes = require_classes(names, str(path))

@@ -118,10 +118,7 @@ def export_labels(options: ExportOptions) -> ExportSummary:
     """
     recordings, classes = _sources(options)
     if options.format is None and not any(_has_events(recording) for recording in recordings):
-        raise UserError(
-            f"{options.source} has boxes and no events: give the format to write, for example "
-            "--format coco, or the recording whose frames are drawn, --frames FILE"
-        )
+        raise UserError(_no_frames(options.source, recordings))
     _prepare_output(options, any(_has_events(recording) for recording in recordings))
     summary = ExportSummary(recordings=len(recordings))
     annotations = Annotations()
@@ -140,6 +137,20 @@ def export_labels(options: ExportOptions) -> ExportSummary:
     if options.format in _WRITERS:
         _WRITERS[options.format](annotations, options.out)
     return summary
+
+
+def _no_frames(source: Path, recordings: list[_Recording]) -> str:
+    """Why a command without a format writes nothing."""
+    if not any(_recording_next_to(source, recording.name) for recording in recordings):
+        return (
+            f"{source} has boxes and no events: give the format to write, for example "
+            "--format coco, or the recording whose frames are drawn, --frames FILE"
+        )
+    folder = source if source.is_dir() else source.parent
+    return (
+        f"{source} has boxes, which are written in a format: give it, for example --format coco, "
+        f"and --frames {folder} to draw the frames of the recordings there, too"
+    )
 
 
 # -- sources --------------------------------------------------------------------------------------

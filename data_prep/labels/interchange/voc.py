@@ -12,7 +12,7 @@ from evspan.data_prep.labels.interchange.annotations import (
     number,
     picture_size,
     require_classes,
-    sorted_names,
+    different_names,
 )
 from evspan.data_prep.labels.interchange.names import image_stem
 from evspan.data_prep.labels.interchange.numbers import digits
@@ -45,7 +45,7 @@ def read_voc(files: list[Path]) -> Annotations:
         for i, item in enumerate(root.iterfind("object")):
             place = f"{path}: object {i + 1}"
             annotations.labels.append(_label(item, len(annotations.pictures) - 1, place))
-    names = sorted_names(label.class_name for label in annotations.labels)
+    names = different_names(label.class_name for label in annotations.labels)
     annotations.classes = require_classes(names, str(files[0].parent if files else ""))
     return annotations
 
