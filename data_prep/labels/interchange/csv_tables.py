@@ -11,12 +11,12 @@ from evspan.data_prep.labels.interchange.annotations import (
     LabelsError,
     Picture,
     class_name,
+    different_names,
     number,
     picture_size,
     read_text,
     require_classes,
     shown,
-    different_names,
     whole,
 )
 from evspan.data_prep.labels.interchange.numbers import digits

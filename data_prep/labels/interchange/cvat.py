@@ -12,11 +12,11 @@ from evspan.data_prep.labels.interchange.annotations import (
     LabelsError,
     Picture,
     class_name,
+    different_names,
     number,
     picture_size,
     require_classes,
     require_few_pictures,
-    different_names,
     whole,
 )
 from evspan.data_prep.labels.interchange.numbers import digits

@@ -9,10 +9,10 @@ from evspan.data_prep.labels.interchange.annotations import (
     LabelsError,
     Picture,
     class_name,
+    different_names,
     number,
     picture_size,
     require_classes,
-    different_names,
 )
 from evspan.data_prep.labels.interchange.names import image_stem
 from evspan.data_prep.labels.interchange.numbers import digits
