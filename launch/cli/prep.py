@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -147,6 +148,7 @@ def print_report(output: str, report: "PrepReport", seconds: float) -> None:
     if not report.prepared and not report.removed:
         print(f"{output}: nothing to do, {total} with {frames} frames up to date")
         return
+    print_left_out(output, report.manifest)
     boxes = dict.fromkeys(report.manifest.classes, 0)
     for recording in recordings:
         for name, count in recording.boxes_per_class.items():
@@ -159,6 +161,20 @@ def print_report(output: str, report: "PrepReport", seconds: float) -> None:
         f"frames, {labelled} of them labelled, {sum(boxes.values())} boxes ({per_class}), "
         f"{events / 1e6:.1f} M events"
     )
+
+
+def print_left_out(output: str, manifest: "Manifest") -> None:
+    """Prints how many boxes of the source each rule left out; nothing if none did."""
+    counts: Counter[str] = Counter()
+    for recording in manifest.recordings:
+        counts.update(recording.dropped_boxes)
+    listed = [
+        f"{count} {name.removeprefix('boxes_').replace('_', ' ')}"
+        for name, count in counts.most_common()
+        if count
+    ]
+    if listed:
+        print(f"boxes left out: {', '.join(listed)}; evspan prep report {output} has the rules")
 
 
 def main(argv: list[str] | None = None) -> None:

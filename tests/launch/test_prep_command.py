@@ -82,11 +82,16 @@ def test_first_run_second_run(source, tmp_path):
     assert [line.split("]")[0] for line in lines[:5]] == [f"[{i}/5" for i in range(1, 6)]
     recordings = manifest(output)["recordings"]
     frames, boxes = (sum(r[k] for r in recordings) for k in ("frames", "boxes"))
-    assert len(lines) == 6
-    assert lines[5].startswith(f"{output}: 5 of 5 recordings prepared in ")
+    left_out = sum(sum(r["dropped_boxes"].values()) for r in recordings)
+    assert len(lines) == 7
+    assert lines[5].startswith("boxes left out: ")
+    assert lines[5].endswith(f"; evspan prep report {output} has the rules")
+    listed = lines[5].removeprefix("boxes left out: ").split(";")[0].split(", ")
+    assert sum(int(words.split()[0]) for words in listed) == left_out > 0
+    assert lines[6].startswith(f"{output}: 5 of 5 recordings prepared in ")
     assert (
         f"; {frames} frames, {sum(r['labelled_frames'] for r in recordings)} of them labelled, {boxes} boxes ("
-        in lines[5]
+        in lines[6]
     )
     again = typed(f"source={source}", f"output={output}", *OWN)
     assert (
@@ -187,8 +192,9 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
     assert process.returncode == 0
     assert b"preparing:   0%" in drawn
     assert b"/5 [" in drawn
-    assert out.startswith(f"{tmp_path / 'out'}: 5 of 5 recordings")
-    assert len(out.splitlines()) == 1
+    left_out, total = out.splitlines()
+    assert left_out.startswith("boxes left out: ")
+    assert total.startswith(f"{tmp_path / 'out'}: 5 of 5 recordings")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +283,7 @@ def test_a_bad_recording_ends_in_one_line_that_names_it(source, tmp_path):
     path.unlink()
     again = typed(f"source={bad}", f"output={tmp_path / 'out'}", *OWN, "processes=2")
     assert again.returncode == 0
-    unused, total = again.stdout.splitlines()
+    unused, *_, total = again.stdout.splitlines()
     assert unused.startswith("left out, box files of no recording: train/b_bbox.npy. ")
     assert "4 of 4 recordings prepared" in total
     assert len(contents(tmp_path / "out")) == 4
