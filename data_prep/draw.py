@@ -71,7 +71,8 @@ def draw_boxes(
 
     Args:
         rgb: (H, W, 3) uint8.
-        boxes_xyxy: (N, 4) left, top, right, bottom in pixels of `rgb`.
+        boxes_xyxy: (N, 4) left, top, right, bottom in pixels of `rgb`. What lies outside of it is
+            cut; a box with a NaN, as an untrained network may give, is left out.
         labels: N texts; empty ones are not drawn.
         upscale: whole number by which the image is enlarged first.
         colors: N, one per box; None: all have `color`.
@@ -85,10 +86,14 @@ def draw_boxes(
     image = Image.fromarray(np.ascontiguousarray(rgb))
     pen = ImageDraw.Draw(image)
     line_width = 1 + image.height // 500
+    beyond = 2 * line_width  # so that a cut edge is not seen
+    limits = np.asarray([image.width, image.height] * 2) + beyond
     texts = labels if labels is not None else [""] * len(boxes)
     box_colors = colors if colors is not None else [color] * len(boxes)
     for box, text, box_color in zip(boxes, texts, box_colors, strict=True):
-        left, top, right, bottom = np.round(box).astype(int).tolist()
+        if np.isnan(box).any():
+            continue
+        left, top, right, bottom = np.clip(np.round(box), -beyond, limits).astype(int).tolist()
         corners = (left, top, max(left, right - 1), max(top, bottom - 1))
         pen.rectangle(corners, outline=box_color, width=line_width)
         if text:

@@ -106,6 +106,12 @@ def test_boxes_outside_the_image_and_boxes_without_extent():
     np.testing.assert_array_equal(draw_boxes(blank(), np.zeros((0, 4))), blank())
 
 
+@pytest.mark.filterwarnings("error")
+def test_boxes_without_end_are_cut_and_boxes_without_position_left_out():
+    drawn = draw_boxes(blank(), [[-np.inf, -np.inf, 10, 10], [np.nan, 0, 5, 5], [0, 0, 1e30, 1e30]])
+    assert np.array_equal(drawn, draw_boxes(blank(), [[-20, -20, 10, 10], [0, 0, 200, 200]]))
+
+
 def test_a_label_is_above_its_box_or_inside_where_there_is_no_space():
     low = draw_boxes(blank(100, 200), [[20, 50, 120, 90]], ["car"])
     above = painted(low, GREEN) - outline(20, 50, 120, 90)
