@@ -7,7 +7,8 @@ A line is a logged training step or an evaluation:
 
 `time` is in seconds since 1970. Values that are not finite are null. A run that continues from a
 checkpoint repeats the steps after it: their lines are removed first, so there is one line per kind
-and step, in the order of the steps.
+and step, in the order of the steps. A run that starts again (checkpoint.resume=false) removes the
+lines of the one before.
 """
 
 import json

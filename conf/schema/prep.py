@@ -56,6 +56,12 @@ class TimeUnit(Enum):
         return {"us": 1, "ms": 1e3, "s": 1e6, "ns": 1e-3}[self.value]
 
 
+def _require_member(key: str, value: object, choices: type[Enum]) -> None:
+    """Checks a choice that a program gives: it may be the name, as text."""
+    names = ", ".join(f"{choices.__name__}.{choice.name}" for choice in choices)
+    require(isinstance(value, choices), f"{key} is {value!r}; give one of {names}")
+
+
 @dataclass(kw_only=True)
 class FrameConfig:
     """How events become frames: (2 * bins, H / downsample, W / downsample) uint8 counts."""
@@ -68,6 +74,8 @@ class FrameConfig:
     downsample_by: DownsampleBy = DownsampleBy.sum
 
     def __post_init__(self) -> None:
+        _require_member("frames.mode", self.mode, FrameMode)
+        _require_member("frames.downsample_by", self.downsample_by, DownsampleBy)
         require(
             self.window_ms >= 1,
             f"frames.window_ms is {self.window_ms}; give a window of 1 ms or more",

@@ -313,7 +313,7 @@ class TrainingConfig:
     log_images_every: int = 1000  # steps between images and histograms, and at the last; 0: never
     # [first, last] steps to trace into run_dir/profile.
     profile: list[int] = field(default_factory=list)
-    evaluate_every: int = 10_000  # steps; 0: never
+    evaluate_every: int = 10_000  # steps; 0: only at the end (evaluation.at_end)
     # Of the moving average of the weights (EMA), which is evaluated and used; 0: none. Of n updates
     # it is min(ema_decay, (1 + n) / (10 + n)).
     ema_decay: float = 0.9999

@@ -409,7 +409,8 @@ def _add_detection(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=4,
         metavar="N",
-        help="frames that the network takes at once; the detections are the same (default: 4)",
+        help="frames that the network takes at once; the detections are the same up to rounding "
+        "(default: 4)",
     )
     parser.add_argument(
         "--precision",

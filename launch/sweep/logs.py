@@ -1,5 +1,6 @@
 """Reads the logs of a run's ranks, over all its attempts."""
 
+import os
 import re
 import time
 from collections import deque
@@ -42,11 +43,19 @@ class LogSelection:
 
 
 class LogReader:
-    """Reads the lines of a file that grows and may not exist yet. prefix: precedes each line."""
+    """Reads the lines of a file that grows and may not exist yet.
 
-    def __init__(self, path: Path, prefix: str) -> None:
+    Args:
+        prefix: precedes each line.
+        replaced: another file may take its place, with some of the lines: each is read once.
+    """
+
+    def __init__(self, path: Path, prefix: str, *, replaced: bool = False) -> None:
         self.path = path
         self.prefix = prefix
+        self.replaced = replaced
+        self._inode = 0
+        self._known: set[bytes] = set()  # lines, where the file is replaced
         self._offset = 0  # bytes read so far
         self._partial = b""  # a line whose end has not been written yet
 
@@ -57,16 +66,35 @@ class LogReader:
         """
         try:
             with self.path.open("rb") as file:
+                if self.replaced:
+                    self._notice_another(os.fstat(file.fileno()))
                 file.seek(self._offset)
                 for line in file:
                     self._offset += len(line)
                     self._partial += line
-                    if self._partial.endswith(b"\n"):
+                    if self._partial.endswith(b"\n") and self._is_new():
                         yield self._take_line()
         except FileNotFoundError:
             pass
         if last and self._partial:
             yield self._take_line()
+
+    def _notice_another(self, stat: os.stat_result) -> None:
+        """Begins again at the start of a file that is another one, or shorter."""
+        if stat.st_ino != self._inode or stat.st_size < self._offset:
+            self._inode = stat.st_ino
+            self._offset = 0
+            self._partial = b""
+
+    def _is_new(self) -> bool:
+        """Whether the line was not read before; one that was is forgotten."""
+        if not self.replaced:
+            return True
+        if self._partial in self._known:
+            self._partial = b""
+            return False
+        self._known.add(self._partial)
+        return True
 
     def _take_line(self) -> str:
         line = self._partial.decode(errors="replace").rstrip("\r\n")
@@ -120,7 +148,7 @@ def select_logs(run: Run, selection: LogSelection) -> list[LogReader]:
         path = run.folder / METRICS
         if not path.exists() and not (selection.follow and run.active):
             raise UserError(f"{run.folder} has no {METRICS}: it is {describe(run)}")
-        return [LogReader(path, "")]
+        return [LogReader(path, "", replaced=True)]
     existing = log_files(run.folder)
     rank = selection.rank or 0
     selected = [log for log in existing if selection.all_ranks or rank_of(log) == rank]

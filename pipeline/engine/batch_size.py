@@ -11,7 +11,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,8 +27,14 @@ from evspan.conf.schema.training import TrainConfig
 from evspan.conf.text import plural
 from evspan.pipeline.checkpoint_files import FOLDER, step_names
 from evspan.pipeline.data.requirements import open_training
+from evspan.pipeline.engine.cgroup_memory import cgroup_memory_limit
 from evspan.pipeline.engine.oom import out_of_memory
-from evspan.pipeline.engine.resources import over_ranks, peak_bytes, reset_peak_bytes
+from evspan.pipeline.engine.resources import (
+    over_ranks,
+    peak_bytes,
+    reset_peak_bytes,
+    resident_bytes,
+)
 from evspan.pipeline.parallel.reductions import broadcast_json
 from evspan.pipeline.parallel.world import World
 
@@ -36,7 +43,6 @@ FILLED = 0.85  # of the memory that a run may use
 GAIN = 1.1  # times the frames/s of half the lanes; less is not worth the memory on a CPU
 MOST_LANES = 4096
 MICRO_BATCHES = 3  # of a probe; the last one is timed
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class Probe(NamedTuple):
@@ -190,17 +196,17 @@ def search(measure: Callable[[int], Probe], *, unit: int, most: int, faster: boo
 
 
 def memory_limit(device: torch.device) -> int:
-    """Bytes that this process may use: of its GPU, or its part of the machine's memory."""
+    """Bytes that this process may use: of its GPU, or its part of the machine's memory.
+
+    On a CPU the limit of a job or container counts, too.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    available = psutil.virtual_memory().available
-    try:
-        available = min(available, int(CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):  # no such limit, or "max"
-        pass
-    return psutil.Process().memory_info().rss + available // ranks
+    limit = resident_bytes() + psutil.virtual_memory().available // ranks
+    of_group = cgroup_memory_limit()
+    return limit if of_group is None else min(limit, of_group // ranks)
 
 
 def _measured(
@@ -233,7 +239,7 @@ def _measured(
 
 def _seconds(open_trainer: Callable[[TrainConfig], ProbedTrainer], config: TrainConfig) -> float:
     """Trains some micro-batches in a temporary folder. The time of the last one."""
-    with TemporaryDirectory(prefix="evspan-probe-") as folder:
+    with TemporaryDirectory(prefix="evspan-probe-") as folder, _without_information():
         trainer = open_trainer(replace(config, run_dir=folder))
         try:
             for _ in range(MICRO_BATCHES):
@@ -242,6 +248,17 @@ def _seconds(open_trainer: Callable[[TrainConfig], ProbedTrainer], config: Train
             return time.perf_counter() - started
         finally:
             trainer.close()
+
+
+@contextmanager
+def _without_information() -> Iterator[None]:
+    """A probe logs warnings only: the run itself repeats what a trainer logs at its start."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.INFO))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _probed(config: TrainConfig, lanes: int) -> TrainConfig:

@@ -91,13 +91,17 @@ def frozen_names(names: Collection[str], patterns: Sequence[str]) -> list[str]:
         UserError: a pattern matches nothing, or nothing is left to train.
     """
     _check_matches(FREEZE, patterns, names)
-    frozen = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
+    frozen = [name for name in names if _matches(name, patterns)]
     if patterns and len(frozen) == len(names):
         raise UserError(
             f"{FREEZE}={_listed(patterns)} freezes all {len(names)} parameter tensors; leave some "
             "of them to be trained"
         )
     return frozen
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class LearningRates:

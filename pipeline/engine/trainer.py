@@ -403,7 +403,7 @@ class Trainer:
 
     @property
     def _log_is_due(self) -> bool:
-        return self.reporter.is_due(self.step)
+        return self.reporter.is_due(self.step) or self._is_last_step
 
     @property
     def _report_is_due(self) -> bool:

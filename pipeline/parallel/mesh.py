@@ -2,11 +2,16 @@
 
 from dataclasses import dataclass, field
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from evspan.conf.schema.layout import check_layout
 from evspan.pipeline.parallel.world import World
+
+# Of a world: (ranks per sequence, timeout in s) -> this rank's sequence group and its ranks.
+_Groups = dict[tuple[int, int], tuple[dist.ProcessGroup, tuple[int, ...]]]
+_groups: WeakKeyDictionary[dist.ProcessGroup, _Groups] = WeakKeyDictionary()
 
 
 def _cpu() -> torch.device:
@@ -49,8 +54,28 @@ def _equal_part(total: int, index: int, parts: int) -> range:
     return range(index * length, (index + 1) * length)
 
 
+def _sequence_group(
+    world: World, sequence: int, timeout_s: int
+) -> tuple[dist.ProcessGroup, tuple[int, ...]]:
+    """The process group of this rank's sequence, and its members. A collective.
+
+    A later mesh of the same world gets the same group: torch does not free one before its world.
+    """
+    assert dist.group.WORLD is not None
+    existing = _groups.setdefault(dist.group.WORLD, {})
+    key = (sequence, timeout_s)
+    if key not in existing:
+        # All ranks create all groups in one order: new_group is a collective.
+        for first in range(0, world.size, sequence):
+            ranks = tuple(range(first, first + sequence))
+            created = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
+            if world.rank in ranks:
+                existing[key] = (created, ranks)
+    return existing[key]
+
+
 def open_mesh(world: World, *, sequence: int, timeout_s: int) -> Mesh:
-    """Cuts the world into sequence groups. Call it on every rank, once, inside `open_world`.
+    """Cuts the world into sequence groups. Call it on every rank, inside `open_world`.
 
     Consecutive ranks share a sequence: launchers number the ranks node by node, so a group is on
     one node where it fits.
@@ -68,13 +93,7 @@ def open_mesh(world: World, *, sequence: int, timeout_s: int) -> Mesh:
     group: dist.ProcessGroup | None = None
     members: tuple[int, ...] = (world.rank,)
     if sequence > 1:
-        # All ranks create all groups in one order: new_group is a collective.
-        for first in range(0, world.size, sequence):
-            ranks = tuple(range(first, first + sequence))
-            created = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
-            if world.rank in ranks:
-                group = created
-                members = ranks
+        group, members = _sequence_group(world, sequence, timeout_s)
     return Mesh(
         data=world.rank // sequence,
         data_size=world.size // sequence,

@@ -23,6 +23,7 @@ from typing import Any
 
 from evspan.conf.compose import replace_override
 from evspan.conf.errors import UserError
+from evspan.conf.text import plural
 from evspan.data_prep.simulator.domains import DOMAINS
 from evspan.launch.cli.command import Parser, run_command
 from learning.intervals import Interval, interval, paired
@@ -166,8 +167,8 @@ def write_report(study: Study) -> str:
     """Writes report.md and report.json from the evaluations that there are; returns the text."""
     setting = study.setting
     lines = [
-        f"Trained on {setting.trained_on} for {setting.steps} steps, {study.seeds} seeds; held-out "
-        f"recordings of each domain; mean and 95 % interval over the seeds, points of 100."
+        f"Trained on {setting.trained_on} for {setting.steps} steps, {_seeds_text(study)}; "
+        "held-out recordings of each domain; mean and 95 % interval over the seeds, points of 100."
     ]
     report: dict[str, Any] = {"setting": asdict(setting), "values": {}}
     for metric, heading in METRICS.items():
@@ -191,6 +192,18 @@ def write_report(study: Study) -> str:
     (study.folder / "report.md").write_text(text + "\n")
     (study.folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return text
+
+
+def _seeds_text(study: Study) -> str:
+    """The seeds that are finished: with an evaluation of every preset in every domain."""
+    finished = set(range(study.seeds))
+    metric = next(iter(METRICS))
+    for preset in study.presets:
+        for domain in study.domains:
+            finished &= _values(study, preset, domain, metric).keys()
+    if len(finished) == study.seeds:
+        return plural(study.seeds, "seed")
+    return f"{len(finished)} of {plural(study.seeds, 'seed')} finished, some cells with more"
 
 
 def _values(study: Study, preset: str, domain: str, metric: str) -> dict[int, float]:

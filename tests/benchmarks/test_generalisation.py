@@ -32,6 +32,7 @@ def test_the_report_has_means_intervals_and_paired_differences(tmp_path):
     text = generalisation.write_report(study)
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.count("|") > 2}
     assert list(rows) == ["AP", "---", "none", "strong", "strong less none, paired", "AP50"]
+    assert "for 600 steps, 2 of 3 seeds finished, some cells with more; held-out" in text
     half = t_quantile(0.975, 2) * statistics.stdev(AP["none", "night"]) / 3**0.5
     ap = text.partition("| AP50")[0]
     assert f"| none | 32.0 ± {100 * t_quantile(0.975, 2) * 0.02 / 3**0.5:.1f} | 12.0 ±" in ap

@@ -163,6 +163,8 @@ def test_labels_that_rvt_cannot_take_are_refused(tmp_path):
         == []
     )
     assert FrameConfig(mode=FrameMode.rvt).downsample_by is DownsampleBy.nearest
+    with pytest.raises(ConfigError, match=r"frames.mode is 'rvt'; give one of .*FrameMode.rvt"):
+        FrameConfig(mode="rvt")
     with pytest.raises(ConfigError, match="span 50 ms"):
         FrameConfig(mode=FrameMode.rvt, window_ms=20)
     with pytest.raises(ConfigError, match="takes a label every 100 ms"):

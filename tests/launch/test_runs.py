@@ -27,6 +27,7 @@ from evspan.launch.sweep.registry import (
 from evspan.launch.sweep.state import State, events_of_submission, infer_state
 from evspan.launch.sweep.status import status_rows
 from evspan.pipeline.history import HISTORY, PROGRESS, append, read, write_progress
+from evspan.pipeline.metrics_log import MetricsLog
 from support.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -610,6 +611,28 @@ for rank in (0, 1):
     for rank in (0, 1):
         mine = [line for line in lines if line.startswith(f"[rank {rank}] ")]
         assert mine == [f"[rank {rank}] {text}" for text in ("ab", "c", "last")]
+
+
+def test_following_metrics_reads_each_line_once_when_the_file_is_replaced(tmp_path):
+    """A resume writes a shorter file, and steps after it have new lines."""
+    log = MetricsLog(tmp_path, enabled=True)
+    reader = sweep_logs.LogReader(log.path, "", replaced=True)
+    steps = []
+
+    def read():
+        steps.extend(json.loads(line)["step"] for line in reader.lines())
+
+    for step in range(1, 7):
+        log.write("train", step, {"loss": 1.0})
+    read()
+    resumed = MetricsLog(tmp_path, enabled=True, resume_step=4)
+    for step in range(5, 9):
+        resumed.write("train", step, {"loss": 123.456})
+    read()
+    resumed.write("train", 9, {"loss": 2.0})
+    read()
+    read()
+    assert steps == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9]
 
 
 # -- cancel ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from evspan.conf.schema.training import (
 from evspan.launch.cli.config_arguments import parse_config_arguments
 from evspan.pipeline.engine import batch_size
 from evspan.pipeline.engine.batch_size import Probe, memory_limit, search, with_batch_size
+from evspan.pipeline.engine.cgroup_memory import cgroup_memory_limit
 from evspan.pipeline.engine.trainer import train
 from evspan.pipeline.metrics_log import read_metrics
 from support.one_rank import open_one_rank
@@ -91,10 +91,40 @@ def test_a_gpu_counts_what_is_free_and_what_torch_holds(monkeypatch):
 
 
 def test_the_ranks_of_a_machine_divide_its_memory(monkeypatch):
-    monkeypatch.setattr(batch_size, "CGROUP_LIMIT", Path("/nowhere"))
+    monkeypatch.setattr(batch_size, "cgroup_memory_limit", lambda: None)
     one = memory_limit(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory_limit(torch.device("cpu")) < one / 2
+    monkeypatch.setattr(batch_size, "cgroup_memory_limit", lambda: 4 << 20)
+    assert memory_limit(torch.device("cpu")) == 1 << 20
+
+
+V2 = "0::/system.slice/slurmstepd.scope/job_7/step_0/user/task_0"
+V1 = "11:cpuset:/slurm/uid_0/job_7\n4:cpu,memory:/slurm/uid_0/job_7/step_0\n1:name=systemd:/x"
+
+
+@pytest.mark.parametrize(
+    ("table", "files", "limit"),
+    [
+        (V2, {"system.slice/slurmstepd.scope/job_7/memory.max": "300"}, 300),
+        (V2, {"unified/system.slice/memory.max": "200", "memory.max": "max"}, 200),
+        (V2, {"system.slice/memory.max": "500", "memory.max": "400"}, 400),
+        (V2, {"other/memory.max": "100"}, None),
+        (V1, {"memory/slurm/uid_0/job_7/memory.limit_in_bytes": "70"}, 70),
+        (V1, {"memory/memory.limit_in_bytes": str(2**63 - 4096)}, 2**63 - 4096),
+        (V1, {"cpuset/slurm/uid_0/job_7/memory.limit_in_bytes": "70"}, None),
+        ("0::/../../job", {"memory.max": "60", "../memory.max": "50"}, 60),  # seen in a container
+        ("", {"memory.max": "60"}, None),
+    ],
+)
+def test_the_lowest_limit_of_all_groups_above_counts(tmp_path, table, files, limit):
+    root = tmp_path / "cgroup"
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{text}\n")
+    (tmp_path / "table").write_text(f"{table}\n")
+    assert cgroup_memory_limit(root, tmp_path / "table") == limit
+    assert cgroup_memory_limit(root, tmp_path / "none") is None
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +160,9 @@ def losses(run):
 
 
 def test_a_probed_run_equals_one_with_its_number_and_a_resume_keeps_it(
-    shards, tmp_path, monkeypatch
+    shards, tmp_path, monkeypatch, caplog
 ):
+    caplog.set_level("INFO")
     sizes = []
     monkeypatch.setattr(batch_size, "memory_limit", lambda device: 100 / batch_size.FILLED)
     real = batch_size._seconds
@@ -144,13 +175,17 @@ def test_a_probed_run_equals_one_with_its_number_and_a_resume_keeps_it(
     monkeypatch.setattr(batch_size, "_seconds", seconds)
     monkeypatch.setattr(batch_size, "peak_bytes", lambda device: 20 + 25 * sizes[-1])
     auto = small_config(shards, tmp_path / "auto", lanes=0)
+    auto.training.freeze = ["backbone.stages.0.*"]
     (tmp_path / "auto").mkdir()
     save_config(auto, tmp_path / "auto" / CONFIG_FILE)
     with open_one_rank() as world:
         train(auto, world)
         assert sizes == [1, 2, 3]
+        assert caplog.text.count("frozen: ") == 1  # the probes log nothing of their own
         assert load_config(TrainConfig, tmp_path / "auto" / CONFIG_FILE).training.batch_size == 3
-        train(small_config(shards, tmp_path / "given", lanes=3), world)
+        given = small_config(shards, tmp_path / "given", lanes=3)
+        given.training.freeze = auto.training.freeze
+        train(given, world)
         assert losses(tmp_path / "auto") == losses(tmp_path / "given")
         assert not any(math.isnan(loss) for loss in losses(tmp_path / "auto").values())
         sizes.clear()

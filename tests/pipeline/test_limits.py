@@ -31,6 +31,7 @@ from evspan.pipeline.engine.limits import RunLimits, total_steps
 from evspan.pipeline.engine.signals import StopFlag
 from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.history import read
+from evspan.pipeline.metrics_log import read_metrics
 from support.one_rank import open_one_rank
 from support.small_shards import write_small_shards
 from support.training_runs import train as train_command
@@ -208,7 +209,7 @@ def test_hours_are_counted_over_attempts(shards, world, tmp_path, monkeypatch, c
         clock.now += 1200
 
     run = tmp_path / "run"
-    two_hours = config(shards, run, max_hours=2)
+    two_hours = config(shards, run, max_hours=2, log_every=100)
     assert sorted(train(two_hours, world, until=2, each_step=twenty_minutes)) == [1, 2]
     clock.now += 10**6  # between the attempts
     # Step 7 is the first one that begins after six times twenty minutes.
@@ -216,6 +217,8 @@ def test_hours_are_counted_over_attempts(shards, world, tmp_path, monkeypatch, c
     assert sorted(rates) == [3, 4, 5, 6, 7]
     assert last_event(run) == ("done", 7, "training.max_hours=2 have passed")
     assert evaluated_steps(run) == [7]
+    steps = [record["step"] for record in read_metrics(run) if record["kind"] == "train"]
+    assert steps[-1] == 7  # the last step has its line, whatever ends the run
     assert train(two_hours, world) == {}
     assert last_event(run) == ("done", 7, "training.max_hours=2 have passed")
     assert f"to train on: run_dir={run} training.max_hours=4.67\n" in caplog.text

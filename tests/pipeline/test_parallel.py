@@ -106,6 +106,8 @@ def rank_main(rank, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ["EVSPAN_TEST_PORT"])
     with open_world(ParallelConfig(ranks=RANKS, timeout_s=60)) as world:
         mesh = open_mesh(world, sequence=OF_SEQUENCE, timeout_s=60)
+        again = open_mesh(world, sequence=OF_SEQUENCE, timeout_s=60)
+        assert again.group is mesh.group and again.ranks == mesh.ranks  # no group is left behind
         together = {kind.name: normalised_together(kind, mesh, rank) for kind in TOGETHER}
         own = slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
         x = batch()[own].requires_grad_()
