@@ -32,6 +32,7 @@ STAND_INS = {
     "dataset.root=/scratch/gen4": "dataset.root=gen4_shards",
     "dataset.root=/scratch/etram": "dataset.root=etram_shards",
     "dataset.root=own_shards": "dataset.root=gen4_shards",
+    "size=base": "size=micro",  # of the runs below runs/
     "output=/scratch/gen4": "output=scratch",
     "dataset.roots=[{root: gen4_shards, weight: 3}, {root: own_shards, class_map: {lorry: truck, "
     "tram: null}}]": "dataset.roots=[{root: gen4_shards, weight: 3}, {root: shards, "
@@ -84,6 +85,8 @@ def adapted(words: list[str]) -> list[str]:
     is_prep_run = name == "prep" and any(word.startswith("source=") for word in arguments)
     if is_prep_run:  # the stand-in for the shards was made of other recordings
         arguments.append("allow_removal=true")
+        if not any(word.startswith(("processes=", "cluster=")) for word in arguments):
+            arguments.append("processes=1")  # other tests prepare in several
     if name == "train":  # composed, checked, and not started
         return ["submit", *arguments, "cluster.dry_run=true"]
     if name == "bench":  # another test runs it
