@@ -37,6 +37,18 @@ LONG = (
     "test_exchange",
     "test_tensorboard",
     "test_checkpoint_layouts",
+    "test_prep_slurm",
+    "test_submitted_code_slurm",
+    "test_failures",
+    "test_readme",
+    "test_guides",
+    "test_check",
+    "test_smoke",
+    "test_interactive_train",
+    "test_crash",
+    "test_packaging",
+    "test_interactive_step",
+    "test_submit",
 )
 
 

@@ -277,6 +277,7 @@ def test_ranks_that_share_sequences_and_weights_log_together(tmp_path):
         "parallel.sequence=2",
         "deepspeed=zero3",
         "training.max_steps=5",
+        "training.log_images_every=5",
         "checkpoint.every=5",
     )
     reader = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance=ALL)

@@ -92,6 +92,7 @@ def test_two_ranks_give_the_losses_of_one(shards, two_ranks, tmp_path):
         "parallel.ranks=1",
         "parallel.threads=1",
         "training.cuda_graphs=true",
+        "evaluation.at_end=false",
     )
     assert "training.cuda_graphs has no effect on a CPU" in output
     for tag in LOSSES:
@@ -173,7 +174,10 @@ def started_by_slurm(arguments):
 @pytest.mark.parametrize("start", [started_by_torchrun, started_by_slurm])
 def test_every_launcher_gives_the_same_run(shards, one_sequence, tmp_path, start):
     arguments = train_command(
-        shards, tmp_path / "run", "parallel.sequence=2", "training.evaluate_every=0"
+        shards,
+        tmp_path / "run",
+        "parallel.sequence=2",
+        "evaluation.at_end=false",
     )[4:]
     ranks = start(arguments)
     try:
@@ -202,7 +206,9 @@ def test_other_stages_train_save_and_evaluate(shards, tmp_path, overrides):
 
 def test_rvt_tree_trains_as_it_stands(tmp_path):
     tree = write_rvt_tree(write_rvt_tree(tmp_path / "tree", {"a": 9, "b": 5}), {"c": 4}, "val")
-    output = train(tree, tmp_path / "run", "dataset=rvt_tree", "training.max_steps=2")
+    output = train(
+        tree, tmp_path / "run", "dataset=rvt_tree", "training.max_steps=2", "parallel.ranks=1"
+    )
     assert "2 recordings, 14 frames" in output
     assert np.isfinite(list(scalars(tmp_path / "run", "loss/total").values())).all()
     weights = load_weights(tmp_path / "run")

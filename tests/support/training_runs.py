@@ -22,6 +22,7 @@ def train_command(shards, run_dir, *overrides):
         "training.max_steps=6",
         "training.sequence_length=4",
         "training.log_every=1",
+        "training.log_images_every=0",
         "optimizer.lr=0.0002",
         "checkpoint.every=3",
         "checkpoint.keep=9",
