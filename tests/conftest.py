@@ -38,7 +38,6 @@ LONG = (
     "test_tensorboard",
     "test_checkpoint_layouts",
     "test_prep_slurm",
-    "test_submitted_code_slurm",
     "test_failures",
     "test_readme",
     "test_guides",
