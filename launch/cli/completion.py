@@ -15,6 +15,7 @@ from evspan.launch.cli.config_keys import choices_of, keys_of, values_of
 from evspan.launch.cli.evaluate import JSON_OPTION
 from evspan.launch.cli.grammar import CONFIG_FLAGS, CONFIG_VALUE_OPTIONS, SUBCOMMANDS
 from evspan.launch.cli.main import COMMANDS, options_of
+from evspan.launch.cli.submit import AFTER, SMOKE_OPTION
 
 DESCRIPTION = """Prints a script that completes commands, options, config keys and choices
 (experiment=gen4/...), and files. Print it again after an update: it contains the words."""
@@ -182,8 +183,13 @@ def _config_completions(command: str) -> Iterator[Completion]:
     words = CONFIG_FLAGS | CONFIG_VALUE_OPTIONS
     if command == "evaluate":
         words |= {JSON_OPTION}
+    if command == "submit":
+        words |= {SMOKE_OPTION}
+    names = {f"{name}=" for name in {*keys, *groups}}
+    if command in ("submit", "sweep"):
+        names.add(AFTER)
     yield Completion("options", command, "", sorted(words))
-    yield Completion("keys", command, "", [f"{name}=" for name in sorted({*keys, *groups})])
+    yield Completion("keys", command, "", sorted(names))
     for key, type_ in keys.items():
         values = values_of(type_)
         if values:

@@ -26,6 +26,8 @@ SUBCOMMANDS = {
     "evaluate": ("compare",),
     "labels": ("import", "export", "pseudo"),
 }
+# Commands that `evspan submit COMMAND ...` runs in a job.
+SUBMITTED_COMMANDS = ("prep", "evaluate", "report")
 # What the positional words of a command with a config most likely mean.
 POSITIONAL_KEYS = {
     "prep": ("source", "output"),
@@ -36,7 +38,16 @@ POSITIONAL_KEYS = {
     "bench": ("dataset.root",),
 }
 # Where several keys end in the same name, the first of these groups that has it is meant.
-PREFERRED_GROUPS = ("", "training", "evaluation", "frames", "optimizer", "parallel", "checkpoint")
+PREFERRED_GROUPS = (
+    "",
+    "training",
+    "evaluation",
+    "frames",
+    "optimizer",
+    "parallel",
+    "checkpoint",
+    "cluster",
+)
 TAKE_CHECKPOINT = {"infer": "checkpoint", "export": "checkpoint", "convert": "source"}
 RECORDING_SUFFIXES = (".raw", ".dat", ".h5", ".hdf5", ".aedat4", ".csv", ".txt", ".npz")
 # Options of the commands with a config.
@@ -79,16 +90,36 @@ def correct(
     if not argv or {"-h", "--help"} & set(argv):
         return None
     command, *words = argv
+    if command == "submit" and words and words[0] in SUBMITTED_COMMANDS:
+        return _correct_submitted(words, options_of)
     subcommands = SUBCOMMANDS.get(command, ())
     if words and words[0] in subcommands:
         return _correct_options([command, words[0]], words[1:], options_of)
     if command not in CONFIG_COMMANDS:
         return _correct_options([command], words, options_of)
-    if words and "=" not in words[0] and command == "prep":
-        near = difflib.get_close_matches(words[0], subcommands, 1, cutoff=0.7)
+    second_words = {"prep": subcommands, "submit": SUBMITTED_COMMANDS}.get(command, ())
+    if words and "=" not in words[0]:
+        near = difflib.get_close_matches(words[0], second_words, 1, cutoff=0.7)
         if near:
-            return Correction(f"there is no 'prep {words[0]}'", [command, near[0], *words[1:]])
+            problem = f"there is no '{command} {words[0]}'"
+            return Correction(problem, [command, near[0], *words[1:]])
     return _ConfigCommand(command).correct(words)
+
+
+def is_submission(word: str) -> bool:
+    """Whether a word of `evspan submit COMMAND ...` is for the job, not for the command in it."""
+    return word.startswith(("cluster=", "cluster.", "after="))
+
+
+def _correct_submitted(
+    words: Sequence[str], options_of: Callable[[Sequence[str]], Options]
+) -> Correction | None:
+    """The correction of a command that runs in a job."""
+    correction = correct([word for word in words if not is_submission(word)], options_of)
+    if correction is None:
+        return None
+    submission = [word for word in words if is_submission(word)]
+    return Correction(correction.problem, ["submit", *correction.argv, *submission])
 
 
 def evaluate_overrides(argv: Sequence[str]) -> list[str]:

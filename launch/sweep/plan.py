@@ -1,24 +1,28 @@
 """Plans runs before they are submitted: their folders, overrides and configs."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evspan.conf.compose import compose, override_key, replace_override
-from evspan.conf.errors import ConfigError, UserError, is_user_error, one_line
+from evspan.conf.errors import ConfigError, UserError, is_user_error, one_line, require
 from evspan.conf.hydra_adapter import Expansion
 from evspan.conf.json_files import JsonFileError, read_json_object
 from evspan.conf.schema.cluster import ClusterConfig
+from evspan.conf.schema.search import SearchMethod
 from evspan.conf.schema.training import TrainConfig
 from evspan.conf.secret_values import hidden_overrides, hide_values
 from evspan.data_prep.shards.atomic import atomic_write
 from evspan.launch.local.run import check_sweep_folder, check_training
 from evspan.launch.local.run_folder import SWEEPS, numbered_folder
+from evspan.launch.search.files import SEARCH
 from evspan.launch.sweep.registry import SWEEP, is_folder_name
 from evspan.pipeline.history import read
 
+logger = logging.getLogger(__name__)
 _DAMAGED = "Restore it, or start the sweep in another folder: run_dir=sweeps/NAME"
 
 
@@ -75,9 +79,19 @@ def sweep_settings(expansion: Expansion, config_dir: Sequence[str]) -> SweepSett
         ConfigError: no combination composes, or the folder is that of a run.
     """
     first = _first_composed(expansion.combinations, config_dir)
+    require(
+        first.search.method is SearchMethod.none,
+        f"the config has search.method={first.search.method.name}, and a search is chosen on the "
+        "command line: evspan sweep search=optuna ...",
+    )
     if first.run_dir:
         folder = Path(first.run_dir)
         check_sweep_folder(folder)
+        require(
+            not (folder / SEARCH).exists(),
+            f"{folder} is the folder of a search; name another one for the grid: "
+            "run_dir=sweeps/NAME. A search continues with search=optuna",
+        )
     else:
         folder = numbered_folder(SWEEPS, create=not first.cluster.dry_run)
     return SweepSettings(folder, first.cluster)
@@ -124,8 +138,14 @@ def check_run(config: TrainConfig) -> None:
     Raises:
         UserError: the dataset or a folder cannot be used, or the ranks do not fill whole nodes.
     """
-    check_training(config)
     config.cluster.nodes(config.parallel.ranks)
+    if not config.cluster.after:
+        check_training(config)
+        return
+    try:
+        check_training(config)
+    except UserError as error:  # the dataset or the weights may be what the run waits for
+        logger.info("%s: checked when the job starts: %s", config.run_dir, one_line(error))
 
 
 def assign_folders(
@@ -200,5 +220,10 @@ def _is_row(row: Any) -> bool:
 
 def write_table(plan: SweepPlan) -> None:
     """Write sweep.json, with the lock on the sweep. The file is replaced as a whole."""
-    with atomic_write(plan.settings.folder / SWEEP) as temporary:
-        temporary.write_text(json.dumps({"runs": plan.table}, indent=1) + "\n")
+    write_rows(plan.settings.folder, plan.table)
+
+
+def write_rows(sweep: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the rows of sweep.json, as `write_table` does."""
+    with atomic_write(sweep / SWEEP) as temporary:
+        temporary.write_text(json.dumps({"runs": list(rows)}, indent=1) + "\n")

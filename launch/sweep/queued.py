@@ -22,11 +22,13 @@ def refuse_queued(folders: Sequence[Path]) -> None:
     Raises:
         UserError: a job does, or SLURM does not answer.
     """
-    jobs = {folder: job for folder in folders if (job := submitted_job(folder))}
+    jobs: dict[str, Path] = {}
+    for folder in folders:
+        jobs |= dict.fromkeys(submitted_jobs(folder), folder)
     if not jobs:
         return
     if shutil.which("squeue") is None:
-        for folder, job in jobs.items():
+        for job, folder in jobs.items():
             logger.warning(
                 "%s was submitted as SLURM job %s, and squeue is not on the PATH: make sure that "
                 "the job does not wait in the queue",
@@ -34,25 +36,33 @@ def refuse_queued(folders: Sequence[Path]) -> None:
                 printable(job),
             )
         return
-    alive = jobs_alive(jobs.values()) - _own_jobs()
-    queued = [folder for folder, job in jobs.items() if job in alive]
+    alive = jobs_alive(jobs) - _own_jobs()
+    queued = {job: folder for job, folder in jobs.items() if job in alive}
     if queued:
-        names = ", ".join(f"{folder} (job {jobs[folder]})" for folder in queued)
+        names = ", ".join(f"{folder} (job {job})" for job, folder in queued.items())
+        first = next(iter(queued.values()))
         raise UserError(
-            f"SLURM already has {names}. Watch it by evspan status {queued[0]}, or end it first by "
-            f"evspan cancel {queued[0]}"
+            f"SLURM already has {names}. Watch it by evspan status {first}, or end it first by "
+            f"evspan cancel {first}"
         )
+
+
+def submitted_jobs(folder: Path) -> list[str]:
+    """SLURM's ids of the job that was last submitted for a run, and of its successor."""
+    try:
+        submitted = read_json_object(folder / SUBMITTED)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (JsonFileError, OSError) as error:
+        logger.warning("%s: the SLURM job of this run is not known: %s", folder, error)
+        return []
+    ids = [submitted.get("job"), submitted.get("successor")]
+    return [str(job) for job in ids if job]
 
 
 def submitted_job(folder: Path) -> str:
     """SLURM's id of the job that was last submitted for a run; empty if there is none."""
-    try:
-        return str(read_json_object(folder / SUBMITTED).get("job") or "")
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
-    except (JsonFileError, OSError) as error:
-        logger.warning("%s: the SLURM job of this run is not known: %s", folder, error)
-        return ""
+    return next(iter(submitted_jobs(folder)), "")
 
 
 def _own_jobs() -> set[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 from evspan.conf.text import printable
+from evspan.pipeline.history import OBSERVATIONS
 
 if TYPE_CHECKING:
     from evspan.launch.slurm.client import Queued
@@ -36,6 +37,7 @@ class State(Enum):
     done = "done"
     failed = "failed"
     cancelled = "cancelled"
+    pruned = "pruned"  # a search has stopped it; its checkpoint is kept
     lost = "lost"  # it has not ended, but neither SLURM nor this machine runs it
     unknown = "unknown"  # there is no history
 
@@ -63,18 +65,19 @@ def infer_state(
         task: the job's entry in SLURM's queue. None if the queue has no such job, or was not read.
         queue_read: whether SLURM's queue was read.
     """
+    events = [event for event in events if event["event"] not in OBSERVATIONS]
     attempt = events[_last_start(events) :]
     names = [event["event"] for event in attempt if event["event"] != "submitted"]
     last_name = names[-1] if names else ""
     started = "start" in names or "requeued" in names
     in_queue = task is not None and task.alive
 
-    for final in (State.done, State.failed, State.cancelled):
+    for final in (State.done, State.failed, State.cancelled, State.pruned):
         if final.value not in names:
             continue
         ending = task is not None and task.state == "COMPLETING"
-        if final is State.cancelled and in_queue and not ending:
-            continue  # SLURM has not carried out the cancellation yet
+        if final in (State.cancelled, State.pruned) and in_queue and not ending:
+            continue  # SLURM has not carried it out yet
         reasons = [event.get("reason") for event in attempt if event["event"] == final.value]
         return RunState(final, printable(str(reasons[-1])) if reasons[-1] else "")
     if task is not None and in_queue:
@@ -128,6 +131,8 @@ def _requeue_reason(attempt: Sequence[Event]) -> str:
 
 
 def _startup_reason(last_name: str) -> str:
+    if last_name == "pruned":
+        return "pruned, ending"
     return "" if last_name == "running" else "starting"
 
 

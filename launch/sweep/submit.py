@@ -3,9 +3,10 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-from evspan.conf.errors import USER_ERROR_EXIT_CODE
+from evspan.conf.errors import USER_ERROR_EXIT_CODE, UserError
 from evspan.conf.hydra_adapter import Expansion
 from evspan.conf.schema.cluster import ClusterConfig, Scheduler
 from evspan.launch.output_streams import drop_lost_output
@@ -65,21 +66,32 @@ def submit_planned(
     cluster: ClusterConfig,
     folder: Path,
     on_submitted: Callable[[], None] | None = None,
+    *,
+    smoke: bool = False,
 ) -> int:
     """Start the runs that are not done: on this machine or on SLURM, as `cluster` selects.
 
     Args:
         folder: of the sweep, or of the single run.
         on_submitted: is called when the jobs are in SLURM's queue, before waiting for their end.
+        smoke: whether two steps in a job of their own come first; for one run.
 
     Returns:
         The exit code.
+
+    Raises:
+        UserError: cluster.after names what has failed, or cluster=local what is not done.
     """
+    cluster = replace(cluster, after=[str(Path(name).absolute()) for name in cluster.after])
     if not cluster.dry_run:
         drop_lost_output()
     if cluster.scheduler is Scheduler.local:
         from evspan.launch.local.sequential import run_sequentially
 
+        if smoke:
+            raise UserError("--smoke is for SLURM jobs, and cluster=local trains here at once")
+        if cluster.after:
+            _require_done(cluster.after, folder)
         return run_sequentially(runs, dry_run=cluster.dry_run)
     from evspan.launch.slurm.submit_runs import submit_runs
 
@@ -89,4 +101,16 @@ def submit_planned(
             logger.info("%s: done already", run.folder)
         else:
             remaining.append(run)
-    return submit_runs(remaining, cluster, folder, on_submitted)
+    return submit_runs(remaining, cluster, folder, on_submitted, smoke=smoke and bool(remaining))
+
+
+def _require_done(folders: Sequence[str], own: Path) -> None:
+    """For runs on this machine, which wait for nothing."""
+    from evspan.launch.slurm.chain import read_upstream
+
+    upstream = read_upstream([Path(folder) for folder in folders], own)
+    problem = upstream.problem
+    if upstream.jobs:
+        problem = f"SLURM still has {', '.join(upstream.jobs)}, and cluster=local does not wait"
+    if problem:
+        raise UserError(f"after={','.join(folders)}: {problem}")

@@ -26,6 +26,7 @@ GROUPS = {
     "augmentation": ("train", "bench"),
     "deepspeed": ("train",),
     "cluster": ("prep", "train"),
+    "search": ("train",),
     "experiment": ("train",),
 }
 HYDRAS = {

@@ -43,6 +43,7 @@ CORRECTIONS = [
     ("evaluate runs/tiny shards", "evaluate runs/tiny dataset.root=shards"),
     ("evaluate checkpoint=runs/tiny shards", "evaluate runs/tiny dataset.root=shards"),
     ("prep inof drive.raw", "prep info drive.raw"),
+    ("submit evaluat runs/a", "submit evaluate runs/a"),
     # commands with a config: options
     ("train --lr 3", "train optimizer.lr=3"),
     ("train --lr=3", "train optimizer.lr=3"),
@@ -259,6 +260,8 @@ def check_overrides(command: str, words: list[str]) -> None:
         key, equals, value = word.partition("=")
         if not equals:
             assert command == "evaluate" or word.startswith("-"), word
+            continue
+        if key == "after" and command in ("submit", "sweep"):  # short for cluster.after=[...]
             continue
         choices = choices_of(command)
         assert key in keys_of(command) or key in choices, word

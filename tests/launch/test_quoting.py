@@ -197,6 +197,7 @@ def batches(keys: int) -> list[tuple[str, ...]]:
     return [TEXTS[i : i + keys] for i in range(0, len(TEXTS), keys)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "schema", "keys"),
     [
@@ -222,6 +223,7 @@ def test_the_config_of_a_command_has_the_texts(command, schema, keys, tmp_path):
             assert value == text
 
 
+@pytest.mark.slow
 def test_the_positional_checkpoint_of_evaluate_is_a_text(monkeypatch):
     checkpoints = []
     monkeypatch.setattr(
@@ -240,7 +242,7 @@ def test_submit_takes_a_text_with_a_comma_as_one_run(monkeypatch):
     monkeypatch.setattr("evspan.launch.sweep.plan.check_run", lambda config: None)
     monkeypatch.setattr(
         "evspan.launch.sweep.submit.submit_planned",
-        lambda runs, cluster, folder: planned.extend(run.folder for run in runs) or 0,
+        lambda runs, cluster, folder, *, smoke: planned.extend(run.folder for run in runs) or 0,
     )
     submit.main(["run_dir=a,b=1"])
     assert planned == [Path("a,b=1")]
@@ -303,6 +305,7 @@ def test_a_suggestion_of_hydras_errors_can_be_pasted(override):
 
 
 # -- sweeps ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_commas_of_a_text_separate_runs_in_a_sweep_only():
     words = ["dataset.root=2024_11_28, a=b ,'c,d',x[1,2]", "dataset.name=choice(1e3,true)"]
     combinations = expand_sweep(words).combinations

@@ -485,6 +485,7 @@ def test_spans(seconds, words):
     assert format_duration(seconds) == words
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(30)
 def test_the_commands_load_no_torch(tmp_path):
     run = make_run(tmp_path / "run", "start", "done", job="")

@@ -171,7 +171,7 @@ def run_races(kinds: list[str], shards: Path, folder: Path, shim: SlurmShim) -> 
         error = next(line for line in loser.splitlines() if line.startswith("error: "))
         pid = winner.splitlines()[0]
         assert f"{pid} on " in error or re.search(r"SLURM already has .*\(job \d", error), error
-        if kind in ("train", "local") and "resumes" not in winner and "starts of" in winner:
+        if kind in ("train", "local") and "resumes" not in winner and "starts at" in winner:
             assert [e["event"] for e in read(path)][-1] == "done"
             assert not list(path.glob("checkpoints/.writing*"))
         elif kind == "sweep":
@@ -207,11 +207,11 @@ def test_races_on_slurm(cluster: Cluster, shards, tmp_path):
     for number in range(3):
         run = tmp_path / str(number)
         words = keys(shards, run, "training.max_steps=4", "cluster.detach=true")
-        jobs = len(cluster.jobs())
+        before = cluster.jobs()
         processes = [evspan(cluster, "submit", *words) for _ in range(2)]
         results = [(p.communicate(timeout=120)[1], p.returncode) for p in processes]
         assert sorted(code for _, code in results) == [0, 2], results
-        assert len(cluster.jobs()) == jobs + 1
+        assert len(cluster.submitted_since(before)) == 1
         local = evspan(cluster, "train", *words)
         error = local.communicate(timeout=120)[1]
         assert local.returncode == 2, error

@@ -1,0 +1,143 @@
+"""The controller of a search as a SLURM job of one task, which requeues itself."""
+
+import logging
+import os
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from evspan.conf.errors import STOPPED_EXIT_CODE, USER_ERROR_EXIT_CODE, is_user_error, one_line
+from evspan.conf.private_files import make_private_folder
+from evspan.conf.schema.cluster import Container
+from evspan.conf.schema.training import TrainConfig
+from evspan.launch.logging_config import configure_logging
+from evspan.launch.search.files import SearchInfo
+from evspan.launch.search.run import run_as_job
+from evspan.launch.slurm.client import queue, submit_array
+from evspan.launch.slurm.code_archive import plan_code
+from evspan.launch.slurm.job_python import job_python
+from evspan.launch.slurm.parameters import sbatch_parameters, setup_lines
+from evspan.launch.slurm.rank_task import redirect_output
+from evspan.launch.slurm.sbatch import REMEDY, job_name
+from evspan.launch.slurm.submitit_adapter import Executor, script_of
+
+logger = logging.getLogger(__name__)
+FOLDER = ".submitit/controller"  # in the sweep's folder: script and pickle
+LOG = "logs/search.log"  # in the sweep's folder
+MOST_FAULTS = 20  # restarts after which an error of the code ends the job
+# A controller that was stopped or killed, or whose node failed, comes back; one that was cancelled
+# does not: SLURM would requeue it all the same.
+REQUEUE_LINES = [
+    "code=$?",
+    "id=$SLURM_JOB_ID",
+    'job=" $(scontrol show job --oneliner "$id" 2>/dev/null)"',
+    "state=RUNNING",
+    "if [[ $job =~ ' JobState='([A-Z_]+) ]]; then state=${BASH_REMATCH[1]}; fi",
+    f"if ((code == {STOPPED_EXIT_CODE} || code > 128)) || "
+    f"((code != 0 && code != {USER_ERROR_EXIT_CODE} "
+    f"&& ${{SLURM_RESTART_COUNT:-0}} < {MOST_FAULTS})); then",
+    "    if [[ $state == RUNNING || $state == PREEMPTED ]]; then",
+    "        for ((tries = 0; tries < 20; tries++)); do",
+    '            scontrol requeue "$id" && break',
+    "            sleep 3",
+    "        done",
+    "    fi",
+    "fi",
+    'exit "$code"',
+]
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """What the job does.
+
+    sweep: the folder. argv: of `evspan sweep`, with its run_dir.
+    """
+
+    sweep: str
+    argv: tuple[str, ...]
+
+    def __call__(self) -> None:
+        """Runs the controller. Ends the process with its exit code unless the search is over."""
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Submitit's handlers
+        redirect_output(Path(self.sweep, LOG))
+        configure_logging(0, log_file=True)
+        try:
+            code = run_as_job(self.argv)
+        except Exception as error:
+            if not is_user_error(error):
+                logger.exception("the controller failed")
+                os._exit(1)
+            logger.error("%s", one_line(error))
+            code = USER_ERROR_EXIT_CODE
+        logging.shutdown()
+        if code in (STOPPED_EXIT_CODE, USER_ERROR_EXIT_CODE):
+            os._exit(code)
+
+
+def submit_controller(sweep: Path, config: TrainConfig, info: SearchInfo, argv: list[str]) -> str:
+    """Submits the job. Returns SLURM's id.
+
+    Raises:
+        ConfigError: SLURM refuses it.
+        ForeignFileError: the folder of the scripts belongs to another user.
+    """
+    folder = sweep.absolute() / FOLDER
+    make_private_folder(folder.parent)
+    make_private_folder(folder)
+    task = SearchTask(str(sweep.absolute()), tuple(argv))
+    code = plan_code(config.cluster, sweep)
+    if code is not None:
+        code.write()
+    executor = _executor(sweep, config, info)
+    (job,) = submit_array(executor, [task], REMEDY)
+    return str(job.job_id)
+
+
+def controller_script(sweep: Path, config: TrainConfig, info: SearchInfo) -> str:
+    """The script that sbatch would get. Works without SLURM."""
+    return script_of(_executor(sweep, config, info), 1)
+
+
+def controller_job(sweep: Path, info: SearchInfo) -> str:
+    """The controller's job that waits or runs; empty if there is none.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
+    alive = [task.id for task in queue(_name(sweep, info)) if task.alive]
+    return alive[-1] if alive else ""
+
+
+def _name(sweep: Path, info: SearchInfo) -> str:
+    return f"{job_name(sweep)}-{info.id}-search"
+
+
+def _executor(sweep: Path, config: TrainConfig, info: SearchInfo) -> Executor:
+    cluster = config.cluster
+    if cluster.container is not Container.none:
+        # It needs SLURM's commands, which a container has not.
+        cluster = replace(cluster, container=Container.none, image="", python="")
+    python = job_python(cluster, plan_code(cluster, sweep))
+    executor = Executor(sweep.absolute() / FOLDER, python=python.command)
+    parameters = sbatch_parameters(cluster)
+    parameters["cpus_per_task"] = 1
+    parameters["srun_args"] = ["--cpus-per-task=1"]
+    parameters.pop("mem", None)
+    if config.search.partition:
+        parameters["partition"] = config.search.partition
+    executor.update_parameters(
+        job_name=_name(sweep, info),
+        nodes=1,
+        ntasks_per_node=1,
+        stderr_to_stdout=True,
+        setup=[
+            *setup_lines(cluster),
+            *python.setup,
+            "trap : TERM USR1 USR2",
+            "set +e",
+        ],
+        teardown=REQUEUE_LINES,
+        **parameters,
+    )
+    return executor
