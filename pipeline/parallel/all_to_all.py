@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from evspan.pipeline.model.state import StageState
 from evspan.pipeline.parallel.collectives import all_to_all
 from evspan.pipeline.parallel.reductions import gather_over_ranks
-from evspan.pipeline.parallel.sequence import Recurrence, SequenceExchange
+from evspan.pipeline.parallel.sequence import LSTM, STATE, Recurrence, SequenceExchange
 from torch import Tensor
 
 
@@ -39,11 +39,11 @@ class TransposeExchange(SequenceExchange):
             )
         padded = _padded(x.flatten(2, 3), self.ranks * own_cells, dim=2)
         blocks = padded.view(frames, lanes, self.ranks, own_cells, dim).permute(2, 0, 1, 3, 4)
-        own = all_to_all(blocks, self.group, self.clock)
+        own = all_to_all(blocks, self.group, self.clock, name=LSTM)
         own = own.reshape(self.ranks * frames, lanes, 1, own_cells, dim)
         y, state = recurrence(own, state)
         y = y.reshape(self.ranks, frames, lanes, own_cells, dim)
-        returned = all_to_all(y, self.group, self.clock).permute(1, 2, 0, 3, 4)
+        returned = all_to_all(y, self.group, self.clock, name=LSTM).permute(1, 2, 0, 3, 4)
         out = returned.flatten(2, 3)[:, :, :cells]
         return torch.unflatten(out, 2, (height, width)), state
 
@@ -61,7 +61,7 @@ class TransposeExchange(SequenceExchange):
         if self.group is None:
             parts = part[None]
         else:
-            parts = gather_over_ranks(part, self.group)
+            parts = gather_over_ranks(part, self.group, name=STATE)
         cells = torch.cat(parts.unbind(), dim=3)
         return cells[..., : shape[2] * shape[3]].reshape(shape)
 

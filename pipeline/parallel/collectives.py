@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from evspan.pipeline.model.autograd import run_function
+from evspan.pipeline.parallel.collective_time import collective
+from evspan.pipeline.parallel.flight_recorder import recorded
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -60,6 +62,7 @@ def all_to_all(
     group: dist.ProcessGroup | None,
     clock: Clock,
     *,
+    name: str,
     send: Sequence[int] | None = None,
     receive: Sequence[int] | None = None,
 ) -> Tensor:
@@ -69,6 +72,7 @@ def all_to_all(
         x: (n, ...) rows, those for rank 0 first.
         group: None when the rank is alone; x is then returned as it is.
         clock: measures the collective, forward and backward.
+        name: what it is for, in the diagnosis of a run that hangs.
         send, receive: number of rows for and from each rank; None: equal blocks.
 
     Returns:
@@ -76,7 +80,7 @@ def all_to_all(
     """
     if group is None:
         return x
-    out: Tensor = run_function(_AllToAll, x, group, clock, send, receive)
+    out: Tensor = run_function(_AllToAll, x, group, clock, name, send, receive)
     return out
 
 
@@ -87,41 +91,49 @@ class _AllToAll(torch.autograd.Function):
         x: Tensor,
         group: dist.ProcessGroup,
         clock: Clock,
+        name: str,
         send: list[int] | None,
         receive: list[int] | None,
     ) -> Tensor:
         ctx.group = group
         ctx.clock = clock
+        ctx.name = name
         ctx.send = send
         ctx.receive = receive
-        return _exchange_rows(x, group, clock, send, receive)
+        return _exchange_rows(x, group, clock, name, send, receive)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        dx = _exchange_rows(gradient, ctx.group, ctx.clock, ctx.receive, ctx.send)
-        return dx, None, None, None, None
+        dx = _exchange_rows(gradient, ctx.group, ctx.clock, ctx.name, ctx.receive, ctx.send)
+        return dx, None, None, None, None, None
 
 
 def _exchange_rows(
     x: Tensor,
     group: dist.ProcessGroup,
     clock: Clock,
+    name: str,
     send: list[int] | None,
     receive: list[int] | None,
 ) -> Tensor:
+    kind = "all-to-all" if send is None else "all-to-all of unequal blocks"
     shape = x.shape if receive is None else (sum(receive), *x.shape[1:])
     out = x.new_empty(shape)
     x = x.contiguous()
-    with clock.running(x.device):
+    with collective(), clock.running(x.device), recorded(name, kind, x, group=group):
         dist.all_to_all_single(out, x, receive, send, group=group)
     return out
 
 
 class P2PChannel:
-    """Messages between ranks: sent without blocking, received in the order of sending."""
+    """Messages between ranks: sent without blocking, received in the order of sending.
 
-    def __init__(self, group: dist.ProcessGroup | None, clock: Clock) -> None:
+    name: what they are for, in the diagnosis of a run that hangs.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, clock: Clock, *, name: str) -> None:
+        self.name = name
         self.group = group
         self.clock = clock
         self.pending: list[tuple[dist.Work, Tensor]] = []
@@ -134,7 +146,8 @@ class P2PChannel:
         """
         for part in message:
             part = part.detach().contiguous()
-            work = dist.isend(part, to, group=self.group)
+            with recorded(self.name, "send", part, group=self.group, peer=to):
+                work = dist.isend(part, to, group=self.group)
             assert work is not None
             self.pending.append((work, part))  # the tensor must live until it is sent
 
@@ -148,17 +161,19 @@ class P2PChannel:
             sender: rank of the world.
         """
         parts = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in specs)
-        with self.clock.running(device):
+        with collective(), self.clock.running(device):
             works = [dist.irecv(part, sender, group=self.group) for part in parts]
-            for work in works:
+            for work, part in zip(works, parts, strict=True):
                 assert work is not None
-                work.wait()
+                with recorded(self.name, "receive", part, group=self.group, peer=sender):
+                    work.wait()
         return parts
 
     def wait(self) -> None:
         """Waits until all messages are sent."""
-        for work, _ in self.pending:
-            work.wait()
+        with collective():
+            for work, _ in self.pending:
+                work.wait()
         self.pending.clear()
 
 

@@ -20,6 +20,9 @@ import torch.distributed as dist
 from evspan.conf.errors import LostRanksError
 from evspan.conf.failure_notes import report_lost_ranks
 from evspan.conf.text import printable
+from evspan.pipeline.parallel.flight_recorder import describe_progress, recorded
+from evspan.pipeline.parallel.hang_files import Peer
+from evspan.pipeline.parallel.hang_watch import HangWatch
 from evspan.pipeline.parallel.rank_env import RankInfo
 from evspan.pipeline.parallel.rank_exit import exit_now, leave_group_open
 from evspan.pipeline.parallel.run_secret import RunSecret
@@ -44,16 +47,22 @@ CONNECTION_ERRORS = (
 
 
 class Beat(NamedTuple):
-    """What a rank last wrote into the store. beats: count of its heartbeats."""
+    """What a rank last wrote into the store.
+
+    beats: count of its heartbeats. doing: its phase and newest collective.
+    """
 
     host: str = "?"
     pid: int = 0
     beats: int = 0
     status: str = RUNNING
+    doing: str = ""
 
 
 @contextmanager
-def heartbeat(info: RankInfo, secret: RunSecret, *, timeout_s: float) -> Iterator[None]:
+def heartbeat(
+    info: RankInfo, secret: RunSecret, *, timeout_s: float, hang: HangWatch | None = None
+) -> Iterator[None]:
     """While open, inside a process group: a rank that fails, dies or stops ends this one too.
 
     If the body ends without an exception, all ranks leave together. If it ends with one, the others
@@ -64,6 +73,7 @@ def heartbeat(info: RankInfo, secret: RunSecret, *, timeout_s: float) -> Iterato
         info: this rank, and where rank 0's store is.
         secret: of the run. A value in the store that no rank has signed is a missed beat.
         timeout_s: a rank that is silent for longer ends this process.
+        hang: of this rank; asks all ranks what they do before this one ends because of others.
 
     Raises:
         LostRanksError: replaces the error of a collective that failed because other ranks are gone
@@ -72,10 +82,11 @@ def heartbeat(info: RankInfo, secret: RunSecret, *, timeout_s: float) -> Iterato
     if info.size == 1:
         yield
         return
-    heartbeats = _Heartbeats(info, secret, timeout_s)
+    heartbeats = _Heartbeats(info, secret, timeout_s, hang)
     try:
         yield
-        dist.barrier()  # rank 0 hosts the store and must not leave before the others are done
+        with recorded("end of the run", "barrier"):
+            dist.barrier()  # rank 0 hosts the store and must not leave before the others are done
     except SystemExit:  # all ranks agreed to stop
         heartbeats.close()
         raise
@@ -109,18 +120,21 @@ def is_connection_error(error: BaseException) -> bool:
 def _parsed(text: str | None) -> Beat | None:
     """A beat from its JSON text; None if it is none, as another process may have written it."""
     try:
-        host, pid, beats, status = json.loads(text or "")
+        host, pid, beats, status, doing = json.loads(text or "")
     except (ValueError, TypeError, RecursionError):
         return None
-    types = (str, int, int, str)
-    fits = all(isinstance(v, t) for v, t in zip((host, pid, beats, status), types, strict=True))
-    return Beat(printable(host), pid, beats, printable(status)) if fits else None
+    texts_fit = all(isinstance(value, str) for value in (host, status, doing))
+    if not texts_fit or not isinstance(pid, int) or not isinstance(beats, int):
+        return None
+    return Beat(printable(host), pid, beats, printable(status), printable(doing))
 
 
 class _Heartbeats:
     """The heartbeats of all ranks, and the two threads that send and check them."""
 
-    def __init__(self, info: RankInfo, secret: RunSecret, timeout_s: float) -> None:
+    def __init__(
+        self, info: RankInfo, secret: RunSecret, timeout_s: float, hang: HangWatch | None
+    ) -> None:
         self.rank = info.rank
         self.size = info.size
         self.address = info.address
@@ -132,6 +146,9 @@ class _Heartbeats:
         self.unanswered = 0  # beats without an answer from the store
         self.rounds = 0
         self.status = RUNNING
+        self.hang = hang
+        if hang is not None:
+            hang.peers = self.peers
         self.closed = Event()
         self.wake = Event()
         self.threads = [
@@ -164,7 +181,7 @@ class _Heartbeats:
             beats = 0
             while not self.closed.is_set():
                 beats += 1
-                beat = Beat(host, os.getpid(), beats, self.status)
+                beat = Beat(host, os.getpid(), beats, self.status, describe_progress())
                 own = keys[self.rank]
                 store.set(own, self.secret.sign(own, json.dumps(beat)))
                 if store.check(keys):
@@ -200,7 +217,10 @@ class _Heartbeats:
             must_end = failed_beats > FAILED_BEATS or silent_s > self.timeout_s
             # With another status, the main thread is ending the process.
             if must_end and self.status == RUNNING and not self.closed.is_set():
-                code = report_lost_ranks(self._message(int(self.timeout_s / BEAT_S)))
+                message = self._message(int(self.timeout_s / BEAT_S), hang=self._explanation())
+                if self.hang is not None:
+                    self.hang.free_memory()
+                code = report_lost_ranks(message)
                 self.publish(LOST)
                 exit_now(code)  # the main thread may be waiting in C code forever
 
@@ -244,13 +264,31 @@ class _Heartbeats:
 
     def explain(self, error: Exception) -> str:
         """Waits for the others' statuses and returns which ranks made a collective fail."""
+        if self.hang is not None:
+            self.hang.ask("a collective failed")
         self.publish(LOST)
         deadline = time.monotonic() + (SILENT_BEATS + 1.5) * BEAT_S
         while time.monotonic() < deadline and not self._failed():
             time.sleep(BEAT_S / 10)
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
-        return self._message(SILENT_BEATS - 1, " ".join(reason.split())[-160:])
+        # Before the reports are read, which takes seconds in which the others end.
+        cause = self._cause(SILENT_BEATS - 1)
+        torch_error = " ".join(reason.split())[-160:]
+        return self._message(0, torch_error, cause=cause, hang=self._explanation())
+
+    def _explanation(self) -> str:
+        """What the ranks did, where none has failed with an error of its own. Takes seconds."""
+        if self.hang is None or self._failed():
+            return ""
+        return self.hang.explain("a rank is stuck or gone")
+
+    def peers(self) -> dict[int, Peer]:
+        """What the others' heartbeats show."""
+        return {
+            rank: Peer(beat.host, beat.pid, missed * BEAT_S, beat.doing, "")
+            for rank, (beat, missed) in enumerate(zip(self.latest, self.missed, strict=True))
+        }
 
     def close(self) -> None:
         """Ends both threads, unless they are stuck."""
@@ -265,9 +303,20 @@ class _Heartbeats:
         statuses = [beat.status for beat in self.latest]
         return [rank for rank, status in enumerate(statuses) if status not in (RUNNING, LOST)]
 
-    def _message(self, beats: int, torch_error: str = "") -> str:
-        """Which ranks caused the failure. beats: missed ones from which on a rank is silent."""
-        message = f"{self._cause(beats)}. So rank {self.rank} ends"
+    def _message(
+        self, beats: int, torch_error: str = "", *, cause: str = "", hang: str = ""
+    ) -> str:
+        """Which ranks caused the failure.
+
+        Args:
+            beats: missed ones from which on a rank is silent.
+            cause: which ranks, where it is known; then beats is not read.
+            hang: what this rank waited for.
+        """
+        message = cause or self._cause(beats)
+        if hang:
+            message += f": {hang}"
+        message += f". So rank {self.rank} ends"
         if torch_error:
             message += f" (torch: {torch_error})"
         return message

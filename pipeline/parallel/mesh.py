@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from evspan.conf.schema.layout import check_layout
+from evspan.pipeline.parallel.flight_recorder import recorded
 from evspan.pipeline.parallel.world import World
 
 # Of a world: (ranks per sequence, timeout in s) -> this rank's sequence group and its ranks.
@@ -68,7 +69,8 @@ def _sequence_group(
         # All ranks create all groups in one order: new_group is a collective.
         for first in range(0, world.size, sequence):
             ranks = tuple(range(first, first + sequence))
-            created = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
+            with recorded("start of the sequence groups", "new group"):
+                created = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
             if world.rank in ranks:
                 existing[key] = (created, ranks)
     return existing[key]

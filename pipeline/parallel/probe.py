@@ -5,17 +5,20 @@
 
 import os
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from evspan.conf.schema.training import ParallelConfig
+from evspan.pipeline.parallel.probe_names import BETWEEN_NODES, IN_NODE
 from evspan.pipeline.parallel.rank_env import rank_info
 from evspan.pipeline.parallel.reductions import gather_over_ranks
 from evspan.pipeline.parallel.world import World, open_world
 
-# Sizes of the all-reduces (float32 numbers), and how often each is repeated.
+# Sizes of the collectives (float32 numbers of a rank), and how often each is repeated.
 SMALL = 1
 LARGE = 1 << 22
 ROUNDS = {SMALL: 50, LARGE: 5}
@@ -31,7 +34,8 @@ def probe(timeout_s: int) -> dict[str, Any]:
     Returns:
         JSON values: `versions`, and backend: of this rank. ranks: number. latency_us: of a small
         all-reduce. gb_per_s: of a large one. clock_s: seconds that this rank's clock is ahead of
-        rank 0's.
+        rank 0's. links: IN_NODE, BETWEEN_NODES -> `_measure_link` of the ranks of this rank's node
+        and of the first ranks of all nodes; only where this rank has others there.
 
     Raises:
         DeviceError: torch cannot use the GPUs, or ranks would share one.
@@ -50,6 +54,7 @@ def probe(timeout_s: int) -> dict[str, Any]:
             "latency_us": 1e6 * seconds[SMALL],
             "gb_per_s": 4 * LARGE / seconds[LARGE] / 1e9,
             "clock_s": _clock_s(world),
+            "links": _links(world, timeout_s),
         }
 
 
@@ -82,12 +87,79 @@ def _check_sum(world: World) -> None:
 def _all_reduce_s(world: World, size: int) -> float:
     """Seconds of an all-reduce of `size` float32 numbers."""
     x = torch.zeros(size, device=world.device)
-    _barrier(world)
-    start = time.perf_counter()
-    for _ in range(ROUNDS[size]):
-        dist.all_reduce(x)
+    return _seconds(world, None, lambda: dist.all_reduce(x), ROUNDS[size])
+
+
+def _seconds(
+    world: World, group: dist.ProcessGroup | None, run: Callable[[], object], rounds: int
+) -> float:
+    """Mean seconds of a collective that `run` starts. group: None for all ranks."""
+    dist.barrier(group)
     _synchronize(world)
-    return (time.perf_counter() - start) / ROUNDS[size]
+    start = time.perf_counter()
+    for _ in range(rounds):
+        run()
+    _synchronize(world)
+    return (time.perf_counter() - start) / rounds
+
+
+# -- links -----------------------------------------------------------------------------------------
+def _links(world: World, timeout_s: int) -> dict[str, dict[str, float]]:
+    """Measures the ranks of each node, all nodes at once, then the first ranks of the nodes."""
+    measured = {}
+    for name, groups in _link_ranks(world).items():
+        for ranks in groups:
+            # All ranks create all groups in one order: new_group is a collective.
+            group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
+            if world.rank in ranks:
+                measured[name] = _measure_link(world, group, len(ranks))
+        dist.barrier()
+    return measured
+
+
+def _link_ranks(world: World) -> dict[str, list[list[int]]]:
+    """The groups of each link, equal on all ranks: those of two or more ranks."""
+    own = torch.tensor([rank_info(os.environ).local], device=world.device)
+    nodes: list[list[int]] = []
+    everywhere = gather_over_ranks(own, name="local numbers of the ranks")
+    for rank, local in enumerate(everywhere.flatten().tolist()):
+        if local == 0 or not nodes:  # ranks of a node are consecutive
+            nodes.append([])
+        nodes[-1].append(rank)
+    groups = {IN_NODE: nodes, BETWEEN_NODES: [[ranks[0] for ranks in nodes]]}
+    return {name: [ranks for ranks in many if len(ranks) > 1] for name, many in groups.items()}
+
+
+def _measure_link(world: World, group: dist.ProcessGroup, size: int) -> dict[str, float]:
+    """An all-reduce and an all-to-all of a group.
+
+    Returns:
+        all_reduce_gb_per_s, all_to_all_gb_per_s: bytes that a rank sends, per second. An all-reduce
+        over n ranks of x bytes sends 2 (n - 1) / n * x (a ring), an all-to-all (n - 1) / n * x.
+        all_reduce_us, all_to_all_us: time of a small one.
+    """
+    share = (size - 1) / size
+    result = {}
+    for name, sent_share in (("all_reduce", 2 * share), ("all_to_all", share)):
+        large = LARGE // size * size
+        seconds = {
+            numbers: _seconds(world, group, _collective(name, world, group, numbers), rounds)
+            for numbers, rounds in ((size, ROUNDS[SMALL]), (large, ROUNDS[LARGE]))
+        }
+        result[f"{name}_us"] = round(1e6 * seconds[size], 1)
+        result[f"{name}_gb_per_s"] = round(sent_share * 4 * large / seconds[large] / 1e9, 4)
+    return result
+
+
+def _collective(
+    name: str, world: World, group: dist.ProcessGroup, numbers: int
+) -> Callable[[], object]:
+    """Starts the named collective of `numbers` float32 numbers of each rank."""
+    x = torch.zeros(numbers, device=world.device)
+    if name == "all_reduce":
+        return lambda: dist.all_reduce(x, group=group)
+    received = torch.empty_like(x)
+    return lambda: dist.all_to_all_single(received, x, group=group)
 
 
 def _clock_s(world: World) -> float:
@@ -96,7 +168,7 @@ def _clock_s(world: World) -> float:
     for _ in range(CLOCK_ROUNDS):
         _barrier(world)
         now = torch.tensor([time.time()], dtype=torch.float64, device=world.device)
-        times = gather_over_ranks(now)
+        times = gather_over_ranks(now, name="clocks of the ranks")
         differences.append(float(now) - float(times[0]))
     return median(differences)
 

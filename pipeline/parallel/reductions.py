@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from evspan.conf.errors import LostRanksError
+from evspan.pipeline.parallel.collective_time import collective
+from evspan.pipeline.parallel.flight_recorder import recorded
 from torch import Tensor
 
 T = TypeVar("T")
@@ -21,44 +23,55 @@ FOREIGN = (
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum over ranks, on every rank; shape and dtype of x. All ranks call it in one order."""
+def sum_over_ranks(x: Tensor, *, name: str = "") -> Tensor:
+    """The sum over ranks, on every rank; shape and dtype of x. All ranks call it in one order.
+
+    Args:
+        name: what it is for, in the diagnosis of a run that hangs.
+    """
     if dist.get_world_size() == 1:
         return x.detach()
     total = x.detach().clone()
-    dist.all_reduce(total)
+    with collective(), recorded(name, "all-reduce", total):
+        dist.all_reduce(total)
     return total
 
 
-def add_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def add_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None, *, name: str = "") -> Tensor:
     """`sum_over_ranks` into x itself. group: None: all ranks."""
     if dist.get_world_size(group) > 1:
-        dist.all_reduce(x, group=group)
+        with collective(), recorded(name, "all-reduce", x, group=group):
+            dist.all_reduce(x, group=group)
     return x
 
 
-def gather_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def gather_over_ranks(
+    x: Tensor, group: dist.ProcessGroup | None = None, *, name: str = ""
+) -> Tensor:
     """(...) -> (ranks, ...), the parts of all ranks of `group`, on every rank.
 
     Args:
         group: None: all ranks.
+        name: as of `sum_over_ranks`.
     """
     ranks = dist.get_world_size(group)
     if ranks == 1:
         return x.detach()[None]
     # One tensor: a list of parts would be filled by a copy per rank.
     parts = x.new_empty(ranks * x.numel())
-    _all_gather(parts, x.detach().contiguous().view(-1), group=group)
+    with collective(), recorded(name, "all-gather", x, group=group):
+        _all_gather(parts, x.detach().contiguous().view(-1), group=group)
     return parts.view(ranks, *x.shape)
 
 
-def gather_json(part: T, *, most_bytes: int = MOST_BYTES) -> list[T]:
+def gather_json(part: T, *, name: str = "", most_bytes: int = MOST_BYTES) -> list[T]:
     """The parts of all ranks, in rank order, on every rank. Two collectives, as many with any size.
 
     Nothing is unpickled: whoever reaches the ranks' ports could run code otherwise.
 
     Args:
         part: JSON values; tuples arrive as lists. A world of one rank returns it as it is.
+        name: as of `sum_over_ranks`.
         most_bytes: of the text of one part.
 
     Raises:
@@ -66,15 +79,16 @@ def gather_json(part: T, *, most_bytes: int = MOST_BYTES) -> list[T]:
     """
     if dist.get_world_size() == 1:
         return [part]
-    parts = gather_bytes(json.dumps(part).encode(), most_bytes=most_bytes)
+    parts = gather_bytes(json.dumps(part).encode(), name=name, most_bytes=most_bytes)
     return [_parsed(text, rank) for rank, text in enumerate(parts)]
 
 
-def broadcast_json(value: T) -> T:
+def broadcast_json(value: T, *, name: str = "") -> T:
     """Rank 0's value, on every rank. Two collectives.
 
     Args:
         value: JSON values; read on rank 0 only. Tuples arrive as lists on the other ranks.
+        name: as of `sum_over_ranks`.
 
     Raises:
         LostRanksError: the value is too large, or no JSON: it is not from rank 0 of this run.
@@ -85,19 +99,22 @@ def broadcast_json(value: T) -> T:
     is_source = dist.get_rank() == 0
     text = json.dumps(value).encode() if is_source else b""
     size = torch.tensor([len(text)], dtype=torch.int64, device=device)
-    dist.broadcast(size, src=0)
+    with recorded(f"size of {name}", "broadcast", size):
+        dist.broadcast(size, src=0)
     num_bytes = _checked_size(int(size), 0, MOST_BYTES)
     packed = _as_tensor(text, num_bytes).to(device)
-    dist.broadcast(packed, src=0)
+    with recorded(name, "broadcast", packed):
+        dist.broadcast(packed, src=0)
     received: T = value if is_source else _parsed(_as_bytes(packed.cpu()), 0)
     return received
 
 
-def gather_bytes(part: bytes, *, most_bytes: int) -> list[bytes]:
+def gather_bytes(part: bytes, *, most_bytes: int, name: str = "") -> list[bytes]:
     """The parts of all ranks, in rank order, on every rank. Two collectives.
 
     Args:
         part: of any length up to most_bytes; the ranks' lengths may differ.
+        name: as of `sum_over_ranks`.
 
     Raises:
         LostRanksError: a part is too large.
@@ -108,9 +125,11 @@ def gather_bytes(part: bytes, *, most_bytes: int) -> list[bytes]:
     size = torch.tensor([len(part)], dtype=torch.int64, device=device)
     sizes = [
         _checked_size(size, rank, most_bytes)
-        for rank, size in enumerate(gather_over_ranks(size).flatten().tolist())
+        for rank, size in enumerate(
+            gather_over_ranks(size, name=f"sizes of {name}").flatten().tolist()
+        )
     ]
-    rows = gather_over_ranks(_as_tensor(part, max(sizes)).to(device)).cpu()
+    rows = gather_over_ranks(_as_tensor(part, max(sizes)).to(device), name=name).cpu()
     return [_as_bytes(row[:size]) for row, size in zip(rows, sizes, strict=True)]
 
 
@@ -149,10 +168,11 @@ def _parsed(text: bytes, rank: int) -> Any:
         ) from error
 
 
-def barrier() -> None:
-    """Waits for all ranks."""
+def barrier(name: str = "") -> None:
+    """Waits for all ranks. name: as of `sum_over_ranks`."""
     if dist.get_world_size() > 1:
-        dist.barrier()
+        with recorded(name, "barrier"):
+            dist.barrier()
 
 
 def deal(items: Sequence[T], rank: int, size: int, *, weight: Sequence[int]) -> list[T]:

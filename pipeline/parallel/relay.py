@@ -9,7 +9,7 @@ from evspan.pipeline.parallel.collectives import (
     send_along,
 )
 from evspan.pipeline.parallel.mesh import Mesh
-from evspan.pipeline.parallel.sequence import Recurrence, SequenceExchange
+from evspan.pipeline.parallel.sequence import LSTM, Recurrence, SequenceExchange
 from torch import Tensor
 
 # With S ranks and K slices, a scan takes (K + S - 1) / K of the time that a rank spends computing.
@@ -41,7 +41,7 @@ class RelayExchange(SequenceExchange):
         super().__init__(mesh, frames=frames)
         self.whole_maps = whole_maps
         self.slices = slices or SLICES_PER_RANK * mesh.sequence_size
-        self.channel = P2PChannel(mesh.group, self.clock)
+        self.channel = P2PChannel(mesh.group, self.clock, name=LSTM)
 
     def scan(
         self, recurrence: Recurrence, x: Tensor, state: StageState

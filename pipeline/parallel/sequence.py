@@ -13,10 +13,16 @@ import torch.distributed as dist
 from evspan.pipeline.model.sequence_protocol import Recurrence
 from evspan.pipeline.model.state import DetectorState, StageState, map_state
 from evspan.pipeline.parallel.collectives import Clock, all_to_all
+from evspan.pipeline.parallel.flight_recorder import recorded
 from evspan.pipeline.parallel.mesh import Mesh
 from torch import Tensor
 
-__all__ = ["Recurrence", "SequenceExchange"]
+__all__ = ["LSTM", "STATE", "Recurrence", "SequenceExchange"]
+
+# Names of the collectives of both exchanges.
+LSTM = "exchange of the LSTMs"
+ATTENTION = "earlier frames of the attention"
+STATE = "state between chunks"
 
 
 class SequenceExchange(ABC):
@@ -86,7 +92,14 @@ class SequenceExchange(ABC):
         num_received = [holders.count(rank) for rank in range(self.ranks)]
         row_list = rows.unbind(0)
         packed = torch.stack([row_list[row] for row in sent_rows])
-        received = all_to_all(packed, self.group, self.clock, send=num_sent, receive=num_received)
+        received = all_to_all(
+            packed,
+            self.group,
+            self.clock,
+            name=ATTENTION,
+            send=num_sent,
+            receive=num_received,
+        )
         befores = _rows_as_frames(received[:frames_back], tails)
         if self.first:
             carries = _rows_as_frames(received[frames_back:], tails)
@@ -150,7 +163,8 @@ class SequenceExchange(ABC):
         else:
             t = t.new_empty(shape)
         if self.group is not None:
-            dist.broadcast(t, self.members[position], group=self.group)
+            with recorded(STATE, "broadcast", t, group=self.group):
+                dist.broadcast(t, self.members[position], group=self.group)
         return t
 
     def _check(self, x: Tensor) -> None:

@@ -18,6 +18,7 @@ from evspan.pipeline.parallel.devices import (
     nccl_device_id,
     set_cuda_variables,
 )
+from evspan.pipeline.parallel.hang_watch import HangWatch, hang_watch
 from evspan.pipeline.parallel.heartbeat import heartbeat
 from evspan.pipeline.parallel.rank_env import RankInfo, check_address, check_interfaces, rank_info
 from evspan.pipeline.parallel.rank_exit import group_is_open
@@ -30,6 +31,8 @@ class World:
     """Rank `rank` of `size`, number `local` of `local_size` on its machine.
 
     The mesh decides which lanes and frames it works on.
+
+    hang: reports what this rank does if the run hangs; None without a run's folder.
     """
 
     rank: int
@@ -37,6 +40,7 @@ class World:
     local: int
     local_size: int
     device: torch.device
+    hang: HangWatch | None = None
 
     @property
     def is_main(self) -> bool:
@@ -66,7 +70,7 @@ def open_world(config: ParallelConfig, *, run: str | Path | None = None) -> Iter
 
     Args:
         run: the run's folder, by which ranks that no launcher of ours started get their common
-            secret (`evspan.pipeline.parallel.run_secret`).
+            secret (`evspan.pipeline.parallel.run_secret`), and for reports if the run hangs.
 
     Raises:
         ConfigError: the launcher started another number of ranks than the config has, or the name
@@ -86,11 +90,12 @@ def open_world(config: ParallelConfig, *, run: str | Path | None = None) -> Iter
     set_cuda_variables(config.device)
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.threads or max(1, cores // info.local_size))
-    with _launcher_variables(info):
-        device, secret = _join_group(config, info, Path(run) if run else None)
+    folder = Path(run) if run else None
+    with _launcher_variables(info), hang_watch(folder, info, config.timeout_s) as hang:
+        device, secret = _join_group(config, info, folder)
         try:
-            with heartbeat(info, secret, timeout_s=config.timeout_s):
-                yield World(info.rank, info.size, info.local, info.local_size, device)
+            with heartbeat(info, secret, timeout_s=config.timeout_s, hang=hang):
+                yield World(info.rank, info.size, info.local, info.local_size, device, hang)
         finally:
             if not group_is_open():
                 dist.destroy_process_group()

@@ -131,15 +131,26 @@ def test_a_value_counts_only_under_its_own_key_and_secret():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "3", "[]", "[1,2,3,4]", '["a","b",3,""]', '{"host": 1}', "[" * 5000, "1" * 9999]
+    "text",
+    [
+        "",
+        "3",
+        "[]",
+        "[1,2,3,4]",
+        '["a","b",3,"",""]',
+        '["a",1,3,""]',
+        '{"host": 1}',
+        "[" * 5000,
+        "1" * 9999,
+    ],
 )
 def test_a_malformed_beat_is_none(text):
     assert _parsed(text) is None
 
 
 def test_a_beat_reaches_the_terminal_without_control_characters():
-    assert _parsed(json.dumps(["node\x1b[2J", 7, 9, "a\nb"])) == Beat(
-        "node\\x1b[2J", 7, 9, "a\\x0ab"
+    assert _parsed(json.dumps(["node\x1b[2J", 7, 9, "a\nb", "c\rd"])) == Beat(
+        "node\\x1b[2J", 7, 9, "a\\x0ab", "c\\x0dd"
     )
 
 
