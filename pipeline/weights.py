@@ -15,7 +15,8 @@ from evspan.conf.json_files import JsonFileError, parse_json_object
 from evspan.conf.schema.prep import FrameConfig
 from evspan.conf.schema.training import ModelConfig, Precision
 from evspan.conf.text import printable
-from evspan.pipeline.checkpoint_files import FileSum, find_weights, sum_of
+from evspan.pipeline.checkpoint_files import FileSum, find_weights
+from evspan.pipeline.tensor_files import save_tensors
 from evspan.pipeline.weights_header import (
     HeaderError,
     check_sizes,
@@ -26,7 +27,6 @@ from evspan.pipeline.weights_header import (
     step_from,
 )
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -155,21 +155,6 @@ def parse_average(values: Any) -> Average | None:
 def save_weights(path: Path, weights: Weights) -> FileSum:
     """Writes a weights file. Returns its checksum."""
     return save_tensors(path, weights.tensors, {HEADER_KEY: json.dumps(describe(weights))})
-
-
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], header: dict[str, str] | None = None
-) -> FileSum:
-    """Writes a .safetensors file. Returns its checksum, computed before it is written.
-
-    It is composed in memory: safetensors' own `save_file` makes files that only their owner may
-    read, and does not raise OSError on a full disk.
-    """
-    # Cloned, since the format requires a storage of its own for each tensor.
-    copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    data = save(copies, metadata=header)
-    path.write_bytes(data)
-    return sum_of(data)
 
 
 def load_weights(path: str | Path, *, raw: bool = False) -> Weights:

@@ -1,5 +1,6 @@
 """AdamW with updates that a flag on the device can skip, its parameter groups and its schedule."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's averages; also the names in a checkpoint
 AVERAGE = "average"  # the moving average of the weights, in Adam's state; see ema
+
+_STEP = inspect.unwrap(torch.optim.AdamW.step)  # without the import of torch's compiler, as below
 
 
 class Update(NamedTuple):
@@ -38,6 +41,13 @@ class SkippableAdamW(torch.optim.AdamW):
         skip: () float32, 0 or 1, or None, which is 0.
     """
 
+    # torch wraps these in functions that import its compiler, to have it leave them alone. That
+    # takes a second and reads hundreds of files in every rank; nothing compiles an optimizer here.
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, fused: bool) -> None:
         super().__init__(groups, lr=lr, fused=fused or None)
         self.is_fused = fused
@@ -49,7 +59,8 @@ class SkippableAdamW(torch.optim.AdamW):
             self.found_inf = self.skip  # torch's name; GradScaler sets it too
         elif self.skip is not None and bool(self.skip):
             return None
-        return super().step(closure)
+        with torch.no_grad():
+            return _STEP(self, closure)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

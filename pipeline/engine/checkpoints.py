@@ -11,8 +11,12 @@
         metrics.json                     AP, after an evaluation
 
 Only the generator states depend on the number of ranks; nothing depends on the ZeRO stage. Every
-rank computes the checksums of the files that it writes, before it writes them, and checks the files
-that it reads; see evspan.pipeline.checkpoint_files.
+rank computes the checksums of the files that it writes, from memory, and checks the files that it
+reads; see evspan.pipeline.checkpoint_files.
+
+A save has two phases. In the first, every rank writes its files; in the second, rank 0 writes
+meta.json and renames the folder. A phase runs in a thread of each rank while training goes on, and
+ends with an agreement of all ranks, outside of the thread: process groups are not shared with it.
 """
 
 import logging
@@ -20,7 +24,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,17 +58,19 @@ from evspan.pipeline.checkpoint_files import (
     step_names,
     step_of,
 )
+from evspan.pipeline.engine.background_task import start_task
 from evspan.pipeline.engine.best_checkpoint import BestCheckpoint, fsync, write_file
+from evspan.pipeline.engine.host_copies import HostCopies
 from evspan.pipeline.history import append
 from evspan.pipeline.parallel.reductions import broadcast_json, gather_json
 from evspan.pipeline.rvt_checkpoint import is_published, open_weights
+from evspan.pipeline.tensor_files import save_tensors
 from evspan.pipeline.weights import (
     AVERAGE_KEY,
     Weights,
     generator_states,
     parse_average,
     read_weights,
-    save_tensors,
     save_weights,
 )
 from safetensors import SafetensorError
@@ -71,6 +79,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 MOMENTS = "moments.safetensors"
+THREAD = "evspan-checkpoint"  # name of the thread that writes
+CLOSE_S = 30.0  # how long the end of a run that failed waits for the thread
 LATE_TRIES = 5
 LATE_S = 2.0  # seconds between them
 FALLBACK = "fallback"  # event in the history: a resume did not use what it expected
@@ -84,6 +94,8 @@ class Snapshot:
     lanes: of this rank.
     carry: the canonical state of these lanes, one tensor after the other; None if another rank of
         the sequence group saves it.
+    generators: this rank's.
+    copies: which all tensors are; they are read once its `wait` has returned.
     """
 
     meta: dict[str, Any]
@@ -92,6 +104,28 @@ class Snapshot:
     lanes: range
     carry: Sequence[Tensor] | None
     average: Weights | None = None
+    generators: dict[str, Tensor] = field(default_factory=generator_states)
+    copies: HostCopies = field(default_factory=HostCopies)
+
+
+@dataclass
+class PendingSave:
+    """A checkpoint that is being saved.
+
+    Attributes:
+        name: of the checkpoint. meta: of it, without checksums.
+        task: this rank's part of the phase; its result are the checksums of the written files.
+        commits: whether this is the second phase.
+        first_step: the first step at whose micro-batches ranks can know that the task is done.
+        is_agreed: whether it is done on all ranks.
+    """
+
+    name: str
+    meta: dict[str, Any]
+    task: "Future[dict[str, FileSum]]"
+    first_step: int
+    commits: bool = False
+    is_agreed: bool = False
 
 
 class LoadedSnapshot(NamedTuple):
@@ -128,75 +162,172 @@ class Checkpoints:
         keep: how many of the newest ones to keep, in addition to the best.
         start_over: the run does not continue what is in its folder: the first save moves the
             checkpoints of the run before to `former-N`.
+        started_over: work of rank 0 once that save is committed, in the thread that commits.
+        asynchronous: write in a thread. The owner reports, with every step, whether any rank
+            `is_writing`, and calls `advance` between steps.
     """
 
-    def __init__(self, run: Path, *, rank: int, keep: int, start_over: bool = False) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        rank: int,
+        keep: int,
+        start_over: bool = False,
+        started_over: Callable[[], None] = lambda: None,
+        asynchronous: bool = False,
+    ) -> None:
         self.folder = run / FOLDER
         self.run = run
         self.rank = rank
         self.keep = keep
         self.start_over = start_over
+        self.started_over = started_over
+        self.asynchronous = asynchronous
         self.best = BestCheckpoint(self.folder)
+        self.pending: PendingSave | None = None
 
     # -- saving --------------------------------------------------------------------------------
     def save(self, step: int, snapshot: Snapshot) -> Path:
-        """Writes a checkpoint. A collective.
+        """Saves a checkpoint, after the one that is pending. A collective.
 
         The files are written to a temporary folder and synced, and the folder is renamed after all
-        ranks have finished. `latest` is updated last.
+        ranks have finished. `latest` is updated last. An asynchronous save returns once the thread
+        has begun; `wait`, or `advance` between steps, ends it.
+
+        Args:
+            snapshot: its tensors must not change until then.
 
         Raises:
             UserError: on every rank, if one of them could not write. Earlier checkpoints stay.
         """
+        self.wait()
         name = checkpoint_name(step)
-        temporary = self.folder / f".writing-{name}"
-        final = self.folder / name
-        is_main = self.rank == 0
-        try:
-            self._on_all_ranks(lambda: self._begin(temporary), run=is_main)
-            files = self._on_all_ranks(lambda: self._write(temporary, snapshot))
-            meta = dict(snapshot.meta, form=FORMAT_VERSION, step=step)
-            self._on_all_ranks(lambda: self._commit(temporary, final, meta, files), run=is_main)
-        except UserError:
-            if is_main:
-                shutil.rmtree(temporary, ignore_errors=True)  # frees space on a full disk
-            raise
-        return final
+        temporary = self._temporary(name)
+        begin = start_task(lambda: self._begin(temporary, run=self.rank == 0), in_thread=False)
+        self._agree(begin, name)
+        self.pending = PendingSave(
+            name,
+            dict(snapshot.meta, form=FORMAT_VERSION, step=step),
+            self._start(lambda: self._write_copies(temporary, snapshot)),
+            first_step=step + 1,
+        )
+        if not self.asynchronous:
+            self.wait()
+        return self.folder / name
 
-    def _on_all_ranks(
-        self, work: Callable[[], dict[str, FileSum] | None], *, run: bool = True
-    ) -> dict[str, FileSum]:
-        """Runs `work` where `run`, then waits for all ranks. Raises on all if one fails.
+    def wait(self) -> None:
+        """Ends the save that is pending, if one is. A collective.
+
+        Raises:
+            UserError: as `save` does.
+        """
+        while self.pending is not None:
+            self._end_phase(self.pending, self.pending.first_step)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's thread has work."""
+        return self.pending is not None and not self.pending.task.done()
+
+    def observe(self, step: int, *, any_writing: bool) -> None:
+        """Takes note of a step of all ranks.
+
+        Args:
+            any_writing: whether `is_writing` was true on any rank in its last micro-batch, the same
+                on all ranks.
+        """
+        if self.pending is not None and step >= self.pending.first_step and not any_writing:
+            self.pending.is_agreed = True
+
+    @property
+    def can_advance(self) -> bool:
+        """Whether `advance` has something to do. The same on all ranks."""
+        return self.pending is not None and self.pending.is_agreed
+
+    def advance(self, step: int) -> None:
+        """Ends the phase of the save that is pending once all ranks are done. A collective.
+
+        Args:
+            step: whose micro-batches were queued last.
+
+        Raises:
+            UserError: as `save` does.
+        """
+        if self.pending is not None and self.pending.is_agreed:
+            self._end_phase(self.pending, step + 1)
+
+    def close(self) -> None:
+        """Waits for the thread for a while. What is not committed by now never will be."""
+        if self.pending is not None:
+            wait_for([self.pending.task], timeout=CLOSE_S)
+
+    def _start(self, work: Callable[[], dict[str, FileSum]]) -> "Future[dict[str, FileSum]]":
+        return start_task(work, in_thread=self.asynchronous, name=THREAD)
+
+    def _end_phase(self, pending: PendingSave, first_step: int) -> None:
+        """Agrees on a phase. Begins the second one after the first. first_step: for that one."""
+        self.pending = None
+        files = self._agree(pending.task, pending.name)
+        if pending.commits:
+            return
+        self.pending = replace(
+            pending,
+            task=self._start(lambda: self._commit_on_main(pending, files)),
+            first_step=first_step,
+            commits=True,
+            is_agreed=False,
+        )
+
+    def _agree(self, task: "Future[dict[str, FileSum]]", name: str) -> dict[str, FileSum]:
+        """Waits for the task of every rank. Raises on all if one failed.
 
         Returns:
-            What the ranks return, together.
+            What the tasks returned, together.
         """
-        result: dict[str, FileSum] = {}
-        problem = ""
-        try:
-            if run:
-                result = work() or {}
-        except OSError as error:
-            problem = f"{error.filename or self.folder}: {error.strerror or error}"
-        own_answer: list[Any] = [problem, result]
-        answers = gather_json(own_answer)
+        error = task.exception()
+        result = {} if error else task.result()
+        own_answer: list[Any] = [self._problem(error), result]
+        answers = gather_json(own_answer, name="whether all ranks have saved")
         problems = [text for text, _ in answers if text]
         if problems:
+            if self.rank == 0:
+                # Frees space on a full disk.
+                shutil.rmtree(self._temporary(name), ignore_errors=True)
             raise UserError(
                 f"the checkpoint could not be saved: {problems[0]}. Earlier checkpoints are still "
                 f"in {self.folder}; free space or correct the permissions, then run the same "
                 "command again"
-            )
+            ) from error
         together: dict[str, FileSum] = {}
         for _, sums in answers:
             together |= {name: FileSum(*values) for name, values in sums.items()}
         return together
 
-    def _begin(self, temporary: Path) -> None:
+    def _problem(self, error: BaseException | None) -> str:
+        """For the message; empty without an error."""
+        if error is None:
+            return ""
+        if isinstance(error, OSError):
+            return f"{error.filename or self.folder}: {error.strerror or error}"
+        logger.error("a checkpoint could not be written", exc_info=error)
+        return f"{type(error).__name__}: {error}"
+
+    def _temporary(self, name: str) -> Path:
+        return self.folder / f".writing-{name}"
+
+    def _begin(self, temporary: Path, *, run: bool) -> dict[str, FileSum]:
+        if not run:
+            return {}
         for pattern in (".deleting-*", ".writing-*"):  # of a run that was killed
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
+        return {}
+
+    def _write_copies(self, folder: Path, snapshot: Snapshot) -> dict[str, FileSum]:
+        snapshot.copies.wait()
+        return self._write(folder, snapshot)
 
     def _write(self, folder: Path, snapshot: Snapshot) -> dict[str, FileSum]:
         """Writes this rank's files. Returns their checksums."""
@@ -213,10 +344,18 @@ class Checkpoints:
                 {f"{i:04d}": tensor for i, tensor in enumerate(snapshot.carry)},
             )
         generators_file = _generators_file(self.rank)
-        files[generators_file] = save_tensors(folder / generators_file, generator_states())
+        files[generators_file] = save_tensors(folder / generators_file, snapshot.generators)
         for name in files:
             fsync(folder / name)  # on the machine that wrote it
         return files
+
+    def _commit_on_main(
+        self, pending: PendingSave, files: dict[str, FileSum]
+    ) -> dict[str, FileSum]:
+        if self.rank == 0:
+            final = self.folder / pending.name
+            self._commit(self._temporary(pending.name), final, pending.meta, files)
+        return {}
 
     def _commit(
         self, temporary: Path, final: Path, meta: dict[str, Any], files: dict[str, FileSum]
@@ -225,7 +364,8 @@ class Checkpoints:
         (temporary / META).write_bytes(dump_with_checksum({**meta, FILES: sums}))
         fsync(temporary / META)
         fsync(temporary)
-        if self.start_over:
+        starts_over = self.start_over
+        if starts_over:
             self._move_former()
             self.start_over = False
         replaced = _deleted_name(final)
@@ -237,6 +377,8 @@ class Checkpoints:
         shutil.rmtree(replaced, ignore_errors=True)
         self._write_latest(final.name)
         self._remove_old(final.name)
+        if starts_over:
+            self.started_over()
 
     def _write_latest(self, name: str) -> None:
         write_file(self.folder / LATEST, f"{name}\n".encode())
@@ -307,7 +449,11 @@ class Checkpoints:
                 snapshot = self._load(folder, lanes, meta)
             except DamagedError as error:
                 problem = [error.file, error.problem]
-            problems = [found for found in gather_json(problem) if found]
+            problems = [
+                found
+                for found in gather_json(problem, name="whether all ranks have loaded")
+                if found
+            ]
             if not problems:
                 return Resumed(folder, meta.values, snapshot, self.search)
             damaged.append(Damage(folder.name, *problems[0]))
@@ -325,7 +471,7 @@ class Checkpoints:
                     answer = {"meta": meta.values, "has_checksum": meta.files is not None}
             except UserError as error:
                 answer = {"problem": str(error)}
-        answer = broadcast_json(answer)
+        answer = broadcast_json(answer, name="newest checkpoint")
         if "problem" in answer:
             raise UserError(answer["problem"])
         if not answer:
@@ -498,7 +644,7 @@ def load_same_weights(path: str | Path, rank: int, *, raw: bool = False) -> Weig
             answer = {"file": str(found.file)}
         except UserError as error:
             answer = {"problem": str(error)}
-    answer = broadcast_json(answer)
+    answer = broadcast_json(answer, name="weights to load")
     if "problem" in answer:
         raise UserError(answer["problem"])
     file = Path(answer["file"])

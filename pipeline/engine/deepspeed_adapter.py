@@ -3,6 +3,8 @@
 Verified with deepspeed 0.19.8 by tests/pipeline/test_deepspeed_adapter.py. These names are private
 and may change with any release:
 
+    comm.comm.cdb                                        issues its collectives
+    runtime.compiler.compile, runtime.compiler.dummy_decorator    decorates Muon's functions
     ops.__compatible_ops__, ops.op_builder.all_ops.ALL_OPS    compiled operators that are available
     runtime.zero.stage_1_and_2.is_invalid_grad_norm, runtime.zero.stage3.is_invalid_grad_norm
     optimizer.scaled_global_norm, optimizer.averaged_gradients, optimizer.params_in_partition,
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from evspan.pipeline.engine.adam import clip_factor, sum_of_squares
+from evspan.pipeline.parallel.collective_time import time_collectives
 from torch import Tensor, nn
 
 # DeepSpeed chooses its accelerator when it is imported, and logs then.
@@ -33,6 +36,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
 import deepspeed.comm as deepspeed_comm  # noqa: E402
 from deepspeed.ops.op_builder.all_ops import ALL_OPS  # noqa: E402
+from deepspeed.runtime import compiler  # noqa: E402
 from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402
 from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: E402
 
@@ -70,6 +74,11 @@ stage_1_and_2.is_invalid_grad_norm = _never_invalid
 stage3.is_invalid_grad_norm = _never_invalid
 
 
+# To check the optimizer, DeepSpeed imports Muon, and torch's compiler for three functions of it:
+# a second in every rank, and hundreds of files. Training does not use Muon.
+compiler.compile = lambda: compiler.dummy_decorator
+
+
 # On first access, DeepSpeed runs compilers and asks the GPU to find out which of its compiled
 # operators are available, in every rank; with gloo, it would then compile one for half a minute.
 # Training uses none of them.
@@ -92,6 +101,7 @@ def initialize(
         auto_mpi_discovery=False,
         verbose=False,
     )
+    time_collectives(deepspeed_comm.comm.cdb)
     _set_local_rank(device)
     engine, *_ = deepspeed.initialize(
         model=model.to(device),

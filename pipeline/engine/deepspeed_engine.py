@@ -18,6 +18,7 @@ from evspan.pipeline.engine.adam import (
     parameter_groups,
 )
 from evspan.pipeline.engine.gradient_gate import GradientGate
+from evspan.pipeline.engine.host_copies import CopyToHost, copy_now
 from evspan.pipeline.engine.optimizer_state import OptimizerState
 from evspan.pipeline.engine.training_engine import consolidated_state, frozen_weights
 from evspan.pipeline.parallel.world import World
@@ -192,14 +193,14 @@ class DeepSpeedEngine:
                 gradients[name] = gradient.float().cpu().clone()
         return gradients
 
-    def full_state(self) -> dict[str, Tensor]:
-        """Copies of all weights and buffers on the CPU of every rank. A collective.
+    def full_state(self, copy: CopyToHost = copy_now) -> dict[str, Tensor]:
+        """All weights and buffers, copied by `copy` on every rank. A collective.
 
         Weights are the float32 ones that the optimizer updates; other floating tensors are cast to
         float32.
         """
         weights = {name: tensor.clone() for name, tensor in self.frozen.items()}
-        return consolidated_state(self.module, weights | self.optimizer_state.weights())
+        return consolidated_state(self.module, weights | self.optimizer_state.weights(copy), copy)
 
     def load_state(
         self, tensors: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, Any]

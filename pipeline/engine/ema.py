@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
+from evspan.pipeline.engine.host_copies import CopyToHost, copy_now
 from evspan.pipeline.engine.running_statistics import RunningStatistics
 from evspan.pipeline.engine.training_engine import TrainingEngine
 from evspan.pipeline.weights import Average
@@ -115,15 +116,15 @@ class MovingAverage:
         """Counts an update. The caller knows by then that the last one was applied."""
         self.updates += 1
 
-    def state(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The averaged tensors by name, float32 on the CPU of every rank. A collective.
+    def state(self, raw: Mapping[str, Tensor], copy: CopyToHost = copy_now) -> dict[str, Tensor]:
+        """The averaged tensors by name, float32, copied by `copy` on every rank. A collective.
 
         Args:
-            raw: the model's state on the CPU. What is not averaged is taken from it.
+            raw: the model's state, copied by `copy`. What is not averaged is taken from it.
         """
-        averages = self.optimizer_state.averages()
+        averages = self.optimizer_state.averages(copy)
         for pair, parts in zip(self.buffers, self.statistics.names, strict=True):
-            averages.update(parts.by_name(pair.average.cpu()))
+            averages.update(parts.by_name(copy(pair.average)))
         return {name: averages.get(name, tensor) for name, tensor in raw.items()}
 
     def restore(self, tensors: Mapping[str, Tensor], updates: int) -> None:

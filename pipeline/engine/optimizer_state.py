@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from evspan.pipeline.engine import deepspeed_adapter as adapter
 from evspan.pipeline.engine.adam import AVERAGE, MOMENTS, LearningRateSchedule, SkippableAdamW
+from evspan.pipeline.engine.host_copies import CopyToHost, copy_as_float32, copy_now
 from evspan.pipeline.parallel.reductions import sum_over_ranks
 from evspan.pipeline.parallel.world import World
 from torch import Tensor, nn
@@ -63,19 +64,19 @@ class OptimizerState:
             if self.has_average:
                 state[AVERAGE] = torch.zeros_like(parameter.data)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The float32 weights by parameter name, on the CPU of every rank. A collective."""
-        return self._gather(None)
+    def weights(self, copy: CopyToHost = copy_now) -> dict[str, Tensor]:
+        """The float32 weights by parameter name, copied by `copy` on every rank. A collective."""
+        return self._gather(None, copy)
 
-    def moments(self, *, keep: bool) -> dict[str, Tensor]:
+    def moments(self, *, keep: bool, copy: CopyToHost = copy_now) -> dict[str, Tensor]:
         """exp_avg/NAME and exp_avg_sq/NAME, float32 in the parameter's shape. A collective.
 
         Args:
-            keep: whether this rank needs them; {} otherwise.
+            keep: whether this rank needs them; {} otherwise. copy: of the whole tensors.
         """
         moments: dict[str, Tensor] = {}
         for key in MOMENTS:
-            tensors = self._gather(key)
+            tensors = self._gather(key, copy)
             if keep:
                 moments |= {f"{key}/{name}": tensor for name, tensor in tensors.items()}
         return moments
@@ -94,9 +95,9 @@ class OptimizerState:
             return []
         return [(p, state[AVERAGE]) for p, state in zip(self.updated, self.states, strict=True)]
 
-    def averages(self) -> dict[str, Tensor]:
-        """Averages by parameter name, float32 on the CPU of every rank. A collective."""
-        return self._gather(AVERAGE)
+    def averages(self, copy: CopyToHost = copy_now) -> dict[str, Tensor]:
+        """Averages by parameter name, float32, copied by `copy` on every rank. A collective."""
+        return self._gather(AVERAGE, copy)
 
     def restore_averages(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `averages`, of any ranks and ZeRO stage."""
@@ -116,16 +117,14 @@ class OptimizerState:
         self.schedule.set(counters["updates"])
 
     @torch.no_grad()
-    def _gather(self, key: str | None) -> dict[str, Tensor]:
-        """Adam's state `key` of all parameters, or the float32 parameters, on the CPU.
+    def _gather(self, key: str | None, copy: CopyToHost) -> dict[str, Tensor]:
+        """Adam's state `key` of all parameters, or the float32 parameters, copied by `copy`.
 
         One collective for all of them: one per parameter took a second over gloo.
         """
         if self.stage == 0:
-            return {
-                name: self._stage_0_tensor(parameter, key).detach().float().cpu().clone()
-                for name, parameter in self.parameters.items()
-            }
+            whole = {name: self._stage_0_tensor(p, key) for name, p in self.parameters.items()}
+            return copy_as_float32(whole, copy)
         sizes = [
             adapter.padded_numel(p, stage=self.stage, ranks=self.world.size)
             for p in self.parameters.values()
@@ -135,13 +134,13 @@ class OptimizerState:
         for parameter, target in zip(self.parameters.values(), _split(flat, sizes), strict=True):
             part = adapter.read_part(parameter, key, stage=self.stage, rank=self.world.rank)
             target[part.start : part.start + part.values.numel()] = part.values.to(target)
-        flat = sum_over_ranks(flat).cpu()
+        flat = copy(sum_over_ranks(flat, name="weights and moments to save"), is_temporary=True)
         gathered = {}
         for (name, parameter), padded in zip(
             self.parameters.items(), _split(flat, sizes), strict=True
         ):
             shape = adapter.whole_shape(parameter, stage=self.stage)
-            gathered[name] = padded[: math.prod(shape)].view(tuple(shape)).clone()
+            gathered[name] = padded[: math.prod(shape)].view(tuple(shape))
         return gathered
 
     def _stage_0_tensor(self, parameter: nn.Parameter, key: str | None) -> Tensor:

@@ -19,6 +19,7 @@ from evspan.pipeline.engine.adam import (
     parameter_groups,
     sum_of_squares,
 )
+from evspan.pipeline.engine.host_copies import CopyToHost, copy_now
 from evspan.pipeline.engine.training_engine import consolidated_state, frozen_weights
 from evspan.pipeline.parallel.reductions import sum_over_ranks
 from evspan.pipeline.parallel.world import World
@@ -121,7 +122,7 @@ class PlainEngine:
             return None
         assert self.gradient is not None
         assert self.any_counts is not None
-        gradient = sum_over_ranks(self.gradient)
+        gradient = sum_over_ranks(self.gradient, name="gradients")
         norm = sum_of_squares([gradient], gradient.device).sqrt()
         applied = self.any_counts & torch.isfinite(norm)
         if self.clip:
@@ -147,17 +148,17 @@ class PlainEngine:
             Float32 on the CPU of every rank, over all ranks, before clipping.
         """
         assert self.gradient is not None
-        return self.weights.by_name(sum_over_ranks(self.gradient))
+        return self.weights.by_name(sum_over_ranks(self.gradient, name="gradients to report"))
 
-    def full_state(self) -> dict[str, Tensor]:
-        """Copies of all weights and buffers on the CPU.
+    def full_state(self, copy: CopyToHost = copy_now) -> dict[str, Tensor]:
+        """All weights and buffers, copied by `copy`.
 
         Weights are the float32 ones that the optimizer updates; other floating tensors are cast to
         float32.
         """
         weights = {name: tensor.clone() for name, tensor in self.frozen.items()}
-        weights |= self.weights.by_name(self.weights.master)
-        return consolidated_state(self._module, weights)
+        weights |= self.weights.by_name(self.weights.master, copy)
+        return consolidated_state(self._module, weights, copy)
 
     def load_state(
         self, tensors: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, Any]
@@ -230,11 +231,11 @@ class FlatWeights:
         if self.model is not self.master:
             self.model.copy_(self.master)
 
-    def by_name(self, flat: Tensor) -> dict[str, Tensor]:
-        """Copies on the CPU, in the parameters' shapes. flat: (n,)."""
-        parts = self._split(flat.detach().cpu())
+    def by_name(self, flat: Tensor, copy: CopyToHost = copy_now) -> dict[str, Tensor]:
+        """Views of one copy by `copy`, in the parameters' shapes. flat: (n,)."""
+        parts = self._split(copy(flat))
         return {
-            name: part.view(parameter.shape).clone()
+            name: part.view(parameter.shape)
             for name, parameter, part in zip(self.names, self.parameters, parts, strict=True)
         }
 
@@ -271,12 +272,12 @@ class PlainOptimizerState:
             adam.state[part].update({"step": steps}, **{key: split[key][i] for key in MOMENTS})
             self.steps.append(steps)
 
-    def moments(self, *, keep: bool) -> dict[str, Tensor]:
-        """exp_avg/NAME and exp_avg_sq/NAME, float32 on the CPU. keep: whether needed; else {}."""
+    def moments(self, *, keep: bool, copy: CopyToHost = copy_now) -> dict[str, Tensor]:
+        """exp_avg/NAME and exp_avg_sq/NAME, float32. keep: whether needed; else {}."""
         moments = {}
         for key, flat in self.flat.items():
             if keep:
-                named = self.weights.by_name(flat)
+                named = self.weights.by_name(flat, copy)
                 moments.update({f"{key}/{name}": tensor for name, tensor in named.items()})
         return moments
 
@@ -292,10 +293,10 @@ class PlainOptimizerState:
         """(float32 weights, their average), of all parameters; [] without averages."""
         return [] if self.average is None else [(self.weights.master, self.average)]
 
-    def averages(self) -> dict[str, Tensor]:
-        """Averages by parameter name, float32 on the CPU."""
+    def averages(self, copy: CopyToHost = copy_now) -> dict[str, Tensor]:
+        """Averages by parameter name, float32, copied by `copy`."""
         assert self.average is not None
-        return self.weights.by_name(self.average)
+        return self.weights.by_name(self.average, copy)
 
     def restore_averages(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `averages`."""

@@ -15,10 +15,10 @@ class NamedParts(NamedTuple):
     shapes: list[torch.Size]
 
     def by_name(self, flat: Tensor) -> dict[str, Tensor]:
-        """Copies in their shapes. flat: (n,)."""
+        """Views in their shapes. flat: (n,)."""
         parts = flat.split([shape.numel() for shape in self.shapes])  # type: ignore[no-untyped-call]  # torch's
         return {
-            name: part.view(shape).clone()
+            name: part.view(shape)
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from evspan.conf.schema.training import TrainConfig
 from evspan.pipeline.engine.adam import Update
+from evspan.pipeline.engine.host_copies import CopyToHost, copy_as_float32, copy_now
 from evspan.pipeline.parallel.world import World
 from torch import Tensor, nn
 
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 class OptimizerStateOfEngine(Protocol):
     """Adam's state between steps, independent of ranks and engine."""
 
-    def moments(self, *, keep: bool) -> dict[str, Tensor]:
-        """exp_avg/NAME and exp_avg_sq/NAME, float32 on the CPU. A collective. keep: else {}."""
+    def moments(self, *, keep: bool, copy: CopyToHost = copy_now) -> dict[str, Tensor]:
+        """exp_avg/NAME and exp_avg_sq/NAME, float32, copied by `copy`. A collective.
+
+        keep: whether this rank needs them; else {}.
+        """
 
     def counters(self) -> dict[str, Any]:
         """Numbers of updates, as JSON values."""
@@ -22,8 +26,8 @@ class OptimizerStateOfEngine(Protocol):
     def averaged(self) -> list[tuple[Tensor, Tensor]]:
         """The float32 tensors that this rank's Adam updates, and for each its average."""
 
-    def averages(self) -> dict[str, Tensor]:
-        """Averages by parameter name, float32 on the CPU of every rank. A collective."""
+    def averages(self, copy: CopyToHost = copy_now) -> dict[str, Tensor]:
+        """Averages by parameter name, float32, copied by `copy` on every rank. A collective."""
 
     def restore_averages(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `averages`, of any ranks and engine."""
@@ -77,8 +81,8 @@ class TrainingEngine(Protocol):
     def full_gradients(self) -> dict[str, Tensor]:
         """Gradients since the last update over all ranks, by name. A collective."""
 
-    def full_state(self) -> dict[str, Tensor]:
-        """Copies of all weights and buffers, float32, on the CPU of every rank. A collective."""
+    def full_state(self, copy: CopyToHost = copy_now) -> dict[str, Tensor]:
+        """All weights and buffers, float32, copied by `copy` on every rank. A collective."""
 
     def load_state(
         self, tensors: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, Any]
@@ -101,15 +105,11 @@ def frozen_weights(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def consolidated_state(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The module's state on the CPU: `weights` where they have a name, else a float32 copy."""
-    state = {}
-    for name, tensor in module.state_dict().items():
-        if name in weights:
-            state[name] = weights[name]
-        else:
-            tensor = tensor.detach()
-            if tensor.is_floating_point():
-                tensor = tensor.float()
-            state[name] = tensor.cpu().clone()
-    return state
+def consolidated_state(
+    module: nn.Module, weights: Mapping[str, Tensor], copy: CopyToHost
+) -> dict[str, Tensor]:
+    """The module's state: `weights` where they have a name, else a float32 copy by `copy`."""
+    state: dict[str, Tensor] = module.state_dict()
+    others = {name: tensor for name, tensor in state.items() if name not in weights}
+    copies = copy_as_float32(others, copy)
+    return {name: weights[name] if name in weights else copies[name] for name in state}

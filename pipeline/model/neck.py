@@ -132,8 +132,12 @@ class YOLOPAFPN(nn.Module):
         Returns:
             (n, C, h, w) per scale, of the labelled frames.
         """
+        return self.attended(self.pyramid(features), look_back)
+
+    def attended(self, features: Sequence[Tensor], look_back: LookBack) -> list[Tensor]:
+        """The attention alone; arguments and result as of `forward`."""
         packed = []
-        for i, x in enumerate(self.pyramid(features)):
+        for i, x in enumerate(features):
             attention = self._attention(i)
             packed.append(x if attention is None else attention.before_time(x))
         outputs = []
