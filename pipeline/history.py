@@ -4,16 +4,23 @@ history.jsonl has one line of JSON per event, appended by ranks and launchers. A
 life of a run, from its start to its exit. Every event has `event`, `time` (seconds since 1970) and
 mostly `step`, by default the step of the newest checkpoint:
 
-    start      attempt, of (the last step), host, pid, job
+    start      attempt, of (the last step), host, pid, job; digest and commit of the code
     running    seconds from the start of the process to the end of its first step
     saved, done, cancelled, submitted
+    pruned     reason: a search has stopped the run
     requeued   reason, if the time limit was reached
+    continued  job: a successor has taken over; message, if it could not submit the next one
     time_limit message
     fallback   message: what was damaged in the checkpoints, and which one is used instead
     changed    message: the settings that differ from the checkpoint's
     fault      message, code
     failed     message, code
+    spike      loss, mean, sigma, sigmas, steps, micro_batch, batch: a loss far above those of the
+               steps before it, and what was read (engine/loss_spikes.py)
+    slow_rank  message, rank, ratio, part: a rank takes longer than the others
+               (engine/slow_ranks.py)
 
+ranks.json has the step times of all ranks (engine/slow_ranks.py).
 progress.json is the state after the last logged step. activity.json is what the run does: its
 `activity`, `time` and `step`.
 """
@@ -28,13 +35,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+from evspan.conf.code_version import running_code
 from evspan.conf.json_files import JsonFileError, parse_json, read_json_object
 from evspan.conf.text import plural
 
 logger = logging.getLogger(__name__)
 HISTORY = "history.jsonl"
 PROGRESS = "progress.json"
+RANKS = "ranks.json"
 ACTIVITY = "activity.json"
+SPIKE = "spike"
+SLOW_RANK = "slow_rank"
+OBSERVATIONS = frozenset({SPIKE, SLOW_RANK})  # events that do not change the state of a run
 MOST_HISTORY_BYTES = 64 << 20
 MOST_NUMBER = 2.0**62  # no time, step or rate is larger
 EVENT_TYPES: dict[str, type] = {  # of an event's values, where they are used
@@ -50,6 +62,7 @@ EVENT_TYPES: dict[str, type] = {  # of an event's values, where they are used
     "job": str,
     "message": str,
     "reason": str,
+    "digest": str,
 }
 
 
@@ -78,6 +91,19 @@ def append(run: str | Path, event: str, **values: Any) -> None:
         os.fsync(handle)  # launchers on other machines read it
     finally:
         os.close(handle)
+
+
+def append_observation(run: str | Path, event: str, **values: Any) -> None:
+    """Appends one of OBSERVATIONS, if the file can be written: a run does not end because of it."""
+    path = Path(run, HISTORY)
+    try:
+        append(run, event, **values)
+    except OSError as error:
+        if path not in _not_written:
+            _not_written.add(path)
+            logger.warning("%s could not be written; the run goes on: %s", path, error)
+    else:
+        _not_written.discard(path)
 
 
 def _last_line_is_cut(handle: int) -> bool:
@@ -160,6 +186,11 @@ def _has_type(key: str, value: Any) -> bool:
 def write_progress(run: str | Path, values: dict[str, Any]) -> None:
     """Replaces progress.json as a whole, if the file can be written."""
     _replace(Path(run, PROGRESS), values)
+
+
+def write_ranks(run: str | Path, values: dict[str, Any]) -> None:
+    """Replaces ranks.json as a whole, if the file can be written."""
+    _replace(Path(run, RANKS), values)
 
 
 def _replace(path: Path, values: dict[str, Any]) -> None:
@@ -321,6 +352,7 @@ def record_start(run: Path, step: int, max_steps: int) -> AttemptStart:
         host=socket.gethostname(),
         pid=os.getpid(),
         job=slurm_job(),
+        **running_code()._asdict(),
     )
     return attempt
 

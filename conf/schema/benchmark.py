@@ -15,9 +15,6 @@ class BenchOptions:
     # Limit of each of the three measurements (training step, loader, inference).
     seconds: float = 30.0
     output: str = ""  # JSON file of the results; empty: none
-    # Dense TFLOP/s of the device in training.precision, the denominator of MFU; 0: the data sheet
-    # of a known GPU, or a measured matrix product on a CPU.
-    peak_tflops: float = 0.0
     # Pixels of the simulated frames that are used without dataset.root.
     height: int = 360
     width: int = 640
@@ -27,11 +24,6 @@ class BenchOptions:
         require(
             math.isfinite(self.seconds) and self.seconds > 0,
             f"bench.seconds is {self.seconds}; give a time above 0",
-        )
-        require(
-            math.isfinite(self.peak_tflops) and self.peak_tflops >= 0,
-            f"bench.peak_tflops is {self.peak_tflops}; give the dense TFLOP/s of the device, or 0 "
-            "for the known value",
         )
         require(
             80 <= self.height <= 1024 and 80 <= self.width <= 1024,

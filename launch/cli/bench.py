@@ -42,14 +42,14 @@ HELP = """evspan bench: how fast a config trains, loads and infers on this machi
       bench.steps=20             measured optimizer steps
       bench.seconds=30           limit of each of the three measurements
       bench.output=              JSON file for all values
-      bench.peak_tflops=0        dense TFLOP/s of the device in training.precision; 0: the data
-                                 sheet of a known GPU, a measured matrix product on a CPU
       bench.height=360           pixels of the simulated frames
       bench.width=640
       training.batch_size=8      lanes; those of one rank, as parallel.ranks must be 1
       training.sequence_length=5     frames per chunk
       training.precision=auto    fp32 | tf32 | bf16; auto: bf16 on GPUs that have it, else fp32
       training.num_workers=-1    threads that read frames ahead; -1: follows the cores
+      training.peak_tflops=0     dense TFLOP/s of the device in training.precision; 0: the data
+                                 sheet of a known GPU, a measured matrix product on a CPU
       parallel.threads=0         CPU threads of the step; 0: all cores
       checkpoint.init_from=      trained weights: NMS then has the candidates of a real detector
 

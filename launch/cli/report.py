@@ -18,7 +18,8 @@ from evspan.launch.sweep.report.summary import (
 )
 
 DEFAULT_TENSORBOARD = "http://localhost:6006"
-DESCRIPTION = """Ranks the runs of a sweep by the AP of their newest evaluation and writes three
+DESCRIPTION = """Ranks the runs of a sweep by the AP of their newest evaluation, and the trials of a
+search by the best value of search.metric. Writes three
 reports: a table as text; the same with curves, errors and requeues as PATH/report.html, which needs
 no network and no other file; and for TensorBoard's HParams (tensorboard --logdir PATH) the
 overrides that differ, AP, AP50, AP of small objects and the last loss. Later reports replace
@@ -77,11 +78,13 @@ def report_lines(sweep_report: SweepReport) -> list[str]:
     """The table, then the best run, failures and requeues."""
     results = sweep_report.results
     keys = sweep_report.keys
-    rows = result_rows(results, keys)
+    rows = result_rows(results, keys, sweep_report.search)
     first_number = 1 + len(keys)  # the columns from AP up to step
     numbers = range(first_number, len(rows[0]) - 2)
     lines = format_table(rows, right_aligned=numbers)
-    lines += highlights(results, keys)
+    if sweep_report.search is not None:
+        lines += sweep_report.search.lines()
+    lines += highlights(results, keys, sweep_report.search)
     if sweep_report.note:
         lines.append(states_note(sweep_report.note))
     return lines

@@ -7,13 +7,27 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from evspan.conf.errors import UserError
 from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.cli.table import format_table
 from evspan.launch.output_streams import write_control
-from evspan.launch.sweep.registry import RunList, describe_all, read_runs
+from evspan.launch.search.summary import search_as_json, summarise
+from evspan.launch.sweep.chain_status import chain_rows
+from evspan.launch.sweep.code_changes import code_changes, code_notes
+from evspan.launch.sweep.rank_times import NOTE as RANKS_NOTE
+from evspan.launch.sweep.rank_times import (
+    RIGHT_ALIGNED,
+    rank_rows,
+    ranks_as_json,
+    read_ranks,
+    summary,
+)
+from evspan.launch.sweep.registry import RunList, describe_all, find_runs, read_chain
+from evspan.launch.sweep.spikes import spike_lines
 from evspan.launch.sweep.status import NUMBERS, as_json, status_rows, watch_runs
+from evspan.pipeline.history import RANKS
 
 DESCRIPTION = """Shows the runs of a sweep, or a single run: state, step, AP of the newest
 evaluation, estimated time to the end (without evaluations), node, number of requeues, last error.
@@ -24,10 +38,17 @@ It reads the runs' files and SLURM's queue; sacct is not needed.
   requeued   waits for its next attempt
   saved      stopped by a signal after saving; start it again to continue
   lost       ended without a record, and not in the queue
-  done, failed, cancelled"""
+  pruned     stopped by a search, with its checkpoint
+  done, failed, cancelled
+
+Below the runs: the chain of what they wait for and of commands that follow (after=FOLDER).
+
+A note names the files of the checkout that have changed since jobs were submitted from it; the jobs
+go on with the submitted code."""
 EXAMPLES = """examples:
   evspan status sweeps/lr
   evspan status sweeps/lr --watch           repeat every few seconds until all runs have ended
+  evspan status runs/demo --ranks           step times of its ranks; names slow ones
   evspan status runs/demo --json"""
 CLEAR_SCREEN = "\033[H\033[2J"
 
@@ -39,6 +60,7 @@ class StatusOptions:
     path: Path
     json: bool
     watch: bool
+    ranks: bool
     interval_s: float
 
     def __post_init__(self) -> None:
@@ -62,6 +84,9 @@ def parse_options(argv: list[str] | None) -> StatusOptions:
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--watch", action="store_true", help="repeat until all runs have ended")
     parser.add_argument(
+        "--ranks", action="store_true", help="show the step times of the run's ranks"
+    )
+    parser.add_argument(
         "--every",
         type=float,
         default=5.0,
@@ -69,41 +94,99 @@ def parse_options(argv: list[str] | None) -> StatusOptions:
         help="seconds between repetitions with --watch (default: 5)",
     )
     args = parser.parse_args(argv)
-    return StatusOptions(args.path, args.json, args.watch, args.every)
+    if args.ranks and args.watch:
+        parser.error("argument --ranks: not allowed with argument --watch")
+    return StatusOptions(args.path, args.json, args.watch, args.ranks, args.every)
 
 
 def status(options: StatusOptions) -> None:
     """Prints the state of the runs.
 
     Raises:
-        UserError: there is no run.
+        UserError: there is no run; with --ranks, or it has logged no step.
     """
-    if options.json:
-        print_json(options.path, read_runs(options.path))
+    if options.ranks:
+        print_ranks(options)
+    elif options.json:
+        print_json(options.path, read_chain(options.path))
     elif options.watch:
         for run_list in watch_runs(options.path, options.interval_s):
             if sys.stdout.isatty():
                 write_control(CLEAR_SCREEN)
             print(f"{options.path}  {time.strftime('%H:%M:%S')}")
-            print_status(run_list)
+            print_status(options.path, run_list)
     else:
-        print_status(read_runs(options.path))
+        print_status(options.path, read_chain(options.path))
+
+
+def print_ranks(options: StatusOptions) -> None:
+    """Prints the ranks of each run: as JSON, or as a table. Those of a sweep may have none yet."""
+    entries = find_runs(options.path)
+    if len(entries) > 1:
+        entries = [entry for entry in entries if (entry.folder / RANKS).exists()]
+        if not entries:
+            raise UserError(
+                f"no run in {options.path} has {RANKS}: no step was logged yet, or "
+                "training.slow_rank_factor is 0"
+            )
+    if options.json:
+        runs = [
+            {"folder": str(entry.folder), **ranks_as_json(read_ranks(entry.folder))}
+            for entry in entries
+        ]
+        print(json.dumps({"path": str(options.path), "runs": runs}, indent=1))
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for entry in entries:
+        of_run = read_ranks(entry.folder)
+        print(f"{entry.name}: {summary(of_run)}")
+        rows = rank_rows(of_run.ranks)
+        print("\n".join(format_table(rows, right_aligned=RIGHT_ALIGNED, width=width)))
+    print(RANKS_NOTE, flush=True)
 
 
 def print_json(path: Path, run_list: RunList) -> None:
     """Prints the runs as JSON."""
-    runs = [as_json(run) for run in run_list.runs]
-    print(json.dumps({"path": str(path), "runs": runs, "note": run_list.note}, indent=1))
+    changes = code_changes(run_list.runs)
+    runs: list[dict[str, Any]] = []
+    commands: list[dict[str, Any]] = []
+    for run in run_list.runs:
+        change = changes.get(run.name)
+        row = {**as_json(run), "code_changed": change.files if change else []}
+        (commands if run.is_command else runs).append(row)
+    values: dict[str, Any] = {"path": str(path), "runs": runs, "note": run_list.note}
+    if commands:
+        values["commands"] = commands
+    search = summarise(path, run_list.runs, with_importance=False)
+    if search is not None:
+        values["search"] = search_as_json(search)
+    print(json.dumps(values, indent=1))
 
 
-def print_status(run_list: RunList) -> None:
-    """Prints the runs as a table; on a terminal its lines are cut to the terminal's width."""
-    rows = status_rows(run_list.runs)
-    numbers = [i for i, heading in enumerate(rows[0]) if heading in NUMBERS]
+def print_status(path: Path, run_list: RunList) -> None:
+    """Prints the runs as a table, and the chain that they are in as another one.
+
+    On a terminal the lines are cut to the terminal's width.
+    """
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    lines = format_table(rows, right_aligned=numbers, width=width)
-    if len(run_list.runs) > 1:
-        lines.append(describe_all(run_list.runs))
+    runs = [run for run in run_list.runs if not run.is_command]
+    lines = []
+    search = summarise(path, runs, with_importance=False)
+    if runs:
+        rows = status_rows(runs, search)
+        headings = NUMBERS if search is None else (*NUMBERS, search.value_heading)
+        numbers = [i for i, heading in enumerate(rows[0]) if heading in headings]
+        lines = format_table(rows, right_aligned=numbers, width=width)
+    if search is not None:
+        lines += search.lines()
+    elif len(runs) > 1:
+        lines.append(describe_all(runs))
+    elif runs:
+        lines += spike_lines(runs[0].spikes)
+    links = chain_rows(path, run_list.runs)
+    if links:
+        lines += format_table(links, right_aligned=(), width=width)
+    lines += code_notes(run_list.runs)
     if run_list.note:
         lines.append(states_note(run_list.note))
     print("\n".join(lines), flush=True)

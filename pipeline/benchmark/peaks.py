@@ -3,6 +3,7 @@
 MFU is the model's FLOPs by time, divided by this.
 """
 
+import functools
 import re
 import time
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from evspan.conf.errors import ConfigError
 from evspan.conf.schema.training import Precision
 
 MATRIX = 1024  # rows and columns of the measured product
-MEASURE_S = 0.5
+MEASURE_S = 0.3
+FEWEST_PRODUCTS = 2  # however long they take; the first one warms up
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,13 @@ def device_peak(device: torch.device, precision: Precision, tflops: float = 0.0)
 
     Args:
         precision: not `auto`.
-        tflops: `bench.peak_tflops`, which replaces the known value; 0: none.
+        tflops: `training.peak_tflops`, which replaces the known value; 0: none.
 
     Raises:
         ConfigError: a GPU that is in no table, or that does not have the precision.
     """
     if tflops:
-        return Peak(1e12 * tflops, "bench.peak_tflops")
+        return Peak(1e12 * tflops, "training.peak_tflops")
     if device.type == "cuda":
         return gpu_peak(torch.cuda.get_device_name(device), precision)
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
@@ -100,8 +102,8 @@ def gpu_peak(name: str, precision: Precision) -> Peak:
     tflops = None if gpu is None else gpu.tflops(precision)
     if gpu is None or tflops is None:
         raise ConfigError(
-            f"the peak of {name} in {precision.name} is not known. Set bench.peak_tflops to the "
-            f"dense {precision.name} TFLOP/s of its data sheet"
+            f"the peak of {name} in {precision.name} is not known. Set training.peak_tflops to "
+            f"the dense {precision.name} TFLOP/s of its data sheet"
         )
     return Peak(1e12 * tflops, gpu.source)
 
@@ -112,13 +114,20 @@ def find_gpu(name: str) -> GpuPeak | None:
 
 
 def measured_product(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of several products of two square matrices."""
+    """FLOP/s of the fastest of several products of two square matrices.
+
+    Measured once per process and number of threads.
+    """
+    return _measured_product(device, dtype, torch.get_num_threads())
+
+
+@functools.cache
+def _measured_product(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     a = torch.ones(MATRIX, MATRIX, device=device, dtype=dtype)
     b = torch.ones(MATRIX, MATRIX, device=device, dtype=dtype)
-    fastest = float("inf")
-    deadline = time.perf_counter() + MEASURE_S
-    while time.perf_counter() < deadline:
+    seconds: list[float] = []
+    while len(seconds) < FEWEST_PRODUCTS or sum(seconds) < MEASURE_S:
         started = time.perf_counter()
         torch.mm(a, b)
-        fastest = min(fastest, time.perf_counter() - started)
-    return 2 * MATRIX**3 / fastest
+        seconds.append(time.perf_counter() - started)
+    return 2 * MATRIX**3 / min(seconds)

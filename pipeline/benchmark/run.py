@@ -109,7 +109,7 @@ def run_benchmark(config: BenchConfig) -> BenchmarkResult:
     with TemporaryDirectory(prefix="evspan-bench-") as name, open_world(config.parallel) as world:
         folder = Path(name)
         config = resolve_precision(config, world, None)
-        peak = device_peak(world.device, config.training.precision, config.bench.peak_tflops)
+        peak = device_peak(world.device, config.training.precision, config.training.peak_tflops)
         prepared = _without_run(config, folder)
         with explain_out_of_memory(prepared, world):
             trainer = Trainer(prepared, world)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evspan.pipeline.benchmark.flops import DetectorFlops, detector_flops
 from evspan.pipeline.benchmark.operations import Operations, count_operations
 from evspan.pipeline.benchmark.timing import PartClock, Spread, synchronize
 from evspan.pipeline.data.batch import Batch
@@ -13,7 +12,8 @@ from evspan.pipeline.data.device_batches import device_batches, encodes_for
 from evspan.pipeline.data.encoded import EncodedBatch
 from evspan.pipeline.engine.resources import peak_bytes, reset_peak_bytes
 from evspan.pipeline.engine.trainer import Trainer
-from torch import Tensor
+from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.flops import DetectorFlops, FrameCounts, ModelFlops, frame_counts
 
 Loaded = Generator[Batch | EncodedBatch, None, None]
 
@@ -86,7 +86,7 @@ class StepLoop:
         loaded = trainer.loader.batches(0, encoded=encodes_for(self.device))
         self.batches = device_batches(self._watched(loaded), self.device)
         self.waited_s = 0.0  # for the loader, in the current step
-        self.labelled: list[Tensor] = []  # of all micro-batches
+        self.counts: list[FrameCounts] = []  # of all micro-batches
         engine: Any = trainer.engine
         self.original = (engine.backward, engine.step)
         engine.backward = self._between(BACKWARD, engine.backward)
@@ -128,7 +128,7 @@ class StepLoop:
         for _ in range(self.micro_batches):
             self.clock.mark(DATA_WAIT)
             batch = next(self.batches)
-            self.labelled.append(batch.labelled)
+            self.counts.append(frame_counts(batch.labelled, batch.following))
             self.clock.mark(FORWARD)
             self.trainer.micro_batch(batch)
         self.trainer.step += 1
@@ -177,11 +177,12 @@ class StepLoop:
 
     def _flops(self) -> DetectorFlops:
         """Of the micro-batch with the median number of labelled frames."""
-        by_count = sorted(self.labelled, key=lambda mask: int(mask.sum()))
-        labelled = by_count[len(by_count) // 2]
+        by_labelled = sorted(self.counts, key=lambda counts: counts.labelled)
+        detector = self.trainer.engine.module
+        assert isinstance(detector, Detector)
         data = self.trainer.dataset
-        shape = (*labelled.shape, data.channels, data.height, data.width)
-        return detector_flops(self.trainer.config.model, shape, labelled)
+        flops = ModelFlops(detector, data.height, data.width)
+        return flops.of(by_labelled[len(by_labelled) // 2])
 
 
 def _part_spread(steps_ms: Sequence[Mapping[str, float]], name: str) -> Spread:

@@ -83,7 +83,7 @@ def with_batch_size(
     stored = 0
     if world.is_main and config.checkpoint.resume:
         stored = _stored_batch_size(Path(config.run_dir))
-    lanes = broadcast_json(stored)
+    lanes = broadcast_json(stored, name="batch size")
     if not lanes:
         lanes = _probe(config, world, open_trainer)
         if world.is_main:

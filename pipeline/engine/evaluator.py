@@ -99,12 +99,14 @@ def evaluate_weights(
     except ReadingStoppedError:
         leave_threads_behind()
         is_complete = False
-    if stop_requested is not None and any_rank(not is_complete, world.device):
+    if stop_requested is not None and any_rank(
+        not is_complete, world.device, name="whether all recordings were evaluated"
+    ):
         raise EvaluationStoppedError
     results = gather_results(own_results)
     results.sort(key=lambda result: result.name)
     metrics = score(results, data, config).to_json() if world.is_main else {}
-    return Evaluation(Metrics(**broadcast_json(metrics)), results, data, config)
+    return Evaluation(Metrics(**broadcast_json(metrics, name="metrics")), results, data, config)
 
 
 def limit_recordings(data: Dataset, config: EvaluationConfig, *, log: bool = False) -> Dataset:

@@ -158,7 +158,7 @@ def initialise(
             append(config.run_dir, STARTED, step=0, message=f"{path}: {answer['loaded']}")
         except (UserError, OSError) as error:
             answer = {"problem": _one_line(path, error)}
-    answer = broadcast_json(answer)
+    answer = broadcast_json(answer, name="initial weights")
     if "problem" in answer:
         raise UserError(answer["problem"])
     if weights is None:

@@ -150,7 +150,7 @@ def train_until(
         copy = Path(config.run_dir) / "checkpoints" / resume_from.name
         shutil.copytree(resume_from, copy)
         (copy.parent / LATEST).write_text(f"{copy.name}\n")
-    barrier()
+    barrier("end of a layout")
     run = ObservedRun(config, world, until)
     run.train()
     return run
@@ -237,7 +237,7 @@ class LayoutComparison:
         reset_peak_bytes(self.world.device)
         steps = self.config.steps
         run = train_until(self._train_config(layout, "whole"), self.world, steps)
-        peak = max(gather_json(peak_bytes(self.world.device)))
+        peak = max(gather_json(peak_bytes(self.world.device), name="peak memory"))
         checkpoint = SavedCheckpoint(layout.name, self._checkpoint_folder(run))
         if self._reference is None:
             self._reference = Reference(run.losses, run.gradients)

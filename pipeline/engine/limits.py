@@ -80,7 +80,9 @@ class RunLimits:
     def check_time(self, device: torch.device) -> None:
         """At the end of a step whose values the host reads. A collective if `max_hours` is set."""
         hours = self.config.max_hours
-        if hours and any_rank(self.seconds >= hours * SECONDS_PER_HOUR, device):
+        if hours and any_rank(
+            self.seconds >= hours * SECONDS_PER_HOUR, device, name="whether time is up"
+        ):
             self._end_by_time()
 
     def evaluated(self, ap: float | None) -> None:
@@ -93,7 +95,7 @@ class RunLimits:
         self._end_by_patience()
 
     def to_json(self) -> dict[str, Any]:
-        """The counts, for a checkpoint."""
+        """The counts, for meta.json of a checkpoint."""
         return {
             "frames": self.frames,
             "seconds": round(self.seconds, 3),
@@ -101,13 +103,23 @@ class RunLimits:
             "without_better": self.without_better,
         }
 
+    def to_metrics(self) -> dict[str, Any]:
+        """The counts, for a checkpoint's metrics.json: without the time unless it is limited.
+
+        So the metrics of two equal runs are equal.
+        """
+        counts = self.to_json()
+        if not self.config.max_hours:
+            del counts["seconds"]
+        return counts
+
     def resume(self, saved: Mapping[str, Any], evaluated: Mapping[str, Any]) -> None:
         """Counts on.
 
         Args:
             saved: `to_json` in meta.json; {} in a checkpoint of an earlier version.
-            evaluated: `to_json` after the evaluation of this checkpoint; {} without one. The same
-                on every rank.
+            evaluated: `to_metrics` after the evaluation of this checkpoint; {} without one. The
+                same on every rank.
         """
         counts = {**saved, **evaluated}
         self.earlier_seconds = float(counts.get("seconds", 0.0))

@@ -26,7 +26,7 @@ def resolve_precision(config: Config, world: World, saved: str | None) -> Config
     if saved is not None and saved in Precision.__members__:
         precision = Precision[saved]
     else:
-        everywhere = all(gather_json(_computes_in_bf16(world.device)))
+        everywhere = all(gather_json(_computes_in_bf16(world.device), name="precision"))
         precision = Precision.bf16 if everywhere else Precision.fp32
     return replace(config, training=replace(config.training, precision=precision))
 

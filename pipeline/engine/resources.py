@@ -4,14 +4,21 @@ import ctypes
 import math
 import resource
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
 import torch
 from evspan.pipeline.parallel.reductions import gather_over_ranks
+from torch import Tensor
 
 # Averaged over ranks, which wait for each other at different places. The others are maxima.
-MEAN_METRICS = {"speed/exchange_fraction", "speed/gpu_busy_fraction"}
+MEAN_METRICS = {
+    "speed/exchange_fraction",
+    "speed/gpu_busy_fraction",
+    "speed/mfu",
+    "speed/model_tflops_per_s",
+}
 
 
 class Resources:
@@ -49,10 +56,19 @@ def over_ranks(metrics: dict[str, float], device: torch.device) -> dict[str, flo
     Returns:
         The same on every rank, without metrics that are NaN on all ranks.
     """
-    local = torch.tensor([*metrics.values()], dtype=torch.float64, device=device)
-    by_rank = gather_over_ranks(local).cpu()
+    return combine(metrics, gather_numbers([*metrics.values()], device))
+
+
+def gather_numbers(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """(ranks, n) float64 on the CPU: the numbers of all ranks, on every rank. A collective."""
+    local = torch.tensor(numbers, dtype=torch.float64, device=device)
+    return gather_over_ranks(local, name="speed and memory of the ranks").cpu()
+
+
+def combine(names: Iterable[str], by_rank: Tensor) -> dict[str, float]:
+    """`over_ranks` of what was gathered. by_rank: (ranks, n), in the order of the names."""
     combined = {}
-    for name, values in zip(metrics, by_rank.T, strict=True):
+    for name, values in zip(names, by_rank.T, strict=True):
         known = values[~values.isnan()]
         if len(known):
             reduced = known.mean() if name in MEAN_METRICS else known.max()

@@ -52,12 +52,16 @@ class StopFlag:
         Args:
             device: of this rank.
         """
-        return any_rank(self.is_set(), device)
+        return any_rank(self.is_set(), device, name="whether a rank was asked to stop")
 
 
-def any_rank(value: bool, device: torch.device) -> bool:
-    """Whether `value` is true on any rank. A collective; the host waits for it."""
-    return bool(sum_over_ranks(torch.tensor([float(value)], device=device)))
+def any_rank(value: bool, device: torch.device, *, name: str) -> bool:
+    """Whether `value` is true on any rank. A collective; the host waits for it.
+
+    Args:
+        name: what it is for, in the diagnosis of a run that hangs.
+    """
+    return bool(sum_over_ranks(torch.tensor([float(value)], device=device), name=name))
 
 
 @contextmanager

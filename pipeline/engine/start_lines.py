@@ -34,9 +34,10 @@ def start_lines(
     Args:
         step: that the run starts or resumes at.
     """
-    position = f"resumes at step {step}" if step else "starts"
+    begins = "resumes" if step else "starts"
     return [
-        f"{config.run_dir}: {position} of {config.training.max_steps}; {_layout(config, mesh)}, "
+        f"{config.run_dir}: {begins} at step {step} of {config.training.max_steps}; "
+        f"{_layout(config, mesh)}, "
         f"{config.training.precision.name}",
         f"data: {_data(dataset)}",
         f"boxes: {_boxes(dataset)}",

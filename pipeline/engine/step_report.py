@@ -72,7 +72,11 @@ class StepReport(NamedTuple):
     started: float
 
 
-NO_DATA = 2.0**20  # in the number of ranks that were asked to stop: one has no data
+# One value of a micro-batch's all-reduce counts the ranks that were asked to stop. In the same
+# value, each rank without data adds NO_DATA, and each that is writing a checkpoint adds SAVING.
+# Where it is 0 or below 1, the sum of SAVING is exact.
+NO_DATA = 2.0**20
+SAVING = 2.0**-20
 
 
 class MicroBatchSum:
@@ -84,11 +88,15 @@ class MicroBatchSum:
         stop_requested: whether this rank was asked to stop.
         has_data: False: this rank has left off waiting for its frames. The loss becomes NaN on all
             ranks, so the micro-batch changes nothing on any of them.
+        is_saving: whether this rank is still writing a checkpoint.
     """
 
-    def __init__(self, *, stop_requested: bool, has_data: bool = True) -> None:
+    def __init__(
+        self, *, stop_requested: bool, has_data: bool = True, is_saving: bool = False
+    ) -> None:
         self.stop_requested = stop_requested
         self.has_data = has_data
+        self.is_saving = is_saving
         self.stops: Tensor | None = None  # () number of ranks, after the call
 
     def __call__(self, values: Tensor) -> Tensor:
@@ -97,9 +105,10 @@ class MicroBatchSum:
         if not self.has_data:
             values = torch.full_like(values, torch.nan)
             stops = NO_DATA
+        stops += SAVING * self.is_saving
         # Made on the device: a Python number would be copied there, and the host would wait.
         flag = torch.full((1,), stops, dtype=values.dtype, device=values.device)
-        summed = sum_over_ranks(torch.cat((values, flag)))
+        summed = sum_over_ranks(torch.cat((values, flag)), name="sums of the loss")
         self.stops = summed[-1]
         return summed[:-1]
 
@@ -111,7 +120,7 @@ class MicroBatchSum:
 
         Returns:
             (6,): total, iou, objectness, classes, positives, number of ranks that were asked to
-            stop (NO_DATA or more: a rank has no data).
+            stop (NO_DATA or more: a rank has no data; a fraction: ranks are writing a checkpoint).
         """
         assert self.stops is not None
         parts = torch.stack((losses.iou, losses.objectness, losses.classes))
@@ -128,12 +137,14 @@ class StepValues(NamedTuple):
     """The values of one step that the host needs.
 
     losses: of every micro-batch. stop: whether any rank was asked to stop. no_data: whether any
-    rank had no data, so that the step is to be left out. gradient_norm, applied: of the update.
+    rank had no data, so that the step is to be left out. saving: whether any rank was writing a
+    checkpoint at the last micro-batch; unknown where `stop`. gradient_norm, applied: of the update.
     """
 
     losses: list[LossSummary]
     stop: bool
     no_data: bool
+    saving: bool
     gradient_norm: float
     applied: bool
 
@@ -173,8 +184,9 @@ class PendingValues:
         parts = [metrics[i * size : (i + 1) * size] for i in range(self.micro_batches)]
         return StepValues(
             [loss_summary(part) for part in parts],
-            any(part[5] > 0 for part in parts),
+            any(part[5] >= 1 for part in parts),
             any(part[5] >= NO_DATA for part in parts),
+            parts[-1][5] % 1 > 0,
             gradient_norm,
             bool(applied),
         )
@@ -189,7 +201,7 @@ class Throughput(NamedTuple):
 
 
 class ThroughputMeter:
-    """Counts frames, and splits time into waiting for data and the rest."""
+    """Counts frames, and splits the time of training into waiting for data and the rest."""
 
     def __init__(self) -> None:
         self._reset()
@@ -197,11 +209,16 @@ class ThroughputMeter:
     def _reset(self) -> None:
         self.started = time.perf_counter()
         self.waited_s = 0.0
+        self.paused_s = 0.0
         self.frames = 0
 
     def add_wait(self, since: float) -> None:
         """Counts the time from `since` (time.perf_counter()) until now as waiting."""
         self.waited_s += time.perf_counter() - since
+
+    def add_pause(self, since: float) -> None:
+        """The time from `since` (time.perf_counter()) until now is no training, and is left out."""
+        self.paused_s += time.perf_counter() - since
 
     def add_frames(self, frames: int) -> None:
         """Counts frames of all ranks."""
@@ -209,7 +226,7 @@ class ThroughputMeter:
 
     def read(self) -> Throughput:
         """Since the last call; starts again."""
-        seconds = max(time.perf_counter() - self.started, 1e-9)
+        seconds = max(time.perf_counter() - self.started - self.paused_s, 1e-9)
         throughput = Throughput(self.frames / seconds, self.waited_s / seconds, seconds)
         self._reset()
         return throughput

@@ -42,8 +42,10 @@ from evspan.pipeline.engine.evaluator import (
     evaluate_weights,
     write_results,
 )
+from evspan.pipeline.engine.host_copies import CopyToHost, HostCopies, copy_now, no_copy
 from evspan.pipeline.engine.initial_weights import INIT_FROM, Target, initialise, started_from
 from evspan.pipeline.engine.limits import LIMITS, RunLimits, frames_of, with_total_steps
+from evspan.pipeline.engine.loss_spikes import RECENT_LOSSES, LossSpikes
 from evspan.pipeline.engine.oom import explain_out_of_memory
 from evspan.pipeline.engine.parameter_patterns import freeze
 from evspan.pipeline.engine.precision import resolve_precision, set_float32_kernels
@@ -51,6 +53,7 @@ from evspan.pipeline.engine.profiling import Profiler
 from evspan.pipeline.engine.run_reporter import Evaluated, RunReporter
 from evspan.pipeline.engine.running_statistics import RunningStatistics
 from evspan.pipeline.engine.signals import StopFlag, catch_stop_signals
+from evspan.pipeline.engine.step_clock import StepPart
 from evspan.pipeline.engine.step_report import (
     MicroBatchReport,
     MicroBatchSum,
@@ -58,6 +61,7 @@ from evspan.pipeline.engine.step_report import (
     StepReport,
     StepValues,
 )
+from evspan.pipeline.engine.time_account import TimeAccount
 from evspan.pipeline.engine.training_engine import TrainingEngine
 from evspan.pipeline.evaluation.coco import Metrics
 from evspan.pipeline.history import (
@@ -80,6 +84,7 @@ from evspan.pipeline.model.state import (
     zero_unless,
 )
 from evspan.pipeline.parallel.exchange import open_exchange
+from evspan.pipeline.parallel.flight_recorder import BACKWARD, FORWARD, OPTIMIZER, set_phase
 from evspan.pipeline.parallel.mesh import Mesh, open_mesh
 from evspan.pipeline.parallel.rank_exit import leave_threads_behind
 from evspan.pipeline.parallel.reductions import (
@@ -91,6 +96,7 @@ from evspan.pipeline.run_lock import attempt_lock, end_if_taken_over
 from evspan.pipeline.tensorboard.attention_probe import probe
 from evspan.pipeline.tensorboard.summaries import write_first_images, write_images
 from evspan.pipeline.tensorboard.writer import TensorBoardWriter
+from evspan.pipeline.time_records import Part
 from evspan.pipeline.weights import (
     AVERAGE_KEY,
     Weights,
@@ -102,6 +108,11 @@ from evspan.pipeline.weights import (
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+ACTIVITY_PARTS = {  # of the time of a run
+    Activity.saving: Part.saving,
+    Activity.images: Part.images,
+    Activity.evaluating: Part.evaluation,
+}
 DATA_WAIT_S = 5.0  # how long a rank that was asked to stop waits for the data of the next step
 
 StepCallback = Callable[[StepReport], None]
@@ -138,12 +149,17 @@ class DataWait:
 
 
 def train(
-    config: TrainConfig, world: World, *, on_start: Callable[[], None] | None = None
+    config: TrainConfig,
+    world: World,
+    *,
+    on_start: Callable[[], None] | None = None,
+    account: TimeAccount | None = None,
 ) -> Metrics | None:
     """Trains to `max_steps`, from the run's newest checkpoint if there is one. A collective.
 
     Args:
         on_start: called when this process may write into the run's folder.
+        account: of this rank's time so far; None: it starts now.
 
     Returns:
         Metrics of the last evaluation in this process; None if there was none.
@@ -154,17 +170,23 @@ def train(
         SystemExit: a stop signal arrived; the newest checkpoint has all steps.
         FolderInUseError: another process trains in the run's folder.
     """
+    account = account or TimeAccount()
     with attempt_lock(config.run_dir, is_main=world.is_main):
         if on_start is not None:
             on_start()
+        # Rank 0 has the run's lock: no other run writes reports into the folder.
+        barrier("the lock of the run")
+        if world.hang is not None:
+            world.hang.start()
         config = with_batch_size(config, world, lambda probed: _ProbedTrainer(probed, world))
         with explain_out_of_memory(config, world):
-            trainer = Trainer(config, world)
+            trainer = Trainer(config, world, account=account)
             try:
                 with catch_stop_signals() as stop_flag:
                     return trainer.run(stop_flag)
             finally:
                 trainer.close()
+                account.abandon()
 
 
 class _ProbedTrainer:
@@ -208,6 +230,7 @@ class Trainer:
             `end_after_step` on every rank.
         gradient_steps: steps whose report contains the gradients; collecting them costs a
             collective and a copy of all gradients.
+        account: of this rank's time; rank 0 writes it into the run's folder.
     """
 
     def __init__(
@@ -218,7 +241,9 @@ class Trainer:
         *,
         on_step: StepCallback | None = None,
         gradient_steps: Container[int] = (),
+        account: TimeAccount | None = None,
     ) -> None:
+        self.account = account or TimeAccount()
         config = without_secrets(config)  # all that a run writes may be published
         self.world = world
         self.run_dir = Path(config.run_dir)
@@ -227,6 +252,8 @@ class Trainer:
             rank=world.rank,
             keep=config.checkpoint.keep,
             start_over=not config.checkpoint.resume,
+            started_over=lambda: _resume_from_now_on(self.run_dir),
+            asynchronous=config.checkpoint.asynchronous,
         )
         self.mesh = open_mesh(
             world, sequence=config.parallel.sequence, timeout_s=config.parallel.timeout_s
@@ -263,6 +290,9 @@ class Trainer:
         self.saved_config = plain(asdict(given_config))
         self.limits = RunLimits(config.training, frames)
         self.loader = _build_loader(config, self.dataset, self.mesh)
+        self.spikes = LossSpikes(
+            self.run_dir, config.training, self.loader.plan, self.dataset, enabled=world.is_main
+        )
         detector = _build_detector(
             config, self.dataset.channels, self.exchange, self.mesh, world.device
         )
@@ -297,6 +327,14 @@ class Trainer:
         self.writer = TensorBoardWriter(self.run_dir, enabled=world.is_main, resume_step=self.step)
         if world.is_main:
             self.attempt = record_start(self.run_dir, self.step, config.training.max_steps)
+            if account is not None:
+                account.write_to(
+                    self.run_dir,
+                    first_step=self.step,
+                    starts_over=self.checkpoints.start_over,
+                    ranks=world.size,
+                    gpu=world.device.type == "cuda",
+                )
         self.first_step_ended = False  # of this process
         self.step_started = 0.0  # as StepReport.started
         self.profiler = Profiler(
@@ -310,6 +348,7 @@ class Trainer:
             self.writer,
             self.profiler,
             resume_step=self.step,
+            account=self.account,
         )
         self.probe_dataset: Dataset | None = None  # the evaluated split, for TensorBoard images
 
@@ -318,7 +357,11 @@ class Trainer:
         self.stop = True
 
     def close(self) -> None:
-        """Writes the trace that is running, and closes the TensorBoard event file."""
+        """Writes the trace that is running, and closes the TensorBoard event file.
+
+        A checkpoint that an error has interrupted is not committed.
+        """
+        self.checkpoints.close()
         self.reporter.close()
         self.profiler.close()
         self.writer.close()
@@ -352,6 +395,7 @@ class Trainer:
                 self._exit_if_left_out()
                 self.limits.check_time(device)
                 self._after_step(report)
+            self._advance_save()
             if self._checkpoint_is_due or self.stop:
                 self._save()
                 self._exit_if_stopped(stop_flag)
@@ -360,10 +404,13 @@ class Trainer:
                 self._exit_if_stopped(stop_flag)
             if self._evaluation_is_due:
                 metrics = self._evaluate(stop_flag)
+        self.account.enter(Part.ending)
         batches.close()
+        self._end_save()
         self._record_done()
         # SLURM and the other ranks treat a rank that exits long before them as failed.
-        barrier()
+        barrier("end of training")
+        self.account.close()
         return metrics
 
     def _record_done(self) -> None:
@@ -416,10 +463,15 @@ class Trainer:
         training = self.config.training
         collect = self.step + 1 in self.gradient_steps
         self.state_before_step = self.state
+        self.account.start_step(self.step + 1)
+        clock = self.reporter.step_clock
+        clock.start_step()
         for number in range(1, training.gradient_accumulation_steps + 1):
             # A step is left out as a whole, so its first micro-batch decides.
             wait.start(may_end=number == 1)
-            batch = self._next_batch(batches, number)
+            clock.begin(StepPart.data)
+            with self.account.part(Part.data_wait):
+                batch = self._next_batch(batches, number)
             if number == 1:
                 self.step_started = time.perf_counter()
             is_last = number == training.gradient_accumulation_steps
@@ -428,7 +480,9 @@ class Trainer:
                 stop_requested=wait.stop_flag.is_set(),
                 collect_gradients=collect and is_last,
             )
+        clock.end_step()
         self.step += 1
+        self.account.end_step(self.step)
         return batch
 
     def _next_batch(self, batches: Iterator[Batch], number: int) -> Batch:
@@ -438,6 +492,7 @@ class Trainer:
             number: of the micro-batch in its step, from 1.
         """
         training = self.config.training
+        set_phase("waiting for data")
         requested = time.perf_counter()
         batch = None
         if self.has_data:
@@ -450,7 +505,7 @@ class Trainer:
             index = self.step * training.gradient_accumulation_steps + number - 1
             batch = self.loader.batch_without_data(index).to(self.world.device)
         self.reporter.throughput.add_wait(since=requested)
-        self.reporter.throughput.add_frames(training.batch_size * training.sequence_length)
+        self.reporter.add_batch(batch)
         return batch
 
     def micro_batch(
@@ -462,6 +517,9 @@ class Trainer:
             stop_requested: whether this rank was asked to stop.
             collect_gradients: only in the last micro-batch of an accumulation.
         """
+        set_phase(FORWARD)
+        clock = self.reporter.step_clock
+        clock.begin(StepPart.forward)
         self.engine.train()
         self.statistics.save()
         raw, state = self.engine(
@@ -471,7 +529,11 @@ class Trainer:
             labelled=batch.labelled,
             following=batch.following,
         )
-        over_ranks = MicroBatchSum(stop_requested=stop_requested, has_data=self.has_data)
+        over_ranks = MicroBatchSum(
+            stop_requested=stop_requested,
+            has_data=self.has_data,
+            is_saving=self.checkpoints.is_writing,
+        )
         local_losses = detection_loss(
             raw,
             batch.boxes,
@@ -483,6 +545,8 @@ class Trainer:
         )
         metrics = over_ranks.metrics(local_losses)
         is_finite = torch.isfinite(metrics[0])
+        set_phase(BACKWARD)
+        clock.begin(StepPart.backward)
         self.engine.backward(local_losses.total * self.world.size, is_finite)
         self.statistics.restore_unless(is_finite)
         gradients = self.engine.full_gradients() if collect_gradients else {}
@@ -491,7 +555,10 @@ class Trainer:
         if self.engine.updates_next:
             # The schedule of this update depends on whether the previous one was applied.
             self._read_pending()
+        set_phase(OPTIMIZER)
+        clock.begin(StepPart.update)
         update = self.engine.step()
+        set_phase(Activity.training.value)
         if update is not None:
             if self.average is not None:
                 self.average.update(update.applied)
@@ -518,6 +585,7 @@ class Trainer:
         if values.no_data:
             self.left_out = self.left_out or pending
         else:
+            self.spikes.add(pending.number, [losses.total for losses in values.losses])
             self._count_skipped(values, pending.number)
         if values.applied:
             self.engine.advance()
@@ -525,8 +593,10 @@ class Trainer:
                 self.average.advance()
             self.gradient_norm = values.gradient_norm
         self.stop = self.stop or values.stop
+        self.checkpoints.observe(pending.number, any_writing=values.saving)
         if not self.first_step_ended:
             self.first_step_ended = True
+            self.account.first_step_ended()
             if self.world.is_main:
                 restarts = record_first_step(self.run_dir, self.attempt)
                 self.writer.write_scalars(restarts, pending.number)
@@ -563,6 +633,7 @@ class Trainer:
             remedy = "lower optimizer.lr"
             if self.config.training.precision is not Precision.fp32:
                 remedy += ", or start a new run_dir with training.precision=fp32"
+            self._end_save()
             raise UserError(
                 f"the loss or its gradients were not finite {limit} times in a row, last in step "
                 f"{step}. The last checkpoint is in {self.checkpoints.folder}; {remedy}"
@@ -598,17 +669,17 @@ class Trainer:
         weights = self._weights()
         return self._averaged(weights) or weights
 
-    def _averaged(self, weights: Weights) -> Weights | None:
+    def _averaged(self, weights: Weights, copy: CopyToHost = copy_now) -> Weights | None:
         """The average of the weights; None where it is not kept. A collective."""
         if self.average is None:
             return None
-        tensors = self.average.state(weights.tensors)
+        tensors = self.average.state(weights.tensors, copy)
         return replace(weights, tensors=tensors, average=self.average.info)
 
-    def _weights(self) -> Weights:
+    def _weights(self, copy: CopyToHost = copy_now) -> Weights:
         """The consolidated weights, on every rank. A collective."""
         return Weights(
-            self.engine.full_state(),
+            self.engine.full_state(copy),
             self.config.model,
             self.dataset.frames,
             self.dataset.classes,
@@ -618,18 +689,43 @@ class Trainer:
 
     @contextmanager
     def _activity(self, activity: Activity) -> Iterator[None]:
-        """Records what the run does, for the message of a job whose time limit is reached."""
+        """Records what the run does: for the message of a job whose time limit is reached, for the
+        account of its time, and for its speed, which leaves it out.
+        """
+        started = time.perf_counter()
         if self.world.is_main:
             write_activity(self.run_dir, activity, self.step)
-        yield
+        phase = set_phase(activity.value)
+        with self.account.part(ACTIVITY_PARTS[activity]):
+            yield
+        set_phase(phase)
         if self.world.is_main:
             write_activity(self.run_dir, Activity.training, self.step)
+        self.reporter.throughput.add_pause(since=started)
 
     def _save(self) -> None:
         end_if_taken_over(self.run_dir)
         with self._activity(Activity.saving):
+            self.checkpoints.wait()  # before the copies, which take memory, too
             self._save_snapshot()
         self.saved_step = self.step
+
+    def _advance_save(self) -> None:
+        """Goes on with the checkpoint that is being written, where all ranks are done with a phase.
+
+        A collective then.
+        """
+        if self.checkpoints.can_advance:
+            end_if_taken_over(self.run_dir)
+            with self.account.part(Part.saving):
+                self.checkpoints.advance(self.step)
+
+    def _end_save(self) -> None:
+        """Waits until the checkpoint that is being written is committed. A collective."""
+        if self.checkpoints.pending is not None:
+            end_if_taken_over(self.run_dir)
+            with self._activity(Activity.saving):
+                self.checkpoints.wait()
 
     def _save_snapshot(self) -> None:
         # TensorBoard must not be behind the checkpoint that a resume continues from.
@@ -640,28 +736,31 @@ class Trainer:
             "counters": self.engine.optimizer_state.counters(),
             "config": self.saved_config,
             LIMITS: self.limits.to_json(),
+            RECENT_LOSSES: self.spikes.state(),
             DATA: self.data_digest,
             INIT_FROM: self.init_from,
         }
         if self.average is not None:
             meta[AVERAGE_KEY] = self.average.info._asdict()
-        weights = self._weights()
-        moments = self.engine.optimizer_state.moments(keep=self.world.is_main)
+        is_main = self.world.is_main
+        copies = HostCopies()
+        copy: CopyToHost = copies if is_main else no_copy
+        weights = self._weights(copy)
+        average = self._averaged(weights, copy)
+        moments = self.engine.optimizer_state.moments(keep=is_main, copy=copy)
         writes_carry = self.mesh.sequence == 0
-        starts_over = self.checkpoints.start_over
         self.checkpoints.save(
             self.step,
             Snapshot(
                 meta,
-                weights,
+                weights if is_main else replace(weights, tensors={}),
                 moments,
                 self.lanes,
-                state_tensors(carry) if writes_carry else None,
-                self._averaged(weights),
+                [copies(tensor) for tensor in state_tensors(carry)] if writes_carry else None,
+                average if is_main else None,
+                copies=copies,
             ),
         )
-        if starts_over and self.world.is_main:
-            _resume_from_now_on(self.run_dir)
 
     def _resume(self, meta: dict[str, Any], loaded: LoadedSnapshot) -> None:
         self.engine.load_state(loaded.weights, loaded.moments, meta["counters"])
@@ -675,9 +774,12 @@ class Trainer:
             restore_generators(loaded.generators)
         self.step = meta["step"]
         evaluated = self.checkpoints.recorded(self.step) if self.world.is_main else {}
-        self.limits.resume(meta.get(LIMITS, {}), broadcast_json(evaluated).get(LIMITS, {}))
+        self.limits.resume(
+            meta.get(LIMITS, {}), broadcast_json(evaluated, name="results so far").get(LIMITS, {})
+        )
         self.saved_step = self.step
         self.skipped = meta["skipped"]
+        self.spikes.resume(meta.get(RECENT_LOSSES))
 
     def _exit_if_stopped(self, stop_flag: StopFlag) -> None:
         """Ends the process if any rank was asked to stop. A collective."""
@@ -701,6 +803,7 @@ class Trainer:
         """Ends the process on a stop signal; saves what is not saved."""
         if self.saved_step != self.step:
             self._save()
+        self._end_save()
         self.reporter.log(
             f"{self.stopped_by}: saved step {self.step} in {self.checkpoints.folder}; "
             f"the same command with run_dir={self.run_dir} continues"
@@ -708,6 +811,7 @@ class Trainer:
         self.writer.close()
         if self.world.is_main:
             append(self.run_dir, "saved", step=self.step)
+        self.account.close()
         raise SystemExit(STOPPED_EXIT_CODE)
 
     # -- images --------------------------------------------------------------------------------
@@ -728,12 +832,15 @@ class Trainer:
         """Evaluates the checkpoint that was resumed, if the run was stopped before it could."""
         if self.step == 0 or not self._evaluation_is_due:
             return None
-        if broadcast_json(self.checkpoints.evaluated(self.step)):
+        if broadcast_json(
+            self.checkpoints.evaluated(self.step), name="whether the step is evaluated"
+        ):
             return None
         return self._evaluate(stop_flag)
 
     def _evaluate(self, stop_flag: StopFlag) -> Metrics:
         """Evaluates the step that was saved last. A collective; see `train`."""
+        self._end_save()  # it may take minutes, and its metrics belong to the checkpoint
         with self._activity(Activity.evaluating):
             try:
                 metrics = self._evaluate_step(stop_flag)
@@ -779,7 +886,7 @@ class Trainer:
                 protocol,
                 description,
             )
-            description[LIMITS] = self.limits.to_json()
+            description[LIMITS] = self.limits.to_metrics()
             self.checkpoints.record(self.step, {**metrics.to_json(), **description})
         return metrics
 

@@ -22,7 +22,7 @@ def gather_results(own: Sequence[RecordingResult]) -> list[RecordingResult]:
     Raises:
         LostRanksError: what a rank sent is no list of results: it is not a rank of this run.
     """
-    headers = gather_json([_header(result) for result in own])
+    headers = gather_json([_header(result) for result in own], name="results")
     if len(headers) == 1:
         return list(own)
     own_boxes: list[NDArray[Any]] = []
@@ -32,10 +32,12 @@ def gather_results(own: Sequence[RecordingResult]) -> list[RecordingResult]:
         own_detections += result.detections
     boxes = gather_bytes(
         _joined(own_boxes, BOX),
+        name="labels of the results",
         most_bytes=max(_num_bytes(header, "boxes") for header in headers),
     )
     detections = gather_bytes(
         _joined(own_detections, DETECTION),
+        name="detections of the results",
         most_bytes=max(_num_bytes(header, "detections") for header in headers),
     )
     results: list[RecordingResult] = []

@@ -4,21 +4,27 @@ import re
 from collections.abc import Iterable
 
 from evspan.conf.schema.training import TrainConfig
+from evspan.pipeline.tensorboard.time_tags import GOODPUT, QUEUE_HOURS, RANK_HOURS, tag_of_group
 from evspan.pipeline.tensorboard.writer import Layout
+from evspan.pipeline.time_use import GROUPS
 
 
-def charts(config: TrainConfig, classes: list[str], *, gates: Iterable[str], gpu: bool) -> Layout:
+def charts(
+    config: TrainConfig, classes: list[str], *, gates: Iterable[str], gpu: bool, mfu: bool
+) -> Layout:
     """The charts of the scalars that this run writes; none is empty.
 
     Args:
         classes: names by class id.
         gates: names of the attention gates, as in the tags `model/attention_gates/NAME`.
         gpu: whether the run is on a GPU.
+        mfu: whether it has an MFU.
     """
     tags_by_category = {
         "Learning": _learning(gates),
         "Average precision": _average_precision(classes),
-        "Speed": _speed(config, gpu=gpu),
+        "Speed": _speed(config, gpu=gpu, mfu=mfu),
+        "Time": _time(gpu=gpu),
         "Stability": {
             "skipped steps": ["train/skipped_steps"],
             "requeues": ["run/requeues"],
@@ -50,7 +56,7 @@ def _average_precision(classes: list[str]) -> dict[str, list[str]]:
     }
 
 
-def _speed(config: TrainConfig, *, gpu: bool) -> dict[str, list[str]]:
+def _speed(config: TrainConfig, *, gpu: bool, mfu: bool) -> dict[str, list[str]]:
     fractions = ["speed/data_wait_fraction"]
     if config.parallel.sequence > 1:
         fractions.append("speed/exchange_fraction")
@@ -60,12 +66,31 @@ def _speed(config: TrainConfig, *, gpu: bool) -> dict[str, list[str]]:
     tags = {
         "frames per second": ["speed/frames_per_s"],
         "milliseconds per step": ["speed/step_ms"],
+        "model TFLOP/s of all ranks": ["speed/model_tflops_per_s"],
         "fraction of the time": fractions,
         "memory, GiB": memory,
     }
+    if config.parallel.ranks > 1 and config.training.slow_rank_factor > 0:
+        tags["milliseconds per step without waiting, over the ranks"] = [
+            f"ranks/own_ms_{name}" for name in ("min", "median", "p90", "max")
+        ]
+        tags["slowest rank over the median"] = ["ranks/slowest_over_median"]
+        tags["slowest rank"] = ["ranks/slowest_rank"]
+    if mfu:
+        tags["MFU"] = ["speed/mfu"]
     if gpu:
         tags["GPU busy, fraction of the time"] = ["speed/gpu_busy_fraction"]
     return tags
+
+
+def _time(*, gpu: bool) -> dict[str, list[str]]:
+    """Of the whole run, with all its attempts."""
+    return {
+        "goodput": [GOODPUT],
+        "fraction of the allocated time": [tag_of_group(name) for name in GROUPS],
+        "hours in the queue": [QUEUE_HOURS],
+        "hours of all GPUs" if gpu else "hours of all ranks": [RANK_HOURS],
+    }
 
 
 def _as_patterns(tags_by_title: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -4,22 +4,20 @@ import json
 import platform
 import re
 import socket
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
+from evspan.conf.code_version import running_code
 from evspan.conf.schema.training import TrainConfig
 from evspan.pipeline.parallel.reductions import gather_json
 from evspan.pipeline.parallel.world import World
 from evspan.pipeline.weights import plain
 
 PACKAGES = ("evspan", "torch", "deepspeed", "numpy")
-GIT_TIMEOUT_S = 20
 
 
 def config_lines(config: Any) -> str:
@@ -60,32 +58,6 @@ def _as_key(key: Any) -> str:
     return text if re.fullmatch(r"[\w.-]+", text) else json.dumps(text, ensure_ascii=False)
 
 
-def code_commit(file: Path = Path(__file__)) -> str | None:
-    """The commit of the git checkout that tracks `file`, with "-dirty" if tracked files differ.
-
-    Returns:
-        None if no checkout tracks it, or git does not run.
-    """
-    file = file.resolve()
-    try:
-        # An installed package may be inside a checkout of something else, which does not track it.
-        _git(file.parent, "ls-files", "--error-unmatch", file.name)
-        return _git(file.parent, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    result = subprocess.run(
-        ["git", "-C", str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=GIT_TIMEOUT_S,
-    )
-    return result.stdout.strip()
-
-
 def environment(world: World) -> dict[str, str]:
     """Versions, and the hosts and devices of all ranks. A collective."""
     cuda = world.device.type == "cuda"
@@ -93,7 +65,9 @@ def environment(world: World) -> dict[str, str]:
         device = torch.cuda.get_device_name(world.device)
     else:
         device = f"CPU, {torch.get_num_threads()} threads"
-    ranks_by_device = Counter(gather_json(f"{socket.gethostname()}: {device}"))
+    ranks_by_device = Counter(
+        gather_json(f"{socket.gethostname()}: {device}", name="devices of the ranks")
+    )
     versions = {name: _version(name) for name in PACKAGES}
     return {
         "ranks": ", ".join(f"{count} on {name}" for name, count in ranks_by_device.items()),
@@ -113,7 +87,9 @@ def _version(package: str) -> str | None:
 
 def run_info(config: TrainConfig, environment: dict[str, str]) -> dict[str, str]:
     """TensorBoard tag -> markdown, for the page "Text"."""
-    values = {"code": code_commit() or "not in a git checkout", **environment}
+    code = running_code()
+    commit = code.commit or "not in a git checkout"
+    values = {"code": f"{commit}, digest {code.digest}", **environment}
     rows = [f"| {name} | {value} |" for name, value in values.items()]
     table = "\n".join(["| | |", "|---|---|", *rows])
     return {"run/environment": table, "run/config": f"```\n{config_lines(config)}\n```"}

@@ -26,16 +26,19 @@ def write_run_info(
     step: int,
     *,
     gpu: bool,
+    mfu: bool,
 ) -> None:
     """Writes config, code version and environment as text, and the layout of the charts.
 
     Args:
         parameters: names of the detector's parameters.
+        gpu: whether the run is on a GPU.
+        mfu: whether the device's peak is known.
     """
     for tag, markdown in run_info(config, environment).items():
         writer.write_text(tag, markdown, step)
     gates = gate_names(parameters).values()
-    writer.write_layout(charts(config, classes, gates=gates, gpu=gpu))
+    writer.write_layout(charts(config, classes, gates=gates, gpu=gpu, mfu=mfu))
 
 
 def write_first_images(writer: TensorBoardWriter, loader: Loader, index: int, step: int) -> None:

@@ -108,6 +108,7 @@ def steps(settings: Settings) -> dict[str, Any]:
             runner.step()
             (loss,) = runner.losses()
             trainer._save()
+            trainer._end_save()
         finally:
             trainer.close()
     result = {

@@ -59,6 +59,7 @@ def test_without_a_gpu_one_line_names_the_remedy(tmp_path):
     assert "--device cpu --tiny" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     ran = []
 
@@ -97,6 +98,7 @@ def test_a_part_without_enough_time_is_skipped(tmp_path):
     assert [row.status for row in report.rows] == [SKIPPED]
 
 
+@pytest.mark.slow
 def test_a_missing_hdf5plugin_is_replaced(tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(

@@ -98,7 +98,6 @@ def check_table(text, result):
 
 
 def test_the_table_of_a_gpu():
-    from evspan.pipeline.benchmark.flops import DetectorFlops, PartFlops
     from evspan.pipeline.benchmark.limits import Limit, Resource
     from evspan.pipeline.benchmark.loading import LoaderSpeed
     from evspan.pipeline.benchmark.operations import Operations
@@ -107,6 +106,7 @@ def test_the_table_of_a_gpu():
     from evspan.pipeline.benchmark.step import PARTS, StepMeasurement
     from evspan.pipeline.benchmark.streaming import EvaluationMeasurement, StreamingMeasurement
     from evspan.pipeline.benchmark.timing import Spread
+    from evspan.pipeline.model.flops import DetectorFlops, PartFlops
 
     spread = Spread(20.0, 19.0, 23.5, 10)
     operations = Operations(2800, True, 12, 2, {"loss.py:7": 2}, 60.0, 45.0)
@@ -172,7 +172,7 @@ def test_the_table_of_a_gpu():
     [
         (["bench.steps=0"], "bench.steps is 0; give 1 or more"),
         (["bench.seconds=0"], "bench.seconds is 0.0; give a time above 0"),
-        (["bench.peak_tflops=-1"], "bench.peak_tflops is -1.0; give the dense TFLOP/s"),
+        (["training.peak_tflops=-1"], "training.peak_tflops is -1.0; give the dense TFLOP/s"),
         (["bench.height=20"], "bench.height 20 and bench.width 640"),
         (["bench.step=3"], "bench.steps"),
         (["dataset.root=nowhere"], "dataset.root=nowhere is no folder"),
@@ -204,6 +204,7 @@ def test_wrong_arguments_are_refused_in_one_line(arguments, message, tmp_path, m
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_rank_of_torchrun_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -22,6 +22,15 @@ from evspan.launch.sweep.report.results import InterruptionCost, RunResult, read
 from evspan.launch.sweep.report.summary import write_report
 from evspan.pipeline.history import append
 from evspan.pipeline.tensorboard.writer import TensorBoardWriter
+from evspan.pipeline.time_records import (
+    Allocation,
+    AttemptTime,
+    Part,
+    attempt_path,
+    record_allocation,
+    record_release,
+    write_attempt,
+)
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -313,6 +322,131 @@ def test_attempts_that_never_ran_count_in_full(tmp_path):
         pytest.approx(20),
         0,
     )
+
+
+# -- time --------------------------------------------------------------------------------------------------------
+def add_times(run: Path, start: float, *, ranks: int = 4, job: str = "7", **seconds: float) -> None:
+    """An attempt on GPUs in a job that was queued for 30 s and ended in order."""
+    allocation = Allocation(job, start - 30, start, ranks)
+    record_allocation(run, allocation)
+    record = AttemptTime(
+        start=start,
+        written=start + sum(seconds.values()),
+        seconds={Part(name): part_s for name, part_s in seconds.items()},
+        closed=True,
+        part=Part.ending,
+        first_step=0,
+        step=100,
+        stepped=0.0,
+        starts_over=False,
+        job=job,
+        allocated=start,
+        ranks=ranks,
+        gpu=True,
+        host="n1",
+        pid=os.getpid(),
+    )
+    write_attempt(attempt_path(run, start), record)
+    record_release(run, allocation, record.written)
+
+
+@pytest.fixture
+def timed(sweep):
+    """0: 1 h on 4 GPUs, half of it training. 1: twice 0.5 h on 4 GPUs, 3/4 of it training."""
+    add_times(sweep / "0", NOW - 9000, setup=600.0, training=1800.0, evaluation=1200.0)
+    # Two jobs: one that SLURM requeues has its nodes until it is in the queue again.
+    for job, start in (("7", NOW - 9000), ("8", NOW - 5000)):
+        seconds = {"imports": 90.0, "training": 1350.0, "saving": 60.0, "repeated": 300.0}
+        add_times(sweep / "1", start, job=job, **seconds)
+    return sweep
+
+
+def test_the_text_has_goodput_hours_and_ap_per_hour(timed, capsys):
+    report.main([str(timed)])
+    lines = capsys.readouterr().out.splitlines()
+    cells = [re.split(r"  +", line) for line in lines[:6]]
+    assert cells[0][-6:] == ["step", "goodput", "GPU-hours", "AP per GPU-hour", "state", "requeues"]
+    assert cells[1][-6:] == ["100", "75.0 %", "4", "0.125", "done", "2"]
+    assert cells[2][-6:] == ["100", "50.0 %", "4", "0.0625", "done", "0"]
+    assert cells[3][-3:] == ["20", "failed", "0"]  # run 4 has no records
+    assert (
+        "allocated 2.0 h (8 GPU-hours): start-up 10.8 %, training 62.5 %, evaluation 16.7 %, "
+        "saving 1.7 %, repeated steps 8.3 %. Goodput 62.5 %; queue 90 s; "
+        "best AP 0.0625 per GPU-hour"
+    ) in lines
+
+
+def test_the_json_has_the_time_of_each_run_and_of_all(timed, capsys):
+    report.main([str(timed), "--json"])
+    values = json.loads(capsys.readouterr().out)
+    best = values["runs"][0]["time"]
+    assert {part: seconds for part, seconds in best["parts_s"].items() if seconds} == {
+        "imports": 180,
+        "training": 2700,
+        "saving": 120,
+        "repeated": 600,
+    }
+    assert (best["allocated_s"], best["queue_s"], best["goodput"]) == (3600, 60, 0.75)
+    assert (best["rank_hours"], best["ranks_are_gpus"], best["ap_per_rank_hour"]) == (
+        4,
+        True,
+        0.125,
+    )
+    assert values["time"]["allocated_s"] == sum(
+        run["time"]["allocated_s"] for run in values["runs"]
+    )
+    assert values["time"]["goodput"] == 0.625
+    nothing = values["runs"][2]["time"]
+    assert (nothing["goodput"], nothing["ap_per_rank_hour"], nothing["rank_hours"]) == (
+        None,
+        None,
+        0,
+    )
+
+
+def test_the_page_has_a_bar_for_each_run_with_times(timed):
+    write_report(timed, "http://localhost:6006")
+    page = Page((timed / "report.html").read_text())
+    bars = [values for tag, values in page.tags if values.get("class") == "timebar"]
+    assert [bar["aria-label"] for bar in bars] == ["time of run 1", "time of run 0"]
+    segments = [
+        (values["title"], float(re.search(r"width:([\d.]+)%", values["style"])[1]))
+        for tag, values in page.tags
+        if tag == "span" and "title" in values
+    ]
+    assert [title for title, _ in segments] == [
+        "queue: 60 s",
+        "start-up: 3 min",
+        "training: 45 min",
+        "saving: 2 min",
+        "repeated steps: 10 min",
+        "queue: 30 s",
+        "start-up: 10 min",
+        "training: 30 min",
+        "evaluation: 20 min",
+    ]
+    assert sum(width for _, width in segments[:5]) == pytest.approx(100, abs=0.01)
+    assert sum(width for _, width in segments[5:]) == pytest.approx(100 * 3630 / 3660, abs=0.01)
+    (row,) = [row for row in page.rows if row[0] == "1" and "75 %" in row[-1]]
+    assert row[1:4] == ["60 min", "4", "60 s"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"event": "allocated", "start": 1e999}'])
+def test_damaged_times_count_nothing(timed, damage, capsys):
+    for path in (timed / "0" / "time").iterdir():
+        path.write_bytes(damage)
+    report.main([str(timed), "--json"])
+    times = {run["folder"]: run["time"] for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert times[str(timed / "0")]["allocated_s"] == 0
+    assert times[str(timed / "1")]["allocated_s"] == 3600
+
+
+def test_times_that_cannot_be_read_are_reported(timed, capsys):
+    for path in (timed / "0" / "time").iterdir():
+        path.unlink()
+    (timed / "0" / "time" / "allocations.jsonl").mkdir()
+    report.main([str(timed)])
+    assert f"{timed / '0'}: its times cannot be read: " in capsys.readouterr().out
 
 
 # -- text --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from evspan.conf.schema.training import (
     TrainingConfig,
 )
 from evspan.pipeline.benchmark import peaks, simulated
-from evspan.pipeline.benchmark.flops import detector_flops, flop_counter
 from evspan.pipeline.benchmark.limits import Resource, StepBalance, limiting_resource
 from evspan.pipeline.benchmark.loading import (
     LoaderSpeed,
@@ -39,6 +38,7 @@ from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.data.loader import Loader
 from evspan.pipeline.data.plan import SamplingPlan
 from evspan.pipeline.model.detector import Detector
+from support.counted_flops import detector_flops, flop_counter
 from support.counted_step import StepOptions, open_trainer, step_counts, write_shards
 from support.emulated_device import is_supported
 
@@ -169,6 +169,7 @@ def test_the_parts_of_the_detector_count_their_formulas():
         assert parts[name].backward == 2 * parts[name].forward > 0
 
 
+@pytest.mark.slow
 def test_neck_and_head_count_labelled_frames_only():
     shape = (2, 2, 20, 64, 64)
     labelled = torch.zeros(2, 2, dtype=torch.bool)
@@ -226,7 +227,7 @@ def test_peaks_of_data_sheets(name, precision, tflops):
 )
 def test_an_unknown_peak_is_refused_with_the_key(name, precision):
     with pytest.raises(
-        ConfigError, match=f"{name} in {precision} is not known. Set bench.peak_tflops"
+        ConfigError, match=f"{name} in {precision} is not known. Set training.peak_tflops"
     ):
         peaks.gpu_peak(name, Precision[precision])
 
@@ -241,9 +242,12 @@ def test_a_given_peak_replaces_the_table(monkeypatch):
 def test_a_cpu_is_measured(monkeypatch):
     monkeypatch.setattr(peaks, "MATRIX", 128)
     monkeypatch.setattr(peaks, "MEASURE_S", 0.01)
+    peaks._measured_product.cache_clear()
     peak = peaks.device_peak(torch.device("cpu"), Precision.fp32)
     assert 1e8 < peak.flops < 1e14
     assert peak.source == "measured product of 128 x 128 matrices"
+    assert peaks.device_peak(torch.device("cpu"), Precision.fp32) == peak  # measured once
+    peaks._measured_product.cache_clear()
 
 
 def test_a_cpu_is_measured_in_the_precision_of_training(monkeypatch):

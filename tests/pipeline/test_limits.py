@@ -122,6 +122,7 @@ def test_an_epoch_is_the_frames_of_the_split(max_epochs, max_steps, steps):
     assert total_steps(twice, 2 * FRAMES) == steps
 
 
+@pytest.mark.slow
 def test_epochs_end_the_run_and_its_schedule(shards, world, tmp_path):
     run = tmp_path / "epochs"
     one_epoch = config(shards, run, max_steps=99, max_epochs=1.0)
@@ -141,6 +142,7 @@ def test_epochs_end_the_run_and_its_schedule(shards, world, tmp_path):
     assert train(config(shards, run, max_steps=5), world) == {}
 
 
+@pytest.mark.slow
 def test_epochs_may_be_added_where_the_schedule_allows(shards, world, tmp_path, caplog):
     run = tmp_path / "run"
     train(config(shards, run, max_epochs=1, end_factor=1.0), world)
@@ -167,6 +169,7 @@ def aps(monkeypatch):
 REASON = "no better AP in 3 evaluations (training.patience)"
 
 
+@pytest.mark.slow
 def test_an_ap_that_does_not_rise_ends_the_run(shards, world, tmp_path, aps, caplog):
     aps += [0.1, 0.3, 0.2, 0.3, None]
     run = tmp_path / "run"
@@ -186,6 +189,7 @@ def test_an_ap_that_does_not_rise_ends_the_run(shards, world, tmp_path, aps, cap
     assert sorted(rates) == [6, 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "until", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
 )
@@ -201,6 +205,7 @@ def test_patience_is_counted_over_attempts(shards, world, tmp_path, aps, until):
     assert not aps
 
 
+@pytest.mark.slow
 def test_hours_are_counted_over_attempts(shards, world, tmp_path, monkeypatch, caplog):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(limits_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
@@ -228,7 +233,7 @@ def test_a_run_that_another_rank_ended_by_time_stays_ended(monkeypatch):
     """The other rank's clock is ahead of this one's, which is saved."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(limits_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(limits_module, "any_rank", lambda value, device: True)
+    monkeypatch.setattr(limits_module, "any_rank", lambda value, device, name: True)
     one_hour = TrainingConfig(max_hours=1)
     ended = RunLimits(one_hour, FRAMES)
     clock.now = 3599.9

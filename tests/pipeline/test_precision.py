@@ -20,7 +20,7 @@ def resolved(precision, saved, *, device="cpu", bf16_of_ranks=None):
     )
     world = World(0, 2, 0, 2, torch.device(device))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "gather_json", lambda own: bf16_of_ranks or [own])
+        patch.setattr(module, "gather_json", lambda own, name: bf16_of_ranks or [own])
         result = resolve_precision(config, world, saved)
     assert config.training.precision is Precision[precision]
     return result.training.precision.name

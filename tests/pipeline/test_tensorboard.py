@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from evspan.conf.code_version import code_commit, running_code
 from evspan.conf.compose import compose
 from evspan.conf.schema.training import TrainConfig, TrainingConfig
 from evspan.pipeline.data.datasets import open_dataset
@@ -18,7 +19,7 @@ from evspan.pipeline.evaluation.pr_curves import pr_curves
 from evspan.pipeline.inference.streaming import evaluate_split, labelled
 from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.tensorboard.images import GREEN
-from evspan.pipeline.tensorboard.run_info import code_commit, config_lines
+from evspan.pipeline.tensorboard.run_info import config_lines
 from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from evspan.pipeline.weights import load_weights
 from PIL import Image
@@ -84,7 +85,9 @@ def test_the_environment_names_code_and_ranks(logged_run):
         for row in text_of(logged_run[0], "run/environment").splitlines()[2:]
     )
     assert {"code", "ranks", "torch", "deepspeed", "Python", "CUDA", "system"} <= table.keys()
-    assert table["code"] == (code_commit() or "not in a git checkout")
+    commit, _, digest = table["code"].partition(", digest ")
+    assert commit == (code_commit() or "not in a git checkout")
+    assert digest == running_code().digest
     assert table["ranks"].startswith("1 on ")
     assert table["torch"].count(".") == 2
 
@@ -125,7 +128,7 @@ def test_the_layout_has_a_chart_for_every_curve_that_belongs_somewhere(logged_ru
         }
         for of in layout.category
     }  # so CustomScalarsPlugin.scalars_impl matches
-    assert [*matched] == ["Learning", "Average precision", "Speed", "Stability"]
+    assert [*matched] == ["Learning", "Average precision", "Speed", "Time", "Stability"]
     assert sorted(matched["Learning"]["losses"]) == [
         "loss/class",
         "loss/iou",
@@ -145,6 +148,7 @@ def test_the_layout_has_a_chart_for_every_curve_that_belongs_somewhere(logged_ru
     assert matched["Speed"] == {
         "frames per second": ["speed/frames_per_s"],
         "milliseconds per step": ["speed/step_ms"],
+        "model TFLOP/s of all ranks": ["speed/model_tflops_per_s"],
         "fraction of the time": ["speed/data_wait_fraction"],
         "memory, GiB": ["memory/resident_gib"],
     }
@@ -276,6 +280,7 @@ def test_ranks_that_share_sequences_and_weights_log_together(tmp_path):
         tmp_path / "run",
         "parallel.sequence=2",
         "deepspeed=zero3",
+        "training.sequence_length=2",
         "training.max_steps=5",
         "training.log_images_every=5",
         "checkpoint.every=5",

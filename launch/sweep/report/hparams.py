@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evspan.conf.errors import one_line
+from evspan.launch.search.summary import SearchSummary
 from evspan.launch.sweep.report.results import RunResult
 from evspan.launch.sweep.state import number
 from tensorboard.compat.proto.event_pb2 import Event
@@ -19,11 +20,14 @@ HPARAMS_FOLDER = "hparams"  # in the run folder
 HParam = bool | float | str
 
 
-def write_sweep_hparams(results: Sequence[RunResult], keys: Sequence[str]) -> None:
+def write_sweep_hparams(
+    results: Sequence[RunResult], keys: Sequence[str], search: SearchSummary | None = None
+) -> None:
     """Writes RUN/hparams for all runs that have a history.
 
     Args:
         keys: the override keys that become hyper-parameters.
+        search: whose trials the runs are: their states become one, and their values a metric.
     """
     names = trial_names([result.run.folder for result in results])
     for result, name in zip(results, names, strict=True):
@@ -31,10 +35,15 @@ def write_sweep_hparams(results: Sequence[RunResult], keys: Sequence[str]) -> No
         if not run.events:  # such a run may have no folder
             continue
         values = {key: hparam_value(run.overrides[key]) for key in keys if key in run.overrides}
+        metrics = result.metrics()
+        if search is not None:
+            values["trial"] = run.state.value
+            if run.name in search.values:
+                metrics[f"search/{search.info.metric}"] = search.values[run.name]
         starts = [event["time"] for event in run.events if event["event"] == "start"]
         started = starts[0] if starts else time.time()
         try:
-            write_hparams(run.folder, name, values, result.metrics(), started)
+            write_hparams(run.folder, name, values, metrics, started)
         except OSError as error:
             logger.warning("%s: HParams are not written: %s", run.folder, one_line(error))
 

@@ -14,10 +14,25 @@ from evspan.data_prep.report.number_format import tick
 from evspan.data_prep.report.plots import Axes, round_ticks
 from evspan.data_prep.report.templating import Column, KeyFigure, report_environment
 from evspan.data_prep.shards.atomic import atomic_write
+from evspan.launch.doctor.kept import find_kept
+from evspan.launch.search.coordinates import parallel_coordinates
+from evspan.launch.search.summary import SearchSummary, has_value_column
 from evspan.launch.sweep.registry import Run, describe_all, format_duration, short_names
 from evspan.launch.sweep.report.event_files import Point
-from evspan.launch.sweep.report.results import METRIC_NAMES, RunResult
+from evspan.launch.sweep.report.results import METRIC_NAMES, RunResult, highest_ap, total_time
+from evspan.launch.sweep.report.run_time import (
+    QUEUE,
+    TimeCells,
+    hours_name,
+    part_colour,
+    time_bars,
+    time_cells,
+    time_headings,
+    time_sentence,
+)
+from evspan.launch.sweep.spikes import Spike
 from evspan.launch.sweep.state import State, number
+from evspan.pipeline.time_use import GROUPS, TimeUse, total_of
 from markupsafe import Markup
 
 PAGE = "report.html"
@@ -35,6 +50,16 @@ INTERRUPTION_COLUMNS = [
     Column("steps repeated"),
 ]
 
+SPIKE_COLUMNS = [
+    Column("run", numeric=False),
+    Column("step"),
+    Column("loss"),
+    Column("sigma above the mean"),
+    Column("mean"),
+    Column("recordings of the batch", numeric=False),
+]
+MOST_SPIKES = 50  # of a run that are listed, the last ones
+
 
 class OverrideCell(NamedTuple):
     """The value of an override in the table of runs."""
@@ -51,6 +76,7 @@ class TableRow:
         colour: CSS declaration of the run's colour.
         metrics: in the order of METRIC_NAMES.
         log: link to the log of rank 0; empty if there is none. curves: link to TensorBoard.
+        time: the columns on its time.
     """
 
     run: Run
@@ -59,9 +85,11 @@ class TableRow:
     metrics: list[float | None]
     best_ap: float | None
     best_step: int | None
+    mfu_percent: float | None
     last_loss: float | None
     log: str
     curves: str
+    time: TimeCells
 
 
 @dataclass(frozen=True)
@@ -75,28 +103,45 @@ class BestRun:
 
 
 def write_page(
-    path: Path, results: Sequence[RunResult], keys: Sequence[str], tensorboard_url: str
+    path: Path,
+    results: Sequence[RunResult],
+    keys: Sequence[str],
+    tensorboard_url: str,
+    search: SearchSummary | None = None,
 ) -> Path:
     """Writes PATH/report.html and returns its path.
 
     Args:
-        results: by AP, best first.
+        results: best first: by AP, or by the metric of the search.
         keys: the override keys that get a column.
         tensorboard_url: address of the TensorBoard that the page links to.
+        search: whose trials the runs are; None for a grid.
     """
     name = path.resolve().name
+    uses = [result.time for result in results]
     template = report_environment(TEMPLATES).get_template("sweep_report.html")
     text = template.render(
         title=f"{name}: report",
         name=name,
         states=describe_all([result.run for result in results]),
+        doctor=find_kept(path),
         best=_best_run(results[0], keys),
         failures=_failures(results),
-        columns=_columns(results, keys),
+        columns=_columns(results, keys, search),
         rows=_rows(path, results, keys, tensorboard_url),
+        has_values=search is not None and has_value_column(search),
         charts=_charts(results),
+        has_times=bool(time_headings(uses)),
+        bars=time_bars([result.run.name for result in results], uses),
+        time_columns=_time_columns(uses),
+        time_sentence=time_sentence(total_time(results), highest_ap(results)),
+        part_colours={name: part_colour(name) for name in (QUEUE, *GROUPS)},
+        search=search,
+        coordinates=_coordinates(search, results),
         interrupted=[result for result in results if result.run.requeues],
         interruption_columns=INTERRUPTION_COLUMNS,
+        spikes=_spikes(results),
+        spike_columns=SPIKE_COLUMNS,
         logdir=shlex.quote(str(path)),
         tensorboard_url=tensorboard_url,
         duration=format_duration,
@@ -139,12 +184,41 @@ def _failures(results: Sequence[RunResult]) -> list[str]:
     return lines
 
 
+def _coordinates(search: SearchSummary | None, results: Sequence[RunResult]) -> Markup | None:
+    """The parallel coordinates of a search, in the colours of the table."""
+    if search is None:
+        return None
+    colours = {result.run.name: _colour(index) for index, result in enumerate(results)}
+    return parallel_coordinates(search, lambda run: colours[run.name])
+
+
+class SpikeRow(NamedTuple):
+    """A row of the table of loss spikes."""
+
+    run: str
+    spike: Spike
+
+
+def _spikes(results: Sequence[RunResult]) -> list[SpikeRow]:
+    rows = []
+    for result in results:
+        for spike in result.run.spikes[-MOST_SPIKES:]:
+            rows.append(SpikeRow(result.run.name, spike))
+    return rows
+
+
 # -- the table of runs -----------------------------------------------------------------------------
-def _columns(results: Sequence[RunResult], keys: Sequence[str]) -> list[Column]:
+def _columns(
+    results: Sequence[RunResult], keys: Sequence[str], search: SearchSummary | None
+) -> list[Column]:
     columns = [Column("run", numeric=False)]
     for key, name in zip(keys, short_names(keys), strict=True):
         columns.append(Column(name, _is_numeric(results, key)))
+    if search is not None and has_value_column(search):
+        columns.append(Column(search.value_heading))
     names = [*METRIC_NAMES.values(), "best AP", "at step", "last loss", "step", "of"]
+    names += ["frames/s", "MFU, %"]
+    names += time_headings([result.time for result in results])
     columns += [Column(name) for name in names]
     columns += [
         Column("state", numeric=False),
@@ -171,12 +245,20 @@ def _rows(
             metrics=[number(run.metrics.get(key)) for key in METRIC_NAMES],
             best_ap=None if best is None else best.ap,
             best_step=None if best is None else best.step,
+            mfu_percent=None if run.mfu is None else 100 * run.mfu,
             last_loss=result.last_loss,
             log=log,
             curves=curves,
+            time=time_cells(result.time, result.best_ap),
         )
         rows.append(row)
     return rows
+
+
+def _time_columns(uses: Sequence[TimeUse]) -> list[Column]:
+    """Of the table below the bars."""
+    names = ["allocated", hours_name(total_of(uses)), QUEUE, *GROUPS, "goodput"]
+    return [Column("run", numeric=False), *(Column(name) for name in names)]
 
 
 def _is_numeric(results: Sequence[RunResult], key: str) -> bool:

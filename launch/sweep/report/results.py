@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
 from evspan.launch.sweep.registry import Run
 from evspan.launch.sweep.report.curves import Curve, read_curves
+from evspan.launch.sweep.report.run_time import run_time_use
 from evspan.launch.sweep.state import number
+from evspan.pipeline.time_use import TimeUse, total_of
 
 LOSS_TAG = "loss/total"
 AP_TAG = "evaluation/ap"
@@ -41,7 +43,7 @@ class BestAp(NamedTuple):
 class RunResult:
     """A run with its curves and the cost of its interruptions.
 
-    problem: what of its files cannot be read; may be empty.
+    problem: what of its files cannot be read; may be empty. time: what it used its time for.
     """
 
     run: Run
@@ -49,6 +51,7 @@ class RunResult:
     ap: Curve
     cost: InterruptionCost
     problem: str = ""
+    time: TimeUse = field(default_factory=TimeUse)
 
     @property
     def best(self) -> BestAp | None:
@@ -60,6 +63,11 @@ class RunResult:
             if best is None or point.value > best.ap:
                 best = BestAp(point.value, point.step)
         return best
+
+    @property
+    def best_ap(self) -> float | None:
+        """The highest AP, 0 to 1; None if there was no evaluation."""
+        return self.run.ap if self.best is None else self.best.ap
 
     @property
     def last_loss(self) -> float | None:
@@ -82,9 +90,22 @@ def read_results(runs: Sequence[Run]) -> list[RunResult]:
         curves = read_curves(run.folder, (LOSS_TAG, AP_TAG))
         loss = curves.by_tag[LOSS_TAG]
         cost = interruption_cost(run, loss)
-        problem = "; ".join(part for part in (run.problem, curves.problem) if part)
-        results.append(RunResult(run, loss, curves.by_tag[AP_TAG], cost, problem))
+        use, time_problem = run_time_use(run)
+        problems = (run.problem, curves.problem, time_problem)
+        problem = "; ".join(part for part in problems if part)
+        results.append(RunResult(run, loss, curves.by_tag[AP_TAG], cost, problem, use))
     return sorted(results, key=_rank, reverse=True)
+
+
+def total_time(results: Sequence[RunResult]) -> TimeUse:
+    """The time of all runs."""
+    return total_of(result.time for result in results)
+
+
+def highest_ap(results: Sequence[RunResult]) -> float | None:
+    """Of all runs; None if none was evaluated."""
+    aps = [result.best_ap for result in results if result.best_ap is not None]
+    return max(aps, default=None)
 
 
 def _rank(result: RunResult) -> float:

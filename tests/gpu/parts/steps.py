@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from evspan.conf.errors import ConfigError
 from evspan.conf.schema.training import Precision
-from evspan.pipeline.benchmark.flops import detector_flops
 from evspan.pipeline.benchmark.peaks import device_peak
 from evspan.pipeline.benchmark.timing import synchronize
 from evspan.pipeline.model.backbone import Execution
 from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.flops import ModelFlops, frame_counts
 from gpu import measure, models
 
 
@@ -133,7 +133,8 @@ def _step(model, inputs, dtype):
 
 def _mfu(model, inputs, precision, seconds):
     """Fraction of the GPU's peak; -1 if that is not known."""
-    flops = detector_flops(model.config, inputs.frames.shape, inputs.labelled).total
+    counts = frame_counts(inputs.labelled.cpu(), inputs.labelled.cpu()[:0])
+    flops = ModelFlops(model, *inputs.frames.shape[-2:]).of(counts).total
     try:
         return flops / seconds / device_peak(inputs.frames.device, precision).flops
     except ConfigError:

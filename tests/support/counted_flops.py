@@ -1,22 +1,25 @@
-"""Counts the floating-point operations of the detector, by part, forward and backward.
+"""Counts the detector's products with torch's FlopCounterMode, by part, forward and backward.
 
-Counted are matrix products: convolutions, linear layers, attention and the LSTM. A product of
-(m, k) and (k, n) is 2 * m * k * n. Norms, activations and losses are not counted.
-
-The detector runs on the meta device, where nothing is computed. So the count is that of the model:
-it depends on no device, and what backward recomputes to save memory is not in it.
+The oracle of `evspan.pipeline.model.flops`. The detector runs on the meta device, where nothing is computed.
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from evspan.conf.schema.training import ModelConfig
 from evspan.pipeline.model.backbone import Stage
 from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.flops import (
+    HEAD,
+    NECK,
+    DetectorFlops,
+    PartFlops,
+    lstm_name,
+    spatial_name,
+)
 from evspan.pipeline.model.sequence_protocol import LocalExchange, Recurrence
 from evspan.pipeline.model.state import StageState
 from torch import Tensor
@@ -26,48 +29,19 @@ Shape = Sequence[int]
 _aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class PartFlops:
-    """FLOPs of one part of the detector."""
-
-    name: str
-    forward: int
-    backward: int
-
-    @property
-    def total(self) -> int:
-        """Forward and backward."""
-        return self.forward + self.backward
-
-
-@dataclass(frozen=True)
-class DetectorFlops:
-    """FLOPs of one chunk. frames: T * B. labelled: frames that are predicted."""
-
-    parts: tuple[PartFlops, ...]
-    frames: int
-    labelled: int
-
-    @property
-    def forward(self) -> int:
-        """Of all parts."""
-        return sum(part.forward for part in self.parts)
-
-    @property
-    def total(self) -> int:
-        """Forward and backward of all parts."""
-        return sum(part.total for part in self.parts)
-
-
 def detector_flops(
-    model: ModelConfig, frames: Sequence[int], labelled: Tensor | None = None
+    model: ModelConfig,
+    frames: Sequence[int],
+    labelled: Tensor | None = None,
+    freeze: Sequence[str] = (),
 ) -> DetectorFlops:
-    """Counts one chunk of training.
+    """Counts one chunk of training. The neck's count includes small-object attention.
 
     Args:
         model: the detector.
         frames: (T, B, C, H, W), the shape of the frames.
         labelled: (T, B) bool, the frames that are predicted; None: all.
+        freeze: starts of the names of parameters that are not trained.
     """
     steps, lanes, channels, height, width = frames
     if labelled is None:
@@ -78,6 +52,8 @@ def detector_flops(
         detector = Detector(model, channels, _MeteredExchange(meter)).train()
         inputs = torch.empty(steps, lanes, channels, height, width, dtype=torch.uint8)
         state = detector.initial_state(lanes, height, width)
+    for name, parameter in detector.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(freeze)))
     meter.watch(detector)
     with counter:
         raw, _ = detector(inputs, state, labelled=labelled.cpu())
@@ -115,9 +91,9 @@ class _PartMeter:
         for number, stage in enumerate(detector.backbone.stages, 1):
             assert isinstance(stage, Stage)
             self._begin_at(stage.downsample_cf2cl, spatial_name(number))
-        self._begin_at(detector.fpn, "neck")
-        self._begin_at(detector.yolox_head, "head")
-        detector.fpn.register_forward_hook(lambda _, __, outputs: self.ends("neck", *outputs))
+        self._begin_at(detector.fpn, NECK)
+        self._begin_at(detector.yolox_head, HEAD)
+        detector.fpn.register_forward_hook(lambda _, __, outputs: self.ends(NECK, *outputs))
 
     def _begin_at(self, module: torch.nn.Module, name: str) -> None:
         module.register_forward_pre_hook(lambda *_: self.begin(name))
@@ -155,16 +131,6 @@ class _PartMeter:
             PartFlops(name, self.counts[name, "forward"], self.counts[name, "backward"])
             for name in self.names
         )
-
-
-def spatial_name(stage: int) -> str:
-    """The part of a stage, counted from 1, without its LSTM."""
-    return f"stage {stage} spatial"
-
-
-def lstm_name(stage: int) -> str:
-    """The LSTM of a stage, counted from 1."""
-    return f"stage {stage} LSTM"
 
 
 class _MeteredExchange(LocalExchange):
