@@ -2,25 +2,31 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from evspan.conf.atomic_files import replace_file
 from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.doctor.checks import DoctorOptions, Section, run_doctor
-from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding
+from evspan.launch.doctor.finding import FAIL, KEPT, PASS, WARN, Finding
 
 CHECK_WIDTH = 18  # of the column with the names of the checks
 DESCRIPTION = """Checks this machine, SLURM's settings if SLURM is installed and, with --nodes, the
-nodes of a job: folder, limits, network, clocks, software, devices, and an all-reduce over the job's
-tasks. The exit code is 0 if no check failed."""
+nodes of a job: folder, limits, network, clocks, software, devices, and collectives in and between
+nodes against what the interface should deliver. --dataset also measures how fast all nodes read and
+decode it at once, against what training consumes. The findings of a job are kept in doctor.json of
+the folder, which `evspan report` links. The exit code is 0 if no check failed."""
 EXAMPLES = """examples:
   evspan doctor --folder runs                             # this machine, and SLURM's settings
   evspan doctor --folder runs --partition gpu --nodes 2 --gpus-per-node 4
+  evspan doctor --nodes 2 --gpus-per-node 8 --dataset /scratch/gen4 --config size=base
   evspan doctor --nodes 2 -- --qos=debug --constraint=a100   # options after -- are srun's"""
 
 
@@ -82,6 +88,19 @@ def parse_options(argv: list[str] | None) -> CommandOptions:
         metavar="MINUTES",
         help="time limit of the job (default: 10)",
     )
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        metavar="DIR",
+        help="shards that all nodes read at once and train on for some steps",
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the training that is measured on --dataset, as for evspan bench; may be repeated",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("srun", nargs="*", metavar="-- OPTION", help="further options of srun")
     args = parser.parse_args(argv)
@@ -94,6 +113,8 @@ def parse_options(argv: list[str] | None) -> CommandOptions:
         account=args.account,
         time_min=args.time,
         srun_options=tuple(args.srun),
+        dataset=args.dataset,
+        overrides=tuple(args.config),
     )
     return CommandOptions(doctor_options, args.json)
 
@@ -106,8 +127,10 @@ def doctor(options: CommandOptions) -> int:
     """
     with exit_on_sigterm(), closing(run_doctor(options.doctor, print_srun_line)) as results:
         rows = list(collect_rows(results, print_rows=not options.json))
+    findings = as_json(rows)
+    keep_findings(findings, options.doctor)
     if options.json:
-        print_json(rows)
+        print(findings)
     else:
         print_totals(rows)
     return int(count_grade(rows, FAIL) > 0)
@@ -169,8 +192,15 @@ def print_totals(rows: list[Row]) -> None:
     print(f"\ndoctor: {failed} failed, {warned} to look at, {passed} passed", flush=True)
 
 
-def print_json(rows: list[Row]) -> None:
-    """Prints all findings as JSON."""
+def keep_findings(findings: str, options: DoctorOptions) -> None:
+    """Writes the findings of a job, for `evspan report`; not where the folder cannot be written."""
+    if options.nodes and os.access(options.folder, os.W_OK):
+        with suppress(OSError):
+            replace_file(options.folder / KEPT, findings + "\n")
+
+
+def as_json(rows: list[Row]) -> str:
+    """All findings as JSON, with the time."""
     checks = []
     for row in rows:
         finding = row.finding
@@ -179,11 +209,13 @@ def print_json(rows: list[Row]) -> None:
             "check": finding.check,
             "grade": finding.grade,
             "found": finding.message,
+            "threshold": finding.threshold,
             "remedy": finding.remedy if finding.grade != PASS else "",
         }
         checks.append(check)
     passed = count_grade(rows, FAIL) == 0
-    print(json.dumps({"passed": passed, "checks": checks}, indent=1, ensure_ascii=False))
+    content = {"time": round(time.time()), "passed": passed, "checks": checks}
+    return json.dumps(content, indent=1, ensure_ascii=False)
 
 
 def main(argv: list[str] | None = None) -> None:

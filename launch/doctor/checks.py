@@ -32,6 +32,8 @@ class DoctorOptions:
         account: account that the job is charged to; may be empty.
         time_min: time limit of the job in minutes.
         srun_options: further options of srun.
+        dataset: shards that the nodes read; None: none.
+        overrides: of the config whose training is measured on them.
     """
 
     folder: Path = Path(".")
@@ -42,17 +44,29 @@ class DoctorOptions:
     account: str = ""
     time_min: int = 10
     srun_options: Sequence[str] = ()
+    dataset: Path | None = None
+    overrides: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _check_minimum("--nodes", self.nodes, 0)
         _check_minimum("--ranks-per-node", self.ranks_per_node, 0)
         _check_minimum("--gpus-per-node", self.gpus_per_node, 0)
         _check_minimum("--time", self.time_min, 1)
-        needs_job = (self.ranks_per_node, self.gpus_per_node, self.account, self.srun_options)
+        needs_job = (
+            self.ranks_per_node,
+            self.gpus_per_node,
+            self.account,
+            self.srun_options,
+            self.dataset,
+        )
         if not self.nodes and any(needs_job):
             raise UserError(
-                "--ranks-per-node, --gpus-per-node, --account and options of srun apply to a job; "
-                "give --nodes, too"
+                "--ranks-per-node, --gpus-per-node, --account, --dataset and options of srun apply "
+                "to a job; give --nodes, too"
+            )
+        if self.overrides and self.dataset is None:
+            raise UserError(
+                "--config describes the training that is measured on --dataset DIR; give that, too"
             )
         if self.gpus_per_node and self.ranks_per_node > self.gpus_per_node:
             raise UserError(
@@ -63,7 +77,9 @@ class DoctorOptions:
     def job(self) -> Job:
         """The job that runs the checks on the nodes."""
         ranks_per_node = self.ranks_per_node or self.gpus_per_node or 1
-        return Job(self.nodes, ranks_per_node, self._all_srun_options())
+        dataset = self.dataset and self.dataset.absolute()
+        srun_options = self._all_srun_options()
+        return Job(self.nodes, ranks_per_node, srun_options, dataset, self.overrides)
 
     def _all_srun_options(self) -> list[str]:
         options = [f"--time={self.time_min}"]
@@ -153,7 +169,7 @@ def _check_machine(work: Path | None) -> Generator[Finding, None, Finding]:
         findings[finding.check] = finding
     gpus = findings["GPUs"].values.get("gpus", 0)
     yield from machine.torch_and_all_reduce(probe, gpus)
-    yield machine.deepspeed_import(deepspeed)
+    yield from machine.deepspeed_import(deepspeed)
     return findings["versions"]
 
 

@@ -11,6 +11,7 @@ WARN = "warn"
 FAIL = "fail"
 GRADES = (PASS, WARN, FAIL)  # from best to worst
 MAX_MESSAGE = 300  # characters
+KEPT = "doctor.json"  # in the folder of runs: the findings of the last job
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Finding:
         message: what was measured.
         remedy: what to do; shown unless the check passes.
         values: JSON values by which the tasks of a job are compared.
+        threshold: of what was measured; empty where nothing was.
     """
 
     check: str
@@ -30,6 +32,7 @@ class Finding:
     message: str
     remedy: str = ""
     values: dict[str, Any] = field(default_factory=dict)
+    threshold: str = ""
 
 
 Check = Callable[[], Finding]

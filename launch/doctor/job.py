@@ -1,8 +1,9 @@
 """Runs the checks of a machine in every task of a SLURM job.
 
-python -m evspan.launch.doctor.job WORK TOKEN
+python -m evspan.launch.doctor.job WORK TOKEN [NODES RANKS_PER_NODE DATASET [KEY=VALUE ...]]
 
-runs one task. WORK is a folder in the run folder; TOKEN is the contents of its file `token`.
+runs one task. WORK is a folder in the run folder; TOKEN is the contents of its file `token`. With a
+dataset, the first task of each node measures how fast it is read and what training consumes.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 from threading import Thread
 
 from evspan.launch.doctor import folder, machine
+from evspan.launch.doctor.data_speed import data_findings, start_measuring
 from evspan.launch.doctor.finding import (
     FAIL,
     PASS,
@@ -35,11 +37,19 @@ ANY_PORT = 9  # nothing is sent to it
 
 @dataclass(frozen=True)
 class Job:
-    """The shape of the job. srun_options: further options of srun."""
+    """The shape of the job.
+
+    Attributes:
+        srun_options: further options of srun.
+        dataset: that is read on all nodes; None: none.
+        overrides: of the config whose training consumes it.
+    """
 
     nodes: int
     ranks_per_node: int
     srun_options: Sequence[str] = ()
+    dataset: Path | None = None
+    overrides: Sequence[str] = ()
 
     @property
     def size(self) -> int:
@@ -50,18 +60,23 @@ class Job:
 # -- a task ----------------------------------------------------------------------------------------
 def main(argv: Sequence[str]) -> None:
     """Prints the findings of this task, each as a line of JSON."""
-    work, token = argv
+    work, token, *data = argv
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     rank = int(os.environ["SLURM_PROCID"])
-    for finding in check_task(Path(work), token, os.environ):
+    for finding in check_task(Path(work), token, os.environ, data):
         # srun may interleave lines of several tasks if they are longer than about 1 KB.
         short = replace(finding, message=shorten(finding.message), remedy=shorten(finding.remedy))
         line = json.dumps({"rank": rank, "node": node, **asdict(short)}, ensure_ascii=False)
         print(LINE_PREFIX + line, flush=True)
 
 
-def check_task(work: Path, token: str, env: Mapping[str, str]) -> Iterator[Finding]:
-    """The checks of one task, in step with the others."""
+def check_task(
+    work: Path, token: str, env: Mapping[str, str], data: Sequence[str] = ()
+) -> Iterator[Finding]:
+    """The checks of one task, in step with the others.
+
+    data: nodes, ranks per node, dataset and overrides of the measurement of the dataset, or empty.
+    """
     info = rank_info(env)
     gpus = 0
     for finding in run_checks(machine.CHECKS):
@@ -85,8 +100,13 @@ def check_task(work: Path, token: str, env: Mapping[str, str]) -> Iterator[Findi
     yield master_address
     probe = machine.start_process(machine.PROBE, {**env, **variables})
     if info.local == 0:  # once per node
-        yield machine.deepspeed_import(machine.start_process(machine.IMPORT_DEEPSPEED, env))
-    yield from machine.torch_and_all_reduce(probe, gpus)
+        yield from machine.deepspeed_import(machine.start_process(machine.IMPORT_DEEPSPEED, env))
+    last = machine.torch_and_all_reduce(probe, gpus)
+    if data and info.local == 0 and last[-1].grade == PASS:
+        nodes, ranks_per_node, dataset, *overrides = data
+        process = start_measuring(work, int(nodes), Path(dataset), overrides, env)
+        yield from data_findings(process, int(ranks_per_node), int(nodes))
+    yield from last
 
 
 def _address_towards(launcher: str) -> str:
@@ -195,8 +215,14 @@ def _srun_command(job: Job, work: Path, token: str) -> list[str]:
         "--quit-on-interrupt",
         "--kill-on-bad-exit=1",
         *job.srun_options,
-        *python_command("evspan.launch.doctor.job", str(work), token),
+        *python_command("evspan.launch.doctor.job", str(work), token, *_data_arguments(job)),
     ]
+
+
+def _data_arguments(job: Job) -> list[str]:
+    if job.dataset is None:
+        return []
+    return [str(job.nodes), str(job.ranks_per_node), str(job.dataset), *job.overrides]
 
 
 def _parse_finding(line: str) -> TaskFinding:

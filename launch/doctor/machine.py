@@ -3,7 +3,6 @@
 Nothing here imports torch: checks that need it run in processes of their own.
 """
 
-import hashlib
 import ipaddress
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+from evspan.conf.code_version import running_code
 from evspan.conf.text import plural
 from evspan.launch.doctor.finding import (
     FAIL,
@@ -32,6 +32,7 @@ from evspan.launch.doctor.finding import (
     python_command,
     shorten,
 )
+from evspan.launch.doctor.links import interface_gb_per_s
 from evspan.pipeline.parallel.gpus import (
     VISIBLE_DEVICES,
     driver_version,
@@ -47,9 +48,13 @@ LEAST_SHARED_GB = 0.1
 PROCESS_S = 180  # for importing torch or DeepSpeed from a slow disk, and waiting for other ranks
 COMMAND_S = 30
 INTERFACES_COMPARED = 16
-PACKAGES = ("conf", "data_prep", "launch", "pipeline")
-SOURCE_SUFFIXES = (".py", ".yaml")
-IMPORT_DEEPSPEED = [sys.executable, "-c", "import deepspeed; print(deepspeed.__version__)"]
+IMPORT_DEEPSPEED = [
+    sys.executable,
+    "-c",
+    "import time; start = time.perf_counter(); import torch, deepspeed; "
+    "print(deepspeed.__version__, time.perf_counter() - start)",
+]
+IMPORT_S = 30.0  # of torch and DeepSpeed; every rank of every attempt waits as long
 PROBE = python_command("evspan.launch.doctor.probe_rank")
 LINKS = {  # in the table of `nvidia-smi topo -m`
     "NV": "NVLink",
@@ -93,7 +98,7 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
     message = f"{folder}: {free_gb:.2f} GB"
     if grade != PASS:
         message += f", less than {SHARED_GB:g}"
-    return Finding("shared memory", grade, message, remedy)
+    return Finding("shared memory", grade, message, remedy, threshold=f"{SHARED_GB:g} GB or more")
 
 
 # -- network ---------------------------------------------------------------------------------------
@@ -107,6 +112,7 @@ def network() -> Finding:
         "interfaces": list(addresses)[:INTERFACES_COMPARED],
         "address": own,
         "machine": _machine_id(),
+        "interface_gb_per_s": interface_gb_per_s(_used_interfaces(addresses)),
     }
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         value = os.environ.get(variable, "")
@@ -122,6 +128,17 @@ def network() -> Finding:
     if gpu_files():
         message += f"; NCCL uses {' '.join(nccl_interfaces(list(addresses)))}"
     return Finding("network", PASS, message, values=values)
+
+
+def _used_interfaces(addresses: Mapping[str, Sequence[str]]) -> list[str]:
+    """The interfaces of NCCL on a machine with GPUs, else those of gloo."""
+    if gpu_files():
+        return nccl_interfaces(list(addresses))
+    configured = os.environ.get("GLOO_SOCKET_IFNAME")
+    if configured:
+        return configured.split(",")
+    own = own_address()
+    return [name for name, listed in addresses.items() if own in listed]
 
 
 def selects_interface(variable: str, value: str, interface_names: Sequence[str]) -> bool:
@@ -194,7 +211,7 @@ def software() -> Finding:
     values = {"Python": platform.python_version()}
     for name in ("evspan", "torch", "deepspeed"):
         values[name] = _version(name)
-    values["code"] = _source_digest()
+    values["code"] = running_code().digest
     message = ", ".join(f"{name} {value}" for name, value in values.items())
     return Finding("versions", PASS, message, values=values)
 
@@ -204,17 +221,6 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "is not installed"
-
-
-def _source_digest() -> str:
-    """A digest of the code: two checkouts may have the same version."""
-    root = Path(__file__).parents[2]
-    digest = hashlib.sha1()
-    for package in PACKAGES:
-        for path in sorted((root / package).rglob("*")):
-            if path.suffix in SOURCE_SUFFIXES:
-                digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:8]
 
 
 def gpus() -> Finding:
@@ -329,13 +335,29 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def deepspeed_import(process: subprocess.Popen[str]) -> Finding:
-    """Checks that DeepSpeed can be imported. process: runs IMPORT_DEEPSPEED."""
+def deepspeed_import(process: subprocess.Popen[str]) -> list[Finding]:
+    """Checks that DeepSpeed can be imported, and how long it takes.
+
+    process: runs IMPORT_DEEPSPEED.
+    """
     result = wait_for(process)
     if result.failure:
         remedy = "reinstall it for this Python and this torch"
-        return Finding("DeepSpeed", FAIL, f"cannot be imported: {result.failure}", remedy)
-    return Finding("DeepSpeed", PASS, result.last_line)
+        return [Finding("DeepSpeed", FAIL, f"cannot be imported: {result.failure}", remedy)]
+    release, seconds = result.last_line.split()
+    return [Finding("DeepSpeed", PASS, release), import_time(float(seconds))]
+
+
+def import_time(seconds: float) -> Finding:
+    """Grades the time that a rank takes to import torch and DeepSpeed."""
+    message = f"torch and DeepSpeed in {seconds:.1f} s"
+    remedy = (
+        "use a container image (cluster.container) or a virtual environment on the nodes' own "
+        "disks: thousands of small files are slow on a shared file system"
+    )
+    grade = WARN if seconds > IMPORT_S else PASS
+    threshold = f"{IMPORT_S:.0f} s or less"
+    return Finding("import time", grade, message, remedy, {"import_s": seconds}, threshold)
 
 
 def torch_and_all_reduce(process: subprocess.Popen[str], gpus_found: int) -> list[Finding]:

@@ -219,8 +219,8 @@ def check_preemption(
     message = f"by {preemptors}: mode {mode}, GraceTime {grace_s:g} s"
     if "REQUEUE" not in mode:
         remedy = (
-            "preempted runs are cancelled: submit them again, they continue from their last "
-            "checkpoint"
+            "preempted runs are cancelled: with cluster.successor=true a dependent job continues "
+            "each from its last checkpoint"
         )
         if "SUSPEND" in mode or "GANG" in mode:
             remedy = "preempted runs are suspended, with all their ranks"
@@ -252,7 +252,10 @@ def check_requeue(config: Settings) -> Finding:
     """Reports how SLURM requeues and kills jobs."""
     message = f"JobRequeue {config.get('JobRequeue', '?')}"
     if config.get("JobRequeue", "1") != "1":
-        message += ", which evspan's jobs override"
+        message += (
+            ", which evspan's jobs override; where the site refuses that, cluster.successor=true "
+            "continues runs in dependent jobs"
+        )
     kill_wait_s = parse_seconds(config.get("KillWait", "30"))
     message += f"; KillWait {kill_wait_s:g} s from the time limit to the kill"
     return Finding("requeue", PASS, message)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from evspan.launch.doctor.finding import FAIL, GRADES, PASS, WARN, Finding, worst
 from evspan.launch.doctor.folder import SET_CLOCKS, SHARED_FOLDER, SKEW_S
+from evspan.launch.doctor.links import judge_links
 
 LAST_CHECK = "all-reduce"  # the check that every task ends with
 GROUPS_SHOWN = 3  # groups of nodes with different results that a message lists
@@ -54,10 +55,12 @@ def judge(
 
 
 def _judge_all_reduce(by_check: dict[str, list[TaskFinding]], combined: dict[str, Finding]) -> None:
-    """Adds the speed of the all-reduce and the clocks to `combined`."""
+    """Adds the speed of the all-reduce, of links and the clocks to `combined`."""
     if combined[LAST_CHECK].grade == PASS:
         combined[LAST_CHECK] = compare_all_reduce(by_check[LAST_CHECK], by_check.get("network", []))
         combined["clocks"] = compare_clocks(by_check[LAST_CHECK])
+        for link in compare_links(by_check[LAST_CHECK], by_check.get("network", [])):
+            combined[link.check] = link
         return
     address = combined.get("MASTER_ADDR")
     if address is not None and address.grade == WARN:
@@ -111,7 +114,9 @@ def combine(task_findings: Sequence[TaskFinding]) -> Finding:
     if len(groups) > GROUPS_SHOWN:
         message += f"; {len(groups) - GROUPS_SHOWN} more"
     remedies = dict.fromkeys(items[0].finding.remedy for items in groups.values())
-    return Finding(first.check, grade, message, "; ".join(filter(None, remedies)))
+    remedy = "; ".join(filter(None, remedies))
+    threshold = worst_items[0].finding.threshold
+    return Finding(first.check, grade, message, remedy, threshold=threshold)
 
 
 def _grouped(
@@ -188,19 +193,34 @@ def compare_all_reduce(
         "name the fast interface in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME "
         "(cluster.environment)",
         values[0],
+        f"{SLOW_GB_PER_S:g} GB/s or more between machines",
     )
+
+
+def compare_links(
+    task_findings: Sequence[TaskFinding], networks: Sequence[TaskFinding]
+) -> list[Finding]:
+    """The ranks of a node, and the nodes, against the slowest node's interface."""
+    speeds = [item.finding.values.get("interface_gb_per_s") for item in networks]
+    known = [speed for speed in speeds if speed]
+    # Nodes of one machine, as in tests, are joined by no interface.
+    interface = min(known) if known and _count_machines(networks) > 1 else None
+    return judge_links([item.finding.values for item in task_findings], interface)
 
 
 def compare_clocks(task_findings: Sequence[TaskFinding]) -> Finding:
     """Compares the tasks' clocks with that of the first task."""
     furthest = max(task_findings, key=lambda item: abs(item.finding.values["clock_s"]))
     ahead_s = furthest.finding.values["clock_s"]
+    threshold = f"{SKEW_S:g} s or less"
     if abs(ahead_s) <= SKEW_S:
-        return Finding("clocks", PASS, f"within {1000 * abs(ahead_s):.1f} ms of the first task's")
+        message = f"within {1000 * abs(ahead_s):.1f} ms of the first task's"
+        return Finding("clocks", PASS, message, threshold=threshold)
     direction = "ahead of" if ahead_s > 0 else "behind"
     return Finding(
         "clocks",
         WARN,
         f"that of {furthest.node} is {abs(ahead_s):.1f} s {direction} the first task's",
         SET_CLOCKS,
+        threshold=threshold,
     )

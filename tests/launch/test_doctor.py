@@ -18,11 +18,16 @@ import pytest
 from evspan.conf.schema.cluster import ClusterConfig
 from evspan.launch.cli.doctor import main
 from evspan.launch.doctor import folder, job, machine, slurm
+from evspan.launch.doctor.data_speed import data_findings
+from evspan.launch.doctor.data_task import read_uncached
 from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding
+from evspan.launch.doctor.kept import find_kept
+from evspan.launch.doctor.links import interface_gb_per_s, judge_links
 from evspan.launch.doctor.verdict import TaskFinding, judge, node_names
 from evspan.pipeline.parallel import gpus as gpu_module
 from support.refusals import refused_by
 from support.slurm_cluster import Cluster, free_ports
+from support.small_shards import write_small_shards
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "evspan.launch", "doctor"]
@@ -33,6 +38,17 @@ PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = (
     2,
 )  # <linux/prctl.h>, <linux/capability.h>
 ABSENT = {"PATH": "/nowhere"}  # of SLURM's commands
+MICRO = [
+    *(
+        "--config",
+        "size=micro",
+        "--config",
+        "dataset=simulated",
+        "--config",
+        "training.batch_size=1",
+    ),
+    *("--config", "training.sequence_length=2", "--config", "parallel.threads=1"),
+]
 
 
 @pytest.fixture
@@ -53,10 +69,14 @@ def doctor(*arguments, environment=None, before=(), **more) -> subprocess.Comple
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=180,
         env={**os.environ, **QUIET, "MASTER_PORT": str(port), **(environment or {})},
         **more,
     )
+
+
+MEASURED = ("in a node", "between nodes", "all-reduce", "dataset", "decoding", "import time")
+MEASURED += ("shared memory", "clocks")
 
 
 def rows(process: subprocess.CompletedProcess) -> dict[tuple[str, str], dict]:
@@ -109,6 +129,8 @@ def test_a_machine_without_slurm(tmp_path):
     assert "all whole, fsync works" in grades["rename"]
     assert version("torch") in grades["torch"]
     assert grades["DeepSpeed"] == version("deepspeed")
+    assert re.fullmatch(r"torch and DeepSpeed in [\d.]+ s", grades["import time"])
+    assert not (tmp_path / "doctor.json").exists()  # of jobs only
     assert grades["all-reduce"] == "gloo works with itself"
     passed, warned = (
         len(re.findall(rf"^  {grade}  ", process.stdout, re.MULTILINE))
@@ -122,8 +144,9 @@ def test_a_machine_without_slurm(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(200)
 def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
+    shards = write_small_shards(tmp_path / "shards", {"train": [40, 40, 40]})
     process = doctor(
         "--folder",
         tmp_path,
@@ -133,6 +156,9 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
         2,
         "--ranks-per-node",
         2,
+        "--dataset",
+        shards,
+        *MICRO,
         "--json",
         environment={**slurm_of.environment, "SLURM_EXPORT_ENV": "NONE"},  # a policy of some sites
     )
@@ -151,6 +177,28 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
     assert reduced
     assert float(reduced[1]) > 0
     assert int(reduced[2]) > 0
+    for link in ("in a node", "between nodes"):
+        measured = re.match(
+            r"all-reduce ([\d.]+) GB/s, \d+ us; all-to-all ([\d.]+) GB/s, \d+ us",
+            inside[link]["found"],
+        )
+        assert measured, inside[link]
+        assert float(measured[1]) > 0 < float(measured[2])
+    read = re.search(
+        r"(\d+) MB/s \(all 2 nodes at once\) are (\d+) frames/s; the 2 ranks of a node train on (\d+)",
+        inside["dataset"]["found"],
+    )
+    assert read, inside["dataset"]
+    assert (inside["dataset"]["grade"] == PASS) == (int(read[2]) >= int(read[3]) > 0)
+    assert "frames/s per core; a rank trains on" in inside["decoding"]["found"]
+    assert "torch and DeepSpeed in" in inside["import time"]["found"]
+    for check in MEASURED:
+        assert re.match(r"[\d.e+]+ (GB|frames|s |us)", inside[check]["threshold"]), inside[check]
+    kept = json.loads((tmp_path / "doctor.json").read_text())
+    assert kept == json.loads(process.stdout)
+    assert find_kept(tmp_path).link == "doctor.json"
+    assert find_kept(tmp_path / "sweep").link == "../doctor.json"
+    assert f"{len(kept['checks'])} checks" in find_kept(tmp_path).summary
     assert re.fullmatch(r"within [\d.]+ ms of the first task's", inside["clocks"]["found"])
     assert float(inside["clocks"]["found"].split()[1]) < 500
     assert re.search(
@@ -237,7 +285,7 @@ def test_bad_options_fail_with_their_remedies_and_start_no_job(slurm_of, tmp_pat
     assert few["found"] == "256, less than 4096"
     assert "hard limit of 256" in few["remedy"]
     assert results["in a job", "tasks"]["found"] == "no job was started"
-    assert slurm_of.jobs() == before
+    assert slurm_of.submitted_since(before) == set()
     assert results["here", "all-reduce"]["grade"] == PASS  # the rest was checked
 
 
@@ -845,6 +893,7 @@ def test_ranks_that_connect_and_one_that_is_alone():
         assert reduced.values["gb_per_s"] > 0
         assert reduced.values["latency_us"] > 0
         assert abs(reduced.values["clock_s"]) < 0.5
+        assert set(reduced.values["links"]) == {"in a node"} or reduced.values["links"] == {}
     (finding,) = machine.torch_and_all_reduce(alone, 0)
     assert (finding.check, finding.grade) == ("all-reduce", FAIL)
     assert "1/2 clients" in finding.message
@@ -878,9 +927,133 @@ def test_torch_and_the_gpus(torch_, found, grade, part):
 
 def test_a_failed_process_is_reported_by_its_last_line():
     command = [sys.executable, "-c", "import deepspeed_of_another_name"]
-    finding = machine.deepspeed_import(machine.start_process(command, os.environ))
+    (finding,) = machine.deepspeed_import(machine.start_process(command, os.environ))
     assert finding.grade == FAIL
     assert "No module named 'deepspeed_of_another_name'" in finding.message
+
+
+# -- what is measured against what it should be --------------------------------------------------------------------
+def link(**more) -> dict:
+    fast = {
+        "all_reduce_us": 50,
+        "all_reduce_gb_per_s": 10,
+        "all_to_all_us": 60,
+        "all_to_all_gb_per_s": 8,
+    }
+    return fast | more
+
+
+@pytest.mark.parametrize(
+    ("slow", "interface", "grade", "part"),
+    [
+        ({}, 12.5, PASS, "(the interface: 12.5 GB/s)"),
+        ({"all_to_all_gb_per_s": 3.5}, 12.5, WARN, "all-to-all under 3.75 GB/s"),
+        ({"all_reduce_gb_per_s": 3.5}, 12.5, WARN, "all-reduce under 3.75 GB/s"),
+        (
+            {"all_reduce_gb_per_s": 3.5},
+            None,
+            PASS,
+            "all-reduce 3.50 GB/s, 50 us; all-to-all 8.00 GB/s, 60 us",
+        ),
+        ({"all_reduce_gb_per_s": 0.05}, None, WARN, "all-reduce under 0.1 GB/s"),
+        ({"all_to_all_us": 2500}, 12.5, WARN, "all-to-all over 2000 us"),
+    ],
+)
+def test_links_between_nodes_are_graded_by_their_interface(slow, interface, grade, part):
+    ranks = [
+        {"links": {"between nodes": link()}},
+        {"links": {"between nodes": link(**slow)}},
+        {"links": {}},
+    ]
+    (finding,) = judge_links(ranks, interface)
+    assert (finding.check, finding.grade) == ("between nodes", grade)
+    assert part in finding.message
+    assert "NCCL_SOCKET_IFNAME" in finding.remedy or grade == PASS
+
+
+def test_a_link_in_a_node_is_not_graded_by_an_interface():
+    (finding,) = judge_links([{"links": {"in a node": link(all_reduce_gb_per_s=0.2)}}], 12.5)
+    assert (finding.check, finding.grade) == ("in a node", PASS)
+    assert judge_links([{"links": {}}], 12.5) == []
+
+
+def test_the_speed_of_interfaces(tmp_path):
+    for name, speed in {
+        "eth0": "25000\n",
+        "eth1": "10000\n",
+        "virtual": "-1\n",
+        "odd": "fast",
+    }.items():
+        (tmp_path / "net" / name).mkdir(parents=True)
+        (tmp_path / "net" / name / "speed").write_text(speed)
+    assert interface_gb_per_s(["eth1", "eth0"], tmp_path) == 3.125
+    assert interface_gb_per_s(["virtual", "odd", "absent"], tmp_path) is None
+    port = tmp_path / "infiniband/mlx5_0/ports/1"
+    port.mkdir(parents=True)
+    (port / "rate").write_text("200 Gb/sec (4X HDR)\n")
+    assert interface_gb_per_s(["eth0"], tmp_path) == 25
+
+
+@pytest.mark.parametrize(
+    ("changed", "grades", "check", "part"),
+    [
+        (
+            {},
+            {PASS},
+            "dataset",
+            "200 MB/s (all 3 nodes at once) are 2000 frames/s; the 8 ranks of a node train on 800",
+        ),
+        ({"read_bytes": 3e7}, {WARN, PASS}, "dataset", "10 MB/s"),
+        (
+            {"decoded": 30.0},
+            {PASS},
+            "decoding",
+            "30 frames/s per core; a rank trains on 100, and may use 4 cores",
+        ),
+        ({"decoded": 20.0}, {WARN, PASS}, "decoding", "20 frames/s per core"),
+    ],
+)
+def test_reading_and_decoding_are_graded_by_what_training_consumes(changed, grades, check, part):
+    values = {"read_bytes": 6e8, "read_s": 3.0, "frame_bytes": 1e5}
+    values |= {"needed": 100.0, "decoded": 300.0, "cores": 4, "device": "cpu"} | changed
+    process = machine.start_process(
+        [sys.executable, "-c", f"print({json.dumps(values)!r})"], os.environ
+    )
+    findings = {f.check: f for f in data_findings(process, ranks_per_node=8, nodes=3)}
+    assert {f.grade for f in findings.values()} == grades
+    assert part in findings[check].message
+    if changed == {"decoded": 20.0}:
+        assert "cluster.cpus_per_task=6" in findings[check].remedy
+
+
+def test_a_dataset_that_cannot_be_read():
+    command = [sys.executable, "-c", "import sys; sys.exit('error: /data: no manifest.json')"]
+    (finding,) = data_findings(machine.start_process(command, os.environ), 1, 1)
+    assert (finding.check, finding.grade) == ("dataset", FAIL)
+    assert finding.message == "/data: no manifest.json"
+
+
+def test_reading_ends_with_the_files_or_the_time(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(bytes(9 << 20))
+    files = sorted(tmp_path.iterdir())
+    assert read_uncached(files, 100)[0] == 18 << 20
+    assert read_uncached(files, 0)[0] == 4 << 20  # a block
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"time": 1e300, "checks": []}', '{"time": "x", "checks": [{}]}']
+)
+def test_damaged_findings_are_not_linked(tmp_path, content):
+    (tmp_path / "doctor.json").write_text(content)
+    assert find_kept(tmp_path) is None
+
+
+def test_a_slow_import_is_a_warning():
+    assert machine.import_time(12.0).grade == PASS
+    slow = machine.import_time(45.0)
+    assert slow.grade == WARN
+    assert "cluster.container" in slow.remedy
 
 
 # -- the tasks compared -----------------------------------------------------------------------------------------
