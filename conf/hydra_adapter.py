@@ -11,6 +11,13 @@ from typing import Any, NamedTuple
 
 from evspan.conf.errors import ConfigError
 from evspan.conf.omegaconf_adapter import maps_replaced
+from evspan.conf.search_space import (
+    Range,
+    SearchSpace,
+    choices,
+    range_of_interval,
+    range_of_values,
+)
 from evspan.conf.secret_values import HIDDEN, hidden_overrides, hidden_settings
 from hydra import version
 from hydra._internal.core_plugins import basic_sweeper
@@ -20,6 +27,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Sweep
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -72,9 +80,49 @@ def run_multirun(
 def expand_overrides(overrides: Sequence[str]) -> Expansion:
     """Every combination of the values in overrides such as `key=a,b`."""
     parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
+    for override in parsed:
+        if override.is_interval_sweep():
+            raise ConfigError(
+                f"{override.input_line} has no values to enumerate; a search draws them: add "
+                "search=optuna to evspan sweep"
+            )
     combinations = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
     swept = [override.get_key_element() for override in parsed if override.is_sweep_override()]
     return Expansion(combinations, swept)
+
+
+def search_space(overrides: Sequence[str]) -> SearchSpace:
+    """The fixed overrides and the ranges of a search.
+
+    Raises:
+        ConfigError: a range is impossible, or is a glob.
+    """
+    fixed: list[str] = []
+    ranges: dict[str, Range] = {}
+    for override in OverridesParser.create().parse_overrides(overrides=list(overrides)):
+        text = str(override.input_line)
+        if override.is_sweep_override():
+            key = text.partition("=")[0]
+            ranges[key] = _range(key, override)
+        else:
+            fixed.append(text)
+    return SearchSpace(tuple(fixed), ranges)
+
+
+def _range(key: str, override: Override) -> Range:
+    sweep = override.value()
+    if not isinstance(sweep, Sweep):
+        raise ConfigError(
+            f"{key} has values that a search cannot draw; name them, such as {key}=choice(a,b)"
+        )
+    tags = sorted(sweep.tags)
+    if isinstance(sweep, IntervalSweep):
+        assert sweep.start is not None
+        assert sweep.end is not None
+        return range_of_interval(key, sweep.start, sweep.end, tags)
+    if isinstance(sweep, RangeSweep):
+        return range_of_values(key, list(sweep.range()), tags)
+    return choices(key, list(override.sweep_string_iterator()), tags)
 
 
 def config_dir_of(hydra_config: DictConfig) -> Path | None:

@@ -41,6 +41,7 @@ TYPE_NAMES: dict[Any, str] = {
     list: "a list, such as [1,2]",
     dict: "a mapping, such as {0: 1}",
 }
+WORDS = {"training.batch_size": ", or auto"}  # that a key accepts beside its type
 
 
 def is_composition_error(error: Exception) -> bool:
@@ -270,7 +271,7 @@ def _expected_value(field: Field[Any], key: str) -> str:
     if is_dataclass(type_):
         keys = ", ".join(f"{key}.{child.name}" for child in fields(type_))
         return f"its keys one by one: {keys}"
-    description = TYPE_NAMES.get(type_, str(field.type))
+    description = TYPE_NAMES.get(type_, str(field.type)) + WORDS.get(key, "")
     if field.default in (MISSING, ""):
         return description
     return f"{description} (default: {field.default})"

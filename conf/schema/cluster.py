@@ -11,6 +11,27 @@ from enum import Enum
 
 from evspan.conf.errors import ConfigError, require
 
+_MAIL_EVENTS = (
+    "NONE|BEGIN|END|FAIL|REQUEUE|ALL|INVALID_DEPEND|STAGE_OUT|TIME_LIMIT(_90|_80|_50)?|ARRAY_TASKS"
+)
+_NAME = "[A-Za-z0-9_.-]+"
+_GRES = rf"{_NAME}(:{_NAME})?:[1-9][0-9]*"
+_BIND = "[A-Za-z0-9_:,=*+.]+"
+# What sbatch and srun accept, by key, and an example for the error message.
+PATTERNS = {
+    "partition": (r"[^\s,]+(,[^\s,]+)*", "a name, or several with commas between them: gpu,long"),
+    "gres": (f"{_GRES}(,{_GRES})*", "NAME:COUNT or NAME:TYPE:COUNT, per node: gpu:a100:4,nvme:1"),
+    "mail_type": (
+        f"({_MAIL_EVENTS})(,({_MAIL_EVENTS}))*",
+        "events with commas between them: END,FAIL,TIME_LIMIT",
+    ),
+    "mail_user": (r"[^\s,;'\"`$\\]+", "one address or user name"),
+    "cpu_bind": (_BIND, "a value of srun --cpu-bind: cores, ldoms, none, map_cpu:0,8"),
+    "mem_bind": (_BIND, "a value of srun --mem-bind: local, none, map_mem:0,1"),
+    "gpu_bind": (_BIND, "a value of srun --gpu-bind: closest, single:1, none"),
+}
+MOST_NICE = 2_147_483_645
+
 
 class Scheduler(Enum):
     """What starts the work."""
@@ -27,16 +48,34 @@ class Container(Enum):
     pyxis = "pyxis"  # image: a .sqsh file, or a name that enroot imports
 
 
+class CodeSource(Enum):
+    """Whose code a job imports."""
+
+    archive = "archive"  # a copy in the run or sweep, written at submission
+    live = "live"  # what Python has installed on the nodes, or in the image, when an attempt starts
+
+
 @dataclass(kw_only=True)
 class SlurmConfig:
     """Options of sbatch that all commands share. An empty value leaves the cluster's default."""
 
     scheduler: Scheduler = Scheduler.local
-    partition: str = ""
+    partition: str = ""  # several, 'gpu,gpu-long': the one that starts the job first
     account: str = ""
     qos: str = ""
-    constraint: str = ""
-    exclude: str = ""  # nodes
+    constraint: str = ""  # features of nodes: 'a100&nvlink', 'a100|h100'
+    exclude: str = ""  # nodes: 'n07,n[12-14]'
+    # Generic resources of a node, NAME:COUNT or NAME:TYPE:COUNT: 'gpu:a100:4,nvme:1'. Its GPUs are
+    # requested instead of gpus_per_node, which is still the number of ranks.
+    gres: str = ""
+    exclusive: bool = False  # nodes that no other job uses meanwhile
+    nice: int = 0  # subtracted from the job's priority
+    mail_type: str = ""  # events, such as 'END,FAIL' or 'ALL'
+    mail_user: str = ""  # empty: the submitting user
+    # Options of srun. The threads and worker processes of a rank stay on the cores that it gets.
+    cpu_bind: str = ""  # none, cores, threads, sockets, ldoms (NUMA nodes), map_cpu:0,8, ...
+    mem_bind: str = ""  # memory of NUMA nodes: none, local, map_mem:0,1, ...
+    gpu_bind: str = ""  # GPUs that a rank sees: closest, single:1, map_gpu:0,1, none, ...
     cpus_per_task: int = 1
     mem_gb: float = 0.0  # memory per node in GiB; 0: the cluster's default
     # Time limit of one attempt, in minutes. A job that reaches it is requeued.
@@ -49,6 +88,7 @@ class SlurmConfig:
     # More options of sbatch: mail-type=END, exclusive.
     sbatch_args: list[str] = field(default_factory=list)
     python: str = ""  # Python on the nodes; empty: the one that runs this command
+    code: CodeSource = CodeSource.archive
     dry_run: bool = False  # print the batch script, submit nothing
 
     def __post_init__(self) -> None:
@@ -73,6 +113,20 @@ class SlurmConfig:
         """Refuses values that would break a line of the batch script; quoting cannot help."""
         for name in ("partition", "account", "qos", "constraint", "exclude", "python"):
             _require_printable(name, getattr(self, name))
+        for name, (pattern, example) in PATTERNS.items():
+            value = getattr(self, name)
+            require(
+                not value or bool(re.fullmatch(pattern, value)),
+                f"cluster.{name} is {value!r}; give {example}",
+            )
+        require(
+            not self.mail_user or bool(self.mail_type),
+            "cluster.mail_user gets no mail without cluster.mail_type; add mail_type=END,FAIL",
+        )
+        require(
+            abs(self.nice) <= MOST_NICE,
+            f"cluster.nice is {self.nice}; give a number from -{MOST_NICE} to {MOST_NICE}",
+        )
         for option in self.sbatch_args:
             require(
                 bool(re.fullmatch(r"[a-z][a-z0-9-]*(=.*)?", option)) and option.isprintable(),
@@ -99,14 +153,23 @@ class ClusterConfig(SlurmConfig):
     ranks_per_node: int = 0  # at most; 0: one per GPU, or one where there are none
     max_retries: int = 3  # consecutive failures at the same step after which a run has failed
     requeue_after_fault: bool = True
+    fail_fast: bool = False  # end a sweep when its first runs fail with the same error
     container: Container = Container.none
     image: str = ""
     # PATH or PATH:INSIDE; the working folder is always mounted.
     mounts: list[str] = field(default_factory=list)
     detach: bool = False  # return when SLURM has accepted the runs, do not wait for their end
+    # Each run has a second job that starts when its first one has ended (afterany) and continues
+    # the run if it is not done; that one has a next one, and so on. Jobs are not requeued. For
+    # partitions with PreemptMode=CANCEL and sites without requeue; evspan doctor reports them.
+    successor: bool = False
+    # Folders of runs, sweeps or prepared shards. The jobs start when all that was submitted for
+    # them is done. `after=FOLDER` of evspan submit and sweep adds one.
+    after: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.mounts = list(self.mounts)
+        self.after = list(self.after)
         super().__post_init__()
         self._require_at_least(1, "max_retries")
         self._require_at_least(0, "gpus_per_node")
@@ -123,6 +186,20 @@ class ClusterConfig(SlurmConfig):
             "image=evspan.sif, or container=pyxis image=evspan.sqsh",
         )
         _require_printable("image", self.image)
+        for folder in self.after:
+            _require_printable("after", folder)
+        gpus = self.gpus_in_gres()
+        require(
+            not gpus or (gpus >= self.most_ranks_per_node() and self.gpus_per_node > 0),
+            f"cluster.gres requests {gpus} GPUs, for {self.most_ranks_per_node()} ranks per node "
+            f"(cluster.gpus_per_node={self.gpus_per_node}); set gpus_per_node={gpus}, and "
+            "ranks_per_node for fewer ranks",
+        )
+
+    def gpus_in_gres(self) -> int:
+        """GPUs of a node that `gres` requests."""
+        counts = [re.fullmatch("gpu(?::.+)?:([0-9]+)", item) for item in self.gres.split(",")]
+        return sum(int(count[1]) for count in counts if count)
 
     def most_ranks_per_node(self) -> int:
         """Ranks on a full node."""

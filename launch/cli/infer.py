@@ -219,7 +219,7 @@ def print_summary(summary: RecordingSummary, options: InferOptions, output: Text
             dropped += f", {number} {reason.replace('_', ' ')}"
     recording = f"{files.key} in {files.recording}" if files.key else str(files.recording)
     lines = [
-        f"{recording}: {summary.frames} frames of {summary.config.window_ms} ms, "
+        f"{recording}: {plural(summary.frames, 'frame')} of {summary.config.window_ms} ms, "
         f"{summary.width} x {summary.height}, {summary.events / 1e6:.2f} M events read{dropped}; "
         f"{options.checkpoint}, step {summary.step}",
         _detections_line(summary),
@@ -244,7 +244,7 @@ def _detections_line(summary: RecordingSummary) -> str:
     for index, (name, number) in enumerate(summary.detections_per_class):
         classes.append(f"{index} {name}: {number}")
     line = (
-        f"{summary.files.detections}: {summary.detections} detections of confidence "
+        f"{summary.files.detections}: {plural(summary.detections, 'detection')} of confidence "
         f"{summary.confidence:g} or more ({', '.join(classes)})"
     )
     if summary.tracks is not None:

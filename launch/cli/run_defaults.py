@@ -31,7 +31,7 @@ def with_run_config(config: EvaluateConfig, argv: Sequence[str]) -> EvaluateConf
         config: composed from argv.
         argv: overrides; a key that is set there keeps its value, `dataset=NAME` the whole dataset.
     """
-    path = _run_config(Path(config.checkpoint)) if config.checkpoint else None
+    path = run_config(Path(config.checkpoint)) if config.checkpoint else None
     if path is None:
         return config
     try:
@@ -52,7 +52,7 @@ def with_run_config(config: EvaluateConfig, argv: Sequence[str]) -> EvaluateConf
     return inherited
 
 
-def _run_config(checkpoint: Path) -> Path | None:
+def run_config(checkpoint: Path) -> Path | None:
     """The resolved config of the run that a checkpoint is in."""
     folders = [checkpoint, *checkpoint.absolute().parents]
     for folder in folders[:LEVELS]:

@@ -97,6 +97,9 @@ def options_from(args: argparse.Namespace) -> SimulateOptions:
     if args.scales is not None:
         min_scale, max_scale = args.scales
         ranges |= {"min_scale": (min_scale, min_scale), "max_scale": (max_scale, max_scale)}
+    if args.rest_s is not None:
+        min_rest, max_rest = args.rest_s
+        ranges |= {"min_rest_s": (min_rest, min_rest), "max_rest_s": (max_rest, max_rest)}
     min_objects, max_objects = args.objects
     base = SimulatorConfig(
         height=args.height, width=args.width, min_objects=min_objects, max_objects=max_objects
@@ -134,13 +137,13 @@ def _range(text: str) -> tuple[float, float]:
         ) from None
 
 
-def _scales(text: str) -> tuple[float, float]:
+def _limits(text: str) -> tuple[float, float]:
     try:
         low, high = text.split(",")
         return float(low), float(high)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not of the form 0.5,1.5 (smallest and largest factor)"
+            f"{text!r} is not of the form 0.5,1.5 (smallest and largest value)"
         ) from None
 
 
@@ -220,10 +223,17 @@ def _add_scene(parser: argparse.ArgumentParser) -> None:
     )
     scene.add_argument(
         "--scales",
-        type=_scales,
+        type=_limits,
         metavar="MIN,MAX",
         help="factor on the size of an object, drawn for each "
         f"(default: {default.min_scale:g},{default.max_scale:g})",
+    )
+    scene.add_argument(
+        "--rest-s",
+        type=_limits,
+        metavar="MIN,MAX",
+        help="seconds that an object rests where it stops, drawn for each "
+        f"(default: {default.min_rest_s:g},{default.max_rest_s:g})",
     )
     for name, meaning in RANGE_OPTIONS.items():
         scene.add_argument(

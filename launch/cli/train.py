@@ -50,6 +50,7 @@ HELP = """evspan train: shards -> a trained detector, its checkpoints and Tensor
       training.batch_size=8      lanes (recordings in parallel) over all ranks; auto: as many as fit
       training.sequence_length=5     frames per chunk, through which gradients flow
       training.sampling=mixed    stream | random | mixed
+      training.stagger_lanes=true    streaming lanes begin anywhere in a recording
       training.repeat_factor_threshold=0   rare classes are read more often (LVIS); 0: off
       training.precision=auto    fp32 | tf32 | bf16; auto: bf16 on GPUs that have it, else fp32
       training.log_images_every=1000   steps between images and histograms; 0: never
@@ -98,9 +99,12 @@ def _train(argv: list[str]) -> None:
         _multirun(arguments.argv)
         return
     from evspan.conf.compose import compose
+    from evspan.launch.cli.submit import refuse_search
     from evspan.launch.local.run import run_training
 
-    exit_unless_zero(run_training(compose(TrainConfig, arguments.argv)))
+    config = compose(TrainConfig, arguments.argv)
+    refuse_search(config, argv)
+    exit_unless_zero(run_training(config))
 
 
 def _multirun(argv: tuple[str, ...]) -> None:

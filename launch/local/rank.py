@@ -14,21 +14,27 @@ from evspan.conf.schema.training import EvaluateConfig, TrainConfig, WeightsKind
 from evspan.launch.cli.command import run_command
 from evspan.launch.logging_config import logs_to_file
 from evspan.launch.run_log import RunLog
+from evspan.pipeline.engine.time_account import TimeAccount
 from evspan.pipeline.history import attempts, read
+from evspan.pipeline.time_records import Part
 
 logger = logging.getLogger("evspan.launch.local.rank")  # __name__ is __main__ in a rank
 
 
 def train_rank(config: TrainConfig) -> None:
     """Train as the rank that this process is."""
+    account = TimeAccount(Part.imports, since_process_start=True)
     from evspan.pipeline.parallel.world import open_world
 
+    account.enter(Part.process_groups)
     with open_world(config.parallel, run=config.run_dir) as world:
+        account.enter(Part.imports)
         # Importing DeepSpeed takes seconds, and chooses GPU or CPU as `open_world` has.
         from evspan.pipeline.engine.trainer import train
 
+        account.enter(Part.setup)
         if logs_to_file():  # of SLURM's ranks, which have the same log
-            train(config, world)
+            train(config, world, account=account)
             return
         log = RunLog(Path(config.run_dir), world.rank, config.cluster)
 
@@ -36,7 +42,7 @@ def train_rank(config: TrainConfig) -> None:
             attempt = attempts(read(config.run_dir)) + 1
             log.open(attempt=attempt, rank=world.rank, ranks=world.size)
 
-        train(config, world, on_start=open_log)
+        train(config, world, on_start=open_log, account=account)
         # After an error it stays open: the command reports the error, and ends the process.
         log.close()
 

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 from evspan.conf.compose import CONFIG_FILE, save_config
 from evspan.conf.errors import INTERRUPTED_EXIT_CODE, STOP_SIGNALS, STOPPED_EXIT_CODE, UserError
+from evspan.launch.local.child_errors import last_error
 from evspan.launch.local.ranks import die_with_parent
+from evspan.launch.sweep.fail_fast import error_of_sweep
 from evspan.launch.sweep.plan import PlannedRun
 from evspan.launch.sweep.queued import refuse_queued
 from evspan.pipeline.history import append
@@ -32,6 +34,9 @@ def run_sequentially(runs: Sequence[PlannedRun], *, dry_run: bool = False) -> in
     Returns:
         0 when all are done; 75, 130 or a signal's number when one was stopped, which ends the
         sequence; else 1.
+
+    Raises:
+        UserError: cluster.fail_fast is set, and the first runs have failed with the same error.
     """
     failed = False
     for run in runs:
@@ -56,11 +61,24 @@ def run_sequentially(runs: Sequence[PlannedRun], *, dry_run: bool = False) -> in
             failed = True
             message = outcome.error or f"exit code {outcome.code}"
             append(run.folder, "failed", step=0, message=message, code=outcome.code)
+            if run.config.cluster.fail_fast:
+                _end_if_same_error(runs)
     return int(failed)
 
 
+def _end_if_same_error(runs: Sequence[PlannedRun]) -> None:
+    """Ends the sequence if the first runs have failed with the same error.
+
+    Raises:
+        UserError: they have.
+    """
+    message = error_of_sweep([run.folder for run in runs])
+    if message:
+        raise UserError(message)
+
+
 def train_command(run: PlannedRun) -> list[str]:
-    """The command that trains `run`, whose config is in its folder. Studies may replace it."""
+    """The command that trains `run`, whose config is in its folder."""
     path = run.folder / CONFIG_FILE
     return [sys.executable, "-m", "evspan.launch.local.run", str(path)]
 
@@ -89,7 +107,7 @@ def _train(run: PlannedRun, variables: Mapping[str, str]) -> Outcome:
     }
     error = ""
     try:
-        error = _pass_on_errors(child)
+        error = last_error(child)
         return Outcome(child.wait(), error)
     except KeyboardInterrupt:  # the terminal sends it to the child too
         child.wait()
@@ -97,14 +115,3 @@ def _train(run: PlannedRun, variables: Mapping[str, str]) -> Outcome:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _pass_on_errors(child: "subprocess.Popen[str]") -> str:
-    """Copy the child's standard error to ours. Returns the last error message."""
-    assert child.stderr is not None
-    error = ""
-    for line in child.stderr:
-        print(line, end="", file=sys.stderr, flush=True)
-        if line.startswith("error: "):
-            error = line.removeprefix("error: ").strip()
-    return error

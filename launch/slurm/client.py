@@ -2,7 +2,6 @@
 
 import io
 import os
-import shlex
 import shutil
 import subprocess
 import time
@@ -109,6 +108,18 @@ def cancel_tasks(ids: Sequence[str]) -> None:
             raise
 
 
+def signal_tasks(ids: Sequence[str]) -> None:
+    """Asks the ranks of these tasks to save and end, without the batch scripts.
+
+    Raises:
+        UserError: SLURM does not answer, or refuses.
+    """
+    try:
+        _run("scancel", "--signal=TERM", *ids)
+    except UserError:  # scancel also fails for a task that has just ended, or whose ranks start
+        queued(ids)
+
+
 def _run(*command: str) -> str:
     """The output of a SLURM command."""
     try:
@@ -149,14 +160,20 @@ def submit_array(
         raise ConfigError(f"SLURM refuses the job: {sentence(str(error))}. {remedy}") from error
 
 
-def python_path_lines() -> list[str]:
-    """Shell lines that prepend this process's PYTHONPATH, as absolute paths, to that of a node."""
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    folders = [os.path.abspath(path) for path in paths if path]
-    if not folders:
-        return []
-    joined = shlex.quote(os.pathsep.join(dict.fromkeys(folders)))
-    return [f'export PYTHONPATH={joined}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+def sbatch(arguments: Sequence[str]) -> str:
+    """Submits a job. Returns its id.
+
+    Args:
+        arguments: of sbatch: options, the script, and the script's own arguments.
+
+    Raises:
+        ConfigError: SLURM refuses it.
+    """
+    with outside_of_jobs():
+        try:
+            return _run("sbatch", "--parsable", *arguments).strip().split(";")[0]
+        except UserError as error:
+            raise ConfigError(f"SLURM refuses the job: {error}") from error
 
 
 @contextmanager

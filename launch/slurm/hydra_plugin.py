@@ -24,6 +24,7 @@ CLUSTER_KEYS = {  # key of hydra-submitit-launcher -> key of our `cluster`
     "qos": "qos",
     "constraint": "constraint",
     "exclude": "exclude",
+    "gres": "gres",
     "signal_delay_s": "signal_delay_s",
     "setup": "setup",
 }

@@ -6,6 +6,8 @@ from typing import Any
 from evspan.conf.schema.cluster import SlurmConfig
 
 NAMED_OPTIONS = ("partition", "account", "qos", "constraint", "exclude")
+MORE_OPTIONS = ("gres", "exclusive", "nice", "mail_type", "mail_user")  # without Submitit's checks
+SRUN_OPTIONS = ("cpu_bind", "mem_bind", "gpu_bind")
 
 
 def sbatch_parameters(cluster: SlurmConfig) -> dict[str, Any]:
@@ -26,6 +28,12 @@ def sbatch_parameters(cluster: SlurmConfig) -> dict[str, Any]:
     for name in NAMED_OPTIONS:
         if value := getattr(cluster, name):
             parameters[name] = value
+    for name in MORE_OPTIONS:
+        if value := getattr(cluster, name):
+            parameters["additional_parameters"][name.replace("_", "-")] = value
+    for name in SRUN_OPTIONS:
+        if value := getattr(cluster, name):
+            parameters["srun_args"].append(f"--{name.replace('_', '-')}={value}")
     if cluster.mem_gb:
         parameters["mem"] = f"{int(1024 * cluster.mem_gb)}MB"
     for option in cluster.sbatch_args:

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -24,6 +23,8 @@ from evspan.conf.schema.cluster import PrepClusterConfig
 from evspan.conf.schema.prep import PrepConfig
 from evspan.data_prep.workers import DryRun, PrepJob, PrepOutcomes
 from evspan.launch.slurm import client
+from evspan.launch.slurm.code_archive import plan_code
+from evspan.launch.slurm.job_python import job_python
 from evspan.launch.slurm.parameters import sbatch_parameters, setup_lines
 from evspan.launch.slurm.prep_task import PrepTask, balanced, number_of_tasks
 from evspan.launch.slurm.prep_wait import GRACE_S, ArrayTask, ArrayWatch
@@ -64,7 +65,7 @@ class PrepArray:
         sizes = [_bytes(job) for job in jobs]
         return PrepArray(
             name=f"evspan-prep-{digest}",
-            comment=f"process {os.getpid()} on {socket.gethostname()}",
+            comment=f"process {os.getpid()} on {socket.gethostname()}{_own_job()}",
             folder=parts / FOLDER,
             jobs=jobs,
             job_indices=balanced(sizes, number_of_tasks(sizes, cluster)),
@@ -77,13 +78,15 @@ class PrepArray:
 
     def executor(self, cluster: PrepClusterConfig) -> Executor:
         """Submitit's executor with the parameters of the config."""
-        python = shlex.quote(cluster.python or sys.executable)
-        executor = Executor(self.folder, max_num_timeout=cluster.max_num_timeout, python=python)
+        python = job_python(cluster, plan_code(cluster, self.folder))
+        executor = Executor(
+            self.folder, max_num_timeout=cluster.max_num_timeout, python=python.command
+        )
         executor.update_parameters(
             job_name=self.name,
             comment=self.comment,
             ntasks_per_node=1,
-            setup=[*setup_lines(cluster), *client.python_path_lines()],
+            setup=[*setup_lines(cluster), *python.setup],
             **sbatch_parameters(cluster),
         )
         return executor
@@ -131,9 +134,12 @@ class SlurmRunner:
         if config.cluster.dry_run:
             raise DryRun(array.script(config.cluster))
         client.require_commands()
+        code = plan_code(config.cluster, array.folder)
         _cancel_orphans(array.name)
         shutil.rmtree(array.folder, ignore_errors=True)  # of an earlier run
         make_private_folder(array.folder)
+        if code is not None:
+            code.write()
         make_private_folder(array.outcomes)
         with _exit_on_signals():
             try:
@@ -166,7 +172,9 @@ def _cancel_orphans(name: str) -> None:
     """
     alive = [task for task in client.queue(name) if task.alive]
     for task in alive:
-        process = re.fullmatch(r"process (\d+) on (\S+)", task.comment)
+        process = re.fullmatch(r"process (\d+) on (\S+)( in job \d+)?", task.comment)
+        if process and process[3] and process[3] == _own_job():
+            continue  # an earlier attempt of this job, which SLURM has ended
         if process and (process[2] != socket.gethostname() or _is_alive(int(process[1]))):
             raise UserError(
                 f"SLURM job {task.job} prepares into the same output for {task.comment}. Wait "
@@ -185,6 +193,12 @@ def _cancel_orphans(name: str) -> None:
             f"SLURM job {job} was cancelled {END_S:.0f} s ago and has not ended. Run the same "
             f"again when squeue --name={name} lists nothing"
         )
+
+
+def _own_job() -> str:
+    """' in job ID' for a command that itself is a SLURM job; empty elsewhere."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f" in job {job}" if job else ""
 
 
 def _is_alive(pid: int) -> bool:

@@ -21,6 +21,7 @@ from evspan.conf.json_files import JsonFileError, read_json_object
 from evspan.conf.text import printable
 from evspan.launch.logging_config import configure_logging
 from evspan.pipeline.parallel.rank_exit import end_process
+from evspan.pipeline.time_records import record_allocation, this_allocation
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ class RankTask:
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
         redirect_output(Path(self.run, "logs", f"rank-{rank:02d}.log"))
         configure_logging(rank, log_file=True)
+        if rank == 0:
+            _record_allocation(self.run)
         folder = notes_folder(self.run, os.environ)
         folder.mkdir(parents=True, exist_ok=True)
         failure = folder / f"rank-{rank:02d}.txt"
@@ -93,6 +96,16 @@ class RankTask:
             logger.exception("the rank failed")
             return 1, f"{type(error).__name__}: {error}"
         return 0, ""
+
+
+def _record_allocation(run: str) -> None:
+    allocation = this_allocation(ranks=int(os.environ.get("SLURM_NTASKS", 1)))
+    if allocation is None:
+        return
+    try:
+        record_allocation(run, allocation)
+    except OSError as error:
+        logger.warning("the start of this job is not recorded: %s", error)
 
 
 def notes_folder(run: str | Path, env: Mapping[str, str]) -> Path:

@@ -5,13 +5,18 @@ python -m evspan.launch.slurm.requeue RULES INDEX CODE STATE REASON SECONDS
 RULES is the file that `evspan.launch.slurm.sbatch` wrote, INDEX the run's index in it. CODE is the
 exit code of srun, or `limit` if the ranks still run shortly before the time limit. STATE and REASON
 are those of the job in SLURM, SECONDS the time that it has left (may be empty). Exit code 0:
-requeue; 3: do not. The batch script calls it on the first node, outside of any container, or by
-srun inside one; it needs no GPU and does not import torch.
+requeue; 3: do not; 7: do not, and the run has ended for good. The batch script calls it on the
+first node, outside of any container, or by srun inside one; it needs no GPU and does not import
+torch.
 """
 
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +34,8 @@ from evspan.launch.slurm.rank_task import (
     notes_folder,
     read_notes,
 )
+from evspan.launch.sweep.fail_fast import error_of_sweep
+from evspan.launch.sweep.queued import submitted_jobs
 from evspan.pipeline.checkpoint_files import find_newest_intact, step_of
 from evspan.pipeline.history import (
     append,
@@ -38,10 +45,13 @@ from evspan.pipeline.history import (
     slurm_job,
     time_limits_in_a_row,
 )
+from evspan.pipeline.time_records import record_release, this_allocation
 
 CAN_REQUEUE = ("RUNNING", "PREEMPTED")  # in other states the job is cancelled or already requeued
 STILL_RUNS = "limit"  # instead of an exit code
 DO_NOT_REQUEUE = 3  # exit code; an error of this command gives 1
+JOB_ID = r"\d+(_\d+)?"
+RUN_HAS_ENDED = 7  # exit code: do not requeue, and no successor is needed
 # Ranks that have saved, or were ended by the signal before they could handle it.
 STOPPED_CODES = frozenset({STOPPED_EXIT_CODE, *(128 + number for number in STOP_SIGNALS)})
 TIME_LIMIT_REMEDY = (
@@ -56,7 +66,9 @@ class RequeueRule:
     run: its folder. log: output of a rank as SLURM keeps it, with %j for the job and %t for the
     rank in its name. max_retries: faults in a row, or time limits in a row but at least 2, at the
     same step after which the run has failed. signal_delay_s: seconds from SLURM's signal to the
-    time limit.
+    time limit. successor: whether another job continues the run, so that this one is not requeued.
+    after: folders of what has to be done before. any_end: whether a failure of these counts, too.
+    smoke_of: the run that waits for this smoke run.
     """
 
     run: str
@@ -65,6 +77,16 @@ class RequeueRule:
     max_retries: int
     requeue_after_fault: bool
     signal_delay_s: int = 0
+    successor: bool = False
+    after: Sequence[str] = ()
+    smoke_of: str = ""
+    any_end: bool = False
+    fail_fast: bool = False  # whether the array ends when its first runs fail with the same error
+
+    @property
+    def continuation(self) -> str:
+        """How the run goes on."""
+        return "its successor continues" if self.successor else "requeued"
 
 
 @dataclass(frozen=True)
@@ -94,7 +116,7 @@ def main(argv: Sequence[str]) -> int:
     """Print the decision. Returns 0 for a requeue, else DO_NOT_REQUEUE."""
     rules, index, code_text, state = argv[:4]
     reason, seconds_left = [*argv[4:], "", ""][:2]  # scripts of older versions do not give them
-    rule = RequeueRule(**json.loads(Path(rules).read_text())[int(index)])
+    rule = read_rule(Path(rules), int(index))
     log = Path(rule.log)
     log_of_rank = log.name.replace("%j", slurm_job())
     code = None if code_text == STILL_RUNS else int(code_text)
@@ -108,9 +130,67 @@ def main(argv: Sequence[str]) -> int:
         or reason == "TimeLimit"
         or _was_stopped_at_the_limit(code, state, seconds_left, rule),
     )
+    _record_release(rule)  # SLURM may end this script at once
     decision = decide(rule, end)
+    _record_release(rule)
+    failed_smoke = rule.smoke_of and not decision.requeue and code != 0
+    if failed_smoke and not has_ended(Path(rule.smoke_of)):
+        reason = f"the smoke run before it has not succeeded: {decision.reason}"
+        append(rule.smoke_of, "cancelled", step=0, reason=reason)
     print(f"evspan: {decision.reason}", flush=True)
-    return 0 if decision.requeue else DO_NOT_REQUEUE
+    if rule.fail_fast and not decision.requeue:
+        _end_array_if_same_error(Path(rules))
+    if decision.requeue:
+        return 0
+    return RUN_HAS_ENDED if rule.successor and has_ended(Path(rule.run)) else DO_NOT_REQUEUE
+
+
+def read_rule(rules: Path, index: int) -> RequeueRule:
+    """The rule of a run from the file that `evspan.launch.slurm.sbatch` wrote."""
+    return RequeueRule(**json.loads(rules.read_text())[index])
+
+
+def has_ended(run: Path) -> bool:
+    """Whether a run that was submitted needs no further attempt, according to its history."""
+    for event in reversed(read(run)):
+        if event["event"] in ("done", "failed", "cancelled", "pruned"):
+            return True
+        if event["event"] in ("start", "submitted", "requeued", "continued"):
+            return False
+    return False
+
+
+def _record_release(rule: RequeueRule) -> None:
+    """Records that the allocation ends now. The last record counts."""
+    allocation = this_allocation(rule.ranks)
+    if allocation is None:
+        return
+    try:
+        record_release(rule.run, allocation, round(time.time(), 3))
+    except OSError as error:
+        print(f"evspan: the end of this job is not recorded: {error}", flush=True)
+
+
+def _end_array_if_same_error(rules: Path) -> None:
+    """Ends this job's array if its first runs have failed with the same error.
+
+    `evspan sweep` does so, too, while it waits. Inside of a container there is no scancel.
+    """
+    runs = [Path(rule["run"]) for rule in json.loads(rules.read_text())]
+    message = error_of_sweep(runs)
+    scancel = shutil.which("scancel")
+    if not message or not scancel:
+        return
+    print(f"evspan: {message}", flush=True)
+    jobs: list[str] = []
+    for run in runs:
+        if not has_ended(run):
+            jobs += [job for job in submitted_jobs(run) if re.fullmatch(JOB_ID, job)]
+            # First of all: a successor that starts meanwhile reads it, and ends.
+            append(run, "cancelled", step=newest_step(run, read_files=False), reason=message)
+    for state in ("PENDING", "RUNNING"):
+        if jobs:
+            subprocess.run([scancel, f"--state={state}", *jobs], check=False, timeout=60)
 
 
 def _was_stopped_at_the_limit(
@@ -133,22 +213,23 @@ def decide(rule: RequeueRule, end: JobEnd) -> Decision:
 
     | the ranks                                | decision                                  |
     |------------------------------------------|-------------------------------------------|
+    | were cancelled or pruned, or SLURM has   | nothing; SLURM decides                    |
+    | ended or requeued the job                |                                           |
     | ended with exit code 0                   | done                                      |
-    | were cancelled, or SLURM has ended or    | nothing; SLURM decides                    |
-    | requeued the job                         |                                           |
     | ended with a user's error in any rank    | failed: it would happen again             |
     | reached the time limit, whatever they do | requeue, until max_retries at one step    |
     | saved on a stop signal                   | requeue                                   |
     | otherwise: a fault                       | requeue, until max_retries at one step    |
     """
     run = Path(rule.run)
-    if end.code == 0:
-        return Decision(False, f"{run}: done")
     recorded = _recorded_end(run)
     if recorded:
         return Decision(False, f"{run}: {recorded}")
+    # Before the exit code: srun may return 0 where SLURM has killed its ranks.
     if end.state and end.state not in CAN_REQUEUE and not end.time_limit:
         return Decision(False, f"{run}: SLURM has ended the job ({end.state})")
+    if end.code == 0:
+        return Decision(False, f"{run}: done")
     # At the time limit or a preemption, there is no time to read the checkpoints.
     is_fault = not end.time_limit and end.code != STOPPED_EXIT_CODE
     step = newest_step(run, read_files=is_fault)
@@ -160,14 +241,14 @@ def decide(rule: RequeueRule, end: JobEnd) -> Decision:
         return _decide_time_limit(rule, step)
     if end.code == STOPPED_EXIT_CODE:
         append(run, "requeued", step=step)
-        return Decision(True, f"{run}: saved at step {step} and requeued")
+        return Decision(True, f"{run}: saved at step {step}; {rule.continuation}")
     return _decide_fault(rule, end, step)
 
 
 def _recorded_end(run: Path) -> str:
-    """The end of this attempt, as a rank or `evspan cancel` has recorded it; empty without one."""
+    """The end of this attempt, as a rank, `evspan cancel` or a search has recorded it; or empty."""
     for event in reversed(read(run)):
-        if event["event"] in ("done", "cancelled"):
+        if event["event"] in ("done", "cancelled", "pruned"):
             return str(event["event"])
         if event["event"] in ("start", "submitted", "requeued"):
             break
@@ -179,10 +260,13 @@ def _decide_time_limit(rule: RequeueRule, step: int) -> Decision:
     message = f"time limit reached while {read_activity(run).value}"
     append(run, "time_limit", step=step, message=message)
     limits = time_limits_in_a_row(read(run))
-    if limits < max(2, rule.max_retries):
+    if rule.smoke_of:
+        message = f"{message}, at step {step}; a smoke run is not started again"
+    elif limits < max(2, rule.max_retries):
         append(run, "requeued", step=step, reason=message)
-        return Decision(True, f"{run}: {message}; requeued, continues at step {step}")
-    message = f"{message}, {limits} times in a row at step {step}. {TIME_LIMIT_REMEDY}"
+        return Decision(True, f"{run}: {message}; {rule.continuation}, at step {step}")
+    else:
+        message = f"{message}, {limits} times in a row at step {step}. {TIME_LIMIT_REMEDY}"
     append(run, "failed", step=step, message=message)
     return Decision(False, f"{run}: {message}")
 
@@ -208,8 +292,8 @@ def _decide_fault(rule: RequeueRule, end: JobEnd, step: int) -> Decision:
     if rule.requeue_after_fault and faults < rule.max_retries:
         append(run, "requeued", step=step)
         count = f"fault {faults} of {rule.max_retries} at step {step}"
-        return Decision(True, f"{run}: {count}: {message}; requeued")
-    if rule.requeue_after_fault:
+        return Decision(True, f"{run}: {count}: {message}; {rule.continuation}")
+    if rule.requeue_after_fault and faults > 1:
         message = f"failed {faults} times in a row at step {step}: {message}"
     append(run, "failed", step=step, message=message, code=end.code)
     return Decision(False, f"{run}: {message}")

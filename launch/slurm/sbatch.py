@@ -5,26 +5,28 @@ break in an #SBATCH line, is refused by `evspan.conf.schema.cluster`.
 """
 
 import json
-import os
 import re
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from evspan.conf.private_files import make_private_folder
-from evspan.conf.schema.cluster import ClusterConfig, Container
-from evspan.launch.slurm.client import python_path_lines, submit_array
+from evspan.conf.schema.cluster import ClusterConfig
+from evspan.launch.slurm.client import submit_array
+from evspan.launch.slurm.code_archive import CodeArchive
+from evspan.launch.slurm.job_python import JobPython, job_python
 from evspan.launch.slurm.parameters import sbatch_parameters, setup_lines
 from evspan.launch.slurm.rank_task import RankTask
 from evspan.launch.slurm.requeue import DO_NOT_REQUEUE, RequeueRule
 from evspan.launch.slurm.submitit_adapter import Executor, script_of
+from evspan.launch.slurm.successor import SCRIPT, keep_tasks, path_lines, start_lines
+from evspan.launch.slurm.successor import end_lines as end_lines_with_successor
 from evspan.launch.slurm.task_secret import create_secret
 from evspan.launch.slurm.watchdog import end_lines, watchdog_lines
 from evspan.launch.sweep.plan import PlannedRun
 
+REQUEUE_MODULE = "evspan.launch.slurm.requeue"
+CHAIN_MODULE = "evspan.launch.slurm.chain"
 RULES = "runs.json"  # next to Submitit's pickles: a RequeueRule for each run of the array
 REMEDY = (
     "Correct cluster.partition, account, qos, constraint, timeout_min, cpus_per_task, mem_gb or "
@@ -37,7 +39,9 @@ REMEDY = (
 class JobArray:
     """Runs that need the same number of nodes and ranks: an element of the array for each run.
 
-    folder: gets the scripts, pickles and output of the jobs. name: of the job, in squeue.
+    folder: gets the scripts, pickles and output of the jobs. name: of the job, in squeue. code:
+    what the jobs import; None: what is installed. dependency: of sbatch; empty for none. smoke_of:
+    folder of the run that waits for this smoke run.
     """
 
     runs: Sequence[PlannedRun]
@@ -46,21 +50,25 @@ class JobArray:
     ranks_per_node: int
     folder: Path
     name: str
+    code: CodeArchive | None = None
+    dependency: str = ""
+    smoke_of: str = ""
+
+    @property
+    def follows(self) -> bool:
+        """Whether a job has to look, before its ranks start, at what it continues or waits for."""
+        return self.cluster.successor or bool(self.cluster.after)
 
     @property
     def ranks(self) -> int:
         """Ranks of one run."""
         return self.nodes * self.ranks_per_node
 
-
-class _Container(NamedTuple):
-    """How a batch script reaches Python inside a container, or on the node itself.
-
-    python: a shell command. srun_args: further options of srun.
-    """
-
-    python: str
-    srun_args: list[str]
+    def python(self) -> JobPython:
+        """Python of the array's jobs, and of jobs that belong to them."""
+        upstream = [str(Path(name).absolute()) for name in self.cluster.after]
+        folders = [str(self.folder.parent), *_folders_of(self.runs), *upstream]
+        return job_python(self.cluster, self.code, folders)
 
 
 def submit_job_array(array: JobArray) -> list[str]:
@@ -73,6 +81,8 @@ def submit_job_array(array: JobArray) -> list[str]:
         ConfigError: SLURM refuses them.
         ForeignFileError: the folder of the scripts belongs to another user.
     """
+    if array.code is not None:
+        array.code.write()
     make_private_folder(array.folder.parent)
     make_private_folder(array.folder)
     create_secret(array.folder)
@@ -84,12 +94,19 @@ def submit_job_array(array: JobArray) -> list[str]:
             max_retries=array.cluster.max_retries,
             requeue_after_fault=array.cluster.requeue_after_fault,
             signal_delay_s=array.cluster.signal_delay_s,
+            successor=array.cluster.successor,
+            after=array.cluster.after,
+            smoke_of=array.smoke_of,
+            fail_fast=array.cluster.fail_fast and len(array.runs) > 1,
         )
         for run in array.runs
     ]
     (array.folder / RULES).write_text(json.dumps([asdict(rule) for rule in rules]))
+    (array.folder / SCRIPT).write_text(script(array))
     tasks = [RankTask(rule.run) for rule in rules]
-    return [job.job_id for job in submit_array(_executor(array), tasks, REMEDY)]
+    jobs = submit_array(_executor(array), tasks, REMEDY)
+    keep_tasks(array.folder, [job.paths.submitted_pickle for job in jobs])
+    return [job.job_id for job in jobs]
 
 
 def script(array: JobArray) -> str:
@@ -104,75 +121,50 @@ def job_name(run: Path) -> str:
 
 
 def _executor(array: JobArray) -> Executor:
-    container = _container(array)
-    executor = Executor(array.folder, python=container.python)
+    python = array.python()
+    executor = Executor(array.folder, python=python.command)
     parameters = sbatch_parameters(array.cluster)
-    if array.cluster.gpus_per_node:
+    if array.cluster.gpus_per_node and not array.cluster.gpus_in_gres():
         parameters["gpus_per_node"] = array.ranks_per_node
+    options = parameters["additional_parameters"]
+    if array.cluster.successor:
+        options.pop("requeue", None)
+        options["no-requeue"] = True
+    if array.dependency:
+        others = [options["dependency"]] if "dependency" in options else []
+        options["dependency"] = ",".join([*others, array.dependency])
+        options["kill-on-invalid-dep"] = "yes"
     # When a rank dies, the others have a minute to name it before srun ends them.
-    parameters["srun_args"] += ["--wait=60", *container.srun_args]
+    parameters["srun_args"] += ["--wait=60", *python.srun_args]
     executor.update_parameters(
         job_name=array.name,
         nodes=array.nodes,
         ntasks_per_node=array.ranks_per_node,
         stderr_to_stdout=True,
-        setup=_all_setup_lines(array, container),
-        teardown=end_lines(),
+        setup=_all_setup_lines(array, python),
+        teardown=end_lines_with_successor() if array.cluster.successor else end_lines(),
         **parameters,
     )
     return executor
 
 
-def _all_setup_lines(array: JobArray, container: _Container) -> list[str]:
+def _all_setup_lines(array: JobArray, python: JobPython) -> list[str]:
     cluster = array.cluster
-    lines = setup_lines(cluster)
-    if cluster.container is Container.none:
-        lines += python_path_lines()
+    lines = [*path_lines(), *setup_lines(cluster)] if array.follows else setup_lines(cluster)
     # Without a trap, bash would end at a signal on which the ranks save.
     lines.append("trap : TERM USR1 USR2")
-    # `python -m` must not find modules of the same name in the working folder.
-    lines.append("export PYTHONSAFEPATH=1")
+    lines += python.setup
     lines.append(f"export OMP_NUM_THREADS={cluster.cpus_per_task}")
     # A `set -e` in the setup would end the script where the ranks fail, before it can be requeued.
     lines.append("set +e")
-    requeue = _requeue_command(array.folder, container)
-    return lines + watchdog_lines(requeue, DO_NOT_REQUEUE, cluster.signal_delay_s)
-
-
-def _requeue_command(folder: Path, container: _Container) -> str:
-    """The shell command of `evspan.launch.slurm.requeue`, up to the file of the rules."""
-    requeue = (
-        f"{container.python} -m evspan.launch.slurm.requeue {shlex.quote(str(folder / RULES))}"
-    )
-    if not container.srun_args:
-        return requeue
-    # Before the time limit, the ranks still have all of the job's cores.
-    srun = shlex.join(["srun", "--overlap", "--ntasks=1", "--nodes=1", *container.srun_args])
-    return f"{srun} {requeue}"
-
-
-def _container(array: JobArray) -> _Container:
-    cluster = array.cluster
-    if cluster.container is Container.none:
-        return _Container(shlex.quote(cluster.python or sys.executable), [])
-    python = shlex.quote(cluster.python or "python")
-    working_folder = os.getcwd()
-    mounts = list(dict.fromkeys([working_folder, *_folders_of(array.runs), *cluster.mounts]))
-    if cluster.container is Container.pyxis:
-        pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
-        srun_args = [
-            f"--container-image={cluster.image}",
-            f"--container-mounts={pairs}",
-            f"--container-workdir={working_folder}",
-        ]
-        return _Container(python, srun_args)
-    command = ["apptainer", "exec"]
-    if cluster.gpus_per_node:
-        command.append("--nv")
-    for mount in mounts:
-        command += ["--bind", mount]
-    command += ["--pwd", working_folder, cluster.image]
-    return _Container(f"{shlex.join(command)} {python}", [])
+    rules = str(array.folder / RULES)
+    requeue = python.on_first_node(REQUEUE_MODULE, rules)
+    watchdog = watchdog_lines(requeue, DO_NOT_REQUEUE, cluster.signal_delay_s)
+    if cluster.successor:
+        lines.append("successor=1")
+    if not array.follows:
+        return lines + watchdog
+    return lines + start_lines(python.on_first_node(CHAIN_MODULE, rules), array.folder) + watchdog
 
 
 def _folders_of(runs: Sequence[PlannedRun]) -> list[str]:

@@ -51,11 +51,16 @@ class Executor(SlurmExecutor):
         return text.replace(PERCENT, "%%")
 
 
-def script_of(executor: SlurmExecutor, tasks: int) -> str:
-    """The sbatch script that the executor would submit for an array of `tasks` tasks."""
+def script_of(executor: SlurmExecutor, tasks: int, command: str = "") -> str:
+    """The sbatch script that the executor would submit for an array of `tasks` tasks.
+
+    Args:
+        command: that srun starts instead of Submitit's; a shell command.
+    """
     if tasks > 1:
         executor.parameters["map_count"] = tasks  # as Submitit does for an array
-    return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+    command = command or executor._submitit_command_str
+    return str(executor._make_submission_file_text(command, ""))
 
 
 def run_submitted(folder: Path) -> None:

@@ -5,6 +5,7 @@ they are stopped, wait for a file system, or save for longer than SLURM's signal
 """
 
 from evspan.launch.slurm.rank_task import JOB_END, SIGNAL_DELAY
+from evspan.pipeline.time_records import JOB_QUEUED, JOB_START
 
 POLL_S = 60  # at most, between two looks at the job's end, which an administrator may change
 MOST_LEAD_S = 30
@@ -12,10 +13,18 @@ LEAST_LEAD_S = 5
 REQUEUE_TRIES = 20  # of a job whose ranks have ended
 REQUEUE_PAUSE_S = 3
 
+ID_LINES = (  # set `id`: JOB, or JOB_INDEX in an array
+    "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+    "id=${id:-$SLURM_JOB_ID}",
+)
+
 # Needs the variable `id`. read_job sets `state`, `reason`, `end` (seconds since 1970) and `left`
-# (seconds); they are empty if SLURM's controller does not answer, but `end` stays.
+# (seconds); they are empty if SLURM's controller does not answer, but `end` stays. The first call
+# that is answered also sets `queued` and `start` (seconds since 1970) of this allocation.
 _FUNCTIONS = r"""
 end=
+start=
+queued=
 never=
 read_job() {
     local job now preempted=
@@ -29,6 +38,8 @@ read_job() {
         end=${BASH_REMATCH[1]}
         if [[ ! $end =~ ^[0-9]+$ ]]; then end=$(date -d "$end" +%s 2>/dev/null); fi
     fi
+    if [[ ! $start && $job =~ ' SubmitTime='([0-9]+)' ' ]]; then queued=${BASH_REMATCH[1]}; fi
+    if [[ ! $start && $job =~ ' StartTime='([0-9]+)' ' ]]; then start=${BASH_REMATCH[1]}; fi
     if [[ $job =~ ' PreemptTime='[0-9] ]]; then preempted=1; fi
     printf -v now '%(%s)T' -1
     # A job that is preempted has the end of its grace time as its end.
@@ -63,6 +74,7 @@ watch_time_limit() {
         code=$?
         if ((code == {do_not_requeue})); then return; fi
     fi
+    if [[ ${successor:-} ]]; then return; fi  # it continues the run when this job has ended
     # Later than this SLURM ends the job. A decision that is late is still recorded.
     until scontrol requeue "$id"; do
         pause 2
@@ -94,14 +106,16 @@ def watchdog_lines(requeue: str, do_not_requeue: int, signal_delay_s: int) -> li
     functions = _FUNCTIONS.replace("{do_not_requeue}", str(do_not_requeue))
     return [
         "# requeue before the time limit",
-        "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
-        "id=${id:-$SLURM_JOB_ID}",
+        *ID_LINES,
         f"poll={POLL_S}",
         f"lead={lead_s(signal_delay_s)}",
         f'should_requeue() {{ {requeue} "${{SLURM_ARRAY_TASK_ID:-0}}" "$@"; }}',
         *functions.strip().splitlines(),
+        "printf -v began '%(%s)T' -1",
         "read_job",
+        "start=${start:-$began}",
         f'export {JOB_END}="$end" {SIGNAL_DELAY}={signal_delay_s}',
+        f'export {JOB_START}="$start" {JOB_QUEUED}="$queued"',
         "watch_time_limit &",
         "watchdog=$!",
         "disown",

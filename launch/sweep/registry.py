@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from evspan.conf.errors import UserError, one_line
 from evspan.conf.json_files import JsonFileError, read_json_object
 from evspan.conf.text import plural
+from evspan.launch.sweep.spikes import Spike, read_spikes
 from evspan.launch.sweep.state import (
     RunState,
     State,
@@ -32,6 +33,8 @@ SUBMITTED = "submitted.json"
 CONFIG = "config.json"
 METRICS = "evaluation/metrics.json"
 RUN_FILES = (SUBMITTED, HISTORY, PROGRESS, CONFIG)  # a folder with one of these is a run
+COMMANDS = ".jobs"  # below a folder: a folder for each evspan command that was submitted for it
+ERRORS = ("fault", "failed", "fallback", "continued")  # events whose message status shows
 SILENT_S = 3600.0  # longer than an evaluation or a log interval takes
 
 
@@ -60,9 +63,12 @@ class Run:
         alive: whether the job is in SLURM's queue.
         step: newest completed step. max_steps: step at which the run ends.
         eta_s: seconds until the last step, without evaluations.
+        frames_per_s, mfu: of the last logged steps; mfu: None where the device's peak is not known.
         metrics: contents of the newest evaluation's metrics.json.
         events: history of all submissions.
         problem: which of its files cannot be read, and why. May be empty.
+        successor: SLURM id of the job that continues the run after `job`; empty without one.
+        after: folders of what has to be done before the run starts.
     """
 
     folder: Path
@@ -81,6 +87,20 @@ class Run:
     metrics: dict[str, Any]
     events: list[dict[str, Any]]
     problem: str = ""
+    successor: str = ""
+    after: tuple[str, ...] = ()
+    frames_per_s: float | None = None
+    mfu: float | None = None
+
+    @property
+    def is_command(self) -> bool:
+        """Whether it is no run, but a command that was submitted for a folder."""
+        return self.folder.parent.name == COMMANDS
+
+    @property
+    def spikes(self) -> list[Spike]:
+        """Its loss spikes, in the order of their steps."""
+        return read_spikes(self.events)
 
     @property
     def ap(self) -> float | None:
@@ -111,13 +131,34 @@ def read_runs(path: Path) -> RunList:
     Raises:
         UserError: there is no run.
     """
-    entries = find_runs(path)
+    return read_entries(find_runs(path))
+
+
+def read_chain(path: Path) -> RunList:
+    """The runs at or below `path`, then the commands that were submitted for it.
+
+    Raises:
+        UserError: there is neither.
+    """
+    commands = sorted(path.glob(f"{COMMANDS}/*/{SUBMITTED}"))
+    entries = [RunEntry(file.parent, file.parent.name) for file in commands]
+    try:
+        runs = find_runs(path)
+    except UserError:
+        if not entries:
+            raise
+        runs = []
+    return read_entries([*runs, *entries])
+
+
+def read_entries(entries: Sequence[RunEntry]) -> RunList:
+    """The runs in these folders, in their order."""
     files = {entry: _RunFiles(entry.folder) for entry in entries}
     jobs = []
     for entry, run_files in files.items():
         state = run_files.state(entry, queue=None).state
         if run_files.job and state not in (State.done, State.failed):
-            jobs.append(run_files.job)
+            jobs += [job for job in (run_files.job, run_files.successor) if job]
     # The queue is read before the files are read again: a run that ends in between has recorded it.
     queue, note = _read_queue(jobs)
     return RunList([_read_run(entry, queue) for entry in entries], note)
@@ -258,6 +299,8 @@ class _RunFiles:
         self.events = self._read_history()
         self.recent = events_of_submission(self.events, self.submitted)
         self.job = self._valid_job(job_of_events(self.recent, self.submitted))
+        self.successor = self._valid_job(str(self.submitted.get("successor") or ""))
+        self.after = _texts(self.submitted.get("after"))
         self.progress = self._read_progress()
         self.metrics = self._read_json(METRICS)
         training = self._read_json(CONFIG).get("training")
@@ -307,14 +350,30 @@ class _RunFiles:
         if entry.error:
             return RunState(State.failed)
         if self.recent or self.job:
-            task = None if queue is None else queue.get(self.job)
-            return infer_state(self.recent, self.job, task, queue_read=queue is not None)
+            task = self.task(queue)
+            state = infer_state(self.recent, self.job, task, queue_read=queue is not None)
+            if state.reason == "Dependency" and self.after:
+                return RunState(state.state, f"after {', '.join(self.after)}")
+            if state.state is State.cancelled and self.after and not last_start(self.recent):
+                reason = state.reason.replace("by scancel", "by SLURM or scancel, not started")
+                return RunState(state.state, reason)
+            return state
         if entry.overrides is None:
             reason = "damaged files" if self.problems else f"no {HISTORY}"
             return RunState(State.unknown, reason)
         if self.problems:
             return RunState(State.unknown, "damaged files")
         return RunState(State.waiting)
+
+    def task(self, queue: "Mapping[str, Queued] | None") -> "Queued | None":
+        """The job in SLURM's queue; where it has ended, the successor that waits or runs."""
+        if queue is None:
+            return None
+        task = queue.get(self.job)
+        successor = queue.get(self.successor)
+        if successor is not None and successor.alive and (task is None or not task.alive):
+            return successor
+        return task
 
     def overrides(self, entry: RunEntry) -> dict[str, str]:
         if entry.overrides is None:
@@ -364,7 +423,9 @@ class _RunFiles:
     def error(self) -> str:
         """The message of the last fault, or of the last resume from an older checkpoint."""
         for event in reversed(self.recent):
-            if event["event"] in ("fault", "failed", "fallback") and event.get("message"):
+            if event["event"] == "cancelled" and event.get("reason"):  # a cell for states is short
+                return printable(event["reason"])
+            if event["event"] in ERRORS and event.get("message"):
                 return printable(event["message"])
         return ""
 
@@ -376,7 +437,7 @@ def _read_run(entry: RunEntry, queue: "Mapping[str, Queued] | None") -> Run:
     silent_s = files.seconds_since_last_record()
     if state is State.running and not reason and silent_s > SILENT_S:
         reason = f"silent for {format_duration(silent_s)}"
-    task = None if queue is None else queue.get(files.job)
+    task = files.task(queue)
     node = str(last_start(files.recent).get("host", ""))
     if task is not None and task.state == "RUNNING":
         node = task.reason  # squeue's column for both the nodes and the reason
@@ -394,9 +455,13 @@ def _read_run(entry: RunEntry, queue: "Mapping[str, Queued] | None") -> Run:
         eta_s=files.eta_s() if state is State.running else None,
         node=node,
         loss=number(files.progress.get("loss")),
+        frames_per_s=number(files.progress.get("frames_per_s")),
+        mfu=number(files.progress.get("mfu")),
         metrics=files.metrics,
         events=files.events,
         problem="; ".join(files.problems),
+        successor=files.successor,
+        after=files.after,
     )
 
 
@@ -412,6 +477,12 @@ def _read_queue(jobs: Sequence[str]) -> "tuple[dict[str, Queued] | None, str]":
         return queued(jobs), ""
     except UserError as error:
         return None, str(error)
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    """The texts of a JSON list, for a terminal."""
+    listed = values if isinstance(values, list) else []
+    return tuple(printable(value) for value in listed)
 
 
 # -- files and text --------------------------------------------------------------------------------

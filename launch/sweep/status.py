@@ -5,53 +5,64 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from evspan.launch.search.summary import SearchSummary
 from evspan.launch.sweep.registry import (
     Run,
     RunList,
     differing_keys,
     format_duration,
-    read_runs,
+    read_chain,
     short_names,
 )
+from evspan.launch.sweep.spikes import Spike
 
-NUMBERS = ("step", "AP", "ETA", "requeues")  # columns of numbers
+NUMBERS = ("step", "AP", "ETA", "frames/s", "MFU", "requeues", "spikes")  # columns of numbers
 
 
 def watch_runs(path: Path, interval_s: float) -> Iterator[RunList]:
-    """Reads the runs at or below `path` every `interval_s` seconds until none is active.
+    """Reads the runs and commands of `path` every `interval_s` seconds until none is active.
 
     Raises:
         UserError: there is no run.
     """
     while True:
-        run_list = read_runs(path)
+        run_list = read_chain(path)
         yield run_list
         if not any(run.active for run in run_list.runs):
             return
         time.sleep(interval_s)
 
 
-def status_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """The headings and a row per run, without the columns that are empty for all runs."""
+def status_rows(runs: Sequence[Run], search: SearchSummary | None = None) -> list[list[str]]:
+    """The headings and a row per run, without the columns that are empty for all runs.
+
+    Args:
+        search: whose trials the runs are: their values get a column.
+    """
     keys = differing_keys(runs)
     headings = [
         "run",
         *short_names(keys),
+        "" if search is None else search.value_heading,
         "state",
         "step",
         "AP",
         "ETA",
+        "frames/s",
+        "MFU",
         "node",
         "requeues",
+        "successor",
+        "spikes",
         "last error",
     ]
-    rows = [_status_row(run, keys) for run in runs]
+    rows = [_status_row(run, keys, search) for run in runs]
     columns = list(zip(headings, *rows, strict=True))
     filled = [column for column in columns if any(column[1:])]
     return [list(row) for row in zip(*filled, strict=True)]
 
 
-def _status_row(run: Run, keys: Sequence[str]) -> list[str]:
+def _status_row(run: Run, keys: Sequence[str], search: SearchSummary | None) -> list[str]:
     state = run.state.value
     if run.reason:
         state += f" ({run.reason})"
@@ -61,14 +72,25 @@ def _status_row(run: Run, keys: Sequence[str]) -> list[str]:
     return [
         run.name,
         *(run.overrides.get(key, "") for key in keys),
+        "" if search is None else search.value_text(run),
         state,
         step,
         "" if run.ap is None else f"{run.ap:.3f}",
         "" if run.eta_s is None else format_duration(run.eta_s),
+        *speed_texts(run),
         run.node,
         str(run.requeues),
+        run.successor if run.active else "",
+        str(len(run.spikes) or ""),
         "; ".join(text for text in (run.error, run.problem) if text),
     ]
+
+
+def speed_texts(run: Run) -> tuple[str, str]:
+    """Frames per second and MFU of the last logged steps; empty where they are not known."""
+    frames = "" if run.frames_per_s is None else f"{run.frames_per_s:.1f}"
+    mfu = "" if run.mfu is None else f"{100 * run.mfu:.3g} %"
+    return frames, mfu
 
 
 def as_json(run: Run) -> dict[str, Any]:
@@ -81,11 +103,20 @@ def as_json(run: Run) -> dict[str, Any]:
         "error": run.error,
         "problem": run.problem,
         "job": run.job,
+        "successor": run.successor,
+        "after": list(run.after),
         "step": run.step,
         "of": run.max_steps,
         "ap": run.ap,
         "loss": run.loss,
         "eta_s": None if run.eta_s is None else round(run.eta_s),
+        "frames_per_s": run.frames_per_s,
+        "mfu": run.mfu,
+        "spikes": [_spike_as_json(spike) for spike in run.spikes],
         "node": run.node,
         "requeues": run.requeues,
     }
+
+
+def _spike_as_json(spike: Spike) -> dict[str, Any]:
+    return {**spike._asdict(), "batch": [lane._asdict() for lane in spike.batch]}

@@ -60,7 +60,9 @@ def main() -> None:
 
 def measure(cluster: Cluster, shards: Path, run: Path) -> dict[str, float]:
     """Submits a run, sends it the signal of a time limit, and returns seconds by phase."""
-    overrides = keys(shards, run, "training.max_steps=100000", "cluster.detach=true")
+    overrides = keys(
+        shards, run, "training.max_steps=100000", "cluster.detach=true", "training.engine=deepspeed"
+    )
     process = evspan(cluster, "submit", *overrides)
     assert process.wait(60) == 0
     wait_for(lambda: events(run, "running"))

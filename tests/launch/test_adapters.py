@@ -58,6 +58,7 @@ def test_overrides_expand_to_every_combination():
     ]
 
 
+@pytest.mark.slow
 def test_multirun_calls_the_task_with_each_config(tmp_path, monkeypatch):
     """Without Hydra's argument parser, which fails on Python 3.14, and without sys.argv."""
 
@@ -101,6 +102,7 @@ def test_multirun_writes_no_secrets(tmp_path, monkeypatch):
     assert "seed=1,2" in stored.hydra.overrides.task
 
 
+@pytest.mark.slow
 def test_multirun_knows_the_further_tree(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders: list[Path | None] = []

@@ -64,7 +64,8 @@ def finished(folder: Path, program: str, ranks: int = 2) -> tuple[int, str, str]
 
 
 # -- the environment of a rank -----------------------------------------------------------------------------------------
-def test_ranks_get_torchruns_variables_and_connect_at_the_port(tmp_path):
+def test_ranks_get_torchruns_variables_and_connect_at_the_port(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
     program = """
 import json
 (here / f"env-{rank}").write_text(json.dumps(dict(os.environ, parent=os.getppid(), stdin=sys.stdin.read())))
@@ -92,8 +93,7 @@ else:
         assert environment["MASTER_PORT"] == environments[0]["MASTER_PORT"]
         assert environment["parent"] == started.pid
         assert environment["stdin"] == ""
-        if "OMP_NUM_THREADS" not in os.environ:
-            assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 3)
+        assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 3)
 
 
 def test_the_port_is_reserved_meanwhile(tmp_path):

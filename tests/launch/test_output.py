@@ -67,6 +67,7 @@ def evspan(*arguments: object) -> list[str]:
 
 
 # -- runs ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("output", "errors", "unbuffered"),
     [("closed", "", ""), ("full", "", "1"), ("full", "full", ""), ("closed", "closed", "1")],
@@ -99,6 +100,7 @@ def test_without_standard_streams_no_file_gets_their_output(tmp_path):
     assert (tmp_path / "result").read_text() == ""  # ... which is not the result's
 
 
+@pytest.mark.slow
 def test_a_reader_that_is_slow_gets_all_from_a_pipe_that_does_not_block():
     program = (
         "import os\nos.set_blocking(1, False)\n"

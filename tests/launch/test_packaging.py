@@ -13,6 +13,7 @@ from typing import NamedTuple
 from zipfile import ZipFile
 
 import pytest
+from evspan.conf.code_version import package_files
 
 ROOT = Path(__file__).parents[2]
 LAYERS = ("conf", "data_prep", "launch", "pipeline")
@@ -53,6 +54,7 @@ def read_metadata(wheel: Path) -> Message:
         return Parser().parsestr(archive.read(name).decode())
 
 
+@pytest.mark.slow
 def test_the_wheel_contains_every_module_and_config(wheel):
     expected = set()
     for layer in LAYERS:
@@ -62,10 +64,12 @@ def test_the_wheel_contains_every_module_and_config(wheel):
                 expected.add(f"evspan/{path.relative_to(ROOT)}")
     assert modules_and_data(wheel) == expected
     assert {f"evspan/{layer}/py.typed" for layer in LAYERS} <= expected
+    assert {f"evspan/{name}" for name in package_files(ROOT)} == expected, "jobs import these"
     with ZipFile(wheel) as archive:
         assert [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
 
 
+@pytest.mark.slow
 def test_the_source_distribution_contains_no_tests_and_builds_the_same_wheel(wheel, tmp_path):
     sdist = build("sdist", copied_checkout(tmp_path / "checkout"))
     with tarfile.open(sdist) as archive:
@@ -170,6 +174,7 @@ def installed(wheel, tmp_path_factory) -> Installed:
     return Installed(venv / "bin", top / "work", environment)
 
 
+@pytest.mark.slow
 def test_only_the_installed_package_is_imported(installed):
     program = "import evspan.pipeline, evspan.launch; print(evspan.pipeline.__file__)"
     path = Path(installed.run("python", "-c", program).strip())
@@ -204,6 +209,7 @@ for path in sorted(folder.rglob("*.yaml")):
 """
 
 
+@pytest.mark.slow
 def test_every_experiment_composes(installed):
     names = installed.run("python", "-c", COMPOSE).split()
     files = sorted((ROOT / "conf" / "experiment").rglob("*.yaml"))

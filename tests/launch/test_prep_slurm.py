@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from evspan.conf.code_version import running_code
 from evspan.conf.errors import ConfigError
 from evspan.conf.schema.cluster import PrepClusterConfig, Scheduler
 from evspan.data_prep.prepare import prepare
@@ -258,7 +259,9 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(source, tmp_path):
         "#SBATCH --mail-type=END",
         "module load hdf5",
         "export A='b c'",
-        f'export PYTHONPATH={ROOT}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        f"code={tmp_path}/out/.parts/slurm/code/{running_code().digest}",
+        f"export PYTHONPATH={tmp_path}/out/.parts/slurm/code/{running_code().digest}:{ROOT}"
+        '"${PYTHONPATH:+:$PYTHONPATH}"',
         "# task 0, 0.00 GB: train/c, test/plain",
     ):
         assert line in out.splitlines(), line

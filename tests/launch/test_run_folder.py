@@ -59,6 +59,7 @@ def test_the_ranks_of_another_launcher_need_a_run_dir(here, monkeypatch):
         run_training(TrainConfig())
 
 
+@pytest.mark.slow
 def test_train_and_submit_choose_it_after_their_checks(here, monkeypatch):
     shards = write_small_shards(here / "shards", {"train": [23], "val": [12]})
     trained = []
@@ -72,7 +73,8 @@ def test_train_and_submit_choose_it_after_their_checks(here, monkeypatch):
     assert sorted(path.name for path in Path("runs").iterdir()) == ["0001", "0002"]
     submitted = []
     monkeypatch.setattr(
-        "evspan.launch.sweep.submit.submit_planned", lambda runs, *_: submitted.extend(runs) or 0
+        "evspan.launch.sweep.submit.submit_planned",
+        lambda runs, *_, smoke: submitted.extend(runs) or 0,
     )
     submit([*arguments, f"dataset.root={shards}", "cluster=local"])
     assert [run.folder for run in submitted] == [Path("runs/0003")]

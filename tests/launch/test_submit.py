@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,6 +166,7 @@ def rule(run: Path, *, max_retries: int = 3, requeue_after_fault: bool = True) -
     ("notes", "code", "state", "requeue", "last_event", "reason"),
     [
         ([], 0, "RUNNING", False, None, "done"),
+        ([], 0, "CANCELLED", False, None, "CANCELLED"),  # srun says 0 where SLURM kills its ranks
         ([SAVED], 75, "RUNNING", True, "requeued", "saved"),
         ([SAVED], 75, "CANCELLED", False, None, "CANCELLED"),  # a cancelled job stays cancelled
         ([SAVED], 75, "COMPLETING", False, None, "ended"),
@@ -362,7 +364,7 @@ def test_values_cannot_inject(tmp_path):
             marker,
             tmp_path,
             environment=[f"{k}={v}" for k, v in values.items()],
-            partition=value,
+            partition=re.sub(r"[\s,]+", "_", value),  # of a list
             account=value,
             constraint=value,
             qos=value,

@@ -31,6 +31,7 @@ from support.slurm_runs import (
     wait_for,
     wait_for_return,
 )
+from support.slurm_times import AllocatedTime, allocated_time
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +76,7 @@ def early(cluster: Cluster, shards: Path, limited: Path, tmp_path_factory):
             *keys(shards, folders["sweep"]),
             "optimizer.lr=1e-3,2e-3,4e-3,-1",
             "training.max_steps=3",
+            "training.engine=deepspeed",
             "cluster.array_parallelism=2",
             f"cluster.partition={ASIDE}",
         ],
@@ -202,19 +204,38 @@ def disturb(cluster: Cluster, run: Path, how: Callable[[Cluster, Path], None], *
         time.sleep(0.5)
 
 
+def assert_times_add_up(cluster: Cluster, run: Path, allocated: AllocatedTime) -> None:
+    """The parts in the report add up to the time for which SLURM says that the run had its nodes."""
+    code, out, err = finished(evspan(cluster, "report", str(run), "--json"), 60)
+    assert code == 0, err
+    times = json.loads(out)["runs"][0]["time"]
+    parts = {part: seconds for part, seconds in times["parts_s"].items() if seconds}
+    print(f"{parts}, queue {times['queue_s']} s; SLURM: {allocated.ends}, {allocated.queue_s} s")
+    assert len(allocated.ends) == len(events(run, "start"))
+    assert abs(sum(parts.values()) - allocated.seconds) <= 0.02 * allocated.seconds
+    assert abs(times["queue_s"] - allocated.queue_s) <= 0.02 * allocated.seconds
+    assert times["rank_hours"] == pytest.approx(2 * times["allocated_s"] / 3600, rel=0.02)
+    assert times["goodput"] == pytest.approx(parts["training"] / times["allocated_s"], rel=0.01)
+    assert {"launch", "imports", "first_step", "training", "saving", "exchange"} <= parts.keys()
+    assert {"repeated", "idle", "ending"} <= parts.keys()
+
+
 # -- tests -------------------------------------------------------------------------------------------------------
 @pytest.mark.timeout(600)
 def test_a_run_over_two_nodes_is_requeued(slurm, shards, undisturbed, tmp_path):
     """However it is interrupted, it ends with the weights of the uninterrupted run."""
     run = tmp_path / "run"
     submitted = evspan(slurm, "submit", *keys(shards, run))
-    try:
-        for at, how in ((4, time_out), (14, kill_a_rank), (24, preempt), (34, take_node_down)):
-            disturb(slurm, run, how, at=at)
-        code, out, err = finished(submitted, 120)
-    finally:
-        submitted.kill()
+    with allocated_time(slurm, run) as allocated:
+        try:
+            for at, how in ((4, time_out), (14, kill_a_rank), (24, preempt), (34, take_node_down)):
+                disturb(slurm, run, how, at=at)
+            code, out, err = finished(submitted, 120)
+            wait_for(lambda: slurm.jobs()[job_of(run)] == "COMPLETED", 60)
+        finally:
+            submitted.kill()
     assert code == 0, f"{out}{err}{read(run)}"
+    assert_times_add_up(slurm, run, allocated)
     assert_same_run(run, undisturbed)
     assert len(events(run, "start")) == 5
     assert len(events(run, "fault")) == 1
@@ -287,6 +308,46 @@ def test_a_sweep_over_two_nodes(slurm, early):
     assert code == 0 and out.count("done") >= 3 and "failed" in out, err
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("waits", [True, False], ids=["the command waits", "detached"])
+def test_a_sweep_whose_first_runs_fail_alike_ends(cluster, shards, tmp_path, waits):
+    """Of six runs whose ranks cannot start, three are tried."""
+    broken = tmp_path / "hook"
+    broken.mkdir()
+    # Only the ranks: the batch script's own commands use the same Python.
+    task = "evspan.launch.slurm.submitted_task"
+    (broken / "sitecustomize.py").write_text(
+        f"import sys\nif {task!r} in sys.orig_argv:\n    sys.exit('no driver')\n"
+    )
+    sweep = tmp_path / "sweep"
+    words = [
+        *keys(shards, sweep),
+        "seed=1,2,3,4,5,6",
+        f"cluster.environment=['PYTHONPATH={broken}']",
+        "cluster.max_retries=1",
+        "cluster.array_parallelism=1",
+        "cluster.fail_fast=true",
+        f"cluster.detach={str(not waits).lower()}",
+        f"cluster.partition={ASIDE}",
+    ]
+    code, out, err = finished(evspan(cluster, "sweep", *words), 300)
+    runs = [sweep / str(number) for number in range(6)]
+    wait_for(lambda: all(read(run)[-1]["event"] in ("failed", "cancelled") for run in runs), 300)
+    ends = [read(run)[-1]["event"] for run in runs]
+    assert ends[:3] == ["failed"] * 3
+    assert ends[4:] == ["cancelled"] * 2  # the fourth may have been starting
+    reason = events(runs[5], "cancelled")[0]["reason"]
+    assert "the first 3 runs failed with the same error" in reason
+    assert "left no note" in reason  # of the rank that SLURM names
+    wait_for(lambda: not cluster.ask("squeue", "--noheader", f"--partition={ASIDE}"))
+    if waits:
+        assert code == 2
+        assert "the first 3 runs failed with the same error" in err
+    else:
+        assert code == 0, f"{out}{err}"
+
+
 @pytest.mark.timeout(300)
 def test_a_permanent_fault_ends_the_run(early):
     """Its rank dies at each start, in the same place; the second time is the last."""
@@ -335,7 +396,8 @@ def test_a_cancelled_run_stays_away(slurm, shards, tmp_path):
 def test_a_requeue_reads_the_resolved_config_of_the_run(slurm, shards, tmp_path):
     """A change of RUN/config.yaml after the start takes effect at the next attempt."""
     run = tmp_path / "run"
-    submitted = evspan(slurm, "submit", *keys(shards, run, "training.max_steps=40"))
+    more = ["training.max_steps=40", "training.engine=deepspeed"]
+    submitted = evspan(slurm, "submit", *keys(shards, run, *more))
     try:
         wait_for(lambda: read_progress(run).get("step", 0) >= 2)
         assert json.loads((run / "config.json").read_text())["checkpoint"]["keep"] == 2
@@ -383,5 +445,4 @@ def test_a_time_limit_in_an_evaluation_requeues_the_run(slurm, limited, undistur
     ]
     for values in metrics:
         del values["checkpoint"], values["xxh3"]  # of the file, which names the folder
-        del values["limits"]["seconds"]  # how long the training took
     assert metrics[0] == metrics[1]

@@ -27,6 +27,7 @@ INSTALL = "apt-get install --no-install-recommends slurm-wlm munge"
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 REQUIRED = "EVSPAN_REQUIRE_SLURM"  # set: a missing cluster fails the tests instead of skipping them
 NODES = 2  # n1, n2: of the partitions low and high
+CANCELLING = "cancelling"  # partition of n1 and n2 whose preempted jobs are cancelled
 ASIDE = "aside"  # partition of as many further nodes
 UP_S = 60
 DOWN_S = 20
@@ -64,6 +65,8 @@ SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters={scheduler}
 KillWait=2
+# A test may ask for a job minutes after its end; 300 s by default.
+MinJobAge=3600
 ReturnToService=2
 JobRequeue=1
 PreemptType=preempt/partition_prio
@@ -74,6 +77,7 @@ LaunchParameters=use_interactive_step
 {nodes}
 PartitionName=low {partition} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
 PartitionName=high {partition} PriorityTier=10 PreemptMode=OFF
+PartitionName={cancelling} {partition} PriorityTier=1 PreemptMode=CANCEL GraceTime=10
 # For jobs that no test preempts, cancels with its own, or takes a node from.
 PartitionName={aside} {nodes_aside} PriorityTier=1 PreemptMode=OFF
 """
@@ -110,10 +114,14 @@ class Cluster:
         )
         return dict(line.split() for line in output.splitlines())
 
+    def submitted_since(self, before: dict[str, str]) -> set[str]:
+        """Ids of the tasks that joined the queue after `before`, an earlier answer of `jobs`."""
+        return self.jobs().keys() - before.keys()
+
     def end_jobs(self) -> None:
         """Cancels all jobs but those in ASIDE, and waits for their end."""
-        partitions = "--partition=low,high"
-        for partition in ("low", "high"):
+        partitions = f"--partition=low,high,{CANCELLING}"
+        for partition in ("low", "high", CANCELLING):
             self.ask("scancel", f"--partition={partition}", "--user=root")
         end = time.monotonic() + DOWN_S
         while self.ask("squeue", "--noheader", partitions):
@@ -198,6 +206,7 @@ def bring_up(folder: Path) -> Path:
         folder=folder,
         nodes="\n".join(nodes),
         partition=f"Nodes=n[1-{NODES}] MaxTime=INFINITE State=UP",
+        cancelling=CANCELLING,
         aside=ASIDE,
         nodes_aside=f"Nodes=n[{NODES + 1}-{2 * NODES}] MaxTime=INFINITE State=UP",
         scheduler=",".join(f"{key}={value}" for key, value in SCHEDULER.items()),

@@ -30,6 +30,7 @@ def keys(shards: Path, run: Path, *more: str) -> list[str]:
         "training.batch_size=2",
         "training.sequence_length=4",
         "training.num_workers=1",
+        "training.engine=plain",  # starts faster; some tests have the other one
         f"training.max_steps={STEPS}",
         "training.evaluate_every=0",
         "training.log_every=1",
