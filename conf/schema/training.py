@@ -14,6 +14,7 @@ from evspan.conf.errors import require
 from evspan.conf.schema.cluster import ClusterConfig
 from evspan.conf.schema.layout import BatchNormRanks, ExchangeKind, check_layout, chosen_exchange
 from evspan.conf.schema.prep import DatasetConfig
+from evspan.conf.schema.search import SearchConfig
 
 MAX_PATCHES = 32  # rectangles that training.augmentation erases: a bit of a mask each
 
@@ -289,6 +290,9 @@ class TrainingConfig:
     bptt_frames: int = 0
     gradient_accumulation_steps: int = 1  # micro-batches per step
     sampling: Sampling = Sampling.mixed
+    # Streaming lanes begin anywhere in a recording. Else all begin with a recording's first frame,
+    # and where recordings are equally long, a batch has frames of one time since the start only.
+    stagger_lanes: bool = True
     # Recordings and chunks with classes that are in a smaller fraction of the labelled frames are
     # read more often, by sqrt(threshold / fraction) of their rarest class (LVIS); 0: off.
     repeat_factor_threshold: float = 0.0
@@ -310,6 +314,9 @@ class TrainingConfig:
     # one, at most 8, on a CPU 2.
     num_workers: int = -1
     log_every: int = 50  # steps
+    # Dense TFLOP/s of a rank's device in training.precision, the denominator of MFU; 0: the data
+    # sheet of a known GPU, a matrix product that is measured at the start on a CPU.
+    peak_tflops: float = 0.0
     log_images_every: int = 1000  # steps between images and histograms, and at the last; 0: never
     # [first, last] steps to trace into run_dir/profile.
     profile: list[int] = field(default_factory=list)
@@ -317,6 +324,14 @@ class TrainingConfig:
     # Of the moving average of the weights (EMA), which is evaluated and used; 0: none. Of n updates
     # it is min(ema_decay, (1 + n) / (10 + n)).
     ema_decay: float = 0.9999
+    # A loss that is this many standard deviations above the mean of the last spike_window steps is
+    # recorded in the history, with the recordings of its batch; 0: never.
+    spike_sigmas: float = 6.0
+    spike_window: int = 128  # steps
+    # A rank is reported whose steps, without waiting for others, take more than this times the
+    # median of all ranks, throughout slow_rank_steps steps; 0: ranks are not measured.
+    slow_rank_factor: float = 1.2
+    slow_rank_steps: int = 100
     max_nonfinite: int = 10  # consecutive non-finite losses before the run stops
 
     def __post_init__(self) -> None:
@@ -341,6 +356,29 @@ class TrainingConfig:
         ):
             value = getattr(self, name)
             require(value >= 0, f"training.{name} is {value}; give 0{zero} or more")
+        require(
+            math.isfinite(self.spike_sigmas) and self.spike_sigmas >= 0,
+            f"training.spike_sigmas is {self.spike_sigmas}; give standard deviations above 0, or 0 "
+            "(off)",
+        )
+        require(
+            self.slow_rank_factor == 0 or 1 < self.slow_rank_factor < math.inf,
+            f"training.slow_rank_factor is {self.slow_rank_factor}; give a factor above 1, or 0 "
+            "(off)",
+        )
+        require(
+            self.slow_rank_steps >= 1,
+            f"training.slow_rank_steps is {self.slow_rank_steps}; give 1 step or more",
+        )
+        require(
+            self.spike_window >= 2,
+            f"training.spike_window is {self.spike_window}; give 2 steps or more",
+        )
+        require(
+            math.isfinite(self.peak_tflops) and self.peak_tflops >= 0,
+            f"training.peak_tflops is {self.peak_tflops}; give the dense TFLOP/s of the device, or "
+            "0 for the known value",
+        )
         require(
             0 <= self.ema_decay < 1,
             f"training.ema_decay is {self.ema_decay}; give a decay from 0 (off) to below 1",
@@ -476,6 +514,9 @@ class CheckpointConfig:
 
     every: int = 1000  # steps
     keep: int = 3  # newest ones; the best by AP is kept too
+    # Copy the tensors to memory, and write them in a thread while training goes on. On rank 0 the
+    # copies take 12 bytes per parameter, 16 with the moving average, page-locked with a GPU.
+    asynchronous: bool = True
     resume: bool = True  # continue from run_dir's newest complete checkpoint, if there is one
     # Weights to start from when nothing is resumed: a run, a checkpoint, a weights file or a .ckpt
     # of RVT. Classes, attention and scales may differ from this model's.
@@ -584,6 +625,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     # Of `evspan submit` and `evspan sweep`.
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)  # of `evspan sweep`
 
     def __post_init__(self) -> None:
         classes = len(self.dataset.classes)

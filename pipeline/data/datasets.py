@@ -223,6 +223,7 @@ class RecordingData:
         read_codes: rows -> the frames as they are stored; None: they are stored otherwise.
         box_checks: verifies boxes when they are read; None: they have been verified.
         regions: ignore regions; None: there are none.
+        file: path of the file that has its frames; empty if they are in memory.
         class_table: (C,) int32 the dataset's class for each of the files' C classes, IGNORED or
             DROPPED; None: they are the same. `box_start` and `read_boxes` are those of the files.
     """
@@ -238,6 +239,7 @@ class RecordingData:
     box_checks: BoxChecks | None = None
     regions: StoredRegions | None = None
     class_table: NDArray[np.int32] | None = None
+    file: str = ""
 
     @property
     def frames(self) -> int:
@@ -599,6 +601,7 @@ def _shard_recording(
         read_codes=read_codes,
         box_checks=checks if boxes is None else None,
         regions=_stored_regions(path, entry, columns, files),
+        file=str(path),
     )
 
 
@@ -681,4 +684,5 @@ def _rvt_recording(opened: RvtRecording, files: _OpenFiles) -> RecordingData:
         box_start=np.concatenate(([0], np.cumsum(boxes_per_frame))),
         read_frames=read_frames,
         read_boxes=lambda rows: boxes[rows],
+        file=str(opened.frames_file),
     )

@@ -84,6 +84,9 @@ class SamplingPlan:
     rest, drawn for each lane and pass. Where every recording is expected once, a pass is a
     permutation.
 
+    Lanes that begin together stay together where recordings are equally long: every batch then has
+    frames of one time since the start. A staggered lane begins anywhere in its first pass.
+
     Args:
         frames: number of frames of each recording.
         labelled: (frames,) bool of each recording.
@@ -93,6 +96,7 @@ class SamplingPlan:
         seed: of the run.
         parts: of the recordings, one after the other; None: they are one part.
         repeats: of recordings and chunks, within their part; None: each once.
+        staggered: streaming lanes begin at a chunk that is drawn, else with a whole recording.
 
     Raises:
         ShardError: there is no frame at all, or none in a part.
@@ -109,6 +113,7 @@ class SamplingPlan:
         seed: int,
         parts: Sequence[Part] | None = None,
         repeats: Repeats | None = None,
+        staggered: bool = False,
     ) -> None:
         parts = parts or [Part("", 1.0, range(len(frames)))]
         for part in parts:
@@ -133,12 +138,15 @@ class SamplingPlan:
         self._epoch = lru_cache(maxsize=4 * lanes + 4)(self._draw_epoch)
         self._epoch_starts: dict[int, list[int]] = {}  # of each lane whose passes differ, in chunks
         self._starts_lock = Lock()
+        self._skipped = [
+            self._draw_skipped(lane) if staggered else 0 for lane in range(self.streaming_lanes)
+        ]
 
     def chunk(self, lane: int, index: int) -> Chunk:
         """The chunk of `lane` in micro-batch `index` (0, 1, ... over the whole run)."""
         if lane >= self.streaming_lanes:
             return self._random_chunk(lane, index)
-        epoch, offset = self._epoch_at(lane, index)
+        epoch, offset = self._epoch_at(lane, self._skipped[lane] + index)
         order, ends = self._epoch(lane, epoch)
         position = bisect_right(ends, offset)
         recording = int(order[position])
@@ -148,7 +156,7 @@ class SamplingPlan:
             recording=recording,
             first=first,
             frames=min(self.sequence_length, self.frames[recording] - first),
-            start=first == 0,
+            start=first == 0 or index == 0,
             streamed=True,
             draw=(lane, epoch, position),
         )
@@ -174,6 +182,11 @@ class SamplingPlan:
             repeats = np.floor(self.expected_repeats + rng.random(len(self.frames)))
             order = rng.permutation(np.repeat(np.arange(len(self.frames)), repeats.astype(int)))
         return order, list(accumulate(self.chunks[i] for i in order))
+
+    def _draw_skipped(self, lane: int) -> int:
+        """The chunk of its first pass at which a staggered lane begins."""
+        _, ends = self._epoch(lane, 0)
+        return int(generator(self.seed, 2, lane).integers(ends[-1])) if ends else 0
 
     def _random_chunk(self, lane: int, index: int) -> Chunk:
         rng = generator(self.seed, 1, lane, index)

@@ -28,4 +28,5 @@ def sampling_plan(data: Dataset, config: TrainingConfig, *, seed: int) -> Sampli
         seed=seed,
         parts=data.parts,
         repeats=repeats,
+        staggered=config.stagger_lanes,
     )

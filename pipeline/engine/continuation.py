@@ -93,6 +93,7 @@ EFFECTS = {
     "training.sequence_length": Effect.refused,
     "training.gradient_accumulation_steps": Effect.refused,
     "training.sampling": Effect.refused,
+    "training.stagger_lanes": Effect.refused,
     "training.repeat_factor_threshold": Effect.refused,
     "training.precision": Effect.refused,
     # `schedule_allows` decides.
@@ -130,6 +131,11 @@ EFFECTS = {
     "training.log_images_every": Effect.listed,
     "training.evaluate_every": Effect.listed,
     "training.max_nonfinite": Effect.listed,
+    # Only what is recorded.
+    "training.spike_sigmas": Effect.ignored,
+    "training.spike_window": Effect.ignored,
+    "training.slow_rank_factor": Effect.ignored,
+    "training.slow_rank_steps": Effect.ignored,
     # 0 drops the average; from 0 to another value, it begins with the checkpoint's weights.
     "training.ema_decay": Effect.listed,
     # How a step is computed.
@@ -140,6 +146,7 @@ EFFECTS = {
     "training.cuda_graphs": Effect.ignored,
     "training.num_workers": Effect.ignored,
     "training.profile": Effect.ignored,
+    "training.peak_tflops": Effect.ignored,
     "optimizer.lr": Effect.listed,
     "optimizer.weight_decay": Effect.listed,
     "optimizer.schedule": Effect.listed,
@@ -161,6 +168,7 @@ EFFECTS = {
     "parallel.threads": Effect.ignored,
     "checkpoint.every": Effect.listed,
     "checkpoint.keep": Effect.listed,
+    "checkpoint.asynchronous": Effect.ignored,
     "checkpoint.resume": Effect.ignored,
     # Without effect on a run that continues, which its user may not expect.
     "checkpoint.init_from": Effect.listed,
@@ -190,6 +198,14 @@ EFFECTS = {
     "cluster.qos": Effect.ignored,
     "cluster.constraint": Effect.ignored,
     "cluster.exclude": Effect.ignored,
+    "cluster.gres": Effect.ignored,
+    "cluster.exclusive": Effect.ignored,
+    "cluster.nice": Effect.ignored,
+    "cluster.mail_type": Effect.ignored,
+    "cluster.mail_user": Effect.ignored,
+    "cluster.cpu_bind": Effect.ignored,
+    "cluster.mem_bind": Effect.ignored,
+    "cluster.gpu_bind": Effect.ignored,
     "cluster.cpus_per_task": Effect.ignored,
     "cluster.mem_gb": Effect.ignored,
     "cluster.timeout_min": Effect.ignored,
@@ -199,6 +215,7 @@ EFFECTS = {
     "cluster.environment": Effect.ignored,
     "cluster.sbatch_args": Effect.ignored,
     "cluster.python": Effect.ignored,
+    "cluster.code": Effect.ignored,
     "cluster.dry_run": Effect.ignored,
     "cluster.gpus_per_node": Effect.ignored,
     "cluster.ranks_per_node": Effect.ignored,
@@ -208,7 +225,25 @@ EFFECTS = {
     "cluster.image": Effect.ignored,
     "cluster.mounts": Effect.ignored,
     "cluster.detach": Effect.ignored,
+    "cluster.successor": Effect.ignored,
+    "cluster.after": Effect.ignored,
+    "cluster.fail_fast": Effect.ignored,
+    "search.method": Effect.ignored,
+    "search.trials": Effect.ignored,
+    "search.metric": Effect.ignored,
+    "search.sampler": Effect.ignored,
+    "search.startup_trials": Effect.ignored,
+    "search.seed": Effect.ignored,
+    "search.pruner": Effect.ignored,
+    "search.min_steps": Effect.ignored,
+    "search.reduction_factor": Effect.ignored,
+    "search.resume": Effect.ignored,
+    "search.partition": Effect.ignored,
 }
+
+
+# What a run did before its version had the key, where that is not today's default.
+BEFORE_THE_KEY = {"training.stagger_lanes": False}
 
 
 def config_keys(schema: type, prefix: str = "") -> Iterator[str]:
@@ -267,13 +302,14 @@ def listed_changes(meta: Mapping[str, Any], config: TrainConfig) -> list[str]:
 def _differences(saved: Mapping[str, Any], config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
     """(key, saved value, value of this run), as JSON values.
 
-    A key that the checkpoint's version did not have counts as saved with its default.
+    A key that the checkpoint's version did not have counts as saved with its default, or with its
+    value in BEFORE_THE_KEY.
     """
     current = _as_json(config)
     defaults = _as_json(TrainConfig())
     for key in EFFECTS:
         value = _value(current, key)
-        before = _value(saved, key, _value(defaults, key))
+        before = _value(saved, key, BEFORE_THE_KEY.get(key, _value(defaults, key)))
         if before != value and not (key == "training.precision" and value == "auto"):
             yield key, before, value
 
@@ -366,7 +402,7 @@ def continue_run(
     problem = ""
     if world.is_main:
         problem = _data_problem(resumed, config, digest)
-    problem = broadcast_json(problem)
+    problem = broadcast_json(problem, name="check of the data")
     if problem:
         raise UserError(problem)
     if not world.is_main:

@@ -306,6 +306,19 @@ def test_a_key_that_an_earlier_version_did_not_have_was_its_default(trained, sha
     ]
 
 
+def test_lanes_of_an_earlier_version_began_together(trained, shards):
+    run, _ = trained
+    saved = saved_config(run)
+    del saved["training"]["stagger_lanes"]
+    meta = {"form": 2, "step": 2, "config": saved}
+    this_run = config(shards, run)
+    this_run.training.stagger_lanes = False
+    check_continues(FOLDER, meta, this_run)
+    this_run.training.stagger_lanes = True
+    with pytest.raises(UserError, match="stagger_lanes=false, this run has true"):
+        check_continues(FOLDER, meta, this_run)
+
+
 def test_a_refusal_names_all_keys_in_one_line(trained, shards, world):
     run, _ = trained
     this_run = config(shards, run)

@@ -120,6 +120,7 @@ def continued(run, tmp_path, step):
     (tmp_path / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
 
 
+@pytest.mark.slow
 def test_it_is_that_of_its_definition(run):
     """From the weights that the run saved; running means and variances are averaged, too."""
     raws = [load_file(checkpoint(run, step) / "weights.safetensors") for step in (1, 2, 3, 4)]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,16 +14,31 @@ from evspan.pipeline.data.augment import (
     augment_frames,
     draw_augmentation,
 )
-from evspan.pipeline.data.plan import Chunk, SamplingPlan
+from evspan.pipeline.data.plan import Chunk, Repeats, SamplingPlan
 
 FRAMES = [12, 3, 25, 5]
 T = 5
 
 
-def plan(sampling=Sampling.mixed, lanes=4, seed=3, frames=FRAMES, labelled=None):
+def plan(
+    sampling=Sampling.mixed,
+    lanes=4,
+    seed=3,
+    frames=FRAMES,
+    labelled=None,
+    staggered=False,
+    **kwargs,
+):
     labelled = labelled or [np.arange(n) % 2 == 1 for n in frames]
     return SamplingPlan(
-        frames, labelled, lanes=lanes, sequence_length=T, sampling=sampling, seed=seed
+        frames,
+        labelled,
+        lanes=lanes,
+        sequence_length=T,
+        sampling=sampling,
+        seed=seed,
+        staggered=staggered,
+        **kwargs,
     )
 
 
@@ -50,6 +66,34 @@ def test_a_streaming_lane_reads_every_frame_once_an_epoch_in_order(lane):
     assert orders[0] != orders[1]
 
 
+# Passes are equally long; or not, as two recordings are read more than once.
+@pytest.mark.parametrize("repeats", [None, [1.0, 2.5, 1.0, 1.7]])
+def test_a_staggered_lane_reads_the_same_from_a_later_chunk_on(repeats):
+    options = {"lanes": 64, "frames": [20] * 4}
+    if repeats:
+        options["repeats"] = Repeats(np.array(repeats), [np.ones(20)] * 4)
+    together, staggered = plan(**options), plan(**options, staggered=True)
+    first_frames = set()
+    for lane in range(32):
+        chunks = [staggered.chunk(lane, i) for i in range(60)]
+        in_step = [together.chunk(lane, i) for i in range(90)]
+        later = [replace(chunk, start=chunk.first == 0) for chunk in chunks]
+        assert any(in_step[k : k + 60] == later for k in range(30))
+        assert chunks[0].start
+        first_frames.add(chunks[0].first)
+    assert first_frames == {0, 5, 10, 15}
+    for lane in range(32, 64):  # random lanes do not change
+        assert staggered.chunk(lane, 7) == together.chunk(lane, 7)
+
+
+def test_where_staggered_lanes_begin_is_a_function_of_the_seed():
+    begins = [
+        [plan(Sampling.stream, lanes=8, seed=seed, staggered=True).chunk(k, 0) for k in range(8)]
+        for seed in (3, 3, 4)
+    ]
+    assert begins[0] == begins[1] != begins[2]
+
+
 def test_random_lanes_end_at_labelled_frames_and_begin_with_zero_state():
     p = plan(Sampling.random, lanes=2)
     chunks = [p.chunk(lane, i) for i in range(300) for lane in range(2)]
@@ -64,7 +108,7 @@ def test_mixed_streams_the_first_half():
 
 
 def test_fewer_recordings_than_lanes_and_nothing_labelled():
-    p = plan(lanes=6, frames=[2], labelled=[np.zeros(2, bool)])
+    p = plan(lanes=6, frames=[2], labelled=[np.zeros(2, bool)], staggered=True)
     assert all(p.chunk(lane, i).frames in (1, 2) for lane in range(6) for i in range(20))
 
 

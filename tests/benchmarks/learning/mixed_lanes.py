@@ -1,26 +1,10 @@
-"""The lane-mixing ablation: temporal attention reads the frames of the next lane, not of its own.
+"""Temporal attention that reads the frames of the next lane, not of its own.
 
 As published, small-object attention keeps earlier frames in a buffer that all lanes share. Here every lane
-reads its neighbour's frames, everything else stays the same.
-
-    python tests/benchmarks/learning/mixed_lanes.py train RUN/config.yaml
-    python tests/benchmarks/learning/mixed_lanes.py evaluate RUN dataset.root=SHARDS ...
-
-train and evaluate as `evspan` does, on one rank, with every detector of the process changed.
+reads its neighbour's frames, everything else stays the same. learn-v2 has compared the two.
 """
 
-import sys
-from pathlib import Path
-
 import torch
-from evspan.conf.compose import CONFIG_FILE, load_config
-from evspan.conf.errors import require
-from evspan.conf.schema.training import TrainConfig
-from evspan.launch.cli.command import run_command
-from evspan.launch.cli.main import main as evspan
-from evspan.launch.local import sequential
-from evspan.launch.local.run import run_training
-from evspan.launch.sweep.plan import PlannedRun
 from evspan.pipeline.model.detector import Detector, LookBackRows, look_back_rows
 from evspan.pipeline.model.state import DetectorState
 from torch import Tensor
@@ -55,7 +39,6 @@ def mixed_look_back_rows(labelled: Tensor, following: Tensor, frames: int) -> Lo
 
 
 PLAIN_FORWARD = Detector.forward
-PLAIN_COMMAND = sequential.train_command
 
 
 def mixed_forward(
@@ -78,36 +61,3 @@ class MixedLanesDetector(Detector):
 
     look_back_rows = staticmethod(mixed_look_back_rows)
     forward = mixed_forward
-
-
-def is_mixed(experiment: str) -> bool:
-    """Whether a variant, bench/NAME, mixes lanes."""
-    return experiment.endswith("_mixed")
-
-
-def train_command(run: PlannedRun) -> list[str]:
-    """`local.sequential.train_command`, with mixed lanes where the variant has them."""
-    experiments = [override for override in run.overrides if override.startswith("experiment=")]
-    if experiments and is_mixed(experiments[0]):
-        return [sys.executable, __file__, "train", str(run.folder / CONFIG_FILE)]
-    return PLAIN_COMMAND(run)
-
-
-def main(argv: list[str]) -> None:
-    """Trains or evaluates in this process, with lanes mixed in all detectors."""
-    Detector.look_back_rows = staticmethod(mixed_look_back_rows)
-    Detector.forward = mixed_forward  # type: ignore[method-assign]  # detectors made anywhere below
-    if argv[0] == "train":
-        run_command(lambda: _train(Path(argv[1])))
-    else:
-        evspan(argv)
-
-
-def _train(path: Path) -> None:
-    config = load_config(TrainConfig, path)
-    require(config.parallel.ranks == 1, "lanes are mixed on one rank only: parallel.ranks=1")
-    sys.exit(run_training(config))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
