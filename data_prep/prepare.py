@@ -53,6 +53,7 @@ from evspan.data_prep.update_plan import (
 from evspan.data_prep.workers import DryRun, LocalRunner, PrepJob, Runner, run_jobs
 
 logger = logging.getLogger(__name__)
+JOBS = ".jobs"  # below the output: what was submitted for it as a SLURM job
 NAMED = 3  # files that an error message names
 
 
@@ -164,7 +165,7 @@ def _other_files(output: Path) -> list[str]:
     if not begun:
         for split in SPLITS:
             paths += (output / split).glob("*")
-    own = {output / name for name in (MANIFEST, LOCK, LOCKS, PARTS, MARKS, *SPLITS)}
+    own = {output / name for name in (MANIFEST, LOCK, LOCKS, PARTS, MARKS, JOBS, *SPLITS)}
     return sorted(
         str(path.relative_to(output))
         for path in paths

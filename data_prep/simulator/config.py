@@ -28,7 +28,7 @@ class SimulatorConfig:
     max_objects: int = 8
     min_scale: float = 1.0  # of an object's size, drawn for each
     max_scale: float = 1.0
-    stop_fraction: float = 0.3  # of the objects, which stop on their way for 1 to 2.2 s
+    stop_fraction: float = 0.3  # of the objects, which stop on their way
     contrast_threshold: float = 0.2  # change of log intensity that makes an event
     threshold_mismatch: float = 0.03  # standard deviation over the pixels, relative
     refractory_us: int = 200  # after an event a pixel fires none for this time
@@ -44,6 +44,8 @@ class SimulatorConfig:
     # Largest speed of the background, in pixels per second: the camera sways, and all of the
     # background fires. 0: it is at rest.
     ego_speed: float = 0.0
+    min_rest_s: float = 1.0  # of a stop, in seconds
+    max_rest_s: float = 2.2
 
     def __post_init__(self) -> None:
         require(
@@ -59,6 +61,11 @@ class SimulatorConfig:
             0.25 <= self.min_scale <= self.max_scale <= 2,
             f"min_scale {self.min_scale} and max_scale {self.max_scale}: "
             "give 0.25 to 2, the smaller first",
+        )
+        require(
+            0.1 <= self.min_rest_s <= self.max_rest_s <= 60,
+            f"min_rest_s {self.min_rest_s} and max_rest_s {self.max_rest_s}: give 0.1 to 60 s, the "
+            "smaller first",
         )
         require(
             0 <= self.stop_fraction <= 1,

@@ -35,6 +35,8 @@ LATER_PARAMETERS = (  # written where they differ from their defaults
     "background_texture",
     "clutter",
     "ego_speed",
+    "min_rest_s",
+    "max_rest_s",
 )
 SUFFIXES = {"raw": "_td.raw", "dat": "_td.dat", "h5": "_td.h5"}  # by format
 

@@ -32,7 +32,6 @@ KIND, HALF_U, HALF_V, COS, SIN, EXTENT_X, EXTENT_Y, PERIOD, PHASE, MEAN, SWING =
 LENGTHS = ((20.0, 44.0), (40.0, 110.0), (70.0, 160.0))
 SPEEDS = (90.0, 700.0)  # pixels per second
 CROSSING_S = (1.5, 5.0)  # without stops
-STOP_S = (1.0, 2.2)
 LONGEST_PAUSE_US = 3.5e6  # between two objects
 BRAKING_US = 300_000  # to slow down from full speed, and to reach it again
 BACKGROUND_CELL = 64  # pixels
@@ -215,7 +214,7 @@ def _make_track(
     crossing_s = float(np.clip(_curve_length(points) / speed, *CROSSING_S))
     crossing_us = 1e6 * crossing_s / config.speed
     stop_at_us = crossing_us * rng.uniform(0.3, 0.65)
-    stopped_us = 1e6 * rng.uniform(*STOP_S)
+    stopped_us = 1e6 * rng.uniform(config.min_rest_s, config.max_rest_s)
     track = Track(
         track_id, class_id, shape, area, points, born_us, crossing_us, stop_at_us, stopped_us
     )

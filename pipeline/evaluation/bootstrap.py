@@ -33,12 +33,14 @@ class MatchedDetections:
 
     Attributes:
         recording: (D,) index.
+        scores: (D,) objectness times class score.
         matched: (thresholds, D) whether the detection found a box.
         ignored: (thresholds, D) whether it does not count.
         boxes: (R,) number of boxes that count.
     """
 
     recording: NDArray[np.int64]
+    scores: NDArray[np.float64]
     matched: NDArray[np.bool_]
     ignored: NDArray[np.bool_]
     boxes: NDArray[np.float64]
@@ -82,10 +84,10 @@ def measures(
     is_moving = moved.moving(config.still_s)[kept]
     (still,) = match_detections(chosen, classes, is_still, [EVERY])
     (moving,) = match_detections(chosen, classes, is_moving, [EVERY])
-    ap, _ = _curve_values(every, weights)
-    ap_small, _ = _curve_values(small, weights)
-    ap_still, recall_still = _curve_values(still, weights)
-    ap_moving, recall_moving = _curve_values(moving, weights)
+    ap, _ = curve_values(every, weights)
+    ap_small, _ = curve_values(small, weights)
+    ap_still, recall_still = curve_values(still, weights)
+    ap_moving, recall_moving = curve_values(moving, weights)
     values = {
         "ap": ap.mean(1),
         "ap50": ap[:, IOU50],
@@ -172,25 +174,27 @@ def _joined(parts: list[_FrameMatches], recordings: int) -> MatchedDetections:
     boxes = np.zeros(recordings)
     if not parts:
         none = np.zeros((THRESHOLDS, 0), bool)
-        return MatchedDetections(np.zeros(0, np.int64), none, none, boxes)
+        return MatchedDetections(np.zeros(0, np.int64), np.zeros(0), none, none, boxes)
     whole = _FrameMatches(*(np.concatenate(p, -1) for p in zip(*parts, strict=True)))
     np.add.at(boxes, whole.frame_recording, whole.frame_boxes)
     # Stable: frames in turn where scores are equal, as in COCO.
     order = np.argsort(-whole.scores, kind="stable")
     return MatchedDetections(
         recording=whole.recording[order],
+        scores=whole.scores[order],
         matched=whole.matched[:, order],
         ignored=whole.ignored[:, order],
         boxes=boxes,
     )
 
 
-def _curve_values(
+def curve_values(
     by_class: list[MatchedDetections], weights: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """AP and recall, both (S, thresholds): means over the classes that a sample has boxes of.
 
     Args:
+        by_class: of `match_detections`.
         weights: (S, R) how often each recording is in each sample.
     """
     num_samples, num_recordings = weights.shape

@@ -20,8 +20,7 @@ from evspan.conf.errors import UserError
 from evspan.launch.cli.command import Parser, run_command
 from evspan.pipeline.checkpoint_files import FOLDER, checkpoint_name
 from learning.intervals import interval, paired
-from learning.plan import CONF
-from learning.recordings import FULL, QUICK, Recordings, recordings_in
+from learning.recordings import CONF, FULL, QUICK, Recordings, recordings_in
 
 DESCRIPTION = """Trains the learning study's baseline with several seeds, and scores every evaluated checkpoint
 twice: with the moving average of the weights (which the training evaluates) and with the raw ones

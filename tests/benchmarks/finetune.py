@@ -21,7 +21,7 @@ from pathlib import Path
 from evspan.conf.errors import UserError
 from evspan.launch.cli.command import Parser, run_command
 from learning.intervals import CONFIDENCE, interval, paired
-from learning.plan import CONF
+from learning.recordings import CONF
 
 SIZE = ["--width", "256", "--height", "192"]
 SOURCE = [*SIZE, "--objects", "3,6", "--scales", "1,2", "--noise-hz", "0.1", "--seed", "1"]

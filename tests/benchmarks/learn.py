@@ -1,4 +1,4 @@
-"""Runs the learning study of attention and long sequences.
+"""Runs the learning study: attention, long sequences, generalisation, frame rates.
 
 python tests/benchmarks/learn.py --help
 """

@@ -49,6 +49,7 @@ def test_events_are_sorted_and_inside():
     assert set(np.unique(events.p)) == {0, 1}
 
 
+@pytest.mark.slow
 def test_gen4_rate_is_two_to_five_million_a_second():
     counts = [sum(e.t.size for e in simulated_events(1.0, seed)) for seed in range(3)]
     assert 2e6 < np.mean(counts) < 5e6
@@ -206,6 +207,7 @@ def test_boxes_are_where_the_rendering_differs_from_the_background():
     assert checked >= 3
 
 
+@pytest.mark.slow
 def test_gen4_boxes_have_all_classes_sizes_and_stops():
     boxes = np.concatenate([simulated_boxes(10.0, seed) for seed in range(3)])
     recording = np.repeat(np.arange(3), [simulated_boxes(10.0, seed).size for seed in range(3)])

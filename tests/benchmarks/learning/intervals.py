@@ -71,3 +71,8 @@ def _t_distribution(t: float, degrees_of_freedom: int) -> float:
     if odd:
         inside = 2 / math.pi * (angle + inside)
     return (1 + inside) / 2
+
+
+def two_sided(t: float, degrees_of_freedom: int) -> float:
+    """The probability that |Student's t| is at least |t|."""
+    return 2 * (1 - _t_distribution(abs(t), degrees_of_freedom))

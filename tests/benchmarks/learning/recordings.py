@@ -11,43 +11,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from evspan.conf.errors import UserError
+from evspan.data_prep.recordings.open import open_recording, open_writer
 
+CONF = Path(__file__).parent / "conf"  # for --config-dir: experiment/bench/*.yaml
 SET = "set"  # the shards, in the study's folder
 TABLE = "set.json"  # the recipe and the hashes of the set
-SIMULATE = [
-    *("--width", "256", "--height", "192", "--objects", "3,6", "--scales", "1,2"),
-    *("--stop-fraction", "1", "--noise-hz", "0.3", "--seed", "1"),
-]
-PREPARE = ["dataset=simulated", "frames.downsample=2"]
+SCENE = ("--width", "256", "--height", "192", "--objects", "3,6", "--scales", "1,2")
+STOPPING = (*SCENE, "--stop-fraction", "1", "--noise-hz", "0.3", "--seed", "1")
+PREPARE = ("dataset=simulated", "frames.downsample=2")
 
 
 @dataclass(frozen=True)
 class Recordings:
-    """A version of the set. A version never changes: another recipe gets another name.
+    """A version of a set. A version never changes: another recipe gets another name.
 
-    digest: hash of the events and boxes of the original set. Another machine's math library may
-        round differently.
+    counts: recordings by split, as `evspan simulate` takes them. seconds: of each.
+    stretch: factor on the times of events and boxes before the set is prepared, so that a window of
+        50 ms has the events of 50 ms / stretch.
+    digest: hash of the events and boxes of the original set; empty: not known. Another machine's
+        math library may round differently.
     """
 
     name: str
-    train: int
-    val: int
+    counts: str
     seconds: int
-    digest: str
+    simulate: tuple[str, ...] = STOPPING
+    prepare: tuple[str, ...] = PREPARE
+    stretch: int = 1
+    digest: str = ""
 
     def recipe(self) -> dict[str, Any]:
         """How the set is simulated and prepared."""
-        return {
-            "recordings": f"train={self.train},val={self.val}",
+        recipe = {
+            "recordings": self.counts,
             "seconds": self.seconds,
-            "simulate": SIMULATE,
-            "prepare": PREPARE,
+            "simulate": list(self.simulate),
+            "prepare": list(self.prepare),
         }
+        if self.stretch > 1:
+            recipe["stretch"] = self.stretch
+        return recipe
 
 
-FULL = Recordings("learn-v2", 24, 6, 10, "3dc661eab460ad55")
-QUICK = Recordings("learn-v2-quick", 4, 2, 4, "dbaba65f409a40d7")  # for tests and first looks
+FULL = Recordings("learn-v2", "train=24,val=6", 10, digest="3dc661eab460ad55")
+QUICK = Recordings("learn-v2-quick", "train=4,val=2", 4, digest="dbaba65f409a40d7")
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class RecordingSet:
     Attributes:
         shards: the folder.
         digest: hash of all its events and boxes.
-        original: whether they are bit-identical to the original set.
+        original: whether they are bit-identical to the original set, or that is not known.
     """
 
     shards: Path
@@ -80,7 +89,8 @@ def recordings_in(folder: Path, recordings: Recordings) -> RecordingSet:
             f"numbers would not compare. Remove {folder}, or name another --folder"
         )
     _verify(folder, table["files"])
-    return RecordingSet(folder / SET, table["digest"], table["digest"] == recordings.digest)
+    original = recordings.digest in ("", table["digest"])
+    return RecordingSet(folder / SET, table["digest"], original)
 
 
 def _verify(folder: Path, expected: dict[str, str]) -> None:
@@ -123,10 +133,15 @@ def _make(folder: Path, recordings: Recordings) -> None:
     shutil.rmtree(folder / SET, ignore_errors=True)  # without a table it is an interrupted attempt
     raw = temporary / "raw"
     shards = temporary / SET
-    seconds = str(recordings.seconds)
-    splits = recordings.recipe()["recordings"]
-    _evspan("simulate", str(raw), "--recordings", splits, "--seconds", seconds, *SIMULATE)
-    _evspan("prep", f"source={_quoted(raw)}", f"output={_quoted(shards)}", *PREPARE)
+    simulated = (
+        *("--recordings", recordings.counts, "--seconds", str(recordings.seconds)),
+        *recordings.simulate,
+    )
+    _evspan("simulate", str(raw), *simulated)
+    if recordings.stretch > 1:
+        for path in sorted(raw.rglob("*_td.raw")):
+            stretch(path, recordings.stretch)
+    _evspan("prep", f"source={_quoted(raw)}", f"output={_quoted(shards)}", *recordings.prepare)
     table = {
         "name": recordings.name,
         "recipe": recordings.recipe(),
@@ -137,6 +152,20 @@ def _make(folder: Path, recordings: Recordings) -> None:
     (temporary / TABLE).write_text(json.dumps(table, indent=1) + "\n")
     os.replace(temporary / TABLE, folder / TABLE)
     shutil.rmtree(temporary)
+
+
+def stretch(path: Path, factor: int) -> None:
+    """Multiplies the times of a recording and its boxes: the scene runs slower by `factor`."""
+    boxes_path = path.with_name(path.name.replace("_td.raw", "_bbox.npy"))
+    recording = open_recording(path)
+    temporary = path.with_name("stretched.raw")
+    with open_writer(temporary, recording.height, recording.width) as writer:
+        for events in recording.chunks():
+            writer.write(events._replace(t=events.t * factor))
+    temporary.replace(path)
+    boxes = np.load(boxes_path)
+    boxes["t"] *= factor
+    np.save(boxes_path, boxes)
 
 
 def _quoted(path: Path) -> str:
