@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,13 @@ from support.small_shards import write_small_shards
 ROOT = Path(__file__).parent.parent
 
 # Test processes share the cores. OpenMP's threads spin while they wait, by default, and take the time of those that work: with twice as
-# many threads as cores a training step takes up to forty times as long.
+# many threads as cores a training step takes up to forty times as long. On the small arrays of tests a second thread only costs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Else every process, this one too, would compile all modules of Evspan and its tests again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # All tests run on the CPU, on machines with GPUs too, and so do the processes that they start. `make gpu` checks a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -38,6 +44,7 @@ LONG = (
     "test_tensorboard",
     "test_checkpoint_layouts",
     "test_prep_slurm",
+    "test_submitted_code_slurm",
     "test_failures",
     "test_readme",
     "test_guides",

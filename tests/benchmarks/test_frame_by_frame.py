@@ -74,6 +74,7 @@ def test_same_loss_gradients_and_statistics(counts):
         torch.testing.assert_close(buffer, buffers[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_same_predictions_frame_by_frame_with_the_state_carried():
     ours, theirs = (model.eval() for model in both_sides())
     state = ours.initial_state(LANES, H, W)

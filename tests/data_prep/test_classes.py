@@ -84,6 +84,7 @@ def own_config(source, output, *overrides: str) -> PrepConfig:
     return compose(PrepConfig, [*arguments, *overrides])
 
 
+@pytest.mark.slow
 def test_without_names_prep_lists_the_ids_and_a_remedy_that_works(own, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(ConfigError) as caught:

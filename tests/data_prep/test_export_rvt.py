@@ -68,6 +68,7 @@ def test_every_array_is_rvts_own(exported, fixture):
     assert_same_tree(exported, fixture / "output")
 
 
+@pytest.mark.slow
 def test_run_again_only_what_is_missing_is_written(exported, shards, fixture, tmp_path):
     out = Path(shutil.copytree(exported, tmp_path / "out"))
     shutil.rmtree(out / KEYS[1])
@@ -256,6 +257,7 @@ def test_two_at_once_one_refuses(shards, tmp_path):
         export_rvt(shards, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_full_disk_is_reported_and_the_next_run_completes(shards, fixture, tmp_path):
     disk = tmp_path / "disk"

@@ -315,6 +315,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_damaged_files_are_read_or_refused():
     fuzz.run_all(__file__, KINDS, 150, least=3)

@@ -33,6 +33,7 @@ def test_a_text_of_variable_length_is_read(metavision):
     assert (recording.height, recording.width) == (240, 320)
 
 
+@pytest.mark.slow
 def test_a_heap_of_zeros_is_damage(metavision):
     data = bytearray(metavision.read_bytes())
     heap = data.index(b"GCOL")

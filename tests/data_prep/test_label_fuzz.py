@@ -89,6 +89,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_damaged_labels_are_imported_or_refused():
     fuzz.run_all(__file__, KINDS, 20)

@@ -503,6 +503,7 @@ def test_recordings_without_boxes_labels_frames_or_events(tmp_path, report):
     assert len(page.images) == 7
 
 
+@pytest.mark.slow
 def test_many_recordings_get_a_row_each_and_few_charts_and_pictures(tmp_path, report):
     root = write_dataset(
         tmp_path / "d",

@@ -201,6 +201,7 @@ def wait_until(condition, seconds: float = 40) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_a_preparation_at_work_and_after_it_was_killed(source, tmp_path, status_command):
     raw, output = copied(source, tmp_path / "raw"), tmp_path / "out"

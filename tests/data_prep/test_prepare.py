@@ -336,6 +336,7 @@ def test_several_processes_give_the_same_bytes_as_one(source, prepared, tmp_path
         assert path.read_bytes() == (tmp_path / "out" / path.relative_to(prepared)).read_bytes()
 
 
+@pytest.mark.slow
 def test_recordings_share_shards_up_to_their_size(source, tmp_path):
     big = tmp_path / "source" / "train"
     big.mkdir(parents=True)

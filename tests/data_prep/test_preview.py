@@ -196,6 +196,7 @@ def test_a_gif_plays_all_frames_in_real_time(source, prepared, tmp_path, preview
         assert (redder < -80).any()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("ffmpeg") is None, reason="no ffmpeg; apt-get install ffmpeg enables this test"
 )

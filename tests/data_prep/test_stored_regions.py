@@ -155,6 +155,7 @@ def test_a_frame_with_nothing_but_a_region_is_labelled(tmp_path):
     assert data.end_us[frame] + data.clock_us == times[12]
 
 
+@pytest.mark.slow
 def test_preparing_again_does_nothing_and_new_regions_are_taken_up(source, prepared, tmp_path):
     config = prep_config(source, prepared, labels=LABELS)
     assert prepare(config).prepared == {}
@@ -182,6 +183,7 @@ def test_report_and_export_take_no_notice(prepared, tmp_path, source):
     assert len(report.written) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["value", "class", "start", "missing", "unstated"])
 def test_damaged_regions_are_found(source, prepared, tmp_path, damage):
     copied(prepared, tmp_path / "copy")
@@ -209,6 +211,7 @@ def test_damaged_regions_are_found(source, prepared, tmp_path, damage):
         assert not verify(tmp_path, source=source).damaged
 
 
+@pytest.mark.slow
 def test_resealed_regions_with_a_class_are_found_by_verify(source, prepared, tmp_path):
     copied(prepared, tmp_path / "copy")
     tmp_path = tmp_path / "copy"

@@ -588,6 +588,7 @@ def verify_as_nobody(output, send) -> None:
     send.send((list(damaged), out.getvalue()))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_folder_that_may_only_be_read_is_verified_without_marks(prepared):
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users

@@ -192,6 +192,10 @@ MISTAKES = [
     # values
     ("train training.max_steps=abc", "training.max_steps is 'abc'; give a whole number"),
     ("train training.max_steps=", "training.max_steps is ''; give a whole number"),
+    (
+        "train training.batch_size=atuo",
+        "training.batch_size is 'atuo'; give a whole number, or auto (default: 8)",
+    ),
     ("train optimizer.lr=fast", "optimizer.lr is 'fast'; give a number (default: 0.001)"),
     ("train checkpoint.resume=maybe", "give true or false"),
     (

@@ -495,6 +495,7 @@ def test_frames_of_a_real_recording_add_up_to_its_events(samples_dir, tmp_path, 
 
 
 # -- preview: that it is reached; what it draws is in test_preview.py --------------------------------------------
+@pytest.mark.slow
 def test_preview_of_shards(shards, tmp_path, evspan_prep):
     code, out, err = evspan_prep("preview", shards, tmp_path / "sheet.png", "--split", "train")
     assert (code, err) == (0, "")

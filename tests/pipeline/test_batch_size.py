@@ -159,6 +159,7 @@ def losses(run):
     return {record["step"]: record["loss"] for record in read_metrics(run) if "loss" in record}
 
 
+@pytest.mark.slow
 def test_a_probed_run_equals_one_with_its_number_and_a_resume_keeps_it(
     shards, tmp_path, monkeypatch, caplog
 ):

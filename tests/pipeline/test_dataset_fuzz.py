@@ -242,6 +242,7 @@ def refuse_to_start(*_: object) -> Callable[..., None]:
     raise ShardError("a text of variable length")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_damaged_datasets_are_read_as_written_or_refused() -> None:
     fuzz.run_all(__file__, KINDS, 40)

@@ -159,6 +159,7 @@ def test_frames_are_matched_in_any_portions(truth, monkeypatch):
         np.testing.assert_array_equal(values, at_once[name])
 
 
+@pytest.mark.slow
 def test_a_draw_without_such_boxes_does_not_count(truth):
     large = [
         [b[b["w"] * b["h"] > 2000] for b in frames] if i else frames

@@ -285,6 +285,7 @@ def test_a_batch_norm_whose_parameters_are_frozen_keeps_its_statistics():
         assert torch.equal(buffer, state[name]) == name.startswith("fpn."), name
 
 
+@pytest.mark.slow
 def test_a_skipped_step_changes_nothing_that_is_frozen(data, world, tmp_path):
     trainer = Trainer(config(data, tmp_path, engine="deepspeed", stage=1), world)
     batches = trainer.loader.batches(0)

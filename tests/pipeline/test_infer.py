@@ -216,6 +216,7 @@ def test_detections_are_those_of_a_plain_loop_however_many_frames_a_call(here, t
     )
 
 
+@pytest.mark.slow
 def test_a_part_of_the_recording_and_other_thresholds(here, tmp_path):
     path, checkpoint = here / "a_td.raw", here / "weights2.safetensors"
     actual = run(
@@ -248,6 +249,7 @@ def test_a_published_checkpoint_is_read_directly(here, tmp_path):
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("downsample", [1, 4])
 def test_other_resolutions_and_sensors(here, tmp_path, downsample):
     """Gen4's size at a quarter; a sensor whose sides no window divides, at full resolution."""
@@ -309,6 +311,7 @@ def test_the_gif_plays_all_frames_at_the_cameras_pace_and_the_command_says_what_
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a_bbox.npy", "o.gif", "out"]
 
 
+@pytest.mark.slow
 @has_ffmpeg
 def test_mp4_plays_all_frames(here, tmp_path):
     run(here, tmp_path, "--seconds", 0.4)
@@ -421,6 +424,7 @@ def test_boxes_are_cut_at_the_sensor():
     assert actual["class_id"].tolist() == [1, 0]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_only_a_few_frames_are_alive(here):
     weights = load_weights(here / "weights2.safetensors")
     detector, alive, most, read = detector_from(weights), set(), 0, 0
@@ -547,6 +551,7 @@ def test_a_checkpoint_that_is_missing_is_refused(here, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_recordings_that_cannot_work_are_refused(here, tmp_path, capsys):
     empty, tiny = tmp_path / "empty.raw", tmp_path / "tiny.raw"
     empty.write_text(HEADER.format(240, 320))
@@ -586,6 +591,7 @@ def test_the_boxes_of_the_recording_are_never_overwritten(here, tmp_path, capsys
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.npy"]
 
 
+@pytest.mark.slow
 def test_several_recordings_give_what_each_gives_alone(here, tmp_path, capsys):
     other = tmp_path / "b_td.dat"
     simulate(other, seconds=0.3, seed=5, config=SimulatorConfig(height=240, width=320))
@@ -664,6 +670,7 @@ def test_csv_and_json_tell_what_the_npy_tells(here, tmp_path, capsys):
     assert "latency of a frame" in err
 
 
+@pytest.mark.slow
 def test_track_numbers_are_the_trackers_in_all_files(here, tmp_path, capsys):
     plain = run(here, tmp_path / "plain", "--no-video")
     options = ["--no-video", "--track", "--track-confidence", 0.12, "--json", "-"]

@@ -135,6 +135,7 @@ def test_a_damaged_recording_does_not_stop_the_others(tmp_path, checkpoint, caps
     assert "b.txt, line 6002: p (column 4) is missing" in captured.err
 
 
+@pytest.mark.slow
 def test_size_and_time_unit_of_a_recording_that_does_not_state_them(tmp_path, checkpoint, capsys):
     stated = write_recording(tmp_path / "stated.txt")
     rows = "".join(f"{i / 1000:.3f} {i % 160} 100 1\n" for i in range(150))
@@ -169,6 +170,7 @@ def test_outputs_are_not_replaced_unless_that_is_wished(tmp_path, checkpoint, ca
     assert len(np.load(out / "a_bbox.npy"))
 
 
+@pytest.mark.slow
 def test_shards_give_the_detections_of_their_recordings(tmp_path, checkpoint, capsys):
     """Without labels, frames of shards and recordings are the same."""
     write_recording(tmp_path / "raw/train/a.txt", windows=10)

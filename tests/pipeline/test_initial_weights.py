@@ -337,6 +337,7 @@ def test_a_run_records_what_it_started_from(run, data, world, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_resume_keeps_what_the_run_started_from(run, data, world, tmp_path):
     new = tmp_path / "new"
     train(config(data, new, run), world)
@@ -353,7 +354,8 @@ def test_a_resume_keeps_what_the_run_started_from(run, data, world, tmp_path):
     assert read_meta(new / "checkpoints" / "step-00000002").values["init_from"] == first
 
 
-def test_a_published_checkpoint_is_a_start(published, tmp_path, data):
+@pytest.mark.slow
+def test_a_published_checkpoint_is_a_start(published, tmp_path, data, world):
     of = model_of("micro", partition_split_32=1, classes=2)
     target = Target(of, ["car", "tram"], FrameConfig())
     this_run = config(data, tmp_path / "run", published, of)

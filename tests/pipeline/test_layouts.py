@@ -37,9 +37,10 @@ SHARDS = {  # recordings' frames; one frame of how many is labelled
 }
 dense, sparse, bare = (Case(shards=name) for name in SHARDS)
 
+short = replace(dense, steps=3)  # two updates; the soak test has more
 QUICK = [
     replace(
-        dense,
+        short,
         ranks=2,
         sequence=2,
         exchange="transpose",
@@ -48,19 +49,19 @@ QUICK = [
         encoded=True,  # against dense frames on one rank
     ),
     replace(
-        dense, ranks=2, sequence=2, exchange="relay", engine="exact", attention=True, dws_conv=True
+        short, ranks=2, sequence=2, exchange="relay", engine="exact", attention=True, dws_conv=True
     ),
-    replace(dense, ranks=2, sequence=1, stage=2, gradient_accumulation_steps=2, encoded=True),
-    replace(dense, ranks=2, sequence=2, stage=1, exchange="relay"),
+    replace(short, ranks=2, sequence=1, stage=2, gradient_accumulation_steps=2, encoded=True),
+    replace(short, ranks=2, sequence=2, stage=1, exchange="relay"),
     replace(
-        dense, ranks=2, sequence=2, stage=3, exchange="relay", attention=True, dws_conv=True
+        short, ranks=2, sequence=2, stage=3, exchange="relay", attention=True, dws_conv=True
     ),  # a module called many times
     replace(sparse, ranks=2, sequence=2, stage=0, attention=True, sampling="stream"),
     replace(bare, ranks=2, sequence=2, stage=3, attention=True, steps=2, sampling="stream"),
-    replace(dense, ranks=2, sequence=2, stage=2, attention=True, precision="bf16", steps=3),
-    replace(dense, ranks=4, sequence=2, stage=1, attention=True),
+    replace(short, ranks=2, sequence=2, stage=2, attention=True, precision="bf16", steps=3),
+    replace(short, ranks=4, sequence=2, stage=1, attention=True),
     replace(
-        dense, ranks=4, sequence=4, stage=3, attention=True
+        short, ranks=4, sequence=4, stage=3, attention=True
     ),  # two ranks never have a labelled frame
 ]
 # The bottom, of which no gradient flows back; one that gradients pass through; some norms of those
@@ -71,12 +72,12 @@ BOTTOM = {
 }
 BACKBONE = {"freeze": ("backbone.*", "yolox_head.cls_preds.*"), "multipliers": (("fpn.*", 0.2),)}
 FROZEN = [
-    replace(dense, ranks=2, sequence=2, engine="exact", attention=True, **BOTTOM),
-    replace(dense, ranks=2, sequence=2, stage=1, exchange="relay", **BOTTOM),
-    replace(dense, ranks=2, sequence=2, stage=3, exchange="relay", dws_conv=True, **BACKBONE),
+    replace(short, ranks=2, sequence=2, engine="exact", attention=True, **BOTTOM),
+    replace(short, ranks=2, sequence=2, stage=1, exchange="relay", **BOTTOM),
+    replace(short, ranks=2, sequence=2, stage=3, exchange="relay", dws_conv=True, **BACKBONE),
     replace(sparse, ranks=2, sequence=2, stage=0, attention=True, sampling="stream", **BOTTOM),
-    replace(dense, ranks=2, stage=2, gradient_accumulation_steps=2, **BOTTOM),
-    replace(dense, ranks=2, stage=2, precision="bf16", steps=3, **BOTTOM),
+    replace(short, ranks=2, stage=2, gradient_accumulation_steps=2, **BOTTOM),
+    replace(short, ranks=2, stage=2, precision="bf16", steps=3, **BOTTOM),
 ]
 KNOBS = replace(
     dense,

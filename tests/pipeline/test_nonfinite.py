@@ -149,6 +149,7 @@ def checkpoint(run_dir, step):
     return load_snapshot(run_dir / "checkpoints" / f"step-{step:08d}", range(LANES), 0)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_after_it_is_the_one_before_with_a_state_of_zeros(
     shards, world, tmp_path, monkeypatch
 ):
@@ -192,6 +193,7 @@ def test_the_error_comes_one_step_late_where_nothing_is_saved(shards, world, tmp
         assert trainer.step == 3
 
 
+@pytest.mark.slow
 def test_a_stop_request_in_a_step_that_is_left_out_saves_the_next_one(
     shards, world, tmp_path, monkeypatch
 ):

@@ -76,6 +76,7 @@ def all_of(stream) -> tuple[list[int], np.ndarray]:
     return [time_us for time_us, _ in items], np.concatenate([boxes for _, boxes in items])
 
 
+@pytest.mark.slow
 def test_a_recording_gives_what_infer_writes_bit_for_bit(here, detector):
     for n in (None, 1, 4):
         expected = np.load(here / f"out{n or 4}" / "a_bbox.npy")
@@ -206,6 +207,7 @@ def test_arrays_need_the_sensors_size():
         frames_of([])
 
 
+@pytest.mark.slow
 def test_the_example_prints_the_detections(here, capsys):
     arguments = [str(here / "weights.safetensors"), str(here / "a_td.raw"), "--confidence", "0.4"]
     detect_stream.main(arguments)

@@ -59,6 +59,7 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_noticed_or_changes_nothing(mine):
     whole = content(mine)
     good = (mine / SHARD).read_bytes()

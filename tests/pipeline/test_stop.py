@@ -95,7 +95,6 @@ def losses(run: Path) -> dict[str, object]:
     for step in EVALUATED:
         metrics = json.loads((checkpoints / f"step-{step:08d}" / "metrics.json").read_text())
         del metrics["checkpoint"], metrics["xxh3"]  # of the file, which names the folder
-        del metrics["limits"]["seconds"]  # how long the training took
         values[f"metrics {step}"] = metrics
     for name in ("weights", "moments"):
         tensors = load_file(checkpoints / f"step-{STEPS:08d}" / f"{name}.safetensors")

@@ -35,7 +35,8 @@ from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.head import decode
 from evspan.pipeline.model.norm import BatchNorm2d
 from evspan.pipeline.model.postprocess import DetectionLimits, select
-from evspan.pipeline.weights import HEADER_KEY, Weights, load_weights, save_tensors, save_weights
+from evspan.pipeline.tensor_files import save_tensors
+from evspan.pipeline.weights import HEADER_KEY, Weights, load_weights, save_weights
 from safetensors import safe_open
 from support.emulated_device import emulated_gpu, is_supported
 from support.refusals import refused_by
@@ -142,6 +143,7 @@ def test_an_error_of_a_reading_thread_is_raised(data):
         evaluate(bad)
 
 
+@pytest.mark.slow
 @needs_emulation
 def test_evaluation_on_a_gpu_waits_once_per_batch_and_gives_the_same(data, gpu):
     expected = evaluate(data)
@@ -164,6 +166,7 @@ def test_evaluation_on_a_gpu_waits_once_per_batch_and_gives_the_same(data, gpu):
     assert frames < sum(sent) < frames + 1000 * batches
 
 
+@pytest.mark.slow
 @needs_emulation
 def test_evaluation_in_bfloat16_is_close_and_only_the_norms_stay_in_float32(data, gpu, monkeypatch):
     expected = evaluate(data)
@@ -372,6 +375,7 @@ def test_streams_give_what_step_by_step_gives():
             torch.testing.assert_close(rows, others, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @needs_emulation
 def test_streaming_on_a_gpu_waits_once_per_call(gpu):
     frames = some_frames(4)
@@ -398,6 +402,7 @@ def test_streaming_on_a_gpu_waits_once_per_call(gpu):
         torch.testing.assert_close(rows, others, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @needs_emulation
 def test_infer_on_a_gpu_waits_once_per_call(gpu):
     frames = [(50_000 * (i + 1), frame[0].numpy()) for i, frame in enumerate(some_frames(6))]

@@ -21,6 +21,7 @@ from support.small_shards import BINS
 from support.training_runs import LOSSES, ROOT, scalars, train, train_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+PLAIN = "training.engine=plain"  # starts faster, for what is not about the engine
 SHARD_FRAMES = {"train": [23, 12, 9], "val": [12, 7, 5]}
 
 
@@ -207,7 +208,12 @@ def test_other_stages_train_save_and_evaluate(shards, tmp_path, overrides):
 def test_rvt_tree_trains_as_it_stands(tmp_path):
     tree = write_rvt_tree(write_rvt_tree(tmp_path / "tree", {"a": 9, "b": 5}), {"c": 4}, "val")
     output = train(
-        tree, tmp_path / "run", "dataset=rvt_tree", "training.max_steps=2", "parallel.ranks=1"
+        tree,
+        tmp_path / "run",
+        "dataset=rvt_tree",
+        "training.max_steps=2",
+        "parallel.ranks=1",
+        PLAIN,
     )
     assert "2 recordings, 14 frames" in output
     assert np.isfinite(list(scalars(tmp_path / "run", "loss/total").values())).all()
@@ -223,7 +229,7 @@ def test_rvt_tree_trains_as_it_stands(tmp_path):
 def test_a_stop_signal_saves_all_ranks_and_the_same_command_continues(shards, tmp_path):
     run_dir = tmp_path / "run"
     started = subprocess.Popen(
-        train_command(shards, run_dir, "training.max_steps=400", "checkpoint.every=1000"),
+        train_command(shards, run_dir, "training.max_steps=400", "checkpoint.every=1000", PLAIN),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -236,14 +242,16 @@ def test_a_stop_signal_saves_all_ranks_and_the_same_command_continues(shards, tm
     assert started.wait(60) == 75
     meta = json.loads(next((run_dir / "checkpoints").glob("step-*/meta.json")).read_text())
     assert 2 <= meta["step"] < 400
-    output = train(shards, run_dir, "training.max_steps=400", "training.batch_size=2", code=2)
+    output = train(
+        shards, run_dir, "training.max_steps=400", "training.batch_size=2", PLAIN, code=2
+    )
     assert "training.batch_size=4, this run has 2" in output
     assert "Traceback" not in output
 
 
 def test_a_dead_rank_ends_the_run_and_is_named(shards, tmp_path):
     started = subprocess.Popen(
-        train_command(shards, tmp_path / "run", "training.max_steps=4000"),
+        train_command(shards, tmp_path / "run", "training.max_steps=4000", PLAIN),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -56,6 +56,7 @@ OWNED = {  # third-party name -> the only places that may import it
     "hdf5plugin": {"data_prep", "pipeline.data"},
     "numba": {"data_prep"},
     "hotcoco": {"pipeline.evaluation"},
+    "optuna": {"launch.search.study"},
     "onnx": {"launch.cli.export", "pipeline.inference.exported_step"},
     "onnxruntime": {"launch.cli.export", "pipeline.inference.exported_step"},
     "onnxscript": {"launch.cli.export", "pipeline.inference.exported_step"},
@@ -230,9 +231,10 @@ def distributions_by_package() -> dict[str, set[str]]:
 
 @pytest.mark.slow
 def test_third_party_packages_are_declared_dependencies():
-    # Of the extras only `export`, whose command names it where a package is missing.
+    # Of the extras only those whose commands name them where a package is missing.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["export"]
+    extras = project["optional-dependencies"]
+    requirements = project["dependencies"] + extras["export"] + extras["search"]
     declared = {Requirement(requirement).name.lower() for requirement in requirements}
     offered_by = distributions_by_package()
     for module, path in modules().items():

@@ -76,6 +76,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_what_a_case_must_not_do_is_noticed(tmp_path):
     script = tmp_path / "escapes.py"

@@ -60,7 +60,7 @@ def test_ctrl_c_saves_and_the_run_continues_and_reports_its_end(shards, tmp_path
     assert b"training:" in terminal.output
     text = "\n".join(shown)
     for line in (
-        r"starts of 100000; 2 ranks = 2 data, fp32",
+        r"starts at step 0 of 100000; 2 ranks = 2 data, fp32",
         r"data: 3 recordings, 44 frames of \d+ x \d+, \d+ labelled",
         r"boxes: \d+ of 3 classes: \w+ \d+, ",
         r"batch: 4 sequences of 4 frames = 2 data ranks x 2 lanes x 1 accumulation step; "
@@ -68,9 +68,12 @@ def test_ctrl_c_saves_and_the_run_continues_and_reports_its_end(shards, tmp_path
         r"learning rate: 0.0002 after \d+ warm-up steps?, then onecycle to 2.0e-08",
         r"model: [\d,]+ parameters",
         r"watch it: tensorboard --logdir .*; log: .*/logs/rank-00.log",
+        r"[\d.]+ GFLOP a labelled frame: backbone \d+ %, neck \d+ %, small-object attention \d+ %, "
+        r"head \d+ %; a rank's peak is "
+        r"[\d.]+ [GT]FLOP/s \(measured product of 1024 x 1024 matrices\)",
         r"memory: \d\.\d\d GiB per rank",
         r"step 2 of 100000  epoch 0.727  loss [\d.]+  lr \d\.\de-\d\d  [\d.]+ frames/s  "
-        r"data wait \d+ %  ETA \d+:\d\d",
+        r"MFU [\d.]+ %  data wait \d+ %  ETA \d+:\d\d",
         r"Ctrl-C: saves at the end of this step and ends; again: ends at once",
         r"Ctrl-C: saved step \d+ in .*; the same command with run_dir=.* continues",
     ):

@@ -30,6 +30,8 @@ STAND_INS = {
     "source=/data/gen4": "source=recordings",
     "dataset.root=/data/gen4": "dataset.root=gen4_shards",
     "dataset.root=/scratch/gen4": "dataset.root=gen4_shards",
+    "dataset.root=/scratch/shards": "dataset.root=gen4_shards",
+    "after=/scratch/shards": "after=gen4_shards",
     "dataset.root=/scratch/etram": "dataset.root=etram_shards",
     "dataset.root=own_shards": "dataset.root=gen4_shards",
     "size=base": "size=micro",  # of the runs below runs/
@@ -93,7 +95,7 @@ def adapted(words: list[str]) -> list[str]:
         return [name, *arguments, "--cfg", "job"]
     if name in ("submit", "sweep") or "cluster=slurm" in arguments:
         return [name, *arguments, "cluster.dry_run=true"]
-    if name in ONLY_OPTIONS:
+    if name in ONLY_OPTIONS or "--hang" in arguments:  # no rank is there to be asked
         return [name, *arguments, "--help"]
     return [name, *arguments, *SMALLER.get(name, [])]
 
@@ -148,7 +150,7 @@ def _train(folder: Path) -> None:
     """Runs of one step, under every name that the READMEs use."""
     overrides = [
         *("parallel.ranks=1", "parallel.threads=1", "training.max_steps=1"),
-        *("training.batch_size=2", "training.log_images_every=0"),
+        *("training.batch_size=2", "training.log_images_every=0", "training.engine=plain"),
     ]
     command = [sys.executable, "-m", "evspan.launch", "train", "experiment=demo", *overrides]
     simulated = ["dataset.root=shards", "run_dir=runs/demo"]
@@ -161,6 +163,7 @@ def _train(folder: Path) -> None:
     logs = folder / "sweeps/lr/0/logs"
     logs.mkdir(exist_ok=True)
     (logs / "rank-00.log").write_text("step 1\n")
+    shutil.copytree(folder / "sweeps/lr", folder / "sweeps/tune")
 
 
 def run(arguments: list[str]) -> int:
