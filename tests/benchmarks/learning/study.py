@@ -146,6 +146,8 @@ class Study:
         self.experiments = [EXPERIMENTS[n] for n in options.only or EXPERIMENTS]
         self._verified: dict[str, RecordingSet] = {}
         self._jobs: dict[str, Job] = {}
+        self._uses: dict[str, list[Job]] = {}  # run -> jobs that read its weights
+        self._scored: set[Path] = set()
 
     def check_settings(self) -> None:
         """Writes the settings to a new folder; refuses a folder with others."""
@@ -262,7 +264,7 @@ class Study:
         return ["train", "--config-dir", str(CONF), *words]
 
     def train_job(self, run: Run) -> Job:
-        """Trains a run to its end."""
+        """Trains a run to its end. It is done, too, when all that its weights are for is there."""
         if run.name in self._jobs:
             return self._jobs[run.name]
         steps = run.experiment.steps_of(run.arm, self.options.scale)
@@ -279,14 +281,26 @@ class Study:
         job = Job(
             run.name,
             [*variants.command(run.arm.variant), *self.train_words(run)],
-            done.exists,
+            lambda: done.exists() or self._is_used_up(run),
             self.folder / "logs" / f"{run.name}.log",
             needs,
             run.arm.ranks if self.options.device == "cpu" else 1,
             prepare,
         )
         self._jobs[run.name] = job
+        for need in needs:
+            self._uses.setdefault(need.name, []).append(job)
         return job
+
+    def _is_used_up(self, run: Run) -> bool:
+        """Whether all that its weights are for is there: scores that are kept replace a run."""
+        uses = self._uses.get(run.name, [])
+        return bool(uses) and all(job.is_done() for job in uses)
+
+    def _is_scored(self, folder: Path) -> bool:
+        if folder not in self._scored and read_score(folder) is not None:
+            self._scored.add(folder)
+        return folder in self._scored
 
     def score_jobs(self, run: Run, sets: Sequence[str]) -> list[Job]:
         """Score all checkpoints of a run that count, on these sets."""
@@ -306,25 +320,28 @@ class Study:
                     Job(
                         f"{run.name} step {step} on {name}",
                         [sys.executable, str(PROGRAMS / "run_score.py"), *words],
-                        partial(_is_scored, folder),
+                        partial(self._is_scored, folder),
                         self.folder / "logs" / f"{run.name}.log",
                         (self.train_job(run),),
                         prepare=partial(self.make_set, name),
                     )
                 )
+        self._uses.setdefault(run.name, []).extend(jobs)
         return jobs
 
     def real_job(self, run: Run, recordings: Path) -> Job:
         """Runs a detector on recordings without boxes."""
         folder = self.run_folder(run) / "real"
         words = [str(self.run_folder(run)), str(recordings), str(folder), self.options.device]
-        return Job(
+        job = Job(
             f"{run.name} on {recordings}",
             [sys.executable, str(PROGRAMS / "run_real.py"), *words],
             (folder / SUMMARY).exists,
             self.folder / "logs" / f"{run.name}.log",
             (self.train_job(run),),
         )
+        self._uses.setdefault(run.name, []).append(job)
+        return job
 
     def jobs(self) -> list[Job]:
         """All of them, the most valuable first."""
@@ -380,10 +397,6 @@ class Study:
     def write_page(self) -> str:
         """report.md and its figures, of the experiments that were asked for."""
         return write_page(self.folder, self.experiments, self.results())
-
-
-def _is_scored(folder: Path) -> bool:
-    return read_score(folder) is not None
 
 
 @cache
