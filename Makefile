@@ -19,7 +19,7 @@ space := $(subst ,, )
 # Named after the folder: a copied or moved checkout is installed again, and does not run the code of the old folder.
 STAMP := $(VENV)/.installed$(subst $(space),_,$(subst /,.,$(CURDIR)))
 
-.PHONY: help setup demo test check lint soak gpu bench-learn container constraints clean
+.PHONY: help setup demo test test-failed check lint soak gpu bench-learn container constraints clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -41,6 +41,9 @@ demo: setup ## simulate, prepare, train, evaluate and infer in minutes; results 
 
 test: lint ## style, types, and all tests but the campaigns (PYTEST_ARGS, WORKERS, TEST_TIMEOUT)
 	@$(PYTEST) $(PYTEST_ARGS)
+
+test-failed: lint ## the tests that failed last, once more, one after the other
+	@$(RUN) pytest --timeout $(TEST_TIMEOUT) --last-failed --last-failed-no-failures none --maxfail 1 -v $(PYTEST_ARGS)
 
 check: lint ## style, types and the fast tests, in about a minute
 	@$(PYTEST) -m 'not slow and not soak' $(PYTEST_ARGS)
