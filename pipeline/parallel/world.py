@@ -22,7 +22,7 @@ from evspan.pipeline.parallel.hang_watch import HangWatch, hang_watch
 from evspan.pipeline.parallel.heartbeat import heartbeat
 from evspan.pipeline.parallel.rank_env import RankInfo, check_address, check_interfaces, rank_info
 from evspan.pipeline.parallel.rank_exit import group_is_open
-from evspan.pipeline.parallel.rendezvous import rendezvous
+from evspan.pipeline.parallel.rendezvous import joining, rendezvous
 from evspan.pipeline.parallel.run_secret import RunSecret, shared_secret
 
 
@@ -76,7 +76,7 @@ def open_world(config: ParallelConfig, *, run: str | Path | None = None) -> Iter
         ConfigError: the launcher started another number of ranks than the config has, or the name
             of rank 0's machine cannot be resolved.
         DeviceError: a machine's GPUs cannot be used, or two ranks would share one.
-        LostRanksError: other ranks are gone, stuck or failed.
+        LostRanksError: other ranks did not start, or are gone, stuck or failed.
     """
     info = rank_info(os.environ)
     if info.size != config.ranks:
@@ -116,10 +116,11 @@ def _join_group(
         store = dist.HashStore()  # no port that another run could use
         device = choose_device(config.device, info.local, os.environ)
     else:
-        shared = rendezvous(info, timeout)
-        with shared_secret(shared, info.rank, run) as secret:
-            store = dist.PrefixStore(secret.prefix, shared)
-            device = join_devices(store, info, config.device, secret)
+        with joining(info, config.timeout_s) as limit:
+            shared = rendezvous(info, limit)
+            with shared_secret(shared, info.rank, run) as secret:
+                store = dist.PrefixStore(secret.prefix, shared)
+                device = join_devices(store, info, config.device, secret)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

@@ -24,7 +24,7 @@ from support.slurm_cluster import free_ports
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 SHARD_FRAMES = {"train": [23, 22], "val": [4]}
-TIMEOUT_S = 4
+TIMEOUT_S = 6
 
 PROGRAM = """
 import os, pathlib, sys, time
@@ -90,13 +90,13 @@ def test_survivors_end_in_time_and_name_the_rank(tmp_path, number, victim):
     ranks[victim].send_signal(getattr(signal, number))
     began = time.monotonic()
     for rank in set(range(3)) - {victim}:
-        code, err = end_of(ranks[rank], TIMEOUT_S + 25)
+        code, err = end_of(ranks[rank], 120)
         assert code == 69 and err.startswith("error: ") and err.count("\n") == 1, err
         assert re.search(
             rf"^error: rank {victim} \(process {ranks[victim].pid} on \S+\).* is gone or stuck", err
         ), err
         assert f"So rank {rank} ends" in err
-    assert time.monotonic() - began < TIMEOUT_S + 20
+    assert time.monotonic() - began < TIMEOUT_S + 60
     ranks[victim].kill()
     ranks[victim].communicate()
 
@@ -124,7 +124,7 @@ def test_a_store_that_ended_with_rank_0_hides_no_rank_that_was_silent_before(mis
     ],
 )
 def test_a_failed_rank_waits_for_its_readers(monkeypatch, backend, status, beats, returns_early):
-    monkeypatch.setattr(heartbeat, "BEAT_S", 0.3)
+    monkeypatch.setattr(heartbeat, "BEAT_S", 1.0)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_backend", lambda: backend)
     heartbeats = object.__new__(_Heartbeats)  # without its threads
@@ -137,7 +137,7 @@ def test_a_failed_rank_waits_for_its_readers(monkeypatch, backend, status, beats
     answer.start()
     started_at = time.monotonic()
     heartbeats.wait_for_others()
-    assert (time.monotonic() - started_at < 0.55) == returns_early
+    assert (time.monotonic() - started_at < 1.9) == returns_early
     answer.join()
 
 
@@ -151,10 +151,12 @@ def misbehave(rank):
 """,
     )
     for rank in (0, 2):
-        code, err = end_of(ranks[rank], 60)
+        code, err = end_of(ranks[rank], 120)
         assert code == 69 and err.count("\n") == 1, err
         assert err.startswith(f"error: rank 1 (process {ranks[1].pid} on "), err
-        assert "is alive, but did not reach a collective within parallel.timeout_s=4" in err
+        assert (
+            f"is alive, but did not reach a collective within parallel.timeout_s={TIMEOUT_S}" in err
+        )
     code_of_sleeper = ranks[1].poll()
     assert code_of_sleeper in (None, 69)
     ranks[1].kill()
@@ -188,20 +190,20 @@ def test_a_rank_that_fails_ends_at_once_and_is_named(tmp_path, victim, error, co
     failed = ranks[victim]
     first_line = failed.stderr.readline()
     raised = float((tmp_path / "raised").read_text())
-    assert time.time() - raised < 2
+    assert time.time() - raised < 20  # of the 60 s that a rank may be silent
     err = first_line + failed.stderr.read()
-    assert failed.wait(30) == code
+    assert failed.wait(120) == code
     assert failed.stdout.read() == "the last output"
     assert err.rstrip().endswith(last_line)
     kind = error.split("(")[0]
     for rank in set(range(3)) - {victim}:
-        code_of_peer, err = end_of(ranks[rank], 30)
+        code_of_peer, err = end_of(ranks[rank], 120)
         assert code_of_peer == 69
         assert err.count("\n") == 1
         assert re.match(
             rf"error: rank {victim} \(process {failed.pid} on \S+\) failed \({kind}: .*\)\. So", err
         ), err
-    assert time.time() - raised < 8
+    assert time.time() - raised < 40
 
 
 def test_ranks_that_are_done_print_nothing(tmp_path):
@@ -215,7 +217,30 @@ def misbehave(rank):
 """,
     )
     for process in ranks:
-        assert end_of(process, 60) == (0, "")
+        assert end_of(process, 120) == (0, "")
+
+
+def test_a_rank_that_does_not_start_is_missed_in_one_line(tmp_path):
+    ranks = started(
+        tmp_path,
+        """
+import evspan.pipeline.parallel.rendezvous as rendezvous
+rendezvous.JOIN_S = 2.0
+if os.environ["SLURM_PROCID"] == "2":
+    sys.exit()
+""",
+        timeout_s=1,
+    )
+    assert end_of(ranks[2], 120) == (0, "")
+    for rank in (0, 1):
+        code, err = end_of(ranks[rank], 120)
+        assert code == 69, err
+        error = err.splitlines()[-1]  # after torch's warnings
+        waited = f"error: rank {rank} of 3 waited up to 2 s for the others to join at 127.0.0.1:"
+        assert error.startswith(waited), err
+        assert error.endswith("raise parallel.timeout_s")
+        assert "keys" not in error
+        assert "Traceback" not in err
 
 
 def test_stuck_ranks_are_ended_by_their_parent_and_named(tmp_path):
@@ -243,11 +268,11 @@ def test_stuck_ranks_are_ended_by_their_parent_and_named(tmp_path):
     ranks = all_ready(tmp_path)
     time.sleep(1.5)
     os.kill(ranks[1], signal.SIGSTOP)
-    code, err = end_of(process, TIMEOUT_S + 25)
+    code, err = end_of(process, 120)
     assert code == 69 and err.count("\n") == 1, err
     assert err.startswith(f"error: rank 1 (process {ranks[1]} on ")
     assert err.endswith("; rank 1 had to be killed. Do it again\n")
-    eventually(lambda: not any(map(alive, pids(tmp_path))), 5)
+    eventually(lambda: not any(map(alive, pids(tmp_path))), 120)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------
@@ -289,7 +314,7 @@ def trained_in_little_memory(shards, run_dir, *overrides):
             resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
         if line.startswith("step 1 "):
             process.send_signal(signal.SIGTERM)
-    return end_of(process, 100)
+    return end_of(process, 120)
 
 
 def test_too_little_memory_names_options_that_help(shards, tmp_path):
