@@ -245,7 +245,7 @@ def test_an_mp4_has_every_frame_at_its_rate(tmp_path):
     images = list(moving(40))
     write_animation(tmp_path / "a.mp4", images)
     probed = subprocess.run(
-        ["ffmpeg", "-i", str(tmp_path / "a.mp4")], capture_output=True, text=True, timeout=30
+        ["ffmpeg", "-i", str(tmp_path / "a.mp4")], capture_output=True, text=True, timeout=120
     ).stderr
     stream = next(line for line in probed.splitlines() if "Video:" in line)
     assert all(word in stream for word in ("h264", "yuv420p", "46x32", "20 fps"))
@@ -265,7 +265,7 @@ def test_an_mp4_has_every_frame_at_its_rate(tmp_path):
         ],
         capture_output=True,
         check=True,
-        timeout=30,
+        timeout=120,
     ).stdout
     shown = np.frombuffer(raw, np.uint8).reshape(40, 32, 46, 3)
     for actual, image in zip(shown, images, strict=True):

@@ -210,14 +210,14 @@ def command(*arguments) -> list[str]:
 @pytest.mark.timeout(120)
 def test_the_command_and_its_mistakes(shards, fixture, tmp_path):
     completed = subprocess.run(
-        command(shards, tmp_path / "out"), capture_output=True, text=True, timeout=60
+        command(shards, tmp_path / "out"), capture_output=True, text=True, timeout=120
     )
     assert completed.returncode == 0 and "3 recordings written" in completed.stdout, (
         completed.stderr
     )
     assert_same_tree(tmp_path / "out", fixture / "output")
     again = subprocess.run(
-        command(shards, tmp_path / "out"), capture_output=True, text=True, timeout=60
+        command(shards, tmp_path / "out"), capture_output=True, text=True, timeout=120
     )
     assert again.returncode == 0
     assert "0 recordings written" in again.stdout
@@ -227,7 +227,7 @@ def test_the_command_and_its_mistakes(shards, fixture, tmp_path):
         (shards, tmp_path / "new", "--split", "all"),
         (shards,),
     ):
-        failed = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60)
+        failed = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
         assert failed.returncode == 2
         assert failed.stderr.startswith("error: ")
         assert failed.stderr.count("\n") == 1
@@ -243,7 +243,7 @@ def test_killed_at_any_moment_each_recording_is_whole_or_absent(shards, fixture,
         process = subprocess.Popen(command(shards, out), stdout=subprocess.DEVNULL)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
-        process.wait(timeout=30)
+        process.wait(timeout=120)
         for key in KEYS:
             if (out / key).exists():
                 assert_same_tree(out / key, fixture / "output" / key)

@@ -328,7 +328,7 @@ def test_metavision_hdf5_is_read_where_a_plugin_for_its_codec_is_installed(tmp_p
     plugin = tmp_path / "plugins" / "libh5codec.so"
     plugin.parent.mkdir()
     subprocess.run(
-        ["cc", "-shared", "-fPIC", "-o", plugin, tmp_path / "codec.c"], check=True, timeout=60
+        ["cc", "-shared", "-fPIC", "-o", plugin, tmp_path / "codec.c"], check=True, timeout=120
     )
     events = np.array([(1, 2, 1, 30), (1279, 719, 0, 31)], CD)
     path = metavision_file(
@@ -339,7 +339,7 @@ def test_metavision_hdf5_is_read_where_a_plugin_for_its_codec_is_installed(tmp_p
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env={**os.environ, "HDF5_PLUGIN_PATH": str(plugin.parent)},
     )
     assert result.stdout.strip() == "[(30, 1, 2, 1), (31, 1279, 719, 0)] 1280", result.stderr

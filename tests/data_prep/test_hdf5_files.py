@@ -58,14 +58,14 @@ def test_files_are_read_where_flock_fails(tmp_path):
     (tmp_path / "flock.c").write_text(NO_LOCKS)
     library = tmp_path / "flock.so"
     subprocess.run(
-        ["cc", "-shared", "-fPIC", "-o", library, tmp_path / "flock.c"], check=True, timeout=60
+        ["cc", "-shared", "-fPIC", "-o", library, tmp_path / "flock.c"], check=True, timeout=120
     )
     result = subprocess.run(
         [sys.executable, "-c", READ, path],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env={**os.environ, "LD_PRELOAD": str(library)},
     )
     assert result.stdout.split() == ["499500"] * 4, result.stderr

@@ -67,7 +67,7 @@ def use(folder: Path) -> Path:
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())

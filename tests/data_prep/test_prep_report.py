@@ -682,7 +682,7 @@ def test_as_typed_it_writes_next_to_the_folder(shards):
         [sys.executable, "-m", "evspan.launch", "prep", "report", str(shards)],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=120,
         cwd=Path(__file__).parents[2],
     )
     out = shards.with_name(f"{shards.name}_report.html")

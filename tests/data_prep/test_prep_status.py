@@ -194,7 +194,7 @@ prepare(prep_config(Path(sys.argv[1]), Path(sys.argv[2])))
 """
 
 
-def wait_until(condition, seconds: float = 40) -> None:
+def wait_until(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "this took too long"
@@ -224,7 +224,7 @@ def test_a_preparation_at_work_and_after_it_was_killed(source, tmp_path, status_
         assert [line for line in lines if line.startswith("last written: .parts/train/c.h5, ")]
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait(20)
+        process.wait(120)
     code, lines = status_command(output, "--source", raw)
     assert code == 3
     assert f"was killed: process {process.pid} on {socket.gethostname()}" in lines

@@ -603,7 +603,7 @@ def test_a_folder_that_may_only_be_read_is_verified_without_marks(prepared):
         child.start()
         assert receive.poll(40)
         damaged, out = receive.recv()
-        child.join(20)
+        child.join(120)
         assert damaged == ["train/b"]
         assert "1 damaged, and not marked, since you may not write to it" in out
         assert not (output / ".damaged").exists()

@@ -353,7 +353,7 @@ def run_script(tmp_path: Path, text: str, code: int, *arguments: str, **variable
     subprocess.run(
         ["bash", str(tmp_path / "script"), *arguments],
         env=environment,
-        timeout=30,
+        timeout=120,
         check=False,
         capture_output=True,
     )
@@ -429,7 +429,7 @@ def test_the_dry_run_of_a_report(tmp_path, capsys, queue):
     assert "#SBATCH --partition=cpu" in text
     assert "evspan.launch.slurm.command_job" in text
     assert not (run / ".jobs").exists()
-    subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=20)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=120)
 
 
 @pytest.mark.parametrize(

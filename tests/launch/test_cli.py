@@ -57,7 +57,7 @@ def python(*argv, **environment) -> subprocess.CompletedProcess:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=120,
     )
 
 

@@ -43,7 +43,7 @@ def binding_cluster() -> Iterator[Cluster]:
         assert line.startswith("export SLURM_CONF="), line
         yield Cluster(Path(line.partition("=")[2]))
         keeper.stdin.close()
-        keeper.wait(60)
+        keeper.wait(120)
 
 
 def affinities(process: psutil.Process) -> list[tuple[int, ...]]:

@@ -104,7 +104,7 @@ def mounted(where: Path) -> list[str]:
     ]
     if (
         not shutil.which("unshare")
-        or subprocess.run([*words, "true"], capture_output=True, timeout=20).returncode
+        or subprocess.run([*words, "true"], capture_output=True, timeout=120).returncode
     ):
         pytest.skip("users may not mount folders on this machine")
     return words
@@ -306,7 +306,7 @@ def test_sigterm_cancels_its_job(slurm_of, tmp_path):
             assert process.poll() is None
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
+        assert process.wait(120) == 128 + signal.SIGTERM
         end = time.monotonic() + 10
         while slurm_of.ask("squeue", "--noheader", "--name=evspan-doctor"):
             assert time.monotonic() < end
@@ -341,14 +341,14 @@ def test_it_refuses_to_be_a_rank(monkeypatch, capsys):
 
 def test_it_imports_nothing_slow():
     process = subprocess.run(
-        [*COMMAND, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=20
+        [*COMMAND, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert process.returncode == 0
     assert "--partition" in process.stdout
     slow = "import sys, evspan.launch.doctor.checks; print({'torch', 'hydra', 'deepspeed', 'numpy', 'submitit'} & sys.modules.keys())"
     assert (
         subprocess.run(
-            [sys.executable, "-c", slow], cwd=ROOT, capture_output=True, text=True, timeout=20
+            [sys.executable, "-c", slow], cwd=ROOT, capture_output=True, text=True, timeout=120
         ).stdout
         == "set()\n"
     )
@@ -634,7 +634,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=120,
         preexec_fn=without_privilege,
     )
     assert process.stdout == f"{runs} cannot be written: Permission denied\n", process.stderr
@@ -655,7 +655,7 @@ def test_a_full_folder(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=120,
     )
     assert process.stdout.startswith("free space fail 0.0 GB, less than 20")
 
@@ -688,7 +688,7 @@ def test_tasks_exchange_notes(tmp_path, monkeypatch):
     assert met.grade == PASS
     assert notes == {0: "a", 1: "b"}
     assert folder.count_unreadable_notes(work, token, 2) == 0
-    assert first.communicate(timeout=20)[0] == "[(0, 'a'), (1, 'b')]\n"
+    assert first.communicate(timeout=120)[0] == "[(0, 'a'), (1, 'b')]\n"
     assert folder.count_unreadable_notes(work, token, 3) == 1
     assert folder.count_unreadable_notes(work, "another", 2) == 2
     monkeypatch.setattr(folder, "WAIT_S", 0.1)
@@ -716,7 +716,7 @@ def test_file_descriptors(soft, hard, grade, part):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=120,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
     )
     assert process.stdout.startswith(grade) and part in process.stdout, process.stderr
@@ -732,7 +732,7 @@ def test_interfaces_are_those_of_ip():
         pytest.skip("there is no `ip` to compare with")
     results = json.loads(
         subprocess.run(
-            ["ip", "-json", "address"], capture_output=True, check=True, timeout=10
+            ["ip", "-json", "address"], capture_output=True, check=True, timeout=120
         ).stdout
     )
     expected = {

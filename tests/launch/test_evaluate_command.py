@@ -95,7 +95,7 @@ def test_json_is_all_of_standard_output(tmp_path):
         [sys.executable, "-m", "evspan.launch", "evaluate", run / "w.safetensors", "--json"],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=120,
     )
     metrics = json.loads(done.stdout)
     assert metrics == json.loads((run / "evaluation-val" / "metrics.json").read_text())

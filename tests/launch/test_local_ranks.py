@@ -58,7 +58,7 @@ def launched(folder: Path, program: str, ranks: int = 2, grace_s: float = 0.5) -
 def finished(folder: Path, program: str, ranks: int = 2) -> tuple[int, str, str]:
     """Exit code, stdout and stderr; no rank is left."""
     started = launched(folder, program, ranks)
-    out, err = started.communicate(timeout=40)
+    out, err = started.communicate(timeout=120)
     assert not [pid for pid in pids(folder) if alive(pid)]
     return started.returncode, out, err
 
@@ -83,7 +83,7 @@ else:
     print("not shown")
 """
     started = launched(tmp_path, program, ranks=3)
-    out, err = started.communicate(timeout=40)
+    out, err = started.communicate(timeout=120)
     assert (started.returncode, out, err) == (0, "rank 0 met rank [1, 2]\n", "")
     environments = [json.loads((tmp_path / f"env-{rank}").read_text()) for rank in range(3)]
     for rank, environment in enumerate(environments):
@@ -109,7 +109,7 @@ def test_the_port_is_reserved_meanwhile(tmp_path):
         with socket.socket(family) as other, pytest.raises(OSError, match="Address already in use"):
             other.bind(("", int(port)))
     (tmp_path / "go").touch()
-    assert started.communicate(timeout=20) == ("", "")
+    assert started.communicate(timeout=120) == ("", "")
     assert started.returncode == 0
 
 
@@ -126,7 +126,7 @@ def test_own_threads_are_kept_and_other_programs_are_not_shadowed(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "7", "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=40,
+        timeout=120,
     )
     assert done.stdout.split("\n")[:2] == ["7", str(ROOT / "pipeline" / "__init__.py")], done.stderr
 
@@ -221,7 +221,7 @@ while True: time.sleep(60)
     started = launched(tmp_path, program)
     all_ready(tmp_path)
     started.send_signal(number)
-    assert started.communicate(timeout=20) == ("", "")
+    assert started.communicate(timeout=120) == ("", "")
     assert started.returncode == 75
     assert [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)] == [
         str(int(number))
@@ -232,7 +232,7 @@ def test_a_stop_signal_before_there_is_anything_to_save(tmp_path):
     started = launched(tmp_path, "ready()\nwhile True: time.sleep(60)")
     all_ready(tmp_path)
     started.send_signal(signal.SIGTERM)
-    err = started.communicate(timeout=20)[1]
+    err = started.communicate(timeout=120)[1]
     assert started.returncode == 128 + 15
     assert err == "error: ended by SIGTERM; nothing was saved. Do it again\n"
 
@@ -243,7 +243,7 @@ def test_interrupted_ranks_end_even_when_one_ignores_the_signal(tmp_path):
     )
     ranks = all_ready(tmp_path)
     started.send_signal(signal.SIGINT)
-    assert started.communicate(timeout=20) == ("", "")
+    assert started.communicate(timeout=120) == ("", "")
     assert started.returncode == 130
     assert not any(map(alive, ranks))
 
@@ -257,7 +257,7 @@ def test_the_terminals_interrupt_reaches_ranks_once_through_their_parent(tmp_pat
     eventually(lambda: len(list(tmp_path.glob("got-*"))) == 2)
     assert all(map(alive, ranks))  # the grace, which a second one ends
     started.send_signal(signal.SIGINT)
-    started.communicate(timeout=20)
+    started.communicate(timeout=120)
     assert started.returncode == 130
     assert not any(map(alive, ranks))
 
@@ -267,7 +267,7 @@ def test_no_rank_outlives_a_killed_parent(tmp_path):
     ranks = all_ready(tmp_path, ranks=3)
     assert all(map(alive, ranks))
     started.kill()
-    started.communicate(timeout=20)
+    started.communicate(timeout=120)
     eventually(lambda: not any(map(alive, ranks)), seconds=5)
 
 

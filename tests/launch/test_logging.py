@@ -131,7 +131,7 @@ def test_every_line_of_a_ranks_log_has_timestamp_level_and_rank(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=120,
     )
     assert result.returncode == 2
     assert result.stdout == result.stderr == ""

@@ -57,7 +57,7 @@ def run(command: list, output: str, *, errors: str = "", **environment: str):
             stdout=streams[0],
             stderr=streams[1],
             text=True,
-            timeout=90,
+            timeout=120,
             env={**os.environ, **environment},
         )
 
@@ -95,7 +95,7 @@ def test_a_run_goes_on_without_its_output(tmp_path, output, errors, unbuffered):
 def test_without_standard_streams_no_file_gets_their_output(tmp_path):
     command = [sys.executable, "-c", WORK, str(tmp_path / "result"), "native"]
     code = "import os, sys\nfor fd in range(3): os.close(fd)\nos.execv(sys.argv[1], sys.argv[1:])"
-    done = subprocess.run([sys.executable, "-c", code, *command], timeout=50)
+    done = subprocess.run([sys.executable, "-c", code, *command], timeout=120)
     assert done.returncode == 1  # os.write fails: nobody reads descriptor 1 ...
     assert (tmp_path / "result").read_text() == ""  # ... which is not the result's
 

@@ -115,7 +115,7 @@ def test_make_setup_reports_an_unsupported_python_in_one_line(tmp_path, version)
     # `make test` runs this test: its variables would change what the inner make prints.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     done = subprocess.run(
-        command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=60
+        command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120
     )
     lines = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
     assert done.returncode != 0
@@ -154,7 +154,7 @@ def installed(wheel, tmp_path_factory) -> Installed:
     """
     top = tmp_path_factory.mktemp("installed")
     venv = top / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=120)
     (site,) = venv.glob("lib/python*/site-packages")
     folders = [path for path in sys.path if path.endswith("site-packages")]
     (site / "dependencies.pth").write_text("\n".join(folders))

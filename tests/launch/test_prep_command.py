@@ -37,7 +37,7 @@ def typed(*arguments, **options):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=120,
         **options,
     )
 
@@ -181,7 +181,7 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
         text=True,
     )
     os.close(theirs)
-    out, _ = process.communicate(timeout=100)
+    out, _ = process.communicate(timeout=120)
     drawn = b""
     try:
         while piece := os.read(ours, 4096):
@@ -421,7 +421,7 @@ def test_plain_h5py_reads_what_decode_writes(source, tmp_path, evspan_prep, opti
         env={**os.environ, "HDF5_PLUGIN_PATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=120,
     )
     if compression is None:  # needs hdf5plugin, which --help says
         assert "plugin" in done.stderr

@@ -45,7 +45,7 @@ def test_another_rank_draws_nothing_on_the_same_terminal():
 
 def test_elsewhere_there_are_lines_only():
     result = subprocess.run(
-        [sys.executable, "-c", WORK, "0"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", WORK, "0"], capture_output=True, text=True, timeout=120
     )
     assert (result.stdout + result.stderr).split("\n") == [
         *("file 1", "file 2", "file 3", "inside", "done", "warning: half", "")
@@ -54,5 +54,5 @@ def test_elsewhere_there_are_lines_only():
 
 def test_a_bar_that_cannot_be_written_ends_nothing():
     with open("/dev/full", "w") as full:
-        result = subprocess.run([sys.executable, "-c", WORK, "0"], stderr=full, timeout=60)
+        result = subprocess.run([sys.executable, "-c", WORK, "0"], stderr=full, timeout=120)
     assert result.returncode == 0

@@ -124,7 +124,7 @@ def test_a_killed_holder_of_this_machine_is_replaced_at_once(tmp_path):
         process.wait()
     started = time.monotonic()
     with FolderLock(tmp_path, "evspan train"):
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_requeued_job_replaces_its_own_earlier_attempt_only(tmp_path, monkeypa
     leave_lock(tmp_path, **elsewhere(job="7", restart=1, cluster="c1"))
     started = time.monotonic()
     with FolderLock(tmp_path, "evspan train"):
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 10
 
 
 def test_an_attempt_that_is_still_ending_gets_time(tmp_path, monkeypatch):
@@ -200,7 +200,7 @@ def test_an_attempt_that_is_still_ending_gets_time(tmp_path, monkeypatch):
         leave_lock(tmp_path, pid=process.pid, started=started, restart=0)
         killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {process.pid}"])
         with FolderLock(tmp_path, "evspan train"):
-            assert process.wait(1) == -9
+            assert process.wait(120) == -9
         killer.wait()
         # One that cannot be killed does not stop the job for ever.
         quick(monkeypatch, DYING_S=0.1)
@@ -314,7 +314,7 @@ def test_the_lock_is_renewed(tmp_path, monkeypatch):
     with FolderLock(tmp_path, "evspan train"):
         path = tmp_path / LOCKS / "000001"
         os.utime(path, (0, 0))
-        end = time.monotonic() + 5
+        end = time.monotonic() + 120
         while path.stat().st_mtime == 0:
             assert time.monotonic() < end
             time.sleep(0.01)
@@ -327,7 +327,7 @@ def test_a_process_whose_lock_was_taken_over_ends(tmp_path, monkeypatch, capsys)
         assert lock.is_held()
         (tmp_path / LOCKS / "000002").write_text(json.dumps(lock.holder.to_json()))
         assert not lock.is_held()
-        end = time.monotonic() + 5
+        end = time.monotonic() + 120
         while not ended:
             assert time.monotonic() < end
             time.sleep(0.01)
@@ -374,7 +374,7 @@ def test_an_attempt_of_a_job_waits_for_its_submission(tmp_path, monkeypatch):
     path = tmp_path / LOCKS / "000005"
     released = subprocess.Popen(["sh", "-c", f"sleep 0.3; echo '{{\"released\": 1}}' > {path}"])
     with attempt_lock(tmp_path, is_main=True):
-        assert released.wait(1) == 0
+        assert released.wait(120) == 0
 
 
 def test_a_command_in_a_job_waits_as_a_rank_does(tmp_path, monkeypatch, caplog):

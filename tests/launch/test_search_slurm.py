@@ -32,7 +32,7 @@ def slurm(cluster: Cluster):
     subprocess.run(
         ["scancel", f"--partition={PARTITION}", "--user=root"], env=cluster.environment, check=False
     )
-    wait_for(lambda: not cluster.ask("squeue", "--noheader", f"--partition={PARTITION}"), 60)
+    wait_for(lambda: not cluster.ask("squeue", "--noheader", f"--partition={PARTITION}"), 120)
     cluster.ask("scontrol", "delete", f"partitionname={PARTITION}")
 
 
@@ -138,17 +138,17 @@ def test_a_detached_controller_comes_back_and_is_cancelled(slurm, shards, tmp_pa
         f"cluster.partition={PARTITION}",
         "cluster.detach=true",
     )
-    out, err = evspan(slurm, "sweep", *words).communicate(timeout=90)
+    out, err = evspan(slurm, "sweep", *words).communicate(timeout=120)
     assert "controller of the search of 2 trials" in err + out
     job = json.loads((sweep / "search.json").read_text())["job"]
-    refused = evspan(slurm, "sweep", *words).communicate(timeout=90)[1]
+    refused = evspan(slurm, "sweep", *words).communicate(timeout=120)[1]
     assert f"SLURM job {job} runs the search" in refused or "is in use" in refused
     wait_for(lambda: read_progress(sweep / "0").get("step", 0) > 0)
     os.kill(process_of(sweep / "logs" / "search.log"), signal.SIGKILL)
     wait_for(lambda: "continues 1 trial" in (sweep / "logs" / "search.log").read_text())
-    shown = evspan(slurm, "status", str(sweep)).communicate(timeout=60)[0]
+    shown = evspan(slurm, "status", str(sweep)).communicate(timeout=120)[0]
     assert f"controller: SLURM job {job}" in shown
-    out, err = evspan(slurm, "cancel", str(sweep)).communicate(timeout=60)
+    out, err = evspan(slurm, "cancel", str(sweep)).communicate(timeout=120)
     assert f"cancelled SLURM job {job}, the controller of the search" in out, err
     wait_for(lambda: slurm.jobs()[job] == "CANCELLED")
     wait_for(lambda: slurm.jobs()[job_of(sweep / "0")] == "CANCELLED")

@@ -378,7 +378,7 @@ def test_values_cannot_inject(tmp_path):
             "SLURM_JOB_ID": "1",
         }
         subprocess.run(
-            ["bash"], input=text, text=True, env=environment, timeout=20, capture_output=True
+            ["bash"], input=text, text=True, env=environment, timeout=120, capture_output=True
         )
         got = dict(entry.split("=", 1) for entry in output.read_text().split("\0") if "=" in entry)
         assert {key: got[key] for key in values} == values
@@ -438,7 +438,7 @@ def test_the_script_has_the_values_of_the_config(tmp_path):
     assert "--cpus-per-task=6" in next(
         line for line in text.splitlines() if line.startswith("srun")
     )
-    subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=20)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_a_container_is_one_key(tmp_path, container, image):
     text = written(
         tmp_path, tmp_path, container=container, image=image, mounts=["/data:/in"], gpus_per_node=4
     )
-    subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=20)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=120)
     run = tmp_path / "run"
     ranks = next(line for line in text.splitlines() if line.startswith("srun"))
     if container is Container.apptainer:
@@ -521,7 +521,7 @@ def test_the_watchdog(tmp_path, srun, end, state, requeued, code):
     environment = fake_slurm(programs, srun.format(folder=programs), end, state)
     started = time.monotonic()
     result = subprocess.run(
-        ["bash", "-s"], input=text, text=True, env=environment, timeout=30, capture_output=True
+        ["bash", "-s"], input=text, text=True, env=environment, timeout=120, capture_output=True
     )
     assert result.returncode == code, result.stderr
     assert time.monotonic() - started < 9, "it waited for the ranks, or for the watchdog"
@@ -548,7 +548,7 @@ def test_a_requeue_that_slurm_does_not_answer_is_tried_again(
     lines = [line for line in setup if line not in ("watch_time_limit &", "disown")]
     text = "\n".join(["sleep 9 &", *lines, change, "(exit 75)", *watchdog.end_lines()])
     result = subprocess.run(
-        ["bash", "-s"], input=text, text=True, env=environment, timeout=30, capture_output=True
+        ["bash", "-s"], input=text, text=True, env=environment, timeout=120, capture_output=True
     )
     assert result.returncode == 75, result.stderr
     assert not (programs / "away").exists()

@@ -231,7 +231,7 @@ def test_a_run_over_two_nodes_is_requeued(slurm, shards, undisturbed, tmp_path):
             for at, how in ((4, time_out), (14, kill_a_rank), (24, preempt), (34, take_node_down)):
                 disturb(slurm, run, how, at=at)
             code, out, err = finished(submitted, 120)
-            wait_for(lambda: slurm.jobs()[job_of(run)] == "COMPLETED", 60)
+            wait_for(lambda: slurm.jobs()[job_of(run)] == "COMPLETED", 120)
         finally:
             submitted.kill()
     assert code == 0, f"{out}{err}{read(run)}"
@@ -376,7 +376,7 @@ def test_a_cancelled_run_stays_away(slurm, shards, tmp_path):
     wait_for(lambda: events(run, "running"))
     code, out, err = finished(evspan(slurm, "cancel", str(run)), 60)
     assert code == 0, err
-    wait_for(lambda: slurm.jobs()[job_of(run)] not in ("RUNNING", "COMPLETING"), 30)
+    wait_for(lambda: slurm.jobs()[job_of(run)] not in ("RUNNING", "COMPLETING"), 120)
     assert slurm.jobs()[job_of(run)] == "CANCELLED"
     code, out, err = finished(evspan(slurm, "status", str(run)), 60)
     assert "cancelled" in out
@@ -387,7 +387,7 @@ def test_a_cancelled_run_stays_away(slurm, shards, tmp_path):
     wait_for(lambda: len(events(run, "running")) == 2)
     job = job_of(run)
     slurm.ask("scancel", job)
-    wait_for(lambda: slurm.jobs()[job] not in ("RUNNING", "COMPLETING"), 60)
+    wait_for(lambda: slurm.jobs()[job] not in ("RUNNING", "COMPLETING"), 120)
     assert slurm.jobs()[job] == "CANCELLED"
     assert not events(run, "requeued")
 

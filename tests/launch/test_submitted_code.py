@@ -44,7 +44,7 @@ def run(
     text = "\n".join(["set -eu", *python.setup, f"{python.command} -c {program!r}"])
     environment = {**os.environ, **env}
     return subprocess.run(
-        ["bash", "-s"], input=text, text=True, env=environment, capture_output=True, timeout=60
+        ["bash", "-s"], input=text, text=True, env=environment, capture_output=True, timeout=120
     )
 
 
@@ -112,7 +112,7 @@ def test_a_copy_that_others_could_write_ends_the_job(checkout, tmp_path):
 
     def outcome() -> tuple[int, str]:
         done = subprocess.run(
-            ["bash", "-s"], input="\n".join(lines), text=True, capture_output=True, timeout=20
+            ["bash", "-s"], input="\n".join(lines), text=True, capture_output=True, timeout=120
         )
         return done.returncode, done.stdout + done.stderr
 
@@ -202,7 +202,7 @@ def test_functions_that_numba_has_compiled_are_not_compiled_again(checkout, tmp_
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
     environment.pop("NUMBA_CACHE_DIR", None)
     command = [sys.executable, "-c", program]
-    first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert first.stdout.split()[:2] == ["8", "0"], first.stderr
     code = plan_code(ClusterConfig(), tmp_path)
     code.write()

@@ -49,7 +49,7 @@ def submit(cluster: Cluster, shards: Path, checkout: Path, tmp_path) -> Callable
             "cluster.sbatch_args=[hold]",
         ]
         command = evspan(cluster, "submit", *words, PYTHONPATH=str(checkout.parent))
-        out, err = command.communicate(timeout=90)
+        out, err = command.communicate(timeout=120)
         assert command.returncode == 0, f"{out}{err}"
         return run
 
@@ -63,7 +63,7 @@ def status(cluster: Cluster, run: Path) -> str:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=120,
     ).stdout
 
 

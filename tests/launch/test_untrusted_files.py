@@ -200,7 +200,7 @@ def test_the_refusal_is_one_line(folder):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=120,
     )
     assert process.returncode == 2
     assert process.stderr.startswith("error: ")

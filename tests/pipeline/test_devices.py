@@ -298,7 +298,7 @@ def joined(monkeypatch, chosen: list[str | DeviceError], uuids: list[str]) -> li
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     return ends
 
 

@@ -333,7 +333,7 @@ def test_the_ring_keeps_names_phases_and_failures(monkeypatch):
     flight_recorder.start_recording()
     set_phase("forward")
     with recorded("sums of the loss", "all-reduce", torch.ones(2, 3)):
-        assert flight_recorder.waits_since() == pytest.approx(time.time(), abs=5)
+        assert flight_recorder.waits_since() == pytest.approx(time.time(), abs=60)
     with pytest.raises(ValueError, match="of all things"), recorded("metrics", "barrier"):
         raise ValueError("of all things")
     first, second = flight_recorder.latest_collectives()

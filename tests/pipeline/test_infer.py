@@ -327,7 +327,7 @@ def test_mp4_plays_all_frames(here, tmp_path):
         "gray",
         "-",
     ]
-    pixels = subprocess.run(command, check=True, capture_output=True, timeout=30).stdout
+    pixels = subprocess.run(command, check=True, capture_output=True, timeout=120).stdout
     assert len(pixels) == 8 * 640 * 480
 
 
@@ -710,7 +710,7 @@ def test_a_file_that_grows_gives_what_the_whole_one_gives(here, tmp_path, suffix
         lines = tmp_path / "lines.json"
         with growing.open("ab") as file:
             for begin in range(first, len(data), len(data) // 7 | 1):
-                end = time.monotonic() + 10
+                end = time.monotonic() + 120
                 while not (lines.exists() and lines.stat().st_size) and time.monotonic() < end:
                     time.sleep(0.01)
                 seen.append(len(lines.read_text().splitlines()) if lines.exists() else 0)

@@ -172,7 +172,7 @@ def test_a_step_without_its_data_is_left_out(
 
     def batch(loader: Loader, index: int) -> Batch:
         if index == 2 * accumulation and not release.is_set():
-            release.wait(60)
+            release.wait(120)
         return real(loader, index)
 
     class StopInStepThree(trainer_module.DataWait):
@@ -222,7 +222,7 @@ def test_a_rank_that_waits_for_data_leaves_on_a_request():
 
     def read_item(item: int) -> int:
         if item == 2:
-            release.wait(20)
+            release.wait(120)
         return item
 
     flag = StopFlag()

@@ -178,7 +178,7 @@ def test_the_record_is_kept_up_to_date_while_the_rank_is_busy(tmp_path, monkeypa
     account = TimeAccount(Part.training)
     write_to(account, tmp_path)
     with account.part(Part.evaluation):  # a kill in here leaves what the thread has written
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not read_attempts(tmp_path)[0].seconds.get(Part.evaluation, 0.0) > 0.1:
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -109,7 +109,7 @@ def test_a_stranger_at_the_store_runs_no_code_and_the_run_goes_on(tmp_path):
             time.sleep(1.1)
         (tmp_path / "enough").touch()
         for rank in ranks:
-            _, errors = rank.communicate(timeout=60)
+            _, errors = rank.communicate(timeout=120)
             assert rank.returncode == 0, errors
         assert not canary.exists()
     finally:

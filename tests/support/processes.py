@@ -17,7 +17,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def eventually(condition, seconds: float = 20.0):
+def eventually(condition, seconds: float = 120):
     """Waits until a condition holds. Returns its value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

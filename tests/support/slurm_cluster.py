@@ -29,8 +29,8 @@ REQUIRED = "EVSPAN_REQUIRE_SLURM"  # set: a missing cluster fails the tests inst
 NODES = 2  # n1, n2: of the partitions low and high
 CANCELLING = "cancelling"  # partition of n1 and n2 whose preempted jobs are cancelled
 ASIDE = "aside"  # partition of as many further nodes
-UP_S = 60
-DOWN_S = 20
+UP_S = 120
+DOWN_S = 90
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 PR_SET_CHILD_SUBREAPER = 36
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -104,7 +104,7 @@ class Cluster:
     def ask(self, *command: str) -> str:
         """Runs a SLURM command. Returns its output."""
         return subprocess.run(
-            command, env=self.environment, check=True, capture_output=True, text=True, timeout=30
+            command, env=self.environment, check=True, capture_output=True, text=True, timeout=120
         ).stdout
 
     def jobs(self) -> dict[str, str]:
@@ -257,7 +257,7 @@ def idle() -> int:
         ["sinfo", "--noheader", "--partition=low", "--states=idle", "--format=%D"],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=120,
     )
     if result.returncode:
         return 0

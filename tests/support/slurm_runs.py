@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
-START_S = 90.0  # from a requeue to a first step, with both cores busy
+START_S = 180.0  # from a requeue to a first step, with both cores busy
 
 
 def keys(shards: Path, run: Path, *more: str) -> list[str]:
@@ -70,7 +70,7 @@ def submit_with_limit(
         "checkpoint.keep=" + ",".join(str(9 + number) for number in range(phases)),
     ]
     command = evspan(cluster, "sweep", *words, SBATCH_EXPORT="NONE")
-    out, err = command.communicate(timeout=90)
+    out, err = command.communicate(timeout=120)
     assert command.returncode == 0, f"{out}{err}"
     return [sweep / str(number) for number in range(phases)]
 

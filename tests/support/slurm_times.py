@@ -42,7 +42,7 @@ class AllocatedTime:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
         )
         values = dict(re.findall(r" (JobState|SubmitTime|StartTime|EndTime)=(\S+)", result.stdout))
         if not values:

@@ -51,7 +51,7 @@ class Terminal:
         deadline = time.monotonic() + timeout_s
         while self._read():
             assert time.monotonic() < deadline, self.output.decode(errors="replace")[-3000:]
-        return self.process.wait(timeout=10)
+        return self.process.wait(timeout=120)
 
     def _read(self) -> bool:
         """Whether a writer is left."""

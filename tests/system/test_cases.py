@@ -70,7 +70,7 @@ def case_folder(reported_cases, tmp_path, monkeypatch):
             path.chmod(path.stat().st_mode | 0o200)
         folder = tmp_path / name
         if (folder / "make.sh").exists():
-            subprocess.run(["bash", "make.sh"], cwd=folder, check=True, timeout=30)
+            subprocess.run(["bash", "make.sh"], cwd=folder, check=True, timeout=120)
         monkeypatch.chdir(tmp_path)
         return folder
 

@@ -115,7 +115,7 @@ def test_builders_see_what_is_copied_and_nothing_else():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=120,
     )
     for path in [
         *files.stdout.splitlines(),
@@ -242,7 +242,7 @@ def test_pip_looks_where_the_folder_says(tmp_path, files, expected):
         env=env,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
     )
     lines = dict(line.split("=", 1) for line in listing.stdout.splitlines())
     keys = (":env:.no-index", ":env:.find-links", "global.retries")
@@ -279,7 +279,7 @@ def build(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
     )
 
 

@@ -84,12 +84,12 @@ class Run:
         for rank in self.ranks:
             rank.join(5)
             rank.kill()
-            rank.join(20)
+            rank.join(120)
         return working and any(self.ranks[victim].exitcode == -signal.SIGKILL for victim in victims)
 
     def finish(self) -> None:
         for rank in self.ranks:
-            rank.join(100)
+            rank.join(120)
         assert [rank.exitcode for rank in self.ranks] == [0, 0], self.log(0) + self.log(1)
 
     def resumed_at(self) -> int:

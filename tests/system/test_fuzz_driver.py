@@ -81,7 +81,7 @@ EXPECTED = {
 def test_what_a_case_must_not_do_is_noticed(tmp_path):
     script = tmp_path / "escapes.py"
     script.write_text(ESCAPES)
-    result = fuzz.in_a_process(str(script), "all", 0, 2, timeout=100)
+    result = fuzz.in_a_process(str(script), "all", 0, 2, timeout=120)
     lines = dict(line.split(": ", 1) for line in result.stdout.splitlines())
     assert lines.keys() == EXPECTED.keys(), result.stdout + result.stderr
     for name, expected in EXPECTED.items():

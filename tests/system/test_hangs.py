@@ -47,7 +47,7 @@ def start(processes):
     yield start_ranks
     for process in started:
         process.kill()
-        process.join(20)
+        process.join(120)
 
 
 def is_stopped(process):
@@ -155,7 +155,7 @@ def check_stop(start, shards, tmp_path, phase):
         lines = list(hang_lines(run))
         return lines if any(waits_in.match(line) for line in lines) else []
 
-    lines = eventually(lines_of_wait, 90)
+    lines = eventually(lines_of_wait, 120)
     cause = next(line for line in lines if line.startswith("cause: "))
     assert re.match(rf"cause: rank 1 \(process {ranks[1].pid} on \S+\) is stopped", cause), lines
     assert f"its last phase was '{last_phase}'" in cause
@@ -164,7 +164,7 @@ def check_stop(start, shards, tmp_path, phase):
     assert any("  evspan/pipeline/engine/trainer.py:" in line for line in lines)
     os.kill(ranks[1].pid, signal.SIGCONT)
     for process in ranks:
-        process.join(100)
+        process.join(120)
         assert process.exitcode == 0
     for rank in range(2):
         assert not (hang_ring.FOLDER / hang_files.read_rank_process(run, rank).ring).exists()

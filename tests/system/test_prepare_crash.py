@@ -55,11 +55,11 @@ def command(source, output, *more: str, **options) -> subprocess.Popen:
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "this took too long"
@@ -72,7 +72,7 @@ def killed_after(processes, delay: float, config) -> bool:
     child.start()
     child.join(delay)
     child.kill()
-    child.join(20)
+    child.join(120)
     return child.exitcode == -signal.SIGKILL
 
 
@@ -94,7 +94,7 @@ def campaign(
     began = time.monotonic()
     child = processes.Process(target=prepare, args=(config,))
     child.start()
-    child.join(60)
+    child.join(120)
     whole = time.monotonic() - began
     assert child.exitcode == 0
     assert_same(output, reference)
@@ -209,7 +209,7 @@ def test_processes_end_with_the_killed_command_and_the_next_one_completes(
     assert helpers
     process.kill()
     finished(process)
-    wait_until(lambda: not any(map(running, helpers)), 10)
+    wait_until(lambda: not any(map(running, helpers)), 120)
     code, out, err = finished(command(source, output))
     assert (code, err) == (0, "")
     assert "5 of 5 recordings" in out
@@ -276,7 +276,7 @@ def test_the_second_names_the_first_and_a_lock_ends_with_its_process(processes, 
             pass
     finally:
         holder.kill()
-        holder.join(20)
+        holder.join(120)
     with locked(tmp_path):
         pass
 
@@ -340,7 +340,7 @@ def test_decoding_onto_a_full_disk_leaves_nothing(small_disk, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=120,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert not list(small_disk.iterdir())
@@ -364,7 +364,7 @@ def test_a_folder_that_may_not_be_written_to(source, processes):
             child.start()
             assert receive.poll(30)
             kind, message = receive.recv()
-            child.join(20)
+            child.join(120)
             assert issubclass(kind, UserError)
             assert message.startswith(f"{name} cannot be ")
             assert message.endswith("(Permission denied). Choose a folder that you may write to")
