@@ -116,8 +116,10 @@ def check_training(config: TrainConfig) -> None:
         from evspan.pipeline.engine.parameter_patterns import check_patterns
 
         check_patterns(config, dataset.channels)
-    # It is read when training is done, which may be days later.
-    open_scored(config.dataset, config.evaluation.split)
+    training = config.training
+    if training.evaluate_every or training.log_images_every or config.evaluation.at_end:
+        # It may be read days later, when training is done.
+        open_scored(config.dataset, config.evaluation.split)
 
 
 def check_run_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ from evspan.conf.schema.prep import FrameMode
 from evspan.pipeline.engine.checkpoints import load_snapshot
 from evspan.pipeline.weights import load_weights
 from support.rvt_tree import write_rvt_tree
-from support.small_shards import BINS
+from support.small_shards import BINS, write_small_shards
 from support.training_runs import LOSSES, ROOT, scalars, train, train_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -224,6 +224,20 @@ def test_rvt_tree_trains_as_it_stands(tmp_path):
         "two_wheeler",
         "car",
     ]
+
+
+def test_a_dataset_without_a_held_out_split_trains_without_evaluations(tmp_path):
+    root = write_small_shards(tmp_path / "shards", {"train": [12, 9]})
+    words = ["parallel.ranks=1", PLAIN, "training.evaluate_every=0"]
+    refused = subprocess.run(
+        train_command(root, tmp_path / "run", *words), cwd=ROOT, capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "has no recordings in split 'val'" in refused.stderr
+    words.append("evaluation.at_end=false")  # images are off in all of these runs
+    train(root, tmp_path / "run", *words, "training.max_steps=2")
+    train(root, tmp_path / "run", *words, "training.max_steps=3")
+    assert load_weights(tmp_path / "run").step == 3
 
 
 def test_a_stop_signal_saves_all_ranks_and_the_same_command_continues(shards, tmp_path):

@@ -35,7 +35,7 @@ SETS = {
     # between frames, so every fourth one is scored.
     RESTS_TEST: Recordings(RESTS_TEST, "val=36", 20, (*RESTING, "--seed", "5"), EVERY_FOURTH),
     RESTS_LONG: Recordings(RESTS_LONG, "val=12", 40, (*RESTING, "--seed", "3"), EVERY_FOURTH),
-    # The one of val is not scored: `evspan train` refuses a dataset without one.
+    # The one of val is not scored.
     "domain-random-v1": Recordings(
         "domain-random-v1", "train=24,val=1", 5, (*SCENE, "--seed", "4", *WIDE_DOMAIN)
     ),
