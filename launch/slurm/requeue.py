@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +51,7 @@ CAN_REQUEUE = ("RUNNING", "PREEMPTED")  # in other states the job is cancelled o
 STILL_RUNS = "limit"  # instead of an exit code
 DO_NOT_REQUEUE = 3  # exit code; an error of this command gives 1
 JOB_ID = r"\d+(_\d+)?"
+EXITED = re.compile(r"^srun: error: \S+: tasks? ([\d,-]+): Exited with exit code", re.MULTILINE)
 RUN_HAS_ENDED = 7  # exit code: do not requeue, and no successor is needed
 # Ranks that have saved, or were ended by the signal before they could handle it.
 STOPPED_CODES = frozenset({STOPPED_EXIT_CODE, *(128 + number for number in STOP_SIGNALS)})
@@ -302,7 +303,8 @@ def _decide_fault(rule: RequeueRule, end: JobEnd, step: int) -> Decision:
 def _fault_message(end: JobEnd) -> str:
     """Names the rank that failed by itself.
 
-    Without one: what the other ranks report of it; else the output of a rank that left no note.
+    Without one: what the other ranks report of it. To that the output of a rank is added that ended
+    by itself without a note, as one that fails while it starts.
     """
     own = [
         f"{note.rank} on {note.host}: {note.message or f'exit code {note.code}'}"
@@ -311,8 +313,9 @@ def _fault_message(end: JobEnd) -> str:
     ]
     reported = [note.message for note in end.notes if note.code == LOST_EXIT_CODE and note.message]
     messages = own[:1] or reported[:1]
-    if not reported:
-        messages += _ranks_without_note(end)[:1]
+    ended = _ended_by_themselves(end)
+    if ended or not reported:
+        messages += _ranks_without_note(end, ended)[:1]
     if messages:
         return "; ".join(messages)
     if end.code is not None and end.code > 128:
@@ -320,24 +323,40 @@ def _fault_message(end: JobEnd) -> str:
     return f"srun ended with exit code {end.code}"
 
 
-def _ranks_without_note(end: JobEnd) -> list[str]:
-    """A sentence for each rank that left no note."""
+def _ranks_without_note(end: JobEnd, ended: Collection[int]) -> list[str]:
+    """A sentence for each rank that left no note; first those that ended by themselves."""
     with_note = {note.rank for note in end.notes}
     sentences = []
-    for number, log in enumerate(end.logs):
+    for number, log in sorted(enumerate(end.logs), key=lambda item: item[0] not in ended):
         rank = f"rank-{number:02d}"
         if rank not in with_note:
             sentences.append(f"{rank} left no note; {log} ends with: {_last_line(log)}")
     return sentences
 
 
+def _ended_by_themselves(end: JobEnd) -> set[int]:
+    """The ranks without a note of which srun reports an exit code. It kills the others later."""
+    with_note = {note.rank for note in end.notes}
+    ended: set[int] = set()
+    for log in end.logs:
+        attempt = _text(log).rpartition("\nevspan: ")[2]  # the decision after an earlier one
+        for tasks in EXITED.findall(attempt):
+            for part in tasks.split(","):
+                first, _, last = part.partition("-")
+                ended.update(range(int(first), int(last or first) + 1))
+    return {number for number in ended if f"rank-{number:02d}" not in with_note}
+
+
 def _last_line(log: Path) -> str:
-    try:
-        text = log.read_text(errors="replace")
-    except OSError:
-        return "nothing"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in _text(log).splitlines() if line.strip()]
     return lines[-1] if lines else "nothing"
+
+
+def _text(log: Path) -> str:
+    try:
+        return log.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 if __name__ == "__main__":

@@ -188,6 +188,26 @@ def test_what_is_requeued(tmp_path, notes, code, state, requeue, last_event, rea
     assert (read(tmp_path)[-1]["event"] if read(tmp_path) else None) == last_event
 
 
+def test_a_rank_that_ended_while_it_started_is_named_not_those_that_were_killed_for_it(tmp_path):
+    """srun kills the others a minute after the first has ended, or they miss it themselves."""
+    logs = [tmp_path / f"{rank}.out" for rank in range(4)]
+    logs[0].write_text(
+        "srun: error: n1: task 0: Exited with exit code 1\n"
+        "evspan: run: fault 1 of 3 at step 0: rank-00 left no note; requeued\n"
+        "srun: error: n2: tasks 2-3: Exited with exit code 1\n"
+        "srun: First task exited 60s ago\n"
+        "srun: error: n1: tasks 0-1: Killed\n"
+    )
+    for number in (2, 3):
+        logs[number].write_text(f"SystemExit: broken {number}\n")
+    ended = f"rank-02 left no note; {logs[2]} ends with: SystemExit: broken 2"
+    decision = decide(rule(tmp_path), JobEnd([], 137, "RUNNING", logs))
+    assert f"fault 1 of 3 at step 0: {ended}; " in decision.reason
+    missed = RankNote("rank-00", 69, "rank 0 of 4 waited up to 60 s", "n1")
+    decision = decide(rule(tmp_path), JobEnd([missed], 69, "RUNNING", logs))
+    assert f"step 0: rank 0 of 4 waited up to 60 s; {ended}; " in decision.reason
+
+
 def test_three_faults_at_one_step_are_enough(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "step-00000040"
     checkpoint.mkdir(parents=True)
