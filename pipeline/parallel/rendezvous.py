@@ -10,17 +10,13 @@ import torch.distributed as dist
 from evspan.conf.errors import LostRanksError
 from evspan.pipeline.parallel.rank_env import RankInfo
 
-# Ranks may begin this long after each other, however short `parallel.timeout_s` is: where the
-# machine or the file system is busy, importing torch takes one of them longer than the others.
-JOIN_S = 60.0
-
 
 @contextmanager
 def joining(info: RankInfo, timeout_s: float) -> Iterator[timedelta]:
     """Around what ranks do with rank 0's store before their process group is open.
 
     Args:
-        timeout_s: that ranks may begin after each other; JOIN_S at least.
+        timeout_s: that ranks may begin after each other.
 
     Yields:
         The timeout of the store.
@@ -28,16 +24,15 @@ def joining(info: RankInfo, timeout_s: float) -> Iterator[timedelta]:
     Raises:
         LostRanksError: instead of torch's error, where the others have not joined in time.
     """
-    limit_s = max(timeout_s, JOIN_S)
     try:
-        yield timedelta(seconds=limit_s)
+        yield timedelta(seconds=timeout_s)
     except dist.DistError as error:
         reason = str(error).splitlines()[0].partition(", keys: ")[0]
         raise LostRanksError(
-            f"rank {info.rank} of {info.size} waited up to {limit_s:g} s for the others to join at "
-            f"{info.address}:{info.port} ({reason}). Their output may say why they did not start; "
-            "`evspan doctor --nodes N` tells whether nodes reach each other; where ranks start "
-            "slowly, raise parallel.timeout_s"
+            f"rank {info.rank} of {info.size} waited up to {timeout_s:g} s for the others to join "
+            f"at {info.address}:{info.port} ({reason}). Their output may say why they did not "
+            "start; `evspan doctor --nodes N` tells whether nodes reach each other; where ranks "
+            "start slowly, raise parallel.timeout_s"
         ) from error
 
 

@@ -54,7 +54,7 @@ ATTENTION_KEY = "enable_small_object_attention"
 
 # -- the set ---------------------------------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_set_is_created_once_and_refused_when_it_has_changed(tmp_path, capfd):
     (tmp_path / "a" / ".set.writing" / "raw").mkdir(
         parents=True

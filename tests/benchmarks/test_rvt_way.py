@@ -16,7 +16,7 @@ def test_gives_the_published_output(tmp_path, parity_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_two_processes_give_the_same(tmp_path, parity_dir):
     source = parity_dir / "prep_fixture" / "input"
     assert rvt_way.prepare(source, tmp_path / "two", processes=2) > 3_000_000

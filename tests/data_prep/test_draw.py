@@ -240,7 +240,7 @@ ffmpeg = pytest.mark.skipif(
 
 
 @ffmpeg
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_an_mp4_has_every_frame_at_its_rate(tmp_path):
     images = list(moving(40))
     write_animation(tmp_path / "a.mp4", images)
@@ -275,7 +275,7 @@ def test_an_mp4_has_every_frame_at_its_rate(tmp_path):
 
 
 @ffmpeg
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_an_mp4_that_fails_leaves_nothing_and_reports_why(tmp_path):
     with pytest.raises(ZeroDivisionError):
         write_and_fail(tmp_path / "a.mp4")

@@ -207,7 +207,7 @@ def command(*arguments) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_the_command_and_its_mistakes(shards, fixture, tmp_path):
     completed = subprocess.run(
         command(shards, tmp_path / "out"), capture_output=True, text=True, timeout=120
@@ -235,7 +235,7 @@ def test_the_command_and_its_mistakes(shards, fixture, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_killed_at_any_moment_each_recording_is_whole_or_absent(shards, fixture, tmp_path):
     out = tmp_path / "out"
     for delay in (0.7, 0.9, 1.1, 1.4):
@@ -258,7 +258,7 @@ def test_two_at_once_one_refuses(shards, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_a_full_disk_is_reported_and_the_next_run_completes(shards, fixture, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -318,7 +318,7 @@ print([(int(t), int(x), int(y), int(p)) for t, x, y, p in zip(*events)], recordi
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.skipif(
     not shutil.which("cc"), reason="no C compiler (cc) to build a codec plugin with"
 )

@@ -316,7 +316,7 @@ KINDS = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_damaged_files_are_read_or_refused():
     fuzz.run_all(__file__, KINDS, 150, least=3)
 

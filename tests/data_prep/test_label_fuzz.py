@@ -90,7 +90,7 @@ KINDS = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_damaged_labels_are_imported_or_refused():
     fuzz.run_all(__file__, KINDS, 20)
 

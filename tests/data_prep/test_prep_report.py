@@ -676,7 +676,7 @@ def test_intended_drops_are_no_warning(tmp_path):
 
 # -- the command ----------------------------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_as_typed_it_writes_next_to_the_folder(shards):
     result = subprocess.run(
         [sys.executable, "-m", "evspan.launch", "prep", "report", str(shards)],

@@ -202,7 +202,7 @@ def wait_until(condition, seconds: float = 120) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(240)
 def test_a_preparation_at_work_and_after_it_was_killed(source, tmp_path, status_command):
     raw, output = copied(source, tmp_path / "raw"), tmp_path / "out"
     (raw / "val" / "d_td.raw").unlink()

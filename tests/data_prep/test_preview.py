@@ -200,7 +200,7 @@ def test_a_gif_plays_all_frames_in_real_time(source, prepared, tmp_path, preview
 @pytest.mark.skipif(
     shutil.which("ffmpeg") is None, reason="no ffmpeg; apt-get install ffmpeg enables this test"
 )
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_an_mp4_is_written(source, tmp_path, preview):
     code, out, err = preview(source / "train" / "a_td.raw", tmp_path / "a.mp4", "--downsample", "1")
     assert (code, err) == (0, "")

@@ -163,7 +163,7 @@ KINDS = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_damaged_sources_are_read_or_refused():
     fuzz.run_all(__file__, KINDS, 80, least=3)
 

@@ -166,7 +166,7 @@ def test_a_file_that_is_no_list(folder, content, message):
 
 
 # -- the whole way --------------------------------------------------------------------------------
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(240)
 def test_a_listed_source_is_prepared_and_verified_as_a_folder_is(tmp_path):
     raw = tmp_path / "raw"
     simulate(raw / "train" / "a_td.raw", seconds=0.4, seed=0, config=SCENE)

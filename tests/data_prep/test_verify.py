@@ -443,7 +443,7 @@ def test_an_only_shard_that_is_of_other_recordings_is_redone(source, tmp_path, o
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(240)
 def test_several_damages_at_once_by_several_processes(mine, prepared):
     source, output = mine
     before = raw_groups(output)
@@ -455,7 +455,7 @@ def test_several_damages_at_once_by_several_processes(mine, prepared):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(240)
 def test_any_byte_of_a_shard(mine, prepared):
     """Wherever the damage is, it is reported, or nothing that is read has changed; and prep mends what is marked."""
     source, output = mine
@@ -589,7 +589,7 @@ def verify_as_nobody(output, send) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_a_folder_that_may_only_be_read_is_verified_without_marks(prepared):
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
         Path(folder).chmod(0o755)

@@ -23,7 +23,7 @@ def no_launcher(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(240)
 def test_all_measurements_of_a_micro_config(tmp_path):
     output = tmp_path / "bench.json"
     temporary = tmp_path / "tmp"

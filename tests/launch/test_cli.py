@@ -20,7 +20,7 @@ from evspan.launch.local.run import under_launcher
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 from evspan.launch.cli.completion import script
 from evspan.launch.cli.main import COMMANDS
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def no_trace(runs: Path):
 
 # -- the command ---------------------------------------------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_machine_without_slurm(tmp_path):
     process = doctor("--folder", tmp_path, environment=ABSENT)
     assert process.returncode == 0 and not process.stderr, process.stdout + process.stderr
@@ -144,7 +144,7 @@ def test_a_machine_without_slurm(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(240)
 def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
     shards = write_small_shards(tmp_path / "shards", {"train": [40, 40, 40]})
     process = doctor(
@@ -233,7 +233,7 @@ def test_two_nodes_of_a_cluster(slurm_of, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_folder_that_the_nodes_do_not_see(slurm_of, tmp_path):
     results = rows(
         doctor(
@@ -259,7 +259,7 @@ def test_a_folder_that_the_nodes_do_not_see(slurm_of, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_bad_options_fail_with_their_remedies_and_start_no_job(slurm_of, tmp_path):
     before = slurm_of.jobs()
     results = rows(
@@ -290,7 +290,7 @@ def test_bad_options_fail_with_their_remedies_and_start_no_job(slurm_of, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_sigterm_cancels_its_job(slurm_of, tmp_path):
     process = subprocess.Popen(
         [*COMMAND, "--folder", str(tmp_path), "--nodes", "2", "--", "--begin=now+1hour"],
@@ -370,7 +370,7 @@ def run_job(tmp_path, *options) -> list[Finding]:
     return findings
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_what_srun_refuses_is_reported(slurm_of, tmp_path):
     (finding,) = run_job(tmp_path, "--constraint=quantum")
     assert (finding.check, finding.grade) == ("tasks", FAIL)
@@ -379,7 +379,7 @@ def test_what_srun_refuses_is_reported(slurm_of, tmp_path):
     assert sys.executable in finding.remedy
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_a_task_that_dies_is_reported(slurm_of, tmp_path):
     """Python on node n2 cannot import its libraries, as if the installation were not shared."""
     prolog = tmp_path / "prolog"
@@ -882,7 +882,7 @@ def probes(ranks, size, *arguments) -> list[subprocess.Popen]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_ranks_that_connect_and_one_that_is_alone():
     met, (alone,) = probes(range(2), 2), probes([0], 2, "2")
     for process in met:

@@ -14,7 +14,7 @@ from evspan.launch.local.ranks import run_ranks
 from support.processes import alive, all_ready, eventually, pids
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 # Starts the ranks as `evspan train` does, in a process of its own, so that signals can be sent to it.
 LAUNCHER = """

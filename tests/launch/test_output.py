@@ -13,7 +13,7 @@ from evspan.launch.cli.table import format_table
 from support.training_runs import train_command
 
 SHARD_FRAMES = {"train": [24], "val": [12]}
-pytestmark = pytest.mark.timeout(100)
+pytestmark = pytest.mark.timeout(240)
 NAME = "a\x1b[2J\x9b31m\r\u202eb"  # clears the screen, turns red, overwrites, writes backwards
 ESCAPED = r"a\x1b[2J\x9b31m\x0d\u202eb"
 WORK = """

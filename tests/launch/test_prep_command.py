@@ -72,7 +72,7 @@ def refused(result) -> str:
 
 # -- prep --------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_first_run_second_run(source, tmp_path):
     output = tmp_path / "shards"
     first = typed(f"source={source}", f"output={output}", *OWN, "processes=2")
@@ -168,7 +168,7 @@ def test_dataset_configs_and_overrides_reach_the_manifest(source, tmp_path, evsp
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_on_a_terminal_there_is_a_bar_instead_of_lines(source, tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
@@ -267,7 +267,7 @@ def test_mistakes_end_in_one_line_and_make_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_bad_recording_ends_in_one_line_that_names_it(source, tmp_path):
     bad = copied(source, tmp_path / "source")
     path = bad / "train" / "b_td.dat"

@@ -213,7 +213,7 @@ def test_keys_that_do_nothing_are_refused(source, tmp_path):
 
 
 # -- the script --------------------------------------------------------------------------------------------------
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_a_dry_run_prints_the_script_and_needs_no_slurm(source, tmp_path):
     values = {
         "partition": "cpu",
@@ -272,7 +272,7 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(source, tmp_path):
     assert not (tmp_path / "out" / ".parts").exists()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_without_slurm_it_ends_in_one_line(source, tmp_path):
     code, _, err = finished(
         command(None, source, tmp_path / "out", environment={"PATH": "/nowhere"})
@@ -284,7 +284,7 @@ def test_without_slurm_it_ends_in_one_line(source, tmp_path):
 
 
 # -- on the cluster ----------------------------------------------------------------------------------------------
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(240)
 def test_the_array_makes_what_one_machine_makes(slurm, source, prepared, tmp_path):
     """With a policy of some sites, and in a path whose signs SLURM and Submitit replace."""
     output = tmp_path / "100% of %j"
@@ -311,7 +311,7 @@ def test_the_array_makes_what_one_machine_makes(slurm, source, prepared, tmp_pat
     assert "nothing to do" in out
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_a_partition_that_is_not_there_is_one_line(slurm, source, tmp_path):
     code, _, err = finished(command(slurm, source, tmp_path / "out", "cluster.partition=nope"))
     assert code == 2
@@ -319,7 +319,7 @@ def test_a_partition_that_is_not_there_is_one_line(slurm, source, tmp_path):
     assert err.startswith("error: SLURM refuses the job: invalid partition specified: nope")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("how", "cpus"), [("requeued", 1), ("at its time limit", 1), ("preempted", 2)]
 )
@@ -365,7 +365,7 @@ def test_a_requeued_task_continues_and_a_bad_recording_is_named(slurm, many, tmp
     assert_same(output, many[1])
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_task_that_dies_is_noticed_and_the_same_command_completes(slurm, many, tmp_path):
     source, output = many[0], tmp_path / "out"
     process = command(slurm, source, output)
@@ -389,7 +389,7 @@ def test_a_task_that_dies_is_noticed_and_the_same_command_completes(slurm, many,
     assert_same(output, many[1])
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_the_array_of_a_killed_command_is_cancelled_by_the_next_one(slurm, many, tmp_path):
     source, output = many[0], tmp_path / "out"
     process = command(slurm, source, output)
@@ -409,7 +409,7 @@ def test_the_array_of_a_killed_command_is_cancelled_by_the_next_one(slurm, many,
     assert_same(output, many[1])
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_an_array_of_a_process_elsewhere_is_left_alone(slurm, source, tmp_path):
     output = tmp_path / "out"
     name = re.search(
@@ -432,7 +432,7 @@ def test_an_array_of_a_process_elsewhere_is_left_alone(slurm, source, tmp_path):
     assert slurm.jobs()[job] in ("RUNNING", "PENDING")
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_it_cancels_the_array(slurm, many, tmp_path, number, expected):
     process = command(slurm, many[0], tmp_path / "out")

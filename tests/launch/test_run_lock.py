@@ -81,7 +81,7 @@ def test_one_of_several_processes_gets_the_lock(tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(0)
+@pytest.mark.timeout(240)
 def test_a_thousand_races(tmp_path):
     race(tmp_path, races=500, contenders=6)
 

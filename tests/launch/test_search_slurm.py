@@ -172,7 +172,7 @@ STEPS = 96
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(0)
+@pytest.mark.timeout(240)
 def test_24_trials_under_five_kills(slurm, shards, tmp_path):
     """The controller and a job are killed at five random moments; then a grid of the same size is trained."""
     seed = int(time.time())

@@ -124,7 +124,7 @@ def evspan(folder: Path, *words: str, **variables: str) -> subprocess.CompletedP
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(240)
 def test_nothing_that_a_run_leaves_contains_a_secret(tmp_path):
     """Submitted, trained by the task that SLURM would start, evaluated, reported."""
     shards = tmp_path / "shards"

@@ -248,7 +248,7 @@ def test_a_run_over_two_nodes_is_requeued(slurm, shards, undisturbed, tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(0)
+@pytest.mark.timeout(240)
 def test_ten_disturbances_at_random_moments(slurm, shards, tmp_path):
     """While it starts, trains or saves; the seed of the moments is printed."""
     seed, steps = int(time.time()), 150
@@ -309,7 +309,7 @@ def test_a_sweep_over_two_nodes(slurm, early):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(0)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("waits", [True, False], ids=["the command waits", "detached"])
 def test_a_sweep_whose_first_runs_fail_alike_ends(cluster, shards, tmp_path, waits):
     """Of six runs whose ranks cannot start, three are tried."""
@@ -361,7 +361,7 @@ def test_a_permanent_fault_ends_the_run(early):
     assert "2 times in a row" in out
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(240)
 def test_a_cancelled_run_stays_away(slurm, shards, tmp_path):
     """Whether it was cancelled by evspan cancel or by scancel."""
     run = tmp_path / "run"
@@ -414,7 +414,7 @@ def test_a_requeue_reads_the_resolved_config_of_the_run(slurm, shards, tmp_path)
     assert len(events(run, "start")) == 2
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(240)
 def test_hydras_multirun_submits_the_same_jobs(early):
     process, folder = early["many"]
     code, out, err = finished(process, 150)

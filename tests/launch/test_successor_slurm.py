@@ -105,7 +105,7 @@ def test_cancel_ends_a_run_and_its_successor(cluster, shards, tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(0)
+@pytest.mark.timeout(240)
 def test_a_chain_from_recordings_to_a_report_with_random_preemptions(cluster, tmp_path):
     """Each run of the sweep has the losses of an uninterrupted run."""
     raw, shards, sweep = (tmp_path / name for name in ("raw", "shards", "sweep"))

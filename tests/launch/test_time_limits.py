@@ -51,7 +51,7 @@ def undisturbed(shards, tmp_path_factory):
     return run
 
 
-@pytest.mark.timeout(0)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("minutes", [1, 2])
 def test_a_limit_in_any_phase(cluster, shards, undisturbed, tmp_path, minutes):
     """All come back, and end with the losses and AP of the undisturbed run."""

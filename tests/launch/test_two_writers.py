@@ -192,7 +192,7 @@ def test_one_command_wins(shards, tmp_path, slurm_shim):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(0)
+@pytest.mark.timeout(240)
 def test_fifty_races(shards, tmp_path, slurm_shim):
     kinds = ["train"] * 13 + ["submit"] * 13 + ["sweep"] * 12 + ["local"] * 12
     lines = run_races(kinds, shards, tmp_path / "runs", slurm_shim)
@@ -201,7 +201,7 @@ def test_fifty_races(shards, tmp_path, slurm_shim):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(0)
+@pytest.mark.timeout(240)
 def test_races_on_slurm(cluster: Cluster, shards, tmp_path):
     """Simultaneous submissions, and a local run while the folder's job waits or runs."""
     for number in range(3):

@@ -21,7 +21,7 @@ from evspan.pipeline.model.postprocess import detections
 from evspan.pipeline.model.state import DetectorState, detach, map_state, state_tensors
 from learning.mixed_lanes import MixedLanesDetector
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 CHANNELS, H, W, LANES, STEPS = 4, 32, 64, 3, 6
 PARTS = {

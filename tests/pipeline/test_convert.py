@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from support.one_rank import open_one_rank
 from support.rvt_checkpoints import SIZES, model_of, publish, random_tensors
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 ROOT = Path(__file__).parents[2]
 
 

@@ -243,7 +243,7 @@ def refuse_to_start(*_: object) -> Callable[..., None]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(240)
 def test_damaged_datasets_are_read_as_written_or_refused() -> None:
     fuzz.run_all(__file__, KINDS, 40)
 

@@ -272,7 +272,7 @@ def published() -> dict[str, torch.Tensor]:
     return Detector(model, 20).state_dict()
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 @pytest.mark.slow
 def test_damaged_files_are_read_or_refused():
     fuzz.run_all(__file__, KINDS, 15, least=0)

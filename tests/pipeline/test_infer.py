@@ -37,7 +37,7 @@ from evspan.pipeline.weights import Weights, load_weights, save_weights
 from PIL import Image
 from support.refusals import refused_by
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 CLASSES = ["ball", "box"]  # of the three that the head has
 CONFIDENCE = 0.2
 HEADER = "% evt 3.0\n% format EVT3;height={};width={}\n% end\n"

@@ -218,7 +218,7 @@ def test_all_memory_options_together(quick):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(0)
+@pytest.mark.timeout(240)
 def test_every_layout(tmp_path):
     cases = list(all_layouts())
     result, failed = told_by_ranks(cases, tmp_path), []

@@ -147,7 +147,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("kind", TOGETHER)
 def test_samples_of_these_ranks_are_normalised_together(results, kind):
     """Against torch's BatchNorm2d on the samples of every group, one group after the other."""
@@ -181,7 +181,7 @@ def test_samples_of_these_ranks_are_normalised_together(results, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_global_batch_norm_and_agreements(results):
     x, norm = batch().requires_grad_(), torch.nn.BatchNorm2d(5, dtype=torch.float64)
     norm.eps = BatchNorm2d(5).eps

@@ -20,7 +20,7 @@ from evspan.pipeline.model.postprocess import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 
 def iou(a, b):

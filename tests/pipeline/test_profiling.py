@@ -11,7 +11,7 @@ from evspan.pipeline.engine.profiling import REQUESTED_STEPS, Profiler
 from evspan.pipeline.tensorboard.writer import TensorBoardWriter
 from torch import nn
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 class Net(nn.Module):

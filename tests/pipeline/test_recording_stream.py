@@ -22,7 +22,7 @@ from evspan.pipeline.weights import Weights, save_weights
 from examples import detect_stream
 from support.event_files import concatenated
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 SIZE = (160, 160)
 
 

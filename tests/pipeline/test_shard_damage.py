@@ -156,7 +156,7 @@ def test_a_shard_of_another_dataset_is_refused(mine, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(240)
 def test_a_text_of_an_earlier_version_whose_heap_is_damaged_ends_soon(mine, monkeypatch):
     monkeypatch.setattr(hdf5_texts, "FILE_SECONDS", 1)
     with h5py.File(mine / SHARD, "r+") as file:

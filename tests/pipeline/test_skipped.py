@@ -26,7 +26,7 @@ def weights(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage is not None])
 def test_an_update_uses_what_was_not_skipped(weights, stage, pattern):

@@ -79,7 +79,7 @@ def rank_process(folder: Path, rank: int, port: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(240)
 def test_a_stranger_at_the_store_runs_no_code_and_the_run_goes_on(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     (port,) = free_ports(1)

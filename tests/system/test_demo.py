@@ -88,7 +88,7 @@ def test_a_rank_for_each_gpu(tmp_path, gpus, ranks):
     composed("train", *train.arguments[1:])  # refuses what does not divide
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_failed_part_is_named_and_the_demo_continues_from_there(tmp_path):
     folder = tmp_path / "demo"
     parts = small_parts(folder)

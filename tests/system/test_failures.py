@@ -22,7 +22,7 @@ from support.processes import alive, all_ready, eventually, pids
 from support.slurm_cluster import free_ports
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 SHARD_FRAMES = {"train": [23, 22], "val": [4]}
 TIMEOUT_S = 6
 
@@ -224,12 +224,10 @@ def test_a_rank_that_does_not_start_is_missed_in_one_line(tmp_path):
     ranks = started(
         tmp_path,
         """
-import evspan.pipeline.parallel.rendezvous as rendezvous
-rendezvous.JOIN_S = 2.0
 if os.environ["SLURM_PROCID"] == "2":
     sys.exit()
 """,
-        timeout_s=1,
+        timeout_s=2,
     )
     assert end_of(ranks[2], 120) == (0, "")
     for rank in (0, 1):

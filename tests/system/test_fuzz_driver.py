@@ -77,7 +77,7 @@ EXPECTED = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_what_a_case_must_not_do_is_noticed(tmp_path):
     script = tmp_path / "escapes.py"
     script.write_text(ESCAPES)

@@ -114,7 +114,7 @@ def remove(output: Path) -> None:
     subprocess.run(["rm", "-rf", str(output)], check=True)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_killed_at_random_moments_and_completed_it_gives_the_same_shards(
     source, prepared, processes, tmp_path
 ):
@@ -131,7 +131,7 @@ def changed_source(source: Path, folder: Path) -> Path:
     return changed
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("what", ["source", "config"])
 def test_killed_while_it_updates(source, prepared, processes, tmp_path, what):
     changed = changed_source(source, tmp_path / "source") if what == "source" else source
@@ -200,7 +200,7 @@ def at_work(source: Path, output: Path, **options) -> tuple[subprocess.Popen, li
         remove(output)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_processes_end_with_the_killed_command_and_the_next_one_completes(
     source, prepared, tmp_path
 ):
@@ -216,7 +216,7 @@ def test_processes_end_with_the_killed_command_and_the_next_one_completes(
     assert_same(output, prepared)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_killed_worker_ends_in_one_line_with_the_remedy(source, prepared, tmp_path):
     output = tmp_path / "out"
     process, helpers = at_work(source, output)
@@ -230,7 +230,7 @@ def test_a_killed_worker_ends_in_one_line_with_the_remedy(source, prepared, tmp_
     assert_same(output, prepared)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_interrupted_from_the_keyboard_it_ends_at_once_without_a_traceback(source, tmp_path):
     output = tmp_path / "out"
     process, helpers = at_work(source, output, start_new_session=True)
@@ -242,7 +242,7 @@ def test_interrupted_from_the_keyboard_it_ends_at_once_without_a_traceback(sourc
 
 
 # -- two at once -------------------------------------------------------------------------------------------------
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_two_at_once_do_no_damage(source, prepared, tmp_path):
     output = tmp_path / "out"
     both = [command(source, output, "processes=1") for _ in range(2)]
@@ -298,7 +298,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_full_disk_ends_in_one_line_and_more_space_is_enough_to_continue(
     source, prepared, small_disk
 ):
@@ -327,7 +327,7 @@ def prepare_as_nobody(config, send_pipe) -> None:
         send_pipe.send((type(error), str(error)))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_decoding_onto_a_full_disk_leaves_nothing(small_disk, tmp_path):
     events = random_events(
         np.random.default_rng(0), 100_000, first=0, last=1_000_000, height=480, width=640
@@ -348,7 +348,7 @@ def test_decoding_onto_a_full_disk_leaves_nothing(small_disk, tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_a_folder_that_may_not_be_written_to(source, processes):
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
         open_source, output = copied(source, Path(folder) / "source"), Path(folder) / "out"
