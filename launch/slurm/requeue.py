@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -313,9 +313,13 @@ def _fault_message(end: JobEnd) -> str:
     ]
     reported = [note.message for note in end.notes if note.code == LOST_EXIT_CODE and note.message]
     messages = own[:1] or reported[:1]
-    ended = _ended_by_themselves(end)
-    if ended or not reported:
-        messages += _ranks_without_note(end, ended)[:1]
+    with_note = {note.rank for note in end.notes}
+    logs = {n: log for n, log in enumerate(end.logs) if f"rank-{n:02d}" not in with_note}
+    ended = _ended_by_themselves(end.logs[:1]) & logs.keys()
+    if logs and (ended or not reported):
+        rank = min(ended or logs)
+        last = _last_line(logs[rank])
+        messages.append(f"rank-{rank:02d} left no note; {logs[rank]} ends with: {last}")
     if messages:
         return "; ".join(messages)
     if end.code is not None and end.code > 128:
@@ -323,28 +327,20 @@ def _fault_message(end: JobEnd) -> str:
     return f"srun ended with exit code {end.code}"
 
 
-def _ranks_without_note(end: JobEnd, ended: Collection[int]) -> list[str]:
-    """A sentence for each rank that left no note; first those that ended by themselves."""
-    with_note = {note.rank for note in end.notes}
-    sentences = []
-    for number, log in sorted(enumerate(end.logs), key=lambda item: item[0] not in ended):
-        rank = f"rank-{number:02d}"
-        if rank not in with_note:
-            sentences.append(f"{rank} left no note; {log} ends with: {_last_line(log)}")
-    return sentences
+def _ended_by_themselves(outputs: Sequence[Path]) -> set[int]:
+    """The ranks of which srun reports an exit code. It kills the others later.
 
-
-def _ended_by_themselves(end: JobEnd) -> set[int]:
-    """The ranks without a note of which srun reports an exit code. It kills the others later."""
-    with_note = {note.rank for note in end.notes}
+    Args:
+        outputs: of srun, which writes to that of rank 0.
+    """
     ended: set[int] = set()
-    for log in end.logs:
-        attempt = _text(log).rpartition("\nevspan: ")[2]  # the decision after an earlier one
+    for output in outputs:
+        attempt = _text(output).rpartition("\nevspan: ")[2]  # the decision after an earlier one
         for tasks in EXITED.findall(attempt):
             for part in tasks.split(","):
                 first, _, last = part.partition("-")
                 ended.update(range(int(first), int(last or first) + 1))
-    return {number for number in ended if f"rank-{number:02d}" not in with_note}
+    return ended
 
 
 def _last_line(log: Path) -> str:
