@@ -334,7 +334,7 @@ class Study:
         folder = self.run_folder(run) / "real"
         words = [str(self.run_folder(run)), str(recordings), str(folder), self.options.device]
         job = Job(
-            f"{run.name} on {recordings}",
+            f"{run.name} on recordings without boxes",
             [sys.executable, str(PROGRAMS / "run_real.py"), *words],
             (folder / SUMMARY).exists,
             self.folder / "logs" / f"{run.name}.log",
