@@ -201,10 +201,12 @@ def test_records_after_damage_are_read_and_the_damage_is_reported(sweep):
     (path,) = (sweep / "0" / "tensorboard").glob("*tfevents*")
     whole = path.read_bytes()
     at = whole.index(b"loss/total", len(whole) // 2)
-    # Of the record: the length before it is its own. Any byte of it may be of the time.
-    begins = (place for place in range(at - 25, at - 80, -1) if whole[place + 12] == 9)
-    lengths = ((place, (at + 15 - place - 12).to_bytes(8, "little")) for place in begins)
-    start = next(place for place, length in lengths if whole[place : place + 8] == length)
+    # The record begins where the eight bytes are its own length.
+    start = next(
+        place
+        for place in range(at - 25, 0, -1)
+        if whole[place : place + 8] == (at + 15 - place - 12).to_bytes(8, "little")
+    )
     for first, damage, points, problem in (
         (at + 12, b"\xff", 99, "1 damaged record"),
         (start, b"\xff", 99, "damaged"),
