@@ -25,7 +25,7 @@ HELP = """evspan submit: one run as a SLURM job, over as many nodes as parallel.
 
   examples
       evspan submit experiment=gen4/3scale_baseline dataset.root=/data/gen4 run_dir=runs/tiny \\
-          parallel.ranks=16 cluster=gpu_nodes
+          parallel.ranks=16 training.batch_size=16 cluster=gpu_nodes
       evspan submit ... cluster.partition=gpu cluster.account=lab cluster.detach=true
       evspan submit ... cluster.dry_run=true          prints the batch script, submits nothing
       evspan submit ... cluster=local                 the same on this machine
