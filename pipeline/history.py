@@ -5,6 +5,7 @@ life of a run, from its start to its exit. Every event has `event`, `time` (seco
 mostly `step`, by default the step of the newest checkpoint:
 
     start      attempt, of (the last step), host, pid, job; digest and commit of the code
+    initialized message: the weights that the run started from, and what was loaded of them
     running    seconds from the start of the process to the end of its first step
     saved, done, cancelled, submitted
     pruned     reason: a search has stopped the run

@@ -61,6 +61,10 @@ CHUNK_CACHE = 1 << 18  # bytes per open dataset
 IGNORED = -1  # class of an ignore region
 DROPPED = -2  # in a class table: boxes that are left out
 IGNORE = "ignore"  # in a class map: the boxes of a class become ignore regions
+WITHOUT_SPLIT = (  # what else helps where a split to score has no recordings
+    ", choose another split (evaluation.split=NAME), or train without one: "
+    "training.evaluate_every=0 evaluation.at_end=false training.log_images_every=0"
+)
 
 
 class _OpenFiles:
@@ -367,8 +371,8 @@ def open_dataset(config: DatasetConfig, split: str) -> Dataset:
         is_needed = split == "train" or not any(other.recordings for other in opened)
         if is_needed and not data.recordings:
             raise ShardError(
-                f"{source.root} has no recordings in split {split!r}. Choose another split, or "
-                f"prepare recordings into {split}/"
+                f"{source.root} has no recordings in split {split!r}. Prepare recordings into "
+                f"{split}/{'' if split == 'train' else WITHOUT_SPLIT}"
             )
     if not config.roots:
         return opened[0]

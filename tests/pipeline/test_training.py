@@ -234,7 +234,9 @@ def test_a_dataset_without_a_held_out_split_trains_without_evaluations(tmp_path)
     )
     assert refused.returncode == 2
     assert "has no recordings in split 'val'" in refused.stderr
-    words.append("evaluation.at_end=false")  # images are off in all of these runs
+    remedy = "evaluation.at_end=false"
+    assert remedy in refused.stderr
+    words.append(remedy)  # images are off in all of these runs
     train(root, tmp_path / "run", *words, "training.max_steps=2")
     train(root, tmp_path / "run", *words, "training.max_steps=3")
     assert load_weights(tmp_path / "run").step == 3
