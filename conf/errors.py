@@ -12,6 +12,8 @@ STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on a stop signal; the same command 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT
 CLOSED_OUTPUT_EXIT_CODE = 141  # 128 + SIGPIPE: the reader of standard output has closed it
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # a run saves and ends
+# Ranks that have saved, or were ended by the signal before they could handle it.
+STOPPED_CODES = frozenset({STOPPED_EXIT_CODE, *(128 + number for number in STOP_SIGNALS)})
 USER_ERRNOS = (  # of an OSError that the user can correct
     errno.ENOENT,
     errno.EACCES,

@@ -276,7 +276,8 @@ def attempts(events: list[dict[str, Any]]) -> int:
 def faults_in_a_row(events: list[dict[str, Any]]) -> int:
     """How many of the last attempts failed by a fault of their own at the same step.
 
-    An attempt that was stopped and saved, was lost with its node, or got further resets the count.
+    An attempt that was stopped and saved, or got further, resets the count. So does submitting the
+    run again, since its user may have removed the cause. One that was lost with its node is left out.
     """
     faults = 0
     fault_step = None
@@ -288,7 +289,7 @@ def faults_in_a_row(events: list[dict[str, Any]]) -> int:
             step = event.get("step", start_step)
             faults = faults + 1 if faults and step == fault_step else 1
             fault_step = step
-        elif event["event"] in ("saved", "done"):
+        elif event["event"] in ("saved", "done", "submitted"):
             faults = 0
     return faults
 

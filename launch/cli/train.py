@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train with the config that the arguments make; sys.argv for None.
 
     Under torchrun, each rank is started with the same arguments and composes the config itself:
-    torchrun --nproc-per-node 2 -m evspan.launch train dataset.root=SHARDS run_dir=RUN parallel.ranks=2
+    torchrun --nproc-per-node 2 -m evspan.launch train run_dir=RUN parallel.ranks=2 KEY=VALUE ...
     """
     arguments = sys.argv[1:] if argv is None else argv
     with reported_errors():

@@ -6,11 +6,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from evspan.conf.compose import CONFIG_FILE, save_config
-from evspan.conf.errors import INTERRUPTED_EXIT_CODE, STOP_SIGNALS, STOPPED_EXIT_CODE, UserError
-from evspan.launch.local.child_errors import last_error
+from evspan.conf.errors import INTERRUPTED_EXIT_CODE, STOP_SIGNALS, UserError
+from evspan.launch.local.child_end import ChildEnd, child_end, last_error
 from evspan.launch.local.ranks import die_with_parent
 from evspan.launch.sweep.fail_fast import error_of_sweep
 from evspan.launch.sweep.plan import PlannedRun
@@ -21,18 +20,11 @@ from evspan.pipeline.run_lock import training_lock
 logger = logging.getLogger(__name__)
 
 
-class Outcome(NamedTuple):
-    """How a run ended. error: its message; may be empty."""
-
-    code: int
-    error: str
-
-
 def run_sequentially(runs: Sequence[PlannedRun], *, dry_run: bool = False) -> int:
     """Train the runs that are not done. A run that fails does not stop the others.
 
     Returns:
-        0 when all are done; 75, 130 or a signal's number when one was stopped, which ends the
+        0 when all are done; 75, 130 or 128 + n when one was stopped (by signal n), which ends the
         sequence; else 1.
 
     Raises:
@@ -49,18 +41,18 @@ def run_sequentially(runs: Sequence[PlannedRun], *, dry_run: bool = False) -> in
         try:
             with training_lock(run.folder) as lock:
                 refuse_queued([run.folder])
-                outcome = _train(run, lock.environment())
+                end = _train(run, lock.environment())
         except UserError as error:  # another process trains it: its history is not ours
             failed = True
             logger.error("%s: %s", run.folder, error)
             continue
-        if outcome.code in (STOPPED_EXIT_CODE, INTERRUPTED_EXIT_CODE) or outcome.code < 0:
+        if end.was_stopped:
             logger.info("%s: stopped; the same command continues", run.folder)
-            return abs(outcome.code)
-        if outcome.code:
+            return end.code
+        if end.code:
             failed = True
-            message = outcome.error or f"exit code {outcome.code}"
-            append(run.folder, "failed", step=0, message=message, code=outcome.code)
+            logger.error("%s: %s", run.folder, end.message)
+            append(run.folder, "failed", step=0, message=end.message, code=end.code)
             if run.config.cluster.fail_fast:
                 _end_if_same_error(runs)
     return int(failed)
@@ -83,7 +75,7 @@ def train_command(run: PlannedRun) -> list[str]:
     return [sys.executable, "-m", "evspan.launch.local.run", str(path)]
 
 
-def _train(run: PlannedRun, variables: Mapping[str, str]) -> Outcome:
+def _train(run: PlannedRun, variables: Mapping[str, str]) -> ChildEnd:
     """Train in a process of its own: DeepSpeed starts only once in a process.
 
     Its output is passed on as it comes, and signals reach it. It dies with this process, which
@@ -108,10 +100,10 @@ def _train(run: PlannedRun, variables: Mapping[str, str]) -> Outcome:
     error = ""
     try:
         error = last_error(child)
-        return Outcome(child.wait(), error)
+        return child_end(child.wait(), error)
     except KeyboardInterrupt:  # the terminal sends it to the child too
         child.wait()
-        return Outcome(INTERRUPTED_EXIT_CODE, error)
+        return ChildEnd(INTERRUPTED_EXIT_CODE, error)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -7,8 +7,7 @@ from pathlib import Path
 from threading import Thread
 
 from evspan.conf.compose import CONFIG_FILE, save_config
-from evspan.conf.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE
-from evspan.launch.local.child_errors import pass_on_errors
+from evspan.launch.local.child_end import ChildEnd, child_end, pass_on_errors
 from evspan.launch.local.ranks import die_with_parent
 from evspan.launch.local.sequential import train_command
 from evspan.launch.search.study import Trial
@@ -21,7 +20,6 @@ from evspan.pipeline.history import append, read
 
 logger = logging.getLogger(__name__)
 FINAL = (State.done, State.failed, State.pruned)
-STOPPED_CODES = (STOPPED_EXIT_CODE, INTERRUPTED_EXIT_CODE)
 
 
 class LocalTrials:
@@ -57,17 +55,16 @@ class LocalTrials:
         process = self.processes.get(run.folder)
         if process is None:
             return Observation(_final_state(run.folder) or State.lost, active=False)
-        code = process.code()
-        if code is None:
+        end = process.end()
+        if end is None:
             return Observation(State.running, active=True)
-        if code == 0:
+        if end.code == 0:
             return Observation(State.done, active=False)
-        if code in STOPPED_CODES or code < 0:
+        if end.was_stopped:
             return Observation(_final_state(run.folder) or State.saved, active=False)
-        message = process.error or f"exit code {code}"
         if _final_state(run.folder) is not State.failed:
-            append(run.folder, "failed", step=0, message=message, code=code)
-        return Observation(State.failed, active=False, reason=message)
+            append(run.folder, "failed", step=0, message=end.message, code=end.code)
+        return Observation(State.failed, active=False, reason=end.message)
 
     def prune(self, run: PlannedRun, reason: str) -> None:
         """Has the run save and end, and records it."""
@@ -113,12 +110,13 @@ class _TrialProcess:
         self.reader = Thread(target=self._read_errors, daemon=True)
         self.reader.start()
 
-    def code(self) -> int | None:
-        """The exit code; None while it runs."""
+    def end(self) -> ChildEnd | None:
+        """How it has ended; None while it runs."""
         code = self.process.poll()
-        if code is not None:
-            self.reader.join(timeout=1.0)
-        return code
+        if code is None:
+            return None
+        self.reader.join(timeout=1.0)
+        return child_end(code, self.error)
 
     def stop(self) -> None:
         """Sends the stop signal, unless it has ended."""

@@ -27,7 +27,7 @@ from evspan.conf.errors import STOP_SIGNALS, STOPPED_EXIT_CODE, UserError
 from evspan.conf.private_files import make_private_folder
 from evspan.conf.schema.cluster import ClusterConfig, SlurmConfig
 from evspan.conf.secret_values import hidden_overrides
-from evspan.launch.local.child_errors import last_error
+from evspan.launch.local.child_end import last_error
 from evspan.launch.local.ranks import die_with_parent
 from evspan.launch.slurm.rank_task import redirect_output
 from evspan.launch.slurm.requeue import RequeueRule

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from evspan.conf.errors import (
     LOST_EXIT_CODE,
-    STOP_SIGNALS,
+    STOPPED_CODES,
     STOPPED_EXIT_CODE,
     USER_ERROR_EXIT_CODE,
 )
@@ -53,8 +53,6 @@ DO_NOT_REQUEUE = 3  # exit code; an error of this command gives 1
 JOB_ID = r"\d+(_\d+)?"
 EXITED = re.compile(r"^srun: error: \S+: tasks? ([\d,-]+): Exited with exit code", re.MULTILINE)
 RUN_HAS_ENDED = 7  # exit code: do not requeue, and no successor is needed
-# Ranks that have saved, or were ended by the signal before they could handle it.
-STOPPED_CODES = frozenset({STOPPED_EXIT_CODE, *(128 + number for number in STOP_SIGNALS)})
 TIME_LIMIT_REMEDY = (
     "Submit it again with a longer cluster.timeout_min, or a smaller checkpoint.every"
 )

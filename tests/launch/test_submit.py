@@ -107,12 +107,13 @@ def test_a_half_written_line_is_skipped(tmp_path):
         ("s0 f0 s0 v5 s5 f5", 1),
         ("s0 f0 s0 f4 s4 f4", 2),
         ("s0 f0 s0 f0 s0 s0 f0", 3),
+        ("s0 f0 s0 f0 s0 f0 a0 s0 f0", 1),
         ("s0", 0),
         ("", 0),
     ],
 )
 def test_faults_are_counted_where_no_step_was_completed(tmp_path, events, faults):
-    names = {"s": "start", "f": "fault", "v": "saved"}
+    names = {"s": "start", "f": "fault", "v": "saved", "a": "submitted"}
     for word in events.split():
         append(tmp_path, names[word[0]], step=int(word[1:]))
     assert faults_in_a_row(read(tmp_path)) == faults
