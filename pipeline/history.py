@@ -277,7 +277,7 @@ def faults_in_a_row(events: list[dict[str, Any]]) -> int:
     """How many of the last attempts failed by a fault of their own at the same step.
 
     An attempt that was stopped and saved, or got further, resets the count. So does submitting the
-    run again, since its user may have removed the cause. One that was lost with its node is left out.
+    run again: its user may have removed the cause. One that was lost with its node is left out.
     """
     faults = 0
     fault_step = None

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 SHORTEST_SPAN = 0.01  # of the recording that labels span at least
 MOST_OUTSIDE = 0.05  # of the boxes that lie outside the recording at most
+FARTHEST_OUTSIDE_US = 500_000  # a label lies outside at most; EVT3's clock is off by up to 16.8 s
 PLAUSIBLE_US = (1_000, 60_000_000)  # time between neighbouring labels
 UNITS = (("ms", 1e3), ("s", 1e6), ("ns", 1e-3))  # name, and microseconds
 RARELY_BELOW_US = 5_000  # time between neighbouring labels; of labels in ms it looks like less
@@ -33,7 +34,8 @@ def clock_problem(t: NDArray[np.int64], recording: Span, config: LabelConfig) ->
     """What does not fit between the times of labels and a recording; empty where all does.
 
     Labels do not fit where they span less than 1 % of the recording, where more than 5 % of the
-    boxes lie outside, or where they follow each other in less than 1 ms or more than a minute.
+    boxes lie outside or one lies more than 0.5 s outside, or where they follow each other in less
+    than 1 ms or more than a minute.
 
     Args:
         t: (N,) times of all boxes in microseconds, sorted, as `config` corrects them.
@@ -58,8 +60,10 @@ def _problems(t: NDArray[np.int64], labels: Span, recording: Span) -> list[str]:
     problems = []
     times = np.unique(t)
     outside = int(np.count_nonzero((t < recording.first) | (t > recording.last)))
-    if outside > MOST_OUTSIDE * t.size:
-        problems.append(f"{outside} of {t.size} boxes ({outside / t.size:.0%}) lie outside")
+    farthest = max(recording.first - labels.first, labels.last - recording.last)
+    if outside > MOST_OUTSIDE * t.size or farthest > FARTHEST_OUTSIDE_US:
+        share = f"{outside} of {t.size} boxes ({outside / t.size:.0%})"
+        problems.append(f"{share} lie outside, by up to {farthest / 1e6:.3g} s")
     if times.size < 2:
         return problems
     fraction = labels.length / max(1, recording.length)

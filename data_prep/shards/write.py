@@ -74,6 +74,7 @@ from evspan.data_prep.shards.validity import refuse_invalid
 from numpy.typing import NDArray
 
 FRAMES_AT_ONCE = 64
+LATEST_RVT_START_US = 60_000_000  # of a recording's first event; EVT3's clock starts below 16.8 s
 CODE_CHUNK = 1 << 17  # bytes of code in a chunk of the file
 FLUSH_BYTES = 8 * CODE_CHUNK  # bytes of code that are written at once
 FILTERS: dict[Codec, Mapping[str, Any]] = {Codec.fast: {}, Codec.small: hdf5plugin.Zstd(clevel=3)}
@@ -265,6 +266,13 @@ class _Labels:
             raise BoxesError(
                 "it has no box file, and RVT's frames (frames.mode=rvt) end at labels. Add "
                 "X_bbox.npy next to it, or use frames.mode=exact"
+            )
+        if first_us > LATEST_RVT_START_US:
+            raise RecordingError(
+                f"its first event is at {first_us / 1e6:,.0f} s, and RVT's windows "
+                f"(frames.mode=rvt) begin at 0: {first_us // config.frames.window_us:,} empty "
+                "frames would come first. Use frames.mode=exact, or subtract this time from its "
+                "events and labels"
             )
         # RVT filters first: a label of which no box is left ends no frame.
         height, width = sensor_hw

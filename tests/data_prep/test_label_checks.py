@@ -31,6 +31,7 @@ def problem(t, first, last, **labels) -> str:
         (LABEL_TIMES, 0, 1_200_000),
         (LABEL_TIMES, 90_000, 1_090_000),  # one of 11 labels, 9 %, would be too many: see below
         (np.arange(1, 600) * 16_667, 0, 10_000_000),
+        (np.arange(1, 6000) * 100_000, 400_000, 600_000_000),
         ([500_000], 0, 60_000_000),
         (np.arange(1, 20) * 1_000, 0, 20_000),
         (np.arange(0, 3600, 30) * 1_000_000, 0, 3_600_000_000),
@@ -60,6 +61,17 @@ def test_events_in_nanoseconds_are_told_from_labels_in_milliseconds():
     message = problem(LABEL_TIMES // 1000, 0, 1_200_000)
     assert "there is a label every 100 us" in message
     assert "time_unit=ms" in message
+
+
+@pytest.mark.parametrize("shift", [700_000, 2_500_000, 16_000_000])
+def test_a_small_shift_of_a_long_recording_is_reported(shift):
+    """EVT3's clock starts anywhere below 16.8 s, and labels of tools that subtract it at 0."""
+    every_100_ms = np.arange(1, 6000) * 100_000
+    message = problem(every_100_ms, shift, 600_000_000 + shift)
+    assert f"lie outside, by up to {(shift - 100_000) / 1e6:.3g} s" in message
+    assert f"set dataset.labels.offset_us={shift}," in message
+    later = problem(every_100_ms + shift, 0, 600_000_000)
+    assert "The two clocks are likely shifted: dataset.labels.offset_us from -" in later
 
 
 def test_a_start_time_that_labels_lack_is_the_suggested_offset():

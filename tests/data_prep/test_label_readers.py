@@ -1,6 +1,7 @@
 """Labels of other tools as box files: hand-written files of each format, times, sizes and classes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,15 @@ def test_yolo_without_images_needs_a_size(tmp_path):
         imported(folder, tmp_path / "out")
     _, files = imported(folder, tmp_path / "out", size=(400, 200))
     assert objects(files["a"])["w"].tolist() == [100, 100]
+
+
+def test_yolo_images_of_one_name_are_not_mixed_up(tmp_path):
+    """As CVAT exports two tasks into folders of their own."""
+    folder = yolo_folder(tmp_path / "yolo", images=True)
+    shutil.copytree(folder / "labels/train", folder / "labels/second")
+    with pytest.raises(LabelsError, match="second/a_000000100000us.txt .*folder by folder"):
+        imported(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_csv_columns_are_found_by_their_names(tmp_path):

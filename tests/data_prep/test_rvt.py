@@ -19,6 +19,7 @@ from evspan.data_prep.frames.rvt import RvtEnds
 from evspan.data_prep.labels.box_files import RAW_BOX
 from evspan.data_prep.prepare import prepare
 from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.open import open_writer
 from evspan.data_prep.simulator import SimulatorConfig, simulate
 from support.prepared import contents, entries, prep_config
 from support.slow_frames import GivenRecording
@@ -171,6 +172,22 @@ def test_labels_that_rvt_cannot_take_are_refused(tmp_path):
         prep_config(
             tmp_path, tmp_path, labels={"label_every_ms": 50}, frames={"mode": FrameMode.rvt}
         )
+
+
+def test_a_recording_on_an_absolute_clock_is_refused(tmp_path):
+    """RVT's windows begin at 0: a day later, two million empty frames would come first."""
+    t = 86_400_000_000 + np.arange(0, 400_000, 100)
+    pixel = np.full(t.size, 5, np.uint16)
+    source = tmp_path / "source"
+    source.mkdir()
+    with open_writer(source / "a.h5", 50, 100) as writer:
+        writer.write(Events(t, pixel, pixel, np.ones(t.size, np.uint8)))
+    boxes = np.zeros(4, RAW_BOX)
+    boxes["t"] = t[0] + 100_000 * np.arange(1, 5)
+    np.save(source / "a_bbox.npy", boxes)
+    message = r"first event is at 86,400 s.* 1,728,000 empty frames .*frames.mode=exact"
+    with pytest.raises(RecordingError, match=message):
+        prepare(prep_config(source, tmp_path / "out", frames={"mode": FrameMode.rvt}))
 
 
 def test_other_labels_move_windows_and_a_recording_without_any_is_refused(tmp_path):

@@ -44,7 +44,8 @@ def read_yolo(
         size: (width, height) of the images in pixels; None: that of the image files.
 
     Raises:
-        LabelsError: a line is no box, a class has no name, or the size of an image is not known.
+        LabelsError: a line is no box, a class has no name, the size of an image is not known, or
+            two files are of one image.
         OSError: a file cannot be read.
     """
     config = _config(root)
@@ -53,7 +54,7 @@ def read_yolo(
         width, height = config[SIZE_KEY]
         size = picture_size(width, height, str(root))
     sizes = image_sizes(images or root)
-    texts = {image_stem(path.stem): path for path in files if not _is_other_text(path)}
+    texts = _texts_by_image([path for path in files if not _is_other_text(path)])
     annotations = Annotations(classes=names)
     for stem in sorted(texts.keys() | sizes.keys()):
         picture_wh = sizes.get(stem, size)
@@ -62,6 +63,23 @@ def read_yolo(
             picture = len(annotations.pictures) - 1
             annotations.labels += _labels(texts[stem], picture, names, picture_wh)
     return annotations
+
+
+def _texts_by_image(files: list[Path]) -> dict[str, Path]:
+    """The files by the stem of their image.
+
+    Raises:
+        LabelsError: two are of one image, or of images of one name in several folders.
+    """
+    texts: dict[str, Path] = {}
+    for path in files:
+        other = texts.setdefault(image_stem(path.stem), path)
+        if other is not path:
+            raise LabelsError(
+                f"{other} and {path} have labels of images of the same name. Import folder by "
+                "folder, each into the boxes of its recording; of augmented copies keep the first"
+            )
+    return texts
 
 
 def _is_other_text(path: Path) -> bool:
