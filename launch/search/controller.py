@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 5.0
 PAUSE_S = 0.2  # between two looks at the stop flag
 MOST_POLLS_WITHOUT_JOB = 3  # a run without a job or an end is lost after them
-MOST_REFUSALS = 5  # submissions in a row that SLURM refuses or does not answer
+MOST_REFUSALS = 5  # submissions in a row that SLURM refuses or does not answer while no trial runs
 CANCELLED = "the search was cancelled"
 CANCELLED_EXIT_CODE = 1  # unlike after a signal, the controller's job does not come back
 
@@ -91,6 +91,7 @@ class Controller:
         self.polls_without_job: Counter[int] = Counter()
         self.lost: set[int] = set()  # pending trials whose runs have lost their jobs
         self.refusals = 0  # of SLURM, in a row
+        self.refusal = ""  # the last one
 
     def run(self) -> int:
         """Until all trials have ended.
@@ -100,7 +101,8 @@ class Controller:
             ended the controller.
 
         Raises:
-            UserError: SLURM refuses the jobs, or the first runs fail with the same error.
+            UserError: SLURM refuses the jobs while no trial runs, or the first runs fail with the
+                same error.
         """
         try:
             self._check_stop()
@@ -125,7 +127,7 @@ class Controller:
             if self._planned(trial) is None:
                 continue
             run = self.planned[trial.number]
-            if self.runs.is_started(trial, run) and not self._is_to_continue(run):
+            if self._is_started(trial, run) and not self._is_to_continue(run):
                 self.active.append(trial.number)
             else:
                 self.pending.append(trial.number)
@@ -135,6 +137,21 @@ class Controller:
                 plural(len(trials), "trial"),
                 len(self.pending),
             )
+
+    def _is_started(self, trial: Trial, run: PlannedRun) -> bool:
+        """Whether the run's last submission has reached SLURM. Waits until SLURM answers."""
+        while True:
+            try:
+                return self.runs.is_started(trial, run)
+            except UserError as error:
+                self._warn_once(f"{error}; the search waits")
+                self._pause()
+
+    def _warn_once(self, message: str) -> None:
+        """Logs a refusal, unless it is that of the last try."""
+        if message != self.refusal:
+            self.refusal = message
+            logger.warning("%s", message)
 
     def _is_to_continue(self, run: PlannedRun) -> bool:
         """Whether a run was cancelled, and the user has started the search again."""
@@ -176,7 +193,11 @@ class Controller:
         return self.planned[trial.number]
 
     def _start(self, trial: Trial) -> bool:
-        """Starts the run of a trial. False where SLURM does not accept it now."""
+        """Starts the run of a trial.
+
+        False where SLURM does not accept it now. While others run it may do so later: sites limit
+        the jobs of a user.
+        """
         run = self.planned[trial.number]
         try:
             if trial.submitted_at is None or not self._was_submitted(trial, run):
@@ -187,11 +208,12 @@ class Controller:
         except UserError as error:
             self.pending.insert(0, trial.number)
             self.refusals += 1
-            if trial.number == 0 or self.refusals >= MOST_REFUSALS:
+            if not self.active and (trial.number == 0 or self.refusals >= MOST_REFUSALS):
                 raise
-            logger.warning("trial %s waits: %s", trial.name, error)
+            self._warn_once(f"trial {trial.name} waits: {error}")
             return False
         self.refusals = 0
+        self.refusal = ""
         self.polls_without_job[trial.number] = 0
         self.active.append(trial.number)
         return True
@@ -257,7 +279,11 @@ class Controller:
     def _prune(self, trial: Trial, observation: Observation) -> None:
         run = self.planned[trial.number]
         reason = f"{self.info.metric_name} at step {trial.prune_step}"
-        self.runs.prune(run, reason)
+        try:
+            self.runs.prune(run, reason)
+        except UserError as error:  # the next look tries again
+            self._warn_once(f"trial {trial.name} is not pruned yet: {error}")
+            return
         if not observation.active:
             self.study.pruned(trial)
             self._end(trial, "")

@@ -198,6 +198,14 @@ class Jobs:
         self.submitted: Counter[str] = Counter()
         self.states: dict[str, State] = {}
         self.cancelled: list[str] = []
+        self.most_running = 99  # jobs that the site allows
+        self.unanswered: Counter[str] = Counter()  # calls that SLURM will not answer
+
+    def answer(self, call: str) -> None:
+        """Raises UserError where SLURM does not answer."""
+        if self.unanswered[call] > 0:
+            self.unanswered[call] -= 1
+            raise UserError("SLURM does not answer")
 
 
 class FakeRuns:
@@ -211,12 +219,16 @@ class FakeRuns:
         self.kill = kill
 
     def is_started(self, trial, run) -> bool:
+        self.jobs.answer("is_started")
         return trial.submitted_at is not None and run.folder.name in self.jobs.states
 
     def start(self, trial, run) -> None:
         self.kill()
         name = run.folder.name
         assert self.jobs.states.get(name) is not State.running, "two jobs for a trial"
+        running = [state for state in self.jobs.states.values() if state is State.running]
+        if len(running) >= self.jobs.most_running:
+            raise UserError("QOSMaxSubmitJobPerUserLimit")
         self.jobs.submitted[name] += 1
         self.jobs.states[name] = State.running
         self.kill()
@@ -241,6 +253,7 @@ class FakeRuns:
         return Observation(state, active=state is State.running)
 
     def prune(self, run, reason) -> None:
+        self.jobs.answer("prune")
         self.kill()
         self.jobs.states[run.folder.name] = State.pruned
         self.kill()
@@ -402,6 +415,39 @@ def test_runs_whose_jobs_are_lost_are_started_again(tmp_path, without_pauses):
     assert run_controller(tmp_path, jobs, lose, trials=2) == 0
     assert jobs.submitted == {"0": 1, "1": 3}
     assert study_of(tmp_path).trials[1].user_attrs["retries"] == 2
+
+
+def test_a_search_goes_on_within_the_number_of_jobs_that_a_site_allows(
+    tmp_path, without_pauses, caplog
+):
+    jobs = Jobs()
+    jobs.most_running = 1  # of two that the controller would start
+    assert run_controller(tmp_path, jobs, lambda: None) == 0
+    assert jobs.submitted == dict.fromkeys("012345", 1)
+    waits = [message for message in caplog.messages if "QOSMaxSubmitJobPerUserLimit" in message]
+    assert 1 <= len(waits) <= 6  # one for each trial that waits, not one for each try
+
+
+def test_a_search_ends_where_no_job_is_accepted(tmp_path, without_pauses):
+    jobs = Jobs()
+    jobs.most_running = 0
+    with pytest.raises(UserError, match="QOSMaxSubmitJobPerUserLimit"):
+        run_controller(tmp_path, jobs, lambda: None)
+
+
+def test_a_search_waits_while_slurm_does_not_answer(tmp_path, without_pauses):
+    jobs = Jobs()
+
+    def kill() -> None:
+        if jobs.steps["0"] >= 6 and not jobs.unanswered:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run_controller(tmp_path, jobs, kill)
+    jobs.unanswered.update({"is_started": 7, "prune": 7})
+    assert run_controller(tmp_path, jobs, kill) == 0
+    assert not jobs.unanswered.total()
+    assert set(jobs.submitted.values()) == {1}
 
 
 def test_a_stop_request_cancels_the_runs(tmp_path, without_pauses):
