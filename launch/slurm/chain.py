@@ -66,7 +66,8 @@ def read_upstream(folders: Sequence[Path], own: Path, *, any_end: bool = False) 
         folders: of runs, sweeps or prepared shards.
         own: folder of the run or command that waits. It is left out, and so are commands that were
             submitted after it, which may wait for it.
-        any_end: whether a run that has failed, was cancelled or is lost counts, too.
+        any_end: whether a run that has failed, was cancelled, is lost or was never submitted
+            counts, too.
     """
     jobs: dict[str, None] = {}
     problems: list[str] = []
@@ -79,7 +80,11 @@ def read_upstream(folders: Sequence[Path], own: Path, *, any_end: bool = False) 
         needed = [run for run in runs if not run.is_command] or runs
         for run in runs:
             if run.state not in ENDED and (run.alive or run.state.unfinished):
-                jobs |= dict.fromkeys(_jobs_of(run, whole_arrays=len(needed) > 1))
+                of_run = _jobs_of(run, whole_arrays=len(needed) > 1)
+                jobs |= dict.fromkeys(of_run)
+                is_counted = any_end and run.state is State.waiting
+                if run in needed and not (of_run or controller or is_counted):
+                    problems.append(f"{run.folder} is {describe(run)}, but not as a job of SLURM")
             elif run in needed and run.state not in COMPLETE and not any_end:
                 problems.append(f"{run.folder} is {describe(run)}")
     return Upstream(list(jobs), "; ".join(problems[:1]))

@@ -128,6 +128,29 @@ def test_a_job_does_not_wait_for_ever(tmp_path, queue):
     assert "not done after the end" in read(run)[-1]["reason"]
 
 
+def test_a_run_without_a_job_cannot_be_waited_for(tmp_path, queue):
+    """One that trains on this machine, and one of a sweep whose submission was refused."""
+    local = tmp_path / "local"
+    append(local, "start", step=0, pid=os.getpid())
+    for any_end in (False, True):
+        upstream = read_upstream([local], tmp_path / "own", any_end=any_end)
+        assert re.fullmatch(f"{local} is running .*, but not as a job of SLURM", upstream.problem)
+    append(local, "done", step=9)
+    assert read_upstream([local], tmp_path / "own") == Upstream([])
+
+    sweep = tmp_path / "sweep"
+    submitted_run(sweep / "0", "5", "start", "done")
+    (sweep / "1").mkdir()
+    rows = [{"folder": name, "overrides": {}} for name in "01"]
+    (sweep / "sweep.json").write_text(json.dumps({"runs": rows}))
+    problem = read_upstream([sweep], tmp_path / "own").problem
+    assert problem == f"{sweep / '1'} is waiting, but not as a job of SLURM"
+    assert not read_upstream([sweep], tmp_path / "own", any_end=True).problem
+    # The controller of a search will submit it.
+    write_info(sweep, SearchInfo("ab12", "ap", True, 2, "tpe", "asha", 100, 3, job="9"))
+    assert read_upstream([sweep], tmp_path / "own") == Upstream(["9"])
+
+
 @pytest.mark.parametrize("end", ["failed", "cancelled"])
 def test_a_job_is_not_started_after_a_failure(tmp_path, queue, end):
     first = submitted_run(tmp_path / "first", "5", "start", end)
