@@ -47,10 +47,14 @@ def cast_weights(module: nn.Module, precision: Precision) -> None:
     """Casts float32 parameters and buffers in place to what `precision` runs with."""
     if precision is not Precision.bf16:
         return
-    module.to(torch.bfloat16)
-    for norm in module.modules():
-        if isinstance(norm, BatchNorm2d):
-            norm.float()
+    for part in module.modules():
+        if isinstance(part, BatchNorm2d):
+            continue
+        for parameter in part.parameters(recurse=False):
+            parameter.data = parameter.data.to(torch.bfloat16)
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(part, name, buffer.to(torch.bfloat16))
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def probe(
     affected. Its state is zero `config.sequence_length` frames before each probe frame.
     """
     generators = generator_states()  # building a detector draws random weights
-    detector = detector_from(weights, device=device)
+    detector = detector_from(weights, device=device, precision=config.precision)
     restore_generators(generators)
     frames = []
     parts: dict[str, list[Tensor]] = {}
@@ -150,7 +150,7 @@ def _scale_index(name: str) -> int:
 
 @contextmanager
 def record_attention(detector: Detector) -> Iterator[dict[str, Tensor]]:
-    """While open, records what attention multiplies features with, before its gates.
+    """While open, records what attention multiplies features with, before its gates, in float32.
 
     Hooks record it, so a forward outside of this context does no additional work.
 
@@ -179,7 +179,7 @@ def _attention_hooks(
 
     def record_sigmoid_of(layer: nn.Module, name: str) -> RemovableHandle:
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            multipliers[f"{scale}/{name}"] = output.detach().sigmoid()
+            multipliers[f"{scale}/{name}"] = output.detach().float().sigmoid()
 
         return layer.register_forward_hook(hook)
 
@@ -199,7 +199,7 @@ def _motion_hook(name: str, multipliers: dict[str, Tensor]) -> Callable[..., Non
     def hook(module: EventTemporalAttention, args: tuple[Any, ...]) -> None:
         x, previous = args
         pair = torch.cat((x, previous[:, -1]), dim=1)
-        multipliers[name] = module.motion_conv(pair).detach().sigmoid()
+        multipliers[name] = module.motion_conv(pair).detach().float().sigmoid()
 
     return hook
 

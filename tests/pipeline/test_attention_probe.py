@@ -1,5 +1,7 @@
 """Recorded attention against its formulas; the choice of probe frames; positions in the image."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from evspan.conf.schema.training import (
     FpnConfig,
     HeadConfig,
     ModelConfig,
+    Precision,
 )
 from evspan.data_prep.shards.format import BOX
 from evspan.pipeline.data.datasets import open_dataset
@@ -191,6 +194,18 @@ def test_the_probe_detects_what_evaluation_detects_and_leaves_no_trace(data):
     assert seen.gates["scale_1/integration"] == float(
         weights.tensors["fpn.small_object_attention_modules.scale_1.gate"]
     )
+
+
+def test_a_detector_of_bfloat16_is_probed(data):
+    """As on a GPU, whose detectors run in the precision of their training."""
+    weights = weights_of(model(enable_small_object_attention=True))
+    exact = probe(weights, data, EVERYTHING, CPU)
+    seen = probe(weights, data, replace(EVERYTHING, precision=Precision.bf16), CPU)
+    assert seen.multipliers.keys() == exact.multipliers.keys()
+    for name, values in seen.multipliers.items():
+        assert values.dtype == np.float32
+        assert np.abs(values - exact.multipliers[name]).mean() < 0.02, name
+    assert [frame.maps.keys() for frame in seen.frames] == [f.maps.keys() for f in exact.frames]
 
 
 @pytest.mark.parametrize(

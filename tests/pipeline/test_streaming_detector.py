@@ -201,6 +201,24 @@ def test_evaluation_in_bfloat16_is_close_and_only_the_norms_stay_in_float32(data
 
 
 # -- precision -----------------------------------------------------------------------------------
+def test_norms_keep_all_bits_in_bfloat16():
+    weights = some_weights()
+    for tensor in weights.tensors.values():
+        if tensor.is_floating_point():
+            tensor += 0.1 + torch.rand_like(tensor)
+    detector = detector_from(weights, precision=Precision.bf16)
+    norms = [name for name, m in detector.named_modules() if isinstance(m, BatchNorm2d)]
+    tensors = detector.state_dict()
+    for name, tensor in tensors.items():
+        stored = weights.tensors[name]
+        if name.rpartition(".")[0] in norms:
+            assert torch.equal(tensor, stored), name
+            is_counter = not tensor.is_floating_point()
+            assert is_counter or not torch.equal(tensor, tensor.bfloat16().float()), name
+        else:
+            assert torch.equal(tensor, stored.to(torch.bfloat16)), name
+
+
 def test_a_weights_file_holds_the_precision_of_training(tmp_path):
     path = tmp_path / "w.safetensors"
     for precision in (Precision.bf16, Precision.tf32):
