@@ -158,6 +158,14 @@ class HeadConfig:
             self.num_classes >= 1, f"model.head.num_classes is {self.num_classes}; give 1 or more"
         )
         require(
+            0 < self.center_radius < math.inf,
+            f"model.head.center_radius is {self.center_radius}; give a number of strides above 0",
+        )
+        require(
+            self.candidate_top_k >= 1,
+            f"model.head.candidate_top_k is {self.candidate_top_k}; give 1 or more",
+        )
+        require(
             self.size_aware_weight >= 1,
             f"model.head.size_aware_weight is {self.size_aware_weight}; give 1 or more (1 weights "
             "all sizes alike)",
@@ -450,9 +458,9 @@ class OptimizerConfig:
                 f"optimizer.lr_multipliers has {factor} for {pattern}; give a factor above 0. "
                 f"training.freeze=[{pattern}] trains it not at all",
             )
-        require(
-            self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; give 0 or more"
-        )
+        for name in ("weight_decay", "start_factor", "end_factor"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"optimizer.{name} is {value}; give 0 or more")
         require(
             0 <= self.warmup_fraction < 1,
             f"optimizer.warmup_fraction is {self.warmup_fraction}; give a fraction from 0 to below "

@@ -134,7 +134,7 @@ def _batch_options(config: TrainConfig, chunk: _Chunk) -> list[str]:
     options = []
     training = config.training
     length = training.sequence_length
-    if chunk.frames > 1:
+    if chunk.frames > 1 and not training.bptt_frames:  # which need a sequence on one rank
         sequence = _next_divisor(length, chunk.sequence)
         options.append(
             f"parallel.sequence={sequence} parallel.ranks={chunk.groups * sequence} "
@@ -144,8 +144,9 @@ def _batch_options(config: TrainConfig, chunk: _Chunk) -> list[str]:
         factor = _next_divisor(chunk.lanes, 1)
         lanes = chunk.lanes // factor
         accumulation = training.gradient_accumulation_steps * factor
+        graphs = "training.cuda_graphs=false " if training.cuda_graphs else ""
         options.append(
-            f"training.batch_size={chunk.groups * lanes} "
+            f"{graphs}training.batch_size={chunk.groups * lanes} "
             f"training.gradient_accumulation_steps={accumulation} "
             f"(as many lanes a step, {lanes} instead of {chunk.lanes} at once; needs a new run_dir)"
         )

@@ -206,6 +206,12 @@ MISTAKES = [
     ("train training=5", "give its keys one by one: training.max_steps, "),
     ("train model.fpn.in_stages=2", "give a list, such as [1,2]"),
     ("train training.max_steps=-3", "training.max_steps is -3; give 1 or more"),
+    (
+        "train model.head.center_radius=0",
+        "model.head.center_radius is 0.0; give a number of strides",
+    ),
+    ("train model.head.candidate_top_k=0", "model.head.candidate_top_k is 0; give 1 or more"),
+    ("train optimizer.end_factor=-3", "optimizer.end_factor is -3.0; give 0 or more"),
     ("train model.fpn.in_stages=[2,3]", "model.fpn.in_stages is [2, 3]; choose [2,3,4]"),
     ("train dataset=simulated model.head.num_classes=1", "set model.head.num_classes=3 or more"),
     ("evaluate evaluation.nms_threshold=2", "evaluation.nms_threshold is 2.0; give above 0 to 1"),

@@ -13,6 +13,7 @@ from threading import Event, Timer
 import pytest
 import torch
 import torch.distributed as dist
+from evspan.conf.compose import compose
 from evspan.conf.schema.training import ParallelConfig, Precision, TrainConfig, TrainingConfig
 from evspan.pipeline.engine.oom import memory_options, out_of_memory
 from evspan.pipeline.parallel import heartbeat
@@ -415,26 +416,25 @@ def test_gpus_have_more_memory_options():
     )
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(
-    ("ranks", "sequence", "length", "lanes"),
-    [(1, 1, 5, 8), (2, 2, 8, 3), (6, 3, 9, 4), (4, 1, 7, 12)],
+    "words",
+    [
+        "parallel.ranks=1 training.sequence_length=5 training.batch_size=8",
+        "parallel.ranks=2 parallel.sequence=2 training.sequence_length=8 training.batch_size=3",
+        "parallel.ranks=6 parallel.sequence=3 training.sequence_length=9 training.batch_size=4",
+        "parallel.ranks=4 training.sequence_length=7 training.batch_size=12",
+        "parallel.ranks=2 training.batch_size=8 training.cuda_graphs=true deepspeed.stage=2",
+        "parallel.ranks=2 training.sequence_length=8 training.batch_size=8 training.bptt_frames=4",
+        "training.batch_size=8 training.engine=plain training.activation_checkpointing=true",
+    ],
 )
-def test_every_memory_option_makes_a_valid_config(ranks, sequence, length, lanes):
+def test_every_memory_option_makes_a_valid_config(words, device):
     """Overrides as suggested, taken one after the other."""
-    lines = memory_options(
-        config(ranks=ranks, sequence=sequence, sequence_length=length, batch_size=lanes),
-        world(ranks),
-    )
+    given = compose(TrainConfig, words.split())
+    lines = memory_options(given, world(given.parallel.ranks, device))
     assert len(lines) > 1
     for line in lines:
-        values = {
-            "ranks": ranks,
-            "sequence": sequence,
-            "sequence_length": length,
-            "batch_size": lanes,
-        }
-        turned = {
-            name.split(".")[1]: int(value)
-            for name, value in re.findall(r"((?:training|parallel)\.\w+)=(\d+)", line)
-        }
-        config(**{**values, **turned})
+        suggested = re.findall(r"\w+\.\w+=\w+", line.partition(" (")[0])
+        assert suggested
+        compose(TrainConfig, [*words.split(), *suggested])
