@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from evspan.data_prep.shards.format import load_manifest
 from evspan.pipeline.data.datasets import Dataset
 from evspan.pipeline.data.loader import ReadingStoppedError
 from evspan.pipeline.data.requirements import open_scored
+from evspan.pipeline.engine.meetings import PER_TIMEOUT, Meetings
 from evspan.pipeline.engine.signals import any_rank
 from evspan.pipeline.evaluation.coco import Metrics
 from evspan.pipeline.evaluation.frames import FRAMES, save_frames
@@ -69,7 +71,7 @@ def evaluate_weights(
     Args:
         stop_requested: whether this rank was asked to stop; called between chunks of frames. A rank
             that was does not read the rest of its recordings. Ranks have different numbers of
-            chunks, so they agree after the last one, in one collective.
+            chunks, so they agree after the last one.
 
     Raises:
         ConfigError: the dataset has other frames or classes than the weights.
@@ -85,6 +87,10 @@ def evaluate_weights(
     recordings = deal(
         data.recordings, world.rank, world.size, weight=[r.frames for r in data.recordings]
     )
+    meetings = Meetings(
+        lambda works: any_rank(works, world.device, name="whether a rank still evaluates"),
+        world.timeout_s / PER_TIMEOUT if world.size > 1 else math.inf,
+    )
     own_results: list[RecordingResult] = []
     is_complete = True
     try:
@@ -95,10 +101,13 @@ def evaluate_weights(
             device=world.device,
             recordings=recordings,
             stop_requested=stop_requested,
+            between_chunks=meetings.while_working,
         )
     except ReadingStoppedError:
         leave_threads_behind()
         is_complete = False
+    if world.size > 1:
+        meetings.until_all_are_done()
     if stop_requested is not None and any_rank(
         not is_complete, world.device, name="whether all recordings were evaluated"
     ):

@@ -97,6 +97,7 @@ def evaluate_split(
     device: torch.device,
     recordings: Sequence[RecordingData],
     stop_requested: Callable[[], bool] | None = None,
+    between_chunks: Callable[[], None] = lambda: None,
 ) -> list[RecordingResult]:
     """Detects on the labelled frames of some recordings of a dataset.
 
@@ -106,6 +107,7 @@ def evaluate_split(
 
     Args:
         stop_requested: called between chunks, and while the next one is read.
+        between_chunks: called before each chunk.
 
     Returns:
         One result per recording, in their order.
@@ -128,6 +130,7 @@ def evaluate_split(
         for chunks, batch in zip(steps, batches, strict=True):
             if stop_requested is not None and stop_requested():
                 raise ReadingStoppedError
+            between_chunks()
             raw, state = detector(batch.frames, state, starts=batch.starts, labelled=batch.labelled)
             decoded = detector.decode(raw, data.height, data.width)
             current = (chunks, PendingDetections(decoded, limits))

@@ -33,6 +33,7 @@ class World:
     The mesh decides which lanes and frames it works on.
 
     hang: reports what this rank does if the run hangs; None without a run's folder.
+    timeout_s: seconds after which a collective that waits ends the run.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class World:
     local_size: int
     device: torch.device
     hang: HangWatch | None = None
+    timeout_s: float = 600.0
 
     @property
     def is_main(self) -> bool:
@@ -95,7 +97,15 @@ def open_world(config: ParallelConfig, *, run: str | Path | None = None) -> Iter
         device, secret = _join_group(config, info, folder)
         try:
             with heartbeat(info, secret, timeout_s=config.timeout_s, hang=hang):
-                yield World(info.rank, info.size, info.local, info.local_size, device, hang)
+                yield World(
+                    info.rank,
+                    info.size,
+                    info.local,
+                    info.local_size,
+                    device,
+                    hang,
+                    config.timeout_s,
+                )
         finally:
             if not group_is_open():
                 dist.destroy_process_group()

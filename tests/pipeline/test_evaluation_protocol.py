@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +25,10 @@ from evspan.data_prep.prepare import prepare
 from evspan.data_prep.shards.format import load_manifest
 from evspan.data_prep.shards.manifest_check import hash_config
 from evspan.data_prep.simulator import CLASSES, SimulatorConfig, simulate
+from evspan.launch.local.ranks import run_ranks
 from evspan.pipeline.data.datasets import Dataset, open_dataset
 from evspan.pipeline.engine.evaluator import describe_evaluation, evaluate_weights, write_results
+from evspan.pipeline.engine.meetings import Meetings
 from evspan.pipeline.evaluation.breakdown import breakdown
 from evspan.pipeline.evaluation.frames import FRAMES, load_frames
 from evspan.pipeline.evaluation.protocol import (
@@ -37,6 +41,7 @@ from evspan.pipeline.evaluation.protocol import (
 from evspan.pipeline.inference.streaming import RecordingResult, labelled, score
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.weights import Weights, load_weights, save_weights
+from support import uneven_ranks
 from support.coco_reference import coco_evaluation
 from support.one_rank import open_one_rank
 from support.prepared import HEIGHT, WIDTH, prep_config
@@ -276,6 +281,53 @@ def test_other_frames_than_the_weights_are_reported(weights_and_shards, caplog):
         caplog.clear()
         evaluate_weights(load_weights(path), dataset, config, world)
         assert not caplog.messages
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_rank_may_evaluate_longer_than_a_collective_may_wait(weights_and_shards, tmp_path):
+    """Two ranks for one recording: the other one is done at once, and waits."""
+    output = tmp_path / "metrics.json"
+    command = [
+        *("env", f"PYTHONPATH={ROOT / 'tests'}", "OMP_WAIT_POLICY=PASSIVE"),
+        *(sys.executable, "-m", uneven_ranks.__name__),
+        *map(str, (*weights_and_shards, output)),
+    ]
+    started = time.monotonic()
+    assert run_ranks(command, uneven_ranks.RANKS, threads=1) == 0
+    assert time.monotonic() - started > uneven_ranks.TIMEOUT_S
+    assert json.loads(output.read_text())["boxes"] > 0
+
+
+def test_ranks_meet_equally_often():
+    """Whatever their amounts of work. The fake collective returns when all have called it."""
+    rounds: list[list[bool]] = []
+    barrier = threading.Barrier(3, timeout=20)
+    works = [False] * 3
+
+    def rank(number: int, chunks: int) -> None:
+        def any_works(value: bool) -> bool:
+            works[number] = value
+            if barrier.wait() == 0:
+                rounds.append(list(works))
+            barrier.wait()
+            return any(rounds[-1])
+
+        meetings = Meetings(any_works, 0.02)
+        for _ in range(chunks):
+            time.sleep(0.01)
+            meetings.while_working()
+        meetings.until_all_are_done()
+
+    ranks = [threading.Thread(target=rank, args=(i, n)) for i, n in enumerate((0, 9, 40))]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert rounds[-1] == [False] * 3
+    assert all(any(values) for values in rounds[:-1])
+    assert len(rounds) > 5
 
 
 @pytest.mark.slow
