@@ -1,11 +1,13 @@
 """Brings batches to the device, and expands their frames there while the last one is computed."""
 
 from collections.abc import Generator, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from evspan.pipeline.data.batch import Batch
 from evspan.pipeline.data.encoded import EncodedBatch
+
+T = TypeVar("T")
 
 
 def device_batches(
@@ -21,14 +23,40 @@ def device_batches(
             for a GPU. Closed with this generator.
     """
     try:
-        if device.type == "cuda" and torch.cuda.is_available():
-            yield from _copied_ahead(batches, device)
+        if batches_ahead(device):
+            for copied in one_ahead(_copies(batches, device)):
+                yield _received(copied, device)
         else:
             for batch in batches:
                 yield _on_device(batch, device)
     finally:
         if isinstance(batches, Generator):
             batches.close()
+
+
+def batches_ahead(device: torch.device) -> int:
+    """How many batches are requested before the one that `device_batches` passes on is used."""
+    return int(device.type == "cuda" and torch.cuda.is_available())
+
+
+def one_ahead(items: Iterable[T]) -> Generator[T, None, None]:
+    """The items; each is requested before the one before it is passed on.
+
+    An error is raised when the item that it concerns is asked for, after the one before it.
+    """
+    iterator = iter(items)
+    waiting: list[T] = []
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            yield from waiting
+            return
+        except Exception:
+            yield from waiting
+            raise
+        yield from waiting
+        waiting = [item]
 
 
 def encodes_for(device: torch.device) -> bool:
@@ -48,20 +76,16 @@ class _Copied(NamedTuple):
     ready: torch.cuda.Event
 
 
-def _copied_ahead(
+def _copies(
     batches: Iterable[Batch | EncodedBatch], device: torch.device
-) -> Generator[Batch, None, None]:
+) -> Generator[_Copied, None, None]:
+    """Starts the copies on a stream of their own."""
     copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
-    ahead: _Copied | None = None
     for batch in batches:
         with torch.cuda.stream(copy_stream):
             moved = _on_device(batch, device)
             copied = _Copied(moved, copy_stream.record_event())
-        if ahead is not None:
-            yield _received(ahead, device)
-        ahead = copied
-    if ahead is not None:
-        yield _received(ahead, device)
+        yield copied
 
 
 def _received(copied: _Copied, device: torch.device) -> Batch:

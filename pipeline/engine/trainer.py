@@ -16,7 +16,7 @@ from evspan.conf.schema.training import Precision, TrainConfig
 from evspan.conf.secret_values import without_secrets
 from evspan.pipeline.data.batch import Batch
 from evspan.pipeline.data.datasets import Dataset, open_dataset
-from evspan.pipeline.data.device_batches import device_batches, encodes_for
+from evspan.pipeline.data.device_batches import batches_ahead, device_batches, encodes_for
 from evspan.pipeline.data.loader import Loader, ReadingStoppedError
 from evspan.pipeline.data.requirements import open_training
 from evspan.pipeline.data.sampling import sampling_plan
@@ -466,9 +466,12 @@ class Trainer:
         self.account.start_step(self.step + 1)
         clock = self.reporter.step_clock
         clock.start_step()
+        ahead = batches_ahead(self.world.device)
         for number in range(1, training.gradient_accumulation_steps + 1):
-            # A step is left out as a whole, so its first micro-batch decides.
-            wait.start(may_end=number == 1)
+            # A step is left out as a whole, so its first micro-batch decides. The one that is
+            # requested now may be that of the next step.
+            requested = number - 1 + ahead
+            wait.start(may_end=requested % training.gradient_accumulation_steps == 0)
             clock.begin(StepPart.data)
             with self.account.part(Part.data_wait):
                 batch = self._next_batch(batches, number)

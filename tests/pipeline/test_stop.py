@@ -22,6 +22,7 @@ from evspan.conf.schema.training import (
     TrainingConfig,
 )
 from evspan.pipeline.data.batch import Batch
+from evspan.pipeline.data.device_batches import one_ahead
 from evspan.pipeline.data.loader import Loader, ReadingStoppedError, read_ahead
 from evspan.pipeline.engine import run_reporter
 from evspan.pipeline.engine import trainer as trainer_module
@@ -160,10 +161,14 @@ def test_it_continues_as_if_undisturbed(
 @pytest.mark.slow
 @pytest.mark.parametrize("log_every", [1, 100])  # the host reads a step at its end, or a step late
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("ahead", [0, 1])  # batches that are requested early, as for a GPU
 def test_a_step_without_its_data_is_left_out(
-    shards, world, tmp_path, monkeypatch, log_every, accumulation
+    shards, world, tmp_path, monkeypatch, log_every, accumulation, ahead
 ):
     """The loader hangs in step 3; the run is saved as it was after step 2."""
+    if ahead:
+        monkeypatch.setattr(trainer_module, "batches_ahead", lambda device: ahead)
+        monkeypatch.setattr(trainer_module, "device_batches", lambda read, device: one_ahead(read))
     monkeypatch.setattr(trainer_module, "DATA_WAIT_S", 0.2)
     flag = StopFlag()
     release = threading.Event()
@@ -180,7 +185,7 @@ def test_a_step_without_its_data_is_left_out(
             nonlocal micro_batches
             super().start(may_end=may_end)
             micro_batches += 1
-            if micro_batches == 2 * accumulation + 1:
+            if micro_batches == 2 * accumulation + 1 - ahead:
                 flag.request()
 
     def run(name: str, stop_flag: StopFlag) -> int:
@@ -215,6 +220,25 @@ def test_a_step_without_its_data_is_left_out(
             actual = load_file(path)
             assert actual.keys() == expected.keys()
             assert all(torch.equal(actual[key], expected[key]) for key in actual), path.name
+
+
+def test_what_was_requested_before_an_error_is_passed_on():
+    requested = []
+
+    def items():
+        for number in range(3):
+            requested.append(number)
+            yield number
+        raise ReadingStoppedError
+
+    ahead = one_ahead(items())
+    assert next(ahead) == 0
+    assert requested == [0, 1]
+    assert [next(ahead), next(ahead)] == [1, 2]
+    with pytest.raises(ReadingStoppedError):
+        next(ahead)
+    assert list(one_ahead(iter([]))) == []
+    assert list(one_ahead("abc")) == ["a", "b", "c"]
 
 
 def test_a_rank_that_waits_for_data_leaves_on_a_request():
