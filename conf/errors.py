@@ -7,6 +7,7 @@ import errno
 import signal
 
 USER_ERROR_EXIT_CODE = 2  # also argparse's
+IO_EXIT_CODE = 74  # EX_IOERR: a file system does not answer; the same command may succeed later
 LOST_EXIT_CODE = 69  # EX_UNAVAILABLE: another rank of the same run is gone, stuck or failed
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on a stop signal; the same command continues
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT
@@ -25,10 +26,32 @@ USER_ERRNOS = (  # of an OSError that the user can correct
     errno.EDQUOT,
     errno.EROFS,
 )
+TRANSIENT_ERRNOS = (  # of a file system that does not answer now
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.EREMOTEIO,
+    errno.ENOTCONN,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ESHUTDOWN,
+)
 
 
 class UserError(Exception):
-    """The message is complete: what is wrong, where, how much of it, and what to do."""
+    """The message is complete: what is wrong, where, how much of it, and what to do.
+
+    Attributes:
+        is_transient: whether the same command may succeed later, unchanged.
+    """
+
+    is_transient = False
 
 
 class ConfigError(UserError, ValueError):
@@ -66,6 +89,13 @@ def is_user_error(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in USER_ERRNOS:
         return True
     return isinstance(error, UserError)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a command that ends with a user's error."""
+    if isinstance(error, UserError) and error.is_transient:
+        return IO_EXIT_CODE
+    return USER_ERROR_EXIT_CODE
 
 
 def one_line(error: BaseException) -> str:

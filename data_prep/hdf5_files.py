@@ -26,7 +26,7 @@ from typing import Any
 
 import h5py
 import hdf5plugin  # noqa: F401  registers its filters: one that is missing then is damage
-from evspan.conf.errors import UserError
+from evspan.conf.errors import TRANSIENT_ERRNOS, UserError
 
 # libhdf5 reads this variable where it is too old for the argument `locking`.
 _HDF5_VERSION = h5py.version.hdf5_version_tuple
@@ -139,7 +139,9 @@ def unavailable(path: str | Path, error: BaseException) -> UnavailableFileError:
         remedy = "Ask its owner for permission to read it"
     elif number == errno.ENOENT:
         remedy = "It may lie on a disk that is not mounted: mount it, and run the same again"
-    return UnavailableFileError(f"{path} cannot be read now: {reason}. {remedy}")
+    unavailable_file = UnavailableFileError(f"{path} cannot be read now: {reason}. {remedy}")
+    unavailable_file.is_transient = number in TRANSIENT_ERRNOS
+    return unavailable_file
 
 
 def plain_member(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset | None:

@@ -14,6 +14,7 @@ from evspan.conf.errors import (
     INTERRUPTED_EXIT_CODE,
     USER_ERROR_EXIT_CODE,
     LostRanksError,
+    exit_code_of,
     is_user_error,
     one_line,
 )
@@ -61,7 +62,7 @@ def raised_errors() -> Iterator[None]:
         write_failure_note(one_line(error))
         if debugging():
             raise
-        fail(one_line(error))
+        fail(one_line(error), exit_code_of(error))
 
 
 def run_command(main: Callable[[], object]) -> None:
@@ -102,10 +103,10 @@ def _exit_without_output(lost: OSError) -> NoReturn:
     fail(f"standard output could not be written: {os.strerror(lost.errno or 0)}")
 
 
-def fail(message: str) -> NoReturn:
-    """Log `error: message` and exit with code 2."""
+def fail(message: str, code: int = USER_ERROR_EXIT_CODE) -> NoReturn:
+    """Log `error: message` and exit."""
     report_error(message)
-    sys.exit(USER_ERROR_EXIT_CODE)
+    sys.exit(code)
 
 
 def exit_unless_zero(code: int) -> None:

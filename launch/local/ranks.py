@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from evspan.conf.errors import (
     INTERRUPTED_EXIT_CODE,
+    IO_EXIT_CODE,
     LOST_EXIT_CODE,
     STOPPED_EXIT_CODE,
     USER_ERROR_EXIT_CODE,
@@ -30,6 +31,7 @@ from evspan.launch.logging_config import ensure_logging
 
 logger = logging.getLogger(__name__)
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+REPORTED_CODES = (USER_ERROR_EXIT_CODE, IO_EXIT_CODE)  # of ranks that have printed their error
 # Time for the other ranks to fail by themselves once one has died; a collective may wait for ever.
 GRACE_S = 5.0
 POLL_S = 0.05
@@ -313,7 +315,7 @@ def _report_end(end: _End, remedy: str) -> int:
         logger.error("ended by %s; nothing was saved. %s", name, remedy)
         return 128 + end.stops[0]
     first = min(failed, key=_precedence)
-    if first.code == USER_ERROR_EXIT_CODE:
+    if first.code in REPORTED_CODES:
         return _report_user_error(first, failed)
     if first.code == LOST_EXIT_CODE:
         return _report_lost(first, end.ranks, remedy)
@@ -331,18 +333,18 @@ def _precedence(rank: Rank) -> tuple[bool, bool, bool, float]:
     return (
         not killed,
         rank.code == LOST_EXIT_CODE,
-        rank.code != USER_ERROR_EXIT_CODE,
+        rank.code not in REPORTED_CODES,
         read_failure_note(rank.failure).monotonic_ns,
     )
 
 
 def _report_user_error(first: Rank, failed: Sequence[Rank]) -> int:
     """Print a user's error of another rank, unless rank 0 has printed one itself."""
-    reported = any(rank.number == 0 and rank.code == USER_ERROR_EXIT_CODE for rank in failed)
+    reported = any(rank.number == 0 and rank.code == first.code for rank in failed)
     if not reported:
         errors = [line for line in first.tail if line.startswith("error: ")]
         _print_output(errors or first.tail)
-    return USER_ERROR_EXIT_CODE
+    return first.code
 
 
 def _report_lost(first: Rank, ranks: Sequence[Rank], remedy: str) -> int:

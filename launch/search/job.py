@@ -6,7 +6,14 @@ import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from evspan.conf.errors import STOPPED_EXIT_CODE, USER_ERROR_EXIT_CODE, is_user_error, one_line
+from evspan.conf.errors import (
+    IO_EXIT_CODE,
+    STOPPED_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
+    exit_code_of,
+    is_user_error,
+    one_line,
+)
 from evspan.conf.private_files import make_private_folder
 from evspan.conf.schema.cluster import Container
 from evspan.conf.schema.training import TrainConfig
@@ -69,9 +76,9 @@ class SearchTask:
                 logger.exception("the controller failed")
                 os._exit(1)
             logger.error("%s", one_line(error))
-            code = USER_ERROR_EXIT_CODE
+            code = exit_code_of(error)
         logging.shutdown()
-        if code in (STOPPED_EXIT_CODE, USER_ERROR_EXIT_CODE):
+        if code in (STOPPED_EXIT_CODE, USER_ERROR_EXIT_CODE, IO_EXIT_CODE):
             os._exit(code)
 
 

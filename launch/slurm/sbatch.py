@@ -142,7 +142,9 @@ def _executor(array: JobArray) -> Executor:
         ntasks_per_node=array.ranks_per_node,
         stderr_to_stdout=True,
         setup=_all_setup_lines(array, python),
-        teardown=end_lines_with_successor() if array.cluster.successor else end_lines(),
+        teardown=(
+            end_lines_with_successor() if array.cluster.successor else end_lines(DO_NOT_REQUEUE)
+        ),
         **parameters,
     )
     return executor

@@ -4,6 +4,7 @@ It is bash, in a process of its own next to srun, so it works whatever the ranks
 they are stopped, wait for a file system, or save for longer than SLURM's signal leaves them.
 """
 
+from evspan.conf.errors import STOPPED_EXIT_CODE
 from evspan.launch.slurm.rank_task import JOB_END, SIGNAL_DELAY
 from evspan.pipeline.time_records import JOB_QUEUED, JOB_START
 
@@ -12,6 +13,8 @@ MOST_LEAD_S = 30
 LEAST_LEAD_S = 5
 REQUEUE_TRIES = 20  # of a job whose ranks have ended
 REQUEUE_PAUSE_S = 3
+DECISION_TRIES = 5  # of a command that fails
+DECISION_PAUSE_S = 5
 
 ID_LINES = (  # set `id`: JOB, or JOB_INDEX in an array
     "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
@@ -122,17 +125,32 @@ def watchdog_lines(requeue: str, do_not_requeue: int, signal_delay_s: int) -> li
     ]
 
 
-def end_lines() -> list[str]:
+def end_lines(do_not_requeue: int) -> list[str]:
     """Lines after srun: they end the watchdog, and requeue the job if the command decides so.
 
-    SLURM's controller may be away for a minute. The script does not insist where the job's state
-    has changed since the decision: it was cancelled, or requeued already.
+    A decision that fails, as where the file system does not answer, is tried again. If it still
+    fails, ranks that have saved continue. SLURM's controller may be away for a minute. The script
+    does not insist where the job's state has changed since the decision: it was cancelled, or
+    requeued already.
+
+    Args:
+        do_not_requeue: exit code of the command for a job that must end; 0 requeues it, any other
+            one is a failure of the command.
     """
     return [
         "code=$?",
         'kill -KILL "$watchdog" 2>/dev/null',
         "read_job",
-        'if should_requeue "$code" "$state" "$reason" "$left"; then',
+        f"for ((tries = 0; tries < {DECISION_TRIES}; tries++)); do",
+        '    should_requeue "$code" "$state" "$reason" "$left"',
+        "    decision=$?",
+        f"    if ((decision == 0 || decision == {do_not_requeue})); then break; fi",
+        f"    sleep {DECISION_PAUSE_S}",
+        "done",
+        f"if ((decision != {do_not_requeue} && code == {STOPPED_EXIT_CODE})); then",
+        "    case $state in RUNNING | PREEMPTED | '') decision=0 ;; esac",
+        "fi",
+        "if ((decision == 0)); then",
         "    decided_in=${state:-RUNNING}",
         f"    for ((tries = 0; tries < {REQUEUE_TRIES}; tries++)); do",
         '        scontrol requeue "$id" && break',

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from evspan.conf.errors import UserError
+from evspan.conf.errors import TRANSIENT_ERRNOS, UserError
 from evspan.pipeline.checkpoint_files import (
     BEST,
     EMA,
@@ -287,20 +287,25 @@ class Checkpoints:
         """
         error = task.exception()
         result = {} if error else task.result()
-        own_answer: list[Any] = [self._problem(error), result]
+        own_answer: list[Any] = [self._problem(error), _is_transient(error), result]
         answers = gather_json(own_answer, name="whether all ranks have saved")
-        problems = [text for text, _ in answers if text]
+        problems = [(text, is_transient) for text, is_transient, _ in answers if text]
         if problems:
             if self.rank == 0:
                 # Frees space on a full disk.
                 shutil.rmtree(self._temporary(name), ignore_errors=True)
-            raise UserError(
-                f"the checkpoint could not be saved: {problems[0]}. Earlier checkpoints are still "
-                f"in {self.folder}; free space or correct the permissions, then run the same "
-                "command again"
-            ) from error
+            text, is_transient = problems[0]
+            remedy = "free space or correct the permissions"
+            if is_transient:
+                remedy = "check the file system"
+            problem = UserError(
+                f"the checkpoint could not be saved: {text}. Earlier checkpoints are still in "
+                f"{self.folder}; {remedy}, then run the same command again"
+            )
+            problem.is_transient = is_transient
+            raise problem from error
         together: dict[str, FileSum] = {}
-        for _, sums in answers:
+        for _, _, sums in answers:
             together |= {name: FileSum(*values) for name, values in sums.items()}
         return together
 
@@ -678,3 +683,8 @@ def _remove(path: Path) -> None:
     shutil.rmtree(renamed, ignore_errors=True)
     os.replace(path, renamed)
     shutil.rmtree(renamed)
+
+
+def _is_transient(error: BaseException | None) -> bool:
+    """Whether a save may succeed later, unchanged."""
+    return isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS

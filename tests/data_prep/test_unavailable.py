@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evspan.conf.errors import ShardError
+from evspan.conf.errors import IO_EXIT_CODE, ShardError
 from evspan.conf.schema.prep import DatasetConfig, DatasetKind
 from evspan.data_prep.hdf5_files import UnavailableFileError
 from evspan.data_prep.prepare import prepare
@@ -89,7 +89,7 @@ def test_the_command_ends_with_one_line(prepared, monkeypatch, capsys):
     for arguments in (["verify", str(output), "--processes", "1"], ["status", str(output)]):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
-        assert ended.value.code == 2
+        assert ended.value.code == IO_EXIT_CODE
         lines = capsys.readouterr().err.splitlines()
         assert [line for line in lines if line.startswith("error")] == lines[-1:]
         assert "cannot be read now" in lines[-1]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from evspan.conf.errors import IO_EXIT_CODE
 from evspan.launch.local.ranks import run_ranks
 from support.processes import alive, all_ready, eventually, pids
 
@@ -201,6 +202,21 @@ def test_a_users_error_of_one_rank_is_reported(tmp_path):
     )
     code, out, err = finished(tmp_path, program)
     assert (code, out, err) == (2, "", "error: shard 7 is damaged; prepare it\n")
+
+
+def test_a_file_system_that_does_not_answer_has_an_exit_code_of_its_own(tmp_path):
+    """So that a job is requeued for it."""
+    error = "unavailable('7.h5', OSError(116, 'Stale file handle'))"
+    program = (
+        "from evspan.data_prep.hdf5_files import unavailable\n"
+        f"if rank == 1: run_command(lambda: fail({error}))\n" + STUCK
+    )
+    code, out, err = finished(tmp_path, program)
+    assert (code, out) == (IO_EXIT_CODE, "")
+    assert err.startswith(
+        "error: 7.h5 cannot be read now: Stale file handle. Check the file system"
+    )
+    assert len(err.splitlines()) == 1
 
 
 # -- signals -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from evspan.conf.compose import (
     expand_sweep,
     replace_override,
 )
+from evspan.conf.errors import IO_EXIT_CODE
 from evspan.conf.schema.cluster import ClusterConfig, Container, Scheduler
 from evspan.conf.schema.training import TrainConfig
 from evspan.launch.cli import submit, sweep
@@ -33,7 +34,7 @@ from evspan.launch.slurm.requeue import (
     newest_step,
 )
 from evspan.launch.slurm.sbatch import JobArray, job_name, script
-from evspan.launch.slurm.watchdog import lead_s, watchdog_lines
+from evspan.launch.slurm.watchdog import end_lines, lead_s, watchdog_lines
 from evspan.launch.sweep.plan import PlannedRun, assign_folders
 from evspan.pipeline.history import (
     Activity,
@@ -156,6 +157,7 @@ MISTAKE, LOST = (
     RankNote("rank-01", 2, "training.x is wrong; set it right", "n2"),
     RankNote("rank-00", 69, "rank 1 is gone", "n1"),
 )
+NO_ANSWER = RankNote("rank-01", IO_EXIT_CODE, "a.h5 cannot be read now: Stale file handle", "n2")
 SAVED, DEFECT = RankNote("rank-00", 75, "", "n1"), RankNote("rank-01", 1, "ValueError: no", "n2")
 
 
@@ -175,6 +177,7 @@ def rule(run: Path, *, max_retries: int = 3, requeue_after_fault: bool = True) -
         ([LOST], 137, "NODE_FAIL", False, None, "NODE_FAIL"),
         ([LOST, DEFECT], 69, "RUNNING", True, "requeued", "rank-01 on n2: ValueError: no"),
         ([LOST, MISTAKE], 69, "RUNNING", False, "failed", "set it right"),
+        ([LOST, NO_ANSWER], 69, "RUNNING", True, "requeued", "rank-01 on n2: a.h5 cannot be read"),
         ([], 127, "RUNNING", True, "requeued", "python: not found"),
         ([DEFECT], 1, "RUNNING", True, "requeued", "rank-00 left no note"),
         ([SAVED, LOST], 137, "RUNNING", True, "requeued", "rank 1 is gone"),
@@ -567,13 +570,49 @@ def test_a_requeue_that_slurm_does_not_answer_is_tried_again(
     change = f"should_requeue() {{ echo {state_after} > {programs}/state; }}"
     setup = watchdog_lines("true", DO_NOT_REQUEUE, 4)
     lines = [line for line in setup if line not in ("watch_time_limit &", "disown")]
-    text = "\n".join(["sleep 9 &", *lines, change, "(exit 75)", *watchdog.end_lines()])
+    text = "\n".join(["sleep 9 &", *lines, change, "(exit 75)", *end_lines(DO_NOT_REQUEUE)])
     result = subprocess.run(
         ["bash", "-s"], input=text, text=True, env=environment, timeout=120, capture_output=True
     )
     assert result.returncode == 75, result.stderr
     assert not (programs / "away").exists()
     assert (programs / "requeued").exists() is bool(requeues), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("decisions", "code", "state", "requeues"),
+    [
+        ("1 0", 69, "RUNNING", True),
+        ("1 3", 69, "RUNNING", False),
+        ("1", 75, "RUNNING", True),  # the ranks have saved
+        ("1", 75, "PREEMPTED", True),
+        ("1", 75, "CANCELLED", False),
+        ("1", 69, "RUNNING", False),
+        ("3", 75, "RUNNING", False),
+    ],
+)
+def test_a_decision_that_fails_is_repeated(tmp_path, monkeypatch, decisions, code, state, requeues):
+    """The command exits with these codes, one after the other, the last one for ever."""
+    programs = tmp_path / "bin"
+    environment = fake_slurm(programs, "", "Unknown", state)
+    monkeypatch.setattr(watchdog, "DECISION_PAUSE_S", 0)
+    decide_so = f"""
+should_requeue() {{
+    local left=($(cat {programs}/decisions))
+    echo "${{left[@]:1}}" > {programs}/decisions
+    if ((${{#left[@]}} == 1)); then echo "${{left[0]}}" > {programs}/decisions; fi
+    return "${{left[0]}}"
+}}"""
+    (programs / "decisions").write_text(decisions)
+    setup = watchdog_lines("true", DO_NOT_REQUEUE, 4)
+    lines = [line for line in setup if line not in ("watch_time_limit &", "disown")]
+    script_end = [f"(exit {code})", *end_lines(DO_NOT_REQUEUE)]
+    text = "\n".join(["sleep 9 &", *lines, decide_so, *script_end])
+    result = subprocess.run(
+        ["bash", "-s"], input=text, text=True, env=environment, timeout=120, capture_output=True
+    )
+    assert result.returncode == code, result.stderr
+    assert (programs / "requeued").exists() is requeues, result.stderr
 
 
 @pytest.mark.parametrize(

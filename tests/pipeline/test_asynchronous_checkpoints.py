@@ -241,6 +241,7 @@ def test_a_stop_signal_waits_for_what_is_written(
 
 
 FULL = (OSError(28, "No space left on device", "weights"), "weights: No space left on device")
+STALE = (OSError(116, "Stale file handle", "weights"), "weights: Stale file handle")
 WRONG = (ValueError("a tensor of another dtype"), "ValueError: a tensor of another dtype")
 
 
@@ -250,6 +251,7 @@ WRONG = (ValueError("a tensor of another dtype"), "ValueError: a tensor of anoth
         (True, "_write", *FULL),
         (True, "_write", *WRONG),
         (True, "_commit", *FULL),
+        (True, "_commit", *STALE),
         (False, "_write", *FULL),
     ],
 )
@@ -281,9 +283,13 @@ def test_a_failure_ends_the_run_with_one_message(
     with pytest.raises(
         UserError,
         match=f"^the checkpoint could not be saved: {reason}. Earlier checkpoints are still in "
-        f"{folder}; free space or correct the permissions, then run the same command again$",
-    ):
+        f"{folder}; .*, then run the same command again$",
+    ) as raised:
         run_attempt(train_config, world, on_step)
+    is_transient = error is STALE[0]
+    remedy = "check the file system" if is_transient else "free space or correct the permissions"
+    assert f"{folder}; {remedy}, then" in str(raised.value)
+    assert raised.value.is_transient is is_transient
     assert (calls[1] == THREAD) is asynchronous
     assert steps[-1] <= 8
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000001"]
