@@ -469,7 +469,7 @@ def _write_labels(
     group["labelled"] = labelled
     group[BOX_XXH3] = row_checksums(boxes, box_start)
     columns = [group["frame_start"][:], end_us, boxes, box_start, labelled]
-    kept, dropped_regions = _kept_regions(labels, label_ends, entry, config)
+    kept, dropped_regions = _kept_regions(labels, end_us, label_ends, entry, config)
     if dropped_regions:
         dropped["ignore_regions_outside_the_labelled_frames"] = dropped_regions
     if kept.size:
@@ -513,10 +513,15 @@ def _stored_boxes(kept: BoxArray, class_id: NDArray[Any], config: PrepConfig) ->
 
 
 def _kept_regions(
-    labels: _Labels, label_ends: NDArray[np.int64], entry: RecordingEntry, config: PrepConfig
+    labels: _Labels,
+    end_us: NDArray[np.int64],
+    label_ends: NDArray[np.int64],
+    entry: RecordingEntry,
+    config: PrepConfig,
 ) -> tuple[BoxArray, int]:
     """The ignore regions of the labelled frames after all filters, and the number of the others."""
-    is_at_end = np.isin(labels.regions["t"], label_ends)
+    # Labels may go on after the last window.
+    is_at_end = np.isin(labels.regions["t"], label_ends[label_ends <= end_us.max(initial=0)])
     kept, outside = filter_regions(
         labels.regions[is_at_end],
         config.dataset.labels,

@@ -10,14 +10,13 @@ from typing import TextIO
 
 import numpy as np
 from evspan.conf.errors import UserError
-from evspan.conf.schema.prep import TimeUnit
 from evspan.conf.text import plural
 from evspan.data_prep.draw import ANIMATION_SUFFIXES
 from evspan.data_prep.labels.box_files import recording_name
 from evspan.data_prep.shards.format import SPLITS
 from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.cli.existing_files import add_overwrite_option, require_new
-from evspan.launch.cli.labels_import import parse_size
+from evspan.launch.cli.recording_options import add_recording_options, sensor_hw, time_unit
 from evspan.launch.output_streams import drop_lost_output
 from evspan.pipeline.inference.inputs import InferInput, expand_inputs
 from evspan.pipeline.inference.options import InferOptions, RecordingFiles, RecordingSummary
@@ -97,8 +96,8 @@ def options_from(args: argparse.Namespace) -> InferOptions:
         weights=args.weights,
         track=args.track,
         track_confidence=args.track_confidence,
-        sensor_size=args.sensor_size[::-1] if args.sensor_size else None,
-        time_unit=TimeUnit[args.time_unit] if args.time_unit else None,
+        sensor_size=sensor_hw(args),
+        time_unit=time_unit(args),
     )
 
 
@@ -298,17 +297,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=SPLITS,
         help="only this split of folders, lists and shards (default: all)",
     )
-    parser.add_argument(
-        "--sensor-size",
-        type=parse_size,
-        metavar="WxH",
-        help="of recordings that do not state it, in pixels (default: 1280x720, with a warning)",
-    )
-    parser.add_argument(
-        "--time-unit",
-        choices=[unit.name for unit in TimeUnit],
-        help="of the times of .csv, .txt and .npz (default: where it is certain, that of the file)",
-    )
+    add_recording_options(parser)
     add_overwrite_option(parser)
     _add_outputs(parser)
     _add_detection(parser)

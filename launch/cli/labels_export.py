@@ -13,6 +13,7 @@ from evspan.data_prep.labels.interchange.formats import FORMATS
 from evspan.data_prep.labels.interchange.pictures import EVERY_MS, WINDOW_MS, PictureOptions
 from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.cli.labels_import import parse_names, parse_size
+from evspan.launch.cli.recording_options import add_time_unit_option, time_unit
 from evspan.launch.output_streams import drop_lost_output
 
 DESCRIPTION = """Boxes or detections -> COCO, YOLO, Pascal VOC, CVAT, CSV or MOT; frames -> images.
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", type=parse_size, metavar="WxH", help="of the sensor (default: the recording's)"
     )
+    add_time_unit_option(parser)
     parser.add_argument(
         "--confidence",
         type=float,
@@ -92,7 +94,12 @@ def _options(argv: list[str]) -> ExportOptions:
         out=args.out,
         format=args.format,
         frames=args.frames,
-        pictures=PictureOptions(window_ms=args.window_ms, every_ms=args.every_ms),
+        pictures=PictureOptions(
+            window_ms=args.window_ms,
+            every_ms=args.every_ms,
+            sensor_size=args.size[::-1] if args.size else None,
+            time_unit=time_unit(args),
+        ),
         classes=args.classes,
         size=args.size,
         confidence=args.confidence,

@@ -6,9 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from evspan.conf.errors import UserError
+from evspan.conf.schema.prep import TimeUnit
 from evspan.conf.text import plural
 from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.cli.existing_files import add_overwrite_option, require_new
+from evspan.launch.cli.recording_options import add_recording_options, sensor_hw, time_unit
 from evspan.launch.output_streams import drop_lost_output
 from evspan.pipeline.pseudo_labels.options import (
     Counts,
@@ -75,6 +77,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MS",
         help="distance of pseudo-labels, as dataset.labels.label_every_ms (default: 100)",
     )
+    labels.add_argument(
+        "--label-time-unit",
+        choices=[unit.name for unit in TimeUnit],
+        default=TimeUnit.us.name,
+        help="of the times in box files (default: us); what is written is in us",
+    )
+    labels.add_argument(
+        "--label-offset-us",
+        type=int,
+        default=0,
+        metavar="US",
+        help="is added to these times, as dataset.labels.offset_us (default: 0)",
+    )
+    add_recording_options(parser)
     _add_inference(parser)
     add_overwrite_option(parser)
     return parser
@@ -201,6 +217,10 @@ def _options(argv: list[str]) -> PseudoOptions:
         keep_labels=not args.no_labels,
         class_map=args.class_map,
         label_every_ms=args.label_every_ms,
+        label_time_unit=TimeUnit[args.label_time_unit],
+        label_offset_us=args.label_offset_us,
+        sensor_size=sensor_hw(args),
+        time_unit=time_unit(args),
         backward=not args.forward_only,
         weights=args.weights,
         frames_per_call=args.frames_per_call,

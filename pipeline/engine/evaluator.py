@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from evspan.conf.errors import ConfigError
+from evspan.conf.errors import ConfigError, UserError
 from evspan.conf.schema.prep import DatasetConfig, DatasetKind, FrameConfig
 from evspan.conf.schema.training import EvaluationConfig
 from evspan.conf.text import plural
@@ -22,7 +22,7 @@ from evspan.pipeline.data.requirements import open_scored
 from evspan.pipeline.engine.meetings import PER_TIMEOUT, Meetings
 from evspan.pipeline.engine.signals import any_rank
 from evspan.pipeline.evaluation.coco import Metrics
-from evspan.pipeline.evaluation.frames import FRAMES, save_frames
+from evspan.pipeline.evaluation.frames import FRAMES, load_frames, save_frames
 from evspan.pipeline.evaluation.protocol import protocol_name, protocol_of
 from evspan.pipeline.inference.gathered_results import gather_results
 from evspan.pipeline.inference.precision import run_precision
@@ -34,6 +34,7 @@ from evspan.pipeline.parallel.world import World
 from evspan.pipeline.weights import Weights, describe, plain
 
 logger = logging.getLogger(__name__)
+BOXES = "_bbox.npy"
 # These do not change the numbers, or only by rounding.
 NOT_IN_PROTOCOL = ("sequence_length", "batch_size", "write_detections", "precision", "at_end")
 
@@ -279,10 +280,10 @@ def write_results(
         description: from `describe_evaluation`.
     """
     output.mkdir(parents=True, exist_ok=True)
-    (output / FRAMES).unlink(missing_ok=True)  # of an older evaluation
+    _remove_detections(output)
     if config.write_detections:
         for result in results:
-            path = output / f"{result.name}_bbox.npy"  # of several roots LABEL/NAME
+            path = output / f"{result.name}{BOXES}"  # of several roots LABEL/NAME
             path.parent.mkdir(exist_ok=True)
             write_boxes(path, result.as_raw_boxes(data))
         save_frames(output / FRAMES, labelled(results, data))
@@ -290,3 +291,16 @@ def write_results(
     if config.limit_recordings:
         summary["recordings"] = [result.name for result in results]
     (output / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _remove_detections(output: Path) -> None:
+    """Removes those of an older evaluation, of the recordings that its frames name."""
+    try:
+        names = load_frames(output / FRAMES).names
+    except UserError:  # there is none, or it is damaged
+        names = []
+    for name in names:
+        path = Path(f"{name}{BOXES}")
+        if ".." not in path.parts and not path.is_absolute():
+            (output / path).unlink(missing_ok=True)
+    (output / FRAMES).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from evspan.data_prep.draw import (
     draw_legend,
     frame_to_rgb,
 )
+from evspan.data_prep.labels.box_files import NO_TRACK
 from evspan.pipeline.inference.detect import Detected, class_name
 from numpy.typing import NDArray
 
@@ -98,7 +99,7 @@ class Overlay:
     def _name(self, box: NDArray[np.void]) -> str:
         """'car 0.83', or 'car #12 0.83' where the detections have track ids, which start at 1."""
         name = class_name(self.classes, int(box["class_id"]))
-        if box["track_id"]:
+        if box["track_id"] not in (0, NO_TRACK):
             name += f" #{box['track_id']}"
         return f"{name} {box['class_confidence']:.2f}"
 

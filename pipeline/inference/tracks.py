@@ -1,8 +1,9 @@
 """Numbers the tracks of a recording's detections."""
 
 import numpy as np
+from evspan.data_prep.labels.box_files import NO_TRACK
 from evspan.pipeline.inference.detect import Detected, WorkTimer
-from evspan.pipeline.tracking import NO_TRACK, Tracker, TrackerOptions
+from evspan.pipeline.tracking import Tracker, TrackerOptions
 
 
 class DetectionTracker:
@@ -24,9 +25,9 @@ class DetectionTracker:
         return self.tracker.tracks
 
     def numbered(self, item: Detected) -> Detected:
-        """The frame's detections with their track_id, from 1 on; 0 without a track."""
+        """The frame's detections with their track_id, from 1 on; NO_TRACK without a track."""
         with self.clock("tracking"):
             numbers = self.tracker.update(item.boxes, item.end_us)
             boxes = item.boxes.copy()
-            boxes["track_id"] = np.where(numbers == NO_TRACK, 0, numbers + 1)
+            boxes["track_id"] = np.where(numbers < 0, NO_TRACK, numbers + 1)
             return item._replace(boxes=boxes)

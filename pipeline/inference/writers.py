@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from evspan.data_prep.labels.box_files import RAW_BOX
+from evspan.data_prep.labels.box_files import NO_TRACK, RAW_BOX
 from evspan.pipeline.inference.detect import Detected, class_name
 from numpy.typing import NDArray
 
@@ -50,7 +50,7 @@ class CsvFile:
     """A line per detection: COLUMNS, in pixels of the sensor and times of the windows' ends.
 
     Args:
-        tracks: with a further column, track_id.
+        tracks: with a further column, track_id; -1: none.
     """
 
     def __init__(self, path: Path, classes: list[str], *, tracks: bool = False) -> None:
@@ -75,7 +75,7 @@ class JsonLines:
 
     Args:
         path: "-" for standard output.
-        tracks: detections have a track_id.
+        tracks: detections have a track_id; -1: none.
     """
 
     def __init__(self, path: Path, classes: list[str], *, tracks: bool = False) -> None:
@@ -120,5 +120,5 @@ def _readable(
     ]
     if tracks:
         for row, box in zip(rows, boxes, strict=True):
-            row[TRACK] = int(box[TRACK])
+            row[TRACK] = -1 if box[TRACK] == NO_TRACK else int(box[TRACK])
     return rows

@@ -1,6 +1,7 @@
 """Runs a detector over recordings in both directions of time, and writes pseudo-labels."""
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -52,6 +53,8 @@ from evspan.pipeline.pseudo_labels.options import Counts, PseudoOptions, PseudoS
 from evspan.pipeline.pseudo_labels.reversed_time import FrameSpool
 from evspan.pipeline.weights import load_weights
 from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 LIST_FILE = "recordings.txt"
 SUMMARY_FILE = "summary.json"
@@ -184,7 +187,9 @@ def _read_labels(source: Source, options: PseudoOptions, num_classes: int) -> La
     """The labels that are kept, with the detector's class ids."""
     if source.boxes is None or not options.keep_labels:
         return LabelRows(empty_boxes(), empty_boxes())
-    boxes, regions = read_labels(source.boxes)
+    boxes, regions = read_labels(
+        source.boxes, time_unit=options.label_time_unit, offset_us=options.label_offset_us
+    )
     class_map = options.class_map
     if class_map is not None:
         known = np.isin(boxes["class_id"], list(class_map))
@@ -239,7 +244,7 @@ def detect_both_ways(
     Windows end at the times of labels, as `evspan prep` puts them, and tile the rest. Frames wait
     for the second direction in a temporary file.
     """
-    recording = open_recording(path)
+    recording = open_recording(path, unstated_size=options.sensor_size, time_unit=options.time_unit)
     config = detector.frames
     limits = limits_from(options.filters.confidence, options.filters.nms_iou)
     ends: list[int] = []
@@ -270,6 +275,8 @@ def detect_both_ways(
             reverse = list(detect_frames(detector, bar, limits, options.frames_per_call))
             # The reversed frame i ends where frame i begins: at the end of frame i - 1.
             backward = [*reverse[:-1][::-1], NO_ROWS]
+    for text in recording.warnings().values():
+        logger.warning("%s: %s", path, text)
     if not ends:
         raise UserError(f"{path} holds no events. Give another recording, or record it again")
     return BothDirections(

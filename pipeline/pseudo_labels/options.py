@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evspan.conf.errors import UserError, require
+from evspan.conf.schema.prep import TimeUnit
 from evspan.conf.text import printable
 
 # LEOD's thresholds: 0.3 for pedestrians and two-wheelers, 0.6 for cars and all others.
@@ -102,6 +103,10 @@ class PseudoOptions:
         keep_labels: box files of the source are kept where they have labels.
         class_map: class id in the box files -> the detector's; None: they are the same.
         label_every_ms: pseudo-labels are that far apart, as `dataset.labels.label_every_ms`.
+        label_time_unit, label_offset_us: of the box files of the source, as `dataset.labels` has
+            them. Times are written in microseconds on the recording's clock.
+        sensor_size: (height, width) in pixels of recordings that do not state it.
+        time_unit: of text and NumPy recordings; None: what is certain.
     """
 
     checkpoint: Path
@@ -112,6 +117,10 @@ class PseudoOptions:
     keep_labels: bool = True
     class_map: dict[int, int] | None = None
     label_every_ms: int = 100
+    label_time_unit: TimeUnit = TimeUnit.us
+    label_offset_us: int = 0
+    sensor_size: tuple[int, int] | None = None
+    time_unit: TimeUnit | None = None
     backward: bool = True
     weights: str = "ema"
     frames_per_call: int = 4

@@ -70,7 +70,8 @@ def test_a_name_carries_recording_and_time_or_number(name, expected):
 
 
 def test_the_names_of_exported_frames_are_read_again():
-    for recording, time_us in [("a", 0), ("x_5us", 7), ("drive_12", 10**13)]:
+    dated = [("20241128-night", 50_000), ("19991231-x", 1)]  # no prefix of Label Studio
+    for recording, time_us in [("a", 0), ("x_5us", 7), ("drive_12", 10**13), *dated]:
         assert parse_frame_name(frame_file(recording, time_us)) == FrameName(recording, time_us)
 
 
@@ -202,6 +203,20 @@ def test_boxes_of_smaller_images_are_scaled_to_the_sensor(tmp_path):
     summary, files = imported(path, tmp_path / "out", size=(1280, 720))
     assert summary.scaled == {(320, 180)}
     assert rows(files["a"], "x", "y", "w", "h") == [(40, 80, 120, 160)]
+
+
+@pytest.mark.parametrize(("text", "track"), [("-1", NO_TRACK), ("4", 4), ("1.5", None)])
+def test_voc_track_ids(tmp_path, text, track):
+    box = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    item = f"<object><name>car</name><track_id>{text}</track_id>{box}</object>"
+    name = frame_file("a", 1000)
+    write(tmp_path / "voc/a.xml", f"<annotation><filename>{name}</filename>{item}</annotation>")
+    if track is None:
+        with pytest.raises(LabelsError, match="track_id is '1.5'.* whole number"):
+            imported(tmp_path / "voc", tmp_path / "out")
+        return
+    _, files = imported(tmp_path / "voc", tmp_path / "out")
+    assert objects(files["a"])["track_id"].tolist() == [track]
 
 
 def test_voc_difficult_objects_are_ignore_regions(tmp_path):

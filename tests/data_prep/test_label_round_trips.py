@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evspan.conf.errors import UserError
-from evspan.conf.schema.prep import DatasetConfig, FrameConfig, LabelConfig, PrepConfig
+from evspan.conf.schema.prep import DatasetConfig, FrameConfig, LabelConfig, PrepConfig, TimeUnit
 from evspan.data_prep.labels.box_files import (
     NO_TRACK,
     RAW_BOX,
@@ -121,6 +121,42 @@ def test_boxes_come_back_from_every_format(tmp_path, name):
             assert kept[["t", "x", "y", "w", "h"]].tolist() == (
                 rows.regions[has_area][["t", "x", "y", "w", "h"]].tolist()
             )
+
+
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - WITHOUT_REGIONS))
+@pytest.mark.parametrize("confidence", [False, True], ids=["labels", "detections"])
+def test_regions_among_boxes_without_tracks_come_back(tmp_path, name, confidence):
+    """As `labels pseudo` writes them."""
+    boxes = boxes_of(3, tracks=False, confidence=confidence)
+    regions = boxes_of(7)[:3]
+    write_boxes(tmp_path / "a_bbox.npy", boxes, regions)
+    options = {"size": (WIDTH, HEIGHT), "classes": CLASSES}
+    exported(tmp_path / "a_bbox.npy", tmp_path / "out", format=name, **options)
+    imported(tmp_path / "out", tmp_path / "b_bbox.npy")
+    found = read_labels(tmp_path / "b_bbox.npy")
+    assert found.boxes.size == boxes.size
+    kept = found.regions[found.regions["w"] > 0]
+    assert kept[["t", "x", "y", "w", "h"]].tolist() == regions[["t", "x", "y", "w", "h"]].tolist()
+
+
+def test_the_frame_rate_of_a_sequence_is_that_of_its_frames(tmp_path):
+    boxes = boxes_of(3)[:3]
+    boxes["t"] = [50_000, 100_000, 150_000]
+    write_boxes(tmp_path / "a_bbox.npy", boxes)
+    exported(tmp_path / "a_bbox.npy", tmp_path / "out", format="mot", classes=CLASSES)
+    assert "frameRate=20\n" in next((tmp_path / "out").rglob("seqinfo.ini")).read_text()
+
+
+def test_images_have_the_sensors_size_where_the_recording_does_not_state_it(tmp_path, caplog):
+    path = tmp_path / "a.csv"
+    path.write_text("".join(f"{t},{t % 300},{t % 200},1\n" for t in range(0, 300_000, 50)))
+    draw = PictureOptions(sensor_size=(HEIGHT, WIDTH), time_unit=TimeUnit.us)
+    exported(path, tmp_path / "out", pictures=draw, size=(WIDTH, HEIGHT))
+    image = next((tmp_path / "out").rglob("*.png"))
+    assert Image.open(image).size == (WIDTH, HEIGHT)
+    assert not caplog.messages
+    exported(path, tmp_path / "assumed", pictures=PictureOptions(time_unit=TimeUnit.us))
+    assert any("1280" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -155,6 +155,19 @@ def test_a_frame_with_nothing_but_a_region_is_labelled(tmp_path):
     assert data.end_us[frame] + data.clock_us == times[12]
 
 
+def test_regions_after_the_last_window_are_left_out(tmp_path):
+    """Labels of a longer recording, from which this one was cut."""
+    source = tmp_path / "s" / "train"
+    simulate(source / "a_td.raw", seconds=0.4, seed=0, config=SCENE)
+    every_100_ms = rows(*((50_000 + 100_000 * k, 10, 10, 20, 20) for k in range(7)))
+    write_boxes(source / "a_bbox.npy", every_100_ms, every_100_ms)
+    prepare(prep_config(tmp_path / "s", tmp_path / "out"))
+    (entry,) = load_manifest(tmp_path / "out").recordings
+    assert (entry.boxes, entry.ignore_regions) == (4, 4)
+    assert entry.dropped_boxes["ignore_regions_outside_the_labelled_frames"] == 3
+    assert not verify(tmp_path / "out", source=tmp_path / "s").damaged
+
+
 @pytest.mark.slow
 def test_preparing_again_does_nothing_and_new_regions_are_taken_up(source, prepared, tmp_path):
     config = prep_config(source, prepared, labels=LABELS)

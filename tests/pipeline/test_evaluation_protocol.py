@@ -176,6 +176,21 @@ def by_the_toolbox(truth, found, classes, *, tolerance_us, skip_us, min_diagonal
     return coco_evaluation(len(times), annotations, results, classes).stats
 
 
+def test_an_evaluation_leaves_no_detections_of_an_older_one(recording, tmp_path):
+    data, _ = prepared(recording, tmp_path, 20, crop=False)
+    out = tmp_path / "out"
+    config = EvaluationConfig()
+    results = as_results(data, jitter=0.06)
+    metrics = score(results, data, config)
+    write_results(out, metrics, results, data, config, {})
+    assert (out / "r_bbox.npy").exists()
+    own = out / "mine_bbox.npy"
+    own.touch()
+    write_results(out, metrics, results, data, replace(config, write_detections=False), {})
+    assert not (out / "r_bbox.npy").exists()
+    assert own.exists()
+
+
 @pytest.mark.parametrize("filters", [{}, {"min_side": 2.0, "min_diagonal": 9.0}])
 def test_our_files_score_alike_by_the_toolboxs_rules(recording, tmp_path, filters):
     data, boxes = prepared(recording, tmp_path, 20, crop=False)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from evspan.conf.schema.prep import FrameConfig
 from evspan.conf.schema.training import BackboneConfig, FpnConfig, ModelConfig, PostprocessConfig
-from evspan.data_prep.labels.box_files import RAW_BOX, read_boxes
+from evspan.data_prep.labels.box_files import NO_TRACK, RAW_BOX, read_boxes
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.simulator import SimulatorConfig, simulate
 from evspan.launch.cli.infer import main
@@ -673,18 +673,23 @@ def test_csv_and_json_tell_what_the_npy_tells(here, tmp_path, capsys):
 @pytest.mark.slow
 def test_track_numbers_are_the_trackers_in_all_files(here, tmp_path, capsys):
     plain = run(here, tmp_path / "plain", "--no-video")
-    options = ["--no-video", "--track", "--track-confidence", 0.12, "--json", "-"]
+    confidence = float(np.quantile(plain["class_confidence"], 0.9))  # most begin no track
+    options = ["--no-video", "--track", "--track-confidence", confidence, "--json", "-"]
     tracked = run(here, tmp_path / "out", *options, "--csv", tmp_path / "a.csv")
     out, err = capsys.readouterr()
-    tracker = Tracker(TrackerOptions(high_confidence=0.12))
+    tracker = Tracker(TrackerOptions(high_confidence=confidence))
     for end in np.unique(plain["t"]):
         numbers = tracker.update(plain[plain["t"] == end], int(end))
-        assert tracked["track_id"][tracked["t"] == end].tolist() == (numbers + 1).tolist()
+        ids = np.where(numbers < 0, NO_TRACK, numbers + 1)
+        assert tracked["track_id"][tracked["t"] == end].tolist() == ids.tolist()
     assert set(plain["track_id"]) == {0}
     assert len(set(tracked["track_id"])) > 2
     for name in ("t", "x", "y", "w", "h", "class_id", "class_confidence"):
         np.testing.assert_array_equal(tracked[name], plain[name])
-    ids = tracked["track_id"].tolist()
+    assert NO_TRACK in tracked["track_id"]
+    ids = np.where(
+        tracked["track_id"] == NO_TRACK, -1, tracked["track_id"].astype(np.int64)
+    ).tolist()
     with (tmp_path / "a.csv").open() as file:
         assert [int(row["track_id"]) for row in csv.DictReader(file)] == ids
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]

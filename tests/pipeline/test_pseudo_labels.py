@@ -12,6 +12,7 @@ from evspan.conf.schema.prep import (
     FrameConfig,
     LabelConfig,
     PrepConfig,
+    TimeUnit,
 )
 from evspan.conf.schema.training import (
     BackboneConfig,
@@ -379,6 +380,33 @@ def test_folders_without_splits_own_labels_and_other_class_names(tmp_path, weigh
         list(label_recordings(options))
     (flat / "classes.txt").write_text(first)
     assert len(list(label_recordings(options))) == 1
+
+
+def test_recordings_and_labels_that_do_not_state_size_and_unit(tmp_path, weights):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    t, x, y, p = some_events(0)
+    np.savez(raw / "r.npz", t=t, x=x, y=y, p=p)
+    boxes = np.zeros(1, RAW_BOX)
+    boxes["t"] = 2 * WINDOW_US // 1000  # ms
+    boxes["w"] = boxes["h"] = 20
+    write_boxes(raw / "r_bbox.npy", boxes)
+    options = PseudoOptions(
+        weights,
+        raw,
+        tmp_path / "out",
+        label_time_unit=TimeUnit.ms,
+        label_offset_us=WINDOW_US,
+        sensor_size=(HEIGHT, WIDTH),
+        time_unit=TimeUnit.us,
+    )
+    (summary,) = label_recordings(options)
+    labels = read_labels(summary.boxes)
+    assert 3 * WINDOW_US in labels.boxes["t"]
+    found = detect_both_ways(
+        raw / "r.npz", NO_LABELS, detector_from(load_weights(weights)), options
+    )
+    assert found.sensor == (HEIGHT, WIDTH)
 
 
 def test_a_frame_whose_labels_were_all_left_out_gets_no_pseudo_labels(tmp_path, weights):

@@ -11,6 +11,7 @@ from pathlib import Path
 from evspan.conf.schema.prep import DatasetConfig
 from evspan.conf.schema.training import EvaluationConfig, ParallelConfig
 from evspan.pipeline.engine import evaluator
+from evspan.pipeline.inference.streaming import evaluate_split
 from evspan.pipeline.parallel.world import open_world
 from evspan.pipeline.weights import load_weights
 
@@ -21,7 +22,6 @@ CHUNK_S = 5.0  # that a chunk takes longer on the rank that has one
 
 def main(weights: str, shards: str, output: str) -> None:
     """Evaluates; rank 0 writes the metrics."""
-    evaluate_split = evaluator.evaluate_split
 
     def slowly(*args, between_chunks, **kwargs):
         def wait() -> None:
@@ -30,7 +30,7 @@ def main(weights: str, shards: str, output: str) -> None:
 
         return evaluate_split(*args, between_chunks=wait, **kwargs)
 
-    evaluator.evaluate_split = slowly
+    vars(evaluator)["evaluate_split"] = slowly
     dataset = DatasetConfig(root=shards)
     config = EvaluationConfig(skip_first_ms=0, sequence_length=3, limit_recordings=1)
     with open_world(ParallelConfig(ranks=RANKS, threads=1, timeout_s=TIMEOUT_S)) as world:

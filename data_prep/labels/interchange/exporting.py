@@ -171,7 +171,7 @@ def _sources(options: ExportOptions) -> tuple[list[_Recording], list[str]]:
     if options.frames:
         _attach_events(recordings, options.frames)
     for recording in recordings:
-        recording.size = options.size or _sensor_size(recording, source)
+        recording.size = options.size or _sensor_size(recording, source, options)
     return recordings, list(options.classes) or classes
 
 
@@ -288,7 +288,9 @@ def _has_events(recording: _Recording) -> bool:
     return recording.events is not None or recording.stored is not None
 
 
-def _sensor_size(recording: _Recording, source: Path) -> tuple[int, int] | None:
+def _sensor_size(
+    recording: _Recording, source: Path, options: ExportOptions
+) -> tuple[int, int] | None:
     """(width, height) from the recording, also from one next to a box file."""
     if recording.stored:
         _, entry = recording.stored
@@ -296,7 +298,7 @@ def _sensor_size(recording: _Recording, source: Path) -> tuple[int, int] | None:
     path = recording.events or _recording_next_to(source, recording.name)
     if path is None:
         return None
-    opened = open_recording(path)
+    opened = open_recording(path, time_unit=options.pictures.time_unit)
     return opened.width, opened.height
 
 
@@ -483,7 +485,11 @@ def _write_cvat(annotations: Annotations, folder: Path, options: ExportOptions) 
 
 def _write_mot(annotations: Annotations, folder: Path, options: ExportOptions) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    mot.write_mot(annotations, folder, fps=1e6 / options.pictures.step_us)
+    times = {picture.time_us for picture in annotations.pictures if picture.time_us is not None}
+    step_us = options.pictures.step_us
+    if len(times) > 1:
+        step_us = max(1, round(float(np.median(np.diff(sorted(times))))))
+    mot.write_mot(annotations, folder, fps=1e6 / step_us)
     write_frame_list(folder / FRAME_LIST, [picture.name for picture in annotations.pictures])
 
 

@@ -127,7 +127,7 @@ def _label(values: list[str], picture: int, names: list[str], place: str, is_tru
     if len(values) > 6:
         confidence = number(values[6], place, "the confidence")
     name = names[class_id - 1]
-    ignore = is_truth and (confidence == 0 or name.lower() in IGNORED_CLASSES)
+    ignore = name.lower() in IGNORED_CLASSES or (is_truth and confidence == 0)
     return Label(
         picture,
         name,
@@ -136,7 +136,7 @@ def _label(values: list[str], picture: int, names: list[str], place: str, is_tru
         w,
         h,
         track=track if track >= 0 else None,
-        confidence=1.0 if is_truth else confidence,
+        confidence=1.0 if is_truth or ignore else confidence,
         ignore=ignore,
     )
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 TIME = re.compile(r"(?:^|[_-])(\d{1,18})us(?![A-Za-z0-9])")
 INDEX = re.compile(r"(?:frame)?[_\-. ]?(\d{1,15})$", re.IGNORECASE)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-LABEL_STUDIO = re.compile(r"^[0-9a-f]{8}-")
+# Of 8 hexadecimal digits. Those that are a date belong to the recording's own name.
+LABEL_STUDIO = re.compile(r"^(?!(?:19|20)\d{6}-)[0-9a-f]{8}-")
 ROBOFLOW = re.compile(r"[_.](?:png|jpe?g|bmp)\.rf\.[0-9A-Za-z]+$")
 # Folders that labelling tools make; any other one names the recording of its images.
 FOLDERS = {

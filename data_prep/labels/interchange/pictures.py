@@ -1,5 +1,6 @@
 """Frames of recordings and shards as PNG images for a labelling tool, in pixels of the sensor."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from evspan.conf.errors import UserError
-from evspan.conf.schema.prep import FrameConfig
+from evspan.conf.schema.prep import FrameConfig, TimeUnit
 from evspan.data_prep.draw import RGB, frame_to_rgb
 from evspan.data_prep.frames.histogram import frames_of
 from evspan.data_prep.frames.windows import WindowEnds, window_ends
@@ -18,6 +19,7 @@ from evspan.data_prep.shards.reading import open_group, read_frames
 from numpy.typing import NDArray
 from PIL import Image
 
+logger = logging.getLogger(__name__)
 WINDOW_MS = 50
 EVERY_MS = 100  # as dataset.labels.label_every_ms: prep takes a label every 100 ms
 WHITE = 255
@@ -29,10 +31,14 @@ class PictureOptions:
     """Which frames are drawn. window_ms: span of a frame. None: the default.
 
     every_ms: time between frames; without it, where there are labels, one per time of a label.
+    sensor_size: (height, width) of recordings that do not state it; time_unit: of text and NumPy
+    recordings, None: what is certain.
     """
 
     window_ms: int = WINDOW_MS
     every_ms: int | None = None
+    sensor_size: tuple[int, int] | None = None
+    time_unit: TimeUnit | None = None
 
     def __post_init__(self) -> None:
         if self.window_ms < 1:
@@ -75,7 +81,7 @@ def draw_recording(
         folder: of the images.
         label_times_us: (L,) times of its labels.
     """
-    recording = open_recording(path)
+    recording = open_recording(path, unstated_size=options.sensor_size, time_unit=options.time_unit)
     # One bin and the highest cutoff: the drawing adds all bins up.
     config = FrameConfig(window_ms=options.window_ms, bins=1, cutoff=255, downsample=1)
     chosen: list[Iterator[int]] = []
@@ -94,6 +100,8 @@ def draw_recording(
         file = frame_file(name, end)
         save_png(folder / file, frame_to_rgb(frame))
         yield DrawnFrame(file, end, (recording.width, recording.height))
+    for text in recording.warnings().values():
+        logger.warning("%s: %s", path, text)
 
 
 def windows_for(

@@ -13,6 +13,7 @@ from evspan.data_prep.labels.interchange.annotations import (
     number,
     picture_size,
     require_classes,
+    whole,
 )
 from evspan.data_prep.labels.interchange.names import image_stem
 from evspan.data_prep.labels.interchange.numbers import digits
@@ -56,7 +57,8 @@ def _label(item: Element, picture: int, place: str) -> Label:
         raise LabelsError(f"{place} has no <bndbox>. Only boxes are read")
     left, top, right, bottom = (number(text_of(box, key), place, key) for key in CORNERS)
     score = text_of(item, "score")
-    track = text_of(item, "track_id")
+    text = text_of(item, "track_id")
+    track = whole(text, place, "track_id", least=-1, most=2**53) if text else -1
     return Label(
         picture,
         class_name(text_of(item, "name"), place),
@@ -64,7 +66,7 @@ def _label(item: Element, picture: int, place: str) -> Label:
         top,
         right - left,
         bottom - top,
-        track=int(number(track, place, "track_id", most=2**53)) if track else None,
+        track=track if track >= 0 else None,
         confidence=number(score, place, "score") if score else 1.0,
         ignore=text_of(item, "difficult").lower() in ("1", "true"),
     )
