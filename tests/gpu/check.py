@@ -5,7 +5,8 @@
 
 Needs a torch that can use the GPU (2.6 or newer) and the packages of pyproject.toml; no network.
 Where an optional package is missing, the rows that need it report that they were skipped. A part
-that fails does not stop the others. The last lines are a summary; DIR/gpu_check.json has all rows.
+that fails does not stop the others. The last lines are a summary; DIR/gpu_check.json has all rows,
+DIR/errors.txt the tracebacks of those that failed.
 """
 
 import argparse
@@ -36,10 +37,11 @@ PARTS = {
     "pair": 200,
     "data": 150,
     "inference": 150,
-    "steps": 150,
-    "kernels": 120,
+    "steps": 100,
+    "kernels": 100,
     "learning": 60,
     "export": 15,
+    "compiled": 60,
 }
 
 
@@ -137,16 +139,21 @@ def run_parts(names: list[str], context: Context) -> None:
             traceback.print_exc()
             report.failed(name, "", error)
         free_memory(context)
-        report.write()
 
 
 def free_memory(context: Context) -> None:
-    """Returns the GPU memory of a part: the next one may run in other processes."""
+    """Returns the GPU memory of a part: the next one may run in other processes.
+
+    After an error on the device it cannot be returned. Parts in other processes run all the same.
+    """
     gc.collect()
     if context.on_gpu:
         import torch
 
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            traceback.print_exc()
 
 
 def print_summary(report: Report) -> bool:

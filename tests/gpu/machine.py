@@ -14,8 +14,17 @@ OPTIONAL = ("deepspeed", "hdf5plugin", "hotcoco", "onnx", "onnxruntime", "onnxsc
 # h5py reads shards without the filters of hdf5plugin (a 46 MB package), but our modules import it.
 HDF5PLUGIN = '''"""Stands for the package hdf5plugin: every filter is a no-op."""
 
+PLUGIN_PATH = ""
 
-class _Filter(dict):
+
+class _Constants(type):
+    def __getattr__(cls, name):  # Blosc.SHUFFLE
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return 0
+
+
+class _Filter(dict, metaclass=_Constants):
     def __init__(self, *args, **kwargs):
         super().__init__()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,10 +16,24 @@ from typing import IO, Any
 from gpu.rank import RESULT, Settings
 
 ERROR_CHARACTERS = 400  # of a failed process's messages
+EXCEPTION = re.compile(r"^[\w.]*(?:Error|Exception|Exit|Interrupt)\b", re.MULTILINE)
 
 
 class ProcessFailedError(Exception):
-    """A process ended without a result."""
+    """A process ended without a result. details: all that it wrote to standard error."""
+
+    def __init__(self, message: str, errors: str) -> None:
+        super().__init__(f"{message}: {cause(errors)}")
+        self.details = errors
+
+
+def cause(errors: str) -> str:
+    """The message of the last exception in a process's output; without one its end."""
+    exceptions = list(EXCEPTION.finditer(errors))
+    if not exceptions:
+        return errors[-ERROR_CHARACTERS:]
+    begin = exceptions[-1].start()
+    return errors[begin : begin + ERROR_CHARACTERS]
 
 
 @dataclass(frozen=True)
@@ -43,10 +58,10 @@ class Started:
         except subprocess.TimeoutExpired:
             self.kill()
             raise ProcessFailedError(
-                f"still running after {timeout:.0f} s: {_end(self.errors)}"
+                f"still running after {timeout:.0f} s", _text(self.errors)
             ) from None
         if code:
-            raise ProcessFailedError(f"ended with code {code}: {_end(self.errors)}")
+            raise ProcessFailedError(f"ended with code {code}", _text(self.errors))
 
     def result(self) -> dict[str, Any]:
         """What the process printed after RESULT. Call it after `wait`.
@@ -57,7 +72,7 @@ class Started:
         for line in reversed(_text(self.output).splitlines()):
             if line.startswith(RESULT):
                 return json.loads(line.removeprefix(RESULT))
-        raise ProcessFailedError(f"printed no result: {_end(self.errors)}")
+        raise ProcessFailedError("printed no result", _text(self.errors))
 
     def kill(self) -> None:
         """Ends the process if it is running."""
@@ -147,10 +162,6 @@ def _start(module: list[str], variables: dict[str, str]) -> Started:
 def _text(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read().decode(errors="replace")
-
-
-def _end(file: IO[bytes]) -> str:
-    return _text(file)[-ERROR_CHARACTERS:]
 
 
 def _free_port() -> int:

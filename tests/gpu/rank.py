@@ -7,6 +7,7 @@ The last line of its output is RESULT and a JSON object.
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -122,6 +123,10 @@ def steps(settings: Settings) -> dict[str, Any]:
     }
     for name, spread in measured.parts.items():
         result[name.replace(" ", "_").replace(",", "") + "_ms"] = spread.median
+    if settings.cuda_graphs:
+        from torch._dynamo.utils import counters
+
+        result["graphs_left_out"] = counters["inductor"]["cudagraph_skips"]
     if world.device.type == "cuda":
         try:
             peak = device_peak(world.device, Precision[settings.precision])
@@ -213,11 +218,15 @@ def learn(settings: Settings) -> dict[str, Any]:
     config.optimizer = OptimizerConfig(lr=2e-3, warmup_fraction=0.05)
     config.training.augmentation.zoom_prob = 0.3
     config.training.sampling = Sampling.mixed
+    config.training.log_images_every = 100
     config.evaluation = EvaluationConfig(write_detections=False)
     with open_world(config.parallel) as world:
         max_steps = settings.steps
         if settings.seconds:
             max_steps = max(20, int(settings.seconds / _step_seconds(config, world)))
+            # The loader's own speed is not in these steps: batches were waiting.
+            config.training.max_hours = settings.seconds / 3600
+            config.training.log_every = 50
         config.training.max_steps = max_steps
         config.checkpoint.every = max_steps
         started = time.perf_counter()
@@ -249,6 +258,7 @@ def main() -> None:
     settings = Settings(**json.loads(sys.argv[2]))
     Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
     print(RESULT + json.dumps(kind(settings)), flush=True)
+    os._exit(0)  # profilers, graphs and threads of the loader may fail or hang at a normal exit
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 OK = "ok"
 FAILED = "FAILED"
 SKIPPED = "skipped"
+ERRORS = "errors.txt"
+MOST_CHARACTERS = 400  # of the reason of a failure
 MEASURED = ""  # a measurement that nothing is compared with
 
 Value = float | int | str
@@ -39,7 +42,7 @@ class Report:
 
     Args:
         seconds: that the whole check may take.
-        output: folder of gpu_check.json, which is written again after every part.
+        output: folder of gpu_check.json, which is written again after every row, and errors.txt.
         machine: versions and names, for the JSON file.
     """
 
@@ -69,9 +72,13 @@ class Report:
         self._add(Row(part, name, OK if passed else FAILED, values))
 
     def failed(self, part: str, name: str, error: BaseException | str) -> None:
-        """Adds a row for an error."""
-        text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        self._add(Row(part, name, FAILED, {}, " ".join(text.split())[-400:]))
+        """Adds a row for an error. errors.txt gets its traceback, or that of the process."""
+        if isinstance(error, BaseException):
+            details = getattr(error, "details", "") or "".join(traceback.format_exception(error))
+            with (self.output / ERRORS).open("a") as file:
+                file.write(f"== {part} {name}\n{details.rstrip()}\n\n")
+            error = f"{type(error).__name__}: {error}"
+        self._add(Row(part, name, FAILED, {}, " ".join(error.split())[:MOST_CHARACTERS]))
 
     def skipped(self, part: str, name: str, reason: str) -> None:
         """Adds a row for something that cannot run here."""
@@ -80,6 +87,7 @@ class Report:
     def _add(self, row: Row) -> None:
         self.rows.append(row)
         print(f"[{self.elapsed:4.0f} s] {row}", flush=True)
+        self.write()
 
     def write(self) -> Path:
         """Writes all rows so far as JSON; returns the path."""

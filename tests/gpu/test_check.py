@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from gpu import check, machine
+from gpu.processes import ProcessFailedError
 from gpu.report import FAILED, SKIPPED, Report
 
 CHECK = Path(check.__file__)
+ROOT = CHECK.parents[2]
 
 
 def run_check(tmp_path, *arguments, **options):
@@ -40,7 +43,8 @@ def test_every_part_passes_on_a_cpu(tmp_path, parity_dir):
     parts = {row["part"] for row in results["rows"]}
     assert parts == set(check.PARTS)
     assert {row["name"] for row in results["rows"] if row["status"] == SKIPPED} == {
-        "CUDA graphs, micro, fp32"
+        "CUDA graphs, micro, fp32",
+        "base",
     }
     assert results["machine"]["torch"]
     (steps,) = [
@@ -120,3 +124,33 @@ def test_a_missing_hdf5plugin_is_replaced(tmp_path, monkeypatch):
         timeout=60,
     )
     assert result.stdout == "{} {}\n"
+    # All that the check imports, with the stand-in in place of the package.
+    folders = [tmp_path, ROOT / "tests", ROOT / "tests" / "benchmarks"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+    code = "import hdf5plugin; print(hdf5plugin.__file__); import gpu.simulated, gpu.rank"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'hdf5plugin.py'}\n"
+
+
+def test_a_failed_process_names_its_exception(tmp_path):
+    hint = "Compile with TORCH_USE_CUDA_DSA to enable device-side assertions.\n" * 9
+    stderr = f"Traceback:\n  File x\nRuntimeError: CUDA error: an illegal access\n{hint}"
+    error = ProcessFailedError("ended with code 1", stderr)
+    report = Report(60, tmp_path, {})
+    report.failed("engine", "micro", error)
+    assert "RuntimeError: CUDA error: an illegal access" in report.rows[0].reason
+    assert stderr in (tmp_path / "errors.txt").read_text() + "\n"
+    try:
+        raise ValueError("of all things")
+    except ValueError as raised:
+        report.failed("steps", "base", raised)
+    assert "test_check.py" in (tmp_path / "errors.txt").read_text()
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["rows"][1]["status"] == FAILED

@@ -1,10 +1,13 @@
 """The real trainer on one rank: NCCL, every ZeRO stage and precision, both engines."""
 
+import os
+
 from gpu import processes
 from gpu.rank import Settings
+from gpu.report import FAILED
 
 TIMEOUT = 120
-RESERVED = 230  # seconds for the parts that follow
+RESERVED = 300  # seconds for the parts that follow
 STEPS = 10
 LARGEST_DIFFERENCE = {"fp32": 1e-3, "bf16": 2e-2}  # of the losses after the same steps, relative
 
@@ -36,6 +39,10 @@ def run(context):
     first, *others = TINY_CASES if context.tiny else SMALL_CASES
     losses = {}
     _small(context, first, losses)
+    if context.on_gpu and context.report.rows[-1].status == FAILED:
+        # A virtual machine may not have what torch's expandable segments need.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
+        _small(context, first, losses)
     if not context.tiny:
         for case in GEN4_CASES:
             _case(context, "gen4", {"size": "base", "precision": "bf16", **case})
@@ -54,20 +61,20 @@ def _case(context, dataset, case, losses=None):
     if reason:
         context.report.skipped("engine", label, reason)
         return
-    settings = Settings(
-        shards=str(context.datasets[dataset]),
-        run_dir=str(context.folder / f"engine-{len(context.report.rows)}"),
-        device=context.device.type,
-        steps=2 if context.tiny else STEPS,
-        **case,
-    )
     try:
+        settings = Settings(
+            shards=str(context.datasets[dataset]),
+            run_dir=str(context.folder / f"engine-{len(context.report.rows)}"),
+            device=context.device.type,
+            steps=2 if context.tiny else STEPS,
+            **case,
+        )
         timeout = TIMEOUT if context.tiny else min(TIMEOUT, context.report.left - 20)
         values = processes.run("steps", settings, timeout)
     except processes.ProcessFailedError as error:
         context.report.failed("engine", label, error)
         return
-    passed = values.pop("finite")
+    passed = values.pop("finite") and not values.get("graphs_left_out")
     limit = LARGEST_DIFFERENCE.get(settings.precision)
     if losses is not None and limit is not None:
         expected = losses.setdefault(settings.precision, values["loss"])

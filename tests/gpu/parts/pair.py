@@ -10,7 +10,7 @@ from gpu.rank import Settings
 
 LARGEST_DIFFERENCE = 1e-4  # of a loss, relative; the first steps of a run
 TIMEOUT = 90
-RESERVED = 150  # seconds for the parts that follow
+RESERVED = 260  # seconds for the parts that follow
 
 
 def run(context):
