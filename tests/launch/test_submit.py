@@ -372,8 +372,9 @@ def written(marker: Path, tmp_path: Path, **keys) -> str:
     return script(JobArray([run], config, 2, 4, tmp_path / "folder", "evspan-x"))
 
 
-def test_values_cannot_inject(tmp_path):
+def test_values_cannot_inject(tmp_path, monkeypatch):
     """The script runs, with an srun of ours: values arrive unchanged, and are not executed."""
+    monkeypatch.setattr(watchdog, "DECISION_PAUSE_S", 0)  # no Python has such a name
     marker = tmp_path / "injected"
     values = {f"V{i}": text.format(marker=marker) for i, text in enumerate(HOSTILE)}
     one_line = [text.format(marker=marker) for text in HOSTILE if "\n" not in text]
