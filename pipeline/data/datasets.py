@@ -370,10 +370,10 @@ def open_dataset(config: DatasetConfig, split: str) -> Dataset:
     for source, data in zip(sources, opened, strict=True):
         is_needed = split == "train" or not any(other.recordings for other in opened)
         if is_needed and not data.recordings:
-            raise ShardError(
-                f"{source.root} has no recordings in split {split!r}. Prepare recordings into "
-                f"{split}/{'' if split == 'train' else WITHOUT_SPLIT}"
-            )
+            remedy = f"Prepare recordings into {split}/"
+            if split != "train":
+                remedy += WITHOUT_SPLIT
+            raise ShardError(f"{source.root} has no recordings in split {split!r}. {remedy}")
     if not config.roots:
         return opened[0]
     return _combine(sources, opened, config.classes)
