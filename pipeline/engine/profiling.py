@@ -111,9 +111,13 @@ class Profiler:
     def _write(self, trace: profile) -> None:
         last = min(self.last, self.step)
         folder = self.run / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"steps-{self.first}-{last}-rank-{self.rank}.json.gz"
-        trace.export_chrome_trace(str(path))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            trace.export_chrome_trace(str(path))
+        except OSError as error:
+            logger.warning("%s could not be written; the run goes on: %s", path, error)
+            return
         if not self.writer.enabled:
             return
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"

@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,16 +282,16 @@ def test_ranks_that_share_sequences_and_weights_log_together(tmp_path):
         "parallel.sequence=2",
         "deepspeed=zero3",
         "training.sequence_length=2",
-        "training.max_steps=5",
-        "training.log_images_every=5",
-        "checkpoint.every=5",
+        "training.max_steps=3",
+        "training.log_images_every=3",
+        "checkpoint.every=3",
     )
     reader = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance=ALL)
     reader.Reload()
     assert sorted(p.name for p in (tmp_path / "run" / "profile").iterdir()) == [
-        f"steps-3-5-rank-{r}.json.gz" for r in (0, 1)
+        f"steps-3-3-rank-{r}.json.gz" for r in (0, 1)
     ]
-    assert [*images(reader, "evaluation/watched_frames")] == [5]
+    assert [*images(reader, "evaluation/watched_frames")] == [3]
     assert len(reader.Histograms("model/attention/gates")) == 1
     assert all(0 < e.value < 1 for e in reader.Scalars("speed/exchange_fraction"))
     (event,) = reader.Tensors("custom_scalars__config__")
@@ -324,6 +325,36 @@ def test_resident_memory_grows_with_what_is_held():
     before = resident_bytes()
     held = np.ones(50_000_000, np.uint8)
     assert 0.9 * len(held) < resident_bytes() - before < 3 * len(held)
+
+
+# TensorBoard's thread ends with the error.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_does_not_end_the_run(tmp_path, caplog, monkeypatch):
+    """/dev/full refuses each write as a full disk does. A minute later a new file is opened."""
+    writer = TensorBoardWriter(tmp_path, enabled=True)
+    writer.write_scalars({"a": 1.0}, 1)
+    writer.flush()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    file_type = type(writer.summary_writer.file_writer.event_writer._general_file_writer)
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(file_type, "write", lambda _, data: full.write(data))
+        for step in range(2, 5):
+            writer.write_scalars({"a": 1.0}, step)
+            writer.flush()
+        assert writer.summary_writer is None
+        monkeypatch.undo()
+    assert caplog.text.count("No space left on device") == 1
+    writer.write_scalars({"a": 1.0}, 5)
+    assert writer.summary_writer is None
+    writer._retry_at = 0.0
+    writer.write_scalars({"a": 1.0}, 6)
+    writer.close()
+    files = [*(tmp_path / "tensorboard").iterdir()]
+    assert len(files) == 2
+    assert path in files
+    reader = EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    assert [event.step for event in reader.Scalars("a")] == [1, 6]
 
 
 def test_what_is_written_after_close_opens_no_other_file(tmp_path):
