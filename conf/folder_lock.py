@@ -281,6 +281,23 @@ def holder_of(folder: str | Path) -> Holder | None:
     return _newest(Path(folder)).holder
 
 
+def is_in_use(folder: str | Path) -> bool:
+    """Whether a process that holds the lock on a folder still runs, as far as can be found out.
+
+    It writes nothing: a holder on another machine counts while its lock file is not stale by the
+    clock of this machine.
+    """
+    if not Path(folder, LOCKS).is_dir():
+        return False
+    newest = _newest(Path(folder))
+    if newest.holder is None:
+        return False
+    liveness = newest.holder.liveness(Holder.current("a reader"))
+    if liveness is Liveness.unknown:
+        return time.time() - newest.mtime_ns / 1e9 < STALE_S + WATCH_S
+    return liveness is Liveness.running
+
+
 def _lock_file(folder: Path, number: int) -> Path:
     return folder / LOCKS / f"{number:06d}"
 

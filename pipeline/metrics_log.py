@@ -103,10 +103,13 @@ class MetricsLog:
         self._failed = True
 
 
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+def read_metrics(run: str | Path, kind: str = "") -> list[dict[str, Any]]:
     """The records of a run in their order, one per kind and step; [] without the file.
 
     Lines that are cut off or damaged are left out.
+
+    Args:
+        kind: only records of this kind, which saves parsing the others; all where it is empty.
 
     Raises:
         OSError: the file exists and cannot be read.
@@ -119,11 +122,13 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
         return []
     records: dict[tuple[str, int], dict[str, Any]] = {}
     for line in data.splitlines():
+        if kind.encode() not in line:
+            continue
         try:
             record = parse_json(line, str(path))
         except JsonFileError:
             continue
-        if isinstance(record, dict) and _is_record(record):
+        if isinstance(record, dict) and _is_record(record) and kind in ("", record["kind"]):
             records[record["kind"], record["step"]] = record
     return list(records.values())
 

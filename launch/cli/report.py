@@ -70,8 +70,9 @@ def report(options: ReportOptions) -> None:
         print(json.dumps(results_as_json(sweep_report), indent=1))
         return
     print("\n".join(report_lines(sweep_report)))
-    logdir = shlex.quote(str(options.path))
-    print(f"{sweep_report.page}; HParams: tensorboard --logdir {logdir}")
+    if sweep_report.page is not None:
+        logdir = shlex.quote(str(options.path))
+        print(f"{sweep_report.page}; HParams: tensorboard --logdir {logdir}")
 
 
 def report_lines(sweep_report: SweepReport) -> list[str]:
@@ -87,6 +88,7 @@ def report_lines(sweep_report: SweepReport) -> list[str]:
     lines += highlights(results, keys, sweep_report.search)
     if sweep_report.note:
         lines.append(states_note(sweep_report.note))
+    lines += [f"note: {line}" for line in sweep_report.not_written]
     return lines
 
 

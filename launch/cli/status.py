@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -19,12 +20,13 @@ from evspan.launch.sweep.code_changes import code_changes, code_notes
 from evspan.launch.sweep.rank_times import NOTE as RANKS_NOTE
 from evspan.launch.sweep.rank_times import (
     RIGHT_ALIGNED,
+    RanksOfRun,
     rank_rows,
     ranks_as_json,
     read_ranks,
     summary,
 )
-from evspan.launch.sweep.registry import RunList, describe_all, find_runs, read_chain
+from evspan.launch.sweep.registry import RunEntry, RunList, describe_all, find_runs, read_chain
 from evspan.launch.sweep.spikes import spike_lines
 from evspan.launch.sweep.status import NUMBERS, as_json, status_rows, watch_runs
 from evspan.pipeline.history import RANKS
@@ -39,6 +41,7 @@ It reads the runs' files and SLURM's queue; sacct is not needed.
   saved      stopped by a signal after saving; start it again to continue
   lost       ended without a record, and not in the queue
   pruned     stopped by a search, with its checkpoint
+  unknown    not submitted yet and no command does it now, or its files are damaged
   done, failed, cancelled
 
 Below the runs: the chain of what they wait for and of commands that follow (after=FOLDER).
@@ -123,26 +126,38 @@ def print_ranks(options: StatusOptions) -> None:
     """Prints the ranks of each run: as JSON, or as a table. Those of a sweep may have none yet."""
     entries = find_runs(options.path)
     if len(entries) > 1:
-        entries = [entry for entry in entries if (entry.folder / RANKS).exists()]
+        entries = [entry for entry in entries if os.path.exists(entry.folder / RANKS)]
         if not entries:
             raise UserError(
                 f"no run in {options.path} has {RANKS}: no step was logged yet, or "
                 "training.slow_rank_factor is 0"
             )
+    by_run: list[tuple[RunEntry, RanksOfRun | UserError]] = []
+    for entry in entries:
+        try:
+            by_run.append((entry, read_ranks(entry.folder)))
+        except UserError as error:  # of one run of several: the others are shown
+            if len(entries) == 1:
+                raise
+            by_run.append((entry, error))
     if options.json:
-        runs = [
-            {"folder": str(entry.folder), **ranks_as_json(read_ranks(entry.folder))}
-            for entry in entries
-        ]
+        runs = [_ranks_as_json(entry, ranks) for entry, ranks in by_run]
         print(json.dumps({"path": str(options.path), "runs": runs}, indent=1))
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for entry in entries:
-        of_run = read_ranks(entry.folder)
-        print(f"{entry.name}: {summary(of_run)}")
-        rows = rank_rows(of_run.ranks)
+    for entry, ranks in by_run:
+        if isinstance(ranks, UserError):
+            print(f"{entry.name}: {ranks}")
+            continue
+        print(f"{entry.name}: {summary(ranks)}")
+        rows = rank_rows(ranks.ranks)
         print("\n".join(format_table(rows, right_aligned=RIGHT_ALIGNED, width=width)))
     print(RANKS_NOTE, flush=True)
+
+
+def _ranks_as_json(entry: RunEntry, ranks: RanksOfRun | UserError) -> dict[str, Any]:
+    values = {"problem": str(ranks)} if isinstance(ranks, UserError) else ranks_as_json(ranks)
+    return {"folder": str(entry.folder), **values}
 
 
 def print_json(path: Path, run_list: RunList) -> None:

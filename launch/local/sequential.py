@@ -11,6 +11,7 @@ from evspan.conf.compose import CONFIG_FILE, save_config
 from evspan.conf.errors import INTERRUPTED_EXIT_CODE, STOP_SIGNALS, UserError
 from evspan.launch.local.child_end import ChildEnd, child_end, last_error
 from evspan.launch.local.ranks import die_with_parent
+from evspan.launch.slurm.requeue import newest_step
 from evspan.launch.sweep.fail_fast import error_of_sweep
 from evspan.launch.sweep.plan import PlannedRun
 from evspan.launch.sweep.queued import refuse_queued
@@ -52,7 +53,8 @@ def run_sequentially(runs: Sequence[PlannedRun], *, dry_run: bool = False) -> in
         if end.code:
             failed = True
             logger.error("%s: %s", run.folder, end.message)
-            append(run.folder, "failed", step=0, message=end.message, code=end.code)
+            step = newest_step(run.folder, read_files=False)
+            append(run.folder, "failed", step=step, message=end.message, code=end.code)
             if run.config.cluster.fail_fast:
                 _end_if_same_error(runs)
     return int(failed)

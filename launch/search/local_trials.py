@@ -63,7 +63,8 @@ class LocalTrials:
         if end.was_stopped:
             return Observation(_final_state(run.folder) or State.saved, active=False)
         if _final_state(run.folder) is not State.failed:
-            append(run.folder, "failed", step=0, message=end.message, code=end.code)
+            step = newest_step(run.folder, read_files=False)
+            append(run.folder, "failed", step=step, message=end.message, code=end.code)
         return Observation(State.failed, active=False, reason=end.message)
 
     def prune(self, run: PlannedRun, reason: str) -> None:

@@ -1,14 +1,30 @@
 """The values by which a search compares its trials, from the runs' metrics.jsonl."""
 
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 from evspan.conf.schema.search import LOSS
 from evspan.launch.sweep.state import number
-from evspan.pipeline.metrics_log import EVALUATION, TRAIN, read_metrics
+from evspan.pipeline.metrics_log import EVALUATION, METRICS, TRAIN, read_metrics
+
+
+class _Parsed(NamedTuple):
+    """The values of a file of this size and modification time."""
+
+    size: int
+    mtime_ns: int
+    values: dict[int, float]
+
+
+# By run, metric and loss_every: a search and `status --watch` look every few seconds.
+_parsed: dict[tuple[Path, str, int], _Parsed] = {}
 
 
 def metric_values(run: Path, key: str, loss_every: int) -> dict[int, float]:
     """Step -> value of a metric, in the order of the steps.
+
+    A file that has not changed since the last call is not read again.
 
     Args:
         key: of an evaluation's record; or LOSS, of training.
@@ -17,16 +33,27 @@ def metric_values(run: Path, key: str, loss_every: int) -> dict[int, float]:
     Raises:
         OSError: the file cannot be read.
     """
-    records = read_metrics(run)
-    if key == LOSS:
-        losses = {r["step"]: number(r.get(LOSS)) for r in records if r["kind"] == TRAIN}
-        return _means({s: loss for s, loss in losses.items() if loss is not None}, loss_every)
+    try:
+        info = os.stat(run / METRICS)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    last = _parsed.get((run, key, loss_every))
+    if last is None or (last.size, last.mtime_ns) != (info.st_size, info.st_mtime_ns):
+        # The file may grow after `info` was taken: then the next look reads it again.
+        values = _read_values(run, key, loss_every)
+        last = _Parsed(info.st_size, info.st_mtime_ns, values)
+        _parsed[run, key, loss_every] = last
+    return last.values
+
+
+def _read_values(run: Path, key: str, loss_every: int) -> dict[int, float]:
+    kind = TRAIN if key == LOSS else EVALUATION
     values = {}
-    for record in records:
+    for record in read_metrics(run, kind):
         value = number(record.get(key))
-        if record["kind"] == EVALUATION and value is not None:
+        if value is not None:
             values[record["step"]] = value
-    return dict(sorted(values.items()))
+    return _means(values, loss_every) if key == LOSS else dict(sorted(values.items()))
 
 
 def _means(losses: dict[int, float], every: int) -> dict[int, float]:

@@ -254,11 +254,12 @@ def _wait(folders: Sequence[Path], folder: Path, *, fail_fast: bool) -> int:
     Raises:
         UserError: `fail_fast` is set, and the first runs have failed with the same error.
     """
+    own = frozenset(folders)
     shown: dict[Path, str] = {}
     polls_without_job: Counter[Path] = Counter()
     try:
         while True:
-            runs = [run for run in read_runs(folder).runs if run.folder in folders]
+            runs = [run for run in read_runs(folder).runs if run.folder in own]
             for run in runs:
                 _log_change(run, shown)
                 _count_missing(run, polls_without_job)

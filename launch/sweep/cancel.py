@@ -1,5 +1,6 @@
 """Cancels the SLURM jobs of a run, or of all runs of a sweep."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def _smoke_runs(runs: list[Run]) -> list[Run]:
     entries = []
     for run in runs:
         folder = run.folder / SMOKE
-        if (folder / SUBMITTED).is_file():
+        if os.path.isfile(folder / SUBMITTED):
             entries.append(RunEntry(folder, f"{run.name}/{SMOKE}"))
     return read_entries(entries).runs
 
@@ -88,6 +89,8 @@ def describe_cancellation(result: Cancellation) -> list[str]:
         lines.append(f"{run.folder}: {_how_to_end(run)}")
     if lines:
         return lines
+    if not result.runs:
+        return ["nothing to cancel: the search has started no trial, and no controller runs"]
     if len(result.runs) == 1:
         run = result.runs[0]
         return [f"nothing to cancel: {run.folder} is {describe(run)}"]

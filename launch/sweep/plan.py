@@ -128,8 +128,13 @@ def plan_sweep(
     for entry in table:
         folder = sweep / entry["folder"]
         if folder in folders:
-            entry["error"] = refused.get(folder)
+            entry["error"] = None if was_started(folder) else refused.get(folder)
     return SweepPlan(settings, runs, refused, table)
+
+
+def was_started(folder: Path) -> bool:
+    """Whether a run was submitted or trained before: its state is that of its own history."""
+    return any(event["event"] in ("submitted", "start") for event in read(folder))
 
 
 def check_run(config: TrainConfig) -> None:

@@ -1,17 +1,21 @@
 """Reads the runs below a folder: what their files contain, and the state of their jobs in SLURM."""
 
 import logging
+import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evspan.conf.errors import UserError, one_line
+from evspan.conf.folder_lock import is_in_use
 from evspan.conf.json_files import JsonFileError, read_json_object
 from evspan.conf.text import plural
+from evspan.launch.search.files import SEARCH, STOP, SearchInfo, read_info
 from evspan.launch.sweep.spikes import Spike, read_spikes
 from evspan.launch.sweep.state import (
     RunState,
@@ -137,15 +141,17 @@ def read_runs(path: Path) -> RunList:
 def read_chain(path: Path) -> RunList:
     """The runs at or below `path`, then the commands that were submitted for it.
 
+    A search has none before its first trial.
+
     Raises:
-        UserError: there is neither.
+        UserError: there is neither, and it is no search.
     """
     commands = sorted(path.glob(f"{COMMANDS}/*/{SUBMITTED}"))
     entries = [RunEntry(file.parent, file.parent.name) for file in commands]
     try:
         runs = find_runs(path)
     except UserError:
-        if not entries:
+        if not entries and read_info(path) is None:
             raise
         runs = []
     return read_entries([*runs, *entries])
@@ -153,15 +159,45 @@ def read_chain(path: Path) -> RunList:
 
 def read_entries(entries: Sequence[RunEntry]) -> RunList:
     """The runs in these folders, in their order."""
-    files = {entry: _RunFiles(entry.folder) for entry in entries}
+    starts = cache(starts_runs)  # one look per sweep
+    final: dict[RunEntry, _RunFiles] = {}
     jobs = []
-    for entry, run_files in files.items():
-        state = run_files.state(entry, queue=None).state
-        if run_files.job and state not in (State.done, State.failed):
-            jobs += [job for job in (run_files.job, run_files.successor) if job]
-    # The queue is read before the files are read again: a run that ends in between has recorded it.
+    for entry in entries:
+        files = _RunFiles(entry.folder)
+        if files.state(entry, None, starts).state in (State.done, State.failed):
+            final[entry] = files
+        elif files.job:
+            jobs += [job for job in (files.job, files.successor) if job]
+    # The queue is read before the files of the others are read again: a run that ends in between
+    # has recorded it.
     queue, note = _read_queue(jobs)
-    return RunList([_read_run(entry, queue) for entry in entries], note)
+    runs = []
+    for entry in entries:
+        files = final.get(entry) or _RunFiles(entry.folder)
+        runs.append(_run_of(entry, files, queue, starts))
+    return RunList(runs, note)
+
+
+def starts_runs(sweep: Path) -> bool:
+    """Whether a command, or the controller of a search, still starts runs of a sweep."""
+    try:
+        search = read_info(sweep)
+        stopped = os.path.exists(sweep / STOP)
+        if search is not None and search.job and not stopped and _controller_is_alive(search):
+            return True
+        return is_in_use(sweep)
+    except (UserError, OSError):  # damaged, or not readable
+        return False
+
+
+def _controller_is_alive(search: SearchInfo) -> bool:
+    """Whether the controller's job waits or runs. True where SLURM does not answer."""
+    if shutil.which("squeue") is None:
+        return True
+    try:
+        return bool(jobs_alive([search.job]))
+    except UserError:
+        return True
 
 
 def find_runs(path: Path) -> list[RunEntry]:
@@ -180,6 +216,10 @@ def find_runs(path: Path) -> list[RunEntry]:
     for folder in path.iterdir():
         if folder.name not in entries and not folder.name.startswith(".") and is_run(folder):
             entries[folder.name] = RunEntry(folder, folder.name)
+    if not entries and (path / SEARCH).exists():
+        raise UserError(
+            f"{path} is a search that has started no trial yet. Watch it by evspan status {path}"
+        )
     if not entries:
         raise UserError(
             f"{path} contains no run. Give the folder of a run (it has {HISTORY} or {CONFIG}) "
@@ -201,8 +241,8 @@ def _entries_of_sweep(path: Path) -> dict[str, RunEntry]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder has files of a run."""
-    return any((folder / name).is_file() for name in RUN_FILES)
+    """Whether a folder has files of a run. False where that may not be read."""
+    return any(os.path.isfile(folder / name) for name in RUN_FILES)
 
 
 def is_folder_name(name: object) -> bool:
@@ -345,8 +385,18 @@ class _RunFiles:
         reason = one_line(error).replace(f"{self.folder}/", "")
         self.problems.append(printable(reason))
 
-    def state(self, entry: RunEntry, queue: "Mapping[str, Queued] | None") -> RunState:
-        """queue: SLURM's queue by job id; None if it was not read."""
+    def state(
+        self,
+        entry: RunEntry,
+        queue: "Mapping[str, Queued] | None",
+        starts: Callable[[Path], bool],
+    ) -> RunState:
+        """The state of the run.
+
+        Args:
+            queue: SLURM's queue by job id; None if it was not read.
+            starts: whether the runs of a sweep are still being started.
+        """
         if entry.error:
             return RunState(State.failed)
         if self.recent or self.job:
@@ -363,7 +413,9 @@ class _RunFiles:
             return RunState(State.unknown, reason)
         if self.problems:
             return RunState(State.unknown, "damaged files")
-        return RunState(State.waiting)
+        if starts(entry.folder.parent):
+            return RunState(State.waiting)
+        return RunState(State.unknown, "not submitted")
 
     def task(self, queue: "Mapping[str, Queued] | None") -> "Queued | None":
         """The job in SLURM's queue; where it has ended, the successor that waits or runs."""
@@ -430,10 +482,14 @@ class _RunFiles:
         return ""
 
 
-def _read_run(entry: RunEntry, queue: "Mapping[str, Queued] | None") -> Run:
-    """queue: SLURM's queue by job id; None if it was not read."""
-    files = _RunFiles(entry.folder)
-    state, reason = files.state(entry, queue)
+def _run_of(
+    entry: RunEntry,
+    files: _RunFiles,
+    queue: "Mapping[str, Queued] | None",
+    starts: Callable[[Path], bool],
+) -> Run:
+    """The run in a folder, with the arguments of `_RunFiles.state`."""
+    state, reason = files.state(entry, queue, starts)
     silent_s = files.seconds_since_last_record()
     if state is State.running and not reason and silent_s > SILENT_S:
         reason = f"silent for {format_duration(silent_s)}"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from evspan.launch.slurm.client import Queued
 
 Event = Mapping[str, Any]
+CLOCK_S = 60.0  # the clock may have been set since
 WAITING_STATES = frozenset(
     {
         "PENDING",
@@ -140,7 +141,14 @@ def _process_ended(start: Event) -> bool:
     """Whether the attempt ran on this machine and its process no longer exists."""
     if "pid" not in start or start.get("host") != socket.gethostname():
         return False
-    return not psutil.pid_exists(start["pid"])
+    try:
+        created = psutil.Process(start["pid"]).create_time()
+    except psutil.AccessDenied:
+        return False
+    except (psutil.Error, ValueError, OverflowError):
+        return True
+    # A later process may have the same id, after a reboot for instance.
+    return bool(created > start["time"] + CLOCK_S)
 
 
 def _last_start(events: Sequence[Event]) -> int:

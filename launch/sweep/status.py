@@ -13,6 +13,7 @@ from evspan.launch.sweep.registry import (
     format_duration,
     read_chain,
     short_names,
+    starts_runs,
 )
 from evspan.launch.sweep.spikes import Spike
 
@@ -22,13 +23,15 @@ NUMBERS = ("step", "AP", "ETA", "frames/s", "MFU", "requeues", "spikes")  # colu
 def watch_runs(path: Path, interval_s: float) -> Iterator[RunList]:
     """Reads the runs and commands of `path` every `interval_s` seconds until none is active.
 
+    It goes on while a command or the controller of a search may start further runs.
+
     Raises:
         UserError: there is no run.
     """
     while True:
         run_list = read_chain(path)
         yield run_list
-        if not any(run.active for run in run_list.runs):
+        if not any(run.active for run in run_list.runs) and not starts_runs(path):
             return
         time.sleep(interval_s)
 

@@ -15,6 +15,7 @@ from evspan.launch.sweep.plan import (
     SweepPlan,
     plan_sweep,
     sweep_settings,
+    was_started,
     write_table,
 )
 from evspan.pipeline.history import append
@@ -45,7 +46,7 @@ def submit_sweep(expansion: Expansion, config_dir: Sequence[str]) -> int:
             locks.enter_context(RunLock(settings.folder, "evspan sweep"))
         plan = plan_sweep(expansion, config_dir, settings)
         if not settings.cluster.dry_run:
-            _record(plan)
+            record_plan(plan)
         for folder, message in plan.refused.items():
             logger.warning("%s: %s", folder, message)
         code = submit_planned(plan.runs, settings.cluster, settings.folder, locks.close)
@@ -54,10 +55,12 @@ def submit_sweep(expansion: Expansion, config_dir: Sequence[str]) -> int:
     return code
 
 
-def _record(plan: SweepPlan) -> None:
-    """Write sweep.json, and the message of each refused run into its history."""
+def record_plan(plan: SweepPlan) -> None:
+    """Write sweep.json, and the message of each refused run that is new into its history."""
     write_table(plan)
     for folder, message in plan.refused.items():
+        if was_started(folder):  # it may train at this moment
+            continue
         append(folder, "failed", step=0, message=message, code=USER_ERROR_EXIT_CODE)
 
 

@@ -144,7 +144,7 @@ def test_a_run_without_a_job_cannot_be_waited_for(tmp_path, queue):
     rows = [{"folder": name, "overrides": {}} for name in "01"]
     (sweep / "sweep.json").write_text(json.dumps({"runs": rows}))
     problem = read_upstream([sweep], tmp_path / "own").problem
-    assert problem == f"{sweep / '1'} is waiting, but not as a job of SLURM"
+    assert problem == f"{sweep / '1'} is unknown (not submitted)"
     assert not read_upstream([sweep], tmp_path / "own", any_end=True).problem
     # The controller of a search will submit it.
     write_info(sweep, SearchInfo("ab12", "ap", True, 2, "tpe", "asha", 100, 3, job="9"))

@@ -41,6 +41,14 @@ def trainings_that_end(monkeypatch):
     monkeypatch.setattr(local_trials, "train_command", ends_as_named)
 
 
+def test_a_failed_run_keeps_its_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(sequential, "newest_step", lambda run, read_files: 700)
+    (run,) = planned(tmp_path, ["killed"])
+    sequential.run_sequentially([run])
+    failed = read(run.folder)[-1]
+    assert (failed["event"], failed["step"]) == ("failed", 700)
+
+
 def test_a_run_that_is_killed_or_refused_does_not_stop_the_others(tmp_path, capfd):
     runs = planned(tmp_path, ["killed", "refused", "done"])
     assert sequential.run_sequentially(runs) == 1

@@ -11,11 +11,13 @@ from evspan.conf.schema.cluster import ClusterConfig
 from evspan.conf.schema.search import SearchConfig
 from evspan.conf.schema.training import TrainConfig
 from evspan.conf.search_space import Choices, FloatRange, IntRange
+from evspan.launch.cli import cancel as cancel_command
+from evspan.launch.cli import report as report_command
 from evspan.launch.cli import status as status_command
 from evspan.launch.cli import sweep, train
 from evspan.launch.search import controller as controllers
 from evspan.launch.search import run as search_run
-from evspan.launch.search import slurm_trials
+from evspan.launch.search import slurm_trials, values
 from evspan.launch.search.controller import Controller
 from evspan.launch.search.files import new_info, read_info, write_info
 from evspan.launch.search.run import SearchPlan, check_class
@@ -26,9 +28,12 @@ from evspan.launch.slurm.client import Queued
 from evspan.launch.sweep import registry
 from evspan.launch.sweep.fail_fast import EndedRun, error_of_sweep, same_error
 from evspan.launch.sweep.plan import PlannedRun
+from evspan.launch.sweep.registry import starts_runs
 from evspan.launch.sweep.report.summary import write_report
 from evspan.launch.sweep.state import State
 from evspan.pipeline.history import append, read, read_progress
+from evspan.pipeline.metrics_log import EVALUATION, MetricsLog, read_metrics
+from evspan.pipeline.run_lock import RunLock
 from support.search_runs import search_words, study_of
 
 RANGES = ["optimizer.lr=tag(log,interval(1e-5,1e-2))", "size=micro,tiny"]
@@ -521,9 +526,9 @@ def test_status_and_report_show_the_search(tmp_path, without_pauses, capsys):
     assert f"12 of 12 trials have ended: {12 - num_pruned} done, {num_pruned} pruned" in shown
     assert "best so far: 0, loss" in shown
     status_command.main([str(tmp_path), "--json"])
-    values = json.loads(capsys.readouterr().out)
-    assert values["search"]["best"] == "0"
-    assert {run["state"] for run in values["runs"]} == {"done", "pruned"}
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["search"]["best"] == "0"
+    assert {run["state"] for run in printed["runs"]} == {"done", "pruned"}
     report = write_report(tmp_path, "http://localhost:6006")
     page = report.page.read_text()
     assert page.count("<polyline") == 12
@@ -533,6 +538,42 @@ def test_status_and_report_show_the_search(tmp_path, without_pauses, capsys):
     if report.search.importance:
         assert sum(report.search.importance.values()) == pytest.approx(1)
         assert set(report.search.importance) == {"optimizer.lr", "size"}
+
+
+def test_a_search_before_its_first_trial(tmp_path, capsys):
+    """Its controller may wait in SLURM's queue: status and cancel are about the search then."""
+    info = new_info(SearchConfig(metric="loss", min_steps=3), search_space(RANGES), 3, None)
+    write_info(tmp_path, info)
+    status_command.main([str(tmp_path)])
+    assert "0 of 32 trials have ended" in capsys.readouterr().out
+    status_command.main([str(tmp_path), "--watch"])  # no controller runs, so it ends
+    with RunLock(tmp_path, "evspan sweep"):
+        assert starts_runs(tmp_path)
+    assert not starts_runs(tmp_path)
+    capsys.readouterr()
+    cancel_command.main([str(tmp_path)])
+    assert "a controller of the search that still runs ends" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        report_command.main([str(tmp_path)])
+    assert "is a search that has started no trial yet" in capsys.readouterr().err
+
+
+def test_an_unchanged_metrics_file_is_parsed_once(tmp_path, monkeypatch):
+    reads = []
+
+    def counted(run, kind=""):
+        reads.append(run)
+        return read_metrics(run, kind)
+
+    monkeypatch.setattr(values, "read_metrics", counted)
+    log = MetricsLog(tmp_path, enabled=True)
+    log.write(EVALUATION, 3, {"ap": 0.25})
+    for _ in range(3):
+        assert metric_values(tmp_path, "ap", 3) == {3: 0.25}
+    assert len(reads) == 1
+    log.write(EVALUATION, 6, {"ap": 0.5})
+    assert metric_values(tmp_path, "ap", 3) == {3: 0.25, 6: 0.5}
+    assert len(reads) == 2
 
 
 @pytest.mark.parametrize(

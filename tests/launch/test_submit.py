@@ -35,7 +35,8 @@ from evspan.launch.slurm.requeue import (
 )
 from evspan.launch.slurm.sbatch import JobArray, job_name, script
 from evspan.launch.slurm.watchdog import end_lines, lead_s, watchdog_lines
-from evspan.launch.sweep.plan import PlannedRun, assign_folders
+from evspan.launch.sweep.plan import PlannedRun, SweepSettings, assign_folders, plan_sweep
+from evspan.launch.sweep.submit import record_plan
 from evspan.pipeline.history import (
     Activity,
     append,
@@ -717,6 +718,25 @@ def test_a_sweep_on_this_machine(tmp_path, shards):
     stamp = (tmp_path / "sweep" / "0" / "checkpoints" / "latest").stat().st_mtime_ns
     assert "done already" in evspan(*words).stdout
     assert (tmp_path / "sweep" / "0" / "checkpoints" / "latest").stat().st_mtime_ns == stamp
+
+
+def test_repeating_a_sweep_leaves_the_states_of_its_runs(tmp_path, shards):
+    """Run 1 trains or is done, and its dataset cannot be opened where the command is repeated."""
+    sweep = tmp_path / "sweep"
+    words = tiny(Path(f"{shards},{tmp_path / 'gone'}"), sweep)
+    settings = SweepSettings(sweep, compose(TrainConfig, []).cluster)
+    expansion = expand_sweep(words)
+    first = plan_sweep(expansion, [], settings)
+    assert [row["error"] is None for row in first.table] == [True, False]
+    record_plan(first)
+    assert [event["event"] for event in read(sweep / "1")] == ["failed"]
+    append(sweep / "1", "start", step=0)
+    append(sweep / "1", "done", step=1)
+    again = plan_sweep(expansion, [], settings)
+    assert [*again.refused] == [sweep / "1"]
+    assert [row["error"] for row in again.table] == [None, None]
+    record_plan(again)
+    assert read(sweep / "1")[-1]["event"] == "done"
 
 
 @pytest.mark.timeout(300)

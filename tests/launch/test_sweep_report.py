@@ -14,6 +14,8 @@ import pytest
 from evspan.conf.errors import UserError
 from evspan.launch.cli import cancel, logs, report, status
 from evspan.launch.sweep.registry import read_runs
+from evspan.launch.sweep.report import hparams as hparams_module
+from evspan.launch.sweep.report import html
 from evspan.launch.sweep.report.curves import Curve, read_curves
 from evspan.launch.sweep.report.event_files import Point
 from evspan.launch.sweep.report.hparams import hparam_value, trial_names
@@ -177,6 +179,19 @@ def test_curves_equal_those_of_tensorboards_reader(sweep):
         range(1, 101)
     )  # steps 41 to 60 of the first attempt are gone
     assert len(curves["loss/total"].all_points) == 120
+
+
+def test_what_an_attempt_without_a_checkpoint_wrote_does_not_count(tmp_path):
+    """It was killed before its first checkpoint, so the next attempt starts at step 0 again."""
+    run = train(tmp_path / "0", range(0, 60), range(0, 40), ap=0.5)
+    oracle = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    oracle.Reload()
+    curves = read_curves(run, TAGS).by_tag
+    steps = [point.step for point in curves["loss/total"].points]
+    assert steps == [event.step for event in oracle.Scalars("loss/total")] == [*range(1, 41)]
+    (result,) = read_results(read_runs(tmp_path).runs)
+    assert result.best is not None
+    assert tuple(result.best) == (0.5, 40)  # not 0.25 at step 60
 
 
 def test_truncated_and_damaged_event_files_give_their_whole_records(sweep):
@@ -700,6 +715,59 @@ def test_damage_in_a_run_affects_its_own_row(sweep, capsys, monkeypatch, name, d
         cancel.main([str(sweep)])
     with suppress(SystemExit):
         logs.main([str(sweep / "0")])
+
+
+def test_damaged_files_are_no_failures(sweep):
+    """The page counts them under a heading of their own."""
+    (sweep / "1" / "progress.json").write_text("{")
+    report.main([str(sweep)])
+    texts = Page((sweep / "report.html").read_text()).texts
+    assert "2 failed or lost" in texts
+    assert "1 with files that are damaged or cannot be read" in texts
+
+
+def test_a_sweep_that_may_only_be_read_is_reported(sweep, capsys, monkeypatch):
+    """It may be a colleague's. Root may write anywhere, so writing is refused by the test."""
+
+    def refuse(path, *rest, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(html, "atomic_write", refuse)
+    monkeypatch.setattr(hparams_module, "write_hparams", refuse)
+    report.main([str(sweep)])
+    output = capsys.readouterr().out.splitlines()
+    assert output[0].startswith("run")
+    assert output[-2].startswith("note: the page is not written: ")
+    assert output[-2].endswith("Permission denied")
+    assert output[-1].startswith("note: HParams of 5 runs are not written; the first: ")
+    report.main([str(sweep), "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert values["page"] is None
+    assert len(values["not_written"]) == 2
+    assert len(values["runs"]) == 5
+
+
+def test_a_run_that_may_not_be_read_affects_its_own_row(sweep, capsys, monkeypatch):
+    """Reading is refused by the test: root may read everything."""
+    closed = str(sweep / "0")
+
+    def refusing(function):
+        def call(path, *rest, **options):
+            if not isinstance(path, int) and str(path).startswith(closed):
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *rest, **options)
+
+        return call
+
+    for name in ("stat", "open", "listdir", "scandir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    monkeypatch.setattr("builtins.open", refusing(open))
+    monkeypatch.setattr("io.open", refusing(open))
+    report.main([str(sweep)])
+    status.main([str(sweep)])
+    output = capsys.readouterr().out
+    assert "Permission denied" in output
+    assert "0.500" in output
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ class Curves(NamedTuple):
 def read_curves(run: Path, tags: Sequence[str]) -> Curves:
     """The curves of these tags. Damaged records and the half-written end of a file are skipped."""
     curves = {tag: Curve() for tag in tags}
-    problems = []
-    for path in sorted((run / EVENT_FOLDER).glob("*tfevents*")):
+    problems: list[str] = []
+    for path in _event_files(run / EVENT_FOLDER, problems):
         try:
             contents = read_event_file(path, tags)
         except OSError as error:
@@ -45,6 +45,15 @@ def read_curves(run: Path, tags: Sequence[str]) -> Curves:
         for tag, curve in curves.items():
             _extend(curve, contents, tag)
     return Curves(curves, "; ".join(problems))
+
+
+def _event_files(folder: Path, problems: list[str]) -> list[Path]:
+    """The event files of a run, in the order of their attempts."""
+    try:
+        return sorted(folder.glob("*tfevents*"))
+    except OSError as error:
+        problems.append(f"{folder.name}: {error.strerror or error}")
+        return []
 
 
 def _extend(curve: Curve, contents: EventFile, tag: str) -> None:

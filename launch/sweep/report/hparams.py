@@ -1,6 +1,5 @@
 """Writes each run of a sweep as a session of TensorBoard's HParams plugin."""
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-logger = logging.getLogger(__name__)
 HPARAMS_FOLDER = "hparams"  # in the run folder
 
 HParam = bool | float | str
@@ -22,13 +20,17 @@ HParam = bool | float | str
 
 def write_sweep_hparams(
     results: Sequence[RunResult], keys: Sequence[str], search: SearchSummary | None = None
-) -> None:
+) -> list[str]:
     """Writes RUN/hparams for all runs that have a history.
 
     Args:
         keys: the override keys that become hyper-parameters.
         search: whose trials the runs are: their states become one, and their values a metric.
+
+    Returns:
+        Why they could not be written, for each run where they could not.
     """
+    problems = []
     names = trial_names([result.run.folder for result in results])
     for result, name in zip(results, names, strict=True):
         run = result.run
@@ -45,7 +47,8 @@ def write_sweep_hparams(
         try:
             write_hparams(run.folder, name, values, metrics, started)
         except OSError as error:
-            logger.warning("%s: HParams are not written: %s", run.folder, one_line(error))
+            problems.append(one_line(error))
+    return problems
 
 
 def trial_names(folders: Sequence[Path]) -> list[str]:

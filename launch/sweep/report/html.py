@@ -1,5 +1,6 @@
 """The report of a sweep as one HTML page that needs no network and no other file."""
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -94,12 +95,16 @@ class TableRow:
 
 @dataclass(frozen=True)
 class BestRun:
-    """The section on the best run. figures: empty if no run was evaluated."""
+    """The section on the best run.
+
+    figures: empty if it was not evaluated. value: of a search's metric; may be empty.
+    """
 
     run: Run
     overrides: str
     weights: Path | None
     figures: list[KeyFigure]
+    value: str
 
 
 def write_page(
@@ -125,8 +130,10 @@ def write_page(
         name=name,
         states=describe_all([result.run for result in results]),
         doctor=find_kept(path),
-        best=_best_run(results[0], keys),
+        best=_best_run(results[0], keys, search),
+        any_evaluated=any(result.run.ap is not None for result in results),
         failures=_failures(results),
+        problems=_problems(results),
         columns=_columns(results, keys, search),
         rows=_rows(path, results, keys, tensorboard_url),
         has_values=search is not None and has_value_column(search),
@@ -151,7 +158,7 @@ def write_page(
     return path / PAGE
 
 
-def _best_run(result: RunResult, keys: Sequence[str]) -> BestRun:
+def _best_run(result: RunResult, keys: Sequence[str], search: SearchSummary | None) -> BestRun:
     run = result.run
     overrides = [f"{key}={run.overrides[key]}" for key in keys if key in run.overrides]
     weights = run.folder / "checkpoints" / "best"
@@ -160,11 +167,15 @@ def _best_run(result: RunResult, keys: Sequence[str]) -> BestRun:
         for key, name in METRIC_NAMES.items():
             figures.append(_key_figure(name, number(run.metrics.get(key))))
         figures.append(_key_figure("loss", result.last_loss))
+    value = ""
+    if search is not None and run.name in search.values:
+        value = f"{search.value_heading} {search.value_text(run)}"
     return BestRun(
         run=run,
         overrides=" ".join(overrides) or "no overrides",
-        weights=weights if weights.exists() else None,
+        weights=weights if os.path.exists(weights) else None,
         figures=figures,
+        value=value,
     )
 
 
@@ -173,15 +184,18 @@ def _key_figure(name: str, value: float | None) -> KeyFigure:
 
 
 def _failures(results: Sequence[RunResult]) -> list[str]:
-    """A line per run that failed or was lost, or whose files cannot be read."""
+    """A line per run that failed or was lost."""
     lines = []
     for result in results:
         run = result.run
         if run.state in (State.failed, State.lost):
             lines.append(f"{run.name} {run.state.value}: {run.error or run.reason}")
-        if result.problem:
-            lines.append(f"{run.name}: {result.problem}")
     return lines
+
+
+def _problems(results: Sequence[RunResult]) -> list[str]:
+    """A line per run of which a file is damaged or cannot be read."""
+    return [f"{result.run.name}: {result.problem}" for result in results if result.problem]
 
 
 def _coordinates(search: SearchSummary | None, results: Sequence[RunResult]) -> Markup | None:
@@ -277,7 +291,7 @@ def _is_number(text: str) -> bool:
 def _links(path: Path, run: Run, tensorboard_url: str) -> tuple[str, str]:
     """The links to the log of rank 0 (empty if there is none) and to the curves in TensorBoard."""
     folder = "" if run.folder == path else f"{run.name}/"
-    log = quote(folder + LOG) if (run.folder / LOG).exists() else ""
+    log = quote(folder + LOG) if os.path.exists(run.folder / LOG) else ""
     query = ""
     if folder:
         query = "?runFilter=" + quote(f"^{re.escape(folder)}", safe="")

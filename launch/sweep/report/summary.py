@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evspan.conf.errors import UserError
+from evspan.conf.errors import UserError, is_user_error, one_line
 from evspan.conf.text import plural
 from evspan.launch.search.summary import (
     SearchSummary,
@@ -50,19 +50,21 @@ class SweepReport:
         results: best first: by AP, or by the metric of the search.
         keys: the override keys whose values differ between the runs.
         note: why SLURM's queue could not be read; empty if it could.
-        page: the HTML file.
+        page: the HTML file; None where it could not be written.
+        not_written: a line on the page and a line on the HParams that could not be written.
         search: whose trials the runs are; None for a grid.
     """
 
     results: list[RunResult]
     keys: list[str]
     note: str
-    page: Path
+    page: Path | None
+    not_written: list[str]
     search: SearchSummary | None = None
 
 
 def write_report(path: Path, tensorboard_url: str) -> SweepReport:
-    """Writes PATH/report.html and the runs' HParams.
+    """Writes PATH/report.html and the runs' HParams, where this user may write them.
 
     Args:
         path: folder of a run or of a sweep.
@@ -81,16 +83,27 @@ def write_report(path: Path, tensorboard_url: str) -> SweepReport:
     search = summarise(path, runs, with_importance=True)
     if search is not None:
         results.sort(key=lambda result: search.order(result.run))
-    write_sweep_hparams(results, keys, search)
-    page = write_page(path, results, keys, tensorboard_url, search)
-    return SweepReport(results, keys, note, page, search)
+    not_written = []
+    page = None
+    try:
+        page = write_page(path, results, keys, tensorboard_url, search)
+    except Exception as error:
+        if not is_user_error(error):
+            raise
+        not_written.append(f"the page is not written: {one_line(error)}")
+    problems = write_sweep_hparams(results, keys, search)
+    if problems:
+        runs_text = plural(len(problems), "run")
+        not_written.append(f"HParams of {runs_text} are not written; the first: {problems[0]}")
+    return SweepReport(results, keys, note, page, not_written, search)
 
 
 def results_as_json(sweep_report: SweepReport) -> dict[str, Any]:
     """The report as `evspan report --json` prints it."""
     results = sweep_report.results
     values: dict[str, Any] = {
-        "page": str(sweep_report.page),
+        "page": None if sweep_report.page is None else str(sweep_report.page),
+        "not_written": sweep_report.not_written,
         "note": sweep_report.note,
         "time": time_as_json(total_time(results), highest_ap(results)),
         "runs": [_result_as_json(result) for result in results],
