@@ -1,5 +1,6 @@
 """Fixtures of all tests: prepared datasets, the throw-away SLURM, and material that is not part of the project."""
 
+import gc
 import logging
 import os
 import signal
@@ -56,6 +57,15 @@ LONG = (
     "test_interactive_step",
     "test_submit",
 )
+
+
+# While modules are imported next to nothing is freed, and the collector looks at all objects again and again.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

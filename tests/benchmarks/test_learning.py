@@ -407,6 +407,7 @@ def test_jobs_run_in_order_and_a_failure_leaves_out_what_needs_it(tmp_path):
     assert not outcome.stopped
 
 
+@pytest.mark.slow
 def test_at_the_deadline_running_commands_are_asked_to_save(tmp_path):
     saving = (
         "import signal, sys; "

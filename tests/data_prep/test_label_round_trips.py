@@ -147,6 +147,7 @@ def test_the_frame_rate_of_a_sequence_is_that_of_its_frames(tmp_path):
     assert "frameRate=20\n" in next((tmp_path / "out").rglob("seqinfo.ini")).read_text()
 
 
+@pytest.mark.slow
 def test_images_have_the_sensors_size_where_the_recording_does_not_state_it(tmp_path, caplog):
     path = tmp_path / "a.csv"
     path.write_text("".join(f"{t},{t % 300},{t % 200},1\n" for t in range(0, 300_000, 50)))

@@ -370,6 +370,7 @@ def run_job(tmp_path, *options) -> list[Finding]:
     return findings
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_what_srun_refuses_is_reported(slurm_of, tmp_path):
     (finding,) = run_job(tmp_path, "--constraint=quantum")
@@ -379,6 +380,7 @@ def test_what_srun_refuses_is_reported(slurm_of, tmp_path):
     assert sys.executable in finding.remedy
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_task_that_dies_is_reported(slurm_of, tmp_path):
     """Python on node n2 cannot import its libraries, as if the installation were not shared."""
@@ -430,6 +432,7 @@ def settings(partition="", nodes=0) -> dict[str, Finding]:
     return {finding.check: finding for finding in slurm.check_settings(partition, nodes)}
 
 
+@pytest.mark.slow
 def test_settings_of_a_cluster(slurm_of):
     findings = settings("low", 2)
     assert {check: f.grade for check, f in findings.items()} == dict.fromkeys(
@@ -448,6 +451,7 @@ def test_settings_of_a_cluster(slurm_of):
     assert many.remedy == "ask for fewer nodes"
 
 
+@pytest.mark.slow
 def test_settings_that_change(slurm_of):
     change = ("scontrol", "update", "PartitionName=low")
     try:

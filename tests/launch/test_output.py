@@ -92,6 +92,7 @@ def test_a_run_goes_on_without_its_output(tmp_path, output, errors, unbuffered):
     assert result.stderr == expected
 
 
+@pytest.mark.slow
 def test_without_standard_streams_no_file_gets_their_output(tmp_path):
     command = [sys.executable, "-c", WORK, str(tmp_path / "result"), "native"]
     code = "import os, sys\nfor fd in range(3): os.close(fd)\nos.execv(sys.argv[1], sys.argv[1:])"

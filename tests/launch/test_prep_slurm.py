@@ -29,7 +29,7 @@ KEYS = [
     "cluster=slurm",
     "cluster.mem_gb=1",
 ]
-COPIES = 150  # of a small recording: about two seconds of work
+COPIES = 80  # of a small recording: a second of work or more
 QUICK = (
     "import evspan.launch.slurm.prep_wait as w; w.QUEUE_S = w.GRACE_S = 1.0; w.POLL_S = 0.2; "  # the cluster is ours, its disk local
     "from evspan.launch.cli.main import main; main()"

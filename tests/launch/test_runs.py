@@ -28,6 +28,7 @@ from evspan.launch.sweep.state import State, events_of_submission, infer_state
 from evspan.launch.sweep.status import status_rows
 from evspan.pipeline.history import HISTORY, PROGRESS, append, read, write_progress
 from evspan.pipeline.metrics_log import MetricsLog
+from evspan.pipeline.run_lock import RunLock
 from support.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -241,11 +242,14 @@ def test_a_requeue_shows_its_reason(words, queue, expected):
 def test_a_process_of_this_machine_that_is_gone_is_lost():
     ended = subprocess.Popen(["true"])
     ended.wait(120)
-    start = {"event": "start", "time": 1.0, "host": socket.gethostname(), "job": ""}
+    start = {"event": "start", "time": time.time(), "host": socket.gethostname(), "job": ""}
     assert infer_state([{**start, "pid": ended.pid}], "", None, queue_read=False) == (
         State.lost,
         f"process {ended.pid} has ended",
     )
+    # A process that began days after the run is another one with the same id.
+    reused = {**start, "time": 1.0, "pid": os.getpid()}
+    assert infer_state([reused], "", None, queue_read=False)[0] is State.lost
     assert (
         infer_state([{**start, "pid": os.getpid()}], "", None, queue_read=False)[0] is State.running
     )
@@ -588,6 +592,7 @@ def ending(run: Path, seconds: float = 1.5):
         process.wait(120)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_follow_waits_for_a_log_and_ends_with_the_run(tmp_path, monkeypatch, run_cli, no_slurm):
     monkeypatch.setattr(sweep_logs, "STATE_S", 0.5)
@@ -664,9 +669,41 @@ def test_cancel_explains_how_to_end_a_local_run(tmp_path, no_slurm, run_cli):
         "Ctrl-C ends it at once"
     )
     (tmp_path / "sweep.json").write_text('{"runs": [{"folder": "later", "overrides": []}]}')
-    code, lines = run_cli(cancel, tmp_path)
+    with RunLock(tmp_path, "evspan sweep"):
+        code, lines = run_cli(cancel, tmp_path)
     assert code == 0
     assert f"{tmp_path / 'later'}: is not a SLURM job and has not started" in "\n".join(lines)
+
+
+def test_runs_that_no_command_starts_are_not_waited_for(tmp_path, no_slurm, run_cli):
+    make_run(tmp_path / "0", "start", "running 1", "done 1000", job="")
+    rows = [{"folder": name, "overrides": [f"seed={name}"]} for name in "01"]
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": rows}))
+    with RunLock(tmp_path, "evspan sweep"):
+        states = {run.name: run.state for run in read_runs(tmp_path).runs}
+    assert states == {"0": State.done, "1": State.waiting}
+    code, lines = run_cli(status, tmp_path, "--watch")  # ends
+    assert code == 0
+    assert "unknown (not submitted)" in "\n".join(lines)
+    _, lines = run_cli(cancel, tmp_path)
+    assert lines == ["nothing to cancel: 2 runs: 1 done, 1 unknown"]
+
+
+def test_a_damaged_table_of_ranks_hides_no_other(tmp_path, no_slurm, run_cli):
+    for name in "01":
+        run = make_run(tmp_path / name, "start", "running 1", job="")
+        (run / "ranks.json").write_text('{"step": 5, "time": 1.0, "ranks": [{"rank": 0}]}')
+    (tmp_path / "0" / "ranks.json").write_text("{")
+    code, lines = run_cli(status, tmp_path, "--ranks")
+    assert code == 0
+    assert lines[0].startswith(f"0: {tmp_path}/0/ranks.json is not JSON")
+    assert lines[1].startswith("1: ")
+    _, lines = run_cli(status, tmp_path, "--ranks", "--json")
+    first, second = json.loads("\n".join(lines))["runs"]
+    assert "is not JSON" in first["problem"]
+    assert second["step"] == 5
+    code, lines = run_cli(status, tmp_path / "0", "--ranks")
+    assert code == 2
 
 
 # -- on the cluster ----------------------------------------------------------------------------------------------

@@ -158,12 +158,43 @@ def test_it_continues_as_if_undisturbed(
     assert json.loads((tmp_path / ACTIVITY).read_text())["activity"] == "training"
 
 
+def three_steps(shards: Path, folder: Path, accumulation: int) -> TrainConfig:
+    run_config = config(shards, folder)
+    run_config.training.gradient_accumulation_steps = accumulation
+    run_config.training.evaluate_every = 0
+    run_config.training.max_steps = 3
+    return run_config
+
+
+@pytest.fixture(scope="module")
+def checkpoints_by_accumulation(shards, world, tmp_path_factory) -> dict[int, Path]:
+    """Micro-batches of a step -> the checkpoints after each step of a run that nothing stops."""
+    folders = {}
+    for accumulation in (1, 2):
+        run_config = three_steps(shards, tmp_path_factory.mktemp("undisturbed"), accumulation)
+        run_config.checkpoint.every = 1
+        trainer = Trainer(run_config, world, PlainEngine)
+        try:
+            trainer.run(StopFlag())
+        finally:
+            trainer.close()
+        folders[accumulation] = trainer.run_dir / "checkpoints"
+    return folders
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("log_every", [1, 100])  # the host reads a step at its end, or a step late
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("ahead", [0, 1])  # batches that are requested early, as for a GPU
 def test_a_step_without_its_data_is_left_out(
-    shards, world, tmp_path, monkeypatch, log_every, accumulation, ahead
+    shards,
+    world,
+    tmp_path,
+    monkeypatch,
+    checkpoints_by_accumulation,
+    log_every,
+    accumulation,
+    ahead,
 ):
     """The loader hangs in step 3; the run is saved as it was after step 2."""
     if ahead:
@@ -188,13 +219,10 @@ def test_a_step_without_its_data_is_left_out(
             if micro_batches == 2 * accumulation + 1 - ahead:
                 flag.request()
 
-    def run(name: str, stop_flag: StopFlag) -> int:
-        run_config = config(shards, tmp_path / name)
-        run_config.training.gradient_accumulation_steps = accumulation
+    def run(stop_flag: StopFlag) -> int:
+        run_config = three_steps(shards, tmp_path, accumulation)
         run_config.training.log_every = log_every
-        run_config.training.evaluate_every = 0
-        run_config.training.max_steps = 3
-        run_config.checkpoint.every = 1 if name == "undisturbed" else 100
+        run_config.checkpoint.every = 100
         trainer = Trainer(run_config, world, PlainEngine)
         try:
             trainer.run(stop_flag)
@@ -205,18 +233,18 @@ def test_a_step_without_its_data_is_left_out(
             trainer.close()
         return 0
 
-    assert run("undisturbed", StopFlag()) == 0
     with monkeypatch.context() as patch:
         patch.setattr(Loader, "batch", batch)
         patch.setattr(trainer_module, "DataWait", StopInStepThree)
-        assert run("run", flag) == STOPPED_EXIT_CODE
+        assert run(flag) == STOPPED_EXIT_CODE
     release.set()
-    folders = [tmp_path / name / "checkpoints" for name in ("run", "undisturbed")]
-    assert sorted(path.name for path in folders[0].glob("step-*")) == ["step-00000002"]
-    assert run("run", StopFlag()) == 0
+    checkpoints = tmp_path / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-00000002"]
+    assert run(StopFlag()) == 0
+    undisturbed = checkpoints_by_accumulation[accumulation]
     for step in (2, 3):
-        for path in (folders[0] / f"step-{step:08d}").glob("*.safetensors"):
-            expected = load_file(folders[1] / path.parent.name / path.name)
+        for path in (checkpoints / f"step-{step:08d}").glob("*.safetensors"):
+            expected = load_file(undisturbed / path.parent.name / path.name)
             actual = load_file(path)
             assert actual.keys() == expected.keys()
             assert all(torch.equal(actual[key], expected[key]) for key in actual), path.name

@@ -137,6 +137,7 @@ def config(case: Case, folder: Path, run_dir: Path) -> TrainConfig:
             precision=Precision[case.precision],
             num_workers=1,
             log_every=1,
+            peak_tflops=1.0,  # otherwise each rank measures one
         ),
         optimizer=OptimizerConfig(lr=1e-3, warmup_fraction=0.2, gate_lr_multiplier=100),
         deepspeed=DeepSpeedConfig(

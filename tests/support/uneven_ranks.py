@@ -16,8 +16,8 @@ from evspan.pipeline.parallel.world import open_world
 from evspan.pipeline.weights import load_weights
 
 RANKS = 2
-TIMEOUT_S = 20
-CHUNK_S = 5.0  # that a chunk takes longer on the rank that has one
+TIMEOUT_S = 10
+CHUNK_S = 2.5  # that a chunk takes longer on the rank that has one
 
 
 def main(weights: str, shards: str, output: str) -> None:

@@ -1,6 +1,7 @@
 """The layers, who may import whom, and who owns which third-party name. To change a table here is a design decision."""
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ class Use(NamedTuple):
     line: int
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Every module of ours by its name without `evspan.`."""
     found = {}
@@ -144,6 +146,7 @@ def _in_main(source: str, line: int) -> bool:
     return False
 
 
+@functools.cache
 def import_graph() -> dict[str, set[str]]:
     """Module -> modules of ours that it imports, at its top or inside a function."""
     known = modules()
@@ -223,9 +226,10 @@ def distributions_by_package() -> dict[str, set[str]]:
     """
     mapping: dict[str, set[str]] = {}
     for distribution in distributions():
+        name = distribution.metadata["Name"].lower()
         for path in distribution.files or ():
             package = path.parts[0].removesuffix(".py")
-            mapping.setdefault(package, set()).add(distribution.metadata["Name"].lower())
+            mapping.setdefault(package, set()).add(name)
     return mapping
 
 

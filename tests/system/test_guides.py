@@ -40,7 +40,7 @@ class Checkout:
         self.root = top / "checkout"
         self.work = top / "work"
         self.work.mkdir()
-        ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "demo", "multirun")
+        ignore = shutil.ignore_patterns(".*", "*.egg-info", "demo", "multirun")
         shutil.copytree(ROOT, self.root, ignore=ignore)
         (top / "import").mkdir()
         (top / "import" / "evspan").symlink_to(self.root)

@@ -42,7 +42,7 @@ STAND_INS = {
 }
 ENDLESS = {"--watch", "--follow"}
 SMALLER = {"simulate": ["--seconds", "0.3", "--width", "320", "--height", "240"]}
-ONLY_OPTIONS = ("smoke", "doctor")  # other tests run them; here their options are parsed
+ONLY_OPTIONS = ("smoke", "doctor", "export")  # other tests run them; here their options are parsed
 
 
 @dataclass(frozen=True)
