@@ -1,4 +1,4 @@
-# Python 3.10 to 3.13, a C++ compiler and make are all that a machine needs; `make` alone lists the targets.
+# Python 3.10 to 3.13 and make are all that a machine needs (training.compile: a C++ compiler); `make` alone lists the targets.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -15,9 +15,8 @@ TEST_TIMEOUT ?= 300# seconds that one test may take
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 PYTEST = $(RUN) pytest --timeout $(TEST_TIMEOUT) -n $(WORKERS) --dist loadscope --no-loadscope-reorder
-space := $(subst ,, )
 # Named after the folder: a copied or moved checkout is installed again, and does not run the code of the old folder.
-STAMP := $(VENV)/.installed$(subst $(space),_,$(subst /,.,$(CURDIR)))
+STAMP := $(VENV)/.installed.$(shell pwd | cksum | cut -d' ' -f1)
 
 .PHONY: help setup demo test test-failed check lint soak gpu bench-learn container constraints clean
 
@@ -31,10 +30,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $(VENV)/.installed*
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --upgrade -c constraints.txt pip
-	$(RUN) pip install -c constraints.txt torch
-	$(RUN) pip install -c constraints.txt -e '.[test]'
+	$(RUN) pip install -c constraints.txt --build-constraint constraints.txt torch
+	$(RUN) pip install -c constraints.txt --build-constraint constraints.txt -e '.[test]'
 	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/evspan # the package under its name, for mypy and editors
-	@touch '$@'
+	@touch $@
 
 demo: setup ## simulate, prepare, train, evaluate and infer in minutes; results in demo/
 	@$(RUN) evspan.launch.cli.demo

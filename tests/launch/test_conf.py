@@ -164,6 +164,7 @@ def test_rvt_recipes_have_the_published_values(dataset, classes, size, dim):
         Precision.bf16,
         1.0,
     )
+    assert training.ema_decay == 0
     assert (
         training.augmentation.hflip_prob,
         training.augmentation.zoom_prob,
