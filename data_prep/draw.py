@@ -4,7 +4,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 from evspan.conf.errors import UserError
@@ -17,12 +17,14 @@ OFF = np.array((225, 40, 35), np.float32)
 FAINTEST = 0.5  # how far a single event differs from the background, 0..1
 SATURATED = 4  # events of a pixel from which on colours get no stronger
 GIF_COLOURS = 128
+MAX_GIF_HUNDREDTHS = 65_535  # of a second that a frame of a GIF can last: a field of 16 bits
 SHEET_GAP = 2  # pixels between the images of a sheet
 SHEET_GREY = 90
 ANIMATION_SUFFIXES = (".gif", ".mp4")
 
 RGB = NDArray[np.uint8]  # (H, W, 3)
 Colour = tuple[int, int, int]
+NOTE_COLOR: Colour = (90, 90, 90)
 
 
 def frame_to_rgb(frame: NDArray[np.uint8]) -> RGB:
@@ -104,6 +106,8 @@ def draw_boxes(
 def draw_legend(rgb: RGB, entries: Sequence[tuple[str, Colour]]) -> RGB:
     """Writes names on their colours into the lower right corner, the first on top, on a copy.
 
+    Where there is no space for all, the last names are below the line "and 12 more".
+
     Args:
         rgb: (H, W, 3) uint8.
         entries: names with their colours.
@@ -111,12 +115,21 @@ def draw_legend(rgb: RGB, entries: Sequence[tuple[str, Colour]]) -> RGB:
     image = Image.fromarray(np.ascontiguousarray(rgb))
     pen = ImageDraw.Draw(image)
     bottom = image.height
-    for text, color in reversed(entries):
+    for index in range(len(entries) - 1, -1, -1):
+        text, color = entries[index]
+        space = bottom
+        if index:  # space for the line in place of the names above
+            space -= _text_ground(pen, image, f"and {index} more").height
+        if _text_ground(pen, image, text).height > space:
+            text = f"and {index + 1} more"
+            if _text_ground(pen, image, text).height <= bottom:
+                _write(pen, image, image.width, bottom, text, NOTE_COLOR)
+            break
         bottom = _write(pen, image, image.width, bottom, text, color)
     return np.asarray(image)
 
 
-def draw_label(rgb: RGB, text: str, color: Colour = (90, 90, 90)) -> RGB:
+def draw_label(rgb: RGB, text: str, color: Colour = NOTE_COLOR) -> RGB:
     """Writes a text into the lower left corner of an image (H, W, 3), on a copy."""
     image = Image.fromarray(np.ascontiguousarray(rgb))
     _write(ImageDraw.Draw(image), image, 0, image.height, text, color)
@@ -127,15 +140,31 @@ def _write(
     pen: ImageDraw.ImageDraw, image: Image.Image, left: int, bottom: int, text: str, color: Colour
 ) -> int:
     """Writes white text on a coloured ground that ends at `bottom`. Returns the ground's top."""
-    font = ImageFont.load_default(size=max(9, min(16, image.height // 30)))
-    _, _, width, height = (int(side) for side in pen.textbbox((0, 0), text, font=font))
-    x = max(0, min(left, image.width - width - 3))
-    y = bottom - height - 2
+    ground = _text_ground(pen, image, text)
+    x = max(0, min(left, image.width - ground.width))
+    y = bottom - ground.height
     if y < 0:  # no space above: write inside the box
         y = bottom + 1
-    pen.rectangle((x, y, x + width + 2, y + height + 1), fill=color)
-    pen.text((x + 1, y), text, fill=(255, 255, 255), font=font)
+    pen.rectangle((x, y, x + ground.width - 1, y + ground.height - 1), fill=color)
+    pen.text((x + 1, y), text, fill=(255, 255, 255), font=_font(image))
     return y
+
+
+class _Size(NamedTuple):
+    """Of a rectangle, in pixels."""
+
+    width: int
+    height: int
+
+
+def _text_ground(pen: ImageDraw.ImageDraw, image: Image.Image, text: str) -> _Size:
+    """The size of a text with the ground that it is written on."""
+    _, _, right, bottom = pen.textbbox((0, 0), text, font=_font(image))
+    return _Size(int(right) + 3, int(bottom) + 2)
+
+
+def _font(image: Image.Image) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=max(9, min(16, image.height // 30)))
 
 
 def write_strip(path: str | Path, images: Sequence[RGB], columns: int = 0) -> None:
@@ -219,7 +248,12 @@ class AnimationWriter:
 
 
 class _Gif:
-    """Encodes each frame at once. Pillow's own `save(append_images=...)` keeps all in memory."""
+    """Encodes each frame at once. Pillow's own `save(append_images=...)` keeps all in memory.
+
+    GIF counts in hundredths of a second. Frames end at rounded times, which keeps the total right
+    at any rate. Above 100 frames per second, a frame that would end with the one before it is left
+    out. A frame lasts MAX_GIF_HUNDREDTHS at most.
+    """
 
     LOOP_FOREVER = b"!\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00"
 
@@ -227,8 +261,14 @@ class _Gif:
         self.path = path
         self.fps = fps
         self.file = path.open("wb")
+        self.written_hundredths = 0  # sum of the durations so far
 
     def add(self, rgb: RGB, index: int) -> None:
+        duration = round(100 * (index + 1) / self.fps) - self.written_hundredths
+        if duration < 1 and index > 0:
+            return
+        duration = min(max(1, duration), MAX_GIF_HUNDREDTHS)
+        self.written_hundredths += duration
         image = Image.fromarray(rgb).quantize(
             GIF_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
         )
@@ -236,10 +276,8 @@ class _Gif:
             for part in GifImagePlugin.getheader(image.copy())[0]:
                 self.file.write(part)
             self.file.write(self.LOOP_FOREVER)
-        # GIF counts in hundredths: differences of rounded ends keep the total right at any rate.
-        hundredths = round(100 * (index + 1) / self.fps) - round(100 * index / self.fps)
-        duration_ms = 10 * max(1, hundredths)
-        for part in GifImagePlugin.getdata(image, duration=duration_ms, include_color_table=True):
+        parts = GifImagePlugin.getdata(image, duration=10 * duration, include_color_table=True)
+        for part in parts:
             self.file.write(part)
 
     def close(self, frames: int) -> None:

@@ -1,5 +1,6 @@
 """Draws frames with their boxes, of a recording or of shards, as one sheet or as an animation."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -132,10 +133,11 @@ def _check(options: PreviewOptions) -> None:
         raise UserError(
             f"{options.out} ends in none of {', '.join(suffixes)}; give the output one of them"
         )
-    if options.max_frames < 1 or options.from_s < 0:
+    is_time = math.isfinite(options.from_s) and options.from_s >= 0
+    if options.max_frames < 1 or not is_time:
         raise UserError(
             f"--frames {options.max_frames} --from {options.from_s:g}: "
-            "give 1 frame or more, and 0 s or later"
+            "give 1 frame or more, and a time of 0 s or later"
         )
 
 
@@ -211,7 +213,8 @@ def _open_prepared(options: PreviewOptions, root: Path, shard: str | None) -> Pr
         manifest, root, split=options.split, name=options.recording, shard=shard
     )[0]
     window_ms = int(manifest.config["frames"]["window_ms"])
-    indices = list(range(round(1000 * options.from_s / window_ms), entry.frames))
+    first = _first_frame(root, entry, 1000 * window_ms, options.from_s)
+    indices = list(range(first, entry.frames))
     if options.is_sheet:
         indices = [indices[i] for i in _even_indices(len(indices), options.max_frames)]
     else:
@@ -223,7 +226,7 @@ def _open_prepared(options: PreviewOptions, root: Path, shard: str | None) -> Pr
 def recording_frames(
     path: Path, config: FrameConfig, classes: list[str], from_s: float
 ) -> Iterator[PreviewFrame]:
-    """Yields the frames of a recording that begin at `from_s` seconds or later.
+    """Yields the frames of a recording that begin at `from_s` seconds or later, to half a window.
 
     Where the recording has boxes, frames end at their times, as `evspan prep` aligns them.
     """
@@ -236,9 +239,9 @@ def recording_frames(
             boxes["t"], first_us, window_us=config.window_us, label_every_us=config.window_us
         )
 
+    lowest_end_us = _lowest_end_us(from_s, config.window_us)
     for end, frame in frames_of(recording, ends, config):
-        start_us = end - config.window_us - recording.first_us
-        if start_us < 1e6 * from_s - config.window_us / 2:
+        if end - recording.first_us < lowest_end_us:
             continue
         boxes_at_end = boxes[boxes["t"] == end]
         yield PreviewFrame(
@@ -247,6 +250,30 @@ def recording_frames(
             box_corners(boxes_at_end) / config.downsample,
             _class_names(boxes_at_end, classes),
         )
+
+
+def _lowest_end_us(from_s: float, window_us: int) -> float:
+    """The lowest end, since the first event, of a window that begins at `from_s` or later.
+
+    The beginning is rounded: up to half a window earlier counts. 0 s is the first window, which
+    may begin before the first event.
+    """
+    if from_s == 0:
+        return -math.inf
+    return 1e6 * from_s + window_us / 2
+
+
+def _first_frame(root: Path, entry: RecordingEntry, window_us: int, from_s: float) -> int:
+    """Index of the first stored frame that begins at `from_s` seconds or later.
+
+    Stored windows differ from `window_us` where labels end them, so their ends decide.
+    """
+    group = open_group(root, entry)
+    try:
+        end_us = group["end_us"][:] - entry.first_us
+    finally:
+        group.file.close()
+    return int(np.searchsorted(end_us, _lowest_end_us(from_s, window_us)))
 
 
 def shard_frames(

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from evspan.conf.errors import UserError
+from evspan.conf.text import plural
 from evspan.data_prep.labels.classes import CLASSES_FILE
 from evspan.data_prep.shards.atomic import atomic_write
 from evspan.data_prep.shards.format import SPLITS
@@ -42,13 +44,10 @@ SUFFIXES = {"raw": "_td.raw", "dat": "_td.dat", "h5": "_td.h5"}  # by format
 
 
 @dataclass(frozen=True)
-class PlannedRecording:
-    """A recording to simulate."""
+class RecordingFiles:
+    """The files of a simulated recording. `path` is that of the events."""
 
     path: Path
-    seconds: float
-    seed: int
-    config: SimulatorConfig
 
     @property
     def name(self) -> str:
@@ -69,6 +68,20 @@ class PlannedRecording:
         """Recordings of this name, in any format."""
         paths = [self.path.with_name(self.name + suffix) for suffix in SUFFIXES.values()]
         return [path for path in paths if path.exists()]
+
+    def remove(self) -> None:
+        """Deletes the files. The events go first: without them, the others are no recording."""
+        for path in (*self.existing_files(), self.boxes_path, self.parameters_path):
+            path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class PlannedRecording(RecordingFiles):
+    """A recording to simulate."""
+
+    seconds: float
+    seed: int
+    config: SimulatorConfig
 
     def parameters(self) -> dict[str, Any]:
         """All that the bytes of the recording depend on, as JSON values."""
@@ -113,6 +126,38 @@ class SimulatedSet:
                 planned.append(PlannedRecording(path, self.seconds, seed, config))
         return planned
 
+    def unplanned(self) -> list[RecordingFiles]:
+        """Recordings in the folder that are named like those of the set, but not part of it.
+
+        Those of the set's splits; of all splits if domain.json has another domain.
+        """
+        splits = SPLITS if self.has_other_domain() else tuple(self.counts)
+        planned = {recording.name for recording in self.recordings()}
+        unplanned = {}
+        for split in splits:
+            for path in sorted((self.folder / split).glob(f"{split}_*")):
+                files = RecordingFiles(path)
+                if _is_recording_of(split, path.name) and files.name not in planned:
+                    unplanned[files.name] = files
+        return list(unplanned.values())
+
+    def has_other_domain(self) -> bool:
+        """Whether domain.json exists and does not contain the domain of the set."""
+        path = self.folder / DOMAIN_FILE
+        if not path.exists():
+            return False
+        try:
+            stored = json.loads(path.read_text())
+            # Older versions lack the values that were added since: these had the defaults.
+            values = dataclasses.asdict(SimulatorConfig()) | stored["values"]
+            stored["values"] = {k: v for k, v in values.items() if k not in stored["ranges"]}
+        except (ValueError, KeyError, TypeError):
+            return True
+        return bool(stored != self._domain().to_json())
+
+    def _domain(self) -> Domain:
+        return self.domain or Domain(base=self.config)
+
     def write_classes(self) -> None:
         """Writes classes.txt, from which `evspan prep` takes the names, unless it is there."""
         path = self.folder / CLASSES_FILE
@@ -123,9 +168,8 @@ class SimulatedSet:
 
     def write_domain(self) -> None:
         """Writes domain.json."""
-        domain = self.domain or Domain(base=self.config)
         with atomic_write(self.folder / DOMAIN_FILE) as temporary:
-            temporary.write_text(json.dumps(domain.to_json(), indent=1) + "\n")
+            temporary.write_text(json.dumps(self._domain().to_json(), indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -172,6 +216,34 @@ def is_complete(planned: PlannedRecording, *, overwrite: bool = False) -> bool:
     )
 
 
+def remove_unplanned(recording_set: SimulatedSet, *, overwrite: bool = False) -> int:
+    """Deletes the recordings that `SimulatedSet.unplanned` returns; returns their number.
+
+    Raises:
+        UserError: there are some and `overwrite` is false, or one has no file of parameters and
+            thus may not be simulated. Nothing is deleted then.
+    """
+    unplanned = recording_set.unplanned()
+    folder = recording_set.folder
+    if unplanned and not overwrite:
+        remedy = "a larger number in --recordings to keep them"
+        if recording_set.has_other_domain():
+            remedy = f"the options of its {DOMAIN_FILE}, which has another domain"
+        raise UserError(
+            f"{folder} contains {plural(len(unplanned), 'recording')} outside this set, the first "
+            f"is {unplanned[0].path}. Give another folder, {remedy}, or --overwrite to delete them"
+        )
+    for files in unplanned:
+        if not files.parameters_path.exists():
+            raise UserError(
+                f"{files.path} is outside this set, and without {files.parameters_path.name} it "
+                "may not be simulated: --overwrite does not delete it. Delete or move it"
+            )
+    for files in unplanned:
+        files.remove()
+    return len(unplanned)
+
+
 def write_recording(planned: PlannedRecording) -> SimulatedRecording:
     """Simulates a recording and writes it, its boxes and its parameters."""
     began = time.perf_counter()
@@ -212,6 +284,13 @@ def write_recordings(
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _is_recording_of(split: str, name: str) -> bool:
+    """Whether a file has the name of a simulated recording, such as train_000_td.raw."""
+    return any(
+        re.fullmatch(rf"{split}_\d{{3,}}{re.escape(suffix)}", name) for suffix in SUFFIXES.values()
+    )
 
 
 def _seed_of(seed: int, split: str, index: int) -> int:

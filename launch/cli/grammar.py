@@ -369,9 +369,10 @@ def _with_dashes(
     others: list[str] = []
     before = ["", *words]
     for previous, word in zip(before, words):
-        key, _, value = word.partition("=")
+        key, has_value, value = word.partition("=")
         option = f"--{key.replace('_', '-')}"
-        if previous in known.options:  # its value, which may be any text
+        is_option_value = previous in known.options  # which may be any text
+        if is_option_value or not has_value:
             others.append(word)
             continue
         if key in known.positionals:

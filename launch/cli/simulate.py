@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evspan.conf.errors import UserError
+from evspan.conf.text import plural
 from evspan.data_prep.shards.format import SPLITS
 from evspan.data_prep.simulator import SimulatorConfig
 from evspan.data_prep.simulator.domains import DOMAINS, domain_of
@@ -13,6 +14,7 @@ from evspan.data_prep.simulator.recording_set import (
     SimulatedRecording,
     SimulatedSet,
     is_complete,
+    remove_unplanned,
     write_recordings,
 )
 from evspan.launch.cli.command import Parser, reported_errors
@@ -56,22 +58,33 @@ class SimulateOptions:
 
 
 def simulate_all(options: SimulateOptions) -> None:
-    """Simulates what is missing; prints a line for each recording."""
-    recordings = options.recording_set.recordings()
+    """Simulates what is missing; prints a line for each recording.
+
+    Raises:
+        UserError: the folder has recordings that were made in another way or are not part of the
+            set, and `overwrite` is false.
+    """
+    recording_set = options.recording_set
+    recordings = recording_set.recordings()
     missing = [
         recording
         for recording in recordings
         if not is_complete(recording, overwrite=options.overwrite)
     ]
+    num_removed = remove_unplanned(recording_set, overwrite=options.overwrite)
+    if num_removed:
+        print(
+            f"{recording_set.folder}: deleted {plural(num_removed, 'recording')} outside this set"
+        )
+    recording_set.write_classes()
+    recording_set.write_domain()
     if len(missing) < len(recordings):
         print(
-            f"{options.recording_set.folder}: {len(recordings) - len(missing)} of "
+            f"{recording_set.folder}: {len(recordings) - len(missing)} of "
             f"{len(recordings)} recordings are there already"
         )
     for number, result in enumerate(write_recordings(missing, options.processes), 1):
         print(f"[{number}/{len(missing)}] {_line(result)}", flush=True)
-    options.recording_set.write_classes()
-    options.recording_set.write_domain()
 
 
 def _line(result: SimulatedRecording) -> str:
@@ -189,7 +202,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace recordings that were made with other parameters",
+        help="replace recordings that were made with other parameters, and delete those that are "
+        "not part of the set: more of its splits, or of another domain",
     )
     _add_scene(parser)
     return parser

@@ -10,11 +10,13 @@ import pytest
 from evspan.conf.errors import UserError
 from evspan.data_prep.draw import (
     BACKGROUND,
+    NOTE_COLOR,
     OFF,
     ON,
     AnimationWriter,
     draw_boxes,
     draw_label,
+    draw_legend,
     frame_to_rgb,
     write_strip,
 )
@@ -143,6 +145,45 @@ def test_a_note_is_in_the_lower_left_corner():
     assert max(x for _, x in ground) < 60
 
 
+def legend_of(count: int) -> list[tuple[str, tuple[int, int, int]]]:
+    return [(f"class {i}", (10 + i, 5 * i, 100)) for i in range(count)]
+
+
+def grey_part(rgb) -> np.ndarray:
+    """The rectangle of a text on NOTE_COLOR."""
+    ys, xs = np.nonzero((rgb == NOTE_COLOR).all(2))
+    return rgb[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+
+
+def rows_of(rgb, color) -> set[int]:
+    return {y for y, _ in painted(rgb, color)}
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_names_of_a_legend_are_below_each_other(count):
+    entries = legend_of(count)
+    drawn = draw_legend(blank(360, 640), entries)
+    shown = [color for _, color in entries if painted(drawn, color)]
+    assert shown == [color for _, color in entries][-len(shown) :]
+    for above, below in pairwise(shown):
+        assert max(rows_of(drawn, above)) < min(rows_of(drawn, below))
+    assert max(rows_of(drawn, shown[-1])) == 359
+    assert (len(shown) == count) == (count == 3)
+
+
+def test_a_legend_without_space_for_all_names_has_the_number_of_the_others():
+    entries = legend_of(40)
+    drawn = draw_legend(blank(360, 640), entries)
+    shown = [color for _, color in entries if painted(drawn, color)]
+    assert 15 < len(shown) < 40
+
+    line = grey_part(drawn)
+    expected = draw_label(blank(360, 640), f"and {40 - len(shown)} more")
+    np.testing.assert_array_equal(line, grey_part(expected))
+    assert max(rows_of(drawn, NOTE_COLOR)) < min(rows_of(drawn, shown[0]))
+    assert (draw_legend(blank(8, 60), entries) == 255).all()  # no space for a line
+
+
 # -- sheets ---------------------------------------------------------------------------------------
 def plain(colour, height=20, width=30) -> np.ndarray:
     return np.full((height, width, 3), colour, np.uint8)
@@ -198,8 +239,29 @@ def test_a_gif_has_every_frame_and_takes_as_long_as_it_should(tmp_path, fps):
     assert max(durations) - min(durations) <= 10
 
 
-def write_animation(path, images):
-    with AnimationWriter(path, 20) as animation:
+@pytest.mark.parametrize(("fps", "count"), [(200, 20), (1000, 3), (130, 26)])
+def test_a_gif_of_a_high_rate_leaves_out_frames_and_takes_as_long_as_it_should(
+    tmp_path, fps, count
+):
+    write_animation(tmp_path / "a.gif", moving(count), fps)
+    durations = durations_of(tmp_path / "a.gif")
+    hundredths = max(1, round(100 * count / fps))
+    assert durations == [10] * hundredths
+
+
+def test_a_frame_of_a_gif_lasts_as_long_as_the_format_can_represent(tmp_path):
+    write_animation(tmp_path / "a.gif", moving(2), fps=0.001)
+    assert durations_of(tmp_path / "a.gif") == [655_350, 655_350]
+
+
+def durations_of(path) -> list[int]:
+    """Milliseconds of each frame."""
+    with Image.open(path) as gif:
+        return [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
+
+
+def write_animation(path, images, fps=20.0):
+    with AnimationWriter(path, fps) as animation:
         for image in images:
             animation.add(image)
 

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 from evspan.conf.schema.prep import FrameConfig
 from evspan.data_prep.draw import draw_boxes, draw_label, frame_to_rgb
-from evspan.data_prep.labels.box_files import read_boxes
+from evspan.data_prep.labels.box_files import RAW_BOX, read_boxes, write_boxes
+from evspan.data_prep.prepare import prepare
 from evspan.data_prep.preview import recording_frames, sample_evenly, shard_frames
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.shards.format import load_manifest
+from evspan.data_prep.simulator import simulate
 from evspan.launch.cli.prep_preview import main
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 from support.event_files import concatenated
-from support.prepared import WIDTH, contents, entries
+from support.prepared import SCENE, WIDTH, contents, entries, prep_config
 from support.slow_frames import slow_frame
 
 
@@ -166,6 +168,28 @@ def test_frames_and_from_choose(source, prepared, tmp_path, preview):
         assert "has no frames from 7 s on; give an earlier --from" in err
 
 
+@pytest.mark.parametrize("period_us", [48_000, 52_000])
+def test_from_counts_in_the_time_of_stored_windows_of_another_length(tmp_path, period_us, preview):
+    """Labels end the windows: each is 2 ms shorter or longer than 50 ms."""
+    raw = tmp_path / "raw"
+    simulate(raw / "train" / "a_td.raw", seconds=3, seed=1, config=SCENE)
+    boxes = np.zeros(60, RAW_BOX)
+    boxes["t"] = period_us * np.arange(1, 61)
+    boxes["w"] = boxes["h"] = 30
+    write_boxes(raw / "train" / "a_bbox.npy", boxes)
+    shards = tmp_path / "shards"
+    prepare(prep_config(raw, shards, labels={"label_every_ms": 50}))
+    ends = contents(shards)["train/a"]["end_us"] - entries(shards)["train/a"]["first_us"]
+    starts = ends[:-1]  # of all windows but the first
+    assert (np.diff(ends)[1:50] == period_us).all()
+    begins_in_time = starts >= 2_500_000 - 25_000
+    assert begins_in_time.sum() != len(ends) - 2500 // 50  # nominal windows
+    for path in (shards, raw / "train" / "a_td.raw"):
+        code, out, _ = preview(path, tmp_path / "a.gif", "--from", "2.5")
+        assert code == 0
+        assert f": {begins_in_time.sum()} frames of " in out
+
+
 def test_downsample_and_window_are_those_asked_for(source, tmp_path, preview):
     recording = source / "val" / "d_td.raw"
     assert preview(recording, tmp_path / "a.png", "--frames", "1", "--downsample", "4")[0] == 0
@@ -215,6 +239,9 @@ def test_an_mp4_is_written(source, tmp_path, preview):
         (["RECORDING", "OUT.jpg"], "ends in none of .png, .gif, .mp4"),
         (["RECORDING", "OUT.png", "--frames", "0"], "give 1 frame or more"),
         (["RECORDING", "OUT.png", "--from", "-1"], "0 s or later"),
+        (["RECORDING", "OUT.png", "--from", "nan"], "--from nan: give 1 frame or more"),
+        (["SHARDS", "OUT.png", "--from", "nan"], "a time of 0 s or later"),
+        (["SHARDS", "OUT.png", "--from", "inf"], "a time of 0 s or later"),
         (["RECORDING", "OUT.png", "--window-ms", "0"], "window_ms is 0"),
         (
             ["RECORDING", "OUT.png", "--split", "val"],

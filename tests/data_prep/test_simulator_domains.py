@@ -136,6 +136,81 @@ def test_the_command_writes_the_domain_and_continues_it(tmp_path, capsys):
     assert "hot_pixels 3 instead of 0" in error
 
 
+SHORT = ["--seconds", "0.1", "--width", "200", "--height", "160", "--processes", "1"]
+
+
+def simulate_into(folder, recordings, *options):
+    main([str(folder), "--recordings", recordings, *SHORT, *options])
+
+
+def refusal_of(capsys, folder, recordings, *options) -> str:
+    """The error of a command that changes nothing in the folder."""
+    before = contents_of(folder)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        simulate_into(folder, recordings, *options)
+    assert end.value.code == 2
+    assert contents_of(folder) == before
+    return capsys.readouterr().err
+
+
+def contents_of(folder) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def recordings_of(folder) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*_td.*"))
+
+
+def test_recordings_outside_the_set_are_refused_and_deleted_with_overwrite(tmp_path, capsys):
+    simulate_into(tmp_path, "train=3,val=1")
+    (tmp_path / "train" / "drive_td.raw").write_bytes(b"not simulated")
+    error = refusal_of(capsys, tmp_path, "train=1")
+    assert f"2 recordings outside this set, the first is {tmp_path}/train/train_001_td.raw" in error
+    assert "a larger number in --recordings to keep them, or --overwrite to delete them" in error
+    simulate_into(tmp_path, "train=1", "--seed", "5", "--overwrite")
+    assert f"{tmp_path}: deleted 2 recordings outside this set\n" in capsys.readouterr().out
+    assert recordings_of(tmp_path) == ["drive_td.raw", "train_000_td.raw", "val_000_td.raw"]
+    simulated = [path.name for path in (tmp_path / "train").glob("train_*")]
+    assert len(simulated) == 3  # events, boxes and parameters of train_000
+
+
+def test_a_recording_without_parameters_is_not_deleted(tmp_path, capsys):
+    simulate_into(tmp_path, "train=3")
+    (tmp_path / "train" / "train_002_simulation.json").unlink()
+    error = refusal_of(capsys, tmp_path, "train=1", "--overwrite")
+    assert "--overwrite does not delete it. Delete or move it" in error
+    assert "train_002_td.raw" in error
+
+
+def test_splits_of_one_domain_are_added_and_those_of_another_refused(tmp_path, capsys):
+    simulate_into(tmp_path, "train=1", "--noise-hz", "1")
+    simulate_into(tmp_path, "val=1", "--noise-hz", "1", "--seed", "3", "--format", "dat")
+    assert recordings_of(tmp_path) == ["train_000_td.raw", "val_000_td.dat"]
+    error = refusal_of(capsys, tmp_path, "test=1", "--domain", "night")
+    assert "2 recordings outside this set" in error
+    assert "the options of its domain.json, which has another domain" in error
+    simulate_into(tmp_path, "test=1", "--domain", "night", "--overwrite")
+    assert recordings_of(tmp_path) == ["test_000_td.raw"]
+    assert json.loads((tmp_path / "domain.json").read_text())["domain"] == "night"
+
+
+def test_a_domain_file_without_the_later_values_has_their_defaults(tmp_path):
+    simulated = SimulatedSet(tmp_path, {"val": 1}, domain=domain_of("night", SMALL, {}))
+    assert not simulated.has_other_domain()
+    simulated.write_domain()
+    stored = json.loads((tmp_path / "domain.json").read_text())
+    del stored["values"]["clutter"]
+    (tmp_path / "domain.json").write_text(json.dumps(stored))
+    assert not simulated.has_other_domain()
+    stored["values"]["clutter"] = 3
+    (tmp_path / "domain.json").write_text(json.dumps(stored))
+    assert simulated.has_other_domain()
+    (tmp_path / "domain.json").write_text("[]")
+    assert simulated.has_other_domain()
+
+
 def test_recordings_without_the_later_parameters_are_complete(tmp_path):
     (planned,) = SimulatedSet(tmp_path, {"val": 1}, config=SMALL).recordings()
     assert set(planned.parameters()) - set(planned.written_parameters()) == set(LATER_PARAMETERS)

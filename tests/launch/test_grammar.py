@@ -77,6 +77,7 @@ CORRECTIONS = [
     ("train model.fpn.in_stages=2,3,4", "train 'model.fpn.in_stages=[2,3,4]'"),
     # commands with options
     ("simulate out=raw seconds=3", "simulate raw --seconds 3"),
+    ("simulate out seed=1", "simulate out --seed 1"),
     ("simulate raw --seed 1 noise_hz=2", "simulate raw --seed 1 --noise-hz 2"),
     (
         "infer runs/a a.raw confidence=0.3 no_video=true",
@@ -127,6 +128,13 @@ RIGHT = [
     "export runs/tiny tiny.onnx",
     "convert rvt.ckpt out.safetensors --classes a,b",
     "simulate raw --recordings train=8,val=2",
+    # plain words that are also the name of a positional, an option or a flag
+    "simulate out --recordings train=8,val=2",
+    "simulate seed --recordings train=8,val=2",
+    "simulate overwrite --recordings train=8,val=2",
+    "infer runs/a recording --split=val",
+    "prep preview source a.png --split=val",
+    "labels pseudo runs/a source pseudo --split=train",
     "status runs",
     "completion bash",
 ]
