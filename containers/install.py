@@ -73,6 +73,7 @@ def dependencies(device: str) -> None:
             "torch",
             *project["dependencies"],
             *project["optional-dependencies"]["export"],
+            *project["optional-dependencies"]["search"],
         )
     )
     print(pip("check"))

@@ -45,7 +45,7 @@ class Container(Enum):
 
     none = "none"
     apptainer = "apptainer"  # image: a .sif file, or an address that apptainer can pull
-    pyxis = "pyxis"  # image: a .sqsh file, or a name that enroot imports
+    pyxis = "pyxis"  # image: a .sqsh file, or a name of a registry that enroot imports
 
 
 class CodeSource(Enum):
@@ -183,7 +183,7 @@ class ClusterConfig(SlurmConfig):
         require(
             (self.container is Container.none) == (not self.image),
             "cluster.container and cluster.image come together: container=apptainer "
-            "image=evspan.sif, or container=pyxis image=evspan.sqsh",
+            "image=/shared/evspan.sif, or container=pyxis image=/shared/evspan.sqsh",
         )
         _require_printable("image", self.image)
         for folder in self.after:

@@ -10,7 +10,7 @@ from evspan.conf.schema.cluster import ClusterConfig, Scheduler
 from evspan.conf.schema.prep import PrepConfig
 from evspan.conf.schema.training import EvaluateConfig, TrainConfig
 from evspan.launch.cli.grammar import evaluate_overrides, is_submission
-from evspan.launch.slurm.command_job import CommandJob, submit_command_job
+from evspan.launch.slurm.command_job import CommandJob, evaluation_mounts, submit_command_job
 from evspan.launch.sweep.registry import COMMANDS
 
 logger = logging.getLogger(__name__)
@@ -99,9 +99,10 @@ def _prep(words: _Words) -> CommandJob:
 
 def _evaluate(words: _Words) -> CommandJob:
     from evspan.conf.compose import compose
-    from evspan.launch.cli.run_defaults import run_config
+    from evspan.launch.cli.run_defaults import run_config, with_run_config
 
-    config = compose(EvaluateConfig, evaluate_overrides(words.argv[1:]))
+    overrides = evaluate_overrides(words.argv[1:])
+    config = compose(EvaluateConfig, overrides)
     if not config.checkpoint:
         raise ConfigError("name the run to evaluate: evspan submit evaluate RUN")
     checkpoint = Path(config.checkpoint)
@@ -123,6 +124,7 @@ def _evaluate(words: _Words) -> CommandJob:
         cpus=ranks * cluster.cpus_per_task,
         gpus=min(ranks, cluster.gpus_per_node),
         after=words.after,
+        mounts=evaluation_mounts(with_run_config(config, overrides)),
     )
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from evspan.conf.errors import (
     IO_EXIT_CODE,
@@ -15,7 +16,7 @@ from evspan.conf.errors import (
     one_line,
 )
 from evspan.conf.private_files import make_private_folder
-from evspan.conf.schema.cluster import Container
+from evspan.conf.schema.cluster import ClusterConfig, Container
 from evspan.conf.schema.training import TrainConfig
 from evspan.launch.logging_config import configure_logging
 from evspan.launch.search.files import SearchInfo
@@ -31,6 +32,19 @@ from evspan.launch.slurm.submitit_adapter import Executor, script_of
 logger = logging.getLogger(__name__)
 FOLDER = ".submitit/controller"  # in the sweep's folder: script and pickle
 LOG = "logs/search.log"  # in the sweep's folder
+# Options of the trials that the controller does not need, besides those that begin with "gpu".
+TRIAL_OPTIONS = (
+    "gres",
+    "gres-flags",
+    "exclusive",
+    "mem",
+    "mem-per-gpu",
+    "cpus-per-gpu",
+    "ntasks-per-gpu",
+    "tres-bind",
+    "tres-per-task",
+)
+PARTITION_OPTIONS = ("partition", "constraint", "exclude")  # of nodes of the trials' partition
 MOST_FAULTS = 20  # restarts after which an error of the code ends the job
 # A controller that was stopped or killed, or whose node failed, comes back; one that was cancelled
 # does not: SLURM would requeue it all the same.
@@ -127,12 +141,7 @@ def _executor(sweep: Path, config: TrainConfig, info: SearchInfo) -> Executor:
         cluster = replace(cluster, container=Container.none, image="", python="")
     python = job_python(cluster, plan_code(cluster, sweep))
     executor = Executor(sweep.absolute() / FOLDER, python=python.command)
-    parameters = sbatch_parameters(cluster)
-    parameters["cpus_per_task"] = 1
-    parameters["srun_args"] = ["--cpus-per-task=1"]
-    parameters.pop("mem", None)
-    if config.search.partition:
-        parameters["partition"] = config.search.partition
+    parameters = _controller_parameters(cluster, config.search.partition)
     executor.update_parameters(
         job_name=_name(sweep, info),
         nodes=1,
@@ -148,3 +157,25 @@ def _executor(sweep: Path, config: TrainConfig, info: SearchInfo) -> Executor:
         **parameters,
     )
     return executor
+
+
+def _controller_parameters(cluster: ClusterConfig, partition: str) -> dict[str, Any]:
+    """Parameters of the trials, without their GPUs, nodes and memory.
+
+    Args:
+        partition: of the controller; empty for that of the trials.
+    """
+    parameters = sbatch_parameters(cluster)
+    parameters["cpus_per_task"] = 1
+    parameters["srun_args"] = ["--cpus-per-task=1"]
+    parameters.pop("mem", None)
+    options = parameters["additional_parameters"]
+    for name in list(options):
+        if name in TRIAL_OPTIONS or name.startswith("gpu"):
+            del options[name]
+    if partition:
+        for name in PARTITION_OPTIONS:
+            parameters.pop(name, None)
+            options.pop(name, None)
+        parameters["partition"] = partition
+    return parameters

@@ -36,6 +36,7 @@ from evspan.pipeline.history import append, attempts, read, slurm_job
 from evspan.pipeline.run_lock import RunLock
 
 if TYPE_CHECKING:
+    from evspan.conf.schema.training import EvaluateConfig
     from evspan.launch.slurm.code_archive import CodeArchive
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class CommandJob:
         argv: the arguments of `evspan`.
         cpus, gpus: of the one node that the job gets.
         after: folders of what has to be done before.
+        mounts: further paths that a container mounts, such as datasets.
         any_end: whether runs that have failed count as done.
     """
 
@@ -67,7 +69,28 @@ class CommandJob:
     cpus: int = 1
     gpus: int = 0
     after: Sequence[str] = ()
+    mounts: Sequence[str] = ()
     any_end: bool = False
+
+
+def evaluation_mounts(config: "EvaluateConfig") -> list[str]:
+    """Paths for CommandJob.mounts: what an evaluation reads, and where it writes.
+
+    Args:
+        config: with the dataset of the checkpoint's run where none is given.
+    """
+    paths = [source.root for source in config.dataset.sources]
+    paths.append(config.checkpoint)
+    if config.output:
+        paths.append(_existing_folder(Path(config.output).absolute()))
+    return [str(Path(path).absolute()) for path in paths if path]
+
+
+def _existing_folder(path: Path) -> str:
+    """The path or the closest folder above it: a container cannot mount what does not exist."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return str(path)
 
 
 def submit_command_job(job: CommandJob) -> str:
@@ -134,7 +157,7 @@ def _script(job: CommandJob, scripts: Path, dependency: str, code: "CodeArchive 
     from evspan.launch.slurm.successor import path_lines, start_lines
 
     target = str(job.folder.absolute().parents[1])
-    python = job_python(job.cluster, code, [target, *job.after])
+    python = job_python(job.cluster, code, [target, *job.after, *job.mounts])
     chain = python.on_first_node("evspan.launch.slurm.chain", str(scripts / RULES))
     parameters = sbatch_parameters(job.cluster)
     parameters["cpus_per_task"] = job.cpus

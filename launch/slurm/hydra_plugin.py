@@ -7,9 +7,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evspan.conf.errors import ConfigError
 from evspan.conf.text import quote_override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
+from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 
 VERIFIED_VERSION = "1.2.0"
@@ -17,6 +19,8 @@ PLUGIN_MODULE = "hydra_plugins.evspan"  # Hydra instantiates launchers of hydra_
 CLUSTER_KEYS = {  # key of hydra-submitit-launcher -> key of our `cluster`
     "timeout_min": "timeout_min",
     "cpus_per_task": "cpus_per_task",
+    "gpus_per_node": "gpus_per_node",
+    "mem_gb": "mem_gb",
     "array_parallelism": "array_parallelism",
     "additional_parameters": "sbatch_args",
     "partition": "partition",
@@ -27,6 +31,19 @@ CLUSTER_KEYS = {  # key of hydra-submitit-launcher -> key of our `cluster`
     "gres": "gres",
     "signal_delay_s": "signal_delay_s",
     "setup": "setup",
+}
+KEYS_OF_YAML = ("submitit_folder", "name")  # conf/hydra/launcher/slurm.yaml sets them
+NODES_REMEDY = "leave it out: the number of nodes follows from parallel.ranks"
+# Keys of hydra-submitit-launcher without a counterpart -> what to do instead.
+REMEDIES = {
+    "nodes": NODES_REMEDY,
+    "tasks_per_node": f"{NODES_REMEDY} and cluster.ranks_per_node",
+    "gpus_per_task": "set cluster.gpus_per_node, of which each rank gets one",
+    "cpus_per_gpu": "set cluster.cpus_per_task, which counts per rank",
+    "mem_per_gpu": "set cluster.mem_gb, which counts per node",
+    "mem_per_cpu": "set cluster.mem_gb, which counts per node",
+    "max_num_timeout": "set cluster.max_retries: time limits requeue a run while it makes progress",
+    "stderr_to_stdout": "leave it out: both are always in one file",
 }
 
 
@@ -63,15 +80,36 @@ def register() -> None:
 
 
 def cluster_overrides(parameters: dict[str, Any]) -> list[str]:
-    """Overrides of `cluster` from the parameters of hydra-submitit-launcher."""
+    """Overrides of `cluster` from the parameters of hydra-submitit-launcher.
+
+    Raises:
+        ConfigError: a key is set that no key of `cluster` corresponds to.
+    """
+    _refuse_other_keys(parameters)
     overrides = []
     for name, key in CLUSTER_KEYS.items():
         value = parameters.get(name)
         if name == "additional_parameters" and value:
             value = _sbatch_args(value)
-        if value:
+        if value or value == 0:  # None, "" and empty lists leave the value of `cluster`
             overrides.append(f"cluster.{key}={_as_override(value)}")
     return overrides
+
+
+def _refuse_other_keys(parameters: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a key whose value would be dropped."""
+    defaults = vars(SlurmQueueConf())
+    for name, value in parameters.items():
+        if name in CLUSTER_KEYS or name in KEYS_OF_YAML or value == defaults.get(name):
+            continue
+        raise ConfigError(f"hydra.launcher.{name}={value} has no effect here; {_remedy(name)}")
+
+
+def _remedy(name: str) -> str:
+    """What to do instead of setting hydra.launcher.NAME."""
+    option = name.replace("_", "-")
+    as_argument = f"'+hydra.launcher.additional_parameters={{{option}: VALUE}}'"
+    return REMEDIES.get(name, f"if it is an option of sbatch, use {as_argument}")
 
 
 def _sbatch_args(parameters: Mapping[str, Any]) -> list[str]:

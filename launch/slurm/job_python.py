@@ -11,8 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evspan.conf.errors import ConfigError
 from evspan.conf.schema.cluster import ClusterConfig, Container, SlurmConfig
 from evspan.launch.slurm.code_archive import CodeArchive
+
+IMAGE_SUFFIXES = (".sqsh", ".squashfs")
+SEPARATORS = ",:"  # in a list of mounts; neither apptainer nor pyxis can quote them
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ def job_python(
     Args:
         code: is imported instead of the package that Python has installed.
         folders: that a container mounts besides the working folder and `cluster.mounts`.
+
+    Raises:
+        ConfigError: a container cannot mount one of the folders.
     """
     setup = ["export PYTHONSAFEPATH=1"]  # no modules of the working folder that have the same name
     if code is not None:
@@ -89,11 +96,12 @@ def _with_path(python: str, code: Path) -> str:
 def _in_container(cluster: ClusterConfig, folders: Sequence[str]) -> tuple[str, list[str]]:
     """Shell words before Python, and options of srun."""
     working_folder = os.getcwd()
+    _require_mountable(cluster.container, [working_folder, *folders])
     mounts = list(dict.fromkeys([working_folder, *folders, *cluster.mounts]))
     if cluster.container is Container.pyxis:
         pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
         srun_args = [
-            f"--container-image={cluster.image}",
+            f"--container-image={_pyxis_image(cluster.image)}",
             f"--container-mounts={pairs}",
             f"--container-workdir={working_folder}",
         ]
@@ -105,3 +113,24 @@ def _in_container(cluster: ClusterConfig, folders: Sequence[str]) -> tuple[str, 
         command += ["--bind", mount]
     command += ["--pwd", working_folder, cluster.image]
     return f"{shlex.join(command)} ", []
+
+
+def _pyxis_image(image: str) -> str:
+    """The image for pyxis, which imports a name that begins with neither `.` nor `/`."""
+    if image.endswith(IMAGE_SUFFIXES) or os.path.isfile(image):
+        return os.path.abspath(image)
+    return image
+
+
+def _require_mountable(container: Container, paths: Sequence[str]) -> None:
+    """Raises ConfigError for a path that would break a mount when the job starts."""
+    for path in paths:
+        for character in path:
+            # pyxis also writes the path into an fstab line, whose fields end at white space.
+            breaks_line = container is Container.pyxis and character.isspace()
+            if character in SEPARATORS or breaks_line:
+                raise ConfigError(
+                    f"{container.value} cannot mount {path}, which contains {character!r}. "
+                    "Rename the folder; or submit from another working folder, and give the run "
+                    "or the dataset by a symbolic link without that character"
+                )

@@ -68,6 +68,8 @@ class JobArray:
         """Python of the array's jobs, and of jobs that belong to them."""
         upstream = [str(Path(name).absolute()) for name in self.cluster.after]
         folders = [str(self.folder.parent), *_folders_of(self.runs), *upstream]
+        if self.smoke_of:
+            folders.append(self.smoke_of)  # gets an event in its history if the smoke run fails
         return job_python(self.cluster, self.code, folders)
 
 

@@ -4,6 +4,7 @@ Each adapter names the version that it was verified against. If one of these tes
 update, read the adapter and the library's changes, correct the adapter, and set the version.
 """
 
+import re
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from evspan.conf.errors import ConfigError
 from evspan.conf.schema.training import TrainConfig
 from evspan.launch.slurm import hydra_plugin, submitit_adapter
 from hydra.core.global_hydra import GlobalHydra
+from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf import OmegaConf
 
 
@@ -32,6 +34,12 @@ def test_the_installed_version_is_the_verified_one(package, verified):
 
 
 # -- Hydra ---------------------------------------------------------------------------------------
+@pytest.fixture(autouse=True, scope="module")
+def _schemas():
+    """Composing a config registers its schema, which these trees refer to."""
+    compose(TrainConfig, [])
+
+
 def test_a_composed_tree_has_no_node_of_hydra_and_leaves_no_state():
     raw = hydra_adapter.compose_tree("train", ["size=micro"], None)
     assert "hydra" not in raw
@@ -163,7 +171,8 @@ def test_its_parameters_become_keys_of_our_cluster():
         "setup": ["module load a", "it's"],
         "additional_parameters": {"mail-type": "END"},
         "account": None,
-        "nodes": 4,
+        "gpus_per_node": 8,
+        "mem_gb": 64,
     }
     overrides = hydra_plugin.cluster_overrides(parameters)
     config = compose(TrainConfig, ["cluster=slurm", *overrides])
@@ -172,3 +181,44 @@ def test_its_parameters_become_keys_of_our_cluster():
     assert config.cluster.setup == ["module load a", "it's"]
     assert config.cluster.sbatch_args == ["mail-type=END"]
     assert config.cluster.account == ""
+    assert config.cluster.gpus_per_node == 8
+    assert config.cluster.mem_gb == 64
+
+
+KEYS = vars(SlurmQueueConf()).keys() - {"_target_", *hydra_plugin.KEYS_OF_YAML}
+
+
+@pytest.mark.parametrize("name", sorted(KEYS))
+def test_each_key_of_its_launcher_is_forwarded_or_refused_with_a_remedy(name):
+    defaults = vars(SlurmQueueConf())
+    hydra_plugin.cluster_overrides(defaults)  # is not refused: a user has set none of them
+    value = {"a": 7} if name == "additional_parameters" else 7
+    try:
+        overrides = hydra_plugin.cluster_overrides({**defaults, name: value})
+    except ConfigError as error:
+        assert f"hydra.launcher.{name}=7" in str(error)
+        assert re.search("cluster|parallel|additional_parameters|leave it out", str(error))
+        return
+    assert any("7" in override for override in overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("comment", "'+hydra.launcher.additional_parameters={comment: VALUE}'"),
+        ("mem_per_gpu", "cluster.mem_gb"),
+        ("mem_per_cpu", "cluster.mem_gb"),
+        ("cpus_per_gpu", "cluster.cpus_per_task"),
+        ("gpus_per_task", "cluster.gpus_per_node"),
+        ("max_num_timeout", "cluster.max_retries"),
+        ("nodes", "parallel.ranks"),
+    ],
+)
+def test_a_key_that_would_be_dropped_names_its_remedy(name, remedy):
+    with pytest.raises(ConfigError, match=re.escape(remedy)):
+        hydra_plugin.cluster_overrides({name: 7})
+
+
+def test_no_gpus_of_its_launcher_replace_those_of_the_cluster():
+    overrides = hydra_plugin.cluster_overrides({"gpus_per_node": 0, "mem_gb": None})
+    assert overrides == ["cluster.gpus_per_node=0"]

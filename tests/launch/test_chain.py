@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from evspan.conf.compose import CONFIG_FILE, save_config
 from evspan.conf.errors import USER_ERROR_EXIT_CODE, UserError
 from evspan.conf.schema.cluster import ClusterConfig, Container, Scheduler
-from evspan.conf.schema.training import TrainConfig
+from evspan.conf.schema.training import EvaluateConfig, TrainConfig
 from evspan.launch.cli import submit
 from evspan.launch.cli.grammar import correct
 from evspan.launch.cli.main import options_of
@@ -20,7 +21,7 @@ from evspan.launch.search.files import SearchInfo, write_info
 from evspan.launch.slurm import client
 from evspan.launch.slurm.chain import Upstream, check, read_upstream, record, submission
 from evspan.launch.slurm.client import Queued
-from evspan.launch.slurm.command_job import CommandJob, submit_command_job
+from evspan.launch.slurm.command_job import CommandJob, evaluation_mounts, submit_command_job
 from evspan.launch.slurm.rank_task import RankNote, notes_folder, write_note
 from evspan.launch.slurm.requeue import (
     DO_NOT_REQUEUE,
@@ -465,6 +466,50 @@ def test_gpus_of_a_submitted_command_are_requested_once(tmp_path, gres, lines):
     )
     text = submit_command_job(CommandJob(tmp_path / "run/.jobs/x", ["evaluate"], cluster, gpus=1))
     assert [line for line in text.splitlines() if re.search("--(gres|gpus)", line)] == lines
+
+
+def test_the_container_of_an_evaluation_mounts_what_it_reads_and_writes(tmp_path):
+    config = EvaluateConfig(checkpoint=str(tmp_path / "run"), output=str(tmp_path / "out/new"))
+    config.dataset.root = str(tmp_path / "shards")
+    (tmp_path / "out").mkdir()
+    mounts = evaluation_mounts(config)
+    cluster = ClusterConfig(
+        scheduler=Scheduler.slurm,
+        dry_run=True,
+        container=Container.apptainer,
+        image="image.sif",
+        code="live",
+    )
+    job = CommandJob(tmp_path / "run/.jobs/x", ["evaluate"], cluster, mounts=mounts)
+    text = submit_command_job(job)
+    # The output is made in the job: what does not exist yet cannot be mounted.
+    for mount in ("run", "shards", "out"):
+        assert f"--bind {tmp_path / mount} " in text
+    assert "out/new" not in text
+
+
+def test_a_submitted_evaluation_mounts_the_dataset_of_its_run(tmp_path, capsys):
+    run = submitted_run(tmp_path / "run", "5", "start", "done")
+    config = TrainConfig()
+    config.dataset.root = str(tmp_path / "shards")
+    save_config(config, run / CONFIG_FILE)
+    words = ["evaluate", str(run), "cluster=slurm", "cluster.dry_run=true", "cluster.code=live"]
+    submit.main([*words, "cluster.container=apptainer", "cluster.image=image.sif"])
+    assert f"--bind {tmp_path / 'shards'} " in capsys.readouterr().out
+
+
+def test_the_container_of_a_smoke_run_mounts_the_run_that_waits_for_it(tmp_path):
+    """The decision on its end writes into that run's history."""
+    run = PlannedRun(tmp_path / "run", [], TrainConfig())
+    smoke = smoke_run(run)
+    cluster = ClusterConfig(
+        scheduler=Scheduler.slurm, container=Container.apptainer, image="image.sif"
+    )
+    folder = smoke.folder / ".submitit" / "1"
+    array = JobArray([smoke], cluster, 1, 1, folder, "evspan-x", smoke_of=str(run.folder))
+    assert f"--bind {run.folder} " in array.python().command
+    alone = replace(array, smoke_of="")
+    assert f"--bind {run.folder} " not in alone.python().command
 
 
 def test_a_submitted_command_needs_a_cluster(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """A search: ranges, the study, and a controller that is killed at every point."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from evspan.launch.search import run as search_run
 from evspan.launch.search import slurm_trials, values
 from evspan.launch.search.controller import Controller
 from evspan.launch.search.files import new_info, read_info, write_info
+from evspan.launch.search.job import controller_script
 from evspan.launch.search.run import SearchPlan, check_class
 from evspan.launch.search.study import JOURNAL, SearchStudy, importance
 from evspan.launch.search.trial_runs import Observation
@@ -438,6 +440,39 @@ def test_a_search_ends_where_no_job_is_accepted(tmp_path, without_pauses):
     jobs.most_running = 0
     with pytest.raises(UserError, match="QOSMaxSubmitJobPerUserLimit"):
         run_controller(tmp_path, jobs, lambda: None)
+
+
+@pytest.mark.parametrize("partition", ["", "cpu"])
+def test_the_controller_requests_no_gpus_and_no_nodes_of_the_trials(tmp_path, partition):
+    config = compose(
+        TrainConfig,
+        [
+            "cluster=slurm",
+            "cluster.partition=gpu",
+            "cluster.account=lab",
+            "cluster.gpus_per_node=4",
+            "cluster.gres='gpu:a100:4,nvme:1'",
+            "cluster.exclusive=true",
+            "cluster.constraint=a100",
+            "cluster.exclude=n07",
+            "cluster.gpu_bind=closest",
+            "cluster.mem_gb=400",
+            "cluster.sbatch_args=[gpus=4,gpu-freq=high,tres-per-task='gres/gpu:1',comment=x]",
+            f"search.partition={partition}",
+        ],
+    )
+    info = new_info(config.search, search_space(RANGES), 1, None)
+    text = controller_script(tmp_path / "sweep", config, info)
+    lines = [line for line in text.splitlines() if line.startswith(("#SBATCH", "srun"))]
+    assert not [line for line in lines if re.search("gres|gpu[s-]|tres|exclusive|--mem", line)]
+    assert "#SBATCH --account=lab" in lines
+    assert "#SBATCH --comment=x" in lines
+    of_trials = {"#SBATCH --constraint=a100", "#SBATCH --exclude=n07", "#SBATCH --partition=gpu"}
+    if partition:
+        assert "#SBATCH --partition=cpu" in lines
+        assert not of_trials & set(lines)
+    else:
+        assert of_trials <= set(lines)
 
 
 def test_a_search_waits_while_slurm_does_not_answer(tmp_path, without_pauses):

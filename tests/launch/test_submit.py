@@ -484,7 +484,7 @@ def test_a_container_is_one_key(tmp_path, container, image):
         assert "'my image.sif' python -u -m evspan.launch.slurm.submitted_task" in ranks
         assert f"--bind {run}" in ranks
     else:
-        assert "'--container-image=my image.sqsh'" in ranks
+        assert f"'--container-image={Path.cwd() / 'my image.sqsh'}'" in ranks
         assert f"{run}:{run},/data:/in" in ranks
         # The requeue command runs inside, too, also next to the ranks.
         assert "should_requeue() { srun --overlap --ntasks=1 --nodes=1 '--container-im" in text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -183,7 +184,65 @@ def test_a_container_imports_the_copy_too(checkout, tmp_path, monkeypatch):
     assert path == f"{code.folder}:/image"
     assert str(code.folder) in (programs / "apptainer.args").read_text().splitlines()
     pyxis = ClusterConfig(container=Container.pyxis, image="image.sqsh")
+    code = plan_code(pyxis, tmp_path / "run")
     assert f"{code.folder}:{code.folder}" in " ".join(job_python(pyxis, code).srun_args)
+
+
+@pytest.mark.parametrize(
+    ("image", "is_file", "expected"),
+    [
+        ("evspan.sqsh", False, "{cwd}/evspan.sqsh"),
+        ("images/evspan.squashfs", False, "{cwd}/images/evspan.squashfs"),
+        ("/shared/evspan.sqsh", False, "/shared/evspan.sqsh"),
+        ("evspan", True, "{cwd}/evspan"),
+        ("nvcr.io#nvidia/pytorch:25.01-py3", False, "nvcr.io#nvidia/pytorch:25.01-py3"),
+        ("ubuntu", False, "ubuntu"),
+    ],
+)
+def test_pyxis_reads_an_image_file_instead_of_importing_its_name(
+    tmp_path, monkeypatch, image, is_file, expected
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ubuntu").mkdir()  # a folder is no image
+    if is_file:
+        (tmp_path / image).touch()
+    cluster = ClusterConfig(container=Container.pyxis, image=image)
+    srun_args = job_python(cluster, None).srun_args
+    assert f"--container-image={expected.format(cwd=tmp_path)}" in srun_args
+
+
+@pytest.mark.parametrize(
+    ("container", "name", "character"),
+    [
+        (Container.apptainer, "a,b", ","),
+        (Container.apptainer, "12:30", ":"),
+        (Container.pyxis, "a,b", ","),
+        (Container.pyxis, "12:30", ":"),
+        (Container.pyxis, "two words", " "),
+    ],
+)
+def test_a_path_that_a_container_cannot_mount_is_refused(
+    tmp_path, monkeypatch, container, name, character
+):
+    cluster = ClusterConfig(container=container, image="image.sif")
+    folder = tmp_path / name
+    folder.mkdir()
+    message = re.escape(f"{container.value} cannot mount {folder}, which contains {character!r}")
+    with pytest.raises(ConfigError, match=message):
+        job_python(cluster, None, [str(folder)])
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match=message):
+        job_python(cluster, None)
+
+
+def test_mounts_of_the_cluster_keep_their_colon_and_apptainer_its_spaces(tmp_path):
+    mounts = ["/data:/inside"]
+    cluster = ClusterConfig(container=Container.apptainer, image="image.sif", mounts=mounts)
+    command = job_python(cluster, None, [str(tmp_path / "two words")]).command
+    assert "--bind /data:/inside" in command
+    assert f"--bind '{tmp_path / 'two words'}'" in command
+    pyxis = ClusterConfig(container=Container.pyxis, image="image.sqsh", mounts=mounts)
+    assert any(word.endswith(",/data:/inside") for word in job_python(pyxis, None).srun_args)
 
 
 @pytest.mark.slow

@@ -198,6 +198,25 @@ def test_every_installation_is_pinned():
     ]
 
 
+def test_an_image_can_export_and_search(tmp_path, monkeypatch):
+    """And the README collects wheels of the same extras for a machine without a network."""
+    install = installer()
+    calls = []
+
+    def pip(*args: str) -> str:
+        calls.append(args)
+        return '{"install": [{"metadata": {}}]}'
+
+    monkeypatch.setattr(install, "pip", pip)
+    monkeypatch.setattr(install, "wrong_build", lambda torch, device: "")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))  # whose packages it strips
+    monkeypatch.chdir(ROOT)
+    install.dependencies("cpu")
+    names = {Requirement(word).name for word in calls[2] if re.match(r"[a-z]", word)}
+    assert {"torch", "hydra-core", "onnx", "onnxruntime", "onnxscript", "optuna"} <= names
+    assert "torch '.[export,search]'" in (HERE / "README.md").read_text()
+
+
 def test_the_build_of_torch_is_read_from_its_metadata():
     wrong = installer().wrong_build
     installed_torch = importlib.metadata.metadata("torch").json
@@ -495,6 +514,7 @@ def wheels(tmp_path_factory) -> Path:
         if not r.marker
         or r.marker.evaluate({"extra": ""})
         or r.marker.evaluate({"extra": "export"})
+        or r.marker.evaluate({"extra": "search"})
     ]
     output_of(
         [
