@@ -9,9 +9,10 @@ from evspan.launch.cli.command import Parser, reported_errors
 
 DESCRIPTION = """Two evaluations of the same frames side by side, with intervals. Bootstrap samples
 of the recordings are drawn, the same ones for both, and scored. A difference is more than chance
-where its interval excludes 0 (marked *). Still are boxes slower than evaluation.still_speed for
-evaluation.still_s or more, moving the others; boxes of the other group, and detections of them,
-are ignored."""
+where its interval excludes 0 (marked *). Boxes are still if their object has been slower than
+evaluation.still_speed for evaluation.still_s or more, and moving if it has not. Boxes whose tracks
+do not show that (no track, or a single box) are in neither group. Boxes outside a group, and
+detections of them, are ignored."""
 EXAMPLES = """examples:
   evspan evaluate compare runs/baseline/evaluation-val runs/attention/evaluation-val
   evspan evaluate compare runs/a/evaluation runs/b/evaluation --resamples 5000 --json > a_b.json"""

@@ -270,6 +270,20 @@ class RecordingData:
         boxes: NDArray[Any] = rows[rows["class_id"] != IGNORE_CLASS]
         return boxes
 
+    def all_boxes(self) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """The boxes of all frames, in one read. No ignore regions.
+
+        Returns:
+            (m,) structured rows in the order of the frames; and (m,) index of each one's frame.
+
+        Raises:
+            ShardError: the stored boxes are damaged.
+        """
+        rows, counts = self.box_rows(0, self.frames)
+        frame = np.repeat(np.arange(self.frames), counts)
+        is_box = rows["class_id"] != IGNORE_CLASS
+        return rows[is_box], frame[is_box]
+
     def boxes_of(self, first: int, last: int) -> list[NDArray[Any]]:
         """Boxes of each frame from `first` to before `last`, then its ignore regions (class -1)."""
         rows, counts = self.box_rows(first, last)
@@ -489,15 +503,26 @@ def _class_table(
     return None if np.array_equal(table, np.arange(len(names))) else table
 
 
-def _require_same_frames(root: str, data: Dataset, other_root: str, other: Dataset) -> None:
-    values = asdict(data.frames)
-    others = asdict(other.frames)
-    if data.frames.downsample == other.frames.downsample == 1:  # without a method
-        others["downsample_by"] = values["downsample_by"]
-    differences = []
+def frame_differences(frames: FrameConfig, others: FrameConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings that make frames differ: key -> the values of both.
+
+    The method of downsampling counts only where frames are downsampled.
+    """
+    values = asdict(frames)
+    other_values = asdict(others)
+    if frames.downsample == others.downsample == 1:
+        del values["downsample_by"]
+    differences = {}
     for key, value in values.items():
-        if others[key] != value:
-            differences.append(f"frames.{key} {_setting(value)} and {_setting(others[key])}")
+        if other_values[key] != value:
+            differences[key] = (value, other_values[key])
+    return differences
+
+
+def _require_same_frames(root: str, data: Dataset, other_root: str, other: Dataset) -> None:
+    differences = []
+    for key, (value, other_value) in frame_differences(data.frames, other.frames).items():
+        differences.append(f"frames.{key} {_setting(value)} and {_setting(other_value)}")
     size = f"{data.height} x {data.width}"
     other_size = f"{other.height} x {other.width}"
     if size != other_size:

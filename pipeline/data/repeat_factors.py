@@ -43,12 +43,10 @@ def repeat_factors(data: Dataset, threshold: float, sequence_length: int) -> Rep
 
 def frame_classes(recording: RecordingData, num_classes: int) -> NDArray[np.bool_]:
     """(frames, num_classes) whether a labelled frame has a box of a class."""
-    rows, counts = recording.box_rows(0, recording.frames)
-    frame = np.repeat(np.arange(recording.frames), counts)
-    class_id = rows["class_id"]
-    kept = (class_id >= 0) & recording.labelled[frame]  # without ignore regions
+    boxes, frame = recording.all_boxes()
+    kept = recording.labelled[frame]
     present = np.zeros((recording.frames, num_classes), bool)
-    present[frame[kept], class_id[kept]] = True
+    present[frame[kept], boxes["class_id"][kept]] = True
     return present
 
 

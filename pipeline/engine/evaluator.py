@@ -16,7 +16,7 @@ from evspan.conf.schema.training import EvaluationConfig
 from evspan.conf.text import plural
 from evspan.data_prep.labels.box_files import write_boxes
 from evspan.data_prep.shards.format import load_manifest
-from evspan.pipeline.data.datasets import Dataset
+from evspan.pipeline.data.datasets import Dataset, frame_differences
 from evspan.pipeline.data.loader import ReadingStoppedError
 from evspan.pipeline.data.requirements import open_scored
 from evspan.pipeline.engine.meetings import PER_TIMEOUT, Meetings
@@ -164,13 +164,8 @@ def other_frames(weights: Weights, frames: FrameConfig) -> dict[str, list[Any]]:
 
     The number of bins is `check_dataset`'s.
     """
-    trained = plain(asdict(weights.frames))
-    evaluated = plain(asdict(frames))
-    if trained["downsample"] == evaluated["downsample"] == 1:  # without a method
-        trained["downsample_by"] = evaluated["downsample_by"]
-    return {
-        key: [value, evaluated[key]] for key, value in trained.items() if value != evaluated[key]
-    }
+    differences = frame_differences(weights.frames, frames)
+    return {key: plain(pair) for key, pair in differences.items()}
 
 
 def _warn_of_other_frames(weights: Weights, data: Dataset, root: str) -> None:

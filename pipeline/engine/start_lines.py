@@ -84,13 +84,12 @@ def _boxes(dataset: Dataset) -> str:
         return f"{total:,} of {classes}: {', '.join(dataset.classes[:CLASSES_SHOWN])}"
     counts = np.zeros(len(dataset.classes), np.int64)
     for recording in dataset.recordings:
-        rows, _ = recording.box_rows(0, recording.frames)
-        class_id = rows["class_id"]
-        counts += np.bincount(class_id[class_id >= 0], minlength=len(counts))
+        boxes, _ = recording.all_boxes()
+        counts += np.bincount(boxes["class_id"], minlength=len(counts))
     shown = [
         f"{name} {count:,}" for name, count in zip(dataset.classes, counts.tolist(), strict=True)
     ]
-    text = f"{total:,} of {classes}: {', '.join(shown[:CLASSES_SHOWN])}"
+    text = f"{counts.sum():,} of {classes}: {', '.join(shown[:CLASSES_SHOWN])}"
     return f"{text}, ..." if len(shown) > CLASSES_SHOWN else text
 
 

@@ -64,6 +64,7 @@ from evspan.pipeline.engine.step_report import (
 from evspan.pipeline.engine.time_account import TimeAccount
 from evspan.pipeline.engine.training_engine import TrainingEngine
 from evspan.pipeline.evaluation.coco import Metrics
+from evspan.pipeline.evaluation.protocol import protocol_of
 from evspan.pipeline.history import (
     Activity,
     append,
@@ -826,7 +827,8 @@ class Trainer:
                 return
             if self.probe_dataset is None:
                 self.probe_dataset = open_dataset(self.config.dataset, self.config.evaluation.split)
-            result = probe(weights, self.probe_dataset, self.config.evaluation, self.world.device)
+            evaluation = protocol_of(self.config.evaluation, self.probe_dataset)
+            result = probe(weights, self.probe_dataset, evaluation, self.world.device)
             if not stop_flag.is_set():
                 write_images(self.writer, result, batch, self.dataset.classes, self.step)
 

@@ -89,16 +89,16 @@ def breakdown(
     rest = np.where(speed < config.still_speed, moved.rest_s[kept], np.nan)
     scorer = Scorer(chosen, classes)
     names = {name: chosen.recording == i for i, name in enumerate(chosen.names)}
-    times = _bins(chosen.end_us / 1e6, config.time_bins_s, 0.0)
+    times = _bins(chosen.end_us / 1e6, config.time_bins_s)
     by_time = scorer.of_frames({str(i): inside for i, (_, inside) in enumerate(times)})
     class_scores = chosen.detections[:, 5].astype(np.float64)
     by_class_score = Scorer(chosen, classes, scores=class_scores).metrics()
     matrix = scorer.confusion(CONFUSION_IOU, config.confusion_threshold)
     by_speed = []
-    for edges, inside in _bins(speed, config.speed_bins, 0.0):
+    for edges, inside in _bins(speed, config.speed_bins):
         by_speed.append(edges | scorer.of_group(inside))
     by_rest = []
-    for edges, inside in _bins(rest, config.rest_bins_s, 0.0):
+    for edges, inside in _bins(rest, config.rest_bins_s):
         by_rest.append(edges | scorer.of_group(inside))
     return Breakdown(
         per_recording=scorer.of_frames(names),
@@ -130,9 +130,9 @@ def _roots(frames: LabelledFrames) -> dict[str, NDArray[np.bool_]]:
 
 
 def _bins(
-    values: NDArray[np.float64], edges: Sequence[float], first: float
+    values: NDArray[np.float64], edges: Sequence[float]
 ) -> list[tuple[Values, NDArray[np.bool_]]]:
-    """Half-open bins from `first` over the edges to infinity; nan is in none.
+    """Half-open bins from 0 over the edges to infinity; nan is in none.
 
     Args:
         values: (n,).
@@ -141,7 +141,7 @@ def _bins(
         Per bin its `from` and `to`, and the values (n,) inside.
     """
     bins: list[tuple[Values, NDArray[np.bool_]]] = []
-    for low, high in pairwise([first, *edges, np.inf]):
+    for low, high in pairwise([0.0, *edges, np.inf]):
         span: Values = {"from": low, "to": None if high == np.inf else high}
         bins.append((span, (values >= low) & (values < high)))
     return bins

@@ -274,7 +274,7 @@ class Scorer:
         if not len(self.frames):
             return np.zeros((len(self.classes) + 1,) * 2, np.int64)
         if len(self.frames.regions):
-            kept = ~only_in_regions(self.frames, iou, threshold)
+            kept = ~only_in_regions(self.frames, iou, threshold, MOST_DETECTIONS[-1])
             every_frame = np.ones(len(self.frames), bool)
             every_box = np.ones(len(self.frames.boxes), bool)
             without = replace(

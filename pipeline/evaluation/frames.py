@@ -22,8 +22,8 @@ REGION_ARRAYS = ("regions", "region_frame")  # not in files of earlier versions
 class LabelledFrames:
     """F labelled frames with M boxes and K detections.
 
-    Frames are sorted by recording, then by time; boxes and detections are in the order of their
-    frames.
+    Frames are sorted by recording, then by time; boxes, detections and ignore regions are in the
+    order of their frames.
 
     Attributes:
         names: of the recordings.
@@ -134,16 +134,24 @@ def scored(
         The frames that are scored, and which boxes (M,) are among them.
     """
     rows = frames.detections
-    boxes = _large_enough(frames.boxes["w"], frames.boxes["h"], config)
-    detections = _large_enough(rows[:, 2] - rows[:, 0], rows[:, 3] - rows[:, 1], config)
+    boxes = large_enough(frames.boxes["w"], frames.boxes["h"], config)
+    detections = large_enough(rows[:, 2] - rows[:, 0], rows[:, 3] - rows[:, 1], config)
     late = frames.end_us > 1000 * config.skip_first_ms
     if config.skip_empty_frames:
         late &= np.bincount(frames.box_frame[boxes], minlength=len(frames)) > 0
     return frames.only(late, boxes, detections), boxes & late[frames.box_frame]
 
 
-def _large_enough(w: NDArray[Any], h: NDArray[Any], config: EvaluationConfig) -> NDArray[np.bool_]:
-    """(n,) for widths and heights (n,) in pixels. A minimum of None is none."""
+def large_enough(w: NDArray[Any], h: NDArray[Any], config: EvaluationConfig) -> NDArray[np.bool_]:
+    """Which boxes have a size that is scored.
+
+    Args:
+        w, h: (n,) in pixels of the stored frames.
+        config: from `protocol_of`; a minimum of None is none.
+
+    Returns:
+        (n,).
+    """
     is_side_long = np.minimum(w, h) >= (config.min_side or 0)
     is_diagonal_long = np.hypot(w, h) >= (config.min_diagonal or 0)
     result: NDArray[np.bool_] = is_side_long & is_diagonal_long

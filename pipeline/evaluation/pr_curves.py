@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from evspan.pipeline.evaluation.coco import EVERY, IOU50, Scorer
+from evspan.pipeline.evaluation.bootstrap import match_detections
+from evspan.pipeline.evaluation.coco import EVERY, IOU50
 from evspan.pipeline.evaluation.frames import LabelledFrames
 from numpy.typing import NDArray
 
@@ -36,24 +37,18 @@ class PrCurve:
 
 def pr_curves(frames: LabelledFrames, classes: Sequence[str]) -> dict[str, PrCurve]:
     """The curve of each class that has boxes, by name."""
-    total = np.bincount(frames.boxes["class_id"].astype(np.int64), minlength=len(classes))
-    if not total.any():
+    if not len(frames.boxes):
         return {}
     # A detection of a higher score is matched first, so those above any threshold are matched as if
     # there were no others.
-    scores: list[list[float]] = [[] for _ in classes]
-    hits: list[list[bool]] = [[] for _ in classes]
-    for matched in Scorer(frames, classes).matched(areas=[EVERY]).eval_imgs:
-        if matched is not None:
-            counts = ~np.array(matched["dtIgnore"][IOU50], bool)  # not those in ignore regions
-            k = matched["category_id"] - 1
-            scores[k] += np.array(matched["dtScores"], float)[counts].tolist()
-            hits[k] += np.array(matched["dtMatched"][IOU50], bool)[counts].tolist()
+    (by_class,) = match_detections(frames, classes, None, [EVERY])
     curves = {}
-    for k, name in enumerate(classes):
-        if total[k]:
-            of_class = np.array(scores[k], float)
-            curves[name] = _curve(of_class, np.array(hits[k], bool), int(total[k]))
+    for name, detections in zip(classes, by_class, strict=True):
+        num_boxes = int(detections.boxes.sum())
+        if num_boxes:
+            counts = ~detections.ignored[IOU50]  # not those in ignore regions
+            hits = detections.matched[IOU50][counts]
+            curves[name] = _curve(detections.scores[counts], hits, num_boxes)
     return curves
 
 

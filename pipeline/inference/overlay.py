@@ -70,8 +70,12 @@ class Overlay:
         if labels.size:
             self.legend.append(("labels", LABEL_COLOR))
 
-    def draw(self, item: Detected) -> RGB:
-        """Draws a frame, enlarged up to VIDEO_WIDTH.
+    def draw(self, item: Detected, first_us: int) -> RGB:
+        """Draws a frame, enlarged up to VIDEO_WIDTH, with the time since the first event.
+
+        Args:
+            item: its end is in the recording's clock, as are the labels.
+            first_us: time of the recording's first event in that clock.
 
         Returns:
             (H, W, 3) uint8, or side by side (H, 2 * W + DIVIDER_WIDTH, 3).
@@ -88,7 +92,7 @@ class Overlay:
         names = [self._name(box) for box in detected]
         colors = [class_color(int(box["class_id"])) for box in detected]
         image = draw_boxes(image, corners * upscale, names, colors=colors)
-        image = draw_label(image, f"{item.end_us / 1e6:.2f} s")
+        image = draw_label(image, f"{(item.end_us - first_us) / 1e6:.2f} s")
         image = draw_legend(image, self.legend)
         if not self.side_by_side:
             return image

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from evspan.conf.errors import UserError
 from evspan.conf.progress import progress
-from evspan.conf.schema.prep import FrameConfig
 from evspan.conf.schema.training import DeviceKind
 from evspan.conf.text import plural
 from evspan.data_prep.draw import AnimationWriter
@@ -26,7 +25,7 @@ from evspan.pipeline.inference.detect import (
 from evspan.pipeline.inference.options import InferOptions, RecordingFiles, RecordingSummary
 from evspan.pipeline.inference.overlay import Overlay
 from evspan.pipeline.inference.precision import parse_precision
-from evspan.pipeline.inference.sources import FrameSource, open_source
+from evspan.pipeline.inference.sources import FrameSource, num_windows, open_source
 from evspan.pipeline.inference.tracks import DetectionTracker
 from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
 from evspan.pipeline.inference.writers import CsvFile, DetectionsFile, JsonLines
@@ -48,7 +47,7 @@ def infer_recordings(options: InferOptions) -> Iterator[RecordingSummary]:
             others are done, recordings that could not be read.
     """
     weights = open_weights(options.checkpoint, raw=options.weights == "raw")
-    if options.seconds is not None and not _num_windows(options.seconds, weights.frames):
+    if options.seconds is not None and not num_windows(options.seconds, weights.frames):
         raise UserError(
             f"{options.seconds:g} seconds are less than a window of {weights.frames.window_ms} ms; "
             "read a longer part"
@@ -99,10 +98,6 @@ def choose_device(name: str | None) -> torch.device:
         ) from error
 
 
-def _num_windows(seconds: float, config: FrameConfig) -> int:
-    return round(1000 * seconds / config.window_ms)
-
-
 def _infer(
     files: RecordingFiles,
     weights: Weights,
@@ -120,10 +115,7 @@ def _infer(
     began = time.perf_counter()
     with ExitStack() as stack:
         writers = _Writers(files, source, weights, options, clock, stack)
-        frames = source.frames(
-            _num_windows(options.start_s, config),
-            None if options.seconds is None else _num_windows(options.seconds, config),
-        )
+        frames = source.frames(options.start_s, options.seconds)
         decoded = prefetch(clock.each("decoding", frames), options.frames_per_call)
         detected = detect(
             detector,
@@ -177,6 +169,7 @@ class _Writers:
         clock: WorkTimer,
         stack: ExitStack,
     ) -> None:
+        self.source = source
         self.clock = clock
         enter = stack.enter_context
         self.detections = enter(closing(DetectionsFile(enter(atomic_write(files.detections)))))
@@ -217,4 +210,4 @@ class _Writers:
             table.add(item)
         if self.animation:
             with self.clock("drawing"):
-                self.animation.add(self.overlay.draw(item))
+                self.animation.add(self.overlay.draw(item, self.source.first_us))

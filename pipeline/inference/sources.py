@@ -1,7 +1,6 @@
 """Where `evspan infer` gets frames from: the events of a recording, or prepared shards."""
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +11,7 @@ from evspan.data_prep.frames.histogram import frame_size
 from evspan.data_prep.frames.stream import Frame, follow, windows
 from evspan.data_prep.labels.box_files import RAW_BOX, read_boxes
 from evspan.data_prep.recordings.open import open_recording
-from evspan.pipeline.data.datasets import RecordingData, open_dataset
+from evspan.pipeline.data.datasets import RecordingData, frame_differences, open_dataset
 from evspan.pipeline.inference.options import InferOptions, RecordingFiles
 from numpy.typing import NDArray
 
@@ -24,6 +23,7 @@ class FrameSource(Protocol):
 
     Attributes:
         height, width: of the sensor, in pixels.
+        first_us: time of the first event, in the sensor's clock; once a frame was read.
         events: that were read so far.
         dropped: events left out or mended, by reason.
         labels: the file with its boxes; None: there are none.
@@ -32,6 +32,11 @@ class FrameSource(Protocol):
     height: int
     width: int
     labels: Path | None
+
+    @property
+    def first_us(self) -> int:
+        """See above."""
+        ...
 
     @property
     def events(self) -> int:
@@ -43,8 +48,13 @@ class FrameSource(Protocol):
         """See above."""
         ...
 
-    def frames(self, skip: int, limit: int | None) -> Iterator[Frame]:
-        """The frames from `skip` on, at most `limit`."""
+    def frames(self, start_s: float, seconds: float | None) -> Iterator[Frame]:
+        """The frames of a part of the recording, in whole windows.
+
+        Args:
+            start_s: seconds after the first event.
+            seconds: length of the part; None: to the end.
+        """
         ...
 
     def boxes(self) -> NDArray[np.void]:
@@ -61,6 +71,11 @@ def open_source(files: RecordingFiles, config: FrameConfig, options: InferOption
     if files.key:
         return StoredFrames(files, config, options)
     return EventFrames(files, config, options)
+
+
+def num_windows(seconds: float, config: FrameConfig) -> int:
+    """The nearest number of whole windows."""
+    return round(1000 * seconds / config.window_ms)
 
 
 class EventFrames:
@@ -85,6 +100,11 @@ class EventFrames:
             )
 
     @property
+    def first_us(self) -> int:
+        """See `FrameSource`."""
+        return self.recording.first_us
+
+    @property
     def events(self) -> int:
         """See `FrameSource`."""
         return self.recording.events
@@ -94,8 +114,10 @@ class EventFrames:
         """See `FrameSource`."""
         return dict(self.recording.dropped)
 
-    def frames(self, skip: int, limit: int | None) -> Iterator[Frame]:
+    def frames(self, start_s: float, seconds: float | None) -> Iterator[Frame]:
         """See `FrameSource`."""
+        skip = num_windows(start_s, self.config)
+        limit = None if seconds is None else num_windows(seconds, self.config)
         return windows(self.recording, self.config, skip=skip, limit=limit)
 
     def boxes(self) -> NDArray[np.void]:
@@ -113,13 +135,15 @@ class StoredFrames:
             raise UserError(f"{root} is a folder of shards, which does not grow; omit --follow")
         split, _, self.name = files.key.partition("/")
         data = open_dataset(DatasetConfig(root=str(root)), split)
-        if data.frames != config:
+        if frame_differences(data.frames, config):
             raise UserError(
                 f"{root} was prepared with {data.frames}, and {options.checkpoint} takes {config}. "
                 "Give the recordings, or prepare them with its frames"
             )
         self.root = root
         self.data: RecordingData = next(r for r in data.recordings if r.name == self.name)
+        self.first_us = self.data.clock_us
+        self.window_us = config.window_us
         self.downsample = config.downsample
         self.height = data.height * config.downsample
         self.width = data.width * config.downsample
@@ -127,17 +151,31 @@ class StoredFrames:
         self.events = 0
         self.dropped: dict[str, int] = {}
 
-    def frames(self, skip: int, limit: int | None) -> Iterator[Frame]:
-        """See `FrameSource`."""
-        if skip >= self.data.frames:
+    def frames(self, start_s: float, seconds: float | None) -> Iterator[Frame]:
+        """See `FrameSource`. Windows differ in length, so their times count, not their number."""
+        first = self._first_frame(1e6 * start_s)
+        if first >= self.data.frames:
             raise UserError(
                 f"{self.name} in {self.root} has {self.data.frames} frames; begin earlier"
             )
-        return islice(self._from(skip), limit)
+        last = self.data.frames
+        if seconds is not None:
+            begin_us = self.data.end_us[first] - self.window_us
+            last = self._num_ended(begin_us + 1e6 * seconds + self.window_us / 2)
+        return self._between(first, last)
 
-    def _from(self, skip: int) -> Iterator[Frame]:
-        for first in range(skip, self.data.frames, FRAMES_AT_ONCE):
-            last = min(first + FRAMES_AT_ONCE, self.data.frames)
+    def _first_frame(self, start_us: float) -> int:
+        """Index of the first frame that begins at most half a window before this time."""
+        if start_us <= self.window_us / 2:  # the first window may begin before the first event
+            return 0
+        return int(np.searchsorted(self.data.end_us, start_us + self.window_us / 2))
+
+    def _num_ended(self, time_us: float) -> int:
+        return int(np.searchsorted(self.data.end_us, time_us, side="right"))
+
+    def _between(self, start: int, stop: int) -> Iterator[Frame]:
+        for first in range(start, stop, FRAMES_AT_ONCE):
+            last = min(first + FRAMES_AT_ONCE, stop)
             ends = self.data.end_us[first:last] + self.data.clock_us
             for end_us, frame in zip(ends, self.data.read(first, last), strict=True):
                 self.events += int(frame.sum(dtype=np.int64))

@@ -76,6 +76,16 @@ def raw_boxes(
     return boxes
 
 
+def of_named_classes(rows: NDArray[np.float32], classes: Sequence[str]) -> NDArray[np.float32]:
+    """The detections of classes that have a name; a head may have more classes.
+
+    Args:
+        rows: (k, 7), the last column is the class id.
+        classes: names of class 0, 1, ...
+    """
+    return rows[rows[:, 6] < len(classes)]
+
+
 class _Chunk(NamedTuple):
     """Frames [first, last) of a recording."""
 
@@ -99,7 +109,7 @@ def evaluate_split(
     stop_requested: Callable[[], bool] | None = None,
     between_chunks: Callable[[], None] = lambda: None,
 ) -> list[RecordingResult]:
-    """Detects on the labelled frames of some recordings of a dataset.
+    """Detects on the labelled frames of some recordings of a dataset, objects of its classes.
 
     Every frame passes through the network; the state is zero before the first of a recording.
     Threads read the next chunks meanwhile. The host waits once per chunk, for the detections of
@@ -135,11 +145,11 @@ def evaluate_split(
             decoded = detector.decode(raw, data.height, data.width)
             current = (chunks, PendingDetections(decoded, limits))
             if before is not None:
-                _add_results(results, *before)
+                _add_results(results, *before, data.classes)
             before = current
             bar.advance()
     if before is not None:
-        _add_results(results, *before)
+        _add_results(results, *before, data.classes)
     return list(results.values())
 
 
@@ -213,7 +223,10 @@ def _labels(chunks: _Chunks, length: int) -> BatchLabels:
 
 
 def _add_results(
-    results: dict[str, RecordingResult], chunks: _Chunks, pending: PendingDetections
+    results: dict[str, RecordingResult],
+    chunks: _Chunks,
+    pending: PendingDetections,
+    classes: Sequence[str],
 ) -> None:
     """Adds the detections of the labelled frames, which are in (t, lane) order."""
     rows = iter(pending.read())
@@ -227,7 +240,7 @@ def _add_results(
                 result = results[chunk.recording.name]
                 result.frames.append(frame)
                 result.boxes.append(boxes_of_chunk[t])
-                result.detections.append(next(rows).numpy())
+                result.detections.append(of_named_classes(next(rows).numpy(), classes))
 
 
 def labelled(results: Sequence[RecordingResult], data: Dataset) -> LabelledFrames:

@@ -11,7 +11,7 @@ from evspan.conf.schema.training import Precision
 from evspan.conf.text import printable
 from evspan.data_prep.frames.stream import EventSource, as_recording, follow, windows
 from evspan.data_prep.recordings.arrays import ArrayRecording
-from evspan.pipeline.inference.detect import WorkTimer, detect
+from evspan.pipeline.inference.detect import WorkTimer, class_name, detect
 from evspan.pipeline.inference.options import InferOptions
 from evspan.pipeline.inference.precision import cast_weights, float32_kernels, run_precision
 from evspan.pipeline.inference.streaming_detector import StreamingDetector, StreamingOptions
@@ -90,6 +90,10 @@ class TrainedDetector(Detector):
             dtype = weight.dtype
         return super().initial_state(batch, height, width, device=device, dtype=dtype)
 
+    def class_name(self, class_id: int) -> str:
+        """The name of a class, "class 3" for one of the head that has none."""
+        return class_name(self.classes, class_id)
+
     def stream(
         self,
         source: EventSource,
@@ -111,7 +115,7 @@ class TrainedDetector(Detector):
         >>> detector = load_detector("runs/base")
         >>> for time_us, detections in detector.stream("drive.raw", confidence_threshold=0.3):
         ...     for box in detections:
-        ...         print(time_us, detector.classes[box["class_id"]], box["x"], box["y"])
+        ...         print(time_us, detector.class_name(box["class_id"]), box["x"], box["y"])
 
         Args:
             source: the path of a recording of any format; or an iterable of blocks of events in the

@@ -32,7 +32,7 @@ from evspan.data_prep.shards.atomic import atomic_write
 from evspan.data_prep.shards.format import MANIFEST, SPLITS
 from evspan.pipeline.inference.detect import clip_boxes
 from evspan.pipeline.inference.recordings import choose_device
-from evspan.pipeline.inference.streaming import raw_boxes
+from evspan.pipeline.inference.streaming import of_named_classes, raw_boxes
 from evspan.pipeline.inference.streaming_detector import StreamingDetector, StreamingOptions
 from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
 from evspan.pipeline.model.detector import Detector
@@ -369,7 +369,7 @@ def _by_certainty(
     uncertain = [empty_boxes()]
     for i in np.flatnonzero(~labelled).tolist():
         rows = merge_directions(detected.forward[i], detected.backward[i], filters.nms_iou)
-        rows = rows[rows[:, 6] < len(detector.classes)]  # a head may have more
+        rows = of_named_classes(rows, detector.classes)
         is_sure = is_certain(rows, objectness, class_score)
         for mask, parts in ((is_sure, certain), (~is_sure, uncertain)):
             boxes = raw_boxes([detected.end_us[i]], [rows[mask]], detector.frames.downsample)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from evspan.conf.schema.training import EvaluationConfig
 from evspan.pipeline.data.datasets import Dataset, RecordingData
+from evspan.pipeline.evaluation.frames import large_enough
+from evspan.pipeline.inference.streaming import of_named_classes
 from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
 from evspan.pipeline.model.attention import (
     EventTemporalAttention,
@@ -65,14 +67,20 @@ def choose_frames(
 ) -> list[tuple[RecordingData, int]]:
     """Labelled frames with boxes that the protocol scores, evenly spaced; the same at every call.
 
+    Args:
+        config: from `protocol_of`.
+
     Returns:
         At most `count` pairs of a recording and the index of a frame.
     """
     candidates = []
     for recording in data.recordings:
-        has_boxes = np.diff(recording.box_start) > 0
-        is_scored = recording.end_us > 1000 * config.skip_first_ms
-        for frame in np.flatnonzero(recording.labelled & has_boxes & is_scored):
+        boxes, frame_of_box = recording.all_boxes()
+        is_scored = large_enough(boxes["w"], boxes["h"], config)
+        has_boxes = np.zeros(recording.frames, bool)
+        has_boxes[frame_of_box[is_scored]] = True
+        is_late = recording.end_us > 1000 * config.skip_first_ms
+        for frame in np.flatnonzero(recording.labelled & has_boxes & is_late):
             candidates.append((recording, int(frame)))
     count = min(count, len(candidates))
     return [candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count)]
@@ -137,7 +145,7 @@ def _probe_frame(
         int(recording.end_us[index]),
         frames[-1],
         recording.boxes(index),
-        rows.cpu().numpy(),
+        of_named_classes(rows.cpu().numpy(), data.classes),
         maps,
         strides={name: detector.strides[_scale_index(name)] for name in maps},
     )

@@ -22,7 +22,6 @@ from evspan.pipeline.tensorboard.images import GREEN, NUM_TILES, tiled, upscale_
 from numpy.typing import NDArray
 
 TURN = 2 / 3  # of the largest angle, in the examples
-IGNORE = "ignored"
 
 
 def augmentation_examples(
@@ -97,9 +96,10 @@ def example_tiles(dataset: Dataset, config: AugmentationConfig) -> list[RGB]:
 def _frame_with_boxes(dataset: Dataset) -> tuple[RecordingData, int] | None:
     """The frame with the most boxes, in the first recording that has any."""
     for recording in dataset.recordings:
-        boxes = np.diff(recording.box_start) * recording.labelled
-        if boxes.any():
-            return recording, int(boxes.argmax())
+        _, frame_of_box = recording.all_boxes()
+        num_boxes = np.bincount(frame_of_box, minlength=recording.frames) * recording.labelled
+        if num_boxes.any():
+            return recording, int(num_boxes.argmax())
     return None
 
 
@@ -128,7 +128,7 @@ def _tile(
     """A frame (C, H, W) with its boxes (n, 5) class, cx, cy, w, h and a label."""
     class_ids, cx, cy, w, h = boxes.T
     corners = np.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), axis=1)
-    names = [classes[int(k)] if k >= 0 else IGNORE for k in class_ids]
+    names = [classes[int(k)] for k in class_ids]
     rgb = draw_boxes(frame_to_rgb(frame), corners, names, GREEN, upscale_of(frame))
     return draw_label(rgb, label)
 

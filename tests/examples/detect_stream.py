@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     for time_us, detections in stream:
         for box in detections:
-            name = detector.classes[box["class_id"]]
+            name = detector.class_name(box["class_id"])
             x, y, w, h = (round(float(box[side])) for side in "xywh")
             print(f"{time_us} us: {name} {box['class_confidence']:.2f} at {x}, {y}, {w} x {h}")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from evspan.conf.schema.prep import DatasetConfig, frame_config
+from evspan.conf.schema.prep import DatasetConfig, DatasetRoot, frame_config
 from evspan.conf.schema.training import (
     BackboneConfig,
     EvaluationConfig,
@@ -19,6 +19,7 @@ from evspan.data_prep.shards.format import BOX
 from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.inference.streaming import evaluate_split
 from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.tensorboard import images
 from evspan.pipeline.tensorboard.attention_probe import (
     ProbeFrame,
     ProbeResult,
@@ -57,9 +58,19 @@ def weights_of(config, opened=0.5):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = write_small_shards(tmp_path_factory.mktemp("data") / "shards", {"val": [12, 7, 5]})
+def root(tmp_path_factory):
+    return write_small_shards(tmp_path_factory.mktemp("data") / "shards", {"val": [12, 7, 5]})
+
+
+@pytest.fixture(scope="module")
+def data(root):
     return open_dataset(DatasetConfig(root=str(root)), "val")
+
+
+def mapped(root, **class_map):
+    """The split with other classes."""
+    source = DatasetRoot(root=str(root), class_map=class_map)
+    return open_dataset(DatasetConfig(roots=[source]), "val")
 
 
 def test_hooks_record_what_features_are_multiplied_with():
@@ -139,6 +150,42 @@ def test_probe_frames_are_labelled_ones_with_boxes_spread_over_recordings(data):
         ("val_000", 11)
     ]
     assert choose_frames(data, EvaluationConfig(skip_first_ms=5000)) == []
+
+
+def test_probe_frames_have_boxes_that_the_class_map_and_the_filter_of_sizes_leave(root, data):
+    balls = mapped(root, box=None, bar="ignore")
+    expected = []
+    for recording in balls.recordings:
+        with_boxes = [f for f in range(recording.frames) if len(recording.boxes(f))]
+        expected += [(recording.name, f) for f in with_boxes]
+    stored = sum(int((np.diff(r.box_start) > 0).sum()) for r in balls.recordings)
+    assert 0 < len(expected) < stored
+    every = [(r.name, f) for r, f in choose_frames(balls, EVERYTHING, count=100)]
+    assert every == expected
+    sides = np.concatenate([r.all_boxes()[0]["w"] for r in data.recordings])
+    config = replace(EVERYTHING, min_side=float(np.median(sides)))
+    large = choose_frames(data, config, count=100)
+    assert 0 < len(large) < len(choose_frames(data, EVERYTHING, count=100))
+    for r, f in large:
+        boxes = r.boxes(f)
+        assert (np.minimum(boxes["w"], boxes["h"]) >= config.min_side).any()
+
+
+def test_detections_of_classes_without_a_name_are_neither_kept_nor_drawn(root, data, monkeypatch):
+    monkeypatch.setattr(images, "SHOWN_CONFIDENCE", 0.2)
+    weights = weights_of(model())
+    every = probe(weights, data, EVERYTHING, CPU)
+    unnamed = np.concatenate([frame.detections for frame in every.frames])
+    unnamed = unnamed[unnamed[:, 6] > 0]
+    assert (unnamed[:, 4] * unnamed[:, 5]).max() > 0.2  # would be drawn
+    one_class = mapped(root, box="ball", bar="ball")
+    weights = replace(weights, classes=one_class.classes)
+    result = probe(weights, one_class, EVERYTHING, CPU)
+    for frame, with_all in zip(result.frames, every.frames, strict=True):
+        named = with_all.detections[with_all.detections[:, 6] == 0]
+        np.testing.assert_array_equal(frame.detections, named)
+    assert sum(len(frame.detections) for frame in result.frames)
+    assert probe_image(result, ["ball"]) is not None
 
 
 def test_the_probe_detects_what_evaluation_detects_and_leaves_no_trace(data):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from evspan.conf.compose import compose
 from evspan.conf.errors import ConfigError
-from evspan.conf.schema.prep import DatasetConfig, DatasetKind
+from evspan.conf.schema.prep import DatasetConfig, DatasetKind, DatasetRoot
 from evspan.conf.schema.training import (
     AugmentationConfig,
     Sampling,
@@ -476,6 +476,17 @@ def test_the_first_images_show_every_augmentation_of_a_preset_with_boxes(data, p
     shown = first_batch_tiles(loader, 0)
     assert len(shown) == 6
     assert sum((tile == GREEN).all(-1).sum() > 100 for tile in shown) > 2
+
+
+def test_the_first_images_show_boxes_that_the_class_map_leaves(shards, data):
+    boxes, _ = data.recordings[0].all_boxes()
+    names = {CLASSES[class_id] for class_id in boxes["class_id"]}
+    source = DatasetRoot(root=str(shards), class_map=dict.fromkeys(names))
+    rest = open_dataset(DatasetConfig(roots=[source]), "train")
+    assert not len(rest.recordings[0].all_boxes()[0])
+    config = compose(TrainConfig, ["augmentation=none"]).training.augmentation
+    (tile,) = example_tiles(rest, config)
+    assert (tile == GREEN).all(-1).sum() > 100
 
 
 def test_no_operator_mixes_devices(data):

@@ -31,6 +31,7 @@ from evspan.pipeline.data.plan import Part, SamplingPlan
 from evspan.pipeline.data.requirements import open_scored, open_training
 from evspan.pipeline.data.sampling import sampling_plan
 from evspan.pipeline.data_digest import data_differences, data_digest
+from evspan.pipeline.engine import start_lines
 from evspan.pipeline.engine.evaluator import (
     describe_evaluation,
     evaluate_weights,
@@ -146,6 +147,15 @@ def test_classes_are_renamed_left_out_and_ignored(day, monkeypatch):
     assert [f.tolist() for f in frames] == [f.tolist() for f in whole[2:9]]
     assert len({len(frame) for frame in whole}) > 1
     assert recording.labelled.sum() == 6  # a frame whose boxes are left out stays a labelled one
+
+
+def test_the_boxes_that_a_run_starts_with_are_those_that_the_class_map_leaves(day):
+    _, plain = boxes_of(DatasetConfig(root=str(day)))
+    class_map = {"box": None, "bar": "ignore"}
+    data = open_dataset(roots({"root": str(day), "class_map": class_map}), "train")
+    number = int((plain["class_id"] == CLASSES.index("ball")).sum())
+    assert 0 < number < len(plain)
+    assert start_lines._boxes(data) == f"{number} of 1 class: ball {number}"
 
 
 def test_the_classes_are_the_union_in_the_order_of_the_roots(night, day):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from evspan.conf.schema.prep import DatasetConfig, FrameConfig
+from evspan.conf.schema.prep import DatasetConfig, DatasetRoot, FrameConfig
 from evspan.conf.schema.training import (
     BackboneConfig,
     EvaluationConfig,
@@ -17,6 +17,7 @@ from evspan.pipeline.evaluation.coco import Scorer, coco_metrics
 from evspan.pipeline.inference.streaming import RecordingResult, evaluate_split, score
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.postprocess import detections
+from evspan.pipeline.tensorboard import images
 from support.evaluated_frames import as_detections, by_pycocotools, flat, some_frames
 from support.small_shards import BINS, CLASSES, HEIGHT, WIDTH, write_small_shards
 
@@ -250,27 +251,56 @@ def test_detections_in_prophesees_form_are_in_pixels_and_time_of_the_sensor():
 
 
 # -- streaming ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("lanes", "length"), [(1, 4), (2, 3), (4, 10)])
-@pytest.mark.slow
-def test_streaming_is_one_recording_after_the_other_frame_by_frame(tmp_path, lanes, length):
-    root = write_small_shards(tmp_path / "shards", {"val": [7, 12, 1, 5]})
-    data = open_dataset(DatasetConfig(root=str(root)), "val")
+def some_detector(channels):
+    """Random, with open gates, and scores so far apart that rounding does not change their order."""
     torch.manual_seed(0)
     model = ModelConfig(
         backbone=BackboneConfig(embed_dim=8, dim_head=4, ls_init_value=0.5),
         fpn=FpnConfig(enable_small_object_attention=True),
         head=HeadConfig(num_classes=3),
     )
-    detector = Detector(model, data.channels).eval()
+    detector = Detector(model, channels).eval()
     for name, parameter in detector.named_parameters():
         if name.endswith("gate"):
             torch.nn.init.constant_(parameter, 0.7)
-        elif "preds" in name and name.endswith(
-            "weight"
-        ):  # scores far enough apart that rounding does not change their order
+        elif "preds" in name and name.endswith("weight"):
             torch.nn.init.normal_(parameter, std=2.0)
         elif "obj_preds" in name or "cls_preds" in name:
             torch.nn.init.zeros_(parameter)
+    return detector
+
+
+def test_detections_of_classes_that_the_dataset_lacks_are_left_out(tmp_path, monkeypatch):
+    """A head of three classes on a dataset of one."""
+    root = write_small_shards(tmp_path / "shards", {"val": [6, 4]})
+    source = DatasetRoot(root=str(root), class_map={"box": "ball", "bar": "ball"})
+    data = open_dataset(DatasetConfig(root=str(root)), "val")
+    one_class = open_dataset(DatasetConfig(roots=[source]), "val")
+    detector = some_detector(data.channels)
+    config = EvaluationConfig(confidence_threshold=0.2, skip_first_ms=0)
+    device = torch.device("cpu")
+    every = evaluate_split(detector, data, config, device=device, recordings=data.recordings)
+    results = evaluate_split(
+        detector, one_class, config, device=device, recordings=one_class.recordings
+    )
+    num_left_out = 0
+    for result, with_all in zip(results, every, strict=True):
+        for rows, all_rows in zip(result.detections, with_all.detections, strict=True):
+            np.testing.assert_array_equal(rows, all_rows[all_rows[:, 6] == 0])
+            num_left_out += len(all_rows) - len(rows)
+        assert not result.as_raw_boxes(one_class)["class_id"].any()
+    assert num_left_out > 0
+    monkeypatch.setattr(images, "SHOWN_CONFIDENCE", 0.2)
+    assert images.evaluation_image(results, one_class) is not None
+    assert score(results, one_class, config).detections > 0
+
+
+@pytest.mark.parametrize(("lanes", "length"), [(1, 4), (2, 3), (4, 10)])
+@pytest.mark.slow
+def test_streaming_is_one_recording_after_the_other_frame_by_frame(tmp_path, lanes, length):
+    root = write_small_shards(tmp_path / "shards", {"val": [7, 12, 1, 5]})
+    data = open_dataset(DatasetConfig(root=str(root)), "val")
+    detector = some_detector(data.channels)
     config = EvaluationConfig(batch_size=lanes, sequence_length=length, confidence_threshold=0.2)
     results = evaluate_split(
         detector, data, config, device=torch.device("cpu"), recordings=data.recordings

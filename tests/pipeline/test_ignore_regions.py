@@ -20,6 +20,7 @@ from evspan.pipeline.data.plan import SamplingPlan
 from evspan.pipeline.evaluation.breakdown import breakdown
 from evspan.pipeline.evaluation.coco import Scorer, coco_metrics
 from evspan.pipeline.evaluation.frames import (
+    LabelledFrames,
     labelled_frames,
     load_frames,
     save_frames,
@@ -377,7 +378,46 @@ def test_confusion_leaves_out_what_lies_in_regions(seed):
     frames = flat_frames(seed)
     expected = confusion_one_by_one(seed, 0.1)
     np.testing.assert_array_equal(Scorer(frames, CLASSES).confusion(0.5, 0.1), expected)
-    assert only_in_regions(frames, 0.5, 0.1).any()
+    assert only_in_regions(frames, 0.5, 0.1, most=100).any()
+
+
+def only_in_regions_frame_by_frame(frames, iou, threshold, most):
+    """The rows of a frame are those that name it."""
+    result = np.zeros(len(frames.detections), bool)
+    for frame in range(len(frames)):
+        boxes = [corners(box) for box in frames.boxes[frames.box_frame == frame]]
+        regions = [corners(r) for r in frames.regions[frames.region_frame == frame]]
+        rows = np.flatnonzero(frames.detection_frame == frame)
+        scores = frames.scores[rows]
+        order = [i for i in np.argsort(-scores, kind="stable") if scores[i] >= threshold]
+        for row in rows[order[:most]]:
+            own = frames.detections[row, :4].astype(float).tolist()
+            overlaps = [iou_and_cover(own, box)[0] for box in boxes]
+            if overlaps and max(overlaps) >= iou:
+                boxes.pop(int(np.argmax(overlaps)))
+            else:
+                result[row] = any(iou_and_cover(own, r)[1] >= iou for r in regions)
+    return result
+
+
+def corners(box):
+    return (box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"])
+
+
+@pytest.mark.parametrize("most", [3, 100])
+@pytest.mark.parametrize("seed", range(3))
+def test_detections_in_regions_are_those_frame_by_frame_with_scores_computed_once(
+    seed, most, monkeypatch
+):
+    frames = flat_frames(seed)
+    expected = only_in_regions_frame_by_frame(frames, 0.5, 0.1, most)
+    calls = []
+    scores = LabelledFrames.scores.fget
+    counted = property(lambda self: calls.append(len(self)) or scores(self))
+    monkeypatch.setattr(LabelledFrames, "scores", counted)
+    np.testing.assert_array_equal(only_in_regions(frames, 0.5, 0.1, most), expected)
+    assert expected.any()
+    assert calls == [len(frames)]
 
 
 def test_pr_curves_count_no_detections_in_regions():

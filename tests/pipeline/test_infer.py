@@ -20,6 +20,7 @@ from evspan.data_prep.labels.box_files import NO_TRACK, RAW_BOX, read_boxes
 from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.simulator import SimulatorConfig, simulate
 from evspan.launch.cli.infer import main
+from evspan.pipeline.inference import overlay as overlay_module
 from evspan.pipeline.inference.detect import Detected, WorkTimer, clip_boxes, detect, prefetch
 from evspan.pipeline.inference.overlay import (
     DIVIDER_COLOR,
@@ -381,7 +382,7 @@ def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
     ):
         assert overlay.labels(end)["x"].tolist() == expected
     found = np.array([box(50_000, 240, 120, 2), box(50_000, 240, 60, 1)], RAW_BOX)
-    picture = overlay.draw(Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0))
+    picture = overlay.draw(Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0), 0)
     assert picture.shape == (480, 640, 3)  # four times the frame, twice the sensor
 
     def colours(x, y):  # along the left edge of a box at (x, y), below its label
@@ -395,7 +396,7 @@ def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
     assert {class_color(0), class_color(1), LABEL_COLOR} <= corner  # the legend
     assert colours(8, 8) == colours(200, 100) == colours(120, 120) == {(255, 255, 255)}
     both = Overlay(FrameConfig(downsample=2), CLASSES, labels, side_by_side=True).draw(
-        Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0)
+        Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0), 0
     )
     assert both.shape == (480, 1280 + DIVIDER_WIDTH, 3)
     assert (both[:, :640] == 255).all()
@@ -404,12 +405,24 @@ def test_the_overlay_shows_detections_and_the_latest_label_of_the_window():
     found["class_confidence"][1] = 0.29
     found["track_id"][0] = 12
     hidden = Overlay(FrameConfig(downsample=2), CLASSES, labels, lowest_confidence=0.3)
-    picture = hidden.draw(Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0))
+    picture = hidden.draw(Detected(50_000, np.zeros((20, 120, 160), np.uint8), found, 1.0), 0)
     assert colours(240, 120) == {class_color(2)}
     assert colours(240, 60) == {(255, 255, 255)}
     assert hidden._name(found[0]) == "class 2 #12 0.50"
     empty = Overlay(FrameConfig(downsample=2), CLASSES, labels[:0])
     assert not empty.labels(50_000).size
+
+
+def test_the_overlay_shows_the_time_since_the_first_event(monkeypatch):
+    texts = []
+    monkeypatch.setattr(overlay_module, "draw_label", lambda rgb, text: texts.append(text) or rgb)
+    labels = np.zeros(1, RAW_BOX)
+    labels["t"] = 7_050_000  # in the recording's clock
+    overlay = Overlay(FrameConfig(downsample=2), CLASSES, labels)
+    frame = np.zeros((20, 120, 160), np.uint8)
+    overlay.draw(Detected(7_050_000, frame, labels[:0], 1.0), 7_000_000)
+    assert texts == ["0.05 s"]
+    assert overlay.labels(7_050_000).size == 1
 
 
 def test_boxes_are_cut_at_the_sensor():

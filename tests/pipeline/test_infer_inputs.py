@@ -1,31 +1,43 @@
 """`evspan infer` on folders, lists, patterns and shards; names of outputs; damaged recordings."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from evspan.conf.errors import UserError
-from evspan.conf.schema.prep import FrameConfig
+from evspan.conf.schema.prep import DownsampleBy, FrameConfig, frame_config
 from evspan.conf.schema.training import BackboneConfig, ModelConfig, PostprocessConfig
 from evspan.data_prep.prepare import prepare
 from evspan.launch.cli.infer import main
+from evspan.pipeline.data.datasets import frame_differences
+from evspan.pipeline.inference import overlay
 from evspan.pipeline.inference.inputs import expand_inputs
+from evspan.pipeline.inference.options import InferOptions, RecordingFiles
+from evspan.pipeline.inference.sources import StoredFrames
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.weights import Weights, save_weights
 from support.prepared import prep_config
+from support.small_shards import FRAMES as SMALL_FRAMES
+from support.small_shards import write_small_shards
 
 FRAMES = FrameConfig(bins=3, downsample=2)
 
 
-def write_recording(path: Path, windows: int = 3, seed: int = 0) -> Path:
+def write_recording(path: Path, windows: int = 3, seed: int = 0, first_us: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     n = 2000 * windows
     t = np.sort(rng.integers(0, 50_000 * windows, n))
     t[0] = 0
     t[-1] = 50_000 * windows - 1
-    columns = (t, rng.integers(0, 160, n), rng.integers(0, 128, n), rng.integers(0, 2, n))
+    columns = (
+        first_us + t,
+        rng.integers(0, 160, n),
+        rng.integers(0, 128, n),
+        rng.integers(0, 2, n),
+    )
     np.savetxt(path, np.stack(columns, 1), "%d", header="width 160 height 128")
     return path
 
@@ -194,3 +206,81 @@ def test_shards_give_the_detections_of_their_recordings(tmp_path, checkpoint, ca
     with pytest.raises(SystemExit, match="2"):
         infer(checkpoint, tmp_path / "other", "--output", tmp_path / "no")
     assert "was prepared with FrameConfig(" in capsys.readouterr().err
+
+
+def stored_frames(root: Path, key: str, config: FrameConfig) -> StoredFrames:
+    files = RecordingFiles(root, detections=root / "none.npy", key=key)
+    return StoredFrames(files, config, InferOptions(Path("weights"), (files,)))
+
+
+def test_the_method_of_downsampling_counts_only_where_frames_are_downsampled(tmp_path):
+    """Shards that were not downsampled have the same frames whatever the method."""
+    write_recording(tmp_path / "raw/train/a.txt")
+    frames = {"downsample": 1, "downsample_by": DownsampleBy.nearest}
+    prepare(prep_config(tmp_path / "raw", tmp_path / "shards", frames=frames))
+    summed = FrameConfig(bins=3, downsample=1, downsample_by=DownsampleBy.sum)
+    source = stored_frames(tmp_path / "shards", "train/a", summed)
+    assert len(list(source.frames(0, None))) == 3
+    with pytest.raises(UserError, match=r"was prepared with FrameConfig\("):
+        stored_frames(tmp_path / "shards", "train/a", replace(summed, cutoff=9))
+    half = replace(summed, downsample=2)
+    by_nearest = replace(half, downsample_by=DownsampleBy.nearest)
+    assert frame_differences(half, by_nearest) == {
+        "downsample_by": (DownsampleBy.sum, DownsampleBy.nearest)
+    }
+    assert frame_differences(summed, half) == {"downsample": (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def source_of_windows(tmp_path_factory) -> StoredFrames:
+    """Shards of 70 windows."""
+    root = write_small_shards(tmp_path_factory.mktemp("windows") / "shards", {"val": [70]})
+    return stored_frames(root, "val/val_000", frame_config(SMALL_FRAMES))
+
+
+@pytest.mark.parametrize("length_us", [48_100, 50_000, 51_900])
+@pytest.mark.parametrize("start_s", [0.0, 0.31, 1.52, 2.9])
+@pytest.mark.parametrize("seconds", [None, 0.06, 0.42])
+def test_a_part_of_shards_begins_and_ends_at_the_windows_that_are_closest(
+    source_of_windows, length_us, start_s, seconds
+):
+    first_end_us = 20_000  # the first window begins before the first event
+    ends = first_end_us + length_us * np.arange(70)
+    source = source_of_windows
+    source.data = replace(source.data, clock_us=5_000_000, end_us=ends)
+    parts = [frame.end_us - 5_000_000 for frame in source.frames(start_s, seconds)]
+    begins = ends - length_us
+    first = int(np.abs(begins - 1e6 * start_s).argmin()) if start_s else 0
+    last = 69
+    if seconds is not None:
+        last = int(np.abs(ends - begins[first] - 1e6 * seconds).argmin())
+    assert parts == ends[first : last + 1].tolist()
+
+
+def test_shards_of_even_windows_are_counted_as_recordings_are(source_of_windows):
+    source = source_of_windows
+    source.data = replace(source.data, clock_us=0, end_us=50_000 * np.arange(1, 71))
+    for start_s in (0, 0.02, 0.03, 0.05, 0.11, 3.45):
+        first = round(start_s / 0.05)
+        for seconds in (0.05, 0.06, 0.09, 0.2):
+            ends = [frame.end_us for frame in source.frames(start_s, seconds)]
+            last = min(70, first + round(seconds / 0.05))
+            assert ends == [50_000 * (i + 1) for i in range(first, last)]
+    with pytest.raises(UserError, match="has 70 frames; begin earlier"):
+        source.frames(3.6, None)
+
+
+@pytest.mark.slow
+def test_videos_of_recordings_and_shards_show_the_time_since_the_first_event(
+    tmp_path, checkpoint, monkeypatch
+):
+    write_recording(tmp_path / "raw/train/a.txt", windows=4, first_us=7_000_000)
+    prepare(prep_config(tmp_path / "raw", tmp_path / "shards", frames={"downsample": 2}))
+    texts: list[str] = []
+    monkeypatch.setattr(overlay, "draw_label", lambda rgb, text: texts.append(text) or rgb)
+    for source in ("raw/train/a.txt", "shards"):
+        texts.clear()
+        video = ["--video", tmp_path / "a.gif"] if source != "shards" else []
+        words = [checkpoint, tmp_path / source, "--output", tmp_path / "out" / source, *video]
+        main([*map(str, words), "--threads", "1", "--from", "0.1"])
+        assert texts == ["0.15 s", "0.20 s"]

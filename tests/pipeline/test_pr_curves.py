@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 from evspan.data_prep.shards.format import BOX
+from evspan.pipeline.evaluation import bootstrap
+from evspan.pipeline.evaluation.coco import Scorer
 from evspan.pipeline.evaluation.pr_curves import THRESHOLDS, pr_curves
 from support.evaluated_frames import flat, some_boxes, some_frames
 
@@ -61,6 +63,29 @@ def test_curves_count_what_is_at_least_as_sure(seed):
                 right / (right + wrong) if right + wrong else 1
             )
         assert curve.true_positives[0] > curve.true_positives[30] > 0 < curve.false_positives[0]
+
+
+def test_frames_are_matched_in_portions_with_the_same_curves(monkeypatch):
+    boxes, found = some_frames(2)
+    boxes[6:12] = [b[:0] for b in boxes[6:12]]  # portions without a box
+    found[9:12] = [rows[:0] for rows in found[9:12]]  # and without detections
+    frames = flat(boxes, found)
+    whole = pr_curves(frames, CLASSES)
+    sizes = []
+    matched = Scorer.matched
+
+    def noted(self, *args, **kwargs):
+        sizes.append(len(self.frames))
+        return matched(self, *args, **kwargs)
+
+    monkeypatch.setattr(Scorer, "matched", noted)
+    monkeypatch.setattr(bootstrap, "AT_ONCE", 3)
+    curves = pr_curves(frames, CLASSES)
+    assert sizes == [3] * 13 + [1]
+    assert curves.keys() == whole.keys()
+    for name, curve in curves.items():
+        for counts in ("true_positives", "false_positives", "missed"):
+            np.testing.assert_array_equal(getattr(curve, counts), getattr(whole[name], counts))
 
 
 def test_frames_crowded_beyond_what_counts_and_a_class_without_boxes():

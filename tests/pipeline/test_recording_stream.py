@@ -2,6 +2,7 @@
 
 import pydoc
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from evspan.launch.cli import infer
 from evspan.pipeline import load_detector
 from evspan.pipeline.inference.trained_detector import TrainedDetector
 from evspan.pipeline.model.detector import Detector
-from evspan.pipeline.weights import Weights, save_weights
+from evspan.pipeline.weights import Weights, load_weights, save_weights
 from examples import detect_stream
 from support.event_files import concatenated
 
@@ -224,3 +225,15 @@ def test_help_shows_types_and_an_example(thing):
     assert ">>> " in text
     assert "Args:" in text
     assert " -> " in text
+
+
+def test_classes_of_the_head_without_a_name_are_numbered(here, tmp_path, capsys):
+    weights = load_weights(here / "weights.safetensors")
+    path = tmp_path / "one_class.safetensors"
+    save_weights(path, replace(weights, classes=weights.classes[:1]))
+    detector = load_detector(path)
+    first = weights.classes[0]
+    assert [detector.class_name(i) for i in range(3)] == [first, "class 1", "class 2"]
+    detect_stream.main([str(path), str(here / "a_td.raw"), "--confidence", "0.2"])
+    printed = capsys.readouterr().out
+    assert "us: class 1 " in printed or "us: class 2 " in printed
