@@ -412,7 +412,7 @@ def test_detections_in_regions_are_those_frame_by_frame_with_scores_computed_onc
     frames = flat_frames(seed)
     expected = only_in_regions_frame_by_frame(frames, 0.5, 0.1, most)
     calls = []
-    scores = LabelledFrames.scores.fget
+    scores = vars(LabelledFrames)["scores"].fget
     counted = property(lambda self: calls.append(len(self)) or scores(self))
     monkeypatch.setattr(LabelledFrames, "scores", counted)
     np.testing.assert_array_equal(only_in_regions(frames, 0.5, 0.1, most), expected)

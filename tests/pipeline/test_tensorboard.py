@@ -335,6 +335,8 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, caplog, monkeypatch):
     writer.write_scalars({"a": 1.0}, 1)
     writer.flush()
     (path,) = (tmp_path / "tensorboard").iterdir()
+    assert writer.summary_writer
+    assert writer.summary_writer.file_writer
     file_type = type(writer.summary_writer.file_writer.event_writer._general_file_writer)
     with Path("/dev/full").open("wb", buffering=0) as full:
         monkeypatch.setattr(file_type, "write", lambda _, data: full.write(data))
