@@ -64,8 +64,7 @@ gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    gc.enable()
-    gc.freeze()
+    gc.enable()  # without gc.freeze(), which would hide the caches that the emulated GPU empties
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
