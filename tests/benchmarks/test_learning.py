@@ -1,4 +1,4 @@
-"""The learning study: recordings, the plan, resuming, variants, statistics, scores, the page."""
+"""The learning study: recordings, the plan, resuming, other detectors, statistics, scores, the page."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from evspan.pipeline.evaluation.frames import LabelledFrames, labelled_frames, s
 from evspan.pipeline.evaluation.motion import motion
 from evspan.pipeline.model.detector import Detector
 from evspan.pipeline.model.neck import YOLOPAFPN
-from learning import real_events, scores, study, variants
+from learning import other_detectors, real_events, scores, study
 from learning.curves import Line, Panel, write_svg
 from learning.effects import effect, holm, paired_effect, seeds_needed, smallest_found
 from learning.experiments import (
@@ -177,11 +177,13 @@ def study_in(folder: Path, *words: str) -> study.Study:
     return study.Study(options_of("--device", "cpu", *words, folder=folder))
 
 
-ALL = [(experiment, arm) for experiment in EXPERIMENTS.values() for arm in experiment.arms]
+ALL = [
+    (experiment, variant) for experiment in EXPERIMENTS.values() for variant in experiment.variants
+]
 
 
-def overrides_of(experiment, arm) -> dict[str, str]:
-    words = study_in(Path("bench")).train_words(study.Run(experiment, arm, 3))[3:]
+def overrides_of(experiment, variant) -> dict[str, str]:
+    words = study_in(Path("bench")).train_words(study.Run(experiment, variant, 3))[3:]
     pairs = [word.partition("=")[::2] for word in words]
     assert len(dict(pairs)) == len(pairs)  # nothing is given twice
     return {key: value.strip("'") for key, value in pairs}
@@ -190,14 +192,14 @@ def overrides_of(experiment, arm) -> dict[str, str]:
 def test_the_experiments_are_whole():
     """Names refer to what there is; held-out sets are large enough, also for an interval."""
     for experiment in EXPERIMENTS.values():
-        names = [arm.name for arm in experiment.arms]
+        names = [variant.name for variant in experiment.variants]
         assert len(set(names)) == len(names)
         assert set(experiment.pilot) <= set(names)
         pilot = (experiment.pilot[1], experiment.pilot[0])
         assert pilot in experiment.families[0].pairs or experiment.name == "generalisation"
-        for arm in experiment.arms:
-            assert set(arm.trained_on) <= SETS.keys()
-            assert not arm.starts_from or experiment.arm(arm.starts_from).once
+        for variant in experiment.variants:
+            assert set(variant.trained_on) <= SETS.keys()
+            assert not variant.starts_from or experiment.variant(variant.starts_from).once
         for family in experiment.families:
             assert {name for pair in family.pairs for name in pair} <= set(names)
             assert family.on in experiment.scored_on
@@ -205,15 +207,15 @@ def test_the_experiments_are_whole():
             assert int(SETS[name].counts.rpartition("val=")[2]) >= 12
 
 
-@pytest.mark.parametrize(("experiment", "arm"), ALL, ids=lambda item: item.name)
-def test_an_arm_sees_as_many_frames_as_its_experiment_says(experiment, arm):
-    run = overrides_of(experiment, arm)
+@pytest.mark.parametrize(("experiment", "variant"), ALL, ids=lambda item: item.name)
+def test_a_variant_sees_as_many_frames_as_its_experiment_says(experiment, variant):
+    run = overrides_of(experiment, variant)
     frames = int(run["training.sequence_length"]) if "training.sequence_length" in run else 5
-    assert frames * int(run["training.batch_size"]) == experiment.frames_of(arm)
+    assert frames * int(run["training.batch_size"]) == experiment.frames_of(variant)
     assert frames % int(run["parallel.ranks"]) == 0
-    assert run["parallel.sequence"] == run["parallel.ranks"] == str(arm.ranks)
-    assert int(run["training.max_steps"]) == (arm.steps or experiment.steps)
-    scored = experiment.scored_steps(arm, 1.0)
+    assert run["parallel.sequence"] == run["parallel.ranks"] == str(variant.ranks)
+    assert int(run["training.max_steps"]) == (variant.steps or experiment.steps)
+    scored = experiment.scored_steps(variant, 1.0)
     assert all(step % int(run["checkpoint.every"]) == 0 for step in scored[:-1])
     kept = int(run["checkpoint.every"]) * int(run["checkpoint.keep"])
     assert len(scored) == 1 or kept >= scored[-1] - scored[0] + int(run["checkpoint.every"])
@@ -221,11 +223,15 @@ def test_an_arm_sees_as_many_frames_as_its_experiment_says(experiment, arm):
 
 def test_the_pilot_comes_before_anything_else_and_seeds_one_after_the_other(tmp_path):
     names = [run.name for run in study_in(tmp_path, "--pilot").runs(ATTENTION)]
-    arms = [f"attention/{arm}-{seed}" for arm in ("continued", "fast_gates") for seed in range(3)]
-    assert names == ["attention/base-0", *arms]
+    variants = [
+        f"attention/{variant}-{seed}"
+        for variant in ("continued", "fast_gates")
+        for seed in range(3)
+    ]
+    assert names == ["attention/base-0", *variants]
     whole = study_in(tmp_path, "--seeds", "5").runs(ATTENTION)
     assert [run.seed for run in whole] == sorted(run.seed for run in whole)
-    assert len(whole) == 1 + 5 * (len(ATTENTION.arms) - 1)
+    assert len(whole) == 1 + 5 * (len(ATTENTION.variants) - 1)
     order = [job.name.partition("/")[0] for job in study_in(tmp_path).jobs()]
     assert list(dict.fromkeys(order)) == ["attention", "length", "generalisation", "rate"]
     assert RESTS_LONG in study_in(tmp_path).jobs()[-1].name
@@ -236,7 +242,7 @@ def test_attention_and_length_fit_six_hours_of_two_cores(tmp_path):
     assert float(lines[-1].split()[0]) < 6
 
 
-CHANGES = {  # arm of the branches -> how its model differs from the continued baseline's
+CHANGES = {  # variant of the branches -> how its model differs from the continued baseline's
     "identity": {ATTENTION_KEY: True},
     "fast_gates": {ATTENTION_KEY: True},
     "published": {ATTENTION_KEY: True, "identity_init": False},
@@ -255,8 +261,8 @@ PUBLISHED_START = {"training.max_steps": "1", "optimizer.lr": "1e-12", "checkpoi
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_branch_changes_what_it_says_and_nothing_else(name):
-    def model_of(arm):
-        words = study_in(Path("bench")).train_words(study.Run(ATTENTION, arm, 0))[3:]
+    def model_of(variant):
+        words = study_in(Path("bench")).train_words(study.Run(ATTENTION, variant, 0))[3:]
         config = composed("train", *words, f"hydra.searchpath=[file://{CONF}]")[0]
         return {
             key: value
@@ -264,9 +270,11 @@ def test_a_branch_changes_what_it_says_and_nothing_else(name):
             for key, value in vars(getattr(config.model, part)).items()
         }
 
-    base, model = model_of(ATTENTION.arm("continued")), model_of(ATTENTION.arm(name))
+    base, model = model_of(ATTENTION.variant("continued")), model_of(ATTENTION.variant(name))
     assert {key: value for key, value in model.items() if base[key] != value} == CHANGES[name]
-    ours, theirs = (overrides_of(ATTENTION, ATTENTION.arm(arm)) for arm in (name, "continued"))
+    ours, theirs = (
+        overrides_of(ATTENTION, ATTENTION.variant(variant)) for variant in (name, "continued")
+    )
     rest = {k: v for k, v in ours.items() if theirs.get(k) != v and not k.startswith("model.")}
     del rest["run_dir"]
     rest.pop("checkpoint.every", None)
@@ -280,12 +288,13 @@ def test_a_branch_changes_what_it_says_and_nothing_else(name):
 
 def test_domains_and_rates_are_trained_on_what_they_say():
     strong, random = (
-        overrides_of(GENERALISATION, GENERALISATION.arm(n)) for n in ("night_strong", "random_none")
+        overrides_of(GENERALISATION, GENERALISATION.variant(n))
+        for n in ("night_strong", "random_none")
     )
     assert strong["augmentation"] == "strong"
     assert strong["dataset.root"].endswith("domain-night-v1/set")
     assert random["dataset.root"].endswith("domain-random-v1/set")
-    rates = overrides_of(RATE, RATE.arm("all_rates"))
+    rates = overrides_of(RATE, RATE.variant("all_rates"))
     assert rates["dataset.roots"].count("root:") == 3
     assert "rate-10-train-v1" in rates["dataset.roots"]
     assert SETS["rate-10-train-v1"].stretch == 5
@@ -346,7 +355,9 @@ def test_a_study_continues_with_what_is_missing(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("FAKE_ROOT", str(tmp_path))
     monkeypatch.setattr(study, "PROGRAMS", tmp_path)
     monkeypatch.setattr(
-        study.variants, "command", lambda name: [sys.executable, str(tmp_path / "run_score.py")]
+        study.other_detectors,
+        "command",
+        lambda name: [sys.executable, str(tmp_path / "run_score.py")],
     )
     made = []
     monkeypatch.setattr(study.Study, "make_set", lambda self, name: made.append(name))
@@ -437,7 +448,7 @@ def test_quick_trains_scores_and_continues(tmp_path):
     assert again.stdout.startswith("\n# The learning study: results")
 
 
-# -- variants --------------------------------------------------------------------------------------
+# -- other detectors -------------------------------------------------------------------------------
 FPN = {"in_stages": (2, 3, 4), "in_channels": (8, 16, 32), "enable_small_object_attention": True}
 
 
@@ -450,7 +461,7 @@ def opened(module: torch.nn.Module, gate: float) -> torch.nn.Module:
 
 
 def detector_of(name: str, gate: float, seed: int = 0) -> Detector:
-    variants.use(name)
+    other_detectors.use(name)
     try:
         torch.manual_seed(seed)
         model = ModelConfig(
@@ -461,13 +472,13 @@ def detector_of(name: str, gate: float, seed: int = 0) -> Detector:
         )
         detector = Detector(model, 2)
     finally:
-        variants.use("")
+        other_detectors.use("")
     opened(detector, gate)
     return detector
 
 
-@pytest.mark.parametrize("name", variants.VARIANTS)
-def test_a_variant_starts_as_the_baseline_and_carries_its_state(name):
+@pytest.mark.parametrize("name", other_detectors.DETECTORS)
+def test_another_detector_starts_as_the_baseline_and_carries_its_state(name):
     """Closed gates: the plain detector. Open ones: another, the same frame by frame as in a chunk."""
     frames = torch.randint(0, 5, (4, 2, 2, 64, 64), dtype=torch.uint8)
     labelled = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 1]], dtype=torch.bool)
@@ -494,7 +505,7 @@ def test_a_variant_starts_as_the_baseline_and_carries_its_state(name):
 
 def test_attention_before_the_pyramid_by_its_definition():
     torch.manual_seed(0)
-    neck = opened(variants.AttentionBeforePyramid(**FPN, attention_temporal=False), 0.6)
+    neck = opened(other_detectors.AttentionBeforePyramid(**FPN, attention_temporal=False), 0.6)
     features = [torch.randn(3, c, 16 // s, 16 // s) for c, s in ((8, 1), (16, 2), (32, 4))]
     attended = []
     for i, x in enumerate(features):
@@ -509,7 +520,7 @@ def test_attention_before_the_pyramid_by_its_definition():
 
 def test_temporal_attention_on_the_difference_by_its_definition():
     torch.manual_seed(0)
-    block = variants.DifferenceTemporalAttention(4, 3)
+    block = other_detectors.DifferenceTemporalAttention(4, 3)
     opened(block, 0.8)
     x, previous = torch.randn(2, 4, 5, 6), torch.randn(2, 2, 4, 5, 6)
     window = torch.cat((previous, x[:, None]), dim=1).transpose(1, 2)
@@ -776,21 +787,25 @@ def test_scores_are_kept_and_damaged_ones_are_not(tmp_path):
 
 # -- the page --------------------------------------------------------------------------------------
 def fake_scores(experiment, values, seeds=5, recordings=12, steps=None):
-    """Scores of arms: value, plus a spread by seed and by recording; the seed of 0 of what is `once`."""
+    """Scores of variants: value, plus a spread by seed and by recording; the seed of 0 of what is `once`."""
     rng = np.random.default_rng(0)
     found = {}
     shared = rng.normal(0, 0.01, 401)
     shared[0] = 0
-    for (arm, measure), value in values.items():
-        for seed in range(1 if experiment.arm(arm).once else seeds):
+    for (variant, measure), value in values.items():
+        for seed in range(1 if experiment.variant(variant).once else seeds):
             of_seed = value + np.random.default_rng([seed, 7]).normal(0, 0.03)
-            of_arm = np.random.default_rng([seed, len(arm)]).normal(0, 0.002)
+            of_variant = np.random.default_rng([seed, len(variant)]).normal(0, 0.002)
             for on in experiment.scored_on:
                 key = Key(
-                    experiment.name, arm, seed, on, experiment.steps_of(experiment.arm(arm), 1)
+                    experiment.name,
+                    variant,
+                    seed,
+                    on,
+                    experiment.steps_of(experiment.variant(variant), 1),
                 )
                 score = found.setdefault(key, scores.Score(recordings, {}))
-                score.values[measure] = of_seed + of_arm + shared
+                score.values[measure] = of_seed + of_variant + shared
     return found
 
 
@@ -811,18 +826,18 @@ def test_the_page_has_differences_their_correction_and_what_is_missing(tmp_path)
     text = write_page(tmp_path, [ATTENTION], results)
     assert text == (tmp_path / "report.md").read_text()
     rows = rows_of(text.partition("Small objects:")[2].partition("All objects:")[0])
-    by_arm = {row[0]: row for row in rows}
+    by_variant = {row[0]: row for row in rows}
     expected = results.difference(ATTENTION, ("fast_gates", "continued"), "ap_small", "learn-v3")
-    fast = by_arm["attention, gates ten times as fast"]
+    fast = by_variant["attention, gates ten times as fast"]
     assert fast[1] == "5"
     assert fast[3] == "baseline continued"
     assert fast[4] == f"**{expected.points(signed=True)}**"
     small = fast[5] == "< 0.001"
     assert 10 * expected.p == pytest.approx(0 if small else float(fast[5]), abs=1e-3)
-    assert by_arm["attention, identity start"][4].startswith("+")
-    assert by_arm["spatial part, fast gates"][2:5:2] == ["missing", "missing"]
+    assert by_variant["attention, identity start"][4].startswith("+")
+    assert by_variant["spatial part, fast gates"][2:5:2] == ["missing", "missing"]
     assert "8 comparisons missing" in text
-    assert "n = 0 to 5 seeds an arm of 8 planned, 12 recordings" in text
+    assert "n = 0 to 5 seeds each of 8 planned, 12 recordings" in text
     assert "gates ten times as fast is above baseline continued by" in text
     assert "gains above" in text
     captions = re.findall(r"\*(?:Table|Figure) \d+\..*?\*\n", text)
@@ -855,7 +870,7 @@ def test_comparisons_on_several_sets_are_corrected_together(tmp_path):
     values = {("one_rate", "ap"): 0.2, ("all_rates", "ap"): 0.2}
     found = fake_scores(RATE, values, seeds=4)
     for key, score in found.items():
-        if key.arm == "all_rates" and key.on == "rate-10-v1":
+        if key.variant == "all_rates" and key.on == "rate-10-v1":
             score.values["ap"] = score.values["ap"] + 0.008 * (1 + key.seed % 2)
     results = Results(found)
     text = write_page(tmp_path, [RATE], results)
@@ -903,7 +918,7 @@ def test_detections_on_recordings_without_boxes_are_counted(tmp_path, monkeypatc
 
 
 def test_the_page_states_the_power_of_the_pilot(tmp_path):
-    values = {(arm, m): 0.3 for arm in ATTENTION.pilot for m in ("ap", "ap_small")}
+    values = {(variant, m): 0.3 for variant in ATTENTION.pilot for m in ("ap", "ap_small")}
     results = Results(fake_scores(ATTENTION, values, seeds=3))
     powers = power_of(ATTENTION, results)
     power = powers["Small objects"]
@@ -924,10 +939,10 @@ def test_the_curve_over_time_at_rest_is_drawn(tmp_path):
     values = {}
     for bias in (0, 2):
         for i, frames in enumerate((5, 20, 80)):
-            arm = f"frames_{frames}_bias_{bias}"
-            values[arm, "found/rest/long"] = 0.1 + 0.1 * i
+            variant = f"frames_{frames}_bias_{bias}"
+            values[variant, "found/rest/long"] = 0.1 + 0.1 * i
             for name in scores.bin_names(scores.RESTS)[: 6 - bias]:
-                values[arm, f"found/rest/{name}"] = 0.1 + 0.1 * i
+                values[variant, f"found/rest/{name}"] = 0.1 + 0.1 * i
     text = write_page(tmp_path, [LENGTH], Results(fake_scores(LENGTH, values, seeds=3)))
     assert "T = 80, forget bias 0 is above T = 5, forget bias 0 by +20." in text
     assert "Longer sequences than trained (`rests-long-v1`): missing" in text
@@ -944,7 +959,7 @@ def test_an_empty_page_and_one_of_every_experiment(tmp_path):
     found = {}
     for experiment in EXPERIMENTS.values():
         found |= fake_scores(
-            experiment, {(arm.name, "ap"): 0.2 for arm in experiment.arms}, seeds=2
+            experiment, {(variant.name, "ap"): 0.2 for variant in experiment.variants}, seeds=2
         )
     real = {("default_none", 0): 3.0, ("default_none", 1): 5.0}
     text = write_page(tmp_path, list(EXPERIMENTS.values()), Results(found, real=real))

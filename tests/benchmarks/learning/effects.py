@@ -1,6 +1,6 @@
 """Effects over seeds and held-out recordings: intervals, number of seeds, several comparisons.
 
-Runs of two arms with the same seed read the same frames, and all are scored on the same recordings.
+Runs of two variants with the same seed read the same frames, and all are scored on the same recordings.
 So a difference varies by seed and, beside it, by recording. Both are random here: the interval is
 for other seeds and other recordings of the kind.
 """

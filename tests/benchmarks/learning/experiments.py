@@ -1,6 +1,6 @@
-"""The experiments of the study, as data: sets, arms, and what is compared.
+"""The experiments of the study, as data: sets, variants, and what is compared.
 
-An arm is trained once per seed; runs of one seed read the same frames in every arm of the same set
+An variant is trained once per seed; runs of one seed read the same frames in every variant of the same set
 and layout. Every number of steps is that of `--scale 1`.
 """
 
@@ -64,15 +64,15 @@ for _ms in WINDOWS_MS[1:]:
 
 # -- experiments -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """What is trained, once per seed.
 
     Attributes:
         title: in tables and figures.
         overrides: of `evspan train`, beside the experiment's.
         trained_on: names in SETS; several: `dataset.roots`, with equal weights.
-        variant: of `variants.py`.
-        starts_from: the arm of which one run, of seed 0, gives the weights to start from.
+        detector: of `other_detectors.py`.
+        starts_from: the variant of which one run, of seed 0, gives the weights to start from.
         steps: 0: the experiment's.
         once: one run, whatever the number of seeds.
         also_scored: earlier steps that are scored too.
@@ -84,7 +84,7 @@ class Arm:
     title: str
     overrides: tuple[str, ...] = ()
     trained_on: tuple[str, ...] = ()
-    variant: str = ""
+    detector: str = ""
     starts_from: str = ""
     steps: int = 0
     once: bool = False
@@ -101,7 +101,7 @@ class Family:
     Attributes:
         question: that they answer.
         measure: of `scores.measures`. on: the set.
-        pairs: arm and the arm that it is compared with.
+        pairs: variant and the variant that it is compared with.
         intended: the effect that the number of seeds should resolve, fraction from 0 to 1.
         group: families of the same one are corrected together; empty: this one alone.
     """
@@ -119,8 +119,8 @@ class Experiment:
     """Attributes:
     method: of the page.
     overrides: of every run. frames: per step, all lanes together.
-    scored_on: sets on which every arm is scored; `last_scored_on`: when all else is done.
-    seeds: by default. pilot: the arms of the pilot.
+    scored_on: sets on which every variant is scored; `last_scored_on`: when all else is done.
+    seeds: by default. pilot: the variants of the pilot.
     """
 
     name: str
@@ -129,7 +129,7 @@ class Experiment:
     overrides: tuple[str, ...]
     steps: int
     frames: int
-    arms: tuple[Arm, ...]
+    variants: tuple[Variant, ...]
     scored_on: tuple[str, ...]
     families: tuple[Family, ...]
     seeds: int
@@ -142,26 +142,26 @@ class Experiment:
             return [family]
         return [other for other in self.families if other.group == family.group]
 
-    def arm(self, name: str) -> Arm:
-        return next(arm for arm in self.arms if arm.name == name)
+    def variant(self, name: str) -> Variant:
+        return next(variant for variant in self.variants if variant.name == name)
 
-    def steps_of(self, arm: Arm, scale: float) -> int:
-        """Optimizer updates of a run. An arm of one step has one at every scale."""
-        steps = arm.steps or self.steps
+    def steps_of(self, variant: Variant, scale: float) -> int:
+        """Optimizer updates of a run. An variant of one step has one at every scale."""
+        steps = variant.steps or self.steps
         return steps if steps == 1 else max(2, round(steps * scale))
 
-    def frames_of(self, arm: Arm) -> int:
+    def frames_of(self, variant: Variant) -> int:
         """Of an update, all lanes together."""
-        return arm.frames_per_step or self.frames
+        return variant.frames_per_step or self.frames
 
-    def scored_steps(self, arm: Arm, scale: float) -> list[int]:
+    def scored_steps(self, variant: Variant, scale: float) -> list[int]:
         """All steps of a run that are scored, ascending."""
-        steps = self.steps_of(arm, scale)
-        return sorted({*(max(1, round(step * scale)) for step in arm.also_scored), steps})
+        steps = self.steps_of(variant, scale)
+        return sorted({*(max(1, round(step * scale)) for step in variant.also_scored), steps})
 
-    def sets(self, arms: Sequence[Arm]) -> list[str]:
-        """The sets that these arms need."""
-        trained = [name for arm in arms for name in arm.trained_on]
+    def sets(self, variants: Sequence[Variant]) -> list[str]:
+        """The sets that these variants need."""
+        trained = [name for variant in variants for name in variant.trained_on]
         return list(dict.fromkeys([*trained, *self.scored_on]))
 
 
@@ -178,17 +178,17 @@ def _branch(
     name: str,
     title: str,
     *overrides: str,
-    variant: str = "",
+    detector: str = "",
     steps: int = 0,
     also_scored: tuple[int, ...] = (),
     frames_per_s: float = 140.0,
-) -> Arm:
-    return Arm(
+) -> Variant:
+    return Variant(
         name,
         title,
         overrides,
         ("learn-v3",),
-        variant,
+        detector,
         starts_from="base",
         steps=steps,
         also_scored=also_scored,
@@ -213,13 +213,13 @@ BRANCHES = (
         "before_pyramid",
         "attention before the pyramid, fast gates",
         *(ATTENTION_ON, FAST_GATES),
-        variant="before_pyramid",
+        detector="before_pyramid",
     ),
     _branch(
         "temporal_difference",
         "temporal part on the difference to the previous frame, fast gates",
         *(ATTENTION_ON, FAST_GATES, NO_SPATIAL),
-        variant="temporal_difference",
+        detector="temporal_difference",
     ),
     _branch("spatial", "spatial part, fast gates", ATTENTION_ON, FAST_GATES, NO_TEMPORAL),
     _branch("temporal", "temporal part, fast gates", ATTENTION_ON, FAST_GATES, NO_SPATIAL),
@@ -234,22 +234,22 @@ BRANCHES = (
         steps=1,
     ),
 )
-COMPARED = tuple((arm.name, "continued") for arm in BRANCHES[1:-1])
+COMPARED = tuple((variant.name, "continued") for variant in BRANCHES[1:-1])
 
 ATTENTION = Experiment(
     name="attention",
     title="Does attention pay?",
     method=(
-        "One baseline is trained, and every arm starts from the moving average of its weights, with "
+        "One baseline is trained, and every variant starts from the moving average of its weights, with "
         "new parts as its seed initialises them and a new optimizer. Runs of a seed read the same "
-        "frames. Channel attention is in every arm that has attention. The intervals are for "
+        "frames. Channel attention is in every variant that has attention. The intervals are for "
         "other seeds of the branches and other recordings, of this baseline."
     ),
     overrides=(*MIXED, "training.batch_size=8", "optimizer.lr=0.001"),
     steps=1000,
     frames=40,
-    arms=(
-        Arm(
+    variants=(
+        Variant(
             "base",
             "baseline",
             ("optimizer.lr=0.002",),
@@ -281,14 +281,14 @@ ATTENTION = Experiment(
 )
 
 
-def _length_base(forget_bias: int) -> Arm:
+def _length_base(forget_bias: int) -> Variant:
     overrides = (
         "training.sequence_length=5",
         "training.batch_size=8",
         f"model.backbone.forget_bias={forget_bias}",
         "optimizer.lr=0.002",
     )
-    return Arm(
+    return Variant(
         f"base_bias_{forget_bias}",
         f"baseline, T = 5, forget bias {forget_bias}",
         overrides,
@@ -300,14 +300,14 @@ def _length_base(forget_bias: int) -> Arm:
     )
 
 
-def _length(frames: int, forget_bias: int) -> Arm:
+def _length(frames: int, forget_bias: int) -> Variant:
     ranks = 2 if frames == 80 else 1
     overrides = (
         f"training.sequence_length={frames}",
         f"training.batch_size={160 // frames}",
         f"model.backbone.forget_bias={forget_bias}",
     )
-    return Arm(
+    return Variant(
         f"frames_{frames}_bias_{forget_bias}",
         f"T = {frames}, forget bias {forget_bias}",
         overrides,
@@ -333,7 +333,7 @@ LENGTH = Experiment(
         "them when something passes; others hide them. An object at rest fires no events. One that "
         "another hides in part rests anew, as what passes over it shows it again. All lanes "
         "follow recordings with their state carried, and begin anywhere in one. For each forget "
-        "bias (0 is the published start), one baseline is trained with T = 5, and every arm "
+        "bias (0 is the published start), one baseline is trained with T = 5, and every variant "
         "continues it, with a new optimizer. Frames seen and steps are equal, so shorter sequences have more lanes. "
         "T = 80 runs over 2 sequence ranks. An object is found by a detection of IoU 0.5 whose "
         "confidence is such that half of all detections are right."
@@ -342,7 +342,7 @@ LENGTH = Experiment(
     steps=400,
     frames=160,
     # Those that take two cores last, so that no core waits for the other.
-    arms=(
+    variants=(
         *(_length_base(bias) for bias in BIASES),
         *(_length(frames, bias) for frames in LENGTHS for bias in BIASES),
     ),
@@ -385,13 +385,13 @@ GENERALISATION = Experiment(
     overrides=(*MIXED, "training.batch_size=4"),
     steps=800,
     frames=20,
-    arms=(
-        Arm("default_none", "default", (NONE,), (DEFAULT_SET,)),
-        Arm("default_strong", "default, strong augmentation", (STRONG,), (DEFAULT_SET,)),
-        Arm("random_none", "randomised", (NONE,), (RANDOM_SET,)),
-        Arm("random_strong", "randomised, strong augmentation", (STRONG,), (RANDOM_SET,)),
-        Arm("night_none", "night", (NONE,), (NIGHT_SET,)),
-        Arm("night_strong", "night, strong augmentation", (STRONG,), (NIGHT_SET,)),
+    variants=(
+        Variant("default_none", "default", (NONE,), (DEFAULT_SET,)),
+        Variant("default_strong", "default, strong augmentation", (STRONG,), (DEFAULT_SET,)),
+        Variant("random_none", "randomised", (NONE,), (RANDOM_SET,)),
+        Variant("random_strong", "randomised, strong augmentation", (STRONG,), (RANDOM_SET,)),
+        Variant("night_none", "night", (NONE,), (NIGHT_SET,)),
+        Variant("night_strong", "night, strong augmentation", (STRONG,), (NIGHT_SET,)),
     ),
     scored_on=(DEFAULT_SET, NIGHT_SET, DRIVING_SET),
     families=tuple(
@@ -427,9 +427,9 @@ RATE = Experiment(
     overrides=(*MIXED, "training.batch_size=4"),
     steps=800,
     frames=20,
-    arms=(
-        Arm("one_rate", "50 ms", (), (RATE_SETS[0],)),
-        Arm("all_rates", "50, 25 and 10 ms", (), (RATE_SETS[0], *RATE_TRAINING)),
+    variants=(
+        Variant("one_rate", "50 ms", (), (RATE_SETS[0],)),
+        Variant("all_rates", "50, 25 and 10 ms", (), (RATE_SETS[0], *RATE_TRAINING)),
     ),
     scored_on=RATE_SETS,
     families=tuple(

@@ -1,10 +1,10 @@
 """Detectors that only the study trains: options that the product does not have.
 
-    python tests/benchmarks/learning/variants.py NAME train ...
-    python tests/benchmarks/learning/variants.py NAME evaluate ...
+    python tests/benchmarks/learning/other_detectors.py NAME train ...
+    python tests/benchmarks/learning/other_detectors.py NAME evaluate ...
 
 train and evaluate are those of `evspan`, on one rank, with every detector of the process changed. A
-run's config says nothing of it: a variant's runs are scored by its name.
+run's config says nothing of it: its checkpoints are scored with the detector's name.
 """
 
 import sys
@@ -52,7 +52,7 @@ class DifferenceTemporalAttention(EventTemporalAttention):
         return x + (x - previous[:, -1]) * motion * weights[..., None, None]
 
 
-VARIANTS = ("before_pyramid", "temporal_difference")
+DETECTORS = ("before_pyramid", "temporal_difference")
 
 
 def use(name: str) -> None:
@@ -64,7 +64,7 @@ def use(name: str) -> None:
 
 
 def command(name: str) -> list[str]:
-    """The beginning of a command that does as `evspan`, with a variant; '': without one."""
+    """The beginning of a command that does as `evspan`, with such a detector; '': without one."""
     if name:
         return [sys.executable, str(Path(__file__)), name]
     return [sys.executable, "-m", "evspan.launch"]

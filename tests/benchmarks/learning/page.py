@@ -42,14 +42,14 @@ and recordings: a hierarchical bootstrap, widened for few seeds (Student's t). D
 by seed and by recording. p is corrected for several comparisons, as many as the caption says (Holm); **bold**: p < {SIGNIFICANT:.2f}."""
 
 
-Pair = tuple[str, str]  # an arm, and the one that it is compared with
+Pair = tuple[str, str]  # a variant, and the one that it is compared with
 
 
 class Key(NamedTuple):
     """What a score is of. on: the set; step: of the checkpoint."""
 
     experiment: str
-    arm: str
+    variant: str
     seed: int
     on: str
     step: int
@@ -83,7 +83,7 @@ class Results:
     Attributes:
         scale: factor on the steps. planned: seeds by experiment. digests: by set.
         pilot: pilot.json, the power as it was stated before the runs.
-        real: (arm, seed) -> detections per frame without boxes.
+        real: (variant, seed) -> detections per frame without boxes.
         hours: of the jobs so far, one after the other. sets: recipes by name.
     """
 
@@ -97,14 +97,14 @@ class Results:
     sets: Mapping[str, Recordings] = field(default_factory=lambda: SETS)
 
     def by_seed(
-        self, experiment: Experiment, arm: str, measure: str, on: str, step: int = 0
+        self, experiment: Experiment, variant: str, measure: str, on: str, step: int = 0
     ) -> dict[int, Values]:
         """Seed -> values; step 0: the last one."""
-        step = step or experiment.steps_of(experiment.arm(arm), self.scale)
+        step = step or experiment.steps_of(experiment.variant(variant), self.scale)
         return {
             key.seed: score.values[measure]
             for key, score in self.scores.items()
-            if key[:2] == (experiment.name, arm)
+            if key[:2] == (experiment.name, variant)
             and key[3:] == (on, step)
             and measure in score.values
         }
@@ -114,22 +114,22 @@ class Results:
         return next((score.recordings for key, score in self.scores.items() if key.on == on), 0)
 
     def mean(
-        self, experiment: Experiment, arm: str, measure: str, on: str, step: int = 0
+        self, experiment: Experiment, variant: str, measure: str, on: str, step: int = 0
     ) -> Effect | None:
         """The mean over seeds."""
-        values = self.by_seed(experiment, arm, measure, on, step)
+        values = self.by_seed(experiment, variant, measure, on, step)
         return paired_effect(values, {s: 0 * v for s, v in values.items()}, self.recordings(on))
 
     def difference(
         self, experiment: Experiment, pair: Pair, measure: str, on: str, step: int = 0
     ) -> Effect | None:
-        """The mean over seeds of the first arm's values less the second one's."""
-        ours, theirs = (self.by_seed(experiment, arm, measure, on, step) for arm in pair)
+        """The mean over seeds of the first variant's values less the second one's."""
+        ours, theirs = (self.by_seed(experiment, variant, measure, on, step) for variant in pair)
         return paired_effect(ours, theirs, self.recordings(on))
 
 
 def power_of(experiment: Experiment, results: Results) -> dict[str, Power]:
-    """By family, from the paired differences of the pilot's two arms; those that have two seeds."""
+    """By family, from the paired differences of the pilot's two variants; those that have two seeds."""
     powers = {}
     planned = results.planned.get(experiment.name, experiment.seeds)
     for family in experiment.families:
@@ -221,14 +221,14 @@ def _write_experiment(page: _Page, experiment: Experiment) -> None:
 def _method(experiment: Experiment, results: Results) -> str:
     steps = round(experiment.steps * results.scale)
     base = ""
-    for arm in experiment.arms:
-        if arm.once:
-            ap = results.mean(experiment, arm.name, "ap", experiment.scored_on[0])
-            arm_steps = experiment.steps_of(arm, results.scale)
-            base += f" One run: {arm.title}, {arm_steps} steps"
-            base += f" of {experiment.frames_of(arm)} frames, AP {_cell(ap)}."
+    for variant in experiment.variants:
+        if variant.once:
+            ap = results.mean(experiment, variant.name, "ap", experiment.scored_on[0])
+            variant_steps = experiment.steps_of(variant, results.scale)
+            base += f" One run: {variant.title}, {variant_steps} steps"
+            base += f" of {experiment.frames_of(variant)} frames, AP {_cell(ap)}."
     sets = []
-    for name in experiment.sets(experiment.arms):
+    for name in experiment.sets(experiment.variants):
         recordings = results.sets[name]
         digest = results.digests.get(name, "not made yet")
         counts = recordings.counts.replace("=", " ").replace(",", ", ")
@@ -249,7 +249,9 @@ def _write_power(page: _Page, experiment: Experiment) -> None:
         powers = power_of(experiment, page.results)
         origin = "from the runs below (there was no pilot):"
     if not powers:
-        page.add("There is no pilot, and less than two seeds of its arms: the power is not known.")
+        page.add(
+            "There is no pilot, and less than two seeds of its variants: the power is not known."
+        )
         return
     rows = []
     for question, power in powers.items():
@@ -268,7 +270,7 @@ def _write_power(page: _Page, experiment: Experiment) -> None:
             ]
         )
     pilot_seeds = max(power.pilot_seeds for power in powers.values())
-    first, second = (experiment.arm(name).title for name in experiment.pilot)
+    first, second = (experiment.variant(name).title for name in experiment.pilot)
     page.table(
         f"Power, {origin} {plural(pilot_seeds, 'seed')} ({second} less {first}): the seeds that find "
         f"the intended effect with probability {100 * POWER:g} % at the strictest step of the correction, and "
@@ -296,7 +298,9 @@ def _write_family(page: _Page, experiment: Experiment, family: Family) -> None:
     references = list(dict.fromkeys(reference for _, reference in family.pairs))
     for reference in references:
         mean = results.mean(experiment, reference, family.measure, family.on)
-        rows.append([experiment.arm(reference).title, _n(mean), _cell(mean), "", "", ""])
+        rows.append(
+            [experiment.variant(reference).title, str(_num_seeds(mean)), _cell(mean), "", "", ""]
+        )
         for pair, difference in differences.items():
             if pair[1] != reference:
                 continue
@@ -305,10 +309,10 @@ def _write_family(page: _Page, experiment: Experiment, family: Family) -> None:
             cell = _cell(difference, signed=True)
             rows.append(
                 [
-                    experiment.arm(pair[0]).title,
-                    _n(difference),
+                    experiment.variant(pair[0]).title,
+                    str(_num_seeds(difference)),
                     _cell(mean),
-                    experiment.arm(reference).title,
+                    experiment.variant(reference).title,
                     f"**{cell}**" if significant else cell,
                     _probability(p_of[pair]) if pair in p_of else "",
                 ]
@@ -316,7 +320,7 @@ def _write_family(page: _Page, experiment: Experiment, family: Family) -> None:
     page.table(
         f"{family.question}: `{family.measure}` on `{family.on}`. "
         f"{_sample(experiment, results, family.on)}; p of {plural(_comparisons(experiment, family), 'comparison')}.",
-        ["arm", "n", "points", "less", "difference", "p"],
+        ["variant", "n", "points", "less", "difference", "p"],
         rows,
     )
     page.add(_verdict(experiment, differences, p_of))
@@ -332,10 +336,10 @@ def _verdict(
     for pair, difference in differences.items():
         if difference is None or difference.half is None:
             continue
-        title = experiment.arm(pair[0]).title
+        title = experiment.variant(pair[0]).title
         if p_of[pair] < SIGNIFICANT:
             word = "above" if difference.value > 0 else "below"
-            reference = experiment.arm(pair[1]).title
+            reference = experiment.variant(pair[1]).title
             points = difference.points(signed=True)
             sentences.append(
                 f"{title} is {word} {reference} by {points} (p {_probability(p_of[pair], '= ')})"
@@ -344,15 +348,18 @@ def _verdict(
             open_ends.append((difference.value + difference.half, title))
     if open_ends:
         upper, title = max(open_ends)
+        if len(open_ends) == 1:
+            words = "1 difference is not significant; its interval excludes"
+        else:
+            words = f"{len(open_ends)} differences are not significant; their intervals exclude"
         sentences.append(
-            f"of {plural(len(open_ends), 'arm')} that cannot be told from what they are compared with, "
-            f"gains above {100 * upper:+.1f} points are excluded (the largest interval's end: {title})"
+            f"{words} gains above {100 * upper:+.1f} points (largest upper end: {title})"
         )
     missing = sum(difference is None for difference in differences.values())
     if missing:
         sentences.append(f"{plural(missing, 'comparison')} missing")
-    text = "; ".join(sentences) or "no comparison has two seeds yet"
-    return text[0].upper() + text[1:] + "."
+    sentences = sentences or ["no comparison has two seeds yet"]
+    return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
 
 def _comparisons(experiment: Experiment, family: Family) -> int:
@@ -394,22 +401,24 @@ def _cell(value: Effect | None, *, signed: bool = False) -> str:
     return MISSING if value is None else value.points(signed=signed)
 
 
-def _n(value: Effect | None) -> str:
-    return "0" if value is None else str(value.seeds)
+def _num_seeds(value: Effect | None) -> int:
+    return 0 if value is None else value.seeds
 
 
 def _sample(experiment: Experiment, results: Results, on: str) -> str:
-    """'n = 3 to 5 seeds of an arm, 16 recordings, ± 95 % interval': for a caption."""
-    seeds: dict[str, set[int]] = {arm.name: set() for arm in experiment.arms if not arm.once}
+    """'n = 3 to 5 seeds each, 16 recordings; ± or bars: 95 % interval': for a caption."""
+    seeds: dict[str, set[int]] = {
+        variant.name: set() for variant in experiment.variants if not variant.once
+    }
     for key in results.scores:
-        if key.experiment == experiment.name and key.on == on and key.arm in seeds:
-            seeds[key.arm].add(key.seed)
-    numbers = sorted({len(of_arm) for of_arm in seeds.values()})
+        if key.experiment == experiment.name and key.on == on and key.variant in seeds:
+            seeds[key.variant].add(key.seed)
+    numbers = sorted({len(of_variant) for of_variant in seeds.values()})
     spans = " to ".join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1])))
     planned = results.planned.get(experiment.name, experiment.seeds)
     of = f" of {planned} planned" if numbers[0] < planned else ""
     return (
-        f"n = {spans} seeds an arm{of}, {results.recordings(on)} recordings; ± or bars: "
+        f"n = {spans} seeds each{of}, {results.recordings(on)} recordings; ± or bars: "
         f"{PERCENT} interval over both"
     )
 
@@ -422,12 +431,12 @@ def _write_forest(page: _Page, experiment: Experiment) -> None:
         bars = []
         for pair in family.pairs:
             difference = page.results.difference(experiment, pair, family.measure, family.on)
-            title, reference = (experiment.arm(name).title for name in pair)
+            title, reference = (experiment.variant(name).title for name in pair)
             several = len({reference for _, reference in family.pairs}) > 1
             name = f"{title} (less {reference})" if several else title
             bars.append(_bar(name, difference))
         panels[family.question] = bars
-    reference = experiment.arm(experiment.families[0].pairs[0][1]).title
+    reference = experiment.variant(experiment.families[0].pairs[0][1]).title
     sample = _sample(experiment, page.results, experiment.families[0].on)
     caption = f"Differences in points, first of all to {reference}. Blue: the interval excludes zero, uncorrected"
     path = page.figure(f"{experiment.name}-effects", f"{caption}. {sample}.")
@@ -446,18 +455,18 @@ def _line(name: str, effects: Sequence[tuple[float, Effect | None]]) -> Line:
 
 
 def _write_recovery(page: _Page) -> None:
-    """AP after the branch, by step, of the arms that are scored on the way."""
+    """AP after the branch, by step, of the variants that are scored on the way."""
     results = page.results
     on = "learn-v3"
     lines = []
-    for arm in ATTENTION.arms:
-        if not arm.also_scored:
+    for variant in ATTENTION.variants:
+        if not variant.also_scored:
             continue
-        starts = "published_start" if arm.name == "published" else "base"
+        starts = "published_start" if variant.name == "published" else "base"
         points = [(0.0, results.mean(ATTENTION, starts, "ap", on))]
-        for step in ATTENTION.scored_steps(arm, results.scale):
-            points.append((float(step), results.mean(ATTENTION, arm.name, "ap", on, step)))
-        lines.append(_line(arm.title, points))
+        for step in ATTENTION.scored_steps(variant, results.scale):
+            points.append((float(step), results.mean(ATTENTION, variant.name, "ap", on, step)))
+        lines.append(_line(variant.title, points))
     lines = [line for line in lines if line.mean]
     if not lines:
         return
@@ -482,8 +491,8 @@ def _cost_of_published(results: Results) -> str:
     end = results.difference(ATTENTION, ("published", "continued"), "ap", on)
     return (
         f"Right after the branch, before any step, the published start changes the baseline's AP by "
-        f"{_cell(cost, signed=True)} points ({_n(cost)} seeds); after the last step it is "
-        f"{_cell(end, signed=True)} from the baseline continued ({_n(end)} seeds)."
+        f"{_cell(cost, signed=True)} points ({plural(_num_seeds(cost), 'seed')}); after the last step it is "
+        f"{_cell(end, signed=True)} from the baseline continued ({plural(_num_seeds(end), 'seed')})."
     )
 
 
@@ -497,9 +506,10 @@ def _write_rest_curves(page: _Page) -> None:
         for bias in BIASES:
             lines = []
             for frames in LENGTHS:
-                arm = f"frames_{frames}_bias_{bias}"
+                variant = f"frames_{frames}_bias_{bias}"
                 values = [
-                    page.results.mean(LENGTH, arm, f"{measure}/rest/{name}", on) for name in names
+                    page.results.mean(LENGTH, variant, f"{measure}/rest/{name}", on)
+                    for name in names
                 ]
                 lines.append(_line(f"T = {frames}", list(enumerate(values))))
             title = f"{label}, forget bias {bias}"
@@ -522,8 +532,8 @@ def _write_drift(page: _Page) -> None:
     for bias in BIASES:
         lines = []
         for frames in LENGTHS:
-            arm = f"frames_{frames}_bias_{bias}"
-            values = [page.results.mean(LENGTH, arm, f"ap/since/{name}", on) for name in names]
+            variant = f"frames_{frames}_bias_{bias}"
+            values = [page.results.mean(LENGTH, variant, f"ap/since/{name}", on) for name in names]
             lines.append(_line(f"T = {frames}", list(enumerate(values))))
         panels.append(
             Panel(f"AP, forget bias {bias}", "seconds since the start", "AP", lines, x_names=names)
@@ -540,11 +550,11 @@ def _write_drift(page: _Page) -> None:
 
 def _write_rates(page: _Page) -> None:
     lines = []
-    for arm in RATE.arms:
+    for variant in RATE.variants:
         values = []
         for ms in WINDOWS_MS:
-            values.append((float(ms), page.results.mean(RATE, arm.name, "ap", f"rate-{ms}-v1")))
-        lines.append(_line(f"trained on {arm.title}", values))
+            values.append((float(ms), page.results.mean(RATE, variant.name, "ap", f"rate-{ms}-v1")))
+        lines.append(_line(f"trained on {variant.title}", values))
     caption = f"AP by window. {_sample(RATE, page.results, f'rate-{WINDOWS_MS[0]}-v1')}."
     panel = Panel("AP by window", "window, ms", "AP", lines, log=True)
     write_svg(page.figure("rate", caption), [[panel]], "bars: 95 % interval")
@@ -573,20 +583,20 @@ def _write_groups(page: _Page, experiment: Experiment, on: str) -> None:
     for title, measures in groups.items():
         rows = []
         for reference in references:
-            arms = [pair[0] for pair in experiment.families[0].pairs if pair[1] == reference]
+            variants = [pair[0] for pair in experiment.families[0].pairs if pair[1] == reference]
             cells = [_cell(page.results.mean(experiment, reference, m, on)) for m in measures]
-            rows.append([experiment.arm(reference).title, *cells])
-            for arm in arms:
+            rows.append([experiment.variant(reference).title, *cells])
+            for variant in variants:
                 cells = []
                 for measure in measures:
-                    value = page.results.difference(experiment, (arm, reference), measure, on)
+                    value = page.results.difference(experiment, (variant, reference), measure, on)
                     cells.append(_cell(value, signed=True))
-                rows.append([f"{experiment.arm(arm).title}, difference", *cells])
+                rows.append([f"{experiment.variant(variant).title}, difference", *cells])
         names = [measure.rpartition("/")[2] for measure in measures]
         page.table(
             f"{title}, on `{on}`, not corrected for several comparisons. "
             f"{_sample(experiment, page.results, on)}.",
-            ["arm", *names],
+            ["variant", *names],
             rows,
         )
 
@@ -598,10 +608,10 @@ def _write_real(page: _Page) -> None:
         return
     rows = []
     seeds = set()
-    for arm in GENERALISATION.arms:
-        values = [v for (name, seed), v in page.results.real.items() if name == arm.name]
-        seeds |= {seed for name, seed in page.results.real if name == arm.name}
-        rows.append([arm.title, str(len(values)), _per_frame(values)])
+    for variant in GENERALISATION.variants:
+        values = [v for (name, seed), v in page.results.real.items() if name == variant.name]
+        seeds |= {seed for name, seed in page.results.real if name == variant.name}
+        rows.append([variant.title, str(len(values)), _per_frame(values)])
     page.table(
         "Detections of confidence 0.3 or more per frame on real events without boxes. "
         f"n = {len(seeds)} seeds; ± half of the 95 % interval over them (Student's t).",

@@ -1,6 +1,6 @@
 """Scores of a checkpoint on a set, with those of bootstrap samples of its recordings, kept on disk.
 
-    python tests/benchmarks/learning/scores.py CHECKPOINT SHARDS OUTPUT [--variant NAME] [KEY=VALUE ...]
+    python tests/benchmarks/learning/scores.py CHECKPOINT SHARDS OUTPUT [--detector NAME] [KEY=VALUE ...]
 
 evaluates a checkpoint (`evspan evaluate`, the moving average of its weights) and writes OUTPUT/
 score.npz last: every measure on all recordings, and on SAMPLES of them. The samples are the same for
@@ -29,7 +29,7 @@ from evspan.pipeline.evaluation.coco import EVERY, IOU50, SMALL
 from evspan.pipeline.evaluation.compare import open_evaluation
 from evspan.pipeline.evaluation.frames import LabelledFrames, scored
 from evspan.pipeline.evaluation.motion import motion
-from learning import variants
+from learning import other_detectors
 from numpy.typing import NDArray
 
 VERSION = 4  # of the measures: with another one, scores are computed again
@@ -183,17 +183,17 @@ def score_of(folder: Path) -> Score:
     return Score(recordings, values)
 
 
-def main(argv: list[str], evaluate: Callable[[list[str]], object] = variants.evspan) -> None:
+def main(argv: list[str], evaluate: Callable[[list[str]], object] = other_detectors.evspan) -> None:
     """Evaluates what is not evaluated yet, and writes the score."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("shards", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--variant", choices=["", *variants.VARIANTS], default="")
+    parser.add_argument("--detector", choices=["", *other_detectors.DETECTORS], default="")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_intermixed_args(argv)
     if not args.output.exists():
-        variants.use(args.variant)
+        other_detectors.use(args.detector)
         writing = args.output.with_name(f".{args.output.name}.writing")
         shutil.rmtree(writing, ignore_errors=True)  # of a killed attempt
         words = [str(args.checkpoint), f"dataset.root={args.shards}", f"output={writing}"]

@@ -18,14 +18,14 @@ from evspan.conf.errors import UserError, require
 from evspan.conf.text import plural
 from evspan.launch.cli.command import Parser, run_command
 from evspan.pipeline.checkpoint_files import FOLDER, META, checkpoint_name
-from learning import variants
+from learning import other_detectors
 from learning.experiments import (
     EXPERIMENTS,
     RESTS_LONG,
     RESTS_TEST,
     SETS,
-    Arm,
     Experiment,
+    Variant,
     quick_set,
 )
 from learning.jobs import Job, run_jobs
@@ -127,15 +127,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of an arm."""
+    """A run of a variant."""
 
     experiment: Experiment
-    arm: Arm
+    variant: Variant
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.experiment.name}/{self.arm.name}-{self.seed}"
+        return f"{self.experiment.name}/{self.variant.name}-{self.seed}"
 
 
 class Study:
@@ -204,19 +204,26 @@ class Study:
         return self.options.seeds or (1 if self.options.quick else experiment.seeds)
 
     def runs(self, experiment: Experiment) -> list[Run]:
-        """In the order of training: seed by seed, so that the arms can be compared early.
+        """In the order of training: seed by seed, so that the variants can be compared early.
 
-        A pilot's two arms one after the other: runs of one core do not alternate with those of two.
+        A pilot's two variants one after the other: runs of one core do not alternate with those of two.
         """
-        arms = experiment.arms
+        variants = experiment.variants
         if self.options.pilot:
-            starts = {experiment.arm(name).starts_from for name in experiment.pilot}
-            arms = tuple(arm for arm in arms if arm.name in (*experiment.pilot, *starts))
-        runs = [Run(experiment, arm, 0) for arm in arms if arm.once]
+            starts = {experiment.variant(name).starts_from for name in experiment.pilot}
+            variants = tuple(
+                variant for variant in variants if variant.name in (*experiment.pilot, *starts)
+            )
+        runs = [Run(experiment, variant, 0) for variant in variants if variant.once]
         seeds = range(PILOT_SEEDS if self.options.pilot else self.seeds(experiment))
-        branches = [Run(experiment, arm, seed) for seed in seeds for arm in arms if not arm.once]
+        branches = [
+            Run(experiment, variant, seed)
+            for seed in seeds
+            for variant in variants
+            if not variant.once
+        ]
         if self.options.pilot:
-            branches.sort(key=lambda run: arms.index(run.arm))
+            branches.sort(key=lambda run: variants.index(run.variant))
         return [*runs, *branches]
 
     def run_folder(self, run: Run) -> Path:
@@ -226,17 +233,21 @@ class Study:
         return self.run_folder(run) / FOLDER / checkpoint_name(step)
 
     def score_folder(self, key: Key) -> Path:
-        run = Run(EXPERIMENTS[key.experiment], EXPERIMENTS[key.experiment].arm(key.arm), key.seed)
+        run = Run(
+            EXPERIMENTS[key.experiment], EXPERIMENTS[key.experiment].variant(key.variant), key.seed
+        )
         return self.run_folder(run) / "scores" / f"{key.on}-{checkpoint_name(key.step)}"
 
     def train_words(self, run: Run) -> list[str]:
         """The arguments of `evspan` that train a run."""
         experiment = run.experiment
-        arm = run.arm
-        steps = experiment.steps_of(arm, self.options.scale)
-        scored = experiment.scored_steps(arm, self.options.scale)
+        variant = run.variant
+        steps = experiment.steps_of(variant, self.options.scale)
+        scored = experiment.scored_steps(variant, self.options.scale)
         every = math.gcd(*scored) if len(scored) > 1 else max(1, steps // 5)
-        ranks = arm.ranks if self.options.device == "cpu" else min(arm.ranks, max(1, _gpus()))
+        ranks = (
+            variant.ranks if self.options.device == "cpu" else min(variant.ranks, max(1, _gpus()))
+        )
         own = {
             "seed": str(run.seed),
             "training.max_steps": str(steps),
@@ -254,17 +265,17 @@ class Study:
         if self.options.device == "cpu":
             own |= {"parallel.threads": "1", "training.num_workers": "1"}
         words: list[str] = []
-        for override in (*experiment.overrides, *arm.overrides):
+        for override in (*experiment.overrides, *variant.overrides):
             words = [w for w in words if override_key(w) != override_key(override)]
             words.append(override)
         words += [f"{key}={value}" for key, value in own.items()]
         words = [w for w in words if override_key(w) not in map(override_key, self.options.extra)]
         words += self.options.extra
         words = replace_override(words, "run_dir", str(self.run_folder(run)))
-        if arm.starts_from:
-            base = Run(experiment, experiment.arm(arm.starts_from), 0)
+        if variant.starts_from:
+            base = Run(experiment, experiment.variant(variant.starts_from), 0)
             words = replace_override(words, "checkpoint.init_from", str(self.run_folder(base)))
-        shards = [self.set_folder(name) / "set" for name in arm.trained_on]
+        shards = [self.set_folder(name) / "set" for name in variant.trained_on]
         if len(shards) == 1:
             words = replace_override(words, "dataset.root", str(shards[0]))
         else:
@@ -276,24 +287,24 @@ class Study:
         """Trains a run to its end. It is done, too, when all that its weights are for is there."""
         if run.name in self._jobs:
             return self._jobs[run.name]
-        steps = run.experiment.steps_of(run.arm, self.options.scale)
+        steps = run.experiment.steps_of(run.variant, self.options.scale)
         done = self.checkpoint(run, steps) / META
         needs: tuple[Job, ...] = ()
-        if run.arm.starts_from:
-            base = Run(run.experiment, run.experiment.arm(run.arm.starts_from), 0)
+        if run.variant.starts_from:
+            base = Run(run.experiment, run.experiment.variant(run.variant.starts_from), 0)
             needs = (self.train_job(base),)
 
         def prepare() -> None:
-            for name in run.arm.trained_on:
+            for name in run.variant.trained_on:
                 self.make_set(name)
 
         job = Job(
             run.name,
-            [*variants.command(run.arm.variant), *self.train_words(run)],
+            [*other_detectors.command(run.variant.detector), *self.train_words(run)],
             lambda: done.exists() or self._is_used_up(run),
             self.folder / "logs" / f"{run.name}.log",
             needs,
-            run.arm.ranks if self.options.device == "cpu" else 1,
+            run.variant.ranks if self.options.device == "cpu" else 1,
             prepare,
         )
         self._jobs[run.name] = job
@@ -314,13 +325,13 @@ class Study:
     def score_jobs(self, run: Run, sets: Sequence[str]) -> list[Job]:
         """Score all checkpoints of a run that count, on these sets."""
         jobs = []
-        for step in run.experiment.scored_steps(run.arm, self.options.scale):
+        for step in run.experiment.scored_steps(run.variant, self.options.scale):
             for name in sets:
-                key = Key(run.experiment.name, run.arm.name, run.seed, name, step)
+                key = Key(run.experiment.name, run.variant.name, run.seed, name, step)
                 folder = self.score_folder(key)
                 words = [
                     *(str(self.checkpoint(run, step)), str(self.set_folder(name) / "set")),
-                    *(str(folder), "--variant", run.arm.variant),
+                    *(str(folder), "--detector", run.variant.detector),
                     *("evaluation.write_detections=true", f"parallel.device={self.options.device}"),
                 ]
                 if self.options.device == "cpu":
@@ -372,23 +383,23 @@ class Study:
         scores = {}
         real: dict[tuple[str, int], float] = {}
         for experiment in EXPERIMENTS.values():
-            for arm in experiment.arms:
+            for variant in experiment.variants:
                 for folder in sorted(
-                    (self.folder / "runs" / experiment.name).glob(f"{arm.name}-*")
+                    (self.folder / "runs" / experiment.name).glob(f"{variant.name}-*")
                 ):
-                    number = folder.name.removeprefix(f"{arm.name}-")
+                    number = folder.name.removeprefix(f"{variant.name}-")
                     if not number.isdecimal():
                         continue
-                    run = Run(experiment, arm, int(number))
-                    for step in experiment.scored_steps(arm, self.options.scale):
+                    run = Run(experiment, variant, int(number))
+                    for step in experiment.scored_steps(variant, self.options.scale):
                         for name in (*experiment.scored_on, *experiment.last_scored_on):
-                            key = Key(experiment.name, arm.name, run.seed, name, step)
+                            key = Key(experiment.name, variant.name, run.seed, name, step)
                             score = read_score(self.score_folder(key))
                             if score is not None:
                                 scores[key] = score
                     per_frame = detections_per_frame(self.run_folder(run) / "real")
                     if per_frame is not None:
-                        real[arm.name, run.seed] = per_frame
+                        real[variant.name, run.seed] = per_frame
         pilot = _read_json(self.folder / PILOT) if (self.folder / PILOT).exists() else {}
         seconds = _read_json(self.folder / TIMES) if (self.folder / TIMES).exists() else {}
         chosen = {experiment.name for experiment in self.experiments}
@@ -487,7 +498,7 @@ def plan_table(study: Study) -> str:
         runs = study.runs(experiment)
         train = sum(_train_seconds(study, run) for run in runs) / 3600
         score = sum(_score_seconds(study, run) for run in runs) / 3600
-        sets = experiment.sets([run.arm for run in runs])
+        sets = experiment.sets([run.variant for run in runs])
         hours = (train + score) / 2 + len(sets) / 60  # a set takes a minute
         total += hours
         lines.append(
@@ -500,13 +511,13 @@ def plan_table(study: Study) -> str:
 
 def _train_seconds(study: Study, run: Run) -> float:
     """Core seconds."""
-    steps = run.experiment.steps_of(run.arm, study.options.scale)
-    frames = steps * run.experiment.frames_of(run.arm)
-    return frames / run.arm.frames_per_s + START_S * run.arm.ranks
+    steps = run.experiment.steps_of(run.variant, study.options.scale)
+    frames = steps * run.experiment.frames_of(run.variant)
+    return frames / run.variant.frames_per_s + START_S * run.variant.ranks
 
 
 def _score_seconds(study: Study, run: Run) -> float:
-    steps = len(run.experiment.scored_steps(run.arm, study.options.scale))
+    steps = len(run.experiment.scored_steps(run.variant, study.options.scale))
     sets = [*run.experiment.scored_on, *run.experiment.last_scored_on]
     return steps * sum(SCORE_S.get(name, 30) for name in sets)
 
@@ -568,12 +579,18 @@ def _parser() -> argparse.ArgumentParser:
     add("overrides", nargs="*", metavar="KEY=VALUE", help="overrides for every training run")
     add("--folder", type=Path, help="everything is written here (default: bench/study)")
     add("--only", metavar="A,B", help="experiments (default: all)")
-    add("--seeds", type=int, default=0, metavar="N", help="of every arm (default: experiment's)")
+    add(
+        "--seeds", type=int, default=0, metavar="N", help="of every variant (default: experiment's)"
+    )
     add("--scale", type=float, metavar="X", help="factor on the steps of all runs (default: 1)")
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="default: auto")
     add("--jobs", type=int, default=0, metavar="N", help="cores at once (default: all; GPU: 1)")
     add("--hours", type=float, default=0.0, metavar="H", help="then save and report (0: no limit)")
-    add("--pilot", action="store_true", help=f"{PILOT_SEEDS} seeds of two arms: how many resolve")
+    add(
+        "--pilot",
+        action="store_true",
+        help=f"{PILOT_SEEDS} seeds of two variants: how many resolve",
+    )
     add("--real", type=Path, metavar="DIR", help="recordings without boxes, for false alarms")
     add("--compile", action="store_true", help="compile training: a third faster on a CPU")
     add("--quick", action="store_true", help="sets of 2 s, a few steps, one seed")
