@@ -231,7 +231,8 @@ def _outcome(task: Task, future: "Future[Value]", processes: int) -> Outcome[Tas
     if isinstance(error, BrokenProcessPool):
         raise UserError(
             f"one of {processes} processes was killed, perhaps because memory ran out. Run the "
-            "same again with fewer processes: processes=1; what is done is kept"
+            "same again with fewer processes: processes=1 (on SLURM: a lower cluster.cpus_per_task "
+            "or a higher cluster.mem_gb); what is done is kept"
         ) from error
     if not isinstance(error, Exception):
         raise error

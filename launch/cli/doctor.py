@@ -26,7 +26,8 @@ the folder, which `evspan report` links. The exit code is 0 if no check failed."
 EXAMPLES = """examples:
   evspan doctor --folder runs                             # this machine, and SLURM's settings
   evspan doctor --folder runs --partition gpu --nodes 2 --gpus-per-node 4
-  evspan doctor --nodes 2 --gpus-per-node 8 --dataset /scratch/gen4 --config size=base
+  evspan doctor --nodes 2 --gpus-per-node 8 --cpus-per-task 12 --dataset /scratch/gen4 \\
+      --config size=base
   evspan doctor --nodes 2 -- --qos=debug --constraint=a100   # options after -- are srun's"""
 
 
@@ -79,6 +80,14 @@ def parse_options(argv: list[str] | None) -> CommandOptions:
         help="GPUs that the job requests (default: none)",
     )
     parser.add_argument(
+        "--cpus-per-task",
+        type=int,
+        default=0,
+        metavar="N",
+        help="cores of a rank, as cluster.cpus_per_task; they limit how fast it decodes "
+        "(default: SLURM's, mostly one)",
+    )
+    parser.add_argument(
         "--account", default="", metavar="NAME", help="account that the job is charged to"
     )
     parser.add_argument(
@@ -110,6 +119,7 @@ def parse_options(argv: list[str] | None) -> CommandOptions:
         nodes=args.nodes,
         ranks_per_node=args.ranks_per_node,
         gpus_per_node=args.gpus_per_node,
+        cpus_per_task=args.cpus_per_task,
         account=args.account,
         time_min=args.time,
         srun_options=tuple(args.srun),

@@ -28,7 +28,7 @@ class DoctorOptions:
         folder: the run folder.
         partition: empty for the cluster's default.
         nodes: number of nodes that a job checks; 0 for no job.
-        ranks_per_node, gpus_per_node: 0 for the default.
+        ranks_per_node, gpus_per_node, cpus_per_task: 0 for the default.
         account: account that the job is charged to; may be empty.
         time_min: time limit of the job in minutes.
         srun_options: further options of srun.
@@ -41,6 +41,7 @@ class DoctorOptions:
     nodes: int = 0
     ranks_per_node: int = 0
     gpus_per_node: int = 0
+    cpus_per_task: int = 0
     account: str = ""
     time_min: int = 10
     srun_options: Sequence[str] = ()
@@ -51,18 +52,20 @@ class DoctorOptions:
         _check_minimum("--nodes", self.nodes, 0)
         _check_minimum("--ranks-per-node", self.ranks_per_node, 0)
         _check_minimum("--gpus-per-node", self.gpus_per_node, 0)
+        _check_minimum("--cpus-per-task", self.cpus_per_task, 0)
         _check_minimum("--time", self.time_min, 1)
         needs_job = (
             self.ranks_per_node,
             self.gpus_per_node,
+            self.cpus_per_task,
             self.account,
             self.srun_options,
             self.dataset,
         )
         if not self.nodes and any(needs_job):
             raise UserError(
-                "--ranks-per-node, --gpus-per-node, --account, --dataset and options of srun apply "
-                "to a job; give --nodes, too"
+                "--ranks-per-node, --gpus-per-node, --cpus-per-task, --account, --dataset and "
+                "options of srun apply to a job; give --nodes, too"
             )
         if self.overrides and self.dataset is None:
             raise UserError(
@@ -91,6 +94,8 @@ class DoctorOptions:
             options.append(f"--account={self.account}")
         if self.gpus_per_node:
             options.append(f"--gpus-per-node={self.gpus_per_node}")
+        if self.cpus_per_task:
+            options.append(f"--cpus-per-task={self.cpus_per_task}")
         return [*options, *self.srun_options]
 
 

@@ -37,7 +37,11 @@ def data_findings(process: subprocess.Popen[str], ranks_per_node: int, nodes: in
     """The findings of a node. process: of `start_measuring`."""
     result = wait_for(process)
     if result.failure:
-        remedy = "name the output of evspan prep with --dataset, on a file system of the nodes"
+        remedy = (
+            "correct --dataset (an output of evspan prep, on a file system of the nodes) or "
+            "--config; where time or memory is short, measure a smaller step: size=..., "
+            "training.batch_size=... or training.sequence_length=..."
+        )
         return [Finding(READ, FAIL, result.failure, remedy)]
     values = json.loads(result.last_line)
     return [_reading(values, ranks_per_node, nodes), _decoding(values)]

@@ -50,11 +50,11 @@ def training_config(dataset: Path, overrides: Sequence[str]) -> BenchConfig:
     """The config whose consumption is measured: one rank's share.
 
     Raises:
-        ConfigError: the overrides cannot be composed.
+        ConfigError: the overrides cannot be composed, or describe several ranks.
     """
     config = compose(BenchConfig, [f"dataset.root={dataset}", *overrides])
-    config.parallel = ParallelConfig(ranks=1, threads=config.parallel.threads)
     check_one_rank(config)
+    config.parallel = ParallelConfig(ranks=1, threads=config.parallel.threads)
     return config
 
 

@@ -214,6 +214,7 @@ def _srun_command(job: Job, work: Path, token: str) -> list[str]:
         "--input=none",
         "--quit-on-interrupt",
         "--kill-on-bad-exit=1",
+        "--wait=0",  # tasks without a dataset to measure end long before the others
         *job.srun_options,
         *python_command("evspan.launch.doctor.job", str(work), token, *_data_arguments(job)),
     ]

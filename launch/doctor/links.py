@@ -27,12 +27,17 @@ REMEDY = {
 WORDS = {"all_reduce": "all-reduce", "all_to_all": "all-to-all"}
 
 
-def interface_gb_per_s(names: Sequence[str], sysfs: Path = SYSFS) -> float | None:
+def interface_gb_per_s(
+    names: Sequence[str], sysfs: Path = SYSFS, *, with_gpus: bool
+) -> float | None:
     """The speed of the fastest of these interfaces in GB/s, one direction; None: not known.
 
-    With InfiniBand, the fastest of its ports, which NCCL uses whatever the interfaces are.
+    With GPUs and InfiniBand, that of the fastest of its ports, which NCCL uses whatever the
+    interfaces are. CPUs exchange by gloo, over the interfaces.
     """
-    speeds = [_infiniband(path) for path in sysfs.glob("infiniband/*/ports/*/rate")]
+    speeds: list[float | None] = []
+    if with_gpus:
+        speeds = [_infiniband(path) for path in sysfs.glob("infiniband/*/ports/*/rate")]
     if not any(speeds):
         speeds = [_ethernet(sysfs / "net" / name / "speed") for name in names]
     return max((speed for speed in speeds if speed), default=None)

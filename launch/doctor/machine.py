@@ -112,7 +112,9 @@ def network() -> Finding:
         "interfaces": list(addresses)[:INTERFACES_COMPARED],
         "address": own,
         "machine": _machine_id(),
-        "interface_gb_per_s": interface_gb_per_s(_used_interfaces(addresses)),
+        "interface_gb_per_s": interface_gb_per_s(
+            _used_interfaces(addresses), with_gpus=bool(gpu_files())
+        ),
     }
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         value = os.environ.get(variable, "")

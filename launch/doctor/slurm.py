@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from evspan.conf.schema.cluster import ClusterConfig
@@ -67,27 +67,56 @@ def check_settings(partition: str, nodes: int) -> Iterator[Finding]:
 
 def _check_controller(partition: str, nodes: int) -> Iterator[Finding]:
     config = parse_config(_output("scontrol", "show", "config"))
-    output = _output("scontrol", "--oneliner", "show", "partition")
+    output = _output("scontrol", "--all", "--oneliner", "show", "partition")  # hidden ones too
     partitions = [parse_fields(line) for line in output.splitlines() if line]
     version = config.get("SLURM_VERSION", "")
     yield Finding("SLURM", PASS, f"{version} of {config.get('ClusterName', '?')} answers")
-    selected = _select_partition(partitions, partition)
-    if selected is None:
-        message = f"there is no partition {partition!r}"
-        if not partition:
-            message = "there is no default partition"
-        names = ", ".join(settings["PartitionName"] for settings in partitions)
-        remedy = f"--partition (cluster.partition) must be one of {names}"
-        yield Finding("partition", FAIL, message, remedy)
-    else:
-        name = selected["PartitionName"]
-        sinfo = _output("sinfo", "--noheader", f"--partition={name}", "--format=%D %T")
-        yield check_partition(selected, nodes, _count_usable_nodes(sinfo))
-        yield check_time_limit(selected, ClusterConfig())
-        yield check_preemption(config, selected, partitions)
+    # A job gets the first of several partitions that can run it. In an allocation it is a step.
+    names = partition or os.environ.get("SLURM_JOB_PARTITION", "")
+    for name in names.split(","):
+        yield from _check_partition(config, partitions, name, nodes)
     yield check_requeue(config)
     yield check_job_records(config)
     yield check_accounting(config)
+
+
+def _check_partition(
+    config: Settings, partitions: Sequence[Settings], name: str, nodes: int
+) -> Iterator[Finding]:
+    """Findings on one partition. name: empty for the default one."""
+    selected = _select_partition(partitions, name)
+    if selected is None:
+        message = f"there is no partition {name!r}" if name else "there is no default partition"
+        names = ", ".join(settings["PartitionName"] for settings in partitions)
+        remedy = f"--partition (cluster.partition) must be one of {names}"
+        yield Finding("partition", FAIL, message, remedy)
+        return
+    name = selected["PartitionName"]
+    sinfo = _output("sinfo", "--all", "--noheader", f"--partition={name}", "--format=%D %T")
+    yield check_partition(selected, nodes, _count_usable_nodes(sinfo))
+    yield check_time_limit(selected, ClusterConfig())
+    with_nodes_in_common = [
+        other for other in partitions if share_nodes(selected, other, _expand_nodes)
+    ]
+    yield check_preemption(config, selected, with_nodes_in_common)
+
+
+def share_nodes(
+    partition: Settings, other: Settings, expand: Callable[[str], frozenset[str]]
+) -> bool:
+    """Whether two partitions have a node in common. True where SLURM does not list their nodes.
+
+    Args:
+        expand: a list of nodes such as 'g[1-8],c1' -> their names.
+    """
+    lists = (partition.get("Nodes", ""), other.get("Nodes", ""))
+    if "" in lists or "(null)" in lists or lists[0] == lists[1]:
+        return True
+    return bool(expand(lists[0]) & expand(lists[1]))
+
+
+def _expand_nodes(names: str) -> frozenset[str]:
+    return frozenset(_output("scontrol", "show", "hostnames", names).split())
 
 
 def _select_partition(partitions: Sequence[Settings], name: str) -> Settings | None:

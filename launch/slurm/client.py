@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -15,6 +16,7 @@ from submitit import Job, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol")
+LEAST_MAX_ARRAY_SIZE = 1001  # the default
 TIMEOUT_S = 60  # an overloaded controller may take this long to answer
 CLUSTER_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")  # the cluster to contact
 JOB_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")  # variables that describe a job
@@ -158,6 +160,16 @@ def submit_array(
             return executor.submit_array(tasks)
     except (FailedJobError, FailedSubmissionError) as error:
         raise ConfigError(f"SLURM refuses the job: {sentence(str(error))}. {remedy}") from error
+
+
+def max_array_size() -> int:
+    """The most elements of a job array (MaxArraySize); that of SLURM's default where not known."""
+    try:
+        config = _run("scontrol", "show", "config")
+    except (UserError, FileNotFoundError):
+        return LEAST_MAX_ARRAY_SIZE
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.MULTILINE)
+    return max(1, int(match[1])) if match else LEAST_MAX_ARRAY_SIZE
 
 
 def sbatch(arguments: Sequence[str]) -> str:

@@ -137,10 +137,17 @@ class CodeArchive:
         }
         text = json.dumps(manifest, indent=1) + "\n"
         _write(folder / MANIFEST, PackageFile(text.encode(), time.time_ns()))
+        for parent in subfolders:  # Python would make these with the job's umask
+            cache = package / parent / "__pycache__"
+            cache.mkdir()
+            cache.chmod(mode)
         self._copy_numba_cache(package)
 
     def _copy_numba_cache(self, package: Path) -> None:
-        """Copy the functions that numba has compiled from the same files."""
+        """Copy the functions that numba has compiled from the same files.
+
+        As all of the copy, nobody else may write them: numba unpickles its indices.
+        """
         root = package_root()
         for folder in sorted({Path(name).parent for name in self.files}):
             source = root / folder / "__pycache__"
@@ -149,8 +156,8 @@ class CodeArchive:
             for path in sorted(source.glob("*.nb[ic]"), key=lambda path: path.suffix != ".nbi"):
                 match = NUMBA_FILE.fullmatch(path.name)
                 if match and f"{(folder / match[1]).as_posix()}.py" in self.files:
-                    target.mkdir(exist_ok=True)
                     shutil.copyfile(path, target / path.name)
+                    (target / path.name).chmod(0o644)
 
 
 def plan_code(cluster: SlurmConfig, folder: Path) -> CodeArchive | None:

@@ -181,16 +181,26 @@ def _script(job: CommandJob, scripts: Path, dependency: str, code: "CodeArchive 
             "set +e",
             *start_lines(chain, scripts),
         ],
-        teardown=[
-            "code=$?",
-            f'if ((code == {STOPPED_EXIT_CODE})); then scontrol requeue "$id"; fi',
-            'exit "$code"',
-        ],
+        teardown=["code=$?", *requeue_lines(), 'exit "$code"'],
         **parameters,
     )
     words = [str(job.folder.absolute()), str(scripts / COMMAND)]
     module = "evspan.launch.slurm.command_job"
     return script_of(executor, 1, f"{python.command} -u -m {module} {shlex.join(words)}")
+
+
+def requeue_lines() -> list[str]:
+    """Lines that requeue the job of a command that was stopped: SLURM may be away for a minute."""
+    from evspan.launch.slurm.watchdog import REQUEUE_PAUSE_S, REQUEUE_TRIES
+
+    return [
+        f"if ((code == {STOPPED_EXIT_CODE})); then",
+        f"    for ((tries = 0; tries < {REQUEUE_TRIES}; tries++)); do",
+        '        scontrol requeue "$id" && break',
+        f"        sleep {REQUEUE_PAUSE_S}",
+        "    done",
+        "fi",
+    ]
 
 
 # -- in the job ------------------------------------------------------------------------------------

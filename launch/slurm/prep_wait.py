@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 POLL_S = 1.0  # between looks at the outcome files
 QUEUE_S = 10.0  # between queries to SLURM's controller, which all users share
 GRACE_S = 10.0  # a shared file system may show a task's last files this late
+REMEDIES = {  # of the states in which SLURM ends a task
+    "OUT_OF_MEMORY": " (raise cluster.mem_gb, or lower cluster.cpus_per_task)",
+    "TIMEOUT": " (raise cluster.timeout_min)",
+}
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,14 @@ class ArrayWatch:
             os.utime(self.outcomes)  # makes NFS read the folder again
             yield from self._finished()
             state = "is no longer known to SLURM"
+            remedy = ""
             if task.id in known:
                 state = f"ended as {known[task.id].state}"
+                remedy = REMEDIES.get(known[task.id].state, "")
             for number in task.jobs:
                 if number in self.missing:
                     message = (
-                        f"SLURM task {task.id} {state} before it was done; its log is "
+                        f"SLURM task {task.id} {state} before it was done{remedy}; its log is "
                         f"{task.log}{_last_line(task.log)}"
                     )
                     yield Outcome(self.missing.pop(number), error=RecordingError(message))

@@ -12,11 +12,17 @@ from pathlib import Path
 
 from evspan.conf.compose import CONFIG_FILE, save_config
 from evspan.conf.errors import UserError
+from evspan.conf.folder_lock import FolderInUseError
 from evspan.conf.schema.cluster import ClusterConfig
 from evspan.conf.text import plural
 from evspan.data_prep.shards.atomic import atomic_write
 from evspan.launch.slurm.chain import read_upstream
-from evspan.launch.slurm.client import cancel_tasks, require_commands
+from evspan.launch.slurm.client import (
+    LEAST_MAX_ARRAY_SIZE,
+    cancel_tasks,
+    max_array_size,
+    require_commands,
+)
 from evspan.launch.slurm.code_archive import plan_code, submitted_code
 from evspan.launch.slurm.sbatch import JobArray, job_name, script, submit_job_array
 from evspan.launch.slurm.smoke_run import FOLDER as SMOKE
@@ -24,7 +30,7 @@ from evspan.launch.slurm.smoke_run import smoke_cluster, smoke_run
 from evspan.launch.slurm.successor import submit_successors
 from evspan.launch.sweep.fail_fast import error_of_sweep
 from evspan.launch.sweep.plan import PlannedRun
-from evspan.launch.sweep.queued import refuse_queued
+from evspan.launch.sweep.queued import queued_folders, queued_message, refuse_queued
 from evspan.launch.sweep.registry import SUBMITTED, Run, describe, read_runs
 from evspan.launch.sweep.state import State
 from evspan.pipeline.history import append
@@ -69,12 +75,12 @@ def submit_runs(
             _log_scripts(array)
         return 0
     require_commands()
-    with _locked(runs):
-        refuse_queued([run.folder for run in runs])
+    with ExitStack() as locks:
+        free = _lock_free(runs, locks)
         if smoke:
             job = _submit_smoke_run(runs[0], cluster, upstream)
             cluster, upstream = _after_smoke(runs[0], cluster, upstream, job)
-        for array in plan_arrays(runs, cluster, folder, upstream):
+        for array in plan_arrays(free, cluster, folder, upstream):
             _save_configs(array)
             jobs = submit_job_array(array)
             _record_submission(array, jobs, _submit_successors(array, jobs))
@@ -169,20 +175,24 @@ def plan_arrays(
 ) -> list[JobArray]:
     """One array for each number of nodes and ranks that the runs need.
 
+    More runs than SLURM allows in an array (MaxArraySize) get several.
+
     Args:
         dependency: of sbatch; empty for none.
     """
     shapes: dict[tuple[int, int], list[PlannedRun]] = {}
     for run in runs:
         shapes.setdefault(cluster.nodes(run.config.parallel.ranks), []).append(run)
-    arrays = []
+    arrays: list[JobArray] = []
     code = plan_code(cluster, folder)
-    for number, ((nodes, ranks_per_node), same_shape) in enumerate(shapes.items()):
-        scripts = folder.absolute() / SUBMITIT / f"{time.time_ns() // 1_000_000}-{number}"
-        array = JobArray(
-            same_shape, cluster, nodes, ranks_per_node, scripts, job_name(folder), code
-        )
-        arrays.append(replace(array, dependency=dependency))
+    most = max_array_size() if len(runs) > LEAST_MAX_ARRAY_SIZE else len(runs)
+    for (nodes, ranks_per_node), same_shape in shapes.items():
+        for first in range(0, len(same_shape), most):
+            part = same_shape[first : first + most]
+            name = f"{time.time_ns() // 1_000_000}-{len(arrays)}"
+            scripts = folder.absolute() / SUBMITIT / name
+            array = JobArray(part, cluster, nodes, ranks_per_node, scripts, job_name(folder), code)
+            arrays.append(replace(array, dependency=dependency))
     return arrays
 
 
@@ -236,6 +246,32 @@ def _record_submission(array: JobArray, jobs: Sequence[str], successors: Sequenc
         plural(array.nodes, "node"),
         plural(array.ranks_per_node, "rank"),
     )
+
+
+def _lock_free(runs: Sequence[PlannedRun], locks: ExitStack) -> list[PlannedRun]:
+    """Locks the runs that no process trains and that SLURM does not have; returns them.
+
+    Raises:
+        FolderInUseError, UserError: there is none, or SLURM does not answer.
+    """
+    locked = []
+    refusals: list[UserError] = []
+    for run in runs:
+        try:
+            locks.enter_context(RunLock(run.folder, "evspan submit"))
+        except FolderInUseError as error:
+            refusals.append(error)
+        else:
+            locked.append(run)
+    queued = queued_folders([run.folder for run in locked])
+    for folder, job in queued.items():
+        refusals.append(UserError(queued_message({folder: job})))
+    free = [run for run in locked if run.folder not in queued]
+    if refusals and not free:
+        raise refusals[0]
+    for refusal in refusals:
+        logger.info("left alone: %s", refusal)
+    return free
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evspan.conf.errors import UserError
@@ -22,11 +22,34 @@ def refuse_queued(folders: Sequence[Path]) -> None:
     Raises:
         UserError: a job does, or SLURM does not answer.
     """
+    queued = queued_folders(folders)
+    if queued:
+        raise UserError(queued_message(queued))
+
+
+def queued_message(queued: Mapping[Path, str]) -> str:
+    """The refusal of folders whose SLURM jobs wait or run. queued: folder -> job."""
+    names = ", ".join(f"{folder} (job {job})" for folder, job in queued.items())
+    first = next(iter(queued))
+    return (
+        f"SLURM already has {names}. Watch it by evspan status {first}, or end it first by "
+        f"evspan cancel {first}"
+    )
+
+
+def queued_folders(folders: Sequence[Path]) -> dict[Path, str]:
+    """The folders whose SLURM job waits or runs, with its id.
+
+    Those of the job that this process belongs to are left out.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
     jobs: dict[str, Path] = {}
     for folder in folders:
         jobs |= dict.fromkeys(submitted_jobs(folder), folder)
     if not jobs:
-        return
+        return {}
     if shutil.which("squeue") is None:
         for job, folder in jobs.items():
             logger.warning(
@@ -35,16 +58,13 @@ def refuse_queued(folders: Sequence[Path]) -> None:
                 folder,
                 printable(job),
             )
-        return
+        return {}
     alive = jobs_alive(jobs) - _own_jobs()
-    queued = {job: folder for job, folder in jobs.items() if job in alive}
-    if queued:
-        names = ", ".join(f"{folder} (job {job})" for job, folder in queued.items())
-        first = next(iter(queued.values()))
-        raise UserError(
-            f"SLURM already has {names}. Watch it by evspan status {first}, or end it first by "
-            f"evspan cancel {first}"
-        )
+    queued: dict[Path, str] = {}
+    for job, folder in jobs.items():
+        if job in alive:
+            queued.setdefault(folder, job)
+    return queued
 
 
 def submitted_jobs(folder: Path) -> list[str]:

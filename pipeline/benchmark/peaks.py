@@ -109,7 +109,12 @@ def gpu_peak(name: str, precision: Precision) -> Peak:
 
 
 def find_gpu(name: str) -> GpuPeak | None:
-    """The data sheet of a GPU by the name that CUDA gives it; None: not in the table."""
+    """The data sheet of a GPU by the name that CUDA gives it.
+
+    None: it is not in the table, or it is a part of a GPU (MIG), which has a fraction of the peak.
+    """
+    if " MIG " in name:
+        return None
     return next((gpu for gpu in GPUS if re.search(gpu.pattern, name)), None)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from evspan.conf.compose import CONFIG_FILE, save_config
 from evspan.conf.errors import USER_ERROR_EXIT_CODE, UserError
-from evspan.conf.schema.cluster import ClusterConfig, Container, Scheduler
+from evspan.conf.schema.cluster import ClusterConfig, CodeSource, Container, Scheduler
 from evspan.conf.schema.training import EvaluateConfig, TrainConfig
 from evspan.launch.cli import submit
 from evspan.launch.cli.grammar import correct
@@ -18,10 +18,15 @@ from evspan.launch.cli.main import options_of
 from evspan.launch.cli.submit import after_overrides
 from evspan.launch.hang import hang_lines
 from evspan.launch.search.files import SearchInfo, write_info
-from evspan.launch.slurm import client
+from evspan.launch.slurm import client, submit_runs, watchdog
 from evspan.launch.slurm.chain import Upstream, check, read_upstream, record, submission
 from evspan.launch.slurm.client import Queued
-from evspan.launch.slurm.command_job import CommandJob, evaluation_mounts, submit_command_job
+from evspan.launch.slurm.command_job import (
+    CommandJob,
+    evaluation_mounts,
+    requeue_lines,
+    submit_command_job,
+)
 from evspan.launch.slurm.rank_task import RankNote, notes_folder, write_note
 from evspan.launch.slurm.requeue import (
     DO_NOT_REQUEUE,
@@ -496,6 +501,39 @@ def test_a_submitted_evaluation_mounts_the_dataset_of_its_run(tmp_path, capsys):
     words = ["evaluate", str(run), "cluster=slurm", "cluster.dry_run=true", "cluster.code=live"]
     submit.main([*words, "cluster.container=apptainer", "cluster.image=image.sif"])
     assert f"--bind {tmp_path / 'shards'} " in capsys.readouterr().out
+
+
+def test_the_requeue_of_a_command_that_slurm_does_not_answer_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "REQUEUE_PAUSE_S", 0)
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n[ -e {tmp_path}/answers ]\n')
+    scontrol.chmod(0o755)
+    answers = f"sleep() {{ touch {tmp_path}/answers; }}"  # after the first try
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for code, calls in ((0, 0), (1, 0), (75, 2)):
+        text = "\n".join([answers, "id=7", f"code={code}", *requeue_lines()])
+        subprocess.run(["bash", "-s"], input=text, text=True, env=environment, check=True)
+        log = tmp_path / "calls"
+        lines = log.read_text().splitlines() if log.exists() else []
+        assert lines == ["requeue 7"] * calls
+
+
+def test_more_runs_than_an_array_may_have_get_several(tmp_path, monkeypatch):
+    monkeypatch.setattr(submit_runs, "LEAST_MAX_ARRAY_SIZE", 2)
+    monkeypatch.setattr(submit_runs, "max_array_size", lambda: 3)
+    runs = [PlannedRun(tmp_path / str(number), [], TrainConfig()) for number in range(7)]
+    cluster = ClusterConfig(scheduler=Scheduler.slurm, code=CodeSource.live)
+    arrays = submit_runs.plan_arrays(runs, cluster, tmp_path)
+    assert [len(array.runs) for array in arrays] == [3, 3, 1]
+    assert [run for array in arrays for run in array.runs] == runs
+    assert len({array.folder for array in arrays}) == 3
+
+
+def test_the_largest_array_is_read_from_slurms_config(monkeypatch):
+    monkeypatch.setattr(client, "_run", lambda *command: "A = 1\nMaxArraySize            = 4001\n")
+    assert client.max_array_size() == 4001
+    monkeypatch.setattr(client, "_run", lambda *command: "A = 1\n")
+    assert client.max_array_size() == client.LEAST_MAX_ARRAY_SIZE
 
 
 def test_the_container_of_a_smoke_run_mounts_the_run_that_waits_for_it(tmp_path):

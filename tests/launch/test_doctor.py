@@ -15,11 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from evspan.conf.errors import ConfigError, UserError
 from evspan.conf.schema.cluster import ClusterConfig
 from evspan.launch.cli.doctor import main
 from evspan.launch.doctor import folder, job, machine, slurm
+from evspan.launch.doctor.checks import DoctorOptions
 from evspan.launch.doctor.data_speed import data_findings
-from evspan.launch.doctor.data_task import read_uncached
+from evspan.launch.doctor.data_task import read_uncached, training_config
 from evspan.launch.doctor.finding import FAIL, PASS, WARN, Finding
 from evspan.launch.doctor.kept import find_kept
 from evspan.launch.doctor.links import interface_gb_per_s, judge_links
@@ -572,6 +574,41 @@ def test_time_limits(minutes, delay, most, grade):
     assert slurm.check_time_limit({"PartitionName": "p", "MaxTime": most}, config).grade == grade
 
 
+@pytest.mark.parametrize(
+    ("nodes", "other_nodes", "expected"),
+    [
+        ("g1,g2", "c1,c2", False),
+        ("g1,g2", "c1,g2", True),
+        ("g1", "(null)", True),  # not known
+        ("ALL", "ALL", True),
+    ],
+)
+def test_only_partitions_with_a_node_in_common_preempt(nodes, other_nodes, expected):
+    def expand(names):
+        return frozenset(names.split(","))
+
+    assert slurm.share_nodes({"Nodes": nodes}, {"Nodes": other_nodes}, expand) is expected
+
+
+def test_each_of_several_partitions_is_checked(monkeypatch):
+    """As cluster.partition=gpu,gpu-long: SLURM takes the first one that can run the job."""
+    outputs = {
+        "config": "SLURM_VERSION = 23.11\nMinJobAge = 300 sec\n",
+        "partition": "PartitionName=gpu Nodes=g1\nPartitionName=gpu-long Nodes=g2\n",
+        "sinfo": "4 idle\n",
+    }
+
+    def output(*command):
+        key = command[0] if command[0] == "sinfo" else command[-1]
+        return outputs.get(key, "")
+
+    monkeypatch.setattr(slurm, "_output", output)
+    findings = [*slurm._check_controller("gpu,gpu-long,gone", 1)]
+    partitions = [finding for finding in findings if finding.check == "partition"]
+    assert [finding.grade for finding in partitions] == [PASS, PASS, FAIL]
+    assert "there is no partition 'gone'" in partitions[-1].message
+
+
 def test_short_lived_job_records():
     assert slurm.check_job_records({"MinJobAge": "10 sec"}).grade == WARN
     assert (
@@ -990,12 +1027,13 @@ def test_the_speed_of_interfaces(tmp_path):
     }.items():
         (tmp_path / "net" / name).mkdir(parents=True)
         (tmp_path / "net" / name / "speed").write_text(speed)
-    assert interface_gb_per_s(["eth1", "eth0"], tmp_path) == 3.125
-    assert interface_gb_per_s(["virtual", "odd", "absent"], tmp_path) is None
+    assert interface_gb_per_s(["eth1", "eth0"], tmp_path, with_gpus=True) == 3.125
+    assert interface_gb_per_s(["virtual", "odd", "absent"], tmp_path, with_gpus=True) is None
     port = tmp_path / "infiniband/mlx5_0/ports/1"
     port.mkdir(parents=True)
     (port / "rate").write_text("200 Gb/sec (4X HDR)\n")
-    assert interface_gb_per_s(["eth0"], tmp_path) == 25
+    assert interface_gb_per_s(["eth0"], tmp_path, with_gpus=True) == 25
+    assert interface_gb_per_s(["eth0"], tmp_path, with_gpus=False) == 3.125  # gloo
 
 
 @pytest.mark.parametrize(
@@ -1035,6 +1073,20 @@ def test_a_dataset_that_cannot_be_read():
     (finding,) = data_findings(machine.start_process(command, os.environ), 1, 1)
     assert (finding.check, finding.grade) == ("dataset", FAIL)
     assert finding.message == "/data: no manifest.json"
+
+
+def test_a_config_of_several_ranks_is_refused_with_the_fraction_of_one(tmp_path):
+    words = ["parallel.ranks=16", "training.batch_size=32"]
+    with pytest.raises(ConfigError, match="training.batch_size=2 training.sequence_length"):
+        training_config(tmp_path, words)
+    assert training_config(tmp_path, ["training.batch_size=2"]).parallel.ranks == 1
+
+
+def test_cores_of_a_rank_are_an_option_of_srun():
+    options = DoctorOptions(nodes=2, cpus_per_task=12)
+    assert "--cpus-per-task=12" in options.job().srun_options
+    with pytest.raises(UserError, match="give --nodes, too"):
+        DoctorOptions(cpus_per_task=12)
 
 
 def test_reading_ends_with_the_files_or_the_time(tmp_path):

@@ -132,6 +132,27 @@ def test_a_copy_that_others_could_write_ends_the_job(checkout, tmp_path):
     assert text.splitlines()[-1].startswith(f"evspan: {code.folder} is missing, or others can")
 
 
+def test_nobody_else_can_write_into_a_copy_whatever_the_umask(checkout, tmp_path):
+    """numba unpickles the indices of its cache, and Python writes compiled modules beside ours."""
+    cache = checkout / "launch" / "__pycache__"
+    cache.mkdir(exist_ok=True)
+    index = cache / "main.f-1.py311.nbi"
+    index.write_bytes(b"index")
+    (checkout / "launch" / "main.py").touch()
+    index.chmod(0o664)
+    before = os.umask(0o002)
+    try:
+        code = plan_code(ClusterConfig(), tmp_path)
+        code.write()
+    finally:
+        os.umask(before)
+    paths = [code.folder, *code.folder.rglob("*")]
+    assert [path for path in paths if path.stat().st_mode & 0o022] == []
+    assert (code.folder / "evspan/launch/__pycache__" / index.name).exists()
+    packages = {path.parent for path in code.folder.rglob("*.py")}
+    assert all((package / "__pycache__").is_dir() for package in packages)
+
+
 def test_live_code_and_paths_that_cannot_be_imported_from(checkout, tmp_path):
     live = ClusterConfig(code=CodeSource.live)
     assert plan_code(live, tmp_path) is None

@@ -89,6 +89,22 @@ def test_training_in_the_folder_of_a_queued_run_is_refused(shards, tmp_path, slu
     assert slurm_shim.jobs() == 1
 
 
+def test_a_sweep_that_runs_can_be_extended(shards, tmp_path, slurm_shim, caplog):
+    """Its queued runs are left alone, and the new one is submitted."""
+    folder = tmp_path / "sweep"
+    words = [*tiny(shards, folder), "cluster=slurm", "cluster.detach=true"]
+    sweep.main([*words, "seed=1,2"])
+    before = tree(folder / "0")
+    sweep.main([*words, "seed=1,2,3"])
+    assert slurm_shim.jobs() == 2
+    assert tree(folder / "0") == before
+    assert json.loads((folder / "2" / "submitted.json").read_text())["job"].startswith("2")
+    assert caplog.text.count("left alone: SLURM already has") == 2
+    with pytest.raises(SystemExit):  # nothing is left to submit
+        sweep.main([*words, "seed=1,2,3"])
+    assert slurm_shim.jobs() == 2
+
+
 def test_a_run_in_use_is_left_alone_by_a_local_sweep(shards, tmp_path, caplog):
     config = compose(TrainConfig, tiny(shards, tmp_path / "0"))
     run = PlannedRun(tmp_path / "0", [], config)
