@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import re
-import time
 
 import evspan.data_prep.shards.atomic
 import evspan.data_prep.shards.write
@@ -360,10 +359,9 @@ def test_recordings_share_shards_up_to_their_size(source, tmp_path):
 
 
 # -- again -------------------------------------------------------------------------------------------------------
-def test_a_second_run_does_nothing_and_is_quick(source, prepared, no_decoding):
-    before, began = times_of(prepared), time.perf_counter()
+def test_a_second_run_does_nothing_and_decodes_nothing(source, prepared, no_decoding):
+    before = times_of(prepared)
     report = prepare(prep_config(source, prepared))
-    assert time.perf_counter() - began < 2
     assert (report.prepared, report.removed) == ({}, [])
     assert times_of(prepared) == before
     assert load_manifest(prepared) == report.manifest

@@ -111,13 +111,28 @@ def test_labels_after_the_last_event_do_no_harm():
     assert len(ends) == 8
 
 
-def test_a_sensor_clock_that_has_run_for_long_makes_no_difference():
-    labels, day = np.array(regular(60, 2, first=40_000, jitter=30)), 86_400_000_000
+DAY_US = 86_400_000_000
+
+
+@pytest.mark.parametrize(("hz", "first_label"), [(60, 110_000), (10, 40_000)])
+def test_a_sensor_clock_that_has_run_for_long_makes_no_difference(hz, first_label):
+    """Where every label that may anchor the grid gives the same one."""
+    labels = np.array(regular(hz, 2, first=first_label, jitter=30))
     ends, labelled = ends_until(1_990_000, labels, first=20_000)
-    later, later_labelled = ends_until(1_990_000 + day, labels + day, first=20_000 + day)
-    # RVT's first labelled frame is at 100 ms of the recording's own clock; any other label may anchor the grid as well.
-    assert len(later) - len(ends) in (0, 1)
-    assert len(later_labelled) - len(labelled) in (0, 1)
+    later, later_labelled = ends_until(1_990_000 + DAY_US, labels + DAY_US, first=20_000 + DAY_US)
+    assert [end - DAY_US for end in later] == ends
+    assert [end - DAY_US for end in later_labelled] == labelled
+    assert len(labelled) > 15
+
+
+def test_a_sensor_clock_that_has_run_for_long_may_move_the_anchor():
+    """RVT's first labelled frame is at 100 ms of the recording's own clock."""
+    labels = np.array(regular(60, 2, first=40_000))
+    _, labelled = ends_until(1_990_000, labels, first=20_000)
+    _, later = ends_until(1_990_000 + DAY_US, labels + DAY_US, first=20_000 + DAY_US)
+    assert labelled[0] == labels[labels >= 100_000][0]
+    assert later[0] == labels[0] + DAY_US
+    assert len(later) - len(labelled) in (0, 1)
 
 
 # -- which labels ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import pty
 import select
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
@@ -92,10 +93,18 @@ def test_bash_keeps_the_key_where_the_equals_sign_separates_no_words(scripts):
     assert bash(scripts, "evspan train size=mi", breaks=" ") == ["size=micro"]
 
 
-def test_bash_answers_a_key_press_at_once(scripts):
-    began = time.perf_counter()
-    bash(scripts, "evspan train ")
-    assert time.perf_counter() - began < 0.3
+@pytest.mark.parametrize("line", ["evspan ", "evspan train ", "evspan train size="])
+def test_a_key_press_starts_no_python(scripts, tmp_path, monkeypatch, line):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    started = tmp_path / "started"
+    for name in ("python", "python3", "evspan"):
+        (programs / name).write_text(f"#!/bin/sh\necho {name} >> '{started}'\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    assert bash(scripts, line)
+    assert not started.exists(), started.read_text()
+    assert sys.executable not in (scripts / "bash").read_text()
 
 
 def typed(command: list[str], text: str, expected: str) -> str:

@@ -28,7 +28,13 @@ CLASSES = ["pedestrian", "two_wheeler", "car"]
 TRAINED = TrainConfig(
     dataset=DatasetConfig(name="mine", root="/data/mine", classes=CLASSES),
     evaluation=EvaluationConfig(
-        split="test", min_side=4.0, skip_first_ms=0, time_bins_s=[1.0], write_detections=False
+        split="test",
+        min_side=4.0,
+        skip_first_ms=0,
+        time_bins_s=[1.0],
+        limit_recordings=3,
+        write_detections=False,
+        at_end=False,
     ),
 )
 
@@ -51,8 +57,10 @@ def run(tmp_path):
 def test_what_is_not_given_is_the_runs(run, inside):
     config = composed(run / inside)
     assert config.dataset == TRAINED.dataset
-    # An evaluation by hand writes its detections.
-    assert config.evaluation == replace(TRAINED.evaluation, write_detections=True)
+    # An evaluation by hand scores all recordings and writes its detections.
+    assert config.evaluation == replace(
+        TRAINED.evaluation, limit_recordings=0, write_detections=True, at_end=True
+    )
 
 
 def test_what_is_given_wins(run):

@@ -295,13 +295,22 @@ def test_detections_of_classes_that_the_dataset_lacks_are_left_out(tmp_path, mon
     assert score(results, one_class, config).detections > 0
 
 
-@pytest.mark.parametrize(("lanes", "length"), [(1, 4), (2, 3), (4, 10)])
+@pytest.mark.parametrize(
+    ("lanes", "length", "nms_threshold"), [(1, 4, 0.45), (2, 3, 0.1), (4, 10, 0.45)]
+)
 @pytest.mark.slow
-def test_streaming_is_one_recording_after_the_other_frame_by_frame(tmp_path, lanes, length):
+def test_streaming_is_one_recording_after_the_other_frame_by_frame(
+    tmp_path, lanes, length, nms_threshold
+):
     root = write_small_shards(tmp_path / "shards", {"val": [7, 12, 1, 5]})
     data = open_dataset(DatasetConfig(root=str(root)), "val")
     detector = some_detector(data.channels)
-    config = EvaluationConfig(batch_size=lanes, sequence_length=length, confidence_threshold=0.2)
+    config = EvaluationConfig(
+        batch_size=lanes,
+        sequence_length=length,
+        confidence_threshold=0.2,
+        nms_threshold=nms_threshold,
+    )
     results = evaluate_split(
         detector, data, config, device=torch.device("cpu"), recordings=data.recordings
     )
@@ -321,7 +330,9 @@ def test_streaming_is_one_recording_after_the_other_frame_by_frame(tmp_path, lan
             if not recording.labelled[i]:
                 continue
             (expected,) = detections(
-                detector.decode(raw, HEIGHT, WIDTH), confidence_threshold=0.2, nms_threshold=0.45
+                detector.decode(raw, HEIGHT, WIDTH),
+                confidence_threshold=0.2,
+                nms_threshold=nms_threshold,
             )
             np.testing.assert_allclose(result.detections[at], expected, rtol=1e-3, atol=1e-3)
             np.testing.assert_array_equal(result.boxes[at], recording.boxes(i))

@@ -266,6 +266,22 @@ class Decoder(torch.nn.Module):
         return decode(raw, self.geometry)
 
 
+def size_weight_one_by_one(area, config):
+    """The weight of one box's IoU loss by the definition of each mode."""
+    largest = config.size_aware_weight
+    if config.size_aware_mode is SizeWeighting.exponential:
+        weight = largest * math.exp(-area / config.small_threshold)
+    elif config.size_aware_mode is SizeWeighting.linear:
+        weight = 1 + largest * (1 - area / config.medium_threshold)
+    elif area <= config.small_threshold:
+        weight = largest
+    elif area <= config.medium_threshold:
+        weight = (largest + 1) / 2
+    else:
+        weight = 1
+    return min(max(weight, 1), largest)
+
+
 def loss_one_by_one(raw, boxes, counts, config):
     """Sums of the three parts over all frames, number of positives, by definition."""
     parts, positives = [0.0, 0.0, 0.0], 0
@@ -279,7 +295,9 @@ def loss_one_by_one(raw, boxes, counts, config):
             )
         for c, (g, iou) in matched.items():
             box = boxes[i, g]
-            w = size_weights(box[3] * box[4], config) if config.size_aware_loss else 1.0
+            w = 1.0
+            if config.size_aware_loss:
+                w = size_weight_one_by_one(box[3].item() * box[4].item(), config)
             parts[0] = parts[0] + 5 * w * (1 - iou_of(box[1:], decoded[i, c, :4]) ** 2)
             target = F.one_hot(box[0].long(), CLASSES) * iou
             parts[2] = parts[2] + F.binary_cross_entropy_with_logits(
@@ -288,11 +306,18 @@ def loss_one_by_one(raw, boxes, counts, config):
     return parts, positives
 
 
-@pytest.mark.parametrize("size_aware", [False, True])
-def test_losses_and_gradient_agree_with_the_definition(size_aware):
-    config = HeadConfig(size_aware_loss=size_aware)
-    raw, boxes, counts = some_batch(4, 4)
-    raw, wide = raw.requires_grad_(), raw.detach().double().requires_grad_()
+@pytest.mark.parametrize("mode", [None, *SizeWeighting])
+def test_losses_and_gradient_agree_with_the_definition(mode):
+    config = HeadConfig()
+    if mode is not None:
+        # Of the 11 boxes, 4 are below, 4 between and 3 above these thresholds.
+        config = HeadConfig(
+            size_aware_loss=True, size_aware_mode=mode, small_threshold=400, medium_threshold=1200
+        )
+    raw, boxes, counts = some_batch(4, 4, seed=1)
+    assert counts.tolist() == [3, 1, 3, 4]
+    wide = raw.double().requires_grad_()
+    raw.requires_grad_()
     parts, positives = loss_one_by_one(wide, boxes.double(), counts, config)
     actual = detection_loss(raw, boxes, counts, GEOMETRY, config)
     for own, expected in zip((actual.iou, actual.objectness, actual.classes), parts, strict=True):
@@ -362,15 +387,18 @@ def test_a_background_cell_that_overflows_does_not_reach_the_gradient():
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [
-        ("exponential", [2.0, 1.2130613, 1.0, 1.0]),
-        ("step", [2.0, 2.0, 1.5, 1.0]),
-        ("linear", [2.0, 2.0, 2.0, 1.0]),
+        ("exponential", [2.0, 1.2130613, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("step", [2.0, 2.0, 2.0, 1.5, 1.5, 1.5, 1.0]),
+        ("linear", [2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 1.0]),
     ],
 )
 def test_size_weights(mode, expected):
     config = HeadConfig(size_aware_weight=2.0, size_aware_mode=SizeWeighting(mode))
-    areas = torch.tensor([0.0, 512.0, 1500.0, 96.0**2 + 1])
-    torch.testing.assert_close(size_weights(areas, config), torch.tensor(expected))
+    areas = [0.0, 512.0, 32.0**2, 1500.0, 0.75 * 96.0**2, 96.0**2, 96.0**2 + 1]
+    actual = size_weights(torch.tensor(areas), config)
+    torch.testing.assert_close(actual, torch.tensor(expected))
+    definition = [size_weight_one_by_one(area, config) for area in areas]
+    assert definition == pytest.approx(expected)
     every = size_weights(torch.linspace(0, 20_000, 500), config)
     assert (every.diff() <= 0).all()
     assert every.min() == 1

@@ -3,7 +3,6 @@
 import functools
 import operator
 import os
-import socket
 
 import pytest
 import torch
@@ -29,6 +28,7 @@ from evspan.pipeline.parallel.reductions import (
     gather_over_ranks,
 )
 from evspan.pipeline.parallel.world import open_world
+from support.free_port import reserved_port
 
 RANKS = 4
 SHARES = (4, 0, 3, 2)  # samples per rank: one has none, and still takes part
@@ -137,10 +137,7 @@ def rank_main(rank, folder):
 def results(tmp_path_factory):
     """What every rank wrote."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
+    with reserved_port() as port, pytest.MonkeyPatch.context() as patch:
         patch.setenv("EVSPAN_TEST_PORT", str(port))
         mp.spawn(rank_main, args=(str(folder),), nprocs=RANKS)
     return [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(RANKS)]
