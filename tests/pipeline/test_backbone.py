@@ -7,10 +7,12 @@ from evspan.conf.errors import ConfigError
 from evspan.conf.schema.training import (
     BackboneConfig,
     DeepSpeedConfig,
+    ModelConfig,
     TrainConfig,
     TrainingConfig,
 )
 from evspan.pipeline.benchmark.operations import OperatorCounter
+from evspan.pipeline.engine.trainer import _build_detector
 from evspan.pipeline.model import backbone as backbone_module
 from evspan.pipeline.model import layers
 from evspan.pipeline.model import lstm as lstm_module
@@ -25,6 +27,7 @@ from evspan.pipeline.model.layers import FrameConv2d
 from evspan.pipeline.model.lstm import CellLSTM, even_part, truncated
 from evspan.pipeline.model.sequence_protocol import LocalExchange
 from evspan.pipeline.model.state import StageState
+from evspan.pipeline.parallel.mesh import Mesh
 from torch import nn
 
 
@@ -192,24 +195,95 @@ def test_frame_convolution_agrees_with_torch_and_casts_in_parts(padding, monkeyp
     )
 
 
+BACKBONE = BackboneConfig(
+    embed_dim=8, dim_head=8, num_blocks=[1, 1, 1, 1], partition_split_32=1, ls_init_value=1.0
+)
+
+
 def a_backbone(execution=None):
     torch.manual_seed(0)
-    config = BackboneConfig(
-        embed_dim=8, dim_head=8, num_blocks=[1, 1, 1, 1], partition_split_32=1, ls_init_value=1.0
-    )
-    return Backbone(config, 4, execution), torch.randint(0, 5, (3, 2, 4, 60, 64), dtype=torch.uint8)
+    backbone = Backbone(BACKBONE, 4, execution)
+    return backbone, torch.randint(0, 5, (3, 2, 4, 60, 64), dtype=torch.uint8)
+
+
+def backbone_of_training(**training):
+    """As the trainer builds it from these values of `training`."""
+    torch.manual_seed(0)
+    config = TrainConfig(model=ModelConfig(backbone=BACKBONE), training=TrainingConfig(**training))
+    mesh = Mesh(0, 1, 0, 1, (0,), None)
+    detector = _build_detector(config, 4, LocalExchange(), mesh, torch.device("cpu"))
+    return detector.backbone
+
+
+def zero_states(backbone):
+    """Of two lanes of 60 x 64 pixels."""
+    dtype = next(backbone.parameters()).dtype
+    states = []
+    for dim, stride in zip(backbone.config.dims, backbone.strides, strict=True):
+        zeros = torch.zeros(2, dim, 64 // stride, 64 // stride, dtype=dtype)
+        states.append(StageState(zeros, zeros))
+    return tuple(states)
 
 
 def features_and_gradients(backbone, frames):
-    states = tuple(
-        StageState(torch.zeros(2, d, 64 // s, 64 // s), torch.zeros(2, d, 64 // s, 64 // s))
-        for d, s in zip(backbone.config.dims, backbone.strides, strict=True)
-    )
-    features, _ = backbone(frames, states, LocalExchange())
+    features, _ = backbone(frames, zero_states(backbone), LocalExchange())
     return [
         *features,
         *torch.autograd.grad(sum(f.square().sum() for f in features), list(backbone.parameters())),
     ]
+
+
+def test_gradients_flow_back_through_bptt_frames_of_the_config():
+    """They are those of chunks of two frames whose state is detached."""
+    torch.manual_seed(0)
+    frames = torch.randint(0, 5, (6, 2, 4, 60, 64), dtype=torch.uint8)
+    whole = features_and_gradients(backbone_of_training().double(), frames)
+    actual = features_and_gradients(backbone_of_training(bptt_frames=2).double(), frames)
+    backbone = backbone_of_training().double()
+    states = zero_states(backbone)
+    loss = torch.zeros((), dtype=torch.double)
+    for chunk in frames.split(2):
+        features, states = backbone(chunk, states, LocalExchange())
+        loss = loss + sum(feature.square().sum() for feature in features)
+        states = tuple(StageState(s.hidden.detach(), s.cell.detach()) for s in states)
+    expected = torch.autograd.grad(loss, list(backbone.parameters()))
+    for ours, theirs in zip(actual[4:], expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(actual[:4], whole[:4], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(actual[4], whole[4], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("training", "forward", "backward"),
+    [
+        ({}, [6], []),
+        ({"frames_per_call": 4}, [4, 2], []),
+        ({"activation_checkpointing": True}, [6], [6]),
+        ({"frames_per_call": 4, "activation_checkpointing": True}, [4, 2], [2, 4]),
+    ],
+    ids=["whole chunk", "parts", "recomputed", "parts recomputed"],
+)
+def test_the_spatial_parts_run_as_the_config_says(training, forward, backward):
+    """Frames of each call, in forward and in the recomputation of backward."""
+    backbone = backbone_of_training(**training)
+    calls = []
+
+    def counted(spatial):
+        def run(x, *layout):
+            calls.append(len(x))
+            return spatial(x, *layout)
+
+        return run
+
+    for stage in backbone.stages:
+        stage.spatial = counted(stage.spatial)
+    frames = torch.randint(0, 5, (3, 2, 4, 60, 64), dtype=torch.uint8)
+    features, _ = backbone(frames, zero_states(backbone), LocalExchange())
+    assert calls == 4 * forward
+    calls.clear()
+    sum(feature.sum() for feature in features).backward()
+    assert calls == 4 * backward
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.ops.op_builder import builder
+from evspan.conf.schema.training import DeepSpeedConfig, TrainConfig
 from evspan.pipeline.engine import deepspeed_adapter as adapter
+from evspan.pipeline.engine.deepspeed_engine import engine_config
 from packaging.requirements import Requirement
 from support.one_rank import open_one_rank
 from torch import nn
@@ -140,3 +142,17 @@ def test_whole_parameters_are_whole(setup, stage, write):
             parameter.data.fill_(7.0)
     with adapter.whole_parameters([parameter], stage=stage):
         assert bool((parameter == 7.0).all()) == write
+
+
+@pytest.mark.parametrize("optimizer", [False, True])
+@pytest.mark.parametrize("parameters", [False, True])
+def test_only_what_the_config_names_is_offloaded(optimizer, parameters):
+    config = TrainConfig(
+        deepspeed=DeepSpeedConfig(
+            stage=3, offload_optimizer=optimizer, offload_parameters=parameters
+        )
+    )
+    zero = engine_config(config, 2, 100)["zero_optimization"]
+    assert zero["stage"] == 3
+    assert zero.get("offload_optimizer") == ({"device": "cpu"} if optimizer else None)
+    assert zero.get("offload_param") == ({"device": "cpu"} if parameters else None)

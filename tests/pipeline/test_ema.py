@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from evspan.conf.errors import ConfigError
@@ -60,6 +61,11 @@ def shards(tmp_path_factory):
     return write_small_shards(tmp_path_factory.mktemp("data"), {"train": [9, 8], "val": [3]})
 
 
+def evaluation_config():
+    """With detections: a new detector gives all predictions scores of about 1e-4."""
+    return EvaluationConfig(skip_first_ms=0, confidence_threshold=1e-5)
+
+
 def config(shards, run_dir, *, decay=DECAY, precision="fp32", **training):
     return TrainConfig(
         run_dir=str(run_dir),
@@ -83,7 +89,7 @@ def config(shards, run_dir, *, decay=DECAY, precision="fp32", **training):
         ),
         optimizer=OptimizerConfig(lr=1e-2, warmup_fraction=0.2),
         checkpoint=CheckpointConfig(every=1, keep=9),
-        evaluation=EvaluationConfig(skip_first_ms=0),
+        evaluation=evaluation_config(),
     )
 
 
@@ -281,20 +287,28 @@ def test_the_average_is_what_is_evaluated_and_used(run):
         assert json.loads(path.read_text())["weights"] == "ema (decay 0.2, 4 updates)"
 
 
+def detections_in(folder):
+    """Of the only recording."""
+    (path,) = folder.glob("*_bbox.npy")
+    return np.load(path)
+
+
 def test_evaluate_takes_either(run, shards, world, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(world_module, "open_world", lambda config: nullcontext(world))
     metrics = {}
+    detections = {}
     for kind in WeightsKind:
         evaluate = EvaluateConfig(
             checkpoint=str(run),
             dataset=DatasetConfig(root=str(shards)),
-            evaluation=EvaluationConfig(skip_first_ms=0),
+            evaluation=evaluation_config(),
             weights=kind,
         )
         evaluate_rank(evaluate)
         path = evaluation_output(evaluate) / "metrics.json"
         metrics[path.parent.name] = json.loads(path.read_text())
+        detections[kind] = detections_in(path.parent)
     assert metrics.keys() == {"evaluation-val", "evaluation-val-raw"}
     average, raw = metrics.values()
     assert "weights: ema (decay 0.2, 4 updates)" in caplog.text
@@ -302,6 +316,10 @@ def test_evaluate_takes_either(run, shards, world, monkeypatch, caplog):
     # The training has evaluated the same weights.
     trained = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert average["ap"] == trained["ap"]
+    average_detections = detections[WeightsKind.ema]
+    assert len(average_detections) > 0
+    assert np.array_equal(average_detections, detections_in(run / "evaluation"))
+    assert not np.array_equal(average_detections, detections[WeightsKind.raw])
     assert average["config_hash"] == raw["config_hash"] == trained["config_hash"]
 
 

@@ -21,10 +21,12 @@ from evspan.conf.schema.training import (
 )
 from evspan.pipeline.benchmark.operations import OperatorCounter
 from evspan.pipeline.engine.checkpoints import load_snapshot
+from evspan.pipeline.engine.plain_engine import PlainEngine
 from evspan.pipeline.engine.signals import StopFlag
 from evspan.pipeline.engine.trainer import Trainer
 from support.one_rank import open_one_rank
 from support.small_shards import write_small_shards
+from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -156,6 +158,33 @@ def test_an_update_takes_few_operators(shards, world, tmp_path):
     trainer.close()
     # A CPU's AdamW takes about ten operators for each of the three groups, the fused one two.
     assert seen.operators.total() <= 60
+
+
+def test_in_bf16_small_gradients_of_many_micro_batches_are_kept(world):
+    """One micro-batch has a gradient of 1, where bf16 has steps of 1/128; the others have 1/512."""
+    micro_batches = 64
+    config = TrainConfig(
+        training=TrainingConfig(
+            engine=EngineKind.plain,
+            precision=Precision.bf16,
+            gradient_accumulation_steps=micro_batches,
+        )
+    )
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(3, 2))
+    engine = PlainEngine(module, config, world, lanes=1)
+    assert module.weight.dtype == torch.bfloat16
+    for i in range(micro_batches):
+        gradient = 1.0 if i == 0 else 1 / 512
+        loss = micro_batches * gradient * module.weight.sum()
+        engine.backward(loss, torch.tensor(True))
+        if i + 1 < micro_batches:
+            assert engine.step() is None
+    expected = torch.full((3, 2), 1 + 63 / 512)
+    gradients = engine.full_gradients()
+    torch.testing.assert_close(gradients["weight"], expected, rtol=0, atol=1e-6)
+    update = engine.step()
+    torch.testing.assert_close(update.gradient_norm, expected.norm())
 
 
 def test_what_only_deepspeed_does_is_refused():

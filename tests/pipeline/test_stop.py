@@ -7,6 +7,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from evspan.conf.errors import STOPPED_EXIT_CODE
@@ -72,7 +73,12 @@ def config(shards: Path, run: Path, images: bool = False) -> TrainConfig:
             evaluate_every=EVALUATED[0],
             num_workers=1,
         ),
-        evaluation=EvaluationConfig(batch_size=1, sequence_length=2, skip_first_ms=0),
+        evaluation=EvaluationConfig(
+            batch_size=1,
+            sequence_length=2,
+            skip_first_ms=0,
+            confidence_threshold=1e-5,  # a new detector gives all predictions about 1e-4
+        ),
         checkpoint=CheckpointConfig(every=100, keep=9),
     )
 
@@ -97,6 +103,8 @@ def losses(run: Path) -> dict[str, object]:
         metrics = json.loads((checkpoints / f"step-{step:08d}" / "metrics.json").read_text())
         del metrics["checkpoint"], metrics["xxh3"]  # of the file, which names the folder
         values[f"metrics {step}"] = metrics
+    for path in (run / "evaluation").glob("*_bbox.npy"):  # of the last evaluation
+        values[path.name] = np.load(path).tolist()
     for name in ("weights", "moments"):
         tensors = load_file(checkpoints / f"step-{STEPS:08d}" / f"{name}.safetensors")
         values |= {key: tensor.tolist() for key, tensor in tensors.items()}
@@ -107,7 +115,10 @@ def losses(run: Path) -> dict[str, object]:
 def undisturbed(shards, world, tmp_path_factory):
     run = tmp_path_factory.mktemp("undisturbed")
     assert attempt(shards, run, world, StopFlag()) == 0
-    return losses(run)
+    result = losses(run)
+    for step in EVALUATED:
+        assert result[f"metrics {step}"]["ap"] > 0
+    return result
 
 
 @contextmanager

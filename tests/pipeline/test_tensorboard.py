@@ -50,6 +50,7 @@ def logged_run(tmp_path_factory):
         "training.evaluate_every=2",
         "training.log_every=2",
         "evaluation.sequence_length=4",
+        "evaluation.confidence_threshold=1e-5",  # a new detector gives all predictions about 1e-4
     )
     reader = EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance=ALL)
     reader.Reload()
@@ -261,6 +262,7 @@ def test_pr_curves_are_those_of_the_evaluation(logged_run):
         np.testing.assert_allclose((precision, recall), (curve.precision, curve.recall), rtol=1e-6)
         assert not none.any()
         assert right[0] + missed[0] > 0
+        assert wrong[0] > right[0]  # most predictions of a new detector match no box
 
 
 def test_the_requested_profile_is_written_and_logged(logged_run):

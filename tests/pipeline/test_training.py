@@ -242,22 +242,42 @@ def test_a_dataset_without_a_held_out_split_trains_without_evaluations(tmp_path)
     assert load_weights(tmp_path / "run").step == 3
 
 
-def test_a_stop_signal_saves_all_ranks_and_the_same_command_continues(shards, tmp_path):
-    run_dir = tmp_path / "run"
+def output_until_stopped(command, line):
+    """Output of a run that gets a stop signal after a line that starts with `line`."""
     started = subprocess.Popen(
-        train_command(shards, run_dir, "training.max_steps=400", "checkpoint.every=1000", PLAIN),
+        command,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     assert started.stdout is not None
-    for line in started.stdout:
-        if line.startswith("step 2 of "):
+    lines = []
+    for written in started.stdout:
+        lines.append(written)
+        if written.startswith(line):
             started.send_signal(signal.SIGTERM)
-    assert started.wait(120) == 75
-    meta = json.loads(next((run_dir / "checkpoints").glob("step-*/meta.json")).read_text())
-    assert 2 <= meta["step"] < 400
+    assert started.wait(120) == 75, "".join(lines)
+    return "".join(lines)
+
+
+def newest_step(run_dir):
+    checkpoints = run_dir / "checkpoints"
+    newest = (checkpoints / "latest").read_text().strip()
+    return json.loads((checkpoints / newest / "meta.json").read_text())["step"]
+
+
+def test_a_stop_signal_saves_all_ranks_and_the_same_command_continues(shards, tmp_path):
+    run_dir = tmp_path / "run"
+    command = train_command(
+        shards, run_dir, "training.max_steps=400", "checkpoint.every=1000", PLAIN
+    )
+    output_until_stopped(command, "step 2 of ")
+    saved = newest_step(run_dir)
+    assert 2 <= saved < 400
+    output = output_until_stopped(command, f"step {saved + 1} of ")
+    assert f"resumes at step {saved} of 400" in output
+    assert saved < newest_step(run_dir) < 400
     output = train(
         shards, run_dir, "training.max_steps=400", "training.batch_size=2", PLAIN, code=2
     )

@@ -1,11 +1,26 @@
 """The oracle of DeepSpeedEngine: AdamW, schedule and clipping in plain torch, a model per rank."""
 
+import math
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import torch
-from evspan.pipeline.engine.adam import Update, learning_rate_factor, parameter_groups
+from evspan.conf.schema.training import OptimizerConfig, Schedule
+from evspan.pipeline.engine.adam import Update, parameter_groups
 from evspan.pipeline.parallel.reductions import sum_over_ranks
 from torch.nn.utils import clip_grad_norm_
+
+
+def learning_rate_factor(config: OptimizerConfig, max_steps: int, step: int) -> float:
+    """The schedule written out: its straight lines between the first, the peak and the last step."""
+    warmup_steps = max(1, round(config.warmup_fraction * max_steps))
+    last_step = max(warmup_steps + 1, max_steps - 1)
+    if step > warmup_steps and config.schedule is Schedule.cosine:
+        angle = np.interp(step, [warmup_steps, last_step], [0, math.pi])
+        return config.end_factor + (1 - config.end_factor) * (1 + math.cos(angle)) / 2
+    values = [config.start_factor, 1, config.end_factor]
+    return float(np.interp(step, [0, warmup_steps, last_step], values))
 
 
 class PlainEngine:
@@ -22,7 +37,7 @@ class PlainEngine:
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optimizer), lr=config.optimizer.lr
         )
-        factor = learning_rate_factor(config.optimizer, config.training.max_steps)
+        factor = partial(learning_rate_factor, config.optimizer, config.training.max_steps)
         self.optimizer_state = SimpleNamespace(averaged=list)  # no moving average of the weights
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 

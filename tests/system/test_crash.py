@@ -12,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -51,6 +52,8 @@ class Run:
         self.config = config(Case(ranks=2, stage=1), shards.parent, folder)
         self.config.training.max_steps, self.config.training.evaluate_every = STEPS, EVALUATE
         self.config.evaluation.skip_first_ms = 0
+        # A new detector gives all predictions about 1e-4.
+        self.config.evaluation.confidence_threshold = 1e-5
         self.config.checkpoint = CheckpointConfig(every=EVERY, keep=KEEP, asynchronous=asynchronous)
         self.config.parallel.timeout_s, self.config.parallel.threads = 60, 1
         self.ranks: list = []
@@ -118,6 +121,12 @@ class Run:
         return int(newest.name.split("-")[1])
 
 
+def last_detections(run: Run) -> np.ndarray:
+    """Of the last evaluation, in the only recording of the split."""
+    (path,) = (run.folder / "evaluation").glob("*_bbox.npy")
+    return np.load(path)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(processes, shards, tmp_path_factory):
     """Saves synchronously; the runs that are killed save in threads."""
@@ -126,7 +135,9 @@ def undisturbed(processes, shards, tmp_path_factory):
     began = time.monotonic()
     run.start()
     run.finish()
-    return run, time.monotonic() - began
+    took = time.monotonic() - began
+    assert len(last_detections(run)) > 0
+    return run, took
 
 
 def assert_as_undisturbed(run: Run, reference: Run) -> None:
@@ -134,6 +145,7 @@ def assert_as_undisturbed(run: Run, reference: Run) -> None:
         assert sorted(expected := scalars(reference.folder, tag)) == list(range(1, STEPS + 1))
         assert scalars(run.folder, tag) == expected, tag
     assert scalars(run.folder, "evaluation/ap") == scalars(reference.folder, "evaluation/ap")
+    np.testing.assert_array_equal(last_detections(run), last_detections(reference))
     names = sorted(path.name for path in reference.checkpoints.iterdir())
     assert sorted(path.name for path in run.checkpoints.iterdir()) == names
     for pointer in ("latest", "best"):
