@@ -40,7 +40,8 @@ OUT/X_overlay.mp4  events (blue brighter, red darker), detections of confidence 
 
 --csv has a line per detection, --json one per frame with its latency. --json - writes them to
 standard output, frame by frame; with --follow that makes a detector of a camera whose .raw or .dat
-file is still being written."""
+file is still being written. Files appear when all is done, and an error leaves the earlier ones;
+only --json FILE with --follow, or of a pipe, is written frame by frame."""
 EXAMPLES = """examples:
   evspan infer runs/tiny drive.raw
   evspan infer runs/tiny raw/val/*_td.raw --output detections --no-video
@@ -148,7 +149,7 @@ def check_one_file_each(args: argparse.Namespace, num_recordings: int) -> None:
 
 
 def _outputs(recordings: Iterable[RecordingFiles]) -> list[Path]:
-    """The files to write; a place that is no plain file (-, a pipe, a device) replaces nothing."""
+    """The files that would be replaced. --json to -, a pipe or a device replaces nothing."""
     paths: list[Path] = []
     for files in recordings:
         written = (files.detections, files.video, files.csv, files.json)
@@ -160,7 +161,8 @@ def choose_files(args: argparse.Namespace, item: InferInput) -> RecordingFiles:
     """The names of the files to write for a recording.
 
     Raises:
-        UserError: a name that cannot be written, or would be taken for the recording's boxes.
+        UserError: a name that cannot be written, or would be taken for the recording's boxes, or
+            a pipe or a device as a file that is not written line by line.
     """
     recording = item.path
     detections = args.output
@@ -173,9 +175,11 @@ def choose_files(args: argparse.Namespace, item: InferInput) -> RecordingFiles:
             "boxes. Give --output a folder, or another name ending in .npy"
         )
     video = None if args.no_video else _choose_video(args.video, detections)
-    for path in (detections, video):
+    for path in (detections, video, args.csv, args.json):
         if path and path.is_dir():
             raise UserError(f"{path} is a folder. Give another name")
+    for path in (detections, video, args.csv):
+        _require_replaceable(path)
     return RecordingFiles(
         recording,
         detections,
@@ -185,6 +189,15 @@ def choose_files(args: argparse.Namespace, item: InferInput) -> RecordingFiles:
         boxes=item.boxes,
         key=item.key,
     )
+
+
+def _require_replaceable(path: Path | None) -> None:
+    """Raises UserError for a pipe or a device: the complete file would replace it."""
+    if path and path.exists() and not path.is_file():
+        raise UserError(
+            f"{path} is a pipe or a device, which the finished file would replace. Give the name "
+            "of a file; --json - writes to standard output, and --json to a pipe, frame by frame"
+        )
 
 
 def _is_file_name(output: Path) -> bool:
@@ -337,7 +350,8 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
         "--json",
         type=Path,
         metavar="FILE",
-        help="also a line of JSON per frame; - is standard output",
+        help="also a line of JSON per frame; - is standard output. FILE appears when all is done; "
+        "with --follow, or where it is a pipe, it grows line by line",
     )
 
 

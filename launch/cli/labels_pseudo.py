@@ -1,12 +1,14 @@
 """`evspan labels pseudo`: a trained detector labels recordings."""
 
 import argparse
+import shlex
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
+from enum import Enum
 from pathlib import Path
 
 from evspan.conf.errors import UserError
-from evspan.conf.schema.prep import TimeUnit
+from evspan.conf.schema.prep import FrameConfig, FrameMode, LabelConfig, TimeUnit
 from evspan.conf.text import plural
 from evspan.launch.cli.command import Parser, reported_errors
 from evspan.launch.cli.existing_files import add_overwrite_option, require_new
@@ -34,6 +36,9 @@ OUT/X_bbox.npy      boxes and ignore regions; class ids are the detector's
 OUT/classes.txt     names of the classes
 OUT/recordings.txt  the recordings with these box files, for evspan prep source=OUT/recordings.txt
 OUT/summary.json    counts by recording and class
+
+The last line that is printed is the command that prepares the labels with the detector's frames. A
+recording that cannot be read does not stop the others; the exit code is 2 then.
 
 The defaults are LEOD's: thresholds of 0.3 for pedestrians and two-wheelers and 0.6 for others,
 tracks of at least 6 frames."""
@@ -242,13 +247,40 @@ def main(argv: list[str] | None = None) -> None:
 
         require_new(output_files(options), overwrite=options.overwrite)
         drop_lost_output()
-        summaries: list[PseudoSummary] = []
-        for summary in label_recordings(options):
-            print(_recording_line(summary), flush=True)
-            summaries.append(summary)
-        print(_table(summaries))
         path = options.output / LIST_FILE
-        print(f"next: evspan prep source={path} output=SHARDS")
+        summaries: list[PseudoSummary] = []
+        try:
+            for summary in label_recordings(options):
+                print(_recording_line(summary), flush=True)
+                summaries.append(summary)
+        finally:
+            if summaries and path.is_file():  # the list is complete, perhaps without some
+                print(_table(summaries))
+                print(f"next: {prep_command(path, summaries[0].config, options)}", flush=True)
+
+
+def prep_command(path: Path, config: FrameConfig, options: PseudoOptions) -> str:
+    """The command that prepares the labels of a list with the detector's frames.
+
+    RVT's frames are counted exactly: its preparation does not support the rate of the labels.
+    """
+    words = [f"source={path}", "output=SHARDS"]
+    default = asdict(FrameConfig())
+    for key, value in asdict(replace(config, mode=FrameMode.exact)).items():
+        if value != default[key]:
+            words.append(f"frames.{key}={_setting(value)}")
+    if options.label_every_ms != LabelConfig.label_every_ms:
+        words.append(f"dataset.labels.label_every_ms={options.label_every_ms}")
+    if options.sensor_size is not None:
+        height, width = options.sensor_size
+        words.append(f"dataset.sensor_size=[{height},{width}]")
+    if options.time_unit is not None:
+        words.append(f"dataset.time_unit={options.time_unit.name}")
+    return shlex.join(["evspan", "prep", *words])
+
+
+def _setting(value: object) -> str:
+    return value.name if isinstance(value, Enum) else str(value)
 
 
 def _recording_line(summary: PseudoSummary) -> str:

@@ -26,6 +26,7 @@ from evspan.data_prep.shards.checksums import first_changed
 from evspan.data_prep.shards.format import (
     BOX,
     IGNORE_CLASS,
+    MANIFEST,
     BoxArray,
     Manifest,
     RecordingEntry,
@@ -416,7 +417,27 @@ def _open_root(source: DatasetRoot, config: DatasetConfig, split: str) -> Datase
             f"{config.classes} (dataset={config.name}). Leave dataset= out, or choose the one that "
             "it was prepared with"
         )
-    return _open_shards(root, manifest, split, config.name)
+    place = f"{root}, split {split}"
+    return _open_shards(root, manifest, manifest.split(split), place, config.name)
+
+
+def open_shard_recording(root: Path, split: str, name: str) -> Dataset:
+    """Opens one recording of prepared shards, as a dataset of its own.
+
+    Only its shard is opened, so damage of other recordings does not matter.
+
+    Raises:
+        ShardError: no dataset there, without such a recording, or a damaged one.
+        UnavailableFileError: a file cannot be read now.
+    """
+    manifest = load_manifest(root)
+    entries = [entry for entry in manifest.split(split) if entry.name == name]
+    if not entries:
+        raise ShardError(
+            f"{root} has no recording {name!r} in split {split!r}. {root / MANIFEST} lists those "
+            "that it has"
+        )
+    return _open_shards(root, manifest, entries[:1], str(root), DatasetConfig.name)
 
 
 # -- several roots ---------------------------------------------------------------------------------
@@ -556,13 +577,24 @@ def root_labels(roots: Sequence[str]) -> list[str]:
 
 
 # -- our shards ------------------------------------------------------------------------------------
-def _open_shards(root: Path, manifest: Manifest, split: str, default_name: str) -> Dataset:
-    entries = manifest.split(split)
+def _open_shards(
+    root: Path,
+    manifest: Manifest,
+    entries: Sequence[RecordingEntry],
+    place: str,
+    default_name: str,
+) -> Dataset:
+    """Some recordings of shards.
+
+    Args:
+        place: of the recordings, for an error.
+        default_name: of the dataset where the manifest has none.
+    """
     sizes = {(entry.height, entry.width) for entry in entries}
     if len(sizes) > 1:
         raise ShardError(
-            f"{root}, split {split}: frames of several sizes {sorted(sizes)}. Prepare recordings "
-            "of one sensor size into a folder of their own"
+            f"{place}: frames of several sizes {sorted(sizes)}. Prepare recordings of one sensor "
+            "size into a folder of their own"
         )
     height, width = sizes.pop() if sizes else (0, 0)
     frames = frame_config(manifest.config["frames"])

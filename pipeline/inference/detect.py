@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -14,7 +14,7 @@ import torch
 from evspan.pipeline.inference.streaming import raw_boxes
 from evspan.pipeline.inference.streaming_detector import StreamingDetector, StreamingOptions
 from evspan.pipeline.model.detector import Detector
-from evspan.pipeline.model.inputs import limits_from
+from evspan.pipeline.model.inputs import check_positive, limits_from
 from numpy.typing import NDArray
 
 T = TypeVar("T")
@@ -65,11 +65,16 @@ class WorkTimer:
             yield item
 
 
-def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
+def prefetch(
+    items: Iterable[T], depth: int, on_close: Callable[[], None] = lambda: None
+) -> Generator[T, None, None]:
     """The same items, produced by a thread while the caller works.
 
     At most `depth` items wait. An error of the thread is raised here, after the items before it.
     Closing the generator ends the thread.
+
+    Args:
+        on_close: called before the thread is joined: ends a wait of `items` for more data.
     """
     waiting: queue.Queue[Any] = queue.Queue(depth)
     stop = threading.Event()
@@ -99,6 +104,7 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
             yield item
     finally:
         stop.set()
+        on_close()
         # If the thread waits in `put`, it continues, and then sees `stop`.
         while not waiting.empty():
             waiting.get_nowait()
@@ -136,8 +142,10 @@ def detect(
 
     Raises:
         UserError: CUDA graphs are requested, and the detector is not on a GPU.
-        InputError: a threshold is outside 0..1, or frames are not of the detector's channels.
+        InputError: a threshold is outside 0..1, frames_per_call is less than 1, or frames are not
+            of the detector's channels.
     """
+    check_positive(frames_per_call=frames_per_call)
     source = iter(frames)
     limits = limits_from(confidence, nms)
     stream: StreamingDetector | None = None

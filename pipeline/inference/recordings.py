@@ -1,14 +1,16 @@
 """Runs a detector over recordings: decodes, detects, draws and writes, in bounded memory."""
 
+import errno
 import logging
 import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import numpy as np
 import torch
-from evspan.conf.errors import UserError
+from evspan.conf.errors import UserError, one_line
 from evspan.conf.progress import progress
 from evspan.conf.schema.training import DeviceKind
 from evspan.conf.text import plural
@@ -28,19 +30,21 @@ from evspan.pipeline.inference.precision import parse_precision
 from evspan.pipeline.inference.sources import FrameSource, num_windows, open_source
 from evspan.pipeline.inference.tracks import DetectionTracker
 from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
-from evspan.pipeline.inference.writers import CsvFile, DetectionsFile, JsonLines
+from evspan.pipeline.inference.writers import STANDARD_OUTPUT, CsvFile, DetectionsFile, JsonLines
 from evspan.pipeline.parallel import devices
 from evspan.pipeline.rvt_checkpoint import open_weights
 from evspan.pipeline.weights import Weights
 
 logger = logging.getLogger(__name__)
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
 
 def infer_recordings(options: InferOptions) -> Iterator[RecordingSummary]:
     """Writes the detections of each recording, and yields its summary when its files are complete.
 
     A recording that cannot be read does not stop the others. An error leaves no new file of the
-    recording that it concerns.
+    recording that it concerns, except the lines of JSON of a file that still grows.
 
     Raises:
         UserError: the checkpoint cannot be read, or this machine lacks the device; or, when all
@@ -67,9 +71,12 @@ def infer_recordings(options: InferOptions) -> Iterator[RecordingSummary]:
             summary = _infer(files, weights, detector, options)
         except NoSpaceError:
             raise
-        except UserError as error:
-            logger.error("%s", error)
-            failed.append(str(error))
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise
+            message = one_line(error)
+            logger.error("%s", message)
+            failed.append(message)
             continue
         yield summary
     if failed:
@@ -128,7 +135,9 @@ def _infer(
             clock=clock,
             cuda_graphs=options.cuda_graphs,
         )
-        results = stack.enter_context(closing(prefetch(detected, options.frames_per_call)))
+        # The thread of `results` waits for the one that decodes, and that one for more data.
+        results = prefetch(detected, options.frames_per_call, on_close=source.stop)
+        stack.enter_context(closing(results))
         tracker = DetectionTracker(clock, options.track_confidence) if options.track else None
         for item in progress(results, files.key or files.recording.name, unit="frame"):
             if tracker is not None:
@@ -157,8 +166,18 @@ def _infer(
     )
 
 
+def _has_live_lines(path: Path, options: InferOptions) -> bool:
+    """Whether others read the lines of JSON while they are written."""
+    if str(path) == STANDARD_OUTPUT or options.follow_s is not None:
+        return True
+    return path.exists() and not path.is_file()  # a pipe or a device
+
+
 class _Writers:
-    """The files of one recording. They appear when `stack` closes without an error."""
+    """The files of one recording. They appear when `stack` closes without an error.
+
+    Lines of JSON that others read meanwhile are written in place: see `_has_live_lines`.
+    """
 
     def __init__(
         self,
@@ -185,8 +204,11 @@ class _Writers:
                 )
             )
         if files.json:
+            path = files.json
+            if not _has_live_lines(path, options):
+                path = enter(atomic_write(path))
             self.tables.append(
-                enter(closing(JsonLines(files.json, weights.classes, tracks=options.track)))
+                enter(closing(JsonLines(path, weights.classes, tracks=options.track)))
             )
         self.animation: AnimationWriter | None = None
         if files.video:

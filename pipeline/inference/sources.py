@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Protocol
 
 import numpy as np
 from evspan.conf.errors import UserError
-from evspan.conf.schema.prep import DatasetConfig, FrameConfig
+from evspan.conf.schema.prep import FrameConfig
 from evspan.data_prep.frames.histogram import frame_size
 from evspan.data_prep.frames.stream import Frame, follow, windows
 from evspan.data_prep.labels.box_files import RAW_BOX, read_boxes
 from evspan.data_prep.recordings.open import open_recording
-from evspan.pipeline.data.datasets import RecordingData, frame_differences, open_dataset
+from evspan.data_prep.recordings.sources import source_readable
+from evspan.pipeline.data.datasets import RecordingData, frame_differences, open_shard_recording
 from evspan.pipeline.inference.options import InferOptions, RecordingFiles
 from numpy.typing import NDArray
 
@@ -61,6 +63,10 @@ class FrameSource(Protocol):
         """(N,) RAW_BOX, in pixels of the sensor, sorted by time."""
         ...
 
+    def stop(self) -> None:
+        """Ends a wait of `frames` for more data. From any thread."""
+        ...
+
 
 def open_source(files: RecordingFiles, config: FrameConfig, options: InferOptions) -> FrameSource:
     """Opens a recording, and checks that it fits the checkpoint.
@@ -68,9 +74,10 @@ def open_source(files: RecordingFiles, config: FrameConfig, options: InferOption
     Raises:
         UserError: it cannot be read, is too small, or was prepared with other frames.
     """
-    if files.key:
-        return StoredFrames(files, config, options)
-    return EventFrames(files, config, options)
+    with source_readable():
+        if files.key:
+            return StoredFrames(files, config, options)
+        return EventFrames(files, config, options)
 
 
 def num_windows(seconds: float, config: FrameConfig) -> int:
@@ -86,8 +93,9 @@ class EventFrames:
         self.recording = open_recording(
             path, unstated_size=options.sensor_size, time_unit=options.time_unit
         )
+        self.stopped = Event()
         if options.follow_s is not None:
-            follow(self.recording, options.follow_s)
+            follow(self.recording, options.follow_s, self.stopped.is_set)
         self.config = config
         self.height = self.recording.height
         self.width = self.recording.width
@@ -125,6 +133,10 @@ class EventFrames:
         boxes: NDArray[np.void] = read_boxes(self.labels) if self.labels else np.zeros(0, RAW_BOX)
         return boxes
 
+    def stop(self) -> None:
+        """See `FrameSource`."""
+        self.stopped.set()
+
 
 class StoredFrames:
     """A recording of prepared shards: its frames end where those of its labels do."""
@@ -134,14 +146,14 @@ class StoredFrames:
         if options.follow_s is not None:
             raise UserError(f"{root} is a folder of shards, which does not grow; omit --follow")
         split, _, self.name = files.key.partition("/")
-        data = open_dataset(DatasetConfig(root=str(root)), split)
+        data = open_shard_recording(root, split, self.name)
         if frame_differences(data.frames, config):
             raise UserError(
                 f"{root} was prepared with {data.frames}, and {options.checkpoint} takes {config}. "
                 "Give the recordings, or prepare them with its frames"
             )
         self.root = root
-        self.data: RecordingData = next(r for r in data.recordings if r.name == self.name)
+        self.data: RecordingData = data.recordings[0]
         self.first_us = self.data.clock_us
         self.window_us = config.window_us
         self.downsample = config.downsample
@@ -194,3 +206,6 @@ class StoredFrames:
             boxes["class_confidence"] = 1
             parts.append(boxes)
         return np.concatenate(parts)
+
+    def stop(self) -> None:
+        """See `FrameSource`. Shards do not grow, so nothing is waited for."""

@@ -68,7 +68,8 @@ class StreamingDetector:
         Raises:
             InputError: frames of another dtype, size, number of lanes or device.
         """
-        return self.start(frames[None]).read()
+        checked = as_frames(frames, "lanes, channels, H, W", torch.device("cpu"))
+        return self.start(checked[None]).read()
 
     @torch.inference_mode()
     def start(self, frames: Frames) -> PendingDetections:

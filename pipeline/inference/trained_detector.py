@@ -16,7 +16,7 @@ from evspan.pipeline.inference.options import InferOptions
 from evspan.pipeline.inference.precision import cast_weights, float32_kernels, run_precision
 from evspan.pipeline.inference.streaming_detector import StreamingDetector, StreamingOptions
 from evspan.pipeline.model.detector import Detector
-from evspan.pipeline.model.inputs import limits_from
+from evspan.pipeline.model.inputs import check_positive, limits_from
 from evspan.pipeline.model.postprocess import DetectionLimits
 from evspan.pipeline.model.state import DetectorState
 from evspan.pipeline.weights import Weights
@@ -143,8 +143,10 @@ class TrainedDetector(Detector):
         Raises:
             UserError: the events cannot be read or there are none; CUDA graphs are requested, and
                 the detector is not on a GPU.
-            InputError: a threshold is outside 0..1.
+            InputError: a threshold is outside 0..1, or frames_per_call is less than 1.
         """
+        if frames_per_call is not None:
+            check_positive(frames_per_call=frames_per_call)
         unit = TimeUnit(time_unit) if isinstance(time_unit, str) else time_unit
         recording = as_recording(source, sensor_size=sensor_size, time_unit=unit)
         if follow_s is not None:

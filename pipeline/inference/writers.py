@@ -74,7 +74,7 @@ class JsonLines:
     """A line per frame: {end_us, latency_ms, detections}. Each is flushed at once.
 
     Args:
-        path: "-" for standard output.
+        path: "-" for standard output; else a file, a pipe or a device that is written in place.
         tracks: detections have a track_id; -1: none.
     """
 

@@ -2,10 +2,11 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import count, islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 from evspan.conf.atomic_files import replace_file
 from evspan.conf.errors import BoxesError, UserError
 from evspan.conf.progress import progress
+from evspan.conf.schema.prep import FrameConfig, FrameMode
 from evspan.conf.text import plural, printable
 from evspan.data_prep.frames.histogram import frames_of
-from evspan.data_prep.frames.windows import window_ends
+from evspan.data_prep.frames.windows import tolerance, window_ends
 from evspan.data_prep.labels.box_files import (
     BOXES_ENDING,
     NO_TRACK,
@@ -28,7 +30,7 @@ from evspan.data_prep.labels.box_files import (
 from evspan.data_prep.labels.classes import CLASSES_FILE, read_classes
 from evspan.data_prep.recordings.open import holds_events, open_recording
 from evspan.data_prep.recordings.sources import LISTS, Source, find_sources
-from evspan.data_prep.shards.atomic import atomic_write
+from evspan.data_prep.shards.atomic import NoSpaceError, atomic_write
 from evspan.data_prep.shards.format import MANIFEST, SPLITS
 from evspan.pipeline.inference.detect import clip_boxes
 from evspan.pipeline.inference.recordings import choose_device
@@ -36,7 +38,7 @@ from evspan.pipeline.inference.streaming import of_named_classes, raw_boxes
 from evspan.pipeline.inference.streaming_detector import StreamingDetector, StreamingOptions
 from evspan.pipeline.inference.trained_detector import TrainedDetector, detector_from
 from evspan.pipeline.model.detector import Detector
-from evspan.pipeline.model.inputs import limits_from
+from evspan.pipeline.model.inputs import check_positive, limits_from
 from evspan.pipeline.model.postprocess import DetectionLimits
 from evspan.pipeline.pseudo_labels.filters import (
     FrameBoxes,
@@ -51,13 +53,14 @@ from evspan.pipeline.pseudo_labels.filters import (
 )
 from evspan.pipeline.pseudo_labels.options import Counts, PseudoOptions, PseudoSummary
 from evspan.pipeline.pseudo_labels.reversed_time import FrameSpool
-from evspan.pipeline.weights import load_weights
+from evspan.pipeline.weights import Weights, load_weights
 from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
 LIST_FILE = "recordings.txt"
 SUMMARY_FILE = "summary.json"
+INDEX_FILES = (CLASSES_FILE, LIST_FILE, SUMMARY_FILE)  # they describe the box files
 NO_ROWS = np.zeros((0, 7), np.float32)
 
 
@@ -65,23 +68,27 @@ NO_ROWS = np.zeros((0, 7), np.float32)
 class BothDirections:
     """Detections of F frames: (k, 7) of each, forward and backward in time.
 
-    end_us: (F,) ends of the windows. sensor: (height, width) in pixels.
+    end_us: (F,) ends of the windows. sensor: (height, width) in pixels. taken_us: (L,) those of the
+    ends that are times of labels which `evspan prep` takes; it skips labels that are too close.
     """
 
     end_us: NDArray[np.int64]
     forward: list[Rows]
     backward: list[Rows]
     sensor: tuple[int, int]
+    taken_us: NDArray[np.int64]
 
 
 def label_recordings(options: PseudoOptions) -> Iterator[PseudoSummary]:
     """Writes the pseudo-labels of every recording, and yields its summary.
 
-    At the end it writes the list of the recordings, classes.txt and summary.json.
+    At the end it writes the list of the recordings, classes.txt and summary.json. Those of an
+    earlier run are removed at the start, so that they never name box files of both. A recording
+    that cannot be read does not stop the others, and is not in the list.
 
     Raises:
-        UserError: the checkpoint or a recording cannot be read, there are no recordings, or their
-            labels do not fit the detector.
+        UserError: the checkpoint cannot be read, there are no recordings, or their labels do not
+            fit the detector; or, when all others are done, recordings that could not be read.
     """
     sources = _sources(options)
     weights = load_weights(options.checkpoint, raw=options.weights == "raw")
@@ -92,18 +99,66 @@ def label_recordings(options: PseudoOptions) -> Iterator[PseudoSummary]:
     labels = [_read_labels(source, options, len(weights.classes)) for source in sources]
     torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) - 1))
     detector = detector_from(weights, device=choose_device(options.device))
+    _warn_of_rvt_frames(weights.frames)
     options.output.mkdir(parents=True, exist_ok=True)
+    for name in INDEX_FILES:
+        (options.output / name).unlink(missing_ok=True)
     summaries: list[PseudoSummary] = []
+    lines: list[str] = []
+    failed: list[str] = []
     for source, of_recording in zip(sources, labels, strict=True):
-        summary = _label(source, of_recording, detector, options)
+        try:
+            summary = _label(source, of_recording, detector, options)
+        except NoSpaceError:
+            raise
+        except UserError as error:
+            if len(sources) == 1:
+                raise
+            logger.error("%s", error)
+            failed.append(str(error))
+            continue
         summaries.append(summary)
+        lines.append(_line(source, options))
         yield summary
-    lines = [_line(source, options) for source in sources]
+    if summaries:
+        _write_index(summaries, lines, weights, options)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {plural(len(sources), 'recording')} could not be labelled; the "
+            f"others are done. The first: {failed[0]}"
+        )
+
+
+def _warn_of_rvt_frames(config: FrameConfig) -> None:
+    if config.mode is FrameMode.rvt:
+        logger.warning(
+            "the detector takes RVT's frames (frames.mode=rvt), which evspan prep makes of labels "
+            "at 30 or 60 Hz only, and pseudo-labels are further apart. Prepare them with "
+            "frames.mode=exact; its counts differ slightly"
+        )
+
+
+def _write_index(
+    summaries: Sequence[PseudoSummary],
+    lines: Sequence[str],
+    weights: Weights,
+    options: PseudoOptions,
+) -> None:
+    """Writes classes.txt, the list and summary.json.
+
+    Args:
+        lines: of the list, one for each summary.
+    """
+    recordings: list[dict[str, object]] = []
+    for summary in summaries:
+        values = asdict(summary)
+        del values["config"]
+        values["boxes"] = summary.boxes.name
+        recordings.append(values)
+    text = json.dumps({"recordings": recordings, "step": weights.step}, indent=1)
     replace_file(options.output / CLASSES_FILE, "\n".join(weights.classes) + "\n")
-    replace_file(options.output / LIST_FILE, "\n".join(lines) + "\n")
-    written = [asdict(summary) | {"boxes": summary.boxes.name} for summary in summaries]
-    text = json.dumps({"recordings": written, "step": weights.step}, indent=1)
     replace_file(options.output / SUMMARY_FILE, text + "\n")
+    replace_file(options.output / LIST_FILE, "\n".join(lines) + "\n")
 
 
 def box_file(source: Source, options: PseudoOptions) -> Path:
@@ -119,7 +174,7 @@ def output_files(options: PseudoOptions) -> list[Path]:
             box files are at these places.
     """
     files = [box_file(source, options) for source in _sources(options)]
-    return [*files, *(options.output / name for name in (CLASSES_FILE, LIST_FILE, SUMMARY_FILE))]
+    return [*files, *(options.output / name for name in INDEX_FILES)]
 
 
 def _sources(options: PseudoOptions) -> list[Source]:
@@ -231,6 +286,7 @@ def _label(
         boxes=path,
         frames=len(detected.end_us),
         labelled_frames=int(np.isin(detected.end_us, times).sum()),
+        config=detector.frames,
         per_class=per_class,
     )
 
@@ -248,15 +304,15 @@ def detect_both_ways(
     config = detector.frames
     limits = limits_from(options.filters.confidence, options.filters.nms_iou)
     ends: list[int] = []
-    times = labels.times
+    taken: list[int] = []
 
     def window_ends_of(first_us: int) -> Iterator[int]:
-        if not times.size:
-            return count(first_us + config.window_us, config.window_us)
         every_us = 1000 * options.label_every_ms
-        return iter(
-            window_ends(times, first_us, window_us=config.window_us, label_every_us=every_us)
+        all_ends = window_ends(
+            labels.times, first_us, window_us=config.window_us, label_every_us=every_us
         )
+        taken.extend(all_ends.labelled_us.tolist())
+        return iter(all_ends)
 
     with FrameSpool(options.output) as spool:
 
@@ -280,7 +336,11 @@ def detect_both_ways(
     if not ends:
         raise UserError(f"{path} holds no events. Give another recording, or record it again")
     return BothDirections(
-        np.array(ends, np.int64), forward, backward, (recording.height, recording.width)
+        end_us=np.array(ends, np.int64),
+        forward=forward,
+        backward=backward,
+        sensor=(recording.height, recording.width),
+        taken_us=np.array(taken, np.int64),
     )
 
 
@@ -294,7 +354,11 @@ def detect_frames(
 
     Args:
         frames: (2 * bins, H, W) each, all of the same size.
+
+    Raises:
+        InputError: frames_per_call is less than 1.
     """
+    check_positive(frames_per_call=frames_per_call)
     source = iter(frames)
     stream: StreamingDetector | None = None
     while batch := list(islice(source, frames_per_call)):
@@ -334,7 +398,8 @@ def choose_labels(
     boxes = tracked.boxes.copy()
     ids = labels.boxes["track_id"][labels.boxes["track_id"] != NO_TRACK]
     boxes["track_id"][pseudo] = numbers[pseudo] + int(ids.max(initial=0)) + 1
-    emitted = _emitted_times(detected.end_us, labelled, options, window_us)
+    emitted = _emitted_times(detected, options.label_every_ms, window_us)
+    emitted = np.setdiff1d(emitted, labels.times)
     pseudo_boxes = _at(boxes[pseudo], emitted)
     short = _at(boxes[~kept], emitted)
     gaps = _at(gaps, emitted)
@@ -399,17 +464,47 @@ def _with_labels(
 
 
 def _emitted_times(
-    end_us: NDArray[np.int64], labelled: NDArray[np.bool_], options: PseudoOptions, window_us: int
+    detected: BothDirections, label_every_ms: int, window_us: int
 ) -> NDArray[np.int64]:
-    """Ends of the frames that get pseudo-labels: `label_every_ms` apart, counted from labels on."""
-    step = max(1, round(1000 * options.label_every_ms / window_us))
+    """Ends of the frames that get pseudo-labels: `label_every_ms` apart, counted from labels on.
+
+    `evspan prep` takes labels at multiples of this step from the label that it took before.
+    Between two labels that are no such multiple apart it would take pseudo-labels, and skip the
+    second label: there are none.
+    """
+    end_us = detected.end_us
+    step = _step(1000 * label_every_ms, window_us)
     frames = np.arange(len(end_us))
-    origins = np.flatnonzero(labelled)
+    origins = np.flatnonzero(np.isin(end_us, detected.taken_us))
     if not origins.size:
         origins = np.array([step - 1])
     previous = origins[np.maximum(np.searchsorted(origins, frames, "right") - 1, 0)]
-    emitted: NDArray[np.int64] = end_us[((frames - previous) % step == 0) & ~labelled]
+    is_emitted = (frames - previous) % step == 0
+    for first, last in pairwise(origins.tolist()):
+        duration_us = int(end_us[last] - end_us[first])
+        if (last - first) % step or not _keeps_steps(duration_us, last - first, window_us):
+            is_emitted[first:last] = False
+    emitted: NDArray[np.int64] = end_us[is_emitted]
     return emitted
+
+
+def _step(label_every_us: int, window_us: int) -> int:
+    """Windows from label to label: the least distance at which `evspan prep` takes the next one."""
+    step = max(1, round(label_every_us / window_us))
+    shortest_us = max(label_every_us, window_us) - tolerance(window_us)
+    return step * math.ceil(shortest_us / (step * window_us))
+
+
+def _keeps_steps(duration_us: int, windows: int, window_us: int) -> bool:
+    """Whether `evspan prep` takes any labels at whole steps within these windows.
+
+    It takes a label at most the tolerance off a multiple of the step. From so many windows on
+    that they absorb half a window, it takes any label: see `data_prep.frames.windows`.
+    """
+    slack_us = tolerance(window_us)
+    most_windows = min(windows, window_us / (2 * slack_us))
+    off_us = abs(duration_us - windows * window_us) / windows
+    return off_us * most_windows <= slack_us
 
 
 def _at(boxes: NDArray[np.void], times: NDArray[np.int64]) -> NDArray[np.void]:

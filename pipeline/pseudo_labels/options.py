@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evspan.conf.errors import UserError, require
-from evspan.conf.schema.prep import TimeUnit
+from evspan.conf.schema.prep import FrameConfig, TimeUnit
 from evspan.conf.text import printable
 
 # LEOD's thresholds: 0.3 for pedestrians and two-wheelers, 0.6 for cars and all others.
@@ -148,6 +148,7 @@ class PseudoSummary:
     Attributes:
         name: of the recording. boxes: its box file.
         frames: that the detector has seen. labelled_frames: that have a label now.
+        config: how events became these frames.
         per_class: counts by class name.
     """
 
@@ -155,4 +156,5 @@ class PseudoSummary:
     boxes: Path
     frames: int
     labelled_frames: int
+    config: FrameConfig
     per_class: dict[str, Counts]

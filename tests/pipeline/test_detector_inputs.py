@@ -137,14 +137,14 @@ def test_thresholds_lie_between_0_and_1(detector, value):
         next(run_detect(detector, confidence=value))
 
 
-def run_detect(detector, channels=CHANNELS, confidence=0.5):
+def run_detect(detector, channels=CHANNELS, confidence=0.5, frames_per_call=1):
     frame = np.zeros((channels, HEIGHT, WIDTH), np.uint8)
     return detect(
         detector,
         [(0, frame)],
         confidence=confidence,
         nms=0.5,
-        frames_per_call=1,
+        frames_per_call=frames_per_call,
         downsample=1,
         sensor=(HEIGHT, WIDTH),
         clock=WorkTimer(),
@@ -188,6 +188,19 @@ def test_a_stream_takes_its_own_frames_only(detector, shape, message):
         stream.detect(some_frames().float())
     with pytest.raises(InputError, match="on meta"):
         stream.detect(some_frames().to("meta"))
+
+
+@pytest.mark.parametrize("frames", [[[1]], None, some_frames(CHANNELS, HEIGHT, WIDTH)])
+def test_a_stream_refuses_what_is_no_frame_of_each_lane(detector, frames):
+    stream = detector.frame_stream(2, HEIGHT, WIDTH)
+    with pytest.raises(InputError, match=r"frames are of type|pass \(lanes, channels, H, W\)"):
+        stream.detect(frames)
+
+
+@pytest.mark.parametrize("frames_per_call", [0, -1])
+def test_frames_per_call_of_a_recording_are_checked(detector, frames_per_call):
+    with pytest.raises(InputError, match="frames_per_call is"):
+        next(run_detect(detector, frames_per_call=frames_per_call))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -511,12 +513,44 @@ def test_the_file_of_detections_is_what_numpy_saves(tmp_path):
 def test_a_recording_that_is_cut_off_leaves_nothing_new(here, tmp_path, capsys):
     broken, out = tmp_path / "a_td.raw", tmp_path / "out"
     broken.write_bytes((here / "a_td.raw").read_bytes()[:-1])
-    arguments = (here / "weights2.safetensors", broken, "--output", out)
+    lines = out / "a.json"
+    arguments = (here / "weights2.safetensors", broken, "--output", out, "--json", lines)
     assert "cut off" in refused(capsys, *arguments)
     assert not list(out.iterdir())
+    lines.write_bytes(b"earlier lines")
+    assert "cut off" in refused(capsys, *arguments, "--overwrite")
+    assert [(p.name, p.read_bytes()) for p in out.iterdir()] == [("a.json", b"earlier lines")]
     (out / "a_bbox.npy").write_bytes(b"earlier")
     refused(capsys, *arguments)
-    assert [(p.name, p.read_bytes()) for p in out.iterdir()] == [("a_bbox.npy", b"earlier")]
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        "a.json": b"earlier lines",
+        "a_bbox.npy": b"earlier",
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [("--csv", "a.csv"), ("--video", "a.gif"), ("--output", "a.npy")]
+)
+def test_a_pipe_is_not_replaced(here, tmp_path, capsys, option, name):
+    pipe = tmp_path / name
+    os.mkfifo(pipe)
+    arguments = (here / "weights2.safetensors", here / "a_td.raw", "--overwrite", option, pipe)
+    message = refused(capsys, *arguments, *(() if option == "--output" else ("--output", tmp_path)))
+    assert f"{name} is a pipe or a device" in message
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_lines_of_json_go_to_a_pipe(here, tmp_path):
+    pipe = tmp_path / "lines"
+    os.mkfifo(pipe)
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(pipe.read_text().splitlines()))
+    reader.start()
+    run(here, tmp_path / "out", "--no-video", "--seconds", 0.2, "--json", pipe)
+    reader.join()
+    assert len(lines) == 4
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize(
@@ -759,6 +793,32 @@ def test_a_file_that_grows_gives_what_the_whole_one_gives(here, tmp_path, suffix
         np.load(tmp_path / "grown" / "growing_bbox.npy"),
         np.load(tmp_path / "whole" / "whole_bbox.npy"),
     )
+
+
+def test_an_interrupt_ends_the_wait_for_more_data(here, tmp_path):
+    lines = tmp_path / "lines.json"
+    interrupted_at: list[float] = []
+
+    def number_of_lines() -> int:
+        return len(lines.read_text().splitlines()) if lines.exists() else 0
+
+    def interrupt() -> None:
+        end = time.monotonic() + 120
+        while number_of_lines() < 18 and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.3)  # the 19th window is not complete
+        interrupted_at.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    arguments = ["--no-video", "--follow", 30, "--json", lines, "--frames-per-call", 1]
+    with pytest.raises(SystemExit, match="130"):
+        run(here, tmp_path / "out", *arguments)
+    seconds = time.monotonic() - interrupted_at[0]
+    thread.join()
+    assert seconds < 20
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_what_cannot_be_followed_says_so(here, tmp_path, capsys):

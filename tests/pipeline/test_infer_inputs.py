@@ -1,18 +1,24 @@
 """`evspan infer` on folders, lists, patterns and shards; names of outputs; damaged recordings."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
-from evspan.conf.errors import UserError
+from evspan.conf.errors import ShardError, UserError
 from evspan.conf.schema.prep import DownsampleBy, FrameConfig, frame_config
 from evspan.conf.schema.training import BackboneConfig, ModelConfig, PostprocessConfig
 from evspan.data_prep.prepare import prepare
+from evspan.data_prep.recordings.open import open_recording
+from evspan.data_prep.shards.format import load_manifest
+from evspan.data_prep.shards.reading import find_group
 from evspan.launch.cli.infer import main
+from evspan.pipeline.data import datasets
 from evspan.pipeline.data.datasets import frame_differences
-from evspan.pipeline.inference import overlay
+from evspan.pipeline.inference import overlay, sources
 from evspan.pipeline.inference.inputs import expand_inputs
 from evspan.pipeline.inference.options import InferOptions, RecordingFiles
 from evspan.pipeline.inference.sources import StoredFrames
@@ -145,6 +151,82 @@ def test_a_damaged_recording_does_not_stop_the_others(tmp_path, checkpoint, caps
     assert captured.out.count("frames of 50 ms") == 2
     assert "1 of 3 recordings could not be read; the others are done" in captured.err
     assert "b.txt, line 6002: p (column 4) is missing" in captured.err
+
+
+def test_a_recording_that_cannot_be_read_now_does_not_stop_the_others(
+    tmp_path, checkpoint, capsys, monkeypatch
+):
+    for name in ("a", "b", "c", "d"):
+        write_recording(tmp_path / f"in/{name}.txt")
+    event_frames = sources.EventFrames.frames
+
+    def opened(path, **options):
+        if path.name == "b.txt":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return open_recording(path, **options)
+
+    def frames(self, start_s, seconds):
+        if self.recording.path.name == "c.txt":
+            raise OSError(errno.ESTALE, "Stale file handle", str(self.recording.path))
+        return event_frames(self, start_s, seconds)
+
+    monkeypatch.setattr(sources, "open_recording", opened)
+    monkeypatch.setattr(sources.EventFrames, "frames", frames)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="2"):
+        infer(checkpoint, tmp_path / "in", "--output", out)
+    error = capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["a_bbox.npy", "d_bbox.npy"]
+    assert "2 of 4 recordings could not be read; the others are done" in error
+    assert "b.txt" in error and "c.txt: Stale file handle" in error
+
+
+def test_a_full_disk_stops_all_recordings(tmp_path, checkpoint, monkeypatch):
+    for name in ("a", "b"):
+        write_recording(tmp_path / f"in/{name}.txt")
+    opened = []
+
+    def full(files, config, options):
+        opened.append(files.recording.name)
+        raise OSError(errno.ENOSPC, "No space left on device", "out")
+
+    monkeypatch.setattr("evspan.pipeline.inference.recordings.open_source", full)
+    with pytest.raises(SystemExit):
+        infer(checkpoint, tmp_path / "in", "--output", tmp_path / "out")
+    assert opened == ["a.txt"]
+
+
+def test_a_damaged_recording_of_shards_does_not_stop_the_others(tmp_path, checkpoint, capsys):
+    for seed, name in enumerate(("a", "b", "c")):
+        write_recording(tmp_path / f"raw/val/{name}.txt", seed=seed)
+    shards = tmp_path / "shards"
+    prepare(prep_config(tmp_path / "raw", shards, frames={"downsample": 2}))
+    entry = next(e for e in load_manifest(shards).recordings if e.name == "b")
+    with h5py.File(shards / entry.shard, "r+") as file:
+        del file[entry.group]["frame_start"]
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="2"):
+        infer(checkpoint, shards, "--output", out)
+    error = capsys.readouterr().err
+    assert "1 of 3 recordings could not be read; the others are done" in error
+    assert "recording 'b'" in error
+    assert sorted(path.name for path in out.rglob("*.npy")) == ["a_bbox.npy", "c_bbox.npy"]
+
+
+def test_a_recording_of_shards_is_opened_without_the_others(tmp_path, monkeypatch):
+    root = write_small_shards(tmp_path / "shards", {"val": [4, 5, 6]})
+    groups = []
+
+    def counted(file, entry):
+        groups.append(entry.group)
+        return find_group(file, entry)
+
+    monkeypatch.setattr(datasets, "find_group", counted)
+    source = stored_frames(root, "val/val_001", frame_config(SMALL_FRAMES))
+    assert len(list(source.frames(0, None))) == 5
+    assert groups == ["val_001"]
+    with pytest.raises(ShardError, match="has no recording 'gone' in split 'val'"):
+        stored_frames(root, "val/gone", frame_config(SMALL_FRAMES))
 
 
 @pytest.mark.slow

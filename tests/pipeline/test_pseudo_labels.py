@@ -1,15 +1,20 @@
 """Pseudo-labels: each filter against its plain definition, reversed time, and from detector to training."""
 
 import json
+import shlex
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from evspan.conf.compose import compose
 from evspan.conf.errors import UserError
 from evspan.conf.schema.prep import (
     DatasetConfig,
     FrameConfig,
+    FrameMode,
     LabelConfig,
     PrepConfig,
     TimeUnit,
@@ -25,13 +30,14 @@ from evspan.conf.schema.training import (
     TrainingConfig,
 )
 from evspan.data_prep.frames.histogram import frames_of
+from evspan.data_prep.frames.windows import window_ends
 from evspan.data_prep.labels.box_files import RAW_BOX, LabelRows, read_labels, write_boxes
 from evspan.data_prep.prepare import prepare
 from evspan.data_prep.recordings.events import Events
 from evspan.data_prep.recordings.open import open_recording, open_writer
 from evspan.data_prep.shards.format import load_manifest
 from evspan.data_prep.simulator import SimulatorConfig, simulate
-from evspan.launch.cli.labels_pseudo import main
+from evspan.launch.cli.labels_pseudo import main, prep_command
 from evspan.pipeline.engine.trainer import Trainer
 from evspan.pipeline.inference.trained_detector import detector_from
 from evspan.pipeline.model.detector import Detector
@@ -47,6 +53,7 @@ from evspan.pipeline.pseudo_labels.filters import (
     without_overlap,
 )
 from evspan.pipeline.pseudo_labels.generate import (
+    INDEX_FILES,
     BothDirections,
     choose_labels,
     detect_both_ways,
@@ -318,7 +325,11 @@ def test_labels_are_chosen_as_worked_out_by_hand(tmp_path):
         forward.append(np.concatenate(rows))
         backward.append(rows_of(long, frame, 0.8, 0.8) if frame == 11 else none)
     detected = BothDirections(
-        WINDOW_US * np.arange(1, 29), forward, backward, sensor=(HEIGHT, WIDTH)
+        WINDOW_US * np.arange(1, 29),
+        forward,
+        backward,
+        sensor=(HEIGHT, WIDTH),
+        taken_us=np.array([WINDOW_US * 10]),
     )
     label = moving(0, [9], x=28, step=0)
     label["track_id"] = 5
@@ -345,6 +356,71 @@ def test_labels_are_chosen_as_worked_out_by_hand(tmp_path):
     )
     assert (pedestrian.pseudo_boxes, pedestrian.uncertain) == (0, 4)
     assert car.tracks == 1
+
+
+LENGTH_US = 12_000_000
+
+
+def irregular_times(kind: str, rng: np.random.Generator) -> np.ndarray:
+    """Times of labels on a recording that begins at 7,000 us."""
+    if kind == "13 windows apart":
+        times = 300_000 + 659_000 * np.arange(15)
+    elif kind == "14 windows apart, of 51.5 ms each":
+        times = 300_000 + 721_000 * np.arange(15)
+    elif kind == "some of 20 Hz":
+        times = np.flatnonzero(rng.random(200) < 0.15) * WINDOW_US + 23_000
+    elif kind == "bursts":
+        starts = rng.integers(100_000, LENGTH_US, 3)
+        times = (starts[:, None] + 47_000 * np.arange(12)).ravel()
+    else:
+        times = rng.integers(100_000, LENGTH_US, 15)
+    return np.unique(times[(times > 7_000) & (times < LENGTH_US)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("every_ms", [50, 100, 120])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "13 windows apart",
+        "14 windows apart, of 51.5 ms each",
+        "some of 20 Hz",
+        "bursts",
+        "anywhere",
+    ],
+)
+def test_prep_takes_all_labels_that_it_takes_without_pseudo_labels(tmp_path, kind, every_ms, seed):
+    rng = np.random.default_rng(seed)
+    times = irregular_times(kind, rng)
+
+    def windows_of(label_times):
+        return window_ends(label_times, 7_000, window_us=WINDOW_US, label_every_us=1000 * every_ms)
+
+    before = windows_of(times)
+    end_us = np.array(list(takewhile(lambda end: end < LENGTH_US, before)))
+    sure = np.array([[10, 10, 40, 40, 0.9, 0.9, 0]], np.float32)
+    none = np.zeros((0, 7), np.float32)
+    seen = rng.random(len(end_us)) < 0.7
+    detected = BothDirections(
+        end_us,
+        [sure if is_seen else none for is_seen in seen],
+        [none] * len(end_us),
+        sensor=(HEIGHT, WIDTH),
+        taken_us=before.labelled_us,
+    )
+    boxes = np.zeros(len(times), RAW_BOX)
+    boxes["t"] = times
+    boxes["x"] = boxes["y"] = 10
+    boxes["w"] = boxes["h"] = 30
+    options = options_of(tmp_path, tmp_path, label_every_ms=every_ms)
+    options = replace(options, filters=FilterOptions(gap_regions=False, min_track_ms=0))
+    labels = LabelRows(boxes, NO_LABELS.regions)
+    written, _, _ = choose_labels(detected, labels, FakeDetector(), options)
+    pseudo_times = np.setdiff1d(written["t"], times)
+    after = windows_of(written["t"]).labelled_us
+    assert np.setdiff1d(before.labelled_us, after).tolist() == []
+    assert np.setdiff1d(pseudo_times, after).tolist() == []
+    assert len(pseudo_times) > 0
 
 
 # -- the command, prep and training ----------------------------------------------------------------
@@ -428,6 +504,73 @@ def test_a_frame_whose_labels_were_all_left_out_gets_no_pseudo_labels(tmp_path, 
     left_out = written.regions[written.regions["t"] == 4 * WINDOW_US]
     assert left_out[["w", "h"]].tolist() == [(0, 0)]  # labelled, without boxes
     assert summary.labelled_frames > 2  # others have pseudo-labels
+
+
+def two_recordings(tmp_path: Path) -> Path:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for seed in range(2):
+        write_events(raw / f"r{seed}_td.h5", *some_events(seed))
+    return raw
+
+
+def test_replaced_labels_that_are_not_complete_have_no_list(tmp_path, weights):
+    options = PseudoOptions(weights, two_recordings(tmp_path), tmp_path / "out", overwrite=True)
+    assert len(list(label_recordings(options))) == 2
+    assert all((options.output / name).is_file() for name in INDEX_FILES)
+    next(label_recordings(options))  # and stops
+    assert sorted(path.name for path in options.output.iterdir()) == ["r0_bbox.npy", "r1_bbox.npy"]
+
+
+def test_a_recording_that_cannot_be_labelled_does_not_stop_the_others(tmp_path, weights, capsys):
+    raw = two_recordings(tmp_path)
+    write_events(raw / "a_td.h5", *np.zeros((4, 0)))
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="2"):
+        pseudo(weights, raw, out)
+    captured = capsys.readouterr()
+    assert "1 of 3 recordings could not be labelled; the others are done" in captured.err
+    assert "a_td.h5 holds no events" in captured.err
+    assert "next: evspan prep source=" in captured.out
+    lines = (out / "recordings.txt").read_text().splitlines()
+    assert [line.split(",")[-1] for line in lines] == ["r0_bbox.npy", "r1_bbox.npy"]
+    summary = json.loads((out / "summary.json").read_text())["recordings"]
+    assert [row["name"] for row in summary] == ["r0", "r1"]
+    assert not (out / "a_bbox.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("frames", "every_ms"),
+    [
+        (FrameConfig(), 100),
+        (FrameConfig(window_ms=20, bins=3, cutoff=9, downsample=1), 50),
+        (FrameConfig(mode=FrameMode.rvt, downsample=4), 100),
+    ],
+)
+def test_the_command_that_is_printed_prepares_the_detectors_frames(tmp_path, frames, every_ms):
+    options = options_of(tmp_path, tmp_path, label_every_ms=every_ms, sensor_size=(240, 304))
+    command = shlex.split(prep_command(tmp_path / "a b.txt", frames, options))
+    assert command[:2] == ["evspan", "prep"]
+    config = compose(PrepConfig, command[2:])
+    assert config.source == str(tmp_path / "a b.txt")
+    assert config.frames == replace(frames, mode=FrameMode.exact)
+    assert config.dataset.labels.label_every_ms == every_ms
+    assert config.dataset.sensor_size == [240, 304]
+    assert len(prep_command(tmp_path, FrameConfig(), options_of(tmp_path, tmp_path)).split()) == 4
+
+
+def test_rvts_frames_cannot_be_prepared_of_pseudo_labels(tmp_path, weights, caplog, capsys):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    write_events(raw / "r_td.h5", *some_events(0))
+    of_rvt = tmp_path / "rvt.safetensors"
+    frames = FrameConfig(mode=FrameMode.rvt, downsample=1, bins=2)
+    save_weights(of_rvt, replace(load_weights(weights), frames=frames))
+    pseudo(of_rvt, raw, tmp_path / "out")
+    assert "Prepare them with frames.mode=exact" in caplog.text
+    printed = capsys.readouterr().out
+    assert "frames.bins=2 frames.downsample=1 frames.downsample_by=nearest" in printed
+    assert "frames.mode" not in printed
 
 
 def test_prepared_shards_are_refused(tmp_path, weights):

@@ -19,6 +19,7 @@ from evspan.launch.cli import infer
 from evspan.pipeline import load_detector
 from evspan.pipeline.inference.trained_detector import TrainedDetector
 from evspan.pipeline.model.detector import Detector
+from evspan.pipeline.model.inputs import InputError
 from evspan.pipeline.weights import Weights, load_weights, save_weights
 from examples import detect_stream
 from support.event_files import concatenated
@@ -90,6 +91,12 @@ def test_a_recording_gives_what_infer_writes_bit_for_bit(here, detector):
     strict = all_of(detector.stream(here / "a_td.raw", confidence_threshold=0.6))[1]
     assert 0 < len(strict) < len(expected)
     assert (strict["class_confidence"] >= 0.6).all()
+
+
+@pytest.mark.parametrize("frames_per_call", [0, -1, 1.5])
+def test_frames_per_call_is_a_whole_number_from_1_on(here, detector, frames_per_call):
+    with pytest.raises(InputError, match="frames_per_call is .*; pass a whole number"):
+        detector.stream(here / "a_td.raw", frames_per_call=frames_per_call)
 
 
 def as_records(events: Events) -> np.ndarray:
