@@ -92,7 +92,7 @@ def _check_partition(
         yield Finding("partition", FAIL, message, remedy)
         return
     name = selected["PartitionName"]
-    sinfo = _output("sinfo", "--all", "--noheader", f"--partition={name}", "--format=%D %T")
+    sinfo = _output("sinfo", "--noheader", f"--partition={name}", "--format=%D %T")
     yield check_partition(selected, nodes, _count_usable_nodes(sinfo))
     yield check_time_limit(selected, ClusterConfig())
     with_nodes_in_common = [
