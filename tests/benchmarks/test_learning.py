@@ -217,8 +217,9 @@ def test_a_variant_sees_as_many_frames_as_its_experiment_says(experiment, varian
     assert int(run["training.max_steps"]) == (variant.steps or experiment.steps)
     scored = experiment.scored_steps(variant, 1.0)
     assert all(step % int(run["checkpoint.every"]) == 0 for step in scored[:-1])
-    kept = int(run["checkpoint.every"]) * int(run["checkpoint.keep"])
-    assert len(scored) == 1 or kept >= scored[-1] - scored[0] + int(run["checkpoint.every"])
+    # A run that is stopped a few times has a checkpoint more for each stop.
+    before_the_last = int(run["checkpoint.every"]) * (int(run["checkpoint.keep"]) - 4)
+    assert len(scored) == 1 or before_the_last >= scored[-1]
 
 
 def test_the_pilot_comes_before_anything_else_and_seeds_one_after_the_other(tmp_path):

@@ -39,6 +39,7 @@ SETTINGS = "study.json"
 PILOT = "pilot.json"
 TIMES = "seconds.json"
 PILOT_SEEDS = 3
+STOPS = 12  # of a run: each stop saves a checkpoint more, and those that are scored must stay
 QUICK_SCALE = 0.004
 OWN_KEYS = (
     "experiment",
@@ -257,7 +258,7 @@ class Study:
             "training.engine": "plain",
             "training.compile": str(self.options.compile).lower(),
             "checkpoint.every": str(every),
-            "checkpoint.keep": str((len(scored) > 1 and steps // every) or 1),
+            "checkpoint.keep": str(steps // every + STOPS if len(scored) > 1 else 1),
             "parallel.device": self.options.device,
             "parallel.ranks": str(ranks),
             "parallel.sequence": str(ranks),
