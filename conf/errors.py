@@ -26,6 +26,7 @@ USER_ERRNOS = (  # of an OSError that the user can correct
     errno.EDQUOT,
     errno.EROFS,
 )
+NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT)  # a full disk, or a quota that is used up
 TRANSIENT_ERRNOS = (  # of a file system that does not answer now
     errno.EIO,
     errno.ESTALE,

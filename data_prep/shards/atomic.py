@@ -1,6 +1,5 @@
 """Files that appear whole or not at all, folders with one writer, checksums of files."""
 
-import errno
 import fcntl
 import io
 import logging
@@ -13,7 +12,7 @@ from typing import Any
 
 import h5py
 import xxhash
-from evspan.conf.errors import UserError
+from evspan.conf.errors import NO_SPACE_ERRNOS, UserError
 from evspan.conf.folder_lock import FolderLock
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_SPACE_ERRNOS:
             raise NoSpaceError(
                 f"{path}: no space left, or the quota is used up. Free some, or choose another "
                 "place, and run the same again"

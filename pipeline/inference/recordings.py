@@ -1,6 +1,5 @@
 """Runs a detector over recordings: decodes, detects, draws and writes, in bounded memory."""
 
-import errno
 import logging
 import os
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evspan.conf.errors import UserError, one_line
+from evspan.conf.errors import NO_SPACE_ERRNOS, UserError, one_line
 from evspan.conf.progress import progress
 from evspan.conf.schema.training import DeviceKind
 from evspan.conf.text import plural
@@ -36,8 +35,6 @@ from evspan.pipeline.rvt_checkpoint import open_weights
 from evspan.pipeline.weights import Weights
 
 logger = logging.getLogger(__name__)
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def infer_recordings(options: InferOptions) -> Iterator[RecordingSummary]:
@@ -72,7 +69,7 @@ def infer_recordings(options: InferOptions) -> Iterator[RecordingSummary]:
         except NoSpaceError:
             raise
         except (UserError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in NO_SPACE:
+            if isinstance(error, OSError) and error.errno in NO_SPACE_ERRNOS:
                 raise
             message = one_line(error)
             logger.error("%s", message)
