@@ -23,8 +23,9 @@ HELP = """evspan evaluate: a checkpoint and a split -> COCO AP and detections
       during training. RUN/evaluation-SPLIT gets metrics.json, a <recording>_bbox.npy for each
       recording, and frames.npz, which compare reads. --json prints metrics.json, and all else to
       standard error.
-      Keys of dataset and evaluation that are not given are those of the run's training; of a
-      .safetensors file elsewhere, the defaults below.
+      Keys of dataset and evaluation that are not given are those of the run's training, except
+      evaluation.limit_recordings, write_detections and at_end; of a .safetensors file elsewhere,
+      the defaults below.
       Datasets gen4, gen4_rvt and rvt_tree are scored by Prophesee's protocol: boxes of side 10 and
       diagonal 30 pixels or more at half resolution. The results name the protocol.
       AP is reported per class, size, recording, time since the start, and by speed and rest of

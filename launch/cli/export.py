@@ -11,7 +11,8 @@ from evspan.pipeline.inference.options import ExportOptions
 
 DESCRIPTION = """The detector's step for one frame, state in and state out, for use without Evspan.
 
-OUT.onnx   for onnxruntime and other runtimes of ONNX; needs pip install 'evspan[export]'
+OUT.onnx   for onnxruntime and other runtimes of ONNX; needs onnx, onnxruntime and onnxscript, which make
+           setup installs; elsewhere pip install '.[export]' in the checkout of Evspan
 OUT.pt2    for torch.export.load(OUT).module(), and for AOTInductor
 
 inputs     frames (B, 2*bins, H, W) uint8; stage1_hidden, stage1_cell, ..., stage4_cell; with
@@ -79,7 +80,7 @@ def check_output(path: Path) -> None:
         except ModuleNotFoundError as error:
             raise UserError(
                 f"ONNX needs the package {error.name}, which is not installed: "
-                "pip install 'evspan[export]', "
+                "pip install '.[export]' in the checkout of Evspan, "
                 f"or give the output the name {path.with_suffix('.pt2')}"
             ) from error
 

@@ -34,9 +34,9 @@ TOOLS = {  # evspan prep TOOL: its module, imported when the tool runs
 HELP = """evspan prep: recordings -> shards of histogram frames
 
   evspan prep source=RAW output=SHARDS [dataset=NAME] [key=value ...]
-      RAW has train/ val/ test/ with recordings (.raw, .dat, .h5, .hdf5), each with its boxes
-      next to it: X_td.dat and X_bbox.npy. One file or a flat folder counts as test. LIST.txt or
-      .csv names one recording per line: split path [boxes.npy].
+      RAW has train/ val/ test/ with recordings (.raw, .dat, .h5, .hdf5, .aedat4, .csv, .txt,
+      .npz), each with its boxes next to it: X_td.dat and X_bbox.npy. One file or a flat folder
+      counts as test. LIST.txt or .csv names one recording per line: split path [boxes.npy].
       Run again, it does only what is missing or has changed.
 
   tools
@@ -85,7 +85,8 @@ HELP = """evspan prep: recordings -> shards of histogram frames
                                  without such folders
       allow_removal=false        true: remove recordings that the source no longer has, even if
                                  they are more than half of a split
-      max_invalid_fraction=0.01  refuse a recording with more events outside the sensor
+      max_invalid_fraction=0.01  refuse a recording with a larger fraction of events that are outside
+                                 the sensor, or have a wrong time
 
   evspan prep --cfg job ...      shows the composed config; conf/schema/prep.py explains every key
   evspan prep --hydra-help       how overrides work

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 JOURNAL = "search.journal"  # in the sweep's folder
 STUDY = "evspan"
-INSTALL = 'search=optuna needs Optuna: pip install "evspan[search]"'
+INSTALL = 'search=optuna needs Optuna: pip install ".[search]" in the checkout of Evspan'
 FEWEST_FOR_IMPORTANCE = 8  # trials with a value; fewer say nothing
 LOCK_SUFFIXES = (".lock", ".lock.rename")  # of Optuna's lock, which a killed process leaves behind
 

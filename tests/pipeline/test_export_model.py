@@ -287,7 +287,8 @@ def test_a_missing_package_is_named_before_anything_else(monkeypatch, capsys, pa
     monkeypatch.setitem(sys.modules, package, None)
     message = refused(capsys, "gone", "out.onnx")
     assert (
-        f"needs the package {package}, which is not installed: pip install 'evspan[export]'"
+        f"needs the package {package}, which is not installed: "
+        "pip install '.[export]' in the checkout of Evspan"
         in message
     )
 
