@@ -11,8 +11,8 @@ from evspan.pipeline.inference.options import ExportOptions
 
 DESCRIPTION = """The detector's step for one frame, state in and state out, for use without Evspan.
 
-OUT.onnx   for onnxruntime and other runtimes of ONNX; needs onnx, onnxruntime and onnxscript, which make
-           setup installs; elsewhere pip install '.[export]' in the checkout of Evspan
+OUT.onnx   for onnxruntime and other runtimes of ONNX; needs onnx, onnxruntime and onnxscript:
+           make setup, or pip install '.[export]' in the checkout of Evspan
 OUT.pt2    for torch.export.load(OUT).module(), and for AOTInductor
 
 inputs     frames (B, 2*bins, H, W) uint8; stage1_hidden, stage1_cell, ..., stage4_cell; with

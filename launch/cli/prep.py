@@ -85,8 +85,8 @@ HELP = """evspan prep: recordings -> shards of histogram frames
                                  without such folders
       allow_removal=false        true: remove recordings that the source no longer has, even if
                                  they are more than half of a split
-      max_invalid_fraction=0.01  refuse a recording with a larger fraction of events that are outside
-                                 the sensor, or have a wrong time
+      max_invalid_fraction=0.01  refuse a recording with a larger fraction of events that are
+                                 outside the sensor, or have a wrong time
 
   evspan prep --cfg job ...      shows the composed config; conf/schema/prep.py explains every key
   evspan prep --hydra-help       how overrides work

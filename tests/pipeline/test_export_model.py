@@ -288,8 +288,7 @@ def test_a_missing_package_is_named_before_anything_else(monkeypatch, capsys, pa
     message = refused(capsys, "gone", "out.onnx")
     assert (
         f"needs the package {package}, which is not installed: "
-        "pip install '.[export]' in the checkout of Evspan"
-        in message
+        "pip install '.[export]' in the checkout of Evspan" in message
     )
 
 
