@@ -29,8 +29,9 @@ Times: images of evspan labels export carry the time in their names, and need no
 images and videos are numbered: frame k is at offset + k * period, from --fps or --frame-ms. An
 image of accumulated events shows what came before its end: its time is the end of its window.
 
-Boxes are in pixels of the image, and are scaled if the sensor has another size (--size or
---recording). COCO's iscrowd, VOC's difficult and MOT's ignored rows become ignore regions."""
+Boxes are in pixels of the image, and are scaled if the sensor has another size (--size,
+--recording, or that of the recording in OUT). COCO's iscrowd, VOC's difficult and MOT's ignored
+rows become ignore regions."""
 EXAMPLES = """examples:
   evspan labels import annotations.json raw/train
   evspan labels import tracks.xml raw/train/drive_bbox.npy --fps 30 --offset-us 1200000
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "--size",
         type=parse_size,
         metavar="WxH",
-        help="of the sensor, in pixels (default: the images')",
+        help="of the sensor, in pixels (default: the recording's, else the images')",
     )
     parser.add_argument(
         "--classes",
@@ -168,6 +169,11 @@ def _lines(summary: ImportSummary, options: ImportOptions) -> Iterator[str]:
         yield f"frames without boxes: {summary.empty:,}, {meaning}"
     for size in sorted(summary.scaled):
         yield f"boxes of images of {size[0]} x {size[1]} pixels were scaled to the sensor"
+    for size in sorted(summary.unscaled):
+        yield (
+            f"boxes are in pixels of images of {size[0]} x {size[1]}; if the sensor has another "
+            "size, give --size or --recording, and --overwrite"
+        )
     if summary.clipped:
         yield f"cut at the border of the picture: {_boxes(summary.clipped)}"
     if summary.outside or summary.flat:

@@ -14,6 +14,8 @@ from evspan.data_prep.labels.interchange.formats import recognise
 from evspan.data_prep.labels.interchange.importing import ImportOptions, import_labels
 from evspan.data_prep.labels.interchange.names import FrameName, frame_file, parse_frame_name
 from evspan.data_prep.labels.interchange.timing import Timing
+from evspan.data_prep.recordings.open import open_writer
+from evspan.launch.cli.main import main
 from PIL import Image
 
 
@@ -48,6 +50,24 @@ def write(path: Path, text) -> Path:
     return path
 
 
+def one_box(*names: str, size: tuple[int, int] | None = None, bbox=(10, 20, 30, 40), **keys):
+    """COCO: images of these names, each with the same box."""
+    images = [{"file_name": name} for name in names]
+    if size is not None:
+        images = [{**image, "width": size[0], "height": size[1]} for image in images]
+    boxes = [
+        {"image_id": i, "category_id": 10, "bbox": list(bbox), **keys} for i in range(len(names))
+    ]
+    return coco(images, boxes)
+
+
+def write_recording(path: Path, width: int, height: int) -> Path:
+    """A recording without events, which states the size of its sensor."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_writer(path, height, width):
+        return path
+
+
 # -- names ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "expected"),
@@ -55,6 +75,9 @@ def write(path: Path, text) -> Path:
         ("drive_000000050000us.png", FrameName("drive", time_us=50_000)),
         ("images/train/my_drive_2_000000050000us.jpg", FrameName("my_drive_2", time_us=50_000)),
         ("1a2b3c4d-drive_000000050000us.png", FrameName("drive", time_us=50_000)),  # Label Studio
+        ("6c3c5e3c__drive_000000050000us.png", FrameName("drive", time_us=50_000)),
+        ("0badcafe__1a2b3c4d-drive_000000050000us.png", FrameName("drive", time_us=50_000)),
+        ("x/0badca__drive_000000050000us.png", FrameName("drive", time_us=50_000)),
         ("drive_000000050000us_png.rf.0a1B2c.jpg", FrameName("drive", time_us=50_000)),  # Roboflow
         ("000000050000us.png", FrameName("", time_us=50_000)),
         ("drive/frame_000012.PNG", FrameName("drive", frame=12)),
@@ -73,6 +96,35 @@ def test_the_names_of_exported_frames_are_read_again():
     dated = [("20241128-night", 50_000), ("19991231-x", 1)]  # no prefix of Label Studio
     for recording, time_us in [("a", 0), ("x_5us", 7), ("drive_12", 10**13), *dated]:
         assert parse_frame_name(frame_file(recording, time_us)) == FrameName(recording, time_us)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "recording"),
+    [
+        (("1a2b3c4d-", "5e6f7a8b-"), "drive"),
+        (("6c3c5e3c__", "a1f09b22__"), "drive"),
+        (("0badcafe__1a2b3c4d-", "a1f09b22__5e6f7a8b-"), "drive"),
+        (("28112024-", "28112024-"), "28112024-drive"),
+        (("6c3c5e3c__28112024-", "a1f09b22__28112024-"), "28112024-drive"),
+    ],
+)
+def test_a_prefix_that_images_share_belongs_to_the_recording(tmp_path, prefixes, recording):
+    """Label Studio gives each image a prefix of its own."""
+    names = [prefix + frame_file("drive", i + 1) for i, prefix in enumerate(prefixes)]
+    _, files = imported(write(tmp_path / "c.json", one_box(*names)), tmp_path / "out")
+    assert list(files) == [recording]
+    assert files[recording]["t"].tolist() == [1, 2]
+
+
+def test_a_prefix_of_a_single_image_stays_where_the_recording_has_it(tmp_path):
+    path = write(tmp_path / "c.json", one_box(frame_file("28112024-night", 100_000)))
+    _, files = imported(path, tmp_path / "elsewhere")
+    assert list(files) == ["night"]
+    recording = write_recording(tmp_path / "out/28112024-night_td.raw", 640, 480)
+    _, files = imported(path, tmp_path / "out")
+    assert list(files) == ["28112024-night"]
+    _, files = imported(path, tmp_path / "third", recording=recording)
+    assert list(files) == ["28112024-night"]
 
 
 # -- CVAT -----------------------------------------------------------------------------------------
@@ -141,6 +193,85 @@ def test_cvat_images_carry_times_in_their_names(tmp_path):
     ]
 
 
+CVAT_BOX = 'label="car" xtl="1" ytl="2" xbr="10" ybr="20"'
+
+
+@pytest.mark.parametrize(
+    ("shapes", "problem"),
+    [
+        (
+            f'<polygon label="car" points="1,1;5,1;5,5"/><mask/><box {CVAT_BOX}/>',
+            "2 shapes, the first in image 2, cannot be read: 1 polygon, 1 mask",
+        ),
+        (f'<box {CVAT_BOX} rotation="90.00"/>', "1 shape, the first in image 2, .* 1 rotated box"),
+        (f'<tag label="car"/><box {CVAT_BOX} rotation="0.00"/>', ""),
+    ],
+)
+def test_cvat_images_with_other_shapes_do_not_become_negatives(tmp_path, shapes, problem):
+    first, second = frame_file("drive", 50_000), frame_file("drive", 100_000)
+    text = f"""<annotations><meta/><image id="0" name="{first}"><box {CVAT_BOX}/></image>
+    <image id="1" name="{second}">{shapes}</image></annotations>"""
+    path = write(tmp_path / "a.xml", text)
+    if not problem:
+        summary, _ = imported(path, tmp_path / "out")
+        assert (summary.boxes, summary.empty) == (2, 0)
+        return
+    with pytest.raises(LabelsError, match=problem):
+        imported(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ('<polygon frame="10" outside="0" points="1,1;5,1;5,5"/>', "polygon"),
+        ('<skeleton frame="10"><points frame="10" points="1,1"/></skeleton>', "skeleton"),
+        ('<box frame="10" xtl="1" ytl="2" xbr="10" ybr="20" rotation="12.5"/>', "rotated box"),
+    ],
+)
+def test_cvat_tracks_of_other_shapes_are_refused(tmp_path, shape, kind):
+    track = f'<track id="8" label="car">{shape}</track></annotations>'
+    path = write(tmp_path / "a.xml", CVAT_VIDEO.replace("</annotations>", track))
+    with pytest.raises(LabelsError, match=f"1 shape, the first in track 2, .* 1 {kind}"):
+        imported(path, tmp_path / "a_bbox.npy", timing=Timing(50_000))
+
+
+def cvat_project(*tasks: str) -> str:
+    """A video export of a project: CVAT_VIDEO's task once for each name."""
+    start, end = CVAT_VIDEO.index("<task>"), CVAT_VIDEO.index("</task>") + len("</task>")
+    task = CVAT_VIDEO[start:end].replace("<name>t</name>", "<name>{}</name>")
+    described = "".join(task.format(name) for name in tasks)
+    project = f"<project><name>p</name><tasks>{described}</tasks></project>"
+    return CVAT_VIDEO[:start] + project + CVAT_VIDEO[end:]
+
+
+def test_a_cvat_project_of_one_task_has_the_frames_of_the_task(tmp_path):
+    task = write(tmp_path / "task.xml", CVAT_VIDEO)
+    project = write(tmp_path / "project.xml", cvat_project("drive"))
+    options = {"timing": Timing(50_000), "size": (1280, 720)}
+    expected, (task_boxes,) = _summary_and_boxes(task, tmp_path / "task", options)
+    summary, (boxes,) = _summary_and_boxes(project, tmp_path / "project", options)
+    assert (summary.frames, summary.scaled) == (4, {(640, 480)})
+    assert (summary.frames, summary.scaled) == (expected.frames, expected.scaled)
+    assert boxes.tolist() == task_boxes.tolist()
+
+
+def _summary_and_boxes(path, folder, options):
+    summary, files = imported(path, folder / "a_bbox.npy", **options)
+    return summary, files.values()
+
+
+def test_a_cvat_project_of_several_videos_is_refused(tmp_path):
+    path = write(tmp_path / "a.xml", cvat_project("drive1", "drive2"))
+    problem = r"2 tasks of a project \(drive1, drive2\).* Export the tasks one by one"
+    with pytest.raises(LabelsError, match=problem):
+        imported(path, tmp_path / "a_bbox.npy", timing=Timing(50_000))
+    second = '<track id="8" label="car" task_id="2"/></annotations>'
+    text = CVAT_VIDEO.replace('label="car"', 'label="car" task_id="1"')
+    path = write(tmp_path / "b.xml", text.replace("</annotations>", second))
+    with pytest.raises(LabelsError, match="2 tasks of a project.* one by one"):
+        imported(path, tmp_path / "a_bbox.npy", timing=Timing(50_000))
+
+
 # -- MOT ------------------------------------------------------------------------------------------
 def test_mot_ground_truth_with_ignored_rows_and_names(tmp_path):
     folder = tmp_path / "MOT17-02"
@@ -203,6 +334,137 @@ def test_boxes_of_smaller_images_are_scaled_to_the_sensor(tmp_path):
     summary, files = imported(path, tmp_path / "out", size=(1280, 720))
     assert summary.scaled == {(320, 180)}
     assert rows(files["a"], "x", "y", "w", "h") == [(40, 80, 120, 160)]
+
+
+def test_boxes_of_resized_images_are_scaled_to_the_recording_in_the_output_folder(tmp_path):
+    """An image of 640 x 640 of a sensor of 1280 x 720, as Roboflow stretches it."""
+    name = "drive_000000100000us_png.rf.0a1b.jpg"
+    content = one_box(name, size=(640, 640), bbox=(320, 320, 64, 64))
+    path = write(tmp_path / "c.json", content)
+    for folder in ("folder", "file"):
+        write_recording(tmp_path / folder / "train/drive_td.raw", 1280, 720)
+        write_recording(tmp_path / folder / "train/other.raw", 640, 640)
+    for out in ("folder/train", "file/train/drive_bbox.npy"):
+        summary, files = imported(path, tmp_path / out)
+        assert (summary.scaled, summary.unscaled) == ({(640, 640)}, set())
+        assert rows(files["drive"], "x", "y", "w", "h") == [(640, 360, 128, 72)]
+
+
+def test_boxes_of_images_of_the_sensors_size_stay_as_they_are(tmp_path):
+    bbox = (10.123456, 20.7, 1e-3, 700.25)
+    path = write(tmp_path / "c.json", one_box(frame_file("a", 1), size=(1280, 721), bbox=bbox))
+    write_recording(tmp_path / "out/a.raw", 1280, 721)
+    summary, files = imported(path, tmp_path / "out")
+    _, expected = imported(path, tmp_path / "elsewhere")
+    assert (summary.scaled, summary.unscaled) == (set(), set())
+    assert files["a"].tolist() == expected["a"].tolist()
+    assert rows(files["a"], "x", "y", "w", "h") == [tuple(np.float32(bbox).tolist())]
+
+
+def test_boxes_of_tables_without_an_image_size_stay_as_they_are(tmp_path):
+    path = write(tmp_path / "a.csv", "time_us,x,y,w,h,class\n100000,-5,1,700,500,car\n")
+    write_recording(tmp_path / "out/a.raw", 640, 480)
+    summary, files = imported(path, tmp_path / "out")
+    assert rows(files["a"], "x", "y", "w", "h") == [(-5, 1, 700, 500)]
+    assert not summary.unscaled
+
+
+@pytest.mark.parametrize("content", [None, "% evt 4.0\n% end\n"], ids=["none", "unreadable"])
+def test_the_import_reports_that_the_size_of_the_sensor_is_not_known(tmp_path, capsys, content):
+    path = write(tmp_path / "c.json", one_box(frame_file("drive", 1), size=(640, 640)))
+    if content:
+        write(tmp_path / "out/drive.raw", content)
+    main(["labels", "import", str(path), str(tmp_path / "out")])
+    expected = (
+        "boxes are in pixels of images of 640 x 640; if the sensor has another size, give --size"
+    )
+    assert expected in capsys.readouterr().out
+    main(["labels", "import", str(path), str(tmp_path / "other"), "--size", "640x640"])
+    assert "in pixels of" not in capsys.readouterr().out
+
+
+def test_the_recording_gives_its_size_where_the_unit_of_its_times_is_not_certain(tmp_path):
+    events = "".join(f"{i / 1000:.3f},{i % 640},{i % 480},{i % 2}\n" for i in range(3000))
+    recording = write(tmp_path / "drive.csv", "# width 640 height 480\n" + events)
+    path = write(tmp_path / "c.json", one_box(frame_file("drive", 1), size=(320, 240)))
+    _, files = imported(path, tmp_path / "out", recording=recording)
+    assert rows(files["drive"], "x", "y", "w", "h") == [(20, 40, 60, 80)]
+
+
+AUGMENTED = [f"drive_000000100000us_png.rf.{key}.jpg" for key in ("aaaa1111", "bbbb2222")]
+
+
+def augmented(folder: Path, name: str) -> Path:
+    """Two images of one frame, each with a box."""
+    a, b = AUGMENTED
+    if name == "coco":
+        return write(folder / "c.json", one_box(a, b))
+    if name == "csv":
+        heading = "filename,width,height,class,xmin,ymin,xmax,ymax\n"
+        lines = "".join(f"{image},640,640,car,1,2,10,20\n" for image in AUGMENTED)
+        return write(folder / "a.csv", heading + lines)
+    if name == "cvat":
+        images = "".join(f'<image id="0" name="{k}"><box {CVAT_BOX}/></image>' for k in AUGMENTED)
+        return write(folder / "a.xml", f"<annotations><meta/>{images}</annotations>")
+    for image in AUGMENTED:
+        text = f"<annotation><filename>{image}</filename></annotation>"
+        write(folder / "voc" / f"{image}.xml", text)
+    return folder / "voc"
+
+
+@pytest.mark.parametrize("name", ["coco", "csv", "cvat", "voc"])
+def test_augmented_copies_are_not_merged_into_one_frame(tmp_path, name):
+    path = augmented(tmp_path, name)
+    assert recognise(path) == name
+    problem = (
+        rf"{AUGMENTED[0]} and {AUGMENTED[1]} are of one frame, drive at 100000 us \(1 such frame\)"
+        ".* of augmented copies keep the first"
+    )
+    with pytest.raises(LabelsError, match=problem):
+        imported(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_of_one_image_in_two_files_are_merged(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"coco/{name}.json", one_box(frame_file("drive", 100_000)))
+    summary, _ = imported(tmp_path / "coco", tmp_path / "out")
+    assert (summary.frames, summary.boxes) == (1, 2)
+
+
+@pytest.mark.parametrize(("rotation", "is_read"), [(0.0, True), (90.0, False)])
+def test_a_rotated_box_in_coco_is_refused(tmp_path, rotation, is_read):
+    """CVAT writes the box before its rotation."""
+    content = one_box(frame_file("a", 1), attributes={"rotation": rotation})
+    path = write(tmp_path / "c.json", content)
+    if is_read:
+        assert imported(path, tmp_path / "out")[0].boxes == 1
+        return
+    with pytest.raises(LabelsError, match=r"annotations\[0\] is a box that is rotated by 90.0"):
+        imported(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("categories", "used", "expected"),
+    [
+        ([("objects", "none"), ("car", "objects"), ("bus", "objects")], 1, ["car", "bus"]),
+        ([("car", "none"), ("car", "car")], 1, ["car"]),
+        ([("objects", "none"), ("car", "objects")], 0, ["objects", "car"]),
+        ([("person", "person"), ("rider", "person")], 1, ["person", "rider"]),
+    ],
+    ids=["root", "root_of_one_name", "used", "own_supercategory"],
+)
+def test_a_category_that_only_groups_others_is_no_class(tmp_path, categories, used, expected):
+    content = one_box(frame_file("a", 1))
+    rows = [
+        {"id": i, "name": name, "supercategory": group}
+        for i, (name, group) in enumerate(categories)
+    ]
+    content["categories"] = rows
+    content["annotations"][0]["category_id"] = used
+    summary, files = imported(write(tmp_path / "c.json", content), tmp_path / "out")
+    assert list(summary.boxes_per_class) == expected
+    assert files["a"]["class_id"].tolist() == [expected.index(categories[used][0])]
 
 
 @pytest.mark.parametrize(("text", "track"), [("-1", NO_TRACK), ("4", 4), ("1.5", None)])
@@ -274,6 +536,26 @@ def test_yolo_images_of_one_name_are_not_mixed_up(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_yolo_track_ids_are_no_confidences(tmp_path):
+    """As CVAT writes them: `class cx cy w h track_id`."""
+    folder = yolo_folder(tmp_path / "yolo", images=True)
+    boxes = "0 0.5 0.5 0.25 0.5 {}\n0 0.2 0.2 0.25 0.25 {}\n0 0.7 0.7 0.1 0.1\n"
+    write(folder / "labels/train/a_000000100000us.txt", boxes.format(0, 1))
+    write(folder / "labels/train/a_000000200000us.txt", boxes.format(1, 12))
+    _, files = imported(folder, tmp_path / "out", keep_empty=False)
+    assert rows(files["a"], "track_id", "class_confidence") == [
+        (track, 1) for track in (0, 1, NO_TRACK, 1, 12, NO_TRACK)
+    ]
+
+
+@pytest.mark.parametrize("values", ["7.5", "-0.5", "0.5\n0 0.5 0.5 0.1 0.1 7", "2 3"])
+def test_yolo_confidences_over_1_are_refused(tmp_path, values):
+    folder = yolo_folder(tmp_path / "yolo", images=True)
+    write(folder / "labels/train/a_000000100000us.txt", f"0 0.5 0.5 0.1 0.1 {values}\n")
+    with pytest.raises(LabelsError, match=r"100000us.txt, line \d: the confidence is .* 0 to 1"):
+        imported(folder, tmp_path / "out")
+
+
 def test_csv_columns_are_found_by_their_names(tmp_path):
     path = write(
         tmp_path / "drive.csv",
@@ -319,6 +601,26 @@ def test_one_box_file_for_the_labels_of_two_recordings_is_refused(tmp_path):
         imported(write(tmp_path / "c.json", coco(images, [])), tmp_path / "a_bbox.npy")
 
 
+def write_videos(folder: Path, name: str) -> Path:
+    """Labels of two recordings, which neither the frames nor one file's content names."""
+    for sequence in ("drive1", "drive2"):
+        if name == "csv":
+            write(folder / f"{sequence}.csv", "time_us,x,y,w,h,class\n100000,1,1,20,20,car\n")
+        elif name == "mot":
+            write(folder / sequence / "gt/gt.txt", "1,1,1,1,20,20,1,1,1\n")
+        else:
+            write(folder / name.format(sequence), CVAT_VIDEO)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["csv", "mot", "{}.xml", "{}/annotations.xml"])
+def test_files_of_several_recordings_are_not_merged_into_one_box_file(tmp_path, name):
+    folder = write_videos(tmp_path / "labels", name)
+    with pytest.raises(UserError, match=r"labels of 2 recordings \(.*drive1.*drive2.*\)"):
+        imported(folder, tmp_path / "out/drive1_bbox.npy", timing=Timing(50_000))
+    assert not (tmp_path / "out").exists()
+
+
 # -- classes --------------------------------------------------------------------------------------
 def test_classes_are_taken_in_the_order_of_the_command(tmp_path):
     image = {"file_name": "a_000000100000us.png"}
@@ -330,6 +632,18 @@ def test_classes_are_taken_in_the_order_of_the_command(tmp_path):
         imported(path, tmp_path / "other", classes=["car"])
     summary, files = imported(path, tmp_path / "other", classes=["car"], drop_other_classes=True)
     assert files["a"]["class_id"].tolist() == [0] and summary.dropped == {"person": 2}
+
+
+@pytest.mark.parametrize("out", [".", "a_bbox.npy", "../train", "../../link"])
+def test_class_names_lie_in_the_source_for_a_relative_output(tmp_path, monkeypatch, out):
+    (tmp_path / "own/train").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "own/train")
+    path = write(tmp_path / "c.json", one_box(frame_file("a", 1)))
+    monkeypatch.chdir(tmp_path / "own/train")
+    summary, _ = imported(path, Path(out))
+    assert summary.source.resolve() == tmp_path / "own"
+    assert (tmp_path / "own/classes.txt").read_text() == "car\nperson\n"
+    assert (tmp_path / "own/train/a_bbox.npy").is_file()
 
 
 def test_classes_without_a_list_are_in_the_order_of_their_first_boxes(tmp_path):
@@ -367,6 +681,9 @@ def test_a_document_type_is_refused(tmp_path):
     ("name", "text", "problem"),
     [
         ("a.json", "[]", "list of detections"),
+        ("a.json", '[{"id": 1, "data": {"image": "a.png"}}]', "Label Studio's own JSON.* as COCO"),
+        ("a.json", '[{"id": 1, "annotations": []}]', "Label Studio's own JSON.* as COCO"),
+        ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3, 4]}]', "list of detections"),
         ("a.json", "{}", "has no list of objects 'images'"),
         ("a.json", '{"images": [}', "is not JSON"),
         ("a.xml", "<annotations>", "is no XML"),

@@ -356,6 +356,82 @@ def test_a_folder_of_recordings_without_boxes_gives_images_of_all(recording, tmp
     assert names == {"a", "b"}
 
 
+def one_label(path: Path) -> Path:
+    """A box file with one box, at 0.3 s."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    box = np.zeros(1, RAW_BOX)
+    box["t"], box["w"], box["h"], box["class_confidence"] = 300_000, 20, 30, 1
+    write_boxes(path, box)
+    return path
+
+
+def drawn_width(out: Path) -> int:
+    """Of the one image."""
+    (image,) = (out / "images").iterdir()
+    return Image.open(image).size[0]
+
+
+def splits_of_one_name(root: Path) -> None:
+    """train/drive, and a val/drive of another sensor, without box files."""
+    for split, width in (("train", 200), ("val", 240)):
+        (root / split).mkdir(parents=True)
+        config = SimulatorConfig(height=160, width=width, min_objects=1, max_objects=1)
+        simulate(root / split / "drive_td.raw", seconds=0.5, seed=3, config=config)
+        (root / split / "drive_bbox.npy").unlink()
+
+
+def test_a_text_next_to_a_recording_is_not_drawn(recording, tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "drive.raw").symlink_to(recording)
+    (raw / "drive.txt").write_text("Recorded on the A1, rain.\n")
+    (raw / "._drive_td.raw").write_bytes(b"\0\5\26\7")
+    boxes = one_label(tmp_path / "drive_bbox.npy")
+    summary = exported(boxes, tmp_path / "out", format="coco", frames=raw)
+    assert (summary.images, drawn_width(tmp_path / "out")) == (1, 200)
+
+
+@pytest.mark.parametrize(("split", "width"), [("train", 200), ("val", 240)])
+def test_of_recordings_of_one_name_the_one_next_to_the_boxes_is_drawn(tmp_path, split, width):
+    splits_of_one_name(tmp_path / "own")
+    boxes = one_label(tmp_path / "own" / split / "drive_bbox.npy")
+    exported(boxes, tmp_path / "out", format="coco", frames=tmp_path / "own")
+    assert drawn_width(tmp_path / "out") == width
+
+
+def test_recordings_of_one_name_are_listed(tmp_path):
+    splits_of_one_name(tmp_path / "own")
+    boxes = one_label(tmp_path / "detections/drive_bbox.npy")
+    options = {"format": "coco", "frames": tmp_path / "own"}
+    problem = (
+        r"2 recordings of one name: .*train/drive_td.raw, .*val/drive_td.raw. .* --frames FILE"
+    )
+    with pytest.raises(UserError, match=problem):
+        exported(boxes, tmp_path / "out", **options)
+    config = PrepConfig(
+        source=str(tmp_path / "own"),
+        output=str(tmp_path / "shards"),
+        dataset=DatasetConfig(classes=["car"]),
+        processes=1,
+    )
+    prepare(config)
+    options["frames"] = tmp_path / "shards"
+    problem = "2 recordings of one name: train/drive, val/drive. .* --frames FILE"
+    with pytest.raises(UserError, match=problem):
+        exported(boxes, tmp_path / "out", **options)
+
+
+def test_a_recording_whose_name_starts_like_an_upload_comes_back(recording, tmp_path):
+    """Label Studio puts 8 hexadecimal digits before the names of uploads."""
+    raw = tmp_path / "own/train"
+    raw.mkdir(parents=True)
+    (raw / "28112024-night_td.raw").symlink_to(recording)
+    exported(raw / "28112024-night_td.raw", tmp_path / "out", pictures=PictureOptions(every_ms=500))
+    label_images(tmp_path / "out/images", tmp_path / "labels.json")
+    imported(tmp_path / "labels.json", raw)
+    assert (raw / "28112024-night_bbox.npy").is_file()
+
+
 def test_shards_are_exported_in_pixels_of_the_sensor(recording, tmp_path):
     raw = tmp_path / "raw/train"
     raw.mkdir(parents=True)

@@ -23,6 +23,7 @@ from evspan.data_prep.labels.interchange.annotations import (
 from evspan.data_prep.labels.interchange.numbers import plain
 
 MOST_VALUES = 20_000_000
+LABEL_STUDIO_KEYS = {"data", "annotations"}  # of a task in Label Studio's own JSON
 
 
 def read_coco(path: Path) -> Annotations:
@@ -37,12 +38,12 @@ def read_coco(path: Path) -> Annotations:
     require_regular(path)
     content = read_json(path, most_bytes=MOST_BYTES, most_values=MOST_VALUES)
     if isinstance(content, list):
-        raise LabelsError(
-            f"{path} is a list of detections (COCO results), which name no images and no classes. "
-            "Import the file that has images, categories and annotations"
-        )
+        raise LabelsError(_no_coco(content, path))
     tables = {name: _table(content, name, path) for name in ("images", "categories", "annotations")}
-    categories = _categories(tables["categories"], path)
+    used = set()
+    for i, annotation in enumerate(tables["annotations"]):
+        used.add(_id(annotation, "category_id", f"{path}: annotations[{i}]"))
+    categories = _categories(tables["categories"], used, path)
     pictures: list[Picture] = []
     by_id: dict[int, int] = {}
     for i, image in enumerate(tables["images"]):
@@ -68,18 +69,45 @@ def _table(content: Any, name: str, path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _categories(rows: list[dict[str, Any]], path: Path) -> dict[int, str]:
-    """Names by id, in the order of the ids."""
+def _no_coco(content: list[Any], path: Path) -> str:
+    """What a file is that is a list."""
+    first = content[0] if content else None
+    if isinstance(first, dict) and first.keys() & LABEL_STUDIO_KEYS:
+        return f"{path} is Label Studio's own JSON, which is not read. Export from it as COCO"
+    return (
+        f"{path} is a list of detections (COCO results), which name no images and no classes. "
+        "Import the file that has images, categories and annotations"
+    )
+
+
+def _categories(rows: list[dict[str, Any]], used: set[int], path: Path) -> dict[int, str]:
+    """Names by id, in the order of the ids.
+
+    Args:
+        used: ids of categories that annotations have. Another category that is only the
+            supercategory of others, as Roboflow writes one, is no class.
+    """
     names: dict[int, str] = {}
+    ids = set()
+    groups = _supercategories(rows)
     for i, row in enumerate(rows):
         place = f"{path}: categories[{i}]"
         category = _id(row, "id", place)
-        if category in names:
+        if category in ids:
             raise LabelsError(f"{place} has the id {category}, as another has. Renumber them")
-        names[category] = class_name(row.get("name"), place)
+        ids.add(category)
+        name = class_name(row.get("name"), place)
+        is_group = name in groups and row.get("supercategory") != name
+        if category in used or not is_group:
+            names[category] = name
     ordered = dict(sorted(names.items()))
     require_classes(list(ordered.values()), str(path))
     return ordered
+
+
+def _supercategories(rows: list[dict[str, Any]]) -> set[str]:
+    names = [row.get("supercategory") for row in rows]
+    return {name for name in names if isinstance(name, str)}
 
 
 def _picture(image: Mapping[str, Any], place: str) -> Picture:
@@ -108,6 +136,7 @@ def _label(
     box = annotation.get("bbox")
     if not isinstance(box, list) or len(box) != 4:
         raise LabelsError(f"{place} has the bbox {shown(box)}; it must be [x, y, width, height]")
+    _require_upright(annotation, place)
     x, y, w, h = (number(value, place, "bbox") for value in box)
     score = annotation.get("score")
     return Label(
@@ -121,6 +150,17 @@ def _label(
         confidence=1.0 if score is None else number(score, place, "score"),
         ignore=bool(annotation.get("iscrowd")) or annotation.get("ignore") in (1, True),
     )
+
+
+def _require_upright(annotation: Mapping[str, Any], place: str) -> None:
+    """Refuses a rotated box of CVAT, whose bbox is that before the rotation."""
+    attributes = annotation.get("attributes")
+    rotation = attributes.get("rotation") if isinstance(attributes, dict) else None
+    if rotation is not None and number(rotation, place, "rotation") % 360:
+        raise LabelsError(
+            f"{place} is a box that is rotated by {shown(rotation)} degrees; only upright boxes "
+            "are read. Draw it again without a rotation, or remove it"
+        )
 
 
 def _track(annotation: Mapping[str, Any], place: str) -> int | None:

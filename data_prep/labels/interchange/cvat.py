@@ -1,10 +1,12 @@
 """CVAT's XML 1.1, for video (tracks with keyframes) and for images."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree.ElementTree import Element, SubElement
 
+from evspan.conf.text import plural, printable
 from evspan.data_prep.labels.interchange.annotations import (
     MOST_PICTURES,
     Annotations,
@@ -23,9 +25,12 @@ from evspan.data_prep.labels.interchange.numbers import digits
 from evspan.data_prep.labels.interchange.xml_files import read_xml, text_of, write_xml
 
 ROOT = "annotations"
+PROJECT_TASK = "project/tasks/task"
 CORNERS = ("xtl", "ytl", "xbr", "ybr")
+NO_SHAPES = ("attribute", "box", "tag")  # parts of an image or a track; all others are shapes
 IGNORE = "ignore"  # an attribute of boxes: true for ignore regions
 CONFIDENCE = "confidence"
+NAMED = 5  # kinds and tasks that a message lists
 MOST_LABELS = 20_000_000
 
 
@@ -55,15 +60,51 @@ def read_cvat(path: Path) -> Annotations:
     stays where it is to the task's last frame. Every frame of the task is a labelled one.
 
     Raises:
-        LabelsError: the file is no such file, or has too many frames.
+        LabelsError: the file is no such file, has too many frames, other shapes than upright
+            boxes, or tracks of several tasks.
         OSError: it cannot be read.
     """
     root = read_xml(path)
     if root.tag != ROOT:
         raise LabelsError(f"{path} has the root <{root.tag[:40]}>, not <{ROOT}> of CVAT")
+    _require_boxes(root, path)
     if root.find("image") is not None:
         return _read_images(root, path)
     return _read_tracks(root, path)
+
+
+def _require_boxes(root: Element, path: Path) -> None:
+    """Refuses other shapes: without them, their frame would be a negative."""
+    others = list(_other_shapes(root, path))
+    if not others:
+        return
+    kinds = Counter(kind for _, kind in others)
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(NAMED))
+    raise LabelsError(
+        f"{path}: {plural(len(others), 'shape')}, the first in {others[0][0]}, cannot be read: "
+        f"{listed}. Only upright boxes are read: draw boxes in CVAT instead, or remove the "
+        "shapes, and export again"
+    )
+
+
+def _other_shapes(root: Element, path: Path) -> Iterator[tuple[str, str]]:
+    """(image or track, kind) of each shape that is not an upright box."""
+    for tag in ("image", "track"):
+        for i, parent in enumerate(root.iterfind(tag), 1):
+            for shape in parent:
+                kind = _kind(shape, f"{path}: {tag} {i}")
+                if kind:
+                    yield f"{tag} {i}", kind
+
+
+def _kind(shape: Element, place: str) -> str:
+    """The kind of a shape that is not an upright box; empty for such a box."""
+    if shape.tag not in NO_SHAPES:
+        return printable(shape.tag[:40])
+    rotation = shape.get("rotation")
+    if rotation and number(rotation, place, "rotation") % 360:
+        return "rotated box"
+    return ""
 
 
 # -- for images -----------------------------------------------------------------------------------
@@ -89,7 +130,7 @@ def _track_attribute(box: Element, place: str) -> int | None:
 
 # -- for video ------------------------------------------------------------------------------------
 def _read_tracks(root: Element, path: Path) -> Annotations:
-    task = _task(root)
+    task = _task(root, path)
     size_element = None if task is None else task.find("original_size")
     size = picture_size(text_of(size_element, "width"), text_of(size_element, "height"), str(path))
     tracks = []
@@ -207,11 +248,25 @@ def _frame_range(task: Element | None, tracks: list[list[Shape]], path: Path) ->
     return _Range(first, last, step)
 
 
-def _task(root: Element) -> Element | None:
+def _task(root: Element, path: Path) -> Element | None:
+    """The description of the one task.
+
+    Raises:
+        LabelsError: there are several, as in the export of a project.
+    """
     meta = root.find("meta")
+    tasks = [] if meta is None else meta.findall(PROJECT_TASK)
+    ids = {track.get("task_id") for track in root.iterfind("track")} - {None}
+    if len(tasks) > 1 or len(ids) > 1:
+        names = [printable(text_of(task, "name")[:40]) for task in tasks[:NAMED]]
+        listed = f" ({', '.join(names)})" if names else ""
+        raise LabelsError(
+            f"{path} has {max(len(tasks), len(ids))} tasks of a project{listed}; the frames of a "
+            "video must be of one. Export the tasks one by one"
+        )
     if meta is None:
         return None
-    for tag in ("task", "job"):
+    for tag in (PROJECT_TASK, "task", "job"):
         element = meta.find(tag)
         if element is not None:
             return element

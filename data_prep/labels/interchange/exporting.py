@@ -30,6 +30,7 @@ from evspan.data_prep.labels.interchange.pictures import (
     draw_recording,
     draw_shard,
 )
+from evspan.data_prep.labels.interchange.recording_files import recordings_by_name
 from evspan.data_prep.labels.interchange.timing import FRAME_LIST, write_frame_list
 from evspan.data_prep.recordings.left_out import files_of, is_recording_file
 from evspan.data_prep.recordings.open import SUFFIXES, open_recording
@@ -92,6 +93,7 @@ class _Recording:
     """Boxes and events of a recording.
 
     labels: None without a box file. events: a file. stored: the shard's folder and entry.
+    folder: of the box file, next to which the recording may be.
     """
 
     name: str
@@ -99,6 +101,7 @@ class _Recording:
     events: Path | None = None
     stored: tuple[Path, RecordingEntry] | None = None
     size: tuple[int, int] | None = None
+    folder: Path | None = None
 
     @property
     def times(self) -> NDArray[np.int64]:
@@ -164,7 +167,8 @@ def _sources(options: ExportOptions) -> tuple[list[_Recording], list[str]]:
     elif source.is_file() and is_recording_file(source):
         boxes = find_boxes(source)
         labels = read_labels(boxes) if boxes else None
-        recordings = [_Recording(recording_name(source), labels, source)]
+        name = recording_name(source)
+        recordings = [_Recording(name, labels, source, folder=source.parent)]
         classes = _classes_near(source)
     else:
         recordings, classes = _of_box_files(source)
@@ -229,7 +233,9 @@ def _of_box_files(source: Path) -> tuple[list[_Recording], list[str]]:
             f"{source} has no box files (X{BOXES_ENDING}). Give a box file, the output folder of "
             "evspan infer or evaluate, a recording or shards"
         )
-    recordings = [_Recording(name, read_labels(path)) for name, path in sorted(files.items())]
+    recordings = []
+    for name, path in sorted(files.items()):
+        recordings.append(_Recording(name, read_labels(path), folder=path.parent))
     return recordings, _classes_near(next(iter(files.values())))
 
 
@@ -256,20 +262,17 @@ def _attach_events(recordings: list[_Recording], frames: Path) -> None:
     """Finds the events of each recording by its name.
 
     Raises:
-        UserError: there are none of one of them.
+        UserError: there are none of one of them, or those of several recordings of its name.
     """
     if not frames.exists():
         raise UserError(f"--frames {frames} is not there. Give a recording, a folder, or shards")
     if (frames / MANIFEST).is_file():
-        entries = {entry.name: entry for entry in load_manifest(frames).recordings}
-        for recording in recordings:
-            if recording.name in entries:
-                recording.stored = (frames, entries[recording.name])
+        _attach_stored(recordings, frames)
     elif frames.is_dir():
-        found = files_below(frames, SUFFIXES)
-        files = {recording_name(path): path for path in found}
+        names = {recording.name for recording in recordings}
+        files = recordings_by_name(files_below(frames, SUFFIXES), names)
         for recording in recordings:
-            recording.events = files.get(recording.name)
+            recording.events = _one_file(recording, files.get(recording.name, []), frames)
     elif len(recordings) == 1:
         recordings[0].events = frames
     else:
@@ -282,6 +285,38 @@ def _attach_events(recordings: list[_Recording], frames: Path) -> None:
             f"--frames {frames} has no recording {', '.join(missing[:NAMED])}. Give the folder of "
             "all recordings"
         )
+
+
+def _attach_stored(recordings: list[_Recording], root: Path) -> None:
+    entries: dict[str, list[RecordingEntry]] = {}
+    for entry in load_manifest(root).recordings:
+        entries.setdefault(entry.name, []).append(entry)
+    for recording in recordings:
+        of_name = entries.get(recording.name, [])
+        if len(of_name) > 1:
+            splits = ", ".join(f"{entry.split}/{printable(entry.name)}" for entry in of_name)
+            raise UserError(
+                f"--frames {root} has {len(of_name)} recordings of one name: {splits}. Give the "
+                "recording whose boxes are exported: --frames FILE"
+            )
+        if of_name:
+            recording.stored = (root, of_name[0])
+
+
+def _one_file(recording: _Recording, files: list[Path], frames: Path) -> Path | None:
+    """The recording's file among those of its name; of several the one next to its box file."""
+    if len(files) <= 1:
+        return files[0] if files else None
+    if recording.folder is not None:
+        folder = recording.folder.resolve()
+        nearest = [path for path in files if path.parent.resolve() == folder]
+        if len(nearest) == 1:
+            return nearest[0]
+    listed = ", ".join(printable(str(path)) for path in files[:NAMED])
+    raise UserError(
+        f"--frames {frames} has {len(files)} recordings of one name: {listed}. Give the one whose "
+        "boxes are exported: --frames FILE"
+    )
 
 
 def _has_events(recording: _Recording) -> bool:
@@ -304,10 +339,8 @@ def _sensor_size(
 
 def _recording_next_to(source: Path, name: str) -> Path | None:
     folder = source if source.is_dir() else source.parent
-    for path in sorted(folder.iterdir()):
-        if recording_name(path) == name and path.is_file() and is_recording_file(path):
-            return path
-    return None
+    files = recordings_by_name(folder.iterdir(), {name}).get(name)
+    return files[0] if files else None
 
 
 def _require_different_names(recordings: list[_Recording], root: Path) -> None:

@@ -34,8 +34,9 @@ from evspan.data_prep.labels.interchange.formats import (
     read_annotations,
     recognise,
 )
+from evspan.data_prep.labels.interchange.names import own_prefixes
+from evspan.data_prep.labels.interchange.recording_files import FolderSensors, stated_size
 from evspan.data_prep.labels.interchange.timing import PictureTimes, Timing
-from evspan.data_prep.recordings.open import open_recording
 from evspan.data_prep.shards.format import SPLITS
 
 NAMED = 5  # names that a message lists
@@ -51,7 +52,8 @@ class ImportOptions:
         format: one of `FORMATS`; None: it is recognised.
         classes: names of class 0, 1, ...; empty: those of classes.txt in `out`, else of the labels.
         drop_other_classes: leave out boxes whose class is not in `classes`.
-        size: (width, height) of the sensor in pixels; None: of `recording`, else of the images.
+        size: (width, height) of the sensor in pixels; None: of `recording`, else of the recording
+            next to the box file, else of the images.
         images: folder of the labelled images.
         recording: the labelled recording: its name and its sensor's size.
         keep_empty: frames without boxes become negatives; otherwise they are not labelled.
@@ -82,6 +84,8 @@ class ImportSummary:
             which were left out. flat: boxes without an area, which were left out.
         dropped: boxes of classes that were left out, by name.
         scaled: sizes of pictures whose boxes were scaled to the sensor's.
+        unscaled: sizes of pictures whose boxes were stored in their pixels, since the sensor's
+            size is not known.
     """
 
     format: str
@@ -101,6 +105,14 @@ class ImportSummary:
     flat: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     scaled: set[tuple[int, int]] = field(default_factory=set)
+    unscaled: set[tuple[int, int]] = field(default_factory=set)
+
+
+class _Place(NamedTuple):
+    """Where a picture belongs: the recording's name, and the time."""
+
+    recording: str
+    time_us: int
 
 
 class _Row(NamedTuple):
@@ -151,8 +163,7 @@ def import_labels(options: ImportOptions) -> ImportSummary:
     recordings = _located(options, parts, sensor, set(classes), summary)
     files = _output_files(options, recordings)
     arrays = {name: _array(rows, classes) for name, rows in recordings.items()}
-    options_out = options.out if options.out.suffix != ".npy" else options.out.parent
-    options_out.mkdir(parents=True, exist_ok=True)
+    _boxes_folder(options.out).mkdir(parents=True, exist_ok=True)
     for recording, path in files.items():
         _save(path, arrays[recording])
     replace_file(summary.classes_file, "".join(f"{name}\n" for name in classes))
@@ -165,19 +176,22 @@ def _sensor_size(options: ImportOptions) -> tuple[int, int] | None:
     """(width, height) of the sensor where the command gives it."""
     if options.size or options.recording is None:
         return options.size
-    recording = open_recording(options.recording)
-    if recording.size_is_assumed:
-        return None
-    return recording.width, recording.height
+    return stated_size(options.recording)
 
 
 # -- classes --------------------------------------------------------------------------------------
 def _places(out: Path) -> tuple[Path, Path]:
     """The folder that prep takes as source, and classes.txt in it."""
-    folder = out.parent if out.suffix == ".npy" else out
-    if folder.resolve().name in SPLITS:
-        folder = folder.parent
+    folder = _boxes_folder(out)
+    for path in (folder, folder.resolve()):  # as it is written, and behind `.` or a link
+        if path.name in SPLITS:
+            return path.parent, path.parent / CLASSES_FILE
     return folder, folder / CLASSES_FILE
+
+
+def _boxes_folder(out: Path) -> Path:
+    """The folder of the box files."""
+    return out.parent if out.suffix == ".npy" else out
 
 
 def _classes(
@@ -239,40 +253,108 @@ def _require_same_ids(
 # -- boxes ----------------------------------------------------------------------------------------
 def _located(
     options: ImportOptions,
-    parts: Iterable[Part],
+    parts: list[Part],
     sensor: tuple[int, int] | None,
     classes: set[str],
     summary: ImportSummary,
 ) -> dict[str, _Recording]:
-    """The rows of each recording, with times, in pixels of the sensor."""
-    given = _given_name(options)
+    """The rows of each recording, with times, in pixels of the sensor.
+
+    Args:
+        sensor: (width, height) of all recordings; None: of those in the folder of the box files.
+    """
+    sensors = FolderSensors(_boxes_folder(options.out))
+    places = _places_of(options, parts, sensors.names)
+    _require_one_image_per_frame(options, parts, places)
     recordings: dict[str, _Recording] = {}
-    names: set[str] = set()
-    for part in parts:
-        times = PictureTimes(
-            part.path, part.name, options.timing, images=options.images, recording=given
-        )
-        places = [times.locate(picture) for picture in part.annotations.pictures]
-        for recording, time_us in places:
-            recordings.setdefault(recording, _Recording()).times.add(time_us)
-        names |= times.names
+    for part, of_part in zip(parts, places, strict=True):
+        for place in of_part:
+            recordings.setdefault(place.recording, _Recording()).times.add(place.time_us)
         for label in part.annotations.labels:
-            recording, time_us = places[label.picture]
+            recording, time_us = of_part[label.picture]
             picture = part.annotations.pictures[label.picture]
-            row = _row(label, time_us, picture, sensor, classes, summary)
+            size = sensor
+            if size is None and picture.size:
+                size = sensors.size(recording)
+            row = _row(label, time_us, picture, size, classes, summary)
             if row is not None:
                 recordings[recording].rows.append(row)
-    if given and len(names) > 1:
-        listed = ", ".join(sorted(names)[:NAMED])
-        raise UserError(
-            f"{options.labels} has the labels of {len(names)} recordings ({listed}), and the "
-            "command names one. Give a folder as OUT, and no --recording"
-        )
     if not recordings:
         raise LabelsError(f"{options.labels} has no labelled frame. Is it the right file?")
     for located in recordings.values():
         _mark_empty(located, summary, keep=options.keep_empty)
     return recordings
+
+
+def _places_of(
+    options: ImportOptions, parts: list[Part], known: Iterable[str]
+) -> list[list[_Place]]:
+    """The place of each picture of each part.
+
+    Args:
+        known: names of the recordings in the folder of the box files.
+
+    Raises:
+        UserError: the pictures are of several recordings, and the command names one.
+    """
+    given = _given_name(options)
+    images: list[str] = []
+    for part in parts:
+        images += [picture.name for picture in part.annotations.pictures]
+    own = own_prefixes(images, [*known, given])
+    names: set[str] = set()
+    places = []
+    for part in parts:
+        times = PictureTimes(
+            part.path, part.name, options.timing, images=options.images, recording=given, own=own
+        )
+        places.append([_Place(*times.locate(picture)) for picture in part.annotations.pictures])
+        names |= times.names or _names_of(part)
+    if given and len(names) > 1:
+        listed = ", ".join(sorted(names)[:NAMED])
+        raise UserError(
+            f"{options.labels} has the labels of {len(names)} recordings ({listed}), and the "
+            "command names one. Give a folder as OUT, and no --recording; or import them one by one"
+        )
+    return places
+
+
+def _names_of(part: Part) -> set[str]:
+    """What stands for the recording of a part whose pictures do not name it.
+
+    Frames of a video have numbers only: each file is a recording of its own.
+    """
+    pictures = part.annotations.pictures
+    if pictures and part.name:
+        return {part.name}
+    if pictures and not any(picture.name for picture in pictures):
+        return {printable(str(part.path))}
+    return set()
+
+
+def _require_one_image_per_frame(
+    options: ImportOptions, parts: list[Part], places: list[list[_Place]]
+) -> None:
+    """Refuses augmented copies, and images of one name from several folders.
+
+    Raises:
+        LabelsError: images of different names are of one frame.
+    """
+    images: dict[_Place, str] = {}
+    repeated: dict[_Place, str] = {}
+    for part, of_part in zip(parts, places, strict=True):
+        for picture, place in zip(part.annotations.pictures, of_part, strict=True):
+            if picture.name and images.setdefault(place, picture.name) != picture.name:
+                repeated.setdefault(place, picture.name)
+    if not repeated:
+        return
+    place, second = next(iter(repeated.items()))
+    raise LabelsError(
+        f"{options.labels}: the images {printable(images[place])} and {printable(second)} are of "
+        f"one frame, {place.recording} at {place.time_us} us ({plural(len(repeated), 'such frame')}"
+        "). Import folder by folder, each into the boxes of its recording; of augmented copies "
+        "keep the first"
+    )
 
 
 def _given_name(options: ImportOptions) -> str:
@@ -306,6 +388,8 @@ def _row(
         summary.scaled.add(picture.size)
         for i in range(4):
             corners[i] *= sensor[i % 2] / picture.size[i % 2]
+    if picture.size and sensor is None:
+        summary.unscaled.add(picture.size)
     size = sensor or picture.size
     if size:
         inside = [min(max(corner, 0.0), size[i % 2]) for i, corner in enumerate(corners)]

@@ -5,14 +5,20 @@ on the recording's clock. What labelling tools add to names is removed.
 """
 
 import re
+from collections import Counter
+from collections.abc import Collection, Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 TIME = re.compile(r"(?:^|[_-])(\d{1,18})us(?![A-Za-z0-9])")
 INDEX = re.compile(r"(?:frame)?[_\-. ]?(\d{1,15})$", re.IGNORECASE)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-# Of 8 hexadecimal digits. Those that are a date belong to the recording's own name.
-LABEL_STUDIO = re.compile(r"^(?!(?:19|20)\d{6}-)[0-9a-f]{8}-")
+# Prefixes of Label Studio, which differ from image to image: `0a1b2c3d__` of images that it
+# downloads for an export, and behind it `0a1b2c3d-` of uploads. A date is a recording's own.
+LABEL_STUDIO = (
+    re.compile(r"^(?:[0-9a-f]{6}|[0-9a-f]{8})__"),
+    re.compile(r"^(?!(?:19|20)\d{6}-)[0-9a-f]{8}-"),
+)
 ROBOFLOW = re.compile(r"[_.](?:png|jpe?g|bmp)\.rf\.[0-9A-Za-z]+$")
 # Folders that labelling tools make; any other one names the recording of its images.
 FOLDERS = {
@@ -58,11 +64,42 @@ def image_stem(name: str) -> str:
     return ROBOFLOW.sub("", stem)
 
 
-def parse_frame_name(name: str) -> FrameName:
-    """Reads the recording, and the time or the number of the frame, from an image's name."""
+def own_prefixes(names: Iterable[str], recordings: Iterable[str]) -> set[str]:
+    """Prefixes that look like Label Studio's and belong to the names of recordings.
+
+    They are those that several images share, and those of known recordings.
+
+    Args:
+        names: of all images that are read together.
+        recordings: names of known recordings.
+    """
+    own = set()
+    for pattern in LABEL_STUDIO:
+        own |= {match[0] for name in recordings if (match := pattern.match(name))}
+    stems = {image_stem(name) for name in names}
+    for pattern in LABEL_STUDIO:
+        images = Counter(match[0] for stem in stems if (match := pattern.match(stem)))
+        own |= {prefix for prefix, count in images.items() if count > 1}
+        stems = {_without_prefix(stem, pattern, own) for stem in stems}
+    return own
+
+
+def _without_prefix(stem: str, pattern: re.Pattern[str], own: Collection[str]) -> str:
+    match = pattern.match(stem)
+    if match is None or match[0] in own:
+        return stem
+    return stem[match.end() :]
+
+
+def parse_frame_name(name: str, own: Collection[str] = ()) -> FrameName:
+    """Reads the recording, and the time or the number of the frame, from an image's name.
+
+    Args:
+        own: prefixes that `own_prefixes` returns, which stay.
+    """
     stem = image_stem(name)
-    if LABEL_STUDIO.match(stem):
-        stem = stem[9:]
+    for pattern in LABEL_STUDIO:
+        stem = _without_prefix(stem, pattern, own)
     times = list(TIME.finditer(stem))
     if times:
         recording = stem[: times[-1].start()]

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from evspan.data_prep.labels.interchange.annotations import (
     whole,
 )
 from evspan.data_prep.labels.interchange.images import image_names, timed_images
-from evspan.data_prep.labels.interchange.names import parse_frame_name
+from evspan.data_prep.labels.interchange.names import own_prefixes, parse_frame_name
 
 FRAME_LIST = "frames.csv"  # next to formats without names: the image of each frame number
 FRAME_LIST_HEADING = ["frame", "name"]
@@ -45,7 +45,14 @@ class PictureTimes:
     """Finds the recording and the time of pictures that were read together."""
 
     def __init__(
-        self, path: Path, name: str, timing: Timing, *, images: Path | None, recording: str
+        self,
+        path: Path,
+        name: str,
+        timing: Timing,
+        *,
+        images: Path | None,
+        recording: str,
+        own: Collection[str] = (),
     ) -> None:
         """Finds the images' names that numbers of frames stand for.
 
@@ -54,6 +61,7 @@ class PictureTimes:
             name: of the recording, where neither the pictures nor the command names it.
             images: folder of the labelled images.
             recording: name that the command gives; it replaces all others.
+            own: prefixes that belong to names of recordings; see `own_prefixes`.
         """
         self.path = path
         self.name = name
@@ -61,6 +69,7 @@ class PictureTimes:
         self.recording = recording
         self.names: set[str] = set()  # recordings that pictures name
         self.images = image_names(images) if images else _names_next_to(path)
+        self.own = {*own, *own_prefixes(self.images, ())}
 
     def locate(self, picture: Picture) -> tuple[str, int]:
         """(recording, time in microseconds) of a picture.
@@ -68,7 +77,7 @@ class PictureTimes:
         Raises:
             LabelsError: the time is not known; the message names the options that give it.
         """
-        named = parse_frame_name(picture.name) if picture.name else None
+        named = parse_frame_name(picture.name, self.own) if picture.name else None
         index = picture.frame
         time_us = picture.time_us
         recording = picture.recording
@@ -77,7 +86,7 @@ class PictureTimes:
             time_us = named.time_us if time_us is None else time_us
             index = named.frame if index is None else index
         if time_us is None and index is not None and index < len(self.images):
-            of_image = parse_frame_name(self.images[index])
+            of_image = parse_frame_name(self.images[index], self.own)
             time_us = of_image.time_us
             recording = recording or of_image.recording
         if time_us is not None:

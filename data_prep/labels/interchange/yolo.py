@@ -1,8 +1,10 @@
 """YOLO folders: a text file per image, with lines `class cx cy w h` as fractions of the image."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml  # type: ignore[import-untyped]  # without annotations
 from evspan.conf.errors import ConfigError
@@ -29,6 +31,14 @@ NAME_FILES = ("classes.txt", "obj.names")
 # Text files of a YOLO folder that hold no boxes.
 OTHER_TEXTS = {"classes.txt", "train.txt", "val.txt", "valid.txt", "test.txt", "frames.txt"}
 SIZE_KEY = "image_size"  # [width, height] in the data.yaml that Evspan writes
+WHOLE = re.compile(r"[0-9]{1,15}")
+
+
+class _Line(NamedTuple):
+    """A box. place: file and line, for messages. values: its numbers."""
+
+    place: str
+    values: list[str]
 
 
 def read_yolo(
@@ -55,13 +65,21 @@ def read_yolo(
         size = picture_size(width, height, str(root))
     sizes = image_sizes(images or root)
     texts = _texts_by_image([path for path in files if not _is_other_text(path)])
+    lines = {stem: _lines(path) for stem, path in texts.items()}
+    tracks = _have_track_ids(chain.from_iterable(lines.values()))
     annotations = Annotations(classes=names)
-    for stem in sorted(texts.keys() | sizes.keys()):
+    for picture, stem in enumerate(sorted(lines.keys() | sizes.keys())):
         picture_wh = sizes.get(stem, size)
         annotations.pictures.append(Picture(name=stem, size=picture_wh))
-        if stem in texts:
-            picture = len(annotations.pictures) - 1
-            annotations.labels += _labels(texts[stem], picture, names, picture_wh)
+        if not lines.get(stem):
+            continue
+        if picture_wh is None:
+            raise LabelsError(
+                f"{texts[stem]} has boxes as fractions of its image, whose size is not known. Give "
+                "the images (--images FOLDER), the recording (--recording FILE) or --size WxH"
+            )
+        for line in lines[stem]:
+            annotations.labels.append(_label(line, picture, names, picture_wh, tracks=tracks))
     return annotations
 
 
@@ -124,47 +142,80 @@ def _names(root: Path, config: dict[str, Any]) -> list[str]:
     )
 
 
-def _labels(
-    path: Path, picture: int, names: list[str], size: tuple[int, int] | None
-) -> Iterator[Label]:
-    for i, line in enumerate(read_text(path).splitlines(), 1):
-        values = line.split()
+def _lines(path: Path) -> list[_Line]:
+    """The boxes of a file.
+
+    Raises:
+        LabelsError: a line has other values than a box.
+    """
+    lines = []
+    for i, text in enumerate(read_text(path).splitlines(), 1):
+        values = text.split()
         if not values:
             continue
         place = f"{path}, line {i}"
         if len(values) not in (5, 6, 7):
             raise LabelsError(
-                f"{place} has {len(values)} values ({shown(line[:40])}); a box is `class cx cy w "
+                f"{place} has {len(values)} values ({shown(text[:40])}); a box is `class cx cy w "
                 "h`, and optionally a confidence. Outlines (segmentation) are not read"
             )
-        class_id = whole(values[0], place, "the class")
-        if class_id >= len(names):
-            raise LabelsError(
-                f"{place} has class {class_id}; the {len(names)} names are of 0 to "
-                f"{len(names) - 1}. Add its name to data.yaml or classes.txt"
-            )
-        if size is None:
-            raise LabelsError(
-                f"{path} has boxes as fractions of its image, whose size is not known. Give the "
-                "images (--images FOLDER), the recording (--recording FILE) or --size WxH"
-            )
-        cx, cy, w, h = (number(value, place, "a coordinate", most=100) for value in values[1:5])
-        confidence = 1.0
-        if len(values) > 5:
-            confidence = number(values[5], place, "the confidence")
-        track = None
-        if len(values) > 6:
-            track = whole(values[6], place, "the track id")
-        yield Label(
-            picture,
-            names[class_id],
-            (cx - w / 2) * size[0],
-            (cy - h / 2) * size[1],
-            w * size[0],
-            h * size[1],
-            track=track,
-            confidence=confidence,
+        lines.append(_Line(place, values))
+    return lines
+
+
+def _have_track_ids(lines: Iterable[_Line]) -> bool:
+    """Whether the sixth values are track ids, as CVAT writes them, and no confidences.
+
+    They are if all are whole numbers, one is over 1, and no line has both.
+    """
+    exceeds_one = False
+    for line in lines:
+        if len(line.values) == 7:
+            return False
+        if len(line.values) == 6:
+            if not WHOLE.fullmatch(line.values[5]):
+                return False
+            exceeds_one = exceeds_one or int(line.values[5]) > 1
+    return exceeds_one
+
+
+def _label(
+    line: _Line, picture: int, names: list[str], size: tuple[int, int], *, tracks: bool
+) -> Label:
+    place, values = line
+    class_id = whole(values[0], place, "the class")
+    if class_id >= len(names):
+        raise LabelsError(
+            f"{place} has class {class_id}; the {len(names)} names are of 0 to "
+            f"{len(names) - 1}. Add its name to data.yaml or classes.txt"
         )
+    cx, cy, w, h = (number(value, place, "a coordinate", most=100) for value in values[1:5])
+    track = None
+    if len(values) == 7 or (tracks and len(values) == 6):
+        track = whole(values[-1], place, "the track id")
+    confidence = 1.0
+    if len(values) > 5 and not tracks:
+        confidence = _confidence(values[5], place)
+    return Label(
+        picture,
+        names[class_id],
+        (cx - w / 2) * size[0],
+        (cy - h / 2) * size[1],
+        w * size[0],
+        h * size[1],
+        track=track,
+        confidence=confidence,
+    )
+
+
+def _confidence(text: str, place: str) -> float:
+    confidence = number(text, place, "the confidence")
+    if not 0 <= confidence <= 1:
+        raise LabelsError(
+            f"{place}: the confidence is {shown(text)}; it must be from 0 to 1. Correct it; if it "
+            "is a track id, all lines with six values must have one"
+        )
+    return confidence
 
 
 def write_yolo(annotations: Annotations, folder: Path) -> None:
