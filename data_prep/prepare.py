@@ -253,6 +253,18 @@ def _log_warnings(manifest: Manifest) -> None:
                 split,
                 plural(len(recordings), "recording"),
             )
+    for split in SPLITS:
+        sizes = Counter((r.height, r.width) for r in manifest.split(split))
+        if len(sizes) > 1:
+            logger.warning(
+                "%s has frames of several sizes (%s): training and evaluation refuse it. Prepare "
+                "the recordings of each sensor size into a folder of their own",
+                split,
+                ", ".join(
+                    f"{height} x {width} in {plural(number, 'recording')}"
+                    for (height, width), number in sizes.most_common()
+                ),
+            )
 
 
 # -- plan ------------------------------------------------------------------------------------------
@@ -374,12 +386,19 @@ def _apply(
     """Prepares the parts, gathers them into shards, and writes the manifest."""
     fresh = _finished_parts(plan, sources, output, target)
     fresh |= run_jobs(_jobs(plan, sources, output, fresh), config, runner)
-    if plan.drop_manifest:
+    listed = _listed(output)[0] if plan.drop_manifest else {}
+    named = {entry.shard for entry in listed.values()}
+
+    def before_replacing(shard: str) -> None:
         # Until all that the manifest names is right again, the folder is no prepared dataset.
-        (output / MANIFEST).unlink(missing_ok=True)
+        if shard in named:
+            (output / MANIFEST).unlink(missing_ok=True)
+
     shards = {key: redo.shard for key, redo in plan.redo.items() if redo.shard}
     shard_bytes = config.shard_mib << 20
-    placed = gather(output, plan.kept, fresh, shards, plan.shards_left, shard_bytes)
+    placed = gather(
+        output, plan.kept, fresh, shards, plan.shards_left, shard_bytes, before_replacing
+    )
     manifest = Manifest(
         software=_software(),
         config=target.config,

@@ -4,16 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
-from evspan.conf.errors import RecordingError
 from evspan.conf.schema.prep import DownsampleBy, FrameConfig, FrameMode
 from evspan.data_prep.frames.rvt import rvt_frames
+from evspan.data_prep.frames.silence import refuse_silence
 from evspan.data_prep.recordings.base import Recording
 from numba import njit
 from numpy.typing import NDArray
-
-# Noise alone causes events more often. A damaged timestamp must not cause endless frames.
-LONGEST_SILENCE_US = 3_600_000_000
-US_PER_HOUR = 3.6e9
 
 
 @njit(cache=True, nogil=True)
@@ -134,7 +130,7 @@ def each_window(
         while i < events.t.size:
             i = accumulate(counts, *events, i, start, end, config.cutoff, shift, keep)
             if i < events.t.size:  # the next event is past this window
-                _refuse_silence(recording, end, int(events.t[i]))
+                refuse_silence(recording, end, int(events.t[i]))
                 yield end, finish(counts)
                 counts[:] = 0
                 start = end
@@ -149,13 +145,3 @@ def kept_pixel(config: FrameConfig) -> int:
     The pixels of RVT's `nearest-exact`: 2i + 1 at half resolution, 4i + 2 at a quarter.
     """
     return config.downsample // 2 if config.downsample_by is DownsampleBy.nearest else -1
-
-
-def _refuse_silence(recording: Recording, end_us: int, next_us: int) -> None:
-    silence_us = next_us - end_us
-    if silence_us >= LONGEST_SILENCE_US:
-        raise RecordingError(
-            f"{recording.path}: no events for {silence_us / US_PER_HOUR:.1f} hours, up to "
-            f"{next_us} us. Its timestamps are damaged, or it holds several recordings: cut it "
-            "there"
-        )

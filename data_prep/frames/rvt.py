@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from evspan.conf.errors import BoxesError
 from evspan.conf.schema.prep import FrameConfig
+from evspan.data_prep.frames.silence import refuse_silence
 from evspan.data_prep.frames.windows import FIRST_LABEL_US, TOLERANCE_US
 from evspan.data_prep.recordings.base import Recording
 from evspan.data_prep.recordings.events import Events, no_events
@@ -37,35 +38,42 @@ class TakenLabel(NamedTuple):
 class RvtEnds:
     """Ends of the windows of a recording, in microseconds. Finite: the last one is a label.
 
+    The ends come one by one: labels on another clock may be decades after the last event.
+
     Args:
         label_times_us: (L,) times of annotations, in any order, with repetitions.
 
     Attributes:
         labelled_us: (K,) int64, increasing: the labels that are taken; each ends a window.
-        end_us: all ends.
 
     Raises:
         BoxesError: labels come neither 30 nor 60 times a second.
     """
 
     def __init__(self, label_times_us: NDArray[np.int64], window_us: int) -> None:
-        taken = _taken(np.unique(label_times_us))
-        self.labelled_us = np.array([label.time_us for label in taken], np.int64)
-        self.end_us: list[int] = []
-        if taken:
-            # As many whole windows as fit between 0 and the first label, without the earliest.
-            first = taken[0].time_us
-            for k in range((first - 1) // window_us - 1, -1, -1):
-                self.end_us.append(first - window_us * k)
-        for label, following in pairwise(taken):
-            steps = np.linspace(label.time_us, following.time_us, 2 * following.periods + 1)
-            self.end_us += steps[1:].astype(np.int64).tolist()
+        self.window_us = window_us
+        self._taken = _taken(np.unique(label_times_us))
+        self.labelled_us = np.array([label.time_us for label in self._taken], np.int64)
+
+    @property
+    def _windows_before(self) -> int:
+        """As many whole windows as fit between 0 and the first label, without the earliest."""
+        return (self._taken[0].time_us - 1) // self.window_us if self._taken else 0
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.end_us)
+        for k in range(self._windows_before - 1, -1, -1):
+            yield self._taken[0].time_us - self.window_us * k
+        for label, following in pairwise(self._taken):
+            # As np.linspace computes them, to the last bit.
+            windows = 2 * following.periods
+            start = float(label.time_us)
+            step = (float(following.time_us) - start) / windows
+            for k in range(1, windows):
+                yield int(k * step + start)
+            yield following.time_us
 
     def __len__(self) -> int:
-        return len(self.end_us)
+        return self._windows_before + 2 * sum(label.periods for label in self._taken)
 
 
 def _taken(times: NDArray[np.int64]) -> list[TakenLabel]:
@@ -193,6 +201,8 @@ def rvt_frames(
             end = next(upcoming, None)
         waiting = waiting.followed_by(events) if waiting.t.size else events
         while end is not None and waiting.t[-1] > end:
+            first = int(np.searchsorted(waiting.t, end - config.window_us))
+            refuse_silence(recording, end, int(waiting.t[first]))
             yield frame(end, waiting)
             end = next(upcoming, None)
         if end is None:

@@ -6,14 +6,14 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import h5py
 import xxhash
 from evspan.conf.errors import NO_SPACE_ERRNOS, UserError
-from evspan.conf.folder_lock import FolderLock
+from evspan.conf.folder_lock import LOCKS, FolderLock
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -21,6 +21,10 @@ LOCK = ".lock"
 LOCAL_FILE_SYSTEMS = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs"})
 UNFINISHED = ".*.writing*"  # temporary files; a killed process leaves them
 BLOCK = 1 << 24  # bytes that are read at once for a checksum
+
+
+class FolderPermissionError(UserError):
+    """This user may not write to the folder."""
 
 
 class NoSpaceError(UserError):
@@ -37,10 +41,15 @@ def file_xxh3(path: Path) -> str:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(
+    path: Path, before_replacing: Callable[[], object] | None = None
+) -> Iterator[Path]:
     """Yields a temporary path to write to.
 
     On success the file is synced and replaces `path`; on failure it is deleted.
+
+    Args:
+        before_replacing: is called when the file is complete and synced.
 
     Raises:
         NoSpaceError: the disk is full.
@@ -50,6 +59,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
+        if before_replacing:
+            before_replacing()
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
@@ -98,12 +109,17 @@ class Disk(io.FileIO):
 
 
 @contextmanager
-def atomic_hdf5(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+def atomic_hdf5(
+    path: Path, before_replacing: Callable[[], object] | None = None
+) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
     """Yields an HDF5 file that replaces `path` when it is complete, and `Disk.check`.
 
     Call the latter from time to time, so that a full disk ends the work early.
+
+    Args:
+        before_replacing: is called when the file is complete and synced.
     """
-    with atomic_write(path) as temporary, Disk(temporary, "w+") as disk:
+    with atomic_write(path, before_replacing) as temporary, Disk(temporary, "w+") as disk:
         try:
             with h5py.File(disk, "w") as file:
                 yield file, disk.check
@@ -131,17 +147,11 @@ def locked(folder: Path, doing: str = "") -> Iterator[None]:
         doing: what the process does, for others to read.
 
     Raises:
-        UserError: another process has the lock, or the folder cannot be written to.
+        FolderPermissionError: this user may not write to the folder.
+        UserError: another process has the lock.
     """
-    try:
-        file = (folder / LOCK).open("a+b", buffering=0)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written to ({error.strerror}). Choose a folder that you may "
-            "write to"
-        ) from error
     has_flock = True
-    with file:
+    with _open_lock_file(folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -153,17 +163,59 @@ def locked(folder: Path, doing: str = "") -> Iterator[None]:
         except OSError as error:
             has_flock = False
             logger.debug("%s lies on a file system without flock (%s)", folder, error)
-        name = f"process {os.getpid()} on {socket.gethostname()}"
-        if doing:
-            name += f" ({doing})"
-        with suppress(OSError):  # on a full disk, the lock holds without the name in its file
-            file.truncate(0)
-            file.write(f"{name}\n".encode())
-        try:
-            with _shared_lock(folder, doing or "evspan prep", has_flock=has_flock):
-                yield
-        finally:
-            file.truncate(0)
+        # A process that the shared lock refuses must not change the name of the other one.
+        with (
+            _shared_lock(folder, doing or "evspan prep", has_flock=has_flock),
+            _named_in(file, doing),
+        ):
+            yield
+
+
+def _open_lock_file(folder: Path) -> io.FileIO:
+    """The lock file, which another user may have made in a folder that several write to.
+
+    Raises:
+        FolderPermissionError: this user may not write to the folder, or not read the file.
+    """
+    path = folder / LOCK
+    try:
+        return io.FileIO(path, "a+")
+    except PermissionError as error:
+        if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+            raise FolderPermissionError(_not_writable(folder, error)) from error
+    except OSError as error:
+        raise UserError(_not_writable(folder, error)) from error
+    try:
+        return io.FileIO(path, "r")  # flock needs no more
+    except OSError as error:
+        raise FolderPermissionError(
+            f"{path} cannot be opened ({error.strerror}). Ask its owner to run chmod a+r {path}, "
+            "or to delete it while no evspan prep is at work there"
+        ) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> str:
+    return (
+        f"{folder} cannot be written to ({error.strerror}). Choose a folder that you may write to"
+    )
+
+
+@contextmanager
+def _named_in(file: io.FileIO, doing: str) -> Iterator[None]:
+    """Names this process in the lock file, unless that is another user's."""
+    if not file.writable():
+        yield
+        return
+    name = f"process {os.getpid()} on {socket.gethostname()}"
+    if doing:
+        name += f" ({doing})"
+    with suppress(OSError):  # on a full disk, the lock holds without the name in its file
+        file.truncate(0)
+        file.write(f"{name}\n".encode())
+    try:
+        yield
+    finally:
+        file.truncate(0)
 
 
 @contextmanager
@@ -172,7 +224,11 @@ def _shared_lock(folder: Path, doing: str, *, has_flock: bool) -> Iterator[None]
     if has_flock and _file_system(folder) in LOCAL_FILE_SYSTEMS:
         yield
         return
-    with FolderLock(folder, doing):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FolderLock(folder, doing))
+        except PermissionError as error:
+            raise FolderPermissionError(_not_writable(folder / LOCKS, error)) from error
         yield
 
 

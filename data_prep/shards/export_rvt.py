@@ -9,7 +9,8 @@
             objframe_idx_2_repr_idx.npy  frame of each labelled frame
             timestamps_us.npy            end of each frame
 
-Shards have no class_confidence: it is 1, as in the published box files.
+Shards have no class_confidence: it is 1, as in the published box files. The tree has no place for
+ignore regions and for labelled frames without boxes; they are left out and counted.
 """
 
 import os
@@ -40,19 +41,23 @@ ZSTD = hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE
 FRAMES_AT_ONCE = 8
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExportReport:
-    """Recordings by what was done, as split/recording.
+    """Recordings by what was done, as split/recording, and what the others lack in the tree.
 
     Attributes:
         written: exported by this run.
         existing: exported before, with the same content.
         unlabelled: left out, as RVT does.
+        ignore_regions: of the recordings in the tree, which has no place for them.
+        negatives: labelled frames without boxes of these recordings; RVT has none.
     """
 
     written: list[str] = field(default_factory=list)
     existing: list[str] = field(default_factory=list)
     unlabelled: list[str] = field(default_factory=list)
+    ignore_regions: int = 0
+    negatives: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,10 @@ def _export_recording(
         columns = _read_columns(group, config.downsample)
         if not columns.labels.size:
             report.unlabelled.append(key)
-        elif (out / key).exists():
+            return
+        report.ignore_regions += entry.ignore_regions
+        report.negatives += entry.labelled_frames - len(columns.labelled_frames)
+        if (out / key).exists():
             _require_same(out / key, group, columns, config)
             report.existing.append(key)
         else:

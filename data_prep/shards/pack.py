@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,7 @@ def gather(
     shards: dict[str, str],
     shards_left: set[str],
     shard_bytes: int,
+    before_replacing: Callable[[str], object],
 ) -> dict[str, RecordingEntry]:
     """Writes the shards that change, and deletes the part files of each.
 
@@ -94,6 +97,7 @@ def gather(
         shards: the shards of those of `fresh` that have a place; the others fill new shards, in
             the order of their names, up to `shard_bytes`.
         shards_left: more shards to write, because recordings leave them.
+        before_replacing: is called with each shard when its new file is complete.
 
     Returns:
         All recordings, by split/recording, with their shards.
@@ -111,7 +115,7 @@ def gather(
         if not members:
             continue  # it is empty now, and `clean` deletes it
         require_inside(output, output / shard)
-        with atomic_hdf5(output / shard) as (file, check_disk):
+        with atomic_hdf5(output / shard, partial(before_replacing, shard)) as (file, check_disk):
             for key, entry in members.items():
                 group = _copy(part_of(output, key) if key in fresh else kept[key].file, entry, file)
                 write_text(group, ENTRY, json.dumps(asdict(entry)))

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evspan.conf.errors import ShardError
+from evspan.conf.folder_lock import holder_of, is_in_use
+from evspan.conf.lock_holder import Holder
+from evspan.conf.text import printable
 from evspan.data_prep.recordings.sources import Source, find_sources, source_readable
-from evspan.data_prep.shards.atomic import LOCK, UNFINISHED
+from evspan.data_prep.shards.atomic import LOCK, UNFINISHED, file_xxh3
 from evspan.data_prep.shards.format import MANIFEST, SPLITS, Manifest, load_manifest
 from evspan.data_prep.shards.marks import read_marks
 from evspan.data_prep.shards.pack import PARTS, shard_files, stored_groups
@@ -27,7 +30,7 @@ class State(str, Enum):
     done = "done"  # in a shard
     part = "part"  # in a part file
     missing = "missing"  # in no file
-    changed = "changed"  # the recording has another size or time than it had
+    changed = "changed"  # the recording or its box file is another one than it was
     damaged = "damaged"  # marked by `evspan prep verify`
     extra = "extra"  # the source does not have it
 
@@ -41,12 +44,12 @@ class WrittenFile(NamedTuple):
 
 @dataclass
 class Lock:
-    """Who holds the lock on the folder, as written in the lock file. Each text may be empty.
+    """Who holds the lock on the folder, as written in the lock files. Each text may be empty.
 
     Attributes:
         at_work: a process of this machine, and since when it has the lock.
         remote: a process of another machine, which may have been killed.
-        killed: a process of this machine that no longer runs.
+        killed: a process that no longer runs.
         writing: files that are being written: recordings by split/recording, shards by path.
     """
 
@@ -57,8 +60,8 @@ class Lock:
 
     @property
     def taken(self) -> bool:
-        """Whether a process works on the folder, or has been killed while it did."""
-        return bool(self.at_work or self.remote or self.killed)
+        """Whether a process works on the folder, as far as can be found out."""
+        return bool(self.at_work or self.remote)
 
 
 @dataclass
@@ -163,11 +166,15 @@ def _order(key: str) -> tuple[int, str]:
 
 
 def _changed(source: Source, stored: Stored, listed_mtime_ns: int | None) -> bool:
-    with source_readable():
-        current = source.path.stat()
+    """Whether the recording has another size or time, or its box file another content."""
     entry = stored.entry
     mtime_ns = listed_mtime_ns or entry.source_mtime_ns
-    return (current.st_size, current.st_mtime_ns) != (entry.source_bytes, mtime_ns)
+    with source_readable():
+        current = source.path.stat()
+        if (current.st_size, current.st_mtime_ns) != (entry.source_bytes, mtime_ns):
+            return True
+        boxes_xxh3 = file_xxh3(source.boxes) if source.boxes else ""
+    return boxes_xxh3 != entry.boxes_xxh3
 
 
 def _written(paths: Iterable[Path]) -> tuple[dict[str, int], WrittenFile | None]:
@@ -184,23 +191,54 @@ def _written(paths: Iterable[Path]) -> tuple[dict[str, int], WrittenFile | None]
 
 
 def _read_lock(output: Path) -> Lock:
-    """Reads the lock file, which names its process until that ends, and whether it still runs."""
+    """Who holds the lock on the folder, or held it until it was killed."""
     lock = Lock()
     with suppress(OSError):
-        path = output / LOCK
-        text = path.read_text().strip()
-        process = re.match(r"process (\d+) on (\S+)", text)
-        if process is None:
-            return lock
-        if process[2] != socket.gethostname() or not LOCKS.exists():
-            lock.remote = text
-        elif _has_lock(int(process[1]), path):
-            lock.at_work = f"{text}, since {age(path.stat().st_mtime)}"
-        else:
-            lock.killed = text
-            return lock
+        lock = _named_in_lock_file(output)
+    if not lock.at_work:
+        with suppress(OSError):
+            shared = _holder_of_shared_lock(output)
+            if shared and _replaces(shared, lock):
+                lock = shared
+    if lock.taken:
         lock.writing = _unfinished(output)
     return lock
+
+
+def _replaces(shared: Lock, named: Lock) -> bool:
+    """Whether the holder of the shared lock counts rather than the process in the lock file.
+
+    A holder that was killed does not hide a later process of a machine where flock is enough.
+    """
+    process = " ".join(named.remote.split()[:4])  # process 12 on node3
+    return shared.taken or not process or f"({process}" in shared.killed
+
+
+def _named_in_lock_file(output: Path) -> Lock:
+    """The process that the lock file names until it ends. It runs if it has the lock by flock."""
+    path = output / LOCK
+    text = path.read_text().strip()
+    process = re.match(r"process (\d+) on (\S+)", text)
+    if process is None:
+        return Lock()
+    if process[2] != socket.gethostname() or not LOCKS.exists():
+        return Lock(remote=text)
+    if _has_lock(int(process[1]), path):
+        return Lock(at_work=f"{text}, since {age(path.stat().st_mtime)}")
+    return Lock(killed=text)
+
+
+def _holder_of_shared_lock(output: Path) -> Lock | None:
+    """The holder where flock is missing or local to a machine; None where there is none."""
+    holder = holder_of(output)
+    if holder is None:
+        return None
+    text = printable(holder.describe())
+    if not is_in_use(output):
+        return Lock(killed=text)
+    if holder.on_machine_of(Holder.current("evspan prep status")):
+        return Lock(at_work=text)
+    return Lock(remote=text)
 
 
 def _unfinished(output: Path) -> list[str]:

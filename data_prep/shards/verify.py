@@ -1,13 +1,15 @@
 """Verifies a prepared dataset, and marks damaged recordings for the next `evspan prep`."""
 
+import logging
 import os
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from evspan.conf.errors import RecordingError, ShardError
 from evspan.data_prep.recordings.sources import find_sources
-from evspan.data_prep.shards.atomic import locked
+from evspan.data_prep.shards.atomic import FolderPermissionError, locked
 from evspan.data_prep.shards.check import Task, Verified, verify_recording
 from evspan.data_prep.shards.format import MANIFEST, SPLITS, load_manifest
 from evspan.data_prep.shards.marks import read_marks, write_marks
@@ -19,6 +21,7 @@ from evspan.data_prep.shards.rvt_tree import (
 )
 from evspan.data_prep.workers import Progress, map_unordered
 
+logger = logging.getLogger(__name__)
 EARLIER = "marked earlier: "
 MOST_TREE_CLASSES = 256  # RVT's tree has no names of classes
 
@@ -67,8 +70,7 @@ def verify(
     # Raises before a lock file is left in a folder that is no dataset.
     split = load_manifest(root).split_fractions
     sources = {s.key: s for s in find_sources(source, split)} if source else {}
-    writable = os.access(root, os.W_OK)
-    with locked(root, "evspan prep verify") if writable else nullcontext():
+    with _locked_to_mark(root) as writable:
         manifest = load_manifest(root)
         entries = {f"{r.split}/{r.name}": r for r in manifest.recordings}
         if sources and not sources.keys() & entries.keys():
@@ -91,6 +93,20 @@ def verify(
         if writable:
             write_marks(root, damaged)
     return VerifyReport(results, damaged, marked=writable)
+
+
+@contextmanager
+def _locked_to_mark(root: Path) -> Iterator[bool]:
+    """Holds the lock on a folder that may be written to. Yields whether it may."""
+    with ExitStack() as stack:
+        writable = os.access(root, os.W_OK)
+        if writable:
+            try:
+                stack.enter_context(locked(root, "evspan prep verify"))
+            except FolderPermissionError as error:
+                logger.warning("%s; what is found is not marked", error)
+                writable = False
+        yield writable
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ from evspan.data_prep.shards.validity import refuse_invalid
 from numpy.typing import NDArray
 
 FRAMES_AT_ONCE = 64
+LONGEST_RVT_TAIL_US = 500_000  # after the last event, in which RVT's labels still end frames
 LATEST_RVT_START_US = 60_000_000  # of a recording's first event; EVT3's clock starts below 16.8 s
 CODE_CHUNK = 1 << 17  # bytes of code in a chunk of the file
 FLUSH_BYTES = 8 * CODE_CHUNK  # bytes of code that are written at once
@@ -180,8 +181,10 @@ def prepare_recording(
     problem = name_problem(source.name)
     if problem:
         raise RecordingError(f"{source.path}: the recording's name {problem}. Rename the file")
-    before = source.path.stat()
+    before = _Version.of(source)  # before the first byte is read: what is written now is noticed
     labels = _read_labels(source, config.dataset)
+    if reuse and not before.is_recording_of(reuse.entry):
+        reuse = None  # the recording was replaced after this job was planned
     with atomic_hdf5(part) as (file, check_disk):
         group = file.create_group(source.name)
         if reuse and _reading(reuse.config) != _reading(resolved_config(config)):
@@ -191,20 +194,56 @@ def prepare_recording(
             entry = _write_frames(group, source, labels, config, check_disk)
         refuse_invalid(source.path, entry, config.max_invalid_fraction)
         entry = _write_labels(group, entry, labels, config)
-        after = source.path.stat()
-        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise RecordingError(
-                f"{source.path} changed while it was read. Run the same again when it is complete"
-            )
+        before.require_unchanged(source)
         entry = replace(
             entry,
             source=source.relative,
-            source_bytes=after.st_size,
-            source_mtime_ns=after.st_mtime_ns,
-            boxes_xxh3=file_xxh3(source.boxes) if source.boxes else "",
+            source_bytes=before.size,
+            source_mtime_ns=before.mtime_ns,
+            boxes_xxh3=before.boxes_xxh3,
         )
         _write_attributes(group, entry, config)
     return entry
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What tells a recording and its box file from later files of the same names.
+
+    Attributes:
+        size, mtime_ns: of the recording.
+        boxes_xxh3: of the box file; empty where there is none.
+    """
+
+    size: int
+    mtime_ns: int
+    boxes_xxh3: str
+
+    @staticmethod
+    def of(source: Source) -> "_Version":
+        """The files as they are now."""
+        info = source.path.stat()
+        boxes_xxh3 = ""
+        if source.boxes:
+            with suppress(FileNotFoundError):
+                boxes_xxh3 = file_xxh3(source.boxes)
+        return _Version(info.st_size, info.st_mtime_ns, boxes_xxh3)
+
+    def is_recording_of(self, entry: RecordingEntry) -> bool:
+        """Whether the entry was prepared from this recording, by its size and time."""
+        return (self.size, self.mtime_ns) == (entry.source_bytes, entry.source_mtime_ns)
+
+    def require_unchanged(self, source: Source) -> None:
+        """Raises RecordingError where the recording or its box file is another one by now."""
+        now = _Version.of(source)
+        if now == self:
+            return
+        changed = source.path
+        if source.boxes and now.boxes_xxh3 != self.boxes_xxh3:
+            changed = source.boxes
+        raise RecordingError(
+            f"{changed} changed while it was read. Run the same again when it is complete"
+        )
 
 
 def _write_attributes(group: h5py.Group, entry: RecordingEntry, config: PrepConfig) -> None:
@@ -312,6 +351,8 @@ def _write_frames(
     digest = xxhash.xxh3_64()
     with CodeWriter(group, FILTERS[config.codec]) as writer:
         for end, code in each_window(recording, ends, config.frames, FrameEncoder()):
+            if end > recording.last_us + LONGEST_RVT_TAIL_US:
+                break  # these labels are not of this recording
             writer.write(code)
             digest.update(code.data)
             sums.append(xxhash.xxh3_64_intdigest(code.data))
@@ -394,11 +435,13 @@ def _copy_frames(
     windows = labels.windows(entry.first_us, sensor_hw, config, entry.split)
     # Finite ends must also stop where the stored ones do: compare with one more of them.
     compared = entry.frames + 1 if isinstance(windows, RvtEnds) else entry.frames
+    latest_us = entry.last_us + LONGEST_RVT_TAIL_US
+    expected = [end for end in islice(windows, compared) if end <= latest_us]
     try:
         with open_shard(old.file) as file:
             stored = find_group(file, entry)
             end_us = _sound_columns(stored, entry).end_us
-            if end_us.tolist() != list(islice(windows, compared)):
+            if end_us.tolist() != expected:
                 return None
             for name in COPIED:
                 file.copy(stored[name], group)  # copies the chunks without decoding them
@@ -484,9 +527,7 @@ def _write_labels(
     }
     warnings: dict[str, str] = {}
     if labels.file is not None:
-        # A label at the end of the last window belongs to its events.
-        last_us = int(end_us.max(initial=entry.last_us))
-        span = Span(entry.first_us, last_us)
+        span = Span(entry.first_us, _last_label_us(end_us, entry, config))
         warnings = label_warnings(labels.file.name, labels.raw, span, config.dataset.labels)
     return replace(
         entry,
@@ -563,7 +604,7 @@ def _boxes_at_labelled_ends(
     """The boxes at whose time a labelled frame ends, and counts of the others by their place."""
     raw = labels.raw
     inside = (raw["t"] > entry.first_us) & (raw["t"] <= end_us.max(initial=entry.last_us))
-    if not inside.any():
+    if not (raw["t"][inside] <= _last_label_us(end_us, entry, config)).any():
         problem = clock_problem(
             raw["t"], Span(entry.first_us, entry.last_us), config.dataset.labels
         )
@@ -576,9 +617,23 @@ def _boxes_at_labelled_ends(
     dropped = {
         "boxes_outside_the_recording": int(np.count_nonzero(~inside)),
         "boxes_between_labelled_frames": int(np.count_nonzero((distance > 0) & near)),
-        "boxes_off_the_windows": int(np.count_nonzero(~near)),
+        "boxes_off_the_windows": int(np.count_nonzero((distance > 0) & ~near)),
     }
     return raw[inside][distance == 0], dropped
+
+
+def _last_label_us(end_us: NDArray[np.int64], entry: RecordingEntry, config: PrepConfig) -> int:
+    """The latest time of a label that is about the events of a recording.
+
+    That is the end of the last window that contains events. In mode rvt frames may go on to later
+    labels.
+
+    Args:
+        end_us: (N,) ends of the windows.
+    """
+    window_us = config.frames.window_us
+    latest_us = entry.last_us + window_us + tolerance(window_us)
+    return min(latest_us, int(end_us.max(initial=entry.last_us)))
 
 
 def _distance_to_nearest(times: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evspan.conf.text import plural
-from evspan.data_prep.shards.export_rvt import export_rvt
+from evspan.data_prep.shards.export_rvt import ExportReport, export_rvt
 from evspan.data_prep.shards.format import SPLITS
 from evspan.launch.cli.command import Parser
 from evspan.launch.output_streams import drop_lost_output
@@ -27,7 +27,8 @@ def _parse(argv: Sequence[str]) -> Options:
     parser = Parser(
         "evspan prep export-rvt",
         description="Shards of frames.mode=rvt to the tree that RVT's preprocess_dataset.py "
-        "writes. Run again, it does only what is missing.",
+        "writes. Run again, it does only what is missing. Ignore regions, and the labels of frames "
+        "without boxes, are left out and counted: RVT has none.",
         epilog="example: evspan prep export-rvt shards rvt_tree --split train val",
     )
     parser.add_argument("shards", type=Path)
@@ -35,6 +36,18 @@ def _parse(argv: Sequence[str]) -> Options:
     parser.add_argument("--split", nargs="+", choices=SPLITS, default=SPLITS, help="default: all")
     args = parser.parse_args(argv)
     return Options(args.shards, args.out, tuple(args.split))
+
+
+def _left_out(report: ExportReport) -> list[str]:
+    """What the recordings of the tree lack."""
+    parts: list[str] = []
+    if report.ignore_regions:
+        regions = plural(report.ignore_regions, "ignore region")
+        parts.append(f"left out {regions}, which RVT's format does not have")
+    if report.negatives:
+        frames = plural(report.negatives, "labelled frame")
+        parts.append(f"left out {frames} without boxes, as RVT does")
+    return parts
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,4 +66,5 @@ def main(argv: Sequence[str]) -> None:
         if len(report.unlabelled) > NAMED:
             names += ", ..."
         parts.append(f"{len(report.unlabelled)} without labels left out, as RVT does ({names})")
+    parts += _left_out(report)
     print("; ".join(parts))

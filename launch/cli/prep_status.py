@@ -33,7 +33,8 @@ process works on it. It takes no lock and changes nothing.
   in parts   prepared, and not yet in a shard: a run is at work, or was ended
   missing    in no file
   damaged    marked by evspan prep verify
-  changed    the recording has another size or time than it had (with --source)
+  changed    the recording has another size or time than it had, or its box file has changed,
+             appeared or gone (with --source)
 
 Exit code 0: complete, and no process at work; 3: not complete; 2: no such folder."""
 EXAMPLES = """examples:

@@ -20,10 +20,14 @@ from evspan.conf.schema.prep import (
     LabelConfig,
     PrepConfig,
 )
+from evspan.data_prep.labels.box_files import RAW_BOX, write_boxes
 from evspan.data_prep.prepare import prepare
+from evspan.data_prep.recordings.events import Events
+from evspan.data_prep.recordings.open import open_writer
 from evspan.data_prep.report.survey import survey
 from evspan.data_prep.shards.atomic import NoSpaceError, locked
 from evspan.data_prep.shards.export_rvt import STAGING, export_rvt
+from evspan.launch.cli.prep_export_rvt import main
 from evspan.pipeline.data.datasets import open_dataset
 from support.prepared import make_source, prep_config
 from support.rvt_tree import assert_same, assert_same_tree, files
@@ -232,6 +236,33 @@ def test_the_command_and_its_mistakes(shards, fixture, tmp_path):
         assert failed.stderr.startswith("error: ")
         assert failed.stderr.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_what_the_tree_has_no_place_for_is_counted(tmp_path, capsys):
+    """Ignore regions at every label, and one labelled frame with nothing else."""
+    train = tmp_path / "raw" / "train"
+    train.mkdir(parents=True)
+    t = np.arange(0, 1_000_000, 100)
+    pixel = (t // 100 % 50).astype(np.uint16)
+    with open_writer(train / "a_td.h5", 50, 100) as writer:
+        writer.write(Events(t, pixel, pixel, (pixel % 2).astype(np.uint8)))
+    times = 100_000 + 33_333 * np.arange(25)  # every third one ends a frame
+    regions = np.zeros(times.size, RAW_BOX)
+    regions["t"] = times
+    regions["x"], regions["y"], regions["w"], regions["h"] = 10, 5, 20, 15
+    boxes = regions.copy()
+    boxes["x"] = 40
+    write_boxes(train / "a_bbox.npy", boxes[boxes["t"] != times[6]], regions)
+    frames = {"mode": FrameMode.rvt}
+    prepare(prep_config(train.parent, tmp_path / "shards", frames=frames))
+    arguments = [str(tmp_path / "shards"), str(tmp_path / "tree")]
+    for part in ("1 recording written", "1 there already"):
+        capsys.readouterr()
+        main(arguments)
+        out = capsys.readouterr().out
+        assert part in out
+        assert "left out 9 ignore regions, which RVT's format does not have" in out
+        assert "left out 1 labelled frame without boxes, as RVT does" in out
 
 
 def killed_export(shards: Path, out: Path, path: Path) -> bool:

@@ -4,7 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from evspan.conf.schema.prep import LabelConfig, TimeUnit
+from evspan.conf.errors import ShardError
+from evspan.conf.schema.prep import DatasetConfig, FrameMode, LabelConfig, TimeUnit
 from evspan.data_prep.labels.box_files import RAW_BOX, write_boxes
 from evspan.data_prep.labels.checks import grouped, label_warnings
 from evspan.data_prep.labels.clock import Span, clock_problem
@@ -14,6 +15,7 @@ from evspan.data_prep.recordings.open import open_writer
 from evspan.data_prep.report.findings import findings
 from evspan.data_prep.report.survey import survey
 from evspan.data_prep.shards.verify import verify
+from evspan.pipeline.data.datasets import open_dataset
 from support.prepared import entries, prep_config
 
 LABEL_TIMES = np.arange(1, 12) * 100_000  # 0.1 to 1.1 s
@@ -215,6 +217,25 @@ def test_a_label_at_the_end_of_the_last_window_is_inside(tmp_path, caplog):
     assert "clock" in entries(tmp_path / "out")["train/a"]["label_warnings"]
 
 
+def test_labels_after_the_last_window_with_events_are_outside_in_rvts_frames(
+    late, tmp_path, caplog
+):
+    """RVT's frames go on to the last label, which says nothing about the recording's end."""
+    source = tmp_path / "source"
+    (source / "train").mkdir(parents=True)
+    recording = late / "train" / "a_td.h5"
+    (source / "train" / "a_td.h5").write_bytes(recording.read_bytes())
+    frames = {"mode": FrameMode.rvt}
+    labels = {"class_map": {}}
+    for last, expected in ((1_950_000, set()), (2_250_000, {"clock"})):  # last event: 1.9 s
+        times = last - np.arange(0, 1_200_000, 33_333)[::-1]
+        write_boxes(source / "train" / "a_bbox.npy", boxes_at(times))
+        prepare(prep_config(source, tmp_path / "out", labels=labels, frames=frames))
+        entry = entries(tmp_path / "out")["train/a"]
+        assert entry["label_warnings"].keys() == expected
+        assert entry["dropped_boxes"]["boxes_outside_the_recording"] == 0
+
+
 def test_the_keys_of_the_clock_leave_datasets_of_before_as_they_are(late, tmp_path):
     prepare(prep_config(late, tmp_path / "out"))
     stored = entries(tmp_path / "out")
@@ -236,3 +257,28 @@ def test_a_split_without_labelled_frames_is_warned_of(late, tmp_path, caplog):
     assert warnings == [
         "train has no labelled frame in 1 recording: training and evaluation refuse it",
     ]
+
+
+def test_a_split_with_recordings_of_two_sizes_is_warned_of(late, tmp_path, caplog):
+    """Training and evaluation refuse it."""
+    source = tmp_path / "source"
+    for split in ("train", "val"):
+        (source / split).mkdir(parents=True)
+        for name in ("a_td.h5", "a_bbox.npy"):
+            (source / split / name).write_bytes((late / "train" / name).read_bytes())
+    t = np.arange(0, 1_200_000, 100)
+    pixel = (t // 100 % 40).astype(np.uint16)
+    with open_writer(source / "train" / "b_td.h5", 40, 60) as writer:
+        writer.write(Events(t, pixel, pixel, (pixel % 2).astype(np.uint8)))
+    write_boxes(source / "train" / "b_bbox.npy", boxes_at(LABEL_TIMES))
+    prepare(prep_config(source, tmp_path / "out", labels={"class_map": {}}))
+    warnings = [record.message for record in caplog.records if "sizes" in record.message]
+    assert warnings == [
+        "train has frames of several sizes (25 x 50 in 1 recording, 20 x 30 in 1 recording): "
+        "training and evaluation refuse it. Prepare the recordings of each sensor size into a "
+        "folder of their own"
+    ]
+    config = DatasetConfig(root=str(tmp_path / "out"))
+    with pytest.raises(ShardError, match="frames of several sizes"):
+        open_dataset(config, "train")
+    open_dataset(config, "val")

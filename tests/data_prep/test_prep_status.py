@@ -1,5 +1,6 @@
 """The output of `evspan prep status` for a prepared folder, at rest, at work, interrupted and damaged."""
 
+import json
 import os
 import re
 import signal
@@ -7,10 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from evspan.conf.errors import RecordingError
+from evspan.conf.lock_holder import Holder
+from evspan.data_prep.labels.box_files import read_boxes, write_boxes
 from evspan.data_prep.prepare import prepare
 from evspan.data_prep.shards.atomic import locked
 from evspan.data_prep.shards.status import status
@@ -113,6 +117,21 @@ def test_recordings_that_are_new_changed_or_gone(mine, status_command):
     assert row(lines, "val")["missing"] == "1"
     assert row(lines, "all")["recordings"] == "6"
     assert status_command(output)[0] == 0  # it does not know
+    prepare(prep_config(source, output))
+    assert status_command(output, "--source", source)[0] == 0
+
+
+def test_box_files_that_are_new_changed_or_gone(mine, status_command):
+    source, output = mine
+    boxes = read_boxes(source / "val" / "d_bbox.npy")
+    write_boxes(source / "test" / "plain_bbox.npy", boxes)
+    (source / "train" / "b_bbox.npy").unlink()
+    boxes["track_id"] += 1
+    write_boxes(source / "val" / "d_bbox.npy", boxes)
+    code, lines = status_command(output, "--source", source)
+    assert code == 3
+    assert "changed: train/b, val/d, test/plain" in lines
+    assert row(lines, "all")["changed"] == "3"
     prepare(prep_config(source, output))
     assert status_command(output, "--source", source)[0] == 0
 
@@ -254,11 +273,57 @@ def test_a_process_on_another_machine_cannot_be_asked(mine, status_command):
     code, lines = status_command(output)
     assert code == 3
     assert "at work, or killed there: process 4242 on node7" in lines
-    (output / ".lock").write_text(f"process 4242424 on {socket.gethostname()}\n")
+    prepare(prep_config(source, output))
+    assert status_command(output)[0] == 0
+
+
+def test_a_verification_that_was_killed_leaves_a_complete_dataset(mine, status_command):
+    source, output = mine
+    killed = f"process 4242424 on {socket.gethostname()} (evspan prep verify)"
+    (output / ".lock").write_text(f"{killed}\n")
+    code, lines = status_command(output, "--source", source)
+    assert (code, lines[-1]) == (0, "complete")
+    assert f"was killed: {killed}" in lines
+    (source / "train" / "c_td.h5").unlink()
+    assert status_command(output, "--source", source)[0] == 3
+
+
+def hold(folder: Path, **changes) -> Path:
+    """Writes the lock file of a process, as on a file system without flock."""
+    holder = replace(Holder.current("evspan prep"), **changes)
+    path = folder / ".locks" / "000001"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(holder.to_json()))
+    return path
+
+
+def test_the_holder_of_the_shared_lock_is_asked(mine, status_command):
+    """Where flock is missing or local to a node, .lock alone does not show who is at work."""
+    _source, output = mine
+    (output / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    hold(output)
+    code, lines = status_command(output)
+    assert (code, lines[-1]) == (3, "not complete: wait")
+    (line,) = [line for line in lines if line.startswith("at work: ")]
+    assert f"(process {os.getpid()} on {socket.gethostname()}" in line
+    (output / ".lock").write_text("")
+    elsewhere = {"host": "node7", "boot": "another", "pid": 4242, "started": 1, "job": ""}
+    path = hold(output, **elsewhere)
     code, lines = status_command(output)
     assert code == 3
-    assert f"was killed: process 4242424 on {socket.gethostname()}" in lines
-    prepare(prep_config(source, output))
+    assert [line for line in lines if line.startswith("at work, or killed there: evspan prep by")]
+    (output / ".lock").write_text("process 4242 on node7\n")
+    an_hour_ago = time.time() - 3600
+    os.utime(path, (an_hour_ago, an_hour_ago))  # a process at work renews it every 15 s
+    code, lines = status_command(output)
+    assert code == 0
+    assert [line for line in lines if re.match(r"was killed: .*\(process 4242 on node7", line)]
+    (output / ".lock").write_text("process 77 on node9\n")  # where flock is enough
+    code, lines = status_command(output)
+    assert code == 3
+    assert "at work, or killed there: process 77 on node9" in lines
+    path.write_text('{"released": 1}')
+    (output / ".lock").write_text("")
     assert status_command(output)[0] == 0
 
 

@@ -17,7 +17,7 @@ from evspan.conf.schema.prep import DownsampleBy
 from evspan.data_prep.labels.box_files import find_boxes, read_boxes, write_boxes
 from evspan.data_prep.prepare import prepare
 from evspan.data_prep.recordings.open import open_recording, open_writer
-from evspan.data_prep.shards.atomic import LOCAL_FILE_SYSTEMS, locked
+from evspan.data_prep.shards.atomic import LOCAL_FILE_SYSTEMS, LOCK, locked
 from evspan.data_prep.shards.format import (
     BOX,
     Manifest,
@@ -26,8 +26,9 @@ from evspan.data_prep.shards.format import (
     load_manifest,
 )
 from evspan.data_prep.shards.reading import open_group, read_frames
+from evspan.data_prep.shards.status import status
 from evspan.data_prep.simulator import simulate
-from evspan.data_prep.workers import DryRun
+from evspan.data_prep.workers import DryRun, LocalRunner
 from support.event_files import concatenated
 from support.prepared import (
     COLUMNS,
@@ -323,6 +324,18 @@ def test_box_filters_are_counted_and_those_of_training_spare_the_other_splits(so
     assert "boxes_over_max_width" not in entries(tmp_path / "out")["val/d"]["dropped_boxes"]
 
 
+@pytest.mark.parametrize("every_ms", [1, 2, 10])
+def test_a_box_is_counted_once_where_labels_may_be_closer_than_the_tolerance(
+    source, tmp_path, every_ms
+):
+    one = copied(source / "val", tmp_path / "source")
+    boxes = read_boxes(one / "d_bbox.npy")
+    prepare(prep_config(one, tmp_path / "out", labels={"label_every_ms": every_ms}))
+    entry = entries(tmp_path / "out")["test/d"]
+    assert entry["boxes"] > 0
+    assert entry["boxes"] + sum(entry["dropped_boxes"].values()) == boxes.size
+
+
 def contents_boxes(source, key):
     return read_boxes(find_boxes(file_of(source, key)))
 
@@ -421,6 +434,33 @@ def test_changed_boxes_are_done_again_alone_and_the_frames_stay(mine, no_decodin
         new["val/d"]["boxes"]["track_id"], old["val/d"]["boxes"]["track_id"] + 100
     )
     assert_sound(output)
+
+
+class QueuedRunner:
+    """A recording is replaced while its job waits in a queue."""
+
+    def __init__(self, path, **simulation):
+        self.path = path
+        self.simulation = simulation
+
+    def run(self, jobs, config):
+        boxes = self.path.with_name("d_bbox.npy").read_bytes()
+        simulate(self.path, config=SCENE, **self.simulation)
+        self.path.with_name("d_bbox.npy").write_bytes(boxes)
+        yield from LocalRunner().run(jobs, config)
+
+
+def test_a_recording_that_is_replaced_before_its_job_runs_gets_its_own_frames(mine, tmp_path):
+    source, output = mine
+    box_file = source / "val" / "d_bbox.npy"
+    boxes = read_boxes(box_file)
+    boxes["track_id"] += 100
+    write_boxes(box_file, boxes)
+    runner = QueuedRunner(source / "val" / "d_td.raw", seconds=0.35, seed=88)
+    report = prepare(prep_config(source, output), runner)
+    assert report.prepared == {"val/d": "the box file has changed"}
+    prepare(prep_config(source, tmp_path / "again"))
+    assert_same(output, tmp_path / "again")
 
 
 def test_boxes_at_other_times_move_the_windows(mine, tmp_path):
@@ -672,6 +712,29 @@ def test_a_recording_that_changes_while_it_is_read_is_refused(tmp_path, monkeypa
         prepare(prep_config(path, tmp_path / "out"))
 
 
+def test_a_box_file_that_changes_while_its_recording_is_read_is_refused(
+    mine, monkeypatch, tmp_path
+):
+    """Else its older boxes would be stored under the checksum of the newer ones, for good."""
+    source, _ = mine
+    box_file = source / "val" / "d_bbox.npy"
+    boxes = read_boxes(box_file)
+    write_frames = evspan.data_prep.shards.write._write_frames
+
+    def and_save(*arguments):
+        boxes["track_id"] += 100
+        write_boxes(box_file, boxes)
+        return write_frames(*arguments)
+
+    monkeypatch.setattr(evspan.data_prep.shards.write, "_write_frames", and_save)
+    with pytest.raises(RecordingError, match="d_bbox.npy changed while it was read. Run the same"):
+        prepare(prep_config(source / "val", tmp_path / "new"))
+    monkeypatch.undo()
+    prepare(prep_config(source / "val", tmp_path / "new"))
+    stored = contents(tmp_path / "new")["test/d"]["boxes"]
+    assert set(stored["track_id"]) <= set(boxes["track_id"])
+
+
 # -- folders -----------------------------------------------------------------------------------------------------
 def test_sources_that_cannot_be(tmp_path, source):
     with pytest.raises(RecordingError, match=r"source .*nowhere is not there. Give a folder"):
@@ -787,9 +850,15 @@ def test_two_writers_are_told_apart_where_flock_does_not_work(mine, monkeypatch)
     ):
         monkeypatch.setattr(fcntl, "flock", replacement)
         monkeypatch.setattr(evspan.data_prep.shards.atomic, "LOCAL_FILE_SYSTEMS", file_systems)
-        with locked(output), pytest.raises(UserError, match=rf"process {os.getpid()} on"):
-            prepare(prep_config(source, output))
+        with locked(output, "evspan prep"):
+            with pytest.raises(UserError, match=rf"process {os.getpid()} on"):
+                prepare(prep_config(source, output))
+            assert (output / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+            current = status(output)
+            assert f"process {os.getpid()} on" in current.lock.at_work
+            assert not current.complete
         prepare(prep_config(source, output))
+        assert status(output).complete
 
 
 def test_a_recording_from_before_1970_gives_a_manifest_that_is_read(mine, no_decoding):

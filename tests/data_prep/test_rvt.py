@@ -1,6 +1,7 @@
 """Frames of mode rvt: those that RVT's own preprocessing made, and those of its rules written out one event at a time."""
 
 import math
+from itertools import pairwise
 
 import h5py
 import numpy as np
@@ -188,6 +189,83 @@ def test_a_recording_on_an_absolute_clock_is_refused(tmp_path):
     message = r"first event is at 86,400 s.* 1,728,000 empty frames .*frames.mode=exact"
     with pytest.raises(RecordingError, match=message):
         prepare(prep_config(source, tmp_path / "out", frames={"mode": FrameMode.rvt}))
+
+
+def at_30_hz(path, first_us: int, count: int) -> None:
+    """Writes a box file with a box every thirtieth of a second."""
+    boxes = np.zeros(count, RAW_BOX)
+    boxes["t"] = first_us + 33_333 * np.arange(count)
+    boxes["x"], boxes["y"], boxes["w"], boxes["h"] = 10, 5, 20, 15
+    np.save(path, boxes)
+
+
+@pytest.fixture
+def two_seconds(tmp_path):
+    """A source with one recording of 2 s, without boxes."""
+    source = tmp_path / "source"
+    source.mkdir()
+    t = np.arange(0, 2_000_000, 100)
+    pixel = np.full(t.size, 5, np.uint16)
+    with open_writer(source / "a.h5", 50, 100) as writer:
+        writer.write(Events(t, pixel, pixel, np.ones(t.size, np.uint8)))
+    return source
+
+
+@pytest.mark.parametrize("first", [20_000_000, 1_700_000_000_000_000])
+def test_labels_on_another_clock_are_refused(two_seconds, tmp_path, first):
+    """Their windows would go on over 20 s, or decades, without an event."""
+    at_30_hz(two_seconds / "a_bbox.npy", first, 60)
+    config = prep_config(two_seconds, tmp_path / "out", frames={"mode": FrameMode.rvt})
+    with pytest.raises(RecordingError, match="all 60 boxes lie outside the recording a: .*clock"):
+        prepare(config)
+
+
+def test_labels_long_after_the_last_event_end_no_frames(two_seconds, tmp_path):
+    at_30_hz(two_seconds / "a_bbox.npy", 100_000, 900)  # 30 s
+    config = prep_config(two_seconds, tmp_path / "out", frames={"mode": FrameMode.rvt})
+    prepare(config)
+    entry = entries(tmp_path / "out")["test/a"]
+    columns = contents(tmp_path / "out")["test/a"]
+    assert 2_400_000 < columns["end_us"][-1] <= 2_500_000  # as far as a label may be late
+    assert entry["labelled_frames"] == entry["boxes"] == columns["labelled"].sum() == 24
+    assert entry["dropped_boxes"]["boxes_outside_the_recording"] > 800
+    assert "labels from 100000 to" in entry["label_warnings"]["clock"]
+    # Other boxes at the same times leave the frames as they are.
+    boxes = np.load(two_seconds / "a_bbox.npy")
+    boxes["x"] += 1
+    np.save(two_seconds / "a_bbox.npy", boxes)
+    prepare(config)
+    assert entries(tmp_path / "out")["test/a"]["frames_xxh3"] == entry["frames_xxh3"]
+    after = contents(tmp_path / "out")["test/a"]
+    np.testing.assert_array_equal(after["end_us"], columns["end_us"])
+
+
+def test_events_that_stop_for_an_hour_are_refused(tmp_path):
+    """Their frames would be 50 ms apart up to a damaged time."""
+    t = np.array([100, 150_000, 250_000, 3_700_000_000, 3_700_000_010])
+    events = Events(t, *(np.zeros(t.size, k) for k in (np.uint16, np.uint16, np.uint8)))
+    ends = RvtEnds(np.append(100_000 + 33_333 * np.arange(30), 3_700_000_000), 50_000)
+    config = FrameConfig(mode=FrameMode.rvt, downsample=1)
+    with pytest.raises(RecordingError, match=r"no events for 1\.0 hours"):
+        list(frames_of(GivenRecording(events, 24, 32), lambda _: ends, config))
+
+
+def test_ends_are_those_of_numpy_and_cost_no_memory():
+    rng = np.random.default_rng(0)
+    times = 123_456 + np.cumsum(rng.integers(33_200, 33_467, 300))
+    ends = RvtEnds(times, 50_000)
+    expected = [int(times[0])]
+    while expected[0] > 100_000:
+        expected.insert(0, expected[0] - 50_000)
+    for label, following in pairwise(ends.labelled_us.tolist()):
+        windows = 2 * round((following - label) / 100_000)
+        steps = np.linspace(label, following, windows + 1)
+        expected += steps[1:].astype(np.int64).tolist()
+    assert list(ends) == expected
+    assert len(ends) == len(expected)
+    unix = RvtEnds(1_700_000_000_000_000 + times, 50_000)
+    assert len(unix) > 3e10
+    assert 50_000 < next(iter(unix)) <= 100_000
 
 
 def test_other_labels_move_windows_and_a_recording_without_any_is_refused(tmp_path):

@@ -9,14 +9,15 @@ import pytest
 from evspan.conf.errors import IO_EXIT_CODE, ShardError
 from evspan.conf.schema.prep import DatasetConfig, DatasetKind
 from evspan.data_prep.hdf5_files import UnavailableFileError
+from evspan.data_prep.labels.box_files import read_boxes, write_boxes
 from evspan.data_prep.prepare import prepare
 from evspan.data_prep.recordings import sources
-from evspan.data_prep.shards import reading, rvt_tree
+from evspan.data_prep.shards import atomic, pack, reading, rvt_tree
 from evspan.data_prep.shards.status import status
 from evspan.data_prep.shards.verify import verify
 from evspan.launch.cli.prep import main
 from evspan.pipeline.data.datasets import open_dataset
-from support.prepared import make_source, prep_config
+from support.prepared import assert_sound, copied, make_source, prep_config
 from support.rvt_tree import write_rvt_tree
 from support.small_shards import CLASSES
 
@@ -43,7 +44,7 @@ def prepared(tmp_path_factory):
 
 
 def fails_with(number: int):
-    def open_(path, **_):
+    def open_(path, *_, **__):
         raise OSError(number, f"Unable to open file (errno = {number})", str(path))
 
     return open_
@@ -75,6 +76,56 @@ def test_shards_that_cannot_be_opened_are_not_damaged(prepared, monkeypatch, num
         assert "damaged" not in message
         assert "elete" not in message
     assert state(output) == before
+
+
+@pytest.fixture
+def to_redo(prepared, tmp_path):
+    """A source and its prepared folder. All recordings have to be prepared again."""
+    source, output = copied(prepared[0], tmp_path / "source"), copied(prepared[1], tmp_path / "out")
+    for path in source.rglob("*_bbox.npy"):
+        boxes = read_boxes(path)
+        boxes["track_id"] += 100
+        write_boxes(path, boxes)
+    return source, output
+
+
+def unreadable_group(monkeypatch) -> type[Exception]:
+    """A recording that stays in its shard, or a part, cannot be copied."""
+    monkeypatch.setattr(pack, "find_group", fails_with(errno.EIO))
+    return UnavailableFileError
+
+
+def full_disk(monkeypatch) -> type[Exception]:
+    """From the first shard on. HDF5 writes much of it when the file is closed."""
+    write = atomic.Disk.write
+
+    def full(disk, data):
+        if Path(disk.name).parent.parent.name != pack.PARTS:
+            disk.error = OSError(errno.ENOSPC, "No space left on device")
+        return write(disk, data)
+
+    monkeypatch.setattr(atomic.Disk, "write", full)
+    return atomic.NoSpaceError
+
+
+@pytest.mark.parametrize("failure", [unreadable_group, full_disk])
+def test_a_dataset_stays_usable_where_its_first_shard_cannot_be_written(
+    to_redo, monkeypatch, failure
+):
+    source, output = to_redo
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        error = failure(patch)
+        with pytest.raises(error):
+            prepare(prep_config(source, output))
+    for path, content in before.items():
+        assert path.read_bytes() == content
+    for split in ("train", "val"):
+        open_dataset(DatasetConfig(root=str(output)), split)
+    assert not verify(output, processes=1).damaged
+    prepare(prep_config(source, output))
+    assert_sound(output)
+    assert prepare(prep_config(source, output)).prepared == {}
 
 
 def reading_entry(output):

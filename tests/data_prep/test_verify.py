@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -586,7 +586,7 @@ def test_prep_and_verify_keep_out_of_each_others_way(mine):
 def verify_as_nobody(output, send) -> None:
     if os.getuid() == 0:  # whom no permission stops
         os.setuid(65534)
-    with redirect_stdout(io.StringIO()) as out:
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
         damaged = verify(
             output, sample=0, processes=1
         )  # whose Python may not be open to others: no more to compile
@@ -612,6 +612,46 @@ def test_a_folder_that_may_only_be_read_is_verified_without_marks(prepared):
         assert damaged == ["train/b"]
         assert "1 damaged, and not marked, since you may not write to it" in out
         assert not (output / ".damaged").exists()
+
+
+def lock_of_another_user(output: Path) -> None:
+    output.chmod(0o777)
+    (output / ".lock").touch()
+    (output / ".lock").chmod(0o644)
+
+
+def unreadable_lock(output: Path) -> None:
+    output.chmod(0o777)
+    (output / ".lock").touch()
+    (output / ".lock").chmod(0o600)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(os.getuid() != 0, reason="needs files of another user")
+@pytest.mark.parametrize("shared", [lock_of_another_user, unreadable_lock])
+def test_a_folder_that_several_users_write_to_is_verified_by_each(prepared, shared):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        output = copied(prepared, Path(folder) / "out")
+        flip_stored(shard(output), "b/frames", 100)
+        shared(output)
+        receive, send = multiprocessing.Pipe(duplex=False)
+        child = multiprocessing.get_context("spawn").Process(
+            target=verify_as_nobody, args=(output, send)
+        )
+        child.start()
+        assert receive.poll(40)
+        damaged, out = receive.recv()
+        child.join(120)
+        assert damaged == ["train/b"]
+        if shared is lock_of_another_user:
+            assert "1 damaged, and marked" in out
+            assert (output / ".damaged").exists()
+        else:
+            assert ".lock cannot be opened (Permission denied). Ask its owner to run chmod" in out
+            assert "1 damaged, and not marked" in out
+            assert not (output / ".damaged").exists()
 
 
 # -- the command -------------------------------------------------------------------------------------------------
