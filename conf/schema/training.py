@@ -508,7 +508,7 @@ class ParallelConfig:
     batch_norm: BatchNormRanks = BatchNormRanks.world  # whose samples it normalises together
     device: DeviceKind = DeviceKind.auto
     timeout_s: int = 600  # a collective that waits longer ends the run
-    threads: int = 0  # CPU threads per rank; 0: the cores divided by the ranks
+    threads: int = 0  # CPU threads per rank; 0: its task's cores, or the cores by the ranks
 
     def __post_init__(self) -> None:
         require(self.ranks >= 1, f"parallel.ranks is {self.ranks}; give 1 or more")

@@ -9,14 +9,13 @@ more lanes are no faster. All ranks decide by the same values, so they choose th
 import gc
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
@@ -25,7 +24,7 @@ from evspan.conf.errors import ConfigError, UserError
 from evspan.conf.json_files import JsonFileError, read_json_object
 from evspan.conf.schema.training import TrainConfig
 from evspan.conf.text import plural
-from evspan.pipeline.checkpoint_files import FOLDER, step_names
+from evspan.pipeline.checkpoint_files import FOLDER, DamagedError, read_meta, step_names
 from evspan.pipeline.data.requirements import open_training
 from evspan.pipeline.engine.cgroup_memory import cgroup_memory_limit
 from evspan.pipeline.engine.oom import out_of_memory
@@ -92,12 +91,29 @@ def with_batch_size(
 
 
 def _stored_batch_size(run: Path) -> int:
-    """That of the run's checkpoints; 0 without any."""
-    if not step_names(run / FOLDER):
+    """That of the run's checkpoints; 0 without any.
+
+    From the newest checkpoint whose meta.json is intact, or from config.json if there is none.
+    """
+    names = step_names(run / FOLDER)
+    for name in names:
+        try:
+            return _lanes(read_meta(run / FOLDER / name).values["config"])
+        except (OSError, DamagedError):
+            continue
+    if not names:
         return 0
     try:
-        lanes = read_json_object(run / "config.json")["training"]["batch_size"]
-    except (OSError, JsonFileError, KeyError, TypeError):
+        return _lanes(read_json_object(run / "config.json"))
+    except (OSError, JsonFileError):
+        return 0
+
+
+def _lanes(config: Any) -> int:
+    """training.batch_size of a config in JSON; 0 where there is none."""
+    try:
+        lanes = config["training"]["batch_size"]
+    except (KeyError, TypeError):
         return 0
     return lanes if isinstance(lanes, int) and lanes > 0 else 0
 
@@ -123,7 +139,7 @@ def _probe(
     data = open_training(config.dataset, config.model.head.num_classes)
     frames = sum(recording.frames for recording in data.recordings)
     most = min(MOST_LANES, max(1, frames // config.training.sequence_length))
-    limit = memory_limit(world.device)
+    limit = memory_limit(world.device, world.local_size)
     probes: list[Probe] = []
 
     def measure(lanes: int) -> Probe:
@@ -195,18 +211,20 @@ def search(measure: Callable[[int], Probe], *, unit: int, most: int, faster: boo
     return best.lanes
 
 
-def memory_limit(device: torch.device) -> int:
+def memory_limit(device: torch.device, local_size: int) -> int:
     """Bytes that this process may use: of its GPU, or its part of the machine's memory.
 
     On a CPU the limit of a job or container counts, too.
+
+    Args:
+        local_size: ranks on this machine, which divide its memory among them.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    limit = resident_bytes() + psutil.virtual_memory().available // ranks
+    limit = resident_bytes() + psutil.virtual_memory().available // local_size
     of_group = cgroup_memory_limit()
-    return limit if of_group is None else min(limit, of_group // ranks)
+    return limit if of_group is None else min(limit, of_group // local_size)
 
 
 def _measured(

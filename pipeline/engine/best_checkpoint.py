@@ -1,10 +1,14 @@
-"""The metrics of a run's checkpoints, and the pointer `best` to the one with the highest AP."""
+"""The metrics of a run's checkpoints, and the pointer `best` to the one with the highest AP.
+
+A run may continue with another evaluation: another split, fewer recordings, other filters. `best`
+compares the checkpoints whose evaluation is that of the newest one with an AP.
+"""
 
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from evspan.pipeline.checkpoint_files import (
     BEST,
@@ -22,6 +26,31 @@ from evspan.pipeline.checkpoint_files import (
 )
 
 NOT_EVALUATED = -1.0  # lower than any AP
+EVALUATION_ID = "evaluation_id"  # key of metrics.json, from `evaluation_id`
+
+
+def comparable(first: str, second: str) -> bool:
+    """Whether the APs of two evaluations can be compared.
+
+    Args:
+        first, second: EVALUATION_ID of their metrics; empty in those of an earlier version, which
+            count as comparable with all others.
+    """
+    return not first or not second or first == second
+
+
+class _Score(NamedTuple):
+    """The AP of a checkpoint, NOT_EVALUATED without one, and the EVALUATION_ID of its metrics."""
+
+    ap: float
+    evaluation: str = ""
+
+    @property
+    def has_ap(self) -> bool:
+        return self.ap > NOT_EVALUATED
+
+    def is_comparable(self, other: "_Score") -> bool:
+        return comparable(self.evaluation, other.evaluation)
 
 
 class BestCheckpoint:
@@ -33,7 +62,7 @@ class BestCheckpoint:
     def evaluated(self, step: int) -> bool:
         """Whether the checkpoint of `step` has intact metrics."""
         try:
-            self._read_ap(checkpoint_name(step))
+            self._read_score(checkpoint_name(step))
         except DamagedError:
             return False
         return True
@@ -46,23 +75,29 @@ class BestCheckpoint:
         return metrics
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes metrics.json of a checkpoint; updates `best` if no other one has a higher AP.
+        """Writes metrics.json of the newest checkpoint; updates `best` where it has an AP.
 
         Args:
             metrics: JSON values; `ap` is a number or None.
         """
         name = checkpoint_name(step)
-        best_ap = self._ap(self.name())
         write_file(self.folder / name / METRICS, dump_with_checksum({**metrics, "step": step}))
-        if metrics["ap"] is not None and metrics["ap"] > best_ap:
-            self._write(name)
+        if metrics["ap"] is None:
+            return
+        highest = self._highest(step_names(self.folder))
+        if highest is not None and highest != read_pointer(self.folder / BEST):
+            self._write(highest)
 
     def name(self) -> str | None:
         """The name of the checkpoint with the highest AP; None before the first evaluation."""
+        names = step_names(self.folder)
+        newest = self._newest(names)
         name = read_pointer(self.folder / BEST)
-        if name is not None and self._ap(name) > NOT_EVALUATED:
-            return name
-        return self._highest(step_names(self.folder))
+        if name is not None:
+            score = self._score(name)
+            if score.has_ap and score.is_comparable(newest):
+                return name
+        return self._highest(names)
 
     def repair(self, newest: str) -> list[str]:
         """Sets damaged metrics aside, and lets `best` name the highest AP that is left.
@@ -77,7 +112,7 @@ class BestCheckpoint:
         notes = []
         for name in names:
             try:
-                self._read_ap(name)
+                self._read_score(name)
             except DamagedError as error:
                 if (self.folder / name / METRICS).exists():
                     aside = self.folder / name / f"damaged-{METRICS}"
@@ -90,15 +125,15 @@ class BestCheckpoint:
         highest = self._highest(names)
         if stored == highest:
             return notes
-        problem = self._problem_of(stored)
+        problem = self._problem_of(stored, highest)
         if highest is None:
             (self.folder / BEST).unlink()
             return [*notes, f"{problem}; no checkpoint has an AP, and it is removed"]
         self._write(highest)
         return [*notes, f"{problem}; it now names {highest}"]
 
-    def _problem_of(self, stored: str | None) -> str:
-        """What is wrong with `best`, which does not name the highest AP."""
+    def _problem_of(self, stored: str | None, highest: str | None) -> str:
+        """What is wrong with `best`, which does not name `highest`."""
         if stored is None:
             return f"{BEST} is missing"
         if step_of(stored) < 0:
@@ -107,27 +142,42 @@ class BestCheckpoint:
             return f"{BEST} names {stored}, which is not there"
         if not (self.folder / stored / METRICS).exists():
             return f"{BEST} names {stored}, whose {METRICS} is missing"
+        if not self._score(stored).is_comparable(self._score(highest)):
+            return f"{BEST} names {stored}, whose evaluation is not that of the newest AP"
         return f"{BEST} names {stored}, which does not have the highest AP"
 
     def _highest(self, names: Sequence[str]) -> str | None:
-        """The first step with the highest AP."""
+        """The first step with the highest AP, of those with the evaluation of the newest AP.
+
+        Args:
+            names: the highest step first.
+        """
+        newest = self._newest(names)
         best = None
         best_ap = NOT_EVALUATED
         for name in reversed(names):
-            ap = self._ap(name)
-            if ap > best_ap:
+            score = self._score(name)
+            if score.ap > best_ap and score.is_comparable(newest):
                 best = name
-                best_ap = ap
+                best_ap = score.ap
         return best
 
-    def _ap(self, name: str | None) -> float:
+    def _newest(self, names: Sequence[str]) -> _Score:
+        """The score of the newest checkpoint with an AP. names: the highest step first."""
+        for name in names:
+            score = self._score(name)
+            if score.has_ap:
+                return score
+        return _Score(NOT_EVALUATED)
+
+    def _score(self, name: str | None) -> _Score:
         """NOT_EVALUATED where a checkpoint has no AP, or no intact metrics."""
         try:
-            return NOT_EVALUATED if name is None else self._read_ap(name)
+            return _Score(NOT_EVALUATED) if name is None else self._read_score(name)
         except DamagedError:
-            return NOT_EVALUATED
+            return _Score(NOT_EVALUATED)
 
-    def _read_ap(self, name: str) -> float:
+    def _read_score(self, name: str) -> _Score:
         """NOT_EVALUATED where the metrics have no AP.
 
         Raises:
@@ -142,11 +192,12 @@ class BestCheckpoint:
         if metrics.get("step", step_of(name)) != step_of(name):
             raise DamagedError(folder, METRICS, f"is of step {metrics['step']}")
         ap = metrics.get("ap", "")
+        evaluation = str(metrics.get(EVALUATION_ID, ""))
         if ap is None:
-            return NOT_EVALUATED
+            return _Score(NOT_EVALUATED, evaluation)
         if isinstance(ap, bool) or not isinstance(ap, int | float) or math.isnan(ap):
             raise DamagedError(folder, METRICS, "has no AP")
-        return float(ap)
+        return _Score(float(ap), evaluation)
 
     def _write(self, name: str) -> None:
         write_file(self.folder / BEST, f"{name}\n".encode())

@@ -186,6 +186,7 @@ class Checkpoints:
         self.asynchronous = asynchronous
         self.best = BestCheckpoint(self.folder)
         self.pending: PendingSave | None = None
+        self.warned_of_leftover = False
 
     # -- saving --------------------------------------------------------------------------------
     def save(self, step: int, snapshot: Snapshot) -> Path:
@@ -324,9 +325,10 @@ class Checkpoints:
     def _begin(self, temporary: Path, *, run: bool) -> dict[str, FileSum]:
         if not run:
             return {}
-        for pattern in (".deleting-*", ".writing-*"):  # of a run that was killed
-            for leftover in self.folder.glob(pattern):
-                shutil.rmtree(leftover)
+        for leftover in self.folder.glob(".writing-*"):  # of a run that was killed
+            os.replace(leftover, _deleted_name(leftover))  # works where deleting does not
+        for leftover in self.folder.glob(".deleting-*"):
+            self._delete(leftover)
         temporary.mkdir(parents=True)
         return {}
 
@@ -375,13 +377,16 @@ class Checkpoints:
             self.start_over = False
         replaced = _deleted_name(final)
         if final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
             os.replace(final, replaced)
         os.replace(temporary, final)
         fsync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if replaced.exists():
+            self._delete(replaced)
         self._write_latest(final.name)
-        self._remove_old(final.name)
+        try:
+            self._remove_old(final.name)
+        except OSError as error:  # the new checkpoint is complete in any case
+            self._warn_of_leftover(self.folder, error)
         if starts_over:
             self.started_over()
 
@@ -413,7 +418,38 @@ class Checkpoints:
             if kept < self.keep:
                 kept += self._is_complete(name)
             elif name != best:
-                _remove(self.folder / name)
+                self._remove(self.folder / name)
+
+    def _remove(self, path: Path) -> None:
+        """Renames first: a checkpoint that is half deleted must not look complete."""
+        renamed = _deleted_name(path)
+        os.replace(path, renamed)
+        self._delete(renamed)
+
+    def _delete(self, path: Path) -> None:
+        """Deletes a folder, as far as possible: the next save tries again.
+
+        On NFS a file that a process has open becomes `.nfsXXXX`, and its folder stays.
+        """
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)  # what the error has left
+            if path.exists():
+                self._warn_of_leftover(path, error)
+
+    def _warn_of_leftover(self, path: Path, error: OSError) -> None:
+        """Warns once. A save that is committed does not fail for what it leaves behind."""
+        if self.warned_of_leftover:
+            return
+        self.warned_of_leftover = True
+        logger.warning(
+            "%s: an old checkpoint could not be deleted (%s: %s); it takes space and is not read. "
+            "Every save tries again; to free it earlier, end the process that has its files open",
+            path,
+            error.filename or path.name,
+            error.strerror or error,
+        )
 
     def _is_complete(self, name: str) -> bool:
         """Whether meta.json is intact. The contents of the other files are not read."""
@@ -553,7 +589,7 @@ class Checkpoints:
         return self.best.recorded(step)
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes metrics.json of a checkpoint; updates `best` if no other one has a higher AP.
+        """Writes metrics.json of the newest checkpoint; updates `best` where it has an AP.
 
         Args:
             metrics: JSON values; `ap` is a number or None.
@@ -674,15 +710,14 @@ def _generators_file(rank: int) -> str:
 
 
 def _deleted_name(path: Path) -> Path:
-    return path.with_name(f".deleting-{path.name}")
-
-
-def _remove(path: Path) -> None:
-    """Renames first: a checkpoint that is half deleted must not look complete."""
-    renamed = _deleted_name(path)
-    shutil.rmtree(renamed, ignore_errors=True)
-    os.replace(path, renamed)
-    shutil.rmtree(renamed)
+    """A new name for a folder that is deleted: the one before may still be there."""
+    name = f".deleting-{path.name.lstrip('.')}"
+    renamed = path.with_name(name)
+    number = 1
+    while renamed.exists():
+        number += 1
+        renamed = path.with_name(f"{name}-{number}")
+    return renamed
 
 
 def _is_transient(error: BaseException | None) -> bool:

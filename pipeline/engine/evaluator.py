@@ -37,6 +37,15 @@ logger = logging.getLogger(__name__)
 BOXES = "_bbox.npy"
 # These do not change the numbers, or only by rounding.
 NOT_IN_PROTOCOL = ("sequence_length", "batch_size", "write_detections", "precision", "at_end")
+# These change the breakdowns of the metrics, but not the AP.
+NOT_IN_AP = (
+    "confusion_threshold",
+    "still_speed",
+    "still_s",
+    "time_bins_s",
+    "speed_bins",
+    "rest_bins_s",
+)
 
 
 class EvaluationStoppedError(Exception):
@@ -255,6 +264,21 @@ def _prepared_with(kind: DatasetKind, root: str) -> dict[str, Any]:
 def protocol(config: EvaluationConfig) -> dict[str, Any]:
     """The settings that the numbers depend on: thresholds, filters, bins."""
     return {key: value for key, value in asdict(config).items() if key not in NOT_IN_PROTOCOL}
+
+
+def evaluation_id(config: EvaluationConfig, recordings: str) -> str:
+    """Identifies what an AP is of: the APs of two evaluations with one id can be compared.
+
+    Unlike `config_hash`, it includes the recordings and their labels, and nothing that leaves the
+    AP as it is.
+
+    Args:
+        config: from `protocol_of`.
+        recordings: the checksum of the split, from `data_digest`.
+    """
+    settings = {key: value for key, value in protocol(config).items() if key not in NOT_IN_AP}
+    text = json.dumps([settings, recordings], sort_keys=True)
+    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def write_results(

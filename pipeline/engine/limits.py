@@ -15,6 +15,7 @@ import torch
 from evspan.conf.schema.training import TrainConfig, TrainingConfig
 from evspan.conf.text import plural
 from evspan.pipeline.data.datasets import Dataset
+from evspan.pipeline.engine.best_checkpoint import EVALUATION_ID, comparable
 from evspan.pipeline.engine.signals import any_rank
 
 LIMITS = "limits"  # key of meta.json and of a checkpoint's metrics.json
@@ -67,6 +68,7 @@ class RunLimits:
         self.started = time.monotonic()
         self.best_ap = -1.0  # lower than any AP
         self.without_better = 0  # evaluations since the one with the best AP
+        self.evaluation = ""  # EVALUATION_ID of these evaluations; empty before the first one
 
     @property
     def seconds(self) -> float:
@@ -85,8 +87,17 @@ class RunLimits:
         ):
             self._end_by_time()
 
-    def evaluated(self, ap: float | None) -> None:
-        """After an evaluation, on every rank. ap: the same on all; None: there is none."""
+    def evaluated(self, ap: float | None, evaluation: str) -> None:
+        """After an evaluation, on every rank. The count begins again with another evaluation.
+
+        Args:
+            ap: the same on all; None: there is none.
+            evaluation: its EVALUATION_ID, the same on all.
+        """
+        if not comparable(evaluation, self.evaluation):
+            self.best_ap = -1.0
+            self.without_better = 0
+        self.evaluation = evaluation
         if ap is not None and ap > self.best_ap:
             self.best_ap = ap
             self.without_better = 0
@@ -101,6 +112,7 @@ class RunLimits:
             "seconds": round(self.seconds, 3),
             "best_ap": self.best_ap,
             "without_better": self.without_better,
+            EVALUATION_ID: self.evaluation,
         }
 
     def to_metrics(self) -> dict[str, Any]:
@@ -125,6 +137,7 @@ class RunLimits:
         self.earlier_seconds = float(counts.get("seconds", 0.0))
         self.best_ap = float(counts.get("best_ap", -1.0))
         self.without_better = int(counts.get("without_better", 0))
+        self.evaluation = str(counts.get(EVALUATION_ID, ""))
         hours = self.config.max_hours
         if hours and self.earlier_seconds >= hours * SECONDS_PER_HOUR:
             self._end_by_time()

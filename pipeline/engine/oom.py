@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import torch
 from evspan.conf.errors import UserError
-from evspan.conf.schema.training import EngineKind, Precision, TrainConfig
+from evspan.conf.schema.training import EngineKind, EvaluationConfig, Precision, TrainConfig
 from evspan.conf.text import plural
 from evspan.pipeline.engine.resources import peak_bytes
+from evspan.pipeline.history import Activity
+from evspan.pipeline.parallel.flight_recorder import current_phase
 from evspan.pipeline.parallel.world import World
 
 # Texts of errors from torch, NumPy, CUDA libraries, HDF5, C++, Python and oneDNN.
@@ -72,21 +74,47 @@ class _Chunk(NamedTuple):
 def _message(error: BaseException, config: TrainConfig, world: World) -> str:
     chunk = _Chunk.of(config, world)
     place = f"the GPU of rank {world.rank}" if _on_gpu(world) else f"rank {world.rank}"
-    size = f"{plural(chunk.lanes, 'lane')} x {chunk.frames} frames"
+    activity = _activity()
+    size = _size_text(config, chunk, activity)
     first_line = (str(error).splitlines() or [""])[0]
     reason = " ".join(first_line.split()) or type(error).__name__
     peak_gib = peak_bytes(world.device) / 2**30
-    options = "; ".join(memory_options(config, world))
+    options = "; ".join(memory_options(config, world, activity))
     return (
-        f"{place} ran out of memory with {size} in a micro-batch, after using {peak_gib:.1f} GiB "
+        f"{place} ran out of memory with {size}, after using {peak_gib:.1f} GiB "
         f"({reason[-MAX_REASON:]}). Try, in this order: {options}"
     )
 
 
-def memory_options(config: TrainConfig, world: World) -> list[str]:
-    """What lowers a rank's memory, the cheapest first; each as overrides of the command."""
+def _size_text(config: TrainConfig, chunk: _Chunk, activity: Activity | None) -> str:
+    """What the rank computed at a time."""
+    evaluation = config.evaluation
+    if activity is Activity.evaluating:
+        recordings = plural(evaluation.batch_size, "recording")
+        return f"{recordings} x {evaluation.sequence_length} frames in an evaluation"
+    if activity is Activity.images:
+        return f"{evaluation.sequence_length} frames in writing TensorBoard images"
+    return f"{plural(chunk.lanes, 'lane')} x {chunk.frames} frames in a micro-batch"
+
+
+def _activity() -> Activity | None:
+    """What the run does now; None in a step."""
+    phase = current_phase()
+    return next((activity for activity in Activity if activity.value == phase), None)
+
+
+def memory_options(
+    config: TrainConfig, world: World, activity: Activity | None = None
+) -> list[str]:
+    """What lowers a rank's memory, the cheapest first; each as overrides of the command.
+
+    Args:
+        activity: in which the memory was exhausted. An evaluation and images have options of their
+            own, which a run that continues may change.
+    """
     chunk = _Chunk.of(config, world)
     options = [
+        *_evaluation_options(config.evaluation, activity),
         *_compute_options(config, chunk),
         *_precision_and_sharding_options(config, world),
         *_batch_options(config, chunk),
@@ -95,6 +123,21 @@ def memory_options(config: TrainConfig, world: World) -> list[str]:
         "a smaller model (size=tiny, or micro), or frames of lower resolution "
         "(evspan prep frames.downsample=4)"
     ]
+
+
+def _evaluation_options(config: EvaluationConfig, activity: Activity | None) -> list[str]:
+    """Images are of one recording at a time."""
+    options = []
+    if activity is Activity.evaluating and config.batch_size > 1:
+        options.append(
+            f"evaluation.batch_size={config.batch_size // 2} instead of {config.batch_size}"
+        )
+    if activity in (Activity.evaluating, Activity.images) and config.sequence_length > 1:
+        options.append(
+            f"evaluation.sequence_length={config.sequence_length // 2} instead of "
+            f"{config.sequence_length}"
+        )
+    return options
 
 
 def _compute_options(config: TrainConfig, chunk: _Chunk) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from evspan.conf.atomic_files import replace_file
 from evspan.conf.compose import CONFIG_FILE, load_config, save_config
 from evspan.conf.errors import STOPPED_EXIT_CODE, ConfigError, UserError
 from evspan.conf.schema.training import Precision, TrainConfig
@@ -23,6 +25,7 @@ from evspan.pipeline.data.sampling import sampling_plan
 from evspan.pipeline.data_digest import data_digest
 from evspan.pipeline.engine.batch_norm import batch_norm_reductions
 from evspan.pipeline.engine.batch_size import with_batch_size
+from evspan.pipeline.engine.best_checkpoint import EVALUATION_ID
 from evspan.pipeline.engine.checkpoints import (
     Checkpoints,
     LoadedSnapshot,
@@ -40,6 +43,7 @@ from evspan.pipeline.engine.evaluator import (
     EvaluationStoppedError,
     describe_evaluation,
     evaluate_weights,
+    evaluation_id,
     write_results,
 )
 from evspan.pipeline.engine.host_copies import CopyToHost, HostCopies, copy_now, no_copy
@@ -50,6 +54,7 @@ from evspan.pipeline.engine.oom import explain_out_of_memory
 from evspan.pipeline.engine.parameter_patterns import freeze
 from evspan.pipeline.engine.precision import resolve_precision, set_float32_kernels
 from evspan.pipeline.engine.profiling import Profiler
+from evspan.pipeline.engine.restarts import LAUNCHERS, continue_if_restarted, launcher_ids
 from evspan.pipeline.engine.run_reporter import Evaluated, RunReporter
 from evspan.pipeline.engine.running_statistics import RunningStatistics
 from evspan.pipeline.engine.signals import StopFlag, catch_stop_signals
@@ -179,6 +184,7 @@ def train(
         barrier("the lock of the run")
         if world.hang is not None:
             world.hang.start()
+        config = continue_if_restarted(config, world)
         config = with_batch_size(config, world, lambda probed: _ProbedTrainer(probed, world))
         with explain_out_of_memory(config, world):
             trainer = Trainer(config, world, account=account)
@@ -248,6 +254,7 @@ class Trainer:
         config = without_secrets(config)  # all that a run writes may be published
         self.world = world
         self.run_dir = Path(config.run_dir)
+        self.launchers = launcher_ids(os.environ)
         self.checkpoints = Checkpoints(
             self.run_dir,
             rank=world.rank,
@@ -743,6 +750,7 @@ class Trainer:
             RECENT_LOSSES: self.spikes.state(),
             DATA: self.data_digest,
             INIT_FROM: self.init_from,
+            LAUNCHERS: self.launchers,
         }
         if self.average is not None:
             meta[AVERAGE_KEY] = self.average.info._asdict()
@@ -869,7 +877,11 @@ class Trainer:
             stop_requested=stop_flag.is_set,
         )
         restore_generators(generators)
-        self.limits.evaluated(metrics.ap)
+        evaluation = ""
+        if self.world.is_main:
+            evaluation = evaluation_id(protocol, self.data_digest["evaluation"])
+        evaluation = broadcast_json(evaluation, name="which evaluation it is")
+        self.limits.evaluated(metrics.ap, evaluation)
         if self.world.is_main:
             seconds = time.perf_counter() - started
             self.reporter.evaluation(
@@ -892,6 +904,7 @@ class Trainer:
                 description,
             )
             description[LIMITS] = self.limits.to_metrics()
+            description[EVALUATION_ID] = evaluation
             self.checkpoints.record(self.step, {**metrics.to_json(), **description})
         return metrics
 
@@ -929,7 +942,7 @@ def _build_detector(
 def _write_config(config: TrainConfig, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain(asdict(config)), indent=1)
-    (run_dir / "config.json").write_text(text + "\n")
+    replace_file(run_dir / "config.json", text + "\n")
 
 
 def _resume_from_now_on(run_dir: Path) -> None:

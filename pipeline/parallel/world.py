@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +20,14 @@ from evspan.pipeline.parallel.devices import (
 )
 from evspan.pipeline.parallel.hang_watch import HangWatch, hang_watch
 from evspan.pipeline.parallel.heartbeat import heartbeat
-from evspan.pipeline.parallel.rank_env import RankInfo, check_address, check_interfaces, rank_info
+from evspan.pipeline.parallel.rank_env import (
+    TORCHRUN,
+    RankInfo,
+    check_address,
+    check_interfaces,
+    rank_info,
+    started_as_rank,
+)
 from evspan.pipeline.parallel.rank_exit import group_is_open
 from evspan.pipeline.parallel.rendezvous import joining, rendezvous
 from evspan.pipeline.parallel.run_secret import RunSecret, shared_secret
@@ -62,6 +69,26 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
 
 
+def cores_of_rank(env: Mapping[str, str], local_size: int, usable: int) -> int:
+    """The cores that this rank computes on.
+
+    In a SLURM step of several tasks these are SLURM_CPUS_PER_TASK, whether the step binds a task to
+    its cores (`usable` are then this rank's own) or not (they are the node's or the job's). A step
+    that gives its tasks fewer cores than its job's variable says binds each task to fewer.
+
+    Elsewhere, and without the variable, the ranks of the machine divide the cores.
+
+    Args:
+        local_size: ranks on this machine.
+        usable: cores in this process's affinity mask.
+    """
+    is_slurm_task = started_as_rank(env) and not all(name in env for name in TORCHRUN)
+    per_task = env.get("SLURM_CPUS_PER_TASK", "")
+    if is_slurm_task and per_task.isdecimal() and int(per_task) > 0:
+        return min(int(per_task), usable)
+    return max(1, usable // local_size)
+
+
 @contextmanager
 def open_world(config: ParallelConfig, *, run: str | Path | None = None) -> Iterator[World]:
     """Joins the process group (NCCL on GPUs, gloo otherwise), and leaves it when all ranks do.
@@ -90,8 +117,8 @@ def open_world(config: ParallelConfig, *, run: str | Path | None = None) -> Iter
     if info.size > 1:
         check_address(info.address)
     set_cuda_variables(config.device)
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.threads or max(1, cores // info.local_size))
+    cores = cores_of_rank(os.environ, info.local_size, len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads or cores)  # the loader's threads follow from it
     folder = Path(run) if run else None
     with _launcher_variables(info), hang_watch(folder, info, config.timeout_s) as hang:
         device, secret = _join_group(config, info, folder)

@@ -1,6 +1,8 @@
 """Checkpoints that a thread writes are those of a synchronous save, and are committed or absent."""
 
+import errno
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -293,6 +295,44 @@ def test_a_failure_ends_the_run_with_one_message(
     assert (calls[1] == THREAD) is asynchronous
     assert steps[-1] <= 8
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000001"]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
+    world, tmp_path, monkeypatch, caplog, asynchronous
+):
+    """As on NFS while a process has a file open: deleting leaves `.nfsXXXX`, and the folder."""
+    real = shutil.rmtree
+    is_open = True
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if not is_open or not Path(path).exists():
+            real(path, ignore_errors=ignore_errors)
+            return
+        for file in Path(path).iterdir():
+            file.unlink()
+        (Path(path) / ".nfs0001").touch()
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    checkpoints = Checkpoints(tmp_path, rank=0, keep=1, asynchronous=asynchronous)
+    for step in (1, 2, 3, 3):  # the last one again, after a resume from an older one
+        checkpoints.save(step, snapshot(step))
+        checkpoints.wait()
+        assert find_newest_intact(tmp_path).name == f"step-{step:08d}"
+    assert caplog.text.count("an old checkpoint could not be deleted") == 1
+    assert "/.deleting-step-00000001: Directory not empty" in caplog.text
+    # The next attempt, which also finds the unfinished folder of a kill.
+    (checkpoints.folder / ".writing-step-00000004").mkdir()
+    again = Checkpoints(tmp_path, rank=0, keep=1, asynchronous=asynchronous)
+    again.save(4, snapshot(4))
+    again.wait()
+    assert find_newest_intact(tmp_path).name == "step-00000004"
+    is_open = False
+    again.save(5, snapshot(5))
+    again.wait()
+    assert sorted(path.name for path in again.folder.iterdir()) == ["latest", "step-00000005"]
 
 
 @pytest.mark.slow

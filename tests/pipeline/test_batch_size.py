@@ -1,6 +1,7 @@
 """`training.batch_size=auto`: a search over pretended memories, and a real probe."""
 
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -19,10 +20,17 @@ from evspan.conf.schema.training import (
     TrainingConfig,
 )
 from evspan.launch.cli.config_arguments import parse_config_arguments
+from evspan.pipeline.checkpoint_files import dump_with_checksum
 from evspan.pipeline.engine import batch_size
-from evspan.pipeline.engine.batch_size import Probe, memory_limit, search, with_batch_size
+from evspan.pipeline.engine.batch_size import (
+    Probe,
+    _stored_batch_size,
+    memory_limit,
+    search,
+    with_batch_size,
+)
 from evspan.pipeline.engine.cgroup_memory import cgroup_memory_limit
-from evspan.pipeline.engine.trainer import train
+from evspan.pipeline.engine.trainer import _write_config, train
 from evspan.pipeline.metrics_log import read_metrics
 from support.one_rank import open_one_rank
 from support.small_shards import write_small_shards
@@ -87,16 +95,67 @@ def test_the_word_auto_is_a_number_in_the_config():
 def test_a_gpu_counts_what_is_free_and_what_torch_holds(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 30)
-    assert memory_limit(torch.device("cuda", 0)) == 7 << 30
+    assert memory_limit(torch.device("cuda", 0), 4) == 7 << 30
 
 
 def test_the_ranks_of_a_machine_divide_its_memory(monkeypatch):
     monkeypatch.setattr(batch_size, "cgroup_memory_limit", lambda: None)
-    one = memory_limit(torch.device("cpu"))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert memory_limit(torch.device("cpu")) < one / 2
+    one = memory_limit(torch.device("cpu"), 1)
+    assert memory_limit(torch.device("cpu"), 4) < one / 2
     monkeypatch.setattr(batch_size, "cgroup_memory_limit", lambda: 4 << 20)
-    assert memory_limit(torch.device("cpu")) == 1 << 20
+    assert memory_limit(torch.device("cpu"), 4) == 1 << 20
+
+
+def test_the_ranks_of_a_machine_are_those_of_any_launcher(shards, tmp_path, monkeypatch):
+    """SLURM does not set LOCAL_WORLD_SIZE."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    limits = []
+    monkeypatch.setattr(batch_size, "cgroup_memory_limit", lambda: 4 << 20)
+    monkeypatch.setattr(
+        batch_size, "_measured", lambda *args: limits.append(args[-1]) or Probe(args[-2], 1.0, 1.0)
+    )
+    auto = small_config(shards, tmp_path / "auto", lanes=0)
+    with open_one_rank() as world:
+        with_batch_size(auto, replace(world, local_size=4), lambda _: pytest.fail("was opened"))
+    assert set(limits) == {1 << 20}
+
+
+def test_a_resume_has_the_number_of_the_newest_intact_checkpoint(tmp_path):
+    """config.json may be cut off, and a checkpoint may be damaged."""
+    checkpoints = tmp_path / "checkpoints"
+    assert _stored_batch_size(tmp_path) == 0
+    (tmp_path / "config.json").write_text('{"training": {"batch_size": 5}}')
+    assert _stored_batch_size(tmp_path) == 0  # no checkpoint: of a run that saved nothing
+    (checkpoints / "step-00000010").mkdir(parents=True)
+    assert _stored_batch_size(tmp_path) == 5
+    (tmp_path / "config.json").write_text('{"training": {"bat')
+    assert _stored_batch_size(tmp_path) == 0
+    for step, lanes in ((2, 3), (8, 7)):
+        folder = checkpoints / f"step-{step:08d}"
+        folder.mkdir()
+        config = {"training": {"batch_size": lanes}}
+        values = {"step": step, "config": config, "files": {}}
+        (folder / "meta.json").write_bytes(dump_with_checksum(values))
+    assert _stored_batch_size(tmp_path) == 7
+    (checkpoints / "step-00000008" / "meta.json").write_text("{")
+    assert _stored_batch_size(tmp_path) == 3
+
+
+def test_the_config_is_replaced_as_a_whole(shards, tmp_path, monkeypatch):
+    """A kill, or a full disk, leaves the one before."""
+    config = small_config(shards, tmp_path, lanes=3)
+    _write_config(config, tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    config.training.batch_size = 2
+    with pytest.raises(OSError, match="No space left"):
+        _write_config(config, tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 V2 = "0::/system.slice/slurmstepd.scope/job_7/step_0/user/task_0"
@@ -165,7 +224,7 @@ def test_a_probed_run_equals_one_with_its_number_and_a_resume_keeps_it(
 ):
     caplog.set_level("INFO")
     sizes = []
-    monkeypatch.setattr(batch_size, "memory_limit", lambda device: 100 / batch_size.FILLED)
+    monkeypatch.setattr(batch_size, "memory_limit", lambda *_: 100 / batch_size.FILLED)
     real = batch_size._seconds
 
     def seconds(open_trainer, config):

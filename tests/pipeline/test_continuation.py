@@ -43,6 +43,7 @@ from evspan.pipeline.engine.continuation import (
 )
 from evspan.pipeline.engine.signals import StopFlag
 from evspan.pipeline.engine.trainer import Trainer
+from evspan.pipeline.engine.trainer import train as run_train
 from evspan.pipeline.history import read
 from evspan.pipeline.weights import load_weights
 from support.damages import DAMAGES, flip_bit, swap
@@ -362,6 +363,79 @@ def test_a_run_that_starts_over_does_so_once(trained, run, shards, world):
     assert train(attempt, world) == {}
     folders = sorted(path.name for path in (run / "checkpoints").glob("former-*"))
     assert folders == ["former-1"]
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+ELASTIC = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
+@pytest.fixture
+def attempt(run, shards, world, monkeypatch):
+    """One attempt of `checkpoint.resume=false`, as of torchrun or srun: without RUN/config.yaml.
+
+    Returns:
+        A function of the variables of its launcher and of its last step. It returns the resumed
+        step.
+    """
+    over = config(shards, run)
+    over.checkpoint.resume = False
+    over.evaluation.at_end = False
+
+    def start(environment, *, until=STEPS):
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            patch.setattr(Trainer, "_exit_if_stopped", lambda *_: None)
+            patch.setattr(
+                Trainer,
+                "_is_last_step",
+                property(lambda trainer: trainer.step >= until),
+            )
+            run_train(over, world)
+        return [event["step"] for event in read(run) if event["event"] == "start"][-1]
+
+    return start
+
+
+def former(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("former-*"))
+
+
+@pytest.mark.parametrize(
+    ("first", "restarted"),
+    [
+        (JOB, JOB | {"SLURM_RESTART_COUNT": "1"}),
+        (ELASTIC, ELASTIC | {"TORCHELASTIC_RESTART_COUNT": "1"}),
+        (JOB | ELASTIC, JOB | ELASTIC | {"TORCHELASTIC_RESTART_COUNT": "2"}),
+    ],
+)
+def test_a_job_that_is_started_again_starts_over_once(run, attempt, caplog, first, restarted):
+    caplog.set_level(logging.INFO)
+    assert attempt(first, until=2) == 0
+    assert "started again" not in caplog.text
+    assert attempt(restarted) == 2
+    assert "an earlier attempt of this job has started over" in caplog.text
+    assert former(run) == ["former-1"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "warns"),
+    [
+        (JOB, False),  # the same step, not requeued
+        (JOB | {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, True),
+        (JOB | {"SLURM_STEP_ID": "1", "SLURM_RESTART_COUNT": "1"}, True),
+        (JOB | ELASTIC | {"TORCHELASTIC_RESTART_COUNT": "1"}, True),  # by a torchrun of its own
+        ({}, False),
+    ],
+)
+def test_a_job_without_a_checkpoint_of_its_own_starts_over(
+    run, attempt, caplog, environment, warns
+):
+    attempt(JOB, until=2)
+    assert attempt(environment, until=1) == 0
+    assert former(run) == ["former-1", "former-2"]
+    warning = "none of the 1 checkpoints names it, so checkpoint.resume=false starts over"
+    assert (warning in caplog.text) is warns
 
 
 # -- the data ----------------------------------------------------------------------------------

@@ -20,11 +20,13 @@ from evspan.launch.sweep.registry import read_runs
 from evspan.pipeline.checkpoint_files import (
     DamagedError,
     FileSum,
+    checkpoint_name,
     dump_with_checksum,
     find_newest_intact,
     find_weights,
     read_meta,
     read_with_checksum,
+    step_names,
 )
 from evspan.pipeline.engine.checkpoints import Checkpoints, Resumed, Snapshot, load_same_weights
 from evspan.pipeline.history import read
@@ -441,3 +443,31 @@ def test_the_checksum_of_a_json_file_is_of_its_bytes(tmp_path):
         (tmp_path / "a.json").write_text(other)
         with pytest.raises(DamagedError):
             read_with_checksum(tmp_path, "a.json")
+
+
+def test_best_is_of_the_evaluation_of_the_newest(one_rank, tmp_path):
+    checkpoints = TwoRanks(tmp_path, rank=0, keep=2)
+
+    def save(step: int, ap: float | None, evaluation: str) -> None:
+        checkpoints.save(step, snapshot(step))
+        identity = {"evaluation_id": evaluation} if evaluation else {}
+        checkpoints.record(step, {"ap": ap, **identity})
+
+    best = checkpoints.folder / "best"
+    save(1, 0.6, "two recordings")
+    save(2, 0.3, "all")
+    for step, ap in ((3, 0.5), (4, 0.4), (5, 0.2), (6, None)):
+        save(step, ap, "all")
+        assert best.read_text() == checkpoints.best.name() + "\n" == "step-00000003\n"
+    assert step_names(checkpoints.folder) == [checkpoint_name(step) for step in (6, 5, 3)]
+    save(7, 0.05, "")  # of an earlier version: comparable with all
+    assert checkpoints.best.name() == "step-00000003"
+    save(8, 0.1, "two recordings")
+    assert checkpoints.best.name() == "step-00000008"
+    best.write_text("step-00000003\n")
+    resume(tmp_path)
+    assert best.read_text() == "step-00000008\n"
+    assert (
+        "best names step-00000003, whose evaluation is not that of the newest AP"
+        in events(tmp_path)[0]
+    )

@@ -22,11 +22,11 @@ from evspan.conf.schema.training import (
     TrainingConfig,
 )
 from evspan.launch.sweep.state import State, infer_state
-from evspan.pipeline.checkpoint_files import read_meta
+from evspan.pipeline.checkpoint_files import METRICS, read_meta, read_with_checksum
 from evspan.pipeline.data.datasets import open_dataset
 from evspan.pipeline.engine import limits as limits_module
 from evspan.pipeline.engine import trainer as trainer_module
-from evspan.pipeline.engine.evaluator import evaluate_weights, limit_recordings
+from evspan.pipeline.engine.evaluator import evaluate_weights, evaluation_id, limit_recordings
 from evspan.pipeline.engine.limits import RunLimits, total_steps
 from evspan.pipeline.engine.signals import StopFlag
 from evspan.pipeline.engine.trainer import Trainer
@@ -203,6 +203,67 @@ def test_patience_is_counted_over_attempts(shards, world, tmp_path, aps, until):
     train(patient, world)
     assert last_event(run) == ("done", 5, REASON)
     assert not aps
+
+
+def test_the_count_begins_again_with_another_evaluation():
+    training = TrainingConfig(patience=3)
+    first = RunLimits(training, FRAMES)
+    first.evaluated(0.6, "two recordings")
+    first.evaluated(0.5, "two recordings")
+    again = RunLimits(training, FRAMES)
+    again.resume(first.to_json(), {})
+    for ap in (0.3, 0.4, 0.5, 0.45, 0.44):
+        again.evaluated(ap, "all recordings")
+        assert not again.is_last(1)
+    again.evaluated(0.43, "all recordings")
+    assert again.reason == REASON
+
+
+def test_a_count_of_an_earlier_version_goes_on():
+    limits = RunLimits(TrainingConfig(patience=3), FRAMES)
+    limits.resume({"best_ap": 0.6, "without_better": 2, "frames": FRAMES}, {})
+    limits.evaluated(0.5, "all recordings")
+    assert limits.reason == REASON
+
+
+@pytest.mark.slow
+def test_a_run_that_continues_with_another_evaluation_has_its_own_best(
+    shards, world, tmp_path, aps
+):
+    aps += [0.6, 0.3, 0.4]
+    run = tmp_path / "run"
+    few = config(
+        shards, run, evaluate_every=1, patience=1, evaluation={"limit_recordings": 2}, max_steps=9
+    )
+    few.checkpoint.keep = 1
+    train(few, world, until=2)
+    best = run / "checkpoints" / "best"
+    assert best.read_text() == "step-00000001\n"
+    more = config(shards, run, evaluate_every=1, patience=1, max_steps=9)
+    more.checkpoint.keep = 1
+    train(more, world, until=4)
+    assert last_event(run)[:2] == ("saved", 4)
+    assert best.read_text() == "step-00000003\n"
+    metrics, _ = read_with_checksum(run / "checkpoints" / "step-00000003", METRICS)
+    assert metrics["evaluation_id"] == metrics["limits"]["evaluation_id"]
+
+
+def test_an_evaluation_is_known_by_what_its_ap_depends_on():
+    plain = EvaluationConfig(min_side=0, min_diagonal=0)
+    same = [
+        replace(plain, batch_size=2, time_bins_s=[1.0], still_s=2.0),
+        replace(plain, at_end=False, write_detections=False, confusion_threshold=0.5),
+    ]
+    other = [
+        replace(plain, split="test"),
+        replace(plain, limit_recordings=2),
+        replace(plain, min_side=10),
+        replace(plain, nms_threshold=0.5),
+    ]
+    own = evaluation_id(plain, "a")
+    assert {evaluation_id(config, "a") for config in same} == {own}
+    ids = [evaluation_id(config, "a") for config in other]
+    assert len({own, evaluation_id(plain, "b"), *ids}) == 2 + len(other)
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from evspan.conf.errors import ConfigError
 from evspan.conf.schema.layout import BatchNormRanks
-from evspan.conf.schema.training import ParallelConfig
+from evspan.conf.schema.training import DeviceKind, ParallelConfig
+from evspan.pipeline.data.loader import default_workers
 from evspan.pipeline.engine.batch_norm import batch_norm_reductions
 from evspan.pipeline.model.norm import (
     BatchNorm2d,
@@ -19,7 +20,9 @@ from evspan.pipeline.model.norm import (
     global_batch_norms,
     shared_norm_work,
 )
+from evspan.pipeline.parallel import world as world_module
 from evspan.pipeline.parallel.mesh import open_mesh
+from evspan.pipeline.parallel.rank_env import RankInfo
 from evspan.pipeline.parallel.reductions import (
     add_over_ranks,
     broadcast_json,
@@ -27,7 +30,7 @@ from evspan.pipeline.parallel.reductions import (
     gather_json,
     gather_over_ranks,
 )
-from evspan.pipeline.parallel.world import open_world
+from evspan.pipeline.parallel.world import cores_of_rank, open_world
 from support.free_port import reserved_port
 
 RANKS = 4
@@ -213,3 +216,48 @@ def test_another_number_of_processes_than_configured_is_told(monkeypatch):
     ):
         pass
     assert not dist.is_initialized()
+
+
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "8",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+TORCHRUN_8 = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "mask", "cores"),
+    [
+        (STEP | {"SLURM_CPUS_PER_TASK": "12"}, 12, 12),  # bound to its cores
+        (STEP | {"SLURM_CPUS_PER_TASK": "12"}, 96, 12),  # not bound
+        (STEP | {"SLURM_CPUS_PER_TASK": "12"}, 48, 12),  # bound to its socket
+        (STEP | {"SLURM_CPUS_PER_TASK": "12"}, 1, 1),  # the job's variable, srun has one core
+        (STEP | {"SLURM_CPUS_PER_TASK": ""}, 96, 12),
+        (STEP, 96, 12),
+        (STEP, 1, 1),
+        (TORCHRUN_8, 96, 12),
+        (STEP | TORCHRUN_8 | {"SLURM_CPUS_PER_TASK": "96"}, 96, 12),  # torchrun in a step
+        ({"SLURM_CPUS_PER_TASK": "96"}, 96, 12),  # a batch script
+    ],
+)
+def test_the_cores_of_a_rank(environment, mask, cores):
+    assert cores_of_rank(environment, 8, mask) == cores
+
+
+def test_a_rank_of_srun_and_its_loader_use_its_cores(monkeypatch):
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2, 3})
+    monkeypatch.setattr(world_module, "rank_info", lambda env: RankInfo(0, 1, 0, 8, "", 0))
+    before = torch.get_num_threads()
+    try:
+        with open_world(ParallelConfig(device=DeviceKind.cpu)):
+            threads = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert threads == 3
+    assert default_workers(threads, gpu=True) == 2

@@ -14,9 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from evspan.conf.compose import compose
+from evspan.conf.errors import UserError
 from evspan.conf.schema.training import ParallelConfig, Precision, TrainConfig, TrainingConfig
-from evspan.pipeline.engine.oom import memory_options, out_of_memory
+from evspan.pipeline.engine.oom import explain_out_of_memory, memory_options, out_of_memory
+from evspan.pipeline.history import Activity
 from evspan.pipeline.parallel import heartbeat
+from evspan.pipeline.parallel.flight_recorder import set_phase
 from evspan.pipeline.parallel.heartbeat import LOST, Beat, _Heartbeats
 from evspan.pipeline.parallel.world import World
 from support.processes import alive, all_ready, eventually, pids
@@ -404,6 +407,45 @@ def test_memory_options_start_from_the_config():
     )
     assert len(options) == 1
     assert "smaller model" in options[0]
+
+
+@pytest.mark.parametrize(
+    ("activity", "size", "first"),
+    [
+        (
+            Activity.evaluating,
+            "4 recordings x 10 frames in an evaluation",
+            "evaluation.batch_size=2 instead of 4; evaluation.sequence_length=5 instead of 10; ",
+        ),
+        (
+            Activity.images,
+            "10 frames in writing TensorBoard images",
+            "evaluation.sequence_length=5 instead of 10; ",
+        ),
+        (Activity.training, "4 lanes x 5 frames in a micro-batch", ""),
+    ],
+)
+def test_what_exhausted_the_memory_has_its_own_options(activity, size, first):
+    given = config(batch_size=4, sequence_length=5)
+    before = set_phase(activity.value)
+    try:
+        with (
+            pytest.raises(UserError) as raised,
+            explain_out_of_memory(given, world(1)),
+        ):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    finally:
+        set_phase(before)
+    options = "; ".join(memory_options(given, world(1)))
+    assert str(raised.value).startswith(f"rank 0 ran out of memory with {size}, after using ")
+    assert str(raised.value).endswith(f"Try, in this order: {first}{options}")
+
+
+def test_an_evaluation_of_one_frame_at_a_time_has_no_options_of_its_own():
+    given = config()
+    given.evaluation.batch_size = given.evaluation.sequence_length = 1
+    options = memory_options(given, world(1), Activity.evaluating)
+    assert options == memory_options(given, world(1))
 
 
 def test_gpus_have_more_memory_options():
