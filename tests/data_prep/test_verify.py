@@ -593,6 +593,19 @@ def verify_as_nobody(output, send) -> None:
     send.send((list(damaged), out.getvalue()))
 
 
+def verified_by_nobody(output: Path) -> tuple[list[str], str]:
+    """The damaged recordings and the output of `verify` in a process of another user."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("spawn").Process(
+        target=verify_as_nobody, args=(output, send)
+    )
+    child.start()
+    assert receive.poll(40)
+    damaged, out = receive.recv()
+    child.join(120)
+    return damaged, out
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_folder_that_may_only_be_read_is_verified_without_marks(prepared):
@@ -601,14 +614,7 @@ def test_a_folder_that_may_only_be_read_is_verified_without_marks(prepared):
         output = copied(prepared, Path(folder) / "out")
         flip_stored(shard(output), "b/frames", 100)
         output.chmod(0o555)
-        receive, send = multiprocessing.Pipe(duplex=False)
-        child = multiprocessing.get_context("spawn").Process(
-            target=verify_as_nobody, args=(output, send)
-        )
-        child.start()
-        assert receive.poll(40)
-        damaged, out = receive.recv()
-        child.join(120)
+        damaged, out = verified_by_nobody(output)
         assert damaged == ["train/b"]
         assert "1 damaged, and not marked, since you may not write to it" in out
         assert not (output / ".damaged").exists()
@@ -636,14 +642,7 @@ def test_a_folder_that_several_users_write_to_is_verified_by_each(prepared, shar
         output = copied(prepared, Path(folder) / "out")
         flip_stored(shard(output), "b/frames", 100)
         shared(output)
-        receive, send = multiprocessing.Pipe(duplex=False)
-        child = multiprocessing.get_context("spawn").Process(
-            target=verify_as_nobody, args=(output, send)
-        )
-        child.start()
-        assert receive.poll(40)
-        damaged, out = receive.recv()
-        child.join(120)
+        damaged, out = verified_by_nobody(output)
         assert damaged == ["train/b"]
         if shared is lock_of_another_user:
             assert "1 damaged, and marked" in out
