@@ -73,15 +73,26 @@ def own_prefixes(names: Iterable[str], recordings: Iterable[str]) -> set[str]:
         names: of all images that are read together.
         recordings: names of known recordings.
     """
-    own = set()
+    recordings = list(recordings)
+    own: set[str] = set()
     for pattern in LABEL_STUDIO:
-        own |= {match[0] for name in recordings if (match := pattern.match(name))}
+        own.update(_prefixes(recordings, pattern))
     stems = {image_stem(name) for name in names}
     for pattern in LABEL_STUDIO:
-        images = Counter(match[0] for stem in stems if (match := pattern.match(stem)))
-        own |= {prefix for prefix, count in images.items() if count > 1}
+        images = _prefixes(stems, pattern)
+        own.update(prefix for prefix, count in images.items() if count > 1)
         stems = {_without_prefix(stem, pattern, own) for stem in stems}
     return own
+
+
+def _prefixes(names: Iterable[str], pattern: re.Pattern[str]) -> Counter[str]:
+    """How many of the names have each prefix."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        match = pattern.match(name)
+        if match:
+            counts[match[0]] += 1
+    return counts
 
 
 def _without_prefix(stem: str, pattern: re.Pattern[str], own: Collection[str]) -> str:
